@@ -348,6 +348,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.no_deadline_ends_a_task_whose_start_is_not_recorded: (
         test_leases.test_a_deadline_ends_a_task_whose_start_the_store_does_not_record
     ),
+    bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
+        test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
+    ),
+    bugs.closing_awaits_a_stop_without_a_bound: (
+        test_lifecycle.test_a_stop_that_does_not_return_does_not_keep_a_supervisor_from_closing
+    ),
     bugs.a_start_that_is_cancelled_is_not_tried_again: (
         test_cancelled_tasks.test_a_start_that_is_cancelled_has_failed_and_is_tried_again
     ),
