@@ -219,6 +219,14 @@ def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:
     replace(Dispatcher, original, _enqueue)
 
 
+def a_nested_task_that_is_too_late_at_its_turn_is_counted_out_twice() -> None:
+    def remove(self: Pool, ticket: Ticket, entry: Any) -> None:
+        self.queue.remove(entry)
+        self.nested -= ticket.nested
+
+    replace(Pool, Pool.remove, remove)
+
+
 def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
     replace(PriorityQueue, PriorityQueue.serving_order, lambda _: list(Priority))
 

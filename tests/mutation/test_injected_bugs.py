@@ -116,6 +116,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_nested_task_that_is_queued_starts_the_next_one_at_once: (
         test_conversations.test_hundreds_of_nested_messages_that_come_too_late_all_end
     ),
+    bugs.a_nested_task_that_is_too_late_at_its_turn_is_counted_out_twice: (
+        test_open_runs.test_nested_tasks_that_expire_when_their_turn_comes_leave_nothing_behind
+    ),
     bugs.a_worker_with_many_open_runs_serves_by_priority_alone: (
         test_open_runs.test_a_flood_of_better_work_does_not_starve_sub_tasks_of_a_worker_that_begins_no_new_run
     ),
