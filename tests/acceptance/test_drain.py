@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +189,22 @@ async def test_a_message_behind_one_that_no_worker_can_take_does_not_keep_a_drai
         async with asyncio.timeout(10.0):
             await supervisor.drain()
         assert [ticket.status for ticket in messages] == [TaskStatus.CANCELLED] * 2
+
+
+@virtual
+async def test_closing_ends_a_submission_that_the_store_does_not_answer() -> None:
+    store = SlowStore(math.inf)
+    supervisor = make_supervisor(Agent(), store)
+    await supervisor.start()
+    keys = (None, "k", "k")
+    submitting = [asyncio.ensure_future(supervisor.submit(Task("work", durable=True, key=key))) for key in keys]
+    await asyncio.sleep(1.0)
+    ticket = supervisor.submit_nowait(Task("work", key="k"))
+    await supervisor.close()
+    async with asyncio.timeout(1.0):
+        errors = [await error_of(each) for each in submitting]
+    assert [type(error) for error in errors] == [StoreUnavailable] * 3
+    assert ticket.done()
 
 
 @virtual

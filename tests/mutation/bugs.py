@@ -38,7 +38,7 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import drain, pool
+from forebay.supervisor import drain, nested_supervisor, pool
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -222,6 +222,14 @@ def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:
                 self.dispatch(worker)
 
     replace(Dispatcher, original, _enqueue)
+
+
+def a_nested_task_that_is_too_late_at_its_turn_is_counted_out_twice() -> None:
+    def remove(self: Pool, ticket: Ticket, entry: Any) -> None:
+        self.queue.remove(entry)
+        self.nested -= ticket.nested
+
+    replace(Pool, Pool.remove, remove)
 
 
 def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
@@ -935,6 +943,17 @@ def background_work_that_is_cancelled_gives_nothing_back() -> None:
 
 def no_deadline_ends_a_task_whose_start_is_not_recorded() -> None:
     skip(StoredTasks.record_start, Run.set_timer)
+
+
+def closing_leaves_a_submission_to_a_store_that_does_not_answer() -> None:
+    replace(Core, Core.close, lambda self: self.timers.close())
+
+
+def closing_awaits_a_stop_without_a_bound() -> None:
+    async def _await_stop(what: str, awaitable: Any, limit: float) -> None:
+        await await_hook(what, awaitable)  # type: ignore[name-defined]  # noqa: F821 - a name of that module
+
+    nested_supervisor._await_stop.__code__ = _await_stop.__code__
 
 
 def a_start_that_is_cancelled_is_not_tried_again() -> None:

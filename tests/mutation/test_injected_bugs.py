@@ -119,6 +119,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_nested_task_that_is_queued_starts_the_next_one_at_once: (
         test_conversations.test_hundreds_of_nested_messages_that_come_too_late_all_end
     ),
+    bugs.a_nested_task_that_is_too_late_at_its_turn_is_counted_out_twice: (
+        test_open_runs.test_nested_tasks_that_expire_when_their_turn_comes_leave_nothing_behind
+    ),
     bugs.a_worker_with_many_open_runs_serves_by_priority_alone: (
         test_open_runs.test_a_flood_of_better_work_does_not_starve_sub_tasks_of_a_worker_that_begins_no_new_run
     ),
@@ -350,6 +353,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.no_deadline_ends_a_task_whose_start_is_not_recorded: (
         test_leases.test_a_deadline_ends_a_task_whose_start_the_store_does_not_record
+    ),
+    bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
+        test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
+    ),
+    bugs.closing_awaits_a_stop_without_a_bound: (
+        test_lifecycle.test_a_stop_that_does_not_return_does_not_keep_a_supervisor_from_closing
     ),
     bugs.a_start_that_is_cancelled_is_not_tried_again: (
         test_cancelled_tasks.test_a_start_that_is_cancelled_has_failed_and_is_tried_again

@@ -515,6 +515,9 @@ class AdmissionController:
 
 def _store_failed(error: BaseException) -> StoreUnavailable:
     """Return the error for those who wait for a task that its submitter could not store."""
+    if isinstance(error, asyncio.CancelledError):  # by the end of the supervisor, or a program that cancels everything
+        why, advice = "the wait for its answer was cancelled", "It may have the task: ask for it by its id or its key."
+        return StoreUnavailable(where="the overflow", why=why, advice=advice)
     why = f"it raised {type(error).__name__}"
     return StoreUnavailable(where="the overflow", why=why, advice="The submitter has the error.")
 

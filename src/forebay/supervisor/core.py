@@ -49,6 +49,7 @@ class Core:
         self.registry = TicketRegistry(loop, bus, keep=keep_results, keep_bytes=keep_results_bytes)
         self.pools = Pools(max_queue_size)
         self._background_tasks: set[asyncio.Future[Any]] = set()
+        self._closed = False
 
     def run_in_background(self, work: Awaitable[Any], *, if_cancelled: Callable[[], None] | None = None) -> None:
         """Await `work`, and log it if it fails.
@@ -59,7 +60,7 @@ class Core:
         future = self.run_to_completion(work)
         future.add_done_callback(_log_failure)
         if if_cancelled is not None:
-            future.add_done_callback(lambda future: if_cancelled() if future.cancelled() else None)
+            future.add_done_callback(lambda _: if_cancelled() if future.cancelled() and not self._closed else None)
 
     def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
         """Await `work` to its end, even if the caller is cancelled; closing the supervisor waits for it."""
@@ -67,6 +68,13 @@ class Core:
         self._background_tasks.add(future)
         future.add_done_callback(self._background_task_done)
         return future
+
+    def close(self) -> None:
+        """Cancel the background work that has not ended, so that nobody waits for a store that does not answer."""
+        self._closed = True
+        for future in self.background_tasks:
+            future.cancel()
+        self.timers.close()
 
     def _background_task_done(self, future: asyncio.Future[Any]) -> None:
         self._background_tasks.discard(future)

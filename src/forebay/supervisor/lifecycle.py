@@ -58,7 +58,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
             spill.end_tickets()
         dispatcher.start_gate.close()
         dispatcher.runner_pool.close()
-        dispatcher.core.timers.close()
+        dispatcher.core.close()
         dispatcher.core.registry.notify_progress()
 
 
