@@ -440,6 +440,7 @@ async def test_calls_that_continue_a_stored_response_reserve_its_length() -> Non
         {"input": "x", "conversation": "conv_1"},
         {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
         {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "https://x"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "document", "source": {"type": "url", "url": "https://x"}}]}]},
     ],
 )
 async def test_what_is_stored_elsewhere_is_reserved(body: dict[str, Any]) -> None:
@@ -498,6 +499,84 @@ async def test_the_largest_of_several_bounds_is_reserved() -> None:
     bounds = {"max_completion_tokens": 1, "max_tokens": 200_000}
     with pytest.raises(Overloaded, match="may cost 2"):
         await post(Script(httpx2), upstream, "/chat/completions", model="gpt-4o", messages=[], **bounds)
+
+
+@virtual
+@pytest.mark.parametrize(
+    ("path", "bound"),
+    [
+        ("/chat/completions", "max_output_tokens"),
+        ("/completions", "max_output_tokens"),
+        ("/completions", "max_completion_tokens"),
+        ("/responses", "max_tokens"),
+        ("/messages", "max_completion_tokens"),
+        ("/chat/completions", "no_such_bound"),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 200_000])
+async def test_a_bound_that_the_endpoint_does_not_know_bounds_nothing(path: str, bound: str, tokens: int) -> None:
+    upstream = upstream_of()
+    calling = asyncio.create_task(
+        post(Script(httpx2, Reply(pause=9.0)), upstream, path, model="gpt-4o", **{bound: tokens})
+    )
+    await asyncio.sleep(0.1)
+    calling.cancel()
+    await asyncio.gather(calling, return_exceptions=True)
+    assert spent(upstream) == pytest.approx(16_384 * 10e-6, rel=0.02)  # as of a call without a bound
+
+
+@virtual
+@pytest.mark.parametrize("bound", ["max_tokens", "max_completion_tokens"])
+async def test_a_bound_of_nothing_bounds_nothing(bound: str) -> None:
+    upstream = upstream_of()
+    with pytest.raises(Overloaded, match="may cost"):
+        await post(Script(httpx2), upstream, "/chat/completions", model="gpt-4o", messages=[], n=100, **{bound: 0})
+
+
+@virtual
+@pytest.mark.parametrize("prompt", [["hi"] * 50, [[1, 2]] * 50, [[]] * 50, ["hi", [1, 2]] * 25])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_each_prompt_of_a_legacy_completion_is_reserved(prompt: list[Any], n: int) -> None:
+    upstream = upstream_of()
+    fields: dict[str, Any] = {"model": "gpt-4o", "prompt": prompt, "max_tokens": 900, "n": n}
+    calling = asyncio.create_task(post(Script(httpx2, Reply(pause=9.0)), upstream, "/completions", **fields))
+    await asyncio.sleep(0.1)
+    calling.cancel()
+    await asyncio.gather(calling, return_exceptions=True)
+    assert spent(upstream) == pytest.approx(n * 50 * 900 * 10e-6, rel=0.02)
+
+
+@virtual
+async def test_the_tokens_of_one_prompt_are_one_prompt() -> None:
+    upstream = upstream_of()
+    usage = json_reply(usage={"prompt_tokens": 1, "completion_tokens": 1})
+    await post(Script(httpx2, usage), upstream, "/completions", model="gpt-4o", prompt=[1] * 1_000, max_tokens=50_000)
+    assert spent(upstream) < 0.001
+
+
+@virtual
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_tokens": 1, "Max_Tokens": 50_000}, {"MAX_TOKENS": 1}, {"max_tokens": 1, "N": 100}, {"max_to\u212aens": 1}],
+)
+async def test_a_key_in_another_case_cannot_be_read(fields: dict[str, int]) -> None:
+    with pytest.raises(Overloaded, match="in another case"):
+        await post(Script(httpx2), upstream_of(), "/chat/completions", model="gpt-4o", messages=[], **fields)
+
+
+@virtual
+async def test_a_key_of_its_own_may_be_in_any_case() -> None:
+    usage = json_reply(usage={"prompt_tokens": 1, "completion_tokens": 1})
+    fields = {"topK": 1, "max_tokens": 1}
+    await post(Script(httpx2, usage), upstream_of(), "/chat/completions", model="gpt-4o", messages=[], **fields)
+
+
+@virtual
+async def test_plugins_of_a_provider_have_no_price() -> None:
+    with pytest.raises(Overloaded, match="plugins"):
+        await post(
+            Script(httpx2), upstream_of(), "/chat/completions", model="gpt-4o", messages=[], plugins=[{"id": "web"}]
+        )
 
 
 @virtual

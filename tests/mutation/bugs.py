@@ -82,7 +82,7 @@ from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, P
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
-from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints
+from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, request
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -1028,3 +1028,16 @@ def junk_in_a_header_that_is_not_read_makes_an_account() -> None:
 
 def another_provider_gets_all_headers() -> None:
     always(ReroutedRequest, ReroutedRequest.keeps, returns=True)
+
+
+def a_bound_that_the_endpoint_ignores_bounds_its_cost() -> None:
+    bounds = request._BOUNDS  # of all endpoints, for each
+    names = tuple(dict.fromkeys(name for known in bounds.values() for name in known))
+    bounds.update(dict.fromkeys(bounds, names))
+
+
+def a_list_of_prompts_is_reserved_as_one() -> None:
+    def _count_prompts(prompt: bytes) -> int:
+        return 1
+
+    request._count_prompts.__code__ = _count_prompts.__code__

@@ -374,6 +374,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_events.test_an_error_that_is_raised_again_and_again_collects_no_traceback
     ),
     bugs.a_limit_that_raises_costs_a_permit: test_guarded_limit.test_a_limit_that_raises_costs_no_permit,
+    bugs.a_bound_that_the_endpoint_ignores_bounds_its_cost: (
+        test_budget_attacks.test_a_bound_that_the_endpoint_does_not_know_bounds_nothing
+    ),
+    bugs.a_list_of_prompts_is_reserved_as_one: (
+        test_budget_attacks.test_each_prompt_of_a_legacy_completion_is_reserved
+    ),
     bugs.each_spelling_of_a_key_is_an_account: test_credentials.test_every_spelling_of_a_key_is_one_account,
     bugs.junk_in_a_header_that_is_not_read_makes_an_account: (
         test_credentials.test_headers_that_the_provider_does_not_read_make_no_account

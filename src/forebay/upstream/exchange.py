@@ -239,9 +239,8 @@ class Exchange:
         output_at = clock.now() if end.output_at is None else end.output_at
         seconds = max(0.0, output_at - permit.granted_at)
         hidden = int(_TOKENS_PER_SECOND * parsed.choices * seconds)
-        if parsed.max_output_tokens is not None:
-            hidden = min(hidden, max(0, parsed.max_output_tokens * parsed.choices - meter.output_tokens))
-        return meter.unfinished_usage(hidden)
+        bound = None if parsed.max_output_tokens is None else parsed.max_output_tokens * parsed.choices
+        return meter.unfinished_usage(hidden, bound)
 
     def _remember(self, permit: Permit, response_id: str | None, usage: Usage | None) -> None:
         """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""

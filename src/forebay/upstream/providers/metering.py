@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.json_text import replace_lone_surrogates
-from forebay.upstream.providers.request import ProviderRequest
+from forebay.upstream.providers.request import READ_FIELDS, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
 
@@ -23,6 +24,8 @@ _METERED_TOOLS: Final = re.compile(
 _SEARCH_TOOL: Final = re.compile(rb'"type"\s*:\s*"web_search')
 _AUDIO_PART: Final = b'"input_audio"'
 _STORED: Final = re.compile(rb'"file_(?:id|url)"\s*:\s*"')
+_BY_URL: Final = re.compile(rb'"type"\s*:\s*"url"')  # of a document, or of an image, which costs less
+_DOCUMENT: Final = re.compile(rb'"type"\s*:\s*"document"')
 _ESCAPE: Final = b"\\u00"
 _ESCAPED_LETTER: Final = re.compile(rb"\\u00[4-7]")  # no encoder writes it
 _TYPE: Final = re.compile(rb'"type"\s*:\s*"([a-z0-9_]+)"')
@@ -48,7 +51,9 @@ def find_unreadable(request: ProviderRequest, body: bytes) -> str:
     if request.unreadable or request.endpoint is Endpoint.OTHER:
         return request.unreadable
     if _has_duplicate_keys(body):
-        return "its body has a key twice, or written in escapes: servers do not agree on what that means"
+        return (
+            "its body has a key twice, in another case, or written in escapes: servers do not agree on what that means"
+        )
     return ""
 
 
@@ -58,6 +63,8 @@ def find_unpriced(request: ProviderRequest) -> str:
         return request.billing_reason
     if request.background and request.max_output_tokens is None:
         return "a response in the background is paid before its usage is known: give it max_output_tokens"
+    if request.plugins:
+        return "its provider bills its plugins apart from the tokens"
     if request.stored_prompt:
         return "it names a stored prompt, whose tools and input are not told: send them in the request"
     if request.endpoint is Endpoint.IMAGES and request.stream and request.choices > 1:
@@ -87,6 +94,8 @@ def find_unseen_input(request: ProviderRequest) -> UnseenInput:
     """Return what a request sends besides its text."""
     content = _without_escapes(bytes(request.content)) if request.content else b""
     stored = len(_STORED.findall(content)) if b'"file_' in content else 0
+    if b'"document"' in content:
+        stored += min(len(_DOCUMENT.findall(content)), len(_BY_URL.findall(content)))
     return UnseenInput(request.asks_for_audio or _AUDIO_PART in content, stored + request.conversation)
 
 
@@ -120,6 +129,8 @@ def _has_duplicate_keys(body: bytes) -> bool:
     """Return whether an object has a key twice, so that two servers may take it for two different requests."""
     body = replace_lone_surrogates(body)
     fields = _fields.decode(body)
+    if not all(map(str.islower, fields)) and _mixes_cases(fields):
+        return True
     pairs = [(b'"%b"' % name.encode("utf-8", "replace"), bytes(value)) for name, value in fields.items()]
     if body in (
         b"{" + b",".join([b"%b:%b" % pair for pair in pairs]) + b"}",
@@ -127,6 +138,13 @@ def _has_duplicate_keys(body: bytes) -> bool:
     ):
         return False  # nothing was dropped: as nearly all encoders write it
     return _repeats_a_key(body, everywhere=False)
+
+
+def _mixes_cases(names: Iterable[str]) -> bool:
+    """Return whether a server that ignores the case of keys, as those in Go do, takes one for another key."""
+    folded = [(name, name.casefold()) for name in names]
+    unusual = any(name != usual and usual in READ_FIELDS for name, usual in folded)
+    return unusual or len({usual for _, usual in folded}) < len(folded)
 
 
 def _repeats_a_key(text: bytes, *, everywhere: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -52,7 +52,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         stream: whether it asks for a stream of events.
         input_tokens: estimated.
         max_output_tokens: its bound for each choice, hidden reasoning included, or None.
-        choices: how many completions it asks for.
+        choices: how many completions it asks for, of all its prompts together.
         include_usage: whether it asks for the usage at the end of an OpenAI stream.
         websocket: whether it opens a WebSocket, whose content cannot be metered.
         signed: whether it is signed or compressed, so that it must not be changed.
@@ -70,6 +70,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         asks_for_audio: whether it asks for sound.
         previous_response_id: of the stored response that it continues, or None.
         conversation: whether it continues a conversation that the provider stores.
+        plugins: whether it names plugins of its provider.
         stored_prompt: whether it names a prompt that the provider stores.
         content: its messages or other input, as JSON, or empty.
         tools: as JSON, or empty.
@@ -97,6 +98,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
     asks_for_audio: bool = False
     previous_response_id: str | None = None
     conversation: bool = False
+    plugins: bool = False
     stored_prompt: bool = False
     content: msgspec.Raw = _NOTHING
     tools: msgspec.Raw = _NOTHING
@@ -134,6 +136,7 @@ class _RequestBody(msgspec.Struct):
     modalities: Any = None
     previous_response_id: Any = None
     conversation: Any = None
+    plugins: Any = None
     web_search_options: msgspec.Raw = _NOTHING
     messages: msgspec.Raw = _NOTHING  # the input starts here
     system: msgspec.Raw = _NOTHING
@@ -147,6 +150,15 @@ class _RequestBody(msgspec.Struct):
     text: msgspec.Raw = _NOTHING
 
 
+READ_FIELDS: Final = frozenset(_RequestBody.__struct_fields__)
+"""The names of the fields that are read."""
+_PROMPT_BEGINS: Final = (b'"', b"[")
+_BOUNDS: Final = {  # one that the endpoint does not know bounds nothing
+    Endpoint.CHAT: ("max_completion_tokens", "max_tokens"),
+    Endpoint.COMPLETIONS: ("max_tokens",),
+    Endpoint.RESPONSES: ("max_output_tokens",),
+    Endpoint.MESSAGES: ("max_tokens",),
+}
 _FIRST_INPUT: Final = _RequestBody.__struct_fields__.index("messages")
 _decoder: Final = msgspec.json.Decoder(_RequestBody)
 
@@ -210,6 +222,8 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     choices = 1
     if read.n is not None or read.best_of is not None:
         choices = min(_MAX_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
+    if route is Endpoint.COMPLETIONS:
+        choices *= _count_prompts(bytes(read.prompt))
     # The deployment in Azure's path is what answers, whatever the body says.
     options, model = read.stream_options, line.model or _name(read.model)
     previous = read.previous_response_id
@@ -222,7 +236,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
             bytes_per_token=bytes_per_token,
             image_tokens=_MINI_IMAGE if model is not None and "gpt-4o-mini" in model else image_tokens,
         ),
-        max_output_tokens=_largest_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
+        max_output_tokens=_largest_bound(getattr(read, name) for name in _BOUNDS.get(route, ())),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
@@ -237,6 +251,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
         previous_response_id=previous if isinstance(previous, str) else None,
         conversation=read.conversation is not None,
+        plugins=bool(read.plugins),
         stored_prompt=route is Endpoint.RESPONSES and bytes(read.prompt).startswith(b"{"),
         content=read.messages or read.input,
         tools=read.tools,
@@ -351,9 +366,20 @@ def _name(model: object) -> str | None:
     return model[:_MAX_MODEL] if isinstance(model, str) and model else None
 
 
-def _largest_bound(*values: object) -> int | None:
-    """Return the largest of several bounds: servers do not agree on which of them counts."""
-    return max((bound for value in values if (bound := _bound(value)) is not None), default=None)
+def _count_prompts(prompt: bytes) -> int:
+    """Return how many prompts a legacy completion has: a list of texts, or of lists of token ids, is so many."""
+    if not prompt.startswith(b"["):
+        return 1
+    try:
+        parts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return 1
+    return max(1, sum(bytes(part)[:1] in _PROMPT_BEGINS for part in parts))
+
+
+def _largest_bound(values: Iterable[object]) -> int | None:
+    """Return the largest of several bounds: servers do not agree on which of them counts, and to some 0 means none."""
+    return max((bound for value in values if (bound := _bound(value))), default=None)
 
 
 def _bound(value: object) -> int | None:

@@ -11,9 +11,10 @@ import msgspec
 from forebay.upstream.providers.classify import ErrorKind, classify_stream_error
 from forebay.upstream.providers.content_encoding import BodyEnd
 from forebay.upstream.providers.event_stream import EventStreamParser
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.providers.usage import Usage, read_usage
 
-_CHARACTERS_PER_TOKEN: Final = 4  # where a provider does not count
+_QUARTERS_PER_TOKEN: Final = 4  # where a provider does not count: an ASCII character is a quarter of a token
 _MAX_BODY: Final = 1 << 20  # bytes of a body that are decoded
 _TAIL: Final = 1 << 14  # bytes that are searched in a longer body: its usage stands at the end
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
@@ -150,7 +151,8 @@ class UsageMeter:
 
     Streams of OpenAI's chat completions, completions and responses and of Anthropic's messages are recognized by their
     events. Where the provider does not report output, or the stream breaks off, it is estimated: a token for each piece
-    of text, or for each four characters if that is more. Hidden reasoning cannot be estimated.
+    of text or, if that is more, for each four ASCII characters and each other one (three for a rare one, as emoji can
+    be), so that no text costs more than it counts. Hidden reasoning cannot be estimated.
 
     Memory is bounded for any input: about a megabyte.
 
@@ -165,7 +167,7 @@ class UsageMeter:
     """
 
     __slots__ = (
-        *("_characters", "_events", "_input_tokens", "_open_choices", "_pieces", "_recognized", "_reported"),
+        *("_quarters", "_events", "_input_tokens", "_open_choices", "_pieces", "_recognized", "_reported"),
         *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
     )
 
@@ -177,7 +179,7 @@ class UsageMeter:
         self._reported: Usage | None = None
         self._open_choices: set[int] = set()  # started and not finished
         self._pieces = 0
-        self._characters = 0
+        self._quarters = 0  # of tokens, by the characters
         self._recognized = False  # an event of a known form
         self._unknown = False  # an event of another form
         self._tier: str | None = None
@@ -206,7 +208,7 @@ class UsageMeter:
         reported = self._reported.output_tokens if self._reported is not None else 0
         if reported and self.complete:
             return reported
-        return max(reported, self._pieces, self._characters // _CHARACTERS_PER_TOKEN)
+        return max(reported, self._pieces, self._quarters // _QUARTERS_PER_TOKEN)
 
     @property
     def has_output(self) -> bool:
@@ -222,15 +224,18 @@ class UsageMeter:
             return None
         return self.unfinished_usage(0)
 
-    def unfinished_usage(self, hidden_tokens: int) -> Usage:
+    def unfinished_usage(self, hidden_tokens: int, bound: int | None = None) -> Usage:
         """Return the usage of a response that broke off, or that its reader has left.
 
         Args:
             hidden_tokens: output that may have been made before any arrived.
+            bound: the output that it can have at most, if that is known.
         """
         known = self._reported or Usage(input_tokens=self._input_tokens, output_tokens=0)
-        estimated = msgspec.structs.replace(known, output_tokens=self.output_tokens + hidden_tokens, estimated=True)
-        return self._with_extras(estimated)
+        output = self.output_tokens + hidden_tokens
+        if bound is not None:
+            output = max(known.output_tokens, min(output, bound))
+        return self._with_extras(msgspec.structs.replace(known, output_tokens=output, estimated=True))
 
     def _with_extras(self, usage: Usage) -> Usage:
         web, file = self._searches.values()
@@ -240,11 +245,7 @@ class UsageMeter:
         if data == b"[DONE]":
             self.complete = self._recognized = True
             return
-        try:
-            event = msgspec.json.decode(data)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            self._unknown = True
-            return
+        event = _decode(data)
         if not isinstance(event, dict):
             self._unknown = True
             return
@@ -313,7 +314,26 @@ class UsageMeter:
         for text in texts:
             if isinstance(text, str) and text:
                 self._pieces += 1
-                self._characters += len(text)
+                self._quarters += len(text) if text.isascii() else _count_quarters(text)
+
+
+def _decode(data: bytes) -> Any:
+    """Return the JSON of an event, in which a server may have cut an emoji in two; None if it is none."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        pass
+    try:
+        return msgspec.json.decode(replace_lone_surrogates(data))
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _count_quarters(text: str) -> int:
+    """Return the quarters of tokens in a text: 1 for an ASCII character, 4 for another, 12 beyond the basic plane."""
+    others = len(text) - len(text.encode("ascii", "ignore"))
+    rare = len(text.encode("utf-16-le")) // 2 - len(text)
+    return len(text) + 3 * others + 8 * rare
 
 
 def _arguments(delta: dict[str, Any]) -> list[object]:

@@ -249,3 +249,22 @@ def test_no_bytes_raise(chunks: list[bytes]) -> None:
     assert meter.usage is None or meter.usage.output_tokens >= 0
     whole = read_response(b"".join(chunks))
     assert whole.usage is None or whole.usage.output_tokens >= 0
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("word " * 32, 40),
+        ("水" * 40, 40),
+        ("🜁" * 13, 39),
+        ("naïve", 2),
+        ("я" * 10 + "a" * 40, 20),
+        ("\ud800" * 4, 4),
+    ],
+)
+def test_no_text_of_a_stream_that_is_left_counts_as_less_than_it_costs(text: str, tokens: int) -> None:
+    meter = UsageMeter(input_tokens=INPUT)
+    event = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
+    meter.feed(b"data: " + json.dumps(event).encode() + b"\n\n")
+    assert meter.unfinished_usage(0).output_tokens == tokens
+    assert meter.unfinished_usage(5, bound=10).output_tokens == min(10, meter.output_tokens + 5)
