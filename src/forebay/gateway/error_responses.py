@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Final, Literal
 
 import msgspec
@@ -13,6 +14,7 @@ ApiProtocol = Literal["openai", "anthropic"]
 StreamProtocol = Literal["openai", "openai-responses", "anthropic"]
 
 JSON: Final = "application/json"
+_CONTROLS: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _MAX_BUDGET_WAIT: Final = 6.0  # seconds in which dollars that calls under way have reserved may be returned
 _MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
 _SERVER_ERRORS: Final = 500
@@ -71,6 +73,11 @@ class EarlyResponse(Exception):
         self.close = close
 
 
+def printable(text: str) -> str:
+    """Return a header's value with a space for each control character, with which it could not be sent."""
+    return text if text.isprintable() else _CONTROLS.sub(" ", text)
+
+
 def error_response(
     protocol: ApiProtocol, status: int, code: str, message: str, *headers: tuple[str, str]
 ) -> GatewayResponse:
@@ -103,7 +110,7 @@ def capacity_response(
     status = _unavailable(protocol)
     headers = [("content-type", JSON), ("x-should-retry", "true"), *_retry_after(seconds)]
     if limited_by is not None:
-        headers.append(("x-forebay-limited-by", limited_by))
+        headers.append(("x-forebay-limited-by", printable(limited_by)))
     return GatewayResponse(status, tuple(headers), _body(protocol, status, code, message))
 
 
@@ -142,7 +149,7 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     retry = status != _TOO_LARGE and after is not None and after <= longest
     headers = [("content-type", JSON), ("x-should-retry", "true" if retry else "false")]
     if error.limited_by:
-        headers.append(("x-forebay-limited-by", error.limited_by))
+        headers.append(("x-forebay-limited-by", printable(error.limited_by)))  # it names the model
     if after is not None and status != _TOO_LARGE:
         headers.extend(_retry_after(after))
     return GatewayResponse(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))

@@ -16,7 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from multidict import CIMultiDict
 from yarl import URL
 
-from forebay.gateway.error_responses import GatewayResponse, StreamProtocol
+from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.request_body import BodyMemoryFull, BodyReservation, BodyTooLarge
@@ -38,7 +38,6 @@ _MAX_ERROR: Final = 1 << 20  # bytes of an error that are kept
 _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that are read
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
-_CONTROLS: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _GZIP_ACCEPTED: Final = re.compile(r"(?i)(?:^|[,\s])gzip\s*(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
@@ -345,11 +344,6 @@ def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
     headers = _end_to_end(response.raw_headers, _NOT_RETURNED)
     headers.add("x-should-retry", "false")
     return headers
-
-
-def printable(text: str) -> str:
-    """Return a header's value with a space for each control character, with which it could not be sent."""
-    return text if text.isprintable() else _CONTROLS.sub(" ", text)
 
 
 def _end_to_end(raw_headers: RawHeaders, dropped: Container[str]) -> CIMultiDict[str]:

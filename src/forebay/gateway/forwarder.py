@@ -26,6 +26,7 @@ from forebay.gateway.error_responses import (
     capacity_response,
     error_response,
     overloaded_response,
+    printable,
     stream_error_event,
 )
 from forebay.gateway.forwarded_call import (
@@ -35,7 +36,6 @@ from forebay.gateway.forwarded_call import (
     IncomingRequest,
     OutOfFiles,
     StreamingResponse,
-    printable,
 )
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics

@@ -18,6 +18,9 @@ _SHARED_RESOURCES: Final = frozenset({"models", "files"})  # of both protocols; 
 # that is not below the target's URL. Source: RFC 3986, 2.3 and 6.2.2.2.
 _NEEDLESSLY_ESCAPED: Final = re.compile(r"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
 
+# An escape of an escape, of a control character, or of nothing.
+_BADLY_ESCAPED: Final = re.compile(r"%(25[0-9A-Fa-f]{2}|[01][0-9A-Fa-f]|7[Ff]|(?![0-9A-Fa-f]{2}))")
+
 
 class Target:
     """A provider behind the gateway.
@@ -146,8 +149,13 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
 
 def _is_unambiguous(path: str) -> bool:
     """Return whether every server reads the path alike, so that it stays below the target's URL and is metered."""
-    if not path.startswith("/") or "\\" in path or _NEEDLESSLY_ESCAPED.search(path):
+    if not path.startswith("/") or "\\" in path or _NEEDLESSLY_ESCAPED.search(path) or _BADLY_ESCAPED.search(path):
         return False
-    if ".." in unquote(path).replace("\\", "/").split("/"):
+    try:
+        decoded = unquote(path, errors="strict").replace("\\", "/")
+    except UnicodeDecodeError:  # also an overlong form, which lenient servers read as a dot or a slash
         return False
-    return not {"", "."}.intersection(path.strip("/").split("/"))
+    # Some servers cut a segment at its parameters, or at spaces, before they look for dots.
+    if {"..", "."}.intersection(segment.partition(";")[0].strip() for segment in decoded.split("/")):
+        return False
+    return not {"", "."}.intersection(segment.partition(";")[0] for segment in path.strip("/").split("/"))

@@ -138,3 +138,14 @@ def test_a_mistake_of_a_caller_is_never_called_an_error_of_the_server() -> None:
         assert (
             json.loads(error_response("anthropic", status, "c", "m").body)["error"]["type"] == "invalid_request_error"
         )
+
+
+@PROTOCOLS
+@pytest.mark.parametrize("model", ["gpt-4o\n", "a\r\nset-cookie: x", "a\x00b", "a\x7f"])
+def test_a_name_with_control_characters_makes_a_header_that_can_be_sent(protocol: ApiProtocol, model: str) -> None:
+    error = Overloaded("no", limited_by=f"upstream:u:{model}:budget", load=1.0)
+    for response in (
+        overloaded_response(protocol, error),
+        capacity_response(protocol, "c", "no", seconds=1.0, limited_by=model),
+    ):
+        assert dict(response.headers)["x-forebay-limited-by"].isprintable()

@@ -47,6 +47,32 @@ def test_an_unknown_or_ambiguous_path_leads_nowhere(path: str) -> None:
     assert find_destination(TARGETS, path, {}) is None
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/..;/admin", "/..;a=b/..;/admin", "/.;/x", "/;/x", "/%2e%2e;/x", "/..%3b/x", "/v1/..%3Ba/x"),
+        *("/%252e%252e/x", "/v1/%252e%252e/%252e%252e/x", "/v1/..%255cx", "/v1/a%252Fb", "/v1/chat%252fcompletions"),
+        *("/v1/..%00/x", "/v1/chat/completions%00", "/v1/.%09./x", "/v1/%0d%0ax", "/v1/x%7f"),
+        *("/v1/%c0%ae%c0%ae/x", "/v1/%e0%80%ae/x", "/v1/%ff/x", "/v1/%uff0e%uff0e/x", "/v1/%/x", "/v1/%2", "/v1/%zz"),
+        *("/v1/..%20/x", "/v1/%20../x", "/v1/..%5cx", "/v1/..%2fx"),
+    ],
+)
+def test_no_path_is_read_in_two_ways(path: str) -> None:
+    assert find_destination(TARGETS, "/local" + path, {}) is None
+    if path.startswith("/v1/"):
+        assert find_destination(TARGETS, path, {}) is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/models/meta%2Fllama%203", "/v1/models/a;b", "/v1/files/%E6%B0%B4", "/v1/models/a..b", "/v1/x%25", "/v1/..."],
+)
+def test_an_unusual_path_that_is_read_in_one_way_passes(path: str) -> None:
+    destination = find_destination(TARGETS, "/local" + path, {})
+    assert destination is not None
+    assert destination.path == path
+
+
 def test_a_protocol_without_a_target_leads_nowhere() -> None:
     assert find_destination(TARGETS[:1], "/v1/messages", {}) is None
     assert find_destination(TARGETS[:1], "/v1/messages", {"x-api-key": "k"}) is None
