@@ -124,7 +124,7 @@ class UnreliableStore:
     async def begin_attempt(self, lease: Lease) -> bool:
         try:
             counted = await self._call(self._inner.begin_attempt(lease), lease.record.task_id)
-        except StoreUnavailable:
+        except (StoreUnavailable, asyncio.CancelledError):  # it may not count a start that has happened
             self._acknowledged.uncertain.add(lease.record.task_id)
             raise
         if not counted:  # the lease had expired: the store did not count this attempt
