@@ -1,4 +1,4 @@
-"""How long callers wait for an answer: from their headers, their user agent, and from those that hung up."""
+"""Timeouts of callers: from their headers, their user agent, and from those that hung up."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class BusyReason(enum.StrEnum):
 
 
 class Wording(enum.StrEnum):
-    """What the message of a 429 says about its reason, whatever the reason is."""
+    """The reason that the message of a 429 gives, whatever the reason is."""
 
     VAGUE = "vague"
     """Nothing."""
@@ -80,7 +80,7 @@ class Wording(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportedLimits:
-    """How a provider's answers depart from the truth about its limits; with the defaults they do not."""
+    """The departures of a provider's answers from the truth about its limits; the defaults are the truth."""
 
     wording: Wording | None = None  # of each 429; None: the truth
     retry_after: str | None = None  # value of the header of each 429; "" leaves it out; None: the truth

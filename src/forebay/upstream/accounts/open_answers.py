@@ -23,7 +23,7 @@ class OpenAnswer(Protocol):
 
     @property
     def settled(self) -> bool:
-        """Whether the permit is released."""
+        """True once the permit is released."""
 
     def take_back(self) -> None:
         """Close the answer, and release its permit. Callable from any thread."""

@@ -1,4 +1,4 @@
-"""What keeps a request from being metered. It is looked for only where a budget or a quota is set."""
+"""Reasons why a request cannot be metered. They are looked for only where a budget or a quota is set."""
 
 from __future__ import annotations
 
