@@ -552,9 +552,9 @@ def writes_to_a_cache_cost_as_much_as_other_input() -> None:
 def hidden_output_of_a_stream_that_is_left_is_free() -> None:
     original = UsageMeter.unfinished_usage
 
-    def unfinished_usage(self: UsageMeter, hidden_tokens: int) -> Usage:
+    def unfinished_usage(self: UsageMeter, hidden_tokens: int, bound: int | None = None) -> Usage:
         del hidden_tokens
-        return original(self, 0)
+        return original(self, 0, bound)
 
     replace(UsageMeter, original, unfinished_usage)
 
