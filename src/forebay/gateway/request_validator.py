@@ -62,6 +62,13 @@ class RequestValidator:
         if len(headers) < len(raw_headers) and (name := _find_repeated_credential(raw_headers)):
             message = f"the header {name} stands there twice, so that servers do not agree whose call it is: send one"
             return RequestError(400, "forebay_header", message)
+        if "connection" in headers and (name := _find_dropped_credential(raw_headers)):
+            message = f"the header Connection names {name}, so that it would not reach the provider: remove it there"
+            return RequestError(400, "forebay_header", message)
+        for name in CREDENTIAL_HEADERS:
+            if not _can_be_sent(headers.get(name, "")):
+                message = f"the header {name} has characters besides the printable ones of ASCII: send the key alone"
+                return RequestError(400, "forebay_header", message)
         coding = headers.get("transfer-encoding", "chunked")
         if coding.lower() != "chunked":
             return RequestError(501, "forebay_coding", "the only supported Transfer-Encoding is 'chunked'")
@@ -92,6 +99,21 @@ def _find_repeated_credential(raw_headers: Sequence[tuple[bytes, bytes]]) -> str
     """Return the name of a header with an API key that stands there more than once; empty if there is none."""
     names = [name.decode("latin-1").lower() for name, _ in raw_headers]
     return next((name for name in CREDENTIAL_HEADERS if names.count(name) > 1), "")
+
+
+def _find_dropped_credential(raw_headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """Return the name of a header with an API key that a Connection header declares hop-by-hop; empty if none.
+
+    Its call would be counted for a key that the provider never sees.
+    """
+    listed = b",".join([value for name, value in raw_headers if name.lower() == b"connection"]).decode("latin-1")
+    named = {name.strip().lower() for name in listed.split(",")}
+    return next((name for name in CREDENTIAL_HEADERS if name in named), "")
+
+
+def _can_be_sent(credential: str) -> bool:
+    """Return whether a provider gets a credential as it is read here: other bytes are changed on the way."""
+    return credential.isascii() and credential.replace("\t", " ").isprintable()
 
 
 @functools.lru_cache(maxsize=256)
