@@ -37,7 +37,9 @@ SECONDS: Final = (5.0, 30.0, 240.0)  # over which the tasks come
 MAX_TOKENS: Final = 120
 COST: Final = (20 * 2.50 + MAX_TOKENS * 10.0) / 1e6  # dollars of the dearest call
 WAYS: Final = (("whole", "whole", "stream", "leave", "hurry"), ("whole", "stream"), ("leave",), ("hurry",))
-TABLE: Final = 100  # the bound of the tables of tenants and accounts in a simulation, in place of thousands
+TABLE: Final = (
+    101  # the bound of tables in a simulation, in place of thousands; a prime: each entry is dropped some time
+)
 SUSPENSION: Final = 60.0  # seconds between two calls to a provider whose spend cap is reached
 REFUSAL_DELAY: Final = 1.0  # seconds that it takes to say so
 KINDS: Final = ("tenant", "model", "key", "spelling", "junk")
@@ -217,7 +219,7 @@ class TableStorm:
         self.seed = seed
         rng = random.Random(f"tables {seed}")
         self.kind = KINDS[seed % len(KINDS)]
-        self.others = rng.randint(3 * TABLE, 5 * TABLE)
+        self.others = rng.randint(2 * TABLE, 4 * TABLE)
         self.happened: Counter[str] = Counter()
 
     async def main(self) -> None:
