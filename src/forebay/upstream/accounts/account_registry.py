@@ -107,7 +107,7 @@ class AccountRegistry:
         return [account for (other, _), account in self._accounts.items() if other == mark]
 
     def _suspend_key(self, mark: str, seconds: float, account: SharedAccount) -> None:
-        """Suspend all accounts of an API key, of which one has heard that the key's money at the provider is spent."""
+        """Suspend all accounts of an API key: a provider has told one of them that the key's money is spent."""
         now, suspended = clock.now(), self._suspended_until
         if len(suspended) >= _KNOWN:
             self._suspended_until = suspended = {key: until for key, until in suspended.items() if until > now}
