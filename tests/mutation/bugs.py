@@ -702,6 +702,10 @@ def spent_money_stops_one_model_only() -> None:
     always(AccountRegistry, AccountRegistry._accounts_of_key, returns=())
 
 
+def spent_money_stops_only_the_models_that_were_called() -> None:
+    skip(AccountRegistry._open, AccountRegistry._continue_suspension)
+
+
 def a_call_waits_however_long_it_takes() -> None:
     original = CallQueue.enqueue
 

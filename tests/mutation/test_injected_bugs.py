@@ -267,6 +267,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_account_retries.test_calls_that_fail_again_and_again_leave_retries_for_the_first_failures_of_others
     ),
     bugs.spent_money_stops_one_model_only: (test_decisions.test_spent_money_stops_all_models_of_the_key_and_no_other),
+    bugs.spent_money_stops_only_the_models_that_were_called: (
+        test_decisions.test_spent_money_stops_models_of_the_key_that_were_not_called_before
+    ),
     bugs.a_call_waits_however_long_it_takes: (
         test_decisions.test_no_call_waits_for_more_than_one_and_a_half_times_the_longest_expected_wait
     ),

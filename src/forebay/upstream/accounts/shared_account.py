@@ -37,7 +37,7 @@ class SharedAccount:
         open_account: returns a new account, which makes the decisions: one now, and one in each forked child.
         upstream: name of the account's upstream, for messages.
         retries: of its calls.
-        same_key: returns all accounts of its API key, itself included.
+        suspend_key: suspends all accounts of its API key for some seconds, itself included.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
             typical call.
 
@@ -52,14 +52,14 @@ class SharedAccount:
         *,
         upstream: str,
         retries: AccountRetries,
-        same_key: Callable[[], Iterable[SharedAccount]],
+        suspend_key: Callable[[float, SharedAccount], None],
         max_start_wait: float | None,
     ) -> None:
         self.account = open_account()
         self.name = self.account.name
         self._open_account = open_account
         self.retries = retries
-        self._same_key = same_key
+        self._suspend_key = suspend_key
         self.token_estimates = TokenEstimates()
         self.served_by_fallback = 0
         self._upstream = upstream
@@ -241,10 +241,10 @@ class SharedAccount:
 
     def suspend(self, seconds: float) -> None:
         """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone."""
-        for account in {self, *self._same_key()}:
-            account._suspend(seconds)  # noqa: SLF001 - one of its kind
+        self._suspend_key(seconds, self)
 
-    def _suspend(self, seconds: float) -> None:
+    def suspend_alone(self, seconds: float) -> None:
+        """Send no calls of this account for `seconds`, and reject those that wait."""
         now = clock.now()
         with self._lock:
             self.account.suspend(now, seconds)
