@@ -526,6 +526,10 @@ def after_a_suspension_all_calls_go() -> None:
     always(SpendSuspension, SpendSuspension.record_sent, returns=None)
 
 
+def one_request_that_is_too_dear_stops_the_key() -> None:
+    always(SpendSuspension, SpendSuspension.confirm, returns=math.inf)
+
+
 def a_call_that_cannot_be_metered_passes() -> None:
     original = Exchange._price
 

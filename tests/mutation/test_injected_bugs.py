@@ -225,6 +225,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),
     bugs.after_a_suspension_all_calls_go: test_spend.test_after_a_suspension_one_call_goes_until_it_has_succeeded,
+    bugs.one_request_that_is_too_dear_stops_the_key: (
+        test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
+    ),
     bugs.a_call_that_cannot_be_metered_passes: (
         test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
     ),
