@@ -59,8 +59,8 @@ class RequestValidator:
         if method not in _METHODS:
             message = f"the method {method} is not allowed; allowed are {', '.join(sorted(_METHODS))}"
             return RequestError(405, "forebay_method", message)
-        if (message := _find_bad_credential(headers, raw_headers)) is not None:
-            return RequestError(400, "forebay_header", message)
+        if problem := _find_bad_credential(headers, raw_headers):
+            return RequestError(400, "forebay_header", problem)
         coding = headers.get("transfer-encoding", "chunked")
         if coding.lower() != "chunked":
             return RequestError(501, "forebay_coding", "the only supported Transfer-Encoding is 'chunked'")
@@ -87,8 +87,8 @@ class RequestValidator:
         return None
 
 
-def _find_bad_credential(headers: Mapping[str, str], raw_headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-    """Return why the provider would not get the API key of a request as it is read here; None if it would.
+def _find_bad_credential(headers: Mapping[str, str], raw_headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """Return why the provider would not get the API key of a request as it is read here; empty if it would.
 
     The call would be counted for a key that the provider never sees.
     """
@@ -99,7 +99,7 @@ def _find_bad_credential(headers: Mapping[str, str], raw_headers: Sequence[tuple
         return f"the header {name} stands there twice, so that servers do not agree whose call it is: send one"
     if "connection" in headers and (name := _find_dropped_credential(raw_headers)):
         return f"the header Connection names {name}, so that it would not reach the provider: remove it there"
-    return None
+    return ""
 
 
 def _find_repeated_credential(raw_headers: Sequence[tuple[bytes, bytes]]) -> str:

@@ -14,6 +14,8 @@ from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.providers.request import READ_FIELDS, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
+_MAX_UNREAD: Final = 1 << 20  # bytes of a body besides its input that are searched for repeated keys
+_MAX_OBJECTS: Final = 100_000  # of a body that is searched for repeated keys object by object
 
 # Tools that run at the caller, or whose cost is in the usage of the answer. Any other runs at the provider, which bills
 # containers, images and other models apart. Sources: the tool guides of OpenAI and Anthropic.
@@ -50,6 +52,8 @@ def find_unreadable(request: ProviderRequest, body: bytes) -> str:
         return ""
     if request.unreadable or request.endpoint is Endpoint.OTHER:
         return request.unreadable
+    if len(body) - request.input_size > _MAX_UNREAD:
+        return f"its body has more than {_MAX_UNREAD:,} bytes besides its messages, prompts and tools: send less"
     if _has_duplicate_keys(body):
         return (
             "its body has a key twice, in another case, or written in escapes: servers do not agree on what that means"
@@ -149,6 +153,8 @@ def _mixes_cases(names: Iterable[str]) -> bool:
 
 def _repeats_a_key(text: bytes, *, everywhere: bool) -> bool:
     """Return whether the outermost object has a key twice, or any object `everywhere`; also if that cannot be told."""
+    if text.count(b"{") > _MAX_OBJECTS:
+        return True
     repeated = outermost = False
 
     def look(pairs: list[tuple[str, Any]]) -> None:

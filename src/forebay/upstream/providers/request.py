@@ -72,6 +72,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         conversation: whether it continues a conversation that the provider stores.
         plugins: whether it names plugins of its provider.
         stored_prompt: whether it names a prompt that the provider stores.
+        input_size: bytes of its input: messages, prompts, tools.
         content: its messages or other input, as JSON, or empty.
         tools: as JSON, or empty.
     """
@@ -100,6 +101,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
     conversation: bool = False
     plugins: bool = False
     stored_prompt: bool = False
+    input_size: int = 0
     content: msgspec.Raw = _NOTHING
     tools: msgspec.Raw = _NOTHING
 
@@ -218,7 +220,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
             billing=billing,
             billing_reason=reason,
         )
-    pieces = map(bytes, filter(None, msgspec.structs.astuple(read)[_FIRST_INPUT:]))
+    pieces = [bytes(piece) for piece in msgspec.structs.astuple(read)[_FIRST_INPUT:] if piece]
     choices = 1
     if read.n is not None or read.best_of is not None:
         choices = min(_MAX_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
@@ -253,6 +255,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         conversation=read.conversation is not None,
         plugins=bool(read.plugins),
         stored_prompt=route is Endpoint.RESPONSES and bytes(read.prompt).startswith(b"{"),
+        input_size=sum(map(len, pieces)),
         content=read.messages or read.input,
         tools=read.tools,
     )

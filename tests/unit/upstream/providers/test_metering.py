@@ -58,6 +58,18 @@ def test_any_other_json_object_can_be_read(
     assert not unreadable(body)
 
 
+def test_a_body_of_nothing_but_keys_is_not_searched_for_repeated_ones() -> None:
+    keys = b",".join(b'"%07d":1' % number for number in range(100_000))
+    assert "besides its messages" in unreadable(b'{"model":"m","messages":[],%b}' % keys)
+    assert not unreadable(b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"x" * len(keys)))
+    assert not unreadable(b'{"model":"m","prompt":"%b"}' % (b"x" * len(keys)))
+
+
+def test_a_body_of_nothing_but_objects_is_not_searched_one_by_one() -> None:
+    assert "a key twice" in unreadable(b'{"model":  "m","messages":[%b{}]}' % (b"{}," * 100_000))
+    assert not unreadable(b'{"model":"m","messages":[%b{}]}' % (b"{}," * 100_000))
+
+
 def test_a_repeated_key_deeper_down_changes_nothing() -> None:
     assert not unreadable(b'{"model":"m","messages":[{"role":"user","role":"user"}]}')
 
