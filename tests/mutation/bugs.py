@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+from aiohttp.client_proto import ResponseHandler
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
@@ -795,6 +796,10 @@ def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
         return self.transport is not None
 
     replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def bytes_behind_a_response_lose_it() -> None:
+    replace(PooledConnection, PooledConnection.data_received, ResponseHandler.data_received)
 
 
 def decompression_ends_with_the_first_member() -> None:

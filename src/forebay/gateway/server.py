@@ -166,8 +166,8 @@ class _Connection(web.RequestHandler):
         in_body = self._last_body is not None and not self._last_body.is_eof()
         super().data_received(data)
         if len(self._messages) > messages:
-            message, self._last_body = self._messages[-1]
-            self._last_version = getattr(message, "version", HttpVersion10)  # aiohttp's report of an error has none
+            head, self._last_body = self._messages[-1]
+            self._last_version = getattr(head, "version", HttpVersion10)  # aiohttp's report of an error has none
             self._head_bytes = 0
         else:
             self._head_bytes = 0 if in_body else self._head_bytes + len(data)
