@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+from aiohttp.client_proto import ResponseHandler
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
@@ -82,7 +83,7 @@ from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, P
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
-from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, request
+from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -805,6 +806,10 @@ def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
     replace(PooledConnection, PooledConnection.is_connected, is_connected)
 
 
+def bytes_behind_a_response_lose_it() -> None:
+    replace(PooledConnection, PooledConnection.data_received, ResponseHandler.data_received)
+
+
 def decompression_ends_with_the_first_member() -> None:
     original = _Inflater._begin
 
@@ -1049,3 +1054,24 @@ def a_list_of_prompts_is_reserved_as_one() -> None:
         return 1
 
     request._count_prompts.__code__ = _count_prompts.__code__
+
+
+def tools_within_the_input_pass() -> None:
+    def _tools_within(content: object) -> list[Any]:
+        return []
+
+    metering._tools_within.__code__ = _tools_within.__code__
+
+
+def models_that_may_answer_instead_are_free() -> None:
+    def _names(models: object) -> tuple[str, ...]:
+        return ()
+
+    request._names.__code__ = _names.__code__
+
+
+def a_field_whose_cost_no_usage_tells_passes() -> None:
+    def _billed_apart(body: Any, endpoint: Any, model: str) -> str:
+        return ""
+
+    request._billed_apart.__code__ = _billed_apart.__code__

@@ -71,7 +71,7 @@ from tests.unit.upstream.accounts.refusals import (
 )
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
-from tests.unit.upstream.providers import test_credentials, test_endpoints
+from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -310,6 +310,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
     ),
+    bugs.bytes_behind_a_response_lose_it: test_gateway_attacks.test_bytes_behind_any_whole_response_are_dropped,
     bugs.decompression_ends_with_the_first_member: (
         test_gateway_responses.test_streams_compressed_in_any_way_are_metered_and_no_faults
     ),
@@ -386,6 +387,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_list_of_prompts_is_reserved_as_one: (
         test_budget_attacks.test_each_prompt_of_a_legacy_completion_is_reserved
     ),
+    bugs.tools_within_the_input_pass: test_metering.test_a_tool_within_the_input_is_looked_at_too,
+    bugs.models_that_may_answer_instead_are_free: test_budget_attacks.test_of_several_models_the_dearest_is_reserved,
+    bugs.a_field_whose_cost_no_usage_tells_passes: test_metering.test_a_field_whose_cost_no_usage_tells_is_unpriced,
     bugs.each_spelling_of_a_key_is_an_account: test_credentials.test_every_spelling_of_a_key_is_one_account,
     bugs.junk_in_a_header_that_is_not_read_makes_an_account: (
         test_credentials.test_headers_that_the_provider_does_not_read_make_no_account

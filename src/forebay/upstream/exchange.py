@@ -148,7 +148,10 @@ class Exchange:
         unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
         tokens = _TOKENS_PER_SECOND * parsed.choices
         return core.price(
-            model, usage, per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if unbounded else None
+            model,
+            usage,
+            alternatives=parsed.alternatives,
+            per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if unbounded else None,
         )
 
     # --- fallback ---
@@ -351,7 +354,12 @@ class Exchange:
         usd: float | None = 0.0
         if self.core.budgets.has_budgets:
             billed = usage.billed(tier=self.parsed.tier, web_searches=self.parsed.searches)
-            usd = self.core.cost(self.call_request.model, billed, answered_by=self._answered_by)
+            usd = self.core.cost(
+                self.call_request.model,
+                billed,
+                answered_by=self._answered_by,
+                alternatives=self.parsed.alternatives,
+            )
             if usd is None and self.call_request.usd:
                 self.core.count_unpriced()
         reported = kind is Outcome.SUCCESS and not usage.estimated
