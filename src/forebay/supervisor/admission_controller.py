@@ -18,6 +18,7 @@ from forebay.errors import (
     DuplicateTask,
     ForebayError,
     InvalidTask,
+    NestedTooDeep,
     OverflowRequired,
     StoreUnavailable,
     SupervisorClosed,
@@ -27,7 +28,7 @@ from forebay.errors import (
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
 from forebay.supervisor.runs.run import Run
-from forebay.supervisor.runs.slot_loans import active_runs
+from forebay.supervisor.runs.slot_loans import active_runs, run_and_ancestors
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
 from forebay.task import Deadline, Priority, Task
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 _ABANDONED = "its submitter has gone"
+# Runs above a task that have not ended. A cancellation goes down one run in each turn of the loop, so it never reaches
+# the last one of a handler that runs itself; and each await costs time for each run above it.
+_MAX_NESTING = 1000
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
@@ -255,7 +259,11 @@ class AdmissionController:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
-        active = None if parent is None else [*active_runs(parent, self._dispatcher)]
+        active = None
+        if parent is not None:
+            if sum(1 for _ in run_and_ancestors(parent)) > _MAX_NESTING:
+                raise NestedTooDeep(task_id=task.task_id, bound=_MAX_NESTING)
+            active = [*active_runs(parent, self._dispatcher)]
         submitted_at = None
         if self._dispatcher.spill is not None:
             submitted_at = self._dispatcher.spill.submission_time()

@@ -13,6 +13,7 @@ from forebay._renamed import renamed
 from forebay.context import RunningTask
 from forebay.errors import (
     ForebayError,
+    NestedTooDeep,
     Overloaded,
     ResultUnavailable,
     TaskCancelled,
@@ -546,7 +547,7 @@ def as_error(result: TaskResult) -> ForebayError:
             return TaskExpired(**facts)
         case TaskStatus.CANCELLED:
             return TaskCancelled(**facts)
-    if isinstance(result.cause, Overloaded):
+    if isinstance(result.cause, Overloaded | NestedTooDeep):
         return fresh_copy(result.cause)
     return TaskFailed(**facts)
 
