@@ -420,27 +420,31 @@ async def test_a_nested_task_behind_a_conversation_that_has_not_begun_does_not_d
 # --- a handler that runs itself --------------------------------------------------------------------------------------
 
 
-def runaway(*, again: bool) -> tuple[BackpressureSupervisor, list[int], asyncio.Event]:
-    """Return a supervisor whose handler runs its own type and never waits for anything else; its starts, and if 500."""
-    starts, many = [0], asyncio.Event()
+def runaway(*, again: bool = False, many: int = 0) -> tuple[BackpressureSupervisor, list[int], asyncio.Event]:
+    """Return a supervisor whose handler runs its own type and never waits for anything else.
+
+    With it come the number of its starts, and an event that is set once they are `many`. It gives up after 5,000.
+    """
+    starts, reached = [0], asyncio.Event()
 
     async def handler(_: Task) -> None:
         starts[0] += 1
-        if starts[0] == 500:
-            many.set()
-        while again:
+        if starts[0] == many:
+            reached.set()
+        while again and starts[0] < 5_000:
             with contextlib.suppress(NestedTooDeep):
                 await supervisor.run(Task("work"))
-        await supervisor.run(Task("work"))
+        if starts[0] < 5_000:
+            await supervisor.run(Task("work"))
 
     supervisor = BackpressureSupervisor()
     supervisor.register_worker("worker", handler=handler, task_types=["work"])
-    return supervisor, starts, many
+    return supervisor, starts, reached
 
 
 @virtual
 async def test_a_handler_that_runs_itself_without_end_is_stopped_by_an_error_that_says_so() -> None:
-    supervisor, starts, _ = runaway(again=False)
+    supervisor, starts, _ = runaway()
     async with supervisor:
         with pytest.raises(NestedTooDeep, match=r"nested in 1000 runs.*its own task type") as caught:
             await supervisor.run(Task("work"))
@@ -452,16 +456,17 @@ async def test_a_handler_that_runs_itself_without_end_is_stopped_by_an_error_tha
         assert statistics.workers[0].state is WorkerState.IDLE  # one bad task does not take the worker from the others
 
 
-@pytest.mark.parametrize("end", ["cancel", "close"])
+@pytest.mark.parametrize(("end", "many"), [("cancel", 5), ("cancel", 500), ("close", 500)])
 @virtual
-async def test_a_handler_that_runs_itself_and_tries_again_whatever_happens_can_be_stopped(end: str) -> None:
-    supervisor, _, many = runaway(again=True)
+async def test_a_handler_that_runs_itself_and_tries_again_whatever_happens_can_be_stopped(end: str, many: int) -> None:
+    supervisor, starts, reached = runaway(again=True, many=many)
     async with supervisor:
         running = asyncio.ensure_future(supervisor.run(Task("work")))
-        await many.wait()
+        await reached.wait()
         if end == "close":
             await supervisor.close()
         running.cancel()
         await asyncio.sleep(1.0)  # virtual time moves only once nobody has anything to do
-        assert not supervisor.statistics().suspended
         assert running.done()
+        assert not supervisor.statistics().suspended
+        assert starts[0] < 2_000

@@ -212,8 +212,12 @@ def each_message_that_comes_too_late_ends_in_a_call_of_its_own() -> None:
     replace(Dispatcher, original, _may_still_start)
 
 
-def a_handler_that_runs_itself_is_never_stopped() -> None:
-    admission_controller._MAX_NESTING = 10**9
+def a_handler_that_runs_itself_goes_deeper_than_the_bound() -> None:
+    admission_controller._MAX_NESTING = 1500
+
+
+def a_handler_that_runs_itself_stays_ahead_of_its_cancellation() -> None:
+    admission_controller._DEEP = 10**9
 
 
 def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:

@@ -28,7 +28,7 @@ from forebay.errors import (
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
 from forebay.supervisor.runs.run import Run
-from forebay.supervisor.runs.slot_loans import active_runs, run_and_ancestors
+from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
 from forebay.task import Deadline, Priority, Task
@@ -43,9 +43,11 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 _ABANDONED = "its submitter has gone"
-# Runs above a task that have not ended. A cancellation goes down one run in each turn of the loop, so it never reaches
-# the last one of a handler that runs itself; and each await costs time for each run above it.
+# Runs above a task that have not ended: each await costs time for each of them.
 _MAX_NESTING = 1000
+# Runs above a task, ended ones included, from which a nested submission lets the loop turn. A handler that runs itself
+# goes down one run a turn, and its cancellation too: it would never reach the last one.
+_DEEP = 100
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
@@ -173,6 +175,9 @@ class AdmissionController:
 
     async def _submit(self, task: Task) -> Ticket:
         pool, parent = self._check(task)
+        if parent is not None and depth(parent) >= _DEEP:
+            await asyncio.sleep(0)
+            self._check(task)  # again, because anything may have happened during the await
         spill = self._dispatcher.spill
         if task.durable:
             if spill is None:
@@ -187,7 +192,7 @@ class AdmissionController:
             if (known := await self._find_by_key(task.key)) is not None:
                 known.share()
                 return known
-            self._check(task)  # again, because anything may have happened during the await
+            self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
             refusal = self.try_admit(ticket, pool, may_spill=False)
@@ -270,6 +275,8 @@ class AdmissionController:
         elif deadline is not None:
             submitted_at = clock.wall_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at)
+        if parent is not None:
+            ticket.descend(depth(parent))
         if active:
             ticket.nest(order_time=active[-1].ticket.place_in_store)
         if task.key is not None:
