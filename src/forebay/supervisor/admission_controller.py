@@ -180,14 +180,7 @@ class AdmissionController:
             self._check(task)  # again, because anything may have happened during the await
         spill = self._dispatcher.spill
         if task.durable:
-            if spill is None:
-                why = "there is no overflow to record it in"
-                advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
-                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
-            if not spill.stored.durable:
-                why = "the overflow does not survive its process"
-                advice = 'use one that does, for example overflow="sqlite:///spill.db"'
-                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
+            _check_durable(task, spill)
         if task.key is not None:
             if (known := await self._find_by_key(task.key)) is not None:
                 known.share()
@@ -564,6 +557,18 @@ class _Undecided:
     def is_abandoned(self) -> bool:
         """Return whether all callers have left, and nobody else got the ticket by its key or awaits it by its id."""
         return not (self.callers or self._ticket.shared or self._ticket.is_observed)
+
+
+def _check_durable(task: Task, spill: Spill | None) -> None:
+    """Raise OverflowRequired unless `spill` can record a durable task."""
+    if spill is not None and spill.stored.durable:
+        return
+    why = "there is no overflow to record it in"
+    advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
+    if spill is not None:
+        why = "the overflow does not survive its process"
+        advice = 'use one that does, for example overflow="sqlite:///spill.db"'
+    raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
 
 
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:
