@@ -203,6 +203,16 @@ class DuplicateTask(ForebayError, ValueError):
     task_id: str
 
 
+class NestedTooDeep(ForebayError, RecursionError):
+    """Task {task_id!r} would be nested in {bound} runs, each of which waits for the one below it: does a handler run
+    its own task type without end? If it is meant to go so deep, let it return what comes next, and submit that from
+    where its result is awaited.
+    """
+
+    task_id: str
+    bound: int
+
+
 class UnknownTaskType(ForebayError, LookupError):
     """No worker is registered for task type {task_type!r} (there are workers for: {known}): register one with
     register_worker(..., task_types=[{task_type!r}]), or correct the type.

@@ -39,7 +39,7 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import drain, nested_supervisor, pool
+from forebay.supervisor import admission_controller, drain, nested_supervisor, pool
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -211,6 +211,14 @@ def each_message_that_comes_too_late_ends_in_a_call_of_its_own() -> None:
         return may_start
 
     replace(Dispatcher, original, _may_still_start)
+
+
+def a_handler_that_runs_itself_goes_deeper_than_the_bound() -> None:
+    admission_controller._MAX_NESTING = 1500
+
+
+def a_handler_that_runs_itself_stays_ahead_of_its_cancellation() -> None:
+    admission_controller._DEEP = 10**9
 
 
 def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:

@@ -116,6 +116,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.each_message_that_comes_too_late_ends_in_a_call_of_its_own: (
         test_conversations.test_hundreds_of_messages_that_come_too_late_at_one_turn_all_end_and_the_conversation_goes_on
     ),
+    bugs.a_handler_that_runs_itself_goes_deeper_than_the_bound: (
+        test_open_runs.test_a_handler_that_runs_itself_without_end_is_stopped_by_an_error_that_says_so
+    ),
+    bugs.a_handler_that_runs_itself_stays_ahead_of_its_cancellation: (
+        test_open_runs.test_a_handler_that_runs_itself_and_tries_again_whatever_happens_can_be_stopped
+    ),
     bugs.a_nested_task_that_is_queued_starts_the_next_one_at_once: (
         test_conversations.test_hundreds_of_nested_messages_that_come_too_late_all_end
     ),

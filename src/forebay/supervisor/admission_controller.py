@@ -18,6 +18,7 @@ from forebay.errors import (
     DuplicateTask,
     ForebayError,
     InvalidTask,
+    NestedTooDeep,
     OverflowRequired,
     StoreUnavailable,
     SupervisorClosed,
@@ -27,7 +28,7 @@ from forebay.errors import (
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
 from forebay.supervisor.runs.run import Run
-from forebay.supervisor.runs.slot_loans import active_runs
+from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
 from forebay.task import Deadline, Priority, Task
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 _ABANDONED = "its submitter has gone"
+# Runs above a task that have not ended: each await costs time for each of them.
+_MAX_NESTING = 1000
+# Runs above a task, ended ones included, from which a nested submission lets the loop turn. A handler that runs itself
+# goes down one run a turn, and its cancellation too: it would never reach the last one.
+_DEEP = 100
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
@@ -169,21 +175,17 @@ class AdmissionController:
 
     async def _submit(self, task: Task) -> Ticket:
         pool, parent = self._check(task)
+        if parent is not None and depth(parent) >= _DEEP:
+            await asyncio.sleep(0)
+            self._check(task)  # again, because anything may have happened during the await
         spill = self._dispatcher.spill
         if task.durable:
-            if spill is None:
-                why = "there is no overflow to record it in"
-                advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
-                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
-            if not spill.stored.durable:
-                why = "the overflow does not survive its process"
-                advice = 'use one that does, for example overflow="sqlite:///spill.db"'
-                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
+            _check_durable(task, spill)
         if task.key is not None:
             if (known := await self._find_by_key(task.key)) is not None:
                 known.share()
                 return known
-            self._check(task)  # again, because anything may have happened during the await
+            self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
             refusal = self.try_admit(ticket, pool, may_spill=False)
@@ -255,13 +257,19 @@ class AdmissionController:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
-        active = None if parent is None else [*active_runs(parent, self._dispatcher)]
+        active = None
+        if parent is not None:
+            if sum(1 for _ in run_and_ancestors(parent)) > _MAX_NESTING:
+                raise NestedTooDeep(task_id=task.task_id, bound=_MAX_NESTING)
+            active = [*active_runs(parent, self._dispatcher)]
         submitted_at = None
         if self._dispatcher.spill is not None:
             submitted_at = self._dispatcher.spill.submission_time()
         elif deadline is not None:
             submitted_at = clock.wall_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at)
+        if parent is not None:
+            ticket.descend(depth(parent))
         if active:
             ticket.nest(order_time=active[-1].ticket.place_in_store)
         if task.key is not None:
@@ -549,6 +557,18 @@ class _Undecided:
     def is_abandoned(self) -> bool:
         """Return whether all callers have left, and nobody else got the ticket by its key or awaits it by its id."""
         return not (self.callers or self._ticket.shared or self._ticket.is_observed)
+
+
+def _check_durable(task: Task, spill: Spill | None) -> None:
+    """Raise OverflowRequired unless `spill` can record a durable task."""
+    if spill is not None and spill.stored.durable:
+        return
+    why = "there is no overflow to record it in"
+    advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
+    if spill is not None:
+        why = "the overflow does not survive its process"
+        advice = 'use one that does, for example overflow="sqlite:///spill.db"'
+    raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
 
 
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -16,15 +16,21 @@ class Conversation:
     """The tasks of one conversation that are inside.
 
     Attributes:
-        tickets: the first is queued or runs; the others are parked behind it, in the order of submission.
+        tickets: the first is queued or runs; the others are parked behind it, in the order of submission. Any of them
+            may leave at any time: cancelling thousands must not be quadratic.
         retry_schedule: when its rejected tasks are to come back.
     """
 
     __slots__ = ("retry_schedule", "tickets")
 
     def __init__(self, first: Ticket) -> None:
-        self.tickets = deque((first,))
+        self.tickets: OrderedDict[Ticket, None] = OrderedDict.fromkeys((first,))
         self.retry_schedule = RetryAfterSchedule()
+
+    @property
+    def first(self) -> Ticket:
+        """The task that is queued or runs."""
+        return next(iter(self.tickets))
 
     @property
     def parked(self) -> int:
@@ -64,28 +70,28 @@ class Conversations:
         if conversation is None:
             self._open[thread_id] = Conversation(ticket)
             return True
-        conversation.tickets.append(ticket)
+        conversation.tickets[ticket] = None
         return False
 
     def is_parked(self, ticket: Ticket) -> bool:
         """Return whether a task waits inside behind another one of its conversation."""
         conversation = self.get(ticket.task.thread_id)
-        return conversation is not None and conversation.tickets[0] is not ticket and ticket in conversation.tickets
+        return conversation is not None and conversation.first is not ticket and ticket in conversation.tickets
 
     def remove_parked(self, ticket: Ticket) -> None:
         """Remove a task that is parked."""
         conversation = self.get(ticket.task.thread_id)
         assert conversation is not None  # noqa: S101 - see is_parked
-        conversation.tickets.remove(ticket)
+        del conversation.tickets[ticket]
 
     def end_first(self, ticket: Ticket) -> Ticket | None:
         """Remove a task that has really ended, if it is the first; return the one that follows it, if any."""
         conversation = self.get(ticket.task.thread_id)
-        if conversation is None or conversation.tickets[0] is not ticket:
+        if conversation is None or conversation.first is not ticket:
             return None
-        conversation.tickets.popleft()
+        del conversation.tickets[ticket]
         if conversation.tickets:
-            return conversation.tickets[0]
+            return conversation.first
         del self._open[ticket.task.thread_id or ""]
         return None
 

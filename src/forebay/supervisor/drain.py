@@ -204,7 +204,7 @@ class Drain:
             elif thread_id not in seen:
                 seen.add(thread_id)
                 conversation = self._dispatcher.conversations.get(thread_id)
-                if self._may_run(ticket if conversation is None else conversation.tickets[0]):
+                if self._may_run(ticket if conversation is None else conversation.first):
                     return True
         return False
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
 from forebay._text import error_text, format_duration
-from forebay.errors import Overloaded, RemoteError, StillSpilled, UnusableTask
+from forebay.errors import NestedTooDeep, Overloaded, RemoteError, StillSpilled, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
@@ -339,7 +339,7 @@ def _is_submitters_mistake(cause: BaseException | None) -> bool:
     """Return whether a handler failed because of its task, which no handler of its type could have run."""
     if isinstance(cause, RemoteError):
         return cause.type == UnusableTask.__name__
-    return isinstance(cause, UnusableTask)
+    return isinstance(cause, UnusableTask | NestedTooDeep)
 
 
 def describe_error(cause: BaseException | None) -> str:

@@ -25,6 +25,11 @@ def active_runs(running: RunningTask | None, dispatcher: object) -> Iterator[Run
     return (run for run in run_and_ancestors(running) if run.dispatcher is dispatcher and not run.ended)
 
 
+def depth(running: RunningTask) -> int:
+    """Return how many runs led to `running`, itself included, whether or not they have ended."""
+    return running.ticket.depth + 1 if isinstance(running, Run) else 1
+
+
 class SlotLoan:
     """The slots that are lent while one run awaits a task of `dispatcher`.
 
