@@ -174,6 +174,8 @@ class AdmissionController:
         return Slot(self._dispatcher, self._new_ticket(task, parent), try_admit)
 
     async def _submit(self, task: Task) -> Ticket:
+        if self._dispatcher.spill is not None:  # a ticket that was asked for by an id that may be unknown is no twin
+            await self._dispatcher.spill.lookup.wait_for_search(task.task_id)
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)

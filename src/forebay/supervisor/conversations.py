@@ -50,6 +50,8 @@ class Conversations:
         self._open: dict[str, Conversation] = {}
         self._stored: dict[str, int] = {}  # records that are not leased here, as far as known
         self._spilling: dict[str, int] = {}  # tasks on their way to the overflow
+        self._recounts = 0  # that the store has not answered yet
+        self._stored_since: dict[str, int] = {}  # counted here since the first of them was asked for
 
     # --- inside ---
 
@@ -126,16 +128,30 @@ class Conversations:
         """Count one more record in the overflow that is not leased here."""
         if thread_id is not None:
             self._stored[thread_id] = self._stored.get(thread_id, 0) + 1
+            if self._recounts:
+                self._stored_since[thread_id] = self._stored_since.get(thread_id, 0) + 1
 
     def remove_stored(self, thread_id: str | None) -> None:
         """Count one record less in the overflow, but not less than none: the count may be out of date."""
         if thread_id is not None and thread_id in self._stored:
             _decrement(self._stored, thread_id)
 
+    def begin_recount(self) -> None:
+        """Note that the store counts its records: its answer may miss those that are stored before it comes."""
+        self._recounts += 1
+
+    def end_recount(self) -> None:
+        """Note that the store has answered, or failed."""
+        self._recounts -= 1
+        if not self._recounts:
+            self._stored_since.clear()
+
     def recount(self, unfinished: Mapping[str, int], held: Mapping[str, int]) -> None:
         """Replace the counts by those of the store: of the records that have not ended, less those leased here."""
         counts = ((thread_id, count - held.get(thread_id, 0)) for thread_id, count in unfinished.items())
         self._stored = {thread_id: count for thread_id, count in counts if count > 0}
+        for thread_id, count in self._stored_since.items():
+            self._stored[thread_id] = self._stored.get(thread_id, 0) + count
 
 
 def _decrement(counts: dict[str, int], thread_id: str) -> None:

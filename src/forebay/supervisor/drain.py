@@ -177,7 +177,7 @@ class Drain:
                     await self._wait_for_progress()
 
     async def _wait_until_empty(self) -> None:
-        while self._is_moving() or (self._has_unfinished() and (self._dispatcher.runs or self._has_startable())):
+        while self._is_moving() or (self._has_unfinished() and (self._has_live_run() or self._has_startable())):
             await self._wait_for_progress()
 
     def _is_moving(self) -> bool:
@@ -190,6 +190,10 @@ class Drain:
             tickets = reversed(self._registry.live.values())
             self._unfinished = next(filter(self._is_unfinished, tickets), None)
         return self._unfinished is not None
+
+    def _has_live_run(self) -> bool:
+        """Return whether a handler runs that may still stop: a zombie may never."""
+        return any(not run.zombie for run in self._dispatcher.runs)
 
     def _has_startable(self) -> bool:
         """Return whether a worker could still take one of the tasks.
@@ -213,13 +217,19 @@ class Drain:
         await self._progress.wait()
 
     def _may_run(self, ticket: Ticket) -> bool:
-        """Return whether a worker could still take a task.
+        """Return whether a worker could still take a task, or runs it.
 
-        Workers that stay FAILED until they are revived do not count: waiting for them could take forever.
+        Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
+        zombies: waiting for them could take forever.
         """
+        if ticket.run is not None:
+            return not ticket.run.zombie
         pool = self._core.pools.by_type.get(ticket.task.task_type)
         now = self._core.loop.time()
-        return pool is not None and any(worker.breaker.retry_after(now) is not None for worker in pool.workers)
+        return pool is not None and any(
+            worker.breaker.retry_after(now) is not None and not self._dispatcher.runs.are_all_zombies(worker)
+            for worker in pool.workers
+        )
 
     def _unfinished_tickets(self) -> list[Ticket]:
         """Return the tickets that have not ended and that this supervisor has to end."""

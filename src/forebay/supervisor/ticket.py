@@ -53,6 +53,7 @@ class TicketRun(RunningTask, Protocol):
     worker: WorkerAgent
     started_at: float
     abandoned_at: float | None
+    zombie: bool
 
     def ends_at(self) -> float:
         """Return the loop time of its timeout or its deadline, whichever comes first."""

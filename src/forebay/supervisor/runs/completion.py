@@ -179,10 +179,11 @@ class RunCompletion:
             name,
         )
         self._registry.emit(run.ticket, ZombieFound(at=self._loop.time(), task_id=task_id, worker_id=name))
-        every_slot = sum(other.zombie for other in self._runs.on(worker)) >= worker.max_concurrent
-        if every_slot and worker.breaker.trip(self._loop.time()) is not None:
+        if self._runs.are_all_zombies(worker) and worker.breaker.trip(self._loop.time()) is not None:
             self.update_breaker(worker, "every slot is held by a handler that does not stop")
             worker.mark_stuck()
+        if self._registry.listeners:
+            self._registry.notify_progress()
 
     # --- when the handler has ended ---
 
