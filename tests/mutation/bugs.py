@@ -49,7 +49,7 @@ from forebay.supervisor.pool import Pool
 from forebay.supervisor.queue_spill import QueueSpill, is_waiting
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
-from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.leases import HeldLeases
@@ -424,6 +424,29 @@ def waiting_tasks_are_moved_one_commit_each() -> None:
 
 def a_task_whose_write_is_not_answered_never_ends() -> None:
     skip(Drain._run, QueueSpill.abandon)
+
+
+def zombies_keep_a_drain_from_ending() -> None:
+    always(ActiveRuns, ActiveRuns.are_all_zombies, returns=False)
+
+
+def a_handler_that_does_not_stop_works_without_a_slot() -> None:
+    original = SlotClaims.claim
+
+    def claim(self: SlotClaims, run: Run) -> Any:
+        return None if run.abandoned_at is not None else original(self, run)
+
+    replace(SlotClaims, original, claim)
+
+
+def a_count_of_conversations_forgets_what_is_stored_meanwhile() -> None:
+    original = Conversations.recount
+
+    def recount(self: Conversations, *counts: Any) -> None:
+        self._stored_since.clear()
+        original(self, *counts)
+
+    replace(Conversations, original, recount)
 
 
 def closing_starts_what_waits() -> None:

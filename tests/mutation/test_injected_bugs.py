@@ -194,6 +194,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_task_whose_write_is_not_answered_never_ends: (
         test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
     ),
+    bugs.zombies_keep_a_drain_from_ending: (
+        test_drain.test_what_waits_behind_a_zombie_does_not_keep_a_drain_from_ending
+    ),
+    bugs.a_handler_that_does_not_stop_works_without_a_slot: (
+        test_ending.test_handlers_that_do_not_stop_while_they_wait_for_sub_tasks_take_the_next_slots
+    ),
+    bugs.a_count_of_conversations_forgets_what_is_stored_meanwhile: (
+        test_conversations.test_a_count_that_was_made_before_a_message_was_stored_does_not_let_the_next_one_overtake_it
+    ),
     bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
     bugs.a_ticket_asked_for_by_id_has_no_deadline: (
         test_stored_tickets.test_a_ticket_that_was_asked_for_too_late_expires_at_once
