@@ -438,3 +438,15 @@ async def test_what_waits_behind_a_zombie_does_not_keep_a_drain_from_ending(thre
         assert (report.cancelled, report.orphans) == (1, (first.task_id,))
     assert (await second).status is TaskStatus.CANCELLED
     stuck.set()
+
+
+@virtual
+async def test_closing_ends_a_drain_that_is_under_way() -> None:
+    supervisor = make_supervisor(Agent(60.0), SlowStore(8.0), zombie_grace=2.0)
+    await supervisor.start()
+    tickets = flood(supervisor, "work", 3)
+    draining = asyncio.ensure_future(supervisor.drain())
+    await asyncio.sleep(0.1)
+    await supervisor.close()
+    assert (await draining).cancelled == 3
+    assert await ends(tickets) == {"cancelled": 3}

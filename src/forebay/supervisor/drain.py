@@ -125,7 +125,8 @@ class Drain:
             self._cancel(late)
             left = cut_at + self._grace - self._core.loop.time()
             await self._wait_until_stopped(self._grace if started else left)
-        return self._report(inside, [*cut, *late])
+        closed = [ticket for ticket in inside if self._core.closed and ticket.status is TaskStatus.CANCELLED]
+        return self._report(inside, [*cut, *late, *closed])
 
     def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
         orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
@@ -173,12 +174,17 @@ class Drain:
         """Wait while `condition` holds, for at most `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while condition():
+                while condition() and not self._core.closed:
                     await self._wait_for_progress()
 
     async def _wait_until_empty(self) -> None:
-        while self._is_moving() or (self._has_unfinished() and (self._has_live_run() or self._has_startable())):
+        while not self._core.closed and self._is_going_on():
             await self._wait_for_progress()
+
+    def _is_going_on(self) -> bool:
+        if self._is_moving():
+            return True
+        return self._has_unfinished() and (self._has_live_run() or self._has_startable())
 
     def _is_moving(self) -> bool:
         return self._queue_spill is not None and self._queue_spill.pending
