@@ -43,7 +43,7 @@ from forebay.supervisor.admission_controller import AdmissionController, _Undeci
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
-from forebay.supervisor.drain import Drain
+from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.queue_spill import QueueSpill, is_waiting
 from forebay.supervisor.runs import completion, slot_loans
@@ -477,6 +477,22 @@ def an_orderly_stop_counts_as_a_crash() -> None:
         )
 
     replace(SqliteTaskStore, original, release)
+
+
+def a_submission_waits_for_a_silent_overflow_without_a_bound() -> None:
+    async def _answer_in_time(_: AdmissionController, *arguments: Any) -> Any:
+        return await arguments[-1]
+
+    replace(AdmissionController, AdmissionController._answer_in_time, _answer_in_time)
+
+
+def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
+    original = Drain._report
+
+    def _report(self: Drain, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
+        return msgspec.structs.replace(original(self, inside, cut), unanswered=0)
+
+    replace(Drain, original, _report)
 
 
 # --- spend and quotas ---

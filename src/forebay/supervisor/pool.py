@@ -30,7 +30,8 @@ class Pool:
     """The workers, the queue and the measured times of one task type. Pure: it reads no clock and awaits nothing."""
 
     __slots__ = (
-        "_paths", "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested", "nested_spilled",
+        "_paths", "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "max_timeout", "nested",
+        "nested_spilled",
         "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource", "retry_schedule", "running",
         "selector", "service_times", "slots", "source_paths", "spilled", "spilling", "suspended", "task_type",
         "times_passed_over", "workers",
@@ -40,6 +41,7 @@ class Pool:
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
         self.max_queue_size = max_queue_size
+        self.max_timeout = 0.0  # the longest of its workers, in seconds
         self.workers: list[WorkerAgent] = []
         self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
         # How many workers use the same load sources: all of them, and the same, but empty if none uses any.
@@ -184,6 +186,7 @@ class Pool:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker. Its slots are added by `count_slots`."""
         self.workers.append(worker)
+        self.max_timeout = max(self.max_timeout, worker.timeout)
         self._add_path(self._paths, worker)
         self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
