@@ -408,6 +408,10 @@ def new_work_overtakes_spilled_work() -> None:
     always(Pool, Pool.spilled_ahead, returns=0)
 
 
+def an_earlier_task_of_the_same_id_ends_a_later_one() -> None:
+    skip(TicketRegistry.hold_weakly, TicketRegistry.forget_end)
+
+
 # --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
 
 

@@ -361,6 +361,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.no_deadline_ends_a_task_whose_start_is_not_recorded: (
         test_leases.test_a_deadline_ends_a_task_whose_start_the_store_does_not_record
     ),
+    bugs.an_earlier_task_of_the_same_id_ends_a_later_one: (
+        test_overflow.test_an_id_may_be_used_again_once_its_task_has_ended_wherever_it_waited
+    ),
     bugs.a_submission_waits_for_a_silent_overflow_without_a_bound: (
         test_silent_store.test_nobody_waits_for_the_overflow_for_longer_than_the_task_may_take
     ),
