@@ -38,7 +38,7 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, nested_supervisor, pool
+from forebay.supervisor import admission_controller, drain, nested_supervisor, pools
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -245,7 +245,7 @@ def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
 
 
 def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
-    skip(pool.first_for, Pool.pass_over)
+    skip(pools.first_for, Pool.pass_over)
 
 
 def draining_waits_for_a_message_behind_one_that_cannot_start() -> None:
