@@ -196,8 +196,8 @@ class DuplicateWorker(ForebayError, ValueError):
 
 
 class DuplicateTask(ForebayError, ValueError):
-    """A task with id {task_id!r} is already known, running here or kept in the overflow: leave task_id out to have one
-    generated, or use key= if the same work may be submitted twice.
+    """A task with id {task_id!r} has not ended, or the overflow keeps it as a dead letter or for its key: leave task_id
+    out to have one generated, or use key= if the same work may be submitted twice.
     """
 
     task_id: str

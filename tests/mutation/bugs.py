@@ -39,12 +39,12 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, nested_supervisor, pool
+from forebay.supervisor import admission_controller, drain, nested_supervisor, pools
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
-from forebay.supervisor.drain import Drain
+from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.queue_spill import QueueSpill, is_waiting
 from forebay.supervisor.runs import completion, slot_loans
@@ -246,7 +246,7 @@ def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
 
 
 def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
-    skip(pool.first_for, Pool.pass_over)
+    skip(pools.first_for, Pool.pass_over)
 
 
 def draining_waits_for_a_message_behind_one_that_cannot_start() -> None:
@@ -409,6 +409,10 @@ def new_work_overtakes_spilled_work() -> None:
     always(Pool, Pool.spilled_ahead, returns=0)
 
 
+def an_earlier_task_of_the_same_id_ends_a_later_one() -> None:
+    skip(TicketRegistry.hold_weakly, TicketRegistry.forget_end)
+
+
 # --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
 
 
@@ -501,6 +505,22 @@ def an_orderly_stop_counts_as_a_crash() -> None:
         )
 
     replace(SqliteTaskStore, original, release)
+
+
+def a_submission_waits_for_a_silent_overflow_without_a_bound() -> None:
+    async def _answer_in_time(_: AdmissionController, *arguments: Any) -> Any:
+        return await arguments[-1]
+
+    replace(AdmissionController, AdmissionController._answer_in_time, _answer_in_time)
+
+
+def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
+    original = Drain._report
+
+    def _report(self: Drain, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
+        return msgspec.structs.replace(original(self, inside, cut), unanswered=0)
+
+    replace(Drain, original, _report)
 
 
 # --- spend and quotas ---

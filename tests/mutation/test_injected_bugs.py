@@ -34,6 +34,7 @@ from tests.acceptance import (
     test_overflow,
     test_routing,
     test_shared_overflow,
+    test_silent_store,
     test_slot,
     test_stored_text,
     test_stored_tickets,
@@ -375,6 +376,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.no_deadline_ends_a_task_whose_start_is_not_recorded: (
         test_leases.test_a_deadline_ends_a_task_whose_start_the_store_does_not_record
+    ),
+    bugs.an_earlier_task_of_the_same_id_ends_a_later_one: (
+        test_overflow.test_an_id_may_be_used_again_once_its_task_has_ended_wherever_it_waited
+    ),
+    bugs.a_submission_waits_for_a_silent_overflow_without_a_bound: (
+        test_silent_store.test_nobody_waits_for_the_overflow_for_longer_than_the_task_may_take
+    ),
+    bugs.draining_does_not_report_what_the_overflow_has_not_answered: (
+        test_silent_store.test_draining_reports_the_tasks_whose_end_the_overflow_has_not_stored
     ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer

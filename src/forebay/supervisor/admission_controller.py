@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from forebay import clock, context
 from forebay._text import format_duration
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.worker import WorkerAgent
+
+T = TypeVar("T")
 
 _ABANDONED = "its submitter has gone"
 # Runs above a task that have not ended: each await costs time for each of them.
@@ -184,7 +186,8 @@ class AdmissionController:
         if task.durable:
             _check_durable(task, spill)
         if task.key is not None:
-            if (known := await self._find_by_key(task.key)) is not None:
+            known = await self._answer_in_time(task, task.deadline, pool, self._find_by_key(task.key))
+            if known is not None:
                 known.share()
                 return known
             self._check(task)  # again, as above
@@ -195,13 +198,15 @@ class AdmissionController:
         envelope = spill.encode(task)
         ticket = self._new_ticket(task, parent)
         if task.durable:
-            return await self._await_store(ticket, self._admit_durable(ticket, envelope, pool, spill))
-        refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, spill))
-        if refusal is None:
-            return ticket
-        if refusal.may_spill:
-            return await self._await_store(ticket, self._spill(ticket, refusal, envelope, pool, spill))
-        return self._reject(ticket, pool, refusal)
+            deciding = self._admit_durable(ticket, envelope, pool, spill)
+        else:
+            refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, spill))
+            if refusal is None:
+                return ticket
+            if not refusal.may_spill:
+                return self._reject(ticket, pool, refusal)
+            deciding = self._spill(ticket, refusal, envelope, pool, spill)
+        return await self._answer_in_time(task, ticket.deadline, pool, self._await_store(ticket, deciding))
 
     # --- checks ---
 
@@ -415,6 +420,27 @@ class AdmissionController:
         )
 
     # --- the overflow ---
+
+    async def _answer_in_time(self, task: Task, deadline: Deadline | None, pool: Pool, answer: Awaitable[T]) -> T:
+        """Wait for what the store decides, for no longer than the task may take.
+
+        Raises:
+            StoreUnavailable: it has not answered in time.
+        """
+        seconds = task.timeout or pool.max_timeout
+        if deadline is not None:
+            seconds = min(seconds, deadline.remaining())
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await answer
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            why = f"it has not answered about task {task.task_id!r} within {format_duration(max(seconds, 0.0))}"
+            advice = (
+                "Look at its disk. If it stores the task after all, the task is cancelled, unless others wait for it."
+            )
+            raise StoreUnavailable(where="the overflow", why=why, advice=advice) from None
 
     async def _await_store(self, ticket: Ticket, deciding: Coroutine[Any, Any, Ticket]) -> Ticket:
         """Wait for the store even if the caller is cancelled; then cancel the task, unless others wait for its key."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from forebay.events import EventBus, log
 from forebay.supervisor.codecs import TaskCodecs
-from forebay.supervisor.pool import Pools
+from forebay.supervisor.pools import Pools
 from forebay.supervisor.runs.timers import Timers
 from forebay.supervisor.ticket_registry import TicketRegistry
 

@@ -33,12 +33,15 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
         cancelled: how many were cancelled when the time was up, and stopped: those that ran, and those that waited and
             were not in the overflow yet.
         orphans: ids of those whose handler did not stop and may still be running.
+        unanswered: of how many others the overflow had not answered whether it has the task, or its end: they may be
+            run again.
     """
 
     finished: int
     spilled: int
     cancelled: int
     orphans: tuple[str, ...]
+    unanswered: int = 0
 
 
 class DrainDispatcher(QueueSpillDispatcher, Protocol):
@@ -130,14 +133,27 @@ class Drain:
 
     def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
         orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
-        spilled = {ticket.task_id for ticket in (*inside, *cut) if ticket.status is TaskStatus.SPILLED}
-        not_finished = spilled | {ticket.task_id for ticket in cut}
-        stopped = {ticket.task_id for ticket in cut if ticket.status is TaskStatus.CANCELLED}
+        known, cut_ids, may_run = (
+            {ticket.task_id for ticket in inside},
+            {ticket.task_id for ticket in cut},
+            set(orphans),
+        )
+        finished, spilled, cancelled, unanswered = set[str](), set[str](), set[str](), set[str]()
+        for ticket in (*inside, *cut):
+            if not ticket.done():
+                unanswered.add(ticket.task_id)
+            elif ticket.status is TaskStatus.SPILLED:
+                spilled.add(ticket.task_id)
+            elif ticket.status is TaskStatus.CANCELLED and ticket.task_id in cut_ids:
+                cancelled.add(ticket.task_id)
+            elif ticket.result is not None and ticket.task_id in known:  # otherwise it was rejected, or is a later one
+                finished.add(ticket.task_id)
         return DrainReport(
-            finished=sum(ticket.task_id not in not_finished for ticket in inside),
+            finished=len(finished),
             spilled=len(spilled),
-            cancelled=len(stopped.difference(orphans)),
+            cancelled=len(cancelled - may_run),
             orphans=orphans,
+            unanswered=len(unanswered - may_run),
         )
 
     def _move_queue(self, spill: Spill) -> QueueSpill:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.timers import Timer
+    from forebay.supervisor.slot_counts import SlotCounts
     from forebay.supervisor.worker import WorkerAgent
 
 # attribute access on an enum is slow on the hot path
@@ -92,7 +93,7 @@ class RunCompletion:
         self._registry = core.registry
         self._bus = core.bus
         self._pools: Mapping[str, Pool] = core.pools.by_type
-        self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
+        self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
         self._runs = runs
         self._on_run_end = on_run_end
         self._grace = zombie_grace
@@ -294,8 +295,8 @@ class RunCompletion:
     def _lower_penalty(self, worker: WorkerAgent) -> None:
         worker.lower_penalty()
         if worker.can_accept():
-            for pool in self._pools_of[worker]:
-                pool.selector.update(worker)
+            for counts in self._counts_of[worker]:
+                counts.score_fell(worker)
 
     def fail_start(self, worker: WorkerAgent) -> None:
         """Make a worker FAILED whose handler could not be started."""
