@@ -770,3 +770,27 @@ async def test_runs_of_an_inner_supervisor_that_wait_for_the_outer_one_keep_no_o
         tickets = flood(outer, "job", 10, priority=priority)
         assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 10
     assert now() < 5.0
+
+
+@pytest.mark.parametrize("submitted", ["directly", "by a run that has ended"])
+@virtual
+async def test_a_task_of_an_inner_supervisor_that_awaits_the_outer_one_lends_its_slot(submitted: str) -> None:
+    inner, outer = BackpressureSupervisor(), BackpressureSupervisor()
+
+    async def handle(task: Task) -> None:
+        if task.task_type == "first":
+            await inner.submit(Task("upwards"))
+        elif task.task_type == "upwards":
+            await asyncio.sleep(0.1)
+            await outer.run(Task("part"))
+
+    inner.register_worker("agent", handler=handle, task_types=["first", "upwards", "job", "part"])
+    outer.register_worker("team", handler=inner, task_types=["first", "job", "part"])
+    async with outer:
+        if submitted == "directly":
+            await inner.submit(Task("upwards"))
+        else:
+            await outer.run(Task("first"))
+        await asyncio.sleep(0.05)
+        assert (await (await outer.submit(Task("job")))).status is TaskStatus.SUCCEEDED
+        assert now() < 1.0

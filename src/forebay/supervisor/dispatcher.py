@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from forebay._text import format_duration
 from forebay.admission import RANK_LAST
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource, TaskStore
     from forebay.supervisor.core import Core
+    from forebay.supervisor.nested_supervisor import NestedSupervisor
     from forebay.supervisor.pools import ServedPools
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.slot_counts import SlotCounts
@@ -62,6 +63,7 @@ class Dispatcher:
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
         self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
+        self._nested: list[NestedSupervisor] = []
         self._sequence_number = 0
 
     # --- workers and their slots ---
@@ -69,6 +71,8 @@ class Dispatcher:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker; it takes tasks at once."""
         self.workers[worker.name] = worker
+        if worker.handler.nested_supervisor is not None:
+            self._nested.append(cast("NestedSupervisor", worker.handler.nested_supervisor))
         self.runs.add_worker(worker)
         for source in worker.sources:
             self.start_gate.watch(worker, source)
@@ -76,6 +80,10 @@ class Dispatcher:
             if self.spill is not None:
                 self.spill.refiller.add_pool(pool)
         self.update_slots(worker)
+
+    def is_above(self, other: object) -> bool:
+        """Return whether the dispatcher `other` is that of a supervisor below this one."""
+        return any(nested.uses(other) for nested in self._nested)
 
     def start_worker(self, worker: WorkerAgent) -> None:
         """Start the handler of a worker, unless it has started or is being started."""

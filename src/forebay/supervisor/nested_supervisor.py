@@ -31,6 +31,9 @@ class NestedSupervisor(Protocol):
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task."""
 
+    def uses(self, dispatcher: object) -> bool:
+        """Return whether `dispatcher` is its own, or that of a supervisor below it."""
+
     async def start(self) -> None:
         """Start it."""
 

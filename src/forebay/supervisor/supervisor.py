@@ -456,6 +456,11 @@ class BackpressureSupervisor:
         """The process in which it was started, if this is another one: a child that was forked from it."""
         return self._process if self._process not in (None, os.getpid()) else None
 
+    def uses(self, dispatcher: object) -> bool:
+        """Return whether `dispatcher` is its own, or that of a supervisor below it."""
+        own = self._dispatcher
+        return own is not None and (own is dispatcher or own.is_above(dispatcher))
+
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task of `task_type`; 1.0 if no worker here accepts it."""
         if not any(task_type in worker.task_types for worker in self._workers.values()):

@@ -77,6 +77,9 @@ class RunOwner(Protocol):
     def slot_claims(self) -> SlotClaims:
         """The runs that lent their slot and wait to have it back."""
 
+    def is_above(self, other: object) -> bool:
+        """Return whether the dispatcher `other` is that of a supervisor below this one."""
+
     def take_slot(self, run: Run) -> None:
         """Take a slot of the run's worker."""
 

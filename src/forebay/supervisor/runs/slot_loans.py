@@ -33,11 +33,11 @@ def depth(running: RunningTask) -> int:
 class SlotLoan:
     """The slots that are lent while one run awaits a task of `dispatcher`.
 
-    The task may need the slot of every run from the one that awaits it up to the outermost run of `dispatcher`, because
-    nested tasks may pass through the same workers again. So each of these runs lends its slot while it awaits a task
-    itself. Then work that goes down a tree of supervisors and up again cannot deadlock, and a run that submits a task
-    and works on keeps its slot, whatever that task waits for. A run that awaits several tasks at once (a gather) lends
-    its slot as long as it awaits any of them.
+    The task may need the slot of every run from the one that awaits it up to the outermost run of `dispatcher` or
+    of a supervisor below it, because nested tasks may pass through the same workers again. So each of these runs
+    lends its slot while it awaits a task itself. Then work that goes down a tree of supervisors and up again cannot
+    deadlock, and a run that submits a task and works on keeps its slot, whatever that task waits for. A run that
+    awaits several tasks at once (a gather) lends its slot as long as it awaits any of them.
 
     A worker that has as many open runs as it may have, suspended ones included, begins no new one. That delays no run
     that waits for its own nested task, queued or running, since nested tasks start all the same. A run that waits for
@@ -54,8 +54,9 @@ class SlotLoan:
         inside = awaited.queue_entry is not None or awaited.run is not None
         own = awaited.parent is awaiting and awaiting.dispatcher is dispatcher
         self._exempt = not (inside and awaited.nested and own)
-        needed = max((count for count, run in enumerate(chain, start=1) if run.dispatcher is dispatcher), default=0)
-        self._runs = chain[:needed]
+        self._runs = chain[
+            : max((count for count, run in enumerate(chain, 1) if _may_pass(dispatcher, run)), default=0)
+        ]
         awaiting.begin_await()
         for run in self._runs:
             run.begin_loan()
@@ -94,6 +95,11 @@ class SlotLoan:
                     await _wait_for_slot(awaiting, granted)
                 finally:
                     claims.withdraw(awaiting, granted)
+
+
+def _may_pass(dispatcher: RunOwner, run: Run) -> bool:
+    """Return whether a task of `dispatcher` may wait for the slot of `run`."""
+    return run.dispatcher is dispatcher or dispatcher.is_above(run.dispatcher)
 
 
 async def _wait_for_slot(run: Run, granted: asyncio.Future[None]) -> None:
