@@ -43,24 +43,31 @@ class _ThreadRuns:
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
-        # By the identity of the Task: a task that is run again while its first run does not stop keeps its task_id.
-        self._loops: dict[int, _LoopInThread] = {}
+        # By the identity of the Task, the oldest run first: the same one may be run again while its first run does not
+        # stop yet, and a task that comes back from a store keeps its task_id.
+        self._loops: dict[int, list[_LoopInThread]] = {}
+        self._lock = threading.Lock()
 
-    def _loop_of(self, task: Task) -> _LoopInThread:
-        # The thread and a cancellation may both come first; setdefault is atomic.
-        return self._loops.setdefault(id(task), _LoopInThread())
+    def _begin(self, task: Task) -> _LoopInThread:
+        """Return the loop of a run that begins in its thread; its cancellation may have come before."""
+        with self._lock:
+            loops = self._loops.setdefault(id(task), [])
+            if not loops or loops[-1].begun:
+                loops.append(_LoopInThread())
+            loops[-1].begun = True
+            return loops[-1]
 
     def call(self, task: Task) -> Any:
         """Run the handler to its end. Called in a thread."""
         if asyncio._get_running_loop() is not None:  # noqa: SLF001 - public by `__all__`; a virtual loop runs us inline
             return self._handler.call(task)
         if not self._handler.blocking:
-            return self._loop_of(task).run(lambda: self._handler.call(task))
+            return self._begin(task).run(lambda: self._handler.call(task))
         value = self._handler.call(task)
         if not inspect.isawaitable(value):
             return value
         try:
-            return self._loop_of(task).run(lambda: value)
+            return self._begin(task).run(lambda: value)
         finally:
             if inspect.iscoroutine(value):
                 value.close()  # no effect on a finished one; else Python warns of one that never began
@@ -71,32 +78,52 @@ class _ThreadRuns:
         try:
             return None if own is None else own(task)
         finally:
-            self._loop_of(task).cancel()
+            with self._lock:
+                loops = self._loops.setdefault(id(task), [])
+                if not loops or loops[-1].cancelled:
+                    loops.append(_LoopInThread())
+                latest = loops[-1]
+            latest.cancel()
 
     def on_end(self, task: Task) -> None:
         """Forget a run that has ended. Called in the supervisor's loop."""
-        self._loops.pop(id(task), None)
+        with self._lock:
+            loops = self._loops.get(id(task), [])
+            ended = next((loop for loop in loops if loop.ended), None)
+            if ended is not None:
+                loops.remove(ended)
+            if not loops or ended is None:
+                self._loops.pop(id(task), None)
         if self._handler.on_end is not None:
             self._handler.on_end(task)
 
 
 class _LoopInThread:
-    """An event loop in a thread, for one coroutine, which can be cancelled from another thread."""
+    """An event loop in a thread, for one coroutine, which can be cancelled from another thread.
+
+    Attributes:
+        begun: whether its run has begun.
+        cancelled: whether its run was cancelled.
+        ended: whether its run has ended.
+    """
 
     def __init__(self) -> None:
+        self.begun = self.cancelled = self.ended = False
         self._lock = threading.Lock()
         self._running: asyncio.Task[Any] | None = None
-        self._cancelled = False
 
     def run(self, begin: Callable[[], Any]) -> Any:
         """Return what `begin` returns, awaited if it is awaitable."""
-        with asyncio.Runner() as runner:
-            return runner.run(self._run(begin))
+        try:
+            with asyncio.Runner() as runner:
+                return runner.run(self._run(begin))
+        finally:
+            self.ended = True
 
     async def _run(self, begin: Callable[[], Any]) -> Any:
         with self._lock:
             self._running = asyncio.current_task()
-            cancelled = self._cancelled
+            cancelled = self.cancelled
         if cancelled:
             raise asyncio.CancelledError
         value = begin()
@@ -105,7 +132,7 @@ class _LoopInThread:
     def cancel(self) -> None:
         """Cancel the coroutine, even before it has begun. From any thread."""
         with self._lock:
-            self._cancelled = True
+            self.cancelled = True
             if self._running is not None:
                 with contextlib.suppress(RuntimeError):  # its loop has just closed
                     self._running.get_loop().call_soon_threadsafe(self._running.cancel)

@@ -13,16 +13,18 @@ class RefillPolicy:
     """A policy that decides which stored tasks of one task type come back into the queue.
 
     The best stored priority comes first. Queued tasks count only as far as they would be served before it: a better
-    task in the store does not wait until a queue of worse ones is empty. And even under a flood of better work every
-    priority makes progress.
+    task in the store does not wait until a queue of worse ones is empty. And even under a flood of better work, stored
+    or not, every priority makes progress. It is asked each time that a task has started or ended.
 
     Args:
-        max_skipped: records of better priorities that may come back before one record of a worse priority does.
+        max_skipped: records of better priorities that may come back before one record of a worse priority does, and
+            times that it may be asked in a row while queued tasks go before every record.
     """
 
     def __init__(self, *, max_skipped: int = _MAX_SKIPPED) -> None:
         self._max_skipped = max_skipped
         self._skipped = dict.fromkeys(Priority, 0)  # records of better priorities fetched while this one waited
+        self._passed_over = 0  # times that queued tasks went before every record since the latest fetch
 
     def next_batch(
         self, *, slots: int, capacity: int, queued: Sequence[int], stored: Mapping[Priority, int]
@@ -42,7 +44,10 @@ class RefillPolicy:
             slots = max(slots, 1)  # the head of the queue must not be worse than the best task in the store
         count = min(slots - sum(queued[: best + 1]), stored[best], capacity)
         if count <= 0:
-            return None
+            self._passed_over += 1
+            if self._passed_over <= self._max_skipped:
+                return None
+            count = 1  # tasks that never wait in the store must not keep those in it from coming back
         for priority in reversed(Priority):
             if priority > best and stored[priority] and self._skipped[priority] >= self._max_skipped:
                 return priority, 1
@@ -50,6 +55,7 @@ class RefillPolicy:
 
     def record_fetch(self, priority: Priority, count: int, stored: Mapping[Priority, int]) -> None:
         """Record that `count` records of `priority` were fetched while `stored` waited."""
+        self._passed_over = 0
         self._skipped[priority] = 0
         for worse in Priority:
             if worse > priority:

@@ -78,3 +78,21 @@ def test_a_priority_that_has_just_been_stored_has_not_been_skipped_yet() -> None
         policy.record_fetch(CRITICAL, 1, alone)
     stored = waiting(critical=9, low=1)
     assert policy.next_batch(slots=1, capacity=1, queued=NONE_QUEUED, stored=stored) == (CRITICAL, 1)
+
+
+@pytest.mark.parametrize("priority", [CRITICAL, NORMAL])
+def test_queued_tasks_that_are_never_stored_do_not_starve_those_in_the_store(priority: Priority) -> None:
+    policy, stored = RefillPolicy(max_skipped=20), waiting(normal=9)
+    queued = tuple(8 if each is priority else 0 for each in Priority)
+    came = []
+    for _ in range(210):
+        batch = policy.next_batch(slots=0, capacity=2, queued=queued, stored=stored)
+        assert batch in (None, (NORMAL, 1))
+        if batch is not None:
+            assert policy.next_batch(slots=0, capacity=2, queued=queued, stored=stored) == batch, (
+                "asking changes nothing"
+            )
+            policy.record_fetch(NORMAL, 1, stored)
+        came.append(batch is not None)
+    assert sum(came) == 10
+    assert policy.next_batch(slots=0, capacity=0, queued=queued, stored=stored) is None
