@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from forebay import (
     TaskStatus,
     Verdict,
 )
-from forebay.errors import DuplicateTask, StillSpilled
+from forebay.errors import DuplicateTask, StillSpilled, StoreUnavailable
+from forebay.interfaces import Lease
 from forebay.overflow import MemoryTaskStore
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -879,3 +881,36 @@ async def test_the_first_caller_may_leave_at_any_step_without_cancelling_the_tas
             await run_ready(step % 20)
             first.cancel()
             assert await second == "first"
+
+
+class BrieflyFailingStore(MemoryTaskStore):
+    """A store in memory whose first call of one method fails."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+
+    def _fail_once(self, method: str) -> None:
+        if self.method == method:
+            self.method = ""
+            raise StoreUnavailable(where="memory", why="it is busy", advice="None.")
+
+    async def lease(self, *of: Any, **how: Any) -> Sequence[Lease]:
+        self._fail_once("lease")
+        return await super().lease(*of, **how)
+
+    async def finish(self, *of: Any, **how: Any) -> bool:
+        self._fail_once("finish")
+        return await super().finish(*of, **how)
+
+
+@pytest.mark.parametrize("thread_id", [None, "c"])
+@pytest.mark.parametrize("method", ["lease", "finish"])
+@virtual
+async def test_a_store_in_memory_that_fails_once_leaves_no_task_behind(method: str, thread_id: str | None) -> None:
+    supervisor = BackpressureSupervisor(overflow=BrieflyFailingStore(method), max_queue_size=0)
+    supervisor.register_worker("w", handler=Agent(0.1), task_types=["work"])
+    async with supervisor:
+        tickets = [await supervisor.submit(Task("work", number, thread_id=thread_id)) for number in range(4)]
+        assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 4
+        assert now() < 3.0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.worker import WorkerAgent
 
+_RETRY_INTERVAL = 1.0  # seconds until a store that failed is asked for records again
 _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
 
 
@@ -207,6 +208,9 @@ class Refiller:
                     await self._take_in(lease, pool)
                 if len(leases) < room:
                     await self.recount([pool], refilling=pool)
+        except StoreUnavailable:  # the heartbeat comes later, and not at all for a store that ends with the process
+            self._core.timers.at(loop.time() + _RETRY_INTERVAL, self.refill, pool)
+            raise
         finally:
             self.refilling.discard(pool)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
-from forebay.errors import StillSpilled, UnknownTask
+from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
 from forebay.supervisor.spill import records
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.run import ActiveRuns, Run
+
+_RETRY_INTERVAL = 1.0  # seconds until the end of a task that could not be stored is stored again
 
 
 class StoredTaskDispatcher(Protocol):
@@ -263,6 +266,8 @@ class StoredTasks:
         except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
             stored = True
+            if not self.durable and ticket.task.thread_id is not None:
+                self._core.run_in_background(self._finish_later(ticket, completion, fence))
         ticket.end_store_call()
         task = ticket.task
         self._left_overflow(ticket)
@@ -283,6 +288,15 @@ class StoredTasks:
             self.release(ticket)
         else:
             self.leave_to_other_process(ticket)
+
+    async def _finish_later(self, ticket: Ticket, completion: Completion, fence: str | None) -> None:
+        """Store the end of a task that could not be stored: no lease lapses, so its conversation would stand still."""
+        while not self.refill_stopped:
+            await asyncio.sleep(_RETRY_INTERVAL)
+            with contextlib.suppress(StoreUnavailable):
+                await self.store.finish(ticket.task_id, completion, fence=fence)
+                self.conversation_moved(ticket.task)
+                return
 
     def _left_overflow(self, ticket: Ticket) -> None:
         """Count a nested task no more as one that waits in the overflow and comes back here."""
