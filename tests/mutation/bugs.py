@@ -79,8 +79,8 @@ from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
+from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
-from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
@@ -528,12 +528,12 @@ def after_a_suspension_all_calls_go() -> None:
 
 
 def a_call_that_cannot_be_metered_passes() -> None:
-    original = Exchange._price
+    original = CallMeter._price
 
-    def _price(self: Exchange, body: bytes) -> CallPrice:
-        return original(self, body)._replace(unmetered=None)
+    def _price(self: CallMeter, body: bytes, estimates: Any) -> CallPrice:
+        return original(self, body, estimates)._replace(unmetered=None)
 
-    replace(Exchange, original, _price)
+    replace(CallMeter, original, _price)
 
 
 def an_escaped_path_is_another_endpoint() -> None:
@@ -561,7 +561,7 @@ def hidden_output_of_a_stream_that_is_left_is_free() -> None:
 
 
 def the_usage_of_a_response_in_the_background_is_ignored() -> None:
-    always(Exchange, Exchange._correct_background, returns=None)
+    always(CallMeter, CallMeter._correct_background, returns=None)
 
 
 def two_api_keys_share_an_account() -> None:
@@ -1005,14 +1005,14 @@ def a_limit_that_raises_costs_a_permit() -> None:
 
 
 def a_complete_stream_without_usage_costs_its_text() -> None:
-    original = Exchange._stream_usage
+    original = CallMeter.stream_usage
 
-    def _stream_usage(self: Exchange, permit: Permit, meter: Any, end: Any) -> Usage | None:
+    def stream_usage(self: CallMeter, permit: Permit, meter: Any, end: Any) -> Usage | None:
         usage = original(self, permit, meter, end)
         found: Usage | None = meter.usage if usage is None and meter.complete else usage
         return found
 
-    replace(Exchange, original, _stream_usage)
+    replace(CallMeter, original, stream_usage)
 
 
 def each_spelling_of_a_key_is_an_account() -> None:
