@@ -22,7 +22,8 @@ _METERED_TOOLS: Final = re.compile(
     r"|web_fetch_\w+|computer|computer_use_preview|computer_\w+|bash_\d+|text_editor_\d+|memory_\d+|browser_\w+"
 )
 _WEB_SEARCH: Final = b"web_search"
-_MORE_TOOLS: Final = (b'"additional_tools"', b'"tool_search_output"', b'"tool_definition"')  # tools within the input
+_TOOL: Final = b"tool"
+_MORE_TOOLS: Final = re.compile(rb'"(?:additional_tools|tool_search_output|tool_definition)"')  # tools within the input
 _BILLED_APART: Final = {
     "plugins": "its provider bills its plugins apart from the tokens",
     "search_parameters": "its provider bills the searches of `search_parameters` apart from the tokens",
@@ -116,17 +117,18 @@ def find_unseen_input(request: ProviderRequest) -> UnseenInput:
 
 def _tool_kinds(request: ProviderRequest) -> list[Any] | None:
     """Return the types of all tools of a request, those within its input too; None if they cannot be read for sure."""
-    tools = bytes(request.tools)
-    try:
-        kinds = [tool.type for tool in _tools.decode(tools) or ()] if tools else []
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
-    if unusual and _repeats_a_key(tools, everywhere=True):
-        return None
+    kinds: list[Any] = []
+    if tools := bytes(request.tools):
+        try:
+            kinds += [tool.type for tool in _tools.decode(tools) or ()]
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+        unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
+        if unusual and _repeats_a_key(tools, everywhere=True):
+            return None
     for raw in request.content:
         piece = bytes(raw)
-        if any(word in piece for word in _MORE_TOOLS) or (_ESCAPE in piece and _ESCAPED_LETTER.search(piece)):
+        if (_TOOL in piece and _MORE_TOOLS.search(piece)) or (_ESCAPE in piece and _ESCAPED_LETTER.search(piece)):
             if _repeats_a_key(piece, everywhere=True):
                 return None
             kinds += [tool.get("type") if isinstance(tool, dict) else tool for tool in _tools_within(json.loads(piece))]
