@@ -169,7 +169,8 @@ def _find_unpriced_tool(request: ProviderRequest) -> str:
         return "its tools cannot be read: they are no list, or have a key twice, or one written in escapes"
     for kind in kinds:
         if kind is not None and not (isinstance(kind, str) and _METERED_TOOLS.fullmatch(kind)):
-            return f"its provider bills the tool {str(kind)[:_MAX_SHOWN]!r} apart from the tokens"
+            shown = str(kind)[:_MAX_SHOWN] if isinstance(kind, str | int | float) else type(kind).__name__
+            return f"its provider bills the tool {shown!r} apart from the tokens"
     return ""
 
 

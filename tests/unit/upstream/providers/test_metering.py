@@ -124,6 +124,13 @@ def test_tools_within_the_input_that_servers_read_differently_are_unpriced(item:
     assert "its tools cannot be read" in find_unpriced(request)
 
 
+def test_tools_of_any_depth_raise_nothing() -> None:
+    for depth in range(0, 1_200, 7):
+        body = b'{"model":"m","input":[{"type":"additional_tools","tools":%s}]}' % (b"[" * depth + b"1" + b"]" * depth)
+        request = read(body, "/v1/responses")
+        assert find_unpriced(request) or request.unreadable
+
+
 @pytest.mark.parametrize("tools", [None, {}, "all", [5], [None]])
 def test_tools_within_the_input_that_are_no_list_are_unpriced(tools: Any) -> None:
     assert not unpriced(input=[{"type": "message", "tools": tools}])
