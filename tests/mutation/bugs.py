@@ -802,6 +802,14 @@ def bytes_behind_a_response_lose_it() -> None:
     replace(PooledConnection, PooledConnection.data_received, ResponseHandler.data_received)
 
 
+def a_body_that_becomes_invalid_leaves_its_reader_waiting() -> None:
+    def _parse(self: PooledConnection, data: bytes) -> bool:
+        ResponseHandler.data_received(self, data)
+        return self.exception() is None
+
+    replace(PooledConnection, PooledConnection._parse, _parse)
+
+
 def decompression_ends_with_the_first_member() -> None:
     original = _Inflater._begin
 
