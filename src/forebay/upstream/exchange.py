@@ -180,7 +180,7 @@ class Exchange:
         """Return the result of an attempt whose answer is complete.
 
         An error (429, 503, 500 ...) is classified, and its Retry-After and rate limit headers are read. That the
-        account's money is spent (402, or 429 with ``insufficient_quota``) suspends the account here.
+        account's money is spent (402, or 429 with ``insufficient_quota``) is noted by the account here.
 
         Args:
             permit: of the attempt.

@@ -14,6 +14,7 @@ from forebay.upstream.providers import (
     ErrorKind,
     classify,
     names_concurrency,
+    names_spend_cap,
     read_rate_limits,
     read_rate_scope,
     read_retry_after,
@@ -64,7 +65,7 @@ def judge_error_answer(
 ) -> AttemptResult:
     """Return the result of an attempt that was answered with an error, with its Retry-After and rate limit headers.
 
-    That the account's money is spent (402, or 429 with ``insufficient_quota``) suspends the account here.
+    That the account's money is spent (402, or 429 with ``insufficient_quota``) is noted by the account here.
 
     Args:
         account: of the call.
@@ -77,7 +78,8 @@ def judge_error_answer(
     retry_after = read_retry_after(headers, answer.body, wall=wall)
     retry = None if kind is ErrorKind.SPEND_CAP else read_should_retry(headers)
     if kind is ErrorKind.SPEND_CAP:
-        account.suspend(_SUSPENSION if retry_after is None else min(retry_after, _MAX_SUSPENSION))
+        seconds = _SUSPENSION if retry_after is None else min(retry_after, _MAX_SUSPENSION)
+        account.record_spend_cap(permit, seconds, certain=names_spend_cap(answer.body))
     return judge_error(
         permit,
         kind,

@@ -14,6 +14,9 @@ from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.providers.request import READ_FIELDS, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
+_MAX_UNREAD: Final = 1 << 20  # bytes of a body besides its input that are searched for repeated keys
+_MAX_VALUES: Final = 1_000_000  # of an input that is searched for tools
+_MAX_OBJECTS: Final = 100_000  # of a body that is searched for repeated keys object by object
 
 # Tools that run at the caller, or whose cost is in the usage of the answer. Any other runs at the provider, which bills
 # containers, images and other models apart. Sources: the tool guides of OpenAI and Anthropic.
@@ -60,6 +63,8 @@ def find_unreadable(request: ProviderRequest, body: bytes) -> str:
         return ""
     if request.unreadable or request.endpoint is Endpoint.OTHER:
         return request.unreadable
+    if len(body) - sum(memoryview(piece).nbytes for piece in request.content) > _MAX_UNREAD:
+        return f"its body has more than {_MAX_UNREAD:,} bytes besides its messages, prompts and tools: send less"
     if _has_duplicate_keys(body):
         return (
             "its body has a key twice, in another case, or written in escapes: servers do not agree on what that means"
@@ -129,9 +134,13 @@ def _tool_kinds(request: ProviderRequest) -> list[Any] | None:
     for raw in request.content:
         piece = bytes(raw)
         if (_TOOL in piece and _MORE_TOOLS.search(piece)) or (_ESCAPE in piece and _ESCAPED_LETTER.search(piece)):
-            if _repeats_a_key(piece, everywhere=True):
+            if piece.count(b",") + piece.count(b"[") > _MAX_VALUES or _repeats_a_key(piece, everywhere=True):
                 return None
-            kinds += [tool.get("type") if isinstance(tool, dict) else tool for tool in _tools_within(json.loads(piece))]
+            try:
+                tools_within = _tools_within(msgspec.json.decode(piece))
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                return None
+            kinds += [tool.get("type") if isinstance(tool, dict) else tool for tool in tools_within]
     return kinds
 
 
@@ -142,7 +151,7 @@ def _tools_within(content: object) -> list[Any]:
     while rest:
         part = rest.pop()
         if isinstance(part, list):
-            rest += part
+            rest += [each for each in part if isinstance(each, list | dict)]
         elif isinstance(part, dict):
             if part.get("type") in ("additional_tools", "tool_search_output"):
                 added = part.get("tools")
@@ -198,6 +207,8 @@ def _mixes_cases(names: Iterable[str]) -> bool:
 
 def _repeats_a_key(text: bytes, *, everywhere: bool) -> bool:
     """Return whether the outermost object has a key twice, or any object `everywhere`; also if that cannot be told."""
+    if text.count(b"{") > _MAX_OBJECTS:
+        return True
     repeated = outermost = False
 
     def look(pairs: list[tuple[str, Any]]) -> None:

@@ -59,6 +59,18 @@ def test_any_other_json_object_can_be_read(
     assert not unreadable(body)
 
 
+def test_a_body_of_nothing_but_keys_is_not_searched_for_repeated_ones() -> None:
+    keys = b",".join(b'"%07d":1' % number for number in range(100_000))
+    assert "besides its messages" in unreadable(b'{"model":"m","messages":[],%b}' % keys)
+    assert not unreadable(b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"x" * len(keys)))
+    assert not unreadable(b'{"model":"m","prompt":"%b"}' % (b"x" * len(keys)))
+
+
+def test_a_body_of_nothing_but_objects_is_not_searched_one_by_one() -> None:
+    assert "a key twice" in unreadable(b'{"model":  "m","messages":[%b{}]}' % (b"{}," * 100_000))
+    assert not unreadable(b'{"model":"m","messages":[%b{}]}' % (b"{}," * 100_000))
+
+
 def test_a_repeated_key_deeper_down_changes_nothing() -> None:
     assert not unreadable(b'{"model":"m","messages":[{"role":"user","role":"user"}]}')
 
@@ -122,6 +134,13 @@ def test_a_tool_within_the_input_is_looked_at_too(place: str, kind: Any) -> None
 def test_tools_within_the_input_that_servers_read_differently_are_unpriced(item: bytes) -> None:
     request = read(b'{"model":"m","messages":[],"input":[%s]}' % item, "/v1/responses")
     assert "its tools cannot be read" in find_unpriced(request)
+
+
+@pytest.mark.parametrize("many", [b"1," * 1_000_000, b"[]," * 600_000])
+def test_tools_within_an_input_of_too_many_values_are_not_looked_for(many: bytes) -> None:
+    body = b'{"model":"m","input":[%s1,{"type":"additional_tools","tools":[]}]}' % many
+    assert "its tools cannot be read" in find_unpriced(read(body, "/v1/responses"))
+    assert not find_unpriced(read(body.replace(b"additional_tools", b"message"), "/v1/responses"))
 
 
 def test_tools_of_any_depth_raise_nothing() -> None:
