@@ -26,6 +26,7 @@ _METERED_TOOLS: Final = re.compile(
 )
 _WEB_SEARCH: Final = b"web_search"
 _TOOL: Final = b"tool"
+_UNNAMED: Final = "without a type and a name"  # as some providers write tools that they run
 _MORE_TOOLS: Final = re.compile(rb'"(?:additional_tools|tool_search_output|tool_definition)"')  # tools within the input
 _BILLED_APART: Final = {
     "plugins": "its provider bills its plugins apart from the tokens",
@@ -52,6 +53,14 @@ _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 class _Tool(msgspec.Struct):
     type: Any = None
+    name: Any = None
+    function: Any = None
+
+    @property
+    def kind(self) -> Any:
+        """Return its type; None for a function of the caller, which may have none."""
+        is_named = isinstance(self.name, str) or isinstance(self.function, dict)
+        return _UNNAMED if self.type is None and not is_named else self.type
 
 
 _tools: Final = msgspec.json.Decoder(list[_Tool] | None)
@@ -125,7 +134,7 @@ def _tool_kinds(request: ProviderRequest) -> list[Any] | None:
     kinds: list[Any] = []
     if tools := bytes(request.tools):
         try:
-            kinds += [tool.type for tool in _tools.decode(tools) or ()]
+            kinds += [tool.kind for tool in _tools.decode(tools) or ()]
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return None
         unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
@@ -137,10 +146,9 @@ def _tool_kinds(request: ProviderRequest) -> list[Any] | None:
             if piece.count(b",") + piece.count(b"[") > _MAX_VALUES or _repeats_a_key(piece, everywhere=True):
                 return None
             try:
-                tools_within = _tools_within(msgspec.json.decode(piece))
+                kinds += [tool.kind for tool in msgspec.convert(_tools_within(msgspec.json.decode(piece)), list[_Tool])]
             except (msgspec.MsgspecError, ValueError, RecursionError):
                 return None
-            kinds += [tool.get("type") if isinstance(tool, dict) else tool for tool in tools_within]
     return kinds
 
 
@@ -154,7 +162,7 @@ def _tools_within(content: object) -> list[Any]:
             rest += [each for each in part if isinstance(each, list | dict)]
         elif isinstance(part, dict):
             if part.get("type") in ("additional_tools", "tool_search_output"):
-                added = part.get("tools")
+                added = part.get("tools") or []
                 tools += added if isinstance(added, list) else [added]
             elif part.get("type") == "tool_definition":
                 tools.append(part.get("definition"))

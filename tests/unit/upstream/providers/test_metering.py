@@ -150,11 +150,19 @@ def test_tools_of_any_depth_raise_nothing() -> None:
         assert find_unpriced(request) or request.unreadable
 
 
-@pytest.mark.parametrize("tools", [None, {}, "all", [5], [None]])
+@pytest.mark.parametrize("tools", ["all", {"web": {}}, [5], [None]])
 def test_tools_within_the_input_that_are_no_list_are_unpriced(tools: Any) -> None:
+    assert not unpriced(input=[{**ADDITIONAL, "tools": None}, {**ADDITIONAL, "tools": []}])
     assert not unpriced(input=[{"type": "message", "tools": tools}])
-    reason = unpriced(input=[{**ADDITIONAL, "tools": tools}])
-    assert bool(reason) == (tools not in (None, {}, [None]))  # these are no tools
+    assert unpriced(input=[{**ADDITIONAL, "tools": tools}])
+
+
+@pytest.mark.parametrize("tool", [{"google_search": {}}, {}, {"type": None}, {"name": None, "function": "f"}])
+def test_a_tool_without_a_type_and_a_name_is_unpriced(tool: dict[str, Any]) -> None:
+    variants: list[dict[str, Any]] = [{"tools": [tool]}, {"input": [{**ADDITIONAL, "tools": [tool]}]}]
+    for fields in variants:
+        assert "without a type and a name" in unpriced(**fields)
+    assert not unpriced(tools=[{"function": {"name": "f"}}, {"name": "f", "input_schema": {}}])
 
 
 @pytest.mark.parametrize(
