@@ -19,7 +19,7 @@ from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRe
 from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
-from forebay.upstream.exchange import judge_error_answer
+from forebay.upstream.failed_attempts import judge_error_answer
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 from forebay.upstream.providers import Headers, classify, read_rate_limits
 from forebay.upstream.sdk_exceptions import ErrorAnswer

@@ -79,8 +79,8 @@ from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
+from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
-from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
@@ -583,12 +583,12 @@ def one_request_that_is_too_dear_stops_the_key() -> None:
 
 
 def a_call_that_cannot_be_metered_passes() -> None:
-    original = Exchange._price
+    original = CallMeter._price
 
-    def _price(self: Exchange, body: bytes) -> CallPrice:
-        return original(self, body)._replace(unmetered=None)
+    def _price(self: CallMeter, body: bytes, estimates: Any) -> CallPrice:
+        return original(self, body, estimates)._replace(unmetered=None)
 
-    replace(Exchange, original, _price)
+    replace(CallMeter, original, _price)
 
 
 def an_escaped_path_is_another_endpoint() -> None:
@@ -616,7 +616,7 @@ def hidden_output_of_a_stream_that_is_left_is_free() -> None:
 
 
 def the_usage_of_a_response_in_the_background_is_ignored() -> None:
-    always(Exchange, Exchange._correct_background, returns=None)
+    always(CallMeter, CallMeter._correct_background, returns=None)
 
 
 def two_api_keys_share_an_account() -> None:
@@ -861,6 +861,14 @@ def bytes_behind_a_response_lose_it() -> None:
     replace(PooledConnection, PooledConnection.data_received, ResponseHandler.data_received)
 
 
+def a_body_that_becomes_invalid_leaves_its_reader_waiting() -> None:
+    def _parse(self: PooledConnection, data: bytes) -> bool:
+        ResponseHandler.data_received(self, data)
+        return self.exception() is None
+
+    replace(PooledConnection, PooledConnection._parse, _parse)
+
+
 def decompression_ends_with_the_first_member() -> None:
     original = _Inflater._begin
 
@@ -1064,14 +1072,14 @@ def a_limit_that_raises_costs_a_permit() -> None:
 
 
 def a_complete_stream_without_usage_costs_its_text() -> None:
-    original = Exchange._stream_usage
+    original = CallMeter.stream_usage
 
-    def _stream_usage(self: Exchange, permit: Permit, meter: Any, end: Any) -> Usage | None:
+    def stream_usage(self: CallMeter, permit: Permit, meter: Any, end: Any) -> Usage | None:
         usage = original(self, permit, meter, end)
         found: Usage | None = meter.usage if usage is None and meter.complete else usage
         return found
 
-    replace(Exchange, original, _stream_usage)
+    replace(CallMeter, original, stream_usage)
 
 
 def each_spelling_of_a_key_is_an_account() -> None:

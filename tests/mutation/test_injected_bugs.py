@@ -326,6 +326,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
     ),
+    bugs.a_body_that_becomes_invalid_leaves_its_reader_waiting: (
+        test_gateway_attacks.test_an_invalid_body_ends_its_call
+    ),
     bugs.bytes_behind_a_response_lose_it: test_gateway_attacks.test_bytes_behind_any_whole_response_are_dropped,
     bugs.decompression_ends_with_the_first_member: (
         test_gateway_responses.test_streams_compressed_in_any_way_are_metered_and_no_faults

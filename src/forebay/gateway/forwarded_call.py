@@ -21,13 +21,14 @@ from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.request_body import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.interfaces import Outcome, RateLimitHeaders
+from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import REDIRECTS, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
-from forebay.upstream.providers import BodyMeter, Endpoint, Headers, Usage, UsageMeter
+from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream
 from forebay.upstream.providers.content_encoding import decompress_end
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
@@ -83,8 +84,7 @@ class StreamingResponse:
         self.compressed = "content-encoding" in headers
         if reader.decoded:
             headers.popall("content-encoding", None)
-        content_type = headers.get("content-type", "").lower()
-        self._events = content_type.startswith("text/event-stream") and "content-encoding" not in headers
+        self._events = is_event_stream(headers.get("content-type", "")) and "content-encoding" not in headers
         self.at_event_boundary = self._events
         self.length = None if self._events or response.method == "HEAD" else response.content_length
 
@@ -226,7 +226,7 @@ class ForwardedCall(Exchange):
             self._metrics.count_attempt(self.core.name, result.outcome.kind)
         return result
 
-    def _settle_stream(self, permit: Permit, meter: UsageMeter | BodyMeter | None, end: StreamEnd) -> None:
+    def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
         self._metrics.count_attempt(self.core.name, end.kind)
         super()._settle_stream(permit, meter, end)
 
@@ -310,12 +310,13 @@ class ForwardedCall(Exchange):
         permit: Permit,
         kind: Outcome,
         usage: Usage | None,
+        answer: ReadAnswer | None = None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
         """See `Exchange.call_outcome`; the tokens count in the metrics."""
         if usage is not None:
             self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
-        return super().call_outcome(permit, kind, usage, rate_limit_headers)
+        return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
 
 def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[str]:

@@ -22,7 +22,7 @@ The steps after an attempt, for example one that the provider answered with 429 
 
 1. ``Exchange.judge_answer`` (`exchange.py`): reads status, Retry-After and rate limit headers of a complete answer.
 2. ``classify`` (`providers/classify.py`): finds the kind of an error, by its body, its headers and its status.
-3. ``judge_error_answer`` (`exchange.py`): makes of the kind a result for the flow and an outcome for the account.
+3. ``judge_error_answer`` (`failed_attempts.py`): makes of the kind a result for the flow and an outcome.
 4. ``_Retrying.next_permit`` (`call_flow.py`): decides whether the call is retried, and releases the permit.
 5. ``Account.settle`` (`accounts/account.py`): reports the outcome to limit, outage detector, budgets and breaker.
 6. ``RefusalControl.record_refused`` (`accounts/refusals/refusal_control.py`): pauses the account's calls, for a 429.

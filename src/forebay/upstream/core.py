@@ -178,16 +178,17 @@ class UpstreamCore:
         """
         if not self.budgets.has_budgets:
             return CallPrice()
-        price = CallPrice()
+        dearest = rate = 0.0
         for name in (model, *alternatives):
             usd = self.prices.cost(self.provider, name, usage) if name or by_hand else None
             if usd is None:
                 named = f"no price is known for model {name!r}: give the upstream prices=, or its target prices"
                 reason = named if name else "it names no model, so that no price is known"
                 return self.unpriced_call(reason, name, allow=by_hand)
-            rate = (self.prices.cost(self.provider, name, per_second) or 0.0) if per_second else 0.0
-            price = CallPrice(max(price.usd, usd), max(price.usd_per_second, rate))
-        return price
+            dearest = max(dearest, usd)
+            if per_second is not None:
+                rate = max(rate, self.prices.cost(self.provider, name, per_second) or 0.0)
+        return CallPrice(dearest, rate)
 
     def count_unpriced(self) -> None:
         """Count a call that had a price, and has used something that has none."""

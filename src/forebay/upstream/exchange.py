@@ -10,45 +10,32 @@ import functools
 from typing import Final
 
 from forebay import clock
-from forebay.errors import InvalidAmount, InvalidSetting, Overloaded
+from forebay.errors import Overloaded
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
-from forebay.quota import BilledUsage, RateScope
-from forebay.upstream.accounts.shared_account import SharedAccount
-from forebay.upstream.background_responses import BackgroundResponse
-from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, CallPrice, Permit
+from forebay.upstream.call_meter import CallMeter, ReadAnswer, StreamMeter
+from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
+from forebay.upstream.failed_attempts import judge_error_answer, judge_failure
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest, can_reroute, reroute_request
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
 from forebay.upstream.providers import (
-    BodyMeter,
     Endpoint,
     ErrorKind,
     Headers,
     Usage,
     UsageFilter,
-    UsageMeter,
     classify,
-    find_unpriced,
-    find_unreadable,
-    names_concurrency,
-    names_spend_cap,
+    is_event_stream,
     read_rate_limits,
-    read_rate_scope,
     read_response,
-    read_retry_after,
-    read_should_retry,
 )
 from forebay.upstream.providers.classify import NO_RESPONSE
-from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_timeout
+from forebay.upstream.sdk_exceptions import ErrorAnswer
 
-ERRORS: Final = 400
 REDIRECTS: Final = 300
+_ERRORS: Final = 400
 _UNREAD: Final = (Endpoint.OTHER, Endpoint.SPEECH)  # their answers pass as they arrive
-_TOKENS_PER_SECOND: Final = 200  # of output: few models are faster
-_ONE_REQUEST: Final = Charge()
-_SUSPENSION: Final = 60.0  # seconds without calls after the provider reported that the account's money is spent
-_MAX_SUSPENSION: Final = 3_600.0  # seconds, whatever its Retry-After: money can be paid in at any time
 
 
 class Exchange:
@@ -73,11 +60,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_answered_by",
+        "_meter",
         "_original_body",
         "_path",
         "_retry_after",
-        "_sent_tokens",
         "_status",
         "account",
         "api_key",
@@ -111,48 +97,15 @@ class Exchange:
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
             core.warn_unmetered()
-        estimates = self.account.token_estimates
-        charge = profile.estimate_charge(
-            parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
-        )
-        self._sent_tokens = charge.input_tokens
-        price = self._price(body) if core.is_metered else CallPrice()
+        self._meter = meter = CallMeter(core, self.account, parsed, body)
         if caller is None:
-            self.call_request = core.request(model, charge, free=parsed.free, price=price)
+            self.call_request = core.request(model, meter.charge, free=parsed.free, price=meter.price)
         else:
-            self.call_request = core.request_for(caller, model, charge, free=parsed.free, price=price)
+            self.call_request = core.request_for(caller, model, meter.charge, free=parsed.free, price=meter.price)
         self.changed_body = profile.with_include_usage(parsed, body)
         self.error_kind = ErrorKind.SUCCESS
-        self._answered_by = ""
         self._retry_after: float | None = None
         self._status: int | None = None
-
-    def _price(self, body: bytes) -> CallPrice:
-        """Return the price of the request, or why it cannot be metered."""
-        core, parsed, estimates = self.core, self.parsed, self.account.token_estimates
-        model = parsed.model or ""
-        unreadable = find_unreadable(parsed, body)
-        if unreadable and (price := core.unreadable_call(unreadable)) is not None:
-            return price
-        if parsed.free or not core.budgets.has_budgets:
-            return CallPrice()
-        if unpriced := unreadable or find_unpriced(parsed):
-            return core.unpriced_call(unpriced, model)
-        usage = core.profile.estimate_usage(
-            parsed,
-            largest_output=estimates.largest_output,
-            input_ratio=estimates.input_ratio,
-            continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
-        )
-        self._sent_tokens = max(self._sent_tokens, usage.input_tokens)
-        unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
-        tokens = _TOKENS_PER_SECOND * parsed.choices
-        return core.price(
-            model,
-            usage,
-            alternatives=parsed.alternatives,
-            per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if unbounded else None,
-        )
 
     # --- fallback ---
 
@@ -183,7 +136,7 @@ class Exchange:
         """Return whether the answer is always passed on as it arrives: an event stream, or from an unknown endpoint."""
         if status >= REDIRECTS:
             return False
-        return self._is_unread() or _is_event_stream(content_type)
+        return self._is_unread() or is_event_stream(content_type)
 
     def _is_unread(self) -> bool:
         return self.parsed.endpoint in _UNREAD and self.parsed.response_id is None
@@ -191,15 +144,12 @@ class Exchange:
     def metered_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
         """Return the stream that meters a streaming answer and releases its permit; `encoding`: of the bytes fed."""
         self.account.answer_began(permit, self._rate_limits(headers))
-        meter: UsageMeter | BodyMeter | None = None
-        events = _is_event_stream(headers.get("content-type", ""))
+        meter: StreamMeter | None = None
+        events = is_event_stream(headers.get("content-type", ""))
         # A free request fetches an answer that was metered when it was generated, unless that was in the background.
-        if self.parsed.free and self.parsed.response_id is None:
-            pass
-        elif events:
-            meter = UsageMeter(input_tokens=self._sent_tokens)
-        elif not self._is_unread():
-            meter = BodyMeter()
+        is_metered = not self.parsed.free or self.parsed.response_id is not None
+        if is_metered and (events or not self._is_unread()):
+            meter = self._meter.stream_meter(events=events)
         usage_filter = UsageFilter() if events and self.changed_body is not None else None
         return MeteredStream(
             functools.partial(self._settle_stream, permit, meter),
@@ -214,58 +164,10 @@ class Exchange:
         """Return what an exception that ends a streaming answer says about the provider."""
         return judge_failure(self.account, permit, error).outcome.kind
 
-    def _settle_stream(self, permit: Permit, meter: UsageMeter | BodyMeter | None, end: StreamEnd) -> None:
+    def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
         """Release the permit of a streaming answer; `meter` has read it, if it can be read."""
-        usage = None if meter is None else self._stream_usage(permit, meter, end)
-        if meter is not None:
-            self._answered_by = meter.model or ""
-            self._remember(permit, meter.response_id, usage)
-        self.account.settle(permit, self.call_outcome(permit, end.kind, usage))
-
-    def _stream_usage(self, permit: Permit, meter: UsageMeter | BodyMeter, end: StreamEnd) -> Usage | None:
-        """Return the usage of a streaming answer; None for as much as was reserved.
-
-        A complete answer that reports none counts as it was reserved: the text does not show hidden reasoning, which
-        may have been billed. Of one that broke off, or that was left, the output that arrived is counted, and what may
-        have been made before any arrived: a model can think for long before its first word. In the background it goes
-        on.
-        """
-        usage = meter.usage
-        if usage is not None and not usage.estimated:
-            return usage
-        parsed = self.parsed
-        if parsed.background or not parsed.generates_tokens or not end.readable or isinstance(meter, BodyMeter):
-            return None
-        if meter.complete and self.core.is_metered:
-            return None
-        if end.ended:
-            return usage
-        output_at = clock.now() if end.output_at is None else end.output_at
-        seconds = max(0.0, output_at - permit.granted_at)
-        hidden = int(_TOKENS_PER_SECOND * parsed.choices * seconds)
-        bound = None if parsed.max_output_tokens is None else parsed.max_output_tokens * parsed.choices
-        return meter.unfinished_usage(hidden, bound)
-
-    def _remember(self, permit: Permit, response_id: str | None, usage: Usage | None) -> None:
-        """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""
-        if self.parsed.endpoint is not Endpoint.RESPONSES or response_id is None or not permit.spend:
-            return
-        if usage is not None and not usage.estimated:
-            self.core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
-        elif self.parsed.background:
-            response = BackgroundResponse(self.call_request.model, self.parsed.tier, permit.spend)
-            self.core.background.add(response_id, response)
-
-    def _correct_background(self, response_id: str, usage: Usage) -> None:
-        """Replace the dollars counted for a response in the background by those of its usage."""
-        response = self.core.background.pop(response_id)
-        if response is None:
-            return
-        usd = self.core.cost(response.model, usage.billed(tier=response.tier), answered_by=self._answered_by)
-        if usd is not None:
-            for counted in response.spend:
-                counted.revise(usd)
-        self.core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
+        usage = None if meter is None else self._meter.stream_usage(permit, meter, end)
+        self.account.settle(permit, self.call_outcome(permit, end.kind, usage, meter))
 
     def stream_result(self) -> AttemptResult:
         """Return the result of an attempt whose answer has begun; the reader of the answer releases the permit."""
@@ -288,7 +190,7 @@ class Exchange:
         """
         self.error_kind = ErrorKind.SUCCESS
         self._status = status
-        if status >= ERRORS:
+        if status >= _ERRORS:
             self.error_kind = classify(status, headers, body)
             answer = ErrorAnswer(status, headers, body)
             result = judge_error_answer(
@@ -298,13 +200,11 @@ class Exchange:
             return result
         rate_limits = self._rate_limits(headers)
         if status >= REDIRECTS:
-            outcome = CallOutcome(kind=Outcome.IGNORED, used=_ONE_REQUEST, usd=0.0, rate_limit_headers=rate_limits)
+            outcome = CallOutcome(kind=Outcome.IGNORED, used=Charge(), usd=0.0, rate_limit_headers=rate_limits)
             return AttemptResult(outcome=outcome)
         response = read_response(body)
-        self._answered_by = response.model or ""
-        self._remember(permit, response.response_id, response.usage)
-        kind_of_outcome = Outcome.SUCCESS if response.error_kind is None else response.error_kind.rule.outcome
-        return AttemptResult(outcome=self.call_outcome(permit, kind_of_outcome, response.usage, rate_limits))
+        kind = Outcome.SUCCESS if response.error_kind is None else response.error_kind.rule.outcome
+        return AttemptResult(outcome=self.call_outcome(permit, kind, response.usage, response, rate_limits))
 
     def _rate_limits(self, headers: Headers) -> tuple[RateLimitHeaders, ...]:
         """Return the rate-limit headers of an answer, if they can matter."""
@@ -340,154 +240,8 @@ class Exchange:
         permit: Permit,
         kind: Outcome,
         usage: Usage | None,
+        answer: ReadAnswer | None = None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
-        """Return the outcome of an answered attempt, with its usage and cost."""
-        latency = clock.now() - permit.granted_at
-        if usage is None:
-            return CallOutcome(kind=kind, latency=latency, rate_limit_headers=rate_limit_headers)
-        if self.parsed.free:  # it fetches an answer, which took its tokens when it was made
-            if self.parsed.response_id is not None:
-                self._correct_background(self.parsed.response_id, usage)
-            return CallOutcome(kind=kind, latency=latency, rate_limit_headers=rate_limit_headers)
-        used = self.core.profile.final_charge(self.call_request.charge, usage)
-        usd: float | None = 0.0
-        if self.core.budgets.has_budgets:
-            billed = usage.billed(tier=self.parsed.tier, web_searches=self.parsed.searches)
-            usd = self.core.cost(
-                self.call_request.model,
-                billed,
-                answered_by=self._answered_by,
-                alternatives=self.parsed.alternatives,
-            )
-            if usd is None and self.call_request.usd:
-                self.core.count_unpriced()
-        reported = kind is Outcome.SUCCESS and not usage.estimated
-        return CallOutcome(
-            kind=kind,
-            used=used,
-            usd=usd,
-            latency=latency,
-            output_tokens=usage.output_tokens,
-            estimated_input_tokens=self.parsed.input_tokens if reported else None,
-            rate_limit_headers=rate_limit_headers,
-        )
-
-
-def judge_exception(account: SharedAccount, permit: Permit, error: Exception) -> AttemptResult:
-    """Return the result of an attempt that raised an exception, for callers whose HTTP messages are not seen here.
-
-    An exception that reports an answer, as those of SDKs do, counts as that answer (429, 400, 500 ...).
-    """
-    if isinstance(
-        error, (Overloaded, InvalidAmount, InvalidSetting)
-    ):  # ours: no evidence, and the call was retried already
-        outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
-        return AttemptResult(error=error, outcome=outcome)
-    answer = find_error_answer(error)
-    if answer is None:
-        return judge_failure(account, permit, error)
-    result = judge_error_answer(account, permit, classify(*answer), answer)
-    result.error = error
-    return result
-
-
-def judge_failure(account: SharedAccount, permit: Permit, error: Exception) -> AttemptResult:
-    """Return the result of an attempt that was sent, and failed without an answer.
-
-    A caller's own timeout counts against the provider only if its silence is unusual. It is retried once at most, and
-    not at all if calls usually take longer than this caller waits: each attempt may be billed in full.
-    """
-    kind, retryable = Outcome.FAULT, True
-    if is_timeout(error):
-        verdict = account.judge_timeout(permit)
-        if not verdict.fault:
-            kind, retryable = Outcome.IGNORED, verdict.retry_may_help and not permit.request.retries
-    outcome = CallOutcome(kind=kind, latency=clock.now() - permit.granted_at)
-    return AttemptResult(error=error, outcome=outcome, retryable=retryable, can_fall_back=True)
-
-
-def judge_error_answer(
-    account: SharedAccount, permit: Permit, kind: ErrorKind, answer: ErrorAnswer, *, can_resend: bool = True
-) -> AttemptResult:
-    """Return the result of an attempt that was answered with an error, with its Retry-After and rate limit headers.
-
-    That the account's money is spent (402, or 429 with ``insufficient_quota``) is noted by the account here.
-
-    Args:
-        account: of the call.
-        permit: of the attempt.
-        kind: of the answer.
-        answer: the answer.
-        can_resend: the request can be sent again.
-    """
-    headers, wall = answer.headers, clock.wall_time()
-    retry_after = read_retry_after(headers, answer.body, wall=wall)
-    retry = None if kind is ErrorKind.SPEND_CAP else read_should_retry(headers)
-    if kind is ErrorKind.SPEND_CAP:
-        seconds = _SUSPENSION if retry_after is None else min(retry_after, _MAX_SUSPENSION)
-        account.record_spend_cap(permit, seconds, certain=names_spend_cap(answer.body))
-    return judge_error(
-        permit,
-        kind,
-        retry_after=retry_after,
-        rate_limits=read_rate_limits(headers, wall=wall),
-        rate_scope=read_rate_scope(answer.body),
-        says_concurrency=kind is ErrorKind.CONCURRENCY_LIMIT and names_concurrency(answer.body),
-        retry=retry if can_resend else False,
-    )
-
-
-def judge_error(  # noqa: PLR0913 - what an error says
-    permit: Permit,
-    kind: ErrorKind,
-    *,
-    retry_after: float | None = None,
-    rate_limits: tuple[RateLimitHeaders, ...] = (),
-    rate_scope: RateScope | None = None,
-    says_concurrency: bool = False,
-    retry: bool | None = None,
-) -> AttemptResult:
-    """Return the result of an attempt that the provider answered with an error, by the kind's rule (`classify.py`).
-
-    Args:
-        permit: of the attempt.
-        kind: of the error.
-        retry_after: seconds that the provider asked to wait, or None. This call waits for them; for a limit of the
-            account (429) they also count for the others, see `RefusalControl`.
-        rate_limits: the rate-limit headers of the answer.
-        rate_scope: the rate that the answer names, or None.
-        says_concurrency: the answer says that too many calls are in flight.
-        retry: whether the call may be retried; None if that follows from the kind.
-    """
-    rule = kind.rule
-    if rule.throttled:  # nothing was used: `RateLimiter.record_throttled` returns what a rate-limited call reserved
-        rate_limited = kind is ErrorKind.RATE_LIMIT
-        outcome = CallOutcome(
-            kind=rule.outcome,
-            released=not rate_limited,
-            rate_limited=rate_limited,
-            spend_cap=kind is ErrorKind.SPEND_CAP,
-            rate_scope=rate_scope,
-            account_limited=kind is ErrorKind.CONCURRENCY_LIMIT,
-            says_concurrency=says_concurrency,
-            retry_after=retry_after,
-            rate_limit_headers=rate_limits,
-            usd=0.0,
-        )
-    else:
-        latency = clock.now() - permit.granted_at
-        outcome = CallOutcome(
-            kind=rule.outcome, used=_ONE_REQUEST, usd=0.0, latency=latency, rate_limit_headers=rate_limits
-        )
-    return AttemptResult(
-        outcome=outcome,
-        retryable=rule.retryable if retry is None else retry,
-        uses_attempt=rule.uses_attempt,
-        retry_after=retry_after,
-        can_fall_back=rule.can_fall_back,
-    )
-
-
-def _is_event_stream(content_type: str) -> bool:
-    return content_type.lower().startswith("text/event-stream")
+        """Return the outcome of an answered attempt, see `CallMeter.outcome`."""
+        return self._meter.outcome(permit, kind, usage, answer, rate_limit_headers)

@@ -13,7 +13,7 @@ from forebay.interfaces import Charge, Outcome
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.exchange import judge_exception
+from forebay.upstream.failed_attempts import judge_exception
 from forebay.upstream.fallbacks.fallback import FallbackTarget
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 

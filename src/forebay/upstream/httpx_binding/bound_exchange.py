@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -133,23 +134,34 @@ class BoundExchange(Exchange):
         error: type[Exception] = self._binding.http.ReadError
         return error
 
-    def can_decode(self, encoding: str) -> bool:
+    def _can_decode(self, encoding: str) -> bool:
         """Return whether the HTTP library reads this Content-Encoding; it passes others on as they are, unread."""
         known = self._binding.http._decoders.SUPPORTED_DECODERS  # noqa: SLF001 - it depends on what is installed
         return all(name.strip().lower() in known for name in encoding.split(","))
 
-    def opened(self, response: Any, stream: Any, *, decoded: bool) -> AttemptResult:
-        """Return the result of an attempt whose answer has begun."""
+    def opened(self, permit: Permit, response: Any, headers: Headers, make_body: Callable[..., Any]) -> AttemptResult:
+        """Return the result of an attempt whose answer has begun.
+
+        Args:
+            permit: of the attempt, which the body releases.
+            response: of the client's own transport.
+            headers: of the response.
+            make_body: makes its body: `AsyncBody` or `BlockingBody`.
+        """
+        encoding = headers.get("content-encoding", "")
+        decoded = bool(encoding) and self._can_decode(encoding)
+        metered = self.metered_stream(permit, headers, encoding="" if decoded else encoding)
+        body = make_body(self, response, metered, decoded=decoded)
         dropped = {b"x-should-retry"}
         if decoded:
             dropped |= {b"content-encoding", b"content-length"}
         elif self.changed_body is not None:
             dropped.add(b"content-length")
-        headers = [pair for pair in response.headers.raw if pair[0].lower() not in dropped]
-        headers.append((b"x-should-retry", b"false"))
+        kept = [pair for pair in response.headers.raw if pair[0].lower() not in dropped]
+        kept.append((b"x-should-retry", b"false"))
         result = self.stream_result()
         result.value = self._binding.http.Response(
-            response.status_code, headers=headers, stream=stream, extensions=response.extensions
+            response.status_code, headers=kept, stream=body, extensions=response.extensions
         )
         return result
 

@@ -159,11 +159,7 @@ class AsyncTransport:
             response = await self.inner.handle_async_request(exchange.request)
             headers = Headers.relevant(response.headers.raw)
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
-                encoding = headers.get("content-encoding", "")
-                decoded = bool(encoding) and exchange.can_decode(encoding)
-                stream = exchange.metered_stream(permit, headers, encoding="" if decoded else encoding)
-                body = self.body(exchange, response, stream, decoded=decoded)
-                return exchange.opened(response, body, decoded=decoded)
+                return exchange.opened(permit, response, headers, self.body)
             raw = b"".join([chunk async for chunk in response.stream])
         except BaseException as error:
             if response is not None:
@@ -259,11 +255,7 @@ class BlockingTransport:
             response = self.inner.handle_request(exchange.request)
             headers = Headers.relevant(response.headers.raw)
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
-                encoding = headers.get("content-encoding", "")
-                decoded = bool(encoding) and exchange.can_decode(encoding)
-                stream = exchange.metered_stream(permit, headers, encoding="" if decoded else encoding)
-                body = self.body(exchange, response, stream, decoded=decoded)
-                return exchange.opened(response, body, decoded=decoded)
+                return exchange.opened(permit, response, headers, self.body)
             raw = b"".join(response.stream)
         except BaseException as error:
             if response is not None:

@@ -9,6 +9,7 @@ from forebay.upstream.providers.classify import (
 )
 from forebay.upstream.providers.credentials import CREDENTIAL_HEADERS, normalize_credential
 from forebay.upstream.providers.endpoints import Billing, Endpoint
+from forebay.upstream.providers.event_stream import is_event_stream
 from forebay.upstream.providers.http_headers import Headers
 from forebay.upstream.providers.include_usage import UsageFilter
 from forebay.upstream.providers.metering import find_unpriced, find_unreadable
@@ -22,7 +23,7 @@ from forebay.upstream.providers.rate_limit_headers import (
 from forebay.upstream.providers.request import ProviderRequest
 from forebay.upstream.providers.rewrite import depends_on_stored_state, path_with_model, with_model
 from forebay.upstream.providers.usage import Usage
-from forebay.upstream.providers.usage_meter import BodyMeter, UsageMeter, read_response
+from forebay.upstream.providers.usage_meter import BodyMeter, UsageMeter, WholeResponse, read_response
 
 __all__ = [
     "CREDENTIAL_HEADERS",
@@ -37,11 +38,13 @@ __all__ = [
     "Usage",
     "UsageFilter",
     "UsageMeter",
+    "WholeResponse",
     "classify",
     "classify_stream_error",
     "depends_on_stored_state",
     "find_unpriced",
     "find_unreadable",
+    "is_event_stream",
     "names_concurrency",
     "names_spend_cap",
     "normalize_credential",

@@ -7,6 +7,11 @@ from typing import Final
 _MAX_EVENT: Final = 1 << 20  # bytes; longer events are dropped
 
 
+def is_event_stream(content_type: str) -> bool:
+    """Return whether a Content-Type is that of a stream of events."""
+    return content_type.lower().startswith("text/event-stream")
+
+
 class EventStreamParser:
     """An incremental parser that returns the ``data`` of each event of a stream.
 

@@ -15,6 +15,7 @@ from forebay.upstream.providers.request import READ_FIELDS, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
 _MAX_UNREAD: Final = 1 << 20  # bytes of a body besides its input that are searched for repeated keys
+_MAX_VALUES: Final = 1_000_000  # of an input that is searched for tools
 _MAX_OBJECTS: Final = 100_000  # of a body that is searched for repeated keys object by object
 
 # Tools that run at the caller, or whose cost is in the usage of the answer. Any other runs at the provider, which bills
@@ -24,7 +25,9 @@ _METERED_TOOLS: Final = re.compile(
     r"|web_fetch_\w+|computer|computer_use_preview|computer_\w+|bash_\d+|text_editor_\d+|memory_\d+|browser_\w+"
 )
 _WEB_SEARCH: Final = b"web_search"
-_MORE_TOOLS: Final = (b'"additional_tools"', b'"tool_search_output"', b'"tool_definition"')  # tools within the input
+_TOOL: Final = b"tool"
+_UNNAMED: Final = "without a type and a name"  # as some providers write tools that they run
+_MORE_TOOLS: Final = re.compile(rb'"(?:additional_tools|tool_search_output|tool_definition)"')  # tools within the input
 _BILLED_APART: Final = {
     "plugins": "its provider bills its plugins apart from the tokens",
     "search_parameters": "its provider bills the searches of `search_parameters` apart from the tokens",
@@ -50,6 +53,14 @@ _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 class _Tool(msgspec.Struct):
     type: Any = None
+    name: Any = None
+    function: Any = None
+
+    @property
+    def kind(self) -> Any:
+        """Return its type; None for a function of the caller, which may have none."""
+        is_named = isinstance(self.name, str) or isinstance(self.function, dict)
+        return _UNNAMED if self.type is None and not is_named else self.type
 
 
 _tools: Final = msgspec.json.Decoder(list[_Tool] | None)
@@ -120,20 +131,24 @@ def find_unseen_input(request: ProviderRequest) -> UnseenInput:
 
 def _tool_kinds(request: ProviderRequest) -> list[Any] | None:
     """Return the types of all tools of a request, those within its input too; None if they cannot be read for sure."""
-    tools = bytes(request.tools)
-    try:
-        kinds = [tool.type for tool in _tools.decode(tools) or ()] if tools else []
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
-    if unusual and _repeats_a_key(tools, everywhere=True):
-        return None
+    kinds: list[Any] = []
+    if tools := bytes(request.tools):
+        try:
+            kinds += [tool.kind for tool in _tools.decode(tools) or ()]
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+        unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
+        if unusual and _repeats_a_key(tools, everywhere=True):
+            return None
     for raw in request.content:
         piece = bytes(raw)
-        if any(word in piece for word in _MORE_TOOLS) or (_ESCAPE in piece and _ESCAPED_LETTER.search(piece)):
-            if _repeats_a_key(piece, everywhere=True):
+        if (_TOOL in piece and _MORE_TOOLS.search(piece)) or (_ESCAPE in piece and _ESCAPED_LETTER.search(piece)):
+            if piece.count(b",") + piece.count(b"[") > _MAX_VALUES or _repeats_a_key(piece, everywhere=True):
                 return None
-            kinds += [tool.get("type") if isinstance(tool, dict) else tool for tool in _tools_within(json.loads(piece))]
+            try:
+                kinds += [tool.kind for tool in msgspec.convert(_tools_within(msgspec.json.decode(piece)), list[_Tool])]
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                return None
     return kinds
 
 
@@ -144,10 +159,10 @@ def _tools_within(content: object) -> list[Any]:
     while rest:
         part = rest.pop()
         if isinstance(part, list):
-            rest += part
+            rest += [each for each in part if isinstance(each, list | dict)]
         elif isinstance(part, dict):
             if part.get("type") in ("additional_tools", "tool_search_output"):
-                added = part.get("tools")
+                added = part.get("tools") or []
                 tools += added if isinstance(added, list) else [added]
             elif part.get("type") == "tool_definition":
                 tools.append(part.get("definition"))
@@ -171,7 +186,8 @@ def _find_unpriced_tool(request: ProviderRequest) -> str:
         return "its tools cannot be read: they are no list, or have a key twice, or one written in escapes"
     for kind in kinds:
         if kind is not None and not (isinstance(kind, str) and _METERED_TOOLS.fullmatch(kind)):
-            return f"its provider bills the tool {str(kind)[:_MAX_SHOWN]!r} apart from the tokens"
+            shown = str(kind)[:_MAX_SHOWN] if isinstance(kind, str | int | float) else type(kind).__name__
+            return f"its provider bills the tool {shown!r} apart from the tokens"
     return ""
 
 

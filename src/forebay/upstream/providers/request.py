@@ -17,6 +17,7 @@ from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _MAX_TOKENS: Final = 10**9  # a larger bound is ignored
 _MAX_CHOICES: Final = 128  # as at OpenAI
+_MAX_DIGITS: Final = 20  # of a number of choices
 _MAX_MODEL: Final = 256  # characters
 _MAX_SHOWN: Final = 50  # characters of a header in a message
 _DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
@@ -43,6 +44,7 @@ _TRUE: Final = frozenset(
     {"true", "t", "yes", "y", "on", "1", "1.0"}
 )  # to a lenient server, as Pydantic's rules make it
 _NOTHING: Final = msgspec.Raw()
+_ABSENT: Final = (_NOTHING, msgspec.Raw(b"null"))
 
 
 class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -232,7 +234,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     alternatives = () if read.models is None else _names(read.models)
     choices = 1
     if read.n is not None or read.best_of is not None:
-        choices = min(_MAX_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
+        choices = min(_MAX_CHOICES, max(_count(read.n), _count(read.best_of)))
     if route is Endpoint.COMPLETIONS:
         choices *= _count_prompts(bytes(read.prompt))
     # The deployment in Azure's path is what answers, whatever the body says.
@@ -241,7 +243,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     return ProviderRequest(
         endpoint=route,
         model=model,
-        stream=read.stream is not None and _asks_for_stream(read.stream),
+        stream=read.stream is not None and _is_true(read.stream),
         input_tokens=estimate_tokens(
             map(bytes, content),
             bytes_per_token=bytes_per_token,
@@ -256,9 +258,11 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         billing=billing,
         billing_reason=reason,
         tier="fast" if read.speed == "fast" else read.service_tier if read.service_tier in _DEARER else "",
-        background=read.background is True,
+        background=read.background is not None and _is_true(read.background),
         characters=_spoken(read.input) if route is Endpoint.SPEECH else 0,
-        searches=int(bool(read.web_search_options) or (model is not None and _SEARCH_MODEL.search(model) is not None)),
+        searches=int(
+            read.web_search_options not in _ABSENT or (model is not None and _SEARCH_MODEL.search(model) is not None)
+        ),
         asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
         previous_response_id=previous if isinstance(previous, str) else None,
         conversation=read.conversation is not None,
@@ -361,8 +365,8 @@ def _read_body(headers: Mapping[str, str], body: bytes) -> tuple[_RequestBody | 
     return None, "its body is not a JSON object in UTF-8: send it as one"
 
 
-def _asks_for_stream(value: object) -> bool:
-    """Return whether a lenient server may take a ``stream`` for true: 1 and ``"true"`` too."""
+def _is_true(value: object) -> bool:
+    """Return whether a lenient server may take a field for true: 1 and ``"true"`` too."""
     return value is True or str(value).lower() in _TRUE
 
 
@@ -408,6 +412,16 @@ def _count_prompts(prompt: bytes) -> int:
 def _largest_bound(values: Iterable[object]) -> int | None:
     """Return the largest of several bounds: servers do not agree on which of them counts, and to some 0 means none."""
     return max((bound for value in values if (bound := _bound(value))), default=None)
+
+
+def _count(value: object) -> int:
+    """Return a number of choices: at least 1, and for a lenient server a text is one too."""
+    if isinstance(value, str):
+        try:
+            value = float(value[:_MAX_DIGITS])
+        except ValueError:
+            return 1
+    return _bound(value) or 1
 
 
 def _bound(value: object) -> int | None:

@@ -136,11 +136,33 @@ def test_tools_within_the_input_that_servers_read_differently_are_unpriced(item:
     assert "its tools cannot be read" in find_unpriced(request)
 
 
-@pytest.mark.parametrize("tools", [None, {}, "all", [5], [None]])
+@pytest.mark.parametrize("many", [b"1," * 1_000_000, b"[]," * 600_000])
+def test_tools_within_an_input_of_too_many_values_are_not_looked_for(many: bytes) -> None:
+    body = b'{"model":"m","input":[%s1,{"type":"additional_tools","tools":[]}]}' % many
+    assert "its tools cannot be read" in find_unpriced(read(body, "/v1/responses"))
+    assert not find_unpriced(read(body.replace(b"additional_tools", b"message"), "/v1/responses"))
+
+
+def test_tools_of_any_depth_raise_nothing() -> None:
+    for depth in range(0, 1_200, 7):
+        body = b'{"model":"m","input":[{"type":"additional_tools","tools":%s}]}' % (b"[" * depth + b"1" + b"]" * depth)
+        request = read(body, "/v1/responses")
+        assert find_unpriced(request) or request.unreadable
+
+
+@pytest.mark.parametrize("tools", ["all", {"web": {}}, [5], [None]])
 def test_tools_within_the_input_that_are_no_list_are_unpriced(tools: Any) -> None:
+    assert not unpriced(input=[{**ADDITIONAL, "tools": None}, {**ADDITIONAL, "tools": []}])
     assert not unpriced(input=[{"type": "message", "tools": tools}])
-    reason = unpriced(input=[{**ADDITIONAL, "tools": tools}])
-    assert bool(reason) == (tools not in (None, {}, [None]))  # these are no tools
+    assert unpriced(input=[{**ADDITIONAL, "tools": tools}])
+
+
+@pytest.mark.parametrize("tool", [{"google_search": {}}, {}, {"type": None}, {"name": None, "function": "f"}])
+def test_a_tool_without_a_type_and_a_name_is_unpriced(tool: dict[str, Any]) -> None:
+    variants: list[dict[str, Any]] = [{"tools": [tool]}, {"input": [{**ADDITIONAL, "tools": [tool]}]}]
+    for fields in variants:
+        assert "without a type and a name" in unpriced(**fields)
+    assert not unpriced(tools=[{"function": {"name": "f"}}, {"name": "f", "input_schema": {}}])
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,46 @@ def test_the_output_bound_has_several_names(bounds: dict[str, Any], most: int | 
 
 
 @pytest.mark.parametrize(
+    ("fields", "choices"),
+    [
+        ({"n": 3}, 3),
+        ({"n": "3"}, 3),  # a lenient server reads it
+        ({"n": " 3.0 "}, 3),
+        ({"n": 1, "best_of": "4"}, 4),
+        ({"n": "1e9"}, 128),
+        *(({"n": value}, 1) for value in (None, True, 0, -5, "", "two", "nan", "inf", "9" * 5000, [3])),
+    ],
+)
+def test_choices_are_counted_as_the_most_lenient_server_does(fields: dict[str, Any], choices: int) -> None:
+    assert ask("/v1/completions", {"model": "m", "prompt": "x"} | fields).choices == choices
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, True),
+        ("true", True),
+        (1, True),
+        ("yes", True),
+        (False, False),
+        (None, False),
+        ("false", False),
+        (0, False),
+    ],
+)
+def test_a_flag_is_read_as_the_most_lenient_server_does(value: Any, *, expected: bool) -> None:
+    request = ask("/v1/responses", {"model": "m", "input": "x", "stream": value, "background": value})
+    assert (request.stream, request.background) == (expected, expected)
+
+
+@pytest.mark.parametrize(("options", "searches"), [({}, 1), ({"search_context_size": "low"}, 1), (None, 0)])
+def test_a_chat_completion_that_asks_for_it_searches_the_web_once(options: Any, searches: int) -> None:
+    body = {"model": "m", "messages": SAY}
+    assert ask("/v1/chat/completions", {**body, "web_search_options": options}).searches == searches
+    assert ask("/v1/chat/completions", body).searches == 0
+
+
+@pytest.mark.parametrize(
     ("path", "body", "tokens"),
     [
         ("/v1/completions", {"prompt": "x" * 400}, 101),
