@@ -128,6 +128,8 @@ class UpstreamCall:
         else:
             kind = self._kind or (Outcome.SUCCESS if cause is None else Outcome.IGNORED)
             outcome = CallOutcome(kind=kind, latency=clock.now() - permit.granted_at)
+            if kind is Outcome.OVERLOAD:  # it was refused: no tokens were used
+                outcome = msgspec.structs.replace(outcome, used=Charge(), usd=0.0)
         if self._used is not None:  # the block knows better than an exception
             tokens = self._used.output_tokens
             outcome = msgspec.structs.replace(outcome, used=self._used, usd=self._usd, output_tokens=tokens)

@@ -104,7 +104,7 @@ class CallMeter:
             return None
         if meter.complete and self._core.is_metered:
             return None
-        if end.ended:
+        if end.ended and meter.complete:
             return usage
         output_at = clock.now() if end.output_at is None else end.output_at
         seconds = max(0.0, output_at - permit.granted_at)
@@ -143,14 +143,14 @@ class CallMeter:
         return CallOutcome(
             kind=kind,
             used=self._core.profile.final_charge(self.charge, usage),
-            usd=self._cost(usage, answered_by=model),
+            usd=self._cost(usage, answer),
             latency=latency,
             output_tokens=usage.output_tokens,
             estimated_input_tokens=self._parsed.input_tokens if reported else None,
             rate_limit_headers=rate_limit_headers,
         )
 
-    def _cost(self, usage: Usage, *, answered_by: str) -> float | None:
+    def _cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
         """Return the dollars of a usage; None for as many as were reserved."""
         core, parsed = self._core, self._parsed
         if not core.budgets.has_budgets:
@@ -158,11 +158,13 @@ class CallMeter:
         usd = core.cost(
             parsed.model or "",
             usage.billed(tier=parsed.tier, web_searches=parsed.searches),
-            answered_by=answered_by,
+            answered_by=(answer.model if answer is not None else None) or "",
             alternatives=parsed.alternatives,
         )
         if usd is None and self.price.usd:
             core.count_unpriced()
+        if usd is not None and answer is not None and not answer.whole:
+            return max(usd, self.price.usd)
         return usd
 
     def _remember(self, permit: Permit, response_id: str, usage: Usage | None) -> None:

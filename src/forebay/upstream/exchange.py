@@ -15,7 +15,7 @@ from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import CallMeter, ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.failed_attempts import judge_error_answer, judge_failure
+from forebay.upstream.failed_attempts import judge_error_answer, judge_failure, judge_unsent
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest, can_reroute, reroute_request
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
@@ -226,12 +226,8 @@ class Exchange:
         """
         self.error_kind = NO_RESPONSE
         self._status = None
-        if sent and not local:
-            result = judge_failure(self.account, permit, error)
-        else:
-            kind = Outcome.IGNORED if local else Outcome.FAULT
-            outcome = CallOutcome(kind=kind, released=True, usd=0.0)
-            result = AttemptResult(error=error, outcome=outcome, retryable=not local, can_fall_back=not local)
+        failed = sent and not local
+        result = judge_failure(self.account, permit, error) if failed else judge_unsent(error, local=local)
         result.retryable = result.retryable and self._original_body is not None
         return result
 

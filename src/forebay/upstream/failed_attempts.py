@@ -20,7 +20,7 @@ from forebay.upstream.providers import (
     read_retry_after,
     read_should_retry,
 )
-from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_timeout
+from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_timeout, never_connected
 
 _ONE_REQUEST: Final = Charge()
 _SUSPENSION: Final = 60.0  # seconds without calls after the provider reported that the account's money is spent
@@ -38,6 +38,8 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
         outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
         return AttemptResult(error=error, outcome=outcome)
     answer = find_error_answer(error)
+    if answer is None and never_connected(error):
+        return judge_unsent(error)
     if answer is None:
         return judge_failure(account, permit, error)
     result = judge_error_answer(account, permit, classify(*answer), answer)
@@ -58,6 +60,17 @@ def judge_failure(account: SharedAccount, permit: Permit, error: Exception) -> A
             kind, retryable = Outcome.IGNORED, verdict.retry_may_help and not permit.request.retries
     outcome = CallOutcome(kind=kind, latency=clock.now() - permit.granted_at)
     return AttemptResult(error=error, outcome=outcome, retryable=retryable, can_fall_back=True)
+
+
+def judge_unsent(error: Exception, *, local: bool = False) -> AttemptResult:
+    """Return the result of an attempt that was not sent: it has used nothing.
+
+    Args:
+        error: raised for the caller if it is the last attempt.
+        local: the cause is on this side (a pool timeout, for example), and another attempt would not help.
+    """
+    outcome = CallOutcome(kind=Outcome.IGNORED if local else Outcome.FAULT, released=True, usd=0.0)
+    return AttemptResult(error=error, outcome=outcome, retryable=not local, can_fall_back=not local)
 
 
 def judge_error_answer(
@@ -114,11 +127,11 @@ def judge_error(  # noqa: PLR0913 - what an error says
         retry: whether the call may be retried; None if that follows from the kind.
     """
     rule = kind.rule
-    if rule.throttled:  # nothing was used: `RateLimiter.record_throttled` returns what a rate-limited call reserved
-        rate_limited = kind is ErrorKind.RATE_LIMIT
+    if rule.throttled:  # no tokens were used; providers count the request all the same
+        rate_limited = kind is ErrorKind.RATE_LIMIT  # then `RateLimiter.record_throttled` returns what it reserved
         outcome = CallOutcome(
             kind=rule.outcome,
-            released=not rate_limited,
+            used=None if rate_limited else _ONE_REQUEST,
             rate_limited=rate_limited,
             spend_cap=kind is ErrorKind.SPEND_CAP,
             rate_scope=rate_scope,

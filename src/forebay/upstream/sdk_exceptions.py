@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple, TypeGuard
 
@@ -21,7 +22,7 @@ _TIMEOUTS: Final = frozenset(  # by name: TimeoutError is the base of few
 _NOT_CONNECTED: Final = frozenset(
     {
         *("ConnectTimeout", "ConnectTimeoutError", "ConnectionTimeoutError", "PoolTimeout", "ConnectError"),
-        "NewConnectionError",
+        *("NewConnectionError", "ClientConnectorError"),
     }
 )
 
@@ -73,6 +74,15 @@ def is_timeout(error: BaseException) -> bool:
             found = True
         found = found or not _TIMEOUTS.isdisjoint(names)
     return found
+
+
+def never_connected(error: BaseException) -> bool:
+    """Return whether an exception says that no connection was made, so that no request can have been sent."""
+    return any(
+        isinstance(each, ConnectionRefusedError | socket.gaierror)
+        or not _NOT_CONNECTED.isdisjoint(base.__name__ for base in type(each).__mro__)
+        for each in _chain(error)
+    )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -9,6 +9,7 @@ from forebay.interfaces import Outcome
 from forebay.upstream.call_request import Permit
 
 _DOUBT: Final = 2.0  # seconds in which every call must be refused, if only the words or the status speak of money
+_LONGEST_PROBE: Final = 60.0  # seconds after which another probe goes beside one that has no answer
 
 
 class SpendSuspension:
@@ -67,7 +68,9 @@ class SpendSuspension:
             return None
         if now < self._until:
             return self._until - now
-        return None if self._probe is None else probe_duration
+        if self._probe is None or now - self._probe.granted_at > _LONGEST_PROBE:
+            return None
+        return probe_duration
 
     def record_sent(self, permit: Permit) -> None:
         """Note that a call is sent: it is the probe if the account is still suspended."""

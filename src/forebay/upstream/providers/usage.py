@@ -93,7 +93,8 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
     OpenAI counts cached tokens within ``prompt_tokens`` or ``input_tokens``. Anthropic counts them outside of
     ``input_tokens``, in two fields of its own, by which its objects are recognized. Sources: the references of both,
     and the types of their SDKs (``CompletionUsage``, ``ResponseUsage``, ``Usage``, ``MessageDeltaUsage``); DeepSeek's
-    ``prompt_cache_hit_tokens``.
+    ``prompt_cache_hit_tokens``. Some count hidden reasoning in ``total_tokens`` alone (xAI, Gemini): what is more there
+    than the input is output.
 
     Args:
         value: from the JSON.
@@ -129,6 +130,7 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
         cached = min(read_token_count(details.get("cached_tokens")), input_tokens)
         written = min(read_token_count(details.get("cache_write_tokens")), input_tokens - cached)
         kept |= _read_media(details, "input", input_tokens)
+    output_tokens = max(output_tokens, read_token_count(value.get("total_tokens")) - input_tokens)
     outputs = value.get("completion_tokens_details", value.get("output_tokens_details"))
     if isinstance(outputs, dict):
         kept |= _read_media(outputs, "output", output_tokens)

@@ -15,7 +15,8 @@ from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.providers.usage import Usage, read_usage
 
 _QUARTERS_PER_TOKEN: Final = 4  # where a provider does not count: an ASCII character is a quarter of a token
-_MAX_BODY: Final = 1 << 20  # bytes of a body that are decoded
+_LONG_TOKEN: Final = 8  # characters: no text has longer tokens on average
+_MAX_BODY: Final = 1 << 25  # bytes of a body that are decoded
 _TAIL: Final = 1 << 14  # bytes that are searched in a longer body: its usage stands at the end
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _MAX_CHOICES: Final = 128
@@ -29,6 +30,7 @@ _ENDS: Final = frozenset(
 )
 _WEB_SEARCH: Final = "web_search_call"  # an item in the output of OpenAI's responses
 _FILE_SEARCH: Final = "file_search_call"
+_UNFINISHED: Final = ("queued", "in_progress")  # statuses of a response whose usage is not final
 _ITEM: Final = re.compile(rb'"type"\s*:\s*"(web|file)_search_call"')
 _NO_OUTPUT: Final = msgspec.Raw()
 
@@ -41,6 +43,7 @@ class _ResponseBody(msgspec.Struct):
     id: Any = None
     model: Any = None
     service_tier: Any = None
+    status: Any = None
     output: msgspec.Raw = _NO_OUTPUT
 
 
@@ -55,12 +58,14 @@ class WholeResponse(NamedTuple):
         error_kind: of an error reported within the response, or None.
         response_id: by which it can be fetched later, or None.
         model: that has answered, or None.
+        whole: whether all of it was read; else it may have made searches, or be of another model or tier.
     """
 
     usage: Usage | None
     error_kind: ErrorKind | None = None
     response_id: str | None = None
     model: str | None = None
+    whole: bool = True
 
 
 _NOTHING: Final = WholeResponse(None)
@@ -75,7 +80,7 @@ def read_response(body: bytes) -> WholeResponse:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return _read_tail(body)
     error = classify_stream_error(response.error) if isinstance(response.error, dict) else None
-    usage = read_usage(response.usage)
+    usage = None if response.status in _UNFINISHED else read_usage(response.usage)
     if usage is not None:
         found = _ITEM.findall(bytes(response.output)) if response.output else []
         tier = _read_name(response.service_tier)
@@ -108,7 +113,7 @@ def _read_tail(body: bytes) -> WholeResponse:
         usage, _ = json.JSONDecoder().raw_decode(body[found[-1].end() :][:_TAIL].decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return _NOTHING
-    return WholeResponse(read_usage(usage))
+    return WholeResponse(read_usage(usage), whole=False)
 
 
 class BodyMeter:
@@ -120,11 +125,12 @@ class BodyMeter:
         usage: None if the response does not report it at its end, or has not ended.
         response_id: by which it can be fetched later, or None.
         model: that has answered, or None.
+        whole: whether all of it was read, see `WholeResponse`.
         has_output: False; of JSON, the begin says nothing.
         readable: True; of JSON, HTTP tells whether it was cut off.
     """
 
-    __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage")
+    __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage", "whole")
     has_output = False
     readable = True
 
@@ -135,6 +141,7 @@ class BodyMeter:
         self.usage: Usage | None = None
         self.response_id: str | None = None
         self.model: str | None = None
+        self.whole = False
 
     def feed(self, chunk: bytes) -> None:
         """Read the next bytes of the response, a piece of any size, without its Content-Encoding."""
@@ -142,7 +149,7 @@ class BodyMeter:
 
     def end(self) -> None:
         """Note that the response has ended. Feeding more is not allowed."""
-        self.usage, self.error_kind, self.response_id, self.model = read_response(self._end.read())
+        self.usage, self.error_kind, self.response_id, self.model, self.whole = read_response(self._end.read())
         self.complete = True
 
 
@@ -164,12 +171,23 @@ class UsageMeter:
         error_kind: of an error reported within the response, or None.
         response_id: by which it can be fetched later, or None.
         model: that answers, or None.
+        whole: True: all of it is read.
     """
 
     __slots__ = (
-        *("_quarters", "_events", "_input_tokens", "_open_choices", "_pieces", "_recognized", "_reported"),
+        *(
+            "_characters",
+            "_quarters",
+            "_events",
+            "_input_tokens",
+            "_open_choices",
+            "_pieces",
+            "_recognized",
+            "_reported",
+        ),
         *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
     )
+    whole = True
 
     def __init__(self, *, input_tokens: int = 0) -> None:
         self.complete = False
@@ -179,6 +197,7 @@ class UsageMeter:
         self._reported: Usage | None = None
         self._open_choices: set[int] = set()  # started and not finished
         self._pieces = 0
+        self._characters = 0
         self._quarters = 0  # of tokens, by the characters
         self._recognized = False  # an event of a known form
         self._unknown = False  # an event of another form
@@ -233,7 +252,7 @@ class UsageMeter:
         """
         known = self._reported or Usage(input_tokens=self._input_tokens, output_tokens=0)
         output = self.output_tokens + hidden_tokens
-        if bound is not None:
+        if bound is not None and self._characters <= bound * _LONG_TOKEN:  # else the provider does not keep to it
             output = max(known.output_tokens, min(output, bound))
         return self._with_extras(msgspec.structs.replace(known, output_tokens=output, estimated=True))
 
@@ -314,6 +333,7 @@ class UsageMeter:
         for text in texts:
             if isinstance(text, str) and text:
                 self._pieces += 1
+                self._characters += len(text)
                 self._quarters += len(text) if text.isascii() else _count_quarters(text)
 
 
