@@ -94,7 +94,7 @@ def test_only_a_bounded_number_of_models_without_a_price_is_remembered(caplog: p
     upstream = Upstream("key", budget=Budget(usd=1))
     for number in range(1_500):
         upstream.call(f"invented-{number}")
-    assert len(caplog.records) == 1_000
+    assert sum(record.name == "forebay" for record in caplog.records) == 1_000  # asyncio may report other tests' tasks
     assert upstream.statistics().unpriced == 1_500
 
 
