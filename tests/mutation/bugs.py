@@ -46,6 +46,7 @@ from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
+from forebay.supervisor.pools import PoolGroup
 from forebay.supervisor.queue_spill import QueueSpill, is_waiting
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
@@ -341,6 +342,17 @@ def the_submitters_mistake_counts_against_the_worker() -> None:
         return False
 
     completion._is_submitters_mistake.__code__ = _is_submitters_mistake.__code__
+
+
+# --- workers of many task types ---
+
+
+def a_task_costs_more_the_more_types_its_worker_has() -> None:
+    pools._MANY = 10**9
+
+
+def a_worker_of_many_types_never_serves_the_pool_that_it_passes_over() -> None:
+    skip(PoolGroup.next_pool, PoolGroup._serve)
 
 
 # --- deadlines ---

@@ -53,7 +53,7 @@ from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown
 from tests.unit.overflow import test_sqlite_store
 from tests.unit.quota import test_observed, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
-from tests.unit.supervisor import test_pool
+from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_core
 from tests.unit.upstream.accounts import (
@@ -382,6 +382,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_earlier_task_of_the_same_id_ends_a_later_one: (
         test_overflow.test_an_id_may_be_used_again_once_its_task_has_ended_wherever_it_waited
+    ),
+    bugs.a_task_costs_more_the_more_types_its_worker_has: (
+        test_pools.test_a_task_costs_the_same_on_a_worker_of_a_thousand_types
+    ),
+    bugs.a_worker_of_many_types_never_serves_the_pool_that_it_passes_over: (
+        test_pools.test_the_waiting_pool_with_the_most_urgent_head_is_next_and_none_is_passed_over_for_long
     ),
     bugs.a_submission_waits_for_a_silent_overflow_without_a_bound: (
         test_silent_store.test_nobody_waits_for_the_overflow_for_longer_than_the_task_may_take
