@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 from typing import Any
@@ -384,6 +385,36 @@ async def test_a_bound_that_the_provider_does_not_keep_to_bounds_nothing() -> No
     upstream = upstream_of()
     await leave(upstream, *words(*["word " * 100] * 20), after=18.5, max_tokens=1)
     assert spent(upstream) >= INPUT + 18 * 100 * 10e-6
+
+
+@virtual
+async def test_hidden_output_between_two_words_of_a_stream_that_is_left_is_paid() -> None:
+    upstream = upstream_of()
+    thinking = [chunk(choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": None}])] * 30
+    await leave(upstream, *words("so"), *thinking, *words("well"), *thinking, after=58.5, max_tokens=50_000)
+    assert spent(upstream) >= INPUT + 55 * 200 * 10e-6
+
+
+@virtual
+async def test_keys_that_were_never_accepted_cannot_use_up_the_budget_by_hanging_up() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply(pause=1.0))
+    client = script.client(upstream)
+    body = {"model": "gpt-4o", "messages": [], "max_tokens": 50_000}
+
+    async def hang_up(key: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await client.post(OPENAI + "/chat/completions", json=body, headers={"authorization": key})
+
+    for number in range(20):
+        await hang_up(f"Bearer junk-{number}")
+    assert spent(upstream) == pytest.approx(20 * 20 * 10e-6, rel=0.1)
+    headers = {"authorization": "Bearer good"}
+    assert (await client.post(OPENAI + "/chat/completions", json=body, headers=headers)).status_code == 200
+    before = spent(upstream)
+    await hang_up("Bearer good")
+    assert spent(upstream) == pytest.approx(before + 0.5, rel=1e-3), "it may go on at the provider"
 
 
 @virtual

@@ -84,6 +84,7 @@ from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
+from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -588,6 +589,19 @@ def a_used_quota_is_forgotten_with_its_account() -> None:
 
 def after_a_suspension_all_calls_go() -> None:
     always(SpendSuspension, SpendSuspension.record_sent, returns=None)
+
+
+def callers_who_hang_up_use_up_the_budget_of_others() -> None:
+    original = CallRequest.unreported_cost
+
+    def cost_within(self: CallRequest, seconds: float) -> float:
+        return original(self, seconds)
+
+    replace(CallRequest, CallRequest.cost_within, cost_within)
+
+
+def a_model_never_thinks_between_two_words() -> None:
+    always(MeteredStream, MeteredStream._add_silence, returns=None)
 
 
 def one_request_that_is_too_dear_stops_the_key() -> None:

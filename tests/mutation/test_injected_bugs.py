@@ -241,6 +241,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),
     bugs.after_a_suspension_all_calls_go: test_spend.test_after_a_suspension_one_call_goes_until_it_has_succeeded,
+    bugs.callers_who_hang_up_use_up_the_budget_of_others: (
+        test_budget_attacks.test_keys_that_were_never_accepted_cannot_use_up_the_budget_by_hanging_up
+    ),
+    bugs.a_model_never_thinks_between_two_words: (
+        test_budget_attacks.test_hidden_output_between_two_words_of_a_stream_that_is_left_is_paid
+    ),
     bugs.one_request_that_is_too_dear_stops_the_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
     ),

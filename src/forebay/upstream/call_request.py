@@ -31,6 +31,9 @@ class Unmetered(NamedTuple):
     limited_by: str
 
 
+TOKENS_PER_SECOND: Final = 200  # of output: few models are faster
+
+
 class CallPrice(NamedTuple):
     """The price of a call before it is sent.
 
@@ -81,6 +84,12 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     def unreported_cost(self, seconds: float) -> float:
         """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""
         return max(self.usd, self.usd_per_second * seconds)
+
+    def cost_within(self, seconds: float) -> float:
+        """Return the dollars of what a call can have used at most in `seconds`."""
+        tokens = self.charge.input_tokens + self.charge.output_tokens
+        made = self.charge.input_tokens + TOKENS_PER_SECOND * seconds
+        return self.usd if made >= tokens else self.usd * made / tokens
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):

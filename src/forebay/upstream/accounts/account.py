@@ -76,6 +76,7 @@ class Account:
         upstream_budget: the budget that all its calls spend from, if there is one; `budgets` returns it too.
         max_wait: seconds of expected wait above which a call is rejected.
         weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        has_key: its calls have an API key, which may be invented.
         draw: returns random numbers from [0, 1).
     """
 
@@ -90,9 +91,11 @@ class Account:
         upstream_budget: CallBudget | None = None,
         max_wait: float,
         weights: Mapping[str, float] | None = None,
+        has_key: bool = False,
         draw: Callable[[], float],
     ) -> None:
         self.name = name
+        self._has_key = has_key
         self.limit = limit
         self.quotas = quotas
         self.breaker = breaker
@@ -434,7 +437,7 @@ class Account:
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used, failed=outcome.kind is Outcome.FAULT)
-        usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
+        usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:
             dollars.settle(usd)
         self._suspension.record_end(permit, kind)
@@ -443,6 +446,17 @@ class Account:
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
         if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
+
+    def _unreported_cost(self, now: float, permit: Permit, kind: Outcome) -> float:
+        """Return the dollars to count for a call that was sent, and whose usage never arrived.
+
+        Before the first success of an account its API key may be invented. Callers who hang up then must not use up the
+        budget of all, so their calls cost no more than what can have been made in the time.
+        """
+        seconds = now - permit.granted_at
+        if self._has_key and kind is Outcome.IGNORED and not self.counts.succeeded:
+            return permit.request.cost_within(seconds)
+        return permit.request.unreported_cost(seconds)
 
     def _judged(self, now: float, outcome: CallOutcome) -> Outcome:
         """Return the evidence of an attempt for the breaker: only the last of a call counts, but each probe does."""

@@ -223,7 +223,7 @@ class SharedAccount:
                 return
             self.account.settle(now, permit, outcome)
             if outcome.estimated_input_tokens is not None and outcome.used is not None:
-                self.token_estimates.observe(outcome.estimated_input_tokens, outcome.used)
+                self.token_estimates.observe(now, outcome.estimated_input_tokens, outcome.used)
             relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
