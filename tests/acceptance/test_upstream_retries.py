@@ -15,7 +15,7 @@ from tests.support.task_plane import approximately, now, run_ready, virtual
 from forebay import Deadline, Overloaded, Priority, clock
 from forebay.breaker import BreakerRules, consecutive_faults
 from forebay.errors import CallMisused, InvalidAmount
-from forebay.interfaces import Charge, Outcome
+from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry, RetryPermission
 from forebay.simulation import simulate
@@ -307,6 +307,75 @@ async def test_a_retry_does_not_go_before_calls_of_higher_priority() -> None:
     others = [asyncio.create_task(calls.call(f"{number}", priority=Priority.HIGH)) for number in range(3)]
     await asyncio.gather(first, *others)
     assert [name for name, _ in calls.sent] == ["first", "0", "1", "2", "first"]
+
+
+class Window:
+    """A provider that counts the successes of each minute, and tells so in its headers."""
+
+    def __init__(self, amount: int) -> None:
+        self.amount, self.minute, self.count = amount, -1.0, 0
+
+    def success(self) -> AttemptResult:
+        minute, seconds = divmod(now(), 60.0)
+        if minute != self.minute:
+            self.minute, self.count = minute, 0
+        self.count += 1
+        assert self.count <= self.amount
+        header = RateLimitHeaders(
+            unit="requests", limit=self.amount, remaining=self.amount - self.count, reset=60.0 - seconds
+        )
+        outcome = CallOutcome(kind=Outcome.SUCCESS, used=CALL, latency=1.0, rate_limit_headers=(header,))
+        return AttemptResult(value="done", outcome=outcome)
+
+    async def learn(self, calls: Calls) -> float:
+        """Let the upstream learn the window; return its end, half a second after its beginning."""
+        calls.results = [self.success] * 30
+        for _ in range(30):
+            await calls.call()
+            await asyncio.sleep(4.0)
+        await asyncio.sleep(60.5 - now() % 60.0)
+        return now() + 59.5
+
+
+@pytest.mark.parametrize("result", [fault, congested])
+@virtual
+async def test_a_retry_keeps_its_place_in_a_window_that_others_would_use_up(
+    result: Callable[[], AttemptResult],
+) -> None:
+    window, calls = Window(20), Calls(Upstream("llm", retry=Retry(base_delay=2.0)))
+    end = await window.learn(calls)
+    calls.sent.clear()
+    calls.results = [*[window.success] * 18, result, result, *[window.success] * 40]
+    async with asyncio.TaskGroup() as group:
+        for number in range(30):  # the last ten ask while the two that failed are in their backoff
+            group.create_task(calls.call(f"{number}"))
+            await asyncio.sleep(0.02)
+    times = {name: [at for other, at in calls.sent if other == name] for name, _ in calls.sent}
+    retried = [sent[1] for sent in times.values() if len(sent) > 1]
+    assert len(retried) == 2
+    assert max(retried) < end
+    assert min(times[f"{number}"][0] for number in range(20, 30)) >= end
+
+
+@virtual
+async def test_a_call_that_leaves_in_its_backoff_keeps_no_place() -> None:
+    window, calls = Window(20), Calls(Upstream("llm"))
+    end = await window.learn(calls)
+    calls.results = [
+        *[window.success] * 19,
+        lambda: AttemptResult(error=OSError(), retryable=True, retry_after=40.0, outcome=fault().outcome),
+        window.success,
+    ]
+    for _ in range(19):
+        await calls.call()
+    leaving = asyncio.create_task(calls.call("leaves"))
+    await asyncio.sleep(1.0)
+    waiting = asyncio.create_task(calls.call("waits"))
+    await asyncio.sleep(1.0)
+    assert [name for name, _ in calls.sent[-2:]] == ["", "leaves"]
+    leaving.cancel()
+    await waiting
+    assert now() < end - 40.0
 
 
 # --- failures that do not count ---

@@ -78,6 +78,18 @@ class QuotaReservation(msgspec.Struct, eq=False):
     snapshots: dict[str, QuotaSnapshot]  # of the observed limits that count this call, by unit
 
 
+class HeldCharge(NamedTuple):
+    """The needs of a call that comes back: others leave them to it.
+
+    Attributes:
+        charge: of the call.
+        back_at: when it comes back.
+    """
+
+    charge: Charge
+    back_at: float
+
+
 class _GivenQuota(NamedTuple):
     unit: str
     name: str
@@ -126,20 +138,31 @@ class RateLimiter:
                 return _name(unit, observed.bucket.period)
         return None
 
-    def wait(self, now: float, charge: Charge, *, ahead: Charge | None = None) -> QuotaDelay:
-        """Return how long a call of this charge has to wait, after calls of `ahead` in all, and for which quota."""
+    def wait(
+        self, now: float, charge: Charge, *, ahead: Charge | None = None, held: Sequence[HeldCharge] = ()
+    ) -> QuotaDelay:
+        """Return how long a call of this charge has to wait, and for which quota.
+
+        Args:
+            now: the time.
+            charge: of the call.
+            ahead: of the calls before it, in all.
+            held: has to be left for calls that come back.
+        """
         self._advance(now)
         longest: float = 0.0
         limited_by: str | None = None
         for unit, name, bucket in self._given:
-            seconds = bucket.wait(now, getattr(charge, unit), 0 if ahead is None else getattr(ahead, unit))
+            left = _held(bucket, now, unit, held) if held else 0.0
+            seconds = bucket.wait(now, getattr(charge, unit), 0 if ahead is None else getattr(ahead, unit), left)
             if seconds > longest:
                 longest, limited_by = seconds, name
         for unit, observed in self._observed.items():
             amount, bucket = getattr(charge, unit), observed.bucket
             if amount > bucket.amount and observed.is_stale(now):
                 continue  # a stale limit must not block a call forever: the answer to this one will show the new limit
-            seconds = bucket.wait(now, amount, 0 if ahead is None else getattr(ahead, unit))
+            left = _held(bucket, now, unit, held) if held else 0.0
+            seconds = bucket.wait(now, amount, 0 if ahead is None else getattr(ahead, unit), left)
             if seconds > longest:
                 longest, limited_by = seconds, _name(unit, bucket.period)
         return QuotaDelay(longest, limited_by)
@@ -395,6 +418,14 @@ def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> b
 
 def _name(unit: str, seconds: float) -> str:
     return f"{unit.replace('_', ' ')} per {_NAMES[seconds]}"
+
+
+def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> float:
+    """Return how much of a quota has to be left for calls that come back."""
+    bucket.refill(now)
+    amounts = [(getattr(call.charge, unit), call.back_at) for call in held]
+    total: float = sum(amount for amount, back_at in amounts if bucket.must_hold(now, amount, back_at))
+    return total
 
 
 def _adjust(bucket: Bucket, now: float, excess: float) -> None:

@@ -270,16 +270,24 @@ class _Retrying:
         if delay is None:
             yield Release(account, permit, result.outcome)
             return None
-        yield Release(account, permit, msgspec.structs.replace(result.outcome, final=False))
         throttled = not result.uses_attempt
-        if throttled and self._chain is not None and self._chain.skips_retry(self._route):
-            return None
-        request.retries += 1
-        request.failed = request.failed or not throttled
-        self.withdrawn_at = None
-        if throttled:
-            return (yield from self._wait_for_permission(delay, failed_at))
-        return (yield from self._wait(delay, failed_at))
+        account.keep_place(request, failed_at + delay)  # before the release, which may send another call
+        retry: Permit | None = None
+        try:
+            yield Release(account, permit, msgspec.structs.replace(result.outcome, final=False))
+            if not (throttled and self._chain is not None and self._chain.skips_retry(self._route)):
+                request.retries += 1
+                request.failed = request.failed or not throttled
+                self.withdrawn_at = None
+                retry = yield from (self._wait_for_permission if throttled else self._wait)(delay, failed_at)
+        except GeneratorExit:  # the call is collected, while any lock may be held: its place is lost by itself
+            raise
+        except BaseException:
+            account.drop_place(request)
+            raise
+        if retry is None:
+            account.drop_place(request)
+        return retry
 
     def _wait(self, delay: float, failed_at: float) -> _Backoff:
         """Wait `delay` seconds, and return a permit. A retry that is not sent goes back to the budget of faults."""
@@ -303,6 +311,7 @@ class _Retrying:
                 if permission is RetryPermission.DENIED:
                     if not self._state.add_delay(pause, time_left=self._route.call_request.deadline - now):
                         return None
+                    self._route.account.keep_place(self._route.call_request, now + pause)
                     yield Sleep(pause)
             permit: Permit = yield self._acquire
         except BaseException:

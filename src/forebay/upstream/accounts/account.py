@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -14,11 +15,12 @@ from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.limit import Limit
-from forebay.quota import RateLimiter
+from forebay.quota import HeldCharge, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.accounts.bypass import find_bypass
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
+from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.outage_detector import OutageDetector
@@ -105,6 +107,7 @@ class Account:
         self.timeouts = TimeoutEvidence()
         self.counts = CallCounts()
         self.queue = CallQueue(self.order, longest_wait=_LONGEST_WAIT * max_wait)
+        self.places = KeptPlaces()
         self.open_answers = OpenAnswers(patience=_UNREAD_SHARE * max_wait)
         self._budgets = budgets
         self._upstream_budget = upstream_budget
@@ -128,11 +131,12 @@ class Account:
         if self._untaken:
             self._release_lost(now)
         request.asked_at = min(request.asked_at, now)
+        self.places.drop(request)  # it is back
         at_once = (
             not self.queue.length
             and self._has_slot(now)
             and self._refusals.wait(now) <= 0.0
-            and self.quotas.wait(now, request.charge)[0] <= 0.0
+            and self._quota_wait(now, request) <= 0.0
         )
         rejection = self._rejection(now, request, fits=at_once)
         if rejection is not None:
@@ -159,6 +163,14 @@ class Account:
             return taken
         self.order.record_served(self.order.rank(request))
         return Admitted(taken)
+
+    def _held_from(self, now: float, request: CallRequest) -> Sequence[HeldCharge]:
+        """Return what a call has to leave for those that come back to be retried."""
+        return self.places.held_from(now, request) if self.places else ()
+
+    def _quota_wait(self, now: float, request: CallRequest) -> float:
+        """Return the seconds that a call has to wait for its quotas."""
+        return self.quotas.wait(now, request.charge, held=self._held_from(now, request)).seconds
 
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
@@ -284,11 +296,11 @@ class Account:
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
             if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
                 return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
-            seconds, _ = self.quotas.wait(now, call.request.charge)
-            if seconds > 0.0:
+            if (seconds := self._quota_wait(now, call.request)) > 0.0:
                 bypass = self._bypass_head(now)
                 if bypass > 0.0:
-                    return _earliest(now + min(seconds, bypass), self.queue.next_deadline(), confirmed_at)
+                    look, place = now + min(seconds, bypass), self.places.next_end()
+                    return _earliest(look, self.queue.next_deadline(), confirmed_at, place)
                 continue
             # A trial call must not be one that may be refused for what it asks.
             untried = self._untried(now) if self._refusals.blocked and call.request.retries else None
@@ -310,7 +322,7 @@ class Account:
     def _untried(self, now: float) -> QueuedCall | None:
         """Return the first queued call that has not been tried yet and need not wait for a quota, or None."""
         fresh = (call for call in self.queue.in_order() if not call.request.retries)
-        return next((call for call in fresh if self.quotas.wait(now, call.request.charge)[0] <= 0.0), None)
+        return next((call for call in fresh if self._quota_wait(now, call.request) <= 0.0), None)
 
     def _bypass_head(self, now: float) -> float:
         """Send a call behind the head, which waits for a quota, if that delays nobody ahead of it.
@@ -321,7 +333,8 @@ class Account:
         slots = self._slots(now) - self.in_flight
         if slots == 1 or len(self.queue) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
             return math.inf  # the only slot, or the probe, is the head's
-        seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots)
+        held = partial(self._held_from, now)
+        seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots, held=held)
         if call is not None and not seconds:
             self._send(now, call)
         return seconds
@@ -514,7 +527,8 @@ class Account:
         """
         self._confirm_accepted(now)
         ahead = self.queue.ahead(request.priority) + others
-        delay = self.quotas.wait(now, request.charge, ahead=scale_charge(request.charge, ahead))
+        before, held = scale_charge(request.charge, ahead), self._held_from(now, request)
+        delay = self.quotas.wait(now, request.charge, ahead=before, held=held)
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
         if (paused := self._refusals.expected_wait(now, ahead)) > seconds:
             seconds, limited_by = paused, _PAUSED if self._refusals.paused(now) else _LEARNED_RATE
