@@ -170,7 +170,8 @@ class Account:
 
     def _quota_wait(self, now: float, request: CallRequest) -> float:
         """Return the seconds that a call has to wait for its quotas."""
-        return self.quotas.wait(now, request.charge, held=self._held_from(now, request)).seconds
+        held, trial = self._held_from(now, request), not self.places
+        return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
 
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
@@ -241,7 +242,7 @@ class Account:
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
         self.counts.unattributed += request.task_id is None
-        reservation = self.quotas.reserve(now, request.charge)
+        reservation = self.quotas.reserve(now, request.charge, trial=not self.places)  # else it may take a kept place
         grant = self.limit.grant(now, self.in_flight)
         self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
@@ -465,6 +466,8 @@ class Account:
         """Return the outcome of a refused call for the limit: OVERLOAD, unless a rate is the likely cause."""
         if not outcome.refused_by_limit:
             return outcome.kind
+        if permit.reservation.trial_of and not self._refusals.blocked:  # a quota is right, which is all that was asked
+            return Outcome.IGNORED
         rate = self._refusals.record_refused(
             now,
             permit.granted_at,
@@ -526,7 +529,7 @@ class Account:
             guess: seconds that a call holds its slot, used until the first call has ended.
         """
         self._confirm_accepted(now)
-        ahead = self.queue.ahead(request.priority) + others
+        ahead = self._ahead(request) + others
         before, held = scale_charge(request.charge, ahead), self._held_from(now, request)
         delay = self.quotas.wait(now, request.charge, ahead=before, held=held)
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
@@ -540,6 +543,12 @@ class Account:
             if slot_wait > seconds:
                 return slot_wait, "concurrency"
         return seconds, limited_by
+
+    def _ahead(self, request: CallRequest) -> int:
+        """Return how many queued calls are served before a call: for a retry, those of a better priority."""
+        if not request.retries:
+            return self.queue.ahead(request.priority)
+        return self.queue.ahead(Priority(request.priority - 1)) if request.priority else 0
 
     def blocking_reason(self, now: float, usd: float, priority: Priority) -> Rejected | None:
         """Return a rejection if no call of that cost and priority is sent now, however long it waits; else None."""
