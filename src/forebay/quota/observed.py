@@ -23,7 +23,7 @@ _LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not rese
 _MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _STUCK: Final = 8  # accepted calls in a row with the same `remaining`, from which it is not believed
 _ROOM: Final = 0.5  # of a limit: so much is left after a trial if our count was wrong, and the quota may be right
-_MAX_INCONSISTENT: Final = 4  # counts that fit no period, or limits that come back, until headers are not believed
+_MAX_RETURNED: Final = 4  # limits that come back until they are not believed
 _APART: Final = 1.5  # times that one limit is the other: nearer ones may be one that changes, and both can be kept
 _STEADY: Final = 50  # headers in a row with the same limit, which make up for a limit that came back
 _STALE_PERIODS: Final = 2.0  # periods without headers after which a limit is stale
@@ -64,12 +64,12 @@ class ObservedLimit:
         "_counted_since",
         "_earlier_limit",
         "_exact",
-        "_inconsistent",
         "_last_limit",
         "_longest_reset",
         "_remaining",
         "_repeated",
         "_reset",
+        "_returned",
         "_steady",
         "_taken_off",
         "bucket",
@@ -95,7 +95,7 @@ class ObservedLimit:
         self._accepted = 0  # calls since then
         self._longest_reset = 0.0  # that was reported since then
         self._earlier_limit = limit  # before the last one
-        self._inconsistent = self._steady = 0
+        self._returned = self._steady = 0  # limits that came back, and headers since with the same one
         self._last_limit = limit  # a new limit must be seen twice: one wrong header must not block an account
         self._candidate: tuple[float, _ResetObservation] | None = None  # a new period, likewise, and its first header
         self._reset: _ResetObservation | None = None
@@ -207,6 +207,11 @@ class ObservedLimit:
         self.doubt.record_sent()
         return True
 
+    def cancel_trial(self, amount: float) -> None:
+        """Note that a trial of `amount` says nothing; what it has not used is refunded besides."""
+        self.doubt.cancel()
+        self.lower(amount)
+
     def record_trial_accepted(self, now: float, amount: float, headers: RateLimitHeaders | None) -> None:
         """Note that a trial was accepted that took `amount`. `headers`: of its answer."""
         room = headers is not None and (headers.remaining or 0) >= _ROOM * self.bucket.amount
@@ -249,11 +254,14 @@ class ObservedLimit:
         if limit == self._last_limit:
             self._steady += 1
             if self._steady >= _STEADY:
-                self._steady, self._inconsistent = 0, 0
+                self._steady, self._returned = 0, 0
         else:
             apart = max(limit, self._last_limit) >= _APART * min(limit, self._last_limit)
             if limit == self._earlier_limit and apart:  # there and back: these are the headers of several limits
-                self._count_inconsistent(now)
+                self._returned += 1
+                if self._returned >= _MAX_RETURNED:
+                    self._returned = 0
+                    self.doubt.refute(now)
             self._steady, self._earlier_limit = 0, self._last_limit
         if limit != self.bucket.amount and limit == self._last_limit:
             self._counted_since = -math.inf
@@ -264,12 +272,6 @@ class ObservedLimit:
                 self.corrected += gained
             self.doubt.begin(now, self.bucket.amount, self.bucket.rate)
         self._last_limit = limit
-
-    def _count_inconsistent(self, now: float) -> None:
-        self._inconsistent += 1
-        if self._inconsistent >= _MAX_INCONSISTENT:
-            self._inconsistent = 0
-            self.doubt.refute(now)
 
     def _count_accepted(self, now: float, sent: float, reset: float | None) -> None:
         """Count an accepted call, and learn from more of them than this limit grants, if its period is right.
@@ -293,7 +295,7 @@ class ObservedLimit:
                 bucket.window_end = None
                 return
         self._counted_since = -math.inf
-        self._count_inconsistent(now)
+        self.doubt.refute(now)
 
     def _set_period(self, now: float, period: float) -> None:
         self.bucket.resize(self.bucket.amount, period)

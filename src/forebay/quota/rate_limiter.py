@@ -395,9 +395,9 @@ class RateLimiter:
                 observed.doubt.record_accepted(getattr(reservation.charge, unit))
 
     def _end_trial(self, reservation: QuotaReservation) -> None:
-        """Note that a trial call says nothing."""
+        """Note that a trial call says nothing, and take back what it was granted."""
         for unit in reservation.trial_of:
-            self._observed[unit].doubt.cancel()
+            self._observed[unit].cancel_trial(getattr(reservation.charge, unit))
         reservation.trial_of = ()
 
     def _learn_limit(self, now: float, header: RateLimitHeaders, reservation: QuotaReservation) -> ObservedLimit | None:
@@ -433,23 +433,30 @@ class RateLimiter:
 
         What is left is just enough for the same call again in `wanted` seconds.
         """
-        tightest: tuple[float, float, Bucket, ObservedLimit | None, float] | None = None
+        tightest: tuple[float, float, Bucket, ObservedLimit | None, float, str] | None = None
         for unit, bucket, observed in self._buckets():
             amount = getattr(charge, unit)
             if not amount or not _fits(unit, bucket.period, wanted, scope):
                 continue
             key = (bucket.time_until(now, amount), -bucket.level / bucket.amount)
             if tightest is None or key > tightest[:2]:
-                tightest = (*key, bucket, observed, amount)
+                tightest = (*key, bucket, observed, amount, unit)
         if tightest is None:
             return
-        _, _, bucket, observed, amount = tightest
+        _, _, bucket, observed, amount, tightest_unit = tightest
         likely = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_end is None else 0.0
         if bucket.level > likely:
             if observed is None:
                 bucket.level = likely
             else:
                 observed.lower(bucket.level - likely)
+                if bucket.window_end is not None and tightest_unit != "requests":
+                    self._forget_reserved(tightest_unit)
+
+    def _forget_reserved(self, unit: str) -> None:
+        """Refund nothing to a used-up window for calls under way: the provider has counted what they took, not more."""
+        for reservation in self._open.values():
+            reservation.snapshots.pop(unit, None)
 
 
 def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
