@@ -328,13 +328,17 @@ class Window:
         outcome = CallOutcome(kind=Outcome.SUCCESS, used=CALL, latency=1.0, rate_limit_headers=(header,))
         return AttemptResult(value="done", outcome=outcome)
 
-    async def learn(self, calls: Calls) -> float:
-        """Let the upstream learn the window, which it does not doubt; return its end, half a second after its begin."""
+    async def learn(self, calls: Calls, *, doubted: bool = False) -> float:
+        """Let the upstream learn the window; return its end, half a second after its begin.
+
+        `doubted`: a call may be sent as a trial when it is used up.
+        """
         calls.results = [self.success] * 30
         for _ in range(30):
             await calls.call()
             await asyncio.sleep(4.0)
-        account(calls.upstream).quotas._observed["requests"].doubt.begin(1e12, 20.0, 1.0)  # no trial calls
+        if not doubted:
+            account(calls.upstream).quotas._observed["requests"].doubt.begin(1e12, 20.0, 1.0)
         await asyncio.sleep(60.5 - now() % 60.0)
         return now() + 59.5
 
@@ -357,6 +361,32 @@ async def test_a_retry_keeps_its_place_in_a_window_that_others_would_use_up(
         assert len(times[failed]) == 2
         assert times[failed][1] < end
     assert min(times[f"{number}"][0] for number in range(20, 30)) >= end
+
+
+@virtual
+async def test_a_refused_trial_call_waits_on_for_its_quota_as_if_it_had_not_been_sent() -> None:
+    window, calls = Window(20), Calls(Upstream("llm"))
+    end = await window.learn(calls, doubted=True)
+    calls.sent.clear()
+    calls.results = [window.success] * 40
+    async with asyncio.TaskGroup() as group:
+        for number in range(25):
+            group.create_task(calls.call(f"{number}"))
+            await asyncio.sleep(0.02)
+    early = [name for name, at in calls.sent if at < end][20:]
+    assert early == ["20"]
+    assert [name for name, at in calls.sent if end <= at < end + 0.25] == ["20", "21", "22", "23", "24"]
+
+
+@virtual
+async def test_a_call_that_is_not_retried_is_no_trial_call() -> None:
+    window, calls = Window(20), Calls(Upstream("llm"))
+    end = await window.learn(calls, doubted=True)
+    calls.results = [window.success] * 20
+    for _ in range(20):
+        await calls.call()
+    async with calls.upstream.call():
+        assert now() >= end
 
 
 @virtual

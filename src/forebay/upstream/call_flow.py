@@ -206,6 +206,7 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
     Every permit is released, except that of an answer that is still streaming: its reader releases it.
     """
     account, request, retries = route.account, route.call_request, route.account.retries
+    request.retried = retried
     if retried:
         retries.record_first_attempt()
     permit: Permit | None = yield Acquire(account, request, chain is None)
@@ -266,11 +267,14 @@ class _Retrying:
         """
         account, request = self._route.account, self._route.call_request
         failed_at = clock.now()
-        delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=request.deadline)
+        throttled = not result.uses_attempt
+        trial = throttled and bool(permit.reservation.trial_of)
+        delay = (
+            0.0 if trial else self._retries.next_delay(self._state, result, now=failed_at, deadline=request.deadline)
+        )
         if delay is None:
             yield Release(account, permit, result.outcome)
             return None
-        throttled = not result.uses_attempt
         account.keep_place(request, failed_at + delay)  # before the release, which may send another call
         retry: Permit | None = None
         try:
@@ -279,7 +283,10 @@ class _Retrying:
                 request.retries += 1
                 request.failed = request.failed or not throttled
                 self.withdrawn_at = None
-                retry = yield from (self._wait_for_permission if throttled else self._wait)(delay, failed_at)
+                if trial:  # it waits on for its quota, as if it had not been sent
+                    retry = yield self._acquire
+                else:
+                    retry = yield from (self._wait_for_permission if throttled else self._wait)(delay, failed_at)
         except GeneratorExit:  # the call is collected, while any lock may be held: its place is lost by itself
             raise
         except BaseException:

@@ -252,8 +252,8 @@ def test_a_limit_that_falls_and_one_that_changes_a_little_are_believed() -> None
     for at in range(12):
         call(limiter, at / 10, requests_headers(20 if at % 3 else 24, at % 2, 60.0))
     assert limiter.wait(1.2, Charge(requests=5)).seconds
-    for at in (2.0, 2.1):
-        call(limiter, at, requests_headers(5, 0, 60.0))
+    for _ in range(2):
+        call(limiter, 2.1, requests_headers(5, 0, 60.0))
     assert limiter.wait(2.1, ONE).seconds
 
 

@@ -170,8 +170,12 @@ class Account:
 
     def _quota_wait(self, now: float, request: CallRequest) -> float:
         """Return the seconds that a call has to wait for its quotas."""
-        held, trial = self._held_from(now, request), not self.places
+        held, trial = self._held_from(now, request), self._may_try(request)
         return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
+
+    def _may_try(self, request: CallRequest) -> bool:
+        """Return whether a call may be a trial call of a quota: it can be retried, and takes no place that is kept."""
+        return request.retried and not self.places
 
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
@@ -242,7 +246,7 @@ class Account:
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
         self.counts.unattributed += request.task_id is None
-        reservation = self.quotas.reserve(now, request.charge, trial=not self.places)  # else it may take a kept place
+        reservation = self.quotas.reserve(now, request.charge, trial=self._may_try(request))
         grant = self.limit.grant(now, self.in_flight)
         self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
