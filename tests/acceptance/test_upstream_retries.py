@@ -17,6 +17,7 @@ from forebay.breaker import BreakerRules, consecutive_faults
 from forebay.errors import CallMisused, InvalidAmount
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.quota import Budget, Price, Quota
+from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryPermission
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
@@ -141,6 +142,29 @@ async def test_no_retry_storm_while_a_provider_fails() -> None:
         with pytest.raises(ConnectionError):
             await calls.call()
     assert len(calls.sent) <= 50 + 0.2 * 50 + 10
+
+
+@virtual
+async def test_a_retry_of_a_failed_call_that_helps_uses_up_no_budget() -> None:
+    upstream = Upstream("llm", retry=Retry(base_delay=0.01))
+    for _ in range(100):
+        assert await Calls(upstream, fault).call() == "done"
+    assert now() < 60.0
+
+
+@virtual
+async def test_retries_that_seldom_help_are_bounded_by_the_budget() -> None:
+    upstream = Upstream(
+        "llm", retry=Retry(base_delay=0.001), breaker=BreakerRules(triggers=(consecutive_faults(1000),))
+    )
+    calls = Calls(upstream, *[fault, fault, fault, fault, success] * 100, seconds=0.01)
+    served = 0
+    for _ in range(100):
+        try:
+            served += await calls.call() == "done"
+        except ConnectionError:
+            pass
+    assert len(calls.sent) <= 100 + 0.2 * 100 + 10 + served
 
 
 @virtual
@@ -337,8 +361,7 @@ class Window:
         for _ in range(30):
             await calls.call()
             await asyncio.sleep(4.0)
-        if not doubted:
-            account(calls.upstream).quotas._observed["requests"].doubt.begin(1e12, 20.0, 1.0)
+        account(calls.upstream).quotas._observed["requests"].doubt = QuotaDoubt(0.0 if doubted else 1e12, 20.0, 1.0)
         await asyncio.sleep(60.5 - now() % 60.0)
         return now() + 59.5
 

@@ -27,13 +27,21 @@ from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
-from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price, RateLimiter, rate_limiter
+from forebay.quota import (
+    BilledUsage,
+    BudgetReservation,
+    BudgetTracker,
+    Price,
+    QuotaReservation,
+    RateLimiter,
+    rate_limiter,
+)
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
@@ -820,6 +828,21 @@ def of_two_retries_the_one_with_the_earlier_deadline_goes_first() -> None:
         return (original(self, request)[0], request.deadline)
 
     replace(FairOrder, original, rank)
+
+
+def retries_that_help_use_up_the_budget_for_failures() -> None:
+    always(RetryBudget, RetryBudget.refund, returns=None)
+
+
+def a_refused_trial_call_waits_for_its_retry_after() -> None:
+    original = RateLimiter.reserve
+
+    def reserve(self: RateLimiter, now: float, charge: Charge, *, trial: bool = False) -> QuotaReservation:
+        reservation = original(self, now, charge, trial=trial)
+        reservation.trial_of = ()
+        return reservation
+
+    replace(RateLimiter, original, reserve)
 
 
 def a_call_that_is_not_retried_is_tried() -> None:

@@ -22,7 +22,9 @@ _WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing 
 _LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not reset by the provider's clock, but by ours
 _MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _STUCK: Final = 8  # accepted calls in a row with the same `remaining`, from which it is not believed
-_ROOM: Final = 0.5  # of a limit: so much is left after a trial if our count was wrong, and the quota may be right
+_ROOM: Final = 0.5  # of a limit: so much is left at first, and after a trial if only our count was wrong
+_MIN_RISE: Final = 2.0  # units
+_RISES: Final = 0.9  # of a period: two rises within it are not those of its windows
 _MAX_RETURNED: Final = 4  # limits that come back until they are not believed
 _APART: Final = 1.5  # times that one limit is the other: nearer ones may be one that changes, and both can be kept
 _STEADY: Final = 50  # headers in a row with the same limit, which make up for a limit that came back
@@ -47,6 +49,15 @@ class _ResetObservation(NamedTuple):
     holds: tuple[float, float]  # if it refills all the time, the range of what it holds when full
 
 
+class _Remaining(NamedTuple):
+    """What a header said to be left, for comparison with the next one."""
+
+    sent: float
+    arrived: float
+    remaining: int
+    window_number: int
+
+
 class ObservedLimit:
     """One rate limit of a provider, learned from its headers.
 
@@ -65,11 +76,14 @@ class ObservedLimit:
         "_earlier_limit",
         "_exact",
         "_last_limit",
+        "_latest",
         "_longest_reset",
         "_remaining",
         "_repeated",
+        "_repeated_since",
         "_reset",
         "_returned",
+        "_rose_at",
         "_steady",
         "_taken_off",
         "bucket",
@@ -89,10 +103,14 @@ class ObservedLimit:
         self.updated_at = now
         self.latest_sent = -math.inf  # when the latest call was sent whose headers have arrived
         self.doubt = QuotaDoubt(now, float(limit), self.bucket.rate)
+        if level < _ROOM * limit:  # somebody else has used it, or it is wrong
+            self.doubt.suspect(now)
         self.full_at = math.inf  # when it is full again, by the latest header
         self._exact = exact
         self._counted_since = -math.inf
         self._accepted = 0  # calls since then
+        self._latest: _Remaining | None = None
+        self._rose_at = -math.inf  # when `remaining` last rose by more than had come back
         self._longest_reset = 0.0  # that was reported since then
         self._earlier_limit = limit  # before the last one
         self._returned = self._steady = 0  # limits that came back, and headers since with the same one
@@ -101,6 +119,7 @@ class ObservedLimit:
         self._reset: _ResetObservation | None = None
         self._remaining = int(level)  # as the latest header said
         self._repeated = -1  # how often it was repeated since; the first header comes once more, as an update
+        self._repeated_since = now
         self._taken_off = limit - self.bucket.level  # by these
 
     def is_stale(self, now: float) -> bool:
@@ -119,8 +138,10 @@ class ObservedLimit:
         """Move all times by `by` seconds, because the clock has gone back."""
         self.updated_at += by
         self.latest_sent += by
-        self._reset = None
+        self._reset = self._latest = None
         self._counted_since += by
+        self._repeated_since += by
+        self._rose_at += by
         self.full_at += by
         self.doubt.shift_clock(by)
 
@@ -153,16 +174,17 @@ class ObservedLimit:
         self._update_limit(now, headers.limit)
         if self._exact and not returned:
             self._count_accepted(now, sent, headers.reset)
+            self._watch_rises(now, sent, headers.remaining)
         if headers.remaining is None or (snapshot is not None and snapshot.window_number != bucket.window_number):
             return  # of a window that is over
-        if self._is_stuck(headers.remaining, throttled=returned > 0):
+        self.full_at = now + headers.reset if headers.reset else math.inf
+        if self._is_stuck(now, headers.remaining, throttled=returned > 0):
             return
         remaining = min(float(headers.remaining), bucket.amount)
         if bucket.window_end is not None and not headers.reset and remaining < bucket.amount:
             if returned:
                 bucket.window_end = min(bucket.window_end, now + _LATE_WINDOW_WAIT)
             return  # of a window that should be over
-        self.full_at = now + headers.reset if headers.reset else math.inf
         since = 0.0
         if snapshot is not None:
             since = snapshot.level + self.corrected - snapshot.corrected + returned - bucket.level
@@ -175,23 +197,26 @@ class ObservedLimit:
         else:
             self._correct(now - sent, remaining, bucket.level + since, snapshot.reserved)
 
-    def _is_stuck(self, remaining: int, *, throttled: bool) -> bool:
+    def _is_stuck(self, now: float, remaining: int, *, throttled: bool) -> bool:
         """Return whether `remaining` is not believed, because it is the same after each call, and calls are accepted.
 
         What it has taken off wrongly is returned.
         """
         if throttled or remaining != self._remaining:
             self._remaining, self._repeated, self._taken_off = remaining, 0, 0.0
+            self._repeated_since = now
             return False
         self._repeated += 1
         if self._repeated == _STUCK:
+            if self._exact and (now - self._repeated_since) * self.bucket.rate < _STUCK - 1:
+                self.doubt.suspect(now)  # so much has not come back in between
             self.bucket.level = min(self.bucket.capacity, self.bucket.level + self._taken_off)
             self.corrected += self._taken_off
         return self._repeated >= _STUCK
 
     def trial_wait(self, now: float, amount: float) -> float:
         """Return the seconds until a call of `amount` may be sent although too little is left; infinity for never."""
-        missing = self.bucket.level < amount <= self.bucket.amount
+        missing = 0.0 < self.bucket.wait(now, amount) < math.inf
         return self.doubt.trial_wait(now, self.full_at) if missing else math.inf
 
     def try_begin_trial(self, now: float, amount: float) -> bool:
@@ -201,7 +226,7 @@ class ObservedLimit:
             if now >= self.full_at:  # from now on our own calls explain what is missing
                 self.full_at = math.inf
             return False
-        missing = amount - self.bucket.level
+        missing = max(0.0, amount - self.bucket.level)
         self.bucket.level += missing
         self.corrected += missing
         self.doubt.record_sent()
@@ -296,6 +321,24 @@ class ObservedLimit:
                 return
         self._counted_since = -math.inf
         self.doubt.refute(now)
+
+    def _watch_rises(self, now: float, sent: float, remaining: int | None) -> None:
+        """Suspect a limit whose `remaining` is higher than before, and by more than has come back, twice in a period.
+
+        The begin of a window explains one such rise.
+        """
+        last, bucket = self._latest, self.bucket
+        if remaining is None or (last is not None and sent < last.arrived):
+            return  # the provider may have counted the two in any order
+        self._latest = _Remaining(sent, now, remaining, bucket.window_number)
+        if last is None or last.window_number != bucket.window_number:
+            return
+        rise = remaining + 1 - last.remaining
+        if rise < _MIN_RISE or rise <= (now - last.sent) * bucket.rate + _ROUNDING:
+            return
+        if now - self._rose_at < _RISES * bucket.period:
+            self.doubt.suspect(now)
+        self._rose_at = last.sent  # or later
 
     def _set_period(self, now: float, period: float) -> None:
         self.bucket.resize(self.bucket.amount, period)

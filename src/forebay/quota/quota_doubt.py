@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Final
 
-_CALLS: Final = 100  # that the quota grants in the time before the first trial ...
-_MIN_WAIT: Final = 5.0  # ... which is at least this many seconds ...
-_MAX_WAIT: Final = 30.0  # ... and at most this; each trial that is refused doubles it
+_FIRST_WAIT: Final = 5.0  # periods of the quota before the first trial ...
+_MAX_FIRST_WAIT: Final = 300.0  # ... and seconds, at most; each trial that is refused doubles them
+_SUSPECT_WAIT: Final = 5.0  # seconds before it if the headers do not fit what is known
 _LONGEST_WAIT: Final = 3600.0
 _MIN_TRIALS: Final = 4  # accepted trials in a row from which a quota may be disbelieved ...
 _MIN_EXCESS: Final = 0.05  # ... if they took this share of it: some is always left, because estimates err
@@ -40,31 +40,37 @@ class QuotaDoubt:
         "_left",
         "_open",
         "_rate",
+        "_refused",
         "_refuted",
         "_size",
         "_trials",
-        "_tries_when_full",
         "_try_at",
         "_wait",
     )  # fmt: skip
 
     def __init__(self, now: float, amount: float, rate: float) -> None:
         self._doubted_since = self._doubted_until = -math.inf
+        self._try_at = math.inf
         self._refuted = False  # no refusal makes it believed again
         self.begin(now, amount, rate)
 
     def begin(self, now: float, amount: float, rate: float) -> None:
         """Begin again: the quota has changed."""
         self._amount, self._rate = amount, rate
-        self._tries_when_full = True  # a trial goes when the quota is full by the latest header
-        self._wait = min(_MAX_WAIT, max(_MIN_WAIT, _CALLS / rate))
-        self._try_at = now + self._wait
+        self._refused = False  # the latest trial was refused
+        self._wait = min(_MAX_FIRST_WAIT, _FIRST_WAIT * amount / rate)
+        self._try_at = min(self._try_at, now + self._wait)
         self._end_row()
 
     def _end_row(self) -> None:
         self._size = self._left = 1  # trials of this round, and those that have not been sent
         self._open = 0  # sent, and neither accepted nor refused yet
         self._trials, self._excess = 0, 0.0  # accepted in a row, and what they took
+
+    def suspect(self, now: float) -> None:
+        """Let a trial go soon, unless one was refused already: the headers do not fit what is known."""
+        if not self._refused:
+            self._try_at = min(self._try_at, now + _SUSPECT_WAIT)
 
     def shift_clock(self, by: float) -> None:
         """Move all times by `by` seconds, because the clock has gone back."""
@@ -85,7 +91,7 @@ class QuotaDoubt:
         """
         if not self._left:
             return math.inf
-        return max(0.0, (min(self._try_at, promised) if self._tries_when_full else self._try_at) - now)
+        return max(0.0, (self._try_at if self._refused else min(self._try_at, promised)) - now)
 
     def record_sent(self) -> None:
         """Note that a trial is sent."""
@@ -99,7 +105,7 @@ class QuotaDoubt:
 
     def record_trial_accepted(self, now: float, amount: float) -> None:
         """Note that a trial was accepted that took `amount`."""
-        self._tries_when_full = True
+        self._refused = False
         self._open = max(0, self._open - 1)
         self._trials += 1
         self._excess += amount
@@ -124,7 +130,7 @@ class QuotaDoubt:
             self._doubted_until = -math.inf
         elif not self._open and not self._trials:
             return
-        self._tries_when_full = False
+        self._refused = True
         self._wait = min(_LONGEST_WAIT, 2 * self._wait)
         self._try_at = now + self._wait
         self._end_row()

@@ -220,7 +220,8 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
                 yield Release(account, permit, _CANCELLED)
             raise
         if retried and (result.streaming or result.outcome.kind is Outcome.SUCCESS):
-            retries.record_accepted(permit.granted_at, None if retrying is None else retrying.withdrawn_at)
+            throttled_at, failed_at = (None, None) if retrying is None else retrying.withdrawn
+            retries.record_accepted(permit.granted_at, throttled_at=throttled_at, failed_at=failed_at)
         if retried and result.retryable:
             retrying = retrying or _Retrying(route, chain)
             permit = yield from retrying.next_permit(permit, result)
@@ -243,10 +244,11 @@ class _Retrying:
     """The retries of one call at one account.
 
     Attributes:
-        withdrawn_at: when the latest retry was taken from the budget of throttled calls; None if it was not.
+        withdrawn: when the latest retry was taken from the budget of throttled calls, and from that of faults; None
+            where it was not.
     """
 
-    __slots__ = ("_acquire", "_chain", "_retries", "_route", "_state", "withdrawn_at")
+    __slots__ = ("_acquire", "_chain", "_retries", "_route", "_state", "withdrawn")
 
     def __init__(self, route: CallRoute, chain: FallbackChain[Any] | None) -> None:
         self._route = route
@@ -254,7 +256,7 @@ class _Retrying:
         self._chain = chain
         self._acquire = Acquire(route.account, route.call_request, chain is None)
         self._state = RetryState(self._retries.retry)
-        self.withdrawn_at: float | None = None
+        self.withdrawn: tuple[float | None, float | None] = (None, None)
 
     def next_permit(self, permit: Permit, result: AttemptResult) -> _Backoff:
         """Release the permit of an attempt, wait, and return the permit of the next attempt; None to give up.
@@ -282,7 +284,7 @@ class _Retrying:
             if not (throttled and self._chain is not None and self._chain.skips_retry(self._route)):
                 request.retries += 1
                 request.failed = request.failed or not throttled
-                self.withdrawn_at = None
+                self.withdrawn = (None, None)
                 if trial:  # it waits on for its quota, as if it had not been sent
                     retry = yield self._acquire
                 else:
@@ -304,6 +306,7 @@ class _Retrying:
         except BaseException:
             self._retries.refund_fault(failed_at)
             raise
+        self.withdrawn = (None, failed_at)
         return permit
 
     def _wait_for_permission(self, delay: float, throttled_at: float) -> _Backoff:
@@ -325,7 +328,7 @@ class _Retrying:
             self._retries.return_unused(permission, now)
             raise
         if permission is RetryPermission.FROM_BUDGET:
-            self.withdrawn_at = now
+            self.withdrawn = (now, None)
         return permit
 
 

@@ -287,12 +287,41 @@ def test_a_call_that_a_learned_quota_does_not_allow_goes_as_a_trial_now_and_then
     limiter = exhausted_limiter()
     assert limiter.wait(10.0, ONE).seconds > 30.0
     seconds = limiter.wait(10.0, ONE, trial=True).seconds
-    assert seconds == pytest.approx(20.0)
-    trial = limiter.reserve(10.0 + seconds, ONE, trial=True)
+    assert seconds == pytest.approx(0.0), "it was used up at first sight"
+    trial = limiter.reserve(10.0, ONE, trial=True)
     assert trial.trial_of == ("requests",)
-    assert limiter.wait(31.0, ONE, trial=True).seconds > 20.0, "one at a time"
-    limiter.record_throttled(31.0, trial, headers=requests_headers(20, 0, 31.0))
+    assert limiter.wait(11.0, ONE, trial=True).seconds > 40.0, "one at a time"
+    limiter.record_throttled(12.0, trial, headers=requests_headers(20, 0, 48.0))
     assert limiter.wait(32.0, ONE, trial=True).seconds > 20.0
+
+
+def test_a_limit_that_falls_as_its_calls_explain_is_doubted_after_minutes_only() -> None:
+    limiter = RateLimiter()
+    for sent in range(20):
+        call(limiter, sent / 10, requests_headers(20, 19 - sent, 60.0 - sent / 10))
+    call(limiter, 10.0, requests_headers(20, 0, 50.0))
+    assert limiter.wait(10.0, ONE, trial=True).seconds > 40.0
+
+
+def test_a_paced_bucket_that_is_always_empty_is_not_suspected() -> None:
+    limiter, now = RateLimiter(), 0.0
+    for sent in range(20):
+        call(limiter, now, requests_headers(20, 19 - sent, 3.0 * sent))
+    for _ in range(30):
+        now += 3.1
+        call(limiter, now, requests_headers(20, 0, 59.5))
+    limiter.reserve(now, Charge(requests=5))
+    assert limiter.wait(now, ONE, trial=True).seconds > 3.0
+    assert limiter.wait(now + 6.0, ONE, trial=True).seconds > 3.0
+
+
+def test_a_remaining_amount_that_rises_again_and_again_is_doubted_within_seconds() -> None:
+    limiter = RateLimiter()
+    for sent in range(20):
+        call(limiter, sent / 10, requests_headers(1_000, 999 - sent, 86_400.0))
+    for sent in range(20):
+        call(limiter, 2 + sent / 10, requests_headers(1_000, sent % 3, 86_400.0))
+    assert limiter.wait(4.0, ONE, trial=True).seconds <= 5.0 < limiter.wait(4.0, ONE).seconds
 
 
 def test_a_given_quota_is_not_doubted() -> None:

@@ -7,8 +7,8 @@ import math
 from forebay.quota.quota_doubt import QuotaDoubt
 
 
-def doubt_of(amount: float = 60.0, rate: float = 1.0) -> QuotaDoubt:
-    return QuotaDoubt(0.0, amount, rate)
+def doubt_of(amount: float = 60.0) -> QuotaDoubt:
+    return QuotaDoubt(0.0, amount, rate=amount / 6.0)
 
 
 def accept_trials(doubt: QuotaDoubt, now: float, count: int, amount: float = 1.0) -> None:
@@ -18,12 +18,25 @@ def accept_trials(doubt: QuotaDoubt, now: float, count: int, amount: float = 1.0
         doubt.record_trial_accepted(now, amount)
 
 
-def test_a_trial_goes_after_half_a_minute_at_the_latest_and_one_at_a_time() -> None:
+def test_a_trial_goes_after_five_periods_or_minutes_and_one_at_a_time() -> None:
     doubt = doubt_of()
     assert doubt.trial_wait(0.0, math.inf) == 30.0
     assert doubt.trial_wait(31.0, math.inf) == 0.0
     doubt.record_sent()
     assert doubt.trial_wait(40.0, math.inf) == math.inf
+    assert QuotaDoubt(0.0, 10_000.0, rate=10_000.0 / 86_400.0).trial_wait(0.0, math.inf) == 300.0
+
+
+def test_a_trial_goes_soon_if_the_headers_do_not_fit_unless_one_was_refused() -> None:
+    doubt = doubt_of()
+    doubt.suspect(1.0)
+    assert doubt.trial_wait(1.0, math.inf) == 5.0
+    doubt.begin(2.0, 1_000.0, 0.01)
+    assert doubt.trial_wait(2.0, math.inf) == 4.0
+    doubt.record_sent()
+    doubt.record_refused(6.0)
+    doubt.suspect(6.0)
+    assert doubt.trial_wait(6.0, math.inf) == 600.0
 
 
 def test_a_trial_goes_when_the_quota_should_be_full_by_its_headers() -> None:
@@ -81,7 +94,7 @@ def test_a_refusal_makes_a_quota_believed_again() -> None:
 def test_a_refusal_is_not_for_a_quota_that_was_exceeded_twice() -> None:
     doubt = doubt_of()
     accept_trials(doubt, 30.0, 4)
-    for _ in range(300):
+    for _ in range(1_000):
         doubt.record_accepted(1.0)
     doubt.record_refused(60.0)
     assert not doubt.is_believed(60.0)

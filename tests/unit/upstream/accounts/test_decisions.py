@@ -204,7 +204,6 @@ def test_a_queued_call_that_became_larger_than_its_bucket_takes_no_retry_slot() 
     assert isinstance(caller.decision, Rejected)
     assert caller.decision.retry_after is None
     harness.admit(100.0, charge=Charge(tokens=390))
-    harness.admit(100.0, charge=Charge(tokens=390))  # a trial call, because the headers may be wrong
     retry_after = harness.reject(100.0, charge=Charge(tokens=390), deadline=120.0).retry_after
     assert retry_after is not None
     assert math.isfinite(retry_after)
