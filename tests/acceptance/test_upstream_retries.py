@@ -386,7 +386,7 @@ async def test_a_retry_keeps_its_place_in_a_window_that_others_would_use_up(
 
 
 @virtual
-async def test_a_refused_trial_call_waits_on_for_its_quota_as_if_it_had_not_been_sent() -> None:
+async def test_a_call_that_is_refused_for_a_quota_waits_on_for_it_as_if_it_had_not_been_sent() -> None:
     window, calls = Window(20), Calls(Upstream("llm"))
     end = await window.learn(calls, doubted=True)
     calls.sent.clear()

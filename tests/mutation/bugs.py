@@ -27,7 +27,7 @@ from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
@@ -38,7 +38,6 @@ from forebay.quota import (
     BudgetReservation,
     BudgetTracker,
     Price,
-    QuotaReservation,
     RateLimiter,
     rate_limiter,
 )
@@ -834,15 +833,8 @@ def retries_that_help_use_up_the_budget_for_failures() -> None:
     always(RetryBudget, RetryBudget.refund, returns=None)
 
 
-def a_refused_trial_call_waits_for_its_retry_after() -> None:
-    original = RateLimiter.reserve
-
-    def reserve(self: RateLimiter, now: float, charge: Charge, *, trial: bool = False) -> QuotaReservation:
-        reservation = original(self, now, charge, trial=trial)
-        reservation.trial_of = ()
-        return reservation
-
-    replace(RateLimiter, original, reserve)
+def a_call_that_is_refused_for_a_quota_loses_its_place() -> None:
+    always(SharedAccount, SharedAccount.quota_wait, returns=0.0)
 
 
 def a_call_that_is_not_retried_is_tried() -> None:

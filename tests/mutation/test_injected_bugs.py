@@ -325,8 +325,8 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.retries_that_help_use_up_the_budget_for_failures: (
         test_upstream_retries.test_a_retry_of_a_failed_call_that_helps_uses_up_no_budget
     ),
-    bugs.a_refused_trial_call_waits_for_its_retry_after: (
-        test_upstream_retries.test_a_refused_trial_call_waits_on_for_its_quota_as_if_it_had_not_been_sent
+    bugs.a_call_that_is_refused_for_a_quota_loses_its_place: (
+        test_upstream_retries.test_a_call_that_is_refused_for_a_quota_waits_on_for_it_as_if_it_had_not_been_sent
     ),
     bugs.a_call_that_is_not_retried_is_tried: test_upstream_retries.test_a_call_that_is_not_retried_is_no_trial_call,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,

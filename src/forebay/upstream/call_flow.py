@@ -32,6 +32,7 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 RouteT = TypeVar("RouteT", bound=CallRoute)
 
 _CANCELLED: Final = CallOutcome(kind=Outcome.IGNORED)  # bytes may have left: money and tokens settle as reserved
+_ROUNDING: Final = 1.0  # seconds: a Retry-After is in whole ones
 _POLL: Final = 0.5  # seconds, on average, between two requests of a throttled call for permission to retry
 
 
@@ -270,10 +271,7 @@ class _Retrying:
         account, request = self._route.account, self._route.call_request
         failed_at = clock.now()
         throttled = not result.uses_attempt
-        trial = throttled and bool(permit.reservation.trial_of)
-        delay = (
-            0.0 if trial else self._retries.next_delay(self._state, result, now=failed_at, deadline=request.deadline)
-        )
+        delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=request.deadline)
         if delay is None:
             yield Release(account, permit, result.outcome)
             return None
@@ -285,8 +283,8 @@ class _Retrying:
                 request.retries += 1
                 request.failed = request.failed or not throttled
                 self.withdrawn = (None, None)
-                if trial:  # it waits on for its quota, as if it had not been sent
-                    retry = yield self._acquire
+                if throttled and account.quota_wait(request) >= max(_ROUNDING, (result.retry_after or 0.0) - _ROUNDING):
+                    retry = yield self._acquire  # its quota lets it go no earlier, and there it keeps its place
                 else:
                     retry = yield from (self._wait_for_permission if throttled else self._wait)(delay, failed_at)
         except GeneratorExit:  # the call is collected, while any lock may be held: its place is lost by itself

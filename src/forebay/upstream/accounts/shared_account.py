@@ -227,6 +227,11 @@ class SharedAccount:
         for callback in relieved:
             callback()
 
+    def quota_wait(self, request: CallRequest) -> float:
+        """Return the seconds that a call that is retried has to wait for its quotas at least."""
+        with self._lock:
+            return self.account.quotas.wait(clock.now(), request.charge).seconds
+
     def keep_place(self, request: CallRequest, back_at: float) -> None:
         """Leave what a call needs of the quotas to it: it comes back at `back_at`, to be retried."""
         with self._lock:
