@@ -240,10 +240,8 @@ class ObservedLimit:
     def record_trial_accepted(self, now: float, amount: float, headers: RateLimitHeaders | None) -> None:
         """Note that a trial was accepted that took `amount`. `headers`: of its answer."""
         room = headers is not None and (headers.remaining or 0) >= _ROOM * self.bucket.amount
-        if room and self._repeated < _STUCK:
-            self.doubt.cancel()  # our count was wrong, and the quota may be right
-        else:
-            self.doubt.record_trial_accepted(now, amount)
+        only_miscounted = room and self._repeated < _STUCK  # our count was wrong, and the quota may be right
+        self.doubt.record_trial_accepted(now, 0.0 if only_miscounted else amount)
 
     def lower(self, by: float) -> None:
         """Take off what the provider has counted and we have not."""
