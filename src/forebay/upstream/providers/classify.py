@@ -157,7 +157,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             retryable=True,
             throttled=False,
             can_fall_back=True,
-            counted_by="circuit breaker: counts the last attempt; retry budget for failures: counts each retry that is not served",
+            counted_by="circuit breaker: counts the last attempt; "
+            "retry budget for failures: counts each retry that is not served",
             caller_gets=f"{_PROVIDERS_RESPONSE} or the connection error, {_REJECTED_RETRY}",
         ),
         ErrorKind.TRANSIENT: ErrorRule(
