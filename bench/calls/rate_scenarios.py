@@ -93,6 +93,10 @@ RATE_SCENARIOS: Final[Mapping[str, Scenario]] = {  # docs/limits.md has the same
     "window of a minute, Retry-After 3600": _rate(_vague("3600"), fixed_window=True),
     "window of a minute, remaining 0": _rate(ReportedLimits(remaining=0), fixed_window=True),
     "rate, remaining 0": _rate(ReportedLimits(remaining=0)),
+    "rate, headers": _rate(_TOLD),
+    "window of a minute, headers": _rate(_TOLD, fixed_window=True),
+    "4 a second, headers": _rate(_TOLD, amount=4, period=1.0),
+    "window of 4 a second, headers": _rate(_TOLD, amount=4, period=1.0, fixed_window=True),
     "tier falls, nothing told": _limited(
         SimulatedRateLimit(unit=Unit.REQUESTS, amount=2400, until=300.0),
         SimulatedRateLimit(unit=Unit.REQUESTS, amount=240, since=300.0),

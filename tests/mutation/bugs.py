@@ -34,8 +34,16 @@ from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
-from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price, rate_limiter
+from forebay.quota import (
+    BilledUsage,
+    BudgetReservation,
+    BudgetTracker,
+    Price,
+    RateLimiter,
+    rate_limiter,
+)
 from forebay.quota.observed import ObservedLimit
+from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
@@ -68,7 +76,9 @@ from forebay.upstream.accounts import bypass
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.guarded_limit import GuardedLimit
+from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl
@@ -863,6 +873,58 @@ def a_refusal_empties_the_quota_of_a_day() -> None:
 
 def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
+
+
+# --- quotas that headers show, and the places of retries ---
+
+
+def a_quota_that_headers_show_is_never_doubted() -> None:
+    always(QuotaDoubt, QuotaDoubt.trial_wait, returns=math.inf)
+
+
+def refused_trials_of_a_quota_are_repeated_at_once() -> None:
+    always(QuotaDoubt, QuotaDoubt.record_refused, returns=None)
+
+
+def accepted_calls_do_not_tell_a_period() -> None:
+    always(ObservedLimit, ObservedLimit._count_accepted, returns=None)
+
+
+def limits_that_come_and_go_are_believed() -> None:
+    always(QuotaDoubt, QuotaDoubt.refute, returns=None)
+
+
+def a_used_up_window_gets_refunds() -> None:
+    always(RateLimiter, RateLimiter._forget_reserved, returns=None)
+
+
+def a_retry_loses_its_place_in_its_backoff() -> None:
+    always(KeptPlaces, KeptPlaces.keep, returns=None)
+
+
+def the_place_of_a_call_that_left_is_kept() -> None:
+    always(SharedAccount, SharedAccount.drop_place, returns=None)
+
+
+def of_two_retries_the_one_with_the_earlier_deadline_goes_first() -> None:
+    original = FairOrder.rank
+
+    def rank(self: FairOrder, request: CallRequest) -> tuple[float, float]:
+        return (original(self, request)[0], request.deadline)
+
+    replace(FairOrder, original, rank)
+
+
+def retries_that_help_use_up_the_budget_for_failures() -> None:
+    always(RetryBudget, RetryBudget.refund, returns=None)
+
+
+def a_call_that_is_refused_for_a_quota_loses_its_place() -> None:
+    always(SharedAccount, SharedAccount.quota_wait, returns=0.0)
+
+
+def a_call_that_is_not_retried_is_tried() -> None:
+    always(Account, Account._may_try, returns=True)
 
 
 # --- the gateway ---

@@ -51,7 +51,7 @@ from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_sqlite_store
-from tests.unit.quota import test_observed, test_rate_limiter
+from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
@@ -60,6 +60,7 @@ from tests.unit.upstream.accounts import (
     test_account_retries,
     test_bypass,
     test_decisions,
+    test_fair_order,
     test_guarded_limit,
     test_spend,
     test_tables,
@@ -327,6 +328,35 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_remaining_amount_that_never_changes_is_believed: (
         test_observed.test_a_remaining_amount_that_never_changes_while_calls_are_accepted_is_not_believed
     ),
+    bugs.a_quota_that_headers_show_is_never_doubted: (
+        test_observed.test_a_call_that_a_learned_quota_does_not_allow_goes_as_a_trial_now_and_then
+    ),
+    bugs.refused_trials_of_a_quota_are_repeated_at_once: (
+        test_quota_doubt.test_each_refused_trial_makes_the_next_one_rarer_up_to_one_an_hour
+    ),
+    bugs.accepted_calls_do_not_tell_a_period: (
+        test_observed.test_more_calls_than_a_minute_grants_show_that_a_small_limit_is_one_of_a_second
+    ),
+    bugs.limits_that_come_and_go_are_believed: test_observed.test_limits_that_come_and_go_are_not_believed,
+    bugs.a_used_up_window_gets_refunds: (
+        test_observed.test_a_used_up_window_gets_no_refund_of_what_was_estimated_too_high
+    ),
+    bugs.a_retry_loses_its_place_in_its_backoff: (
+        test_upstream_retries.test_a_retry_keeps_its_place_in_a_window_that_others_would_use_up
+    ),
+    bugs.the_place_of_a_call_that_left_is_kept: (
+        test_upstream_retries.test_a_call_that_leaves_in_its_backoff_keeps_no_place
+    ),
+    bugs.of_two_retries_the_one_with_the_earlier_deadline_goes_first: (
+        test_fair_order.test_of_two_retries_the_one_that_asked_first_goes_first
+    ),
+    bugs.retries_that_help_use_up_the_budget_for_failures: (
+        test_upstream_retries.test_a_retry_of_a_failed_call_that_helps_uses_up_no_budget
+    ),
+    bugs.a_call_that_is_refused_for_a_quota_loses_its_place: (
+        test_upstream_retries.test_a_call_that_is_refused_for_a_quota_waits_on_for_it_as_if_it_had_not_been_sent
+    ),
+    bugs.a_call_that_is_not_retried_is_tried: test_upstream_retries.test_a_call_that_is_not_retried_is_no_trial_call,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (

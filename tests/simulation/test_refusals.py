@@ -50,6 +50,8 @@ THRESHOLDS = {
     "window of a minute, nothing told": (0.85, 0.04),
     "window of a minute, Retry-After 3600": (0.85, 0.05),
     "window of a minute, remaining 0": (0.95, 0.01),
+    "4 a second, headers": (0.95, 0.01),
+    "window of 4 a second, headers": (0.80, 0.01),
     "two processes, headers": (0.95, 0.03),
     "five processes, headers": (0.95, 0.04),
 }

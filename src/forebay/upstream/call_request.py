@@ -64,6 +64,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         unmetered: why it cannot be metered, and is rejected; or None.
         retries: how often it has been retried; a retried call goes to the head of its priority.
         failed: an attempt of it has failed, so that it is no probe of a breaker.
+        retried: it is retried if it is refused, so that it may be a trial call of a quota.
         asked_at: when it first asked for a permit; set by the account.
     """
 
@@ -77,6 +78,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     free: bool = False
     retries: int = 0
     failed: bool = False
+    retried: bool = True
     asked_at: float = math.inf
     usd_per_second: float = 0.0
     unmetered: Unmetered | None = None

@@ -33,9 +33,12 @@ class FairOrder:
         self._tags: OrderedDict[str, float] = OrderedDict()
 
     def rank(self, request: CallRequest) -> tuple[float, float]:
-        """Return where a call stands within its priority; the lowest rank goes first, and retries before all others."""
+        """Return where a call stands within its priority; the lowest rank goes first.
+
+        Retries go before all others, and among themselves the call goes first that asked first.
+        """
         if request.retries:
-            return (_HEAD, request.deadline)
+            return (_HEAD, request.asked_at)
         return (self.tag(request), request.deadline)
 
     def tag(self, request: CallRequest) -> float:
