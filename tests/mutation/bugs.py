@@ -612,6 +612,10 @@ def a_late_refusal_is_not_waited_for() -> None:
     replace(AdaptiveLimit, AdaptiveLimit.accepted, accepted)
 
 
+def only_ended_calls_raise_a_limit_above_the_best_one() -> None:
+    always(AdaptiveLimit, AdaptiveLimit._may_leap, returns=False)
+
+
 def a_refused_probe_is_repeated_as_soon_as_ever() -> None:
     always(LimitProbe, LimitProbe.record_failure, returns=None)
 
