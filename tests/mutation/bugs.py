@@ -630,6 +630,19 @@ def an_experiment_that_made_nothing_faster_keeps_its_limit() -> None:
     replace(SlowdownExperiment, original, restore)
 
 
+def only_a_limit_that_is_used_up_is_suspected_of_slow_calls() -> None:
+    original = SlowdownExperiment._watch
+
+    def watch(
+        self: SlowdownExperiment, now: float, level: float, in_flight: float, slowdown: float, **rest: Any
+    ) -> ExperimentResult | None:
+        if self._used < 0.9 * level - 1:
+            self._used = 0
+        return original(self, now, level, in_flight, slowdown, **rest)
+
+    replace(SlowdownExperiment, original, watch)
+
+
 # --- retries are bounded ---
 
 

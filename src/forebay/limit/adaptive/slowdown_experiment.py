@@ -21,6 +21,7 @@ _FEW: Final = 20  # calls in flight
 _SLOW: Final = 1.3  # times the norm from which calls are slow; fewer are not worth an experiment
 _LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves
 _LOWEST, _LEAST = 0.5, 0.8  # ... once our load is known to be the cause: at least, at most
+_USED: Final = 0.5  # of the limit: while less is in use, our load is hardly the cause if calls are slow
 _NOISY: Final = 2.0  # upper quartile of the slowdowns over the lower one, from which latency varies much by chance
 _HALF_EXPLAINED: Final = 0.5  # exponent: calls get faster by at least half of what fewer calls in flight explain
 _UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: still faster calls have another reason
@@ -143,7 +144,6 @@ class SlowdownExperiment:
         self._in_flight = 0.0  # calls in flight with one of them, on average
         self._unchecked = 0  # calls since the latest were compared with the norm
         self._used = 0  # the most calls in flight when one of them started
-        self._at_limit = False  # one of them started at the limit: else our load is hardly the cause if they are slow
         self._lowered = StartedCalls(0, 0)  # calls under the lowered limit
         self._before: list[float] = []  # slowdowns before the limit was lowered, sorted
         self._limit_before, self._in_flight_before = 0.0, 0.0
@@ -185,14 +185,13 @@ class SlowdownExperiment:
         if slowdown is None:
             self.slow = self.slow and now - self._known_at <= _STAGE_TIMEOUT
             return None
-        self._at_limit = self._at_limit or grant.at_limit
         self._used = max(self._used, grant.in_flight)
         return self._watch(now, level, mean, slowdown, proven=proven)
 
     def clear(self) -> None:
         """Drop the slowdowns of the old epoch: they say nothing about the new one."""
         self._latest.clear()
-        self._in_flight, self._used, self._at_limit = 0.0, 0, False
+        self._in_flight, self._used = 0.0, 0
 
     def abort(self) -> None:
         """End the experiment: a refusal is the stronger signal."""
@@ -210,7 +209,7 @@ class SlowdownExperiment:
         if self._unchecked < size // _CHECKS:
             return None
         self._unchecked = 0
-        slow = self._at_limit and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
+        slow = self._used >= _USED * level and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
         if not slow:
             self.slow, self._slow_since = False, math.inf
             if len(latest) >= _MIN_SAMPLE:
