@@ -630,6 +630,16 @@ def an_experiment_that_made_nothing_faster_keeps_its_limit() -> None:
     replace(SlowdownExperiment, original, restore)
 
 
+def calls_that_a_stalled_provider_kept_waiting_are_the_norm() -> None:
+    original = SlowdownExperiment._restore
+
+    def restore(self: SlowdownExperiment, now: float) -> ExperimentResult:
+        self._before = sorted([*self._before, *[math.inf] * (2 * len(self._before))])
+        return original(self, now)
+
+    replace(SlowdownExperiment, original, restore)
+
+
 def only_a_limit_that_is_used_up_is_suspected_of_slow_calls() -> None:
     original = SlowdownExperiment._watch
 

@@ -252,6 +252,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_experiment_that_made_nothing_faster_keeps_its_limit: (
         test_slowdown_experiment.test_calls_that_are_slow_for_another_reason_restore_the_limit
     ),
+    bugs.calls_that_a_stalled_provider_kept_waiting_are_the_norm: (
+        test_slowdown_experiment.test_calls_that_a_provider_kept_waiting_during_an_experiment_are_not_the_norm
+    ),
     bugs.only_a_limit_that_is_used_up_is_suspected_of_slow_calls: (
         test_slowdown_experiment.test_a_limit_that_is_not_quite_used_up_is_lowered_too
     ),

@@ -76,6 +76,19 @@ def test_calls_that_are_slow_for_another_reason_restore_the_limit() -> None:
     assert provider.level == 50.0
 
 
+def test_calls_that_a_provider_kept_waiting_during_an_experiment_are_not_the_norm() -> None:
+    provider = Provider(shared(20), 60.0)
+    while not provider.results:
+        provider.run(1)
+    provider.slowdown = lambda _: 10.0  # it stands still for a while
+    provider.run(2)
+    assert provider.results == [ExperimentResult.LOWER, ExperimentResult.RESTORE]
+    provider.slowdown = shared(20)
+    provider.run(60)
+    assert provider.results[-1] is ExperimentResult.KEEP
+    assert provider.level <= 32
+
+
 def test_calls_that_get_a_little_faster_restore_the_limit() -> None:
     """Check it where 30 % fewer calls in flight get 10 % faster: so less work is done."""
     provider = Provider(lambda level: 2.0 * (level / 50) ** 0.3, 50.0)

@@ -50,6 +50,10 @@ def rank_z(values: Collection[float], others: list[float], factor: float, *, mis
     return (above - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)
 
 
+def _median(values: Collection[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
 def _size(level: float) -> int:
     """Return how many calls make a sample at a limit of `level`."""
     return min(_MAX_SAMPLE, max(_MIN_SAMPLE, int(level)))
@@ -247,7 +251,7 @@ class SlowdownExperiment:
         enough = _PROBABLE if self._in_flight_before <= _FEW and calls.complete else _LIKELY
         if rank_z(calls.slowdowns, before, share**_HALF_EXPLAINED, missing=calls.running) > -enough:
             return self._restore(now) if calls.complete else None
-        median = sorted(calls.slowdowns)[len(calls.slowdowns) // 2]
+        median = _median(calls.slowdowns)
         self._passed = median < _UNEXPLAINED * share * before[len(before) // 2] and not self._passed
         if self._passed:
             return self._restore(now)
@@ -266,7 +270,10 @@ class SlowdownExperiment:
             return self._end(ExperimentResult.KEEP, self._limit_before, self._before)
         self._next_at = now + self._pause
         self._pause = min(_MAX_PAUSE, 2 * self._pause)
-        norm = [] if self._passed else self._lowered.slowdowns
+        slowdowns = self._lowered.slowdowns
+        # With fewer in flight calls are not slower, unless the provider stood still meanwhile.
+        stalled = bool(slowdowns) and _median(slowdowns) > _SLOW * _median(self._before)
+        norm = [] if self._passed or stalled else slowdowns
         return self._end(ExperimentResult.RESTORE, self._limit_before, norm)
 
     def _end(self, result: ExperimentResult, limit: float, norm: list[float]) -> ExperimentResult:
