@@ -605,6 +605,10 @@ def a_refusal_is_never_contradicted() -> None:
     replace(RefusalDetector, RefusalDetector._contradict, contradict)
 
 
+def a_high_background_is_never_compared() -> None:
+    always(RefusalDetector, RefusalDetector._compare, returns=None)
+
+
 def a_late_refusal_is_not_waited_for() -> None:
     def accepted(self: AdaptiveLimit, now: float, grant: Grant) -> None:
         self._confirm(now, grant)

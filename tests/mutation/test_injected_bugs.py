@@ -244,6 +244,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
     bugs.a_refusal_is_never_contradicted: test_refusal_detector.test_regular_stray_refusals_become_the_background,
+    bugs.a_high_background_is_never_compared: (
+        test_refusal_detector.test_where_half_as_many_calls_in_flight_are_refused_as_often_the_limit_may_rise
+    ),
     bugs.a_late_refusal_is_not_waited_for: test_adaptive.test_refusals_that_come_late_are_learned_to_be_late,
     bugs.only_ended_calls_raise_a_limit_above_the_best_one: (
         test_adaptive.test_acceptances_are_enough_to_follow_a_capacity_that_is_far_above_all_that_was_refused
