@@ -1,8 +1,9 @@
-"""Budgets of an upstream and of its tenants, spent by many accounts at once, drawn from a seed.
+"""Money at a provider, spent by many accounts at once, drawn from a seed.
 
-Tasks of several tenants call two models under two keys. They read streams or leave them, hang up, and meet faults and
-refusals, and a provider whose own spend cap is reached. What is spent is what the provider bills. A second storm uses
-up one limit, lets thousands of others pass, and looks whether it is still used up.
+Each seed runs three storms. In the first, tasks of several tenants call two models under two keys on budgets: they read
+streams or leave them, hang up, and meet faults and refusals. What is spent is what the provider bills. In the second,
+the provider's own spend cap is reached, and hardly a call is sent from then on. The third uses up one limit, lets many
+others pass, and looks whether it is still used up, and whether the others have limits of their own.
 """
 
 from __future__ import annotations
@@ -15,29 +16,35 @@ from typing import Any, Final
 from unittest import mock
 
 import httpx
+from tests.support.cheap_collection import cheap_collections
 from tests.support.simulated_transport import SimulatedTransport, chat
 from tests.support.supervisor_checks import InvariantViolation
 from tests.support.upstream_checks import check_upstream
 
-from forebay import BackpressureSupervisor, Budget, Overloaded, Quota, Task, Upstream
+from forebay import BackpressureSupervisor, Budget, Overloaded, Quota, Task, Upstream, clock
 from forebay.quota import Price
 from forebay.retry import Retry
 from forebay.simulation import simulate
 from forebay.simulation.provider.provider_config import BusyReason, Faults, ProviderConfig
 from forebay.simulation.provider.simulated_provider import SimulatedProvider
-from forebay.upstream.accounts import spend
+from forebay.upstream.accounts import account_registry, spend
 
 MODELS: Final = ("gpt-4o-mini", "gpt-4o")
 KEYS: Final = ("sk-1", "sk-2")
 TENANTS: Final = 4
-TASKS: Final = 160
+TASKS: Final = 100
 SECONDS: Final = (5.0, 30.0, 240.0)  # over which the tasks come
 MAX_TOKENS: Final = 120
 COST: Final = (20 * 2.50 + MAX_TOKENS * 10.0) / 1e6  # dollars of the dearest call
-WAYS: Final = ("whole", "whole", "stream", "leave", "hurry")
-PROBES: Final = 4  # calls a minute that may be sent to a provider whose spend cap is reached: one for each account
-FEW_TENANTS: Final = 1_000  # the bound of the table of tenants in a simulation, in place of a hundred thousand
-AT_ONCE: Final = 20  # calls that are under way when it is
+WAYS: Final = (("whole", "whole", "stream", "leave", "hurry"), ("whole", "stream"), ("leave",), ("hurry",))
+TABLE: Final = (
+    101  # the bound of tables in a simulation, in place of thousands; a prime: each entry is dropped some time
+)
+SUSPENSION: Final = 60.0  # seconds between two calls to a provider whose spend cap is reached
+REFUSAL_DELAY: Final = 1.0  # seconds that it takes to say so
+KINDS: Final = ("tenant", "model", "key", "spelling", "junk")
+ONE_KEY: Final = ("spelling", "junk")  # of them: the others are the first once more
+SPELLINGS: Final = ("bearer {}", "BEARER {}", "Bearer  {}", "Bearer\t{}", "{}")  # of one key
 
 
 class MoneyStorm:
@@ -53,20 +60,18 @@ class MoneyStorm:
         self.usd = rng.choice((None, 5 * COST, 20 * COST))
         self.tenant_usd = rng.choice((None, 3 * COST, 10 * COST))
         self.seconds = rng.choice(SECONDS)
-        self.spend_cap = rng.choice((None, 10 * COST)) if self.usd is None and self.tenant_usd is None else None
         self.bounded = rng.random() < 0.85  # requests name their largest answer
+        self.ways = rng.choice(WAYS)
         self.config = ProviderConfig(
             slots=rng.choice((4, 50)),
             ttft=0.5,
             tpot=0.01,
             overcommit=1.0,
             busy_reason=BusyReason.CONCURRENCY,
-            faults=Faults(error=rng.choice((0, 0.05)), cut=rng.choice((0, 0.1)), stray=rng.choice((0, 0.05))),
-            spend_cap=self.spend_cap,
+            faults=Faults(error=rng.choice((0, 0.05)), cut=rng.choice((0, 0.1, 0.3)), stray=rng.choice((0, 0.05))),
         )
         self.happened: Counter[str] = Counter()
         self.transport: SimulatedTransport
-        self.clients: list[httpx.AsyncClient] = []
 
     async def main(self) -> None:
         """Run all tasks, and check what was billed and that nothing stays reserved."""
@@ -100,7 +105,7 @@ class MoneyStorm:
     async def _agent(self, task: Task) -> None:
         rng = random.Random(f"{self.seed}/{task.payload}")
         for _ in range(rng.randint(1, 3)):
-            way = rng.choice(WAYS)
+            way = rng.choice(self.ways)
             fields: dict[str, Any] = {"max_tokens": MAX_TOKENS} if self.bounded else {}
             request = chat(
                 rng.choice(MODELS),
@@ -141,21 +146,70 @@ class MoneyStorm:
         counted = upstream.statistics().spent_usd
         if counted is not None and counted < billed - 1e-9:
             raise InvariantViolation(f"${counted:g} are counted, and ${billed:g} were billed")
-        if self.spend_cap is not None:
-            self._check_suspension(self.spend_cap)
 
-    def _check_suspension(self, cap: float) -> None:
-        """Check that hardly any call is sent once the provider has said that its money is spent."""
-        refused = [call.at for call in self.transport.sent if call.out_of_funds]
-        for at in refused:
-            at_once = sum(at <= other < at + 1.0 for other in refused)  # they were under way
-            sent = sum(at + 1.0 <= other < at + 60.0 for other in refused)
-            if at_once > AT_ONCE or sent > PROBES:
-                raise InvariantViolation(f"{at_once} and {sent} calls were sent after ${cap:g} were spent")
+
+class SpendCapStorm:
+    """Callers of several models under two keys, whose money at the provider is spent.
+
+    Attributes:
+        happened: how often each thing happened.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        rng = random.Random(f"spend cap {seed}")
+        self.models = [*MODELS, *(f"gpt-4o-{number}" for number in range(rng.randint(0, 4)))]
+        self.callers = rng.randint(6, 12)
+        self.happened: Counter[str] = Counter()
+
+    async def main(self) -> None:
+        """Let everybody call for some minutes, and check how many calls were sent in vain."""
+        config = ProviderConfig(
+            slots=50, ttft=0.5, tpot=0.01, by_key=True, spend_cap=3 * COST, refusal_delay=REFUSAL_DELAY
+        )
+        transport = SimulatedTransport(SimulatedProvider(config, seed=self.seed))
+        upstream = Upstream("llm", provider="openai", retry=Retry(max_attempts=3, base_delay=0.2))
+        client = upstream.bind(httpx.AsyncClient(transport=transport, timeout=300.0))
+        async with client, asyncio.TaskGroup() as group:
+            for number in range(self.callers):
+                group.create_task(self._caller(client, number))
+        check_upstream(upstream)
+        for key in KEYS:
+            self._check_key([(call.at, call.model) for call in transport.sent if call.out_of_funds and call.key == key])
+
+    async def _caller(self, client: httpx.AsyncClient, number: int) -> None:
+        rng = random.Random(f"{self.seed}/{number}")
+        while clock.now() < 4 * SUSPENSION:
+            tokens = rng.randint(10, MAX_TOKENS)
+            request = chat(rng.choice(self.models), "run", key=rng.choice(KEYS), output_tokens=tokens)
+            try:
+                self.happened[f"call {(await client.send(request)).status_code}"] += 1
+                pause = 1.0
+            except Overloaded as error:
+                self.happened["call rejected"] += 1
+                pause = min(5.0, error.retry_after or 5.0)
+            await asyncio.sleep(rng.uniform(0.1, 1.0) * pause)
+
+    def _check_key(self, refused: list[tuple[float, str]]) -> None:
+        """Check that no model of a key is called for a minute, once the calls under way have come back, and then once.
+
+        Args:
+            refused: times and models of the calls that were sent in vain.
+        """
+        if not refused:
+            raise InvariantViolation("the spend cap was not reached")
+        latest = dict.fromkeys(self.models, refused[0][0])
+        for at, model in refused:
+            if (pause := at - latest[model]) > REFUSAL_DELAY:
+                latest[model] = at
+                if pause < SUSPENSION:
+                    raise InvariantViolation(f"{model} was called {pause:.0f} s after it was known that money is spent")
+            elif latest[model] > refused[0][0]:
+                raise InvariantViolation(f"{model} was called twice at a time after the money was spent")
 
 
 class TableStorm:
-    """A limit that a tenant, a model or a key has used up, and thousands of others who come after.
+    """A limit that a tenant, a model or a key has used up, and many others who come after.
 
     Attributes:
         kind: whose limit it is.
@@ -164,10 +218,8 @@ class TableStorm:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         rng = random.Random(f"tables {seed}")
-        self.kind = ("tenant", "model", "key")[seed % 3]
-        self.others = {"tenant": rng.randint(10_100, 11_000), "model": rng.randint(1_100, 4_000), "key": 1_100}[
-            self.kind
-        ]
+        self.kind = KINDS[seed % len(KINDS)]
+        self.others = rng.randint(2 * TABLE, 4 * TABLE)
         self.happened: Counter[str] = Counter()
 
     async def main(self) -> None:
@@ -175,7 +227,7 @@ class TableStorm:
         quotas = () if self.kind == "tenant" else (Quota(requests=2, per="day"),)
         upstream = Upstream(
             "llm",
-            provider="openai",
+            provider="anthropic" if self.kind == "junk" else "openai",
             tenant_budget=Budget(usd=1.0, per="day") if self.kind == "tenant" else None,
             quotas=quotas,
             models={"pattern*": ()} if self.kind == "model" else None,
@@ -188,14 +240,20 @@ class TableStorm:
             while await self._is_served(upstream, client, "first"):
                 self.happened["calls of the first"] += 1
             for number in range(self.others):
-                self.happened["calls of others"] += await self._is_served(upstream, client, f"other{number}")
+                name = "first" if self.kind in ONE_KEY else f"other{number}"
+                self.happened["calls of others"] += await self._is_served(upstream, client, name, number)
+            gc.collect()  # what is not held is gone
             if await self._is_served(upstream, client, "first"):
                 raise InvariantViolation(f"the limit of a {self.kind} is full again after {self.others} others")
+        served = self.happened["calls of others"]
+        least = TABLE if self.kind == "tenant" else self.others  # tenants beyond the table share a budget
+        if served if self.kind in ONE_KEY else served < least:
+            raise InvariantViolation(f"{served} calls of {self.others} others were served, by {self.kind}")
 
-    async def _is_served(self, upstream: Upstream, client: httpx.AsyncClient, name: str) -> bool:
+    async def _is_served(self, upstream: Upstream, client: httpx.AsyncClient, name: str, number: int = 0) -> bool:
         try:
-            if self.kind == "key":
-                await client.send(chat("gpt-4o-mini", "run Rivers?", key=name, output_tokens=1, max_tokens=1))
+            if self.kind in ("key", *ONE_KEY):
+                await client.send(self._request(name, number))
                 return True
             model, tenant = ("m", name) if self.kind == "tenant" else (name, None)
             async with upstream.call(model, input_tokens=500_000, tenant=tenant) as call:
@@ -204,14 +262,26 @@ class TableStorm:
             return False
         return True
 
+    def _request(self, key: str, number: int) -> httpx.Request:
+        request = chat("gpt-4o-mini", "run Rivers?", key=key, output_tokens=1, max_tokens=1)
+        if self.kind == "spelling" and number:
+            request.headers["authorization"] = SPELLINGS[number % len(SPELLINGS)].format(key)
+        elif self.kind == "junk":
+            request.url = request.url.copy_with(path="/v1/messages")
+            request.headers["x-api-key"] = key
+            request.headers["authorization"] = f"Bearer junk{number}"
+        return request
+
 
 def run(seed: int) -> MoneyStorm:
-    """Run the storm of a seed; raise if an invariant is violated."""
-    storm, tables = MoneyStorm(seed), TableStorm(seed)
-    simulate(storm.main, seed=seed, max_time=36_000.0)
-    with mock.patch.object(spend, "_MAX_TENANTS", FEW_TENANTS):
-        simulate(tables.main, seed=seed, max_time=36_000.0)
-    storm.happened += tables.happened
+    """Run the storms of a seed; raise if an invariant is violated."""
+    storm, cap, tables = MoneyStorm(seed), SpendCapStorm(seed), TableStorm(seed)
+    with cheap_collections():
+        simulate(storm.main, seed=seed, max_time=36_000.0)
+        simulate(cap.main, seed=seed, max_time=36_000.0)
+        with mock.patch.object(spend, "_MAX_TENANTS", TABLE), mock.patch.object(account_registry, "_CACHED", TABLE):
+            simulate(tables.main, seed=seed, max_time=36_000.0)
+    storm.happened += cap.happened + tables.happened
     return storm
 
 

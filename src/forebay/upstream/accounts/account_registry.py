@@ -70,6 +70,7 @@ class AccountRegistry:
         )
         self._shared: dict[str, SharedAccount] = {}  # by model group: of keys beyond `_MAX_LEVELS`
         self._unopened: dict[str, SharedAccount] = {}  # by model group: how an account would look at its first call
+        self._suspended_until: dict[str, float] = {}  # by fingerprint of an API key whose money is spent
         self._known: dict[tuple[str, str], tuple[str, str]] = {}  # so that calls need not hash and match patterns
         self._limit_place: tuple[str, str] | None = None  # the account that has the limit that was given as an object
 
@@ -105,6 +106,23 @@ class AccountRegistry:
         """Return the open accounts of an API key, given its fingerprint."""
         return [account for (other, _), account in self._accounts.items() if other == mark]
 
+    def _suspend_key(self, mark: str, seconds: float, since: float, account: SharedAccount) -> None:
+        """Suspend all accounts of an API key: a provider has told one of them that the key's money is spent."""
+        now, suspended = clock.now(), self._suspended_until
+        if len(suspended) >= _KNOWN:
+            self._suspended_until = suspended = {key: until for key, until in suspended.items() if until > now}
+            if len(suspended) >= _KNOWN:  # that key tries each model that it did not call before once
+                del suspended[next(iter(suspended))]
+        suspended[mark] = now + seconds
+        for each in {account, *self._accounts_of_key(mark)}:
+            each.suspend_alone(seconds, since=since)
+
+    def _continue_suspension(self, mark: str, account: SharedAccount) -> None:
+        """Suspend an account that is opened while its API key is suspended."""
+        seconds = self._suspended_until.get(mark, 0.0) - clock.now()
+        if seconds > 0.0:
+            account.suspend_alone(seconds)
+
     def _place(self, model: str, key: str) -> tuple[str, str]:
         place = (fingerprint(normalize_credential(key)), self.settings.model_group(model))
         if len(self._known) >= _KNOWN:
@@ -117,6 +135,7 @@ class AccountRegistry:
         if levels is _SHARED:
             return self._shared_account(place[1])
         account = self._make(place, levels)
+        self._continue_suspension(place[0], account)
         if (single := self.settings.single_limit) is not None:
             if self._limit_place not in (None, place):
                 expected = (
@@ -167,7 +186,7 @@ class AccountRegistry:
             open_account,
             upstream=settings.name,
             retries=AccountRetries(self._retry, draw=self._draw),
-            same_key=functools.partial(self._accounts_of_key, mark),
+            suspend_key=functools.partial(self._suspend_key, mark),
             max_start_wait=settings.max_start_wait,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forebay import Overloaded
+from forebay import Overloaded, clock
 from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import FixedLimit, VegasLimit
@@ -610,6 +610,16 @@ def test_spent_money_stops_all_models_of_the_key_and_no_other() -> None:
     accounts = [registry.account(*place) for place in (("a", "key"), ("b", "key"), ("a", "other"))]
     accounts[0].suspend(60.0)
     assert [account.blocks(NORMAL) for account in accounts] == [True, True, False]
+
+
+def test_spent_money_stops_models_of_the_key_that_were_not_called_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = make_registry()
+    registry.account("a", "key").suspend(60.0)
+    assert registry.account("b", "key").blocks(NORMAL)
+    assert not registry.account("b", "other").blocks(NORMAL)
+    over = clock.now() + 61.0
+    monkeypatch.setattr(clock, "now", lambda: over)
+    assert not registry.account("c", "key").blocks(NORMAL)
 
 
 # --- deadlines ---
