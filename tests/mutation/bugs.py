@@ -32,7 +32,7 @@ from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
-from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, ExperimentStage, SlowdownExperiment
+from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price, rate_limiter
 from forebay.quota.observed import ObservedLimit
@@ -698,19 +698,6 @@ def calls_that_a_stalled_provider_kept_waiting_are_the_norm() -> None:
         return original(self, now)
 
     replace(SlowdownExperiment, original, restore)
-
-
-def calls_that_had_fewer_in_flight_beside_them_are_compared() -> None:
-    original = SlowdownExperiment._lower
-
-    def lower(
-        self: SlowdownExperiment, now: float, level: float, slowdowns: list[float], in_flight: float, **rest: Any
-    ) -> ExperimentResult:
-        if self.stage is ExperimentStage.WATCHING:
-            slowdowns, in_flight = list(self._latest), self._in_flight
-        return original(self, now, level, slowdowns, in_flight, **rest)
-
-    replace(SlowdownExperiment, original, lower)
 
 
 def only_a_limit_that_is_used_up_is_suspected_of_slow_calls() -> None:

@@ -277,9 +277,6 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.calls_that_a_stalled_provider_kept_waiting_are_the_norm: (
         test_slowdown_experiment.test_calls_that_a_provider_kept_waiting_during_an_experiment_are_not_the_norm
     ),
-    bugs.calls_that_had_fewer_in_flight_beside_them_are_compared: (
-        test_slowdown_experiment.test_calls_that_had_fewer_in_flight_beside_them_are_not_compared
-    ),
     bugs.only_a_limit_that_is_used_up_is_suspected_of_slow_calls: (
         test_slowdown_experiment.test_a_limit_that_is_not_quite_used_up_is_lowered_too
     ),

@@ -63,18 +63,6 @@ def test_a_limit_that_is_not_quite_used_up_is_lowered_too() -> None:
     assert provider.level <= 8
 
 
-def test_calls_that_had_fewer_in_flight_beside_them_are_not_compared() -> None:
-    """They were fast, and would make calls under the lower limit look no faster."""
-    provider = Provider(shared(4), 39.0, calls=10, noise=0.4)
-    provider.run(2)
-    while provider.calls < 39:
-        provider.calls += 4
-        provider.run(1)
-    provider.run(60)
-    assert provider.results[:2] != [ExperimentResult.LOWER, ExperimentResult.RESTORE]
-    assert provider.results[-1] is ExperimentResult.KEEP
-
-
 def test_where_less_than_half_of_the_limit_is_used_it_is_not_the_cause() -> None:
     provider = Provider(lambda _: 3.0, 50.0, calls=24)
     provider.run(200)

@@ -22,7 +22,6 @@ _SLOW: Final = 1.3  # times the norm from which calls are slow; fewer are not wo
 _LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves
 _LOWEST, _LEAST = 0.5, 0.8  # ... once our load is known to be the cause: at least, at most
 _USED: Final = 0.5  # of the limit: while less is in use, our load is hardly the cause if calls are slow
-_CROWDED: Final = 0.7  # of the most calls in flight with one of a sample
 _NOISY: Final = 2.0  # upper quartile of the slowdowns over the lower one, from which latency varies much by chance
 _HALF_EXPLAINED: Final = 0.5  # exponent: calls get faster by at least half of what fewer calls in flight explain
 _UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: still faster calls have another reason
@@ -146,7 +145,6 @@ class SlowdownExperiment:
         self._norm = [1.0] * (2 * _MIN_SAMPLE)  # slowdowns that are normal, sorted
         self._norm_verified = False  # fewer calls in flight are known to be no faster
         self._latest: deque[float] = deque(maxlen=_MAX_SAMPLE)  # slowdowns of the latest calls that have ended
-        self._crowds: deque[float] = deque(maxlen=_MAX_SAMPLE)  # calls in flight with each of them
         self._in_flight = 0.0  # calls in flight with one of them, on average
         self._unchecked = 0  # calls since the latest were compared with the norm
         self._used = 0  # the most calls in flight when one of them started
@@ -197,7 +195,6 @@ class SlowdownExperiment:
     def clear(self) -> None:
         """Drop the slowdowns of the old epoch: they say nothing about the new one."""
         self._latest.clear()
-        self._crowds.clear()
         self._in_flight, self._used = 0.0, 0
 
     def abort(self) -> None:
@@ -209,10 +206,8 @@ class SlowdownExperiment:
     ) -> ExperimentResult | None:
         latest, size = self._latest, _size(level)
         latest.append(slowdown)
-        self._crowds.append(in_flight)
         while len(latest) > size:
             latest.popleft()
-            self._crowds.popleft()
         self._in_flight += (in_flight - self._in_flight) / len(latest)
         self._unchecked += 1
         if self._unchecked < size // _CHECKS:
@@ -231,14 +226,8 @@ class SlowdownExperiment:
             return None
         if proven and now - self._slow_since < _PASSES_AFTER:
             return None
-        # The limit may have grown meanwhile: the calls of before say little about as many as there are now.
-        least = _CROWDED * max(self._crowds)
-        crowded = [i for i, calls in enumerate(self._crowds) if calls >= least]
-        if len(crowded) < _MIN_SAMPLE:
-            return None
         self._our_load = False
-        calls = sum(self._crowds[i] for i in crowded) / len(crowded)
-        return self._lower(now, level, [latest[i] for i in crowded], calls, proven=proven)
+        return self._lower(now, level, list(latest), self._in_flight, proven=proven)
 
     def _lower(
         self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool
