@@ -697,11 +697,19 @@ def a_refusal_is_never_contradicted() -> None:
     replace(RefusalDetector, RefusalDetector._contradict, contradict)
 
 
+def a_high_background_is_never_compared() -> None:
+    always(RefusalDetector, RefusalDetector._compare, returns=None)
+
+
 def a_late_refusal_is_not_waited_for() -> None:
     def accepted(self: AdaptiveLimit, now: float, grant: Grant) -> None:
         self._confirm(now, grant)
 
     replace(AdaptiveLimit, AdaptiveLimit.accepted, accepted)
+
+
+def only_ended_calls_raise_a_limit_above_the_best_one() -> None:
+    always(AdaptiveLimit, AdaptiveLimit._may_leap, returns=False)
 
 
 def a_refused_probe_is_repeated_as_soon_as_ever() -> None:
@@ -716,6 +724,29 @@ def an_experiment_that_made_nothing_faster_keeps_its_limit() -> None:
         return original(self, now)
 
     replace(SlowdownExperiment, original, restore)
+
+
+def calls_that_a_stalled_provider_kept_waiting_are_the_norm() -> None:
+    original = SlowdownExperiment._restore
+
+    def restore(self: SlowdownExperiment, now: float) -> ExperimentResult:
+        self._before = sorted([*self._before, *[math.inf] * (2 * len(self._before))])
+        return original(self, now)
+
+    replace(SlowdownExperiment, original, restore)
+
+
+def only_a_limit_that_is_used_up_is_suspected_of_slow_calls() -> None:
+    original = SlowdownExperiment._watch
+
+    def watch(
+        self: SlowdownExperiment, now: float, level: float, in_flight: float, slowdown: float, **rest: Any
+    ) -> ExperimentResult | None:
+        if self._used < 0.9 * level - 1:
+            self._used = 0
+        return original(self, now, level, in_flight, slowdown, **rest)
+
+    replace(SlowdownExperiment, original, watch)
 
 
 # --- retries are bounded ---

@@ -270,10 +270,22 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
     bugs.a_refusal_is_never_contradicted: test_refusal_detector.test_regular_stray_refusals_become_the_background,
+    bugs.a_high_background_is_never_compared: (
+        test_refusal_detector.test_where_half_as_many_calls_in_flight_are_refused_as_often_the_limit_may_rise
+    ),
     bugs.a_late_refusal_is_not_waited_for: test_adaptive.test_refusals_that_come_late_are_learned_to_be_late,
+    bugs.only_ended_calls_raise_a_limit_above_the_best_one: (
+        test_adaptive.test_acceptances_are_enough_to_follow_a_capacity_that_is_far_above_all_that_was_refused
+    ),
     bugs.a_refused_probe_is_repeated_as_soon_as_ever: test_adaptive.test_a_limit_of_few_slots_is_probed_rarely,
     bugs.an_experiment_that_made_nothing_faster_keeps_its_limit: (
         test_slowdown_experiment.test_calls_that_are_slow_for_another_reason_restore_the_limit
+    ),
+    bugs.calls_that_a_stalled_provider_kept_waiting_are_the_norm: (
+        test_slowdown_experiment.test_calls_that_a_provider_kept_waiting_during_an_experiment_are_not_the_norm
+    ),
+    bugs.only_a_limit_that_is_used_up_is_suspected_of_slow_calls: (
+        test_slowdown_experiment.test_a_limit_that_is_not_quite_used_up_is_lowered_too
     ),
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,

@@ -46,7 +46,7 @@ def test_texts_with_few_tokens_lower_what_others_reserve_by_a_third_at_most() ->
     assert estimates.input_ratio == pytest.approx(0.7)
 
 
-def test_the_largest_output_is_forgotten_in_time_also_if_no_call_is_let_in() -> None:
+def test_the_largest_output_is_forgotten_in_time_also_if_no_call_is_sent() -> None:
     estimates = TokenEstimates()
     estimates.observe(0.0, 10, Charge(output_tokens=128_000))
     estimates.observe(0.0, 10, Charge(output_tokens=100))
