@@ -9,6 +9,7 @@ from typing import Final
 from bench.calls.scenarios import CALL, EvenPacer, Scenario, provider
 from forebay.simulation.provider.provider_config import (
     BusyReason,
+    Faults,
     Penalty,
     ProviderConfig,
     ReportedLimits,
@@ -58,6 +59,17 @@ class _RatePacer(EvenPacer):
 
 def _vague(retry_after: str) -> ReportedLimits:
     return replace(_SILENT, retry_after=retry_after)
+
+
+def _stray(scenario: Scenario, share: float) -> Scenario:
+    """Return the scenario of a provider that also refuses this share of the calls at random, with a 429."""
+    return replace(scenario, config=replace(scenario.config, faults=Faults(stray=share)))
+
+
+def _replicas(replicas: int, slots: int) -> Scenario:
+    """Return a scenario of servers behind a load balancer, each of which refuses with a 429 beyond its slots."""
+    config = provider(slots=replicas * slots, replicas=replicas, busy_reason=BusyReason.CONCURRENCY, reports=_SILENT)
+    return Scenario(config=config, best_fixed=40)
 
 
 _TOLD: Final = ReportedLimits()  # words, headers and Retry-After tell the truth
@@ -119,4 +131,10 @@ RATE_SCENARIOS: Final[Mapping[str, Scenario]] = {  # docs/limits.md has the same
         ),
         pacer=_RatePacer,
     ),
+    "two processes, nothing told": replace(_rate(), processes=2),
+    "1,200 a minute, nothing told": _rate(amount=1200),
+    "10 replicas of 5, 429": _replicas(10, 5),
+    "slots, 5 % at random": _stray(_slots(_SILENT), 0.05),
+    "slots, 10 % at random": _stray(_slots(_SILENT), 0.1),
+    "slots, 20 % at random": _stray(_slots(_SILENT), 0.2),
 }

@@ -85,6 +85,7 @@ from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
+from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
@@ -862,6 +863,24 @@ def words_alone_tell_the_cause_of_a_refusal() -> None:
         return named
 
     replace(RefusalCause, RefusalCause.is_rate, is_rate)
+
+
+def calls_accepted_right_after_a_refusal_say_nothing() -> None:
+    always(RefusalTrial, RefusalTrial.record_accepted, returns=None)
+
+
+def nothing_is_sent_right_after_a_refusal() -> None:
+    always(RefusalTrial, RefusalTrial.wants_call, returns=False)
+
+
+def a_call_that_is_refused_for_what_it_asks_counts_again_and_again() -> None:
+    original = RefusalControl.record_refused
+
+    def record_refused(self: RefusalControl, *args: Any, repeated: bool = False, **said: Any) -> bool:
+        del repeated
+        return original(self, *args, **said)
+
+    replace(RefusalControl, original, record_refused)
 
 
 def refused_calls_are_sent_again_at_once() -> None:

@@ -70,6 +70,7 @@ from tests.unit.upstream.accounts.refusals import (
     test_refusal_cause,
     test_refusal_control,
     test_refusal_pause,
+    test_refusal_trial,
 )
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
@@ -321,7 +322,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_core.test_after_a_fork_the_calls_of_the_parent_hold_nothing_and_are_not_taken_back
     ),
     bugs.words_alone_tell_the_cause_of_a_refusal: (
-        test_refusal_cause.test_refusals_with_no_more_calls_in_flight_than_were_accepted_speak_for_a_rate
+        test_refusal_cause.test_trials_whose_calls_are_refused_speak_for_a_rate
+    ),
+    bugs.calls_accepted_right_after_a_refusal_say_nothing: (
+        test_refusal_trial.test_more_accepted_calls_than_a_rate_lets_through_show_chance
+    ),
+    bugs.nothing_is_sent_right_after_a_refusal: (
+        test_refusal_trial.test_calls_go_right_after_a_refusal_until_either_verdict_is_certain
+    ),
+    bugs.a_call_that_is_refused_for_what_it_asks_counts_again_and_again: (
+        test_refusal_control.test_calls_that_are_refused_again_and_again_for_what_they_ask_begin_no_pause
     ),
     bugs.refused_calls_are_sent_again_at_once: test_refusal_pause.test_one_trial_call_goes_at_a_time,
     bugs.a_retry_after_is_believed_before_it_was_right: (

@@ -45,6 +45,7 @@ _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttle
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
+_REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
@@ -494,6 +495,7 @@ class Account:
             named=outcome.rate_limited,
             says_concurrency=outcome.says_concurrency,
             retry_after=outcome.retry_after,
+            repeated=permit.request.retries >= _REPEATED,
             quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
