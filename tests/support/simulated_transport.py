@@ -30,7 +30,7 @@ URL: Final = "https://provider.test/v1/chat/completions"
 POISON: Final = "poison"  # a request whose text begins so is answered with a 500
 _JSON: Final = {"content-type": "application/json"}
 _ERROR: Final = b'{"error": {"message": "boom", "type": "server_error", "param": null, "code": null}}'
-_ERROR_AFTER: Final = 0.5  # seconds
+ERROR_AFTER: Final = 0.5  # seconds
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class SentCall:
         at: when it was sent.
         key: the API key.
         model: the model.
+        text: of its first message.
         status: of its answer; 0 while there is none, or if it broke off.
         out_of_funds: it was refused because the spend cap of the account is reached.
     """
@@ -48,6 +49,7 @@ class SentCall:
     at: float
     key: str
     model: str
+    text: str
     status: int = 0
     out_of_funds: bool = False
 
@@ -66,6 +68,7 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
         provider: on the running event loop.
         dead: models that answer every call with a 500.
         silent: models that never answer.
+        dead_for: seconds that the answers of dead models give as their Retry-After; None: they give none.
 
     Attributes:
         sent: all attempts, in their order.
@@ -73,20 +76,28 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
         peak: the most that ever were.
     """
 
-    def __init__(self, provider: SimulatedProvider, *, dead: Iterable[str] = (), silent: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        provider: SimulatedProvider,
+        *,
+        dead: Iterable[str] = (),
+        silent: Iterable[str] = (),
+        dead_for: int | None = None,
+    ) -> None:
         self.provider = provider
         self.sent: list[SentCall] = []
         self.in_flight = 0
         self.peak = 0
         self._dead = frozenset(dead)
         self._silent = frozenset(silent)
+        self._dead_headers = _JSON if dead_for is None else {**_JSON, "retry-after": str(dead_for)}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Answer one attempt, unless its caller's read timeout ends it first."""
         body = wire_messages.read_request(await request.aread())
         key = request.headers["authorization"].removeprefix("Bearer ")
         text = str(body.messages[0].content)
-        sent = SentCall(clock.now(), key, body.model)
+        sent = SentCall(clock.now(), key, body.model, text)
         self.sent.append(sent)
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
@@ -96,10 +107,10 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
             async with asyncio.timeout(patience):
                 if body.model in self._silent:
                     await asyncio.sleep(math.inf if patience is None else patience + 1.0)
-                if body.model in self._dead or text.startswith(POISON):
-                    await asyncio.sleep(_ERROR_AFTER)
+                if (dead := body.model in self._dead) or text.startswith(POISON):
+                    await asyncio.sleep(ERROR_AFTER)
                     sent.status = 500
-                    return httpx.Response(500, headers=_JSON, content=_ERROR)
+                    return httpx.Response(500, headers=self._dead_headers if dead else _JSON, content=_ERROR)
                 call = SimulatedCall(
                     model=body.model,
                     input_tokens=body.input_tokens(),
