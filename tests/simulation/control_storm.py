@@ -24,6 +24,7 @@ from forebay.simulation import simulate
 from forebay.simulation.provider.provider_config import (
     BusyReason,
     CapacityStep,
+    Faults,
     Penalty,
     ProviderConfig,
     ReportedLimits,
@@ -57,6 +58,9 @@ class Case:
         goodput: the least share of the capacity that must be used.
         refused: the largest share of the calls of any minute that may be refused.
         outage: when it begins and ends.
+        callers: those who call; None for two to four times as many as the provider can serve.
+        max_concurrent: of the upstream.
+        gap: seconds in which no call is sent, at most, while callers wait.
     """
 
     config: ProviderConfig
@@ -64,6 +68,12 @@ class Case:
     goodput: float = 0.85
     refused: float = 0.1
     outage: tuple[float, float] | None = None
+    callers: int | None = None
+    max_concurrent: int | None = None
+    gap: float = SHUT
+
+
+LIMITS: Final = ("goodput", "refused", "outage", "callers", "max_concurrent", "gap")
 
 
 def _config(**fields: Any) -> ProviderConfig:
@@ -76,12 +86,12 @@ def _config(**fields: Any) -> ProviderConfig:
 
 def _slots(rng: random.Random, reports: ReportedLimits = VAGUE, slots: int | None = None, **fields: Any) -> Case:
     slots = rng.randint(6, 12) if slots is None else slots
-    limits = {name: fields.pop(name) for name in ("goodput", "refused", "outage") if name in fields}
+    limits = {name: fields.pop(name) for name in LIMITS if name in fields}
     return Case(config=_config(slots=slots, reports=reports, **fields), capacity=slots / CALL, **limits)
 
 
 def _rate(rng: random.Random, reports: ReportedLimits = VAGUE, **fields: Any) -> Case:
-    limits = {name: fields.pop(name) for name in ("goodput", "refused") if name in fields}
+    limits = {name: fields.pop(name) for name in LIMITS if name in fields}
     window = {name: fields.pop(name) for name in ("fixed_window", "burst") if name in fields}
     period = fields.pop("period", 60.0)
     amount = round(rng.uniform(2.0, 5.0) * period)
@@ -130,6 +140,12 @@ def _tier_falls(rng: random.Random) -> Case:
     return Case(config=_config(slots=FREE, rate_limits=limits), capacity=low, refused=0.2)
 
 
+def _no_limit(rng: random.Random, **fields: Any) -> Case:
+    callers = rng.randint(30, 40)
+    case = _slots(rng, slots=FREE, overcommit=None, callers=callers, **fields)
+    return replace(case, capacity=callers / CALL)
+
+
 def _tokens(rng: random.Random) -> Case:
     tokens = rng.randint(600, 1200)
     return replace(
@@ -171,6 +187,11 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
         rng, _wrong_retry_after(rng), fixed_window=True, goodput=0.7, refused=0.25
     ),
     "window, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), fixed_window=True),
+    "no limit, stray refusals": lambda rng: _no_limit(rng, noise=0.1, faults=Faults(stray=rng.choice((0.02, 0.05)))),
+    "no limit, noise": lambda rng: _no_limit(rng, noise=0.8),
+    "replicas, max_concurrent": lambda rng: _slots(
+        rng, slots=12, replicas=12, max_concurrent=36, refused=0.95, goodput=0.1, busy_reason=BusyReason.OVERLOADED
+    ),
 }
 
 
@@ -187,7 +208,9 @@ class ControlStorm:
         names = list(CASES)
         self.name = names[seed % len(names)]
         self.case = CASES[self.name](self.rng)
-        self.callers = round(self.case.capacity * CALL * self.rng.uniform(2.0, 4.0)) + 2
+        flood = round(self.case.capacity * CALL * self.rng.uniform(2.0, 4.0)) + 2
+        self.callers = self.case.callers or flood
+        self.stream = seed // len(names) % 2 == 1
         self.served: list[float] = []
         self.happened: Counter[str] = Counter()
         self.transport: SimulatedTransport
@@ -195,7 +218,7 @@ class ControlStorm:
     async def main(self) -> None:
         """Let everybody call until the minutes are over, and check the upstream at rest."""
         self.transport = SimulatedTransport(SimulatedProvider(self.case.config, seed=self.seed))
-        upstream = Upstream("llm", provider="openai")
+        upstream = Upstream("llm", provider="openai", max_concurrent=self.case.max_concurrent)
         async with (
             asyncio.TaskGroup() as group,
             upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client,
@@ -209,7 +232,8 @@ class ControlStorm:
         rng = random.Random(f"{self.seed}/{number}")
         await asyncio.sleep(rng.uniform(0, 10))
         while clock.now() < 60.0 * MINUTES:
-            request = chat(MODEL, f"run{number} Rivers?", output_tokens=rng.randint(SHORTEST, LONGEST), max_tokens=200)
+            tokens = rng.randint(SHORTEST, LONGEST)
+            request = chat(MODEL, f"run{number} Rivers?", output_tokens=tokens, max_tokens=200, stream=self.stream)
             try:
                 response = await client.send(request)
             except Overloaded as error:
@@ -253,7 +277,7 @@ class ControlStorm:
             few = ONSET * case.config.slots if down else FEW
             if refused > max(few, case.refused * calls):
                 raise InvariantViolation(f"{self.name}: {refused} of {calls} calls are refused from {since} s on")
-        if (gap := self.longest_gap()) > SHUT:
+        if (gap := self.longest_gap()) > case.gap:
             raise InvariantViolation(f"{self.name}: no call is sent for {gap:.0f} s")
 
 

@@ -69,6 +69,8 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
         dead: models that answer every call with a 500.
         silent: models that never answer.
         dead_for: seconds that the answers of dead models give as their Retry-After; None: they give none.
+        hidden_tokens: of each answer, the first tokens that a stream does not show, as hidden reasoning.
+        reports_usage: streams end with their usage, if the request asks for it.
 
     Attributes:
         sent: all attempts, in their order.
@@ -76,18 +78,22 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
         peak: the most that ever were.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one habit of a provider
         self,
         provider: SimulatedProvider,
         *,
         dead: Iterable[str] = (),
         silent: Iterable[str] = (),
         dead_for: int | None = None,
+        hidden_tokens: int = 0,
+        reports_usage: bool = True,
     ) -> None:
         self.provider = provider
         self.sent: list[SentCall] = []
         self.in_flight = 0
         self.peak = 0
+        self.hidden_tokens = hidden_tokens
+        self._reports_usage = reports_usage
         self._dead = frozenset(dead)
         self._silent = frozenset(silent)
         self._dead_headers = _JSON if dead_for is None else {**_JSON, "retry-after": str(dead_for)}
@@ -139,7 +145,8 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
             sent.status = outcome.status
             sent.out_of_funds = outcome.reason is RefusalReason.SPEND_CAP
             return httpx.Response(outcome.status, headers=outcome.headers, content=outcome.body)
-        writer = OpenAIWriter(outcome.call_id, body.model, int(clock.wall_time()), include_usage=body.include_usage)
+        include_usage = body.include_usage and self._reports_usage
+        writer = OpenAIWriter(outcome.call_id, body.model, int(clock.wall_time()), include_usage=include_usage)
         sent.status = 200
         if call.stream:
             headers = outcome.headers | {"content-type": "text/event-stream"}
@@ -170,14 +177,15 @@ class _Events(httpx.AsyncByteStream):
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        produced = 0
+        produced, hidden = 0, self._transport.hidden_tokens
         yield self._writer.stream_start(self._call.input_tokens)
         async for event in self._stream:
             match event:
                 case FirstToken() | TokensProduced():
                     tokens = event.tokens if isinstance(event, TokensProduced) else 1
-                    yield self._writer.stream_tokens(produced, tokens)
-                    produced += tokens
+                    first, produced = max(produced, hidden), produced + tokens
+                    if produced > first:
+                        yield self._writer.stream_tokens(first, produced - first)
                 case CallCompleted(usage=usage):
                     yield self._writer.stream_end((usage.input_tokens, usage.output_tokens), stopped=self._call.stops)
                 case CallCut():
