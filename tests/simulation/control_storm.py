@@ -19,7 +19,7 @@ from tests.support.simulated_transport import SimulatedTransport, chat
 from tests.support.supervisor_checks import InvariantViolation
 from tests.support.upstream_checks import check_upstream
 
-from forebay import Overloaded, Upstream, clock
+from forebay import Overloaded, Quota, Upstream, clock
 from forebay.simulation import simulate
 from forebay.simulation.provider.provider_config import (
     BusyReason,
@@ -41,9 +41,9 @@ CALL: Final = TTFT + TPOT * (SHORTEST + LONGEST) / 2  # seconds of the average c
 MINUTES: Final = 5
 WARM_UP: Final = 120.0  # seconds that do not count: the limits are unknown at first
 FREE: Final = 400  # slots, where a rate is the only limit
-FEW: Final = 16  # refused calls in a minute that are no hammering, whatever their share
+FEW: Final = 10  # refused calls in a minute that are no hammering, whatever their share
 ONSET: Final = 10  # refused calls of a minute of an outage, for each slot: all in flight are refused, some repeatedly
-SHUT: Final = 75.0  # seconds without a call, at most, while callers wait
+SHUT: Final = 25.0  # seconds without a call, at most, while callers wait
 RECOVERY: Final = 90.0  # seconds after an outage
 VAGUE: Final = ReportedLimits(wording=Wording.VAGUE, retry_after="", rate_limit_headers=False)
 
@@ -60,6 +60,7 @@ class Case:
         outage: when it begins and ends.
         callers: those who call; None for two to four times as many as the provider can serve.
         max_concurrent: of the upstream.
+        quotas: of the upstream.
         gap: seconds in which no call is sent, at most, while callers wait.
     """
 
@@ -70,10 +71,11 @@ class Case:
     outage: tuple[float, float] | None = None
     callers: int | None = None
     max_concurrent: int | None = None
+    quotas: tuple[Quota, ...] = ()
     gap: float = SHUT
 
 
-LIMITS: Final = ("goodput", "refused", "outage", "callers", "max_concurrent", "gap")
+LIMITS: Final = ("goodput", "refused", "outage", "callers", "max_concurrent", "quotas", "gap")
 
 
 def _config(**fields: Any) -> ProviderConfig:
@@ -109,7 +111,7 @@ def _penalty(rng: random.Random) -> Penalty:
 
 
 def _outage(rng: random.Random) -> Case:
-    slots, start = rng.randint(6, 12), rng.uniform(120, 150)
+    slots, start = rng.randint(6, 12), rng.uniform(60, 100)
     end = start + rng.uniform(20, 80)
     steps = CapacityStep(at=start, slots=0, cut=rng.random() < 0.5), CapacityStep(at=end, slots=slots)
     return _slots(rng, slots=slots, capacity_steps=steps, busy_reason=rng.choice(list(BusyReason)), outage=(start, end))
@@ -161,9 +163,9 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "slots, outage": _outage,
     "slots, dips": _dips,
     "slots, late refusals": lambda rng: _slots(
-        rng, refusal_delay=rng.uniform(5, 30), busy_reason=BusyReason.OVERLOADED, goodput=0.6, refused=0.3
+        rng, refusal_delay=rng.uniform(5, 30), busy_reason=BusyReason.OVERLOADED, refused=0.2
     ),
-    "few slots": lambda rng: _slots(rng, slots=rng.choice((1, 2, 3)), goodput=0.75, refused=0.3),
+    "few slots": lambda rng: _slots(rng, slots=rng.choice((1, 2, 3)), goodput=0.75),
     "few slots, shared": lambda rng: _slots(rng, slots=rng.choice((2, 3)), overcommit=None, goodput=0.6),
     # With 503 or 529: random 429s may be taken for a rate, a known weak spot in docs/limits.md.
     "small replicas": lambda rng: _slots(
@@ -187,8 +189,11 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
         rng, _wrong_retry_after(rng), fixed_window=True, goodput=0.7, refused=0.25
     ),
     "window, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), fixed_window=True),
-    "no limit, stray refusals": lambda rng: _no_limit(rng, noise=0.1, faults=Faults(stray=rng.choice((0.02, 0.05)))),
-    "no limit, noise": lambda rng: _no_limit(rng, noise=0.8),
+    "no limit, stray refusals": lambda rng: _no_limit(rng, noise=0.1, faults=Faults(stray=0.05), goodput=0.95),
+    "no limit, noise": lambda rng: _no_limit(rng, noise=0.8, goodput=0.97),
+    "rate, quota of a day": lambda rng: _rate(
+        rng, ReportedLimits(rate_limit_headers=False), quotas=(Quota(requests=100_000, per="day"),)
+    ),
     "replicas, max_concurrent": lambda rng: _slots(
         rng, slots=12, replicas=12, max_concurrent=36, refused=0.95, goodput=0.1, busy_reason=BusyReason.OVERLOADED
     ),
@@ -218,7 +223,7 @@ class ControlStorm:
     async def main(self) -> None:
         """Let everybody call until the minutes are over, and check the upstream at rest."""
         self.transport = SimulatedTransport(SimulatedProvider(self.case.config, seed=self.seed))
-        upstream = Upstream("llm", provider="openai", max_concurrent=self.case.max_concurrent)
+        upstream = Upstream("llm", provider="openai", max_concurrent=self.case.max_concurrent, quotas=self.case.quotas)
         async with (
             asyncio.TaskGroup() as group,
             upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client,
