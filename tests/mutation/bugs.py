@@ -286,7 +286,7 @@ def parked_messages_count_as_load() -> None:
     original = Pool.load
 
     def load(self: Pool, *, nested: bool = False) -> float:
-        return original(self, nested=nested) + self.parked / self.queue_bound
+        return original(self, nested=nested) + self.parked / max(1, self.queue_bound)
 
     replace(Pool, original, load)
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import httpx
 from tests.support.cheap_collection import cheap_collections
-from tests.support.simulated_transport import ERROR_AFTER, POISON, SimulatedTransport, chat
+from tests.support.simulated_transport import ERROR_AFTER, POISON, WRONG, SimulatedTransport, chat
 from tests.support.supervisor_checks import InvariantViolation
 from tests.support.upstream_checks import check_upstream
 
@@ -42,20 +42,23 @@ KINDS: Final = (
     ("leaving",),
     ("keeping",),
     ("cancelled",),
-    ("hasty", "quitting", "hanging"),
+    ("hasty", "quitting", "hanging", "wrong"),
 )  # of bad callers; seeds take them in turn
 STREAMING: Final = ("leaving", "keeping")
 CROWDED: Final = (*STREAMING, "cancelled", "hanging")  # the healthy callers need all slots
 TTFT, TPOT = 0.5, 0.03
 PAUSE: Final = 0.6  # seconds between two calls of a caller, on average
 HELD: Final = {"leaving": 3.0, "keeping": 0.5 * MAX_WAIT + 1.5, "cancelled": 3.0}  # seconds for which calls hold slots
+TEXTS: Final = {"poisoned": POISON, "wrong": WRONG}
 LEAST: Final = 0.9  # of the calls that the provider has room for
+MAX_ATTEMPTS: Final = 4
 MOST_SENT: Final = {
     "hasty": 1.35,
     "silent": 1.6,
     "dead": 1.6,
     "poisoned": 1.6,
     "quitting": 1.6,
+    "wrong": MAX_ATTEMPTS,
 }  # attempts for each call
 RETRY_AFTER: Final = 2  # seconds, of a dead model
 
@@ -126,7 +129,11 @@ class BlameStorm:
         if self.unreliable_limit:
             limits = {"limit": UnreliableLimit(self.slots, random.Random(self.seed))}
         upstream = Upstream(
-            "llm", provider="openai", max_wait=MAX_WAIT, retry=Retry(max_attempts=4, base_delay=0.2), **limits
+            "llm",
+            provider="openai",
+            max_wait=MAX_WAIT,
+            retry=Retry(max_attempts=MAX_ATTEMPTS, base_delay=0.2),
+            **limits,
         )
         async with upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client:
             async with asyncio.TaskGroup() as group:
@@ -178,7 +185,7 @@ class BlameStorm:
         other = self.kind in ("dead", "silent", "quitting", "hanging")
         request = chat(
             OTHER_MODEL if other or not self.same_model else MODEL,
-            f"{POISON} Rivers?" if self.kind == "poisoned" else f"bad{self.calls} Rivers?",
+            f"{TEXTS.get(self.kind, 'bad')}{self.calls} Rivers?",
             output_tokens=self.output_tokens,
             max_tokens=200,
             stream=self.kind in STREAMING,
@@ -242,6 +249,9 @@ class BlameStorm:
             raise InvariantViolation(f"beside callers that are {self.kind} {sent} more attempts are made than calls")
         if self.crowded and self.transport.peak > self.slots:
             raise InvariantViolation(f"{self.transport.peak} calls were in flight of {self.slots}")
+        attempts = Counter(call.text for call in self.transport.sent if not call.text.startswith("healthy"))
+        if attempts and (most := max(attempts.values())) > MAX_ATTEMPTS:
+            raise InvariantViolation(f"a call was sent {most} times, of {MAX_ATTEMPTS} at most")
         if self.kind == "dead" and self.same_model:
             self._check_retries()
 

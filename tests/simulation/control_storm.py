@@ -44,6 +44,8 @@ FREE: Final = 400  # slots, where a rate is the only limit
 FEW: Final = 10  # refused calls in a minute that are no hammering, whatever their share
 ONSET: Final = 10  # refused calls of a minute of an outage, for each slot: all in flight are refused, some repeatedly
 SHUT: Final = 25.0  # seconds without a call, at most, while callers wait
+PUNISHED: Final = 60.0  # the same where each refused call may begin a penalty of 20 s
+EMPTY: Final = 75.0  # the same where nothing is left of a minute, as the headers say
 RECOVERY: Final = 90.0  # seconds after an outage
 VAGUE: Final = ReportedLimits(wording=Wording.VAGUE, retry_after="", rate_limit_headers=False)
 
@@ -159,7 +161,7 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "slots, vague": _slots,
     "slots, wrong Retry-After": lambda rng: _slots(rng, _wrong_retry_after(rng)),
     "slots, said to be a rate": lambda rng: _slots(rng, replace(_wrong_retry_after(rng), wording=Wording.RATE)),
-    "slots, penalty": lambda rng: _slots(rng, penalty=_penalty(rng), goodput=0.6, refused=0.2),
+    "slots, penalty": lambda rng: _slots(rng, penalty=_penalty(rng), goodput=0.6, refused=0.2, gap=PUNISHED),
     "slots, outage": _outage,
     "slots, dips": _dips,
     "slots, late refusals": lambda rng: _slots(
@@ -179,8 +181,8 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "rate, vague": _rate,
     "rate, wrong Retry-After": lambda rng: _rate(rng, _wrong_retry_after(rng)),
     "rate, said to be concurrency": lambda rng: _rate(rng, replace(VAGUE, wording=Wording.CONCURRENCY)),
-    "rate, penalty": lambda rng: _rate(rng, penalty=_penalty(rng), goodput=0.5, refused=0.2),
-    "rate, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0)),
+    "rate, penalty": lambda rng: _rate(rng, penalty=_penalty(rng), goodput=0.5, refused=0.2, gap=PUNISHED),
+    "rate, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), gap=EMPTY),
     "rate, truthful": lambda rng: _rate(rng, ReportedLimits()),
     "rate, tier falls": _tier_falls,
     "window of ten seconds": lambda rng: _rate(rng, period=10.0, fixed_window=True, goodput=0.75, refused=0.2),
@@ -188,7 +190,7 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "window, wrong Retry-After": lambda rng: _rate(
         rng, _wrong_retry_after(rng), fixed_window=True, goodput=0.7, refused=0.25
     ),
-    "window, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), fixed_window=True),
+    "window, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), fixed_window=True, gap=EMPTY),
     "no limit, stray refusals": lambda rng: _no_limit(rng, noise=0.1, faults=Faults(stray=0.05), goodput=0.95),
     "no limit, noise": lambda rng: _no_limit(rng, noise=0.8, goodput=0.97),
     "rate, quota of a day": lambda rng: _rate(

@@ -28,6 +28,7 @@ from forebay.simulation.provider.wire_messages import OpenAIWriter
 
 URL: Final = "https://provider.test/v1/chat/completions"
 POISON: Final = "poison"  # a request whose text begins so is answered with a 500
+WRONG: Final = "wrong"  # and one whose text begins so with a 400 that asks for retries
 _JSON: Final = {"content-type": "application/json"}
 _ERROR: Final = b'{"error": {"message": "boom", "type": "server_error", "param": null, "code": null}}'
 ERROR_AFTER: Final = 0.5  # seconds
@@ -117,6 +118,9 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
                     await asyncio.sleep(ERROR_AFTER)
                     sent.status = 500
                     return httpx.Response(500, headers=self._dead_headers if dead else _JSON, content=_ERROR)
+                if text.startswith(WRONG):
+                    sent.status = 400
+                    return httpx.Response(400, headers={**_JSON, "x-should-retry": "true"}, content=_ERROR)
                 call = SimulatedCall(
                     model=body.model,
                     input_tokens=body.input_tokens(),
