@@ -12,6 +12,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Final, TypeAlias
 
+from tests.mutation import bugs
+from tests.simulation import (
+    blame_storm,
+    control_storm,
+    conversation_mix,
+    fair_share,
+    money_storm,
+    task_storm,
+)
+
 Bug: TypeAlias = Callable[[], None]
 
 FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
