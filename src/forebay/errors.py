@@ -196,11 +196,21 @@ class DuplicateWorker(ForebayError, ValueError):
 
 
 class DuplicateTask(ForebayError, ValueError):
-    """A task with id {task_id!r} is already known, running here or kept in the overflow: leave task_id out to have one
-    generated, or use key= if the same work may be submitted twice.
+    """A task with id {task_id!r} has not ended, or the overflow keeps it as a dead letter or for its key: leave task_id
+    out to have one generated, or use key= if the same work may be submitted twice.
     """
 
     task_id: str
+
+
+class NestedTooDeep(ForebayError, RecursionError):
+    """Task {task_id!r} would be nested in {bound} runs, each of which waits for the one below it: does a handler run
+    its own task type without end? If it is meant to go so deep, let it return what comes next, and submit that from
+    where its result is awaited.
+    """
+
+    task_id: str
+    bound: int
 
 
 class UnknownTaskType(ForebayError, LookupError):

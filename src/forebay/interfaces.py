@@ -291,7 +291,7 @@ class PutResult(Enum):
     STORED = "stored"
     PARKED = "parked"  # stored, without a lease, behind other tasks of its conversation
     FULL = "full"  # the bound is reached; nothing was written
-    DUPLICATE = "duplicate"  # its task_id or its key is stored already; nothing was written
+    DUPLICATE = "duplicate"  # its task_id or its key is taken; nothing was written
 
     @property
     def written(self) -> bool:
@@ -351,7 +351,8 @@ class TaskStore(Protocol):
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         """Store `record`: WAITING, behind its equals; or, if a fence is given, LEASED under it until `until`.
 
-        Calls that run at once insert their records in the order of the calls.
+        Calls that run at once insert their records in the order of the calls. Its key is taken by any record that has
+        it, its task id by any record but a DONE one without a key, which makes way.
 
         Returns:
             STORED; PARKED if other records of its conversation are older or LEASED, so that it has no lease;

@@ -184,8 +184,8 @@ class Task(_Options, frozen=True):
     Attributes:
         task_type: selects the workers that may run it.
         payload: the input of the handler; an agent of a framework gets it as its own input.
-        task_id: unique; generated if not given. An overflow keeps the ids of its tasks for a day after their end, and
-            stores no other task under one of them.
+        task_id: unique among the tasks that have not ended; generated if not given. An overflow keeps the ids of dead
+            letters, and for a day those of ended tasks with a `key`, and stores no other task under one of them.
         priority: a task of a better priority is served earlier and rejected later.
         timeout: seconds that one attempt may run; by default the worker's.
         deadline: the time after which its result is worthless; waiting counts.

@@ -176,7 +176,7 @@ async def test_two_tasks_of_one_id_at_the_same_moment() -> None:
 async def test_two_tasks_of_one_id_that_have_not_ended(*, nowait: bool) -> None:
     async with make_supervisor() as supervisor:
         await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
-        with pytest.raises(DuplicateTask, match=r"'mine' is already known.*key="):
+        with pytest.raises(DuplicateTask, match=r"'mine' has not ended.*key="):
             await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
 
 

@@ -572,6 +572,33 @@ async def test_a_key_of_its_own_may_be_in_any_case() -> None:
 
 
 @virtual
+async def test_of_several_models_the_one_that_answers_is_paid_and_without_its_name_the_dearest() -> None:
+    usage = {"prompt_tokens": 100_000, "completion_tokens": 0}
+    fields: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [], "max_tokens": 1, "models": ["gpt-4o"]}
+    upstream = upstream_of()
+    for answered_by, usd in (("gpt-4o", 0.25), ("gpt-4o-mini", 0.015), (None, 0.25), ("unheard-of", 0.25)):
+        before = spent(upstream)
+        script = Script(httpx2, json_reply(usage=usage, model=answered_by))
+        await post(script, upstream, "/chat/completions", **fields)
+        assert spent(upstream) - before == pytest.approx(usd)
+
+
+@virtual
+async def test_of_several_models_the_dearest_is_reserved() -> None:
+    fields: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [], "max_tokens": 50_000}
+    upstream = upstream_of()
+    calling = asyncio.create_task(
+        post(Script(httpx2, Reply(pause=9.0)), upstream, "/chat/completions", **fields, models=["gpt-4o"])
+    )
+    await asyncio.sleep(0.1)
+    calling.cancel()
+    await asyncio.gather(calling, return_exceptions=True)
+    assert spent(upstream) == pytest.approx(0.5, rel=0.01)
+    with pytest.raises(Overloaded, match="no price is known for model 'unheard-of'"):
+        await post(Script(httpx2), upstream, "/chat/completions", **fields, models=["gpt-4o", "unheard-of"])
+
+
+@virtual
 async def test_plugins_of_a_provider_have_no_price() -> None:
     with pytest.raises(Overloaded, match="plugins"):
         await post(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, Verdict
 from forebay.interfaces import TaskRecord
-from forebay.overflow import encode_task, open_task_store
+from forebay.overflow import SqliteTaskStore, encode_task, open_task_store
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -437,3 +438,39 @@ async def test_hundreds_of_nested_messages_that_come_too_late_all_end() -> None:
 def flood_seconds(supervisor: BackpressureSupervisor, seconds: float, count: int, **options: Any) -> list[Any]:
     """Submit `count` tasks that take so many seconds at once."""
     return [supervisor.submit_nowait(Task("work", seconds, **options)) for _ in range(count)]
+
+
+class SlowlyCountingStore(SqliteTaskStore):
+    """A store whose counts of conversations are half a second old when they arrive."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.counted = asyncio.Event()
+
+    async def conversations(self) -> Mapping[str, int]:
+        counts = await super().conversations()
+        self.counted.set()
+        await asyncio.sleep(0.5)
+        return counts
+
+
+@pytest.mark.blocks
+@virtual
+async def test_a_count_that_was_made_before_a_message_was_stored_does_not_let_the_next_one_overtake_it(
+    tmp_path: Path,
+) -> None:
+    store = SlowlyCountingStore(tmp_path / "store.db")
+    agent = Agent(1.0)
+    supervisor = BackpressureSupervisor(overflow=store, max_queue_size=0, lease=9.0)
+    supervisor.register_worker("w", handler=Agent(100.0), task_types=["full"])
+    supervisor.register_worker("free", handler=agent, task_types=["free"])
+    async with supervisor:
+        await supervisor.submit(Task("full", spill=False))
+        store.counted.clear()
+        await store.counted.wait()
+        first = await supervisor.submit(Task("full", "first", thread_id="c"))
+        await asyncio.sleep(0.6)
+        second = await supervisor.submit(Task("free", "second", thread_id="c"))
+        assert [ticket.status for ticket in (first, second)] == [TaskStatus.SPILLED] * 2
+        await asyncio.sleep(50.0)
+        assert agent.started == []

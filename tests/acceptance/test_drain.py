@@ -16,7 +16,7 @@ from tests.support.task_plane import Agent, approximately, error_of, flood, now,
 from forebay import BackpressureSupervisor, Task, TaskStatus, Ticket
 from forebay.errors import StillSpilled, StoreUnavailable
 from forebay.interfaces import Lease, PutResult, RecordState, TaskRecord
-from forebay.overflow import MemoryTaskStore
+from forebay.overflow import MemoryTaskStore, decode_task
 from forebay.supervisor.drain import Drain
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -107,7 +107,7 @@ async def test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most(
     assert now() - origin == approximately(limit + 2.0)
     assert (report.spilled, report.cancelled) == (0, 11)
     assert await ends(tickets) == {"cancelled": 11}
-    assert "before the overflow had stored it" in str((await tickets[-1]).error)
+    assert "the overflow has not stored it" in str((await tickets[-1]).error)
     await supervisor.close()
 
 
@@ -353,3 +353,100 @@ async def test_a_drain_that_was_cancelled_leaves_closing_its_time() -> None:
     await supervisor.close()
     assert await ends(tickets) == {"still spilled": 3_000, "cancelled": 1}
     assert await waiting_in(store) == 3_000
+
+
+# --- conversations that move in part ---
+
+
+class PartlyFailingStore(SlowStore):
+    """A store that fails for some of the tasks, by their payloads, until a loop time."""
+
+    def __init__(self, *payloads: int, until: float) -> None:
+        super().__init__(0.0)
+        self.failing = set(payloads)
+        self.until = until
+
+    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+        if now() < self.until and decode_task(record.envelope).payload in self.failing:
+            raise StoreUnavailable(where="disk", why="it is busy", advice="None.")
+        return await super().put(record, fence=fence, until=until)
+
+
+async def drain_a_conversation(store: SlowStore) -> tuple[list[int], list[Ticket], list[int]]:
+    """Drain six messages that wait behind other work; return what ran here, their tickets, and what the store has."""
+    ran: list[int] = []
+
+    async def handle(task: Task) -> None:
+        ran.append(task.payload)
+        await asyncio.sleep(60.0 if task.payload < 0 else 0.1)
+
+    async with make_supervisor(handle, store) as supervisor:
+        supervisor.submit_nowait(Task("work", -1))
+        tickets = flood(supervisor, "work", 6, thread_id="c")
+        await asyncio.sleep(0.01)
+        await supervisor.drain()
+    assert all(ticket.done() for ticket in tickets)
+    return ran, tickets, [number for number, ticket in enumerate(tickets) if ticket.result is None]
+
+
+@virtual
+async def test_messages_do_not_run_past_earlier_ones_that_moved_when_the_overflow_is_full() -> None:
+    ran, tickets, stored = await drain_a_conversation(SlowStore(0.0, bound=3))
+    assert (ran, stored) == ([-1], [0, 1, 2])
+    for ticket in tickets[3:]:
+        assert (await ticket).status is TaskStatus.CANCELLED
+        assert "earlier tasks of its conversation" in str((await ticket).error)
+
+
+@pytest.mark.parametrize("failing", [(0, 1), (2, 3), (5,)])
+@virtual
+async def test_messages_that_the_store_failed_to_take_follow_the_others_of_their_conversation(
+    failing: tuple[int, ...],
+) -> None:
+    ran, _, stored = await drain_a_conversation(PartlyFailingStore(*failing, until=3.0))
+    assert (ran, stored) == ([-1], [0, 1, 2, 3, 4, 5])
+
+
+@virtual
+async def test_a_store_that_fails_on_cannot_keep_a_drain_without_a_limit_from_ending() -> None:
+    ran, tickets, stored = await drain_a_conversation(PartlyFailingStore(4, 5, until=math.inf))
+    assert (ran, stored) == ([-1], [0, 1, 2, 3])
+    assert [(await ticket).status for ticket in tickets[4:]] == [TaskStatus.CANCELLED] * 2
+
+
+# --- handlers that never stop ---
+
+
+@pytest.mark.parametrize("thread_id", [None, "c"])
+@virtual
+async def test_what_waits_behind_a_zombie_does_not_keep_a_drain_from_ending(thread_id: str | None) -> None:
+    stuck = asyncio.Event()
+
+    async def handle(_: Task) -> None:
+        while not stuck.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await stuck.wait()
+
+    supervisor = BackpressureSupervisor(zombie_grace=2.0)
+    slots = 1 if thread_id is None else 4
+    supervisor.register_worker("w", handler=handle, task_types=["work"], max_concurrent=slots, timeout=1.0)
+    async with supervisor:
+        first, second = flood(supervisor, "work", 2, thread_id=thread_id)
+        assert (await first).status is TaskStatus.TIMED_OUT
+        report = await supervisor.drain()
+        assert now() == approximately(1.0 + 2.0 + 2.0)
+        assert (report.cancelled, report.orphans) == (1, (first.task_id,))
+    assert (await second).status is TaskStatus.CANCELLED
+    stuck.set()
+
+
+@virtual
+async def test_closing_ends_a_drain_that_is_under_way() -> None:
+    supervisor = make_supervisor(Agent(60.0), SlowStore(8.0), zombie_grace=2.0)
+    await supervisor.start()
+    tickets = flood(supervisor, "work", 3)
+    draining = asyncio.ensure_future(supervisor.drain())
+    await asyncio.sleep(0.1)
+    await supervisor.close()
+    assert (await draining).cancelled == 3
+    assert await ends(tickets) == {"cancelled": 3}

@@ -482,7 +482,7 @@ async def test_a_compressed_body_is_forwarded_unread(harness: GatewayHarness, co
 OK = b"HTTP/1.1 200 OK\r\n"
 JSON_BODY = b'{"a": 1}'
 LENGTH = b"content-length: %d\r\n\r\n" % len(JSON_BODY)
-CHUNKS = b"transfer-encoding: chunked\r\n\r\n8\r\n" + JSON_BODY + b"\r\n"
+CHUNKS = CHUNKED + b"\r\n\r\n8\r\n" + JSON_BODY + b"\r\n"
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,6 @@ CHUNKS = b"transfer-encoding: chunked\r\n\r\n8\r\n" + JSON_BODY + b"\r\n"
         b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello",
         OK + b"content-length: 9\r\n" + LENGTH + JSON_BODY,
         OK + b"content-length: 8\r\n" + CHUNKS + b"0\r\n\r\n",
-        OK + b"transfer-encoding: chunked\r\n\r\nzz\r\n" + JSON_BODY,
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/openai/v1/other"])
@@ -511,6 +510,69 @@ async def test_an_invalid_response_is_a_502(harness: GatewayHarness, path: str, 
         assert headers["x-should-retry"] == "false"
         assert len(harness.provider.requests) == 1  # what is bound to be the same again is not asked for again
         await check_works(harness, gateway)
+
+
+@pytest.mark.parametrize("extra", [b"x", b"\r\n\r\nx", JSON_BODY, b"\0" * 100_000, OK + LENGTH + JSON_BODY])
+@pytest.mark.parametrize(
+    "framing", [LENGTH + JSON_BODY, CHUNKS + b"0\r\n\r\n", b"connection: close\r\n" + LENGTH + JSON_BODY]
+)
+@pytest.mark.parametrize("split", ["", "after the head", "in the body", "before the extra bytes"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/openai/v1/other"])  # which is held, and which is streamed
+async def test_a_whole_response_with_bytes_behind_it_reaches_its_caller(
+    harness: GatewayHarness, path: str, split: str, framing: bytes, extra: bytes
+) -> None:
+    whole = OK + framing
+    at = {"": 0, "after the head": len(whole) - len(framing.partition(b"\r\n\r\n")[2]), "in the body": len(whole) - 6}
+    cut = at.get(split, len(whole))
+    harness.provider.behaviour = writing_raw(whole[:cut], whole[cut:] + extra, pause=True)
+    async with Gateway(harness.settings(max_attempts=6)) as gateway:
+        status, _, body = await harness.post(gateway, path)
+        assert (status, body) == (200, json.loads(JSON_BODY))
+        assert len(harness.provider.requests) == 1
+        assert leftovers(gateway) == NOTHING_LEFT
+
+
+@pytest.mark.parametrize(
+    "head", [b"204 No Content\r\n\r\n", b"200 OK\r\ncontent-length: 0\r\n\r\n", b"400 No\r\n" + LENGTH + JSON_BODY]
+)
+async def test_bytes_behind_any_whole_response_are_dropped(harness: GatewayHarness, head: bytes) -> None:
+    harness.provider.behaviour = writing_raw(b"HTTP/1.1 100 Continue\r\n\r\n" * 1_100, b"HTTP/1.1 " + head + b"x")
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+        status, _, _ = await harness.post(gateway)
+        assert status == int(head[:3])
+
+
+@pytest.mark.parametrize("arrival", ["later", "at once", "as its first chunk"])
+@pytest.mark.parametrize(
+    ("path", "begin", "status"),
+    [
+        ("/v1/chat/completions", OK + CHUNKS, 502),
+        (
+            "/v1/chat/completions",
+            OK + b"content-type: text/event-stream\r\n" + CHUNKED + b"\r\n\r\n9\r\ndata: 1\n\n\r\n",
+            200,
+        ),
+        ("/openai/v1/other", OK + CHUNKS, 200),  # streamed, as the one before
+    ],
+)
+async def test_an_invalid_body_ends_its_call(
+    harness: GatewayHarness, path: str, begin: bytes, status: int, arrival: str
+) -> None:
+    valid, invalid = begin, b"zz\r\n"
+    if arrival == "as its first chunk":
+        valid = b"".join(begin.partition(b"\r\n\r\n")[:2])
+    pieces = (valid, invalid) if arrival == "later" else (valid + invalid,)
+    harness.provider.behaviour = writing_raw(*pieces, pause=True, stays=True)
+    async with Gateway(harness.settings(max_attempts=6)) as gateway:
+        async with harness.session.post(harness.at(gateway, path), json=CHAT_REQUEST) as response:
+            assert response.status == status
+            if path == "/openai/v1/other":  # nothing else can say that it is not whole
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+            else:
+                assert b"not valid HTTP" in await response.read()
+        assert len(harness.provider.requests) == 1  # what is bound to be the same again is not asked for again
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
 @pytest.mark.parametrize(

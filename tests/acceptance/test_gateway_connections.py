@@ -12,7 +12,7 @@ from aiohttp import web
 from tests.support.gateway_harness import CHAT_RESPONSE, GatewayHarness, connect, request_bytes, until
 
 from forebay.gateway import connection_pool
-from forebay.gateway.connection_pool import ConnectionPool
+from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.server import Gateway
 
 ANSWER = json.dumps(CHAT_RESPONSE).encode()
@@ -160,3 +160,21 @@ async def test_idle_connections_make_room_for_new_ones(harness: GatewayHarness, 
             await until(settled)
             most_open = max(most_open, len(record.open_ports))
         assert most_open == len(record.open_ports) == 5  # no more were closed than needed
+
+
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("extra", [b"", b"x", b"\0" * 9])
+async def test_however_a_response_arrives_its_body_is_as_it_was_sent(line_end: bytes, extra: bytes) -> None:
+    body = b"\0 \r \r\n\r\n \n\n"
+    early = line_end.join((b"HTTP/1.1 100 Continue", b"x: a\0b", b"", b""))
+    head = line_end.join((b"HTTP/1.1 200 OK", b"x: a\0b", b"content-length: %d" % len(body), b"", b""))
+    whole = early + head + body
+    for cut in range(len(whole) + 1):
+        connection = PooledConnection(ConnectionPool(1))
+        connection.set_response_params(read_until_eof=True, auto_decompress=False)
+        connection.data_received(whole[:cut])
+        connection.data_received(whole[cut:] + extra)
+        await connection.read()
+        message, payload = await connection.read()
+        assert message.raw_headers[0] == (b"x", b"a b")
+        assert await payload.read() == body

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import sys
 from collections import Counter
 
 import aiohttp
@@ -29,11 +28,6 @@ from tests.support.gateway_harness import (
 )
 
 from forebay.gateway.server import Gateway
-
-half_closing = pytest.mark.skipif(
-    sys.version_info < (3, 12),
-    reason="on Python 3.11 who closes the sending side counts as having left",
-)
 
 CALL = request_bytes(json.dumps(CHAT_REQUEST).encode())
 
@@ -117,7 +111,6 @@ async def test_a_connection_that_sends_nothing_delays_the_end_for_a_moment_only(
 # --- callers who close their sending side ---
 
 
-@half_closing
 async def test_a_caller_that_has_closed_its_sending_side_gets_its_answer(
     harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +135,6 @@ async def test_a_caller_that_has_closed_its_sending_side_gets_its_answer(
         assert leftovers(gateway) == NOTHING_LEFT
 
 
-@half_closing
 async def test_pipelined_calls_of_such_a_caller_are_all_answered(harness: GatewayHarness) -> None:
     async with Gateway(harness.settings()) as gateway:
         reader, writer = await connect(gateway, CALL * 3)
@@ -152,7 +144,6 @@ async def test_pipelined_calls_of_such_a_caller_are_all_answered(harness: Gatewa
         writer.close()
 
 
-@half_closing
 async def test_such_a_caller_gets_its_stream(harness: GatewayHarness) -> None:
     harness.provider.behaviour = streaming(EVENT, STOP, DONE)
     async with Gateway(harness.settings()) as gateway:
@@ -165,7 +156,6 @@ async def test_such_a_caller_gets_its_stream(harness: GatewayHarness) -> None:
         writer.close()
 
 
-@half_closing
 @pytest.mark.parametrize("streams", [False, True])
 async def test_a_caller_that_has_left_ends_its_call(
     harness: GatewayHarness,

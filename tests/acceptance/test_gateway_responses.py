@@ -132,7 +132,13 @@ async def test_a_stream_to_change_that_is_corrupt_breaks_off(harness: GatewayHar
         assert leftovers(gateway) == NOTHING_LEFT
 
 
-@pytest.mark.parametrize(("accepted", "asked"), [("gzip, br", "gzip"), ("br", "identity"), ("gzip;q=0", "identity")])
+@pytest.mark.parametrize(
+    ("accepted", "asked"),
+    [
+        *(("gzip, br", "gzip"), ("br, GZIP ; q=0.5", "gzip"), ("br", "identity"), ("gzip-x", "identity")),
+        *(("gzip;q=0", "identity"), (f"br, gzip{' ' * 5_000}; q=0.00", "identity")),
+    ],
+)
 async def test_only_an_encoding_that_the_caller_accepts_is_asked_for(
     harness: GatewayHarness, accepted: str, asked: str
 ) -> None:

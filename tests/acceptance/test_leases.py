@@ -101,6 +101,25 @@ async def test_a_deadline_ends_a_task_whose_start_the_store_does_not_record(tmp_
     assert [task.payload for task in agent.calls] == ["next"]
 
 
+class SlowlyRecordingStore(SqliteTaskStore):
+    """A store that takes longer to record a start than the task's timeout."""
+
+    async def begin_attempt(self, lease: Lease) -> bool:
+        await asyncio.sleep(5.0)
+        return await super().begin_attempt(lease)
+
+
+@virtual
+async def test_the_timeout_of_a_worker_counts_from_the_start_of_the_handler(tmp_path: Path) -> None:
+    agent = Agent(0.5)
+    supervisor = BackpressureSupervisor(overflow=SlowlyRecordingStore(tmp_path / "store.db"))
+    supervisor.register_worker("w", handler=agent, task_types=["work"], max_concurrent=10, timeout=1.0)
+    async with supervisor:
+        durable = [await supervisor.submit(Task("work", durable=True)) for _ in range(6)]
+        plain = supervisor.submit_nowait(Task("work"))  # it sets the timer of the worker
+        assert [(await ticket).status for ticket in (*durable, plain)] == [TaskStatus.SUCCEEDED] * 7
+
+
 class SlowStartStore(SqliteTaskStore):
     """A store that takes a virtual second to record a start, and loses the lease before if told to."""
 

@@ -7,7 +7,18 @@ import contextlib
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, fill, flood, now, results, run_ready, virtual
+from tests.support.task_plane import (
+    Agent,
+    approximately,
+    error_of,
+    fill,
+    flood,
+    now,
+    results,
+    run_ready,
+    statuses,
+    virtual,
+)
 
 from forebay import (
     BackpressureSupervisor,
@@ -739,3 +750,23 @@ async def test_awaiting_a_task_that_ends_while_the_slot_is_lent_returns() -> Non
 
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
         assert await supervisor.run(Task("work", "parent", timeout=60.0)) is TaskStatus.EXPIRED
+
+
+@pytest.mark.parametrize("priority", [Priority.HIGH, Priority.NORMAL])
+@virtual
+async def test_runs_of_an_inner_supervisor_that_wait_for_the_outer_one_keep_no_others_from_beginning(
+    priority: Priority,
+) -> None:
+    inner, outer = BackpressureSupervisor(), BackpressureSupervisor()
+
+    async def handle(task: Task) -> None:
+        await asyncio.sleep(0.01)
+        if task.task_type == "job":
+            await outer.run(Task("part"))
+
+    inner.register_worker("agent", handler=handle, task_types=["job", "part"], max_concurrent=1)
+    outer.register_worker("team", handler=inner, task_types=["job", "part"], max_concurrent=4)
+    async with outer:
+        tickets = flood(outer, "job", 10, priority=priority)
+        assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 10
+    assert now() < 5.0

@@ -14,6 +14,8 @@ from tests.support.task_plane import Agent, flood, now, rejected, results, run_r
 from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskStatus
+from forebay.errors import NestedTooDeep
+from forebay.interfaces import WorkerState
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -413,3 +415,58 @@ async def test_a_nested_task_behind_a_conversation_that_has_not_begun_does_not_d
         assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 60
         await run_ready()
         assert supervisor.statistics().suspended == 0
+
+
+# --- a handler that runs itself --------------------------------------------------------------------------------------
+
+
+def runaway(*, again: bool = False, many: int = 0) -> tuple[BackpressureSupervisor, list[int], asyncio.Event]:
+    """Return a supervisor whose handler runs its own type and never waits for anything else.
+
+    With it come the number of its starts, and an event that is set once they are `many`. It gives up after 5,000.
+    """
+    starts, reached = [0], asyncio.Event()
+
+    async def handler(_: Task) -> None:
+        starts[0] += 1
+        if starts[0] == many:
+            reached.set()
+        while again and starts[0] < 5_000:
+            with contextlib.suppress(NestedTooDeep):
+                await supervisor.run(Task("work"))
+        if starts[0] < 5_000:
+            await supervisor.run(Task("work"))
+
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    return supervisor, starts, reached
+
+
+@virtual
+async def test_a_handler_that_runs_itself_without_end_is_stopped_by_an_error_that_says_so() -> None:
+    supervisor, starts, _ = runaway()
+    async with supervisor:
+        with pytest.raises(NestedTooDeep, match=r"nested in 1000 runs.*its own task type") as caught:
+            await supervisor.run(Task("work"))
+        assert isinstance(caught.value, RecursionError)
+        assert starts == [1001]
+        await run_ready()
+        statistics = supervisor.statistics()
+        assert (statistics.suspended, statistics.running, statistics.failed) == (0, 0, 1001)
+        assert statistics.workers[0].state is WorkerState.IDLE  # one bad task does not take the worker from the others
+
+
+@pytest.mark.parametrize(("end", "many"), [("cancel", 5), ("cancel", 500), ("close", 500)])
+@virtual
+async def test_a_handler_that_runs_itself_and_tries_again_whatever_happens_can_be_stopped(end: str, many: int) -> None:
+    supervisor, starts, reached = runaway(again=True, many=many)
+    async with supervisor:
+        running = asyncio.ensure_future(supervisor.run(Task("work")))
+        await reached.wait()
+        if end == "close":
+            await supervisor.close()
+        running.cancel()
+        await asyncio.sleep(1.0)  # virtual time moves only once nobody has anything to do
+        assert running.done()
+        assert not supervisor.statistics().suspended
+        assert starts[0] < 2_000

@@ -367,6 +367,28 @@ async def test_two_spilled_tasks_of_one_id_are_an_error(overflow: str) -> None:
         assert isinstance(await error_of(supervisor.submit(Task("work", task_id="mine"))), DuplicateTask)
 
 
+@pytest.mark.parametrize("spills", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@virtual
+async def test_an_id_may_be_used_again_once_its_task_has_ended_wherever_it_waited(
+    overflow: str, spills: tuple[bool, bool]
+) -> None:
+    agent = Agent()
+    async with make_supervisor(agent, overflow) as supervisor:
+        for payload, spilled in zip(("first", "second"), spills, strict=True):
+            others = await submit_all(supervisor, work(*range(3 if spilled else 0)))
+            task = Task("work", payload, task_id="mine")
+            ticket = await supervisor.submit(task)
+            assert (ticket.verdict is Verdict.SPILLED) is spilled
+            assert isinstance(await error_of(supervisor.submit(Task("work", task_id="mine"))), DuplicateTask)
+            del ticket  # while it waits in the overflow, nothing else holds it
+            gc.collect()
+            assert not supervisor.ticket("mine").done()
+            await results(others)
+            assert (await supervisor.ticket("mine")).result == payload
+            await run_ready()
+    assert [started for started in agent.started if isinstance(started, str)] == ["first", "second"]
+
+
 # --- callers that are cancelled --------------------------------------------------------------------------------------
 
 

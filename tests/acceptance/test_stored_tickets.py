@@ -9,8 +9,8 @@ import pytest
 from tests.support.task_plane import Agent, error_of, now, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Task, TaskStatus, clock
-from forebay.errors import UnknownTask
-from forebay.interfaces import Completion
+from forebay.errors import DuplicateTask, UnknownTask
+from forebay.interfaces import Completion, RecordState, TaskRecord
 from forebay.overflow import SqliteTaskStore
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -126,3 +126,43 @@ async def test_of_thousands_of_tickets_each_ends(path: Path) -> None:
             each.cancel()
         await asyncio.wait(waiting)
     await store.close()
+
+
+class ForgetfulStore(SqliteTaskStore):
+    """A store that removes the record of a key's task as soon as it has told its id."""
+
+    async def find_key(self, key: str) -> str | None:
+        task_id = await super().find_key(key)
+        self.forgotten = task_id
+        return task_id
+
+    async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
+        return None if task_id == self.forgotten else await super().find(task_id)
+
+    forgotten: str | None = None
+
+
+@virtual
+async def test_a_key_whose_task_is_removed_while_it_is_looked_up_is_new_work(path: Path) -> None:
+    await leave_waiting(path, Task("work", task_id="a", key="k"))
+    async with BackpressureSupervisor(overflow=ForgetfulStore(path)) as supervisor:
+        supervisor.register_worker("other", handler=Agent(), task_types=["other"])
+        ticket = await supervisor.submit(Task("other", task_id="b", key="k"))
+        assert ticket.task_id == "b"
+        assert (await ticket).status is TaskStatus.SUCCEEDED
+        assert await supervisor.submit(Task("other", key="k")) is ticket
+
+
+@virtual
+async def test_an_id_that_somebody_asks_for_before_it_is_submitted_is_no_duplicate(path: Path) -> None:
+    async with make_supervisor(path, Agent(), slots=2) as supervisor:
+        early = supervisor.ticket("a")
+        ticket = await supervisor.submit(Task("work", task_id="a"))
+        assert (await ticket).status is TaskStatus.SUCCEEDED
+        assert isinstance(await error_of(early), UnknownTask)
+    await leave_waiting(path, Task("work", task_id="b"))
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        early = supervisor.ticket("b")
+        with pytest.raises(DuplicateTask):
+            await supervisor.submit(Task("other", task_id="b"))
+        assert early.status is TaskStatus.SPILLED

@@ -490,7 +490,42 @@ async def test_with_a_fence_a_waiting_record_does_not_end(store: TaskStore, reco
     assert await state(store, "a") is RecordState.WAITING
 
 
-async def test_id_and_key_stay_taken_while_the_result_is_kept(store: TaskStore, record: MakeRecord) -> None:
+@pytest.mark.parametrize("bound", [1, 100])
+async def test_the_id_of_a_record_that_is_done_may_be_used_again(
+    open_store: OpenStore, record: MakeRecord, bound: int
+) -> None:
+    store = await open_store(bound=bound)
+    for envelope in (b"first", b"second", b"third"):
+        assert await store.put(record("a", envelope=envelope)) is PutResult.STORED
+        assert await store.depths() == {("research", Priority.NORMAL): 1}
+        assert await store.put(record("a")) is PutResult.DUPLICATE
+        found = await store.find("a")
+        assert found is not None
+        assert (found[1].envelope, found[2]) == (envelope, None)
+        await store.finish("a", DONE, fence=None)
+    assert await store.prune(before=DONE.finished_at + 1) == 1
+
+
+async def test_a_record_that_is_done_and_whose_id_is_used_again_makes_way_only_if_that_one_is_stored(
+    open_store: OpenStore, record: MakeRecord
+) -> None:
+    store = await open_store(bound=1)
+    await store.put(record("a"))
+    await store.finish("a", DONE, fence=None)
+    await store.put(record("b", key="k"))
+    assert await store.put(record("a", key="k")) is PutResult.DUPLICATE
+    assert await store.put(record("a")) is PutResult.FULL
+    assert await state(store, "a") is RecordState.DONE
+
+
+async def test_the_id_of_a_dead_record_is_taken(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a"))
+    (lease,) = await take(until=10.0)
+    await store.mark_dead(lease, DONE)
+    assert await store.put(record("a")) is PutResult.DUPLICATE
+
+
+async def test_id_and_key_stay_taken_while_the_result_of_a_key_is_kept(store: TaskStore, record: MakeRecord) -> None:
     await store.put(record("a", key="k"))
     await store.finish("a", DONE, fence=None)
     assert await store.put(record("a")) is PutResult.DUPLICATE

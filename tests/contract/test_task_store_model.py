@@ -63,10 +63,14 @@ class ModelStore:
         return [stored for stored in self.records.values() if stored.state in states]
 
     def put(self, record: TaskRecord, fence: str | None, until: float) -> PutResult:
-        if record.task_id in self.records or (record.key is not None and self.find_key(record.key) is not None):
+        known = self.records.get(record.task_id)
+        if known is not None and (known.state is not RecordState.DONE or known.record.key is not None):
+            return PutResult.DUPLICATE
+        if record.key is not None and self.find_key(record.key) is not None:
             return PutResult.DUPLICATE
         if self.full:
             return PutResult.FULL
+        self.records.pop(record.task_id, None)
         self.count += 1
         stored = ModelRecord(record, self.count, RecordState.PARKED, None, until)
         self.records[record.task_id] = stored

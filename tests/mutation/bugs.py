@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+from aiohttp.client_proto import ResponseHandler
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
@@ -38,17 +39,17 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import drain, nested_supervisor, pool
+from forebay.supervisor import admission_controller, drain, nested_supervisor, pools
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
-from forebay.supervisor.drain import Drain
+from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.queue_spill import QueueSpill, is_waiting
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
-from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.leases import HeldLeases
@@ -82,7 +83,7 @@ from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, P
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
-from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, request
+from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -212,6 +213,14 @@ def each_message_that_comes_too_late_ends_in_a_call_of_its_own() -> None:
     replace(Dispatcher, original, _may_still_start)
 
 
+def a_handler_that_runs_itself_goes_deeper_than_the_bound() -> None:
+    admission_controller._MAX_NESTING = 1500
+
+
+def a_handler_that_runs_itself_stays_ahead_of_its_cancellation() -> None:
+    admission_controller._DEEP = 10**9
+
+
 def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:
     original = Dispatcher._enqueue
 
@@ -237,7 +246,7 @@ def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
 
 
 def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
-    skip(pool.first_for, Pool.pass_over)
+    skip(pools.first_for, Pool.pass_over)
 
 
 def draining_waits_for_a_message_behind_one_that_cannot_start() -> None:
@@ -400,6 +409,10 @@ def new_work_overtakes_spilled_work() -> None:
     always(Pool, Pool.spilled_ahead, returns=0)
 
 
+def an_earlier_task_of_the_same_id_ends_a_later_one() -> None:
+    skip(TicketRegistry.hold_weakly, TicketRegistry.forget_end)
+
+
 # --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
 
 
@@ -415,6 +428,29 @@ def waiting_tasks_are_moved_one_commit_each() -> None:
 
 def a_task_whose_write_is_not_answered_never_ends() -> None:
     skip(Drain._run, QueueSpill.abandon)
+
+
+def zombies_keep_a_drain_from_ending() -> None:
+    always(ActiveRuns, ActiveRuns.are_all_zombies, returns=False)
+
+
+def a_handler_that_does_not_stop_works_without_a_slot() -> None:
+    original = SlotClaims.claim
+
+    def claim(self: SlotClaims, run: Run) -> Any:
+        return None if run.abandoned_at is not None else original(self, run)
+
+    replace(SlotClaims, original, claim)
+
+
+def a_count_of_conversations_forgets_what_is_stored_meanwhile() -> None:
+    original = Conversations.recount
+
+    def recount(self: Conversations, *counts: Any) -> None:
+        self._stored_since.clear()
+        original(self, *counts)
+
+    replace(Conversations, original, recount)
 
 
 def closing_starts_what_waits() -> None:
@@ -471,6 +507,22 @@ def an_orderly_stop_counts_as_a_crash() -> None:
     replace(SqliteTaskStore, original, release)
 
 
+def a_submission_waits_for_a_silent_overflow_without_a_bound() -> None:
+    async def _answer_in_time(_: AdmissionController, *arguments: Any) -> Any:
+        return await arguments[-1]
+
+    replace(AdmissionController, AdmissionController._answer_in_time, _answer_in_time)
+
+
+def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
+    original = Drain._report
+
+    def _report(self: Drain, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
+        return msgspec.structs.replace(original(self, inside, cut), unanswered=0)
+
+    replace(Drain, original, _report)
+
+
 # --- spend and quotas ---
 
 
@@ -524,6 +576,10 @@ def a_used_quota_is_forgotten_with_its_account() -> None:
 
 def after_a_suspension_all_calls_go() -> None:
     always(SpendSuspension, SpendSuspension.record_sent, returns=None)
+
+
+def one_request_that_is_too_dear_stops_the_key() -> None:
+    always(SpendSuspension, SpendSuspension.confirm, returns=math.inf)
 
 
 def a_call_that_cannot_be_metered_passes() -> None:
@@ -801,6 +857,10 @@ def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
     replace(PooledConnection, PooledConnection.is_connected, is_connected)
 
 
+def bytes_behind_a_response_lose_it() -> None:
+    replace(PooledConnection, PooledConnection.data_received, ResponseHandler.data_received)
+
+
 def decompression_ends_with_the_first_member() -> None:
     original = _Inflater._begin
 
@@ -1045,3 +1105,24 @@ def a_list_of_prompts_is_reserved_as_one() -> None:
         return 1
 
     request._count_prompts.__code__ = _count_prompts.__code__
+
+
+def tools_within_the_input_pass() -> None:
+    def _tools_within(content: object) -> list[Any]:
+        return []
+
+    metering._tools_within.__code__ = _tools_within.__code__
+
+
+def models_that_may_answer_instead_are_free() -> None:
+    def _names(models: object) -> tuple[str, ...]:
+        return ()
+
+    request._names.__code__ = _names.__code__
+
+
+def a_field_whose_cost_no_usage_tells_passes() -> None:
+    def _billed_apart(body: Any, endpoint: Any, model: str) -> str:
+        return ""
+
+    request._billed_apart.__code__ = _billed_apart.__code__

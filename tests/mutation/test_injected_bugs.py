@@ -34,6 +34,7 @@ from tests.acceptance import (
     test_overflow,
     test_routing,
     test_shared_overflow,
+    test_silent_store,
     test_slot,
     test_stored_text,
     test_stored_tickets,
@@ -71,7 +72,7 @@ from tests.unit.upstream.accounts.refusals import (
 )
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
-from tests.unit.upstream.providers import test_credentials, test_endpoints
+from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -115,6 +116,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.tasks_of_a_conversation_never_start: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
     bugs.each_message_that_comes_too_late_ends_in_a_call_of_its_own: (
         test_conversations.test_hundreds_of_messages_that_come_too_late_at_one_turn_all_end_and_the_conversation_goes_on
+    ),
+    bugs.a_handler_that_runs_itself_goes_deeper_than_the_bound: (
+        test_open_runs.test_a_handler_that_runs_itself_without_end_is_stopped_by_an_error_that_says_so
+    ),
+    bugs.a_handler_that_runs_itself_stays_ahead_of_its_cancellation: (
+        test_open_runs.test_a_handler_that_runs_itself_and_tries_again_whatever_happens_can_be_stopped
     ),
     bugs.a_nested_task_that_is_queued_starts_the_next_one_at_once: (
         test_conversations.test_hundreds_of_nested_messages_that_come_too_late_all_end
@@ -188,6 +195,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_task_whose_write_is_not_answered_never_ends: (
         test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
     ),
+    bugs.zombies_keep_a_drain_from_ending: (
+        test_drain.test_what_waits_behind_a_zombie_does_not_keep_a_drain_from_ending
+    ),
+    bugs.a_handler_that_does_not_stop_works_without_a_slot: (
+        test_ending.test_handlers_that_do_not_stop_while_they_wait_for_sub_tasks_take_the_next_slots
+    ),
+    bugs.a_count_of_conversations_forgets_what_is_stored_meanwhile: (
+        test_conversations.test_a_count_that_was_made_before_a_message_was_stored_does_not_let_the_next_one_overtake_it
+    ),
     bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
     bugs.a_ticket_asked_for_by_id_has_no_deadline: (
         test_stored_tickets.test_a_ticket_that_was_asked_for_too_late_expires_at_once
@@ -225,6 +241,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),
     bugs.after_a_suspension_all_calls_go: test_spend.test_after_a_suspension_one_call_goes_until_it_has_succeeded,
+    bugs.one_request_that_is_too_dear_stops_the_key: (
+        test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
+    ),
     bugs.a_call_that_cannot_be_metered_passes: (
         test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
     ),
@@ -307,6 +326,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
     ),
+    bugs.bytes_behind_a_response_lose_it: test_gateway_attacks.test_bytes_behind_any_whole_response_are_dropped,
     bugs.decompression_ends_with_the_first_member: (
         test_gateway_responses.test_streams_compressed_in_any_way_are_metered_and_no_faults
     ),
@@ -357,6 +377,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.no_deadline_ends_a_task_whose_start_is_not_recorded: (
         test_leases.test_a_deadline_ends_a_task_whose_start_the_store_does_not_record
     ),
+    bugs.an_earlier_task_of_the_same_id_ends_a_later_one: (
+        test_overflow.test_an_id_may_be_used_again_once_its_task_has_ended_wherever_it_waited
+    ),
+    bugs.a_submission_waits_for_a_silent_overflow_without_a_bound: (
+        test_silent_store.test_nobody_waits_for_the_overflow_for_longer_than_the_task_may_take
+    ),
+    bugs.draining_does_not_report_what_the_overflow_has_not_answered: (
+        test_silent_store.test_draining_reports_the_tasks_whose_end_the_overflow_has_not_stored
+    ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
     ),
@@ -383,6 +412,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_list_of_prompts_is_reserved_as_one: (
         test_budget_attacks.test_each_prompt_of_a_legacy_completion_is_reserved
     ),
+    bugs.tools_within_the_input_pass: test_metering.test_a_tool_within_the_input_is_looked_at_too,
+    bugs.models_that_may_answer_instead_are_free: test_budget_attacks.test_of_several_models_the_dearest_is_reserved,
+    bugs.a_field_whose_cost_no_usage_tells_passes: test_metering.test_a_field_whose_cost_no_usage_tells_is_unpriced,
     bugs.each_spelling_of_a_key_is_an_account: test_credentials.test_every_spelling_of_a_key_is_one_account,
     bugs.junk_in_a_header_that_is_not_read_makes_an_account: (
         test_credentials.test_headers_that_the_provider_does_not_read_make_no_account

@@ -651,7 +651,7 @@ class TaskStorm:
                 yield f"at {event.at:.3f} s worker {event.worker_id!r} was blamed: {event.reason}"
             elif isinstance(event, TaskFinished):
                 error = event.result.error or ""
-                if "before the overflow had stored it" in error and script.orderly and not process.hurried:
+                if "the overflow has not stored it" in error and script.orderly and not process.hurried:
                     yield f"{event.task_id} was lost by a drain with {process.limit} s: {error}"
                 expired = "deadline passed" in error or "after its deadline" in error
                 if expired and script.overflow != "sqlite" and event.at < self.due.get(event.task_id, 0.0) - 0.1:

@@ -158,14 +158,22 @@ def request_bytes(body: bytes = b"", *fields: bytes, start: bytes = b"POST /v1/c
     return b"\r\n".join((start, b"host: localhost", *fields, *length, b"", body))
 
 
-def writing_raw(*pieces: bytes, stays: bool = False) -> Behaviour:
-    """Return a behaviour that writes raw bytes, and then closes the connection unless it `stays`."""
+def writing_raw(*pieces: bytes, stays: bool = False, pause: bool = False) -> Behaviour:
+    """Return a behaviour that writes raw bytes, and then closes the connection unless it `stays`.
+
+    Args:
+        pieces: the bytes.
+        stays: the connection stays open.
+        pause: the pieces arrive one by one, most likely.
+    """
 
     async def behave(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         assert request.transport is not None
         for piece in pieces:
             request.transport.write(piece)
+            for _ in range(10 if pause else 0):
+                await asyncio.sleep(0)
         if stays:
             await asyncio.Event().wait()
         request.transport.close()

@@ -26,6 +26,7 @@ from forebay.events import log
 _KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
 _REST: Final = 0.01  # seconds between two calls on one connection
 _DISTRUST: Final = 600.0  # seconds without reuse for a provider that sent bytes unasked
+_END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 _BARE: Final = re.compile(rb"\0|\r(?!\n|\Z)")
 _CREDENTIALS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie")
 _IDLE_TIMEOUT_ANSWER: Final = (b"HTTP/1.1 408", b"HTTP/1.0 408")  # with which load balancers close idle connections
@@ -60,6 +61,7 @@ class PooledConnection(ResponseHandler):
     def __init__(self, pool: ConnectionPool) -> None:
         super().__init__(pool._loop)  # noqa: SLF001 - aiohttp has no other way to a connector's loop
         self._pool = pool
+        self._head_tail = b""  # what may be the begin of its end
         self.idle_key: ConnectionKey | None = None
         self.idle_since = 0.0
 
@@ -85,17 +87,45 @@ class PooledConnection(ResponseHandler):
     def set_response_params(self, **parameters: Any) -> None:
         """See `ResponseHandler`; a call begins."""
         self.idle_key = None
+        self._head_tail = b""
         super().set_response_params(**parameters)
 
     def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`; closes the connection if no call is under way."""
+        """See `asyncio.Protocol`; closes the connection if no call is under way.
+
+        A head is parsed apart from what follows: the parser forgets a whole response, which was paid for, if an
+        invalid one begins in the same bytes.
+        """
         if self.idle_key is None:
-            awaits_head = self._payload is None or self._payload.is_eof()
-            super().data_received(_clean_head(data) if awaits_head else data)
+            while data and (self._payload is None or self._payload.is_eof()):
+                head, data = self._split_head(data)
+                if not self._parse(_clean_head(head)) or not data:
+                    return
+            self._parse(data)
         elif data.strip(b"\r\n"):  # an empty line is allowed before an answer
             if not data.startswith(_IDLE_TIMEOUT_ANSWER):
                 self._pool.distrust(self.idle_key)
             self.close()
+
+    def _split_head(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return the bytes that belong to the head of a response, and those that follow it."""
+        begun = self._head_tail
+        end = _END_OF_HEAD.search(begun + data)
+        if end is None:
+            self._head_tail = (begun + data)[-2:]
+            return data, b""
+        self._head_tail = b""
+        cut = end.end() - len(begun)
+        return data[:cut], data[cut:]
+
+    def _parse(self, data: bytes) -> bool:
+        """Parse bytes of a response; return whether they are valid."""
+        super().data_received(data)
+        if self.exception() is None:
+            return True
+        if self._payload is not None and not self._payload.is_eof():  # aiohttp would let its reader wait forever
+            self._payload.set_exception(aiohttp.ClientPayloadError("its response is not valid HTTP"))
+        return False
 
     def is_connected(self) -> bool:
         """Return whether it is open and, while it is idle, fit for another call."""
@@ -170,15 +200,14 @@ class ConnectionPool(aiohttp.TCPConnector):
             protocol.rest(key)
 
 
-def _clean_head(data: bytes) -> bytes:
-    """Return data with a space for each NUL and bare CR in the head of a response. Source: RFC 9110, 5.5.
+def _clean_head(head: bytes) -> bytes:
+    """Return the head of a response with a space for each NUL and bare CR. Source: RFC 9110, 5.5.
 
     Such a head would be invalid, and a response lost that has been paid for.
     """
-    head, end, body = data.partition(b"\r\n\r\n")
     if b"\0" not in head and head.count(b"\r") == head.count(b"\r\n"):
-        return data
-    return _BARE.sub(b" ", head) + end + body
+        return head
+    return _BARE.sub(b" ", head)
 
 
 def _has_unread_bytes(transport: BaseTransport) -> bool:

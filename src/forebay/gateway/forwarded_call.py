@@ -38,7 +38,7 @@ _MAX_ERROR: Final = 1 << 20  # bytes of an error that are kept
 _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that are read
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
-_GZIP_ACCEPTED: Final = re.compile(r"(?i)(?:^|[,\s])gzip\s*(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
+_NEVER: Final = re.compile(r"q=0(\.0*)?")  # the weight of an encoding that is not accepted
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 # Headers that hold for one connection only. Source: RFC 9110, 7.6.1.
@@ -328,9 +328,18 @@ def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[
     headers = _end_to_end(request.raw_headers, _NOT_SENT)
     for name in [name for name in headers if name.startswith("x-forebay-")]:
         headers.popall(name, None)
-    gzip = not metered and _GZIP_ACCEPTED.search(request.headers.get("accept-encoding", "")) is not None
+    gzip = not metered and _accepts_gzip(request.headers.get("accept-encoding", ""))
     headers.add("accept-encoding", "gzip" if gzip else "identity")  # encodings that can be metered
     return headers
+
+
+def _accepts_gzip(accept_encoding: str) -> bool:
+    """Return whether a caller accepts gzip. See RFC 9110, 12.5.3."""
+    for part in accept_encoding.lower().split(","):
+        name, _, weight = part.partition(";")
+        if name.strip() == "gzip":
+            return _NEVER.fullmatch(weight.strip()) is None
+    return False
 
 
 def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:

@@ -59,9 +59,8 @@ class RequestValidator:
         if method not in _METHODS:
             message = f"the method {method} is not allowed; allowed are {', '.join(sorted(_METHODS))}"
             return RequestError(405, "forebay_method", message)
-        if len(headers) < len(raw_headers) and (name := _find_repeated_credential(raw_headers)):
-            message = f"the header {name} stands there twice, so that servers do not agree whose call it is: send one"
-            return RequestError(400, "forebay_header", message)
+        if problem := _find_bad_credential(headers, raw_headers):
+            return RequestError(400, "forebay_header", problem)
         coding = headers.get("transfer-encoding", "chunked")
         if coding.lower() != "chunked":
             return RequestError(501, "forebay_coding", "the only supported Transfer-Encoding is 'chunked'")
@@ -88,10 +87,37 @@ class RequestValidator:
         return None
 
 
+def _find_bad_credential(headers: Mapping[str, str], raw_headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """Return why the provider would not get the API key of a request as it is read here; empty if it would.
+
+    The call would be counted for a key that the provider never sees.
+    """
+    for name in CREDENTIAL_HEADERS:
+        if not _can_be_sent(headers.get(name, "")):
+            return f"the header {name} has characters besides the printable ones of ASCII: send the key alone"
+    if len(headers) < len(raw_headers) and (name := _find_repeated_credential(raw_headers)):
+        return f"the header {name} stands there twice, so that servers do not agree whose call it is: send one"
+    if "connection" in headers and (name := _find_dropped_credential(raw_headers)):
+        return f"the header Connection names {name}, so that it would not reach the provider: remove it there"
+    return ""
+
+
 def _find_repeated_credential(raw_headers: Sequence[tuple[bytes, bytes]]) -> str:
     """Return the name of a header with an API key that stands there more than once; empty if there is none."""
     names = [name.decode("latin-1").lower() for name, _ in raw_headers]
     return next((name for name in CREDENTIAL_HEADERS if names.count(name) > 1), "")
+
+
+def _find_dropped_credential(raw_headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """Return the name of a header with an API key that a Connection header declares hop-by-hop; empty if none."""
+    listed = b",".join([value for name, value in raw_headers if name.lower() == b"connection"]).decode("latin-1")
+    named = {name.strip().lower() for name in listed.split(",")}
+    return next((name for name in CREDENTIAL_HEADERS if name in named), "")
+
+
+def _can_be_sent(credential: str) -> bool:
+    """Return whether a provider gets a credential as it is read here: other bytes are changed on the way."""
+    return credential.isascii() and credential.replace("\t", " ").isprintable()
 
 
 @functools.lru_cache(maxsize=256)

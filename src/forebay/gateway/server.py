@@ -14,7 +14,7 @@ from typing import Any, Final, Self, cast
 
 import aiohttp
 import msgspec
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage, BadHttpMethod, InvalidHeader, InvalidURLError, LineTooLong
 from prometheus_client import disable_created_metrics
 
@@ -112,6 +112,7 @@ class _Connection(web.RequestHandler):
         self._send_timeout = settings.send_timeout
         self._head_bytes = 0  # of a head that is not complete yet
         self._last_body: aiohttp.StreamReader | None = None  # of the request that came last
+        self._last_version = HttpVersion10  # of that request
         self._reading_paused = False  # too much was pipelined ahead of the current response
         self._send_timer: asyncio.TimerHandle | None = None
         self._half_closed = False  # the caller will send no more
@@ -136,9 +137,10 @@ class _Connection(web.RequestHandler):
         Most callers who close their sending side have left, but some read on. What they get shows which: who has left
         resets the connection, which the next write notices. So they get ``100 Continue``, which clients skip.
         """
+        # Not by `_current_request` alone: on Python 3.11 it is set some turns of the loop after the request has come.
+        waits = self._last_body is not None and self._last_body.is_eof() and not self._is_waiting()
         request = self._current_request
-        body_is_whole = self._last_body is not None and self._last_body.is_eof()
-        if request is None or not body_is_whole or request.version < HttpVersion11 or _has_begun(request):
+        if not waits or self._last_version < HttpVersion11 or (request is not None and _has_begun(request)):
             return False
         self._half_closed = True
         self.close_after_last()
@@ -151,10 +153,12 @@ class _Connection(web.RequestHandler):
             self.close()
 
     def _probe(self, interval: float) -> None:
+        if self._wire.is_closing():
+            return
         request = self._current_request
-        if request is not None and not _has_begun(request) and not self._wire.is_closing():
+        if request is not None and not _has_begun(request):
             self._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._probe_timer = self._loop.call_later(interval, self._probe, _PROBE)
+        self._probe_timer = self._loop.call_later(interval, self._probe, _PROBE)
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`; bounds the head of a request, and requests pipelined ahead of a response."""
@@ -162,11 +166,12 @@ class _Connection(web.RequestHandler):
         in_body = self._last_body is not None and not self._last_body.is_eof()
         super().data_received(data)
         if len(self._messages) > messages:
-            self._last_body = self._messages[-1][1]
+            head, self._last_body = self._messages[-1]
+            self._last_version = getattr(head, "version", HttpVersion10)  # aiohttp's report of an error has none
             self._head_bytes = 0
         else:
             self._head_bytes = 0 if in_body else self._head_bytes + len(data)
-        idle = self._waiter is not None and not self._waiter.done()
+        idle = self._is_waiting()
         if self._head_bytes > self._max_header_bytes + _MAX_FIELDS:
             if not idle:
                 self.close()  # after the current response
@@ -217,6 +222,10 @@ class _Connection(web.RequestHandler):
     def abort(self) -> None:
         """Disconnect, whatever is unsent."""
         self._wire.abort()
+
+    def _is_waiting(self) -> bool:
+        """Return whether no request has come, or all that came are answered."""
+        return self._waiter is not None and not self._waiter.done()
 
     def _start_send_timer(self) -> None:
         unsent = self._wire.get_write_buffer_size()

@@ -109,10 +109,15 @@ class MemoryTaskStore:
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         """Store `record`."""
         self._check_open()
-        if record.task_id in self._entries or (record.key is not None and record.key in self._keys):
+        known = self._entries.get(record.task_id)
+        if known is not None and (known.state is not RecordState.DONE or known.record.key is not None):
+            return PutResult.DUPLICATE
+        if record.key is not None and record.key in self._keys:
             return PutResult.DUPLICATE
         if self._full:
             return PutResult.FULL
+        if known is not None:
+            self._drop(known)
         entry = self._entries[record.task_id] = _Entry(record, self._next_number())
         if record.key is not None:
             self._keys[record.key] = record.task_id
@@ -268,9 +273,7 @@ class MemoryTaskStore:
         entry = self._entries.get(task_id)
         if entry is None or entry.state is not RecordState.DEAD:
             return False
-        entry.version = self._next_number()
-        self._ended[RecordState.DEAD].mark_stale()
-        self._remove(entry)
+        self._drop(entry)
         return True
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
@@ -392,6 +395,12 @@ class MemoryTaskStore:
         if oldest is not None:
             self._ended[state].pop()
             self._remove(oldest[1])
+
+    def _drop(self, entry: _Entry) -> None:
+        """Remove an entry that has ended, wherever it is in its heap."""
+        entry.version = self._next_number()
+        self._ended[entry.state].mark_stale()
+        self._remove(entry)
 
     def _remove(self, entry: _Entry) -> None:
         """Remove an entry that has ended."""

@@ -61,7 +61,13 @@ UPDATE task SET state = 0 WHERE sequence = (
 _LEASE_ONE = "UPDATE task SET state = 1, fence = ?, until = ? WHERE task_id = ? AND state = 0"
 _HEADS = "SELECT thread_id FROM task WHERE thread_id IS NOT NULL AND state IN (0, 1)"
 _PARKED = "SELECT thread_id, count(*) FROM task WHERE state = -1 GROUP BY thread_id"
-_TAKEN = "SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ?) OR EXISTS (SELECT 1 FROM task WHERE key = ?)"
+_REUSABLE = "state = 2 AND key IS NULL"  # the id of such a record may be given to a new one
+_TAKEN = f"""
+SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ? AND NOT ({_REUSABLE})) OR EXISTS (SELECT 1 FROM task WHERE key = ?)
+"""
+_MAKE_WAY = f"""
+DELETE FROM task WHERE task_id = ? AND {_REUSABLE} AND NOT EXISTS (SELECT 1 FROM task WHERE key = ?)
+"""
 _HELD = "SELECT tasks FROM size WHERE kind = 0"
 _STORED = "UPDATE size SET tasks = tasks + ? WHERE kind = 0"
 _ENTERED = "INSERT INTO depth VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
@@ -286,7 +292,7 @@ def _put(
         for record, fence, until in items
     ]
     if len(rows) <= capacity:
-        results = [_DUPLICATE_OR_STORED[stored] for stored in _PUT.run(connection, rows)]
+        results = [_DUPLICATE_OR_STORED[stored] for stored in _insert(connection, rows)]
     else:
         results = _put_one_by_one(capacity, connection, rows)
     inserted = [values for values, result in zip(rows, results, strict=True) if result is PutResult.STORED]
@@ -321,12 +327,21 @@ def _settle(connection: sqlite3.Connection, thread_id: str | None) -> None:
         connection.execute(_PROMOTE, (thread_id, thread_id))
 
 
+def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[bool]:
+    """Insert `rows`, and return for each whether it was stored."""
+    stored = _PUT.run(connection, rows)
+    for index, row in enumerate(rows):
+        if not stored[index] and connection.execute(_MAKE_WAY, (row[0], row[6])).rowcount:
+            (stored[index],) = _PUT.run(connection, [row])
+    return stored
+
+
 def _put_one_by_one(capacity: int, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[PutResult]:
     """Insert `rows` where not all may fit: whether one fits depends on the result of those before it."""
     results = []
     for row in rows:
         if capacity > 0:
-            (stored,) = _PUT.run(connection, [row])
+            (stored,) = _insert(connection, [row])
             capacity -= stored
             results.append(PutResult.STORED if stored else PutResult.DUPLICATE)
         else:

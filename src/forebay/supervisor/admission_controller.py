@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from forebay import clock, context
 from forebay._text import format_duration
@@ -18,6 +18,7 @@ from forebay.errors import (
     DuplicateTask,
     ForebayError,
     InvalidTask,
+    NestedTooDeep,
     OverflowRequired,
     StoreUnavailable,
     SupervisorClosed,
@@ -27,7 +28,7 @@ from forebay.errors import (
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
 from forebay.supervisor.runs.run import Run
-from forebay.supervisor.runs.slot_loans import active_runs
+from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
 from forebay.task import Deadline, Priority, Task
@@ -41,7 +42,14 @@ if TYPE_CHECKING:
     from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.worker import WorkerAgent
 
+T = TypeVar("T")
+
 _ABANDONED = "its submitter has gone"
+# Runs above a task that have not ended: each await costs time for each of them.
+_MAX_NESTING = 1000
+# Runs above a task, ended ones included, from which a nested submission lets the loop turn. A handler that runs itself
+# goes down one run a turn, and its cancellation too: it would never reach the last one.
+_DEEP = 100
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
@@ -168,22 +176,21 @@ class AdmissionController:
         return Slot(self._dispatcher, self._new_ticket(task, parent), try_admit)
 
     async def _submit(self, task: Task) -> Ticket:
+        if self._dispatcher.spill is not None:  # a ticket that was asked for by an id that may be unknown is no twin
+            await self._dispatcher.spill.lookup.wait_for_search(task.task_id)
         pool, parent = self._check(task)
+        if parent is not None and depth(parent) >= _DEEP:
+            await asyncio.sleep(0)
+            self._check(task)  # again, because anything may have happened during the await
         spill = self._dispatcher.spill
         if task.durable:
-            if spill is None:
-                why = "there is no overflow to record it in"
-                advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
-                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
-            if not spill.stored.durable:
-                why = "the overflow does not survive its process"
-                advice = 'use one that does, for example overflow="sqlite:///spill.db"'
-                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
+            _check_durable(task, spill)
         if task.key is not None:
-            if (known := await self._find_by_key(task.key)) is not None:
+            known = await self._answer_in_time(task, task.deadline, pool, self._find_by_key(task.key))
+            if known is not None:
                 known.share()
                 return known
-            self._check(task)  # again, because anything may have happened during the await
+            self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
             refusal = self.try_admit(ticket, pool, may_spill=False)
@@ -191,13 +198,15 @@ class AdmissionController:
         envelope = spill.encode(task)
         ticket = self._new_ticket(task, parent)
         if task.durable:
-            return await self._await_store(ticket, self._admit_durable(ticket, envelope, pool, spill))
-        refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, spill))
-        if refusal is None:
-            return ticket
-        if refusal.may_spill:
-            return await self._await_store(ticket, self._spill(ticket, refusal, envelope, pool, spill))
-        return self._reject(ticket, pool, refusal)
+            deciding = self._admit_durable(ticket, envelope, pool, spill)
+        else:
+            refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, spill))
+            if refusal is None:
+                return ticket
+            if not refusal.may_spill:
+                return self._reject(ticket, pool, refusal)
+            deciding = self._spill(ticket, refusal, envelope, pool, spill)
+        return await self._answer_in_time(task, ticket.deadline, pool, self._await_store(ticket, deciding))
 
     # --- checks ---
 
@@ -255,13 +264,19 @@ class AdmissionController:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
-        active = None if parent is None else [*active_runs(parent, self._dispatcher)]
+        active = None
+        if parent is not None:
+            if sum(1 for _ in run_and_ancestors(parent)) > _MAX_NESTING:
+                raise NestedTooDeep(task_id=task.task_id, bound=_MAX_NESTING)
+            active = [*active_runs(parent, self._dispatcher)]
         submitted_at = None
         if self._dispatcher.spill is not None:
             submitted_at = self._dispatcher.spill.submission_time()
         elif deadline is not None:
             submitted_at = clock.wall_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at)
+        if parent is not None:
+            ticket.descend(depth(parent))
         if active:
             ticket.nest(order_time=active[-1].ticket.place_in_store)
         if task.key is not None:
@@ -406,6 +421,27 @@ class AdmissionController:
 
     # --- the overflow ---
 
+    async def _answer_in_time(self, task: Task, deadline: Deadline | None, pool: Pool, answer: Awaitable[T]) -> T:
+        """Wait for what the store decides, for no longer than the task may take.
+
+        Raises:
+            StoreUnavailable: it has not answered in time.
+        """
+        seconds = task.timeout or pool.max_timeout
+        if deadline is not None:
+            seconds = min(seconds, deadline.remaining())
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await answer
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            why = f"it has not answered about task {task.task_id!r} within {format_duration(max(seconds, 0.0))}"
+            advice = (
+                "Look at its disk. If it stores the task after all, the task is cancelled, unless others wait for it."
+            )
+            raise StoreUnavailable(where="the overflow", why=why, advice=advice) from None
+
     async def _await_store(self, ticket: Ticket, deciding: Coroutine[Any, Any, Ticket]) -> Ticket:
         """Wait for the store even if the caller is cancelled; then cancel the task, unless others wait for its key."""
         ticket.begin_store_call()
@@ -549,6 +585,18 @@ class _Undecided:
     def is_abandoned(self) -> bool:
         """Return whether all callers have left, and nobody else got the ticket by its key or awaits it by its id."""
         return not (self.callers or self._ticket.shared or self._ticket.is_observed)
+
+
+def _check_durable(task: Task, spill: Spill | None) -> None:
+    """Raise OverflowRequired unless `spill` can record a durable task."""
+    if spill is not None and spill.stored.durable:
+        return
+    why = "there is no overflow to record it in"
+    advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
+    if spill is not None:
+        why = "the overflow does not survive its process"
+        advice = 'use one that does, for example overflow="sqlite:///spill.db"'
+    raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
 
 
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:

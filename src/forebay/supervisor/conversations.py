@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -16,15 +16,21 @@ class Conversation:
     """The tasks of one conversation that are inside.
 
     Attributes:
-        tickets: the first is queued or runs; the others are parked behind it, in the order of submission.
+        tickets: the first is queued or runs; the others are parked behind it, in the order of submission. Any of them
+            may leave at any time: cancelling thousands must not be quadratic.
         retry_schedule: when its rejected tasks are to come back.
     """
 
     __slots__ = ("retry_schedule", "tickets")
 
     def __init__(self, first: Ticket) -> None:
-        self.tickets = deque((first,))
+        self.tickets: OrderedDict[Ticket, None] = OrderedDict.fromkeys((first,))
         self.retry_schedule = RetryAfterSchedule()
+
+    @property
+    def first(self) -> Ticket:
+        """The task that is queued or runs."""
+        return next(iter(self.tickets))
 
     @property
     def parked(self) -> int:
@@ -44,6 +50,8 @@ class Conversations:
         self._open: dict[str, Conversation] = {}
         self._stored: dict[str, int] = {}  # records that are not leased here, as far as known
         self._spilling: dict[str, int] = {}  # tasks on their way to the overflow
+        self._recounts = 0  # that the store has not answered yet
+        self._stored_since: dict[str, int] = {}  # counted here since the first of them was asked for
 
     # --- inside ---
 
@@ -64,28 +72,28 @@ class Conversations:
         if conversation is None:
             self._open[thread_id] = Conversation(ticket)
             return True
-        conversation.tickets.append(ticket)
+        conversation.tickets[ticket] = None
         return False
 
     def is_parked(self, ticket: Ticket) -> bool:
         """Return whether a task waits inside behind another one of its conversation."""
         conversation = self.get(ticket.task.thread_id)
-        return conversation is not None and conversation.tickets[0] is not ticket and ticket in conversation.tickets
+        return conversation is not None and conversation.first is not ticket and ticket in conversation.tickets
 
     def remove_parked(self, ticket: Ticket) -> None:
         """Remove a task that is parked."""
         conversation = self.get(ticket.task.thread_id)
         assert conversation is not None  # noqa: S101 - see is_parked
-        conversation.tickets.remove(ticket)
+        del conversation.tickets[ticket]
 
     def end_first(self, ticket: Ticket) -> Ticket | None:
         """Remove a task that has really ended, if it is the first; return the one that follows it, if any."""
         conversation = self.get(ticket.task.thread_id)
-        if conversation is None or conversation.tickets[0] is not ticket:
+        if conversation is None or conversation.first is not ticket:
             return None
-        conversation.tickets.popleft()
+        del conversation.tickets[ticket]
         if conversation.tickets:
-            return conversation.tickets[0]
+            return conversation.first
         del self._open[ticket.task.thread_id or ""]
         return None
 
@@ -120,16 +128,30 @@ class Conversations:
         """Count one more record in the overflow that is not leased here."""
         if thread_id is not None:
             self._stored[thread_id] = self._stored.get(thread_id, 0) + 1
+            if self._recounts:
+                self._stored_since[thread_id] = self._stored_since.get(thread_id, 0) + 1
 
     def remove_stored(self, thread_id: str | None) -> None:
         """Count one record less in the overflow, but not less than none: the count may be out of date."""
         if thread_id is not None and thread_id in self._stored:
             _decrement(self._stored, thread_id)
 
+    def begin_recount(self) -> None:
+        """Note that the store counts its records: its answer may miss those that are stored before it comes."""
+        self._recounts += 1
+
+    def end_recount(self) -> None:
+        """Note that the store has answered, or failed."""
+        self._recounts -= 1
+        if not self._recounts:
+            self._stored_since.clear()
+
     def recount(self, unfinished: Mapping[str, int], held: Mapping[str, int]) -> None:
         """Replace the counts by those of the store: of the records that have not ended, less those leased here."""
         counts = ((thread_id, count - held.get(thread_id, 0)) for thread_id, count in unfinished.items())
         self._stored = {thread_id: count for thread_id, count in counts if count > 0}
+        for thread_id, count in self._stored_since.items():
+            self._stored[thread_id] = self._stored.get(thread_id, 0) + count
 
 
 def _decrement(counts: dict[str, int], thread_id: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from forebay.events import EventBus, log
 from forebay.supervisor.codecs import TaskCodecs
-from forebay.supervisor.pool import Pools
+from forebay.supervisor.pools import Pools
 from forebay.supervisor.runs.timers import Timers
 from forebay.supervisor.ticket_registry import TicketRegistry
 
@@ -27,6 +27,7 @@ class Core:
         timers: its timers.
         registry: its tickets.
         pools: its pools.
+        closed: whether `close` was called.
     """
 
     def __init__(  # noqa: PLR0913 - the shared objects, and the settings of those made here
@@ -49,7 +50,7 @@ class Core:
         self.registry = TicketRegistry(loop, bus, keep=keep_results, keep_bytes=keep_results_bytes)
         self.pools = Pools(max_queue_size)
         self._background_tasks: set[asyncio.Future[Any]] = set()
-        self._closed = False
+        self.closed = False
 
     def run_in_background(self, work: Awaitable[Any], *, if_cancelled: Callable[[], None] | None = None) -> None:
         """Await `work`, and log it if it fails.
@@ -60,7 +61,7 @@ class Core:
         future = self.run_to_completion(work)
         future.add_done_callback(_log_failure)
         if if_cancelled is not None:
-            future.add_done_callback(lambda _: if_cancelled() if future.cancelled() and not self._closed else None)
+            future.add_done_callback(lambda _: if_cancelled() if future.cancelled() and not self.closed else None)
 
     def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
         """Await `work` to its end, even if the caller is cancelled; closing the supervisor waits for it."""
@@ -71,10 +72,11 @@ class Core:
 
     def close(self) -> None:
         """Cancel the background work that has not ended, so that nobody waits for a store that does not answer."""
-        self._closed = True
+        self.closed = True
         for future in self.background_tasks:
             future.cancel()
         self.timers.close()
+        self.registry.notify_progress()  # a drain that is under way ends
 
     def _background_task_done(self, future: asyncio.Future[Any]) -> None:
         self._background_tasks.discard(future)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from forebay._text import format_duration
@@ -12,7 +12,7 @@ from forebay.errors import UnknownTask
 from forebay.events import TaskStarted
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
-from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool, first_for, next_pool
+from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource, TaskStore
     from forebay.supervisor.core import Core
+    from forebay.supervisor.pools import ServedPools
     from forebay.supervisor.settings import SupervisorSettings
+    from forebay.supervisor.slot_counts import SlotCounts
 
 
 class Dispatcher:
@@ -58,7 +60,8 @@ class Dispatcher:
         self._timers = core.timers
         self._bus = core.bus
         self._pools: Mapping[str, Pool] = core.pools.by_type
-        self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
+        self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
+        self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
         self._sequence_number = 0
 
     # --- workers and their slots ---
@@ -81,8 +84,8 @@ class Dispatcher:
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
         before = worker.count_slots()
-        for pool in self._pools_of[worker]:
-            pool.count_slots(worker, before)
+        for counts in self._counts_of[worker]:
+            counts.count_slots(worker, before)
         self.dispatch(worker)
 
     def take_slot(self, run: Run) -> None:
@@ -90,29 +93,29 @@ class Dispatcher:
         worker = run.worker
         run.take_slot()
         worker.take_slot(probe=run.is_probe)
-        for pool in self._pools_of[worker]:
-            pool.slot_taken(worker)
-            pool.resume()
+        for counts in self._counts_of[worker]:
+            counts.slot_taken(worker)
+            counts.resume()
 
     def lend_slot(self, run: Run) -> None:
         """Lend the slot of a run that awaits a task, and start what comes next."""
         run.give_slot()
-        for pool in self._pools_of[run.worker]:
-            pool.suspend()
+        for counts in self._counts_of[run.worker]:
+            counts.suspend()
         self.return_slot(run)
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
-        for pool in self._pools_of[run.worker]:
-            pool.resume()
+        for counts in self._counts_of[run.worker]:
+            counts.resume()
         self.dispatch(run.worker)
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
         worker.return_slot(probe=worker.probing and run.is_probe)
-        for pool in self._pools_of[worker]:
-            pool.slot_returned(worker)
+        for counts in self._counts_of[worker]:
+            counts.slot_returned(worker)
         self.dispatch(worker, now)
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
@@ -206,18 +209,18 @@ class Dispatcher:
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
         if worker.pending_claims:
             self.slot_claims.grant(worker)
-        pools = self._pools_of[worker]
+        served = self._served_by[worker]
         while worker.can_accept():
             entry: QueueEntry | None = None
             if worker.suspended and worker.bars_new_runs(Priority.LOW):
-                pool, entry = first_for(worker, pools)
+                pool, entry = served.first_for(worker)
             else:
-                pool = next_pool(pools)
+                pool = served.next_pool()
             if worker.sources and not self.start_gate.may_start_next(worker, pool, entry):
                 pool = None
             if pool is None:
-                for pool in pools:
-                    pool.selector.update(worker)
+                for counts in self._counts_of[worker]:
+                    counts.score_fell(worker)
                 break
             ticket = pool.pop() if entry is None else pool.serve(entry)
             if (ticket.deadline is None and ticket.lease is None) or self._may_still_start(ticket, pool):
@@ -225,7 +228,7 @@ class Dispatcher:
             else:
                 self.next_in_conversation(ticket)
         if self.spill is not None:
-            for pool in pools:
+            for pool in served.with_spilled():
                 self.spill.refiller.refill(pool)
 
     def _may_still_start(self, ticket: Ticket, pool: Pool) -> bool:
@@ -265,8 +268,8 @@ class Dispatcher:
         ticket.start(run)
         self.runs.add(run)
         worker.take_slot(probe=worker.probing)
-        for pool in self._pools_of[worker]:
-            pool.slot_taken(worker)
+        for counts in self._counts_of[worker]:
+            counts.slot_taken(worker)
         if worker.sources:  # now, or the next task would be started as if this one made no calls
             run.expect_calls(worker.sources)
         self.started += 1
@@ -295,7 +298,7 @@ class Dispatcher:
         if source not in worker.sources:
             worker.add_source(source)
             self.start_gate.source_used(run, source)
-            for pool in self._pools_of[worker]:
+            for pool in self._served_by[worker].pools:
                 pool.update_source_paths()
         else:  # another run has called it meanwhile, so a call of this run was expected
             run.first_call_made(source)

@@ -33,12 +33,15 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
         cancelled: how many were cancelled when the time was up, and stopped: those that ran, and those that waited and
             were not in the overflow yet.
         orphans: ids of those whose handler did not stop and may still be running.
+        unanswered: of how many others the overflow had not answered whether it has the task, or its end: they may be
+            run again.
     """
 
     finished: int
     spilled: int
     cancelled: int
     orphans: tuple[str, ...]
+    unanswered: int = 0
 
 
 class DrainDispatcher(QueueSpillDispatcher, Protocol):
@@ -125,18 +128,32 @@ class Drain:
             self._cancel(late)
             left = cut_at + self._grace - self._core.loop.time()
             await self._wait_until_stopped(self._grace if started else left)
-        return self._report(inside, [*cut, *late])
+        closed = [ticket for ticket in inside if self._core.closed and ticket.status is TaskStatus.CANCELLED]
+        return self._report(inside, [*cut, *late, *closed])
 
     def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
         orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
-        spilled = {ticket.task_id for ticket in (*inside, *cut) if ticket.status is TaskStatus.SPILLED}
-        not_finished = spilled | {ticket.task_id for ticket in cut}
-        stopped = {ticket.task_id for ticket in cut if ticket.status is TaskStatus.CANCELLED}
+        known, cut_ids, may_run = (
+            {ticket.task_id for ticket in inside},
+            {ticket.task_id for ticket in cut},
+            set(orphans),
+        )
+        finished, spilled, cancelled, unanswered = set[str](), set[str](), set[str](), set[str]()
+        for ticket in (*inside, *cut):
+            if not ticket.done():
+                unanswered.add(ticket.task_id)
+            elif ticket.status is TaskStatus.SPILLED:
+                spilled.add(ticket.task_id)
+            elif ticket.status is TaskStatus.CANCELLED and ticket.task_id in cut_ids:
+                cancelled.add(ticket.task_id)
+            elif ticket.result is not None and ticket.task_id in known:  # otherwise it was rejected, or is a later one
+                finished.add(ticket.task_id)
         return DrainReport(
-            finished=sum(ticket.task_id not in not_finished for ticket in inside),
+            finished=len(finished),
             spilled=len(spilled),
-            cancelled=len(stopped.difference(orphans)),
+            cancelled=len(cancelled - may_run),
             orphans=orphans,
+            unanswered=len(unanswered - may_run),
         )
 
     def _move_queue(self, spill: Spill) -> QueueSpill:
@@ -173,12 +190,17 @@ class Drain:
         """Wait while `condition` holds, for at most `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while condition():
+                while condition() and not self._core.closed:
                     await self._wait_for_progress()
 
     async def _wait_until_empty(self) -> None:
-        while self._is_moving() or (self._has_unfinished() and (self._dispatcher.runs or self._has_startable())):
+        while not self._core.closed and self._is_going_on():
             await self._wait_for_progress()
+
+    def _is_going_on(self) -> bool:
+        if self._is_moving():
+            return True
+        return self._has_unfinished() and (self._has_live_run() or self._has_startable())
 
     def _is_moving(self) -> bool:
         return self._queue_spill is not None and self._queue_spill.pending
@@ -190,6 +212,10 @@ class Drain:
             tickets = reversed(self._registry.live.values())
             self._unfinished = next(filter(self._is_unfinished, tickets), None)
         return self._unfinished is not None
+
+    def _has_live_run(self) -> bool:
+        """Return whether a handler runs that may still stop: a zombie may never."""
+        return any(not run.zombie for run in self._dispatcher.runs)
 
     def _has_startable(self) -> bool:
         """Return whether a worker could still take one of the tasks.
@@ -204,7 +230,7 @@ class Drain:
             elif thread_id not in seen:
                 seen.add(thread_id)
                 conversation = self._dispatcher.conversations.get(thread_id)
-                if self._may_run(ticket if conversation is None else conversation.tickets[0]):
+                if self._may_run(ticket if conversation is None else conversation.first):
                     return True
         return False
 
@@ -213,13 +239,19 @@ class Drain:
         await self._progress.wait()
 
     def _may_run(self, ticket: Ticket) -> bool:
-        """Return whether a worker could still take a task.
+        """Return whether a worker could still take a task, or runs it.
 
-        Workers that stay FAILED until they are revived do not count: waiting for them could take forever.
+        Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
+        zombies: waiting for them could take forever.
         """
+        if ticket.run is not None:
+            return not ticket.run.zombie
         pool = self._core.pools.by_type.get(ticket.task.task_type)
         now = self._core.loop.time()
-        return pool is not None and any(worker.breaker.retry_after(now) is not None for worker in pool.workers)
+        return pool is not None and any(
+            worker.breaker.retry_after(now) is not None and not self._dispatcher.runs.are_all_zombies(worker)
+            for worker in pool.workers
+        )
 
     def _unfinished_tickets(self) -> list[Ticket]:
         """Return the tickets that have not ended and that this supervisor has to end."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes
 from forebay.overflow import RefillPolicy
+from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.task import Priority
@@ -23,23 +24,46 @@ POOL_PREFIX = "pool:"  # of the name of a pool as a resource; its task type foll
 NESTED, NESTED_ELSEWHERE, NOT_NESTED = 0, 1, RANK_LAST[0]
 _CALLS_GAIN = 0.1  # weight of the newest run in the average number of its calls
 _MIN_PARKED = 10  # tasks that may wait behind their conversation however many wait behind others
-_MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was passed over is served
 
 
-class Pool:
-    """The workers, the queue and the measured times of one task type. Pure: it reads no clock and awaits nothing."""
+class PoolObserver(Protocol):
+    """The `PoolGroup` of workers that serve many pools, as far as a pool needs it."""
+
+    own_slots: int
+    own_running: int
+    own_suspended: int
+
+    @property
+    def own_idle_blocked(self) -> int:
+        """The free slots that the start gate keeps free."""
+
+    def head_changed(self, pool: Pool) -> None:
+        """Take the head of the queue of `pool` into account, which may be another one."""
+
+    def spilled(self, pool: Pool) -> None:
+        """Remember that records of `pool` may wait in the overflow."""
+
+
+class Pool(SlotCounts):
+    """The workers, the queue and the measured times of one task type. Pure: it reads no clock and awaits nothing.
+
+    The counts of its own are those of its workers of few task types; the groups that it has joined count the others.
+    """
 
     __slots__ = (
-        "_paths", "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested", "nested_spilled",
-        "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource", "retry_schedule", "running",
-        "selector", "service_times", "slots", "source_paths", "spilled", "spilling", "suspended", "task_type",
+        "_groups", "_paths", "calls_per_run", "estimate_bypass", "max_queue_size", "max_timeout", "nested",
+        "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource",
+        "retry_schedule", "selector", "service_times", "source_paths", "spilled", "spilling", "task_type",
         "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
+        super().__init__()
+        self._groups: list[PoolObserver] = []  # of workers that serve many pools
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
         self.max_queue_size = max_queue_size
+        self.max_timeout = 0.0  # the longest of its workers, in seconds
         self.workers: list[WorkerAgent] = []
         self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
         # How many workers use the same load sources: all of them, and the same, but empty if none uses any.
@@ -49,13 +73,9 @@ class Pool:
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
         self.nested = 0  # nested tasks in the queue, where they have room of their own
         self.nested_spilled: set[str] = set()  # ids of nested tasks that wait in the overflow
-        self.suspended = 0  # runs on its workers that have lent their slot
         self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
         self.reserved = 0  # room kept for records that are being leased from the overflow
-        self.running = 0  # slots taken on workers that are not FAILED
-        self.slots = 0  # slots of workers that are not FAILED
-        self.blocked_workers: dict[WorkerAgent, None] = {}  # those that the start gate keeps from using all their slots
         self.spilling = dict.fromkeys(Priority, 0)  # tasks on their way to the overflow, by priority
         self.spilled = dict.fromkeys(Priority, 0)  # records of this type that wait in the overflow, by priority
         self.refill_policy = RefillPolicy()
@@ -67,6 +87,23 @@ class Pool:
     # --- room and load ---
 
     @property
+    def slots(self) -> int:
+        """The slots of its workers that are not FAILED."""
+        return self.own_slots + sum(group.own_slots for group in self._groups) if self._groups else self.own_slots
+
+    @property
+    def running(self) -> int:
+        """The slots taken on its workers that are not FAILED."""
+        return self.own_running + sum(group.own_running for group in self._groups) if self._groups else self.own_running
+
+    @property
+    def suspended(self) -> int:
+        """The runs on its workers that have lent their slot."""
+        if not self._groups:
+            return self.own_suspended
+        return self.own_suspended + sum(group.own_suspended for group in self._groups)
+
+    @property
     def queue_bound(self) -> int:
         """The number of tasks that may wait: `max_queue_size`; by default 100, or the number of slots if larger."""
         return self.max_queue_size if self.max_queue_size is not None else max(DEFAULT_QUEUE_SIZE, self.usable_slots)
@@ -74,8 +111,8 @@ class Pool:
     @property
     def usable_slots(self) -> int:
         """The slots that a run could take now, without those that the start gate keeps free."""
-        idle = sum(worker.slots - worker.current_tasks for worker in self.blocked_workers if worker.slots)
-        return self.slots - max(0, idle)
+        idle = self.own_idle_blocked if self.own_blocked else 0
+        return self.slots - idle - sum(group.own_idle_blocked for group in self._groups)
 
     @property
     def queued(self) -> int:
@@ -110,14 +147,16 @@ class Pool:
         A suspended run is inside, in a place of its own. For a `nested` task only nested ones count as waiting: what
         has begun is not to be rejected because of work that has not.
         """
-        if not self.slots:
+        simple = not (self.own_blocked or self._groups)
+        bound, slots = self.max_queue_size, self.own_slots if simple else self.usable_slots
+        if not slots and not self.slots:
             return 1.0
-        bound, slots = self.max_queue_size, self.usable_slots if self.blocked_workers else self.slots
         room = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound)
         if nested:
             return (self.running + self.nested) / room
-        inside = self.running + self.suspended + self.queue.length + self.reserved
-        return inside / (room + self.suspended)
+        suspended = self.suspended
+        inside = self.running + suspended + self.queue.length + self.reserved
+        return inside / (room + suspended)
 
     # --- estimates ---
 
@@ -182,12 +221,24 @@ class Pool:
     # --- workers ---
 
     def add_worker(self, worker: WorkerAgent) -> None:
-        """Add a worker. Its slots are added by `count_slots`."""
+        """Add a worker. Its slots are added by `count_slots`, here or in a group that the pool joins."""
         self.workers.append(worker)
+        self.max_timeout = max(self.max_timeout, worker.timeout)
         self._add_path(self._paths, worker)
         self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
             self.nested_supervisors.append(worker)
+
+    def join(self, group: PoolObserver) -> None:
+        """Have `group` count the slots of its workers, which serve this pool and many others."""
+        self._groups.append(group)
+        self._head_changed()
+        if any(self.spilled.values()):
+            group.spilled(self)
+
+    def score_fell(self, worker: WorkerAgent) -> None:
+        """Take `worker` into account again, because it is new, finished a task, or can accept tasks again."""
+        self.selector.update(worker)
 
     def update_source_paths(self) -> None:
         """Group the workers by the load sources that they use."""
@@ -202,35 +253,6 @@ class Pool:
         path = tuple(worker.sources)
         paths[path] = paths.get(path, 0) + 1
 
-    def count_slots(self, worker: WorkerAgent, before: int) -> None:
-        """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""
-        now = worker.counted_slots
-        self.slots += now - before
-        if before and not now:
-            self.running -= worker.current_tasks
-        elif now and not before:
-            self.running += worker.current_tasks
-
-    def slot_taken(self, worker: WorkerAgent) -> None:
-        """Record that `worker` has one more slot taken."""
-        if worker.counted_slots:
-            self.running += 1
-        if worker.current_tasks == 1:  # otherwise it was not idle
-            self.selector.mark_busy(worker)
-
-    def slot_returned(self, worker: WorkerAgent) -> None:
-        """Record that `worker` has one slot less taken."""
-        if worker.counted_slots:
-            self.running -= 1
-
-    def block_worker(self, worker: WorkerAgent) -> None:
-        """Stop counting the free slots of `worker` as usable: the start gate holds runs back."""
-        self.blocked_workers[worker] = None
-
-    def unblock_worker(self, worker: WorkerAgent) -> None:
-        """Count the free slots of `worker` as usable again."""
-        self.blocked_workers.pop(worker, None)
-
     def pass_over(self, *, served: bool) -> None:
         """Record whether a shared worker served this pool or another one, while a task waited here."""
         self.times_passed_over = 0 if served else self.times_passed_over + 1
@@ -241,13 +263,22 @@ class Pool:
         """Add a ticket to the queue; return its entry. The first part of the rank of a nested one is NESTED."""
         if rank[0] == NESTED:
             self.nested += 1
-        return self.queue.push(ticket, ticket.task.priority, rank, sequence)
+        entry = self.queue.push(ticket, ticket.task.priority, rank, sequence)
+        if self._groups:
+            self._head_changed()
+        return entry
+
+    def _head_changed(self) -> None:
+        for group in self._groups:
+            group.head_changed(self)
 
     def pop(self) -> Ticket:
         """Return the head of the queue, and remove it."""
         ticket = self.queue.pop()
         if ticket.nested:
             self.nested -= 1
+        if self._groups:
+            self._head_changed()
         return ticket
 
     def remove(self, ticket: Ticket, entry: QueueEntry) -> None:
@@ -256,6 +287,8 @@ class Pool:
         self.queue.remove(entry)
         if ticket.nested and self.queue.length < before:
             self.nested -= 1
+        if self._groups:
+            self._head_changed()
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
         """Return the first entry that `worker` may begin although it has many open runs, or None."""
@@ -271,17 +304,11 @@ class Pool:
         self.queue.serve(entry)
         if ticket.nested:
             self.nested -= 1
+        if self._groups:
+            self._head_changed()
         return ticket
 
     # --- tasks that wait outside the queue ---
-
-    def suspend(self) -> None:
-        """Count a run of one of its workers that has lent its slot."""
-        self.suspended += 1
-
-    def resume(self) -> None:
-        """Stop counting a run that had lent its slot."""
-        self.suspended -= 1
 
     def park(self) -> None:
         """Count a task that waits behind another one of its conversation."""
@@ -314,6 +341,7 @@ class Pool:
     def add_spilled(self, priority: Priority) -> None:
         """Count one more record that waits in the overflow."""
         self.spilled[priority] += 1
+        self._spilled()
 
     def remove_spilled(self, priority: Priority) -> None:
         """Count one record less that waits in the overflow, but not less than none: the count may be out of date."""
@@ -330,63 +358,9 @@ class Pool:
     def set_spilled(self, priority: Priority, count: int) -> None:
         """Replace the count of records that wait in the overflow by that of the store."""
         self.spilled[priority] = count
+        if count:
+            self._spilled()
 
-
-class Pools:
-    """The pools of a supervisor, by task type and by worker.
-
-    Attributes:
-        by_type: the pool of each task type.
-        by_worker: the pools that each worker serves.
-    """
-
-    def __init__(self, max_queue_size: int | None) -> None:
-        self._max_queue_size = max_queue_size
-        self.by_type: dict[str, Pool] = {}
-        self.by_worker: dict[WorkerAgent, list[Pool]] = {}
-
-    def add_worker(self, worker: WorkerAgent) -> list[Pool]:
-        """Add a worker to the pools of its task types, and return the pools that are new."""
-        added = [Pool(kind, self._max_queue_size) for kind in worker.task_types if kind not in self.by_type]
-        self.by_type.update((pool.task_type, pool) for pool in added)
-        self.by_worker[worker] = [self.by_type[task_type] for task_type in worker.task_types]
-        for pool in self.by_worker[worker]:
-            pool.add_worker(worker)
-        return added
-
-
-def next_pool(pools: Sequence[Pool]) -> Pool | None:
-    """Return the pool whose head a worker of several pools takes next, or None if no task waits.
-
-    The order is by priority, rank and sequence number; a pool that was passed over too often goes first.
-    """
-    if len(pools) == 1:
-        return pools[0] if pools[0].queue.length else None
-    waiting = [pool for pool in pools if pool.queue]
-    if not waiting:
-        return None
-    chosen = min(waiting, key=lambda pool: _urgency(pool, pool.queue.head()))
-    for pool in waiting:
-        pool.pass_over(served=pool is chosen)
-    return chosen
-
-
-def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:
-    """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one.
-
-    The order is that of `next_pool`, among the tasks that it may begin.
-    """
-    found = [(pool, entry) for pool in pools if (entry := pool.first_for(worker)) is not None]
-    if not found:
-        return None, None
-    chosen = min(found, key=lambda pair: _urgency(*pair))
-    if len(pools) > 1:
-        for pool, _ in found:
-            pool.pass_over(served=pool is chosen[0])
-    return chosen
-
-
-def _urgency(pool: Pool, entry: QueueEntry | None) -> tuple[int, Any, int]:
-    assert entry is not None  # noqa: S101 - only called for queues in which a task waits
-    rank, sequence, _, priority = entry
-    return (-1 if pool.times_passed_over >= _MAX_PASSED_OVER else priority), rank, sequence
+    def _spilled(self) -> None:
+        for group in self._groups:
+            group.spilled(self)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MAX_BATCH = 1000  # tasks in one group commit
 _MAX_BATCH_BYTES = 16 << 20  # of envelopes in one group commit; a batch exceeds it by one envelope at most
 _RETRY_INTERVAL = 1.0  # seconds until a store that failed is tried again
+_MAX_RETRIES = 5  # in a row, for messages that may not run here any more
 
 
 class QueueSpillDispatcher(Protocol):
@@ -41,9 +42,10 @@ class QueueSpillDispatcher(Protocol):
 class QueueSpill:
     """The move of waiting tasks to the overflow while a supervisor drains.
 
-    A task stays in the queue, and may start, until its batch is written. What the store refuses goes back to the queue.
-    The ticket of a task raises StillSpilled once its record is committed, and not before, so that a kill loses nothing
-    that its submitter was told is safe.
+    A task stays in the queue, and may start, until its batch is written. What the store refuses goes back to the queue,
+    unless messages of its conversation have moved: it would run at the same time as they, so it ends CANCELLED. The
+    ticket of a task raises StillSpilled once its record is committed, and not before, so that a kill loses nothing that
+    its submitter was told is safe.
 
     Args:
         core: the objects that the parts of the supervisor share.
@@ -64,6 +66,8 @@ class QueueSpill:
         self._to_write: deque[Ticket] = deque()  # those of them that no write is under way for
         self._keeps_out = False  # since `empty_queue`: nothing goes back to the queue
         self._failed = False  # the last write
+        self._retries = 0  # since a write succeeded
+        self._moved: set[str] = set()  # conversations with messages that are left to the next process
         self._stopped = asyncio.Event()
         self.cut: list[Ticket] = []
 
@@ -146,6 +150,8 @@ class QueueSpill:
             self._dispatcher.dequeue(each)
         for each in waiting:
             if each.stored:
+                if each.task.thread_id is not None:
+                    self._moved.add(each.task.thread_id)
                 self._spill.stored.release(each)
             else:
                 self._hold(each)
@@ -153,8 +159,10 @@ class QueueSpill:
     async def _write(self, batch: dict[Ticket, bytes]) -> None:
         failure = await self._spill.spill_waiting(batch)
         self._failed = failure is not None
+        self._retries = self._retries + 1 if self._failed else 0
         if failure is not None:
             log.error("%d waiting tasks could not be moved to the overflow: %s", len(batch), failure)
+        self._moved.update(ticket.task.thread_id for ticket in batch if ticket.stored and ticket.task.thread_id)
         for ticket in batch:
             if self._held.get(ticket.task_id) is ticket:  # otherwise `abandon` has ended it
                 self._finish(ticket, failed=self._failed)
@@ -172,6 +180,11 @@ class QueueSpill:
             self._cancel(ticket)
         elif self._keeps_out:
             self._hold(ticket)
+        elif ticket.task.thread_id in self._moved:
+            if failed and self._retries < _MAX_RETRIES:
+                self._hold(ticket)
+            else:
+                self._cancel(ticket, "earlier tasks of its conversation are left to the next process")
         else:
             pool = self._core.pools.by_type[ticket.task.task_type]
             worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
@@ -189,9 +202,9 @@ class QueueSpill:
         del self._held[ticket.task_id]
         ticket.end_store_call()
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel(self, ticket: Ticket, reason: str = "the supervisor stopped") -> None:
         if not ticket.done():
-            error = "the supervisor stopped before the overflow had stored it"
+            error = f"{reason}, and the overflow has not stored it"
             self._core.registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))
             self.cut.append(ticket)
 

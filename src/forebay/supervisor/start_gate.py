@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns, Run
     from forebay.supervisor.runs.timers import Timer
+    from forebay.supervisor.slot_counts import SlotCounts
     from forebay.supervisor.worker import WorkerAgent
     from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -36,7 +37,7 @@ class StartGate:
         self._dispatch = dispatch  # starts waiting tasks on a worker
         self._loop = core.loop
         self._timers = core.timers
-        self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
+        self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
         self._runs = runs
         # Workers with free slots that they may not use: which source blocks them, and which priority waits.
         self._blocked: dict[WorkerAgent, tuple[LoadSource, Priority]] = {}
@@ -106,8 +107,8 @@ class StartGate:
             if again <= now:  # a slot that becomes free dispatches to this worker; if none does, ask again
                 again = now + max(_MIN_RECHECK, source.typical_latency())
             self._blocked[worker] = source, priority
-            for pool in self._pools_of[worker]:
-                pool.block_worker(worker)
+            for counts in self._counts_of[worker]:
+                counts.block_worker(worker)
             source.hold_back(worker, _blocked_runs(worker, waiting), priority)
             self._timers.cancel(self._recheck_timers.get(worker))
             self._recheck_timers[worker] = self._timers.at(again, self._dispatch, worker)
@@ -120,8 +121,8 @@ class StartGate:
     def _unblock(self, worker: WorkerAgent) -> None:
         if (blocked := self._blocked.pop(worker, None)) is not None:
             blocked[0].hold_back(worker, 0)
-            for pool in self._pools_of[worker]:
-                pool.unblock_worker(worker)
+            for counts in self._counts_of[worker]:
+                counts.unblock_worker(worker)
 
     def run_ended(self, run: Run) -> None:
         """Stop expecting calls of a run: a call that never came makes room for another run."""

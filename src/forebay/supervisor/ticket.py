@@ -13,6 +13,7 @@ from forebay._renamed import renamed
 from forebay.context import RunningTask
 from forebay.errors import (
     ForebayError,
+    NestedTooDeep,
     Overloaded,
     ResultUnavailable,
     TaskCancelled,
@@ -52,6 +53,7 @@ class TicketRun(RunningTask, Protocol):
     worker: WorkerAgent
     started_at: float
     abandoned_at: float | None
+    zombie: bool
 
     def ends_at(self) -> float:
         """Return the loop time of its timeout or its deadline, whichever comes first."""
@@ -139,6 +141,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     lease: Lease | None = None  # this process's right to its stored record
     stored: bool = False  # the task store has a record of it, so its end must be written there first
     nested: bool = False  # a run of its supervisor had not ended when it, or a task below it, submitted this
+    depth: int = 0  # runs that led to it, whether or not they have ended
     order_time: float | None = None  # epoch seconds; its place in the task store, if not the time of its submission
     attempts: int = 0
     cancel_reason: str | None = None  # why it was cancelled while the store had not answered
@@ -358,6 +361,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.nested = True
         self.order_time = order_time
 
+    def descend(self, depth: int) -> None:
+        """Record how many runs led to it."""
+        self.depth = depth
+
     def wait(self) -> None:
         """Make it WAITING without an entry in the queue: behind another task of its conversation."""
         self.status = _WAITING
@@ -546,7 +553,7 @@ def as_error(result: TaskResult) -> ForebayError:
             return TaskExpired(**facts)
         case TaskStatus.CANCELLED:
             return TaskCancelled(**facts)
-    if isinstance(result.cause, Overloaded):
+    if isinstance(result.cause, Overloaded | NestedTooDeep):
         return fresh_copy(result.cause)
     return TaskFailed(**facts)
 

@@ -77,6 +77,7 @@ class TicketRegistry:
 
     def hold_weakly(self, ticket: Ticket) -> None:
         """Hold the ticket of a spilled task only as long as other code does."""
+        self.forget_end(ticket.task_id)  # of an earlier task with its id, which nothing else tells from this one then
         self.weak[ticket.task_id] = ticket
         self.live.pop(ticket.task_id, None)
 

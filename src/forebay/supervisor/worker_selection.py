@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import Protocol
 
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority
@@ -11,11 +12,18 @@ from forebay.task import Priority
 _Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
 
 
+class ScoreSource(Protocol):
+    """The `PoolGroup` of a worker of many task types, as far as a selector needs it."""
+
+    def inform(self, worker: WorkerAgent, selector: WorkerSelector) -> None:
+        """Remember that `selector` knows the present score of `worker`."""
+
+
 class WorkerSelector:
     """The workers of one task type by score, in heaps that are corrected when they are read.
 
     A score that has *risen* since its entry was pushed (the worker took a task) is corrected when the entry reaches the
-    top. After a score has *fallen*, `update` must be called, or the worker would stay too far down.
+    top. After a score has *fallen*, `update` or `expect` must be called, or the worker would stay too far down.
 
     Workers without a measured duration are scored with the pool's typical one. All these scores change when it does, so
     they have a heap of their own, ordered without it.
@@ -25,7 +33,7 @@ class WorkerSelector:
         typical: returns the pool's typical seconds for a task.
     """
 
-    __slots__ = ("_current", "_heaps", "_idle", "_stamp", "_task_type", "_typical")
+    __slots__ = ("_current", "_expected", "_heaps", "_idle", "_stamp", "_task_type", "_typical")
 
     def __init__(self, task_type: str, typical: Callable[[], float]) -> None:
         self._task_type = task_type
@@ -35,18 +43,20 @@ class WorkerSelector:
         self._current: dict[WorkerAgent, int] = {}
         self._idle: dict[WorkerAgent, None] = {}  # in the order in which they became idle
         self._stamp = 0
+        self._expected: dict[WorkerAgent, ScoreSource] = {}  # to be pushed again before the next pick
 
     def update(self, worker: WorkerAgent) -> None:
         """Push `worker` again, because it is new, finished a task, or can accept tasks again."""
+        self._idle.pop(worker, None)
         if not worker.current_tasks and worker.can_accept():
             self._idle[worker] = None
         self._push(worker)
         if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
             self._compact()
 
-    def mark_busy(self, worker: WorkerAgent) -> None:
-        """Remove `worker` from the idle ones, because it took a task."""
-        self._idle.pop(worker, None)
+    def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
+        """Push `worker` again before the next pick, and tell `source` then that its score is known."""
+        self._expected[worker] = source
 
     def pick(
         self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, idle_first: bool = False
@@ -58,14 +68,34 @@ class WorkerSelector:
             nested: the task is a nested one, which a worker accepts however many of its runs wait for such.
             idle_first: prefer an IDLE worker.
         """
+        if self._expected:
+            self._update_expected()
         best = self._best()
         if best is not None and best.suspended and not nested and best.bars_new_runs(priority):
             best = self._best_for_new_run(priority)
         if idle_first and best is not None and best.current_tasks:
-            for worker in self._idle:
-                if worker.can_accept() and (nested or not worker.bars_new_runs(priority)):
-                    return worker
+            return self._first_idle(priority, nested=nested) or best
         return best
+
+    def _first_idle(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        """Return the worker that has been idle for longest and may begin the task; forget those that are not idle."""
+        busy = []
+        found = None
+        for worker in self._idle:
+            if worker.current_tasks:
+                busy.append(worker)
+            elif worker.can_accept() and (nested or not worker.bars_new_runs(priority)):
+                found = worker
+                break
+        for worker in busy:
+            del self._idle[worker]
+        return found
+
+    def _update_expected(self) -> None:
+        expected, self._expected = self._expected, {}
+        for worker, source in expected.items():
+            self.update(worker)
+            source.inform(worker, self)
 
     def _best_for_new_run(self, priority: Priority) -> WorkerAgent | None:
         """Return the best worker that may begin a new run: a search of all, since the best one may not."""

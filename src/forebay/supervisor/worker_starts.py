@@ -96,7 +96,7 @@ class WorkerStarts:
     def _end_waiting(self, worker: WorkerAgent, cause: BaseException) -> None:
         """End the tasks that wait for a worker that could not be started, and for no other that works."""
         error = describe_error(cause)
-        for pool in self._core.pools.by_worker[worker]:
+        for pool in self._core.pools.by_worker[worker].pools:
             while not pool.slots and (entry := pool.queue.head()) is not None:
                 ticket = entry[2]
                 if self._dispatcher.can_requeue(ticket):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 
 from forebay import clock, context
 from forebay._fork import reset_in_child
@@ -136,40 +137,57 @@ class UpstreamCore:
             free=free,
         )
 
-    def cost(self, model: str, usage: BilledUsage, *, answered_by: str = "") -> float | None:
+    def cost(
+        self, model: str, usage: BilledUsage, *, answered_by: str = "", alternatives: Sequence[str] = ()
+    ) -> float | None:
         """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
 
         Args:
             model: the model of the call.
             usage: of the call.
             answered_by: the model that has answered, by the answer; if it is dearer, that counts.
+            alternatives: models that may have answered; if the answer tells none with a price, the dearest counts.
         """
         if not self.budgets.has_budgets:
             return 0.0
         usd = self.prices.cost(self.provider, model, usage)
-        if usd is not None and answered_by and answered_by != model:
-            usd = max(usd, self.prices.cost(self.provider, answered_by, usage) or 0.0)
-        return usd
+        if usd is None or answered_by == model:
+            return usd
+        answered = self.prices.cost(self.provider, answered_by, usage) if answered_by else None
+        if answered is None:
+            answered = max((self.prices.cost(self.provider, name, usage) or 0.0 for name in alternatives), default=0.0)
+        return max(usd, answered)
 
     def price(
-        self, model: str, usage: BilledUsage, *, per_second: BilledUsage | None = None, by_hand: bool = False
+        self,
+        model: str,
+        usage: BilledUsage,
+        *,
+        alternatives: Sequence[str] = (),
+        per_second: BilledUsage | None = None,
+        by_hand: bool = False,
     ) -> CallPrice:
         """Return the price of a call before it is sent.
 
         Args:
             model: the model of the call.
             usage: that it is expected to have at most.
+            alternatives: models that may answer instead; the dearest counts.
             per_second: the usage of one second, if nothing bounds its output.
             by_hand: its block may report its dollars, so that it passes without a price.
         """
         if not self.budgets.has_budgets:
             return CallPrice()
-        usd = self.prices.cost(self.provider, model, usage) if model or by_hand else None
-        if usd is None:
-            named = f"no price is known for model {model!r}: give the upstream prices=, or its target prices"
-            reason = named if model else "it names no model, so that no price is known"
-            return self.unpriced_call(reason, model, allow=by_hand)
-        return CallPrice(usd, (self.prices.cost(self.provider, model, per_second) or 0.0) if per_second else 0.0)
+        price = CallPrice()
+        for name in (model, *alternatives):
+            usd = self.prices.cost(self.provider, name, usage) if name or by_hand else None
+            if usd is None:
+                named = f"no price is known for model {name!r}: give the upstream prices=, or its target prices"
+                reason = named if name else "it names no model, so that no price is known"
+                return self.unpriced_call(reason, name, allow=by_hand)
+            rate = (self.prices.cost(self.provider, name, per_second) or 0.0) if per_second else 0.0
+            price = CallPrice(max(price.usd, usd), max(price.usd_per_second, rate))
+        return price
 
     def count_unpriced(self) -> None:
         """Count a call that had a price, and has used something that has none."""

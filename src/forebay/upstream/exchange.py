@@ -32,6 +32,7 @@ from forebay.upstream.providers import (
     find_unpriced,
     find_unreadable,
     names_concurrency,
+    names_spend_cap,
     read_rate_limits,
     read_rate_scope,
     read_response,
@@ -147,7 +148,10 @@ class Exchange:
         unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
         tokens = _TOKENS_PER_SECOND * parsed.choices
         return core.price(
-            model, usage, per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if unbounded else None
+            model,
+            usage,
+            alternatives=parsed.alternatives,
+            per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if unbounded else None,
         )
 
     # --- fallback ---
@@ -274,7 +278,7 @@ class Exchange:
         """Return the result of an attempt whose answer is complete.
 
         An error (429, 503, 500 ...) is classified, and its Retry-After and rate limit headers are read. That the
-        account's money is spent (402, or 429 with ``insufficient_quota``) suspends the account here.
+        account's money is spent (402, or 429 with ``insufficient_quota``) is noted by the account here.
 
         Args:
             permit: of the attempt.
@@ -350,7 +354,12 @@ class Exchange:
         usd: float | None = 0.0
         if self.core.budgets.has_budgets:
             billed = usage.billed(tier=self.parsed.tier, web_searches=self.parsed.searches)
-            usd = self.core.cost(self.call_request.model, billed, answered_by=self._answered_by)
+            usd = self.core.cost(
+                self.call_request.model,
+                billed,
+                answered_by=self._answered_by,
+                alternatives=self.parsed.alternatives,
+            )
             if usd is None and self.call_request.usd:
                 self.core.count_unpriced()
         reported = kind is Outcome.SUCCESS and not usage.estimated
@@ -403,7 +412,7 @@ def judge_error_answer(
 ) -> AttemptResult:
     """Return the result of an attempt that was answered with an error, with its Retry-After and rate limit headers.
 
-    That the account's money is spent (402, or 429 with ``insufficient_quota``) suspends the account here.
+    That the account's money is spent (402, or 429 with ``insufficient_quota``) is noted by the account here.
 
     Args:
         account: of the call.
@@ -416,7 +425,8 @@ def judge_error_answer(
     retry_after = read_retry_after(headers, answer.body, wall=wall)
     retry = None if kind is ErrorKind.SPEND_CAP else read_should_retry(headers)
     if kind is ErrorKind.SPEND_CAP:
-        account.suspend(_SUSPENSION if retry_after is None else min(retry_after, _MAX_SUSPENSION))
+        seconds = _SUSPENSION if retry_after is None else min(retry_after, _MAX_SUSPENSION)
+        account.record_spend_cap(permit, seconds, certain=names_spend_cap(answer.body))
     return judge_error(
         permit,
         kind,

@@ -84,3 +84,16 @@ def test_what_a_browser_requests_for_another_site_is_rejected(
 def test_a_header_with_a_key_that_stands_there_twice_is_rejected(name: str) -> None:
     assert error_status((name, "sk-1"), (name, "sk-2"), local_only=False) == 400
     assert error_status((name, "sk-1"), ("accept", "a"), ("accept", "b"), local_only=False) is None
+
+
+@pytest.mark.parametrize("listed", [["x-api-key"], ["close, X-Api-Key"], ["close", "keep-alive ,\tauthorization"]])
+def test_a_connection_header_that_would_drop_a_key_is_rejected(listed: list[str]) -> None:
+    fields = [("connection", value) for value in listed]
+    assert error_status(*fields, ("x-api-key", "sk-1"), local_only=False) == 400
+    assert error_status(("connection", "keep-alive, x-other"), ("x-api-key", "sk-1"), local_only=False) is None
+
+
+@pytest.mark.parametrize("key", ["Bearer sk\x80", "Bearer sk\x07", "Bearer ské", "sk\x7f"])
+def test_a_key_that_would_be_changed_on_the_way_is_rejected(key: str) -> None:
+    assert error_status(("authorization", key), local_only=False) == 400
+    assert error_status(("authorization", "Bearer\tsk-1 "), ("x-name", key), local_only=False) is None

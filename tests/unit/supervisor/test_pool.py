@@ -9,7 +9,8 @@ import pytest
 from forebay.adapters import as_handler
 from forebay.breaker import Breaker, BreakerRules
 from forebay.interfaces import Outcome
-from forebay.supervisor.pool import DEFAULT_QUEUE_SIZE, NESTED, Pool, Pools, first_for, next_pool
+from forebay.supervisor.pool import DEFAULT_QUEUE_SIZE, NESTED, Pool
+from forebay.supervisor.pools import Pools, first_for, next_pool
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, Task
 
@@ -34,9 +35,9 @@ def counted(pools: Pools, agent: WorkerAgent) -> list[Pool]:
     """Add a worker to the pools as the dispatcher does, and return its pools."""
     pools.add_worker(agent)
     before = agent.count_slots()
-    for pool in pools.by_worker[agent]:
-        pool.count_slots(agent, before)
-    return pools.by_worker[agent]
+    for counts in pools.counts_of[agent]:
+        counts.count_slots(agent, before)
+    return list(pools.by_worker[agent].pools)
 
 
 def test_an_added_worker_brings_its_slots_to_each_of_its_pools() -> None:

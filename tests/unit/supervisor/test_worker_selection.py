@@ -49,7 +49,6 @@ class Workers:
 
     def take(self, worker: WorkerAgent) -> None:
         worker.current_tasks += 1
-        self.selector.mark_busy(worker)
 
     def finish(self, worker: WorkerAgent, seconds: float | None = None) -> None:
         worker.current_tasks -= 1

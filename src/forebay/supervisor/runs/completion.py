@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
 from forebay._text import error_text, format_duration
-from forebay.errors import Overloaded, RemoteError, StillSpilled, UnusableTask
+from forebay.errors import NestedTooDeep, Overloaded, RemoteError, StillSpilled, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.timers import Timer
+    from forebay.supervisor.slot_counts import SlotCounts
     from forebay.supervisor.worker import WorkerAgent
 
 # attribute access on an enum is slow on the hot path
@@ -92,7 +93,7 @@ class RunCompletion:
         self._registry = core.registry
         self._bus = core.bus
         self._pools: Mapping[str, Pool] = core.pools.by_type
-        self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
+        self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
         self._runs = runs
         self._on_run_end = on_run_end
         self._grace = zombie_grace
@@ -179,10 +180,11 @@ class RunCompletion:
             name,
         )
         self._registry.emit(run.ticket, ZombieFound(at=self._loop.time(), task_id=task_id, worker_id=name))
-        every_slot = sum(other.zombie for other in self._runs.on(worker)) >= worker.max_concurrent
-        if every_slot and worker.breaker.trip(self._loop.time()) is not None:
+        if self._runs.are_all_zombies(worker) and worker.breaker.trip(self._loop.time()) is not None:
             self.update_breaker(worker, "every slot is held by a handler that does not stop")
             worker.mark_stuck()
+        if self._registry.listeners:
+            self._registry.notify_progress()
 
     # --- when the handler has ended ---
 
@@ -293,8 +295,8 @@ class RunCompletion:
     def _lower_penalty(self, worker: WorkerAgent) -> None:
         worker.lower_penalty()
         if worker.can_accept():
-            for pool in self._pools_of[worker]:
-                pool.selector.update(worker)
+            for counts in self._counts_of[worker]:
+                counts.score_fell(worker)
 
     def fail_start(self, worker: WorkerAgent) -> None:
         """Make a worker FAILED whose handler could not be started."""
@@ -339,7 +341,7 @@ def _is_submitters_mistake(cause: BaseException | None) -> bool:
     """Return whether a handler failed because of its task, which no handler of its type could have run."""
     if isinstance(cause, RemoteError):
         return cause.type == UnusableTask.__name__
-    return isinstance(cause, UnusableTask)
+    return isinstance(cause, UnusableTask | NestedTooDeep)
 
 
 def describe_error(cause: BaseException | None) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
@@ -326,7 +327,8 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     @property
     def ends_with_worker_timeout(self) -> bool:
         """True if the timer of its worker ends it, because it has none of its own."""
-        return self.timer is None and self.abandoned_at is None and self.ticket.slot is None
+        handler_started = self.runner is not None  # not while its start is being recorded
+        return handler_started and self.timer is None and self.abandoned_at is None and self.ticket.slot is None
 
     # --- its end ---
 
@@ -411,8 +413,19 @@ class ActiveRuns:
         """Return the runs on a worker, in the order in which their handlers started."""
         return list(self._by_worker.get(worker, ()))
 
+    def are_all_zombies(self, worker: WorkerAgent) -> bool:
+        """Return whether zombies hold every slot of a worker."""
+        runs = self._by_worker.get(worker, ())
+        return (
+            len(runs) >= worker.max_concurrent
+            and sum(run.zombie and run.holds_slot for run in runs) >= worker.max_concurrent
+        )
+
     def __bool__(self) -> bool:
         return any(self._by_worker.values())
+
+    def __iter__(self) -> Iterator[Run]:
+        return itertools.chain.from_iterable(self._by_worker.values())
 
     def all(self) -> list[Run]:
         """Return every run."""
@@ -426,22 +439,20 @@ class SlotClaims:
         self._claims: dict[WorkerAgent, deque[tuple[Run, asyncio.Future[None]]]] = {}
 
     def claim(self, run: Run) -> asyncio.Future[None] | None:
-        """Take a slot for `run` if one is free.
+        """Take a slot for `run` if one is free, else the next one that is.
 
         Returns:
-            None if `run` need not wait: it has a slot, or is being cancelled and ends without one. Otherwise a future
-            that is done when it has a slot.
+            None if `run` need not wait: it has a slot, or it is being cancelled. Otherwise a future that is done when
+            it has a slot. A run that does not stop when it is cancelled gets the next slot too: it is at work.
         """
         worker = run.worker
         if worker.has_free_slot() and not worker.pending_claims:
             run.dispatcher.take_slot(run)
             return None
-        if run.abandoned_at is not None:
-            return None
         granted: asyncio.Future[None] = run.dispatcher.core.loop.create_future()
         self._claims.setdefault(worker, deque()).append((run, granted))
         worker.add_claim()
-        return granted
+        return None if run.abandoned_at is not None else granted
 
     def withdraw(self, run: Run, granted: asyncio.Future[None]) -> None:
         """Remove a claim, if it is still there."""

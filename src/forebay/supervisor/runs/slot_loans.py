@@ -25,6 +25,11 @@ def active_runs(running: RunningTask | None, dispatcher: object) -> Iterator[Run
     return (run for run in run_and_ancestors(running) if run.dispatcher is dispatcher and not run.ended)
 
 
+def depth(running: RunningTask) -> int:
+    """Return how many runs led to `running`, itself included, whether or not they have ended."""
+    return running.ticket.depth + 1 if isinstance(running, Run) else 1
+
+
 class SlotLoan:
     """The slots that are lent while one run awaits a task of `dispatcher`.
 
@@ -36,8 +41,9 @@ class SlotLoan:
 
     A worker that has as many open runs as it may have, suspended ones included, begins no new one. That delays no run
     that waits for its own nested task, queued or running, since nested tasks start all the same. A run that waits for
-    any other task (another submitter's, a stored one, one behind its conversation) may need a new run to begin, and so
-    may those above it: they do not count while it waits.
+    any other task may need a new run to begin, and so may those above it: they do not count while it waits. Such a task
+    is another submitter's, a stored one, one behind its conversation, or one in another supervisor, whose slots may be
+    held by tasks that wait here.
     """
 
     __slots__ = ("_awaiting_run", "_chain", "_exempt", "_runs")
@@ -46,7 +52,8 @@ class SlotLoan:
         self._awaiting_run = awaiting
         self._chain = chain = tuple(run_and_ancestors(awaiting))
         inside = awaited.queue_entry is not None or awaited.run is not None
-        self._exempt = not (inside and awaited.nested and awaited.parent is awaiting)
+        own = awaited.parent is awaiting and awaiting.dispatcher is dispatcher
+        self._exempt = not (inside and awaited.nested and own)
         needed = max((count for count, run in enumerate(chain, start=1) if run.dispatcher is dispatcher), default=0)
         self._runs = chain[:needed]
         awaiting.begin_await()

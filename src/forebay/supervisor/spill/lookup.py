@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
 from forebay.errors import ForebayError, StoreUnavailable, UnknownTask
-from forebay.interfaces import RecordState
+from forebay.interfaces import Completion, RecordState, TaskRecord
 from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket
 from forebay.task import Deadline, Task
 
@@ -23,16 +24,22 @@ class StoreLookup:
         self._dispatcher = dispatcher
         self._registry = core.registry
         self._stored = stored
+        self._searches: dict[str, asyncio.Event] = {}  # by id, set once the store has answered
 
     def by_id(self, task_id: str) -> Ticket:
         """Return a ticket for a stored task. Awaiting it raises UnknownTask if there is none."""
         if (known := self._registry.weak.get(task_id)) is not None:
             return known
+        ticket = self._new_ticket(task_id)
+        ticket.begin_store_call()
+        self._searches[task_id] = asyncio.Event()
+        self._core.run_in_background(self._find(ticket), if_cancelled=partial(self._give_up, ticket))
+        return ticket
+
+    def _new_ticket(self, task_id: str) -> Ticket:
         ticket = spilled_ticket(self._dispatcher, Task("(stored)", task_id=task_id))
         ticket.move_to_store()
-        ticket.begin_store_call()
         self._registry.add(ticket)
-        self._core.run_in_background(self._find(ticket), if_cancelled=partial(self._give_up, ticket))
         return ticket
 
     async def by_key(self, key: str) -> Ticket | None:
@@ -40,7 +47,22 @@ class StoreLookup:
         task_id = await self._stored.store.find_key(key)
         if task_id is None:
             return None
-        return self._registry.get(task_id) or self.by_id(task_id)
+        await self.wait_for_search(task_id)
+        if (known := self._registry.get(task_id) or self._registry.weak.get(task_id)) is not None:
+            return known
+        found = await self._stored.store.find(task_id)
+        if found is None:  # its record was removed meanwhile
+            return None
+        if (known := self._registry.get(task_id) or self._registry.weak.get(task_id)) is not None:
+            return known
+        ticket = self._new_ticket(task_id)
+        self._apply(ticket, *found)
+        return ticket
+
+    async def wait_for_search(self, task_id: str) -> None:
+        """Wait while the store looks for the id: until then nobody knows whether there is such a task."""
+        while (search := self._searches.get(task_id)) is not None:
+            await search.wait()
 
     async def _find(self, ticket: Ticket) -> None:
         task_id = ticket.task_id
@@ -54,10 +76,11 @@ class StoreLookup:
         if found is None:
             self._not_found(ticket, missing)
             return
-        ticket.end_store_call()
-        if ticket.done():
-            return
-        state, record, completion = found
+        self._end_search(ticket)
+        if not ticket.done():
+            self._apply(ticket, *found)
+
+    def _apply(self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion | None) -> None:
         if ticket.lease is None:  # otherwise it has come back meanwhile, and has its task
             ticket.restore(ticket.task, None if record.deadline is None else Deadline(record.deadline))
         if completion is not None:
@@ -72,10 +95,14 @@ class StoreLookup:
             ticket.cancel(ticket.cancel_reason)
 
     def _not_found(self, ticket: Ticket, why: ForebayError) -> None:
-        ticket.end_store_call()
+        self._end_search(ticket)
         if not ticket.done():
             self._registry.discard(ticket)
             ticket.resolve(why)
+
+    def _end_search(self, ticket: Ticket) -> None:
+        ticket.end_store_call()
+        self._searches.pop(ticket.task_id).set()
 
     def _give_up(self, ticket: Ticket) -> None:
         """End a ticket whose search was cancelled."""

@@ -101,8 +101,13 @@ class Refiller:
 
     async def recount_conversations(self) -> None:
         """Replace the counts of conversations by those of the store."""
-        unfinished = await self._stored.store.conversations()
-        self._dispatcher.conversations.recount(unfinished, self._stored.leases.conversations())
+        conversations = self._dispatcher.conversations
+        conversations.begin_recount()
+        try:
+            unfinished = await self._stored.store.conversations()
+            conversations.recount(unfinished, self._stored.leases.conversations())
+        finally:
+            conversations.end_recount()
 
     async def conversation_moved(self, task_type: str) -> None:
         """Count and refill again, because a record of `task_type` has ended, and the next of its conversation waits.

@@ -390,6 +390,7 @@ class Account:
                 if now < permit.granted_at + _ACCEPTED_AFTER:
                     return permit.granted_at + _ACCEPTED_AFTER
                 self._accept(now, permit)
+                self._suspension.record_unrefused(permit)
             unconfirmed.popleft()
         return None
 
@@ -470,9 +471,17 @@ class Account:
         self.counts.unattributed -= permit.request.task_id is None
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
-    def suspend(self, now: float, seconds: float) -> None:
-        """Send no calls for `seconds`, and then one: by the provider's answer, the account's money there is spent."""
-        self._suspension.begin(now, seconds)
+    def confirm_spent(self, now: float, permit: Permit, *, certain: bool) -> float | None:
+        """Return since when no call was accepted, if a refusal means that money is spent. See `SpendSuspension`."""
+        return self._suspension.confirm(now, permit, certain=certain)
+
+    def suspend(self, now: float, seconds: float, *, since: float = math.inf) -> None:
+        """Send no calls for `seconds`, and then one: by the provider's answer, the account's money there is spent.
+
+        Calls go on if one that was sent after `since` was accepted.
+        """
+        if not self._suspension.accepted_since(since):
+            self._suspension.begin(now, seconds)
 
     def is_expendable(self, now: float) -> bool:
         """Return whether a new account could replace it: it never succeeded, or has no calls, and no quota is used.

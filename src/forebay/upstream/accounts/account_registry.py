@@ -106,7 +106,7 @@ class AccountRegistry:
         """Return the open accounts of an API key, given its fingerprint."""
         return [account for (other, _), account in self._accounts.items() if other == mark]
 
-    def _suspend_key(self, mark: str, seconds: float, account: SharedAccount) -> None:
+    def _suspend_key(self, mark: str, seconds: float, since: float, account: SharedAccount) -> None:
         """Suspend all accounts of an API key: a provider has told one of them that the key's money is spent."""
         now, suspended = clock.now(), self._suspended_until
         if len(suspended) >= _KNOWN:
@@ -115,7 +115,7 @@ class AccountRegistry:
                 del suspended[next(iter(suspended))]
         suspended[mark] = now + seconds
         for each in {account, *self._accounts_of_key(mark)}:
-            each.suspend_alone(seconds)
+            each.suspend_alone(seconds, since=since)
 
     def _continue_suspension(self, mark: str, account: SharedAccount) -> None:
         """Suspend an account that is opened while its API key is suspended."""

@@ -37,7 +37,8 @@ class SharedAccount:
         open_account: returns a new account, which makes the decisions: one now, and one in each forked child.
         upstream: name of the account's upstream, for messages.
         retries: of its calls.
-        suspend_key: suspends all accounts of its API key for some seconds, itself included.
+        suspend_key: suspends all accounts of its API key for some seconds, itself included, but those that have
+            accepted a call sent after some time.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
             typical call.
 
@@ -52,7 +53,7 @@ class SharedAccount:
         *,
         upstream: str,
         retries: AccountRetries,
-        suspend_key: Callable[[float, SharedAccount], None],
+        suspend_key: Callable[[float, float, SharedAccount], None],
         max_start_wait: float | None,
     ) -> None:
         self.account = open_account()
@@ -239,15 +240,35 @@ class SharedAccount:
         with self._lock:
             return self.account.timeouts.judge(now - permit.granted_at)
 
-    def suspend(self, seconds: float) -> None:
-        """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone."""
-        self._suspend_key(seconds, self)
+    def record_spend_cap(self, permit: Permit, seconds: float, *, certain: bool) -> None:
+        """Note that a call was refused because money at the provider is spent.
 
-    def suspend_alone(self, seconds: float) -> None:
-        """Send no calls of this account for `seconds`, and reject those that wait."""
+        If that means the account, and not this call alone, no calls of its API key are sent for `seconds`, and those
+        that wait are rejected.
+
+        Args:
+            permit: of the call.
+            seconds: to wait before the next call is tried.
+            certain: it means the account.
+        """
         now = clock.now()
         with self._lock:
-            self.account.suspend(now, seconds)
+            since = self.account.confirm_spent(now, permit, certain=certain)
+        if since is not None:
+            self.suspend(seconds, since=since)
+
+    def suspend(self, seconds: float, *, since: float = math.inf) -> None:
+        """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone.
+
+        Calls of an account go on if one of its calls that was sent after `since` was accepted.
+        """
+        self._suspend_key(seconds, since, self)
+
+    def suspend_alone(self, seconds: float, *, since: float = math.inf) -> None:
+        """Send no calls of this account for `seconds`, and reject those that wait. See `Account.suspend`."""
+        now = clock.now()
+        with self._lock:
+            self.account.suspend(now, seconds, since=since)
             self.account.reject_queued(now)
 
     def is_expendable(self) -> bool:

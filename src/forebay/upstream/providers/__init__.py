@@ -1,6 +1,12 @@
 """LLM providers: requests, token counting, rate-limit headers, errors and usage. Unreadable input raises nothing."""
 
-from forebay.upstream.providers.classify import ErrorKind, classify, classify_stream_error, names_concurrency
+from forebay.upstream.providers.classify import (
+    ErrorKind,
+    classify,
+    classify_stream_error,
+    names_concurrency,
+    names_spend_cap,
+)
 from forebay.upstream.providers.credentials import CREDENTIAL_HEADERS, normalize_credential
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.http_headers import Headers
@@ -37,6 +43,7 @@ __all__ = [
     "find_unpriced",
     "find_unreadable",
     "names_concurrency",
+    "names_spend_cap",
     "normalize_credential",
     "path_with_model",
     "profile_for",

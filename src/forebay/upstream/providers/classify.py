@@ -146,8 +146,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             throttled=True,
             can_fall_back=True,
             counted_by=(
-                "account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h, "
-                "and then one call at a time until one succeeds"
+                "account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h, and then one call at a "
+                "time until one succeeds; without an error code once every call was refused so for 2 s"
             ),
             caller_gets=f"{_PROVIDERS_RESPONSE}; the calls after it `Overloaded`, limited by `budget`",
         ),
@@ -300,6 +300,11 @@ def names_concurrency(body: bytes) -> bool:
     return _kind_in_body(body) is ErrorKind.CONCURRENCY_LIMIT
 
 
+def names_spend_cap(body: bytes) -> bool:
+    """Return whether the code of an error says that the account's money is used up, not only a status or a message."""
+    return any(ERROR_CODES.get(code) is ErrorKind.SPEND_CAP for code in _error_codes(_decode_error(body)))
+
+
 def classify_stream_error(error: Any) -> ErrorKind:
     """Return the kind of an error that is reported in the middle of a stream, under the status 200.
 
@@ -329,18 +334,22 @@ def _kind_in_body(body: bytes) -> ErrorKind | None:
     """Return the kind of an error by its body; None if the body does not show it."""
     if not body:
         return None
-    error: Any = None
-    if len(body) <= _MAX_BODY:
-        try:
-            error = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            error = None
+    error = _decode_error(body)
+    if error is None:
+        return _kind_by_wording(body[:_MAX_TEXT].decode("utf-8", "replace").lower())
+    kind, message = _read_error(error)
+    return kind or _kind_by_wording(message)
+
+
+def _decode_error(body: bytes) -> Any:
+    """Return the error object (or text) in the body of a response; None if it is not JSON, or too long."""
+    try:
+        error = msgspec.json.decode(body) if len(body) <= _MAX_BODY else None
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
     if isinstance(error, list) and error:  # Google's OpenAI-compatible endpoint wraps errors in a list
         error = error[0]
-    if not isinstance(error, dict):
-        return _kind_by_wording(body[:_MAX_TEXT].decode("utf-8", "replace").lower())
-    kind, message = _read_error(error.get("error", error))
-    return kind or _kind_by_wording(message)
+    return (error.get("error") or error) if isinstance(error, dict) else None
 
 
 def _read_error(error: Any) -> tuple[ErrorKind | None, str]:

@@ -14,6 +14,8 @@ from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.providers.request import READ_FIELDS, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
+_MAX_UNREAD: Final = 1 << 20  # bytes of a body besides its input that are searched for repeated keys
+_MAX_OBJECTS: Final = 100_000  # of a body that is searched for repeated keys object by object
 
 # Tools that run at the caller, or whose cost is in the usage of the answer. Any other runs at the provider, which bills
 # containers, images and other models apart. Sources: the tool guides of OpenAI and Anthropic.
@@ -21,9 +23,18 @@ _METERED_TOOLS: Final = re.compile(
     r"function|custom|namespace|mcp|mcp_toolset|local_shell|apply_patch|tool_search\w*|file_search|web_search\w*"
     r"|web_fetch_\w+|computer|computer_use_preview|computer_\w+|bash_\d+|text_editor_\d+|memory_\d+|browser_\w+"
 )
-_SEARCH_TOOL: Final = re.compile(rb'"type"\s*:\s*"web_search')
+_WEB_SEARCH: Final = b"web_search"
+_MORE_TOOLS: Final = (b'"additional_tools"', b'"tool_search_output"', b'"tool_definition"')  # tools within the input
+_BILLED_APART: Final = {
+    "plugins": "its provider bills its plugins apart from the tokens",
+    "search_parameters": "its provider bills the searches of `search_parameters` apart from the tokens",
+    "fallbacks": "the attempts of its `fallbacks` are billed by the prices of other models: name one model",
+    "prompt": "it names a stored prompt, whose tools and input are not told: send them in the request",
+    "preset": "it names a preset, whose models and plugins are not told: send them in the request",
+}
 _AUDIO_PART: Final = b'"input_audio"'
-_STORED: Final = re.compile(rb'"file_(?:id|url)"\s*:\s*"')
+_STORED: Final = re.compile(rb'"file_(?:(?:id|url)"\s*:\s*"|data"\s*:\s*"https?:)')
+_VIDEO: Final = re.compile(rb'"type"\s*:\s*"(?:input_)?video(?:_url)?"')
 _BY_URL: Final = re.compile(rb'"type"\s*:\s*"url"')  # of a document, or of an image, which costs less
 _DOCUMENT: Final = re.compile(rb'"type"\s*:\s*"document"')
 _ESCAPE: Final = b"\\u00"
@@ -41,7 +52,7 @@ class _Tool(msgspec.Struct):
     type: Any = None
 
 
-_tools: Final = msgspec.json.Decoder(list[_Tool])
+_tools: Final = msgspec.json.Decoder(list[_Tool] | None)
 
 
 def find_unreadable(request: ProviderRequest, body: bytes) -> str:
@@ -50,6 +61,8 @@ def find_unreadable(request: ProviderRequest, body: bytes) -> str:
         return ""
     if request.unreadable or request.endpoint is Endpoint.OTHER:
         return request.unreadable
+    if len(body) - sum(memoryview(piece).nbytes for piece in request.content) > _MAX_UNREAD:
+        return f"its body has more than {_MAX_UNREAD:,} bytes besides its messages, prompts and tools: send less"
     if _has_duplicate_keys(body):
         return (
             "its body has a key twice, in another case, or written in escapes: servers do not agree on what that means"
@@ -63,18 +76,18 @@ def find_unpriced(request: ProviderRequest) -> str:
         return request.billing_reason
     if request.background and request.max_output_tokens is None:
         return "a response in the background is paid before its usage is known: give it max_output_tokens"
-    if request.plugins:
-        return "its provider bills its plugins apart from the tokens"
-    if request.stored_prompt:
-        return "it names a stored prompt, whose tools and input are not told: send them in the request"
+    if request.billed_apart:
+        return _BILLED_APART[request.billed_apart]
     if request.endpoint is Endpoint.IMAGES and request.stream and request.choices > 1:
         return "a stream of several images does not report their usage together"
-    return _find_unpriced_tool(bytes(request.tools)) if request.tools else ""
+    return _find_unpriced_tool(request)
 
 
 def expected_searches(request: ProviderRequest) -> int:
     """Return how many searches of the web a request is expected to make at its provider."""
-    by_tool = bool(request.tools) and _SEARCH_TOOL.search(bytes(request.tools)) is not None
+    if not any(_WEB_SEARCH in bytes(raw) for raw in request.content):
+        return request.searches
+    by_tool = any(isinstance(kind, str) and kind.startswith("web_search") for kind in _tool_kinds(request) or ())
     return _EXPECTED_SEARCHES if by_tool else request.searches
 
 
@@ -83,7 +96,7 @@ class UnseenInput(NamedTuple):
 
     Attributes:
         audio: whether it sends or asks for sound, whose tokens are many times as dear as those of text.
-        stored: how many files and conversations it refers to.
+        stored: how many files, videos and conversations it refers to.
     """
 
     audio: bool
@@ -92,11 +105,54 @@ class UnseenInput(NamedTuple):
 
 def find_unseen_input(request: ProviderRequest) -> UnseenInput:
     """Return what a request sends besides its text."""
-    content = _without_escapes(bytes(request.content)) if request.content else b""
-    stored = len(_STORED.findall(content)) if b'"file_' in content else 0
-    if b'"document"' in content:
-        stored += min(len(_DOCUMENT.findall(content)), len(_BY_URL.findall(content)))
-    return UnseenInput(request.asks_for_audio or _AUDIO_PART in content, stored + request.conversation)
+    audio, stored = request.asks_for_audio, int(request.conversation)
+    for raw in request.content:
+        piece = _without_escapes(bytes(raw))
+        audio = audio or _AUDIO_PART in piece
+        if b'"file_' in piece:
+            stored += len(_STORED.findall(piece))
+        if b"video" in piece:
+            stored += len(_VIDEO.findall(piece))
+        if b'"document"' in piece:
+            stored += min(len(_DOCUMENT.findall(piece)), len(_BY_URL.findall(piece)))
+    return UnseenInput(audio, stored)
+
+
+def _tool_kinds(request: ProviderRequest) -> list[Any] | None:
+    """Return the types of all tools of a request, those within its input too; None if they cannot be read for sure."""
+    tools = bytes(request.tools)
+    try:
+        kinds = [tool.type for tool in _tools.decode(tools) or ()] if tools else []
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
+    if unusual and _repeats_a_key(tools, everywhere=True):
+        return None
+    for raw in request.content:
+        piece = bytes(raw)
+        if any(word in piece for word in _MORE_TOOLS) or (_ESCAPE in piece and _ESCAPED_LETTER.search(piece)):
+            if _repeats_a_key(piece, everywhere=True):
+                return None
+            kinds += [tool.get("type") if isinstance(tool, dict) else tool for tool in _tools_within(json.loads(piece))]
+    return kinds
+
+
+def _tools_within(content: object) -> list[Any]:
+    """Return the tools that parts of a content define: OpenAI's ``additional_tools``, Anthropic's ``tool_addition``."""
+    tools: list[Any] = []
+    rest = [content]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, list):
+            rest += part
+        elif isinstance(part, dict):
+            if part.get("type") in ("additional_tools", "tool_search_output"):
+                added = part.get("tools")
+                tools += added if isinstance(added, list) else [added]
+            elif part.get("type") == "tool_definition":
+                tools.append(part.get("definition"))
+            rest += part.values()
+    return tools
 
 
 def _without_escapes(text: bytes) -> bytes:
@@ -109,19 +165,13 @@ def _without_escapes(text: bytes) -> bytes:
         return text
 
 
-def _find_unpriced_tool(tools: bytes) -> str:
-    if tools == b"null":
-        return ""
-    try:
-        kinds = [tool.type for tool in _tools.decode(tools)]
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return "its tools cannot be read"
+def _find_unpriced_tool(request: ProviderRequest) -> str:
+    kinds = _tool_kinds(request)
+    if kinds is None:
+        return "its tools cannot be read: they are no list, or have a key twice, or one written in escapes"
     for kind in kinds:
         if kind is not None and not (isinstance(kind, str) and _METERED_TOOLS.fullmatch(kind)):
             return f"its provider bills the tool {str(kind)[:_MAX_SHOWN]!r} apart from the tokens"
-    unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
-    if unusual and _repeats_a_key(tools, everywhere=True):
-        return "its tools have a key twice, or written in escapes"
     return ""
 
 
@@ -149,6 +199,8 @@ def _mixes_cases(names: Iterable[str]) -> bool:
 
 def _repeats_a_key(text: bytes, *, everywhere: bool) -> bool:
     """Return whether the outermost object has a key twice, or any object `everywhere`; also if that cannot be told."""
+    if text.count(b"{") > _MAX_OBJECTS:
+        return True
     repeated = outermost = False
 
     def look(pairs: list[tuple[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.include_usage import with_include_usage
 from forebay.upstream.providers.metering import expected_searches, find_unseen_input
 from forebay.upstream.providers.request import ProviderRequest, read_request
-from forebay.upstream.providers.usage import Usage
+from forebay.upstream.providers.usage import US_FACTOR, Usage
 
 _TYPICAL_OUTPUT: Final = 500  # tokens, where neither the request nor earlier calls give a number
 _UNBOUNDED_OUTPUT: Final = 16_384  # tokens, in dollars: as much as many models can make
@@ -136,6 +136,7 @@ class ProviderProfile:
             output_audio_tokens=received if unseen.audio else 0,
             web_searches=expected_searches(request),
             tier=request.tier,
+            factor=US_FACTOR if request.regional else 1.0,
         )
 
     def _combined(self, request: ProviderRequest, sent: int, received: int) -> int:

@@ -22,6 +22,8 @@ _MAX_SHOWN: Final = 50  # characters of a header in a message
 _DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
 _MINI_IMAGE: Final = 25_501  # tokens of an image on gpt-4o-mini: 2,833 and 5,667 a tile (OpenAI, "Images and vision")
 _SEARCH_MODEL: Final = re.compile(r"-search-")  # each call of such a model searches the web
+_ONLINE: Final = ":online"  # in a model's name: OpenRouter's plugin that searches the web
+_MAX_ALTERNATIVES: Final = 20  # models that a request names besides its own
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
 
@@ -70,9 +72,10 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         asks_for_audio: whether it asks for sound.
         previous_response_id: of the stored response that it continues, or None.
         conversation: whether it continues a conversation that the provider stores.
-        plugins: whether it names plugins of its provider.
-        stored_prompt: whether it names a prompt that the provider stores.
-        content: its messages or other input, as JSON, or empty.
+        alternatives: models that may answer instead of its own (OpenRouter's ``models``).
+        billed_apart: a field of it whose cost no usage tells, such as ``"plugins"``; empty if it has none.
+        regional: whether it asks to be computed in the US, which is dearer at Anthropic.
+        content: all that becomes input, as JSON: messages, system prompt, tools...
         tools: as JSON, or empty.
     """
 
@@ -98,9 +101,10 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
     asks_for_audio: bool = False
     previous_response_id: str | None = None
     conversation: bool = False
-    plugins: bool = False
-    stored_prompt: bool = False
-    content: msgspec.Raw = _NOTHING
+    alternatives: tuple[str, ...] = ()
+    billed_apart: str = ""
+    regional: bool = False
+    content: tuple[msgspec.Raw, ...] = ()
     tools: msgspec.Raw = _NOTHING
 
     @property
@@ -136,7 +140,12 @@ class _RequestBody(msgspec.Struct):
     modalities: Any = None
     previous_response_id: Any = None
     conversation: Any = None
+    models: Any = None
     plugins: Any = None
+    fallbacks: Any = None
+    search_parameters: Any = None
+    preset: Any = None
+    inference_geo: Any = None
     web_search_options: msgspec.Raw = _NOTHING
     messages: msgspec.Raw = _NOTHING  # the input starts here
     system: msgspec.Raw = _NOTHING
@@ -152,6 +161,7 @@ class _RequestBody(msgspec.Struct):
 
 READ_FIELDS: Final = frozenset(_RequestBody.__struct_fields__)
 """The names of the fields that are read."""
+_BILLED_APART: Final = ("plugins", "fallbacks", "search_parameters", "preset")
 _PROMPT_BEGINS: Final = (b'"', b"[")
 _BOUNDS: Final = {  # one that the endpoint does not know bounds nothing
     Endpoint.CHAT: ("max_completion_tokens", "max_tokens"),
@@ -218,21 +228,22 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
             billing=billing,
             billing_reason=reason,
         )
-    pieces = map(bytes, filter(None, msgspec.structs.astuple(read)[_FIRST_INPUT:]))
+    content: tuple[msgspec.Raw, ...] = tuple(filter(None, msgspec.structs.astuple(read)[_FIRST_INPUT:]))
+    alternatives = () if read.models is None else _names(read.models)
     choices = 1
     if read.n is not None or read.best_of is not None:
         choices = min(_MAX_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
     if route is Endpoint.COMPLETIONS:
         choices *= _count_prompts(bytes(read.prompt))
     # The deployment in Azure's path is what answers, whatever the body says.
-    options, model = read.stream_options, line.model or _name(read.model)
+    options, model = read.stream_options, line.model or _name(read.model) or next(iter(alternatives), None)
     previous = read.previous_response_id
     return ProviderRequest(
         endpoint=route,
         model=model,
         stream=read.stream is not None and _asks_for_stream(read.stream),
         input_tokens=estimate_tokens(
-            pieces,
+            map(bytes, content),
             bytes_per_token=bytes_per_token,
             image_tokens=_MINI_IMAGE if model is not None and "gpt-4o-mini" in model else image_tokens,
         ),
@@ -251,9 +262,10 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
         previous_response_id=previous if isinstance(previous, str) else None,
         conversation=read.conversation is not None,
-        plugins=bool(read.plugins),
-        stored_prompt=route is Endpoint.RESPONSES and bytes(read.prompt).startswith(b"{"),
-        content=read.messages or read.input,
+        alternatives=alternatives,
+        billed_apart=_billed_apart(read, route, model or ""),
+        regional=read.inference_geo == "us",
+        content=content,
         tools=read.tools,
     )
 
@@ -364,6 +376,22 @@ def _spoken(text: msgspec.Raw) -> int:
 
 def _name(model: object) -> str | None:
     return model[:_MAX_MODEL] if isinstance(model, str) and model else None
+
+
+def _billed_apart(body: _RequestBody, endpoint: Endpoint, model: str) -> str:
+    """Return a field whose cost no usage tells; empty if there is none."""
+    if _ONLINE in model:
+        return "plugins"
+    if endpoint is Endpoint.RESPONSES and bytes(body.prompt).startswith(b"{"):
+        return "prompt"
+    return next((name for name in _BILLED_APART if getattr(body, name)), "")
+
+
+def _names(models: object) -> tuple[str, ...]:
+    """Return the models of a list; an empty name, which has no price, for each that is none, and for too many."""
+    if not isinstance(models, list) or len(models) > _MAX_ALTERNATIVES:
+        return ("",)
+    return tuple([_name(model) or "" for model in models])
 
 
 def _count_prompts(prompt: bytes) -> int:

@@ -10,8 +10,10 @@ from forebay.quota import BilledUsage
 
 _MAX_TOKENS: Final = 10**8  # of one call: ten times the largest context window of any model
 _MAX_SEARCHES: Final = 10_000  # of one call
-_US_FACTOR: Final = 1.1  # Anthropic's, for calls that are computed in the US only: "Pricing", data residency
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
+
+US_FACTOR: Final = 1.1
+"""By which Anthropic's calls are dearer that are computed in the US only: "Pricing", data residency."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,7 +160,7 @@ def _with_extras(usage: Usage, value: dict[str, Any]) -> Usage:
     if value.get("speed") == "fast":
         extras["tier"] = "fast"
     if value.get("inference_geo") == "us":
-        extras["factor"] = _US_FACTOR
+        extras["factor"] = US_FACTOR
     iterations = value.get("iterations")
     if isinstance(iterations, list):  # a compaction is not part of the totals
         compactions = [each for each in iterations if isinstance(each, dict) and each.get("type") == "compaction"]

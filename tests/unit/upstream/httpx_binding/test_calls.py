@@ -37,6 +37,7 @@ from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 
+SPENT = Reply(status=429, body=[b'{"error": {"message": "You exceeded your quota.", "code": "insufficient_quota"}}'])
 LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
 
 
@@ -360,7 +361,7 @@ async def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
 @virtual
 async def test_at_the_spend_cap_of_the_provider_calls_are_rejected() -> None:
     up = upstream()
-    script = Script(httpx2, Reply.error(429, "You exceeded your current quota, check your spending limit"))
+    script = Script(httpx2, SPENT)
     client = script.client(up)
     assert (await ask(client)).status_code == 429
     with pytest.raises(Overloaded) as rejection:
@@ -372,7 +373,7 @@ async def test_at_the_spend_cap_of_the_provider_calls_are_rejected() -> None:
 @virtual
 async def test_at_the_spend_cap_of_the_provider_a_free_request_is_still_sent() -> None:
     up = upstream()
-    script = Script(httpx2, Reply.error(429, "You exceeded your current quota, check your spending limit"), Reply())
+    script = Script(httpx2, SPENT, Reply())
     client = script.client(up)
     assert (await ask(client)).status_code == 429
     assert (await client.get("https://provider.test/v1/models")).status_code == 200
@@ -407,13 +408,57 @@ async def test_a_free_request_does_not_change_the_typical_cost_of_a_call() -> No
 
 @virtual
 async def test_at_the_spend_cap_calls_are_rejected_for_an_hour_at_most() -> None:
-    client = Script(httpx2, Reply.error(402, "no", retry_after="9" * 40), Reply()).client(upstream())
-    assert (await ask(client)).status_code == 402
+    client = Script(httpx2, *[Reply.error(402, "no", retry_after="9" * 40)] * 2, Reply()).client(upstream())
+    for _ in range(2):
+        assert (await ask(client)).status_code == 402
+        await asyncio.sleep(2.0)
     with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    assert rejection.value.retry_after == approximately(3600.0)
-    await asyncio.sleep(3600.0)
+    assert rejection.value.retry_after == approximately(3598.0)
+    await asyncio.sleep(3598.0)
     assert (await ask(client)).status_code == 200
+
+
+@virtual
+async def test_a_402_stops_the_calls_once_each_of_two_seconds_was_refused() -> None:
+    script = Script(httpx2, Reply.error(402, "no"))
+    client = script.client(upstream())
+    for _ in range(21):
+        assert (await ask(client)).status_code == 402
+        await asyncio.sleep(0.1)
+    with pytest.raises(Overloaded, match="money is spent"):
+        await ask(client)
+    assert len(script.requests) == 21
+
+
+class DearRequests(Script):
+    """A provider that refuses requests for many tokens, and answers others after a second."""
+
+    def next(self, request: Any) -> Reply:
+        body = json.loads(request.content)
+        return super().next(request) if body["max_tokens"] > 1_000 else Reply(pause=1.0)
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "o3"])
+@pytest.mark.parametrize("refusal", [Reply.error(402, "can only afford 41234"), Reply.error(400, "Credit balance!")])
+@virtual
+async def test_a_request_that_the_account_cannot_afford_stops_no_others(refusal: Reply, model: str) -> None:
+    client = DearRequests(httpx2, refusal).client(upstream())
+
+    async def ask_often(pause: float, **body: Any) -> set[int]:
+        statuses = set()
+        while now() < 60.0:
+            try:
+                statuses.add((await ask(client, **body)).status_code)
+            except Overloaded:
+                statuses.add(429)
+            await asyncio.sleep(pause)
+        return statuses
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ask_often(0.1, model=model, max_tokens=65_536))
+        others = [group.create_task(ask_often(pause)) for pause in (0.1, 0.3, 0.7)]
+    assert all(other.result() == {200} for other in others)
 
 
 @virtual

@@ -37,3 +37,8 @@ def test_what_python_writes_can_be_read(text: str) -> None:
     paired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert read.count("\ufffd") >= paired.count("\ufffd") - text.count("\ufffd")
     assert [letter for letter in read if letter != "\ufffd"] == [letter for letter in paired if letter != "\ufffd"]
+
+
+def test_a_text_of_nothing_but_backslashes_is_read_in_one_pass() -> None:
+    many = b"\\\\" * 1_000_000  # time that grows with the square of its length would be hours
+    assert replace_lone_surrogates(b'"\\ud800' + many + b'"') == b'"\\ufffd' + many + b'"'

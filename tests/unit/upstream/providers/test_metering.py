@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from forebay.upstream.providers import ProviderRequest, find_unpriced, find_unreadable, profile_for
+from forebay.upstream.providers.metering import find_unseen_input
 
 SAY = [{"role": "user", "content": "x"}]
 BODY: dict[str, Any] = {"model": "m", "messages": SAY}
@@ -58,6 +59,18 @@ def test_any_other_json_object_can_be_read(
     assert not unreadable(body)
 
 
+def test_a_body_of_nothing_but_keys_is_not_searched_for_repeated_ones() -> None:
+    keys = b",".join(b'"%07d":1' % number for number in range(100_000))
+    assert "besides its messages" in unreadable(b'{"model":"m","messages":[],%b}' % keys)
+    assert not unreadable(b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"x" * len(keys)))
+    assert not unreadable(b'{"model":"m","prompt":"%b"}' % (b"x" * len(keys)))
+
+
+def test_a_body_of_nothing_but_objects_is_not_searched_one_by_one() -> None:
+    assert "a key twice" in unreadable(b'{"model":  "m","messages":[%b{}]}' % (b"{}," * 100_000))
+    assert not unreadable(b'{"model":"m","messages":[%b{}]}' % (b"{}," * 100_000))
+
+
 def test_a_repeated_key_deeper_down_changes_nothing() -> None:
     assert not unreadable(b'{"model":"m","messages":[{"role":"user","role":"user"}]}')
 
@@ -94,6 +107,122 @@ def test_a_tool_that_is_billed_apart_is_unpriced(kind: Any) -> None:
 def test_tools_that_servers_read_differently_are_unpriced(tools: bytes) -> None:
     request = read(b'{"model":"m","input":"x","tools":%s}' % tools, "/v1/responses")
     assert "its tools" in find_unpriced(request)
+
+
+ADDITIONAL: dict[str, Any] = {"type": "additional_tools", "role": "developer"}
+
+
+@pytest.mark.parametrize("kind", ["image_generation", "code_interpreter", 5])
+@pytest.mark.parametrize("place", ["additional_tools", "tool_search_output", "tool_addition"])
+def test_a_tool_within_the_input_is_looked_at_too(place: str, kind: Any) -> None:
+    for tool, priced in (({"type": kind}, False), ({"type": "function", "name": "f"}, True)):
+        addition = {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": tool}}
+        item = {"role": "user", "content": [addition]} if place == "tool_addition" else {"type": place, "tools": [tool]}
+        for field in ("input", "messages"):
+            reason = unpriced("/v1/responses" if field == "input" else "/v1/messages", **{field: [*SAY, item]})
+            assert reason == ("" if priced else f"its provider bills the tool {str(kind)!r} apart from the tokens")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        b'{"type":"additional_tools","type":"message","tools":[{"type":"shell"}]}',
+        b'{"t\\u0079pe":"additional_tools","type":"message","tools":[{"type":"shell"}]}',
+        b'{"type":"\\u0061dditional_tools","type":"message","tools":[{"type":"shell"}]}',
+    ],
+)
+def test_tools_within_the_input_that_servers_read_differently_are_unpriced(item: bytes) -> None:
+    request = read(b'{"model":"m","messages":[],"input":[%s]}' % item, "/v1/responses")
+    assert "its tools cannot be read" in find_unpriced(request)
+
+
+@pytest.mark.parametrize("tools", [None, {}, "all", [5], [None]])
+def test_tools_within_the_input_that_are_no_list_are_unpriced(tools: Any) -> None:
+    assert not unpriced(input=[{"type": "message", "tools": tools}])
+    reason = unpriced(input=[{**ADDITIONAL, "tools": tools}])
+    assert bool(reason) == (tools not in (None, {}, [None]))  # these are no tools
+
+
+@pytest.mark.parametrize(
+    ("kind", "searches"), [("web_search", 5), ("web_search_20260318", 5), ("function", 0), ("web_fetch_1", 0)]
+)
+def test_searches_are_expected_wherever_their_tool_is_defined(kind: str, searches: int) -> None:
+    tools = [{"type": kind, "name": "web_search"}]
+    done = {"type": "web_search_call", "id": "1", "status": "completed"}
+    for fields in ({"tools": tools, "input": "x"}, {"input": [done, {**ADDITIONAL, "tools": tools}]}):
+        request = read(json.dumps({"model": "m", **fields}).encode(), "/v1/responses")
+        assert OPENAI.estimate_usage(request).web_searches == searches
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"plugins": [{"id": "web"}]},
+        {"model": "openai/gpt-4o:online"},
+        {"models": ["openai/gpt-4o:online"], "model": None},
+        {"search_parameters": {"mode": "on"}},
+        {"fallbacks": "default"},
+        {"fallbacks": [{"model": "dear"}]},
+        {"preset": "mine"},
+    ],
+)
+def test_a_field_whose_cost_no_usage_tells_is_unpriced(fields: dict[str, Any]) -> None:
+    assert unpriced("/v1/chat/completions", **fields)
+    assert not unpriced("/v1/chat/completions", **dict.fromkeys(fields.keys() - {"model", "models"}))
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        (None, ()),
+        ([], ()),
+        (["a", "b"], ("a", "b")),
+        ("a", ("",)),
+        ({"a": 1}, ("",)),
+        (["a", 5, "", None], ("a", "", "", "")),
+        (["a"] * 21, ("",)),
+    ],
+)
+def test_models_that_may_answer_instead_are_read(models: Any, expected: tuple[str, ...]) -> None:
+    assert read(json.dumps({**BODY, "models": models}).encode()).alternatives == expected
+    alone = read(json.dumps({"models": models, "messages": SAY}).encode())
+    assert alone.model == (expected[0] if expected else None)
+
+
+FILE = {"type": "document", "source": {"type": "file", "file_id": "file_1"}}
+BY_URL = {"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "stored"),
+    [
+        ({"messages": [{"role": "user", "content": [FILE, BY_URL]}]}, 2),
+        ({"messages": [], "system": [FILE, BY_URL]}, 2),
+        ({"messages": [], "input": [{"type": "input_file", "file_id": "file_1"}]}, 1),
+        ({"input": [], "instructions": [{"type": "input_file", "file_url": "https://x"}]}, 1),
+        ({"messages": [{"content": [{"type": "file", "file": {"file_data": "https://x/y.pdf"}}]}]}, 1),
+        ({"messages": [{"content": [{"type": "file", "file": {"file_data": "data:application/pdf;base64,"}}]}]}, 0),
+        ({"messages": [{"content": [{"type": "video_url", "video_url": {"url": "https://x"}}]}]}, 1),
+        ({"messages": SAY, "conversation": "conv_1"}, 1),
+        ({"messages": SAY, "system": "say file_id", "tools": [{"name": "file_id"}]}, 0),
+    ],
+)
+def test_what_a_request_only_refers_to_is_counted_wherever_it_is(fields: dict[str, Any], stored: int) -> None:
+    for path in ("/v1/messages", "/v1/responses"):
+        request = read(json.dumps({"model": "m", **fields}).encode(), path)
+        assert find_unseen_input(request).stored == stored
+
+
+def test_sound_is_found_wherever_it_is() -> None:
+    sound = [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]
+    for field in ("messages", "input", "system"):
+        assert find_unseen_input(read(json.dumps({**BODY, "messages": [], field: sound}).encode())).audio
+
+
+def test_a_call_to_be_computed_in_the_us_reserves_what_that_costs() -> None:
+    for place, factor in (("us", 1.1), ("global", 1.0), (None, 1.0)):
+        request = read(json.dumps({**BODY, "inference_geo": place}).encode(), "/v1/messages")
+        assert OPENAI.estimate_usage(request).factor == factor
 
 
 def test_a_response_in_the_background_needs_a_bound() -> None:

@@ -163,6 +163,13 @@ def test_documents_and_sound_cost_a_fraction_of_their_base64() -> None:
     assert 1100 < ask("/v1/messages", body, provider="anthropic").input_tokens < 1250
 
 
+def test_a_request_of_more_parts_than_can_be_looked_at_counts_by_its_bytes() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000}}
+    messages = [{"role": "user", "content": [image, *[{}] * 200_000]}]
+    size = len(json.dumps(messages, separators=(",", ":")))
+    assert ask("/v1/chat/completions", {"messages": messages}).input_tokens == pytest.approx(size / 4, abs=10)
+
+
 def test_text_about_images_is_text() -> None:
     talk = [{"role": "user", "content": 'he said "image_url" ' * 100}]
     assert 500 < ask("/v1/chat/completions", {"messages": talk}).input_tokens < 620

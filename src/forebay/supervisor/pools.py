@@ -1,0 +1,231 @@
+"""The pools of a supervisor, and which of them a worker serves next."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from forebay.supervisor.pool import Pool
+from forebay.supervisor.slot_counts import SlotCounts
+from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_selection import WorkerSelector
+
+if TYPE_CHECKING:
+    from forebay.admission import QueueEntry
+
+_MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was passed over is served
+_MANY = 8  # task types of a worker from which its pools share the counts of its slots
+
+
+class ServedPools(Protocol):
+    """The pools that a worker serves."""
+
+    @property
+    def pools(self) -> Sequence[Pool]:
+        """All of them."""
+
+    def next_pool(self) -> Pool | None:
+        """Return the pool whose head the worker takes next, or None if no task waits."""
+
+    def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
+        """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
+
+    def with_spilled(self) -> Iterable[Pool]:
+        """Return the pools for which records may wait in the overflow."""
+
+
+class FewPools:
+    """The pools that a worker of few task types serves: they are searched."""
+
+    __slots__ = ("pools",)
+
+    def __init__(self, pools: Sequence[Pool]) -> None:
+        self.pools = pools
+
+    def next_pool(self) -> Pool | None:
+        """Return the pool whose head the worker takes next, or None if no task waits."""
+        return next_pool(self.pools)
+
+    def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
+        """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
+        return first_for(worker, self.pools)
+
+    def with_spilled(self) -> Iterable[Pool]:
+        """Return the pools for which records may wait in the overflow."""
+        return self.pools
+
+
+class PoolGroup(SlotCounts):
+    """The pools that workers of the same many task types serve.
+
+    Whatever their number, what happens to one of these workers is recorded here, once, and each pool looks here when it
+    needs to know. The waiting pools are in a heap by their heads, which is corrected when it is read.
+    """
+
+    __slots__ = ("_dequeues", "_heads", "_heap", "_informed", "_served_at", "_with_spilled", "pools")
+
+    def __init__(self, pools: Sequence[Pool]) -> None:
+        super().__init__()
+        self.pools = pools
+        self._informed: dict[WorkerAgent, list[WorkerSelector]] = {}  # those that know the present score of a worker
+        self._heads: dict[Pool, QueueEntry] = {}  # of the pools in which a task waits
+        self._heap: list[tuple[tuple[int, Any, int], QueueEntry, Pool]] = []
+        self._served_at: OrderedDict[Pool, int] = OrderedDict()  # dequeues when a waiting pool was served, or grew
+        self._dequeues = 0
+        self._with_spilled: dict[Pool, None] = {}
+        for pool in pools:
+            pool.join(self)
+
+    # --- its workers ---
+
+    def add_worker(self, worker: WorkerAgent) -> None:
+        """Add a worker, which no pool knows yet."""
+        self._informed[worker] = []
+        for pool in self.pools:
+            pool.selector.expect(worker, self)
+
+    def score_fell(self, worker: WorkerAgent) -> None:
+        """Have each selector that knows the former score of `worker` ask for the present one."""
+        informed, self._informed[worker] = self._informed[worker], []
+        for selector in informed:
+            selector.expect(worker, self)
+
+    def inform(self, worker: WorkerAgent, selector: WorkerSelector) -> None:
+        """Remember that `selector` knows the present score of `worker`."""
+        self._informed[worker].append(selector)
+
+    # --- the pool to serve next ---
+
+    def head_changed(self, pool: Pool) -> None:
+        """Take the head of the queue of `pool` into account, which may be another one."""
+        head = pool.queue.head()
+        if head is None:
+            self._heads.pop(pool, None)
+            self._served_at.pop(pool, None)
+            return
+        if self._heads.get(pool) is head:
+            return
+        self._heads[pool] = head
+        self._served_at.setdefault(pool, self._dequeues)
+        heapq.heappush(self._heap, (_urgency(head), head, pool))
+        if len(self._heap) > 2 * len(self._heads) + 16:
+            self._heap = [item for item in self._heap if self._heads.get(item[2]) is item[1]]
+            heapq.heapify(self._heap)
+
+    def next_pool(self) -> Pool | None:
+        """Return the pool whose head a worker takes next, or None if no task waits.
+
+        The order is that of the function `next_pool`, except that a pool is passed over as often as others wait.
+        """
+        if not self._heads:
+            return None
+        pool, served_at = next(iter(self._served_at.items()))
+        if self._dequeues - served_at < max(_MAX_PASSED_OVER, len(self._heads)):
+            while self._heads.get(self._heap[0][2]) is not self._heap[0][1]:
+                heapq.heappop(self._heap)
+            pool = self._heap[0][2]
+        self._serve(pool)
+        return pool
+
+    def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
+        """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
+        pool, entry = first_for(worker, tuple(self._heads))
+        if pool is not None:
+            self._serve(pool)
+        return (None, None) if pool is None or entry is None else (pool, entry)
+
+    def _serve(self, pool: Pool) -> None:
+        """Count `pool` as served, and the other waiting ones as passed over."""
+        self._dequeues += 1
+        self._served_at[pool] = self._dequeues
+        self._served_at.move_to_end(pool)
+
+    # --- the overflow ---
+
+    def spilled(self, pool: Pool) -> None:
+        """Remember that records of `pool` may wait in the overflow."""
+        self._with_spilled[pool] = None
+
+    def with_spilled(self) -> Iterable[Pool]:
+        """Return the pools for which records may wait in the overflow."""
+        self._with_spilled = {pool: None for pool in self._with_spilled if any(pool.spilled.values())}
+        return tuple(self._with_spilled)
+
+
+class Pools:
+    """The pools of a supervisor, by task type and by worker.
+
+    Attributes:
+        by_type: the pool of each task type.
+        by_worker: the pools that each worker serves.
+        counts_of: where the slots of each worker are counted: in each of its pools, or once for many of them.
+    """
+
+    def __init__(self, max_queue_size: int | None) -> None:
+        self._max_queue_size = max_queue_size
+        self._groups: dict[frozenset[str], PoolGroup] = {}
+        self.by_type: dict[str, Pool] = {}
+        self.by_worker: dict[WorkerAgent, ServedPools] = {}
+        self.counts_of: dict[WorkerAgent, Sequence[SlotCounts]] = {}
+
+    def add_worker(self, worker: WorkerAgent) -> list[Pool]:
+        """Add a worker to the pools of its task types, and return the pools that are new."""
+        added = [Pool(kind, self._max_queue_size) for kind in worker.task_types if kind not in self.by_type]
+        self.by_type.update((pool.task_type, pool) for pool in added)
+        pools = [self.by_type[task_type] for task_type in worker.task_types]
+        for pool in pools:
+            pool.add_worker(worker)
+        if len(pools) <= _MANY:
+            self.by_worker[worker], self.counts_of[worker] = FewPools(pools), pools
+        else:
+            kinds = frozenset(worker.task_types)
+            group = self._groups.get(kinds)
+            if group is None:
+                group = self._groups[kinds] = PoolGroup(pools)
+            group.add_worker(worker)
+            self.by_worker[worker], self.counts_of[worker] = group, [group]
+        return added
+
+
+def next_pool(pools: Sequence[Pool]) -> Pool | None:
+    """Return the pool whose head a worker of several pools takes next, or None if no task waits.
+
+    The order is by priority, rank and sequence number; a pool that was passed over too often goes first.
+    """
+    if len(pools) == 1:
+        return pools[0] if pools[0].queue.length else None
+    waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
+    if not waiting:
+        return None
+    chosen, _ = min(waiting, key=_urgency_among)
+    for pool, _ in waiting:
+        pool.pass_over(served=pool is chosen)
+    return chosen
+
+
+def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:
+    """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one.
+
+    The order is that of `next_pool`, among the tasks that it may begin.
+    """
+    found = [(pool, entry) for pool in pools if (entry := pool.first_for(worker)) is not None]
+    if not found:
+        return None, None
+    chosen = min(found, key=_urgency_among)
+    if len(pools) > 1:
+        for pool, _ in found:
+            pool.pass_over(served=pool is chosen[0])
+    return chosen
+
+
+def _urgency_among(waiting: tuple[Pool, QueueEntry]) -> tuple[int, Any, int]:
+    pool, entry = waiting
+    priority, rank, sequence = _urgency(entry)
+    return (-1 if pool.times_passed_over >= _MAX_PASSED_OVER else priority), rank, sequence
+
+
+def _urgency(entry: QueueEntry) -> tuple[int, Any, int]:
+    rank, sequence, _, priority = entry
+    return priority, rank, sequence

@@ -1,0 +1,68 @@
+"""Slot counts: how many slots some workers have, how many of them are taken, and how many runs have lent theirs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from forebay.supervisor.worker import WorkerAgent
+
+
+class SlotCounts(ABC):
+    """The counts of some workers: those of one pool, or those that serve the same many pools.
+
+    Attributes:
+        own_slots: slots of workers that are not FAILED.
+        own_running: slots taken on workers that are not FAILED.
+        own_suspended: runs that have lent their slot.
+        own_blocked: workers that the start gate keeps from using all their slots.
+    """
+
+    __slots__ = ("own_blocked", "own_running", "own_slots", "own_suspended")
+
+    def __init__(self) -> None:
+        self.own_slots = self.own_running = self.own_suspended = 0
+        self.own_blocked: dict[WorkerAgent, None] = {}
+
+    @abstractmethod
+    def score_fell(self, worker: WorkerAgent) -> None:
+        """Take `worker` into account again, because it is new, finished a task, or can accept tasks again."""
+
+    @property
+    def own_idle_blocked(self) -> int:
+        """The free slots that the start gate keeps free."""
+        return max(0, sum(worker.slots - worker.current_tasks for worker in self.own_blocked if worker.slots))
+
+    def count_slots(self, worker: WorkerAgent, before: int) -> None:
+        """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""
+        now = worker.counted_slots
+        self.own_slots += now - before
+        if before and not now:
+            self.own_running -= worker.current_tasks
+        elif now and not before:
+            self.own_running += worker.current_tasks
+
+    def slot_taken(self, worker: WorkerAgent) -> None:
+        """Record that `worker` has one more slot taken."""
+        if worker.counted_slots:
+            self.own_running += 1
+
+    def slot_returned(self, worker: WorkerAgent) -> None:
+        """Record that `worker` has one slot less taken."""
+        if worker.counted_slots:
+            self.own_running -= 1
+
+    def suspend(self) -> None:
+        """Count a run of one of its workers that has lent its slot."""
+        self.own_suspended += 1
+
+    def resume(self) -> None:
+        """Stop counting a run that had lent its slot."""
+        self.own_suspended -= 1
+
+    def block_worker(self, worker: WorkerAgent) -> None:
+        """Stop counting the free slots of `worker` as usable: the start gate holds runs back."""
+        self.own_blocked[worker] = None
+
+    def unblock_worker(self, worker: WorkerAgent) -> None:
+        """Count the free slots of `worker` as usable again."""
+        self.own_blocked.pop(worker, None)
