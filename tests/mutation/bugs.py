@@ -308,7 +308,7 @@ def parked_messages_count_as_load() -> None:
     original = Pool.load
 
     def load(self: Pool, *, nested: bool = False) -> float:
-        return original(self, nested=nested) + self.parked / self.queue_bound
+        return original(self, nested=nested) + self.parked / max(1, self.queue_bound)
 
     replace(Pool, original, load)
 
@@ -859,8 +859,8 @@ def a_forked_child_inherits_the_calls_of_its_parent() -> None:
 
 
 def words_alone_tell_the_cause_of_a_refusal() -> None:
-    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False) -> bool:
-        return named
+    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False, says_concurrency: bool = False) -> bool:
+        return named and not says_concurrency
 
     replace(RefusalCause, RefusalCause.is_rate, is_rate)
 
