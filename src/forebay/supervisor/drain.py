@@ -177,7 +177,8 @@ class Drain:
 
         Those that run come last, and messages of a conversation in reverse: the end of one must not start another.
         """
-        for ticket in sorted(tickets[::-1], key=lambda ticket: ticket.run is not None):
+        waiting = [ticket for ticket in reversed(tickets) if ticket.run is None]
+        for ticket in (*waiting, *(ticket for ticket in tickets if ticket.run is not None)):
             if ticket.done():
                 continue
             if self._dispatcher.can_requeue(ticket):
