@@ -482,7 +482,7 @@ def closing_starts_what_waits() -> None:
 
 
 def a_ticket_asked_for_by_id_has_no_deadline() -> None:
-    skip(StoreLookup._find, Ticket.restore)
+    skip(StoreLookup._apply, Ticket.restore)
 
 
 def deadlines_follow_the_wall_clock() -> None:

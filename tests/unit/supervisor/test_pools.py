@@ -173,6 +173,30 @@ async def test_a_task_costs_the_same_on_a_worker_of_a_thousand_types(waiting: in
     assert many < 1.5 * few
 
 
+async def lines_per_agent(types: int) -> float:
+    """Return the lines for each agent that runs a nested task, while others wait in all pools."""
+    supervisor = BackpressureSupervisor(max_queue_size=10_000, lag_bound=None)
+
+    async def handle(task: Task) -> None:
+        if task.payload:
+            await supervisor.run(Task(task.task_type))
+
+    kinds = [f"type {number}" for number in range(types)]
+    supervisor.register_worker("worker", handler=handle, task_types=kinds, max_concurrent=5)
+    async with supervisor:
+        for number in range(1_000):
+            supervisor.submit_nowait(Task(kinds[number % types], "agent"))
+        with LineCount() as count:
+            await supervisor.drain()
+    return count.lines / 1_000
+
+
+@virtual
+async def test_an_agent_costs_the_same_on_a_worker_of_a_thousand_types_that_may_begin_no_new_run() -> None:
+    few, many = [await lines_per_agent(types) for types in (10, 1_000)]
+    assert many < 1.5 * few
+
+
 @virtual
 async def test_the_cost_of_registering_a_worker_does_not_grow_with_the_workers_of_its_type() -> None:
     lines = []
