@@ -22,7 +22,7 @@ _WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing 
 _LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not reset by the provider's clock, but by ours
 _MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _STUCK: Final = 8  # accepted calls in a row with the same `remaining`, from which it is not believed
-_ROOM: Final = 0.5  # of a limit: so much is left at first, and after a trial if only our count was wrong
+_ROOM: Final = 0.5  # of a limit: with less left at first it is suspect; with more after a trial, our count was wrong
 _MIN_RISE: Final = 2.0  # units
 _RISES: Final = 0.9  # of a period: two rises within it are not those of its windows
 _MAX_RETURNED: Final = 4  # limits that come back until they are not believed
@@ -109,9 +109,9 @@ class ObservedLimit:
         self._exact = exact
         self._counted_since = -math.inf
         self._accepted = 0  # calls since then
+        self._longest_reset = 0.0  # that was reported since then
         self._latest: _Remaining | None = None
         self._rose_at = -math.inf  # when `remaining` last rose by more than had come back
-        self._longest_reset = 0.0  # that was reported since then
         self._earlier_limit = limit  # before the last one
         self._returned = self._steady = 0  # limits that came back, and headers since with the same one
         self._last_limit = limit  # a new limit must be seen twice: one wrong header must not block an account
@@ -120,7 +120,7 @@ class ObservedLimit:
         self._remaining = int(level)  # as the latest header said
         self._repeated = -1  # how often it was repeated since; the first header comes once more, as an update
         self._repeated_since = now
-        self._taken_off = limit - self.bucket.level  # by these
+        self._taken_off = limit - self.bucket.level  # since the first header with this `remaining`
 
     def is_stale(self, now: float) -> bool:
         """Return whether the last headers are so old that the limit may have changed."""
@@ -220,7 +220,7 @@ class ObservedLimit:
         return self.doubt.trial_wait(now, self.full_at) if missing else math.inf
 
     def try_begin_trial(self, now: float, amount: float) -> bool:
-        """Return whether a call of `amount` that is sent now is a trial; if so, take the amount for left."""
+        """Return whether a call of `amount` that is sent now is a trial; if so, count what is missing as left."""
         self.bucket.refill(now)
         if self.trial_wait(now, amount) > 0.0 or not self.doubt.is_believed(now):
             if now >= self.full_at:  # from now on our own calls explain what is missing

@@ -22,7 +22,7 @@ _DISBELIEF: Final = 600.0  # seconds after which a disbelieved quota is tried ag
 class QuotaDoubt:
     """The trials of one quota that headers show. Pure: the caller passes the time.
 
-    A trial is a call that is sent although the quota says that it is used up. If it is accepted, two more go, then
+    A trial is a call that is sent although the quota is used up by the headers. If it is accepted, two more go, then
     four. Once enough of them were accepted in a row, the quota is not believed: calls do not wait for it until one is
     refused. A quota that is right costs a refused call now and then, more and more rarely.
 

@@ -433,25 +433,27 @@ class RateLimiter:
 
         What is left is just enough for the same call again in `wanted` seconds.
         """
-        tightest: tuple[float, float, Bucket, ObservedLimit | None, float, str] | None = None
-        for unit, bucket, observed in self._buckets():
-            amount = getattr(charge, unit)
-            if not amount or not _fits(unit, bucket.period, wanted, scope):
-                continue
-            key = (bucket.time_until(now, amount), -bucket.level / bucket.amount)
-            if tightest is None or key > tightest[:2]:
-                tightest = (*key, bucket, observed, amount, unit)
-        if tightest is None:
+
+        def tightness(quota: tuple[str, Bucket, ObservedLimit | None]) -> tuple[float, float]:
+            unit, bucket, _ = quota
+            return bucket.time_until(now, getattr(charge, unit)), -bucket.level / bucket.amount
+
+        fitting = [
+            (unit, bucket, observed)
+            for unit, bucket, observed in self._buckets()
+            if getattr(charge, unit) and _fits(unit, bucket.period, wanted, scope)
+        ]
+        if not fitting:
             return
-        _, _, bucket, observed, amount, tightest_unit = tightest
+        unit, bucket, observed = max(fitting, key=tightness)
+        amount = getattr(charge, unit)
         likely = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_end is None else 0.0
-        if bucket.level > likely:
-            if observed is None:
-                bucket.level = likely
-            else:
-                observed.lower(bucket.level - likely)
-                if bucket.window_end is not None and tightest_unit != "requests":
-                    self._forget_reserved(tightest_unit)
+        if observed is None:
+            bucket.lower_to(likely)
+        elif bucket.level > likely:
+            observed.lower(bucket.level - likely)
+            if bucket.window_end is not None and unit != "requests":
+                self._forget_reserved(unit)
 
     def _forget_reserved(self, unit: str) -> None:
         """Refund nothing to a used-up window for calls under way: the provider has counted what they took, not more."""

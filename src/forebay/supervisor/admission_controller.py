@@ -47,8 +47,8 @@ T = TypeVar("T")
 _ABANDONED = "its submitter has gone"
 # Runs above a task that have not ended: each await costs time for each of them.
 _MAX_NESTING = 1000
-# Runs above a task, ended ones included, from which a nested submission lets the loop turn. A handler that runs itself
-# goes down one run a turn, and its cancellation too: it would never reach the last one.
+# Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
+# own task type goes down one run a turn, and so does its cancellation, which would never reach the deepest run.
 _DEEP = 100
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
@@ -178,7 +178,7 @@ class AdmissionController:
     async def _submit(self, task: Task) -> Ticket:
         spill = self._dispatcher.spill
         if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
-            # A ticket that was asked for by an id that may be unknown is no twin.
+            # A ticket that `supervisor.ticket` made for an id that the store may not know must not count as a twin.
             search, pool = spill.lookup.wait_for_search(task.task_id), self._pools[task.task_type]
             await self._answer_in_time(task, task.deadline, pool, search)
         pool, parent = self._check(task)

@@ -132,12 +132,10 @@ class Drain:
         return self._report(inside, [*cut, *late, *closed])
 
     def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
-        orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
-        known, cut_ids, may_run = (
-            {ticket.task_id for ticket in inside},
-            {ticket.task_id for ticket in cut},
-            set(orphans),
-        )
+        orphans = tuple(run.task.task_id for run in self._dispatcher.runs)
+        may_run = set(orphans)
+        known = {ticket.task_id for ticket in inside}
+        cut_ids = {ticket.task_id for ticket in cut}
         finished, spilled, cancelled, unanswered = set[str](), set[str](), set[str](), set[str]()
         for ticket in (*inside, *cut):
             if not ticket.done():

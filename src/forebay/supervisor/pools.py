@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from forebay.admission import QueueEntry
 
 _MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was passed over is served
-_MANY = 8  # task types of a worker from which its pools share the counts of its slots
+_MANY = 8  # task types of a worker above which its pools share the counts of its slots
 
 
 class ServedPools(Protocol):
@@ -69,12 +69,14 @@ class PoolGroup(SlotCounts):
     def __init__(self, pools: Sequence[Pool]) -> None:
         super().__init__()
         self.pools = pools
-        self._informed: dict[WorkerAgent, list[WorkerSelector]] = {}  # those that know the present score of a worker
+        self._informed: dict[WorkerAgent, list[WorkerSelector]] = {}  # selectors that know a worker's present score
         self._heads: dict[Pool, QueueEntry] = {}  # of the pools in which a task waits
         self._heap: list[tuple[tuple[int, Any, int], QueueEntry, Pool]] = []
-        self._served_at: OrderedDict[Pool, int] = OrderedDict()  # dequeues when a waiting pool was served, or grew
+        self._served_at: OrderedDict[Pool, int] = (
+            OrderedDict()
+        )  # dequeues when a pool was last served, or began to wait
         self._dequeues = 0
-        self._with_nested: dict[Pool, None] = {}  # in which a nested task waits: no more than open runs wait for
+        self._with_nested: dict[Pool, None] = {}  # in which a nested task waits: as few as open runs
         self._with_spilled: dict[Pool, None] = {}
         for pool in pools:
             pool.join(self)

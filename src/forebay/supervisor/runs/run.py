@@ -431,10 +431,6 @@ class ActiveRuns:
     def __iter__(self) -> Iterator[Run]:
         return itertools.chain.from_iterable(self._by_worker.values())
 
-    def all(self) -> list[Run]:
-        """Return every run."""
-        return [run for runs in self._by_worker.values() for run in runs]
-
 
 class SlotClaims:
     """The runs that lent their slot and wait to have it back, by worker, in the order of their claims."""

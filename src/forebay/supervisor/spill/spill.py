@@ -56,7 +56,7 @@ class Spill:
         settings: SupervisorSettings,
     ) -> None:
         self.codecs: TaskCodecs = core.codecs
-        # Seconds that a lease lasts unless renewed. Without end in a store that no other process can see.
+        # Seconds that a lease lasts unless renewed; infinity in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
         self.stored = StoredTasks(
             core, dispatcher, store, runs=runs, lease=self._lease, max_payload_bytes=settings.max_payload_bytes

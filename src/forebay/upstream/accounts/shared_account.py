@@ -234,12 +234,12 @@ class SharedAccount:
             return self.account.quotas.wait(clock.now(), request.charge).seconds
 
     def keep_place(self, request: CallRequest, back_at: float) -> None:
-        """Leave what a call needs of the quotas to it: it comes back at `back_at`, to be retried."""
+        """Keep the place of a call that comes back at `back_at`, to be retried. See `KeptPlaces`."""
         with self._lock:
             self.account.places.keep(clock.now(), request, back_at)
 
     def drop_place(self, request: CallRequest) -> None:
-        """Leave nothing to a call any more that has come back, or does not come back."""
+        """Free the place of a call: it is back, or does not come back."""
         with self._lock:
             if request not in self.account.places:
                 return
