@@ -450,3 +450,65 @@ async def test_closing_ends_a_drain_that_is_under_way() -> None:
     await supervisor.close()
     assert (await draining).cancelled == 3
     assert await ends(tickets) == {"cancelled": 3}
+
+
+# --- sub-tasks of agents that are to be run again ---
+
+
+async def run_agents(
+    path: Path, agent: Any, *, agents: int, drains: bool, max_queue_size: int | None
+) -> list[TaskStatus | str]:
+    """Run durable agents, each with a sub-task, and drain meanwhile; return how they ended."""
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?synchronous=off", max_queue_size=max_queue_size)
+
+    async def handle(task: Task) -> Any:
+        return await agent(supervisor, task)
+
+    supervisor.register_worker("agent", handler=handle, task_types=["agent"], max_concurrent=agents)
+    supervisor.register_worker("tool", handler=Agent(0.02), task_types=["tool"])
+    async with supervisor:
+        tickets = [await supervisor.submit(Task("agent", durable=True, key=str(number))) for number in range(agents)]
+        await asyncio.sleep(0.1)
+        if drains:
+            await supervisor.drain(timeout=20.0)
+        return await asyncio.gather(*(error_of_or_status(ticket) for ticket in tickets))
+
+
+async def error_of_or_status(ticket: Ticket) -> TaskStatus | str:
+    try:
+        return (await ticket).status
+    except StillSpilled:
+        return "left behind"
+
+
+@virtual
+async def test_agents_that_submit_a_sub_task_while_draining_finish(tmp_path: Path) -> None:
+    async def agent(supervisor: BackpressureSupervisor, _: Task) -> Any:
+        await asyncio.sleep(0.2)
+        return await supervisor.run(Task("tool"))
+
+    ends = await run_agents(tmp_path / "store.db", agent, agents=100, drains=True, max_queue_size=None)
+    assert ends == [TaskStatus.SUCCEEDED] * 100
+
+
+async def in_a_group(supervisor: BackpressureSupervisor, _: Task) -> Any:
+    async with asyncio.TaskGroup() as group:
+        tool = group.create_task(supervisor.run(Task("tool")))
+    return tool.result()
+
+
+async def with_an_error_of_its_own(supervisor: BackpressureSupervisor, _: Task) -> Any:
+    try:
+        return await supervisor.run(Task("tool"))
+    except Exception as exc:
+        message = "the tool failed"
+        raise RuntimeError(message) from exc
+
+
+@pytest.mark.parametrize("agent", [in_a_group, with_an_error_of_its_own])
+@virtual
+async def test_agents_whose_sub_task_is_left_behind_run_again_whatever_they_raise(agent: Any, tmp_path: Path) -> None:
+    ends = await run_agents(tmp_path / "store.db", agent, agents=20, drains=True, max_queue_size=0)
+    assert set(ends) == {TaskStatus.SUCCEEDED, "left behind"}
+    ends = await run_agents(tmp_path / "store.db", agent, agents=20, drains=False, max_queue_size=0)
+    assert ends == [TaskStatus.SUCCEEDED] * 20

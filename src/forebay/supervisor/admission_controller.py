@@ -304,7 +304,7 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
-        if self.thresholds.rejects(priority, load):
+        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
@@ -319,6 +319,14 @@ class AdmissionController:
             self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
+
+    def _finishes_a_run(self, ticket: Ticket) -> bool:
+        """Return whether a run needs a task to finish while the supervisor drains.
+
+        Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
+        run fail for good, though nothing is wrong with it.
+        """
+        return ticket.nested and self._state is not _OPEN
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""

@@ -128,6 +128,8 @@ class UpstreamCore:
             charge=charge,
             usd=price.usd,
             usd_per_second=price.usd_per_second,
+            usd_at_once=price.usd_at_once,
+            bounded=price.bounded,
             unmetered=price.unmetered,
             priority=caller.priority,
             deadline=caller.deadline,
@@ -173,12 +175,12 @@ class UpstreamCore:
             model: the model of the call.
             usage: that it is expected to have at most.
             alternatives: models that may answer instead; the dearest counts.
-            per_second: the usage of one second, if nothing bounds its output.
+            per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
         """
         if not self.budgets.has_budgets:
             return CallPrice()
-        dearest = rate = 0.0
+        dearest = rate = at_once = 0.0
         for name in (model, *alternatives):
             usd = self.prices.cost(self.provider, name, usage) if name or by_hand else None
             if usd is None:
@@ -186,9 +188,13 @@ class UpstreamCore:
                 reason = named if name else "it names no model, so that no price is known"
                 return self.unpriced_call(reason, name, allow=by_hand)
             dearest = max(dearest, usd)
-            if per_second is not None:
-                rate = max(rate, self.prices.cost(self.provider, name, per_second) or 0.0)
-        return CallPrice(dearest, rate)
+            if per_second is None:
+                at_once = max(at_once, usd)
+            else:
+                made = self.prices.cost(self.provider, name, per_second) or 0.0
+                rate = max(rate, made)
+                at_once = max(at_once, usd - made * usage.output_tokens / per_second.output_tokens)
+        return CallPrice(dearest, rate, at_once)
 
     def count_unpriced(self) -> None:
         """Count a call that had a price, and has used something that has none."""

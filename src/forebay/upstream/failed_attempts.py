@@ -19,7 +19,7 @@ from forebay.upstream.providers import (
     read_retry_after,
     read_should_retry,
 )
-from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_timeout, never_connected
+from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_timeout
 
 _ONE_REQUEST: Final = Charge()
 _SUSPENSION: Final = 60.0  # seconds without calls after the provider reported that the account's money is spent
@@ -35,8 +35,6 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
         outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
         return AttemptResult(error=error, outcome=outcome)
     answer = find_error_answer(error)
-    if answer is None and never_connected(error):
-        return judge_unsent(error)
     if answer is None:
         return judge_failure(account, permit, error)
     result = judge_error_answer(account, permit, classify(*answer), answer)

@@ -22,8 +22,8 @@ class StreamEnd(NamedTuple):
         kind: the evidence about the provider.
         ended: the provider has closed it; else it broke off, or its reader has left.
         readable: the meter could read all of it.
-        output_at: the time when its output began; None if none came.
-        silent: seconds of the silences after that: a model may think between two pieces of output, too.
+        output_at: the time when its answer began, after any reasoning; None if it did not.
+        silent: seconds of the silences after that: a model may think between two pieces of its answer, too.
     """
 
     kind: Outcome
@@ -74,7 +74,7 @@ class MeteredStream:
         self._lock = threading.Lock()
         self._output_at: float | None = None
         self._last_output_at = 0.0
-        self._pieces = 0  # of output so far
+        self._pieces = 0  # of the answer so far
         self._silent = 0.0
         self._run = context.call_observer()
         self.settled = False
@@ -90,8 +90,8 @@ class MeteredStream:
                 meter.feed(content)
             if usage_filter is not None:
                 passed.append(usage_filter.feed(content))
-        if meter is not None and meter.pieces > self._pieces:
-            self._pieces = meter.pieces
+        if meter is not None and meter.answer_pieces > self._pieces:
+            self._pieces = meter.answer_pieces
             self._record_output()
         return chunk if usage_filter is None else b"".join(passed)
 

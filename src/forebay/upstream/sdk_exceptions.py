@@ -77,12 +77,18 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def never_connected(error: BaseException) -> bool:
-    """Return whether an exception says that no connection was made, so that no request can have been sent."""
-    return any(
-        isinstance(each, ConnectionRefusedError | socket.gaierror)
-        or not _NOT_CONNECTED.isdisjoint(base.__name__ for base in type(each).__mro__)
-        for each in _chain(error)
-    )
+    """Return whether an exception says that no connection was made, so that no request can have been sent.
+
+    Args:
+        error: raised by what sends one request, and does nothing else.
+    """
+    while True:
+        names = {base.__name__ for base in type(error).__mro__}
+        if isinstance(error, ConnectionRefusedError | socket.gaierror) or not _NOT_CONNECTED.isdisjoint(names):
+            return True
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -261,9 +261,10 @@ class RunCompletion:
             cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
             error = describe_error(cause)
         interrupted = was_interrupted(run, cause)
-        if (interrupted or isinstance(cause, StillSpilled)) and self._dispatcher.can_requeue(ticket):
+        left_behind = run.left_behind or isinstance(cause, StillSpilled)
+        if (interrupted or left_behind) and self._dispatcher.can_requeue(ticket):
             self._record_outcome(run, Outcome.IGNORED)
-            # The task that it awaited is left to the next process, or this process ends; so it is left too.
+            # A task that it needs is left to the next process, or this process ends; so it is left too.
             self._dispatcher.requeue(ticket)
             return
         if interrupted:

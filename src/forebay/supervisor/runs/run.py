@@ -117,6 +117,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     expected_sources: dict[LoadSource, None] | None = None  # sources that it has not called yet and is expected to
     # Final rejections of its calls, and when they came, by what rejected them.
     rejections: dict[object, tuple[Overloaded, float]] | None = None
+    left_behind: bool = False  # a task that it, or a run below it, has submitted is left to the next process
     upstream_failed: bool = False  # one of its calls failed because of the upstream
     in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
 
@@ -161,6 +162,13 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     def record_upstream_fault(self) -> None:
         """Record that a call failed because of its upstream."""
         self.upstream_failed = True
+
+    def record_left_behind(self) -> None:
+        """Record that a task that it, or a run below it, has submitted is left to the next process.
+
+        It may fail for that, with whatever exception its framework makes of StillSpilled.
+        """
+        self.left_behind = True
 
     def report(self, value: Any) -> None:
         """Send `value` to the listeners of the task's events. Callable from any thread."""

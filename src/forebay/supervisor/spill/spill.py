@@ -173,7 +173,8 @@ class Spill:
         self._conversations.add_stored(ticket.task.thread_id)
         await self._store.release([lease])
         self.stored.conversation_moved(ticket.task)
-        self._wait_in_store(ticket, pool)
+        if not ticket.done() and ticket.lease is None:  # otherwise it has come back meanwhile
+            self._wait_in_store(ticket, pool)
 
     def _wait_in_store(self, ticket: Ticket, pool: Pool) -> None:
         """Leave a spilled task in the store: to the next process if this one takes nothing back any more."""

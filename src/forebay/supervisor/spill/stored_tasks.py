@@ -12,6 +12,7 @@ from weakref import ref
 from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
+from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
@@ -358,6 +359,8 @@ class StoredTasks:
         self._left_overflow(ticket)
         ticket.move_to_store()
         self._registry.discard(ticket)
+        for run in run_and_ancestors(ticket.parent):
+            run.record_left_behind()
         ticket.resolve(StillSpilled(task_id=ticket.task_id))
         self._registry.notify_progress()
 

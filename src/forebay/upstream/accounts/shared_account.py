@@ -273,6 +273,7 @@ class SharedAccount:
         with self._lock:
             since = self.account.confirm_spent(now, permit, certain=certain)
         if since is not None:
+            self.suspend_alone(seconds)
             self.suspend(seconds, since=since)
 
     def suspend(self, seconds: float, *, since: float = math.inf) -> None:

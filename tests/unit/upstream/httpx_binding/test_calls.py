@@ -461,6 +461,26 @@ async def test_a_request_that_the_account_cannot_afford_stops_no_others(refusal:
 
 
 @virtual
+async def test_a_probe_that_is_refused_stops_no_other_model() -> None:
+    client = DearRequests(httpx2, Reply.error(402, "this model needs a plan")).client(upstream())
+
+    async def ask_often(pause: float, **body: Any) -> set[int]:
+        statuses = set()
+        while now() < 300.0:
+            try:
+                statuses.add((await ask(client, **body)).status_code)
+            except Overloaded:
+                statuses.add(429)
+            await asyncio.sleep(pause)
+        return statuses
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ask_often(1.0, model="o3", max_tokens=65_536))
+        others = [group.create_task(ask_often(pause)) for pause in (0.3, 0.7)]
+    assert all(other.result() == {200} for other in others)
+
+
+@virtual
 async def test_429_for_too_many_concurrent_requests_lowers_the_limit() -> None:
     up = upstream(retry=Retry(max_attempts=1, max_total_delay=0))
     client = Script(httpx2, Reply(), *[Reply.error(429, "too many concurrent requests")] * 9).client(up)
