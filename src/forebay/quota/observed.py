@@ -178,7 +178,7 @@ class ObservedLimit:
         if headers.remaining is None or (snapshot is not None and snapshot.window_number != bucket.window_number):
             return  # of a window that is over
         self.full_at = now + headers.reset if headers.reset else math.inf
-        if self._is_stuck(now, headers.remaining, throttled=returned > 0):
+        if self._is_stuck(now, sent, headers.remaining, throttled=returned > 0):
             return
         remaining = min(float(headers.remaining), bucket.amount)
         if bucket.window_end is not None and not headers.reset and remaining < bucket.amount:
@@ -197,19 +197,20 @@ class ObservedLimit:
         else:
             self._correct(now - sent, remaining, bucket.level + since, snapshot.reserved)
 
-    def _is_stuck(self, now: float, remaining: int, *, throttled: bool) -> bool:
+    def _is_stuck(self, now: float, sent: float, remaining: int, *, throttled: bool) -> bool:
         """Return whether `remaining` is not believed, because it is the same after each call, and calls are accepted.
 
         What it has taken off wrongly is returned.
         """
         if throttled or remaining != self._remaining:
             self._remaining, self._repeated, self._taken_off = remaining, 0, 0.0
-            self._repeated_since = now
+            self._repeated_since = sent
             return False
         self._repeated += 1
         if self._repeated == _STUCK:
-            if self._exact and (now - self._repeated_since) * self.bucket.rate < _STUCK - 1:
-                self.doubt.suspect(now)  # so much has not come back in between
+            come_back = (self.latest_sent - self._repeated_since) * self.bucket.rate
+            if self._exact and come_back < _STUCK / 2:  # half, since calls reach the provider in bunches
+                self.doubt.suspect(now)
             self.bucket.level = min(self.bucket.capacity, self.bucket.level + self._taken_off)
             self.corrected += self._taken_off
         return self._repeated >= _STUCK
