@@ -23,9 +23,9 @@ from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSched
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
+from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
-from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord

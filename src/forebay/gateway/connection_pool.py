@@ -61,7 +61,7 @@ class PooledConnection(ResponseHandler):
     def __init__(self, pool: ConnectionPool) -> None:
         super().__init__(pool._loop)  # noqa: SLF001 - aiohttp has no other way to a connector's loop
         self._pool = pool
-        self._head_tail = b""  # what may be the begin of its end
+        self._head_tail = b""  # its last bytes so far: its end may begin in them
         self.idle_key: ConnectionKey | None = None
         self.idle_since = 0.0
 

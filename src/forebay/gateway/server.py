@@ -63,7 +63,7 @@ class _TooManyConnections(asyncio.Protocol):
 
     Args:
         rejected: all such connections.
-        most: so many of them at a time; those beyond close at once.
+        most: how many of them are read at a time; those beyond close at once.
     """
 
     def __init__(self, rejected: set[_TooManyConnections], most: int) -> None:
