@@ -323,7 +323,7 @@ class ObservedLimit:
     def _watch_rises(self, now: float, sent: float, remaining: int | None) -> None:
         """Suspect a limit whose `remaining` is higher than before, and by more than has come back, twice in a period.
 
-        The begin of a window explains one such rise.
+        The start of a window explains one such rise.
         """
         last, bucket = self._latest, self.bucket
         if remaining is None or (last is not None and sent < last.arrived):
@@ -391,7 +391,7 @@ class ObservedLimit:
     def _tell_bucket_from_window(self, last: _ResetObservation, seen: _ResetObservation) -> None:
         """Tell a bucket, which holds the same when full, from a window, which is full at the same moment.
 
-        A window may move, where each begins with its first call. Seen at its begin alone it holds the same each time,
+        A window may move, where each begins with its first call. Seen only when it starts it holds the same each time,
         but more than any bucket: what is left, and a whole amount besides.
         """
         bucket = self.bucket

@@ -126,8 +126,8 @@ class BodyMeter:
         response_id: by which it can be fetched later, or None.
         model: that has answered, or None.
         whole: whether all of it was read, see `WholeResponse`.
-        pieces: 0; of JSON, the begin says nothing.
-        readable: True; of JSON, HTTP tells whether it was cut off.
+        pieces: 0; the first bytes of JSON say nothing.
+        readable: True; HTTP tells whether JSON was cut off.
     """
 
     __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage", "whole")
@@ -175,18 +175,9 @@ class UsageMeter:
     """
 
     __slots__ = (
-        *(
-            "_characters",
-            "_quarters",
-            "_events",
-            "_input_tokens",
-            "_open_choices",
-            "_pieces",
-            "_recognized",
-            "_reported",
-        ),
-        *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
-    )
+        "_characters", "_events", "_input_tokens", "_open_choices", "_pieces", "_quarters", "_recognized", "_reported",
+        "_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id",
+    )  # fmt: skip
     whole = True
 
     def __init__(self, *, input_tokens: int = 0) -> None:
@@ -338,7 +329,7 @@ class UsageMeter:
 
 
 def _decode(data: bytes) -> Any:
-    """Return the JSON of an event, in which a server may have cut an emoji in two; None if it is none."""
+    """Return the JSON of an event, in which a server may have cut an emoji in two; None if it is not JSON."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):
