@@ -37,7 +37,7 @@ class PooledRequest(aiohttp.ClientRequest):
 
     @property
     def connection_key(self) -> ConnectionKey:
-        """Return the key of its connections."""
+        """The key of its connections."""
         key = super().connection_key
         return key._replace(proxy_headers_hash=hash((key.proxy_headers_hash, self.credentials())))
 

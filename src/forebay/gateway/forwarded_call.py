@@ -213,7 +213,7 @@ class ForwardedCall(Exchange):
 
     @property
     def wire_protocol(self) -> StreamProtocol:
-        """Return the protocol of its events."""
+        """The protocol of its events."""
         if self.core.profile.provider == "anthropic":
             return "anthropic"
         return "openai-responses" if self.parsed.endpoint is Endpoint.RESPONSES else "openai"

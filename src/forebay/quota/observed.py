@@ -122,7 +122,7 @@ class ObservedLimit:
         self._repeated_since = now
         self._taken_off = limit - self.bucket.level  # since the first header with this `remaining`
 
-    def is_stale(self, now: float) -> bool:
+    def _is_stale(self, now: float) -> bool:
         """Return whether the last headers are so old that the limit may have changed."""
         return abs(now - self.updated_at) > max(_MIN_STALE, _STALE_PERIODS * self.bucket.period)
 
@@ -132,7 +132,7 @@ class ObservedLimit:
         Not if its headers are not believed; nor for a stale limit that is too small, because the answer will show the
         new one.
         """
-        return self.doubt.is_believed(now) and not (amount > self.bucket.amount and self.is_stale(now))
+        return self.doubt.is_believed(now) and not (amount > self.bucket.amount and self._is_stale(now))
 
     def shift_clock(self, by: float) -> None:
         """Move all times by `by` seconds, because the clock has gone back."""

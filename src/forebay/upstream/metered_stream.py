@@ -110,7 +110,7 @@ class MeteredStream:
 
     @property
     def corrupt(self) -> bool:
-        """Return whether bytes to pass on are lost, because they cannot be decompressed."""
+        """True if bytes to pass on are lost, because they cannot be decompressed."""
         return self.decoded and not self._decompressor.readable
 
     @property

@@ -47,7 +47,7 @@ class Decompressor:
 
     @property
     def compressed(self) -> bool:
-        """Return whether what it returns differs from what it takes."""
+        """True if what it returns differs from what it takes."""
         return bool(self._inflaters)
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:

@@ -58,7 +58,7 @@ class _Tool(msgspec.Struct):
 
     @property
     def kind(self) -> Any:
-        """Return its type; None for a function of the caller, which may have none."""
+        """Its type; None for a function of the caller, which may have none."""
         is_named = isinstance(self.name, str) or isinstance(self.function, dict)
         return _UNNAMED if self.type is None and not is_named else self.type
 

@@ -107,12 +107,12 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def free(self) -> bool:
-        """Return whether it costs no money: it lists models, fetches, deletes, or counts tokens."""
+        """True if it costs no money: it lists models, fetches, deletes, or counts tokens."""
         return self.billing is Billing.FREE
 
     @property
     def generates_tokens(self) -> bool:
-        """Return whether a model generates tokens for it."""
+        """True if a model generates tokens for it."""
         return self.endpoint in _GENERATING
 
 

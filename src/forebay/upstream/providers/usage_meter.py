@@ -209,12 +209,12 @@ class UsageMeter:
 
     @property
     def readable(self) -> bool:
-        """Return whether its events are of a known form, or it has none: of others no end can be recognized."""
+        """True if its events are of a known form, or it has none: of others no end can be recognized."""
         return self._recognized or not self._unknown
 
     @property
     def output_tokens(self) -> int:
-        """Return the output tokens so far: as the provider reported them, else estimated."""
+        """The output tokens so far: as the provider reported them, else estimated."""
         reported = self._reported.output_tokens if self._reported is not None else 0
         if reported and self.complete:
             return reported
@@ -222,12 +222,12 @@ class UsageMeter:
 
     @property
     def pieces(self) -> int:
-        """Return how many pieces of output have arrived."""
+        """The number of pieces of output that have arrived."""
         return self._pieces
 
     @property
     def usage(self) -> Usage | None:
-        """Return the usage, reported or else estimated; None if nothing is known."""
+        """The usage, reported or else estimated; None if nothing is known."""
         if self._reported is not None and self.complete:
             return self._with_extras(self._reported)
         if self._reported is None and not self._pieces:
