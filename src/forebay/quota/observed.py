@@ -50,7 +50,7 @@ class _ResetObservation(NamedTuple):
 
 
 class _Remaining(NamedTuple):
-    """What a header said to be left, for comparison with the next one."""
+    """The amount that a header said to be left, for comparison with the next one."""
 
     sent: float
     arrived: float
