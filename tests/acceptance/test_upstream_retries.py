@@ -352,7 +352,7 @@ class Window:
         return AttemptResult(value="done", outcome=outcome)
 
     async def learn(self, calls: Calls, *, doubted: bool = False) -> float:
-        """Let the upstream learn the window; return its end, half a second after its begin.
+        """Let the upstream learn the window; return its end, half a second after its start.
 
         `doubted`: a call may be sent as a trial when it is used up.
         """

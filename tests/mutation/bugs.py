@@ -23,9 +23,9 @@ from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSched
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
+from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
-from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
@@ -55,7 +55,7 @@ from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
-from forebay.supervisor.queue_spill import QueueSpill, is_waiting
+from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -285,7 +285,7 @@ def the_next_message_starts_while_those_before_it_move() -> None:
     original = QueueSpill._take
 
     def _take(self: QueueSpill, ticket: Ticket) -> None:
-        if is_waiting(ticket):
+        if is_movable(ticket):
             self._conversations.clear()
             original(self, ticket)
 

@@ -50,7 +50,7 @@ class _ResetObservation(NamedTuple):
 
 
 class _Remaining(NamedTuple):
-    """What a header said to be left, for comparison with the next one."""
+    """The amount that a header said to be left, for comparison with the next one."""
 
     sent: float
     arrived: float
@@ -122,7 +122,7 @@ class ObservedLimit:
         self._repeated_since = now
         self._taken_off = limit - self.bucket.level  # since the first header with this `remaining`
 
-    def is_stale(self, now: float) -> bool:
+    def _is_stale(self, now: float) -> bool:
         """Return whether the last headers are so old that the limit may have changed."""
         return abs(now - self.updated_at) > max(_MIN_STALE, _STALE_PERIODS * self.bucket.period)
 
@@ -132,7 +132,7 @@ class ObservedLimit:
         Not if its headers are not believed; nor for a stale limit that is too small, because the answer will show the
         new one.
         """
-        return self.doubt.is_believed(now) and not (amount > self.bucket.amount and self.is_stale(now))
+        return self.doubt.is_believed(now) and not (amount > self.bucket.amount and self._is_stale(now))
 
     def shift_clock(self, by: float) -> None:
         """Move all times by `by` seconds, because the clock has gone back."""
@@ -324,7 +324,7 @@ class ObservedLimit:
     def _watch_rises(self, now: float, sent: float, remaining: int | None) -> None:
         """Suspect a limit whose `remaining` is higher than before, and by more than has come back, twice in a period.
 
-        The begin of a window explains one such rise.
+        The start of a window explains one such rise.
         """
         last, bucket = self._latest, self.bucket
         if remaining is None or (last is not None and sent < last.arrived):
@@ -392,7 +392,7 @@ class ObservedLimit:
     def _tell_bucket_from_window(self, last: _ResetObservation, seen: _ResetObservation) -> None:
         """Tell a bucket, which holds the same when full, from a window, which is full at the same moment.
 
-        A window may move, where each begins with its first call. Seen at its begin alone it holds the same each time,
+        A window may move, where each begins with its first call. Seen only when it starts it holds the same each time,
         but more than any bucket: what is left, and a whole amount besides.
         """
         bucket = self.bucket

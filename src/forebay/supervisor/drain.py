@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from forebay.events import log
-from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_waiting
+from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_movable
 from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
@@ -279,7 +279,7 @@ def _behind_moved(tickets: list[Ticket]) -> list[Ticket]:
     """Return those that may not move, behind others of their conversation that do: they would overtake them."""
     behind, moved = [], set()
     for ticket in tickets:
-        if ticket.task.thread_id is None or not is_waiting(ticket):
+        if ticket.task.thread_id is None or not is_movable(ticket):
             continue
         if _may_move(ticket):
             moved.add(ticket.task.thread_id)

@@ -28,7 +28,7 @@ class UpstreamCall:
 
     Leaving the block is a success. Leaving it by an exception that reports an answer counts as that answer (429 as
     throttled, 400 as the caller's mistake), by a timeout as `SharedAccount.judge_timeout` says, and by any other as a
-    fault, unless `overloaded` or `ignored` was called. A cancellation is no evidence about the upstream.
+    fault, unless `overloaded` or `ignored` was called. A cancellation says nothing about the upstream.
 
     Attributes:
         upstream: the upstream to send the call to; inside the block it may be that of a fallback.
@@ -89,7 +89,7 @@ class UpstreamCall:
 
         Raises:
             InvalidAmount: `usd` is not an amount of money; the report before still counts.
-            InvalidSetting: a number of tokens is none; the report before still counts.
+            InvalidSetting: a number of tokens is invalid; the report before still counts.
         """
         sent, received = check_tokens("settle", input_tokens, output_tokens)
         usage = BilledUsage(input_tokens=sent, output_tokens=received)
@@ -102,7 +102,7 @@ class UpstreamCall:
         self._kind = Outcome.OVERLOAD
 
     def ignored(self) -> None:
-        """Report that the call's end is no evidence about the upstream, for example because the request was wrong."""
+        """Report that the call's end says nothing about the upstream, for example because the request was wrong."""
         self._kind = Outcome.IGNORED
 
     def _enter_once(self) -> None:

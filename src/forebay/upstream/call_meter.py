@@ -9,7 +9,6 @@ from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.quota import BilledUsage
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
-from forebay.upstream.background_responses import BackgroundResponse
 from forebay.upstream.call_request import TOKENS_PER_SECOND, CallOutcome, CallPrice, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.metered_stream import StreamEnd
@@ -23,6 +22,7 @@ from forebay.upstream.providers import (
     find_unpriced,
     find_unreadable,
 )
+from forebay.upstream.stored_responses import BackgroundResponse
 
 StreamMeter: TypeAlias = UsageMeter | BodyMeter
 ReadAnswer: TypeAlias = WholeResponse | StreamMeter

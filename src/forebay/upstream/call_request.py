@@ -69,7 +69,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         bounded: see `CallPrice`.
         unmetered: why it cannot be metered, and is rejected; or None.
         retries: how often it has been retried; a retried call goes to the head of its priority.
-        failed: an attempt of it has failed, so that it is no probe of a breaker.
+        failed: an attempt of it has failed, so that it does not probe a breaker.
         retried: it is retried if it is refused, so that it may be a trial call of a quota.
         asked_at: when it first asked for a permit; set by the account.
     """
@@ -185,7 +185,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         retry_after: seconds that the provider asked to wait, or None.
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
-        latency: seconds that it took; None if that is no evidence about the upstream.
+        latency: seconds that it took; None if that says nothing about the upstream.
         output_tokens: of a success, if known.
         estimated_input_tokens: the estimate made before it was sent; None if it cannot be compared with `used`.
         final: it is not retried. Only final attempts count for the breaker.

@@ -15,9 +15,9 @@ from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
-from forebay.upstream.background_responses import BackgroundResponses, StoredTokens
 from forebay.upstream.call_request import UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
+from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 _WARNED = 1_000  # unpriced models that are warned about: the callers of a gateway can name any model
@@ -37,8 +37,8 @@ class UpstreamCore:
     Attributes:
         profile: how the provider's API works.
         accounts: the accounts, by API key and model group.
-        background: responses whose usage comes later.
-        stored_tokens: how long stored responses are.
+        background: stored responses whose usage comes later; the oldest stay paid as they were reserved.
+        stored_tokens: the tokens of stored responses: a call that continues one sends as many unseen.
         unpriced_calls: number of calls whose price was not known.
         is_metered: a budget or a quota was given, so that calls must be readable.
     """
@@ -61,8 +61,8 @@ class UpstreamCore:
         self.prices = prices
         self.retry = retry
         self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
-        self.background = BackgroundResponses()
-        self.stored_tokens = StoredTokens()
+        self.background: StoredResponses[BackgroundResponse] = StoredResponses()
+        self.stored_tokens: StoredResponses[int] = StoredResponses()
         self.unpriced_calls = 0
         self.is_metered = budgets.has_budgets or settings.has_quotas
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
@@ -78,7 +78,7 @@ class UpstreamCore:
         self._lock = threading.Lock()
         self.budgets.reset_after_fork()
         self.accounts.reset_after_fork()
-        self.background.reset_after_fork()
+        self.background = StoredResponses()  # the parent gets their usage
         self.stored_tokens.reset_after_fork()
 
     def __repr__(self) -> str:

@@ -50,9 +50,9 @@ class MeteredStream:
     """
 
     __slots__ = (
-        *("_decompressor", "_detects_truncation", "_judge", "_last_output_at", "_lock", "_meter", "_output_at"),
-        *("_pieces", "_run", "_settle", "_silent", "_usage_filter", "decoded", "settled"),
-    )
+        "_decompressor", "_detects_truncation", "_judge", "_last_output_at", "_lock", "_meter", "_output_at", "_pieces",
+        "_run", "_settle", "_silent", "_usage_filter", "decoded", "settled",
+    )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - the parts of a stream
         self,
@@ -110,7 +110,7 @@ class MeteredStream:
 
     @property
     def corrupt(self) -> bool:
-        """Return whether bytes to pass on are lost, because they cannot be decompressed."""
+        """True if bytes to pass on are lost, because they cannot be decompressed."""
         return self.decoded and not self._decompressor.readable
 
     @property
@@ -120,7 +120,7 @@ class MeteredStream:
     def end(self) -> bytes:
         """Note that the provider has closed the answer, and return the bytes that were held back.
 
-        An answer that cannot be read is no fault: nothing shows that it is truncated.
+        An answer that cannot be read is not a fault: nothing shows that it is truncated.
         """
         rest = b"" if self._usage_filter is None else self._usage_filter.end()
         meter = self._meter

@@ -61,7 +61,7 @@ def find_error_answer(error: BaseException) -> ErrorAnswer | None:
 def is_timeout(error: BaseException) -> bool:
     """Return whether an exception says that its caller stopped waiting for an answer.
 
-    A connection that could not be made in time is none: that is the fault of the provider, or of the way to it.
+    A connection that could not be made in time does not count: that is the fault of the provider, or of the way to it.
     """
     found = False
     for each in _chain(error):

@@ -9,7 +9,7 @@ from forebay.interfaces import Outcome
 from forebay.upstream.call_request import Permit
 
 _DOUBT: Final = 2.0  # seconds in which every call must be refused, if only the words or the status speak of money
-_LONGEST_PROBE: Final = 60.0  # seconds after which another probe goes beside one that has no answer
+_LONGEST_PROBE: Final = 60.0  # seconds without an answer to a probe, after which another one is sent
 
 
 class SpendSuspension:

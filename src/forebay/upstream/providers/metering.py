@@ -33,8 +33,8 @@ _BILLED_APART: Final = {
     "plugins": "its provider bills its plugins apart from the tokens",
     "search_parameters": "its provider bills the searches of `search_parameters` apart from the tokens",
     "fallbacks": "the attempts of its `fallbacks` are billed by the prices of other models: name one model",
-    "prompt": "it names a stored prompt, whose tools and input are not told: send them in the request",
-    "preset": "it names a preset, whose models and plugins are not told: send them in the request",
+    "prompt": "it names a stored prompt, whose tools and input are not seen here: send them in the request",
+    "preset": "it names a preset, whose models and plugins are not seen here: send them in the request",
 }
 _AUDIO_PART: Final = b'"input_audio"'
 _STORED: Final = re.compile(rb'"file_(?:(?:id|url)"\s*:\s*"|data"\s*:\s*"https?:)')
@@ -61,7 +61,7 @@ class _Tool(msgspec.Struct):
 
     @property
     def kind(self) -> Any:
-        """Return its type; None for a function of the caller, which may have none."""
+        """Its type; None for a function of the caller, which may have none."""
         is_named = isinstance(self.name, str) or isinstance(self.function, dict)
         return _UNNAMED if self.type is None and not is_named else self.type
 
@@ -187,7 +187,7 @@ def _without_escapes(text: bytes) -> bytes:
 def _find_unpriced_tool(request: ProviderRequest) -> str:
     kinds = _tool_kinds(request)
     if kinds is None:
-        return "its tools cannot be read: they are no list, or have a key twice, or one written in escapes"
+        return "its tools cannot be read: they are not a list, have a key twice, or have one written in escapes"
     for kind in kinds:
         if kind is not None and not (isinstance(kind, str) and _METERED_TOOLS.fullmatch(kind)):
             shown = str(kind)[:_MAX_SHOWN] if isinstance(kind, str | int | float) else type(kind).__name__

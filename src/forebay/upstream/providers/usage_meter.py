@@ -126,8 +126,8 @@ class BodyMeter:
         response_id: by which it can be fetched later, or None.
         model: that has answered, or None.
         whole: whether all of it was read, see `WholeResponse`.
-        answer_pieces: 0; of JSON, the begin says nothing.
-        readable: True; of JSON, HTTP tells whether it was cut off.
+        answer_pieces: 0; the first bytes of JSON say nothing.
+        readable: True; HTTP tells whether JSON was cut off.
     """
 
     __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage", "whole")
@@ -176,19 +176,9 @@ class UsageMeter:
     """
 
     __slots__ = (
-        *(
-            "_characters",
-            "_quarters",
-            "_events",
-            "_input_tokens",
-            "_open_choices",
-            "_pieces",
-            "answer_pieces",
-            "_recognized",
-            "_reported",
-        ),
-        *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
-    )
+        "_characters", "_events", "_input_tokens", "_open_choices", "_pieces", "_quarters", "_recognized", "_reported",
+        "_searches", "_tier", "_unknown", "answer_pieces", "complete", "error_kind", "model", "response_id",
+    )  # fmt: skip
     whole = True
 
     def __init__(self, *, input_tokens: int = 0) -> None:
@@ -221,20 +211,25 @@ class UsageMeter:
 
     @property
     def readable(self) -> bool:
-        """Return whether its events are of a known form, or it has none: of others no end can be recognized."""
+        """True if its events are of a known form, or it has none: of others no end can be recognized."""
         return self._recognized or not self._unknown
 
     @property
     def output_tokens(self) -> int:
-        """Return the output tokens so far: as the provider reported them, else estimated."""
+        """The output tokens so far: as the provider reported them, else estimated."""
         reported = self._reported.output_tokens if self._reported is not None else 0
         if reported and self.complete:
             return reported
         return max(reported, self._pieces, self._quarters // _QUARTERS_PER_TOKEN)
 
     @property
+    def pieces(self) -> int:
+        """The number of pieces of output that have arrived."""
+        return self._pieces
+
+    @property
     def usage(self) -> Usage | None:
-        """Return the usage, reported or else estimated; None if nothing is known."""
+        """The usage, reported or else estimated; None if nothing is known."""
         if self._reported is not None and self.complete:
             return self._with_extras(self._reported)
         if self._reported is None and not self._pieces:
@@ -340,7 +335,7 @@ class UsageMeter:
 
 
 def _decode(data: bytes) -> Any:
-    """Return the JSON of an event, in which a server may have cut an emoji in two; None if it is none."""
+    """Return the JSON of an event, in which a server may have cut an emoji in two; None if it is not JSON."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):
