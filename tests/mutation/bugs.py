@@ -83,6 +83,8 @@ from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
+from forebay.upstream.httpx_binding import httpx_transport
+from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -1134,3 +1136,13 @@ def a_field_whose_cost_no_usage_tells_passes() -> None:
         return ""
 
     request._billed_apart.__code__ = _billed_apart.__code__
+
+
+# --- callers that keep others out ---
+
+
+def a_dropped_answer_goes_on_at_its_provider() -> None:
+    def _close_dropped(response: Any, stream: MeteredStream) -> None:
+        stream.abandon()
+
+    httpx_transport._close_dropped.__code__ = _close_dropped.__code__

@@ -426,6 +426,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_complete_stream_without_usage_costs_its_text: (
         test_budget_attacks.test_a_whole_stream_without_usage_counts_as_reserved
     ),
+    bugs.a_dropped_answer_goes_on_at_its_provider: (
+        test_dropped_streams.test_a_stream_that_is_dropped_unread_is_closed_before_its_permit_is_released
+    ),
 }
 
 
