@@ -81,6 +81,7 @@ from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutV
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
+from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.httpx_binding import httpx_transport
@@ -1146,3 +1147,7 @@ def a_dropped_answer_goes_on_at_its_provider() -> None:
         stream.abandon()
 
     httpx_transport._close_dropped.__code__ = _close_dropped.__code__
+
+
+def any_caller_may_use_the_key_of_a_fallback() -> None:
+    always(Exchange, Exchange.may_use_key, returns=True)

@@ -429,6 +429,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_dropped_answer_goes_on_at_its_provider: (
         test_dropped_streams.test_a_stream_that_is_dropped_unread_is_closed_before_its_permit_is_released
     ),
+    bugs.any_caller_may_use_the_key_of_a_fallback: (
+        test_gateway_attacks.test_callers_whose_key_was_not_tried_get_no_key_of_a_fallback
+    ),
 }
 
 

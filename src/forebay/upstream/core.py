@@ -13,6 +13,7 @@ from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
+from forebay.upstream.accepted_keys import AcceptedKeys
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.background_responses import BackgroundResponses, StoredTokens
@@ -37,6 +38,7 @@ class UpstreamCore:
     Attributes:
         profile: how the provider's API works.
         accounts: the accounts, by API key and model group.
+        accepted_keys: the API keys of a gateway's callers that may use the key of a fallback.
         background: responses whose usage comes later.
         stored_tokens: how long stored responses are.
         unpriced_calls: number of calls whose price was not known.
@@ -61,6 +63,7 @@ class UpstreamCore:
         self.prices = prices
         self.retry = retry
         self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
+        self.accepted_keys = AcceptedKeys()
         self.background = BackgroundResponses()
         self.stored_tokens = StoredTokens()
         self.unpriced_calls = 0
@@ -78,6 +81,7 @@ class UpstreamCore:
         self._lock = threading.Lock()
         self.budgets.reset_after_fork()
         self.accounts.reset_after_fork()
+        self.accepted_keys.reset_after_fork()
         self.background.reset_after_fork()
         self.stored_tokens.reset_after_fork()
 
