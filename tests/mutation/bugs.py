@@ -1151,3 +1151,14 @@ def a_dropped_answer_goes_on_at_its_provider() -> None:
 
 def any_caller_may_use_the_key_of_a_fallback() -> None:
     always(Exchange, Exchange.may_use_key, returns=True)
+
+
+def a_call_is_judged_by_all_that_wait() -> None:
+    def ahead_of(self: CallQueue, request: CallRequest) -> int:
+        return self.ahead(request.priority)
+
+    replace(CallQueue, CallQueue.ahead_of, ahead_of)
+
+
+def calls_that_leave_take_their_turns_with_them() -> None:
+    always(CallQueue, CallQueue._close_gaps, returns=None)

@@ -59,6 +59,7 @@ from tests.unit.upstream import test_core
 from tests.unit.upstream.accounts import (
     test_account_retries,
     test_bypass,
+    test_call_queue,
     test_decisions,
     test_guarded_limit,
     test_spend,
@@ -431,6 +432,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.any_caller_may_use_the_key_of_a_fallback: (
         test_gateway_attacks.test_callers_whose_key_was_not_tried_get_no_key_of_a_fallback
+    ),
+    bugs.a_call_is_judged_by_all_that_wait: (
+        test_decisions.test_a_flood_of_one_tenant_and_of_new_runs_keeps_nobody_out_who_goes_before_it
+    ),
+    bugs.calls_that_leave_take_their_turns_with_them: (
+        test_call_queue.test_a_patient_call_takes_the_turn_of_those_that_have_left_before_it
     ),
 }
 

@@ -139,7 +139,7 @@ class Account:
             return rejection
         if at_once:
             return self._too_late(now, request) or self._admit(now, request)
-        seconds, limited_by = self.expected_wait(now, request)
+        seconds, limited_by = self._expected_wait_of(now, request)
         if len(self.queue) >= _QUEUE_BOUND:
             reason = f"{_QUEUE_BOUND} calls wait already"
             return Rejected(reason, "queue", 1.0, self._schedule_retry(now, request, seconds))
@@ -210,7 +210,7 @@ class Account:
             return None
         if not self.durations.is_too_late(now, request, contested=self.queue.length > 0):
             return None
-        retry_after = self._schedule_retry(now, request, self.expected_wait(now, request)[0])
+        retry_after = self._schedule_retry(now, request, self._expected_wait_of(now, request)[0])
         return Rejected("it is not expected to be answered before its deadline", "deadline", 1.0, retry_after)
 
     def _has_slot(self, now: float) -> bool:
@@ -297,7 +297,7 @@ class Account:
 
     def _overdue(self, now: float, call: QueuedCall) -> Rejected:
         """Return the rejection of a call that has waited for too long."""
-        seconds, limited_by = self.expected_wait(now, call.request)
+        seconds, limited_by = self._expected_wait_of(now, call.request)
         retry_after = self._schedule_retry(now, call.request, seconds)
         if call.request.deadline <= now:
             return Rejected("its deadline passed while it waited", "queue", 1.0, retry_after)
@@ -354,7 +354,10 @@ class Account:
             self.withdraw(now, call)
 
     def _resolve(self, call: QueuedCall, decision: Admitted | Rejected) -> bool:
-        self.queue.withdraw(call)
+        if isinstance(decision, Admitted):
+            self.queue.take(call)
+        else:
+            self.queue.withdraw(call)
         return call.waiter.resolve(decision)
 
     def reject_queued(self, now: float) -> None:
@@ -510,19 +513,24 @@ class Account:
 
     # --- load ---
 
+    def _expected_wait_of(self, now: float, request: CallRequest) -> tuple[float, str]:
+        """Return the seconds until this call would be sent, in its turn: calls that it goes before do not count."""
+        return self.expected_wait(now, request, ahead=self.queue.ahead_of(request))
+
     def expected_wait(
-        self, now: float, request: CallRequest, *, others: int = 0, guess: float = 0.0
+        self, now: float, request: CallRequest, *, ahead: int | None = None, others: int = 0, guess: float = 0.0
     ) -> tuple[float, str]:
         """Return the seconds until such a call would be sent, and the part of the account that it waits for.
 
         Args:
             now: the time.
             request: of the call.
+            ahead: calls of the queue that go before it; None for all of its priority and of better ones.
             others: calls ahead of it besides those in the queue.
             guess: seconds that a call holds its slot, used until the first call has ended.
         """
         self._confirm_accepted(now)
-        ahead = self.queue.ahead(request.priority) + others
+        ahead = (self.queue.ahead(request.priority) if ahead is None else ahead) + others
         delay = self.quotas.wait(now, request.charge, ahead=scale_charge(request.charge, ahead))
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
         if (paused := self._refusals.expected_wait(now, ahead)) > seconds:
@@ -548,7 +556,7 @@ class Account:
         rejection = self._rejection(now, request)
         if rejection is not None:
             return max(1.0, rejection.load)
-        seconds, limited_by = self.expected_wait(now, request)
+        seconds, limited_by = self._expected_wait_of(now, request)
         return math.inf if seconds > self._acceptable_wait(now, request, limited_by) else seconds / self._max_wait
 
     def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
@@ -567,12 +575,13 @@ class Account:
         seconds, _ = self.expected_wait(now, request, others=self.expected_calls)
         if seconds == math.inf:
             return math.inf, 0.0
-        spacing = self._wait_per_call(now, request, seconds, others=self.expected_calls)
+        ahead = self.queue.ahead(request.priority) + self.expected_calls
+        spacing = self._wait_per_call(now, request, seconds, ahead=ahead)
         return max(0.0, seconds - load * self._max_wait), spacing
 
-    def _wait_per_call(self, now: float, request: CallRequest, seconds: float, *, others: int = 0) -> float:
-        """Return the seconds that one more call adds to a wait of `seconds`; 0 if that is not known."""
-        added = self.expected_wait(now, request, others=others + 1)[0] - seconds
+    def _wait_per_call(self, now: float, request: CallRequest, seconds: float, *, ahead: int) -> float:
+        """Return the seconds that one more call adds to a wait of `seconds` behind `ahead` calls; 0 if not known."""
+        added = self.expected_wait(now, request, ahead=ahead + 1)[0] - seconds
         return added if added > 0.0 else self.durations.held / max(1, self._slots(now))
 
     def _schedule_retry(self, now: float, request: CallRequest, seconds: float) -> float | None:
@@ -580,7 +589,7 @@ class Account:
         if seconds == math.inf:
             return None  # it is larger than a quota now: it gets no retry slot, and leaves no hole before the others
         early = max(0.0, seconds - self._max_wait)
-        spacing = self._wait_per_call(now, request, seconds)
+        spacing = self._wait_per_call(now, request, seconds, ahead=self.queue.ahead_of(request))
         slot = self._retry_after.reserve(now + early, 1.0 / spacing if spacing else None, self._draw())
         too_long = seconds - self.durations.acceptable_wait(request.asked_at, request)
         return max(early + (slot or 0.0), too_long) or None

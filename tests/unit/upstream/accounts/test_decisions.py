@@ -178,6 +178,27 @@ def test_a_deadline_that_passes_in_the_queue_rejects_its_call_at_any_position() 
     assert head.wake_time == 90.0, "the head wakes again and again for a deadline that has passed"
 
 
+@pytest.mark.parametrize("slots", [1, 100])
+def test_a_flood_of_one_tenant_and_of_new_runs_keeps_nobody_out_who_goes_before_it(slots: int) -> None:
+    harness = AccountHarness(slots, Quota(requests=2, per="second"), max_wait=5.0)
+    charge = Charge(requests=1)
+    harness.settle(
+        0.0, harness.admit(charge=charge, tenant="a", task_id="first"), CallOutcome(kind=Outcome.SUCCESS, latency=0.5)
+    )
+    held = harness.admit(charge=charge, tenant="a")
+    flood = 0
+    while isinstance(harness.account.try_acquire(0.0, CallRequest(charge=charge, tenant="a")), Queued):
+        harness.enqueue(charge=charge, tenant="a")
+        flood += 1
+    assert 8 <= flood <= 12  # of these calls 5 s have room for 10
+    for asking in ({"tenant": "b"}, {"tenant": "a", "task_id": "first"}, {"tenant": "a", "retries": 1}):
+        answer = harness.account.try_acquire(0.0, CallRequest(charge=charge, **asking))  # type: ignore[arg-type]
+        assert isinstance(answer, Queued), answer
+        assert answer.seconds <= 1.5
+    assert "longer than max_wait" in harness.reject(charge=charge, tenant="a").reason
+    assert not held.closed
+
+
 def test_no_call_waits_for_more_than_one_and_a_half_times_the_longest_expected_wait() -> None:
     harness = AccountHarness(max_wait=10.0)
     harness.admit(0.0)
