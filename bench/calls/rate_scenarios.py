@@ -9,6 +9,7 @@ from typing import Final
 from bench.calls.scenarios import CALL, EvenPacer, Scenario, provider
 from forebay.simulation.provider.provider_config import (
     BusyReason,
+    Faults,
     Penalty,
     ProviderConfig,
     ReportedLimits,
@@ -60,6 +61,17 @@ def _vague(retry_after: str) -> ReportedLimits:
     return replace(_SILENT, retry_after=retry_after)
 
 
+def _stray(scenario: Scenario, share: float) -> Scenario:
+    """Return the scenario of a provider that also refuses this share of the calls at random, with a 429."""
+    return replace(scenario, config=replace(scenario.config, faults=Faults(stray=share)))
+
+
+def _replicas(replicas: int, slots: int) -> Scenario:
+    """Return a scenario of servers behind a load balancer, each of which refuses with a 429 beyond its slots."""
+    config = provider(slots=replicas * slots, replicas=replicas, busy_reason=BusyReason.CONCURRENCY, reports=_SILENT)
+    return Scenario(config=config, best_fixed=40)
+
+
 _TOLD: Final = ReportedLimits()  # words, headers and Retry-After tell the truth
 _NO_HEADERS: Final = ReportedLimits(rate_limit_headers=False)
 
@@ -93,6 +105,10 @@ RATE_SCENARIOS: Final[Mapping[str, Scenario]] = {  # docs/limits.md has the same
     "window of a minute, Retry-After 3600": _rate(_vague("3600"), fixed_window=True),
     "window of a minute, remaining 0": _rate(ReportedLimits(remaining=0), fixed_window=True),
     "rate, remaining 0": _rate(ReportedLimits(remaining=0)),
+    "rate, headers": _rate(_TOLD),
+    "window of a minute, headers": _rate(_TOLD, fixed_window=True),
+    "4 a second, headers": _rate(_TOLD, amount=4, period=1.0),
+    "window of 4 a second, headers": _rate(_TOLD, amount=4, period=1.0, fixed_window=True),
     "tier falls, nothing told": _limited(
         SimulatedRateLimit(unit=Unit.REQUESTS, amount=2400, until=300.0),
         SimulatedRateLimit(unit=Unit.REQUESTS, amount=240, since=300.0),
@@ -115,4 +131,10 @@ RATE_SCENARIOS: Final[Mapping[str, Scenario]] = {  # docs/limits.md has the same
         ),
         pacer=_RatePacer,
     ),
+    "two processes, nothing told": replace(_rate(), processes=2),
+    "1,200 a minute, nothing told": _rate(amount=1200),
+    "10 replicas of 5, 429": _replicas(10, 5),
+    "slots, 5 % at random": _stray(_slots(_SILENT), 0.05),
+    "slots, 10 % at random": _stray(_slots(_SILENT), 0.1),
+    "slots, 20 % at random": _stray(_slots(_SILENT), 0.2),
 }

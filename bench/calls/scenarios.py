@@ -58,6 +58,7 @@ class Scenario:
         minutes: how long it takes.
         lengths: draws the input and output tokens of a call.
         processes: upstreams that share the key and know nothing of each other.
+        timeout: seconds from its arrival after which an answer is worth nothing.
     """
 
     config: ProviderConfig
@@ -71,6 +72,7 @@ class Scenario:
     minutes: float = MINUTES
     lengths: Callable[[random.Random], tuple[int, int]] = Traffic.conversation().lengths
     processes: int = 1
+    timeout: float = 120.0
 
     @property
     def max_slots(self) -> int:
@@ -84,6 +86,7 @@ class Scenario:
             minutes=self.minutes,
             queue_bound=self.queued_per_slot * self.max_slots,
             lengths=self.lengths,
+            timeout=self.timeout,
         )
         return retrying_inside(callers) if name == SEMAPHORE else callers
 
@@ -146,6 +149,17 @@ def _tide() -> tuple[CapacityStep, ...]:
 def _two_lengths(rng: random.Random) -> tuple[int, int]:
     """Draw the tokens of a call that is short, or in one case of ten ten times as long."""
     return (1000, 1000) if rng.random() < 0.1 else (100, 100)
+
+
+def _long_answers(rng: random.Random) -> tuple[int, int]:
+    """Draw the tokens of a call that takes from one minute to three."""
+    return 1000, rng.randint(2000, 6000)
+
+
+def _calls_of_two_minutes(config: ProviderConfig) -> Scenario:
+    """Return a scenario of calls of two minutes, three times as many as the provider can serve."""
+    demand = 3 * config.slots / 120.0
+    return Scenario(config=config, demand=demand, lengths=_long_answers, timeout=600.0, minutes=2 * MINUTES)
 
 
 class EvenPacer:
@@ -218,6 +232,9 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {  # docs/limits.md has the same name
     "3 slots": Scenario(config=provider(slots=3)),
     "1 slot, shared": Scenario(config=provider(slots=1, overcommit=None)),
     "2 slots, shared": Scenario(config=provider(slots=2, overcommit=None)),
+    "calls of two minutes, 100 slots": _calls_of_two_minutes(provider(slots=100)),
+    "calls of two minutes, 10 slots, shared": _calls_of_two_minutes(provider(slots=10, overcommit=None)),
+    "calls of two minutes, 100 slots, shared": _calls_of_two_minutes(provider(slots=100, overcommit=None)),
     "latency noise of 0.8": Scenario(config=provider(noise=0.8)),
     "no limit, latency noise of 0.6": Scenario(
         config=provider(slots=10_000, noise=0.6), demand=100 / CALL, queued_per_slot=1, minutes=60.0

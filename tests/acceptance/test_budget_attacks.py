@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 from typing import Any
@@ -19,7 +20,9 @@ from forebay import clock
 from forebay.errors import Overloaded
 from forebay.gateway.server import Gateway
 from forebay.quota import Budget, Price, Quota
-from forebay.upstream import Fallback, Upstream
+from forebay.retry import Retry
+from forebay.upstream import Fallback, HttpRequest, HttpResponse, Upstream
+from forebay.upstream.providers import usage_meter
 
 DOLLAR = Budget(usd=1.0)
 HALF = {"gpt-4o": Price(input=0.0, output=10_000.0)}  # the fifty tokens that CHAT_REQUEST asks for cost half a dollar
@@ -263,6 +266,10 @@ async def test_a_response_in_the_background_counts_as_reserved_until_its_usage_a
     assert spent(upstream) == pytest.approx(0.5, abs=1e-4)
     await script.client(upstream).get(OPENAI + "/responses/resp_1")
     assert spent(upstream) == pytest.approx(0.5, abs=1e-4), "it has not ended"
+    unfinished = {"input_tokens": 0, "output_tokens": 0}
+    script.replies = [json_reply(id="resp_1", status="in_progress", usage=unfinished)]
+    await script.client(upstream).get(OPENAI + "/responses/resp_1")
+    assert spent(upstream) == pytest.approx(0.5, abs=1e-4), "that is not its usage yet"
     script.replies = [json_reply(id="resp_1", status="completed", usage={"input_tokens": 0, "output_tokens": 8_000})]
     for _ in range(2):
         await script.client(upstream).get(OPENAI + "/responses/resp_1")
@@ -284,6 +291,50 @@ async def test_a_stream_in_the_background_goes_on_when_its_reader_leaves() -> No
     script.replies = [json_reply(id="resp_1", usage={"input_tokens": 0, "output_tokens": 8_000})]
     await script.client(upstream).get(OPENAI + "/responses/resp_1")
     assert spent(upstream) == pytest.approx(0.08)
+
+
+@virtual
+@pytest.mark.parametrize("readable", [True, False])
+async def test_what_a_long_answer_tells_at_its_begin_is_paid(
+    readable: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not readable:
+        monkeypatch.setattr(usage_meter, "_MAX_BODY", 1 << 20)
+    searches = [{"type": "web_search_call"}] * 30
+    usage = {"input_tokens": 0, "output_tokens": 1_000}
+    upstream = upstream_of()
+    answer = json_reply(output=[*searches, {"type": "message", "text": "x" * 2_000_000}], usage=usage)
+    asked = {"model": "gpt-4o", "input": "x", "max_output_tokens": 1_000, "tools": [{"type": "web_search"}]}
+    await post(Script(httpx2, answer), upstream, "/responses", **asked)
+    if readable:
+        assert spent(upstream) == pytest.approx(0.01 + 30 * 0.01)
+    else:
+        assert spent(upstream) >= 0.01 + 0.05, "as much as was reserved"
+
+
+@virtual
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError(111, "refused"), httpx2.ConnectError("refused"), httpx2.ConnectTimeout("slow")]
+)
+async def test_what_was_not_sent_costs_nothing(error: Exception) -> None:
+    upstream = upstream_of(retry=Retry(max_attempts=2))
+
+    async def refuse(_: HttpRequest) -> HttpResponse:
+        raise error
+
+    body = json.dumps({"model": "gpt-4o", "messages": [], "max_tokens": 50_000}).encode()
+    with pytest.raises(type(error)):
+        await upstream.send(HttpRequest("POST", OPENAI + "/chat/completions", {}, body), refuse)
+    assert spent(upstream) == 0.0
+    with pytest.raises(type(error)):
+        async with upstream.call("gpt-4o", input_tokens=10, output_tokens=50_000):
+            raise error
+    assert spent(upstream) == 0.0
+    async with upstream.call("gpt-4o", input_tokens=10, output_tokens=50_000) as call:
+        call.overloaded()
+    assert spent(upstream) == 0.0
+    assert left(upstream) == NOTHING
 
 
 # --- calls that are left ---
@@ -318,6 +369,52 @@ async def test_hidden_output_of_a_stream_that_is_left_is_paid() -> None:
     thinking = [chunk(choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": None}])] * 60
     await leave(upstream, *thinking, *words("ok"), STOP, after=61.5, max_tokens=50_000)
     assert spent(upstream) >= INPUT + 60 * 200 * 10e-6
+
+
+@virtual
+async def test_hidden_output_of_a_stream_that_is_closed_before_its_end_is_paid() -> None:
+    upstream = upstream_of()
+    thinking = [chunk(choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": None}])] * 60
+    await leave(upstream, *thinking, *words("ok"), after=100.0, max_tokens=50_000)
+    assert spent(upstream) >= INPUT + 60 * 200 * 10e-6
+    assert left(upstream) == NOTHING
+
+
+@virtual
+async def test_a_bound_that_the_provider_does_not_keep_to_bounds_nothing() -> None:
+    upstream = upstream_of()
+    await leave(upstream, *words(*["word " * 100] * 20), after=18.5, max_tokens=1)
+    assert spent(upstream) >= INPUT + 18 * 100 * 10e-6
+
+
+@virtual
+async def test_hidden_output_between_two_words_of_a_stream_that_is_left_is_paid() -> None:
+    upstream = upstream_of()
+    thinking = [chunk(choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": None}])] * 30
+    await leave(upstream, *words("so"), *thinking, *words("well"), *thinking, after=58.5, max_tokens=50_000)
+    assert spent(upstream) >= INPUT + 55 * 200 * 10e-6
+
+
+@virtual
+async def test_keys_that_were_never_accepted_cannot_use_up_the_budget_by_hanging_up() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply(pause=1.0))
+    client = script.client(upstream)
+    body = {"model": "gpt-4o", "messages": [], "max_tokens": 50_000}
+
+    async def hang_up(key: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await client.post(OPENAI + "/chat/completions", json=body, headers={"authorization": key})
+
+    for number in range(20):
+        await hang_up(f"Bearer junk-{number}")
+    assert spent(upstream) == pytest.approx(20 * 20 * 10e-6, rel=0.1)
+    headers = {"authorization": "Bearer good"}
+    assert (await client.post(OPENAI + "/chat/completions", json=body, headers=headers)).status_code == 200
+    before = spent(upstream)
+    await hang_up("Bearer good")
+    assert spent(upstream) == pytest.approx(before + 0.5, rel=1e-3), "it may go on at the provider"
 
 
 @virtual

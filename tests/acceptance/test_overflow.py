@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from forebay import (
 )
 from forebay.errors import DuplicateTask, StillSpilled, StoreUnavailable
 from forebay.interfaces import Lease
-from forebay.overflow import MemoryTaskStore
+from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -914,3 +914,33 @@ async def test_a_store_in_memory_that_fails_once_leaves_no_task_behind(method: s
         tickets = [await supervisor.submit(Task("work", number, thread_id=thread_id)) for number in range(4)]
         assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 4
         assert now() < 3.0
+
+
+class SlowlyCountingStore(SqliteTaskStore):
+    """A store whose counts of waiting tasks are half a second old when they arrive."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.counted = asyncio.Event()
+
+    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+        depths = await super().depths()
+        self.counted.set()
+        await asyncio.sleep(0.5)
+        return depths
+
+
+@pytest.mark.blocks
+@virtual
+async def test_a_count_that_was_made_before_a_task_was_stored_does_not_hide_it(tmp_path: Path) -> None:
+    store = SlowlyCountingStore(tmp_path / "store.db")
+    supervisor = BackpressureSupervisor(overflow=store, max_queue_size=0, lease=90.0)
+    supervisor.register_worker("w", handler=Agent(1.0), task_types=["work"])
+    async with supervisor:
+        store.counted.clear()
+        await store.counted.wait()  # by the heartbeat
+        tickets = [await supervisor.submit(Task("work", number)) for number in range(2)]
+        assert [ticket.status for ticket in tickets] == [TaskStatus.RUNNING, TaskStatus.SPILLED]
+        origin = now()
+        assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 2
+        assert now() - origin < 4.0

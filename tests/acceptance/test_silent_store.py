@@ -10,7 +10,7 @@ from tests.support.task_plane import Agent, approximately, error_of, now, run_re
 
 from forebay import BackpressureSupervisor, Deadline, Task, TaskStatus
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, PutResult, TaskRecord
+from forebay.interfaces import Completion, PutResult, RecordState, TaskRecord
 from forebay.overflow import MemoryTaskStore
 
 pytestmark = pytest.mark.blocks
@@ -41,6 +41,10 @@ class SilentStore(MemoryTaskStore):
     async def find_key(self, key: str) -> str | None:
         await self._answer("find_key")
         return await super().find_key(key)
+
+    async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
+        await self._answer("find")
+        return await super().find(task_id)
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None = None) -> bool:
         await self._answer("finish")
@@ -83,6 +87,19 @@ async def test_nobody_waits_for_the_overflow_for_longer_than_the_task_may_take(
         assert "has not answered about task" in str(error)
         assert now() - origin == approximately(seconds)
         assert len(agent.started) == len(running)
+        await supervisor.close()
+
+
+@virtual
+async def test_a_task_whose_id_the_overflow_still_looks_for_waits_no_longer_than_it_may_take() -> None:
+    supervisor = make_supervisor(SilentStore("find"), Agent())
+    async with supervisor:
+        asked = supervisor.ticket("mine")
+        origin = now()
+        error = await error_of(supervisor.submit(Task("work", task_id="mine", timeout=3.0)))
+        assert isinstance(error, StoreUnavailable)
+        assert now() - origin == approximately(3.0)
+        assert not asked.done()
         await supervisor.close()
 
 

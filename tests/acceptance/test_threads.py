@@ -413,3 +413,38 @@ async def test_a_loop_that_stays_late_reads_as_a_load_of_the_host(monkeypatch: p
         error = await error_of(supervisor.run(Task("work")))
     assert isinstance(error, Overloaded)
     assert error.limited_by == "host"
+
+
+async def test_threads_that_are_cancelled_while_they_wait_through_the_portal_keep_new_runs_from_beginning() -> None:
+    loop, go_on = asyncio.get_running_loop(), threading.Event()
+    waiting, working = asyncio.Semaphore(0), asyncio.Semaphore(0)
+    child_may_end = asyncio.Event()
+    supervisor = BackpressureSupervisor()
+
+    def parent(_: Task) -> None:
+        portal.run(Task("child"))
+        loop.call_soon_threadsafe(working.release)
+        go_on.wait(PATIENCE)
+
+    async def child(_: Task) -> None:
+        waiting.release()
+        await child_may_end.wait()
+
+    supervisor.register_worker("parent", handler=parent, task_types=["parent"], max_concurrent=1)
+    supervisor.register_worker("child", handler=child, task_types=["child"], max_concurrent=100)
+    async with supervisor:
+        portal = supervisor.portal()
+        tickets = []
+        for number in range(20):
+            tickets.append(await supervisor.submit(Task("parent")))
+            if number < 2:  # the bound of open runs; the others do not begin
+                await waiting.acquire()
+            tickets[-1].cancel()
+        assert supervisor.workers["child"].current_tasks == 2
+        child_may_end.set()
+        for _ in range(2):
+            await working.acquire()
+        go_on.set()
+        await supervisor.drain()
+        assert working.locked()
+        assert supervisor.workers["parent"].current_tasks == 0

@@ -6,6 +6,7 @@ The call flow is driven as the transports drive it; the attempts have scripted r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,8 +16,9 @@ from tests.support.task_plane import approximately, now, run_ready, virtual
 from forebay import Deadline, Overloaded, Priority, clock
 from forebay.breaker import BreakerRules, consecutive_faults
 from forebay.errors import CallMisused, InvalidAmount
-from forebay.interfaces import Charge, Outcome
+from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.quota import Budget, Price, Quota
+from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryPermission
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
@@ -141,6 +143,27 @@ async def test_no_retry_storm_while_a_provider_fails() -> None:
         with pytest.raises(ConnectionError):
             await calls.call()
     assert len(calls.sent) <= 50 + 0.2 * 50 + 10
+
+
+@virtual
+async def test_a_retry_of_a_failed_call_that_helps_uses_up_no_budget() -> None:
+    upstream = Upstream("llm", retry=Retry(base_delay=0.01))
+    for _ in range(100):
+        assert await Calls(upstream, fault).call() == "done"
+    assert now() < 60.0
+
+
+@virtual
+async def test_retries_that_seldom_help_are_bounded_by_the_budget() -> None:
+    upstream = Upstream(
+        "llm", retry=Retry(base_delay=0.001), breaker=BreakerRules(triggers=(consecutive_faults(1000),))
+    )
+    calls = Calls(upstream, *[fault, fault, fault, fault, success] * 100, seconds=0.01)
+    served = 0
+    for _ in range(100):
+        with contextlib.suppress(ConnectionError):
+            served += await calls.call() == "done"
+    assert len(calls.sent) <= 100 + 0.2 * 100 + 10 + served
 
 
 @virtual
@@ -307,6 +330,106 @@ async def test_a_retry_does_not_go_before_calls_of_higher_priority() -> None:
     others = [asyncio.create_task(calls.call(f"{number}", priority=Priority.HIGH)) for number in range(3)]
     await asyncio.gather(first, *others)
     assert [name for name, _ in calls.sent] == ["first", "0", "1", "2", "first"]
+
+
+class Window:
+    """A provider that counts the successes of each minute, and tells so in its headers."""
+
+    def __init__(self, amount: int) -> None:
+        self.amount, self.minute, self.count = amount, -1.0, 0
+
+    def success(self) -> AttemptResult:
+        minute, seconds = divmod(now(), 60.0)
+        if minute != self.minute:
+            self.minute, self.count = minute, 0
+        if self.count == self.amount:
+            return rate_limited(60.0 - seconds)
+        self.count += 1
+        header = RateLimitHeaders(
+            unit="requests", limit=self.amount, remaining=self.amount - self.count, reset=60.0 - seconds
+        )
+        outcome = CallOutcome(kind=Outcome.SUCCESS, used=CALL, latency=1.0, rate_limit_headers=(header,))
+        return AttemptResult(value="done", outcome=outcome)
+
+    async def learn(self, calls: Calls, *, doubted: bool = False) -> float:
+        """Let the upstream learn the window; return its end, half a second after its begin.
+
+        `doubted`: a call may be sent as a trial when it is used up.
+        """
+        calls.results = [self.success] * 30
+        for _ in range(30):
+            await calls.call()
+            await asyncio.sleep(4.0)
+        account(calls.upstream).quotas._observed["requests"].doubt = QuotaDoubt(0.0 if doubted else 1e12, 20.0, 1.0)
+        await asyncio.sleep(60.5 - now() % 60.0)
+        return now() + 59.5
+
+
+@pytest.mark.parametrize("result", [fault, congested])
+@virtual
+async def test_a_retry_keeps_its_place_in_a_window_that_others_would_use_up(
+    result: Callable[[], AttemptResult],
+) -> None:
+    window, calls = Window(20), Calls(Upstream("llm", retry=Retry(base_delay=2.0)))
+    end = await window.learn(calls)
+    calls.sent.clear()
+    calls.results = [*[window.success] * 18, result, result, *[window.success] * 40]
+    async with asyncio.TaskGroup() as group:
+        for number in range(30):
+            group.create_task(calls.call(f"{number}"))
+            await asyncio.sleep(0.2 if number == 19 else 0.02)  # the last ten ask while two are in their backoff
+    times = {name: [at for other, at in calls.sent if other == name] for name, _ in calls.sent}
+    for failed in ("18", "19"):
+        assert len(times[failed]) == 2
+        assert times[failed][1] < end
+    assert min(times[f"{number}"][0] for number in range(20, 30)) >= end
+
+
+@virtual
+async def test_a_call_that_is_refused_for_a_quota_waits_on_for_it_as_if_it_had_not_been_sent() -> None:
+    window, calls = Window(20), Calls(Upstream("llm"))
+    end = await window.learn(calls, doubted=True)
+    calls.sent.clear()
+    calls.results = [window.success] * 40
+    async with asyncio.TaskGroup() as group:
+        for number in range(25):
+            group.create_task(calls.call(f"{number}"))
+            await asyncio.sleep(0.02)
+    early = [name for name, at in calls.sent if at < end][20:]
+    assert early == ["20"]
+    assert [name for name, at in calls.sent if end <= at < end + 0.25] == ["20", "21", "22", "23", "24"]
+
+
+@virtual
+async def test_a_call_that_is_not_retried_is_no_trial_call() -> None:
+    window, calls = Window(20), Calls(Upstream("llm"))
+    end = await window.learn(calls, doubted=True)
+    calls.results = [window.success] * 20
+    for _ in range(20):
+        await calls.call()
+    async with calls.upstream.call():
+        assert now() >= end
+
+
+@virtual
+async def test_a_call_that_leaves_in_its_backoff_keeps_no_place() -> None:
+    window, calls = Window(20), Calls(Upstream("llm"))
+    end = await window.learn(calls)
+    calls.results = [
+        *[window.success] * 19,
+        lambda: AttemptResult(error=OSError(), retryable=True, retry_after=40.0, outcome=fault().outcome),
+        window.success,
+    ]
+    for _ in range(19):
+        await calls.call()
+    leaving = asyncio.create_task(calls.call("leaves"))
+    await asyncio.sleep(1.0)
+    waiting = asyncio.create_task(calls.call("waits"))
+    await asyncio.sleep(1.0)
+    assert [name for name, _ in calls.sent[-2:]] == ["", "leaves"]
+    leaving.cancel()
+    await waiting
+    assert now() < end - 40.0
 
 
 # --- failures that do not count ---

@@ -34,8 +34,16 @@ from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
-from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price, rate_limiter
+from forebay.quota import (
+    BilledUsage,
+    BudgetReservation,
+    BudgetTracker,
+    Price,
+    RateLimiter,
+    rate_limiter,
+)
 from forebay.quota.observed import ObservedLimit
+from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
@@ -46,6 +54,7 @@ from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
+from forebay.supervisor.pools import PoolGroup
 from forebay.supervisor.queue_spill import QueueSpill, is_waiting
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
@@ -67,13 +76,16 @@ from forebay.upstream.accounts import bypass
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.guarded_limit import GuardedLimit
+from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
+from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
@@ -298,7 +310,7 @@ def parked_messages_count_as_load() -> None:
     original = Pool.load
 
     def load(self: Pool, *, nested: bool = False) -> float:
-        return original(self, nested=nested) + self.parked / self.queue_bound
+        return original(self, nested=nested) + self.parked / max(1, self.queue_bound)
 
     replace(Pool, original, load)
 
@@ -344,6 +356,17 @@ def the_submitters_mistake_counts_against_the_worker() -> None:
         return False
 
     completion._is_submitters_mistake.__code__ = _is_submitters_mistake.__code__
+
+
+# --- workers of many task types ---
+
+
+def a_task_costs_more_the_more_types_its_worker_has() -> None:
+    pools._MANY = 10**9
+
+
+def a_worker_of_many_types_never_serves_the_pool_that_it_passes_over() -> None:
+    skip(PoolGroup.next_pool, PoolGroup._serve)
 
 
 # --- deadlines ---
@@ -461,7 +484,7 @@ def closing_starts_what_waits() -> None:
 
 
 def a_ticket_asked_for_by_id_has_no_deadline() -> None:
-    skip(StoreLookup._find, Ticket.restore)
+    skip(StoreLookup._apply, Ticket.restore)
 
 
 def deadlines_follow_the_wall_clock() -> None:
@@ -581,6 +604,19 @@ def after_a_suspension_all_calls_go() -> None:
     always(SpendSuspension, SpendSuspension.record_sent, returns=None)
 
 
+def callers_who_hang_up_use_up_the_budget_of_others() -> None:
+    original = CallRequest.unreported_cost
+
+    def cost_within(self: CallRequest, seconds: float) -> float:
+        return original(self, seconds)
+
+    replace(CallRequest, CallRequest.cost_within, cost_within)
+
+
+def a_model_never_thinks_between_two_words() -> None:
+    always(MeteredStream, MeteredStream._add_silence, returns=None)
+
+
 def one_request_that_is_too_dear_stops_the_key() -> None:
     always(SpendSuspension, SpendSuspension.confirm, returns=math.inf)
 
@@ -664,11 +700,19 @@ def a_refusal_is_never_contradicted() -> None:
     replace(RefusalDetector, RefusalDetector._contradict, contradict)
 
 
+def a_high_background_is_never_compared() -> None:
+    always(RefusalDetector, RefusalDetector._compare, returns=None)
+
+
 def a_late_refusal_is_not_waited_for() -> None:
     def accepted(self: AdaptiveLimit, now: float, grant: Grant) -> None:
         self._confirm(now, grant)
 
     replace(AdaptiveLimit, AdaptiveLimit.accepted, accepted)
+
+
+def only_ended_calls_raise_a_limit_above_the_best_one() -> None:
+    always(AdaptiveLimit, AdaptiveLimit._may_leap, returns=False)
 
 
 def a_refused_probe_is_repeated_as_soon_as_ever() -> None:
@@ -683,6 +727,29 @@ def an_experiment_that_made_nothing_faster_keeps_its_limit() -> None:
         return original(self, now)
 
     replace(SlowdownExperiment, original, restore)
+
+
+def calls_that_a_stalled_provider_kept_waiting_are_the_norm() -> None:
+    original = SlowdownExperiment._restore
+
+    def restore(self: SlowdownExperiment, now: float) -> ExperimentResult:
+        self._before = sorted([*self._before, *[math.inf] * (2 * len(self._before))])
+        return original(self, now)
+
+    replace(SlowdownExperiment, original, restore)
+
+
+def only_a_limit_that_is_used_up_is_suspected_of_slow_calls() -> None:
+    original = SlowdownExperiment._watch
+
+    def watch(
+        self: SlowdownExperiment, now: float, level: float, in_flight: float, slowdown: float, **rest: Any
+    ) -> ExperimentResult | None:
+        if self._used < 0.9 * level - 1:
+            self._used = 0
+        return original(self, now, level, in_flight, slowdown, **rest)
+
+    replace(SlowdownExperiment, original, watch)
 
 
 # --- retries are bounded ---
@@ -794,10 +861,28 @@ def a_forked_child_inherits_the_calls_of_its_parent() -> None:
 
 
 def words_alone_tell_the_cause_of_a_refusal() -> None:
-    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False) -> bool:
-        return named
+    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False, says_concurrency: bool = False) -> bool:
+        return named and not says_concurrency
 
     replace(RefusalCause, RefusalCause.is_rate, is_rate)
+
+
+def calls_accepted_right_after_a_refusal_say_nothing() -> None:
+    always(RefusalTrial, RefusalTrial.record_accepted, returns=None)
+
+
+def nothing_is_sent_right_after_a_refusal() -> None:
+    always(RefusalTrial, RefusalTrial.wants_call, returns=False)
+
+
+def a_call_that_is_refused_for_what_it_asks_counts_again_and_again() -> None:
+    original = RefusalControl.record_refused
+
+    def record_refused(self: RefusalControl, *args: Any, repeated: bool = False, **said: Any) -> bool:
+        del repeated
+        return original(self, *args, **said)
+
+    replace(RefusalControl, original, record_refused)
 
 
 def refused_calls_are_sent_again_at_once() -> None:
@@ -840,6 +925,58 @@ def a_refusal_empties_the_quota_of_a_day() -> None:
 
 def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
+
+
+# --- quotas that headers show, and the places of retries ---
+
+
+def a_quota_that_headers_show_is_never_doubted() -> None:
+    always(QuotaDoubt, QuotaDoubt.trial_wait, returns=math.inf)
+
+
+def refused_trials_of_a_quota_are_repeated_at_once() -> None:
+    always(QuotaDoubt, QuotaDoubt.record_refused, returns=None)
+
+
+def accepted_calls_do_not_tell_a_period() -> None:
+    always(ObservedLimit, ObservedLimit._count_accepted, returns=None)
+
+
+def limits_that_come_and_go_are_believed() -> None:
+    always(QuotaDoubt, QuotaDoubt.refute, returns=None)
+
+
+def a_used_up_window_gets_refunds() -> None:
+    always(RateLimiter, RateLimiter._forget_reserved, returns=None)
+
+
+def a_retry_loses_its_place_in_its_backoff() -> None:
+    always(KeptPlaces, KeptPlaces.keep, returns=None)
+
+
+def the_place_of_a_call_that_left_is_kept() -> None:
+    always(SharedAccount, SharedAccount.drop_place, returns=None)
+
+
+def of_two_retries_the_one_with_the_earlier_deadline_goes_first() -> None:
+    original = FairOrder.rank
+
+    def rank(self: FairOrder, request: CallRequest) -> tuple[float, float]:
+        return (original(self, request)[0], request.deadline)
+
+    replace(FairOrder, original, rank)
+
+
+def retries_that_help_use_up_the_budget_for_failures() -> None:
+    always(RetryBudget, RetryBudget.refund, returns=None)
+
+
+def a_call_that_is_refused_for_a_quota_loses_its_place() -> None:
+    always(SharedAccount, SharedAccount.quota_wait, returns=0.0)
+
+
+def a_call_that_is_not_retried_is_tried() -> None:
+    always(Account, Account._may_try, returns=True)
 
 
 # --- the gateway ---

@@ -51,9 +51,9 @@ from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_sqlite_store
-from tests.unit.quota import test_observed, test_rate_limiter
+from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
-from tests.unit.supervisor import test_pool
+from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_core
 from tests.unit.upstream.accounts import (
@@ -61,6 +61,7 @@ from tests.unit.upstream.accounts import (
     test_bypass,
     test_call_queue,
     test_decisions,
+    test_fair_order,
     test_guarded_limit,
     test_spend,
     test_tables,
@@ -70,6 +71,7 @@ from tests.unit.upstream.accounts.refusals import (
     test_refusal_cause,
     test_refusal_control,
     test_refusal_pause,
+    test_refusal_trial,
 )
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
@@ -242,6 +244,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),
     bugs.after_a_suspension_all_calls_go: test_spend.test_after_a_suspension_one_call_goes_until_it_has_succeeded,
+    bugs.callers_who_hang_up_use_up_the_budget_of_others: (
+        test_budget_attacks.test_keys_that_were_never_accepted_cannot_use_up_the_budget_by_hanging_up
+    ),
+    bugs.a_model_never_thinks_between_two_words: (
+        test_budget_attacks.test_hidden_output_between_two_words_of_a_stream_that_is_left_is_paid
+    ),
     bugs.one_request_that_is_too_dear_stops_the_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
     ),
@@ -264,10 +272,22 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
     bugs.a_refusal_is_never_contradicted: test_refusal_detector.test_regular_stray_refusals_become_the_background,
+    bugs.a_high_background_is_never_compared: (
+        test_refusal_detector.test_where_half_as_many_calls_in_flight_are_refused_as_often_the_limit_may_rise
+    ),
     bugs.a_late_refusal_is_not_waited_for: test_adaptive.test_refusals_that_come_late_are_learned_to_be_late,
+    bugs.only_ended_calls_raise_a_limit_above_the_best_one: (
+        test_adaptive.test_acceptances_are_enough_to_follow_a_capacity_that_is_far_above_all_that_was_refused
+    ),
     bugs.a_refused_probe_is_repeated_as_soon_as_ever: test_adaptive.test_a_limit_of_few_slots_is_probed_rarely,
     bugs.an_experiment_that_made_nothing_faster_keeps_its_limit: (
         test_slowdown_experiment.test_calls_that_are_slow_for_another_reason_restore_the_limit
+    ),
+    bugs.calls_that_a_stalled_provider_kept_waiting_are_the_norm: (
+        test_slowdown_experiment.test_calls_that_a_provider_kept_waiting_during_an_experiment_are_not_the_norm
+    ),
+    bugs.only_a_limit_that_is_used_up_is_suspected_of_slow_calls: (
+        test_slowdown_experiment.test_a_limit_that_is_not_quite_used_up_is_lowered_too
     ),
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
@@ -303,7 +323,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_core.test_after_a_fork_the_calls_of_the_parent_hold_nothing_and_are_not_taken_back
     ),
     bugs.words_alone_tell_the_cause_of_a_refusal: (
-        test_refusal_cause.test_refusals_with_no_more_calls_in_flight_than_were_accepted_speak_for_a_rate
+        test_refusal_cause.test_trials_whose_calls_are_refused_speak_for_a_rate
+    ),
+    bugs.calls_accepted_right_after_a_refusal_say_nothing: (
+        test_refusal_trial.test_more_accepted_calls_than_a_rate_lets_through_show_chance
+    ),
+    bugs.nothing_is_sent_right_after_a_refusal: (
+        test_refusal_trial.test_calls_go_right_after_a_refusal_until_either_verdict_is_certain
+    ),
+    bugs.a_call_that_is_refused_for_what_it_asks_counts_again_and_again: (
+        test_refusal_control.test_calls_that_are_refused_again_and_again_for_what_they_ask_begin_no_pause
     ),
     bugs.refused_calls_are_sent_again_at_once: test_refusal_pause.test_one_trial_call_goes_at_a_time,
     bugs.a_retry_after_is_believed_before_it_was_right: (
@@ -322,6 +351,35 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_remaining_amount_that_never_changes_is_believed: (
         test_observed.test_a_remaining_amount_that_never_changes_while_calls_are_accepted_is_not_believed
     ),
+    bugs.a_quota_that_headers_show_is_never_doubted: (
+        test_observed.test_a_call_that_a_learned_quota_does_not_allow_goes_as_a_trial_now_and_then
+    ),
+    bugs.refused_trials_of_a_quota_are_repeated_at_once: (
+        test_quota_doubt.test_each_refused_trial_makes_the_next_one_rarer_up_to_one_an_hour
+    ),
+    bugs.accepted_calls_do_not_tell_a_period: (
+        test_observed.test_more_calls_than_a_minute_grants_show_that_a_small_limit_is_one_of_a_second
+    ),
+    bugs.limits_that_come_and_go_are_believed: test_observed.test_limits_that_come_and_go_are_not_believed,
+    bugs.a_used_up_window_gets_refunds: (
+        test_observed.test_a_used_up_window_gets_no_refund_of_what_was_estimated_too_high
+    ),
+    bugs.a_retry_loses_its_place_in_its_backoff: (
+        test_upstream_retries.test_a_retry_keeps_its_place_in_a_window_that_others_would_use_up
+    ),
+    bugs.the_place_of_a_call_that_left_is_kept: (
+        test_upstream_retries.test_a_call_that_leaves_in_its_backoff_keeps_no_place
+    ),
+    bugs.of_two_retries_the_one_with_the_earlier_deadline_goes_first: (
+        test_fair_order.test_of_two_retries_the_one_that_asked_first_goes_first
+    ),
+    bugs.retries_that_help_use_up_the_budget_for_failures: (
+        test_upstream_retries.test_a_retry_of_a_failed_call_that_helps_uses_up_no_budget
+    ),
+    bugs.a_call_that_is_refused_for_a_quota_loses_its_place: (
+        test_upstream_retries.test_a_call_that_is_refused_for_a_quota_waits_on_for_it_as_if_it_had_not_been_sent
+    ),
+    bugs.a_call_that_is_not_retried_is_tried: test_upstream_retries.test_a_call_that_is_not_retried_is_no_trial_call,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
@@ -383,6 +441,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_earlier_task_of_the_same_id_ends_a_later_one: (
         test_overflow.test_an_id_may_be_used_again_once_its_task_has_ended_wherever_it_waited
+    ),
+    bugs.a_task_costs_more_the_more_types_its_worker_has: (
+        test_pools.test_a_task_costs_the_same_on_a_worker_of_a_thousand_types
+    ),
+    bugs.a_worker_of_many_types_never_serves_the_pool_that_it_passes_over: (
+        test_pools.test_the_waiting_pool_with_the_most_urgent_head_is_next_and_none_is_passed_over_for_long
     ),
     bugs.a_submission_waits_for_a_silent_overflow_without_a_bound: (
         test_silent_store.test_nobody_waits_for_the_overflow_for_longer_than_the_task_may_take

@@ -10,17 +10,20 @@ import asyncio
 import functools
 import gc
 import itertools
+import math
 import random
 from collections import Counter
 from typing import Any, Final
 
 import httpx
 from tests.support.cheap_collection import cheap_collections
-from tests.support.simulated_transport import POISON, SimulatedTransport, chat
+from tests.support.simulated_transport import ERROR_AFTER, POISON, WRONG, SimulatedTransport, chat
 from tests.support.supervisor_checks import InvariantViolation
 from tests.support.upstream_checks import check_upstream
 
 from forebay import Overloaded, Upstream, clock
+from forebay.interfaces import Outcome
+from forebay.limit import FixedLimit, Grant
 from forebay.retry import Retry
 from forebay.simulation import simulate
 from forebay.simulation.provider.provider_config import BusyReason, Faults, ProviderConfig
@@ -31,12 +34,46 @@ MINUTES: Final = 3
 MAX_WAIT: Final = 20.0  # seconds, of the upstream
 LONGEST_WAIT: Final = 1.5 * MAX_WAIT + 1.0  # seconds without being sent, rejected or sent again
 HEALTHY: Final = 12  # callers
-KINDS: Final = ("hasty", "dead", "silent", "poisoned", "leaving", "keeping", "cancelled", "hasty")
+KINDS: Final = (
+    ("hasty",),
+    ("dead",),
+    ("silent",),
+    ("poisoned",),
+    ("leaving",),
+    ("keeping",),
+    ("cancelled",),
+    ("hasty", "quitting", "hanging", "wrong"),
+)  # of bad callers; seeds take them in turn
+STREAMING: Final = ("leaving", "keeping")
+CROWDED: Final = (*STREAMING, "cancelled", "hanging")  # the healthy callers need all slots
 TTFT, TPOT = 0.5, 0.03
 PAUSE: Final = 0.6  # seconds between two calls of a caller, on average
-UNREAD: Final = {"leaving": 2.5, "keeping": 0.5 * MAX_WAIT + 1.0}  # seconds after which an unread stream is taken back
+HELD: Final = {"leaving": 3.0, "keeping": 0.5 * MAX_WAIT + 1.5, "cancelled": 3.0}  # seconds for which calls hold slots
+TEXTS: Final = {"poisoned": POISON, "wrong": WRONG}
 LEAST: Final = 0.9  # of the calls that the provider has room for
-MOST_SENT: Final = {"hasty": 1.35, "silent": 1.6, "dead": 1.6, "poisoned": 1.6}  # attempts for each call
+MAX_ATTEMPTS: Final = 4
+MOST_SENT: Final = {
+    "hasty": 1.35,
+    "silent": 1.6,
+    "dead": 1.6,
+    "poisoned": 1.6,
+    "quitting": 1.6,
+    "wrong": MAX_ATTEMPTS,
+}  # attempts for each call
+RETRY_AFTER: Final = 2  # seconds, of a dead model
+
+
+class UnreliableLimit(FixedLimit):
+    """A limit of a user who made a mistake in it."""
+
+    def __init__(self, n: int, rng: random.Random) -> None:
+        super().__init__(n)
+        self._rng = rng
+
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
+        super().observe(now, grant, outcome, slowdown=slowdown)
+        if self._rng.random() < 0.2:
+            raise RuntimeError
 
 
 class BlameStorm:
@@ -50,19 +87,25 @@ class BlameStorm:
     def __init__(self, seed: int, *, bad: bool = True) -> None:
         self.seed = seed
         rng = random.Random(f"blame {seed}")
-        self.kind = KINDS[seed % len(KINDS)]
+        kinds = KINDS[seed % len(KINDS)]
+        self.kind = kinds[seed // len(KINDS) % len(kinds)]
         self.share = rng.choice((0.05, 0.1, 0.2, 0.4))
         self.bad = max(1, round(HEALTHY * self.share / (1 - self.share))) if bad else 0
         self.same_model = rng.random() < 0.5  # of bad callers, where it is not the model that is bad
-        self.slots = HEALTHY if self.kind in ("leaving", "keeping") else 100
+        self.crowded = self.kind in CROWDED
+        self.slots = HEALTHY if self.crowded else 100
         self.error = rng.choice((0.0, 0.02))
         self.output_tokens = rng.choice((40, 100, 150))
         self.seconds = TTFT + TPOT * self.output_tokens  # of a call
+        if bad and self.kind == "hanging":
+            self.bad, self.error = self.slots, 0.0  # their calls take all slots
+        self.unreliable_limit = self.kind == "cancelled" and self.same_model
         self.happened: Counter[str] = Counter()
         self.served = 0
         self.calls = 0  # of bad callers
         self.longest_wait = 0.0
         self.kept: list[Any] = []
+        self.to_cancel: list[asyncio.Timeout] = []
         self.transport: SimulatedTransport
 
     async def main(self) -> None:
@@ -76,14 +119,21 @@ class BlameStorm:
             busy_reason=BusyReason.CONCURRENCY,
             faults=Faults(error=self.error),
         )
-        dead, silent = ((OTHER_MODEL,) if self.kind == kind else () for kind in ("dead", "silent"))
-        self.transport = SimulatedTransport(SimulatedProvider(config, seed=self.seed), dead=dead, silent=silent)
+        self.transport = SimulatedTransport(
+            SimulatedProvider(config, seed=self.seed),
+            dead=(OTHER_MODEL,) if self.kind in ("dead", "quitting") else (),
+            silent=(OTHER_MODEL,) if self.kind in ("silent", "hanging") else (),
+            dead_for=RETRY_AFTER if self.same_model else None,
+        )
+        limits: dict[str, Any] = {"max_concurrent": self.slots if self.crowded else None}
+        if self.unreliable_limit:
+            limits = {"limit": UnreliableLimit(self.slots, random.Random(self.seed))}
         upstream = Upstream(
             "llm",
             provider="openai",
             max_wait=MAX_WAIT,
-            retry=Retry(max_attempts=4, base_delay=0.2),
-            max_concurrent=self.slots if self.kind in ("leaving", "keeping") else None,
+            retry=Retry(max_attempts=MAX_ATTEMPTS, base_delay=0.2),
+            **limits,
         )
         async with upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client:
             async with asyncio.TaskGroup() as group:
@@ -108,9 +158,12 @@ class BlameStorm:
                 self.served += name == "served"
             except Overloaded:
                 name = "rejected"
-                self.longest_wait = max(self.longest_wait, clock.now() - start)
             except httpx.HTTPError as error:
                 name = type(error).__name__
+            if name == "rejected" or self.kind == "hanging":
+                self.longest_wait = max(self.longest_wait, clock.now() - start)
+            for timeout in self.to_cancel[:1]:  # in the turn of the event loop in which its permit may go to that call
+                timeout.reschedule(0.0)
             self.happened[f"healthy {name}"] += 1
             await asyncio.sleep(rng.uniform(0.2, 1.0))
 
@@ -129,19 +182,28 @@ class BlameStorm:
             await asyncio.sleep(rng.uniform(0.2, 1.0))
 
     async def _bad_call(self, client: httpx.AsyncClient, rng: random.Random) -> str:
-        model = OTHER_MODEL if self.kind in ("dead", "silent") or not self.same_model else MODEL
-        text = f"{POISON} Rivers?" if self.kind == "poisoned" else "bad Rivers?"
+        other = self.kind in ("dead", "silent", "quitting", "hanging")
         request = chat(
-            model, text, output_tokens=self.output_tokens, max_tokens=200, stream=self.kind in ("leaving", "keeping")
+            OTHER_MODEL if other or not self.same_model else MODEL,
+            f"{TEXTS.get(self.kind, 'bad')}{self.calls} Rivers?",
+            output_tokens=self.output_tokens,
+            max_tokens=200,
+            stream=self.kind in STREAMING,
         )
         if self.kind in ("hasty", "silent"):
             seconds = 0.4 * self.seconds if self.kind == "hasty" else rng.uniform(2, 10)
             request.extensions["timeout"] = httpx.Timeout(seconds).as_dict()
-        if self.kind == "cancelled":
-            async with asyncio.timeout(rng.uniform(0, 3)):
-                await client.send(request)
+        if self.kind in ("cancelled", "quitting"):
+            async with asyncio.timeout(rng.uniform(0, 3 if self.kind == "cancelled" else 2 * ERROR_AFTER)) as timeout:
+                if self.kind == "cancelled":
+                    self.to_cancel.append(timeout)
+                try:
+                    await client.send(request)
+                finally:
+                    if self.kind == "cancelled":
+                        self.to_cancel.remove(timeout)
             return "served"
-        if self.kind in ("leaving", "keeping"):
+        if self.kind in STREAMING:
             response = await client.send(request, stream=True)
             chunks = response.aiter_raw()
             async for _ in chunks:
@@ -159,14 +221,16 @@ class BlameStorm:
         A stream that is not read holds a slot until it is taken back. If all wait equally long for a slot, the wait is
         as long as the slots suffice for the calls of all.
         """
-        unread = UNREAD.get(self.kind)
-        if unread is None:
+        if self.kind == "hanging":
+            return 0.0
+        held = HELD.get(self.kind)
+        if held is None:
             return 1.0
 
         def needed(wait: float) -> float:
             """Return the slots that are in use on average if each call waits so many seconds."""
             healthy = HEALTHY * self.seconds / (wait + self.seconds + PAUSE)
-            return healthy + self.bad * (TTFT + unread) / (wait + TTFT + PAUSE)
+            return healthy + self.bad * held / (wait + TTFT + PAUSE)
 
         wait = next(tenths / 10 for tenths in itertools.count() if needed(tenths / 10) <= self.slots)
         return (self.seconds + PAUSE) / (wait + self.seconds + PAUSE)
@@ -177,14 +241,31 @@ class BlameStorm:
             raise InvariantViolation(
                 f"beside {self.bad} callers that are {self.kind} {self.served} calls are served, {alone} without"
             )
-        if self.longest_wait > LONGEST_WAIT:
+        if self.longest_wait > LONGEST_WAIT + (2 * self.seconds if self.kind == "hanging" else 0):
             raise InvariantViolation(f"a call waited {self.longest_wait:.0f} s beside callers that are {self.kind}")
         sent = len(self.transport.sent) - self.happened.total()
         most = (MOST_SENT.get(self.kind, 1.2) - 1.0) * self.calls + 0.1 * self.happened.total() + 5
         if sent > most:
             raise InvariantViolation(f"beside callers that are {self.kind} {sent} more attempts are made than calls")
-        if self.kind in ("leaving", "keeping") and self.transport.peak > self.slots:
+        if self.crowded and self.transport.peak > self.slots:
             raise InvariantViolation(f"{self.transport.peak} calls were in flight of {self.slots}")
+        attempts = Counter(call.text for call in self.transport.sent if not call.text.startswith("healthy"))
+        if attempts and (most := max(attempts.values())) > MAX_ATTEMPTS:
+            raise InvariantViolation(f"a call was sent {most} times, of {MAX_ATTEMPTS} at most")
+        if self.kind == "dead" and self.same_model:
+            self._check_retries()
+
+    def _check_retries(self) -> None:
+        """Check that no call is sent again earlier than the dead model says."""
+        latest: dict[str, float] = {}
+        for call in self.transport.sent:
+            if call.model == OTHER_MODEL:
+                pause = call.at - latest.get(call.text, -math.inf) - ERROR_AFTER
+                if pause < RETRY_AFTER:
+                    raise InvariantViolation(
+                        f"a call was sent again {pause:.1f} s after a Retry-After of {RETRY_AFTER}"
+                    )
+                latest[call.text] = call.at
 
 
 @functools.cache

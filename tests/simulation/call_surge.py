@@ -384,8 +384,6 @@ def seeds(count: int, quick: int) -> list[Any]:
 
 SEEDS = seeds(100, 20)
 PLATEAUS = seeds(25, 5)  # `make sim` runs one for every seed
-SMALL_SHARED_KEY = "a flooded key of few slots that shares its capacity: see the known weak spots in docs/limits.md"
-PLATEAUS[18] = pytest.param(18, marks=(pytest.mark.slow, pytest.mark.xfail(strict=True, reason=SMALL_SHARED_KEY)))
 
 if __name__ == "__main__":
     import sys

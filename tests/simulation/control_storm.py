@@ -19,11 +19,12 @@ from tests.support.simulated_transport import SimulatedTransport, chat
 from tests.support.supervisor_checks import InvariantViolation
 from tests.support.upstream_checks import check_upstream
 
-from forebay import Overloaded, Upstream, clock
+from forebay import Overloaded, Quota, Upstream, clock
 from forebay.simulation import simulate
 from forebay.simulation.provider.provider_config import (
     BusyReason,
     CapacityStep,
+    Faults,
     Penalty,
     ProviderConfig,
     ReportedLimits,
@@ -40,9 +41,11 @@ CALL: Final = TTFT + TPOT * (SHORTEST + LONGEST) / 2  # seconds of the average c
 MINUTES: Final = 5
 WARM_UP: Final = 120.0  # seconds that do not count: the limits are unknown at first
 FREE: Final = 400  # slots, where a rate is the only limit
-FEW: Final = 16  # refused calls in a minute that are no hammering, whatever their share
+FEW: Final = 10  # refused calls in a minute that are no hammering, whatever their share
 ONSET: Final = 10  # refused calls of a minute of an outage, for each slot: all in flight are refused, some repeatedly
-SHUT: Final = 75.0  # seconds without a call, at most, while callers wait
+SHUT: Final = 25.0  # seconds without a call, at most, while callers wait
+PUNISHED: Final = 60.0  # the same where each refused call may begin a penalty of 20 s
+EMPTY: Final = 75.0  # the same where nothing is left of a minute, as the headers say
 RECOVERY: Final = 90.0  # seconds after an outage
 VAGUE: Final = ReportedLimits(wording=Wording.VAGUE, retry_after="", rate_limit_headers=False)
 
@@ -57,6 +60,10 @@ class Case:
         goodput: the least share of the capacity that must be used.
         refused: the largest share of the calls of any minute that may be refused.
         outage: when it begins and ends.
+        callers: those who call; None for two to four times as many as the provider can serve.
+        max_concurrent: of the upstream.
+        quotas: of the upstream.
+        gap: seconds in which no call is sent, at most, while callers wait.
     """
 
     config: ProviderConfig
@@ -64,6 +71,13 @@ class Case:
     goodput: float = 0.85
     refused: float = 0.1
     outage: tuple[float, float] | None = None
+    callers: int | None = None
+    max_concurrent: int | None = None
+    quotas: tuple[Quota, ...] = ()
+    gap: float = SHUT
+
+
+LIMITS: Final = ("goodput", "refused", "outage", "callers", "max_concurrent", "quotas", "gap")
 
 
 def _config(**fields: Any) -> ProviderConfig:
@@ -76,12 +90,12 @@ def _config(**fields: Any) -> ProviderConfig:
 
 def _slots(rng: random.Random, reports: ReportedLimits = VAGUE, slots: int | None = None, **fields: Any) -> Case:
     slots = rng.randint(6, 12) if slots is None else slots
-    limits = {name: fields.pop(name) for name in ("goodput", "refused", "outage") if name in fields}
+    limits = {name: fields.pop(name) for name in LIMITS if name in fields}
     return Case(config=_config(slots=slots, reports=reports, **fields), capacity=slots / CALL, **limits)
 
 
 def _rate(rng: random.Random, reports: ReportedLimits = VAGUE, **fields: Any) -> Case:
-    limits = {name: fields.pop(name) for name in ("goodput", "refused") if name in fields}
+    limits = {name: fields.pop(name) for name in LIMITS if name in fields}
     window = {name: fields.pop(name) for name in ("fixed_window", "burst") if name in fields}
     period = fields.pop("period", 60.0)
     amount = round(rng.uniform(2.0, 5.0) * period)
@@ -99,7 +113,7 @@ def _penalty(rng: random.Random) -> Penalty:
 
 
 def _outage(rng: random.Random) -> Case:
-    slots, start = rng.randint(6, 12), rng.uniform(120, 150)
+    slots, start = rng.randint(6, 12), rng.uniform(60, 100)
     end = start + rng.uniform(20, 80)
     steps = CapacityStep(at=start, slots=0, cut=rng.random() < 0.5), CapacityStep(at=end, slots=slots)
     return _slots(rng, slots=slots, capacity_steps=steps, busy_reason=rng.choice(list(BusyReason)), outage=(start, end))
@@ -130,6 +144,12 @@ def _tier_falls(rng: random.Random) -> Case:
     return Case(config=_config(slots=FREE, rate_limits=limits), capacity=low, refused=0.2)
 
 
+def _no_limit(rng: random.Random, **fields: Any) -> Case:
+    callers = rng.randint(30, 40)
+    case = _slots(rng, slots=FREE, overcommit=None, callers=callers, **fields)
+    return replace(case, capacity=callers / CALL)
+
+
 def _tokens(rng: random.Random) -> Case:
     tokens = rng.randint(600, 1200)
     return replace(
@@ -141,13 +161,13 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "slots, vague": _slots,
     "slots, wrong Retry-After": lambda rng: _slots(rng, _wrong_retry_after(rng)),
     "slots, said to be a rate": lambda rng: _slots(rng, replace(_wrong_retry_after(rng), wording=Wording.RATE)),
-    "slots, penalty": lambda rng: _slots(rng, penalty=_penalty(rng), goodput=0.6, refused=0.2),
+    "slots, penalty": lambda rng: _slots(rng, penalty=_penalty(rng), goodput=0.6, refused=0.2, gap=PUNISHED),
     "slots, outage": _outage,
     "slots, dips": _dips,
     "slots, late refusals": lambda rng: _slots(
-        rng, refusal_delay=rng.uniform(5, 30), busy_reason=BusyReason.OVERLOADED, goodput=0.6, refused=0.3
+        rng, refusal_delay=rng.uniform(5, 30), busy_reason=BusyReason.OVERLOADED, refused=0.2
     ),
-    "few slots": lambda rng: _slots(rng, slots=rng.choice((1, 2, 3)), goodput=0.75, refused=0.3),
+    "few slots": lambda rng: _slots(rng, slots=rng.choice((1, 2, 3)), goodput=0.75),
     "few slots, shared": lambda rng: _slots(rng, slots=rng.choice((2, 3)), overcommit=None, goodput=0.6),
     # With 503 or 529: random 429s may be taken for a rate, a known weak spot in docs/limits.md.
     "small replicas": lambda rng: _slots(
@@ -161,8 +181,8 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "rate, vague": _rate,
     "rate, wrong Retry-After": lambda rng: _rate(rng, _wrong_retry_after(rng)),
     "rate, said to be concurrency": lambda rng: _rate(rng, replace(VAGUE, wording=Wording.CONCURRENCY)),
-    "rate, penalty": lambda rng: _rate(rng, penalty=_penalty(rng), goodput=0.5, refused=0.2),
-    "rate, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0)),
+    "rate, penalty": lambda rng: _rate(rng, penalty=_penalty(rng), goodput=0.5, refused=0.2, gap=PUNISHED),
+    "rate, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), gap=EMPTY),
     "rate, truthful": lambda rng: _rate(rng, ReportedLimits()),
     "rate, tier falls": _tier_falls,
     "window of ten seconds": lambda rng: _rate(rng, period=10.0, fixed_window=True, goodput=0.75, refused=0.2),
@@ -170,7 +190,15 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "window, wrong Retry-After": lambda rng: _rate(
         rng, _wrong_retry_after(rng), fixed_window=True, goodput=0.7, refused=0.25
     ),
-    "window, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), fixed_window=True),
+    "window, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), fixed_window=True, gap=EMPTY),
+    "no limit, stray refusals": lambda rng: _no_limit(rng, noise=0.1, faults=Faults(stray=0.05), goodput=0.95),
+    "no limit, noise": lambda rng: _no_limit(rng, noise=0.8, goodput=0.97),
+    "rate, quota of a day": lambda rng: _rate(
+        rng, ReportedLimits(rate_limit_headers=False), quotas=(Quota(requests=100_000, per="day"),)
+    ),
+    "replicas, max_concurrent": lambda rng: _slots(
+        rng, slots=12, replicas=12, max_concurrent=36, refused=0.95, goodput=0.1, busy_reason=BusyReason.OVERLOADED
+    ),
 }
 
 
@@ -187,7 +215,9 @@ class ControlStorm:
         names = list(CASES)
         self.name = names[seed % len(names)]
         self.case = CASES[self.name](self.rng)
-        self.callers = round(self.case.capacity * CALL * self.rng.uniform(2.0, 4.0)) + 2
+        flood = round(self.case.capacity * CALL * self.rng.uniform(2.0, 4.0)) + 2
+        self.callers = self.case.callers or flood
+        self.stream = seed // len(names) % 2 == 1
         self.served: list[float] = []
         self.happened: Counter[str] = Counter()
         self.transport: SimulatedTransport
@@ -195,7 +225,7 @@ class ControlStorm:
     async def main(self) -> None:
         """Let everybody call until the minutes are over, and check the upstream at rest."""
         self.transport = SimulatedTransport(SimulatedProvider(self.case.config, seed=self.seed))
-        upstream = Upstream("llm", provider="openai")
+        upstream = Upstream("llm", provider="openai", max_concurrent=self.case.max_concurrent, quotas=self.case.quotas)
         async with (
             asyncio.TaskGroup() as group,
             upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client,
@@ -209,7 +239,8 @@ class ControlStorm:
         rng = random.Random(f"{self.seed}/{number}")
         await asyncio.sleep(rng.uniform(0, 10))
         while clock.now() < 60.0 * MINUTES:
-            request = chat(MODEL, f"run{number} Rivers?", output_tokens=rng.randint(SHORTEST, LONGEST), max_tokens=200)
+            tokens = rng.randint(SHORTEST, LONGEST)
+            request = chat(MODEL, f"run{number} Rivers?", output_tokens=tokens, max_tokens=200, stream=self.stream)
             try:
                 response = await client.send(request)
             except Overloaded as error:
@@ -253,7 +284,7 @@ class ControlStorm:
             few = ONSET * case.config.slots if down else FEW
             if refused > max(few, case.refused * calls):
                 raise InvariantViolation(f"{self.name}: {refused} of {calls} calls are refused from {since} s on")
-        if (gap := self.longest_gap()) > SHUT:
+        if (gap := self.longest_gap()) > case.gap:
             raise InvariantViolation(f"{self.name}: no call is sent for {gap:.0f} s")
 
 

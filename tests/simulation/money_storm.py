@@ -70,13 +70,17 @@ class MoneyStorm:
             busy_reason=BusyReason.CONCURRENCY,
             faults=Faults(error=rng.choice((0, 0.05)), cut=rng.choice((0, 0.1, 0.3)), stray=rng.choice((0, 0.05))),
         )
+        self.hidden_tokens = rng.choice((0, 40))
+        self.reports_usage = rng.random() < 0.5
         self.happened: Counter[str] = Counter()
         self.transport: SimulatedTransport
 
     async def main(self) -> None:
         """Run all tasks, and check what was billed and that nothing stays reserved."""
         provider = SimulatedProvider(self.config, seed=self.seed)
-        self.transport = SimulatedTransport(provider)
+        self.transport = SimulatedTransport(
+            provider, hidden_tokens=self.hidden_tokens, reports_usage=self.reports_usage
+        )
         upstream = Upstream(
             "llm",
             provider="openai",
@@ -130,8 +134,9 @@ class MoneyStorm:
         if way == "stream":
             await response.aread()
         elif way == "leave":
-            async for _ in response.aiter_raw():
-                break
+            async for chunk in response.aiter_raw():
+                if not self.hidden_tokens or b'"content":"",' not in chunk:
+                    break
             await response.aclose()
 
     def _check(self, upstream: Upstream) -> None:

@@ -139,6 +139,27 @@ async def test_poisoned_requests_neither_open_the_breaker_nor_use_up_the_retries
     assert callers.sent.total() <= 1.25 * sum(end.total() for end in callers.ends.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@virtual
+async def test_callers_that_always_get_a_429_neither_pause_nor_slow_the_others(count: int) -> None:
+    callers = Callers(Upstream("llm", provider="openai"))
+
+    def call(kind: str) -> tuple[HttpRequest, Transport]:
+        async def transport(_: HttpRequest) -> HttpResponse:
+            await asyncio.sleep(callers.draw.uniform(0.02, 0.1))
+            if kind == "poisoned":
+                return answer(429)
+            await asyncio.sleep(callers.draw.uniform(0.5, 1.5))
+            return answer(200)
+
+        return request(text=kind), transport
+
+    await callers.run({"poisoned": count, "good": CALLERS - count}, call)
+    each = (60.0 * MINUTES - 2.5) / (0.06 + 1.0 + 1.0)  # calls of one caller that never waits
+    assert callers.ends["good"]["served"] >= 0.9 * each * (CALLERS - count)
+
+
 class TwoModels(UpstreamRun):
     """Callers of two models on one key, whose limit is one for both."""
 

@@ -28,21 +28,8 @@ def test_a_limiting_quota_is_used_fully_and_hardly_any_call_is_refused(name: str
     check(replace(CASES[name], seconds=MEASURED / 2), seed=5)
 
 
-# The limiter alone no longer keeps to a Retry-After: `RefusalPause` of the account does, which these runs leave out. Up
-# to a twentieth of their calls is refused, where a call is smaller than the one that was refused.
-WITHOUT_PAUSE = {
-    "openai tokens window given end",
-    "openai tokens window learned first",
-    "anthropic input_tokens window learned first",
-    "anthropic input_tokens window learned end",
-}
-EXPECTED = pytest.mark.xfail(strict=True, reason="the limiter alone keeps to no Retry-After")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[EXPECTED] if name in WITHOUT_PAUSE else []) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_quotas_of_all_units_shapes_and_headers_are_used_fully(name: str) -> None:
     check(replace(CASES[name], seconds=MEASURED), seed=1)
 

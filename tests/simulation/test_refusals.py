@@ -50,8 +50,20 @@ THRESHOLDS = {
     "window of a minute, nothing told": (0.85, 0.04),
     "window of a minute, Retry-After 3600": (0.85, 0.05),
     "window of a minute, remaining 0": (0.95, 0.01),
+    "4 a second, headers": (0.95, 0.01),
+    "window of 4 a second, headers": (0.80, 0.01),
     "two processes, headers": (0.95, 0.03),
     "five processes, headers": (0.95, 0.04),
+    "two processes, nothing told": (0.93, 0.05),
+    "1,200 a minute, nothing told": (0.95, 0.03),
+}
+
+# Refusals at random: the share of the oracle's work, at least. Many of these calls are refused whatever is done.
+RANDOM = {
+    "slots, 5 % at random": 0.95,
+    "slots, 10 % at random": 0.95,
+    "slots, 20 % at random": 0.9,
+    "10 replicas of 5, 429": 0.6,
 }
 
 
@@ -78,6 +90,15 @@ def test_refusals_that_say_nothing_or_mislead_cost_no_goodput(name: str) -> None
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_providers_that_mislead_or_penalise_cost_little_goodput(name: str) -> None:
     check(name, *THRESHOLDS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", RANDOM)
+def test_refusals_at_random_are_taken_neither_for_a_rate_nor_for_a_limit(name: str, seed: int) -> None:
+    scenario = RATE_SCENARIOS[name]
+    oracle = scenario.run("oracle", None, seed).work(WARM_UP, END)
+    assert run(scenario, seed=seed).record.work(WARM_UP, END) >= RANDOM[name] * oracle
 
 
 @pytest.mark.slow

@@ -28,9 +28,10 @@ from forebay.simulation.provider.wire_messages import OpenAIWriter
 
 URL: Final = "https://provider.test/v1/chat/completions"
 POISON: Final = "poison"  # a request whose text begins so is answered with a 500
+WRONG: Final = "wrong"  # and one whose text begins so with a 400 that asks for retries
 _JSON: Final = {"content-type": "application/json"}
 _ERROR: Final = b'{"error": {"message": "boom", "type": "server_error", "param": null, "code": null}}'
-_ERROR_AFTER: Final = 0.5  # seconds
+ERROR_AFTER: Final = 0.5  # seconds
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class SentCall:
         at: when it was sent.
         key: the API key.
         model: the model.
+        text: of its first message.
         status: of its answer; 0 while there is none, or if it broke off.
         out_of_funds: it was refused because the spend cap of the account is reached.
     """
@@ -48,6 +50,7 @@ class SentCall:
     at: float
     key: str
     model: str
+    text: str
     status: int = 0
     out_of_funds: bool = False
 
@@ -66,6 +69,9 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
         provider: on the running event loop.
         dead: models that answer every call with a 500.
         silent: models that never answer.
+        dead_for: seconds that the answers of dead models give as their Retry-After; None: they give none.
+        hidden_tokens: of each answer, the first tokens that a stream does not show, as hidden reasoning.
+        reports_usage: streams end with their usage, if the request asks for it.
 
     Attributes:
         sent: all attempts, in their order.
@@ -73,20 +79,32 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
         peak: the most that ever were.
     """
 
-    def __init__(self, provider: SimulatedProvider, *, dead: Iterable[str] = (), silent: Iterable[str] = ()) -> None:
+    def __init__(  # noqa: PLR0913 - each is one habit of a provider
+        self,
+        provider: SimulatedProvider,
+        *,
+        dead: Iterable[str] = (),
+        silent: Iterable[str] = (),
+        dead_for: int | None = None,
+        hidden_tokens: int = 0,
+        reports_usage: bool = True,
+    ) -> None:
         self.provider = provider
         self.sent: list[SentCall] = []
         self.in_flight = 0
         self.peak = 0
+        self.hidden_tokens = hidden_tokens
+        self._reports_usage = reports_usage
         self._dead = frozenset(dead)
         self._silent = frozenset(silent)
+        self._dead_headers = _JSON if dead_for is None else {**_JSON, "retry-after": str(dead_for)}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Answer one attempt, unless its caller's read timeout ends it first."""
         body = wire_messages.read_request(await request.aread())
         key = request.headers["authorization"].removeprefix("Bearer ")
         text = str(body.messages[0].content)
-        sent = SentCall(clock.now(), key, body.model)
+        sent = SentCall(clock.now(), key, body.model, text)
         self.sent.append(sent)
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
@@ -96,10 +114,13 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
             async with asyncio.timeout(patience):
                 if body.model in self._silent:
                     await asyncio.sleep(math.inf if patience is None else patience + 1.0)
-                if body.model in self._dead or text.startswith(POISON):
-                    await asyncio.sleep(_ERROR_AFTER)
+                if (dead := body.model in self._dead) or text.startswith(POISON):
+                    await asyncio.sleep(ERROR_AFTER)
                     sent.status = 500
-                    return httpx.Response(500, headers=_JSON, content=_ERROR)
+                    return httpx.Response(500, headers=self._dead_headers if dead else _JSON, content=_ERROR)
+                if text.startswith(WRONG):
+                    sent.status = 400
+                    return httpx.Response(400, headers={**_JSON, "x-should-retry": "true"}, content=_ERROR)
                 call = SimulatedCall(
                     model=body.model,
                     input_tokens=body.input_tokens(),
@@ -128,7 +149,8 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
             sent.status = outcome.status
             sent.out_of_funds = outcome.reason is RefusalReason.SPEND_CAP
             return httpx.Response(outcome.status, headers=outcome.headers, content=outcome.body)
-        writer = OpenAIWriter(outcome.call_id, body.model, int(clock.wall_time()), include_usage=body.include_usage)
+        include_usage = body.include_usage and self._reports_usage
+        writer = OpenAIWriter(outcome.call_id, body.model, int(clock.wall_time()), include_usage=include_usage)
         sent.status = 200
         if call.stream:
             headers = outcome.headers | {"content-type": "text/event-stream"}
@@ -159,14 +181,15 @@ class _Events(httpx.AsyncByteStream):
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        produced = 0
+        produced, hidden = 0, self._transport.hidden_tokens
         yield self._writer.stream_start(self._call.input_tokens)
         async for event in self._stream:
             match event:
                 case FirstToken() | TokensProduced():
                     tokens = event.tokens if isinstance(event, TokensProduced) else 1
-                    yield self._writer.stream_tokens(produced, tokens)
-                    produced += tokens
+                    first, produced = max(produced, hidden), produced + tokens
+                    if produced > first:
+                        yield self._writer.stream_tokens(first, produced - first)
                 case CallCompleted(usage=usage):
                     yield self._writer.stream_end((usage.input_tokens, usage.output_tokens), stopped=self._call.stops)
                 case CallCut():

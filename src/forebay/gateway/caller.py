@@ -12,6 +12,7 @@ from forebay.errors import ForebayError
 from forebay.gateway.settings import Trust
 from forebay.task import Priority
 from forebay.upstream.call_request import Caller
+from forebay.upstream.providers import find_other_credential
 
 TOKEN_HEADER: Final = "x-forebay-token"  # noqa: S105 - its name
 _PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
@@ -22,6 +23,16 @@ class InvalidHeader(ForebayError, ValueError):
     """The header {header} is invalid: it must be {expected}."""
 
     header: str
+
+
+def check_one_credential(headers: Mapping[str, str], provider: str) -> None:
+    """Check that a call has one API key, if it is not known which header its provider reads.
+
+    Raises:
+        InvalidHeader: it has two.
+    """
+    if name := find_other_credential(headers, provider=provider):
+        raise InvalidHeader(header=name, expected="the same API key as in the other header, or left out")
 
 
 class CallerReader:

@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
-from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader
+from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.error_responses import (
     JSON,
@@ -299,6 +299,8 @@ class Forwarder:
         try:
             offset = clock.now() - clock.wall_time()
             caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
+            if caller.api_key is None:
+                check_one_credential(headers, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
             raise EarlyResponse(response, close=True) from None

@@ -3,13 +3,14 @@
 from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import BilledUsage, Price, Prices
 from forebay.quota.quota import Quota, RateScope
-from forebay.quota.rate_limiter import QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
+from forebay.quota.rate_limiter import HeldCharge, QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
 
 __all__ = [
     "BilledUsage",
     "Budget",
     "BudgetReservation",
     "BudgetTracker",
+    "HeldCharge",
     "Price",
     "Prices",
     "Quota",

@@ -82,11 +82,14 @@ class Bucket:
         """The part of the level that is never taken."""
         return self.margin_share * self.amount if self.window_end is None else 0.0
 
-    def wait(self, now: float, amount: float, ahead: float = 0.0) -> float:
-        """Return the seconds until `amount` can be taken after `ahead` has been; infinity if it is too large."""
+    def wait(self, now: float, amount: float, ahead: float = 0.0, held: float = 0.0) -> float:
+        """Return the seconds until `amount` can be taken after `ahead` has been; infinity if it is too large.
+
+        `held` has to be left for others. When the bucket is full, `amount` can be taken nevertheless: nothing is lost.
+        """
         if amount > self.amount:
             return math.inf
-        seconds = self.time_until(now, min(amount + self.margin, self.capacity)) if amount else 0.0
+        seconds = self.time_until(now, min(amount + self.margin + held, self.capacity)) if amount else 0.0
         return seconds if not ahead else max(seconds, self.time_until(now, ahead + amount + self.margin))
 
     def time_until(self, now: float, amount: float) -> float:
@@ -98,6 +101,13 @@ class Bucket:
         if self.window_end is None:
             return missing / self.rate
         return self.window_end + self.window_delay - now + self.period * (math.ceil(missing / self.amount) - 1)
+
+    def must_hold(self, now: float, amount: float, at: float) -> bool:
+        """Return whether `amount` has to be left now for somebody who takes it at `at`.
+
+        Not if it comes back until then: by the refill, or because another window has begun.
+        """
+        return at < self.window_end if self.window_end is not None else (at - now) * self.rate < amount
 
     def level_in(self, now: float, seconds: float) -> float:
         """Return the level in `seconds` without the bound of its capacity; infinity if the window resets before."""

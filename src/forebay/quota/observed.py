@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from forebay.interfaces import RateLimitHeaders
 from forebay.quota.bucket import Bucket
 from forebay.quota.quota import PERIODS
+from forebay.quota.quota_doubt import QuotaDoubt
 
 _TOLERANCE: Final = 0.02  # of a period: error of a reset through rounding and the network
 _MARGIN: Final = 0.01  # of a bucket that is never taken: estimates err, calls overtake. It costs no throughput
@@ -21,6 +22,12 @@ _WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing 
 _LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not reset by the provider's clock, but by ours
 _MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _STUCK: Final = 8  # accepted calls in a row with the same `remaining`, from which it is not believed
+_ROOM: Final = 0.5  # of a limit: so much is left at first, and after a trial if only our count was wrong
+_MIN_RISE: Final = 2.0  # units
+_RISES: Final = 0.9  # of a period: two rises within it are not those of its windows
+_MAX_RETURNED: Final = 4  # limits that come back until they are not believed
+_APART: Final = 1.5  # times that one limit is the other: nearer ones may be one that changes, and both can be kept
+_STEADY: Final = 50  # headers in a row with the same limit, which make up for a limit that came back
 _STALE_PERIODS: Final = 2.0  # periods without headers after which a limit is stale
 _MIN_STALE: Final = 60.0  # seconds
 
@@ -42,6 +49,15 @@ class _ResetObservation(NamedTuple):
     holds: tuple[float, float]  # if it refills all the time, the range of what it holds when full
 
 
+class _Remaining(NamedTuple):
+    """What a header said to be left, for comparison with the next one."""
+
+    sent: float
+    arrived: float
+    remaining: int
+    window_number: int
+
+
 class ObservedLimit:
     """One rate limit of a provider, learned from its headers.
 
@@ -50,22 +66,35 @@ class ObservedLimit:
         period: seconds, until the headers show another.
         now: the present, in the clock's seconds.
         level: what is left now.
+        exact: what a call takes is known before it ends, so nothing of it comes back.
     """
 
     __slots__ = (
+        "_accepted",
         "_candidate",
+        "_counted_since",
+        "_earlier_limit",
+        "_exact",
         "_last_limit",
+        "_latest",
+        "_longest_reset",
         "_remaining",
         "_repeated",
+        "_repeated_since",
         "_reset",
+        "_returned",
+        "_rose_at",
+        "_steady",
         "_taken_off",
         "bucket",
         "corrected",
+        "doubt",
+        "full_at",
         "latest_sent",
         "updated_at",
     )
 
-    def __init__(self, limit: int, period: float, now: float, level: float) -> None:
+    def __init__(self, limit: int, period: float, now: float, level: float, *, exact: bool = True) -> None:
         self.bucket = Bucket(float(limit), period, now)
         self.bucket.level = max(-float(limit), min(level, float(limit)))
         self.bucket.margin_share = _MARGIN
@@ -73,22 +102,48 @@ class ObservedLimit:
         self.corrected = 0.0  # sum of all corrections, so that older snapshots can be compared
         self.updated_at = now
         self.latest_sent = -math.inf  # when the latest call was sent whose headers have arrived
+        self.doubt = QuotaDoubt(now, float(limit), self.bucket.rate)
+        if level < _ROOM * limit:  # somebody else has used it, or it is wrong
+            self.doubt.suspect(now)
+        self.full_at = math.inf  # when it is full again, by the latest header
+        self._exact = exact
+        self._counted_since = -math.inf
+        self._accepted = 0  # calls since then
+        self._latest: _Remaining | None = None
+        self._rose_at = -math.inf  # when `remaining` last rose by more than had come back
+        self._longest_reset = 0.0  # that was reported since then
+        self._earlier_limit = limit  # before the last one
+        self._returned = self._steady = 0  # limits that came back, and headers since with the same one
         self._last_limit = limit  # a new limit must be seen twice: one wrong header must not block an account
         self._candidate: tuple[float, _ResetObservation] | None = None  # a new period, likewise, and its first header
         self._reset: _ResetObservation | None = None
         self._remaining = int(level)  # as the latest header said
         self._repeated = -1  # how often it was repeated since; the first header comes once more, as an update
+        self._repeated_since = now
         self._taken_off = limit - self.bucket.level  # by these
 
     def is_stale(self, now: float) -> bool:
         """Return whether the last headers are so old that the limit may have changed."""
         return abs(now - self.updated_at) > max(_MIN_STALE, _STALE_PERIODS * self.bucket.period)
 
+    def holds(self, now: float, amount: float = math.inf) -> bool:
+        """Return whether a call of `amount` waits for it.
+
+        Not if its headers are not believed; nor for a stale limit that is too small, because the answer will show the
+        new one.
+        """
+        return self.doubt.is_believed(now) and not (amount > self.bucket.amount and self.is_stale(now))
+
     def shift_clock(self, by: float) -> None:
         """Move all times by `by` seconds, because the clock has gone back."""
         self.updated_at += by
         self.latest_sent += by
-        self._reset = None
+        self._reset = self._latest = None
+        self._counted_since += by
+        self._repeated_since += by
+        self._rose_at += by
+        self.full_at += by
+        self.doubt.shift_clock(by)
 
     def snapshot(self, reserved: float) -> QuotaSnapshot:
         """Return the present state, to be kept with a call that is sent now and has been taken off."""
@@ -116,11 +171,14 @@ class ObservedLimit:
         bucket.refill(now)
         self.updated_at = now
         self.latest_sent = max(self.latest_sent, sent)
-        if headers.limit is not None:
-            self._update_limit(headers.limit)
+        self._update_limit(now, headers.limit)
+        if self._exact and not returned:
+            self._count_accepted(now, sent, headers.reset)
+            self._watch_rises(now, sent, headers.remaining)
         if headers.remaining is None or (snapshot is not None and snapshot.window_number != bucket.window_number):
             return  # of a window that is over
-        if self._is_stuck(headers.remaining, throttled=returned > 0):
+        self.full_at = now + headers.reset if headers.reset else math.inf
+        if self._is_stuck(now, headers.remaining, throttled=returned > 0):
             return
         remaining = min(float(headers.remaining), bucket.amount)
         if bucket.window_end is not None and not headers.reset and remaining < bucket.amount:
@@ -139,19 +197,51 @@ class ObservedLimit:
         else:
             self._correct(now - sent, remaining, bucket.level + since, snapshot.reserved)
 
-    def _is_stuck(self, remaining: int, *, throttled: bool) -> bool:
+    def _is_stuck(self, now: float, remaining: int, *, throttled: bool) -> bool:
         """Return whether `remaining` is not believed, because it is the same after each call, and calls are accepted.
 
         What it has taken off wrongly is returned.
         """
         if throttled or remaining != self._remaining:
             self._remaining, self._repeated, self._taken_off = remaining, 0, 0.0
+            self._repeated_since = now
             return False
         self._repeated += 1
         if self._repeated == _STUCK:
+            if self._exact and (now - self._repeated_since) * self.bucket.rate < _STUCK - 1:
+                self.doubt.suspect(now)  # so much has not come back in between
             self.bucket.level = min(self.bucket.capacity, self.bucket.level + self._taken_off)
             self.corrected += self._taken_off
         return self._repeated >= _STUCK
+
+    def trial_wait(self, now: float, amount: float) -> float:
+        """Return the seconds until a call of `amount` may be sent although too little is left; infinity for never."""
+        missing = 0.0 < self.bucket.wait(now, amount) < math.inf
+        return self.doubt.trial_wait(now, self.full_at) if missing else math.inf
+
+    def try_begin_trial(self, now: float, amount: float) -> bool:
+        """Return whether a call of `amount` that is sent now is a trial; if so, take the amount for left."""
+        self.bucket.refill(now)
+        if self.trial_wait(now, amount) > 0.0 or not self.doubt.is_believed(now):
+            if now >= self.full_at:  # from now on our own calls explain what is missing
+                self.full_at = math.inf
+            return False
+        missing = max(0.0, amount - self.bucket.level)
+        self.bucket.level += missing
+        self.corrected += missing
+        self.doubt.record_sent()
+        return True
+
+    def cancel_trial(self, amount: float) -> None:
+        """Note that a trial of `amount` says nothing; what it has not used is refunded besides."""
+        self.doubt.cancel()
+        self.lower(amount)
+
+    def record_trial_accepted(self, now: float, amount: float, headers: RateLimitHeaders | None) -> None:
+        """Note that a trial was accepted that took `amount`. `headers`: of its answer."""
+        room = headers is not None and (headers.remaining or 0) >= _ROOM * self.bucket.amount
+        only_miscounted = room and self._repeated < _STUCK  # our count was wrong, and the quota may be right
+        self.doubt.record_trial_accepted(now, 0.0 if only_miscounted else amount)
 
     def lower(self, by: float) -> None:
         """Take off what the provider has counted and we have not."""
@@ -181,14 +271,78 @@ class ObservedLimit:
             bucket.level += raised
             self.corrected += raised
 
-    def _update_limit(self, limit: int) -> None:
+    def _update_limit(self, now: float, limit: int | None) -> None:
+        if limit is None:
+            return
+        if limit == self._last_limit:
+            self._steady += 1
+            if self._steady >= _STEADY:
+                self._steady, self._returned = 0, 0
+        else:
+            apart = max(limit, self._last_limit) >= _APART * min(limit, self._last_limit)
+            if limit == self._earlier_limit and apart:  # there and back: these are the headers of several limits
+                self._returned += 1
+                if self._returned >= _MAX_RETURNED:
+                    self._returned = 0
+                    self.doubt.refute(now)
+            self._steady, self._earlier_limit = 0, self._last_limit
         if limit != self.bucket.amount and limit == self._last_limit:
+            self._counted_since = -math.inf
             gained = limit - self.bucket.amount
             self.bucket.resize(float(limit), self.bucket.period)
             if gained > 0:  # the gain is available at once, as a header will confirm
                 self.bucket.level += gained
                 self.corrected += gained
+            self.doubt.begin(now, self.bucket.amount, self.bucket.rate)
         self._last_limit = limit
+
+    def _count_accepted(self, now: float, sent: float, reset: float | None) -> None:
+        """Count an accepted call, and learn from more of them than this limit grants, if its period is right.
+
+        A window grants at most its amount in each period, the one that began before the count included.
+        """
+        bucket = self.bucket
+        if now - self._counted_since > bucket.period:
+            self._counted_since, self._accepted, self._longest_reset = sent, 0, 0.0
+        if sent < self._counted_since:
+            return
+        self._accepted += 1
+        self._longest_reset = max(self._longest_reset, reset or 0.0)
+        seconds = now - self._counted_since
+        if self._accepted <= bucket.amount * (seconds / bucket.period + 2.0):
+            return
+        for period in sorted(PERIODS.values(), reverse=True):
+            explains = self._accepted <= bucket.amount * (seconds / period + 2.0)
+            if period < bucket.period and explains and self._longest_reset <= period * (1 + _TOLERANCE) + 1.0:
+                self._set_period(now, period)
+                bucket.window_end = None
+                return
+        self._counted_since = -math.inf
+        self.doubt.refute(now)
+
+    def _watch_rises(self, now: float, sent: float, remaining: int | None) -> None:
+        """Suspect a limit whose `remaining` is higher than before, and by more than has come back, twice in a period.
+
+        The begin of a window explains one such rise.
+        """
+        last, bucket = self._latest, self.bucket
+        if remaining is None or (last is not None and sent < last.arrived):
+            return  # the provider may have counted the two in any order
+        self._latest = _Remaining(sent, now, remaining, bucket.window_number)
+        if last is None or last.window_number != bucket.window_number:
+            return
+        rise = remaining + 1 - last.remaining
+        if rise < _MIN_RISE or rise <= (now - last.sent) * bucket.rate + _ROUNDING:
+            return
+        if now - self._rose_at < _RISES * bucket.period:
+            self.doubt.suspect(now)
+        self._rose_at = last.sent  # or later
+
+    def _set_period(self, now: float, period: float) -> None:
+        self.bucket.resize(self.bucket.amount, period)
+        self._candidate = self._reset = None
+        self._counted_since = -math.inf
+        self.doubt.begin(now, self.bucket.amount, self.bucket.rate)
 
     def _update_reset(self, now: float, sent: float, remaining: float, reset: float) -> None:
         bucket = self.bucket
@@ -222,8 +376,7 @@ class ObservedLimit:
         if self._candidate is None or self._candidate[0] != other:
             self._candidate = other, seen
         elif not self._explains(self._candidate[1], seen):
-            bucket.resize(bucket.amount, other)
-            self._candidate = self._reset = None
+            self._set_period(now, other)
             if bucket.window_end is not None:
                 bucket.window_end = bucket.updated_at + reset
             return True

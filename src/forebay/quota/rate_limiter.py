@@ -76,6 +76,19 @@ class QuotaReservation(msgspec.Struct, eq=False):
     reserved_at: float
     charge: Charge
     snapshots: dict[str, QuotaSnapshot]  # of the observed limits that count this call, by unit
+    trial_of: tuple[str, ...] = ()  # units of the observed limits that it exceeds: it is a trial call
+
+
+class HeldCharge(NamedTuple):
+    """The needs of a call that comes back: others leave them to it.
+
+    Attributes:
+        charge: of the call.
+        back_at: when it comes back.
+    """
+
+    charge: Charge
+    back_at: float
 
 
 class _GivenQuota(NamedTuple):
@@ -122,24 +135,44 @@ class RateLimiter:
             if getattr(charge, unit) > bucket.amount:
                 return name
         for unit, observed in self._observed.items():
-            if getattr(charge, unit) > observed.bucket.amount and not observed.is_stale(now):
+            if getattr(charge, unit) > observed.bucket.amount and observed.holds(now):
                 return _name(unit, observed.bucket.period)
         return None
 
-    def wait(self, now: float, charge: Charge, *, ahead: Charge | None = None) -> QuotaDelay:
-        """Return how long a call of this charge has to wait, after calls of `ahead` in all, and for which quota."""
+    def wait(
+        self,
+        now: float,
+        charge: Charge,
+        *,
+        ahead: Charge | None = None,
+        held: Sequence[HeldCharge] = (),
+        trial: bool = False,
+    ) -> QuotaDelay:
+        """Return how long a call of this charge has to wait, and for which quota.
+
+        Args:
+            now: the time.
+            charge: of the call.
+            ahead: of the calls before it, in all.
+            held: has to be left for calls that come back.
+            trial: it may go as a trial call, which a learned quota does not allow, once one is due.
+        """
         self._advance(now)
         longest: float = 0.0
         limited_by: str | None = None
         for unit, name, bucket in self._given:
-            seconds = bucket.wait(now, getattr(charge, unit), 0 if ahead is None else getattr(ahead, unit))
+            left = _held(bucket, now, unit, held) if held else 0.0
+            seconds = bucket.wait(now, getattr(charge, unit), 0 if ahead is None else getattr(ahead, unit), left)
             if seconds > longest:
                 longest, limited_by = seconds, name
         for unit, observed in self._observed.items():
             amount, bucket = getattr(charge, unit), observed.bucket
-            if amount > bucket.amount and observed.is_stale(now):
-                continue  # a stale limit must not block a call forever: the answer to this one will show the new limit
-            seconds = bucket.wait(now, amount, 0 if ahead is None else getattr(ahead, unit))
+            if not observed.holds(now, amount):
+                continue
+            left = _held(bucket, now, unit, held) if held else 0.0
+            seconds = bucket.wait(now, amount, 0 if ahead is None else getattr(ahead, unit), left)
+            if seconds and trial:
+                seconds = min(seconds, observed.trial_wait(now, amount))
             if seconds > longest:
                 longest, limited_by = seconds, _name(unit, bucket.period)
         return QuotaDelay(longest, limited_by)
@@ -166,8 +199,11 @@ class RateLimiter:
                 headroom.append(QuotaHeadroom(spare, unit, level, capacity))
         return sorted(headroom)
 
-    def reserve(self, now: float, charge: Charge) -> QuotaReservation:
-        """Take what a call needs as it is sent; into debt if the caller did not ask `wait`."""
+    def reserve(self, now: float, charge: Charge, *, trial: bool = False) -> QuotaReservation:
+        """Take what a call needs as it is sent; into debt if the caller did not ask `wait`.
+
+        `trial`: it is a trial call if a learned quota does not allow it and a trial is due.
+        """
         self._advance(now)
         charge = _without_negatives(charge)
         for unit, _, bucket in self._given:
@@ -176,10 +212,14 @@ class RateLimiter:
         for unit in under_way:
             under_way[unit] += getattr(charge, unit)
         snapshots = {}
+        trial_of: tuple[str, ...] = ()
         for unit, observed in self._observed.items():
-            observed.bucket.take(now, getattr(charge, unit))
+            amount = getattr(charge, unit)
+            if trial and observed.try_begin_trial(now, amount):
+                trial_of += (unit,)
+            observed.bucket.take(now, amount)
             snapshots[unit] = observed.snapshot(under_way[unit])
-        reservation = QuotaReservation(self._next_number(), now, charge, snapshots)
+        reservation = QuotaReservation(self._next_number(), now, charge, snapshots, trial_of)
         self._open[reservation.number] = reservation
         return reservation
 
@@ -198,6 +238,7 @@ class RateLimiter:
         """
         self._close(now, reservation)
         used = _without_negatives(used)
+        self._record_accepted(now, reservation, failed=failed)
         for unit, _, bucket in self._given:
             _adjust(bucket, now, getattr(reservation.charge, unit) - getattr(used, unit))
         for unit, observed in self._observed.items():
@@ -216,6 +257,7 @@ class RateLimiter:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
+        self._end_trial(reservation)
         for unit, _, bucket in self._given:
             bucket.refund(now, getattr(reservation.charge, unit))
         for unit, observed in self._observed.items():
@@ -247,6 +289,12 @@ class RateLimiter:
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
+        trial_of, reservation.trial_of = reservation.trial_of, ()
+        for unit, observed in self._observed.items():
+            if scope is None or scope.unit in (None, unit):
+                observed.doubt.record_refused(now)
+            if unit in trial_of:
+                observed.lower(getattr(reservation.charge, unit))
         self.release(now, reservation)
         self.update_from_headers(now, headers, reservation, throttled=True)
         wanted = 0.0 if retry_after is None or not retry_after > 0 else retry_after
@@ -290,6 +338,9 @@ class RateLimiter:
                 returned = amount if throttled else 0.0
                 snapshot = reservation.snapshots.get(unit)
                 observed.update_from_headers(now, header, sent=sent, snapshot=snapshot, returned=returned)
+                if unit in reservation.trial_of:
+                    observed.record_trial_accepted(now, amount, header)
+                    reservation.trial_of = tuple(other for other in reservation.trial_of if other != unit)
         if headers:  # an answer without headers says nothing, and must not prolong the moment
             self._quiet_until = now + self._quiet_seconds()
 
@@ -331,6 +382,24 @@ class RateLimiter:
         for unit in under_way:
             under_way[unit] -= getattr(reservation.charge, unit)
 
+    def _record_accepted(self, now: float, reservation: QuotaReservation, *, failed: bool) -> None:
+        """Note for the doubts of quotas that a call has ended that was not throttled."""
+        if failed:
+            self._end_trial(reservation)
+            return
+        trial_of, reservation.trial_of = reservation.trial_of, ()
+        for unit, observed in self._observed.items():
+            if unit in trial_of:
+                observed.record_trial_accepted(now, getattr(reservation.charge, unit), None)
+            elif not observed.doubt.is_believed(now):
+                observed.doubt.record_accepted(getattr(reservation.charge, unit))
+
+    def _end_trial(self, reservation: QuotaReservation) -> None:
+        """Note that a trial call says nothing, and take back what it was granted."""
+        for unit in reservation.trial_of:
+            self._observed[unit].cancel_trial(getattr(reservation.charge, unit))
+        reservation.trial_of = ()
+
     def _learn_limit(self, now: float, header: RateLimitHeaders, reservation: QuotaReservation) -> ObservedLimit | None:
         """Begin to observe a limit that a header shows for the first time; None if the header says too little."""
         unit = header.unit
@@ -339,7 +408,9 @@ class RateLimiter:
         if limit is None or header.remaining is None:
             return None
         period = next((bucket.period for bucket in given if bucket.amount == limit), _MINUTE)
-        observed = self._observed[unit] = ObservedLimit(limit, period, now, min(header.remaining, limit))
+        observed = self._observed[unit] = ObservedLimit(
+            limit, period, now, min(header.remaining, limit), exact=unit == "requests"
+        )
         reservation.snapshots[unit] = observed.snapshot(0.0)
         for other in self._open.values():  # `remaining` does not count calls sent later yet, nor output under way
             if other.number > reservation.number or unit == "output_tokens":
@@ -362,23 +433,30 @@ class RateLimiter:
 
         What is left is just enough for the same call again in `wanted` seconds.
         """
-        tightest: tuple[float, float, Bucket, ObservedLimit | None, float] | None = None
+        tightest: tuple[float, float, Bucket, ObservedLimit | None, float, str] | None = None
         for unit, bucket, observed in self._buckets():
             amount = getattr(charge, unit)
             if not amount or not _fits(unit, bucket.period, wanted, scope):
                 continue
             key = (bucket.time_until(now, amount), -bucket.level / bucket.amount)
             if tightest is None or key > tightest[:2]:
-                tightest = (*key, bucket, observed, amount)
+                tightest = (*key, bucket, observed, amount, unit)
         if tightest is None:
             return
-        _, _, bucket, observed, amount = tightest
+        _, _, bucket, observed, amount, tightest_unit = tightest
         likely = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_end is None else 0.0
         if bucket.level > likely:
             if observed is None:
                 bucket.level = likely
             else:
                 observed.lower(bucket.level - likely)
+                if bucket.window_end is not None and tightest_unit != "requests":
+                    self._forget_reserved(tightest_unit)
+
+    def _forget_reserved(self, unit: str) -> None:
+        """Refund nothing to a used-up window for calls under way: the provider has counted what they took, not more."""
+        for reservation in self._open.values():
+            reservation.snapshots.pop(unit, None)
 
 
 def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
@@ -395,6 +473,14 @@ def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> b
 
 def _name(unit: str, seconds: float) -> str:
     return f"{unit.replace('_', ' ')} per {_NAMES[seconds]}"
+
+
+def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> float:
+    """Return how much of a quota has to be left for calls that come back."""
+    bucket.refill(now)
+    amounts = [(getattr(call.charge, unit), call.back_at) for call in held]
+    total: float = sum(amount for amount, back_at in amounts if bucket.must_hold(now, amount, back_at))
+    return total
 
 
 def _adjust(bucket: Bucket, now: float, excess: float) -> None:

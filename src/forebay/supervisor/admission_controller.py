@@ -176,13 +176,15 @@ class AdmissionController:
         return Slot(self._dispatcher, self._new_ticket(task, parent), try_admit)
 
     async def _submit(self, task: Task) -> Ticket:
-        if self._dispatcher.spill is not None:  # a ticket that was asked for by an id that may be unknown is no twin
-            await self._dispatcher.spill.lookup.wait_for_search(task.task_id)
+        spill = self._dispatcher.spill
+        if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
+            # A ticket that was asked for by an id that may be unknown is no twin.
+            search, pool = spill.lookup.wait_for_search(task.task_id), self._pools[task.task_type]
+            await self._answer_in_time(task, task.deadline, pool, search)
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)
             self._check(task)  # again, because anything may have happened during the await
-        spill = self._dispatcher.spill
         if task.durable:
             _check_durable(task, spill)
         if task.key is not None:

@@ -146,7 +146,7 @@ class Dispatcher:
 
     def _enqueue(self, ticket: Ticket, pool: Pool) -> None:
         rank = RANK_LAST
-        if ticket.deadline is not None or ticket.parent is not None:
+        if ticket.deadline is not None or ticket.parent is not None or ticket.nested:  # its parent may have ended
             whose = NESTED if ticket.nested else NOT_NESTED if ticket.parent is None else NESTED_ELSEWHERE
             rank = (whose, RANK_LAST[1] if ticket.deadline is None else ticket.deadline.at)
         self._sequence_number += 1

@@ -173,8 +173,12 @@ class Drain:
         self._cancel(self._unfinished_tickets())
 
     def _cancel(self, tickets: list[Ticket]) -> None:
-        """Cancel `tickets`, or requeue them if they are stored."""
-        for ticket in tickets:
+        """Cancel `tickets`, or requeue them if they are stored.
+
+        Those that run come last, and messages of a conversation in reverse: the end of one must not start another.
+        """
+        waiting = [ticket for ticket in reversed(tickets) if ticket.run is None]
+        for ticket in (*waiting, *(ticket for ticket in tickets if ticket.run is not None)):
             if ticket.done():
                 continue
             if self._dispatcher.can_requeue(ticket):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 
-_MIN_STOP_TIME = 10.0  # seconds, at least, that a handler has to stop when its supervisor closes
+MIN_STOP_TIME = 10.0  # seconds, at least, that a handler has to stop when its supervisor closes
 
 
 class NestedSupervisor(Protocol):
@@ -100,7 +100,7 @@ async def stop_handlers(workers: Iterable[WorkerAgent], *, grace: float = 0.0) -
             what = f"stop of worker {worker.name!r}"
             stopping = call_hook(what, worker.handler.stop)
             if is_awaitable(stopping):
-                limit = math.inf if worker.handler.nested_supervisor is not None else max(grace, _MIN_STOP_TIME)
+                limit = math.inf if worker.handler.nested_supervisor is not None else max(grace, MIN_STOP_TIME)
                 await _await_stop(what, stopping, limit)
 
 

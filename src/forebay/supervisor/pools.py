@@ -64,7 +64,7 @@ class PoolGroup(SlotCounts):
     needs to know. The waiting pools are in a heap by their heads, which is corrected when it is read.
     """
 
-    __slots__ = ("_dequeues", "_heads", "_heap", "_informed", "_served_at", "_with_spilled", "pools")
+    __slots__ = ("_dequeues", "_heads", "_heap", "_informed", "_served_at", "_with_nested", "_with_spilled", "pools")
 
     def __init__(self, pools: Sequence[Pool]) -> None:
         super().__init__()
@@ -74,6 +74,7 @@ class PoolGroup(SlotCounts):
         self._heap: list[tuple[tuple[int, Any, int], QueueEntry, Pool]] = []
         self._served_at: OrderedDict[Pool, int] = OrderedDict()  # dequeues when a waiting pool was served, or grew
         self._dequeues = 0
+        self._with_nested: dict[Pool, None] = {}  # in which a nested task waits: no more than open runs wait for
         self._with_spilled: dict[Pool, None] = {}
         for pool in pools:
             pool.join(self)
@@ -100,6 +101,10 @@ class PoolGroup(SlotCounts):
 
     def head_changed(self, pool: Pool) -> None:
         """Take the head of the queue of `pool` into account, which may be another one."""
+        if pool.nested:
+            self._with_nested[pool] = None
+        else:
+            self._with_nested.pop(pool, None)
         head = pool.queue.head()
         if head is None:
             self._heads.pop(pool, None)
@@ -123,18 +128,30 @@ class PoolGroup(SlotCounts):
             return None
         pool, served_at = next(iter(self._served_at.items()))
         if self._dequeues - served_at < max(_MAX_PASSED_OVER, len(self._heads)):
-            while self._heads.get(self._heap[0][2]) is not self._heap[0][1]:
-                heapq.heappop(self._heap)
-            pool = self._heap[0][2]
+            pool, _ = self._most_urgent()
         self._serve(pool)
         return pool
 
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
         """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
-        pool, entry = first_for(worker, tuple(self._heads))
-        if pool is not None:
-            self._serve(pool)
-        return (None, None) if pool is None or entry is None else (pool, entry)
+        if not self._heads:
+            return None, None
+        able = dict(self._with_nested)
+        most_urgent, head = self._most_urgent()
+        if not worker.bars_new_runs(head[3]):  # otherwise it bars all the others too, which are of no better priority
+            able[most_urgent] = None
+        pool, entry = first_for(worker, tuple(able))
+        if pool is None or entry is None:
+            return None, None
+        self._serve(pool)
+        return pool, entry
+
+    def _most_urgent(self) -> tuple[Pool, QueueEntry]:
+        """Return the waiting pool with the most urgent head, and that."""
+        while self._heads.get(self._heap[0][2]) is not self._heap[0][1]:
+            heapq.heappop(self._heap)
+        _, head, pool = self._heap[0]
+        return pool, head
 
     def _serve(self, pool: Pool) -> None:
         """Count `pool` as served, and the other waiting ones as passed over."""

@@ -23,7 +23,7 @@ from forebay.errors import (
     SupervisorClosed,
     WrongLoop,
 )
-from forebay.events import EventBus, Sink, Subscription
+from forebay.events import EventBus, Sink, Subscription, log
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.supervisor.admission_controller import AdmissionController
@@ -33,7 +33,7 @@ from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
-from forebay.supervisor.nested_supervisor import as_handler, contains
+from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.registration import check_decorator_arguments, make_worker
 from forebay.supervisor.runs.slot_loans import active_runs
@@ -418,7 +418,9 @@ class BackpressureSupervisor:
         try:
             if self._starting is not None and not self._starting.done():
                 self._starting.cancel()
-                await asyncio.wait((self._starting,))
+                await asyncio.wait((self._starting,), timeout=max(self._settings.zombie_grace, MIN_STOP_TIME))
+                if not self._starting.done():
+                    log.error("the start of a handler does not end, and is not waited for any longer")
                 return
             self._admission_here().close()
             grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
@@ -481,7 +483,7 @@ class BackpressureSupervisor:
         return self._dispatcher
 
     def _admission_here(self) -> AdmissionController:
-        if (admission := self._admission) is None:
+        if (admission := self._admission) is None or self._is_starting:
             raise NotStarted
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
             if (parent := self.forked_from) is not None:

@@ -32,6 +32,7 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 RouteT = TypeVar("RouteT", bound=CallRoute)
 
 _CANCELLED: Final = CallOutcome(kind=Outcome.IGNORED)  # bytes may have left: money and tokens settle as reserved
+_ROUNDING: Final = 1.0  # seconds: a Retry-After is in whole ones
 _POLL: Final = 0.5  # seconds, on average, between two requests of a throttled call for permission to retry
 
 
@@ -206,6 +207,7 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
     Every permit is released, except that of an answer that is still streaming: its reader releases it.
     """
     account, request, retries = route.account, route.call_request, route.account.retries
+    request.retried = retried
     if retried:
         retries.record_first_attempt()
     permit: Permit | None = yield Acquire(account, request, chain is None)
@@ -219,7 +221,8 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
                 yield Release(account, permit, _CANCELLED)
             raise
         if retried and (result.streaming or result.outcome.kind is Outcome.SUCCESS):
-            retries.record_accepted(permit.granted_at, None if retrying is None else retrying.withdrawn_at)
+            throttled_at, failed_at = (None, None) if retrying is None else retrying.withdrawn
+            retries.record_accepted(permit.granted_at, throttled_at=throttled_at, failed_at=failed_at)
         if retried and result.retryable:
             retrying = retrying or _Retrying(route, chain)
             permit = yield from retrying.next_permit(permit, result)
@@ -242,10 +245,11 @@ class _Retrying:
     """The retries of one call at one account.
 
     Attributes:
-        withdrawn_at: when the latest retry was taken from the budget of throttled calls; None if it was not.
+        withdrawn: when the latest retry was taken from the budget of throttled calls, and from that of faults; None
+            where it was not.
     """
 
-    __slots__ = ("_acquire", "_chain", "_retries", "_route", "_state", "withdrawn_at")
+    __slots__ = ("_acquire", "_chain", "_retries", "_route", "_state", "withdrawn")
 
     def __init__(self, route: CallRoute, chain: FallbackChain[Any] | None) -> None:
         self._route = route
@@ -253,7 +257,7 @@ class _Retrying:
         self._chain = chain
         self._acquire = Acquire(route.account, route.call_request, chain is None)
         self._state = RetryState(self._retries.retry)
-        self.withdrawn_at: float | None = None
+        self.withdrawn: tuple[float | None, float | None] = (None, None)
 
     def next_permit(self, permit: Permit, result: AttemptResult) -> _Backoff:
         """Release the permit of an attempt, wait, and return the permit of the next attempt; None to give up.
@@ -266,20 +270,31 @@ class _Retrying:
         """
         account, request = self._route.account, self._route.call_request
         failed_at = clock.now()
+        throttled = not result.uses_attempt
         delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=request.deadline)
         if delay is None:
             yield Release(account, permit, result.outcome)
             return None
-        yield Release(account, permit, msgspec.structs.replace(result.outcome, final=False))
-        throttled = not result.uses_attempt
-        if throttled and self._chain is not None and self._chain.skips_retry(self._route):
-            return None
-        request.retries += 1
-        request.failed = request.failed or not throttled
-        self.withdrawn_at = None
-        if throttled:
-            return (yield from self._wait_for_permission(delay, failed_at))
-        return (yield from self._wait(delay, failed_at))
+        account.keep_place(request, failed_at + delay)  # before the release, which may send another call
+        retry: Permit | None = None
+        try:
+            yield Release(account, permit, msgspec.structs.replace(result.outcome, final=False))
+            if not (throttled and self._chain is not None and self._chain.skips_retry(self._route)):
+                request.retries += 1
+                request.failed = request.failed or not throttled
+                self.withdrawn = (None, None)
+                if throttled and account.quota_wait(request) >= max(_ROUNDING, (result.retry_after or 0.0) - _ROUNDING):
+                    retry = yield self._acquire  # its quota lets it go no earlier, and there it keeps its place
+                else:
+                    retry = yield from (self._wait_for_permission if throttled else self._wait)(delay, failed_at)
+        except GeneratorExit:  # the call is collected, while any lock may be held: its place is lost by itself
+            raise
+        except BaseException:
+            account.drop_place(request)
+            raise
+        if retry is None:
+            account.drop_place(request)
+        return retry
 
     def _wait(self, delay: float, failed_at: float) -> _Backoff:
         """Wait `delay` seconds, and return a permit. A retry that is not sent goes back to the budget of faults."""
@@ -289,6 +304,7 @@ class _Retrying:
         except BaseException:
             self._retries.refund_fault(failed_at)
             raise
+        self.withdrawn = (None, failed_at)
         return permit
 
     def _wait_for_permission(self, delay: float, throttled_at: float) -> _Backoff:
@@ -303,13 +319,14 @@ class _Retrying:
                 if permission is RetryPermission.DENIED:
                     if not self._state.add_delay(pause, time_left=self._route.call_request.deadline - now):
                         return None
+                    self._route.account.keep_place(self._route.call_request, now + pause)
                     yield Sleep(pause)
             permit: Permit = yield self._acquire
         except BaseException:
             self._retries.return_unused(permission, now)
             raise
         if permission is RetryPermission.FROM_BUDGET:
-            self.withdrawn_at = now
+            self.withdrawn = (now, None)
         return permit
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from forebay import clock
 from forebay.interfaces import Outcome, RateLimitHeaders
@@ -10,7 +10,7 @@ from forebay.quota import BilledUsage
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.background_responses import BackgroundResponse
-from forebay.upstream.call_request import CallOutcome, CallPrice, Permit
+from forebay.upstream.call_request import TOKENS_PER_SECOND, CallOutcome, CallPrice, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.metered_stream import StreamEnd
 from forebay.upstream.providers import (
@@ -27,8 +27,6 @@ from forebay.upstream.providers import (
 StreamMeter: TypeAlias = UsageMeter | BodyMeter
 ReadAnswer: TypeAlias = WholeResponse | StreamMeter
 """An answer as far as it was read: both name the model and the id of the response."""
-
-_TOKENS_PER_SECOND: Final = 200  # of output: few models are faster
 
 
 class CallMeter:
@@ -70,13 +68,13 @@ class CallMeter:
             return core.unpriced_call(unpriced, model)
         usage = core.profile.estimate_usage(
             parsed,
-            largest_output=estimates.largest_output,
+            largest_output=estimates.largest_output(clock.now()),
             input_ratio=estimates.input_ratio,
             continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
         )
         self._sent_tokens = max(self._sent_tokens, usage.input_tokens)
         unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
-        tokens = _TOKENS_PER_SECOND * parsed.choices
+        tokens = TOKENS_PER_SECOND * parsed.choices
         return core.price(
             model,
             usage,
@@ -93,8 +91,8 @@ class CallMeter:
 
         A complete answer that reports none counts as it was reserved: the text does not show hidden reasoning, which
         may have been billed. Of one that broke off, or that was left, the output that arrived is counted, and what may
-        have been made before any arrived: a model can think for long before its first word. In the background it goes
-        on.
+        have been made while none arrived: a model can think for long before its first word, and later. In the
+        background it goes on.
         """
         usage = meter.usage
         if usage is not None and not usage.estimated:
@@ -107,8 +105,8 @@ class CallMeter:
         if end.ended and meter.complete:
             return usage
         output_at = clock.now() if end.output_at is None else end.output_at
-        seconds = max(0.0, output_at - permit.granted_at)
-        hidden = int(_TOKENS_PER_SECOND * parsed.choices * seconds)
+        seconds = max(0.0, output_at - permit.granted_at) + end.silent
+        hidden = int(TOKENS_PER_SECOND * parsed.choices * seconds)
         bound = None if parsed.max_output_tokens is None else parsed.max_output_tokens * parsed.choices
         return meter.unfinished_usage(hidden, bound)
 

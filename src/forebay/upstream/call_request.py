@@ -31,6 +31,9 @@ class Unmetered(NamedTuple):
     limited_by: str
 
 
+TOKENS_PER_SECOND: Final = 200  # of output: few models are faster
+
+
 class CallPrice(NamedTuple):
     """The price of a call before it is sent.
 
@@ -61,6 +64,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         unmetered: why it cannot be metered, and is rejected; or None.
         retries: how often it has been retried; a retried call goes to the head of its priority.
         failed: an attempt of it has failed, so that it is no probe of a breaker.
+        retried: it is retried if it is refused, so that it may be a trial call of a quota.
         asked_at: when it first asked for a permit; set by the account.
     """
 
@@ -74,6 +78,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     free: bool = False
     retries: int = 0
     failed: bool = False
+    retried: bool = True
     asked_at: float = math.inf
     usd_per_second: float = 0.0
     unmetered: Unmetered | None = None
@@ -81,6 +86,12 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     def unreported_cost(self, seconds: float) -> float:
         """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""
         return max(self.usd, self.usd_per_second * seconds)
+
+    def cost_within(self, seconds: float) -> float:
+        """Return the dollars of what a call can have used at most in `seconds`."""
+        tokens = self.charge.input_tokens + self.charge.output_tokens
+        made = self.charge.input_tokens + TOKENS_PER_SECOND * seconds
+        return self.usd if made >= tokens else self.usd * made / tokens
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.providers import Headers
-from forebay.upstream.sdk_exceptions import find_error_answer
+from forebay.upstream.sdk_exceptions import find_error_answer, never_connected
 
 
 class HttpRequest(msgspec.Struct, frozen=True):
@@ -94,7 +94,7 @@ class HttpCall(Exchange):
         """Return the result of an attempt whose transport raised; the exception may report an answer."""
         answer = find_error_answer(error)
         if answer is None:
-            return self.connection_failed(permit, error)
+            return self.connection_failed(permit, error, sent=not never_connected(error))
         result = self.judge_answer(permit, *answer)
         result.error = error
         return result

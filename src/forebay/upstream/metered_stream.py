@@ -11,6 +11,7 @@ from forebay.interfaces import Outcome
 from forebay.upstream.providers import BodyMeter, UsageFilter, UsageMeter
 from forebay.upstream.providers.content_encoding import Decompressor
 
+_SILENCE: Final = 2.0  # seconds without output in which a model may have thought
 _LINE_COST: Final = 64  # bytes: reading a line takes as long as decompressing them
 
 
@@ -22,12 +23,14 @@ class StreamEnd(NamedTuple):
         ended: the provider has closed it; else it broke off, or its reader has left.
         readable: the meter could read all of it.
         output_at: the time when its output began; None if none came.
+        silent: seconds of the silences after that: a model may think between two pieces of output, too.
     """
 
     kind: Outcome
     ended: bool
     readable: bool
     output_at: float | None
+    silent: float = 0.0
 
 
 class MeteredStream:
@@ -47,8 +50,8 @@ class MeteredStream:
     """
 
     __slots__ = (
-        *("_decompressor", "_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_run", "_settle"),
-        *("_usage_filter", "decoded", "settled"),
+        *("_decompressor", "_detects_truncation", "_judge", "_last_output_at", "_lock", "_meter", "_output_at"),
+        *("_pieces", "_run", "_settle", "_silent", "_usage_filter", "decoded", "settled"),
     )
 
     def __init__(  # noqa: PLR0913 - the parts of a stream
@@ -70,6 +73,9 @@ class MeteredStream:
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
         self._output_at: float | None = None
+        self._last_output_at = 0.0
+        self._pieces = 0  # of output so far
+        self._silent = 0.0
         self._run = context.call_observer()
         self.settled = False
 
@@ -84,9 +90,23 @@ class MeteredStream:
                 meter.feed(content)
             if usage_filter is not None:
                 passed.append(usage_filter.feed(content))
-        if self._output_at is None and meter is not None and meter.has_output:
-            self._output_at = clock.now()
+        if meter is not None and meter.pieces > self._pieces:
+            self._pieces = meter.pieces
+            self._record_output()
         return chunk if usage_filter is None else b"".join(passed)
+
+    def _record_output(self) -> None:
+        now = clock.now()
+        if self._output_at is None:
+            self._output_at = now
+        else:
+            self._add_silence(now)
+        self._last_output_at = now
+
+    def _add_silence(self, now: float) -> None:
+        silence = now - self._last_output_at
+        if silence > _SILENCE:
+            self._silent += silence
 
     @property
     def corrupt(self) -> bool:
@@ -130,5 +150,7 @@ class MeteredStream:
             kind = meter.error_kind.rule.outcome
         if kind is Outcome.FAULT and self._run is not None:
             self._run.record_upstream_fault()
-        self._settle(StreamEnd(kind, ended, self._readable, self._output_at))
+        if self._output_at is not None:
+            self._add_silence(clock.now())
+        self._settle(StreamEnd(kind, ended, self._readable, self._output_at, self._silent))
         self._run = None

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from forebay import Priority
-from forebay.gateway.caller import CallerReader, InvalidHeader
+from forebay.gateway.caller import CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.settings import Trust
 from forebay.upstream.call_request import Caller
 
@@ -71,3 +71,16 @@ def test_an_invalid_header_is_named(header: str, value: str) -> None:
 def test_the_account_is_that_of_the_key_or_shared() -> None:
     assert read({}).api_key is None
     assert read({}, shared=True).api_key == ""
+
+
+@pytest.mark.parametrize("other", ["x-api-key", "api-key", "x-goog-api-key"])
+def test_two_keys_for_a_server_that_may_read_either_are_rejected(other: str) -> None:
+    key = {"authorization": "Bearer sk-1"}
+    for provider in ("openai-compatible", "generic"):
+        with pytest.raises(InvalidHeader, match=other):
+            check_one_credential({**key, other: "sk-2"}, provider)
+        check_one_credential({**key, other: "sk-1"}, provider)
+        check_one_credential(key, provider)
+        check_one_credential({other: "sk-1"}, provider)
+        check_one_credential({}, provider)
+    check_one_credential({**key, other: "sk-2"}, "openai")

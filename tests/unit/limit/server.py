@@ -1,4 +1,4 @@
-"""A server whose calls all take a second, and callers that use all of a limit."""
+"""A server whose calls all take equally long, and callers that use all of a limit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from forebay.limit import Grant, Limit
 
 @dataclass
 class Server:
-    """A server that refuses calls beyond `capacity`, and one in every `stray` calls."""
+    """A server that refuses calls beyond `capacity`, and one in every `stray` calls; its calls take `seconds`."""
 
     limit: Limit
     capacity: int
     stray: int = 0
     slowdown: float | None = 1.0
     now: float = 0.0
+    seconds: int = 1
+    prompt: bool = False  # a call waits for each slot that is freed, and is sent before the next one is freed
     in_flight: list[Grant] = field(default_factory=list)
     refused: int = 0
     sent: int = 0
@@ -28,15 +30,23 @@ class Server:
 
     def second(self) -> None:
         self.now += 1.0
-        done, self.in_flight = self.in_flight, []
-        for grant in done:
-            self.limit.accepted(self.now, grant)
-            self.limit.observe(self.now, grant, Outcome.SUCCESS, slowdown=self.slowdown)
+        for grant in self.in_flight:
+            if self.now - grant.granted_at == 1.0:
+                self.limit.accepted(self.now, grant)
+        for grant in list(self.in_flight):
+            if self.now - grant.granted_at >= self.seconds:
+                self.in_flight.remove(grant)
+                self.limit.observe(self.now, grant, Outcome.SUCCESS, slowdown=self.slowdown)
+                if self.prompt:
+                    self.fill()
+        self.fill()
+        self.seen.append(self.limit.limit(self.now))
+
+    def fill(self) -> None:
         for _ in range(3 * self.capacity + 3):  # a refused call returns in the next second
             if len(self.in_flight) >= self.limit.limit(self.now):
                 break
             self.send()
-        self.seen.append(self.limit.limit(self.now))
 
     def send(self) -> None:
         grant = self.limit.grant(self.now, len(self.in_flight) + 1)

@@ -65,6 +65,49 @@ def test_the_limit_follows_the_capacity_down_and_up() -> None:
     assert server.seen[-1] >= 48
 
 
+def test_acceptances_are_enough_to_follow_a_capacity_that_is_far_above_all_that_was_refused() -> None:
+    server = Server(AdaptiveLimit(), 50, seconds=20, prompt=True)
+    server.run(600)
+    assert 48 <= min(server.seen[400:]) <= max(server.seen[400:]) <= 52
+    server.capacity = 200
+    server.run(35)  # up to 30 until a probe is due; by rounds of ended calls it takes 100
+    assert server.seen[-1] >= 190
+
+
+def test_acceptances_alone_raise_a_limit_to_four_times_what_is_known_to_be_fast() -> None:
+    server = Server(AdaptiveLimit(), 50, seconds=20, prompt=True)
+    server.run(600)
+    server.capacity = 10_000
+    server.run(39)  # the calls that were sent in the latest 20 have not ended
+    assert 200 <= server.seen[-1] <= 4 * 55
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(44.0, 11), (46.0, 20)])
+def test_a_first_call_that_took_long_doubles_the_limit(seconds: float, limit: int) -> None:
+    adaptive = AdaptiveLimit()
+    grants = [adaptive.grant(0.0, in_flight) for in_flight in range(1, 11)]
+    for grant in grants:
+        adaptive.accepted(1.0, grant)
+    assert adaptive.limit(seconds) == 10
+    adaptive.observe(seconds, grants[-1], Outcome.SUCCESS, slowdown=1.0)
+    assert adaptive.limit(seconds) == limit
+
+
+def test_calls_of_minutes_raise_a_limit_when_they_are_accepted() -> None:
+    server = Server(AdaptiveLimit(), 1000, seconds=60, prompt=True)
+    server.run(120)
+    assert server.seen[-1] <= 2 * 15  # the calls that ended had 10 to 20 in flight
+    server.run(240)
+    assert server.seen[-1] >= 120  # by rounds of ended calls 78
+
+
+def test_a_call_that_takes_long_raises_no_limit_that_was_not_used_up() -> None:
+    adaptive = AdaptiveLimit()
+    grant = adaptive.grant(0.0, 1)
+    adaptive.observe(100.0, grant, Outcome.SUCCESS, slowdown=1.0)
+    assert adaptive.limit(100.0) == 10
+
+
 def test_in_an_outage_it_sends_trial_calls_and_then_returns_to_the_best_limit() -> None:
     server = settled_server()
     server.capacity = 0

@@ -29,13 +29,13 @@ class Calls:
         self.now += EVERY
         self.detector.record_accepted(Grant(self.now, in_flight), current=True)
 
-    def answer(self, calls: int, one_in: int | None) -> None:
+    def answer(self, calls: int, one_in: int | None, in_flight: int = IN_FLIGHT) -> None:
         """Refuse one in `one_in` of so many calls."""
         for n in range(1, calls + 1):
             if one_in is not None and n % one_in == 0:
-                self.refuse()
+                self.refuse(in_flight)
             else:
-                self.accept()
+                self.accept(in_flight)
 
 
 def used_to(one_in: int | None, calls: int = 2000) -> Calls:
@@ -70,6 +70,23 @@ def test_regular_stray_refusals_become_the_background(one_in: int) -> None:
         calls.answer(one_in, one_in)
         assert not calls.detector.is_overload()
     assert calls.detector.background == pytest.approx(1 / one_in, rel=0.5)
+
+
+def test_where_half_as_many_calls_in_flight_are_refused_as_often_the_limit_may_rise() -> None:
+    calls = used_to(2)
+    assert calls.detector.saturated
+    calls.answer(250, 2, in_flight=24)
+    assert not calls.detector.saturated
+    calls.detector.reset()
+    calls.answer(250, 2)
+    assert not calls.detector.is_overload()
+
+
+def test_where_half_as_many_calls_in_flight_are_refused_less_often_the_background_is_too_high_still() -> None:
+    calls = used_to(2)
+    calls.answer(600, 5, in_flight=24)
+    calls.answer(300, 2)
+    assert calls.detector.saturated
 
 
 def test_refusals_that_nothing_contradicts_are_no_background() -> None:

@@ -14,12 +14,13 @@ from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, Slowdow
 
 @dataclass
 class Provider:
-    """A provider that always has as many calls in flight as the limit allows; each takes a second."""
+    """A provider that always has as many calls in flight as the limit allows, or as there are; each takes a second."""
 
     slowdown: Callable[[float], float]  # of a call, by the calls in flight
     level: float
     noise: float = 0.1
     proven: bool = False
+    calls: int = 1000  # that the callers have in flight at most
     seed: int = 1
     now: float = 0.0
     results: list[ExperimentResult] = field(default_factory=list)
@@ -28,13 +29,14 @@ class Provider:
     def run(self, seconds: int) -> None:
         draw, experiment = new_random(self.seed), self.experiment
         for _ in range(seconds):
-            grants = [Grant(self.now, n, at_limit=True) for n in range(1, int(self.level) + 1)]
+            calls = min(self.calls, int(self.level))
+            grants = [Grant(self.now, n, at_limit=calls == int(self.level)) for n in range(1, calls + 1)]
             for grant in grants:
                 experiment.start(grant)
             self.now += 1.0
             level = self.level
             for left, grant in zip(range(len(grants), 0, -1), grants, strict=True):
-                slow = self.slowdown(level) * draw.lognormvariate(-(self.noise**2) / 2, self.noise)
+                slow = self.slowdown(min(level, calls)) * draw.lognormvariate(-(self.noise**2) / 2, self.noise)
                 result = experiment.observe(self.now, grant, level, left, slow, proven=self.proven)
                 if result is not None:
                     self.results.append(result)
@@ -54,11 +56,37 @@ def test_where_calls_share_the_limit_goes_down_until_they_get_no_faster(slots: i
     assert slots * 0.8 <= provider.level <= slots * 1.6
 
 
+def test_a_limit_that_is_not_quite_used_up_is_lowered_too() -> None:
+    provider = Provider(shared(4), 37.0, calls=32)
+    provider.run(60)
+    assert provider.results[-1] is ExperimentResult.KEEP
+    assert provider.level <= 8
+
+
+def test_where_less_than_half_of_the_limit_is_used_it_is_not_the_cause() -> None:
+    provider = Provider(lambda _: 3.0, 50.0, calls=24)
+    provider.run(200)
+    assert provider.results == []
+
+
 def test_calls_that_are_slow_for_another_reason_restore_the_limit() -> None:
     provider = Provider(lambda _: 2.0, 50.0)
     provider.run(200)
     assert provider.results == [ExperimentResult.LOWER, ExperimentResult.RESTORE]  # and then twice is the norm
     assert provider.level == 50.0
+
+
+def test_calls_that_a_provider_kept_waiting_during_an_experiment_are_not_the_norm() -> None:
+    provider = Provider(shared(20), 60.0)
+    while not provider.results:
+        provider.run(1)
+    provider.slowdown = lambda _: 10.0  # it stands still for a while
+    provider.run(2)
+    assert provider.results == [ExperimentResult.LOWER, ExperimentResult.RESTORE]
+    provider.slowdown = shared(20)
+    provider.run(60)
+    assert provider.results[-1] is ExperimentResult.KEEP
+    assert provider.level <= 32
 
 
 def test_calls_that_get_a_little_faster_restore_the_limit() -> None:

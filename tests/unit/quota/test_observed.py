@@ -214,6 +214,139 @@ def test_windows_of_a_second_are_learned() -> None:
     assert [level.name for level in limiter.levels(2.0)] == ["requests per second"]
 
 
+@pytest.mark.parametrize("limit", [2, 4, 20])
+def test_more_calls_than_a_minute_grants_show_that_a_small_limit_is_one_of_a_second(limit: int) -> None:
+    limiter = RateLimiter()
+    for second in range(8):
+        for sent in range(limit):
+            call(limiter, second + sent / limit, requests_headers(limit, limit - sent - 1, 1 - sent / limit))
+    assert [level.name for level in limiter.levels(8.0)] == ["requests per second"]
+
+
+def test_calls_at_the_end_of_one_window_and_the_begin_of_the_next_do_not_shorten_its_period() -> None:
+    limiter = RateLimiter()
+    for at in (59.0, 60.0, 119.0, 120.0):
+        for sent in range(20):
+            call(limiter, at, requests_headers(20, 20 - sent - 1, 60 - at % 60))
+    assert [level.name for level in limiter.levels(120.0)] == ["requests per minute"]
+
+
+def test_no_period_is_shorter_than_a_reset_that_was_reported() -> None:
+    limiter = RateLimiter()
+    for sent in range(1_000):
+        call(limiter, sent / 10, requests_headers(20, sent % 3, 50.0))
+    assert [level.name for level in limiter.levels(100.0)] == ["requests per minute"]
+    assert not limiter.wait(100.0, ONE).seconds, "it is not believed"
+
+
+def test_limits_that_come_and_go_are_not_believed() -> None:
+    limiter = RateLimiter()
+    for at in range(12):
+        call(limiter, at / 10, requests_headers(20, 0, 60.0) if at % 3 else requests_headers(10_000, 9_990, 0.1))
+    assert not limiter.wait(1.2, ONE).seconds
+    assert not limiter.wait(1.2, Charge(requests=21)).seconds
+
+
+def test_a_limit_that_falls_and_one_that_changes_a_little_are_believed() -> None:
+    limiter = RateLimiter()
+    for at in range(12):
+        call(limiter, at / 10, requests_headers(20 if at % 3 else 24, at % 2, 60.0))
+    assert limiter.wait(1.2, Charge(requests=5)).seconds
+    for _ in range(2):
+        call(limiter, 2.1, requests_headers(5, 0, 60.0))
+    assert limiter.wait(2.1, ONE).seconds
+
+
+def test_a_used_up_window_gets_no_refund_of_what_was_estimated_too_high() -> None:
+    limiter, end = RateLimiter(), 60.0
+
+    def headers(remaining: int, reset: float) -> list[RateLimitHeaders]:
+        return [RateLimitHeaders(unit="input_tokens", limit=1_000, remaining=remaining, reset=reset)]
+
+    small = Charge(input_tokens=10)
+    for at, remaining in ((0.0, 990), (10.0, 980)):
+        held = limiter.reserve(at, small)
+        limiter.update_from_headers(at, headers(remaining, end - at), held)
+        limiter.settle(at, held, small)
+    under_way = limiter.reserve(20.0, Charge(input_tokens=900))
+    refused = limiter.reserve(20.0, Charge(input_tokens=60))
+    limiter.record_throttled(20.1, refused, 40.0, headers(40, 39.9))
+    limiter.settle(21.0, under_way, Charge(input_tokens=800))
+    assert limiter.wait(21.0, small).seconds > 30.0
+
+
+def exhausted_limiter() -> RateLimiter:
+    """Return a limiter that has observed a used-up limit of 20 requests a minute."""
+    limiter = RateLimiter()
+    for at in (0.0, 5.0, 10.0):
+        call(limiter, at, requests_headers(20, 0, 60.0 - at))
+    return limiter
+
+
+def test_a_call_that_a_learned_quota_does_not_allow_goes_as_a_trial_now_and_then() -> None:
+    limiter = exhausted_limiter()
+    assert limiter.wait(10.0, ONE).seconds > 30.0
+    seconds = limiter.wait(10.0, ONE, trial=True).seconds
+    assert seconds == pytest.approx(0.0), "it was used up at first sight"
+    trial = limiter.reserve(10.0, ONE, trial=True)
+    assert trial.trial_of == ("requests",)
+    assert limiter.wait(11.0, ONE, trial=True).seconds > 40.0, "one at a time"
+    limiter.record_throttled(12.0, trial, headers=requests_headers(20, 0, 48.0))
+    assert limiter.wait(32.0, ONE, trial=True).seconds > 20.0
+
+
+def test_a_limit_that_falls_as_its_calls_explain_is_doubted_after_minutes_only() -> None:
+    limiter = RateLimiter()
+    for sent in range(20):
+        call(limiter, sent / 10, requests_headers(20, 19 - sent, 60.0 - sent / 10))
+    call(limiter, 10.0, requests_headers(20, 0, 50.0))
+    assert limiter.wait(10.0, ONE, trial=True).seconds > 40.0
+
+
+def test_a_paced_bucket_that_is_always_empty_is_not_suspected() -> None:
+    limiter, now = RateLimiter(), 0.0
+    for sent in range(20):
+        call(limiter, now, requests_headers(20, 19 - sent, 3.0 * sent))
+    for _ in range(30):
+        now += 3.1
+        call(limiter, now, requests_headers(20, 0, 59.5))
+    limiter.reserve(now, Charge(requests=5))
+    assert limiter.wait(now, ONE, trial=True).seconds > 3.0
+    assert limiter.wait(now + 6.0, ONE, trial=True).seconds > 3.0
+
+
+def test_a_remaining_amount_that_rises_again_and_again_is_doubted_within_seconds() -> None:
+    limiter = RateLimiter()
+    for sent in range(20):
+        call(limiter, sent / 10, requests_headers(1_000, 999 - sent, 86_400.0))
+    for sent in range(20):
+        call(limiter, 2 + sent / 10, requests_headers(1_000, sent % 3, 86_400.0))
+    assert limiter.wait(4.0, ONE, trial=True).seconds <= 5.0 < limiter.wait(4.0, ONE).seconds
+
+
+def test_a_given_quota_is_not_doubted() -> None:
+    limiter = RateLimiter([Quota(requests=1, per="hour")])
+    limiter.reserve(0.0, ONE)
+    assert limiter.wait(0.0, ONE, trial=True).seconds > 3000.0
+
+
+@pytest.mark.parametrize("ends", ["settled", "released", "failed"])
+def test_a_quota_that_says_empty_while_trials_are_accepted_is_not_believed(ends: str) -> None:
+    limiter, now, trials = exhausted_limiter(), 10.0, 0
+    for _ in range(4):
+        now += min(limiter.wait(now, ONE, trial=True).seconds, 100.0)
+        held = limiter.reserve(now, ONE, trial=True)
+        trials += bool(held.trial_of)
+        if ends == "released":
+            limiter.release(now, held)
+        else:
+            if ends == "settled":
+                limiter.update_from_headers(now, requests_headers(20, trials % 2, 58.0), held)
+            limiter.settle(now, held, ONE, failed=ends == "failed")
+    assert trials == 4
+    assert (limiter.wait(now, ONE).seconds == 0.0) == (ends == "settled")
+
+
 def test_a_call_behind_others_waits_for_the_margin_too() -> None:
     limiter = RateLimiter()
     for _ in range(2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -9,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forebay.adapters import as_handler
 from forebay.breaker import Breaker, BreakerRules
+from forebay.supervisor.pools import PoolGroup
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.task import Task
@@ -70,12 +73,33 @@ class Workers:
         return [worker for worker in self.workers if worker.can_accept()]
 
 
+class GroupedWorkers(Workers):
+    """Workers of many task types, whose selectors are told once that a score has fallen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group = PoolGroup([])
+
+    def add(self, slots: int = 1) -> WorkerAgent:
+        worker = make(f"w{len(self.workers)}", slots)
+        self.workers.append(worker)
+        self.group.add_worker(worker)
+        self.selector.expect(worker, self.group)
+        return worker
+
+    def announce(self, worker: WorkerAgent) -> None:
+        if worker.can_accept():
+            self.group.score_fell(worker)
+
+
 class SelectionMachine(RuleBasedStateMachine):
     """A state machine: whatever happens to the workers, the pick has the least score of those that can accept."""
 
+    make_fleet: Callable[[], Workers] = Workers
+
     @initialize(slots=st.lists(st.integers(1, 4), max_size=6))
     def build(self, slots: list[int]) -> None:
-        self.fleet = Workers()
+        self.fleet = type(self).make_fleet()
         for count in slots:
             self.fleet.add(count)
 
@@ -150,6 +174,14 @@ class SelectionMachine(RuleBasedStateMachine):
 
 TestRouter = SelectionMachine.TestCase
 TestRouter.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+class GroupedSelectionMachine(SelectionMachine):
+    make_fleet = GroupedWorkers
+
+
+TestGroupedRouter = GroupedSelectionMachine.TestCase
+TestGroupedRouter.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_without_workers_none_is_picked() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from forebay.upstream.sdk_exceptions import find_error_answer, is_timeout
+from forebay.upstream.sdk_exceptions import find_error_answer, is_timeout, never_connected
 
 
 class SdkError(Exception):
@@ -116,3 +116,18 @@ class APITimeoutError(Exception):
 )
 def test_a_timeout_is_told_from_a_connection_that_failed(error: Exception, timeout: bool) -> None:  # noqa: FBT001
     assert is_timeout(error) is timeout
+
+
+@pytest.mark.parametrize(
+    ("error", "sent"),
+    [
+        (ConnectionRefusedError(), False),
+        (httpx.ConnectError("no route"), False),
+        (raised_from(APITimeoutError(), httpx.ConnectTimeout("slow")), False),
+        (httpx.ReadTimeout("slow"), True),
+        (ConnectionResetError(), True),
+        (ValueError(), True),
+    ],
+)
+def test_an_exception_shows_whether_anything_can_have_been_sent(error: Exception, sent: bool) -> None:  # noqa: FBT001
+    assert never_connected(error) is not sent

@@ -18,6 +18,8 @@ _NEARLY_FULL: Final = 0.9  # share of the limit, less one call, from which its u
 _FIRST_CALLS: Final = 16  # successes in a row without a slowdown after which none is expected any more
 _OFTEN: Final = 0.05  # background of refusals from which a refused probe says little
 _LEAP: Final = 4  # times as far as calls were accepted, the limit may rise on its way back to the best one
+_UNTRIED: Final = 2  # times the calls in flight that are known not to be slow, the first rise may go
+_LONG_CALL: Final = 45.0  # seconds: where no call ends sooner, the limit does not wait for rounds of ended calls
 _FAR_BELOW: Final = 0.8  # share of the best limit below which a probe is made more often
 _FALL: Final = 0.9  # what each further refusal of a fall leaves of the limit
 _CALL_WEIGHT: Final = 0.05  # of one call in the typical duration of a call
@@ -74,6 +76,7 @@ class AdaptiveLimit(Limit):
         self._round_start = 0.0  # in the clock's seconds
         self._base = 0  # the limit at the beginning of this epoch
         self._confirmed = 0  # the most calls in flight with which a call of this epoch was accepted
+        self._full_since = math.inf  # the first call since the last end that used up the limit, in the clock's seconds
         self._held = 0  # the limit that the latest round was made with
 
     # --- its state ---------------------------------------------------------------------------------------------------
@@ -110,6 +113,8 @@ class AdaptiveLimit(Limit):
         self._in_flight = in_flight
         grant = Grant(now, in_flight, self._epoch, in_flight >= _NEARLY_FULL * int(self._level) - 1)
         self._experiment.start(grant)
+        if grant.at_limit:
+            self._full_since = min(self._full_since, now)
         return grant
 
     def accepted(self, now: float, grant: Grant) -> None:
@@ -122,9 +127,12 @@ class AdaptiveLimit(Limit):
         """Learn from a finished call; FAULT and IGNORED say nothing about the limit."""
         self._in_flight -= 1
         succeeded = outcome is Outcome.SUCCESS
+        long = now - self._full_since >= _LONG_CALL
         if outcome is Outcome.OVERLOAD:
             self._record_refusal(now, grant)
-        elif succeeded:
+        else:
+            self._full_since = math.inf
+        if succeeded:
             seconds = now - grant.granted_at
             self._typical_seconds += (
                 _CALL_WEIGHT * (seconds - self._typical_seconds) if self._typical_seconds else seconds
@@ -140,7 +148,7 @@ class AdaptiveLimit(Limit):
         if result is not None:
             self._apply(now, result)
         elif current:
-            self._record_success(now, grant)
+            self._record_success(now, grant, long=long)
 
     # --- down --------------------------------------------------------------------------------------------------------
 
@@ -169,7 +177,7 @@ class AdaptiveLimit(Limit):
             if self._falling:
                 lowered = min(lowered, _FALL * level)
             self._falling = True
-        history.record_refusal(level)
+        history.record_refusal(now, level)
         if level > 1:
             history.assume(lowered)
         else:
@@ -198,20 +206,40 @@ class AdaptiveLimit(Limit):
             history.ceiling = grant.in_flight
         self._confirmed = max(self._confirmed, grant.in_flight)
         used = 2 * grant.in_flight >= self._level
-        if not used or not history.known or self._level >= history.best or not self._may_rise(now):
+        if not used or not self._may_rise(now):
             return
-        if self._level < self._base + 1 + _LEAP * max(0, self._confirmed - self._base):
-            probe.active = True
+        if history.known and self._level < history.best:
+            if self._level < self._base + 1 + _LEAP * max(0, self._confirmed - self._base):
+                probe.active = True
+                self._raise(1.0)
+        elif grant.at_limit and not self._late and self._may_leap(grant):
             self._raise(1.0)
 
-    def _record_success(self, now: float, grant: Grant) -> None:
+    def _may_leap(self, grant: Grant) -> bool:
+        """Return whether an accepted call may raise the limit before it has ended.
+
+        If the provider merely queues what is too much, that is known at the end: hence the bounds.
+        """
+        if self._history.known:
+            return self._history.serves_more(grant.in_flight) and self._level < _LEAP * self._tried
+        return self._typical_seconds >= _LONG_CALL and self._level < _UNTRIED * self._experiment.tried
+
+    @property
+    def _tried(self) -> float:
+        """The calls in flight that are known not to make calls slow."""
+        return max(self._initial, self._experiment.tried)
+
+    def _record_success(self, now: float, grant: Grant, *, long: bool) -> None:
+        """Raise the limit for a success; `long`: it ended a long time in which all of the limit was in use."""
         # Used up still, not only when the call began: else each of the calls that began at the limit would raise it.
         used = max(grant.in_flight, self._in_flight + 1) >= _NEARLY_FULL * int(self._level) - 1
         self._count_round(now, grant)
+        if long and not self._history.known and self._may_rise(now):  # the other calls were accepted long ago
+            self._raise(max(0.0, min(2 * self._level, _UNTRIED * self._tried) - self._level))
         if not grant.at_limit or not used or not self._may_rise(now):
             return
         if not self._history.known:
-            if self._level < 2 * max(self._initial, self._experiment.tried) or self._latency_unknown:
+            if self._latency_unknown or self._level < _UNTRIED * self._tried:
                 self._raise(1.0)
         elif self._level >= self._history.best and self._successes <= self._level:
             self._raise(self._probe.increment_per_success(self._level, careful=bool(self._late)))
@@ -263,6 +291,7 @@ class AdaptiveLimit(Limit):
     def _begin_epoch(self, now: float) -> None:
         """Begin an epoch: grants given before now say nothing about the limit from now on."""
         self._epoch += 1
+        self._full_since = math.inf
         self._successes, self._round_start = 0, now
         self._base, self._confirmed = int(self._level), 0
         self._detector.reset()

@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 _STALE_AFTER: Final = 600.0  # seconds after which the best limit counts no more than the present one
+_CLEARLY_MORE: Final = 1.1  # times the calls in flight that were refused
 
 
 class LimitHistory:
@@ -21,6 +22,8 @@ class LimitHistory:
         self.best = math.inf
         self.ceiling = math.inf
         self._best_since = 0.0  # in the clock's seconds
+        self._refused = 0.0  # the highest limit that was refused of late
+        self._refused_at = 0.0  # in the clock's seconds
         self._provider_refuses = False  # excess calls are refused, rather than served slowly
 
     @property
@@ -46,8 +49,14 @@ class LimitHistory:
         if not self.known:
             self.best = level
 
-    def record_refusal(self, level: float) -> None:
+    def serves_more(self, in_flight: int) -> bool:
+        """Return whether so many calls in flight, if accepted, are clearly more than the provider refused of late."""
+        return self._provider_refuses and in_flight > _CLEARLY_MORE * self._refused
+
+    def record_refusal(self, now: float, level: float) -> None:
         """Record that `level` was too high."""
+        if level >= self._refused or now - self._refused_at > _STALE_AFTER:
+            self._refused, self._refused_at = level, now
         self.ceiling = max(1.0, level - 1)
         self._provider_refuses = True
 

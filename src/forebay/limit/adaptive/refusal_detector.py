@@ -15,6 +15,9 @@ _OVERLOAD_EXCESS: Final = 0.15  # ... though at most so much above it
 _MIN_BACKGROUND: Final = 0.003  # share of calls refused below the capacity: no provider is taken to refuse fewer
 _MAX_BACKGROUND: Final = 0.25  # ... and more are not put up with
 _SATURATED: Final = 0.3  # ... share from which the limit does not rise: a higher one would cost more than it gains
+_MARGIN: Final = 0.1  # ... or so much above what fewer calls in flight are known not to avoid
+_AS_OFTEN: Final = 0.8  # times as often as with twice as many calls in flight: our load is not the cause
+_ENOUGH: Final = 100  # refusals after which the background is that of the present calls in flight
 _FIRST_BACKGROUND: Final = 0.03  # ... before anything is known
 _BACKGROUND_WEIGHT: Final = 0.005  # of one call in the background: a memory of two hundred calls
 _EVIDENCE: Final = 8.0  # log-likelihood ratio, in nats, from which refusals are an overload: odds of e**8 to 1
@@ -44,7 +47,8 @@ class RefusalDetector:
 
     A refusal belongs to the background if it is contradicted: a call that was sent up to two seconds later, with as
     many calls in flight, was accepted. So stray refusals do, and those of many small servers behind a load balancer,
-    but not those of a provider that is full.
+    but not those of a provider that is full. More than a quarter are not taken for background, unless as many are
+    refused with half the calls in flight.
 
     Source: E. S. Page, "Continuous Inspection Schemes", Biometrika 41, 1954.
 
@@ -60,6 +64,9 @@ class RefusalDetector:
         self._recent: deque[_Refusal] = deque(maxlen=_MAX_RECENT)
         self._peak = 0  # the most calls that were in flight with one that was accepted of late
         self._peak_sent = -math.inf  # when that one was sent
+        self._causeless = 0.0  # share of calls that are refused with half as many in flight, too
+        self._high, self._share = 0, 0.0  # the most calls in flight with a saturated background, and the background
+        self._below = 0  # refusals since with less than half as many in flight
         self._weighed_background = -1.0
         self._weigh_answers()
 
@@ -82,6 +89,22 @@ class RefusalDetector:
         self._recent.append(_Refusal(grant.granted_at, now, grant.in_flight, new or late))
         self._evidence += self._refusal_weight
         self._refusals += 1
+        self._compare(grant.in_flight)
+
+    def _compare(self, in_flight: int) -> None:
+        """Compare a background that is too high with that of half as many calls in flight.
+
+        If they are refused nearly as often, it is not too high: a lower limit avoids no refusals.
+        """
+        if 2 * in_flight > self._high:
+            self._below = 0
+            if self.background >= _SATURATED and in_flight > self._high:
+                self._high, self._share = in_flight, self.background
+            return
+        self._below += 1
+        if self._below == _ENOUGH:
+            self._causeless = self.background if self.background >= _AS_OFTEN * self._share else 0.0
+            self._high = self._below = 0
 
     def _contradict(self, grant: Grant) -> int:
         """Add the refusals to the background that an accepted call contradicts; return how many were in flight with it.
@@ -111,7 +134,7 @@ class RefusalDetector:
     @property
     def saturated(self) -> bool:
         """True if the background is the highest that is put up with: a higher limit would cost more."""
-        return self.background >= _SATURATED
+        return self.background >= max(_SATURATED, self._causeless + _MARGIN)
 
     def reset(self) -> None:
         """Drop the evidence, because the limit has changed; the background stays."""
@@ -129,7 +152,7 @@ class RefusalDetector:
 
         The background is mostly at its lower bound and so unchanged: that saves two logarithms a call.
         """
-        usual = min(_MAX_BACKGROUND, max(_MIN_BACKGROUND, self.background))
+        usual = min(max(_MAX_BACKGROUND, self._causeless + _MARGIN / 2), max(_MIN_BACKGROUND, self.background))
         if usual == self._weighed_background:
             return
         self._weighed_background = usual

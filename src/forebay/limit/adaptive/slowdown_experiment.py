@@ -21,6 +21,7 @@ _FEW: Final = 20  # calls in flight
 _SLOW: Final = 1.3  # times the norm from which calls are slow; fewer are not worth an experiment
 _LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves
 _LOWEST, _LEAST = 0.5, 0.8  # ... once our load is known to be the cause: at least, at most
+_USED: Final = 0.5  # of the limit: while less is in use, our load is hardly the cause if calls are slow
 _NOISY: Final = 2.0  # upper quartile of the slowdowns over the lower one, from which latency varies much by chance
 _HALF_EXPLAINED: Final = 0.5  # exponent: calls get faster by at least half of what fewer calls in flight explain
 _UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: still faster calls have another reason
@@ -47,6 +48,10 @@ def rank_z(values: Collection[float], others: list[float], factor: float, *, mis
     for value in values:
         above += (bisect_left(others, value / factor) + bisect_right(others, value / factor)) / 2
     return (above - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)
+
+
+def _median(values: Collection[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _size(level: float) -> int:
@@ -143,7 +148,6 @@ class SlowdownExperiment:
         self._in_flight = 0.0  # calls in flight with one of them, on average
         self._unchecked = 0  # calls since the latest were compared with the norm
         self._used = 0  # the most calls in flight when one of them started
-        self._at_limit = False  # one of them started at the limit: else our load is hardly the cause if they are slow
         self._lowered = StartedCalls(0, 0)  # calls under the lowered limit
         self._before: list[float] = []  # slowdowns before the limit was lowered, sorted
         self._limit_before, self._in_flight_before = 0.0, 0.0
@@ -185,14 +189,13 @@ class SlowdownExperiment:
         if slowdown is None:
             self.slow = self.slow and now - self._known_at <= _STAGE_TIMEOUT
             return None
-        self._at_limit = self._at_limit or grant.at_limit
         self._used = max(self._used, grant.in_flight)
         return self._watch(now, level, mean, slowdown, proven=proven)
 
     def clear(self) -> None:
         """Drop the slowdowns of the old epoch: they say nothing about the new one."""
         self._latest.clear()
-        self._in_flight, self._used, self._at_limit = 0.0, 0, False
+        self._in_flight, self._used = 0.0, 0
 
     def abort(self) -> None:
         """End the experiment: a refusal is the stronger signal."""
@@ -210,7 +213,7 @@ class SlowdownExperiment:
         if self._unchecked < size // _CHECKS:
             return None
         self._unchecked = 0
-        slow = self._at_limit and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
+        slow = self._used >= _USED * level and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
         if not slow:
             self.slow, self._slow_since = False, math.inf
             if len(latest) >= _MIN_SAMPLE:
@@ -248,7 +251,7 @@ class SlowdownExperiment:
         enough = _PROBABLE if self._in_flight_before <= _FEW and calls.complete else _LIKELY
         if rank_z(calls.slowdowns, before, share**_HALF_EXPLAINED, missing=calls.running) > -enough:
             return self._restore(now) if calls.complete else None
-        median = sorted(calls.slowdowns)[len(calls.slowdowns) // 2]
+        median = _median(calls.slowdowns)
         self._passed = median < _UNEXPLAINED * share * before[len(before) // 2] and not self._passed
         if self._passed:
             return self._restore(now)
@@ -267,7 +270,10 @@ class SlowdownExperiment:
             return self._end(ExperimentResult.KEEP, self._limit_before, self._before)
         self._next_at = now + self._pause
         self._pause = min(_MAX_PAUSE, 2 * self._pause)
-        norm = [] if self._passed else self._lowered.slowdowns
+        slowdowns = self._lowered.slowdowns
+        # With fewer in flight calls are not slower, unless the provider stood still meanwhile.
+        stalled = bool(slowdowns) and _median(slowdowns) > _SLOW * _median(self._before)
+        norm = [] if self._passed or stalled else slowdowns
         return self._end(ExperimentResult.RESTORE, self._limit_before, norm)
 
     def _end(self, result: ExperimentResult, limit: float, norm: list[float]) -> ExperimentResult:

@@ -355,13 +355,14 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """Record that its ticket no longer depends on its handler, which has been asked to stop.
 
         Returns:
-            True if its worker may now begin another run: one that is abandoned without a slot is not open.
+            True if its worker may now begin another run: one that is abandoned without a slot is not open, unless its
+            handler is in a thread, which cannot be stopped and goes on to work.
         """
         if self.holds_slot and self.is_probe:
             self.worker.abandon_probe()
         self.abandoned_at = now
         self.worker.add_zombie()
-        return self.begin_exemption()
+        return not self.in_thread and self.begin_exemption()
 
     def mark_zombie(self) -> None:
         """Record that its handler has not stopped within the grace."""

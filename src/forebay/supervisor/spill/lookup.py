@@ -59,6 +59,10 @@ class StoreLookup:
         self._apply(ticket, *found)
         return ticket
 
+    def is_searching(self, task_id: str) -> bool:
+        """Return whether the store looks for the id."""
+        return task_id in self._searches
+
     async def wait_for_search(self, task_id: str) -> None:
         """Wait while the store looks for the id: until then nobody knows whether there is such a task."""
         while (search := self._searches.get(task_id)) is not None:

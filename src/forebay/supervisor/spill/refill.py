@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from forebay import clock
 from forebay.errors import InvalidPayload, StoreUnavailable
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.worker import WorkerAgent
 
+_Place: TypeAlias = tuple[str, Priority]  # in the store: the type and the priority of records
 _RETRY_INTERVAL = 1.0  # seconds until a store that failed is asked for records again
 _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
 
@@ -72,6 +73,8 @@ class Refiller:
         self.unreadable: dict[str, Lease] = {}
         self.unserved_depths: dict[tuple[str, Priority], int] = {}
         self._round_trip = 0.0  # average seconds that leasing takes
+        self._spills = 0  # records that were stored from here, so far
+        self._spilled_at: dict[Pool, int] = {}  # how many there were with the latest of each pool
         self._recount_after: set[Pool] = set()  # pools whose records must be counted when their refill is over
 
     # --- how much waits in the store ---
@@ -87,16 +90,29 @@ class Refiller:
         A pool that is being refilled is left out, because the store may or may not have counted its new leases. The
         exception is `refilling`, whose own refill calls this.
         """
-        self._set_depths(await self._stored.store.depths(), pools, refilling)
+        spills = self._spills
+        self._set_depths(await self._stored.store.depths(), pools, spills, refilling)
+
+    def add_spilled(self, pool: Pool, priority: Priority) -> None:
+        """Count one more record of `pool` that waits in the store."""
+        self._spills += 1
+        self._spilled_at[pool] = self._spills
+        pool.add_spilled(priority)
 
     def _set_depths(
-        self, depths: Mapping[tuple[str, Priority], int], pools: Iterable[Pool], refilling: Pool | None = None
+        self, depths: Mapping[_Place, int], pools: Iterable[Pool], spills: int, refilling: Pool | None = None
     ) -> None:
+        """Set the counts of `pools` to those that the store made when `spills` records had been counted here.
+
+        It may not have counted what was stored since. A count that is too high costs a lease that finds nothing.
+        """
         for pool in pools:
             if pool in self.refilling and pool is not refilling:
                 continue
+            stored_since = self._spilled_at.get(pool, 0) > spills
             for priority in Priority:
-                pool.set_spilled(priority, depths.get((pool.task_type, priority), 0))
+                depth = depths.get((pool.task_type, priority), 0)
+                pool.set_spilled(priority, max(depth, pool.spilled[priority]) if stored_since else depth)
         served = self._core.pools.by_type
         self.unserved_depths = {key: depth for key, depth in depths.items() if key[0] not in served}
 
@@ -115,6 +131,7 @@ class Refiller:
 
         That one may be of any type, but its pool has records that wait.
         """
+        spills = self._spills
         try:
             depths = await self._stored.store.depths()
         except StoreUnavailable:
@@ -123,7 +140,7 @@ class Refiller:
         types = dict.fromkeys([task_type, *(waiting for waiting, _ in depths)])
         pools = [by_type[name] for name in types if name in by_type]
         self._recount_after.update(pool for pool in pools if pool in self.refilling)
-        self._set_depths(depths, pools)
+        self._set_depths(depths, pools, spills)
         for pool in pools:
             self.refill(pool)
 

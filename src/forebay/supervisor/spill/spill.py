@@ -111,7 +111,7 @@ class Spill:
             if counts:
                 pool.end_spill(priority)
         if put is PutResult.STORED and ticket.status is TaskStatus.SPILLED and not self.stored.stays_stored:
-            pool.add_spilled(priority)
+            self.refiller.add_spilled(pool, priority)
         if put.written and ticket.status is TaskStatus.SPILLED:
             if ticket.nested:
                 pool.add_nested_spilled(ticket.task_id)
@@ -169,7 +169,7 @@ class Spill:
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - it was recorded under it
         self.stored.drop_lease(ticket)
-        pool.add_spilled(ticket.task.priority)
+        self.refiller.add_spilled(pool, ticket.task.priority)
         self._conversations.add_stored(ticket.task.thread_id)
         await self._store.release([lease])
         self.stored.conversation_moved(ticket.task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -14,11 +15,12 @@ from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.limit import Limit
-from forebay.quota import RateLimiter
+from forebay.quota import HeldCharge, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.accounts.bypass import find_bypass
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
+from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.outage_detector import OutageDetector
@@ -43,6 +45,7 @@ _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttle
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
+_REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
@@ -76,6 +79,7 @@ class Account:
         upstream_budget: the budget that all its calls spend from, if there is one; `budgets` returns it too.
         max_wait: seconds of expected wait above which a call is rejected.
         weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        has_key: its calls have an API key, which may be invented.
         draw: returns random numbers from [0, 1).
     """
 
@@ -90,9 +94,11 @@ class Account:
         upstream_budget: CallBudget | None = None,
         max_wait: float,
         weights: Mapping[str, float] | None = None,
+        has_key: bool = False,
         draw: Callable[[], float],
     ) -> None:
         self.name = name
+        self._has_key = has_key
         self.limit = limit
         self.quotas = quotas
         self.breaker = breaker
@@ -105,6 +111,7 @@ class Account:
         self.timeouts = TimeoutEvidence()
         self.counts = CallCounts()
         self.queue = CallQueue(self.order, longest_wait=_LONGEST_WAIT * max_wait)
+        self.places = KeptPlaces()
         self.open_answers = OpenAnswers(patience=_UNREAD_SHARE * max_wait)
         self._budgets = budgets
         self._upstream_budget = upstream_budget
@@ -128,11 +135,12 @@ class Account:
         if self._untaken:
             self._release_lost(now)
         request.asked_at = min(request.asked_at, now)
+        self.places.drop(request)  # it is back
         at_once = (
             not self.queue.length
             and self._has_slot(now)
             and self._refusals.wait(now) <= 0.0
-            and self.quotas.wait(now, request.charge)[0] <= 0.0
+            and self._quota_wait(now, request) <= 0.0
         )
         rejection = self._rejection(now, request, fits=at_once)
         if rejection is not None:
@@ -159,6 +167,19 @@ class Account:
             return taken
         self.order.record_served(self.order.rank(request))
         return Admitted(taken)
+
+    def _held_from(self, now: float, request: CallRequest) -> Sequence[HeldCharge]:
+        """Return what a call has to leave for those that come back to be retried."""
+        return self.places.held_from(now, request) if self.places else ()
+
+    def _quota_wait(self, now: float, request: CallRequest) -> float:
+        """Return the seconds that a call has to wait for its quotas."""
+        held, trial = self._held_from(now, request), self._may_try(request)
+        return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
+
+    def _may_try(self, request: CallRequest) -> bool:
+        """Return whether a call may be a trial call of a quota: it can be retried, and takes no place that is kept."""
+        return request.retried and not self.places
 
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
@@ -229,7 +250,7 @@ class Account:
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
         self.counts.unattributed += request.task_id is None
-        reservation = self.quotas.reserve(now, request.charge)
+        reservation = self.quotas.reserve(now, request.charge, trial=self._may_try(request))
         grant = self.limit.grant(now, self.in_flight)
         self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
@@ -284,11 +305,11 @@ class Account:
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
             if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
                 return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
-            seconds, _ = self.quotas.wait(now, call.request.charge)
-            if seconds > 0.0:
+            if (seconds := self._quota_wait(now, call.request)) > 0.0:
                 bypass = self._bypass_head(now)
                 if bypass > 0.0:
-                    return _earliest(now + min(seconds, bypass), self.queue.next_deadline(), confirmed_at)
+                    look, place = now + min(seconds, bypass), self.places.next_end()
+                    return _earliest(look, self.queue.next_deadline(), confirmed_at, place)
                 continue
             # A trial call must not be one that may be refused for what it asks.
             untried = self._untried(now) if self._refusals.blocked and call.request.retries else None
@@ -310,7 +331,7 @@ class Account:
     def _untried(self, now: float) -> QueuedCall | None:
         """Return the first queued call that has not been tried yet and need not wait for a quota, or None."""
         fresh = (call for call in self.queue.in_order() if not call.request.retries)
-        return next((call for call in fresh if self.quotas.wait(now, call.request.charge)[0] <= 0.0), None)
+        return next((call for call in fresh if self._quota_wait(now, call.request) <= 0.0), None)
 
     def _bypass_head(self, now: float) -> float:
         """Send a call behind the head, which waits for a quota, if that delays nobody ahead of it.
@@ -321,7 +342,8 @@ class Account:
         slots = self._slots(now) - self.in_flight
         if slots == 1 or len(self.queue) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
             return math.inf  # the only slot, or the probe, is the head's
-        seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots)
+        held = partial(self._held_from, now)
+        seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots, held=held)
         if call is not None and not seconds:
             self._send(now, call)
         return seconds
@@ -437,7 +459,7 @@ class Account:
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used, failed=outcome.kind is Outcome.FAULT)
-        usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
+        usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:
             dollars.settle(usd)
         self._suspension.record_end(permit, kind)
@@ -446,6 +468,17 @@ class Account:
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
         if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
+
+    def _unreported_cost(self, now: float, permit: Permit, kind: Outcome) -> float:
+        """Return the dollars to count for a call that was sent, and whose usage never arrived.
+
+        Before the first success of an account its API key may be invented. Callers who hang up then must not use up the
+        budget of all, so their calls cost no more than what can have been made in the time.
+        """
+        seconds = now - permit.granted_at
+        if self._has_key and kind is Outcome.IGNORED and not self.counts.succeeded:
+            return permit.request.cost_within(seconds)
+        return permit.request.unreported_cost(seconds)
 
     def _judged(self, now: float, outcome: CallOutcome) -> Outcome:
         """Return the evidence of an attempt for the breaker: only the last of a call counts, but each probe does."""
@@ -456,6 +489,8 @@ class Account:
         """Return the outcome of a refused call for the limit: OVERLOAD, unless a rate is the likely cause."""
         if not outcome.refused_by_limit:
             return outcome.kind
+        if permit.reservation.trial_of and not self._refusals.blocked:  # a quota is right, which is all that was asked
+            return Outcome.IGNORED
         rate = self._refusals.record_refused(
             now,
             permit.granted_at,
@@ -463,6 +498,7 @@ class Account:
             named=outcome.rate_limited,
             says_concurrency=outcome.says_concurrency,
             retry_after=outcome.retry_after,
+            repeated=permit.request.retries >= _REPEATED,
             quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
@@ -531,7 +567,8 @@ class Account:
         """
         self._confirm_accepted(now)
         ahead = (self.queue.ahead(request.priority) if ahead is None else ahead) + others
-        delay = self.quotas.wait(now, request.charge, ahead=scale_charge(request.charge, ahead))
+        before, held = scale_charge(request.charge, ahead), self._held_from(now, request)
+        delay = self.quotas.wait(now, request.charge, ahead=before, held=held)
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
         if (paused := self._refusals.expected_wait(now, ahead)) > seconds:
             seconds, limited_by = paused, _PAUSED if self._refusals.paused(now) else _LEARNED_RATE

@@ -26,6 +26,7 @@ from forebay.upstream.weak_lru import WeakLRU
 
 _CACHED: Final = 1_000  # accounts that nobody holds; those that a new one could replace go first
 _MAX_LEVELS: Final = 131_072  # accounts whose given quotas are not full: none of them is forgotten
+_SHOWN: Final = 8  # hex digits that stand for an API key wherever it is shown
 _KNOWN: Final = 1_000  # pairs of model and API key whose account is remembered
 
 
@@ -70,7 +71,7 @@ class AccountRegistry:
         )
         self._shared: dict[str, SharedAccount] = {}  # by model group: of keys beyond `_MAX_LEVELS`
         self._unopened: dict[str, SharedAccount] = {}  # by model group: how an account would look at its first call
-        self._suspended_until: dict[str, float] = {}  # by fingerprint of an API key whose money is spent
+        self._suspended_until: dict[str, float] = {}  # by digest of an API key whose money is spent
         self._known: dict[tuple[str, str], tuple[str, str]] = {}  # so that calls need not hash and match patterns
         self._limit_place: tuple[str, str] | None = None  # the account that has the limit that was given as an object
 
@@ -78,7 +79,7 @@ class AccountRegistry:
         return iter(dict.fromkeys(self._accounts.values()))  # a shared one has several keys
 
     def account(self, model: str, key: str = "") -> SharedAccount:
-        """Return the account of `model` under an API key, as a header has it, of which only a fingerprint is kept.
+        """Return the account of `model` under an API key, as a header has it, of which only a digest is kept.
 
         Raises:
             InvalidSetting: the upstream's `limit` is one object, and another account has it.
@@ -103,7 +104,7 @@ class AccountRegistry:
             account.reset_after_fork()
 
     def _accounts_of_key(self, mark: str) -> Sequence[SharedAccount]:
-        """Return the open accounts of an API key, given its fingerprint."""
+        """Return the open accounts of an API key, given its digest."""
         return [account for (other, _), account in self._accounts.items() if other == mark]
 
     def _suspend_key(self, mark: str, seconds: float, since: float, account: SharedAccount) -> None:
@@ -124,7 +125,9 @@ class AccountRegistry:
             account.suspend_alone(seconds)
 
     def _place(self, model: str, key: str) -> tuple[str, str]:
-        place = (fingerprint(normalize_credential(key)), self.settings.model_group(model))
+        normal = normalize_credential(key)
+        mark = hashlib.sha256(normal.encode()).hexdigest() if normal else ""  # all of it: short ones can be made equal
+        place = (mark, self.settings.model_group(model))
         if len(self._known) >= _KNOWN:
             self._known = {}
         self._known[model, key] = place
@@ -171,7 +174,7 @@ class AccountRegistry:
 
         def open_account() -> Account:
             return Account(
-                ":".join(part for part in (f"upstream:{settings.name}", mark, group) if part),
+                ":".join(part for part in (f"upstream:{settings.name}", mark[:_SHOWN], group) if part),
                 limit=guarded_limit(settings.new_limit()),
                 quotas=RateLimiter(self._quotas(group), buckets=None if levels is None else levels.buckets),
                 breaker=Breaker(settings.breaker, draw=self._draw),
@@ -179,6 +182,7 @@ class AccountRegistry:
                 upstream_budget=self.budgets.upstream_budget,
                 max_wait=settings.max_wait,
                 weights=settings.weights,
+                has_key=bool(mark),
                 draw=self._draw,
             )
 
@@ -189,8 +193,3 @@ class AccountRegistry:
             suspend_key=functools.partial(self._suspend_key, mark),
             max_start_wait=settings.max_start_wait,
         )
-
-
-def fingerprint(key: str) -> str:
-    """Return eight hex digits that stand for an API key wherever it is shown; an empty string for no key."""
-    return hashlib.sha256(key.encode()).hexdigest()[:8] if key else ""

@@ -41,15 +41,20 @@ class AccountRetries:
         with self._lock:
             self._budgets.deposit(clock.now())
 
-    def record_accepted(self, sent_at: float, withdrawn_at: float | None = None) -> None:
-        """Note that an attempt was not throttled.
+    def record_accepted(
+        self, sent_at: float, *, throttled_at: float | None = None, failed_at: float | None = None
+    ) -> None:
+        """Note that an attempt was served. If it was a retry it has helped, and goes back to its budget.
 
         Args:
             sent_at: when it got its permit.
-            withdrawn_at: when it was taken from the budget of throttled calls, if it was: it goes back.
+            throttled_at: when it was taken from the budget of throttled calls, if it was.
+            failed_at: when it was taken from the budget of faults, if it was.
         """
         with self._lock:
-            self._budgets.record_accepted(sent_at, withdrawn_at)
+            self._budgets.record_accepted(sent_at, throttled_at)
+            if failed_at is not None:
+                self._budgets.faults.refund(failed_at)
 
     def next_delay(self, state: RetryState, result: AttemptResult, *, now: float, deadline: float) -> float | None:
         """Return the seconds to wait before the next attempt; None to give up.

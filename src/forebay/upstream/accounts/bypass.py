@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Final
 
-from forebay.quota import QuotaHeadroom, RateLimiter
+from forebay.quota import HeldCharge, QuotaHeadroom, RateLimiter
 from forebay.upstream.accounts.call_queue import QueuedCall
 from forebay.upstream.call_request import CallBudget, CallRequest
 
@@ -15,13 +15,14 @@ LOOK_AHEAD: Final = 16
 """The number of calls that are considered, the head included."""
 
 
-def find_bypass(
+def find_bypass(  # noqa: PLR0913 - the parts of an account
     now: float,
     queue: Iterable[QueuedCall],
     quotas: RateLimiter,
     budgets: Callable[[CallRequest], Sequence[CallBudget]],
     *,
     slots: int,
+    held: Callable[[CallRequest], Sequence[HeldCharge]] = lambda _: (),
 ) -> tuple[float, QueuedCall | None]:
     """Return the seconds until a call may overtake, 0 for now, and that call; infinity and None if none may.
 
@@ -35,6 +36,7 @@ def find_bypass(
         quotas: of the account.
         budgets: returns the budgets that a call spends from.
         slots: free ones, at least one.
+        held: returns what a call has to leave for those that come back to be retried.
     """
     queue = islice(queue, LOOK_AHEAD)
     ahead = [call.request for call in islice(queue, 1)]
@@ -50,7 +52,7 @@ def find_bypass(
             and all(_leaves_enough(quota, request, ahead) for quota in headroom)
             and _can_afford(budgets(request), request, ahead)
         ):
-            seconds = quotas.wait(now, request.charge).seconds
+            seconds = quotas.wait(now, request.charge, held=held(request)).seconds
             if seconds < soonest:
                 soonest, found = seconds, call
             if not seconds:

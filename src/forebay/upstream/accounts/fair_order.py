@@ -36,10 +36,11 @@ class FairOrder:
     def rank(self, request: CallRequest) -> tuple[float, float]:
         """Return where a call stands within its priority, and take its tag.
 
-        The lowest rank goes first, and retries before all others.
+        The lowest rank goes first. Retries go before all others, and among themselves the call goes first that asked
+        first.
         """
         if request.retries:
-            return (_HEAD, request.deadline)
+            return (_HEAD, request.asked_at)
         tag = self._tag(request)
         if tag is None:
             tag = self._latest[request.tenant] = self._next(request.tenant)
@@ -50,7 +51,7 @@ class FairOrder:
     def expected_rank(self, request: CallRequest) -> tuple[float, float]:
         """Return the rank that a call would get now. It takes no tag."""
         if request.retries:
-            return (_HEAD, request.deadline)
+            return (_HEAD, request.asked_at)
         tag = self._tag(request)
         return (self._next(request.tenant) if tag is None else tag, request.deadline)
 

@@ -12,9 +12,7 @@ from forebay.upstream.call_request import CallOutcome, CallRequest
 _DECAY: Final = 0.98  # weight of the calls before, at each new call
 _MIN_CALLS: Final = 6  # before the model gives an estimate
 _FIRST_CALLS: Final = 12  # that teach at any load
-_MAX_FAST: Final = 24  # calls in a row that are fast: so many are no chance, even where latency varies much
 _MIN_LATENCY: Final = 1e-3  # seconds
-_FAST: Final = 2 / 3  # of the expected latency
 
 _GAIN: Final = 0.05  # weight of the newest call in a mean
 _GUESS: Final = 1.0  # seconds that a call is taken to last before the first has ended
@@ -29,17 +27,14 @@ class LatencyModel:
 
     `ttft` is the time to the first token and `tpot` the time for each further one, in seconds. After a dozen calls only
     calls under light load are learned from: otherwise the slowdown that our own load causes would, little by little,
-    pass for normal. If two dozen calls in a row are far faster than expected, the model was wrong and starts again.
-    Its error matters little: whoever uses a slowdown compares it with others.
+    pass for normal. Its error matters little: whoever uses a slowdown compares it with others. So it does not start
+    again when it proves wrong, after which slowdowns could not be compared with those before.
     """
 
-    __slots__ = ("_count", "_fast", "_n", "_x", "_xx", "_xy", "_y")
+    __slots__ = ("_count", "_n", "_x", "_xx", "_xy", "_y")
 
     def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._count = self._fast = 0
+        self._count = 0
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def learn(self, tokens: int, seconds: float) -> None:
@@ -75,10 +70,6 @@ class LatencyModel:
         """
         expected = self.expected(tokens)
         slowdown = None if expected is None else seconds / expected
-        if slowdown is not None:
-            self._fast = self._fast + 1 if slowdown < _FAST else 0
-            if self._fast == _MAX_FAST:
-                self._reset()
         if light or self._count < _FIRST_CALLS:
             self.learn(tokens, seconds)
         return slowdown

@@ -223,10 +223,28 @@ class SharedAccount:
                 return
             self.account.settle(now, permit, outcome)
             if outcome.estimated_input_tokens is not None and outcome.used is not None:
-                self.token_estimates.observe(outcome.estimated_input_tokens, outcome.used)
+                self.token_estimates.observe(now, outcome.estimated_input_tokens, outcome.used)
             relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
+
+    def quota_wait(self, request: CallRequest) -> float:
+        """Return the seconds that a call that is retried has to wait for its quotas at least."""
+        with self._lock:
+            return self.account.quotas.wait(clock.now(), request.charge).seconds
+
+    def keep_place(self, request: CallRequest, back_at: float) -> None:
+        """Leave what a call needs of the quotas to it: it comes back at `back_at`, to be retried."""
+        with self._lock:
+            self.account.places.keep(clock.now(), request, back_at)
+
+    def drop_place(self, request: CallRequest) -> None:
+        """Leave nothing to a call any more that has come back, or does not come back."""
+        with self._lock:
+            if request not in self.account.places:
+                return
+            self.account.places.drop(request)
+        self._look()
 
     def add_open_answer(self, answer: OpenAnswer) -> Callable[[float], None]:
         """Note that a streaming answer has begun whose reader may drop it; return what to call if it leaves early."""

@@ -7,7 +7,7 @@ from forebay.upstream.providers.classify import (
     names_concurrency,
     names_spend_cap,
 )
-from forebay.upstream.providers.credentials import CREDENTIAL_HEADERS, normalize_credential
+from forebay.upstream.providers.credentials import CREDENTIAL_HEADERS, find_other_credential, normalize_credential
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.event_stream import is_event_stream
 from forebay.upstream.providers.http_headers import Headers
@@ -42,6 +42,7 @@ __all__ = [
     "classify",
     "classify_stream_error",
     "depends_on_stored_state",
+    "find_other_credential",
     "find_unpriced",
     "find_unreadable",
     "is_event_stream",

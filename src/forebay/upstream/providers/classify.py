@@ -157,7 +157,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             retryable=True,
             throttled=False,
             can_fall_back=True,
-            counted_by="circuit breaker: counts the last attempt; retry budget for failures: counts each retry",
+            counted_by="circuit breaker: counts the last attempt; "
+            "retry budget for failures: counts each retry that is not served",
             caller_gets=f"{_PROVIDERS_RESPONSE} or the connection error, {_REJECTED_RETRY}",
         ),
         ErrorKind.TRANSIENT: ErrorRule(
@@ -166,7 +167,7 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             retryable=True,
             throttled=False,
             can_fall_back=False,
-            counted_by="retry budget for failures: counts each retry",
+            counted_by="retry budget for failures: counts each retry that is not served",
             caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.CLIENT_ERROR: ErrorRule(

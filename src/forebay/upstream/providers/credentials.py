@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-CREDENTIAL_HEADERS: Final = ("authorization", "x-api-key", "api-key")
-"""The headers that hold an API key. Most providers read the first; Anthropic and Azure read their own before it."""
+CREDENTIAL_HEADERS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
+"""The headers that hold an API key. Most providers read the first; Anthropic, Azure and Google read their own."""
 
 _FIRST: Final = {"anthropic": ("x-api-key", *CREDENTIAL_HEADERS), "azure": ("api-key", *CREDENTIAL_HEADERS)}
+
+_UNKNOWN: Final = ("openai-compatible", "generic")  # providers: any server
 
 
 def read_credential(headers: Mapping[str, str], *, provider: str = "") -> str:
@@ -22,6 +24,19 @@ def read_credential(headers: Mapping[str, str], *, provider: str = "") -> str:
         if credential := headers.get(name):
             return credential
     return ""
+
+
+def find_other_credential(headers: Mapping[str, str], *, provider: str) -> str:
+    """Return the name of a header with another API key than `read_credential` returns; empty if there is none.
+
+    Args:
+        headers: of the request, by lower-case name.
+        provider: whose API it calls. Of most it is known which header they read; then another one does not matter.
+    """
+    if provider not in _UNKNOWN:
+        return ""
+    key = normalize_credential(read_credential(headers))
+    return next((name for name in CREDENTIAL_HEADERS if normalize_credential(headers.get(name, key)) != key), "")
 
 
 def normalize_credential(credential: str) -> str:

@@ -76,7 +76,7 @@ def find_unreadable(request: ProviderRequest, body: bytes) -> str:
         return f"its body has more than {_MAX_UNREAD:,} bytes besides its messages, prompts and tools: send less"
     if _has_duplicate_keys(body):
         return (
-            "its body has a key twice, in another case, or written in escapes: servers do not agree on what that means"
+            "its body has a key twice, in another case, in escapes or not in UTF-8: servers do not agree what it says"
         )
     return ""
 
@@ -194,7 +194,10 @@ def _find_unpriced_tool(request: ProviderRequest) -> str:
 def _has_duplicate_keys(body: bytes) -> bool:
     """Return whether an object has a key twice, so that two servers may take it for two different requests."""
     body = replace_lone_surrogates(body)
-    fields = _fields.decode(body)
+    try:
+        fields = _fields.decode(body)
+    except ValueError:  # a key that is not UTF-8
+        return True
     if not all(map(str.islower, fields)) and _mixes_cases(fields):
         return True
     pairs = [(b'"%b"' % name.encode("utf-8", "replace"), bytes(value)) for name, value in fields.items()]

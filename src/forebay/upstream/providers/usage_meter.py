@@ -126,12 +126,12 @@ class BodyMeter:
         response_id: by which it can be fetched later, or None.
         model: that has answered, or None.
         whole: whether all of it was read, see `WholeResponse`.
-        has_output: False; of JSON, the begin says nothing.
+        pieces: 0; of JSON, the begin says nothing.
         readable: True; of JSON, HTTP tells whether it was cut off.
     """
 
     __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage", "whole")
-    has_output = False
+    pieces = 0
     readable = True
 
     def __init__(self) -> None:
@@ -230,9 +230,9 @@ class UsageMeter:
         return max(reported, self._pieces, self._quarters // _QUARTERS_PER_TOKEN)
 
     @property
-    def has_output(self) -> bool:
-        """Return whether any output has arrived."""
-        return self._pieces > 0
+    def pieces(self) -> int:
+        """Return how many pieces of output have arrived."""
+        return self._pieces
 
     @property
     def usage(self) -> Usage | None:

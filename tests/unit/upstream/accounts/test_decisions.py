@@ -248,11 +248,11 @@ def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_rejected_at_on
 def test_after_refusals_a_call_that_was_not_refused_goes_first() -> None:
     harness = AccountHarness(10)
     refused = CallOutcome(kind=Outcome.OVERLOAD, released=True, account_limited=True, usd=0.0)
-    for second in range(3):
+    for second in range(9):
         harness.account.settle(second + 0.1, harness.admit(float(second)), refused)
-    _, retried = harness.enqueue(2.2, retries=1)
-    _, fresh = harness.enqueue(2.2)
-    harness.account.serve_queue(3.0)
+    _, retried = harness.enqueue(8.2, retries=1)
+    _, fresh = harness.enqueue(8.2)
+    harness.account.serve_queue(9.0)
     assert isinstance(fresh.decision, Admitted)
     assert retried.decision is None
 

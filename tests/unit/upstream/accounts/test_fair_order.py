@@ -26,6 +26,12 @@ def test_a_retry_goes_to_the_head() -> None:
     assert order.rank(CallRequest(task_id="old")) > order.rank(CallRequest(task_id="young", retries=1))
 
 
+def test_of_two_retries_the_one_that_asked_first_goes_first() -> None:
+    order = FairOrder()
+    later = order.rank(CallRequest(asked_at=2.0, retries=1, deadline=60.0))
+    assert order.rank(CallRequest(asked_at=1.0, retries=3)) < later
+
+
 def test_within_a_run_the_earlier_deadline_goes_first() -> None:
     order = FairOrder()
     assert (

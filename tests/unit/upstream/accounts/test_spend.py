@@ -122,6 +122,13 @@ def test_a_probe_that_shows_nothing_makes_room_for_another(suspended: Suspended,
     suspended.reject(61.0)
 
 
+def test_a_probe_without_an_answer_is_followed_by_another_after_a_minute(suspended: Suspended) -> None:
+    suspended.admit(60.0)
+    suspended.reject(119.0)
+    suspended.admit(121.0)
+    suspended.reject(122.0)
+
+
 def test_a_free_call_passes_a_suspension_and_does_not_end_it(suspended: Suspended) -> None:
     suspended.account.settle(60.0, suspended.admit(60.0, free=True), SUCCESS)
     suspended.admit(60.0)

@@ -151,16 +151,15 @@ async def test_calls_belong_to_the_account_of_their_key_and_model() -> None:
 
 @virtual
 async def test_the_account_learns_its_quotas_from_headers() -> None:
-    headers = {
-        "x-ratelimit-limit-requests": "2",
-        "x-ratelimit-remaining-requests": "0",
-        "x-ratelimit-reset-requests": "60s",
-    }
+    def headers(remaining: int) -> dict[str, str]:
+        names = {"limit": "2", "remaining": f"{remaining}", "reset": f"{60 - 30 * remaining}s"}
+        return {f"x-ratelimit-{name}-requests": value for name, value in names.items()}
+
     up = upstream()
-    client = Script(httpx2, Reply(headers=headers), Reply()).client(up)
+    client = Script(httpx2, Reply(headers=headers(1)), Reply(headers=headers(0)), Reply()).client(up)
     began = now()
-    await ask(client)
-    await ask(client)
+    for _ in range(3):
+        await ask(client)
     assert now() - began > 20.0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+
 import pytest
 
 from forebay.upstream import HttpRequest, Upstream
@@ -26,6 +29,17 @@ def test_every_spelling_of_a_key_is_one_account(provider: str, spelt: str) -> No
     assert account_name(upstream, CHAT, Authorization="Bearer SK-1") != account_name(
         upstream, CHAT, Authorization=spelt
     )
+
+
+def test_keys_that_look_alike_where_they_are_shown_have_accounts_of_their_own() -> None:
+    upstream, shown = Upstream("u"), dict[str, str]()
+    digests = ((hashlib.sha256(f"sk-{number}".encode()).hexdigest(), f"sk-{number}") for number in itertools.count())
+    for digest, key in digests:
+        if (other := shown.setdefault(digest[:8], key)) != key:
+            break
+    first, second = (upstream.core.accounts.account("m", each) for each in (other, key))
+    assert first.name == second.name
+    assert first is not second
 
 
 def test_another_scheme_is_another_account() -> None:

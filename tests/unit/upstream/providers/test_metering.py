@@ -59,6 +59,10 @@ def test_any_other_json_object_can_be_read(
     assert not unreadable(body)
 
 
+def test_a_key_that_is_not_utf_8_cannot_be_read() -> None:
+    assert "a key twice" in unreadable(b'{"model":"m","messages":[],"x\xe1y":1}')
+
+
 def test_a_body_of_nothing_but_keys_is_not_searched_for_repeated_ones() -> None:
     keys = b",".join(b'"%07d":1' % number for number in range(100_000))
     assert "besides its messages" in unreadable(b'{"model":"m","messages":[],%b}' % keys)

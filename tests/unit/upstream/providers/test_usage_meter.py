@@ -269,3 +269,20 @@ def test_no_text_of_a_stream_that_is_left_counts_as_less_than_it_costs(text: str
     assert meter.unfinished_usage(0).output_tokens == tokens
     bound = tokens // 2
     assert meter.unfinished_usage(5, bound=bound).output_tokens == min(bound, meter.output_tokens + 5)
+
+
+@pytest.mark.parametrize(
+    ("reported", "output"),
+    [
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 10_041}, 10_009),  # xAI: without its reasoning
+        ({"prompt_tokens": 32, "total_tokens": 10_041}, 10_009),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 41}, 9),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 0}, 9),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 1e12}, 9),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": "many"}, 9),
+    ],
+)
+def test_tokens_that_are_only_in_the_total_are_output(reported: dict[str, Any], output: int) -> None:
+    usage = read_response(json.dumps({"usage": reported}).encode()).usage
+    assert usage is not None
+    assert (usage.input_tokens, usage.output_tokens) == (32, output)

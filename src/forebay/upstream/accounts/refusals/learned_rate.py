@@ -38,8 +38,7 @@ _SHORT_BLOCK: Final = 1.0  # seconds
 _PENALTY_COST: Final = 30.0  # times as long as a refused step has blocked the account, until the next one
 _LATE: Final = 0.05  # seconds by which a call may be late without delaying the next one
 _USED: Final = 0.8  # of the rate that must be used for it to rise
-_FALLS: Final = 3  # in a row, without a rise, that show that no rate is the cause ...
-_FELL: Final = 0.6  # ... once less than this share of the rate is left
+_FALLS: Final = 6  # in a row, without a rise, that show that no rate is the cause
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
@@ -66,7 +65,6 @@ class LearnedRate:
         "_count",
         "_earlier_mark",
         "_falls",
-        "_fell_from",
         "_held",
         "_learned",
         "_learned_count",
@@ -91,7 +89,6 @@ class LearnedRate:
         self._learned = math.inf  # the rate after the latest block, before it rose
         self._before = math.inf  # the rate before the first block
         self._falls = 0  # of a measured rate, since it last rose
-        self._fell_from = math.inf  # the rate before these
         self._count = 0  # calls sent and not refused
         self._mark = self._earlier_mark = _BlockEnd(-math.inf, 0)
         self._blocks: deque[_BlockEnd] = deque(maxlen=_MAX_BLOCKS)
@@ -121,7 +118,7 @@ class LearnedRate:
         Calls that are sent no faster than was measured are hardly ever refused for their rate. Where they are, again
         and again, the cause is another one: small servers behind a load balancer, or a capacity that comes and goes.
         """
-        return self._falls >= _FALLS and self.rate < _FELL * self._fell_from
+        return self._falls >= _FALLS
 
     def forget(self) -> None:
         """Space calls no more: no rate is the cause of the refusals."""
@@ -129,6 +126,12 @@ class LearnedRate:
         self.rate = self._held = self._learned = math.inf
         self.measured = False
         self._next_at = -math.inf
+
+    def recent(self, now: float) -> float:
+        """Return the calls a second that were accepted in the last seconds; the learned rate if that is higher."""
+        mark = self._earlier_mark
+        accepted = max(0, self._count - mark.accepted) / max(_RECENT, now - mark.at)
+        return max(accepted, self.rate) if self.known else accepted
 
     def wait(self, now: float, ahead: int = 0) -> float:
         """Return the seconds until a call may be sent, after `ahead` others."""
@@ -181,7 +184,7 @@ class LearnedRate:
             measured *= _MARGIN
             if self.measured:
                 measured = min(self.rate, max(measured, self._learned / 2))
-                self._count_fall()
+                self._falls += not self.rising
             self.rate = self._held = measured
             self.measured = True
         elif self.known:
@@ -209,13 +212,9 @@ class LearnedRate:
     def _rate_before(self, block: Block) -> float | None:
         """Return the rate of the calls accepted in the seconds before a block; None if too little is known."""
         mark = self._earlier_mark
-        return None if mark.at == -math.inf else (self._count - mark.accepted) / (block.began - mark.at)
-
-    def _count_fall(self) -> None:
-        """Note that a block lowers the rate, unless it had risen."""
-        if not self.rising:
-            self._fell_from = self._fell_from if self._falls else self.rate
-            self._falls += 1
+        if not -math.inf < mark.at < block.began:
+            return None
+        return (self._count - mark.accepted) / (block.began - mark.at)
 
     def _is_short(self, block: Block) -> bool:
         """Return whether a block was about as short as it takes a bucket to gain the next call."""

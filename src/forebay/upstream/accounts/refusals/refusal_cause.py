@@ -1,4 +1,4 @@
-"""Telling the cause of a refusal: a rate, or a limit on the calls in flight."""
+"""Telling the cause of a refusal: a rate, or something else."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections import deque
 from typing import Final, NamedTuple
 
 _RECENT: Final = 10.0  # seconds in which a call that was accepted contradicts a refusal; before it, up to twice as long
-_NAMED: Final = 5.0  # weight of words or headers that name a rate, in refusals
+_NAMED: Final = 5.0  # weight of words or headers that name a rate
 _SAYS_CONCURRENCY: Final = 3.0  # weight of words that name the calls in flight: each fall of such a limit looks alike
+_TRIED: Final = 2.0  # weight of a trial that found a limit ...
+_CHANCE: Final = 4.0  # ... and of one that found none
+_PAUSED: Final = 0.5  # weight of a refused trial call of a pause
 _ENOUGH: Final = 4.0  # score from which a rate is the likely cause ...
 _ENOUGH_MEASURED: Final = 0.0  # ... where a rate has been measured, which explains the refusal
 _MAX_SCORE: Final = 9.0
-_MIN_SCORE: Final = -3.0
-_DISPROVED: Final = -50.0  # score after a learned rate was disproved; each further time it is twice as low ...
-_MIN_DISPROVED: Final = -200.0  # ... down to this
-_DECAY: Final = 0.15  # of the score for each accepted call: refusals at random, up to one in eight, do not add up
-_ROW: Final = 3  # refusals in a row that count for a rate: a limit that falls refuses many, all below what was accepted
-_DRAINED: Final = 0.5  # of the calls in flight that were accepted: refused with fewer, the others in a row count, too
+_MIN_SCORE: Final = -4.0
+_DISPROVED: Final = -8.0  # score after a learned rate was disproved
+_HALF_LIFE: Final = 10.0  # seconds of the evidence for a rate: one that is not kept to refuses again at once
 _MAX_REFUSALS: Final = 64  # that are remembered
 
 
@@ -28,26 +28,21 @@ class _Refusal(NamedTuple):
 
 
 class RefusalCause:
-    """A score of the evidence for a rate, and against a limit on the calls in flight.
+    """A score of the evidence for a rate.
 
-    A limit on the calls in flight refuses only calls beyond it. So it is not the cause of a refusal if a call with as
-    many calls in flight was accepted a few seconds before or after. A refusal of which that is true counts for a rate,
-    if it is not one of many in a row, as after a fall of the limit, and each other one against it. What the provider
-    says about the cause decides only until such evidence outweighs it.
+    A trial whose calls were refused, too, speaks for a rate, and one whose calls were accepted against it. A limit on
+    the calls in flight refuses only calls beyond it: so does a refusal with more of them than were accepted a few
+    seconds before or after. What the provider says about the cause decides only until such evidence outweighs it.
     """
 
-    __slots__ = (
-        "_disproved", "_earlier_peak", "_judged_at", "_open", "_peak", "_refusals", "_row", "_row_start", "_score",
-        "_window_start",
-    )  # fmt: skip
+    __slots__ = ("_earlier_peak", "_judged_at", "_limit_at", "_open", "_peak", "_refusals", "_score", "_window_start")
 
     def __init__(self) -> None:
         self._peak = self._earlier_peak = 0  # most calls in flight with an accepted one
         self._window_start = -math.inf
         self._score = 0.0
-        self._row, self._row_start = 0, -math.inf  # refusals in a row that counted, and the arrival of the first
-        self._disproved = 0.0  # the score that was set when a learned rate was disproved latest; 0 for never
         self._judged_at = -math.inf  # when the latest refusal arrived that was counted against a rate
+        self._limit_at = -math.inf  # when a trial spoke for a rate latest
         self._refusals: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)
         self._open: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)  # those that nothing contradicts yet
 
@@ -67,63 +62,68 @@ class RefusalCause:
         said = _NAMED * named - _SAYS_CONCURRENCY * says_concurrency
         return self._score + said >= (_ENOUGH_MEASURED if measured else _ENOUGH)
 
-    def record_accepted(self, now: float, sent_at: float, in_flight: int, *, decays: bool) -> None:
+    def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
         """Note that a call was accepted.
 
         Args:
             now: the time.
             sent_at: when it was sent.
             in_flight: calls in flight at that time, itself included.
-            decays: stray refusals are forgotten with it.
         """
         self._move_window(now)
-        if sent_at >= self._row_start:
-            self._row = 0
-        if decays and self._score > 0.0:
-            self._score = max(0.0, self._score - _DECAY)
         if in_flight > self._peak or self._open:
             # Calls that were refused in the meantime never were in flight at the provider.
             in_flight -= sum(refusal.sent_at < sent_at < refusal.at for refusal in self._refusals)
             self._peak = max(self._peak, in_flight)
             self._contradict(sent_at, in_flight)
 
-    def record_refused(
-        self, now: float, sent_at: float, in_flight: int, *, rising: bool = False, penalty: bool = False
-    ) -> None:
-        """Note that a call was refused.
+    def record_refused(self, now: float, sent_at: float, in_flight: int, *, rising: bool = False) -> bool:
+        """Note that a call was refused, and return whether fewer calls in flight would have helped.
 
         Args:
             now: the time.
             sent_at: when it was sent.
             in_flight: calls in flight at that time, itself included.
             rising: a learned rate is being raised, and so are the calls in flight: more of them say nothing.
-            penalty: the row of refusals began with more calls in flight than were accepted: fewer say nothing then.
         """
         self._move_window(now)
         refusal = _Refusal(now, sent_at, in_flight)
         self._refusals.append(refusal)
-        if in_flight <= self.peak:
-            if not penalty and (self._row < _ROW or in_flight < _DRAINED * self.peak):
-                self._row_start = self._row_start if self._row else now
-                self._row += 1
-                self._count(1.0)
-        elif self.peak and not rising and sent_at >= self._judged_at:  # those sent at once are one piece of evidence
+        if in_flight <= self.peak or rising or not self.peak:
+            return False
+        if sent_at >= self._judged_at:  # those sent at once are one piece of evidence
             self._judged_at = now
             self._open.append(refusal)
             self._count(-1.0)
+        return True
+
+    def record_limit(self, now: float) -> None:
+        """Count a trial whose calls were refused, though no more were in flight than were accepted before."""
+        if self._score > 0.0:
+            self._score *= 0.5 ** ((now - self._limit_at) / _HALF_LIFE)
+        self._limit_at = now
+        self._count(_TRIED)
+
+    def record_chance(self) -> None:
+        """Count a trial whose calls were accepted."""
+        self._count(-_CHANCE)
+
+    def record_silent_refusal(self, in_flight: int) -> None:
+        """Count a trial call of a pause that was refused with no more calls in flight than were accepted before."""
+        if in_flight <= self.peak:
+            self._count(_PAUSED)
 
     def disprove_rate(self) -> None:
-        """Note that refusals went on at any rate: much more evidence is needed to take a rate for their cause again."""
-        self._disproved = max(_MIN_DISPROVED, 2 * self._disproved) if self._disproved else _DISPROVED
-        self._score = self._disproved
+        """Note that a learned rate did not keep calls from being refused: it takes longer to learn one again."""
+        self._score = _DISPROVED
 
     def _contradict(self, sent_at: float, in_flight: int) -> None:
-        """Count the refusals that a call accepted with `in_flight` calls in flight contradicts, as one."""
+        """Take back what the refusals counted that a call accepted with `in_flight` calls in flight contradicts."""
         while self._open and self._open[0].at < sent_at - _RECENT:
             self._open.popleft()
         contradicted = [refusal for refusal in self._open if refusal.at < sent_at and refusal.in_flight <= in_flight]
         if contradicted:
-            self._count(2.0)  # they were counted against a rate
+            self._count(1.0)
         for refusal in contradicted:
             self._open.remove(refusal)
 

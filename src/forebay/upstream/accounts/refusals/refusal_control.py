@@ -8,10 +8,13 @@ from typing import Final
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
+from forebay.upstream.accounts.refusals.refusal_trial import RIGHT_AFTER, RefusalTrial, TrialVerdict
 
 _PENALTY_COST: Final = 30.0  # times as long as a penalty, for which the calls in flight stay below what caused it ...
 _MAX_CAP_SECONDS: Final = 600.0  # ... up to this
 _MIN_PENALTY: Final = 1.0  # seconds of a block from which it may be a penalty
+_SURE: Final = 3  # trials, one after the other, that found a limit: each more lets a further row go untried ...
+_MAX_UNTRIED: Final = 7  # ... up to so many, if a measured rate explains them
 _GAP: Final = 3.0  # calls at the learned rate that the first silence leaves out
 
 
@@ -26,6 +29,11 @@ class RefusalControl:
         self.rate = LearnedRate()
         self._cause = RefusalCause()
         self._pause = RefusalPause()
+        self._trial = RefusalTrial()
+        self._limits = 0  # trials one after the other that found a limit
+        self._untried = 0  # rows of refusals since the latest trial
+        self._more = False  # the row began with more calls in flight than were accepted before, which may be the cause
+        self._judged = False  # a trial of the present row has found a limit
         self._quota_explains = False  # a known quota is used up in the present block
         self._says_concurrency = False  # the latest refusal said that too many calls are in flight
         self._began_above = False  # the block began with more calls in flight than were accepted before ...
@@ -38,10 +46,12 @@ class RefusalControl:
     def wait(self, now: float) -> float:
         """Return the seconds until a call may be sent; 0 for now."""
         if now < self._now:  # the clock went back: no pause must become longer
-            self.rate, self._cause, self._pause = LearnedRate(), RefusalCause(), RefusalPause()
+            self.rate, self._cause = LearnedRate(), RefusalCause()
+            self._pause, self._trial = RefusalPause(), RefusalTrial()
             self._cap_until = -math.inf
         self._now = now
-        return max(self._pause.wait(now), self.rate.wait(now))
+        pause = self._pause.wait(now)
+        return pause if self._trial.wants_call(now) else max(pause, self.rate.wait(now))
 
     def expected_wait(self, now: float, ahead: int) -> float:
         """Return the seconds that a call has to expect to wait, after `ahead` others."""
@@ -57,13 +67,16 @@ class RefusalControl:
         return self._pause.wait(now) > 0.0
 
     def limit(self, now: float, limit: int) -> int:
-        """Return how many calls may be in flight, at most `limit`."""
-        return limit if now >= self._cap_until else min(limit, int(self._cap))
+        """Return how many calls may be in flight: `limit`, fewer after a penalty, or as many as before in a trial."""
+        if now < self._cap_until:
+            return min(limit, int(self._cap))
+        return max(limit, self._blocked_in_flight) if self._trial.wants_call(now) and not self._more else limit
 
     def record_sent(self, now: float) -> None:
         """Note that a call is sent."""
         self._pause.record_sent(now)
-        self.rate.record_sent(now, blocked=self._pause.blocked)
+        self._trial.record_sent(now)
+        self.rate.record_sent(now, blocked=self._pause.silent)
 
     def record_unsent(self) -> None:
         """Note that a call that was recorded as sent was not."""
@@ -71,7 +84,12 @@ class RefusalControl:
 
     def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
         """Note that a call was accepted that was sent when `in_flight` calls were in flight, itself included."""
-        self._cause.record_accepted(now, sent_at, in_flight, decays=not self.rate.known)
+        self._cause.record_accepted(now, sent_at, in_flight)
+        if self._trial.record_accepted(sent_at) is TrialVerdict.CHANCE:
+            self._record_chance()
+        elif self._trial.is_open(now):
+            self._pause.record_mixed(sent_at)
+            return
         block = self._pause.record_accepted(sent_at)
         if block is None:
             return
@@ -84,11 +102,11 @@ class RefusalControl:
                 self._cause.disprove_rate()
         else:
             self.rate.forget()
-            if lasted >= _MIN_PENALTY:
+            if block.paused and lasted >= _MIN_PENALTY:
                 self.rate.resume(now, block)
         if self.rate.measured:
             self._cap_until = -math.inf
-        elif lasted >= _MIN_PENALTY and self._began_above and self._refused_below:
+        elif block.paused and lasted >= _MIN_PENALTY and self._began_above and self._refused_below:
             self._cap = max(1, self._blocked_in_flight - 1)
             self._cap_until = now + min(_MAX_CAP_SECONDS, _PENALTY_COST * lasted)
 
@@ -102,6 +120,7 @@ class RefusalControl:
         says_concurrency: bool = False,
         retry_after: float | None = None,
         quota_explains: bool = False,
+        repeated: bool = False,
     ) -> bool:
         """Note that a call was refused with a 429, and return whether a rate is the likely cause.
 
@@ -113,21 +132,57 @@ class RefusalControl:
             says_concurrency: the refusal says that too many calls are in flight.
             retry_after: seconds that the provider asked for, or None.
             quota_explains: a quota that is known is used up.
+            repeated: the call was refused several times before: what it asks for may be the cause.
         """
-        above = in_flight > self._cause.peak
-        penalty = self._pause.blocked and self._began_above
-        self._cause.record_refused(now, sent_at, in_flight, rising=self.rate.rising, penalty=penalty)
+        if repeated and not (self._pause.blocked or self.rate.known):
+            self.rate.record_refused()
+            return True
+        above, begins = in_flight > self._cause.peak, not self._pause.blocked
+        late = now >= sent_at + RIGHT_AFTER
+        verdict = self._trial.record_refused(sent_at)
+        more = self._cause.record_refused(now, sent_at, in_flight, rising=self.rate.rising or not begins)
+        if begins:
+            self._more, self._judged = more, False
+            self._untried += 1
+        if verdict is TrialVerdict.LIMIT:
+            self._record_limit(now)
+        if self._pause.silent and not self._began_above and not late:
+            self._cause.record_silent_refusal(in_flight)
         rate = quota_explains or self._cause.is_rate(
             named=named, says_concurrency=says_concurrency, measured=self.rate.measured
         )
+        certain = self._judged or quota_explains or late or not self._begin_trial(now, sent_at)
         self._says_concurrency = says_concurrency
         self.rate.record_refused()
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
-        if self._pause.record_refused(now, sent_at, retry_after=after, rate=rate, first_silence=silence):
+        if self._pause.record_refused(now, sent_at, retry_after=after, certain=rate and certain, first_silence=silence):
             self._quota_explains = False
             self._blocked_in_flight = in_flight
             self._began_above, self._refused_below = above, False
         self._refused_below = self._refused_below or not above
         self._quota_explains = self._quota_explains or quota_explains
         return rate
+
+    def _begin_trial(self, now: float, sent_at: float) -> bool:
+        """Let the next calls go at once; return False if the row of refusals needs no trial."""
+        if self._pause.silent or (self.rate.measured and self._untried <= min(_MAX_UNTRIED, self._limits - _SURE)):
+            return False
+        self._trial.begin(now, sent_at, self.rate.recent(now))
+        return True
+
+    def _record_limit(self, now: float) -> None:
+        """Note that a limit is the cause of the present row of refusals: a rate, unless more calls were in flight."""
+        if not (self._judged or self._more):
+            self._cause.record_limit(now)
+        self._judged = True
+        self._limits, self._untried = self._limits + 1, 0
+
+    def _record_chance(self) -> None:
+        """Note that no load of ours is the cause of a refusal."""
+        self._pause.end()
+        self._limits = self._untried = 0
+        if not self.rate.measured:
+            self._cause.record_chance()
+            if self.rate.known and not self._cause.is_rate(measured=False):
+                self.rate.forget()

@@ -9,7 +9,10 @@ _FIRST_SILENCE: Final = 0.25  # seconds without a call after a refusal that spea
 _PLATEAU: Final = 8.0  # seconds; each trial call that is refused doubles the silence up to this ...
 _LONG_BLOCK: Final = 60.0  # ... for so many seconds, and then ...
 _MAX_SILENCE: Final = 120.0  # ... up to this
-_ROUNDS: Final = 3  # refused one after the other, whatever their cause, that begin a pause
+_ROW: Final = (
+    8  # calls refused one after the other, sent after the first refusal, that begin a pause whatever their cause
+)
+_ROUNDS: Final = 3  # refused one after the other, after which a silence as long as the latest block needed is tried
 _TRIAL: Final = 1.0  # seconds after which a trial call that was not refused counts as accepted
 _MAX_TRUSTED: Final = 60.0  # seconds of a Retry-After that are believed; after these, trial calls go
 _MAX_UNCHECKED: Final = 30.0  # seconds of the first Retry-After that others have to expect to wait
@@ -25,12 +28,14 @@ class Block(NamedTuple):
         refused: when the last call was sent that was refused, or would have been by a Retry-After that was right.
         ended: when the first call was sent that was accepted.
         refusals: calls that were refused.
+        paused: calls have paused.
     """
 
     began: float
     refused: float
     ended: float
     refusals: int
+    paused: bool
 
 
 class RefusalPause:
@@ -45,6 +50,7 @@ class RefusalPause:
     """
 
     __slots__ = (
+        "_again",
         "_allowed_at",
         "_blocked_since",
         "_needed",
@@ -64,10 +70,20 @@ class RefusalPause:
         self._trusted: bool | None = None  # the latest Retry-After that could be checked was right
         self._end()
 
+    def record_mixed(self, sent_at: float) -> None:
+        """Note that a call was accepted while it is not clear yet why others were refused."""
+        if sent_at >= self._blocked_since:
+            self._again = 0
+
+    def end(self) -> None:
+        """End the block, whose refusals had no cause that a pause helps against."""
+        self._end()
+
     def _end(self) -> None:
         self._blocked_since = math.inf
         self._refused_sent_at = -math.inf  # when the latest call was sent that was refused
         self._refusals = 0
+        self._again = 0  # one after the other, of calls sent after the first one arrived
         self._rounds = 0
         self._round_at = -math.inf
         self._silence = 0.0
@@ -80,6 +96,11 @@ class RefusalPause:
     def blocked(self) -> bool:
         """True from a refusal until a call is accepted that was sent after it."""
         return self._blocked_since < math.inf
+
+    @property
+    def silent(self) -> bool:
+        """True from the beginning of a silence until a call is accepted: all calls wait for the trial calls."""
+        return self._silence > 0.0
 
     def wait(self, now: float) -> float:
         """Return the seconds until a call may be sent; 0 for now."""
@@ -103,8 +124,8 @@ class RefusalPause:
                 self._trial_at = now
 
     def record_accepted(self, sent_at: float) -> Block | None:
-        """Note that a call was accepted. Return the block if this ends it, else None."""
-        if sent_at <= self._blocked_since:
+        """Note that a call was accepted. Return the block if this ends one, else None."""
+        if sent_at < self._blocked_since:
             return None
         if self._allowed_at > self._blocked_since:
             if sent_at < self._blocked_since + _EARLY * (self._allowed_at - self._blocked_since):
@@ -114,13 +135,13 @@ class RefusalPause:
         refused = self._refused_sent_at
         if self._trusted and self._allowed_at <= sent_at:
             refused = max(refused, self._allowed_at)  # calls before would have been refused too
-        block = Block(self._blocked_since, refused, sent_at, self._refusals)
+        block = Block(self._blocked_since, refused, sent_at, self._refusals, self.silent)
         self._needed = self._silence if self._silence > _PLATEAU else 0.0
         self._end()
         return block
 
     def record_refused(
-        self, now: float, sent_at: float, *, retry_after: float, rate: bool, first_silence: float = 0.0
+        self, now: float, sent_at: float, *, retry_after: float, certain: bool, first_silence: float = 0.0
     ) -> bool:
         """Note that a call was refused, and begin or lengthen the silence. Return whether a block begins with it.
 
@@ -128,16 +149,18 @@ class RefusalPause:
             now: when the refusal arrived.
             sent_at: when the call was sent.
             retry_after: seconds that the provider asked for, or 0.
-            rate: a rate is the likely cause; otherwise only several refusals in a row begin a silence.
+            certain: a rate is the cause; otherwise only several refusals in a row begin a silence.
             first_silence: seconds of the first silence, at least.
         """
         self._refused_sent_at = max(self._refused_sent_at, sent_at)
         begins = self._blocked_since == math.inf
         self._refusals += 1
+        self._again += sent_at >= self._blocked_since
+        silence = certain or self._again >= _ROW
         if begins:
             self._blocked_since = now
-        elif sent_at <= self._round_at:
-            if rate and not self._silence:  # the first of this round did not show it yet
+        elif sent_at < self._round_at:
+            if silence and not self._silence:  # the first of this round did not show it yet
                 self._begin_silence(now, max(_FIRST_SILENCE, first_silence))
             return False
         elif now < self._allowed_at:
@@ -146,7 +169,7 @@ class RefusalPause:
         self._rounds += 1
         if retry_after:
             self._allowed_at = now + retry_after
-        if rate or self._silence or self._rounds >= _ROUNDS:
+        if silence or self._silence:
             self._begin_silence(now, max(_FIRST_SILENCE, first_silence))
         return begins
 

@@ -26,7 +26,7 @@ def block(rate: LearnedRate, began: float, ended: float, *, guess: bool = True, 
         rate.record_refused()
     rate.record_sent(ended, blocked=True)
     refused = began if refusals == 1 else (began + ended) / 2
-    rate.learn(ended, Block(began=began, refused=refused, ended=ended, refusals=refusals), guess=guess)
+    rate.learn(ended, Block(began=began, refused=refused, ended=ended, refusals=refusals, paused=True), guess=guess)
 
 
 def measured(per_second: float = 4.0) -> LearnedRate:
@@ -147,7 +147,7 @@ def test_after_a_row_of_refusals_for_another_cause_calls_begin_again_at_the_rate
     rate = LearnedRate()
     send(rate, 0.0, 10.0, per_second=20.0)
     rate.record_sent(40.0, blocked=True)
-    rate.resume(41.0, Block(began=10.0, refused=32.0, ended=40.0, refusals=9))
+    rate.resume(41.0, Block(began=10.0, refused=32.0, ended=40.0, refusals=9, paused=True))
     assert rate.rate == pytest.approx(20.0, rel=0.1)
     assert not rate.measured
     send(rate, 41.0, 50.0, per_second=200.0)
@@ -196,3 +196,10 @@ def test_a_block_whose_first_trial_call_was_accepted_was_no_long_one() -> None:
     learned = rate.rate
     send(rate, 306.0, 480.0, per_second=1000.0)
     assert rate.rate > learned, "six seconds of silence were ours"
+
+
+def test_a_row_of_refusals_that_began_when_the_rate_before_was_last_noted_has_no_rate_before() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 20.0, per_second=1.0)
+    rate.resume(30.0, Block(began=10.0, refused=29.0, ended=30.0, refusals=9, paused=True))
+    assert not rate.known

@@ -22,12 +22,48 @@ def test_a_refusal_beyond_what_was_accepted_is_left_to_the_limit() -> None:
     assert control.wait(1.1) == 0.0
 
 
-def test_a_refusal_that_names_a_rate_pauses_and_is_not_left_to_the_limit() -> None:
+def burst(control: RefusalControl, at: float, in_flight: int, *, named: bool = False) -> int:
+    """Refuse a call, and all that may be sent right after it; return how many were refused."""
+    refuse(control, at, in_flight, named=named)
+    refused = 1
+    while control.wait(at + 0.1) == 0.0 and refused < 20:
+        refuse(control, at + 0.1, in_flight, named=named)
+        refused += 1
+    return refused
+
+
+def test_a_refusal_that_names_a_rate_pauses_once_the_calls_right_after_it_are_refused_too() -> None:
     control = RefusalControl()
     accept(control, 0.0, 20)
-    assert refuse(control, 1.0, 21, named=True)
-    assert control.paused(1.1)
-    assert control.wait(1.1) == 0.25
+    assert refuse(control, 1.0, 21, named=True), "it is not left to the limit"
+    assert control.wait(1.1) == 0.0
+    control = RefusalControl()
+    accept(control, 0.0, 20)
+    assert burst(control, 1.0, 20, named=True) == 7
+    assert control.paused(1.2)
+
+
+def test_refusals_at_random_begin_no_pause_and_are_no_rate() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 20)
+    for second in range(1, 200):
+        rate = refuse(control, second, 20)
+        for tenth in range(1, 5):
+            control.record_sent(second + 0.1 + tenth / 100)
+        for tenth in range(1, 5):
+            control.record_accepted(second + 0.6, second + 0.1 + tenth / 100, 20)
+        assert not rate
+        assert control.wait(second + 0.9) == 0.0
+    assert not control.rate.known
+
+
+def test_calls_that_are_refused_again_and_again_for_what_they_ask_begin_no_pause() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 20)
+    for second in range(1, 100):
+        control.record_sent(second)
+        control.record_refused(second + 0.1, second, 5, named=True, repeated=True)
+        assert not control.blocked
 
 
 def test_a_known_quota_that_is_used_up_is_the_cause() -> None:
@@ -62,7 +98,6 @@ def test_a_short_row_of_refusals_at_a_limit_on_calls_in_flight_is_no_penalty() -
 
 def test_a_pause_is_over_when_the_clock_goes_back() -> None:
     control = RefusalControl()
-    for second in range(10):
-        refuse(control, 1000.0 + 20 * second, 1, named=True)
-    assert control.wait(1181.0) > 0.0
+    burst(control, 1000.0, 1, named=True)
+    assert control.wait(1000.3) > 0.0
     assert control.wait(0.0) == 0.0

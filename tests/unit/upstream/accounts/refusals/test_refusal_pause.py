@@ -11,9 +11,9 @@ from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 TRIP = 0.1  # seconds until a refusal arrives
 
 
-def refuse(pause: RefusalPause, at: float, *, retry_after: float = 0.0, rate: bool = True) -> None:
+def refuse(pause: RefusalPause, at: float, *, retry_after: float = 0.0, certain: bool = True) -> None:
     pause.record_sent(at)
-    pause.record_refused(at + TRIP, at, retry_after=retry_after, rate=rate)
+    pause.record_refused(at + TRIP, at, retry_after=retry_after, certain=certain)
 
 
 def trials(pause: RefusalPause, until: float, *, retry_after: float = 0.0, ends: float | None = None) -> list[float]:
@@ -53,7 +53,7 @@ def test_one_trial_call_goes_at_a_time() -> None:
     assert pause.wait(0.35) == 0.0
     pause.record_sent(0.35)
     assert pause.wait(0.35) == 1.0, "until it counts as accepted"
-    pause.record_refused(0.45, 0.35, retry_after=0.0, rate=True)
+    pause.record_refused(0.45, 0.35, retry_after=0.0, certain=True)
     assert pause.wait(0.45) == pytest.approx(0.5)
 
 
@@ -69,7 +69,7 @@ def test_an_accepted_trial_call_ends_the_pause() -> None:
     refuse(pause, 0.0)
     refuse(pause, 1.0)
     pause.record_sent(5.0)
-    assert pause.record_accepted(5.0) == Block(began=TRIP, refused=1.0, ended=5.0, refusals=2)
+    assert pause.record_accepted(5.0) == Block(began=TRIP, refused=1.0, ended=5.0, refusals=2, paused=True)
     assert not pause.blocked
     assert pause.wait(5.0) == 0.0
 
@@ -86,7 +86,7 @@ def test_calls_refused_together_begin_one_silence() -> None:
     for _ in range(20):
         pause.record_sent(0.0)
     for _ in range(20):
-        pause.record_refused(TRIP, 0.0, retry_after=0.0, rate=True)
+        pause.record_refused(TRIP, 0.0, retry_after=0.0, certain=True)
     assert pause.wait(TRIP) == pytest.approx(0.25)
 
 
@@ -95,17 +95,25 @@ def test_a_rate_that_only_the_last_of_several_refusals_shows_begins_a_silence() 
     for _ in range(5):
         pause.record_sent(0.0)
     for number in range(5):
-        pause.record_refused(TRIP, 0.0, retry_after=0.0, rate=number == 4)
+        pause.record_refused(TRIP, 0.0, retry_after=0.0, certain=number == 4)
     assert pause.wait(TRIP) == pytest.approx(0.25)
 
 
-def test_without_a_rate_only_the_third_refusal_in_a_row_begins_a_silence() -> None:
+def test_without_a_cause_only_the_eighth_refusal_in_a_row_begins_a_silence() -> None:
     pause = RefusalPause()
-    refuse(pause, 0.0, rate=False)
-    refuse(pause, 1.0, rate=False)
-    assert pause.wait(1.1) == 0.0
-    refuse(pause, 2.0, rate=False)
-    assert pause.wait(2.1) == 0.25
+    for second in range(8):
+        refuse(pause, second, certain=False)
+        assert pause.wait(second + TRIP) == 0.0
+    refuse(pause, 8.0, certain=False)
+    assert pause.wait(8.0 + TRIP) == 0.25
+
+
+def test_calls_accepted_in_between_begin_the_row_again() -> None:
+    pause = RefusalPause()
+    for second in range(40):
+        refuse(pause, second, certain=False)
+        pause.record_mixed(second + 0.5)
+        assert pause.wait(second + 0.5) == 0.0
 
 
 @pytest.mark.parametrize("retry_after", [30.0, 3600.0, 86_400.0 * 32])
