@@ -1299,3 +1299,7 @@ def a_call_is_judged_by_all_that_wait() -> None:
 
 def calls_that_leave_take_their_turns_with_them() -> None:
     always(CallQueue, CallQueue._close_gaps, returns=None)
+
+
+def a_call_waits_for_the_slot_of_its_own_caller() -> None:
+    always(Account, Account._deadlocked, returns=None)

@@ -63,6 +63,7 @@ from tests.unit.upstream.accounts import (
     test_decisions,
     test_fair_order,
     test_guarded_limit,
+    test_nested_calls,
     test_spend,
     test_tables,
 )
@@ -502,6 +503,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.calls_that_leave_take_their_turns_with_them: (
         test_call_queue.test_a_patient_call_takes_the_turn_of_those_that_have_left_before_it
+    ),
+    bugs.a_call_waits_for_the_slot_of_its_own_caller: (
+        test_nested_calls.test_a_call_that_waits_for_the_slot_of_its_own_caller_is_rejected_at_once
     ),
 }
 

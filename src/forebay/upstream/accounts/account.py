@@ -49,6 +49,11 @@ _REPEATED: Final = 2  # retries from which on a refusal may be due to what the c
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
+_NESTED_RETRY: Final = 1.0  # seconds after which a nested call may find a slot, if fewer callers nest calls
+_WAITS_FOR_ITSELF: Final = (
+    "it waits for a slot that its own caller holds, and all others are held by such callers: a guarded function, or a"
+    " block with a permit, must make no calls through the same upstream (guard the function, or bind its client)"
+)
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -286,10 +291,7 @@ class Account:
     def _serve_queue(self, now: float) -> float | None:
         """Answer queued calls; return when to look again, or None if only the end of a call can move the queue."""
         confirmed_at = self._confirm_accepted(now)
-        if self._untaken:
-            self._release_lost(now)
-        while (overdue := self.queue.pop_overdue(now)) is not None:
-            self._resolve(overdue, self._overdue(now, overdue))
+        self._remove_gone(now)
         if not self.queue:
             return None
         self.queue.promote(now, self.durations.typical_or_guess)
@@ -300,6 +302,9 @@ class Account:
                 self._resolve(call, rejection)
                 continue
             if not self._has_slot(now):
+                if confirmed_at is None and (stuck := self._deadlocked()) is not None:
+                    self._resolve(stuck, Rejected(_WAITS_FOR_ITSELF, "concurrency", 1.0, _NESTED_RETRY))
+                    continue
                 look = self.open_answers.next_look(now)
                 lost_at = now + _LOST_LOOK if self._untaken else None
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
@@ -315,6 +320,21 @@ class Account:
             untried = self._untried(now) if self._refusals.blocked and call.request.retries else None
             self._send(now, untried or self.queue.serve_head(now, entry))
         return None
+
+    def _remove_gone(self, now: float) -> None:
+        """Remove the calls that nobody waits for any more, and reject those that have waited for too long."""
+        if self._untaken:
+            self._release_lost(now)
+        while (overdue := self.queue.pop_overdue(now)) is not None:
+            self._resolve(overdue, self._overdue(now, overdue))
+
+    def _deadlocked(self) -> QueuedCall | None:
+        """Return a nested call if callers that wait for nested calls of their own hold all slots, else None."""
+        if self.queue.nested < max(1, self.in_flight):
+            return None
+        nested = [call for call in self.queue.in_order() if call.request.holder is not None]
+        holders = {id(call.request.holder) for call in nested}
+        return nested[-1] if len(holders) >= self.in_flight else None
 
     def _overdue(self, now: float, call: QueuedCall) -> Rejected:
         """Return the rejection of a call that has waited for too long."""

@@ -45,14 +45,28 @@ class CallQueue(PriorityQueue[QueuedCall]):
     Args:
         order: of the account.
         longest_wait: seconds after which a call has waited for too long.
+
+    Attributes:
+        nested: the number of calls whose caller holds a slot of the account while they wait.
     """
 
-    __slots__ = ("_deadlines", "_gaps", "_longest_wait", "_order", "_ranks", "_sequence", "_tenants", "_typical_wait")
+    __slots__ = (
+        "_deadlines",
+        "_gaps",
+        "_longest_wait",
+        "_order",
+        "_ranks",
+        "_sequence",
+        "_tenants",
+        "_typical_wait",
+        "nested",
+    )
 
     def __init__(self, order: FairOrder, *, longest_wait: float = math.inf) -> None:
         super().__init__()
         self._order = order
         self._longest_wait = longest_wait
+        self.nested = 0
         self._ranks: tuple[list[tuple[float, float]], ...] = tuple([] for _ in Priority)  # sorted, of queued calls
         self._tenants: dict[str, dict[QueuedCall, None]] = {}  # the queued calls by tenant, as they joined
         self._gaps: dict[str, int] = {}  # by tenant: turns to come of calls that have left
@@ -76,11 +90,13 @@ class CallQueue(PriorityQueue[QueuedCall]):
         self._sequence += 1
         call.entry = self.push(call, call.priority, call.rank, self._sequence)
         insort(self._ranks[call.priority], call.rank)
+        self.nested += call.request.holder is not None
         self._tenants.setdefault(call.request.tenant, {})[call] = None
 
     def _forget(self, call: QueuedCall) -> None:
         """Note that a call is not in the queue any more."""
         call.entry = None
+        self.nested -= call.request.holder is not None
         ranks, tenant = self._ranks[call.priority], call.request.tenant
         del ranks[bisect_left(ranks, call.rank)]
         calls = self._tenants[tenant]

@@ -36,10 +36,10 @@ class FairOrder:
     def rank(self, request: CallRequest) -> tuple[float, float]:
         """Return where a call stands within its priority, and take its tag.
 
-        The lowest rank goes first. Retries go before all others, and among themselves the call goes first that asked
-        first.
+        The lowest rank goes first. Retries go before all others, as do calls whose caller holds a slot until they end,
+        and among themselves the call goes first that asked first.
         """
-        if request.retries:
+        if request.goes_first:
             return (_HEAD, request.asked_at)
         tag = self._tag(request)
         if tag is None:
@@ -50,7 +50,7 @@ class FairOrder:
 
     def expected_rank(self, request: CallRequest) -> tuple[float, float]:
         """Return the rank that a call would get now. It takes no tag."""
-        if request.retries:
+        if request.goes_first:
             return (_HEAD, request.asked_at)
         tag = self._tag(request)
         return (self._next(request.tenant) if tag is None else tag, request.deadline)

@@ -18,6 +18,7 @@ from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.nested_calls import find_holder
 from forebay.upstream.accounts.open_answers import OpenAnswer
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
@@ -133,6 +134,7 @@ class SharedAccount:
             if (error := run.rejection_by(self)) is not None:
                 raise error
         now = clock.now()
+        request.holder = find_holder(self.account)
         with self._lock:  # check and take are one step: no await in here
             if not request.free and request.unmetered is None:
                 self._learn_typical(request)

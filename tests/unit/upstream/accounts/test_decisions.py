@@ -192,7 +192,7 @@ def test_a_flood_of_one_tenant_and_of_new_runs_keeps_nobody_out_who_goes_before_
         flood += 1
     assert 8 <= flood <= 12  # of these calls 5 s have room for 10
     for asking in ({"tenant": "b"}, {"tenant": "a", "task_id": "first"}, {"tenant": "a", "retries": 1}):
-        answer = harness.account.try_acquire(0.0, CallRequest(charge=charge, **asking))  # type: ignore[arg-type]
+        answer = harness.account.try_acquire(0.0, CallRequest(charge=charge, **asking))
         assert isinstance(answer, Queued), answer
         assert answer.seconds <= 1.5
     assert "longer than max_wait" in harness.reject(charge=charge, tenant="a").reason
