@@ -136,9 +136,9 @@ class SharedAccount:
         now = clock.now()
         request.holder = find_holder(self.account)
         with self._lock:  # check and take are one step: no await in here
-            if not request.free and request.unmetered is None:
-                self._learn_typical(request)
             decision = self.account.try_acquire(now, request)
+            if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
+                self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
                 return decision.permit
             if isinstance(decision, Rejected):
