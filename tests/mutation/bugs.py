@@ -1303,3 +1303,10 @@ def calls_that_leave_take_their_turns_with_them() -> None:
 
 def a_call_waits_for_the_slot_of_its_own_caller() -> None:
     always(Account, Account._deadlocked, returns=None)
+
+
+def what_a_nested_upstream_has_judged_counts_again() -> None:
+    def is_judged(_: BaseException) -> bool:
+        return False
+
+    sdk_exceptions.is_judged.__code__ = is_judged.__code__

@@ -507,6 +507,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_waits_for_the_slot_of_its_own_caller: (
         test_nested_calls.test_a_call_that_waits_for_the_slot_of_its_own_caller_is_rejected_at_once
     ),
+    bugs.what_a_nested_upstream_has_judged_counts_again: (
+        test_upstream_retries.test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one
+    ),
 }
 
 

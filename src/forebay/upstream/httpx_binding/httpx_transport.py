@@ -18,6 +18,7 @@ from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.httpx_binding.bound_exchange import BoundExchange, ClientBinding
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers
+from forebay.upstream.sdk_exceptions import mark_judged
 
 
 class OpenBody(ABC):
@@ -103,6 +104,7 @@ class AsyncBody(OpenBody):
                 await self._response.aclose()  # first: an answer that cannot be decoded is still coming
             finally:
                 stream.fail(error)
+                mark_judged(error)
             raise
         finally:
             if isinstance(chunks, AsyncGenerator):
@@ -215,6 +217,7 @@ class BlockingBody(OpenBody):
                 self._response.close()  # first: an answer that cannot be decoded is still coming
             finally:
                 stream.fail(error)
+                mark_judged(error)
             raise
         if rest := stream.end():
             yield rest
