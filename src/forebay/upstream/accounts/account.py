@@ -153,7 +153,7 @@ class Account:
         if at_once:
             return self._too_late(now, request) or self._admit(now, request)
         seconds, limited_by = self._expected_wait_of(now, request)
-        if len(self.queue) >= _QUEUE_BOUND:
+        if self._is_queue_full(request):
             reason = f"{_QUEUE_BOUND} calls wait already"
             return Rejected(reason, "queue", 1.0, self._schedule_retry(now, request, seconds))
         wait = f"would wait about {format_duration(seconds)} for {limited_by}"
@@ -185,6 +185,13 @@ class Account:
     def _may_try(self, request: CallRequest) -> bool:
         """Return whether a call may be a trial call of a quota: it can be retried, and takes no place that is kept."""
         return request.retried and not self.places
+
+    def _is_queue_full(self, request: CallRequest) -> bool:
+        """Return whether too many calls wait for this one to join; twice as many may, if most do not go before it."""
+        waiting = len(self.queue)
+        if waiting < _QUEUE_BOUND:
+            return False
+        return waiting >= 2 * _QUEUE_BOUND or self.queue.ahead_of(request) >= _QUEUE_BOUND // 2
 
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
