@@ -13,6 +13,7 @@ from forebay._validate import check_tokens
 from forebay.errors import CallMisused
 from forebay.interfaces import Charge, Outcome
 from forebay.quota import BilledUsage, check_dollars
+from forebay.upstream.accounts.nested_calls import begin_hold, end_hold
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
@@ -117,11 +118,13 @@ class UpstreamCall:
         """Keep a permit for the block, which releases it."""
         self.upstream, self.model = route.upstream, route.call_request.model
         self._route, self._permit = route, permit
+        begin_hold(permit)
         return AttemptResult(outcome=_PERMITTED, streaming=True)
 
     def _leave(self, cause: BaseException | None) -> None:
         permit = self._permit
         assert permit is not None  # noqa: S101 - entered
+        end_hold(permit)
         account = self._route.account
         if self._kind is None and isinstance(cause, Exception):
             outcome = judge_exception(account, permit, cause).outcome

@@ -72,6 +72,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         failed: an attempt of it has failed, so that it does not probe a breaker.
         retried: it is retried if it is refused, so that it may be a trial call of a quota.
         asked_at: when it first asked for a permit; set by the account.
+        holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
     """
 
     charge: Charge = Charge()
@@ -90,6 +91,12 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     usd_at_once: float = math.inf
     bounded: bool = True
     unmetered: Unmetered | None = None
+    holder: Permit | None = None
+
+    @property
+    def goes_first(self) -> bool:
+        """True if it goes before other calls of its priority: it was sent before, or a slot is held until it ends."""
+        return self.retries > 0 or self.holder is not None
 
     def unreported_cost(self, seconds: float) -> float:
         """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""

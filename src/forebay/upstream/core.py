@@ -13,6 +13,7 @@ from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
+from forebay.upstream.accepted_keys import AcceptedKeys
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
@@ -37,6 +38,7 @@ class UpstreamCore:
     Attributes:
         profile: how the provider's API works.
         accounts: the accounts, by API key and model group.
+        accepted_keys: the API keys of a gateway's callers that may use the key of a fallback.
         background: stored responses whose usage comes later; the oldest stay paid as they were reserved.
         stored_tokens: the tokens of stored responses: a call that continues one sends as many unseen.
         unpriced_calls: number of calls whose price was not known.
@@ -61,6 +63,7 @@ class UpstreamCore:
         self.prices = prices
         self.retry = retry
         self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
+        self.accepted_keys = AcceptedKeys()
         self.background: StoredResponses[BackgroundResponse] = StoredResponses()
         self.stored_tokens: StoredResponses[int] = StoredResponses()
         self.unpriced_calls = 0
@@ -78,6 +81,7 @@ class UpstreamCore:
         self._lock = threading.Lock()
         self.budgets.reset_after_fork()
         self.accounts.reset_after_fork()
+        self.accepted_keys.reset_after_fork()
         self.background = StoredResponses()  # the parent gets their usage
         self.stored_tokens.reset_after_fork()
 

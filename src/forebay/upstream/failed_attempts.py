@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from forebay import clock
-from forebay.errors import InvalidAmount, InvalidSetting, Overloaded
+from forebay.errors import InvalidAmount, InvalidSetting
 from forebay.interfaces import Charge, Outcome
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
@@ -19,7 +19,7 @@ from forebay.upstream.providers import (
     read_retry_after,
     read_should_retry,
 )
-from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_timeout
+from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_judged, is_timeout
 
 _ONE_REQUEST: Final = Charge()
 _SUSPENSION: Final = 60.0  # seconds without calls after the provider reported that the account's money is spent
@@ -31,7 +31,7 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
 
     An exception that reports an answer, as those of SDKs do, counts as that answer (429, 400, 500 ...).
     """
-    if isinstance(error, (Overloaded, InvalidAmount, InvalidSetting)):  # ours: no evidence, and not to be retried
+    if isinstance(error, InvalidAmount | InvalidSetting) or is_judged(error):  # no evidence, and it was retried already
         outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
         return AttemptResult(error=error, outcome=outcome)
     answer = find_error_answer(error)

@@ -8,8 +8,10 @@ from typing import Any, Final, NamedTuple, TypeGuard
 
 import msgspec
 
+from forebay.errors import Overloaded
 from forebay.upstream.providers import Headers
 
+_JUDGED: Final = "forebay_judged"
 _MOST: Final = 16  # exceptions that are looked at
 _STATUSES: Final = range(400, 600)
 _STATUS_NAMES: Final = ("status_code", "http_status", "status", "code")
@@ -56,6 +58,30 @@ def find_error_answer(error: BaseException) -> ErrorAnswer | None:
                     body = _body(_attribute(each, "body")) or _body(_attribute(response, "content"))
                     return ErrorAnswer(int(status), headers, body)
     return None
+
+
+def mark_judged(holder: Any) -> None:
+    """Mark an exception, or the extensions of an answer: the upstream of a bound client has judged and retried it."""
+    if isinstance(holder, dict):
+        holder[_JUDGED] = True
+    else:
+        setattr(holder, _JUDGED, True)
+
+
+def is_judged(error: BaseException) -> bool:
+    """Return whether an exception is the end of a call that another upstream has judged, retried or rejected.
+
+    The first of its causes tells that is marked, is a rejection, or reports an answer or a failed connection itself.
+    """
+    for each in _chain(error):
+        response = _attribute(each, "response")
+        extensions = _attribute(response, "extensions")
+        marked = isinstance(extensions, Mapping) and _JUDGED in extensions
+        if marked or isinstance(each, Overloaded) or _attribute(each, _JUDGED) is True:
+            return True
+        if isinstance(each, OSError) or response is not None:
+            return False
+    return False
 
 
 def is_timeout(error: BaseException) -> bool:

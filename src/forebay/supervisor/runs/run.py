@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
@@ -146,14 +147,15 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     def rejection_by(self, by: object) -> Overloaded | None:
         """Return the error with which a call fails at once, because `by` rejected an earlier one of the run for good.
 
-        None if it rejected none, or once its retry_after has passed: then the run has handled the rejection.
+        None if it rejected none, or once its retry_after has passed, or if that one call was too large: then the run
+        has handled the rejection.
         """
         if not self.rejections or by not in self.rejections:
             return None
         error, rejected_at = self.rejections[by]
-        if error.retry_after is None:
+        if error.retry_after is None and error.load != math.inf:
             return fresh_copy(error)
-        left = rejected_at + error.retry_after - clock.now()
+        left = 0.0 if error.retry_after is None else rejected_at + error.retry_after - clock.now()
         if left > 0:
             return Overloaded(error.reason, limited_by=error.limited_by, load=error.load, retry_after=left)
         self.rejections = {other: rejection for other, rejection in self.rejections.items() if other is not by}

@@ -18,6 +18,7 @@ from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.nested_calls import find_holder
 from forebay.upstream.accounts.open_answers import OpenAnswer
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
@@ -133,10 +134,11 @@ class SharedAccount:
             if (error := run.rejection_by(self)) is not None:
                 raise error
         now = clock.now()
+        request.holder = find_holder(self.account)
         with self._lock:  # check and take are one step: no await in here
-            if not request.free and request.unmetered is None:
-                self._learn_typical(request)
             decision = self.account.try_acquire(now, request)
+            if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
+                self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
                 return decision.permit
             if isinstance(decision, Rejected):

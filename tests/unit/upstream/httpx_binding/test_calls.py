@@ -33,6 +33,7 @@ from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus
 from forebay.breaker import BreakerState
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
+from forebay.testing import run_ready
 from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
@@ -560,7 +561,7 @@ async def test_a_discarded_stream_returns_its_permit(http: ModuleType) -> None:
     assert only_account(up).account.in_flight == 1
     del response
     gc.collect()
-    await asyncio.sleep(0)
+    await run_ready()
     assert left(up) == NOTHING
 
 
