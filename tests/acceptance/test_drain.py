@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.support.task_plane import Agent, approximately, error_of, flood, now, virtual
 
-from forebay import BackpressureSupervisor, Task, TaskStatus, Ticket
+from forebay import BackpressureSupervisor, Task, TaskStatus, Ticket, Verdict
 from forebay.errors import StillSpilled, StoreUnavailable
 from forebay.interfaces import Lease, PutResult, RecordState, TaskRecord
 from forebay.overflow import MemoryTaskStore, decode_task
@@ -57,6 +57,14 @@ async def ends(tickets: list[Ticket]) -> Counter[str]:
     """Return how many tickets ended in each way. None of them may be open."""
     assert all(ticket.done() for ticket in tickets)
     return Counter("still spilled" if ticket.result is None else ticket.result.status.value for ticket in tickets)
+
+
+async def state_in(store: MemoryTaskStore, ticket: Ticket) -> RecordState:
+    """Return the state of a task in a store that its process has closed."""
+    await store.open()
+    found = await store.find(ticket.task_id)
+    assert found is not None
+    return found[0]
 
 
 async def waiting_in(store: MemoryTaskStore) -> int:
@@ -339,6 +347,55 @@ async def test_a_stored_task_that_waits_here_is_free_for_other_processes_once_dr
         assert found[0] is RecordState.WAITING
         assert (await draining).spilled == 1
         assert running.status is TaskStatus.SUCCEEDED
+
+
+@virtual
+async def test_a_stored_message_behind_one_that_only_this_process_has_is_not_free_while_it_runs() -> None:
+    store = SlowStore()
+    async with make_supervisor(Agent(60.0), store) as supervisor:
+        running = await supervisor.submit(Task("work", thread_id="c"))
+        waiting = await supervisor.submit(Task("work", thread_id="c", durable=True))
+        draining = asyncio.ensure_future(supervisor.drain())
+        await asyncio.sleep(1.0)
+        assert not await store.lease("work", 1, until=1e12)
+        assert (await draining).spilled == 1
+        assert running.status is TaskStatus.SUCCEEDED
+    assert await state_in(store, waiting) is RecordState.WAITING
+
+
+@virtual
+async def test_a_message_that_is_stored_once_draining_has_begun_is_not_free_while_those_before_it_run() -> None:
+    store = SlowStore()
+    async with make_supervisor(Agent(60.0), store) as supervisor:
+        await supervisor.submit(Task("work", thread_id="c"))
+        submitting = asyncio.ensure_future(supervisor.submit(Task("work", thread_id="c", durable=True)))
+        await asyncio.sleep(FSYNC / 2)
+        draining = asyncio.ensure_future(supervisor.drain())
+        assert (message := await submitting).verdict is Verdict.SPILLED
+        assert isinstance(await error_of(message), StillSpilled)
+        assert not await store.lease("work", 1, until=1e12)
+        assert (await draining).spilled == 1
+    assert await state_in(store, message) is RecordState.WAITING
+
+
+@virtual
+async def test_a_message_that_is_stored_once_draining_has_begun_does_not_overtake_those_that_move() -> None:
+    store, agent = SlowStore(), Agent(60.0)
+    supervisor = make_supervisor(agent, store)
+    await supervisor.start()
+    supervisor.submit_nowait(Task("work", "other"))
+    first = supervisor.submit_nowait(Task("work", "first", thread_id="c"))
+    submitting = asyncio.ensure_future(supervisor.submit(Task("work", "second", thread_id="c", durable=True)))
+    await asyncio.sleep(FSYNC / 2)
+    store.seconds = 1000.0  # the write of the first hangs, and that of the second does not
+    draining = asyncio.ensure_future(supervisor.drain())
+    await submitting
+    await asyncio.sleep(100.0)
+    assert agent.started == ["other"]
+    assert not await store.lease("work", 1, until=1e12)
+    assert (await draining).spilled == 2
+    assert isinstance(await error_of(first), StillSpilled)
+    await supervisor.close()
 
 
 @virtual

@@ -302,6 +302,25 @@ def what_may_not_move_overtakes_what_moves() -> None:
     drain._behind_moved.__code__ = _behind_moved.__code__
 
 
+def a_message_stored_while_draining_overtakes_those_that_move() -> None:
+    def _is_left(ticket: Ticket, spill: Any) -> bool:
+        del ticket, spill
+        return False
+
+    admission_controller._is_left.__code__ = _is_left.__code__
+
+
+def stored_messages_are_free_while_those_before_them_run_here() -> None:
+    def _without_unstored_ahead(self: QueueSpill) -> list[str]:
+        return [ticket.task_id for ticket in self._queued if ticket.stored]
+
+    replace(QueueSpill, QueueSpill._without_unstored_ahead, _without_unstored_ahead)
+
+
+def a_message_stored_while_draining_is_free_while_those_before_it_run_here() -> None:
+    always(Conversations, Conversations.is_ahead_here, returns=False)
+
+
 def a_conversation_parks_without_bound() -> None:
     always(Pool, Pool.may_park, returns=True)
 

@@ -157,6 +157,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_may_not_move_overtakes_what_moves: (
         test_conversations.test_what_may_not_spill_ends_when_messages_before_it_move_to_the_overflow
     ),
+    bugs.a_message_stored_while_draining_overtakes_those_that_move: (
+        test_drain.test_a_message_that_is_stored_once_draining_has_begun_does_not_overtake_those_that_move
+    ),
+    bugs.stored_messages_are_free_while_those_before_them_run_here: (
+        test_drain.test_a_stored_message_behind_one_that_only_this_process_has_is_not_free_while_it_runs
+    ),
+    bugs.a_message_stored_while_draining_is_free_while_those_before_it_run_here: (
+        test_drain.test_a_message_that_is_stored_once_draining_has_begun_is_not_free_while_those_before_it_run
+    ),
     bugs.a_conversation_parks_without_bound: (
         test_conversations.test_a_conversation_is_rejected_beyond_its_bound_and_named_and_told_when_to_come_back
     ),

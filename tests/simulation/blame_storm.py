@@ -1,7 +1,8 @@
 """Callers, models and requests that fail, beside healthy ones, drawn from a seed: they must not harm the healthy ones.
 
 The healthy ones are compared with their like who are alone on such a key. It has room for all of them, unless the bad
-ones hold streams.
+ones hold streams. Where half of an account's calls fail, its breaker opens for all: then the healthy callers are served
+again once the bad ones have left.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.support.supervisor_checks import InvariantViolation
 from tests.support.upstream_checks import check_upstream
 
 from forebay import Overloaded, Upstream, clock
+from forebay.breaker.breaker import UPSTREAM_RULES
 from forebay.interfaces import Outcome
 from forebay.limit import FixedLimit, Grant
 from forebay.retry import Retry
@@ -56,11 +58,13 @@ MOST_SENT: Final = {
     "hasty": 1.35,
     "silent": 1.6,
     "dead": 1.6,
-    "poisoned": 1.6,
     "quitting": 1.6,
     "wrong": MAX_ATTEMPTS,
 }  # attempts for each call
 RETRY_AFTER: Final = 2  # seconds, of a dead model
+FAILED_TWICE: Final = 3  # healthy calls, at most, that fail again when they are retried: 2 % of 2 % are expected to
+RETRY_SHARE, RETRY_EXTRA = 0.2, 10  # retries for each first attempt, and each minute besides (`RetryBudget`)
+POISONED_RATE: Final = 1.2  # attempts a second of a caller: each takes ERROR_AFTER, and up to four end in a PAUSE
 
 
 class UnreliableLimit(FixedLimit):
@@ -82,6 +86,8 @@ class BlameStorm:
     Attributes:
         happened: how often each thing happened.
         served: calls of healthy callers that were answered.
+        outnumbered: half of the attempts may fail that the healthy callers share a breaker with, so it may open.
+        served_again: of their last minute, if the bad callers had outnumbered them until they left.
     """
 
     def __init__(self, seed: int, *, bad: bool = True) -> None:
@@ -99,9 +105,14 @@ class BlameStorm:
         self.seconds = TTFT + TPOT * self.output_tokens  # of a call
         if bad and self.kind == "hanging":
             self.bad, self.error = self.slots, 0.0  # their calls take all slots
+        poisoned = POISONED_RATE * self.bad if self.kind == "poisoned" and self.same_model else 0.0
+        self.outnumbered = poisoned >= HEALTHY / (self.seconds + PAUSE)
+        opening = UPSTREAM_RULES.max_reset_timeout + 3 * (2 * self.seconds + PAUSE)  # at most, and two probes after it
+        self.healthy_until = 60.0 * MINUTES + (opening + 60.0 if self.outnumbered else 0.0)
         self.unreliable_limit = self.kind == "cancelled" and self.same_model
         self.happened: Counter[str] = Counter()
         self.served = 0
+        self.served_again = 0
         self.calls = 0  # of bad callers
         self.longest_wait = 0.0
         self.kept: list[Any] = []
@@ -150,12 +161,13 @@ class BlameStorm:
     async def _healthy(self, client: httpx.AsyncClient, number: int) -> None:
         rng = random.Random(f"{self.seed}/healthy/{number}")
         await asyncio.sleep(rng.uniform(0, 5))
-        while (start := clock.now()) < 60.0 * MINUTES:
+        while (start := clock.now()) < self.healthy_until:
             request = chat(MODEL, "healthy Rivers?", output_tokens=self.output_tokens, max_tokens=200)
             try:
                 response = await client.send(request)
                 name = "served" if response.status_code == 200 else f"status {response.status_code}"
                 self.served += name == "served"
+                self.served_again += name == "served" and start >= self.healthy_until - 60.0
             except Overloaded:
                 name = "rejected"
             except httpx.HTTPError as error:
@@ -237,23 +249,40 @@ class BlameStorm:
 
     def check(self, alone: int) -> None:
         """Check that the healthy callers are served nearly as if they were alone."""
-        if self.served < LEAST * self._share() * alone:
+        served, least = self.served, LEAST * self._share() * alone
+        if self.outnumbered:
+            served, least = self.served_again, LEAST * alone / MINUTES
+        if served < least:
             raise InvariantViolation(
-                f"beside {self.bad} callers that are {self.kind} {self.served} calls are served, {alone} without"
+                f"beside {self.bad} callers that are {self.kind} {served} calls are served, of {least:.0f}"
             )
         if self.longest_wait > LONGEST_WAIT + (2 * self.seconds if self.kind == "hanging" else 0):
             raise InvariantViolation(f"a call waited {self.longest_wait:.0f} s beside callers that are {self.kind}")
-        sent = len(self.transport.sent) - self.happened.total()
-        most = (MOST_SENT.get(self.kind, 1.2) - 1.0) * self.calls + 0.1 * self.happened.total() + 5
-        if sent > most:
-            raise InvariantViolation(f"beside callers that are {self.kind} {sent} more attempts are made than calls")
+        attempts = Counter(call.text for call in self.transport.sent if not call.text.startswith("healthy"))
+        if self.kind == "poisoned":
+            self._check_retry_budget(attempts)
+        else:
+            sent = len(self.transport.sent) - self.happened.total()
+            if sent > (MOST_SENT.get(self.kind, 1.2) - 1.0) * self.calls + 0.1 * self.happened.total() + 5:
+                raise InvariantViolation(f"beside {self.kind} callers {sent} more attempts are made than calls")
         if self.crowded and self.transport.peak > self.slots:
             raise InvariantViolation(f"{self.transport.peak} calls were in flight of {self.slots}")
-        attempts = Counter(call.text for call in self.transport.sent if not call.text.startswith("healthy"))
         if attempts and (most := max(attempts.values())) > MAX_ATTEMPTS:
             raise InvariantViolation(f"a call was sent {most} times, of {MAX_ATTEMPTS} at most")
         if self.kind == "dead" and self.same_model:
             self._check_retries()
+
+    def _check_retry_budget(self, attempts: Counter[str]) -> None:
+        """Check that poisoned calls have the retries of the budget, and leave first retries to healthy ones."""
+        retries = attempts.total() - len(attempts)
+        first = len(attempts) + (len(self.transport.sent) - attempts.total() if self.same_model else 0)  # at most
+        windows = math.ceil(self.healthy_until / 60.0) + 1  # each counts those of the tenth of a window before it, too
+        if retries > 1.1 * RETRY_SHARE * first + RETRY_EXTRA * windows:
+            raise InvariantViolation(f"{len(attempts)} poisoned calls have {retries} retries, of {first} calls")
+        needed, budget = 1.2 * len(attempts) / MINUTES, RETRY_EXTRA + RETRY_SHARE * first / MINUTES  # for first retries
+        failed = self.happened["healthy status 500"]
+        if needed < budget and failed > FAILED_TWICE and not self.outnumbered:
+            raise InvariantViolation(f"{failed} healthy calls fail, though there are {budget:.0f} retries a minute")
 
     def _check_retries(self) -> None:
         """Check that no call is sent again earlier than the dead model says."""

@@ -1,13 +1,17 @@
-"""What busy conversations and agents with nested tasks cost the others, for values drawn from a seed.
+"""What busy conversations, important tasks and agents cost the others, for values drawn from a seed.
 
-Each seed runs two experiments in virtual time. In the first, users wait beside conversations with many messages, and no
-longer than beside conversations with one message each. In the second, more agents than there are slots each run nested
-tasks: every agent that has begun ends in time, and no more than `max_open` have begun.
+Each seed runs four experiments in virtual time. In the first, users wait beside conversations with many messages, and
+no longer than beside conversations with one message each. In the second, more agents than there are slots each run
+nested tasks: every agent that has begun ends in time, and no more than `max_open` have begun. In the third, agents do
+not stop when they are cancelled: they take the slots that they work in, and no drain waits for them. In the fourth,
+tasks come faster than they are served: they start in their order, and one of low priority starts beside a flood of
+better ones.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import tempfile
 from collections import Counter
@@ -17,16 +21,18 @@ from typing import Any, Final
 
 from tests.support.supervisor_checks import InvariantViolation, check_supervisor
 
-from forebay import BackpressureSupervisor, Task, Verdict
+from forebay import BackpressureSupervisor, Priority, Task, Verdict
 from forebay.simulation import simulate, virtual_loop
 from forebay.testing import EventRecord
 
 SERVICE: Final = 0.1  # seconds of work before a nested task, and after it
+GRACE: Final = 2.0  # seconds that a cancelled handler has to stop
+STARVATION_BOUND: Final = 20  # tasks of better priority that start before one that waits
 KIND, OTHER_KIND = "work", "tool"
 
 
 class FairShare:
-    """The two experiments of one seed."""
+    """The experiments of one seed."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(f"fair share {seed}")
@@ -41,6 +47,8 @@ class FairShare:
         self.agent_slots = rng.randint(1, 4)
         self.depth = rng.randint(1, 2)
         self.fan_out = rng.choice((1, 1, 3))
+        self.queue_size = rng.choice((0, 1, 5, 20))
+        self.gap = rng.uniform(0.3, 0.9)  # between two tasks, of the time in which one is served
         self.kinds = (KIND, rng.choice((KIND, OTHER_KIND)))
         self.happened: Counter[str] = Counter()
 
@@ -136,12 +144,90 @@ class FairShare:
         """Check that all agents that begin end in time."""
         self._simulate(self._run_agents)
 
+    # --- agents that do not stop ---
+
+    async def _run_stubborn(self, supervisor: BackpressureSupervisor) -> None:
+        at_work = most = 0
+        over = asyncio.Event()
+
+        async def handle(_: Task) -> None:
+            nonlocal at_work, most
+            with contextlib.suppress(asyncio.CancelledError):
+                await supervisor.run(Task(OTHER_KIND))
+            at_work += 1
+            most = max(most, at_work)
+            while not over.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await over.wait()
+            at_work -= 1
+
+        async def work(_: Task) -> None:
+            await asyncio.sleep(100.0)
+
+        supervisor.register_worker("agents", handler=handle, task_types=[KIND], max_concurrent=self.agent_slots)
+        supervisor.register_worker("tools", handler=work, task_types=[OTHER_KIND], max_concurrent=self.agents)
+        async with supervisor:
+            for _ in range(self.agents):
+                ticket = await supervisor.submit(Task(KIND))
+                await asyncio.sleep(SERVICE)
+                ticket.cancel()
+            await supervisor.submit(Task(KIND))  # it waits behind them
+            if most > self.agent_slots + 1:  # the last one had begun when the one before it did not stop
+                raise InvariantViolation(f"{most} agents that do not stop are at work in {self.agent_slots} slots")
+            before = virtual_loop().time()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(supervisor.drain(), 1000.0)
+            if (took := virtual_loop().time() - before) > 3 * GRACE:
+                raise InvariantViolation(f"beside handlers that do not stop a drain took {took:.0f} s")
+            over.set()
+
+    def check_stubborn_agents(self) -> None:
+        """Check that agents that do not stop keep their slots, and keep no drain from ending."""
+        self._simulate(self._run_stubborn, zombie_grace=GRACE)
+
+    # --- more tasks than are served ---
+
+    async def _starts(self, supervisor: BackpressureSupervisor, priorities: list[Priority]) -> list[int]:
+        """Return the numbers of tasks of these priorities, in the order in which they start."""
+        order: list[int] = []
+
+        async def handle(task: Task) -> None:
+            order.append(task.payload)
+            await asyncio.sleep(SERVICE)
+
+        supervisor.register_worker("w", handler=handle, task_types=[KIND], max_concurrent=self.agent_slots)
+        async with supervisor:
+            tickets = []
+            for number, priority in enumerate(priorities):
+                tickets.append(await supervisor.submit(Task(KIND, number, priority=priority)))
+                if number > self.agent_slots:
+                    await asyncio.sleep(self.gap * SERVICE / self.agent_slots)
+            for ticket in tickets:
+                if ticket:
+                    await asyncio.wait_for(ticket, 2000.0)
+            self.happened["tasks in a flood"] += len(order)
+        return order
+
+    def check_order(self) -> None:
+        """Check that no task overtakes one of its priority, and that better ones overtake only so many times."""
+        like = [Priority.NORMAL] * 60
+        order = self._simulate(lambda supervisor: self._starts(supervisor, like), max_queue_size=self.queue_size)
+        if order != sorted(order):
+            raise InvariantViolation(f"tasks of one priority start in the order {order}")
+        low = self.agent_slots  # the number of the first one that waits
+        flood = [Priority.LOW if number == low else Priority.CRITICAL for number in range(100)]
+        order = self._simulate(lambda supervisor: self._starts(supervisor, flood), max_queue_size=None)
+        if order.index(low) > low + STARVATION_BOUND:
+            raise InvariantViolation(f"{order.index(low)} tasks start before one of low priority that waits")
+
 
 def run(seed: int) -> FairShare:
     """Run the experiments of one seed; raise if the others starve, or if agents do not end."""
     share = FairShare(seed)
     share.check_users()
     share.check_agents()
+    share.check_stubborn_agents()
+    share.check_order()
     return share
 
 

@@ -536,6 +536,9 @@ class AdmissionController:
             return await self._not_stored(ticket, put, pool, spill)
         if self._state is _State.CLOSED:
             refusal: Refusal | None = Refusal("the supervisor has closed", None, 1.0, may_spill=True)
+        elif _is_left(ticket, spill):
+            # Draining moves what waits to the overflow, and a message must not run before those of its conversation.
+            refusal = Refusal("the supervisor is draining", None, 1.0, may_spill=True)
         else:
             refusal = self.try_admit(ticket, pool, may_spill=ticket.task.spill and _may_spill(ticket, spill))
         if refusal is None:
@@ -607,6 +610,11 @@ def _check_durable(task: Task, spill: Spill | None) -> None:
         why = "the overflow does not survive its process"
         advice = 'use one that does, for example overflow="sqlite:///spill.db"'
     raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
+
+
+def _is_left(ticket: Ticket, spill: Spill) -> bool:
+    """Return whether a task that has its record is left to the next process, since this one drains."""
+    return spill.stored.stays_stored and _may_spill(ticket, spill)
 
 
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:

@@ -103,6 +103,10 @@ class Conversations:
         """Return whether tasks of a conversation wait in the overflow, or are on their way there."""
         return thread_id in self._stored or thread_id in self._spilling
 
+    def is_ahead_here(self, thread_id: str | None) -> bool:
+        """Return whether this process has tasks of a conversation that may not be in the overflow yet."""
+        return thread_id is not None and (thread_id in self._open or thread_id in self._spilling)
+
     @property
     def parked_in_overflow(self) -> int:
         """The number of tasks in the overflow that no process can lease now, as far as is known."""

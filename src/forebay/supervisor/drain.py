@@ -15,7 +15,6 @@ from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.spill.spill import Spill
@@ -54,10 +53,6 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
     @property
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
-
-    @property
-    def conversations(self) -> Conversations:
-        """The conversations of its tasks."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""

@@ -13,6 +13,7 @@ from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.spill.spill import Spill
@@ -27,6 +28,10 @@ _MAX_RETRIES = 5  # in a row, for messages that may not run here any more
 
 class QueueSpillDispatcher(Protocol):
     """The dispatcher, as far as moving its queue needs it."""
+
+    @property
+    def conversations(self) -> Conversations:
+        """The conversations of its tasks."""
 
     @property
     def start_gate(self) -> StartGate:
@@ -81,11 +86,11 @@ class QueueSpill:
         for ticket in tickets:
             if is_movable(ticket):
                 self._queue(ticket)
-        stored = [ticket for ticket in self._queued if ticket.stored]
-        for ticket in stored:
+        free = self._without_unstored_ahead()
+        for ticket in [ticket for ticket in self._queued if ticket.stored]:
             self._take(ticket)
-        if stored:
-            self._core.run_in_background(self._spill.stored.return_leases([ticket.task_id for ticket in stored]))
+        if free:
+            self._core.run_in_background(self._spill.stored.return_leases(free))
         if self._queued:
             self._core.run_in_background(self._move(), if_cancelled=self.abandon)
 
@@ -109,6 +114,20 @@ class QueueSpill:
         for ticket in list(self._held.values()):
             self._release_hold(ticket)
             self._cancel(ticket)
+
+    def _without_unstored_ahead(self) -> list[str]:
+        """Return the ids of the stored tasks in the queue that another process may run now.
+
+        Messages behind one of their conversation that only this process has keep their leases until it closes.
+        """
+        free, unstored = [], set[str]()
+        for ticket in self._queued:
+            conversation = self._dispatcher.conversations.get(thread_id := ticket.task.thread_id)
+            if thread_id is not None and not (ticket.stored and (conversation is None or conversation.first.stored)):
+                unstored.add(thread_id)
+            if ticket.stored and thread_id not in unstored:
+                free.append(ticket.task_id)
+        return free
 
     async def _move(self) -> None:
         while (self._queued or self._to_write) and not self._stopped.is_set():
@@ -195,11 +214,13 @@ class QueueSpill:
     def _hold(self, ticket: Ticket) -> None:
         ticket.move_to_store()
         ticket.begin_store_call()
+        self._dispatcher.conversations.begin_spill(ticket.task.thread_id)
         self._held[ticket.task_id] = ticket
         self._to_write.append(ticket)
 
     def _release_hold(self, ticket: Ticket) -> None:
         del self._held[ticket.task_id]
+        self._dispatcher.conversations.end_spill(ticket.task.thread_id, stored=False)
         ticket.end_store_call()
 
     def _cancel(self, ticket: Ticket, reason: str = "the supervisor stopped") -> None:

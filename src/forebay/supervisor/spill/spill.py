@@ -164,8 +164,15 @@ class Spill:
         self.stored.conversation_moved(ticket.task)
 
     async def spill_recorded(self, ticket: Ticket, pool: Pool) -> None:
-        """Give the lease of a recorded task back, so that it waits in the store."""
+        """Give the lease of a recorded task back, so that it waits in the store.
+
+        While draining, the lease on a message is kept until this process closes if earlier messages of its conversation
+        may only be known here: another process would run it before them.
+        """
         ticket.spill()
+        if self.stored.stays_stored and self._conversations.is_ahead_here(ticket.task.thread_id):
+            self.stored.release(ticket)
+            return
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - it was recorded under it
         self.stored.drop_lease(ticket)
