@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, flood, now, virtual
+from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, flood, now, virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus, Ticket, Verdict
 from forebay.errors import StillSpilled, StoreUnavailable
@@ -569,3 +569,56 @@ async def test_agents_whose_sub_task_is_left_behind_run_again_whatever_they_rais
     assert set(ends) == {TaskStatus.SUCCEEDED, "left behind"}
     ends = await run_agents(tmp_path / "store.db", agent, agents=20, drains=False, max_queue_size=0)
     assert ends == [TaskStatus.SUCCEEDED] * 20
+
+
+@pytest.mark.parametrize("how", ["task", "slot"])
+@virtual
+async def test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_from_ending(how: str) -> None:
+    supervisor = BackpressureSupervisor(zombie_grace=2.0)
+
+    async def parent(_: Task) -> None:
+        await supervisor.run(Task("stuck"))
+
+    supervisor.register_worker("stuck", handler=UncancellableHandler(500.0), task_types=["stuck"], timeout=1.0)
+    supervisor.register_worker("parent", handler=parent, task_types=["parent"], timeout=10_000.0)
+
+    async def hold_a_slot() -> None:
+        async with supervisor.slot("parent"):
+            await supervisor.run(Task("stuck"))
+
+    async with supervisor:
+        zombie = supervisor.submit_nowait(Task("stuck"))
+        await asyncio.sleep(0.1)
+        waiting = asyncio.ensure_future(hold_a_slot() if how == "slot" else supervisor.run(Task("parent")))
+        assert (await zombie).status is TaskStatus.TIMED_OUT
+        report = await supervisor.drain()
+        assert now() < 20.0
+        assert report.orphans == (zombie.task_id,)
+        assert isinstance(await error_of(waiting), Exception | asyncio.CancelledError)
+
+
+class StandingStore(SlowStore):
+    """A store that stands still once it is told to, and ignores that it is cancelled."""
+
+    stands = False
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        until = now() + 10_000.0
+        while self.stands and now() < until:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(until - now())
+        await super().release(leases)
+
+
+@virtual
+async def test_a_store_that_stands_still_keeps_no_supervisor_from_closing() -> None:
+    store = StandingStore(0.0)
+    supervisor = make_supervisor(Agent(60.0), store, zombie_grace=1.0)
+    await supervisor.start()
+    ticket = await supervisor.submit(Task("work", durable=True))
+    await asyncio.sleep(0.1)
+    store.stands = True
+    await supervisor.close()
+    assert now() < 60.0
+    assert ticket.done()
+    store.stands = False

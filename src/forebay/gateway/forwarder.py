@@ -301,7 +301,7 @@ class Forwarder:
             offset = clock.now() - clock.wall_time()
             caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
             if caller.api_key is None:
-                check_one_credential(headers, target.upstream.core.profile.provider)
+                check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
             raise EarlyResponse(response, close=True) from None
@@ -399,6 +399,7 @@ async def _copy(streaming: StreamingResponse, held: BodyReservation, response: w
         while chunk is not None:
             await _pass_on(chunk, streaming, response)
             held.release()  # what had arrived before
+            streaming.reader.wait()
             try:
                 chunk = await anext(chunks, None)
             except TRANSPORT_ERRORS as error:  # of the provider: an error of the caller's connection is another

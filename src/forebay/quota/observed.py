@@ -233,9 +233,9 @@ class ObservedLimit:
         self.doubt.record_sent()
         return True
 
-    def cancel_trial(self, amount: float) -> None:
+    def cancel_trial(self, now: float, amount: float) -> None:
         """Note that a trial of `amount` says nothing; what it has not used is refunded besides."""
-        self.doubt.cancel()
+        self.doubt.cancel(now)
         self.lower(amount)
 
     def record_trial_accepted(self, now: float, amount: float, headers: RateLimitHeaders | None) -> None:

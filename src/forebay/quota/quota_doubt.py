@@ -98,9 +98,13 @@ class QuotaDoubt:
         self._left -= 1
         self._open += 1
 
-    def cancel(self) -> None:
-        """Note that a trial said nothing: it was not sent, or it failed."""
+    def cancel(self, now: float) -> None:
+        """Note that a trial said nothing: it was not sent, failed, or was left. Another one goes after some seconds.
+
+        Else callers who leave before they are answered would all be sent as trials.
+        """
         self._left += 1
+        self._try_at = max(self._try_at, now + _SUSPECT_WAIT)
         self._open = max(0, self._open - 1)
 
     def record_trial_accepted(self, now: float, amount: float) -> None:

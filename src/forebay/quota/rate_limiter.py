@@ -223,7 +223,9 @@ class RateLimiter:
         self._open[reservation.number] = reservation
         return reservation
 
-    def settle(self, now: float, reservation: QuotaReservation, used: Charge, *, failed: bool = False) -> None:
+    def settle(
+        self, now: float, reservation: QuotaReservation, used: Charge, *, failed: bool = False, answered: bool = True
+    ) -> None:
         """Replace a reservation by what the call used: an excess is refunded, a shortfall becomes a debt.
 
         Args:
@@ -232,13 +234,14 @@ class RateLimiter:
             used: by the call.
             failed: the provider failed. Some count such a request, others do not. A learned quota takes it as not
                 counted, since the next header corrects that; a given one as counted.
+            answered: the provider has answered; else nothing shows that it has accepted the call.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
         used = _without_negatives(used)
-        self._record_accepted(now, reservation, failed=failed)
+        self._record_accepted(now, reservation, failed=failed or not answered)
         for unit, _, bucket in self._given:
             _adjust(bucket, now, getattr(reservation.charge, unit) - getattr(used, unit))
         for unit, observed in self._observed.items():
@@ -257,7 +260,7 @@ class RateLimiter:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
-        self._end_trial(reservation)
+        self._end_trial(now, reservation)
         for unit, _, bucket in self._given:
             bucket.refund(now, getattr(reservation.charge, unit))
         for unit, observed in self._observed.items():
@@ -385,7 +388,7 @@ class RateLimiter:
     def _record_accepted(self, now: float, reservation: QuotaReservation, *, failed: bool) -> None:
         """Note for the doubts of quotas that a call has ended that was not throttled."""
         if failed:
-            self._end_trial(reservation)
+            self._end_trial(now, reservation)
             return
         trial_of, reservation.trial_of = reservation.trial_of, ()
         for unit, observed in self._observed.items():
@@ -394,10 +397,10 @@ class RateLimiter:
             elif not observed.doubt.is_believed(now):
                 observed.doubt.record_accepted(getattr(reservation.charge, unit))
 
-    def _end_trial(self, reservation: QuotaReservation) -> None:
+    def _end_trial(self, now: float, reservation: QuotaReservation) -> None:
         """Note that a trial call says nothing, and take back what it was granted."""
         for unit in reservation.trial_of:
-            self._observed[unit].cancel_trial(getattr(reservation.charge, unit))
+            self._observed[unit].cancel_trial(now, getattr(reservation.charge, unit))
         reservation.trial_of = ()
 
     def _learn_limit(self, now: float, header: RateLimitHeaders, reservation: QuotaReservation) -> ObservedLimit | None:

@@ -51,7 +51,7 @@ class MeteredStream:
 
     __slots__ = (
         "_decompressor", "_detects_truncation", "_judge", "_last_output_at", "_lock", "_meter", "_output_at", "_pieces",
-        "_run", "_settle", "_silent", "_usage_filter", "decoded", "settled",
+        "_run", "_settle", "_silent", "_usage_filter", "_waits_since", "decoded", "settled",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - the parts of a stream
@@ -74,6 +74,7 @@ class MeteredStream:
         self._lock = threading.Lock()
         self._output_at: float | None = None
         self._last_output_at = 0.0
+        self._waits_since = 0.0
         self._pieces = 0  # of the answer so far
         self._silent = 0.0
         self._run = context.call_observer()
@@ -103,8 +104,12 @@ class MeteredStream:
             self._add_silence(now)
         self._last_output_at = now
 
+    def wait(self) -> None:
+        """Note that its reader waits for the next bytes: until now it was the reader who took the time."""
+        self._waits_since = clock.now()
+
     def _add_silence(self, now: float) -> None:
-        silence = now - self._last_output_at
+        silence = now - max(self._last_output_at, self._waits_since)
         if silence > _SILENCE:
             self._silent += silence
 

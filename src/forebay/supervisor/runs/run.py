@@ -229,7 +229,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         return not (self.holds_slot or self.lends_slot or self.ended)
 
     @property
-    def _is_suspended(self) -> bool:
+    def is_suspended(self) -> bool:
         """True if it has lent its slot and has not ended."""
         return not (self.holds_slot or self.ended)
 
@@ -246,7 +246,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     def begin_exemption(self) -> bool:
         """Count an await, here or below, that may need new runs to begin; return True if it counts as open no more."""
         self.exemptions += 1
-        first = self.exemptions == 1 and self._is_suspended
+        first = self.exemptions == 1 and self.is_suspended
         if first:
             self.worker.change_exempt(self.task.priority, 1)
         return first
@@ -254,7 +254,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     def end_exemption(self) -> None:
         """Stop counting an await that might have needed new runs."""
         self.exemptions -= 1
-        if not self.exemptions and self._is_suspended:
+        if not self.exemptions and self.is_suspended:
             self.worker.change_exempt(self.task.priority, -1)
 
     def begin_await(self) -> None:
@@ -380,7 +380,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def end(self) -> bool:
         """Record that its handler has really ended; return whether it held a slot, which the caller now returns."""
-        if self._is_suspended:
+        if self.is_suspended:
             self.worker.resume(self.task.priority, exempt=self.exemptions > 0)
         self.ended = True
         held, self.holds_slot = self.holds_slot, False

@@ -64,6 +64,7 @@ class OpenBody(ABC):
             )
             raise self._read_error(message)
         self.unread_since = math.inf
+        self._stream.wait()
 
     def _abandon(self) -> None:
         """Release the permit of an answer that has not ended."""
