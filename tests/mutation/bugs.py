@@ -859,8 +859,8 @@ def a_forked_child_inherits_the_calls_of_its_parent() -> None:
 
 
 def words_alone_tell_the_cause_of_a_refusal() -> None:
-    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False, says_concurrency: bool = False) -> bool:
-        return named and not says_concurrency
+    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False) -> bool:
+        return named
 
     replace(RefusalCause, RefusalCause.is_rate, is_rate)
 

@@ -13,7 +13,6 @@ from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.providers import (
     ErrorKind,
     classify,
-    names_concurrency,
     names_spend_cap,
     read_rate_limits,
     read_rate_scope,
@@ -99,7 +98,6 @@ def judge_error_answer(
         retry_after=retry_after,
         rate_limits=read_rate_limits(headers, wall=wall),
         rate_scope=read_rate_scope(answer.body),
-        says_concurrency=kind is ErrorKind.CONCURRENCY_LIMIT and names_concurrency(answer.body),
         retry=retry if can_resend else False,
     )
 
@@ -111,7 +109,6 @@ def judge_error(  # noqa: PLR0913 - what an error says
     retry_after: float | None = None,
     rate_limits: tuple[RateLimitHeaders, ...] = (),
     rate_scope: RateScope | None = None,
-    says_concurrency: bool = False,
     retry: bool | None = None,
 ) -> AttemptResult:
     """Return the result of an attempt that the provider answered with an error, by the kind's rule (`classify.py`).
@@ -123,7 +120,6 @@ def judge_error(  # noqa: PLR0913 - what an error says
             account (429) they also count for the others, see `RefusalControl`.
         rate_limits: the rate-limit headers of the answer.
         rate_scope: the rate that the answer names, or None.
-        says_concurrency: the answer says that too many calls are in flight.
         retry: whether the call may be retried; None if that follows from the kind.
     """
     rule = kind.rule
@@ -136,7 +132,6 @@ def judge_error(  # noqa: PLR0913 - what an error says
             spend_cap=kind is ErrorKind.SPEND_CAP,
             rate_scope=rate_scope,
             account_limited=kind is ErrorKind.CONCURRENCY_LIMIT,
-            says_concurrency=says_concurrency,
             retry_after=retry_after,
             rate_limit_headers=rate_limits,
             usd=0.0,

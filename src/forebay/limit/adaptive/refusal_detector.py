@@ -84,6 +84,8 @@ class RefusalDetector:
 
     def record_refusal(self, now: float, grant: Grant) -> None:
         """Count a refused call that was sent under the present limit."""
+        if grant.granted_at < self._peak_sent:
+            self._peak -= 1  # the provider did not have this one, which counted as in flight with the accepted call
         new = grant.in_flight > self._peak or grant.granted_at - self._peak_sent > _PEAK_LASTS
         late = now - grant.granted_at > _CONTRADICTED_WITHIN
         self._recent.append(_Refusal(grant.granted_at, now, grant.in_flight, new or late))

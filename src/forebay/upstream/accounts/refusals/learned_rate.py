@@ -38,7 +38,8 @@ _SHORT_BLOCK: Final = 1.0  # seconds
 _PENALTY_COST: Final = 30.0  # times as long as a refused step has blocked the account, until the next one
 _LATE: Final = 0.05  # seconds by which a call may be late without delaying the next one
 _USED: Final = 0.8  # of the rate that must be used for it to rise
-_FALLS: Final = 6  # in a row, without a rise, that show that no rate is the cause
+_FALLS: Final = 12  # in a row, without a rise, that show that no rate is the cause ...
+_DEEP: Final = 6  # ... of which a deep one after a long block counts as so many: what was measured was no rate
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
@@ -174,6 +175,8 @@ class LearnedRate:
                 self.rate = self._learned = self._held
                 self._begin_wait(now, block, certain=True)
             return
+        fallen = self.measured and guess and not self.rising
+        long = not self._is_short(block)
         if self._is_far_too_fast():
             last = self._blocks[-2]
             accepted = (count - last.accepted + 2) / (block.ended - last.at)
@@ -184,7 +187,6 @@ class LearnedRate:
             measured *= _MARGIN
             if self.measured:
                 measured = min(self.rate, max(measured, self._learned / 2))
-                self._falls += not self.rising
             self.rate = self._held = measured
             self.measured = True
         elif self.known:
@@ -194,6 +196,8 @@ class LearnedRate:
         else:
             return
         self.rate = max(_MIN_RATE, self.rate)
+        if fallen:
+            self._falls += _DEEP if long and self.rate < _FALL * refused_rate else 1
         self._refused_at, self._learned = now, self.rate
         self._refusals, self._learned_count = 0, count
         near = refused_rate if self._is_short(block) else learned
@@ -273,12 +277,12 @@ class LearnedRate:
             self.forget()
             return
         if used:
-            self._held, self._falls = self.rate, 0
+            self._held = self.rate
             self.rate *= 1.0 + self._step
             if self.measured:
                 self._step = min(_MAX_STEP, 2 * self._step)
             if self.rate > 1.2 * self._learned:
-                self._wait = _FIRST_WAIT
+                self._wait, self._falls = _FIRST_WAIT, 0
         seconds = _STEP_SECONDS if self.rate < _FAST_FROM * self._learned else _FAST_STEP_SECONDS
         self._begin_step(now, max(seconds, _MIN_COUNT / self.rate) if self.measured else 1.0)
 
