@@ -865,6 +865,19 @@ def words_alone_tell_the_cause_of_a_refusal() -> None:
     replace(RefusalCause, RefusalCause.is_rate, is_rate)
 
 
+def evidence_fades_and_calls_in_flight_are_forgotten_in_a_pause() -> None:
+    always(RefusalCause, RefusalCause.leave_out, returns=None)
+
+
+def a_call_that_is_refused_later_was_in_flight_at_the_provider() -> None:
+    always(RefusalCause, RefusalCause._discount, returns=None)
+    always(RefusalDetector, RefusalDetector._discount, returns=None)
+
+
+def a_long_row_of_refusals_passes_for_a_short_one() -> None:
+    always(LearnedRate, LearnedRate._is_short, returns=True)
+
+
 def calls_accepted_right_after_a_refusal_say_nothing() -> None:
     always(RefusalTrial, RefusalTrial.record_accepted, returns=None)
 

@@ -106,8 +106,7 @@ class RefusalCause:
             self._move_window(now)
         refusal = _Refusal(now, sent_at, in_flight)
         self._refusals.append(refusal)
-        if sent_at < self._peak_sent_at:
-            self._peak -= 1  # the provider did not have this one, which counted as in flight with the accepted call
+        self._discount(sent_at)
         if in_flight <= self.peak or rising or not self.peak:
             return False
         if sent_at >= self._judged_at:  # those sent at once are one piece of evidence
@@ -140,6 +139,11 @@ class RefusalCause:
     def disprove_rate(self) -> None:
         """Note that a learned rate did not keep calls from being refused: it takes longer to learn one again."""
         self._score, self._enough = 0.0, _ENOUGH_DISPROVED
+
+    def _discount(self, sent_at: float) -> None:
+        """Take a refused call out of those in flight with an accepted one: the provider did not have it."""
+        if sent_at < self._peak_sent_at:
+            self._peak -= 1
 
     def _contradict(self, sent_at: float, in_flight: int) -> None:
         """Take back what the refusals counted that a call accepted with `in_flight` calls in flight contradicts."""

@@ -235,3 +235,20 @@ def test_small_steps_up_between_long_refusals_do_not_speak_for_the_rate() -> Non
         block(rate, now, now + 0.25)
         now += 0.25
     assert rate.is_disproved()
+
+
+def test_a_trial_knows_the_fastest_rate_of_the_last_minute() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 20.0, per_second=10.0)
+    send(rate, 20.0, 60.0, per_second=1.0)
+    assert rate.recent(60.0) == pytest.approx(10.0, rel=0.1)
+    send(rate, 60.0, 150.0, per_second=1.0)
+    assert rate.recent(150.0) == pytest.approx(1.0, rel=0.1)
+
+
+def test_no_rate_is_learned_from_a_few_refusals_that_a_known_quota_explains() -> None:
+    rate = LearnedRate()
+    for second in range(0, 100, 10):
+        send(rate, second, second + 9.0, per_second=10.0)
+        block(rate, second + 9.0, second + 9.25, guess=False)
+    assert not rate.known
