@@ -880,10 +880,23 @@ def a_forked_child_inherits_the_calls_of_its_parent() -> None:
 
 
 def words_alone_tell_the_cause_of_a_refusal() -> None:
-    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False, says_concurrency: bool = False) -> bool:
-        return named and not says_concurrency
+    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False) -> bool:
+        return named
 
     replace(RefusalCause, RefusalCause.is_rate, is_rate)
+
+
+def evidence_fades_and_calls_in_flight_are_forgotten_in_a_pause() -> None:
+    always(RefusalCause, RefusalCause.leave_out, returns=None)
+
+
+def a_call_that_is_refused_later_was_in_flight_at_the_provider() -> None:
+    always(RefusalCause, RefusalCause._discount, returns=None)
+    always(RefusalDetector, RefusalDetector._discount, returns=None)
+
+
+def a_long_row_of_refusals_passes_for_a_short_one() -> None:
+    always(LearnedRate, LearnedRate._is_short, returns=True)
 
 
 def calls_accepted_right_after_a_refusal_say_nothing() -> None:

@@ -335,6 +335,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.words_alone_tell_the_cause_of_a_refusal: (
         test_refusal_cause.test_trials_whose_calls_are_refused_speak_for_a_rate
     ),
+    bugs.evidence_fades_and_calls_in_flight_are_forgotten_in_a_pause: (
+        test_refusal_cause.test_a_pause_makes_nothing_older
+    ),
+    bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (
+        test_refusal_detector.test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it
+    ),
+    bugs.a_long_row_of_refusals_passes_for_a_short_one: (
+        test_learned_rate.test_spaced_calls_that_are_refused_for_long_twice_disprove_a_bucket
+    ),
     bugs.calls_accepted_right_after_a_refusal_say_nothing: (
         test_refusal_trial.test_more_accepted_calls_than_a_rate_lets_through_show_chance
     ),

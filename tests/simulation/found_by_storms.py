@@ -80,6 +80,7 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
     bugs.a_stream_that_is_dropped_keeps_its_permit: (blame_storm, 4),
     bugs.words_alone_tell_the_cause_of_a_refusal: (control_storm, 2),
     bugs.refused_calls_are_sent_again_at_once: (control_storm, 3),
+    bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (control_storm, 28),
     bugs.a_retry_after_is_believed_before_it_was_right: (control_storm, 14),
     bugs.no_rate_is_learned: (control_storm, 13),
     bugs.a_penalty_is_tried_again_at_once: (control_storm, 3),

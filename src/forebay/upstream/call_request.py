@@ -188,7 +188,6 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
         account_limited: it was throttled by another limit of the account, or by one that is not named (429).
         rate_scope: the rate that a refusal names, or None.
-        says_concurrency: the refusal says that too many calls are in flight.
         retry_after: seconds that the provider asked to wait, or None.
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
@@ -205,7 +204,6 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     spend_cap: bool = False
     account_limited: bool = False
     rate_scope: RateScope | None = None
-    says_concurrency: bool = False
     retry_after: float | None = None
     rate_limit_headers: tuple[RateLimitHeaders, ...] = ()
     usd: float | None = None

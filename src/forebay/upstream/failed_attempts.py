@@ -12,7 +12,6 @@ from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.providers import (
     ErrorKind,
     classify,
-    names_concurrency,
     names_spend_cap,
     read_rate_limits,
     read_rate_scope,
@@ -92,15 +91,13 @@ def judge_error_answer(
         retryable = asked
     if rule.throttled:  # no tokens were used; providers count the request all the same
         rate_limited = kind is ErrorKind.RATE_LIMIT  # then `RateLimiter.record_throttled` returns what it reserved
-        concurrency_limited = kind is ErrorKind.CONCURRENCY_LIMIT
         outcome = CallOutcome(
             kind=rule.outcome,
             used=None if rate_limited else _ONE_REQUEST,
             rate_limited=rate_limited,
             spend_cap=kind is ErrorKind.SPEND_CAP,
             rate_scope=read_rate_scope(body),
-            account_limited=concurrency_limited,
-            says_concurrency=concurrency_limited and names_concurrency(body),
+            account_limited=kind is ErrorKind.CONCURRENCY_LIMIT,
             retry_after=retry_after,  # for the account, see `RefusalControl`
             rate_limit_headers=rate_limits,
             usd=0.0,

@@ -124,6 +124,15 @@ def test_a_call_that_was_refused_itself_does_not_count_as_in_flight() -> None:
     assert calls.detector.background < 0.001
 
 
+def test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it() -> None:
+    detector = RefusalDetector()
+    for now in range(1, 200):
+        # Acceptances arrive at once, refusals later, and ten calls in flight are served.
+        detector.record_accepted(Grant(now + 0.05, 11), current=True)
+        detector.record_refusal(now + 0.1, Grant(now, 11))
+    assert detector.background < 0.03
+
+
 def test_a_share_of_refusals_is_put_up_with_up_to_a_third() -> None:
     """Check that many small servers behind a load balancer may refuse a quarter of the calls, and not half."""
     calls = used_to(4, 1000)

@@ -84,12 +84,18 @@ class RefusalDetector:
 
     def record_refusal(self, now: float, grant: Grant) -> None:
         """Count a refused call that was sent under the present limit."""
+        self._discount(grant)
         new = grant.in_flight > self._peak or grant.granted_at - self._peak_sent > _PEAK_LASTS
         late = now - grant.granted_at > _CONTRADICTED_WITHIN
         self._recent.append(_Refusal(grant.granted_at, now, grant.in_flight, new or late))
         self._evidence += self._refusal_weight
         self._refusals += 1
         self._compare(grant.in_flight)
+
+    def _discount(self, grant: Grant) -> None:
+        """Take a refused call out of those in flight with an accepted one: the provider did not have it."""
+        if grant.granted_at < self._peak_sent:
+            self._peak -= 1
 
     def _compare(self, in_flight: int) -> None:
         """Compare a background that is too high with that of half as many calls in flight.

@@ -525,7 +525,6 @@ class Account:
             permit.granted_at,
             permit.grant.in_flight,
             named=outcome.rate_limited,
-            says_concurrency=outcome.says_concurrency,
             retry_after=outcome.retry_after,
             repeated=permit.request.retries >= _REPEATED,
             quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,

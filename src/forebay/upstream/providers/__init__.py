@@ -4,7 +4,6 @@ from forebay.upstream.providers.classify import (
     ErrorKind,
     classify,
     classify_stream_error,
-    names_concurrency,
     names_spend_cap,
 )
 from forebay.upstream.providers.credentials import CREDENTIAL_HEADERS, find_other_credential, normalize_credential
@@ -46,7 +45,6 @@ __all__ = [
     "find_unpriced",
     "find_unreadable",
     "is_event_stream",
-    "names_concurrency",
     "names_spend_cap",
     "normalize_credential",
     "path_with_model",

@@ -296,11 +296,6 @@ def classify(status: int | None, headers: Mapping[str, str], body: bytes = b"") 
     return rule.kind
 
 
-def names_concurrency(body: bytes) -> bool:
-    """Return whether the body of an error says that too many calls are in flight."""
-    return _kind_in_body(body) is ErrorKind.CONCURRENCY_LIMIT
-
-
 def names_spend_cap(body: bytes) -> bool:
     """Return whether the code of an error says that the account's money is used up, not only a status or a message."""
     return any(ERROR_CODES.get(code) is ErrorKind.SPEND_CAP for code in _error_codes(_decode_error(body)))

@@ -15,6 +15,7 @@ _MEMORY: Final = 130.0  # seconds for which a block is remembered: a rate per mi
 _MAX_BLOCKS: Final = 16  # that are remembered
 _IDLE: Final = 5.0  # seconds without a call after which earlier blocks measure nothing: the bucket may have been full
 _RECENT: Final = 5.0  # seconds; the rate before a first block is taken over one to two times as long
+_FASTEST_LASTS: Final = 60.0  # seconds for which the highest rate of accepted calls is remembered
 _FIRST_SHARE: Final = 0.5  # of that rate, while no measurement is known
 _AT_ONCE: Final = 10.0  # seconds; blocks nearer to each other show that the rate is far too high ...
 _FAR: Final = 0.5  # ... if fewer calls than this share of what the rate allows were accepted between them
@@ -33,12 +34,15 @@ _MIN_RATE: Final = 1 / 60  # calls a second
 _MIN_RESUMED: Final = 1.0  # calls a second with which an account begins again at least
 _LONGEST_WAIT: Final = 600.0  # seconds, however slow the rate is
 _CERTAIN: Final = 1.5  # times the measured rate, up to which the rate before shows that the measurement is good
+_QUOTA_CALLS: Final = 10  # refused calls that a known quota explains ...
+_QUOTA_SHARE: Final = 0.02  # ... and this share of the accepted ones, from which no rate is learned
 _TOLERATED: Final = 0.01  # share of calls refused that does not lower a measured rate
 _SHORT_BLOCK: Final = 1.0  # seconds
 _PENALTY_COST: Final = 30.0  # times as long as a refused step has blocked the account, until the next one
 _LATE: Final = 0.05  # seconds by which a call may be late without delaying the next one
 _USED: Final = 0.8  # of the rate that must be used for it to rise
-_FALLS: Final = 6  # in a row, without a rise, that show that no rate is the cause
+_FALLS: Final = 12  # in a row, without a rise, that show that no rate is the cause ...
+_DEEP: Final = 6  # ... of which a deep one after a long block counts as so many: what was measured was no rate
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
@@ -65,6 +69,8 @@ class LearnedRate:
         "_count",
         "_earlier_mark",
         "_falls",
+        "_fastest",
+        "_fastest_at",
         "_held",
         "_learned",
         "_learned_count",
@@ -91,6 +97,7 @@ class LearnedRate:
         self._falls = 0  # of a measured rate, since it last rose
         self._count = 0  # calls sent and not refused
         self._mark = self._earlier_mark = _BlockEnd(-math.inf, 0)
+        self._fastest, self._fastest_at = 0.0, -math.inf  # the highest rate of calls accepted in the last minute
         self._blocks: deque[_BlockEnd] = deque(maxlen=_MAX_BLOCKS)
         self._refusals = self._learned_count = 0  # calls refused since the rate was learned, and accepted before
         self._refused_at = -math.inf  # when the latest block ended
@@ -128,10 +135,12 @@ class LearnedRate:
         self._next_at = -math.inf
 
     def recent(self, now: float) -> float:
-        """Return the calls a second that were accepted in the last seconds; the learned rate if that is higher."""
-        mark = self._earlier_mark
-        accepted = max(0, self._count - mark.accepted) / max(_RECENT, now - mark.at)
-        return max(accepted, self.rate) if self.known else accepted
+        """Return the most calls a second that were accepted in the last minute; the learned rate if that is higher."""
+        fastest = max(self._fastest, self._accepted_since(self._earlier_mark, now))
+        return max(fastest, self.rate) if self.known else fastest
+
+    def _accepted_since(self, mark: _BlockEnd, now: float) -> float:
+        return (self._count - mark.accepted) / max(_RECENT, now - mark.at)
 
     def wait(self, now: float, ahead: int = 0) -> float:
         """Return the seconds until a call may be sent, after `ahead` others."""
@@ -144,6 +153,9 @@ class LearnedRate:
             self._blocks.clear()
         self._sent_at = now
         if now >= self._mark.at + _RECENT and not blocked:
+            accepted = self._accepted_since(self._earlier_mark, now)
+            if accepted > self._fastest or now > self._fastest_at + _FASTEST_LASTS:
+                self._fastest, self._fastest_at = accepted, now
             self._earlier_mark, self._mark = self._mark, _BlockEnd(now, self._count)
         if self.rate < math.inf:
             self._sent_in_step += 1
@@ -161,30 +173,43 @@ class LearnedRate:
         Args:
             now: the time.
             block: the row of refusals.
-            guess: make a guess if there is no measurement.
+            guess: make a guess if there is no measurement; False if a known quota explains the refusals.
         """
         while self._blocks and self._blocks[0].at < now - _MEMORY:
             self._blocks.popleft()
         count, refused_rate, learned = self._count, self.rate, self._learned
         self._blocks.append(_BlockEnd(block.ended, count))
         self._refusals += block.refusals
+        if not (guess or self.known) and self._refusals <= _QUOTA_CALLS + _QUOTA_SHARE * count:
+            return  # the quota limits the calls well enough: no other process uses the key
         if self._is_tolerated(block):
             self._refused_at, self._next_at = now, now + 1.0 / self.rate
             if self.rising:
                 self.rate = self._learned = self._held
                 self._begin_wait(now, block, certain=True)
             return
+        fallen, long = self.measured and guess and not self.rising, not self._is_short(block)
+        if not self._correct(block, guess=guess):
+            return
+        if fallen:
+            self._falls += _DEEP if long and self.rate < _FALL * refused_rate else 1
+        self._refused_at, self._learned = now, self.rate
+        self._refusals, self._learned_count = 0, count
+        near = refused_rate if self._is_short(block) else learned
+        self._begin_wait(now, block, certain=self.measured and near <= _CERTAIN * self.rate)
+
+    def _correct(self, block: Block, *, guess: bool) -> bool:
+        """Set the rate by the calls accepted until the end of a block; return False if they do not tell it."""
         if self._is_far_too_fast():
             last = self._blocks[-2]
-            accepted = (count - last.accepted + 2) / (block.ended - last.at)
+            accepted = (self._count - last.accepted + 2) / (block.ended - last.at)
             self.rate = self._held = min(_FALL * self.rate, max(accepted, self.rate / _MAX_FALL))
-        elif (measured := self._measure(count - 1, block.refused)) is not None:
+        elif (measured := self._measure(self._count - 1, block.refused)) is not None:
             if self._held < self.rate and self._is_short(block):
                 measured = max(measured, self._held)  # a small bucket was full while the rate was lower
             measured *= _MARGIN
             if self.measured:
                 measured = min(self.rate, max(measured, self._learned / 2))
-                self._falls += not self.rising
             self.rate = self._held = measured
             self.measured = True
         elif self.known:
@@ -192,12 +217,9 @@ class LearnedRate:
         elif guess and (before := self._rate_before(block)) is not None:
             self._before, self.rate = before, _FIRST_SHARE * before
         else:
-            return
+            return False
         self.rate = max(_MIN_RATE, self.rate)
-        self._refused_at, self._learned = now, self.rate
-        self._refusals, self._learned_count = 0, count
-        near = refused_rate if self._is_short(block) else learned
-        self._begin_wait(now, block, certain=self.measured and near <= _CERTAIN * self.rate)
+        return True
 
     def resume(self, now: float, block: Block) -> None:
         """Begin again at the rate before a block whose cause is not a rate: meanwhile all slots may have become free.
@@ -273,12 +295,12 @@ class LearnedRate:
             self.forget()
             return
         if used:
-            self._held, self._falls = self.rate, 0
+            self._held = self.rate
             self.rate *= 1.0 + self._step
             if self.measured:
                 self._step = min(_MAX_STEP, 2 * self._step)
             if self.rate > 1.2 * self._learned:
-                self._wait = _FIRST_WAIT
+                self._wait, self._falls = _FIRST_WAIT, 0
         seconds = _STEP_SECONDS if self.rate < _FAST_FROM * self._learned else _FAST_STEP_SECONDS
         self._begin_step(now, max(seconds, _MIN_COUNT / self.rate) if self.measured else 1.0)
 

@@ -8,7 +8,6 @@ from typing import Final, NamedTuple
 
 _RECENT: Final = 10.0  # seconds in which a call that was accepted contradicts a refusal; before it, up to twice as long
 _NAMED: Final = 5.0  # weight of words or headers that name a rate
-_SAYS_CONCURRENCY: Final = 3.0  # weight of words that name the calls in flight: each fall of such a limit looks alike
 _TRIED: Final = 2.0  # weight of a trial that found a limit ...
 _CHANCE: Final = 4.0  # ... and of one that found none
 _PAUSED: Final = 0.5  # weight of a refused trial call of a pause
@@ -16,7 +15,7 @@ _ENOUGH: Final = 4.0  # score from which a rate is the likely cause ...
 _ENOUGH_MEASURED: Final = 0.0  # ... where a rate has been measured, which explains the refusal
 _MAX_SCORE: Final = 9.0
 _MIN_SCORE: Final = -4.0
-_DISPROVED: Final = -8.0  # score after a learned rate was disproved
+_ENOUGH_DISPROVED: Final = 8.0  # ... where a learned rate was disproved
 _HALF_LIFE: Final = 10.0  # seconds of the evidence for a rate: one that is not kept to refuses again at once
 _MAX_REFUSALS: Final = 64  # that are remembered
 
@@ -35,12 +34,25 @@ class RefusalCause:
     seconds before or after. What the provider says about the cause decides only until such evidence outweighs it.
     """
 
-    __slots__ = ("_earlier_peak", "_judged_at", "_limit_at", "_open", "_peak", "_refusals", "_score", "_window_start")
+    __slots__ = (
+        "_earlier_peak",
+        "_enough",
+        "_judged_at",
+        "_limit_at",
+        "_open",
+        "_peak",
+        "_peak_sent_at",
+        "_refusals",
+        "_score",
+        "_window_start",
+    )
 
     def __init__(self) -> None:
         self._peak = self._earlier_peak = 0  # most calls in flight with an accepted one
+        self._peak_sent_at = -math.inf
         self._window_start = -math.inf
         self._score = 0.0
+        self._enough = _ENOUGH
         self._judged_at = -math.inf  # when the latest refusal arrived that was counted against a rate
         self._limit_at = -math.inf  # when a trial spoke for a rate latest
         self._refusals: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)
@@ -51,33 +63,36 @@ class RefusalCause:
         """The most calls in flight with which a call was accepted recently."""
         return max(self._peak, self._earlier_peak)
 
-    def is_rate(self, *, measured: bool, named: bool = False, says_concurrency: bool = False) -> bool:
+    def is_rate(self, *, measured: bool, named: bool = False) -> bool:
         """Return whether a rate is the likely cause of refusals now.
 
         Args:
             measured: a rate has been measured.
             named: they name a rate, or a time after which to come back.
-            says_concurrency: they name the calls in flight.
         """
-        said = _NAMED * named - _SAYS_CONCURRENCY * says_concurrency
-        return self._score + said >= (_ENOUGH_MEASURED if measured else _ENOUGH)
+        return self._score + _NAMED * named >= (_ENOUGH_MEASURED if measured else self._enough)
 
-    def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
+    def record_accepted(self, now: float, sent_at: float, in_flight: int, *, paused: bool = False) -> None:
         """Note that a call was accepted.
 
         Args:
             now: the time.
             sent_at: when it was sent.
             in_flight: calls in flight at that time, itself included.
+            paused: calls paused until now.
         """
-        self._move_window(now)
+        if not paused:
+            self._move_window(now)
         if in_flight > self._peak or self._open:
             # Calls that were refused in the meantime never were in flight at the provider.
             in_flight -= sum(refusal.sent_at < sent_at < refusal.at for refusal in self._refusals)
-            self._peak = max(self._peak, in_flight)
+            if in_flight > self._peak:
+                self._peak, self._peak_sent_at = in_flight, sent_at
             self._contradict(sent_at, in_flight)
 
-    def record_refused(self, now: float, sent_at: float, in_flight: int, *, rising: bool = False) -> bool:
+    def record_refused(
+        self, now: float, sent_at: float, in_flight: int, *, rising: bool = False, paused: bool = False
+    ) -> bool:
         """Note that a call was refused, and return whether fewer calls in flight would have helped.
 
         Args:
@@ -85,10 +100,13 @@ class RefusalCause:
             sent_at: when it was sent.
             in_flight: calls in flight at that time, itself included.
             rising: a learned rate is being raised, and so are the calls in flight: more of them say nothing.
+            paused: calls pause.
         """
-        self._move_window(now)
+        if not paused:
+            self._move_window(now)
         refusal = _Refusal(now, sent_at, in_flight)
         self._refusals.append(refusal)
+        self._discount(sent_at)
         if in_flight <= self.peak or rising or not self.peak:
             return False
         if sent_at >= self._judged_at:  # those sent at once are one piece of evidence
@@ -96,6 +114,11 @@ class RefusalCause:
             self._open.append(refusal)
             self._count(-1.0)
         return True
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out a pause: what was known before it has not become older."""
+        self._window_start += seconds
+        self._limit_at += seconds
 
     def record_limit(self, now: float) -> None:
         """Count a trial whose calls were refused, though no more were in flight than were accepted before."""
@@ -115,7 +138,12 @@ class RefusalCause:
 
     def disprove_rate(self) -> None:
         """Note that a learned rate did not keep calls from being refused: it takes longer to learn one again."""
-        self._score = _DISPROVED
+        self._score, self._enough = 0.0, _ENOUGH_DISPROVED
+
+    def _discount(self, sent_at: float) -> None:
+        """Take a refused call out of those in flight with an accepted one: the provider did not have it."""
+        if sent_at < self._peak_sent_at:
+            self._peak -= 1
 
     def _contradict(self, sent_at: float, in_flight: int) -> None:
         """Take back what the refusals counted that a call accepted with `in_flight` calls in flight contradicts."""
@@ -134,4 +162,4 @@ class RefusalCause:
         if now >= self._window_start + _RECENT:
             recent = now < self._window_start + 2 * _RECENT
             self._earlier_peak = self._peak if recent else 0
-            self._peak, self._window_start = 0, now
+            self._peak, self._peak_sent_at, self._window_start = 0, -math.inf, now

@@ -35,7 +35,6 @@ class RefusalControl:
         self._more = False  # the row began with more calls in flight than were accepted before, which may be the cause
         self._judged = False  # a trial of the present row has found a limit
         self._quota_explains = False  # a known quota is used up in the present block
-        self._says_concurrency = False  # the latest refusal said that too many calls are in flight
         self._began_above = False  # the block began with more calls in flight than were accepted before ...
         self._refused_below = False  # ... and then refused a call with no more than that
         self._blocked_in_flight = 0  # calls in flight when the first refused call of the block was sent
@@ -84,7 +83,7 @@ class RefusalControl:
 
     def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
         """Note that a call was accepted that was sent when `in_flight` calls were in flight, itself included."""
-        self._cause.record_accepted(now, sent_at, in_flight)
+        self._cause.record_accepted(now, sent_at, in_flight, paused=self._pause.silent)
         if self._trial.record_accepted(sent_at) is TrialVerdict.CHANCE:
             self._record_chance()
         elif self._trial.is_open(now):
@@ -94,7 +93,9 @@ class RefusalControl:
         if block is None:
             return
         lasted = block.ended - block.began
-        rate = self._cause.is_rate(measured=self.rate.measured, says_concurrency=self._says_concurrency)
+        if block.paused:
+            self._cause.leave_out(lasted)
+        rate = self._cause.is_rate(measured=self.rate.measured)
         if self._quota_explains or rate:
             self.rate.learn(now, block, guess=not self._quota_explains)
             if self.rate.is_disproved():
@@ -117,7 +118,6 @@ class RefusalControl:
         in_flight: int,
         *,
         named: bool = False,
-        says_concurrency: bool = False,
         retry_after: float | None = None,
         quota_explains: bool = False,
         repeated: bool = False,
@@ -129,7 +129,6 @@ class RefusalControl:
             sent_at: when the call was sent.
             in_flight: calls in flight at that time, itself included.
             named: the refusal names a rate, or a time after which to come back.
-            says_concurrency: the refusal says that too many calls are in flight.
             retry_after: seconds that the provider asked for, or None.
             quota_explains: a quota that is known is used up.
             repeated: the call was refused several times before: what it asks for may be the cause.
@@ -140,7 +139,9 @@ class RefusalControl:
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
         late = now >= sent_at + RIGHT_AFTER
         verdict = self._trial.record_refused(sent_at)
-        more = self._cause.record_refused(now, sent_at, in_flight, rising=self.rate.rising or not begins)
+        more = self._cause.record_refused(
+            now, sent_at, in_flight, rising=self.rate.rising or not begins, paused=self._pause.silent
+        )
         if begins:
             self._more, self._judged = more, False
             self._untried += 1
@@ -148,11 +149,8 @@ class RefusalControl:
             self._record_limit(now)
         if self._pause.silent and not self._began_above and not late:
             self._cause.record_silent_refusal(in_flight)
-        rate = quota_explains or self._cause.is_rate(
-            named=named, says_concurrency=says_concurrency, measured=self.rate.measured
-        )
+        rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
         certain = self._judged or quota_explains or late or not self._begin_trial(now, sent_at)
-        self._says_concurrency = says_concurrency
         self.rate.record_refused()
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after

@@ -135,6 +135,8 @@ class RefusalPause:
         refused = self._refused_sent_at
         if self._trusted and self._allowed_at <= sent_at:
             refused = max(refused, self._allowed_at)  # calls before would have been refused too
+        if self._silence > _PLATEAU:
+            refused = sent_at  # so long a silence was needed because each call extends a penalty
         block = Block(self._blocked_since, refused, sent_at, self._refusals, self.silent)
         self._needed = self._silence if self._silence > _PLATEAU else 0.0
         self._end()
@@ -150,9 +152,10 @@ class RefusalPause:
             sent_at: when the call was sent.
             retry_after: seconds that the provider asked for, or 0.
             certain: a rate is the cause; otherwise only several refusals in a row begin a silence.
-            first_silence: seconds of the first silence, at least.
+            first_silence: seconds of the first silence, about.
         """
         self._refused_sent_at = max(self._refused_sent_at, sent_at)
+        first_silence = min(_PLATEAU, max(_FIRST_SILENCE, first_silence))
         begins = self._blocked_since == math.inf
         self._refusals += 1
         self._again += sent_at >= self._blocked_since
@@ -161,7 +164,7 @@ class RefusalPause:
             self._blocked_since = now
         elif sent_at < self._round_at:
             if silence and not self._silence:  # the first of this round did not show it yet
-                self._begin_silence(now, max(_FIRST_SILENCE, first_silence))
+                self._begin_silence(now, first_silence)
             return False
         elif now < self._allowed_at:
             self._refused_early = True
@@ -170,7 +173,7 @@ class RefusalPause:
         if retry_after:
             self._allowed_at = now + retry_after
         if silence or self._silence:
-            self._begin_silence(now, max(_FIRST_SILENCE, first_silence))
+            self._begin_silence(now, first_silence)
         return begins
 
     def _next_silence(self, now: float, first: float) -> float:

@@ -203,3 +203,52 @@ def test_a_row_of_refusals_that_began_when_the_rate_before_was_last_noted_has_no
     send(rate, 0.0, 20.0, per_second=1.0)
     rate.resume(30.0, Block(began=10.0, refused=29.0, ended=30.0, refusals=9, paused=True))
     assert not rate.known
+
+
+def test_spaced_calls_that_are_refused_for_long_twice_disprove_a_bucket() -> None:
+    rate, now = measured(4.0), 20.25
+    for times in (1, 2):
+        send(rate, now, now + 9.0, per_second=1000.0)
+        block(rate, now + 9.0, now + 12.0, refusals=3)
+        now += 12.0
+        assert rate.is_disproved() == (times == 2)
+
+
+def test_long_refusals_that_a_known_quota_explains_disprove_nothing() -> None:
+    rate, now = measured(4.0), 20.25
+    for _ in range(5):
+        send(rate, now, now + 9.0, per_second=1000.0)
+        block(rate, now + 9.0, now + 12.0, refusals=3, guess=False)
+        now += 12.0
+    assert not rate.is_disproved()
+
+
+def test_small_steps_up_between_long_refusals_do_not_speak_for_the_rate() -> None:
+    rate, now = measured(4.0), 20.25
+    for _ in range(2):
+        send(rate, now, now + 9.0, per_second=1000.0)
+        block(rate, now + 9.0, now + 12.0, refusals=3)
+        learned, now = rate.rate, now + 12.0
+        while rate.rate == learned:
+            send(rate, now, now + 1.0, per_second=1000.0)
+            now += 1.0
+        block(rate, now, now + 0.25)
+        now += 0.25
+    assert rate.is_disproved()
+
+
+def test_a_trial_knows_the_fastest_rate_of_the_last_minute() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 20.0, per_second=10.0)
+    send(rate, 20.0, 60.0, per_second=1.0)
+    assert rate.recent(60.0) == pytest.approx(10.0, rel=0.1)
+    send(rate, 60.0, 150.0, per_second=1.0)
+    assert rate.recent(150.0) == pytest.approx(1.0, rel=0.1)
+
+
+def test_no_rate_is_learned_from_a_few_refusals_that_a_known_quota_explains() -> None:
+    rate = LearnedRate()
+    for second in range(0, 100, 10):
+        send(rate, second, second + 9.0, per_second=10.0)
+        block(rate, second + 9.0, second + 9.25, guess=False)
+    assert not rate.known

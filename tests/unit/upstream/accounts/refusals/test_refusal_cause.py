@@ -59,14 +59,6 @@ def test_refused_trial_calls_of_a_pause_with_more_calls_in_flight_than_were_acce
     assert not is_rate(cause)
 
 
-def test_words_that_name_the_calls_in_flight_ask_for_more_evidence_of_a_rate() -> None:
-    cause = RefusalCause()
-    for _ in range(2):
-        assert not cause.is_rate(measured=True, says_concurrency=True)
-        cause.record_limit(0.0)
-    assert cause.is_rate(measured=True, says_concurrency=True)
-
-
 def test_refusals_with_more_calls_in_flight_than_were_accepted_speak_against_a_rate() -> None:
     cause = RefusalCause()
     accept(cause, 0.0, 20)
@@ -129,9 +121,32 @@ def test_while_a_rate_rises_more_calls_in_flight_say_nothing() -> None:
     assert is_rate(cause, measured=True)
 
 
-def test_a_rate_that_was_disproved_needs_more_evidence_than_before() -> None:
+def test_a_rate_that_was_disproved_needs_twice_the_evidence() -> None:
     cause = RefusalCause()
+    cause.record_limit(0.0)
     cause.disprove_rate()
-    for _ in range(5):
+    for _ in range(3):
         cause.record_limit(0.0)
         assert not is_rate(cause)
+    cause.record_limit(0.0)
+    assert is_rate(cause)
+
+
+def test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it() -> None:
+    cause = RefusalCause()
+    cause.record_accepted(0.1, 0.05, 11)
+    cause.record_refused(0.12, 0.02, 10)
+    assert cause.peak == 10
+    assert cause.record_refused(1.0, 0.9, 11)
+
+
+def test_a_pause_makes_nothing_older() -> None:
+    cause = RefusalCause()
+    accept(cause, 0.0, 40)
+    cause.record_limit(1.0)
+    cause.record_refused(30.0, 29.9, 5, paused=True)
+    cause.leave_out(30.0)
+    cause.record_accepted(31.5, 31.0, 1)
+    cause.record_limit(31.0)
+    assert cause.peak == 40
+    assert is_rate(cause)

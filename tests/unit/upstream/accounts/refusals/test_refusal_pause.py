@@ -185,3 +185,21 @@ def test_a_block_is_forgotten_when_nobody_calls() -> None:
     pause.record_sent(3600.0)
     assert not pause.blocked
     assert pause.wait(3600.0) == 0.0
+
+
+def test_a_silence_as_long_as_a_penalty_ends_when_calls_are_accepted() -> None:
+    pause = RefusalPause()
+    trials(pause, 130.0)
+    at = 200.0
+    pause.record_sent(at)
+    block = pause.record_accepted(at)
+    assert block is not None
+    assert block.refused == at
+
+
+@pytest.mark.parametrize("first_silence", [0.5, 5.0, 30.0])
+def test_the_first_silence_is_a_few_seconds_at_most(first_silence: float) -> None:
+    pause = RefusalPause()
+    pause.record_sent(0.0)
+    pause.record_refused(TRIP, 0.0, retry_after=0.0, certain=True, first_silence=first_silence)
+    assert pause.wait(TRIP) == min(8.0, first_silence)
