@@ -151,7 +151,7 @@ class LoadSource(Protocol):
 
     @property
     def accounts(self) -> Sequence[LoadSource]:
-        """Return the accounts any of which could serve those calls; of a single account, the account itself."""
+        """The accounts any of which could serve those calls; of a single account, the account itself."""
 
     def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
         """Return the load for calls of `priority`, and the part of the account that limits it.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
 from tests.support.gateway_harness import GatewayHarness, ScriptedProvider
+from tests.support.task_stores import STORES, StoreBackend
 
 
 @pytest.fixture
@@ -22,3 +24,15 @@ async def harness() -> AsyncIterator[GatewayHarness]:
     listening.close()
     server.pre_shutdown()
     await server.shutdown(0.1)
+
+
+@pytest.fixture(params=STORES, ids=str)
+def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    backend: StoreBackend = request.param
+    return backend.fast_url(tmp_path)
+
+
+@pytest.fixture(params=[None, *STORES], ids=str)
+def any_overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    backend: StoreBackend | None = request.param
+    return None if backend is None else backend.fast_url(tmp_path)

@@ -327,10 +327,6 @@ async def test_what_was_not_sent_costs_nothing(error: Exception) -> None:
     with pytest.raises(type(error)):
         await upstream.send(HttpRequest("POST", OPENAI + "/chat/completions", {}, body), refuse)
     assert spent(upstream) == 0.0
-    with pytest.raises(type(error)):
-        async with upstream.call("gpt-4o", input_tokens=10, output_tokens=50_000):
-            raise error
-    assert spent(upstream) == 0.0
     async with upstream.call("gpt-4o", input_tokens=10, output_tokens=50_000) as call:
         call.overloaded()
     assert spent(upstream) == 0.0
@@ -393,6 +389,49 @@ async def test_hidden_output_between_two_words_of_a_stream_that_is_left_is_paid(
     thinking = [chunk(choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": None}])] * 30
     await leave(upstream, *words("so"), *thinking, *words("well"), *thinking, after=58.5, max_tokens=50_000)
     assert spent(upstream) >= INPUT + 55 * 200 * 10e-6
+
+
+@virtual
+async def test_a_summary_of_reasoning_does_not_hide_the_reasoning_of_a_stream_that_is_left() -> None:
+    upstream = upstream_of()
+    summary = [chunk(choices=[{"index": 0, "delta": {"reasoning": "Hm"}, "finish_reason": None}])] * 60
+    await leave(upstream, *summary, *words("so"), after=60.5, max_tokens=50_000)
+    assert spent(upstream) >= INPUT + 59 * 200 * 10e-6
+
+
+@virtual
+@pytest.mark.parametrize(
+    ("asked", "after", "least"),
+    [
+        ({"n": 100, "max_tokens": 4_000}, 2.0, 100 * 2 * 200 * 10e-6),
+        ({}, 600.0, 600 * 200 * 10e-6),
+        ({"max_tokens": 100, "web_search_options": {}}, 0.1, 0.009),
+        ({"max_tokens": 100, "messages": [{"role": "user", "content": "x" * 40_000}]}, 0.1, INPUT),
+    ],
+)
+async def test_a_key_that_was_never_accepted_pays_for_what_can_have_been_made(
+    asked: dict[str, Any], after: float, least: float
+) -> None:
+    upstream = Upstream("openai", provider="openai", budget=Budget(usd=1_000.0))
+    client = Script(httpx2, Reply(pause=1_000.0)).client(upstream)
+    body = {"model": "gpt-4o", "messages": [], **asked}
+
+    async def give_up() -> None:
+        async with asyncio.timeout(after):
+            await client.post(OPENAI + "/chat/completions", json=body, headers={"authorization": "Bearer sk-1"})
+
+    with pytest.raises(TimeoutError):
+        await give_up()
+    assert spent(upstream) >= least * 0.99
+
+
+@virtual
+async def test_a_connection_that_fails_beside_a_paid_call_does_not_make_it_free() -> None:
+    upstream = upstream_of()
+    with pytest.raises(ConnectionRefusedError):
+        async with upstream.call("gpt-4o", input_tokens=10, output_tokens=50_000):
+            raise ConnectionRefusedError  # of a cache, after the model has answered
+    assert spent(upstream) == pytest.approx(0.5, rel=0.01)
 
 
 @virtual

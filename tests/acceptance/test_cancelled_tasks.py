@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.task_plane import Agent, run_ready, statuses, virtual
-from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, Task, TaskStatus, WorkerState
 from forebay.adapters import Handler
 from forebay.errors import StoreUnavailable, UnknownTask
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
-
-
-@pytest.fixture(params=STORES, ids=str)
-def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    backend: StoreBackend = request.param
-    return backend.fast_url(tmp_path)
 
 
 def cancel_everything(kept: asyncio.Task[Any] | None = None) -> None:

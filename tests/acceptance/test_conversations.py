@@ -21,7 +21,6 @@ from tests.support.task_plane import (
     submit_all,
     virtual,
 )
-from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, Verdict
 from forebay.interfaces import TaskRecord
@@ -29,18 +28,6 @@ from forebay.overflow import SqliteTaskStore, encode_task, open_task_store
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
-
-
-@pytest.fixture(params=STORES, ids=str)
-def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    backend: StoreBackend = request.param
-    return backend.fast_url(tmp_path)
-
-
-@pytest.fixture(params=[None, *STORES], ids=str)
-def any_overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    backend: StoreBackend | None = request.param
-    return None if backend is None else backend.fast_url(tmp_path)
 
 
 @pytest.fixture

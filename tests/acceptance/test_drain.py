@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, flood, now, virtual
+from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, flood, now, virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus, Ticket, Verdict
 from forebay.errors import StillSpilled, StoreUnavailable
@@ -507,3 +507,118 @@ async def test_closing_ends_a_drain_that_is_under_way() -> None:
     await supervisor.close()
     assert (await draining).cancelled == 3
     assert await ends(tickets) == {"cancelled": 3}
+
+
+# --- sub-tasks of agents that are to be run again ---
+
+
+async def run_agents(
+    path: Path, agent: Any, *, agents: int, drains: bool, max_queue_size: int | None
+) -> list[TaskStatus | str]:
+    """Run durable agents, each with a sub-task, and drain meanwhile; return how they ended."""
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?synchronous=off", max_queue_size=max_queue_size)
+
+    async def handle(task: Task) -> Any:
+        return await agent(supervisor, task)
+
+    supervisor.register_worker("agent", handler=handle, task_types=["agent"], max_concurrent=agents)
+    supervisor.register_worker("tool", handler=Agent(0.02), task_types=["tool"])
+    async with supervisor:
+        tickets = [await supervisor.submit(Task("agent", durable=True, key=str(number))) for number in range(agents)]
+        await asyncio.sleep(0.1)
+        if drains:
+            await supervisor.drain(timeout=20.0)
+        return await asyncio.gather(*(error_of_or_status(ticket) for ticket in tickets))
+
+
+async def error_of_or_status(ticket: Ticket) -> TaskStatus | str:
+    try:
+        return (await ticket).status
+    except StillSpilled:
+        return "left behind"
+
+
+@virtual
+async def test_agents_that_submit_a_sub_task_while_draining_finish(tmp_path: Path) -> None:
+    async def agent(supervisor: BackpressureSupervisor, _: Task) -> Any:
+        await asyncio.sleep(0.2)
+        return await supervisor.run(Task("tool"))
+
+    ends = await run_agents(tmp_path / "store.db", agent, agents=100, drains=True, max_queue_size=None)
+    assert ends == [TaskStatus.SUCCEEDED] * 100
+
+
+async def in_a_group(supervisor: BackpressureSupervisor, _: Task) -> Any:
+    async with asyncio.TaskGroup() as group:
+        tool = group.create_task(supervisor.run(Task("tool")))
+    return tool.result()
+
+
+async def with_an_error_of_its_own(supervisor: BackpressureSupervisor, _: Task) -> Any:
+    try:
+        return await supervisor.run(Task("tool"))
+    except Exception as exc:
+        message = "the tool failed"
+        raise RuntimeError(message) from exc
+
+
+@pytest.mark.parametrize("agent", [in_a_group, with_an_error_of_its_own])
+@virtual
+async def test_agents_whose_sub_task_is_left_behind_run_again_whatever_they_raise(agent: Any, tmp_path: Path) -> None:
+    ends = await run_agents(tmp_path / "store.db", agent, agents=20, drains=True, max_queue_size=0)
+    assert set(ends) == {TaskStatus.SUCCEEDED, "left behind"}
+    ends = await run_agents(tmp_path / "store.db", agent, agents=20, drains=False, max_queue_size=0)
+    assert ends == [TaskStatus.SUCCEEDED] * 20
+
+
+@pytest.mark.parametrize("how", ["task", "slot"])
+@virtual
+async def test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_from_ending(how: str) -> None:
+    supervisor = BackpressureSupervisor(zombie_grace=2.0)
+
+    async def parent(_: Task) -> None:
+        await supervisor.run(Task("stuck"))
+
+    supervisor.register_worker("stuck", handler=UncancellableHandler(500.0), task_types=["stuck"], timeout=1.0)
+    supervisor.register_worker("parent", handler=parent, task_types=["parent"], timeout=10_000.0)
+
+    async def hold_a_slot() -> None:
+        async with supervisor.slot("parent"):
+            await supervisor.run(Task("stuck"))
+
+    async with supervisor:
+        zombie = supervisor.submit_nowait(Task("stuck"))
+        await asyncio.sleep(0.1)
+        waiting = asyncio.ensure_future(hold_a_slot() if how == "slot" else supervisor.run(Task("parent")))
+        assert (await zombie).status is TaskStatus.TIMED_OUT
+        report = await supervisor.drain()
+        assert now() < 20.0
+        assert report.orphans == (zombie.task_id,)
+        assert isinstance(await error_of(waiting), Exception | asyncio.CancelledError)
+
+
+class StandingStore(SlowStore):
+    """A store that stands still once it is told to, and ignores that it is cancelled."""
+
+    stands = False
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        until = now() + 10_000.0
+        while self.stands and now() < until:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(until - now())
+        await super().release(leases)
+
+
+@virtual
+async def test_a_store_that_stands_still_keeps_no_supervisor_from_closing() -> None:
+    store = StandingStore(0.0)
+    supervisor = make_supervisor(Agent(60.0), store, zombie_grace=1.0)
+    await supervisor.start()
+    ticket = await supervisor.submit(Task("work", durable=True))
+    await asyncio.sleep(0.1)
+    store.stands = True
+    await supervisor.close()
+    assert now() < 60.0
+    assert ticket.done()
+    store.stands = False

@@ -19,6 +19,7 @@ from tests.support.gateway_harness import (
     EVENT,
     NOTHING_LEFT,
     STOP,
+    Behaviour,
     GatewayHarness,
     connect,
     leftovers,
@@ -31,7 +32,7 @@ from tests.support.gateway_harness import (
     writing_raw,
 )
 
-from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway
 
 BODY = json.dumps(CHAT_REQUEST).encode()
@@ -823,3 +824,75 @@ async def test_upgrades_are_not_accepted(harness: GatewayHarness) -> None:
             writer.write(request_bytes(BODY))
         writer.close()
         assert "upgrade" not in harness.provider.requests[0].headers
+
+
+# --- the key of a fallback ---
+
+
+def with_fallback(harness: GatewayHarness, **target: Any) -> GatewaySettings:
+    """Return settings of a target whose calls fall back to one with a key of the operator."""
+    spare = TargetSettings(name="spare", url=f"{harness.url}/spare", provider="openai-compatible")
+    elsewhere = FallbackSettings(target="spare", api_key_env="SPARE")
+    own = TargetSettings(name="openai", url=harness.url, fallback=(elsewhere,), **target)
+    return GatewaySettings(targets=(own, spare), listen="127.0.0.1:0")
+
+
+def knows_keys(harness: GatewayHarness, *keys: str) -> Behaviour:
+    """Return a provider that refuses all keys but these."""
+
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        known = request.headers.get("authorization") in {f"Bearer {key}" for key in ("sk-spare", *keys)}
+        return await (harness.provider.reply if known else responding(401))(request)
+
+    return behave
+
+
+def spare_calls(harness: GatewayHarness) -> int:
+    return sum(request.path.startswith("/spare") for request in harness.provider.requests)
+
+
+@pytest.mark.parametrize("headers", [{"authorization": "Bearer junk"}, {}], ids=["junk key", "no key"])
+@pytest.mark.parametrize("share_keys", [False, True])
+async def test_callers_whose_key_was_refused_get_no_key_of_a_fallback(
+    harness: GatewayHarness,
+    headers: dict[str, str],
+    share_keys: bool,  # noqa: FBT001
+) -> None:
+    harness.provider.behaviour = knows_keys(harness)
+    async with Gateway(with_fallback(harness, rpm=2, share_keys=share_keys), {"SPARE": "sk-spare"}) as gateway:
+        sent = {"x-stainless-read-timeout": "2", **headers}
+        assert [(await harness.post(gateway, headers=sent))[0] for _ in range(4)] == [401, 401, 429, 429]
+        assert spare_calls(harness) == 0
+
+
+async def test_callers_whose_key_was_not_tried_get_no_key_of_a_fallback(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = knows_keys(harness)
+    async with Gateway(with_fallback(harness, output_tpm=10), {"SPARE": "sk-spare"}) as gateway:
+        status, _, body = await harness.post(gateway, headers={"authorization": "Bearer junk"})
+        assert status == 413  # it is larger than the quota: the provider was not asked
+        assert "whose own key was accepted" in str(body)
+        assert spare_calls(harness) == 0
+
+
+async def test_a_key_that_was_refused_and_is_accepted_again_may_use_the_key_of_a_fallback(
+    harness: GatewayHarness,
+) -> None:
+    async with Gateway(with_fallback(harness, rpm=2), {"SPARE": "sk-spare"}) as gateway:
+        sent = {"authorization": "Bearer sk-1", "x-stainless-read-timeout": "2"}
+        statuses = []
+        for behaviour in (knows_keys(harness), *[knows_keys(harness, "sk-1")] * 2):
+            harness.provider.behaviour = behaviour
+            statuses.append((await harness.post(gateway, headers=sent))[0])
+        assert statuses == [401, 200, 200]
+        assert spare_calls(harness) == 1
+
+
+async def test_a_new_key_may_use_the_key_of_a_fallback_while_its_provider_fails(harness: GatewayHarness) -> None:
+    async def fail_but_at_spare(request: web.BaseRequest) -> web.StreamResponse:
+        own = not request.path.startswith("/spare")
+        return await (responding(500, x_should_retry="false") if own else harness.provider.reply)(request)
+
+    harness.provider.behaviour = fail_but_at_spare
+    async with Gateway(with_fallback(harness), {"SPARE": "sk-spare"}) as gateway:
+        assert (await harness.post(gateway, headers={"authorization": "Bearer sk-1"}))[0] == 200
+        assert spare_calls(harness) == 1

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.supervisor_checks import check_supervisor
 from tests.support.task_plane import Agent, flood, now, rejected, results, run_ready, statuses, submit_all, virtual
-from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskStatus
 from forebay.errors import NestedTooDeep
@@ -19,18 +17,6 @@ from forebay.interfaces import WorkerState
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
-
-
-@pytest.fixture(params=STORES, ids=str)
-def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    backend: StoreBackend = request.param
-    return backend.fast_url(tmp_path)
-
-
-@pytest.fixture(params=[None, *STORES], ids=str)
-def any_overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    backend: StoreBackend | None = request.param
-    return None if backend is None else backend.fast_url(tmp_path)
 
 
 class Fleet:

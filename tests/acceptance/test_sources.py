@@ -13,11 +13,15 @@ from tests.support.task_plane import Agent, approximately, flood, now, virtual
 
 from forebay import (
     BackpressureSupervisor,
+    Budget,
     Overloaded,
+    Price,
     Priority,
+    Quota,
     Task,
     TaskFailed,
     TaskStatus,
+    Upstream,
     Verdict,
     WorkerState,
     context,
@@ -364,6 +368,24 @@ async def test_an_account_that_named_no_retry_after_stays_closed_to_the_run() ->
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"], timeout=2000.0)
         assert await supervisor.run(Task("work"))
+
+
+@virtual
+async def test_a_call_that_is_too_large_leaves_smaller_ones_to_its_run() -> None:
+    by_quota = Upstream("quota", quotas=[Quota(input_tokens=1_000, per="minute")])
+    by_budget = Upstream("budget", budget=Budget(usd=0.01), prices={"*": Price(input=1.0, output=1.0)})
+
+    async def handler(task: Task) -> str:
+        upstream = (by_quota, by_budget)[task.payload]
+        with pytest.raises(Overloaded, match="ask for less"):
+            await upstream.call("m", input_tokens=50_000, output_tokens=1).__aenter__()
+        async with upstream.call("m", input_tokens=10, output_tokens=1):
+            return "asked for less"
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        for place in range(2):
+            assert await supervisor.run(Task("work", place)) == "asked for less"
 
 
 @virtual

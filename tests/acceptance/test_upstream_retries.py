@@ -10,8 +10,10 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httpx
 import pytest
 from tests.support.task_plane import approximately, now, run_ready, virtual
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Reply, Script
 
 from forebay import Deadline, Overloaded, Priority, clock
 from forebay.breaker import BreakerRules, consecutive_faults
@@ -352,7 +354,7 @@ class Window:
         return AttemptResult(value="done", outcome=outcome)
 
     async def learn(self, calls: Calls, *, doubted: bool = False) -> float:
-        """Let the upstream learn the window; return its end, half a second after its begin.
+        """Let the upstream learn the window; return its end, half a second after its start.
 
         `doubted`: a call may be sent as a trial when it is used up.
         """
@@ -453,6 +455,49 @@ async def test_a_rejection_by_a_nested_upstream_is_no_fault_of_the_guarded_one()
             await work()
     assert tries == 9
     assert guarded.statistics().accounts[0].breaker == "closed"
+
+
+@virtual
+async def test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one() -> None:
+    await check_blame(Reply.error(500))
+
+
+@pytest.mark.parametrize("reply", [Reply.error(402), Reply.error(429), httpx.ReadError("cut")])
+@virtual
+async def test_no_failure_of_a_nested_upstream_is_a_fault_of_the_guarded_one(reply: Any) -> None:
+    await check_blame(reply)
+
+
+async def check_blame(reply: Reply | Exception) -> None:
+    model = Upstream("model", provider="openai", retry=Retry(max_attempts=2, max_total_delay=2.0))
+    script = Script(httpx, reply)
+    client = script.client(model)
+    search = Upstream("search", max_concurrent=50)
+    tries = 0
+
+    @search.guard
+    async def research() -> None:
+        nonlocal tries
+        tries += 1
+        response = await client.post(URL, json=REQUEST)
+        try:
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise RuntimeError("no answer") from error
+
+    @search.guard
+    async def look_up() -> str:
+        return "found"
+
+    with pytest.raises((RuntimeError, httpx.ReadError)):
+        await research()
+    assert tries == 1, "the outer upstream has retried what the inner one had retried"
+    for _ in range(20):
+        with pytest.raises((RuntimeError, httpx.ReadError, Overloaded)):
+            await research()
+    assert await look_up() == "found"
+    (used,) = search.statistics().accounts
+    assert (used.breaker, used.failed, used.throttled) == ("closed", 0, 0)
 
 
 @virtual

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
-from tests.unit.upstream.httpx_binding.wire import REQUEST, Reply, Script, words
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Reply, Script, words
 
 from forebay import Upstream
 from forebay.testing import now, virtual
@@ -140,3 +141,46 @@ def test_threads_that_leave_each_stream_while_they_hold_the_one_before_go_on(mon
     for thread in threads:
         thread.join(30.0)
     assert len(script.requests) == 6
+
+
+@virtual
+async def test_a_stream_that_is_dropped_unread_is_closed_before_its_permit_is_released() -> None:
+    llm = Upstream("llm", provider="openai", max_concurrent=2)
+    script = script_of(openai, *words("The ", "Danube."))
+    client = openai.AsyncOpenAI(api_key="sk-1", base_url="https://provider.test/v1", http_client=script.client())
+    bound = llm.bind(client)
+    for sent in range(12):
+        await bound.chat.completions.create(**REQUEST, stream=True)  # type: ignore[call-overload]
+        assert script.opened - script.closed <= 2, f"the provider generates more than 2 answers after {sent} calls"
+
+
+def test_a_stream_that_is_dropped_unread_in_a_plain_thread_is_closed_before_its_permit_is_released() -> None:
+    llm = Upstream("llm", provider="openai", max_concurrent=1)
+    script = script_of(openai, *words("The ", "Danube."))
+    client = openai.OpenAI(api_key="sk-1", base_url="https://provider.test/v1", http_client=script.blocking_client())
+    bound = llm.bind(client)
+    most: list[int] = []
+
+    def drop() -> None:
+        for _ in range(3):
+            bound.chat.completions.create(**REQUEST, stream=True)  # type: ignore[call-overload]
+            most.append(script.opened - script.closed)
+
+    thread = threading.Thread(target=drop, daemon=True)
+    thread.start()
+    thread.join(30.0)
+    assert most == [1, 1, 1]
+
+
+@virtual
+async def test_an_answer_that_cannot_be_decoded_is_closed_before_its_permit_is_released() -> None:
+    llm = Upstream("llm", provider="openai", max_concurrent=1)
+    reply = Reply.stream(b"this is not gzip", *words("The ", "Danube."))
+    reply.headers["content-encoding"] = "gzip"
+    script = Script(httpx, reply)
+    client = script.client(llm)
+    for _ in range(2):
+        response = await client.send(client.build_request("POST", URL, json=REQUEST | {"stream": True}), stream=True)
+        with pytest.raises(httpx.DecodingError):
+            await response.aread()
+        assert script.closed == script.opened

@@ -23,9 +23,9 @@ from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSched
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
+from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
-from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
@@ -55,7 +55,7 @@ from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
-from forebay.supervisor.queue_spill import QueueSpill, is_waiting
+from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -93,8 +93,10 @@ from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutV
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
+from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
+from forebay.upstream.httpx_binding import httpx_transport
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
 from forebay.upstream.providers.content_encoding import _Inflater
@@ -285,7 +287,7 @@ def the_next_message_starts_while_those_before_it_move() -> None:
     original = QueueSpill._take
 
     def _take(self: QueueSpill, ticket: Ticket) -> None:
-        if is_waiting(ticket):
+        if is_movable(ticket):
             self._conversations.clear()
             original(self, ticket)
 
@@ -1291,3 +1293,39 @@ def a_field_whose_cost_no_usage_tells_passes() -> None:
         return ""
 
     request._billed_apart.__code__ = _billed_apart.__code__
+
+
+# --- callers that keep others out ---
+
+
+def a_dropped_answer_goes_on_at_its_provider() -> None:
+    def _close_dropped(response: Any, stream: MeteredStream) -> None:
+        stream.abandon()
+
+    httpx_transport._close_dropped.__code__ = _close_dropped.__code__
+
+
+def any_caller_may_use_the_key_of_a_fallback() -> None:
+    always(Exchange, Exchange.may_use_key, returns=True)
+
+
+def a_call_is_judged_by_all_that_wait() -> None:
+    def ahead_of(self: CallQueue, request: CallRequest) -> int:
+        return self.ahead(request.priority)
+
+    replace(CallQueue, CallQueue.ahead_of, ahead_of)
+
+
+def calls_that_leave_take_their_turns_with_them() -> None:
+    always(CallQueue, CallQueue._close_gaps, returns=None)
+
+
+def a_call_waits_for_the_slot_of_its_own_caller() -> None:
+    always(Account, Account._deadlocked, returns=None)
+
+
+def what_a_nested_upstream_has_judged_counts_again() -> None:
+    def is_judged(_: BaseException) -> bool:
+        return False
+
+    sdk_exceptions.is_judged.__code__ = is_judged.__code__

@@ -59,9 +59,11 @@ from tests.unit.upstream import test_core
 from tests.unit.upstream.accounts import (
     test_account_retries,
     test_bypass,
+    test_call_queue,
     test_decisions,
     test_fair_order,
     test_guarded_limit,
+    test_nested_calls,
     test_spend,
     test_tables,
 )
@@ -498,6 +500,24 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.another_provider_gets_all_headers: test_reroute.test_another_provider_gets_no_header_that_it_does_not_need,
     bugs.a_complete_stream_without_usage_costs_its_text: (
         test_budget_attacks.test_a_whole_stream_without_usage_counts_as_reserved
+    ),
+    bugs.a_dropped_answer_goes_on_at_its_provider: (
+        test_dropped_streams.test_a_stream_that_is_dropped_unread_is_closed_before_its_permit_is_released
+    ),
+    bugs.any_caller_may_use_the_key_of_a_fallback: (
+        test_gateway_attacks.test_callers_whose_key_was_not_tried_get_no_key_of_a_fallback
+    ),
+    bugs.a_call_is_judged_by_all_that_wait: (
+        test_decisions.test_a_flood_of_one_tenant_and_of_new_runs_keeps_nobody_out_who_goes_before_it
+    ),
+    bugs.calls_that_leave_take_their_turns_with_them: (
+        test_call_queue.test_a_patient_call_takes_the_turn_of_those_that_have_left_before_it
+    ),
+    bugs.a_call_waits_for_the_slot_of_its_own_caller: (
+        test_nested_calls.test_a_call_that_waits_for_the_slot_of_its_own_caller_is_rejected_at_once
+    ),
+    bugs.what_a_nested_upstream_has_judged_counts_again: (
+        test_upstream_retries.test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one
     ),
 }
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.simulation.surge_script import LEASE, TYPES, ProcessLifetime, SurgeScript, WorkerPlan, clock_steps
 from tests.support import run_checks
@@ -221,7 +222,7 @@ class Surge:
         timeout = self.rng.uniform(0, 30) if self.rng.random() < self.script.cancel_share else None
         me = asyncio.current_task()
         assert me is not None
-        for _ in range(5):
+        for attempt in range(5):
             if not self.open:
                 await asyncio.sleep(self.rng.uniform(0, 30))
                 continue
@@ -231,6 +232,8 @@ class Surge:
                 retry_after = await self.submit(process, task, timeout)
             except (StoreUnavailable, SupervisorClosed):
                 retry_after = 5.0
+                # It may have been stored, and ended: its id is free then, so the same task would be another one.
+                task = msgspec.structs.replace(task, task_id=f"{task.task_id}.{attempt}")
             except (DeadlinePassed, DuplicateTask):
                 return
             finally:

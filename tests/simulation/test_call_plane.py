@@ -81,7 +81,7 @@ def test_a_rate_limit_in_headers_is_used_fully_and_not_exceeded(seed: int) -> No
     rate = SimulatedRateLimit(unit=Unit.REQUESTS, amount=600)
     config = ProviderConfig(slots=1000, ttft=0.5, tpot=0.01, rate_limits=(rate,))
     fleet = AgentFleet(config, 3 * 600 / 60 / 4, seed=seed, minutes=6.0).run()
-    assert fleet.refusals <= 0.005 * fleet.calls
+    assert fleet.refusals <= 0.0125 * fleet.calls  # once in five minutes calls beyond the quota are tried
     assert fleet.per_second(120) * 4 >= 0.98 * 600 / 60
     assert fleet.failed == 0
 

@@ -26,7 +26,7 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Return whether only this machine can reach it."""
+        """True if only this machine can reach it."""
         return is_loopback(self.host)
 
 

@@ -25,13 +25,13 @@ class InvalidHeader(ForebayError, ValueError):
     header: str
 
 
-def check_one_credential(headers: Mapping[str, str], provider: str) -> None:
-    """Check that a call has one API key, if it is not known which header its provider reads.
+def check_one_credential(headers: Mapping[str, str], path: str, provider: str) -> None:
+    """Check that a call has one API key, if it is not known which of several its provider reads.
 
     Raises:
         InvalidHeader: it has two.
     """
-    if name := find_other_credential(headers, provider=provider):
+    if name := find_other_credential(headers, path, provider=provider):
         raise InvalidHeader(header=name, expected="the same API key as in the other header, or left out")
 
 

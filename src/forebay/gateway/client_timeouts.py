@@ -33,6 +33,8 @@ _MAX_WAITS: Final = 64  # latest waits of one kind of client
 _MIN_WAIT: Final = 2.0  # seconds: shorter waits say nothing, people cancel
 _SAME: Final = (1.05, 0.5)  # factor and seconds within which two hang-ups are the same timeout
 _MIN_HANG_UPS: Final = 3  # that make a timeout
+_TRUSTED_SHARE: Final = 10  # of callers that announce a longer timeout: one long wait outweighs so many hang-ups
+_DOUBTED: Final = 10  # calls of which one may wait longer than a learned timeout, to show whether its kind does
 _REMEMBERED: Final = 600.0  # seconds since a wait; older ones no longer count
 
 
@@ -52,7 +54,11 @@ class ClientTimeoutReader:
     """A reader of callers' timeouts that learns from callers who hang up while they wait.
 
     A timeout shows in hang-ups: of one kind of client they come after equally many seconds, and hardly any wait is
-    longer. A person or an agent that cancels does so at any time. Pure: the caller passes the time.
+    longer. A person or an agent that cancels does so at any time.
+
+    Callers with the same user agent and key may differ. So one call in ten may wait longer than was learned, and
+    callers that announce a longer timeout are believed once a tenth of the waits of their kind are longer. Pure: the
+    caller passes the time.
 
     Args:
         default: seconds that a caller waits if its headers, its user agent and earlier hang-ups do not say.
@@ -64,14 +70,13 @@ class ClientTimeoutReader:
 
     def read(self, now: float, headers: Mapping[str, str]) -> ClientTimeouts:
         """Return the timeouts of the caller with these headers (by lower-case name)."""
-        seconds = _from_headers(headers)
-        read_timeout = _DEFAULT_READ_TIMEOUT if seconds is None else seconds + _GRACE
-        known = [each for each in (seconds, _from_user_agent(headers.get("user-agent", ""))) if each is not None]
+        announced = _from_headers(headers)
+        read_timeout = _DEFAULT_READ_TIMEOUT if announced is None else announced + _GRACE
+        known = [each for each in (announced, _from_user_agent(headers.get("user-agent", ""))) if each is not None]
         seconds = min(known, default=self._default)
         waits = self._clients.get(client_kind(headers)) if self._clients else None
-        learned = None if waits is None else waits.timeout(now)
-        if learned is not None:
-            seconds = min(seconds, learned)
+        if waits is not None:
+            seconds = waits.limit(now, seconds, announced=announced is not None)
         return ClientTimeouts(seconds - min(_MARGIN, _MAX_MARGIN_SHARE * seconds), read_timeout)
 
     def record_hang_up(self, now: float, headers: Mapping[str, str], waited: float) -> None:
@@ -97,32 +102,44 @@ class ClientTimeoutReader:
 class _Waits:
     """The latest waits of one kind of client, and the timeout that they show."""
 
-    __slots__ = ("_timeout", "_waits")
+    __slots__ = ("_announced_timeout", "_doubted", "_timeout", "_waits")
 
     def __init__(self) -> None:
         self._waits: deque[tuple[float, float, bool]] = deque(maxlen=_MAX_WAITS)  # when, seconds, hung up
-        self._timeout: float | None = None
+        self._timeout = math.inf
+        self._announced_timeout = math.inf  # of callers that announce a longer one
+        self._doubted = 0  # calls that said that they wait longer
 
     def add(self, now: float, waited: float, *, hung_up: bool) -> None:
         self._waits.append((now, waited, hung_up))
-        self._timeout = self._find_timeout(now)
+        self._timeout = self._find_timeout(now, weight=1)
+        self._announced_timeout = self._find_timeout(now, weight=_TRUSTED_SHARE)
 
-    def timeout(self, now: float) -> float | None:
-        if self._timeout is not None and now - self._waits[-1][0] > _REMEMBERED:
-            self._timeout = None
-        return self._timeout
+    def limit(self, now: float, seconds: float, *, announced: bool) -> float:
+        """Return how long a call waits that says `seconds`; `announced`: in a header of its own."""
+        timeout = self._announced_timeout if announced else self._timeout
+        if timeout >= seconds or now - self._waits[-1][0] > _REMEMBERED:
+            return seconds
+        self._doubted += 1
+        return timeout if self._doubted % _DOUBTED else seconds
 
-    def _find_timeout(self, now: float) -> float | None:
-        """Return the shortest wait at which several hung up, more than waited longer; None if there is none."""
+    def _find_timeout(self, now: float, *, weight: int) -> float:
+        """Return the shortest wait at which several hung up, more than waited longer; infinity if there is none.
+
+        Args:
+            now: the time.
+            weight: hang-ups that one longer wait outweighs.
+        """
         recent = [(waited, hung_up) for when, waited, hung_up in self._waits if now - when <= _REMEMBERED]
         factor, seconds = _SAME
         for candidate in sorted(waited for waited, hung_up in recent if hung_up):
             end = factor * candidate + seconds
-            equal = sum(hung_up and candidate <= waited <= end for waited, hung_up in recent)
-            longer = sum(waited > end for waited, _ in recent)
-            if equal >= _MIN_HANG_UPS and equal > longer:
+            equal = [waited for waited, hung_up in recent if hung_up and candidate <= waited <= end]
+            latest = max(equal)
+            longer = sum(waited > (end if hung_up else latest) for waited, hung_up in recent)
+            if len(equal) >= _MIN_HANG_UPS and len(equal) > weight * longer:
                 return candidate
-        return None
+        return math.inf
 
 
 def client_kind(headers: Mapping[str, str]) -> Hashable:

@@ -11,7 +11,6 @@ many, each later call of that connection gets the answer of another. Four rules 
 
 from __future__ import annotations
 
-import re
 import select
 from asyncio import BaseTransport
 from typing import Any, Final
@@ -22,12 +21,11 @@ from aiohttp.client_reqrep import ConnectionKey
 
 from forebay import clock
 from forebay.events import log
+from forebay.gateway.response_head import HeadSplitter, clean_head
 
 _KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
 _REST: Final = 0.01  # seconds between two calls on one connection
 _DISTRUST: Final = 600.0  # seconds without reuse for a provider that sent bytes unasked
-_END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
-_BARE: Final = re.compile(rb"\0|\r(?!\n|\Z)")
 _CREDENTIALS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie")
 _IDLE_TIMEOUT_ANSWER: Final = (b"HTTP/1.1 408", b"HTTP/1.0 408")  # with which load balancers close idle connections
 
@@ -37,7 +35,7 @@ class PooledRequest(aiohttp.ClientRequest):
 
     @property
     def connection_key(self) -> ConnectionKey:
-        """Return the key of its connections."""
+        """The key of its connections."""
         key = super().connection_key
         return key._replace(proxy_headers_hash=hash((key.proxy_headers_hash, self.credentials())))
 
@@ -61,7 +59,7 @@ class PooledConnection(ResponseHandler):
     def __init__(self, pool: ConnectionPool) -> None:
         super().__init__(pool._loop)  # noqa: SLF001 - aiohttp has no other way to a connector's loop
         self._pool = pool
-        self._head_tail = b""  # what may be the begin of its end
+        self._heads = HeadSplitter()
         self.idle_key: ConnectionKey | None = None
         self.idle_since = 0.0
 
@@ -87,7 +85,7 @@ class PooledConnection(ResponseHandler):
     def set_response_params(self, **parameters: Any) -> None:
         """See `ResponseHandler`; a call begins."""
         self.idle_key = None
-        self._head_tail = b""
+        self._heads.reset()
         super().set_response_params(**parameters)
 
     def data_received(self, data: bytes) -> None:
@@ -98,25 +96,14 @@ class PooledConnection(ResponseHandler):
         """
         if self.idle_key is None:
             while data and (self._payload is None or self._payload.is_eof()):
-                head, data = self._split_head(data)
-                if not self._parse(_clean_head(head)) or not data:
+                head, data = self._heads.split(data)
+                if not self._parse(clean_head(head)) or not data:
                     return
             self._parse(data)
         elif data.strip(b"\r\n"):  # an empty line is allowed before an answer
             if not data.startswith(_IDLE_TIMEOUT_ANSWER):
                 self._pool.distrust(self.idle_key)
             self.close()
-
-    def _split_head(self, data: bytes) -> tuple[bytes, bytes]:
-        """Return the bytes that belong to the head of a response, and those that follow it."""
-        begun = self._head_tail
-        end = _END_OF_HEAD.search(begun + data)
-        if end is None:
-            self._head_tail = (begun + data)[-2:]
-            return data, b""
-        self._head_tail = b""
-        cut = end.end() - len(begun)
-        return data[:cut], data[cut:]
 
     def _parse(self, data: bytes) -> bool:
         """Parse bytes of a response; return whether they are valid."""
@@ -198,16 +185,6 @@ class ConnectionPool(aiohttp.TCPConnector):
         super()._release(key, protocol, should_close=should_close or self._is_distrusted(key))
         if isinstance(protocol, PooledConnection):
             protocol.rest(key)
-
-
-def _clean_head(head: bytes) -> bytes:
-    """Return the head of a response with a space for each NUL and bare CR. Source: RFC 9110, 5.5.
-
-    Such a head would be invalid, and a response lost that has been paid for.
-    """
-    if b"\0" not in head and head.count(b"\r") == head.count(b"\r\n"):
-        return head
-    return _BARE.sub(b" ", head)
 
 
 def _has_unread_bytes(transport: BaseTransport) -> bool:

@@ -32,7 +32,7 @@ def fit_connections(wanted: int, *, least: int) -> int:
 
 
 def connections_within(files: int, wanted: int) -> int:
-    """Return how many of the wanted connections may be open at a time in a process that may open so many files."""
+    """Return how many of the wanted connections may be open at a time in a process that may open `files` files."""
     other = min(_OTHER_FILES, files // 4)
     return max(1, min(wanted, (files - other) // _FILES_PER_CALL))
 

@@ -16,10 +16,10 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from multidict import CIMultiDict
 from yarl import URL
 
+from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
-from forebay.gateway.request_body import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
@@ -60,7 +60,7 @@ class StreamingResponse:
         response: of the provider.
         headers: that the caller gets.
         reader: meters the body.
-        begin: what has arrived of its body already.
+        first_bytes: what has arrived of its body already.
 
     Attributes:
         compressed: whether its body is, as it arrives.
@@ -68,19 +68,28 @@ class StreamingResponse:
         at_event_boundary: whether the bytes passed on end between two events, so that an error event may follow.
     """
 
-    __slots__ = ("_begin", "_events", "at_event_boundary", "compressed", "headers", "length", "reader", "response")
+    __slots__ = (
+        "_events",
+        "_first_bytes",
+        "at_event_boundary",
+        "compressed",
+        "headers",
+        "length",
+        "reader",
+        "response",
+    )
 
     def __init__(
         self,
         response: aiohttp.ClientResponse,
         headers: CIMultiDict[str],
         reader: MeteredStream,
-        begin: bytes = b"",
+        first_bytes: bytes = b"",
     ) -> None:
         self.response = response
         self.headers = headers
         self.reader = reader
-        self._begin = begin
+        self._first_bytes = first_bytes
         self.compressed = "content-encoding" in headers
         if reader.decoded:
             headers.popall("content-encoding", None)
@@ -88,10 +97,10 @@ class StreamingResponse:
         self.at_event_boundary = self._events
         self.length = None if self._events or response.method == "HEAD" else response.content_length
 
-    def take_begin(self) -> bytes:
-        """Return what has arrived of the body already, and hold it no longer."""
-        begin, self._begin = self._begin, b""
-        return begin
+    def take_first_bytes(self) -> bytes:
+        """Return what had arrived of the body already, and stop holding it."""
+        first_bytes, self._first_bytes = self._first_bytes, b""
+        return first_bytes
 
     def feed(self, chunk: bytes | None) -> bytes:
         """Read the next bytes, or None at the end; return those to pass on now.
@@ -204,7 +213,7 @@ class ForwardedCall(Exchange):
 
     @property
     def wire_protocol(self) -> StreamProtocol:
-        """Return the protocol of its events."""
+        """The protocol of its events."""
         if self.core.profile.provider == "anthropic":
             return "anthropic"
         return "openai-responses" if self.parsed.endpoint is Endpoint.RESPONSES else "openai"
@@ -267,11 +276,11 @@ class ForwardedCall(Exchange):
         response: aiohttp.ClientResponse,
         headers: Headers,
         returned: CIMultiDict[str],
-        begin: bytes = b"",
+        first_bytes: bytes = b"",
     ) -> AttemptResult:
         result = self.stream_result()
         reader = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
-        result.value = StreamingResponse(response, returned, reader, begin)
+        result.value = StreamingResponse(response, returned, reader, first_bytes)
         return result
 
     async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, bool]:

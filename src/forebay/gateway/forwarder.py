@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
+from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.error_responses import (
@@ -39,7 +40,7 @@ from forebay.gateway.forwarded_call import (
 )
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
-from forebay.gateway.request_body import BodyMemory, BodyMemoryFull, BodyReservation, read_body
+from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
@@ -300,7 +301,7 @@ class Forwarder:
             offset = clock.now() - clock.wall_time()
             caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
             if caller.api_key is None:
-                check_one_credential(headers, target.upstream.core.profile.provider)
+                check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
             raise EarlyResponse(response, close=True) from None
@@ -393,11 +394,12 @@ class Forwarder:
 async def _copy(streaming: StreamingResponse, held: BodyReservation, response: web.StreamResponse) -> str:
     """Pass a response on to its end; return why it broke off, or an empty string."""
     chunks = streaming.response.content.iter_any()
-    chunk: bytes | None = streaming.take_begin()
+    chunk: bytes | None = streaming.take_first_bytes()
     try:
         while chunk is not None:
             await _pass_on(chunk, streaming, response)
             held.release()  # what had arrived before
+            streaming.reader.wait()
             try:
                 chunk = await anext(chunks, None)
             except TRANSPORT_ERRORS as error:  # of the provider: an error of the caller's connection is another
@@ -416,10 +418,10 @@ async def _pass_on(chunk: bytes, streaming: StreamingResponse, response: web.Str
         CorruptResponse: it cannot be decompressed.
     """
     size = _MAX_COMPRESSED_PART if streaming.compressed else _MAX_PART
-    for begin in range(0, len(chunk), size):
-        if begin:
+    for start in range(0, len(chunk), size):
+        if start:
             await asyncio.sleep(0)
-        if passed := streaming.feed(chunk[begin : begin + size]):
+        if passed := streaming.feed(chunk[start : start + size]):
             await response.write(passed)
 
 

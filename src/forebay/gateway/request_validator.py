@@ -96,14 +96,14 @@ def _find_bad_credential(headers: Mapping[str, str], raw_headers: Sequence[tuple
         if not _can_be_sent(headers.get(name, "")):
             return f"the header {name} has characters besides the printable ones of ASCII: send the key alone"
     if len(headers) < len(raw_headers) and (name := _find_repeated_credential(raw_headers)):
-        return f"the header {name} stands there twice, so that servers do not agree whose call it is: send one"
+        return f"the header {name} is there twice, so that servers do not agree whose call it is: send one"
     if "connection" in headers and (name := _find_dropped_credential(raw_headers)):
         return f"the header Connection names {name}, so that it would not reach the provider: remove it there"
     return ""
 
 
 def _find_repeated_credential(raw_headers: Sequence[tuple[bytes, bytes]]) -> str:
-    """Return the name of a header with an API key that stands there more than once; empty if there is none."""
+    """Return the name of a header with an API key that is repeated; empty if there is none."""
     names = [name.decode("latin-1").lower() for name, _ in raw_headers]
     return next((name for name in CREDENTIAL_HEADERS if names.count(name) > 1), "")
 

@@ -63,7 +63,7 @@ class _TooManyConnections(asyncio.Protocol):
 
     Args:
         rejected: all such connections.
-        most: so many of them at a time; those beyond close at once.
+        most: how many of them are read at a time; those beyond close at once.
     """
 
     def __init__(self, rejected: set[_TooManyConnections], most: int) -> None:
@@ -216,7 +216,7 @@ class _Connection(web.RequestHandler):
 
     @property
     def is_idle(self) -> bool:
-        """Return whether it waits for another request, after a response. Before the first one it does not count."""
+        """True if it waits for another request, after a response. Before the first one it does not count."""
         return self._last_body is not None and self._waiter is not None
 
     def abort(self) -> None:
@@ -385,7 +385,7 @@ class Gateway:
 
     @property
     def port(self) -> int:
-        """Return the port on which it listens."""
+        """The port on which it listens."""
         assert self._server is not None  # noqa: S101 - entered
         port: int = self._server.sockets[0].getsockname()[1]
         return port

@@ -204,7 +204,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
 
     @property
     def resolved_provider(self) -> str:
-        """Return the provider whose rules apply."""
+        """The provider whose rules apply."""
         if self.provider is not None:
             return self.provider
         try:
@@ -214,7 +214,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
 
     @property
     def retry(self) -> Retry:
-        """Return the retry policy of its calls."""
+        """The retry policy of its calls."""
         return Retry(max_attempts=self.max_attempts, max_total_delay=self.max_wait)
 
     def upstream(self, fallbacks: Sequence[Fallback] = ()) -> Upstream:
@@ -364,19 +364,19 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
 
     @property
     def address(self) -> Address:
-        """Return the address on which it listens."""
+        """The address on which it listens."""
         address = parse_address(self.listen)
         assert address is not None  # noqa: S101 - checked when it was made
         return address
 
     @property
     def has_token(self) -> bool:
-        """Return whether callers must present a token."""
+        """True if callers must present a token."""
         return self.token_env is not None or self.token_file is not None
 
     @property
     def trust(self) -> Trust:
-        """Return who may set the headers of a call's context."""
+        """The callers who may set the headers of a call's context."""
         return self.context.trust or ("anyone" if self.address.loopback else "token")
 
     def token(self, environment: Mapping[str, str]) -> str | None:

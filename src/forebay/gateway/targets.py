@@ -91,7 +91,7 @@ class Destination(NamedTuple):
 
     @property
     def url(self) -> str:
-        """Return the full URL."""
+        """The full URL."""
         return self.target.base_url + self.path
 
 

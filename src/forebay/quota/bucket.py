@@ -122,6 +122,10 @@ class Bucket:
             self.refill(now)
         self.level = max(self.level - amount, -self.amount)
 
+    def lower_to(self, level: float) -> None:
+        """Take what is above `level`."""
+        self.level = min(self.level, level)
+
     def refund(self, now: float, amount: float) -> None:
         """Return `amount` to the bucket; what exceeds its capacity is lost."""
         if now != self.updated_at:

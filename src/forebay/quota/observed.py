@@ -22,7 +22,7 @@ _WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing 
 _LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not reset by the provider's clock, but by ours
 _MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _STUCK: Final = 8  # accepted calls in a row with the same `remaining`, from which it is not believed
-_ROOM: Final = 0.5  # of a limit: so much is left at first, and after a trial if only our count was wrong
+_ROOM: Final = 0.5  # of a limit: with less left at first it is suspect; with more after a trial, our count was wrong
 _MIN_RISE: Final = 2.0  # units
 _RISES: Final = 0.9  # of a period: two rises within it are not those of its windows
 _MAX_RETURNED: Final = 4  # limits that come back until they are not believed
@@ -50,7 +50,7 @@ class _ResetObservation(NamedTuple):
 
 
 class _Remaining(NamedTuple):
-    """What a header said to be left, for comparison with the next one."""
+    """The amount that a header said to be left, for comparison with the next one."""
 
     sent: float
     arrived: float
@@ -109,9 +109,9 @@ class ObservedLimit:
         self._exact = exact
         self._counted_since = -math.inf
         self._accepted = 0  # calls since then
+        self._longest_reset = 0.0  # that was reported since then
         self._latest: _Remaining | None = None
         self._rose_at = -math.inf  # when `remaining` last rose by more than had come back
-        self._longest_reset = 0.0  # that was reported since then
         self._earlier_limit = limit  # before the last one
         self._returned = self._steady = 0  # limits that came back, and headers since with the same one
         self._last_limit = limit  # a new limit must be seen twice: one wrong header must not block an account
@@ -120,9 +120,9 @@ class ObservedLimit:
         self._remaining = int(level)  # as the latest header said
         self._repeated = -1  # how often it was repeated since; the first header comes once more, as an update
         self._repeated_since = now
-        self._taken_off = limit - self.bucket.level  # by these
+        self._taken_off = limit - self.bucket.level  # since the first header with this `remaining`
 
-    def is_stale(self, now: float) -> bool:
+    def _is_stale(self, now: float) -> bool:
         """Return whether the last headers are so old that the limit may have changed."""
         return abs(now - self.updated_at) > max(_MIN_STALE, _STALE_PERIODS * self.bucket.period)
 
@@ -132,7 +132,7 @@ class ObservedLimit:
         Not if its headers are not believed; nor for a stale limit that is too small, because the answer will show the
         new one.
         """
-        return self.doubt.is_believed(now) and not (amount > self.bucket.amount and self.is_stale(now))
+        return self.doubt.is_believed(now) and not (amount > self.bucket.amount and self._is_stale(now))
 
     def shift_clock(self, by: float) -> None:
         """Move all times by `by` seconds, because the clock has gone back."""
@@ -178,7 +178,7 @@ class ObservedLimit:
         if headers.remaining is None or (snapshot is not None and snapshot.window_number != bucket.window_number):
             return  # of a window that is over
         self.full_at = now + headers.reset if headers.reset else math.inf
-        if self._is_stuck(now, headers.remaining, throttled=returned > 0):
+        if self._is_stuck(now, sent, headers.remaining, throttled=returned > 0):
             return
         remaining = min(float(headers.remaining), bucket.amount)
         if bucket.window_end is not None and not headers.reset and remaining < bucket.amount:
@@ -197,19 +197,20 @@ class ObservedLimit:
         else:
             self._correct(now - sent, remaining, bucket.level + since, snapshot.reserved)
 
-    def _is_stuck(self, now: float, remaining: int, *, throttled: bool) -> bool:
+    def _is_stuck(self, now: float, sent: float, remaining: int, *, throttled: bool) -> bool:
         """Return whether `remaining` is not believed, because it is the same after each call, and calls are accepted.
 
         What it has taken off wrongly is returned.
         """
         if throttled or remaining != self._remaining:
             self._remaining, self._repeated, self._taken_off = remaining, 0, 0.0
-            self._repeated_since = now
+            self._repeated_since = sent
             return False
         self._repeated += 1
         if self._repeated == _STUCK:
-            if self._exact and (now - self._repeated_since) * self.bucket.rate < _STUCK - 1:
-                self.doubt.suspect(now)  # so much has not come back in between
+            come_back = (self.latest_sent - self._repeated_since) * self.bucket.rate
+            if self._exact and come_back < _STUCK / 2:  # half, since calls reach the provider in bunches
+                self.doubt.suspect(now)
             self.bucket.level = min(self.bucket.capacity, self.bucket.level + self._taken_off)
             self.corrected += self._taken_off
         return self._repeated >= _STUCK
@@ -220,7 +221,7 @@ class ObservedLimit:
         return self.doubt.trial_wait(now, self.full_at) if missing else math.inf
 
     def try_begin_trial(self, now: float, amount: float) -> bool:
-        """Return whether a call of `amount` that is sent now is a trial; if so, take the amount for left."""
+        """Return whether a call of `amount` that is sent now is a trial; if so, count what is missing as left."""
         self.bucket.refill(now)
         if self.trial_wait(now, amount) > 0.0 or not self.doubt.is_believed(now):
             if now >= self.full_at:  # from now on our own calls explain what is missing
@@ -232,9 +233,9 @@ class ObservedLimit:
         self.doubt.record_sent()
         return True
 
-    def cancel_trial(self, amount: float) -> None:
+    def cancel_trial(self, now: float, amount: float) -> None:
         """Note that a trial of `amount` says nothing; what it has not used is refunded besides."""
-        self.doubt.cancel()
+        self.doubt.cancel(now)
         self.lower(amount)
 
     def record_trial_accepted(self, now: float, amount: float, headers: RateLimitHeaders | None) -> None:
@@ -323,7 +324,7 @@ class ObservedLimit:
     def _watch_rises(self, now: float, sent: float, remaining: int | None) -> None:
         """Suspect a limit whose `remaining` is higher than before, and by more than has come back, twice in a period.
 
-        The begin of a window explains one such rise.
+        The start of a window explains one such rise.
         """
         last, bucket = self._latest, self.bucket
         if remaining is None or (last is not None and sent < last.arrived):
@@ -391,7 +392,7 @@ class ObservedLimit:
     def _tell_bucket_from_window(self, last: _ResetObservation, seen: _ResetObservation) -> None:
         """Tell a bucket, which holds the same when full, from a window, which is full at the same moment.
 
-        A window may move, where each begins with its first call. Seen at its begin alone it holds the same each time,
+        A window may move, where each begins with its first call. Seen only when it starts it holds the same each time,
         but more than any bucket: what is left, and a whole amount besides.
         """
         bucket = self.bucket

@@ -71,7 +71,7 @@ class BilledUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         input_tokens: sent; all the other input is part of them.
-        output_tokens: received; all the other output is part of them.
+        output_tokens: received, with hidden reasoning; all the other output is part of them.
         cached_input_tokens: read from the provider's cache.
         cache_write_tokens: written to it.
         cache_write_1h_tokens: those of them that it keeps for an hour.
@@ -272,7 +272,7 @@ def _listed_usage(usage: BilledUsage) -> dict[str, int]:
     """Return a usage, without its searches, by the names of the list."""
     cached = usage.cached_input_tokens
     if usage.input_audio_tokens or usage.input_image_tokens:
-        cached = 0  # how much of these was cached is not told, and the list would not guess
+        cached = 0  # no answer says how much of these was cached, and the list would not guess
     units = {
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,

@@ -22,7 +22,7 @@ _DISBELIEF: Final = 600.0  # seconds after which a disbelieved quota is tried ag
 class QuotaDoubt:
     """The trials of one quota that headers show. Pure: the caller passes the time.
 
-    A trial is a call that is sent although the quota says that it is used up. If it is accepted, two more go, then
+    A trial is a call that is sent although the quota is used up by the headers. If it is accepted, two more go, then
     four. Once enough of them were accepted in a row, the quota is not believed: calls do not wait for it until one is
     refused. A quota that is right costs a refused call now and then, more and more rarely.
 
@@ -98,9 +98,13 @@ class QuotaDoubt:
         self._left -= 1
         self._open += 1
 
-    def cancel(self) -> None:
-        """Note that a trial said nothing: it was not sent, or it failed."""
+    def cancel(self, now: float) -> None:
+        """Note that a trial said nothing: it was not sent, failed, or was left. Another one goes after some seconds.
+
+        Else callers who leave before they are answered would all be sent as trials.
+        """
         self._left += 1
+        self._try_at = max(self._try_at, now + _SUSPECT_WAIT)
         self._open = max(0, self._open - 1)
 
     def record_trial_accepted(self, now: float, amount: float) -> None:

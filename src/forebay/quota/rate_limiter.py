@@ -223,7 +223,9 @@ class RateLimiter:
         self._open[reservation.number] = reservation
         return reservation
 
-    def settle(self, now: float, reservation: QuotaReservation, used: Charge, *, failed: bool = False) -> None:
+    def settle(
+        self, now: float, reservation: QuotaReservation, used: Charge, *, failed: bool = False, answered: bool = True
+    ) -> None:
         """Replace a reservation by what the call used: an excess is refunded, a shortfall becomes a debt.
 
         Args:
@@ -232,13 +234,14 @@ class RateLimiter:
             used: by the call.
             failed: the provider failed. Some count such a request, others do not. A learned quota takes it as not
                 counted, since the next header corrects that; a given one as counted.
+            answered: the provider has answered; else nothing shows that it has accepted the call.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
         used = _without_negatives(used)
-        self._record_accepted(now, reservation, failed=failed)
+        self._record_accepted(now, reservation, failed=failed or not answered)
         for unit, _, bucket in self._given:
             _adjust(bucket, now, getattr(reservation.charge, unit) - getattr(used, unit))
         for unit, observed in self._observed.items():
@@ -257,7 +260,7 @@ class RateLimiter:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
-        self._end_trial(reservation)
+        self._end_trial(now, reservation)
         for unit, _, bucket in self._given:
             bucket.refund(now, getattr(reservation.charge, unit))
         for unit, observed in self._observed.items():
@@ -385,7 +388,7 @@ class RateLimiter:
     def _record_accepted(self, now: float, reservation: QuotaReservation, *, failed: bool) -> None:
         """Note for the doubts of quotas that a call has ended that was not throttled."""
         if failed:
-            self._end_trial(reservation)
+            self._end_trial(now, reservation)
             return
         trial_of, reservation.trial_of = reservation.trial_of, ()
         for unit, observed in self._observed.items():
@@ -394,10 +397,10 @@ class RateLimiter:
             elif not observed.doubt.is_believed(now):
                 observed.doubt.record_accepted(getattr(reservation.charge, unit))
 
-    def _end_trial(self, reservation: QuotaReservation) -> None:
+    def _end_trial(self, now: float, reservation: QuotaReservation) -> None:
         """Note that a trial call says nothing, and take back what it was granted."""
         for unit in reservation.trial_of:
-            self._observed[unit].cancel_trial(getattr(reservation.charge, unit))
+            self._observed[unit].cancel_trial(now, getattr(reservation.charge, unit))
         reservation.trial_of = ()
 
     def _learn_limit(self, now: float, header: RateLimitHeaders, reservation: QuotaReservation) -> ObservedLimit | None:
@@ -433,25 +436,27 @@ class RateLimiter:
 
         What is left is just enough for the same call again in `wanted` seconds.
         """
-        tightest: tuple[float, float, Bucket, ObservedLimit | None, float, str] | None = None
-        for unit, bucket, observed in self._buckets():
-            amount = getattr(charge, unit)
-            if not amount or not _fits(unit, bucket.period, wanted, scope):
-                continue
-            key = (bucket.time_until(now, amount), -bucket.level / bucket.amount)
-            if tightest is None or key > tightest[:2]:
-                tightest = (*key, bucket, observed, amount, unit)
-        if tightest is None:
+
+        def tightness(quota: tuple[str, Bucket, ObservedLimit | None]) -> tuple[float, float]:
+            unit, bucket, _ = quota
+            return bucket.time_until(now, getattr(charge, unit)), -bucket.level / bucket.amount
+
+        fitting = [
+            (unit, bucket, observed)
+            for unit, bucket, observed in self._buckets()
+            if getattr(charge, unit) and _fits(unit, bucket.period, wanted, scope)
+        ]
+        if not fitting:
             return
-        _, _, bucket, observed, amount, tightest_unit = tightest
+        unit, bucket, observed = max(fitting, key=tightness)
+        amount = getattr(charge, unit)
         likely = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_end is None else 0.0
-        if bucket.level > likely:
-            if observed is None:
-                bucket.level = likely
-            else:
-                observed.lower(bucket.level - likely)
-                if bucket.window_end is not None and tightest_unit != "requests":
-                    self._forget_reserved(tightest_unit)
+        if observed is None:
+            bucket.lower_to(likely)
+        elif bucket.level > likely:
+            observed.lower(bucket.level - likely)
+            if bucket.window_end is not None and unit != "requests":
+                self._forget_reserved(unit)
 
     def _forget_reserved(self, unit: str) -> None:
         """Refund nothing to a used-up window for calls under way: the provider has counted what they took, not more."""

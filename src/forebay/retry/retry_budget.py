@@ -9,7 +9,6 @@ from enum import Enum
 from forebay._validate import check_not_negative, check_positive
 
 _SLOTS = 10  # parts of the window; the oldest leaves as a whole
-
 _PERIOD = 5.0  # seconds without a retry of a throttled call after which one may go, whatever the budget
 
 

@@ -47,8 +47,8 @@ T = TypeVar("T")
 _ABANDONED = "its submitter has gone"
 # Runs above a task that have not ended: each await costs time for each of them.
 _MAX_NESTING = 1000
-# Runs above a task, ended ones included, from which a nested submission lets the loop turn. A handler that runs itself
-# goes down one run a turn, and its cancellation too: it would never reach the last one.
+# Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
+# own task type goes down one run a turn, and so does its cancellation, which would never reach the deepest run.
 _DEEP = 100
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
@@ -178,7 +178,7 @@ class AdmissionController:
     async def _submit(self, task: Task) -> Ticket:
         spill = self._dispatcher.spill
         if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
-            # A ticket that was asked for by an id that may be unknown is no twin.
+            # A ticket that `supervisor.ticket` made for an id that the store may not know must not count as a twin.
             search, pool = spill.lookup.wait_for_search(task.task_id), self._pools[task.task_type]
             await self._answer_in_time(task, task.deadline, pool, search)
         pool, parent = self._check(task)
@@ -304,7 +304,7 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
-        if self.thresholds.rejects(priority, load):
+        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
@@ -319,6 +319,14 @@ class AdmissionController:
             self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
+
+    def _finishes_a_run(self, ticket: Ticket) -> bool:
+        """Return whether a run needs a task to finish while the supervisor drains.
+
+        Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
+        run fail for good, though nothing is wrong with it.
+        """
+        return ticket.nested and self._state is not _OPEN
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from forebay.events import log
-from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_waiting
+from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_movable
 from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
@@ -127,12 +127,10 @@ class Drain:
         return self._report(inside, [*cut, *late, *closed])
 
     def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
-        orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
-        known, cut_ids, may_run = (
-            {ticket.task_id for ticket in inside},
-            {ticket.task_id for ticket in cut},
-            set(orphans),
-        )
+        orphans = tuple(run.task.task_id for run in self._dispatcher.runs)
+        may_run = set(orphans)
+        known = {ticket.task_id for ticket in inside}
+        cut_ids = {ticket.task_id for ticket in cut}
         finished, spilled, cancelled, unanswered = set[str](), set[str](), set[str](), set[str]()
         for ticket in (*inside, *cut):
             if not ticket.done():
@@ -199,7 +197,14 @@ class Drain:
     def _is_going_on(self) -> bool:
         if self._is_moving():
             return True
-        return self._has_unfinished() and (self._has_live_run() or self._has_startable())
+        if not self._has_unfinished():
+            return False
+        runs = self._dispatcher.runs  # a zombie may never stop
+        if any(not (run.zombie or run.is_suspended) for run in runs) or self._has_startable():
+            return True
+        # The runs that are left await other tasks. If some of these wait here, they cannot start: so no run may end.
+        waiting = any(ticket.status is TaskStatus.WAITING for ticket in self._registry.live.values())
+        return not waiting and any(not run.zombie for run in runs)
 
     def _is_moving(self) -> bool:
         return self._queue_spill is not None and self._queue_spill.pending
@@ -212,10 +217,6 @@ class Drain:
             self._unfinished = next(filter(self._is_unfinished, tickets), None)
         return self._unfinished is not None
 
-    def _has_live_run(self) -> bool:
-        """Return whether a handler runs that may still stop: a zombie may never."""
-        return any(not run.zombie for run in self._dispatcher.runs)
-
     def _has_startable(self) -> bool:
         """Return whether a worker could still take one of the tasks.
 
@@ -224,7 +225,7 @@ class Drain:
         seen: set[str] = set()
         for ticket in filter(self._is_unfinished, self._registry.live.values()):
             if (thread_id := ticket.task.thread_id) is None:
-                if self._may_run(ticket):
+                if ticket.run is None and self._may_run(ticket):
                     return True
             elif thread_id not in seen:
                 seen.add(thread_id)
@@ -276,7 +277,7 @@ def _behind_moved(tickets: list[Ticket]) -> list[Ticket]:
     """Return those that may not move, behind others of their conversation that do: they would overtake them."""
     behind, moved = [], set()
     for ticket in tickets:
-        if ticket.task.thread_id is None or not is_waiting(ticket):
+        if ticket.task.thread_id is None or not is_movable(ticket):
             continue
         if _may_move(ticket):
             moved.add(ticket.task.thread_id)

@@ -63,8 +63,13 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
 
 
 async def _close_spill(spill: Spill) -> None:
+    closing = asyncio.ensure_future(spill.close())
     try:
-        async with asyncio.timeout(_MAX_CLOSE_TIME):
-            await spill.close()
-    except TimeoutError:
+        await asyncio.wait((closing,), timeout=_MAX_CLOSE_TIME)
+    finally:
+        if not closing.done():  # a store that stands still may not even notice that it is cancelled
+            closing.cancel()
+    if closing.done():
+        closing.result()
+    else:
         log.error("the overflow did not close within %.0f s; tasks leased here run elsewhere later", _MAX_CLOSE_TIME)

@@ -95,7 +95,7 @@ class LoopMonitor:
         """Return the run whose handler is running in the asyncio task `aio`."""
         # Called in the monitor's thread while the loop is blocked, so the runs are unlikely to change meanwhile.
         with contextlib.suppress(RuntimeError):
-            return next((run for run in self._runs.all() if run.is_handled_in(aio)), None)
+            return next((run for run in list(self._runs) if run.is_handled_in(aio)), None)
         return None
 
     def _report_stall(self, seconds: float, run: Run | None, where: str) -> None:

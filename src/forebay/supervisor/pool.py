@@ -47,7 +47,7 @@ class PoolObserver(Protocol):
 class Pool(SlotCounts):
     """The workers, the queue and the measured times of one task type. Pure: it reads no clock and awaits nothing.
 
-    The counts of its own are those of its workers of few task types; the groups that it has joined count the others.
+    Its own counts are of workers with few task types; the groups that it has joined count the others.
     """
 
     __slots__ = (
@@ -66,9 +66,8 @@ class Pool(SlotCounts):
         self.max_timeout = 0.0  # the longest of its workers, in seconds
         self.workers: list[WorkerAgent] = []
         self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
-        # How many workers use the same load sources: all of them, and the same, but empty if none uses any.
-        self._paths: dict[tuple[LoadSource, ...], int] = {}
-        self.source_paths: dict[tuple[LoadSource, ...], int] = {}
+        self._paths: dict[tuple[LoadSource, ...], int] = {}  # how many workers use the same load sources
+        self.source_paths: dict[tuple[LoadSource, ...], int] = {}  # the same; empty if no worker uses any
         self.calls_per_run: dict[LoadSource, float] = {}
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
         self.nested = 0  # nested tasks in the queue, where they have room of their own
@@ -275,17 +274,18 @@ class Pool(SlotCounts):
     def pop(self) -> Ticket:
         """Return the head of the queue, and remove it."""
         ticket = self.queue.pop()
-        if ticket.nested:
-            self.nested -= 1
-        if self._groups:
-            self._head_changed()
+        self._removed(ticket)
         return ticket
 
     def remove(self, ticket: Ticket, entry: QueueEntry) -> None:
         """Remove a ticket from the queue; do nothing if it was served already."""
         before = self.queue.length
         self.queue.remove(entry)
-        if ticket.nested and self.queue.length < before:
+        if self.queue.length < before:
+            self._removed(ticket)
+
+    def _removed(self, ticket: Ticket) -> None:
+        if ticket.nested:
             self.nested -= 1
         if self._groups:
             self._head_changed()
@@ -302,10 +302,7 @@ class Pool(SlotCounts):
         """Return the ticket of an entry that `first_for` returned, and remove it as served."""
         ticket: Ticket = entry[2]
         self.queue.serve(entry)
-        if ticket.nested:
-            self.nested -= 1
-        if self._groups:
-            self._head_changed()
+        self._removed(ticket)
         return ticket
 
     # --- tasks that wait outside the queue ---

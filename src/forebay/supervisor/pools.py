@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from forebay.admission import QueueEntry
 
 _MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was passed over is served
-_MANY = 8  # task types of a worker from which its pools share the counts of its slots
+_MANY = 8  # task types of a worker above which its pools share the counts of its slots
 
 
 class ServedPools(Protocol):
@@ -45,8 +45,20 @@ class FewPools:
         self.pools = pools
 
     def next_pool(self) -> Pool | None:
-        """Return the pool whose head the worker takes next, or None if no task waits."""
-        return next_pool(self.pools)
+        """Return the pool whose head the worker takes next, or None if no task waits.
+
+        The order is by priority, rank and sequence number; a pool that was passed over too often goes first.
+        """
+        pools = self.pools
+        if len(pools) == 1:
+            return pools[0] if pools[0].queue.length else None
+        waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
+        if not waiting:
+            return None
+        chosen, _ = min(waiting, key=_urgency_among)
+        for pool, _ in waiting:
+            pool.pass_over(served=pool is chosen)
+        return chosen
 
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
         """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
@@ -69,12 +81,14 @@ class PoolGroup(SlotCounts):
     def __init__(self, pools: Sequence[Pool]) -> None:
         super().__init__()
         self.pools = pools
-        self._informed: dict[WorkerAgent, list[WorkerSelector]] = {}  # those that know the present score of a worker
+        self._informed: dict[WorkerAgent, list[WorkerSelector]] = {}  # selectors that know a worker's present score
         self._heads: dict[Pool, QueueEntry] = {}  # of the pools in which a task waits
         self._heap: list[tuple[tuple[int, Any, int], QueueEntry, Pool]] = []
-        self._served_at: OrderedDict[Pool, int] = OrderedDict()  # dequeues when a waiting pool was served, or grew
+        self._served_at: OrderedDict[Pool, int] = (
+            OrderedDict()
+        )  # dequeues when a pool was last served, or began to wait
         self._dequeues = 0
-        self._with_nested: dict[Pool, None] = {}  # in which a nested task waits: no more than open runs wait for
+        self._with_nested: dict[Pool, None] = {}  # in which a nested task waits: as few as open runs
         self._with_spilled: dict[Pool, None] = {}
         for pool in pools:
             pool.join(self)
@@ -122,7 +136,7 @@ class PoolGroup(SlotCounts):
     def next_pool(self) -> Pool | None:
         """Return the pool whose head a worker takes next, or None if no task waits.
 
-        The order is that of the function `next_pool`, except that a pool is passed over as often as others wait.
+        The order is that of `FewPools.next_pool`, except that a pool is passed over as often as others wait.
         """
         if not self._heads:
             return None
@@ -206,26 +220,10 @@ class Pools:
         return added
 
 
-def next_pool(pools: Sequence[Pool]) -> Pool | None:
-    """Return the pool whose head a worker of several pools takes next, or None if no task waits.
-
-    The order is by priority, rank and sequence number; a pool that was passed over too often goes first.
-    """
-    if len(pools) == 1:
-        return pools[0] if pools[0].queue.length else None
-    waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
-    if not waiting:
-        return None
-    chosen, _ = min(waiting, key=_urgency_among)
-    for pool, _ in waiting:
-        pool.pass_over(served=pool is chosen)
-    return chosen
-
-
 def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:
     """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one.
 
-    The order is that of `next_pool`, among the tasks that it may begin.
+    The order is that of `FewPools.next_pool`, among the tasks that it may begin.
     """
     found = [(pool, entry) for pool in pools if (entry := pool.first_for(worker)) is not None]
     if not found:

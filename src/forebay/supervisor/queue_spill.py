@@ -84,7 +84,7 @@ class QueueSpill:
     def start(self, tickets: Iterable[Ticket]) -> None:
         """Move those of `tickets` that wait, in the background; those that are stored already need no write."""
         for ticket in tickets:
-            if is_waiting(ticket):
+            if is_movable(ticket):
                 self._queue(ticket)
         free = self._without_unstored_ahead()
         for ticket in [ticket for ticket in self._queued if ticket.stored]:
@@ -164,7 +164,7 @@ class QueueSpill:
     def _take(self, ticket: Ticket) -> None:
         """Take a task out of the queue, and all of its conversation: the next one would start, and overtake it."""
         tickets = self._conversations.pop(ticket.task.thread_id or "", [ticket])
-        waiting = list(filter(is_waiting, tickets))
+        waiting = list(filter(is_movable, tickets))
         for each in (*waiting[1:], *waiting[:1]):  # the first one last: until then the others only wait behind it
             self._dispatcher.dequeue(each)
         for each in waiting:
@@ -230,6 +230,6 @@ class QueueSpill:
             self.cut.append(ticket)
 
 
-def is_waiting(ticket: Ticket) -> bool:
-    """Return whether a task waits inside, and no answer of the store decides about it."""
+def is_movable(ticket: Ticket) -> bool:
+    """Return whether a task waits inside and can be moved: no answer of the store decides about it."""
     return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls

@@ -214,10 +214,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
                     await self._wait_until_resolved()
             except asyncio.CancelledError:
-                if (
-                    cancel_task and not self.shared and not self.has_waiters
-                ):  # before reclaiming the slot: this task may hold it
-                    self.cancel("its caller has gone")
+                if cancel_task and not self.shared and not self.has_waiters:
+                    self.cancel("its caller has gone")  # before reclaiming the slot, which this task may hold
                 raise
             finally:
                 if reclaim is not None:

@@ -209,12 +209,11 @@ class WorkerAgent:
         """Raise the score by half, up to a bound."""
         self.penalty = min(self.penalty * _PENALTY, _WORST_PENALTY)
 
-    def lower_penalty(self) -> bool:
-        """Take one failure off the score; return True if more are left."""
+    def lower_penalty(self) -> None:
+        """Take one failure off the score."""
         self.penalty = max(1.0, self.penalty / _PENALTY)
         if math.isclose(self.penalty, 1.0):
             self.penalty = 1.0
-        return self.penalty > 1.0
 
     # --- its breaker and its zombies ---
 

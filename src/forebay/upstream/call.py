@@ -13,6 +13,7 @@ from forebay._validate import check_tokens
 from forebay.errors import CallMisused
 from forebay.interfaces import Charge, Outcome
 from forebay.quota import BilledUsage, check_dollars
+from forebay.upstream.accounts.nested_calls import begin_hold, end_hold
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
@@ -28,7 +29,7 @@ class UpstreamCall:
 
     Leaving the block is a success. Leaving it by an exception that reports an answer counts as that answer (429 as
     throttled, 400 as the caller's mistake), by a timeout as `SharedAccount.judge_timeout` says, and by any other as a
-    fault, unless `overloaded` or `ignored` was called. A cancellation is no evidence about the upstream.
+    fault, unless `overloaded` or `ignored` was called. A cancellation says nothing about the upstream.
 
     Attributes:
         upstream: the upstream to send the call to; inside the block it may be that of a fallback.
@@ -89,7 +90,7 @@ class UpstreamCall:
 
         Raises:
             InvalidAmount: `usd` is not an amount of money; the report before still counts.
-            InvalidSetting: a number of tokens is none; the report before still counts.
+            InvalidSetting: a number of tokens is invalid; the report before still counts.
         """
         sent, received = check_tokens("settle", input_tokens, output_tokens)
         usage = BilledUsage(input_tokens=sent, output_tokens=received)
@@ -102,7 +103,7 @@ class UpstreamCall:
         self._kind = Outcome.OVERLOAD
 
     def ignored(self) -> None:
-        """Report that the call's end is no evidence about the upstream, for example because the request was wrong."""
+        """Report that the call's end says nothing about the upstream, for example because the request was wrong."""
         self._kind = Outcome.IGNORED
 
     def _enter_once(self) -> None:
@@ -117,11 +118,13 @@ class UpstreamCall:
         """Keep a permit for the block, which releases it."""
         self.upstream, self.model = route.upstream, route.call_request.model
         self._route, self._permit = route, permit
+        begin_hold(permit)
         return AttemptResult(outcome=_PERMITTED, streaming=True)
 
     def _leave(self, cause: BaseException | None) -> None:
         permit = self._permit
         assert permit is not None  # noqa: S101 - entered
+        end_hold(permit)
         account = self._route.account
         if self._kind is None and isinstance(cause, Exception):
             outcome = judge_exception(account, permit, cause).outcome

@@ -9,7 +9,6 @@ from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.quota import BilledUsage
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
-from forebay.upstream.background_responses import BackgroundResponse
 from forebay.upstream.call_request import TOKENS_PER_SECOND, CallOutcome, CallPrice, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.metered_stream import StreamEnd
@@ -23,6 +22,7 @@ from forebay.upstream.providers import (
     find_unpriced,
     find_unreadable,
 )
+from forebay.upstream.stored_responses import BackgroundResponse
 
 StreamMeter: TypeAlias = UsageMeter | BodyMeter
 ReadAnswer: TypeAlias = WholeResponse | StreamMeter
@@ -73,14 +73,14 @@ class CallMeter:
             continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
         )
         self._sent_tokens = max(self._sent_tokens, usage.input_tokens)
-        unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
         tokens = TOKENS_PER_SECOND * parsed.choices
-        return core.price(
+        price = core.price(
             model,
             usage,
             alternatives=parsed.alternatives,
-            per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if unbounded else None,
+            per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if parsed.generates_tokens else None,
         )
+        return price._replace(bounded=not parsed.generates_tokens or parsed.max_output_tokens is not None)
 
     def stream_meter(self, *, events: bool) -> StreamMeter:
         """Return a meter for an answer that streams, as events or as the bytes of one response."""

@@ -39,12 +39,16 @@ class CallPrice(NamedTuple):
 
     Attributes:
         usd: dollars that it is expected to cost at most.
-        usd_per_second: dollars of the output of one second, if the call does not bound it; else 0.
+        usd_per_second: dollars of the output that can be made in one second.
+        usd_at_once: the part of `usd` that it costs however soon it is left: what it sends, and searches.
+        bounded: it bounds its output, so that it costs no more than `usd` however long it takes.
         unmetered: why it cannot be metered, or None.
     """
 
     usd: float = 0.0
     usd_per_second: float = 0.0
+    usd_at_once: float = math.inf
+    bounded: bool = True
     unmetered: Unmetered | None = None
 
 
@@ -60,12 +64,15 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
         free: it costs no money in any case, so no budget is checked.
-        usd_per_second: dollars of the output of one second, if the call does not bound it; else 0.
+        usd_per_second: see `CallPrice`.
+        usd_at_once: see `CallPrice`.
+        bounded: see `CallPrice`.
         unmetered: why it cannot be metered, and is rejected; or None.
         retries: how often it has been retried; a retried call goes to the head of its priority.
-        failed: an attempt of it has failed, so that it is no probe of a breaker.
+        failed: an attempt of it has failed, so that it does not probe a breaker.
         retried: it is retried if it is refused, so that it may be a trial call of a quota.
         asked_at: when it first asked for a permit; set by the account.
+        holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
     """
 
     charge: Charge = Charge()
@@ -81,17 +88,24 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     retried: bool = True
     asked_at: float = math.inf
     usd_per_second: float = 0.0
+    usd_at_once: float = math.inf
+    bounded: bool = True
     unmetered: Unmetered | None = None
+    holder: Permit | None = None
+
+    @property
+    def goes_first(self) -> bool:
+        """True if it goes before other calls of its priority: it was sent before, or a slot is held until it ends."""
+        return self.retries > 0 or self.holder is not None
 
     def unreported_cost(self, seconds: float) -> float:
         """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""
-        return max(self.usd, self.usd_per_second * seconds)
+        return self.usd if self.bounded else max(self.usd, self.usd_per_second * seconds)
 
     def cost_within(self, seconds: float) -> float:
-        """Return the dollars of what a call can have used at most in `seconds`."""
-        tokens = self.charge.input_tokens + self.charge.output_tokens
-        made = self.charge.input_tokens + TOKENS_PER_SECOND * seconds
-        return self.usd if made >= tokens else self.usd * made / tokens
+        """Return the dollars of what a call that was left after `seconds` can have used at most by then."""
+        used = self.usd_at_once + self.usd_per_second * seconds
+        return min(self.usd, used) if self.bounded or used == math.inf else used
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +192,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         retry_after: seconds that the provider asked to wait, or None.
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
-        latency: seconds that it took; None if that is no evidence about the upstream.
+        latency: seconds that it took; None if that says nothing about the upstream.
         output_tokens: of a success, if known.
         estimated_input_tokens: the estimate made before it was sent; None if it cannot be compared with `used`.
         final: it is not retried. Only final attempts count for the breaker.

@@ -13,11 +13,12 @@ from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
+from forebay.upstream.accepted_keys import AcceptedKeys
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
-from forebay.upstream.background_responses import BackgroundResponses, StoredTokens
 from forebay.upstream.call_request import UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
+from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 _WARNED = 1_000  # unpriced models that are warned about: the callers of a gateway can name any model
@@ -37,8 +38,9 @@ class UpstreamCore:
     Attributes:
         profile: how the provider's API works.
         accounts: the accounts, by API key and model group.
-        background: responses whose usage comes later.
-        stored_tokens: how long stored responses are.
+        accepted_keys: the API keys of a gateway's callers that may use the key of a fallback.
+        background: stored responses whose usage comes later; the oldest stay paid as they were reserved.
+        stored_tokens: the tokens of stored responses: a call that continues one sends as many unseen.
         unpriced_calls: number of calls whose price was not known.
         is_metered: a budget or a quota was given, so that calls must be readable.
     """
@@ -61,8 +63,9 @@ class UpstreamCore:
         self.prices = prices
         self.retry = retry
         self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
-        self.background = BackgroundResponses()
-        self.stored_tokens = StoredTokens()
+        self.accepted_keys = AcceptedKeys()
+        self.background: StoredResponses[BackgroundResponse] = StoredResponses()
+        self.stored_tokens: StoredResponses[int] = StoredResponses()
         self.unpriced_calls = 0
         self.is_metered = budgets.has_budgets or settings.has_quotas
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
@@ -78,7 +81,8 @@ class UpstreamCore:
         self._lock = threading.Lock()
         self.budgets.reset_after_fork()
         self.accounts.reset_after_fork()
-        self.background.reset_after_fork()
+        self.accepted_keys.reset_after_fork()
+        self.background = StoredResponses()  # the parent gets their usage
         self.stored_tokens.reset_after_fork()
 
     def __repr__(self) -> str:
@@ -128,6 +132,8 @@ class UpstreamCore:
             charge=charge,
             usd=price.usd,
             usd_per_second=price.usd_per_second,
+            usd_at_once=price.usd_at_once,
+            bounded=price.bounded,
             unmetered=price.unmetered,
             priority=caller.priority,
             deadline=caller.deadline,
@@ -173,12 +179,12 @@ class UpstreamCore:
             model: the model of the call.
             usage: that it is expected to have at most.
             alternatives: models that may answer instead; the dearest counts.
-            per_second: the usage of one second, if nothing bounds its output.
+            per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
         """
         if not self.budgets.has_budgets:
             return CallPrice()
-        dearest = rate = 0.0
+        dearest = rate = at_once = 0.0
         for name in (model, *alternatives):
             usd = self.prices.cost(self.provider, name, usage) if name or by_hand else None
             if usd is None:
@@ -186,9 +192,13 @@ class UpstreamCore:
                 reason = named if name else "it names no model, so that no price is known"
                 return self.unpriced_call(reason, name, allow=by_hand)
             dearest = max(dearest, usd)
-            if per_second is not None:
-                rate = max(rate, self.prices.cost(self.provider, name, per_second) or 0.0)
-        return CallPrice(dearest, rate)
+            if per_second is None:
+                at_once = max(at_once, usd)
+            else:
+                made = self.prices.cost(self.provider, name, per_second) or 0.0
+                rate = max(rate, made)
+                at_once = max(at_once, usd - made * usage.output_tokens / per_second.output_tokens)
+        return CallPrice(dearest, rate, at_once)
 
     def count_unpriced(self) -> None:
         """Count a call that had a price, and has used something that has none."""

@@ -35,6 +35,7 @@ from forebay.upstream.sdk_exceptions import ErrorAnswer
 
 REDIRECTS: Final = 300
 _ERRORS: Final = 400
+_KEY_REFUSED: Final = (401, 403)
 _UNREAD: Final = (Endpoint.OTHER, Endpoint.SPEECH)  # their answers pass as they arrive
 
 
@@ -60,6 +61,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_credential",
         "_meter",
         "_original_body",
         "_path",
@@ -91,9 +93,9 @@ class Exchange:
         body = body or b""
         self.parsed = parsed = profile.read_request(method, path, headers, body)
         model = parsed.model or ""
-        self.api_key = (
-            profile.read_credential(parsed, headers) if caller is None or caller.api_key is None else caller.api_key
-        )
+        credential = profile.read_credential(parsed, headers)
+        self._credential = None if caller is None else credential  # None: it is ours, as the key of a fallback is
+        self.api_key = credential if caller is None or caller.api_key is None else caller.api_key
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
             core.warn_unmetered()
@@ -117,6 +119,15 @@ class Exchange:
         """Return the request as it is sent to another account; None if it cannot be answered there."""
         assert self._original_body is not None  # noqa: S101 - or it cannot be rerouted
         return reroute_request(route, self._path, self.parsed, self._original_body, self.api_key)
+
+    def may_use_key(self, route: FallbackRoute) -> bool:
+        """See `CallRoute`."""
+        return route.api_key is None or self._credential is None or self._credential in self.core.accepted_keys
+
+    def record_key(self, *, tried: bool) -> None:
+        """See `CallRoute`. What it has answered to a wrong request (400) says nothing about the key."""
+        if self._credential is not None and (tried or self._status in _KEY_REFUSED):
+            self.core.accepted_keys.record(self._credential, accepted=tried)
 
     def throttled_error(self) -> Overloaded | None:
         """Return the provider's latest answer as an error if it throttled the call, else None."""

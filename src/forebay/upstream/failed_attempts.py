@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from forebay import clock
-from forebay.errors import InvalidAmount, InvalidSetting, Overloaded
-from forebay.interfaces import Charge, Outcome, RateLimitHeaders
-from forebay.quota import RateScope
+from forebay.errors import InvalidAmount, InvalidSetting
+from forebay.interfaces import Charge, Outcome
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.providers import (
@@ -20,7 +19,7 @@ from forebay.upstream.providers import (
     read_retry_after,
     read_should_retry,
 )
-from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_timeout, never_connected
+from forebay.upstream.sdk_exceptions import ErrorAnswer, find_error_answer, is_judged, is_timeout
 
 _ONE_REQUEST: Final = Charge()
 _SUSPENSION: Final = 60.0  # seconds without calls after the provider reported that the account's money is spent
@@ -32,14 +31,10 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
 
     An exception that reports an answer, as those of SDKs do, counts as that answer (429, 400, 500 ...).
     """
-    if isinstance(
-        error, (Overloaded, InvalidAmount, InvalidSetting)
-    ):  # ours: no evidence, and the call was retried already
+    if isinstance(error, InvalidAmount | InvalidSetting) or is_judged(error):  # no evidence, and it was retried already
         outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
         return AttemptResult(error=error, outcome=outcome)
     answer = find_error_answer(error)
-    if answer is None and never_connected(error):
-        return judge_unsent(error)
     if answer is None:
         return judge_failure(account, permit, error)
     result = judge_error_answer(account, permit, classify(*answer), answer)
@@ -76,7 +71,7 @@ def judge_unsent(error: Exception, *, local: bool = False) -> AttemptResult:
 def judge_error_answer(
     account: SharedAccount, permit: Permit, kind: ErrorKind, answer: ErrorAnswer, *, can_resend: bool = True
 ) -> AttemptResult:
-    """Return the result of an attempt that was answered with an error, with its Retry-After and rate limit headers.
+    """Return the result of an attempt that was answered with an error, by the kind's rule (`classify.py`).
 
     That the account's money is spent (402, or 429 with ``insufficient_quota``) is noted by the account here.
 
@@ -87,57 +82,26 @@ def judge_error_answer(
         answer: the answer.
         can_resend: the request can be sent again.
     """
-    headers, wall = answer.headers, clock.wall_time()
-    retry_after = read_retry_after(headers, answer.body, wall=wall)
-    retry = None if kind is ErrorKind.SPEND_CAP else read_should_retry(headers)
+    headers, body, wall, rule = answer.headers, answer.body, clock.wall_time(), kind.rule
+    retry_after, rate_limits = read_retry_after(headers, body, wall=wall), read_rate_limits(headers, wall=wall)
+    retryable = rule.retryable
     if kind is ErrorKind.SPEND_CAP:
         seconds = _SUSPENSION if retry_after is None else min(retry_after, _MAX_SUSPENSION)
-        account.record_spend_cap(permit, seconds, certain=names_spend_cap(answer.body))
-    return judge_error(
-        permit,
-        kind,
-        retry_after=retry_after,
-        rate_limits=read_rate_limits(headers, wall=wall),
-        rate_scope=read_rate_scope(answer.body),
-        says_concurrency=kind is ErrorKind.CONCURRENCY_LIMIT and names_concurrency(answer.body),
-        retry=retry if can_resend else False,
-    )
-
-
-def judge_error(  # noqa: PLR0913 - what an error says
-    permit: Permit,
-    kind: ErrorKind,
-    *,
-    retry_after: float | None = None,
-    rate_limits: tuple[RateLimitHeaders, ...] = (),
-    rate_scope: RateScope | None = None,
-    says_concurrency: bool = False,
-    retry: bool | None = None,
-) -> AttemptResult:
-    """Return the result of an attempt that the provider answered with an error, by the kind's rule (`classify.py`).
-
-    Args:
-        permit: of the attempt.
-        kind: of the error.
-        retry_after: seconds that the provider asked to wait, or None. This call waits for them; for a limit of the
-            account (429) they also count for the others, see `RefusalControl`.
-        rate_limits: the rate-limit headers of the answer.
-        rate_scope: the rate that the answer names, or None.
-        says_concurrency: the answer says that too many calls are in flight.
-        retry: whether the call may be retried; None if that follows from the kind.
-    """
-    rule = kind.rule
+        account.record_spend_cap(permit, seconds, certain=names_spend_cap(body))
+    elif (asked := read_should_retry(headers)) is not None:
+        retryable = asked
     if rule.throttled:  # no tokens were used; providers count the request all the same
         rate_limited = kind is ErrorKind.RATE_LIMIT  # then `RateLimiter.record_throttled` returns what it reserved
+        concurrency_limited = kind is ErrorKind.CONCURRENCY_LIMIT
         outcome = CallOutcome(
             kind=rule.outcome,
             used=None if rate_limited else _ONE_REQUEST,
             rate_limited=rate_limited,
             spend_cap=kind is ErrorKind.SPEND_CAP,
-            rate_scope=rate_scope,
-            account_limited=kind is ErrorKind.CONCURRENCY_LIMIT,
-            says_concurrency=says_concurrency,
-            retry_after=retry_after,
+            rate_scope=read_rate_scope(body),
+            account_limited=concurrency_limited,
+            says_concurrency=concurrency_limited and names_concurrency(body),
+            retry_after=retry_after,  # for the account, see `RefusalControl`
             rate_limit_headers=rate_limits,
             usd=0.0,
         )
@@ -148,7 +112,7 @@ def judge_error(  # noqa: PLR0913 - what an error says
         )
     return AttemptResult(
         outcome=outcome,
-        retryable=rule.retryable if retry is None else retry,
+        retryable=retryable and can_resend,
         uses_attempt=rule.uses_attempt,
         retry_after=retry_after,
         can_fall_back=rule.can_fall_back,

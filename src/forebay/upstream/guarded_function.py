@@ -10,6 +10,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from forebay import clock
 from forebay.errors import NotGuardable
 from forebay.interfaces import Charge, Outcome
+from forebay.upstream.accounts.nested_calls import begin_hold, end_hold
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
@@ -59,10 +60,13 @@ class _Guard:
 
         async def guarded(*args: Any, **kwargs: Any) -> Any:
             async def send(route: PlainRoute, permit: Permit) -> AttemptResult:
+                begin_hold(permit)
                 try:
                     return _succeeded(await self._function(*args, **self._arguments(kwargs, route)), permit)
                 except Exception as exc:  # noqa: BLE001 - raised by the flow if it is the last attempt
                     return judge_exception(route.account, permit, exc)
+                finally:
+                    end_hold(permit)
 
             return await self._runner.run(self._route(), send)
 
@@ -73,10 +77,13 @@ class _Guard:
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             def send(route: PlainRoute, permit: Permit) -> AttemptResult:
+                begin_hold(permit)
                 try:
                     value = self._function(*args, **self._arguments(kwargs, route))
                 except Exception as exc:  # noqa: BLE001 - raised by the flow if it is the last attempt
                     return judge_exception(route.account, permit, exc)
+                finally:
+                    end_hold(permit)
                 if inspect.isawaitable(value):
                     if inspect.iscoroutine(value):
                         value.close()  # it is never awaited

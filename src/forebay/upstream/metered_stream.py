@@ -22,8 +22,8 @@ class StreamEnd(NamedTuple):
         kind: the evidence about the provider.
         ended: the provider has closed it; else it broke off, or its reader has left.
         readable: the meter could read all of it.
-        output_at: the time when its output began; None if none came.
-        silent: seconds of the silences after that: a model may think between two pieces of output, too.
+        output_at: the time when its answer began, after any reasoning; None if it did not.
+        silent: seconds of the silences after that: a model may think between two pieces of its answer, too.
     """
 
     kind: Outcome
@@ -50,9 +50,9 @@ class MeteredStream:
     """
 
     __slots__ = (
-        *("_decompressor", "_detects_truncation", "_judge", "_last_output_at", "_lock", "_meter", "_output_at"),
-        *("_pieces", "_run", "_settle", "_silent", "_usage_filter", "decoded", "settled"),
-    )
+        "_decompressor", "_detects_truncation", "_judge", "_last_output_at", "_lock", "_meter", "_output_at", "_pieces",
+        "_run", "_settle", "_silent", "_usage_filter", "_waits_since", "decoded", "settled",
+    )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - the parts of a stream
         self,
@@ -74,7 +74,8 @@ class MeteredStream:
         self._lock = threading.Lock()
         self._output_at: float | None = None
         self._last_output_at = 0.0
-        self._pieces = 0  # of output so far
+        self._waits_since = 0.0
+        self._pieces = 0  # of the answer so far
         self._silent = 0.0
         self._run = context.call_observer()
         self.settled = False
@@ -90,8 +91,8 @@ class MeteredStream:
                 meter.feed(content)
             if usage_filter is not None:
                 passed.append(usage_filter.feed(content))
-        if meter is not None and meter.pieces > self._pieces:
-            self._pieces = meter.pieces
+        if meter is not None and meter.answer_pieces > self._pieces:
+            self._pieces = meter.answer_pieces
             self._record_output()
         return chunk if usage_filter is None else b"".join(passed)
 
@@ -103,14 +104,18 @@ class MeteredStream:
             self._add_silence(now)
         self._last_output_at = now
 
+    def wait(self) -> None:
+        """Note that its reader waits for the next bytes: until now it was the reader who took the time."""
+        self._waits_since = clock.now()
+
     def _add_silence(self, now: float) -> None:
-        silence = now - self._last_output_at
+        silence = now - max(self._last_output_at, self._waits_since)
         if silence > _SILENCE:
             self._silent += silence
 
     @property
     def corrupt(self) -> bool:
-        """Return whether bytes to pass on are lost, because they cannot be decompressed."""
+        """True if bytes to pass on are lost, because they cannot be decompressed."""
         return self.decoded and not self._decompressor.readable
 
     @property
@@ -120,7 +125,7 @@ class MeteredStream:
     def end(self) -> bytes:
         """Note that the provider has closed the answer, and return the bytes that were held back.
 
-        An answer that cannot be read is no fault: nothing shows that it is truncated.
+        An answer that cannot be read is not a fault: nothing shows that it is truncated.
         """
         rest = b"" if self._usage_filter is None else self._usage_filter.end()
         meter = self._meter

@@ -8,8 +8,10 @@ from typing import Any, Final, NamedTuple, TypeGuard
 
 import msgspec
 
+from forebay.errors import Overloaded
 from forebay.upstream.providers import Headers
 
+_JUDGED: Final = "forebay_judged"
 _MOST: Final = 16  # exceptions that are looked at
 _STATUSES: Final = range(400, 600)
 _STATUS_NAMES: Final = ("status_code", "http_status", "status", "code")
@@ -58,10 +60,34 @@ def find_error_answer(error: BaseException) -> ErrorAnswer | None:
     return None
 
 
+def mark_judged(holder: Any) -> None:
+    """Mark an exception, or the extensions of an answer: the upstream of a bound client has judged and retried it."""
+    if isinstance(holder, dict):
+        holder[_JUDGED] = True
+    else:
+        setattr(holder, _JUDGED, True)
+
+
+def is_judged(error: BaseException) -> bool:
+    """Return whether an exception is the end of a call that another upstream has judged, retried or rejected.
+
+    The first of its causes tells that is marked, is a rejection, or reports an answer or a failed connection itself.
+    """
+    for each in _chain(error):
+        response = _attribute(each, "response")
+        extensions = _attribute(response, "extensions")
+        marked = isinstance(extensions, Mapping) and _JUDGED in extensions
+        if marked or isinstance(each, Overloaded) or _attribute(each, _JUDGED) is True:
+            return True
+        if isinstance(each, OSError) or response is not None:
+            return False
+    return False
+
+
 def is_timeout(error: BaseException) -> bool:
     """Return whether an exception says that its caller stopped waiting for an answer.
 
-    A connection that could not be made in time is none: that is the fault of the provider, or of the way to it.
+    A connection that could not be made in time does not count: that is the fault of the provider, or of the way to it.
     """
     found = False
     for each in _chain(error):
@@ -77,12 +103,18 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def never_connected(error: BaseException) -> bool:
-    """Return whether an exception says that no connection was made, so that no request can have been sent."""
-    return any(
-        isinstance(each, ConnectionRefusedError | socket.gaierror)
-        or not _NOT_CONNECTED.isdisjoint(base.__name__ for base in type(each).__mro__)
-        for each in _chain(error)
-    )
+    """Return whether an exception says that no connection was made, so that no request can have been sent.
+
+    Args:
+        error: raised by what sends one request, and does nothing else.
+    """
+    while True:
+        names = {base.__name__ for base in type(error).__mro__}
+        if isinstance(error, ConnectionRefusedError | socket.gaierror) or not _NOT_CONNECTED.isdisjoint(names):
+            return True
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

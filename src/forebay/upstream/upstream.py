@@ -197,7 +197,7 @@ class Upstream:
             tenant: the tenant that it is for; None for the task's.
 
         Raises:
-            InvalidSetting: a number of tokens is none.
+            InvalidSetting: a number of tokens is invalid.
             Overloaded: on entering, if it is rejected.
         """
         sent, received = check_tokens("call", input_tokens, output_tokens)

@@ -73,14 +73,23 @@ def test_the_account_is_that_of_the_key_or_shared() -> None:
     assert read({}, shared=True).api_key == ""
 
 
-@pytest.mark.parametrize("other", ["x-api-key", "api-key", "x-goog-api-key"])
+@pytest.mark.parametrize("other", ["x-api-key", "api-key", "x-goog-api-key", "ocp-apim-subscription-key"])
 def test_two_keys_for_a_server_that_may_read_either_are_rejected(other: str) -> None:
-    key = {"authorization": "Bearer sk-1"}
-    for provider in ("openai-compatible", "generic"):
+    key, path = {"authorization": "Bearer sk-1"}, "/v1/chat/completions"
+    for provider in ("openai-compatible", "generic", "vllm"):
         with pytest.raises(InvalidHeader, match=other):
-            check_one_credential({**key, other: "sk-2"}, provider)
-        check_one_credential({**key, other: "sk-1"}, provider)
-        check_one_credential(key, provider)
-        check_one_credential({other: "sk-1"}, provider)
-        check_one_credential({}, provider)
-    check_one_credential({**key, other: "sk-2"}, "openai")
+            check_one_credential({**key, other: "sk-2"}, path, provider)
+        check_one_credential({**key, other: "sk-1"}, path, provider)
+        check_one_credential(key, path, provider)
+        check_one_credential({other: "sk-1"}, path, provider)
+        check_one_credential({}, path + "?key=sk-1", provider)
+    check_one_credential({**key, other: "sk-2"}, path, "openai")
+
+
+@pytest.mark.parametrize("query", ["?key=sk-2", "?a=b&api-key=sk-2", "?Subscription-Key=sk-2"])
+def test_a_key_in_the_query_beside_one_in_a_header_is_rejected(query: str) -> None:
+    for provider in ("openai-compatible", "azure"):
+        with pytest.raises(InvalidHeader, match="query"):
+            check_one_credential({"authorization": "Bearer sk-1"}, "/v1/x" + query, provider)
+        check_one_credential({}, "/v1/x" + query, provider)
+    check_one_credential({"authorization": "Bearer sk-1"}, "/v1/x" + query, "openai")

@@ -54,7 +54,7 @@ def test_three_hang_ups_after_equally_long_show_the_timeout_of_that_kind_of_clie
     assert reader.read(100.0, HTTPX | {"authorization": "Bearer b"}).max_wait == 299.0
 
 
-def test_a_learned_timeout_goes_before_what_the_client_says() -> None:
+def test_a_learned_timeout_goes_before_what_nine_clients_of_ten_say() -> None:
     reader = ClientTimeoutReader(300.0)
     headers = {"user-agent": "OpenAI/Python 3.3.0", "x-stainless-read-timeout": "600"}
     assert reader.read(100.0, headers).max_wait == 599.0
@@ -93,7 +93,40 @@ def test_a_learned_timeout_is_forgotten_after_ten_minutes_without_a_wait() -> No
 def test_a_thousand_kinds_of_clients_are_remembered() -> None:
     reader = ClientTimeoutReader(300.0)
     hang_up(reader, 30.0, 30.1, 30.2)
-    for number in range(1_000):
-        assert reader.read(100.0, HTTPX).max_wait == 29.0
+    for number in range(999):
         hang_up(reader, 30.0, headers={"user-agent": f"agent {number}"})
+    assert reader.read(100.0, HTTPX).max_wait == 29.0
+    hang_up(reader, 30.0, headers={"user-agent": "agent 999"})
     assert reader.read(100.0, HTTPX).max_wait == 299.0
+
+
+ANNOUNCED = {"user-agent": "OpenAI/Python 3.3.0", "x-stainless-read-timeout": "600"}
+
+
+@pytest.mark.parametrize(("headers", "longest"), [(HTTPX, 299.0), (ANNOUNCED, 599.0)])
+def test_one_call_in_ten_may_wait_longer_than_others_of_its_kind_did(headers: dict[str, str], longest: float) -> None:
+    reader = ClientTimeoutReader(300.0)
+    hang_up(reader, 30.0, 30.1, 30.2, headers=headers)
+    waits = [reader.read(100.0, headers).max_wait for _ in range(20)]
+    assert waits == [29.0] * 9 + [longest] + [29.0] * 9 + [longest]
+
+
+def test_an_answer_that_was_read_after_the_latest_hang_up_shows_a_longer_timeout() -> None:
+    reader = ClientTimeoutReader(300.0)
+    hang_up(reader, 30.0, 30.1, 30.2, headers=ANNOUNCED)
+    reader.record_answer(100.0, ANNOUNCED, 30.2)
+    assert reader.read(100.0, ANNOUNCED).max_wait == 29.0
+    reader.record_answer(100.0, ANNOUNCED, 30.3)
+    assert reader.read(100.0, ANNOUNCED).max_wait == 599.0
+
+
+def test_callers_that_announce_a_longer_timeout_are_believed_once_a_tenth_of_their_kind_waits_longer() -> None:
+    reader = ClientTimeoutReader(300.0)
+    hang_up(reader, *[30.0] * 20, headers=ANNOUNCED)
+    reader.record_answer(100.0, ANNOUNCED, 80.0)
+    assert reader.read(100.0, ANNOUNCED).max_wait == 29.0
+    reader.record_answer(100.0, ANNOUNCED, 80.0)
+    assert reader.read(100.0, ANNOUNCED).max_wait == 599.0
+    assert reader.read(100.0, ANNOUNCED | {"x-stainless-read-timeout": "20"}).max_wait == 19.0
+    hang_up(reader, *[30.0] * 20, headers=ANNOUNCED)
+    assert reader.read(100.0, ANNOUNCED).max_wait == 29.0

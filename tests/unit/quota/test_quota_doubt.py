@@ -115,8 +115,8 @@ def test_a_refuted_quota_is_believed_after_ten_minutes_whatever_is_refused() -> 
 def test_a_trial_that_says_nothing_goes_once_more() -> None:
     doubt = doubt_of()
     doubt.record_sent()
-    doubt.cancel()
-    assert doubt.trial_wait(30.0, math.inf) == 0.0
+    doubt.cancel(30.0)
+    assert doubt.trial_wait(30.0, math.inf) == 5.0
 
 
 def test_a_clock_that_goes_back_keeps_the_times() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from forebay.errors import ReservationClosed
-from forebay.interfaces import Charge
+from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import Quota, RateLimiter, RateScope
 
 ONE = Charge()
@@ -186,3 +186,19 @@ def test_a_clock_that_leaps_a_day_fills_one_amount_and_no_more() -> None:
     limiter = used_up(RateLimiter([PER_MINUTE]))
     used_up(limiter, now=86_400.0)
     assert limiter.wait(86_400.0, ONE).seconds == pytest.approx(1.0)
+
+
+def test_a_trial_call_that_was_left_before_its_answer_does_not_disprove_a_quota() -> None:
+    limiter = RateLimiter(())
+    first = limiter.reserve(0.0, Charge())
+    headers = [RateLimitHeaders(unit="requests", limit=30, remaining=0, reset=60.0)]
+    limiter.update_from_headers(0.5, headers, first)
+    limiter.settle(0.5, first, Charge())
+    sent, at = 0, 1.0
+    while at < 1_000.0:
+        if limiter.wait(at, Charge()).seconds <= 0.0:
+            sent += 1
+            left = limiter.reserve(at, Charge())
+            limiter.settle(at + 0.1, left, Charge(), answered=False)
+        at += 0.2
+    assert sent <= 1.5 * 30 * 1_000 / 60

@@ -10,7 +10,7 @@ from forebay.adapters import as_handler
 from forebay.breaker import Breaker, BreakerRules
 from forebay.interfaces import Outcome
 from forebay.supervisor.pool import DEFAULT_QUEUE_SIZE, NESTED, Pool
-from forebay.supervisor.pools import Pools, first_for, next_pool
+from forebay.supervisor.pools import FewPools, Pools, first_for
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, Task
 
@@ -136,7 +136,7 @@ def test_a_pool_that_is_passed_over_too_often_is_served() -> None:
     served = []
     for sequence in range(1, 30):
         important.queue.push(ticket, Priority.HIGH, (True, 0.0), sequence)
-        chosen = next_pool([important, patient])
+        chosen = FewPools([important, patient]).next_pool()
         assert chosen is not None
         served.append(chosen.task_type)
     assert served.index("patient") == 20

@@ -201,8 +201,9 @@ def test_a_failure_raises_the_score_by_half_until_it_is_lowered_again() -> None:
     assert worker.score(KIND, TYPICAL) == pytest.approx(1.5)
     worker.raise_penalty()
     assert worker.score(KIND, TYPICAL) == pytest.approx(2.25)
-    assert worker.lower_penalty()
-    assert not worker.lower_penalty()
+    worker.lower_penalty()
+    assert worker.score(KIND, TYPICAL) == pytest.approx(1.5)
+    worker.lower_penalty()
     assert worker.score(KIND, TYPICAL) == 1.0
 
 

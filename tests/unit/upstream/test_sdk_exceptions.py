@@ -126,6 +126,7 @@ def test_a_timeout_is_told_from_a_connection_that_failed(error: Exception, timeo
         (raised_from(APITimeoutError(), httpx.ConnectTimeout("slow")), False),
         (httpx.ReadTimeout("slow"), True),
         (ConnectionResetError(), True),
+        (raised_while(RuntimeError(), ConnectionRefusedError()), True),
         (ValueError(), True),
     ],
 )

@@ -42,11 +42,11 @@ class AdaptiveLimit(Limit):
     """A limit that finds how many calls an LLM provider can serve, from its refusals and from slow calls.
 
     Latency alone says nothing, because a healthy call takes from half a second to minutes. The signal is refusals
-    (Outcome.OVERLOAD). If they are too many to be stray ones, the limit falls to the calls that were in flight when
-    the refused one was sent, because so many the provider serves. A moment later it rises again, fast up to the best
-    limit of late, then by growing steps; each time that this gains nothing it waits twice as long. Only when
-    calls take far longer than their output tokens explain (`slowdown`) does it lower the limit for an experiment, and
-    it stays there if that made them faster.
+    (Outcome.OVERLOAD). If they are too many to be stray ones, the limit falls to the calls that were in flight when the
+    refused one was sent, because the provider serves that many. A moment later it rises again, fast up to the best
+    limit of late, then by growing steps; each time that this gains nothing it waits twice as long. Only when calls take
+    far longer than their output tokens explain (`slowdown`) does it lower the limit for an experiment, and it stays
+    there if that made them faster.
 
     It is never below 1, except that `limit` is 0 for up to 5 seconds at a time after a lone call was refused.
 
@@ -170,7 +170,7 @@ class AdaptiveLimit(Limit):
                 served = max(1.0, lowered)  # a lone call is sent again in any case
                 probe.record_failure(served / self._typical_seconds if self._typical_seconds else math.inf, low=low)
             if self._late or level >= _NEARLY_FULL * history.best:
-                history.best = min(history.best, lowered)
+                history.lower_best(lowered)
         else:
             if level <= self._held:
                 probe.record_change()
@@ -182,7 +182,7 @@ class AdaptiveLimit(Limit):
             history.assume(lowered)
         else:
             self._backoff.record_refusal(now)
-            history.ceiling = math.inf  # every call is refused, so the limit is not the cause
+            history.forget_ceiling()
         self._level = max(1.0, min(self._level, lowered))
         self._experiment.abort()
         self._begin_epoch(now)
@@ -203,14 +203,14 @@ class AdaptiveLimit(Limit):
         if probe.active and grant.in_flight > history.ceiling + 1 and not self._late:
             probe.record_change()
             self._detector.contradict_overload()
-            history.ceiling = grant.in_flight
+            history.raise_ceiling(grant.in_flight)
         self._confirmed = max(self._confirmed, grant.in_flight)
         used = 2 * grant.in_flight >= self._level
         if not used or not self._may_rise(now):
             return
         if history.known and self._level < history.best:
             if self._level < self._base + 1 + _LEAP * max(0, self._confirmed - self._base):
-                probe.active = True
+                probe.begin()
                 self._raise(1.0)
         elif grant.at_limit and not self._late and self._may_leap(grant):
             self._raise(1.0)

@@ -60,6 +60,18 @@ class LimitHistory:
         self.ceiling = max(1.0, level - 1)
         self._provider_refuses = True
 
+    def lower_best(self, level: float) -> None:
+        """Lower the best limit to `level` if it is above: a probe that began near it was refused."""
+        self.best = min(self.best, level)
+
+    def raise_ceiling(self, in_flight: int) -> None:
+        """Probe from above `in_flight` calls: that many were accepted."""
+        self.ceiling = in_flight
+
+    def forget_ceiling(self) -> None:
+        """Count no limit as too high: every call is refused, so the limit is not the cause."""
+        self.ceiling = math.inf
+
     def record_slowdown(self, level: float) -> None:
         """Record that our load slowed the calls above `level`: the provider shares its capacity."""
         self.best = min(self.best, level)

@@ -6,7 +6,7 @@ from typing import Final
 
 _FIRST_WAIT: Final = 1.0  # seconds after a refusal until the next probe
 _MAX_WAIT: Final = 30.0  # seconds; each probe that gained nothing doubles the wait up to this ...
-_MAX_WAIT_FEW: Final = 300.0  # ... or, where so few calls are made that a refusal in 30 s were many, to at most this
+_MAX_WAIT_FEW: Final = 300.0  # ... or, where calls are so few that a refusal each 30 s is a large share, up to this
 _SLOW_WAIT: Final = 30.0  # ... or where more calls would only be slower
 _CALLS_PER_PROBE: Final = 100  # calls made between probes: so at most one call in a hundred is refused for them
 _FIRST_STEP: Final = 1 / 8  # of the limit
@@ -16,7 +16,7 @@ class LimitProbe:
     """The schedule of probes: when the limit may rise above one that was refused, and by how much per round.
 
     Attributes:
-        active: whether the limit has risen since it last fell.
+        active: True if the limit has risen since it last fell.
     """
 
     def __init__(self) -> None:
@@ -28,6 +28,10 @@ class LimitProbe:
     def is_due(self, now: float) -> bool:
         """Return whether a probe may begin or go on."""
         return now >= self._due_at
+
+    def begin(self) -> None:
+        """Note that the limit rises."""
+        self.active = True
 
     def increment_per_success(self, level: float, *, careful: bool) -> float:
         """Begin or continue a probe; return what one success adds to `level`, so that a round adds one step.

@@ -13,7 +13,7 @@ _OVERLOAD_SHARE: Final = 0.1  # least share of calls that a provider at its capa
 _OVERLOAD_CONTRAST: Final = 4.0  # ... and at least so many times the background ...
 _OVERLOAD_EXCESS: Final = 0.15  # ... though at most so much above it
 _MIN_BACKGROUND: Final = 0.003  # share of calls refused below the capacity: no provider is taken to refuse fewer
-_MAX_BACKGROUND: Final = 0.25  # ... and more are not put up with
+_MAX_BACKGROUND: Final = 0.25  # ... and more are not tolerated
 _SATURATED: Final = 0.3  # ... share from which the limit does not rise: a higher one would cost more than it gains
 _MARGIN: Final = 0.1  # ... or so much above what fewer calls in flight are known not to avoid
 _AS_OFTEN: Final = 0.8  # times as often as with twice as many calls in flight: our load is not the cause
@@ -45,10 +45,10 @@ class RefusalDetector:
     largest (Page's cumulative sum). With a background of 0.3 %, three refusals among two dozen answers are an overload;
     with 3 % it takes six or seven in a row, or twice as many among a hundred.
 
-    A refusal belongs to the background if it is contradicted: a call that was sent up to two seconds later, with as
-    many calls in flight, was accepted. So stray refusals do, and those of many small servers behind a load balancer,
-    but not those of a provider that is full. More than a quarter are not taken for background, unless as many are
-    refused with half the calls in flight.
+    A refusal belongs to the background if it is contradicted: a call with as many calls in flight was accepted that was
+    sent after the refused one, and at most a second after its refusal. Stray refusals are contradicted, and those of
+    many small servers behind a load balancer, but not those of a provider that is full. More than a quarter are not
+    taken for background, unless as many are refused with half the calls in flight.
 
     Source: E. S. Page, "Continuous Inspection Schemes", Biometrika 41, 1954.
 
@@ -133,7 +133,7 @@ class RefusalDetector:
 
     @property
     def saturated(self) -> bool:
-        """True if the background is the highest that is put up with: a higher limit would cost more."""
+        """True if the background is the highest that is tolerated: a higher limit would cost more."""
         return self.background >= max(_SATURATED, self._causeless + _MARGIN)
 
     def reset(self) -> None:

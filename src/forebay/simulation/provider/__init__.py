@@ -1,6 +1,6 @@
 """A simulated LLM provider with capacity, rate limits, prices and faults; nothing here uses the product's decisions."""
 
-from forebay.simulation.provider.billing import Bill, BilledUsage, ProviderStatistics
+from forebay.simulation.provider.billing import Bill, ProviderStatistics, SimulatedUsage
 from forebay.simulation.provider.fault_plan import RefusalReason
 from forebay.simulation.provider.provider_config import (
     PRICES,
@@ -47,7 +47,6 @@ __all__ = [
     "AccelerationLimit",
     "AnswerCut",
     "Bill",
-    "BilledUsage",
     "Bursts",
     "BusyReason",
     "CallAccepted",
@@ -76,6 +75,7 @@ __all__ = [
     "SimulatedCall",
     "SimulatedProvider",
     "SimulatedRateLimit",
+    "SimulatedUsage",
     "Slowdown",
     "TokenPrice",
     "TokensProduced",

@@ -11,7 +11,7 @@ OTHER_RUNS: Final = "(other)"
 
 
 @dataclass(frozen=True, slots=True)
-class BilledUsage:
+class SimulatedUsage:
     """The tokens of one call and their cost."""
 
     input_tokens: int
@@ -33,7 +33,7 @@ class Bill:
     wasted_output_tokens: int = 0
     wasted_usd: float = 0.0
 
-    def charge(self, usage: BilledUsage, *, wasted: bool) -> None:
+    def charge(self, usage: SimulatedUsage, *, wasted: bool) -> None:
         """Add a call that has ended."""
         self.input_tokens += usage.input_tokens
         self.output_tokens += usage.output_tokens
@@ -104,7 +104,7 @@ class BillingLedger:
         self.by_status[200] += 1
         self.peak_in_flight = max(self.peak_in_flight, in_flight)
 
-    def record_end(self, run: str | None, usage: BilledUsage, *, wasted: bool) -> None:
+    def record_end(self, run: str | None, usage: SimulatedUsage, *, wasted: bool) -> None:
         """Bill a call that has ended; `wasted` if the client did not get a complete answer."""
         for bill in self._bills(run):
             bill.charge(usage, wasted=wasted)

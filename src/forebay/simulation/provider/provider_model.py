@@ -14,7 +14,7 @@ from typing import Final
 
 from forebay.simulation.provider import wire_errors
 from forebay.simulation.provider.account_limits import AccountLimits, AccountLimitsByKey
-from forebay.simulation.provider.billing import Bill, BilledUsage, BillingLedger, ProviderStatistics
+from forebay.simulation.provider.billing import Bill, BillingLedger, ProviderStatistics, SimulatedUsage
 from forebay.simulation.provider.fault_plan import CallFaults, FaultPlan, RefusalReason
 from forebay.simulation.provider.processor_sharing import CapacityPhase, ProcessorSharing, capacity_phases
 from forebay.simulation.provider.provider_config import BusyReason, ProviderConfig, TokenPrice
@@ -57,10 +57,10 @@ class _CallInFlight:
             return 0
         return min(self.last_token, 1 + math.floor((work - self.first_token_work) / self.tpot + 1e-6))
 
-    def usage(self, output_tokens: int) -> BilledUsage:
+    def usage(self, output_tokens: int) -> SimulatedUsage:
         """Return the usage of this call, with its cost, if it produced `output_tokens`."""
         cost = self.price.cost(self.call.input_tokens, output_tokens)
-        return BilledUsage(self.call.input_tokens, output_tokens, cost)
+        return SimulatedUsage(self.call.input_tokens, output_tokens, cost)
 
 
 class ProviderModel:
@@ -112,7 +112,7 @@ class ProviderModel:
         account.charge_accepted(self._now, call)
         return self._accept(call, account, price, faults, replica)
 
-    def hang_up(self, now: float, call_id: int) -> BilledUsage | None:
+    def hang_up(self, now: float, call_id: int) -> SimulatedUsage | None:
         """End a call whose client hung up: free its slot, and bill the output produced so far as wasted.
 
         With `finish_abandoned`, the call keeps its slot to its end and is billed in full. In both cases return the
@@ -316,7 +316,7 @@ class ProviderModel:
             self._billing.record_cut()
         self._emit(flight, CallCut(flight.call_id, at, self._close_call(flight, wasted=True), flight.reported))
 
-    def _close_call(self, flight: _CallInFlight, *, wasted: bool) -> BilledUsage:
+    def _close_call(self, flight: _CallInFlight, *, wasted: bool) -> SimulatedUsage:
         del self._flights[flight.call_id]
         self._by_replica[flight.replica] -= 1
         self._tokens_in_flight -= flight.call.input_tokens + flight.call.length

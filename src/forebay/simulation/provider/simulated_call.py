@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forebay.errors import ForebayError
-from forebay.simulation.provider.billing import BilledUsage
+from forebay.simulation.provider.billing import SimulatedUsage
 from forebay.simulation.provider.fault_plan import RefusalReason
 from forebay.simulation.provider.provider_config import Dialect
 
@@ -94,7 +94,7 @@ class CallCompleted:
 
     call_id: int
     at: float
-    usage: BilledUsage
+    usage: SimulatedUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class CallCut:
 
     call_id: int
     at: float
-    usage: BilledUsage
+    usage: SimulatedUsage
     reported: bool
 
 

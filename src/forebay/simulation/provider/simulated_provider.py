@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from forebay.errors import ForebayError
-from forebay.simulation.provider.billing import Bill, BilledUsage, ProviderStatistics
+from forebay.simulation.provider.billing import Bill, ProviderStatistics, SimulatedUsage
 from forebay.simulation.provider.fault_plan import RefusalReason
 from forebay.simulation.provider.provider_config import ProviderConfig
 from forebay.simulation.provider.provider_model import EPOCH, ProviderModel
@@ -39,7 +39,7 @@ class AnswerCut(ForebayError):
     """The simulated provider ended a call early, after {output_tokens} output tokens."""
 
     output_tokens: int
-    usage: BilledUsage
+    usage: SimulatedUsage
     reported: bool  # as an error; otherwise the connection dropped
 
 
@@ -47,7 +47,7 @@ class AnswerCut(ForebayError):
 class CompletedCall:
     """The result of a call with a complete answer; times are in seconds since the call was accepted."""
 
-    usage: BilledUsage
+    usage: SimulatedUsage
     headers: dict[str, str]
     ttft: float
     duration: float

@@ -181,7 +181,7 @@ class RunCompletion:
         )
         self._registry.emit(run.ticket, ZombieFound(at=self._loop.time(), task_id=task_id, worker_id=name))
         if self._runs.are_all_zombies(worker) and worker.breaker.trip(self._loop.time()) is not None:
-            self.update_breaker(worker, "every slot is held by a handler that does not stop")
+            self._update_breaker(worker, "every slot is held by a handler that does not stop")
             worker.mark_stuck()
         if self._registry.listeners:
             self._registry.notify_progress()
@@ -228,7 +228,7 @@ class RunCompletion:
             pool.record_calls(run.calls)
         worker.record_success(task.task_type, seconds)
         if worker.breaker.record(now, _SUCCESS, run.breaker_epoch) is not None:
-            self.update_breaker(worker, "")
+            self._update_breaker(worker, "")
         result = TaskResult(
             task_id=task.task_id,
             worker_id=worker.name,
@@ -261,9 +261,10 @@ class RunCompletion:
             cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
             error = describe_error(cause)
         interrupted = was_interrupted(run, cause)
-        if (interrupted or isinstance(cause, StillSpilled)) and self._dispatcher.can_requeue(ticket):
+        left_behind = run.left_behind or isinstance(cause, StillSpilled)
+        if (interrupted or left_behind) and self._dispatcher.can_requeue(ticket):
             self._record_outcome(run, Outcome.IGNORED)
-            # The task that it awaited is left to the next process, or this process ends; so it is left too.
+            # A task that it needs is left to the next process, or this process ends; so it is left too.
             self._dispatcher.requeue(ticket)
             return
         if interrupted:
@@ -290,7 +291,7 @@ class RunCompletion:
             worker.raise_penalty()
             self._timers.at(now + _PENALTY_LIFETIME, self._lower_penalty, worker)
         if worker.breaker.record(now, outcome, run.breaker_epoch) is not None:
-            self.update_breaker(worker, "too many of its tasks failed")
+            self._update_breaker(worker, "too many of its tasks failed")
 
     def _lower_penalty(self, worker: WorkerAgent) -> None:
         worker.lower_penalty()
@@ -301,14 +302,14 @@ class RunCompletion:
     def fail_start(self, worker: WorkerAgent) -> None:
         """Make a worker FAILED whose handler could not be started."""
         worker.breaker.trip(self._loop.time())
-        self.update_breaker(worker, "its handler could not be started")
+        self._update_breaker(worker, "its handler could not be started")
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
         worker.close_breaker()
-        self.update_breaker(worker, "")
+        self._update_breaker(worker, "")
 
-    def update_breaker(self, worker: WorkerAgent, reason: str) -> None:
+    def _update_breaker(self, worker: WorkerAgent, reason: str) -> None:
         """Follow a change of a worker's breaker, and set the timer of the next one."""
         now = self._loop.time()
         failed = worker.failed
@@ -334,7 +335,7 @@ class RunCompletion:
         remaining = worker.breaker.retry_after(now)
         if remaining:  # neither None nor 0
             due = now + remaining + 1e-6  # a sum of floats may fall a little short
-            self._breaker_timers[worker] = self._timers.at(due, self.update_breaker, worker, "a probe is overdue")
+            self._breaker_timers[worker] = self._timers.at(due, self._update_breaker, worker, "a probe is overdue")
 
 
 def _is_submitters_mistake(cause: BaseException | None) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
@@ -117,6 +118,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     expected_sources: dict[LoadSource, None] | None = None  # sources that it has not called yet and is expected to
     # Final rejections of its calls, and when they came, by what rejected them.
     rejections: dict[object, tuple[Overloaded, float]] | None = None
+    left_behind: bool = False  # a task that it, or a run below it, has submitted is left to the next process
     upstream_failed: bool = False  # one of its calls failed because of the upstream
     in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
 
@@ -145,14 +147,15 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     def rejection_by(self, by: object) -> Overloaded | None:
         """Return the error with which a call fails at once, because `by` rejected an earlier one of the run for good.
 
-        None if it rejected none, or once its retry_after has passed: then the run has handled the rejection.
+        None if it rejected none, or once its retry_after has passed, or if that one call was too large: then the run
+        has handled the rejection.
         """
         if not self.rejections or by not in self.rejections:
             return None
         error, rejected_at = self.rejections[by]
-        if error.retry_after is None:
+        if error.retry_after is None and error.load != math.inf:
             return fresh_copy(error)
-        left = rejected_at + error.retry_after - clock.now()
+        left = 0.0 if error.retry_after is None else rejected_at + error.retry_after - clock.now()
         if left > 0:
             return Overloaded(error.reason, limited_by=error.limited_by, load=error.load, retry_after=left)
         self.rejections = {other: rejection for other, rejection in self.rejections.items() if other is not by}
@@ -161,6 +164,13 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     def record_upstream_fault(self) -> None:
         """Record that a call failed because of its upstream."""
         self.upstream_failed = True
+
+    def record_left_behind(self) -> None:
+        """Record that a task that it, or a run below it, has submitted is left to the next process.
+
+        It may fail for that, with whatever exception its framework makes of StillSpilled.
+        """
+        self.left_behind = True
 
     def report(self, value: Any) -> None:
         """Send `value` to the listeners of the task's events. Callable from any thread."""
@@ -430,10 +440,6 @@ class ActiveRuns:
 
     def __iter__(self) -> Iterator[Run]:
         return itertools.chain.from_iterable(self._by_worker.values())
-
-    def all(self) -> list[Run]:
-        """Return every run."""
-        return [run for runs in self._by_worker.values() for run in runs]
 
 
 class SlotClaims:

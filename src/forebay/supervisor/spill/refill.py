@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.worker import WorkerAgent
 
-_Place: TypeAlias = tuple[str, Priority]  # in the store: the type and the priority of records
+_Depths: TypeAlias = Mapping[tuple[str, Priority], int]  # how many records wait, by task type and priority
 _RETRY_INTERVAL = 1.0  # seconds until a store that failed is asked for records again
 _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
 
@@ -59,7 +59,7 @@ class Refiller:
         refilled: how many stored tasks have come back.
         unreadable: leases on records that a newer version stored, by task id. They are held until the end, so that no
             process of this version leases the records again.
-        unserved_depths: how many records wait, by task type and priority, of types that no worker here serves.
+        unserved_depths: how many records wait of types that no worker here serves.
     """
 
     def __init__(self, core: Core, dispatcher: RefillDispatcher, stored: StoredTasks, *, lease: float) -> None:
@@ -71,7 +71,7 @@ class Refiller:
         self.refilling: set[Pool] = set()
         self.refilled = 0
         self.unreadable: dict[str, Lease] = {}
-        self.unserved_depths: dict[tuple[str, Priority], int] = {}
+        self.unserved_depths: dict[tuple[str, Priority], int] = {}  # by task type and priority
         self._round_trip = 0.0  # average seconds that leasing takes
         self._spills = 0  # records that were stored from here, so far
         self._spilled_at: dict[Pool, int] = {}  # how many there were with the latest of each pool
@@ -99,9 +99,7 @@ class Refiller:
         self._spilled_at[pool] = self._spills
         pool.add_spilled(priority)
 
-    def _set_depths(
-        self, depths: Mapping[_Place, int], pools: Iterable[Pool], spills: int, refilling: Pool | None = None
-    ) -> None:
+    def _set_depths(self, depths: _Depths, pools: Iterable[Pool], spills: int, refilling: Pool | None = None) -> None:
         """Set the counts of `pools` to those that the store made when `spills` records had been counted here.
 
         It may not have counted what was stored since. A count that is too high costs a lease that finds nothing.

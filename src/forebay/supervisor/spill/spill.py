@@ -56,7 +56,7 @@ class Spill:
         settings: SupervisorSettings,
     ) -> None:
         self.codecs: TaskCodecs = core.codecs
-        # Seconds that a lease lasts unless renewed. Without end in a store that no other process can see.
+        # Seconds that a lease lasts unless renewed; infinity in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
         self.stored = StoredTasks(
             core, dispatcher, store, runs=runs, lease=self._lease, max_payload_bytes=settings.max_payload_bytes
@@ -180,7 +180,8 @@ class Spill:
         self._conversations.add_stored(ticket.task.thread_id)
         await self._store.release([lease])
         self.stored.conversation_moved(ticket.task)
-        self._wait_in_store(ticket, pool)
+        if not ticket.done() and ticket.lease is None:  # otherwise it has come back meanwhile
+            self._wait_in_store(ticket, pool)
 
     def _wait_in_store(self, ticket: Ticket, pool: Pool) -> None:
         """Leave a spilled task in the store: to the next process if this one takes nothing back any more."""

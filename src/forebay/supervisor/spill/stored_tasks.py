@@ -12,6 +12,7 @@ from weakref import ref
 from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
+from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
@@ -129,9 +130,9 @@ class StoredTasks:
             expired = unsuccessful_result(ticket, TaskStatus.EXPIRED, error)
             # A weak reference: the timer must not keep the ticket alive.
             ticket.set_expiry(self._core.timers.at(due, self._end_spilled, ref(ticket), expired))
-        self.hold_weakly(ticket)
+        self._hold_weakly(ticket)
 
-    def hold_weakly(self, ticket: Ticket) -> None:
+    def _hold_weakly(self, ticket: Ticket) -> None:
         """Hold the ticket of a spilled task weakly, if the store can restore it.
 
         A store that ends with this process has nothing to restore it from. Nor does a record have the parent of a
@@ -168,7 +169,7 @@ class StoredTasks:
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
 
-    def forget_elsewhere(self, task_id: str) -> None:
+    def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
         self.leased_elsewhere.pop(task_id, None)
 
@@ -183,23 +184,23 @@ class StoredTasks:
         if ticket is None or not _is_stored_only(ticket):
             return  # it has come back, or ended, meanwhile
         if found is None:  # it has ended, and its result is not kept any more
-            self.forget_elsewhere(task_id)
+            self._forget_other_process(task_id)
             self._core.timers.cancel(ticket.clear_expiry())
             self._registry.discard(ticket)
             ticket.resolve(UnknownTask(task_id=task_id))
             self._registry.notify_progress()
         elif found[2] is not None:
-            self.forget_elsewhere(task_id)
+            self._forget_other_process(task_id)
             self._core.timers.cancel(ticket.clear_expiry())
             self._registry.hold_strongly(task_id)
             self.apply_stored_completion(ticket, found[0], found[1], found[2])
         elif found[0] is not RecordState.LEASED and task_id in self.leased_elsewhere:  # that process has left it again
-            self.forget_elsewhere(task_id)
+            self._forget_other_process(task_id)
             self.wait_in_store(ticket)
 
     def adopt(self, ticket: Ticket, lease: Lease) -> None:
         """Take a new lease on a task that still waits or runs here, though the lease on it was lost."""
-        self.forget_elsewhere(ticket.task_id)
+        self._forget_other_process(ticket.task_id)
         ticket.adopt(lease)
         self.leases.hold(lease)
 
@@ -277,7 +278,7 @@ class StoredTasks:
         if ticket.done():
             return
         if stored:
-            self.forget_elsewhere(ticket.task_id)
+            self._forget_other_process(ticket.task_id)
             pool = self._core.pools.by_type.get(task.task_type)
             if fence is None and pool is not None and task.thread_id is None:  # else it is counted again, see above
                 pool.remove_spilled(task.priority)
@@ -358,6 +359,8 @@ class StoredTasks:
         self._left_overflow(ticket)
         ticket.move_to_store()
         self._registry.discard(ticket)
+        for run in run_and_ancestors(ticket.parent):
+            run.record_left_behind()
         ticket.resolve(StillSpilled(task_id=ticket.task_id))
         self._registry.notify_progress()
 

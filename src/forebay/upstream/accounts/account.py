@@ -49,6 +49,11 @@ _REPEATED: Final = 2  # retries from which on a refusal may be due to what the c
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
+_NESTED_RETRY: Final = 1.0  # seconds after which a nested call may find a slot, if fewer callers nest calls
+_WAITS_FOR_ITSELF: Final = (
+    "it waits for a slot that its own caller holds, and all others are held by such callers: a guarded function, or a"
+    " block with a permit, must make no calls through the same upstream (guard the function, or bind its client)"
+)
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -147,8 +152,8 @@ class Account:
             return rejection
         if at_once:
             return self._too_late(now, request) or self._admit(now, request)
-        seconds, limited_by = self.expected_wait(now, request)
-        if len(self.queue) >= _QUEUE_BOUND:
+        seconds, limited_by = self._expected_wait_of(now, request)
+        if self._is_queue_full(request):
             reason = f"{_QUEUE_BOUND} calls wait already"
             return Rejected(reason, "queue", 1.0, self._schedule_retry(now, request, seconds))
         wait = f"would wait about {format_duration(seconds)} for {limited_by}"
@@ -180,6 +185,13 @@ class Account:
     def _may_try(self, request: CallRequest) -> bool:
         """Return whether a call may be a trial call of a quota: it can be retried, and takes no place that is kept."""
         return request.retried and not self.places
+
+    def _is_queue_full(self, request: CallRequest) -> bool:
+        """Return whether too many calls wait for this one to join; twice as many may, if most do not go before it."""
+        waiting = len(self.queue)
+        if waiting < _QUEUE_BOUND:
+            return False
+        return waiting >= 2 * _QUEUE_BOUND or self.queue.ahead_of(request) >= _QUEUE_BOUND // 2
 
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
@@ -231,7 +243,7 @@ class Account:
             return None
         if not self.durations.is_too_late(now, request, contested=self.queue.length > 0):
             return None
-        retry_after = self._schedule_retry(now, request, self.expected_wait(now, request)[0])
+        retry_after = self._schedule_retry(now, request, self._expected_wait_of(now, request)[0])
         return Rejected("it is not expected to be answered before its deadline", "deadline", 1.0, retry_after)
 
     def _has_slot(self, now: float) -> bool:
@@ -286,10 +298,7 @@ class Account:
     def _serve_queue(self, now: float) -> float | None:
         """Answer queued calls; return when to look again, or None if only the end of a call can move the queue."""
         confirmed_at = self._confirm_accepted(now)
-        if self._untaken:
-            self._release_lost(now)
-        while (overdue := self.queue.pop_overdue(now)) is not None:
-            self._resolve(overdue, self._overdue(now, overdue))
+        self._remove_gone(now)
         if not self.queue:
             return None
         self.queue.promote(now, self.durations.typical_or_guess)
@@ -300,6 +309,9 @@ class Account:
                 self._resolve(call, rejection)
                 continue
             if not self._has_slot(now):
+                if confirmed_at is None and (stuck := self._deadlocked()) is not None:
+                    self._resolve(stuck, Rejected(_WAITS_FOR_ITSELF, "concurrency", 1.0, _NESTED_RETRY))
+                    continue
                 look = self.open_answers.next_look(now)
                 lost_at = now + _LOST_LOOK if self._untaken else None
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
@@ -316,9 +328,24 @@ class Account:
             self._send(now, untried or self.queue.serve_head(now, entry))
         return None
 
+    def _remove_gone(self, now: float) -> None:
+        """Remove the calls that nobody waits for any more, and reject those that have waited for too long."""
+        if self._untaken:
+            self._release_lost(now)
+        while (overdue := self.queue.pop_overdue(now)) is not None:
+            self._resolve(overdue, self._overdue(now, overdue))
+
+    def _deadlocked(self) -> QueuedCall | None:
+        """Return a nested call if callers that wait for nested calls of their own hold all slots, else None."""
+        if self.queue.nested < max(1, self.in_flight):
+            return None
+        nested = [call for call in self.queue.in_order() if call.request.holder is not None]
+        holders = {id(call.request.holder) for call in nested}
+        return nested[-1] if len(holders) >= self.in_flight else None
+
     def _overdue(self, now: float, call: QueuedCall) -> Rejected:
         """Return the rejection of a call that has waited for too long."""
-        seconds, limited_by = self.expected_wait(now, call.request)
+        seconds, limited_by = self._expected_wait_of(now, call.request)
         retry_after = self._schedule_retry(now, call.request, seconds)
         if call.request.deadline <= now:
             return Rejected("its deadline passed while it waited", "queue", 1.0, retry_after)
@@ -376,7 +403,10 @@ class Account:
             self.withdraw(now, call)
 
     def _resolve(self, call: QueuedCall, decision: Admitted | Rejected) -> bool:
-        self.queue.withdraw(call)
+        if isinstance(decision, Admitted):
+            self.queue.take(call)
+        else:
+            self.queue.withdraw(call)
         return call.waiter.resolve(decision)
 
     def reject_queued(self, now: float) -> None:
@@ -455,7 +485,9 @@ class Account:
             used = request.charge if outcome.used is None else outcome.used
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
-            self.quotas.settle(now, permit.reservation, used, failed=outcome.kind is Outcome.FAULT)
+            answered = kind is not Outcome.IGNORED or outcome.latency is not None  # else its caller has left
+            failed = kind is Outcome.FAULT
+            self.quotas.settle(now, permit.reservation, used, failed=failed, answered=answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:
             dollars.settle(usd)
@@ -546,19 +578,24 @@ class Account:
 
     # --- load ---
 
+    def _expected_wait_of(self, now: float, request: CallRequest) -> tuple[float, str]:
+        """Return the seconds until this call would be sent, in its turn: calls that it goes before do not count."""
+        return self.expected_wait(now, request, ahead=self.queue.ahead_of(request))
+
     def expected_wait(
-        self, now: float, request: CallRequest, *, others: int = 0, guess: float = 0.0
+        self, now: float, request: CallRequest, *, ahead: int | None = None, others: int = 0, guess: float = 0.0
     ) -> tuple[float, str]:
         """Return the seconds until such a call would be sent, and the part of the account that it waits for.
 
         Args:
             now: the time.
             request: of the call.
+            ahead: calls of the queue that go before it; None for all of its priority and of better ones.
             others: calls ahead of it besides those in the queue.
             guess: seconds that a call holds its slot, used until the first call has ended.
         """
         self._confirm_accepted(now)
-        ahead = self._ahead(request) + others
+        ahead = (self.queue.ahead(request.priority) if ahead is None else ahead) + others
         before, held = scale_charge(request.charge, ahead), self._held_from(now, request)
         delay = self.quotas.wait(now, request.charge, ahead=before, held=held)
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
@@ -573,12 +610,6 @@ class Account:
                 return slot_wait, "concurrency"
         return seconds, limited_by
 
-    def _ahead(self, request: CallRequest) -> int:
-        """Return how many queued calls are served before a call: for a retry, those of a better priority."""
-        if not request.retries:
-            return self.queue.ahead(request.priority)
-        return self.queue.ahead(Priority(request.priority - 1)) if request.priority else 0
-
     def blocking_reason(self, now: float, usd: float, priority: Priority) -> Rejected | None:
         """Return a rejection if no call of that cost and priority is sent now, however long it waits; else None."""
         budget = self._upstream_budget
@@ -591,7 +622,7 @@ class Account:
         rejection = self._rejection(now, request)
         if rejection is not None:
             return max(1.0, rejection.load)
-        seconds, limited_by = self.expected_wait(now, request)
+        seconds, limited_by = self._expected_wait_of(now, request)
         return math.inf if seconds > self._acceptable_wait(now, request, limited_by) else seconds / self._max_wait
 
     def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
@@ -610,12 +641,13 @@ class Account:
         seconds, _ = self.expected_wait(now, request, others=self.expected_calls)
         if seconds == math.inf:
             return math.inf, 0.0
-        spacing = self._wait_per_call(now, request, seconds, others=self.expected_calls)
+        ahead = self.queue.ahead(request.priority) + self.expected_calls
+        spacing = self._wait_per_call(now, request, seconds, ahead=ahead)
         return max(0.0, seconds - load * self._max_wait), spacing
 
-    def _wait_per_call(self, now: float, request: CallRequest, seconds: float, *, others: int = 0) -> float:
-        """Return the seconds that one more call adds to a wait of `seconds`; 0 if that is not known."""
-        added = self.expected_wait(now, request, others=others + 1)[0] - seconds
+    def _wait_per_call(self, now: float, request: CallRequest, seconds: float, *, ahead: int) -> float:
+        """Return the seconds that one more call adds to a wait of `seconds` behind `ahead` calls; 0 if not known."""
+        added = self.expected_wait(now, request, ahead=ahead + 1)[0] - seconds
         return added if added > 0.0 else self.durations.held / max(1, self._slots(now))
 
     def _schedule_retry(self, now: float, request: CallRequest, seconds: float) -> float | None:
@@ -623,7 +655,7 @@ class Account:
         if seconds == math.inf:
             return None  # it is larger than a quota now: it gets no retry slot, and leaves no hole before the others
         early = max(0.0, seconds - self._max_wait)
-        spacing = self._wait_per_call(now, request, seconds)
+        spacing = self._wait_per_call(now, request, seconds, ahead=self.queue.ahead_of(request))
         slot = self._retry_after.reserve(now + early, 1.0 / spacing if spacing else None, self._draw())
         too_long = seconds - self.durations.acceptable_wait(request.asked_at, request)
         return max(early + (slot or 0.0), too_long) or None

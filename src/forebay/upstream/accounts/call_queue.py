@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left, bisect_right, insort
 from typing import Final
 
 from forebay.admission import PriorityQueue, QueueEntry
@@ -14,6 +15,7 @@ from forebay.upstream.call_request import CallRequest
 
 _GAIN: Final = 0.05  # weight of the newest wait in the typical one
 _PROMOTE_AFTER: Final = 4  # typical waits after which a call rises to the next better priority
+_GAPS_SHARE: Final = 0.25  # of a tenant's queued calls: how many turns it may have lost by calls that have left
 _MIN_SWEEP: Final = 64  # deadlines below which removing those of calls that have left does not pay
 
 
@@ -43,14 +45,31 @@ class CallQueue(PriorityQueue[QueuedCall]):
     Args:
         order: of the account.
         longest_wait: seconds after which a call has waited for too long.
+
+    Attributes:
+        nested: the number of calls whose caller holds a slot of the account while they wait.
     """
 
-    __slots__ = ("_deadlines", "_longest_wait", "_order", "_sequence", "_typical_wait")
+    __slots__ = (
+        "_deadlines",
+        "_gaps",
+        "_longest_wait",
+        "_order",
+        "_ranks",
+        "_sequence",
+        "_tenants",
+        "_typical_wait",
+        "nested",
+    )
 
     def __init__(self, order: FairOrder, *, longest_wait: float = math.inf) -> None:
         super().__init__()
         self._order = order
         self._longest_wait = longest_wait
+        self.nested = 0
+        self._ranks: tuple[list[tuple[float, float]], ...] = tuple([] for _ in Priority)  # sorted, of queued calls
+        self._tenants: dict[str, dict[QueuedCall, None]] = {}  # the queued calls by tenant, as they joined
+        self._gaps: dict[str, int] = {}  # by tenant: turns to come of calls that have left
         self._deadlines: list[tuple[float, int, QueuedCall]] = []  # a heap, with calls that have left the queue
         self._sequence = 0
         self._typical_wait = 0.0  # seconds, as a moving mean
@@ -70,12 +89,56 @@ class CallQueue(PriorityQueue[QueuedCall]):
     def _insert(self, call: QueuedCall) -> None:
         self._sequence += 1
         call.entry = self.push(call, call.priority, call.rank, self._sequence)
+        insort(self._ranks[call.priority], call.rank)
+        self.nested += call.request.holder is not None
+        self._tenants.setdefault(call.request.tenant, {})[call] = None
+
+    def _forget(self, call: QueuedCall) -> None:
+        """Note that a call is not in the queue any more."""
+        call.entry = None
+        self.nested -= call.request.holder is not None
+        ranks, tenant = self._ranks[call.priority], call.request.tenant
+        del ranks[bisect_left(ranks, call.rank)]
+        calls = self._tenants[tenant]
+        del calls[call]
+        if not calls:
+            del self._tenants[tenant]
+            self._gaps.pop(tenant, None)
+
+    def ahead_of(self, request: CallRequest) -> int:
+        """Return how many calls would be served before this one, if it joined the queue now."""
+        better = sum(self.lengths[: request.priority])
+        return better + bisect_right(self._ranks[request.priority], self._order.expected_rank(request))
 
     def withdraw(self, call: QueuedCall) -> None:
-        """Remove a call. Nothing happens if it is not in the queue any more."""
+        """Remove a call that leaves before its turn. Nothing happens if it is not in the queue any more."""
+        if call.entry is None:
+            return
+        self.take(call)
+        if self._order.is_ahead(call.rank):
+            self._order.return_turn(call.request)
+            self._close_gaps(call.request.tenant)
+
+    def _close_gaps(self, tenant: str) -> None:
+        """Move a tenant's calls up into the turns of those that have left, once it has lost a quarter of its turns."""
+        calls = self._tenants.get(tenant, ())
+        self._gaps[tenant] = self._gaps.get(tenant, 0) + 1
+        if self._gaps[tenant] < _GAPS_SHARE * len(calls):
+            return
+        del self._gaps[tenant]
+        waiting = sorted((call for call in calls if self._order.is_ahead(call.rank)), key=lambda call: call.rank)
+        tags = self._order.close_gaps(tenant, [(call.rank, call.request) for call in waiting])
+        for call, tag in zip(waiting, tags, strict=True):
+            if tag < call.rank[0]:
+                self.take(call)
+                call.rank = (tag, call.rank[1])
+                self._insert(call)
+
+    def take(self, call: QueuedCall) -> None:
+        """Remove a call that is sent before the head. Nothing happens if it is not in the queue any more."""
         if call.entry is not None:
             self.remove(call.entry)
-            call.entry = None
+            self._forget(call)
 
     def serve_head(self, now: float, head: QueueEntry) -> QueuedCall:
         """Remove the head, and return its call."""
@@ -83,7 +146,7 @@ class CallQueue(PriorityQueue[QueuedCall]):
         self._typical_wait += _GAIN * (now - call.enqueued_at - self._typical_wait)
         self._order.record_served(call.rank)
         self.serve(head, call.request.priority)
-        call.entry = None
+        self._forget(call)
         return call
 
     def promote(self, now: float, typical: float) -> None:
@@ -98,7 +161,7 @@ class CallQueue(PriorityQueue[QueuedCall]):
             entry = self.first_of(priority)
             if entry is not None and now - entry[2].priority_since > patience:
                 call: QueuedCall = entry[2]
-                self.withdraw(call)
+                self.take(call)
                 call.priority, call.priority_since = Priority(priority - 1), now
                 self._insert(call)
 

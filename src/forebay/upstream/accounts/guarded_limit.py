@@ -30,7 +30,7 @@ class GuardedLimit(Limit):
         call_hook(self._name, partial(self._guarded.observe, now, grant, outcome, slowdown=slowdown))
 
     def limit(self, now: float) -> int:
-        """Return the limit or, if that fails or is no number, the one before."""
+        """Return the limit or, if that fails or is not a number, the one before."""
         limit = call_hook(self._name, self._guarded.limit, now)
         if is_number(limit) and 0 <= limit < float("inf"):
             self._last = int(limit)

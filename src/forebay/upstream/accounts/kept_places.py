@@ -38,7 +38,7 @@ class KeptPlaces:
         self._places[request] = HeldCharge(request.charge, back_at)
 
     def drop(self, request: CallRequest) -> None:
-        """Keep the place of a call no longer: it is back, or does not come back."""
+        """Free the place of a call: it is back, or does not come back."""
         self._places.pop(request, None)
 
     def held_from(self, now: float, request: CallRequest) -> list[HeldCharge]:

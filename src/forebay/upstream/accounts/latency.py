@@ -27,8 +27,8 @@ class LatencyModel:
 
     `ttft` is the time to the first token and `tpot` the time for each further one, in seconds. After a dozen calls only
     calls under light load are learned from: otherwise the slowdown that our own load causes would, little by little,
-    pass for normal. Its error matters little: whoever uses a slowdown compares it with others. So it does not start
-    again when it proves wrong, after which slowdowns could not be compared with those before.
+    pass for normal. Its error matters little, since slowdowns are compared with each other. So it is not reset when
+    it proves wrong: slowdowns after a reset could not be compared with those before.
     """
 
     __slots__ = ("_count", "_n", "_x", "_xx", "_xy", "_y")

@@ -38,7 +38,8 @@ class OpenAnswers:
     after twice the time: slow readers have answers unread for a second, too. Its methods are called under the account's
     lock, the collection is not: the finalizers of others run in it.
 
-    An answer that is kept and not read is taken back after half a minute: it is closed, and reading on raises an error.
+    An answer that is kept and not read for half a minute, or for `patience` if that is less, is taken back: it is
+    closed, and reading on raises an error.
 
     Args:
         patience: seconds for which an answer may be unread at most, while calls wait for its slot.

@@ -18,6 +18,7 @@ from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.nested_calls import find_holder
 from forebay.upstream.accounts.open_answers import OpenAnswer
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
@@ -133,10 +134,11 @@ class SharedAccount:
             if (error := run.rejection_by(self)) is not None:
                 raise error
         now = clock.now()
+        request.holder = find_holder(self.account)
         with self._lock:  # check and take are one step: no await in here
-            if not request.free and request.unmetered is None:
-                self._learn_typical(request)
             decision = self.account.try_acquire(now, request)
+            if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
+                self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
                 return decision.permit
             if isinstance(decision, Rejected):
@@ -234,12 +236,12 @@ class SharedAccount:
             return self.account.quotas.wait(clock.now(), request.charge).seconds
 
     def keep_place(self, request: CallRequest, back_at: float) -> None:
-        """Leave what a call needs of the quotas to it: it comes back at `back_at`, to be retried."""
+        """Keep the place of a call that comes back at `back_at`, to be retried. See `KeptPlaces`."""
         with self._lock:
             self.account.places.keep(clock.now(), request, back_at)
 
     def drop_place(self, request: CallRequest) -> None:
-        """Leave nothing to a call any more that has come back, or does not come back."""
+        """Free the place of a call: it is back, or does not come back."""
         with self._lock:
             if request not in self.account.places:
                 return
@@ -273,6 +275,7 @@ class SharedAccount:
         with self._lock:
             since = self.account.confirm_spent(now, permit, certain=certain)
         if since is not None:
+            self.suspend_alone(seconds)
             self.suspend(seconds, since=since)
 
     def suspend(self, seconds: float, *, since: float = math.inf) -> None:

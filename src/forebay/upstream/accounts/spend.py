@@ -116,7 +116,7 @@ class UpstreamBudgets:
     """The budgets of an upstream: one for all calls, one for each tenant and one for each task, where these are set.
 
     Both tables are bounded. When more tenants have spent in their period than the table holds, further ones share one
-    budget. A task's name is its caller's to choose, so its budget is forgotten when so many others came since.
+    budget. A task's name is its caller's to choose, so its budget is forgotten once that many others came later.
     """
 
     def __init__(self, name: str, budget: Budget | None, tenant: Budget | None, task: Budget | None) -> None:

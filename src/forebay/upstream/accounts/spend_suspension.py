@@ -9,7 +9,7 @@ from forebay.interfaces import Outcome
 from forebay.upstream.call_request import Permit
 
 _DOUBT: Final = 2.0  # seconds in which every call must be refused, if only the words or the status speak of money
-_LONGEST_PROBE: Final = 60.0  # seconds after which another probe goes beside one that has no answer
+_LONGEST_PROBE: Final = 60.0  # seconds without an answer to a probe, after which another one is sent
 
 
 class SpendSuspension:
@@ -32,15 +32,19 @@ class SpendSuspension:
         self._slow_refusals = False  # so slow that a call without an answer is not yet an accepted one
 
     def confirm(self, now: float, permit: Permit, *, certain: bool) -> float | None:
-        """Return the time since when no call was accepted, if a refusal means that the account's money is spent.
+        """Return the time since when no call was accepted, if a refusal means that the money of the key is spent.
+
+        A probe that is refused says that of its own account; the others may have calls of another kind.
 
         Args:
             now: the time.
             permit: of the call that was refused.
             certain: the refusal cannot mean this call alone.
         """
-        if certain or self._until is not None:
+        if certain:
             return math.inf
+        if self._until is not None:
+            return self._doubted_at
         self._slow_refusals |= permit.accepted
         if self._accepted_sent_at >= self._doubted_at:
             self._doubted_at = now

@@ -23,7 +23,7 @@ class Waiter(Protocol):
 
     @property
     def gone(self) -> bool:
-        """Return whether nobody can take the decision any more."""
+        """True if nobody can take the decision any more."""
 
     def resolve(self, decision: Admitted | Rejected) -> bool:
         """Wake the caller with a decision. Return False if nobody waits any more."""
@@ -49,7 +49,7 @@ class AsyncWaiter:
 
     @property
     def gone(self) -> bool:
-        """See `Waiter`. A loop that was closed does not wake its tasks, also those that were granted a call."""
+        """See `Waiter`. A closed loop does not wake its tasks, even those that were granted a permit."""
         return self._loop.is_closed()
 
     async def wait(self) -> Admitted | Rejected:
@@ -105,11 +105,11 @@ class ThreadWaiter:
 
     def __init__(self, look: Callable[[], None]) -> None:
         self._woken = threading.Event()
-        self._when: float | None = None
+        self._when: float | None = None  # when to look again
         self._look = look
         self.decision: Admitted | Rejected | None = None
 
-    gone = False
+    gone = False  # its thread waits until it is answered
 
     def wait(self) -> Admitted | Rejected:
         """Wait, and return the decision."""

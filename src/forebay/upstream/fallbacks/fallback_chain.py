@@ -42,6 +42,16 @@ class CallRoute(Protocol):
     def describe_failure(self) -> str:
         """Return a description of the latest attempt's failure, for a person."""
 
+    def may_use_key(self, route: FallbackRoute) -> bool:
+        """Return whether the call may be sent with the key of `route`, if that has one: the caller is no stranger."""
+
+    def record_key(self, *, tried: bool) -> None:
+        """Note what the call's own provider said about the key of the call.
+
+        Args:
+            tried: it did not refuse the key, as far as known: it served the call, or it could not.
+        """
+
     def can_reroute(self, route: FallbackRoute) -> bool:
         """Return whether the call could be served there, by a cheap check."""
 
@@ -86,6 +96,13 @@ class PlainRoute:
         """See `CallRoute`."""
         return f"{self.core.name}: the call failed there"
 
+    def may_use_key(self, route: FallbackRoute) -> bool:  # noqa: ARG002 - see CallRoute
+        """See `CallRoute`. The call is made in this process."""
+        return True
+
+    def record_key(self, *, tried: bool) -> None:
+        """See `CallRoute`."""
+
     def can_reroute(self, route: FallbackRoute) -> bool:  # noqa: ARG002 - see CallRoute
         """See `CallRoute`."""
         return self._request_at is not None
@@ -97,6 +114,7 @@ class PlainRoute:
         return PlainRoute(route.upstream, route.account(self.api_key), request, self._request_at)
 
 
+_STRANGER: Final = "it serves calls whose own key was accepted before, and this one's was not yet"
 _Other: TypeAlias = tuple[FallbackRoute, SharedAccount]
 
 
@@ -132,7 +150,7 @@ class FallbackChain(Generic[RouteT]):
             if (error := self._run.rejection_by(any_of)) is not None:
                 raise error
         load = self._own_load()
-        ahead = [other for other in others if _is_less_loaded(other, load)]
+        ahead = [other for other in others if own.may_use_key(other[0]) and _is_less_loaded(other, load)]
         behind = [other for other in others if other not in ahead]
         self._untried: deque[_Other | None] = deque([*ahead, None, *behind])  # None: own
         self._own_result: Overloaded | AttemptResult | None = None
@@ -149,8 +167,11 @@ class FallbackChain(Generic[RouteT]):
             if self._own_result is not None and self.own.call_request.deadline <= clock.now():
                 return None
             other = self._untried.popleft()
-            route = self.own if other is None else self.own.reroute(other[0])
-            if route is not None:
+            if other is None:
+                return self.own
+            if not self.own.may_use_key(other[0]):
+                self._other_failures.append(f"{other[0].core.name}: {_STRANGER}")
+            elif (route := self.own.reroute(other[0])) is not None:
                 return route
         return None
 
@@ -165,6 +186,8 @@ class FallbackChain(Generic[RouteT]):
         """Note that the account of `route` has rejected the call."""
         if route is self.own:
             self._own_result = error
+            if route.call_request.retries:
+                route.record_key(tried=True)
         else:
             self._other_failures.append(error.reason)
             if error.retry_after is not None:
@@ -173,6 +196,7 @@ class FallbackChain(Generic[RouteT]):
     def record_result(self, route: RouteT, result: AttemptResult) -> bool:
         """Note the result of `route`, and return whether the caller gets it."""
         if route is self.own:
+            route.record_key(tried=result.can_fall_back or result.outcome.kind is Outcome.SUCCESS)
             if not result.can_fall_back:
                 return True
             self._own_result = result

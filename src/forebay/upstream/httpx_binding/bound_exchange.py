@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from forebay.errors import Overloaded
+from forebay.interfaces import Outcome
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.core import UpstreamCore
@@ -16,6 +17,7 @@ from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.httpx_binding.sdk_errors import SdkErrors, find_sdk_errors
 from forebay.upstream.providers import Headers
+from forebay.upstream.sdk_exceptions import mark_judged
 
 _last_failure: ContextVar[tuple[type[Exception], str] | None] = ContextVar("forebay_last_failure", default=None)
 
@@ -110,6 +112,7 @@ class BoundExchange(Exchange):
 
     def _sdk_error(self, error: Exception) -> Exception:
         """Return a connection's error as the caller's SDK raises it."""
+        mark_judged(error)
         http = self._binding.http
         if isinstance(error, http.RequestError):
             _last_failure.set((type(error), str(error)))
@@ -125,6 +128,9 @@ class BoundExchange(Exchange):
         result = self.judge_answer(permit, response.status_code, headers, body)
         response.stream = http.ByteStream(raw)  # nobody else has the response: a new one took 5 us of a call
         response.headers["x-should-retry"] = "false"
+        if result.outcome.kind is not Outcome.SUCCESS:  # a guarded function may raise it as an exception
+            response.extensions = {**response.extensions}
+            mark_judged(response.extensions)
         result.value = response
         return result
 

@@ -75,6 +75,10 @@ class ClientBinder:
 
     # --- httpx and httpx2 ---
 
+    def bind_http(self, client: Any, binding: ClientBinding) -> Any:
+        """Return a bound copy of an HTTP client for an SDK's client with this binding."""
+        return self._bind_http(client, binding.http, binding.sdk_errors)
+
     def _bind_http(self, client: Any, http: ModuleType, errors: SdkErrors | None) -> Any:
         if id(client) in self._copies:
             return self._copies[id(client)]
@@ -116,7 +120,7 @@ class ClientBinder:
         if inner is client._client and client.max_retries == 0:  # noqa: SLF001
             return client
         bound = client.copy(http_client=inner, max_retries=0)  # the upstream retries
-        bound.__class__ = with_websocket_warning(type(client))  # type: ignore[arg-type]  # a class can be hashed
+        bound.__class__ = _with_bound_copies(with_websocket_warning(type(client)))  # type: ignore[arg-type]  # as above
         self._copies[id(client)] = bound
         return bound
 
@@ -212,6 +216,23 @@ def _is_langchain(client: Any) -> bool:
     if any(base.__module__.startswith("langgraph.") for base in type(client).__mro__):
         return False
     return any(base.__module__.startswith("langchain_core.") for base in type(client).__mro__)
+
+
+@functools.cache
+def _with_bound_copies(kind: Any) -> Any:
+    """Return a class of SDK clients whose copies are bound, also those that are given another HTTP client."""
+    if getattr(kind, "forebay_binds_copies", False):
+        return kind
+
+    def bound_copy(self: Any, *args: Any, http_client: Any = None, **how: Any) -> Any:
+        binding = getattr(self._client._transport, "binding", None)  # noqa: SLF001
+        if http_client is not None and isinstance(binding, ClientBinding):
+            http_client = ClientBinder(binding.core, binding.runner).bind_http(http_client, binding)
+        return kind.copy(self, *args, http_client=http_client, **how)
+
+    method = functools.wraps(kind.copy)(bound_copy)
+    members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forebay_binds_copies": True}
+    return type(kind.__name__, (kind,), {**members, "copy": method, "with_options": method})
 
 
 @functools.cache

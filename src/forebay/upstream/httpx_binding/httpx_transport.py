@@ -7,10 +7,10 @@ import asyncio
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from forebay import clock
 from forebay.errors import Overloaded
@@ -18,6 +18,7 @@ from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.httpx_binding.bound_exchange import BoundExchange, ClientBinding
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers
+from forebay.upstream.sdk_exceptions import mark_judged
 
 
 class OpenBody(ABC):
@@ -63,12 +64,21 @@ class OpenBody(ABC):
             )
             raise self._read_error(message)
         self.unread_since = math.inf
+        self._stream.wait()
 
     def _abandon(self) -> None:
         """Release the permit of an answer that has not ended."""
         if not self._stream.settled:
             self._record_abandoned(clock.now() - self.unread_since)
             self._stream.abandon()
+
+    def _was_dropped(self) -> bool:
+        """Return whether its reader has dropped it with its connection open; the account learns of it."""
+        if self._response.is_closed:
+            return False
+        if not self._stream.settled:
+            self._record_abandoned(clock.now() - self.unread_since)
+        return True
 
 
 class AsyncBody(OpenBody):
@@ -91,7 +101,11 @@ class AsyncBody(OpenBody):
                     yield passed
                     self._read_on()
         except Exception as error:
-            stream.fail(error)
+            try:
+                await self._response.aclose()  # first: an answer that cannot be decoded is still coming
+            finally:
+                stream.fail(error)
+                mark_judged(error)
             raise
         finally:
             if isinstance(chunks, AsyncGenerator):
@@ -120,13 +134,12 @@ class AsyncBody(OpenBody):
             self._closing = self._loop.create_task(self.aclose())
 
     def __del__(self) -> None:
-        if self._stream.settled:
+        if not self._was_dropped():
             return
-        self._record_abandoned(clock.now() - self.unread_since)
         try:  # not here: garbage collection may run while any lock is held
-            self._loop.call_soon_threadsafe(self._stream.abandon)
-        except RuntimeError:  # the loop is closed
-            _abandon_in_thread(self._stream)
+            self._loop.call_soon_threadsafe(_close_dropped, self._response, self._stream)
+        except RuntimeError:  # the loop is closed, and nothing can be sent over its connections
+            _start_thread(self._stream.abandon)
 
 
 class AsyncTransport:
@@ -201,7 +214,11 @@ class BlockingBody(OpenBody):
             if self._taken_back:
                 self._read_on()  # it was closed just as its reader came back
         except Exception as error:
-            stream.fail(error)
+            try:
+                self._response.close()  # first: an answer that cannot be decoded is still coming
+            finally:
+                stream.fail(error)
+                mark_judged(error)
             raise
         if rest := stream.end():
             yield rest
@@ -220,9 +237,8 @@ class BlockingBody(OpenBody):
             self.close()
 
     def __del__(self) -> None:
-        if not self._stream.settled:
-            self._record_abandoned(clock.now() - self.unread_since)
-            _abandon_in_thread(self._stream)
+        if self._was_dropped():
+            _start_thread(_close_dropped_in_thread, self._response, self._stream)
 
 
 class BlockingTransport:
@@ -292,7 +308,34 @@ def blocking_transport(http: ModuleType) -> type[Any]:
     return type("UpstreamTransport", (BlockingTransport, http.BaseTransport), {"body": body})
 
 
-def _abandon_in_thread(stream: MeteredStream) -> None:
-    """Release the permit of a dropped answer in a new thread: garbage collection may run while any lock is held."""
+_closing: Final[set[asyncio.Task[None]]] = set()  # a loop alone does not keep its tasks
+
+
+def _close_dropped(response: Any, stream: MeteredStream) -> None:
+    """Close the connection of a dropped answer, and then release its permit: until then the provider generates it."""
+
+    async def close() -> None:
+        try:
+            with contextlib.suppress(Exception):
+                await response.aclose()
+        finally:
+            stream.abandon()
+
+    task = asyncio.get_running_loop().create_task(close())
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+
+
+def _close_dropped_in_thread(response: Any, stream: MeteredStream) -> None:
+    """Close a dropped answer. See `_close_dropped`."""
+    try:
+        with contextlib.suppress(Exception):
+            response.close()
+    finally:
+        stream.abandon()
+
+
+def _start_thread(function: Callable[..., None], *args: object) -> None:
+    """Call a function in a new thread: garbage collection may run while any lock is held."""
     with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-        _thread.start_new_thread(stream.abandon, ())
+        _thread.start_new_thread(function, args)

@@ -49,7 +49,7 @@ class ErrorKind(Enum):
 
     @property
     def rule(self) -> ErrorRule:
-        """Return the consequences of this kind."""
+        """The consequences of this kind."""
         return ERROR_RULES[self]
 
 
@@ -78,7 +78,7 @@ class ErrorRule:
 
     @property
     def uses_attempt(self) -> bool:
-        """Return whether a retry uses one of `Retry.max_attempts`; only that of a throttled call does not."""
+        """True if a retry uses one of `Retry.max_attempts`; only that of a throttled call does not."""
         return not self.throttled
 
 

@@ -47,7 +47,7 @@ class Decompressor:
 
     @property
     def compressed(self) -> bool:
-        """Return whether what it returns differs from what it takes."""
+        """True if what it returns differs from what it takes."""
         return bool(self._inflaters)
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
@@ -95,7 +95,7 @@ class _Inflater:
         self._member = zlib.decompressobj(_GZIP_OR_ZLIB)
         self._started = False
         self._members = 0  # complete ones
-        self._ended = False  # what follows is no member
+        self._ended = False  # what follows is not a member
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Yield the content of `chunk`, and an empty piece for the end of each member.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
-CREDENTIAL_HEADERS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
+CREDENTIAL_HEADERS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key", "ocp-apim-subscription-key")
 """The headers that hold an API key. Most providers read the first; Anthropic, Azure and Google read their own."""
 
-_FIRST: Final = {"anthropic": ("x-api-key", *CREDENTIAL_HEADERS), "azure": ("api-key", *CREDENTIAL_HEADERS)}
-
-_UNKNOWN: Final = ("openai-compatible", "generic")  # providers: any server
+_FIRST: Final = {
+    "anthropic": ("x-api-key", *CREDENTIAL_HEADERS),
+    "azure": ("api-key", "ocp-apim-subscription-key", *CREDENTIAL_HEADERS),
+}
+_KNOWN: Final = ("openai", "anthropic", "azure")  # the others can be any server, or stand behind one
+_QUERY_KEY: Final = re.compile(r"[?&](key|api-key|subscription-key)=", re.IGNORECASE)
 
 
 def read_credential(headers: Mapping[str, str], *, provider: str = "") -> str:
@@ -26,16 +30,19 @@ def read_credential(headers: Mapping[str, str], *, provider: str = "") -> str:
     return ""
 
 
-def find_other_credential(headers: Mapping[str, str], *, provider: str) -> str:
-    """Return the name of a header with another API key than `read_credential` returns; empty if there is none.
+def find_other_credential(headers: Mapping[str, str], path: str, *, provider: str) -> str:
+    """Return where another API key stands than `read_credential` returns; empty if there is none that may count.
 
     Args:
         headers: of the request, by lower-case name.
-        provider: whose API it calls. Of most it is known which header they read; then another one does not matter.
+        path: of its URL, with the query.
+        provider: whose API it calls. Of some it is known which header they read; then another one does not matter.
     """
-    if provider not in _UNKNOWN:
+    key = normalize_credential(read_credential(headers, provider=provider))
+    if key and (found := _QUERY_KEY.search(path)) and provider not in ("openai", "anthropic"):
+        return f"the query's {found[1]}"
+    if provider in _KNOWN:
         return ""
-    key = normalize_credential(read_credential(headers))
     return next((name for name in CREDENTIAL_HEADERS if normalize_credential(headers.get(name, key)) != key), "")
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
-_MAX_DECODED: Final = 3  # times that a path is decoded; one that is escaped more often is no endpoint
+_MAX_DECODED: Final = 3  # times that a path is decoded; one that is escaped more often is not an endpoint
 _PARAMETERS: Final = re.compile("[;?#]")
 _PLACEHOLDER: Final = re.compile(r"\\\{[a-z_]+\\\}")
 
@@ -65,7 +65,7 @@ _USAGE, _FREE, _UNPRICED = Billing.USAGE, Billing.FREE, Billing.UNPRICED
 _OTHER: Final = Endpoint.OTHER
 _LATER: Final = "its cost arises later, in a job"
 _ELSEWHERE: Final = "its cost arises over another connection"
-_RUNS: Final = "it makes calls that pass nobody"
+_RUNS: Final = "it makes calls that are not seen here"
 _STORAGE: Final = "it is billed by time or storage"
 
 ENDPOINT_RULES: Final[Sequence[EndpointRule]] = (

@@ -15,7 +15,7 @@ SIGNATURE_HEADERS: Final = frozenset(
     {"x-amz-content-sha256", "x-amz-date", "signature", "signature-input", "content-digest", "digest", "content-md5"}
 )
 RELEVANT: Final = SIGNATURE_HEADERS | {
-    *("authorization", "x-api-key", "api-key", "x-goog-api-key"),
+    *("authorization", "x-api-key", "api-key", "x-goog-api-key", "ocp-apim-subscription-key"),
     *("content-type", "content-encoding", "upgrade", "sec-websocket-key"),
     *("x-http-method-override", "x-http-method", "x-method-override"),
     *("user-agent", "x-stainless-lang"),

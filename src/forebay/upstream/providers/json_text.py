@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Final
 
 _SURROGATE: Final = re.compile(rb"\\u[dD](?:([89abAB])|[c-fC-F])[0-9a-fA-F]{2}")  # group 1: the first half of a pair
-_MAX_REPLACED: Final = 100_000  # a text with more of them is none that was cut within an emoji
+_MAX_REPLACED: Final = 100_000  # a text with more of them was not just cut within an emoji
 _MAX_BACKSLASHES: Final = 1_000  # in a row, that are looked at
 _REPLACEMENT: Final = rb"\ufffd"
 

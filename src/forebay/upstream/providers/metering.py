@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -14,9 +14,10 @@ from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.providers.request import READ_FIELDS, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
-_MAX_UNREAD: Final = 1 << 20  # bytes of a body besides its input that are searched for repeated keys
+_MAX_UNREAD: Final = 1 << 20  # bytes of a body besides its input whose keys are not counted
+_MAX_KEYS: Final = 100_000  # of a body with more such bytes
 _MAX_VALUES: Final = 1_000_000  # of an input that is searched for tools
-_MAX_OBJECTS: Final = 100_000  # of a body that is searched for repeated keys object by object
+_MAX_OBJECTS: Final = 500_000  # of a value that is searched for repeated keys object by object
 
 # Tools that run at the caller, or whose cost is in the usage of the answer. Any other runs at the provider, which bills
 # containers, images and other models apart. Sources: the tool guides of OpenAI and Anthropic.
@@ -32,8 +33,8 @@ _BILLED_APART: Final = {
     "plugins": "its provider bills its plugins apart from the tokens",
     "search_parameters": "its provider bills the searches of `search_parameters` apart from the tokens",
     "fallbacks": "the attempts of its `fallbacks` are billed by the prices of other models: name one model",
-    "prompt": "it names a stored prompt, whose tools and input are not told: send them in the request",
-    "preset": "it names a preset, whose models and plugins are not told: send them in the request",
+    "prompt": "it names a stored prompt, whose tools and input are not seen here: send them in the request",
+    "preset": "it names a preset, whose models and plugins are not seen here: send them in the request",
 }
 _AUDIO_PART: Final = b'"input_audio"'
 _STORED: Final = re.compile(rb'"file_(?:(?:id|url)"\s*:\s*"|data"\s*:\s*"https?:)')
@@ -48,6 +49,8 @@ _SCHEMA_TYPES: Final = frozenset(
 )
 _EXPECTED_SEARCHES: Final = 5  # of a call with a web search tool
 
+_KEY: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*+")\s*:\s*')
+_COMMA_OR_END: Final = re.compile(rb"\s*([,}])")
 _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -58,7 +61,7 @@ class _Tool(msgspec.Struct):
 
     @property
     def kind(self) -> Any:
-        """Return its type; None for a function of the caller, which may have none."""
+        """Its type; None for a function of the caller, which may have none."""
         is_named = isinstance(self.name, str) or isinstance(self.function, dict)
         return _UNNAMED if self.type is None and not is_named else self.type
 
@@ -72,8 +75,9 @@ def find_unreadable(request: ProviderRequest, body: bytes) -> str:
         return ""
     if request.unreadable or request.endpoint is Endpoint.OTHER:
         return request.unreadable
-    if len(body) - sum(memoryview(piece).nbytes for piece in request.content) > _MAX_UNREAD:
-        return f"its body has more than {_MAX_UNREAD:,} bytes besides its messages, prompts and tools: send less"
+    unread = len(body) - sum(memoryview(piece).nbytes for piece in request.content)
+    if unread > _MAX_UNREAD and body.count(b'":') - body.count(b'\\":') > _MAX_KEYS:
+        return f"its body has more than {_MAX_KEYS:,} keys, and many besides its messages, prompts and tools: send less"
     if _has_duplicate_keys(body):
         return (
             "its body has a key twice, in another case, in escapes or not in UTF-8: servers do not agree what it says"
@@ -138,12 +142,12 @@ def _tool_kinds(request: ProviderRequest) -> list[Any] | None:
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return None
         unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
-        if unusual and _repeats_a_key(tools, everywhere=True):
+        if unusual and _repeats_a_key(tools):
             return None
     for raw in request.content:
         piece = bytes(raw)
         if (_TOOL in piece and _MORE_TOOLS.search(piece)) or (_ESCAPE in piece and _ESCAPED_LETTER.search(piece)):
-            if piece.count(b",") + piece.count(b"[") > _MAX_VALUES or _repeats_a_key(piece, everywhere=True):
+            if piece.count(b",") + piece.count(b"[") > _MAX_VALUES or _repeats_a_key(piece):
                 return None
             try:
                 kinds += [tool.kind for tool in msgspec.convert(_tools_within(msgspec.json.decode(piece)), list[_Tool])]
@@ -183,7 +187,7 @@ def _without_escapes(text: bytes) -> bytes:
 def _find_unpriced_tool(request: ProviderRequest) -> str:
     kinds = _tool_kinds(request)
     if kinds is None:
-        return "its tools cannot be read: they are no list, or have a key twice, or one written in escapes"
+        return "its tools cannot be read: they are not a list, have a key twice, or have one written in escapes"
     for kind in kinds:
         if kind is not None and not (isinstance(kind, str) and _METERED_TOOLS.fullmatch(kind)):
             shown = str(kind)[:_MAX_SHOWN] if isinstance(kind, str | int | float) else type(kind).__name__
@@ -200,13 +204,27 @@ def _has_duplicate_keys(body: bytes) -> bool:
         return True
     if not all(map(str.islower, fields)) and _mixes_cases(fields):
         return True
-    pairs = [(b'"%b"' % name.encode("utf-8", "replace"), bytes(value)) for name, value in fields.items()]
-    if body in (
-        b"{" + b",".join([b"%b:%b" % pair for pair in pairs]) + b"}",
-        b"{" + b", ".join([b"%b: %b" % pair for pair in pairs]) + b"}",
-    ):
-        return False  # nothing was dropped: as nearly all encoders write it
-    return _repeats_a_key(body, everywhere=False)
+    return _drops_a_field(body, fields)
+
+
+def _drops_a_field(body: bytes, fields: Mapping[str, bytes]) -> bool:
+    """Return whether an object has more than the fields that were decoded: then one of its keys stands there twice."""
+    at = body.index(b"{") + 1
+    end = _COMMA_OR_END.match(body, at)
+    for name, value in fields.items():
+        key = _KEY.match(body, at)
+        if key is None or _decode_key(key[1]) != name or not body.startswith(value, key.end()):
+            return True
+        end = _COMMA_OR_END.match(body, key.end() + len(value))
+        if end is None:
+            return True
+        at = end.end()
+    return end is None or end[1] != b"}"
+
+
+def _decode_key(key: bytes) -> str:
+    decoded: str = msgspec.json.decode(key)
+    return decoded
 
 
 def _mixes_cases(names: Iterable[str]) -> bool:
@@ -216,19 +234,18 @@ def _mixes_cases(names: Iterable[str]) -> bool:
     return unusual or len({usual for _, usual in folded}) < len(folded)
 
 
-def _repeats_a_key(text: bytes, *, everywhere: bool) -> bool:
-    """Return whether the outermost object has a key twice, or any object `everywhere`; also if that cannot be told."""
+def _repeats_a_key(text: bytes) -> bool:
+    """Return whether any object has a key twice; also if that cannot be told."""
     if text.count(b"{") > _MAX_OBJECTS:
         return True
-    repeated = outermost = False
+    repeated = False
 
     def look(pairs: list[tuple[str, Any]]) -> None:
-        nonlocal repeated, outermost
-        outermost = len({name for name, _ in pairs}) < len(pairs)
-        repeated = repeated or outermost
+        nonlocal repeated
+        repeated = repeated or len({name for name, _ in pairs}) < len(pairs)
 
     try:
         json.loads(text, object_pairs_hook=look)
     except (ValueError, RecursionError):
         return True
-    return repeated if everywhere else outermost
+    return repeated

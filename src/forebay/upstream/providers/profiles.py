@@ -152,7 +152,7 @@ class ProviderProfile:
         """Return the charge of a call that has ended: by its usage, or as it was reserved if the usage is unknown."""
         if usage is None:
             return reserved
-        sent = usage.input_tokens if self.cached_input_counts else usage.input_tokens - usage.cache_read_tokens
+        sent = usage.input_tokens if self.cached_input_counts else usage.input_tokens - usage.cached_input_tokens
         sent = max(0, sent)
         return Charge(
             requests=reserved.requests,

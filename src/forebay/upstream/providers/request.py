@@ -27,7 +27,6 @@ _ONLINE: Final = ":online"  # in a model's name: OpenRouter's plugin that search
 _MAX_ALTERNATIVES: Final = 20  # models that a request names besides its own
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
-
 _MODELS: Final = re.compile(r"/models(?:/[^/]+)?$")
 _READ_OR_DELETE: Final = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 _DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/", re.IGNORECASE)  # Azure names the model in the path
@@ -39,10 +38,7 @@ _CHARSETS: Final = ("charset=utf-8", "charset=utf8", "charset=us-ascii", 'charse
 _SIGNATURES: Final = ("AWS4-", "Signature ")  # prefixes of an Authorization header that is a signature
 _UNUSUAL: Final = SIGNATURE_HEADERS | _OVERRIDES | {"upgrade", "sec-websocket-key", "content-encoding"}
 
-
-_TRUE: Final = frozenset(
-    {"true", "t", "yes", "y", "on", "1", "1.0"}
-)  # to a lenient server, as Pydantic's rules make it
+_TRUE: Final = frozenset({"true", "t", "yes", "y", "on", "1", "1.0"})  # to a server that reads JSON as Pydantic does
 _NOTHING: Final = msgspec.Raw()
 _ABSENT: Final = (_NOTHING, msgspec.Raw(b"null"))
 
@@ -111,12 +107,12 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def free(self) -> bool:
-        """Return whether it costs no money: it lists models, fetches, deletes, or counts tokens."""
+        """True if it costs no money: it lists models, fetches, deletes, or counts tokens."""
         return self.billing is Billing.FREE
 
     @property
     def generates_tokens(self) -> bool:
-        """Return whether a model generates tokens for it."""
+        """True if a model generates tokens for it."""
         return self.endpoint in _GENERATING
 
 
@@ -197,9 +193,9 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     values = normalize_headers(headers)
     line = _read_request_line(method, path)
     websocket, signed = line.websocket, line.signed
-    reads, route, billing, reason = line.read_or_delete, line.endpoint, line.billing, line.billing_reason
+    reads, endpoint, billing, reason = line.read_or_delete, line.endpoint, line.billing, line.billing_reason
     if reads and body and line.rule.billing in _GENERATED:  # a lenient server may take it for a POST
-        reads, route, billing, reason = False, line.rule.endpoint, line.rule.billing, line.rule.reason
+        reads, endpoint, billing, reason = False, line.rule.endpoint, line.rule.billing, line.rule.reason
     if not _UNUSUAL.isdisjoint(values):  # one check for headers that nearly no request has
         websocket, signed = websocket or _opens_websocket(values), signed or _is_signed(values)
         if not _OVERRIDES.isdisjoint(values):
@@ -209,21 +205,21 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     read, unreadable = (None, "") if reads else _read_body(values, body)
     if websocket:
         billing, reason = Billing.UNPRICED, "the content of a WebSocket cannot be metered"
-    if read is None or (route is Endpoint.OTHER and billing is Billing.FREE):
+    if read is None or (endpoint is Endpoint.OTHER and billing is Billing.FREE):
         return ProviderRequest(
-            endpoint=route,
+            endpoint=endpoint,
             model=line.model,
             websocket=websocket,
             signed=signed,
             read_or_delete=reads,
             billing=billing,
             billing_reason=reason,
-            unreadable=unreadable if route in _NEEDS_JSON or "Content-Encoding" in unreadable else "",
+            unreadable=unreadable if endpoint in _NEEDS_JSON or "Content-Encoding" in unreadable else "",
             response_id=line.response_id,
         )
-    if route is Endpoint.OTHER:
+    if endpoint is Endpoint.OTHER:
         return ProviderRequest(
-            endpoint=route,
+            endpoint=endpoint,
             model=line.model or _name(read.model),
             websocket=websocket,
             signed=signed,
@@ -235,13 +231,13 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     choices = 1
     if read.n is not None or read.best_of is not None:
         choices = min(_MAX_CHOICES, max(_count(read.n), _count(read.best_of)))
-    if route is Endpoint.COMPLETIONS:
+    if endpoint is Endpoint.COMPLETIONS:
         choices *= _count_prompts(bytes(read.prompt))
     # The deployment in Azure's path is what answers, whatever the body says.
     options, model = read.stream_options, line.model or _name(read.model) or next(iter(alternatives), None)
     previous = read.previous_response_id
     return ProviderRequest(
-        endpoint=route,
+        endpoint=endpoint,
         model=model,
         stream=read.stream is not None and _is_true(read.stream),
         input_tokens=estimate_tokens(
@@ -249,7 +245,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
             bytes_per_token=bytes_per_token,
             image_tokens=_MINI_IMAGE if model is not None and "gpt-4o-mini" in model else image_tokens,
         ),
-        max_output_tokens=_largest_bound(getattr(read, name) for name in _BOUNDS.get(route, ())),
+        max_output_tokens=_largest_bound(getattr(read, name) for name in _BOUNDS.get(endpoint, ())),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
@@ -259,7 +255,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         billing_reason=reason,
         tier="fast" if read.speed == "fast" else read.service_tier if read.service_tier in _DEARER else "",
         background=read.background is not None and _is_true(read.background),
-        characters=_spoken(read.input) if route is Endpoint.SPEECH else 0,
+        characters=_spoken(read.input) if endpoint is Endpoint.SPEECH else 0,
         searches=int(
             read.web_search_options not in _ABSENT or (model is not None and _SEARCH_MODEL.search(model) is not None)
         ),
@@ -267,7 +263,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         previous_response_id=previous if isinstance(previous, str) else None,
         conversation=read.conversation is not None,
         alternatives=alternatives,
-        billed_apart=_billed_apart(read, route, model or ""),
+        billed_apart=_billed_apart(read, endpoint, model or ""),
         regional=read.inference_geo == "us",
         content=content,
         tools=read.tools,
@@ -392,14 +388,14 @@ def _billed_apart(body: _RequestBody, endpoint: Endpoint, model: str) -> str:
 
 
 def _names(models: object) -> tuple[str, ...]:
-    """Return the models of a list; an empty name, which has no price, for each that is none, and for too many."""
+    """Return the models in a list. What is not a name, or too long a list, is an empty name, which has no price."""
     if not isinstance(models, list) or len(models) > _MAX_ALTERNATIVES:
         return ("",)
     return tuple([_name(model) or "" for model in models])
 
 
 def _count_prompts(prompt: bytes) -> int:
-    """Return how many prompts a legacy completion has: a list of texts, or of lists of token ids, is so many."""
+    """Return how many prompts a legacy completion has: one for each text, or each list of token ids."""
     if not prompt.startswith(b"["):
         return 1
     try:
@@ -415,7 +411,7 @@ def _largest_bound(values: Iterable[object]) -> int | None:
 
 
 def _count(value: object) -> int:
-    """Return a number of choices: at least 1, and for a lenient server a text is one too."""
+    """Return a number of choices: at least 1. A lenient server reads it from a string, too."""
     if isinstance(value, str):
         try:
             value = float(value[:_MAX_DIGITS])

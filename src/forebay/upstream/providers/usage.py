@@ -16,39 +16,13 @@ US_FACTOR: Final = 1.1
 """By which Anthropic's calls are dearer that are computed in the US only: "Pricing", data residency."""
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of one call, and whatever else is billed.
+class Usage(BilledUsage, frozen=True, kw_only=True):
+    """The usage of one call: the units that its provider bills, and whether it reported them.
 
     Attributes:
-        input_tokens: sent, with those that came from a cache.
-        output_tokens: received, with hidden reasoning.
-        cache_read_tokens: the part of the input that was read from a cache.
-        cache_write_tokens: the part of the input that was written to a cache.
-        cache_write_1h_tokens: the part of that which is kept for an hour.
-        input_audio_tokens: the part of the input that is sound.
-        output_audio_tokens: the part of the output that is sound.
-        input_image_tokens: the part of the input that is an image.
-        output_image_tokens: the part of the output that is an image.
-        web_searches: by the provider's own tool.
-        file_searches: by the provider's own tool.
-        tier: the service tier or the speed that was used; empty if the provider reports none.
-        factor: by which the tokens are dearer, for the place where they were computed.
-        estimated: whether some of it is an estimate, since the provider did not report it.
+        estimated: True if some of it is an estimate, since the provider did not report it.
     """
 
-    input_tokens: int
-    output_tokens: int
-    cache_read_tokens: int = 0
-    cache_write_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    input_audio_tokens: int = 0
-    output_audio_tokens: int = 0
-    input_image_tokens: int = 0
-    output_image_tokens: int = 0
-    web_searches: int = 0
-    file_searches: int = 0
-    tier: str = ""
-    factor: float = 1.0
     estimated: bool = False
 
     def billed(self, *, tier: str = "", web_searches: int = 0) -> BilledUsage:
@@ -58,21 +32,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
             tier: what the request asked for; counts if the answer does not report it.
             web_searches: those that every such call makes, and that no answer reports.
         """
-        return BilledUsage(
-            input_tokens=self.input_tokens,
-            output_tokens=self.output_tokens,
-            cached_input_tokens=self.cache_read_tokens,
-            cache_write_tokens=self.cache_write_tokens,
-            cache_write_1h_tokens=self.cache_write_1h_tokens,
-            input_audio_tokens=self.input_audio_tokens,
-            output_audio_tokens=self.output_audio_tokens,
-            input_image_tokens=self.input_image_tokens,
-            output_image_tokens=self.output_image_tokens,
-            web_searches=max(web_searches, self.web_searches),
-            file_searches=self.file_searches,
-            tier=self.tier or tier,
-            factor=self.factor,
-        )
+        return msgspec.structs.replace(self, tier=self.tier or tier, web_searches=max(web_searches, self.web_searches))
 
 
 def _is_impossible(value: object) -> bool:
@@ -114,13 +74,13 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
         output_tokens = max(output_tokens, known.output_tokens)
     kept = {} if known is None else msgspec.structs.asdict(known)
     if not isinstance(prompt, _NUMBER):
-        cached, written = (known.cache_read_tokens, known.cache_write_tokens) if known else (0, 0)
+        cached, written = (known.cached_input_tokens, known.cache_write_tokens) if known else (0, 0)
         input_tokens = known.input_tokens if known else 0
     elif isinstance(cache_read, _NUMBER) or isinstance(cache_write, _NUMBER):
         cached, written = read_token_count(cache_read), read_token_count(cache_write)
         input_tokens = read_token_count(prompt) + cached + written
-    elif known is not None and (known.cache_read_tokens or known.cache_write_tokens):
-        cached, written = known.cache_read_tokens, known.cache_write_tokens
+    elif known is not None and (known.cached_input_tokens or known.cache_write_tokens):
+        cached, written = known.cached_input_tokens, known.cache_write_tokens
         input_tokens = max(read_token_count(prompt), known.input_tokens)  # a later event leaves the cache out
     else:
         input_tokens = read_token_count(prompt)
@@ -137,7 +97,7 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
     kept |= {
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
-        "cache_read_tokens": cached,
+        "cached_input_tokens": cached,
         "cache_write_tokens": written,
     }
     return _with_extras(Usage(**kept), value)

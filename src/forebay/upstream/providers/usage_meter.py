@@ -21,7 +21,7 @@ _TAIL: Final = 1 << 14  # bytes that are searched in a longer body: its usage st
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _MAX_CHOICES: Final = 128
 _MAX_NAME: Final = 256  # characters of an id, or of a service tier
-_CONTENT: Final = ("content", "reasoning_content", "reasoning", "refusal")  # text in a chat delta, of any provider
+_REASONING: Final = ("reasoning_content", "reasoning")  # in a chat delta, of any provider
 _ENDS: Final = frozenset(
     {
         *("response.completed", "response.incomplete", "response.failed", "message_stop"),
@@ -126,12 +126,12 @@ class BodyMeter:
         response_id: by which it can be fetched later, or None.
         model: that has answered, or None.
         whole: whether all of it was read, see `WholeResponse`.
-        pieces: 0; of JSON, the begin says nothing.
-        readable: True; of JSON, HTTP tells whether it was cut off.
+        answer_pieces: 0; the first bytes of JSON say nothing.
+        readable: True; HTTP tells whether JSON was cut off.
     """
 
     __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage", "whole")
-    pieces = 0
+    answer_pieces = 0
     readable = True
 
     def __init__(self) -> None:
@@ -172,21 +172,13 @@ class UsageMeter:
         response_id: by which it can be fetched later, or None.
         model: that answers, or None.
         whole: True: all of it is read.
+        answer_pieces: pieces of output that have arrived, reasoning left out.
     """
 
     __slots__ = (
-        *(
-            "_characters",
-            "_quarters",
-            "_events",
-            "_input_tokens",
-            "_open_choices",
-            "_pieces",
-            "_recognized",
-            "_reported",
-        ),
-        *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
-    )
+        "_characters", "_events", "_input_tokens", "_open_choices", "_pieces", "_quarters", "_recognized", "_reported",
+        "_searches", "_tier", "_unknown", "answer_pieces", "complete", "error_kind", "model", "response_id",
+    )  # fmt: skip
     whole = True
 
     def __init__(self, *, input_tokens: int = 0) -> None:
@@ -197,6 +189,7 @@ class UsageMeter:
         self._reported: Usage | None = None
         self._open_choices: set[int] = set()  # started and not finished
         self._pieces = 0
+        self.answer_pieces = 0
         self._characters = 0
         self._quarters = 0  # of tokens, by the characters
         self._recognized = False  # an event of a known form
@@ -218,12 +211,12 @@ class UsageMeter:
 
     @property
     def readable(self) -> bool:
-        """Return whether its events are of a known form, or it has none: of others no end can be recognized."""
+        """True if its events are of a known form, or it has none: of others no end can be recognized."""
         return self._recognized or not self._unknown
 
     @property
     def output_tokens(self) -> int:
-        """Return the output tokens so far: as the provider reported them, else estimated."""
+        """The output tokens so far: as the provider reported them, else estimated."""
         reported = self._reported.output_tokens if self._reported is not None else 0
         if reported and self.complete:
             return reported
@@ -231,12 +224,12 @@ class UsageMeter:
 
     @property
     def pieces(self) -> int:
-        """Return how many pieces of output have arrived."""
+        """The number of pieces of output that have arrived."""
         return self._pieces
 
     @property
     def usage(self) -> Usage | None:
-        """Return the usage, reported or else estimated; None if nothing is known."""
+        """The usage, reported or else estimated; None if nothing is known."""
         if self._reported is not None and self.complete:
             return self._with_extras(self._reported)
         if self._reported is None and not self._pieces:
@@ -282,9 +275,10 @@ class UsageMeter:
             return
         delta = event.get("delta")
         if kind == "content_block_delta" and isinstance(delta, dict):
-            self._output(*(delta.get(field) for field in ("text", "thinking", "partial_json")))
+            self._output(delta.get("text"), delta.get("partial_json"))
+            self._output(delta.get("thinking"), shown=False)
         elif kind.endswith(".delta") and not kind.endswith("audio.delta"):  # tokens of audio cannot be estimated
-            self._output(delta)
+            self._output(delta, shown="reasoning" not in kind)
         elif kind == "response.output_item.done" and isinstance(item := event.get("item"), dict):
             self._count_search(item.get("type"))
         body = event.get("message", event.get("response", event))
@@ -316,7 +310,8 @@ class UsageMeter:
                 continue
             delta = choice.get("delta")
             if isinstance(delta, dict):
-                self._output(*(delta.get(field) for field in _CONTENT), *_arguments(delta))
+                self._output(delta.get("content"), delta.get("refusal"), *_arguments(delta))
+                self._output(*(delta.get(field) for field in _REASONING), shown=False)
             self._output(choice.get("text"))
             self._finish(choice.get("index"), finished=bool(choice.get("finish_reason")))
 
@@ -329,16 +324,18 @@ class UsageMeter:
             self._open_choices.add(number)
         self.complete = finished and not self._open_choices
 
-    def _output(self, *texts: object) -> None:
+    def _output(self, *texts: object, shown: bool = True) -> None:
+        """Count pieces of text; those that are not `shown` are reasoning, or a summary of more than that."""
         for text in texts:
             if isinstance(text, str) and text:
                 self._pieces += 1
+                self.answer_pieces += shown
                 self._characters += len(text)
                 self._quarters += len(text) if text.isascii() else _count_quarters(text)
 
 
 def _decode(data: bytes) -> Any:
-    """Return the JSON of an event, in which a server may have cut an emoji in two; None if it is none."""
+    """Return the JSON of an event, in which a server may have cut an emoji in two; None if it is not JSON."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -196,7 +196,7 @@ async def test_runs_are_kept_by_worker_in_the_order_of_their_starts() -> None:
     assert runs.on(agent) == [second, first]
     runs.remove(second)
     runs.remove(second)
-    assert runs.all() == [first]
+    assert list(runs) == [first]
     unknown: Any = worker("unknown")
     assert runs.on(unknown) == []
 

@@ -14,6 +14,7 @@ from forebay.limit import FixedLimit, VegasLimit
 from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
 from forebay.retry import Retry
 from forebay.task import Priority
+from forebay.upstream.accounts import account as account_module
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
@@ -176,6 +177,46 @@ def test_a_deadline_that_passes_in_the_queue_rejects_its_call_at_any_position() 
     assert "deadline" in behind.decision.reason
     assert head.decision is None
     assert head.wake_time == 90.0, "the head wakes again and again for a deadline that has passed"
+
+
+def test_a_flood_of_one_tenant_and_of_new_runs_keeps_nobody_out_who_goes_before_it() -> None:
+    harness = AccountHarness(100, Quota(requests=2, per="second"), max_wait=5.0)
+    charge = Charge(requests=1)
+    harness.settle(
+        0.0, harness.admit(charge=charge, tenant="a", task_id="first"), CallOutcome(kind=Outcome.SUCCESS, latency=0.5)
+    )
+    held = harness.admit(charge=charge, tenant="a")
+    flood = 0
+    while isinstance(harness.account.try_acquire(0.0, CallRequest(charge=charge, tenant="a")), Queued):
+        harness.enqueue(charge=charge, tenant="a")
+        flood += 1
+    assert 8 <= flood <= 12  # of these calls 5 s have room for 10
+    for asking in ({"tenant": "b"}, {"tenant": "a", "task_id": "first"}, {"tenant": "a", "retries": 1}):
+        answer = harness.account.try_acquire(0.0, CallRequest(charge=charge, **asking))
+        assert isinstance(answer, Queued), answer
+        assert answer.seconds <= 1.5
+    assert "longer than max_wait" in harness.reject(charge=charge, tenant="a").reason
+    assert not held.closed
+
+
+def test_a_full_queue_is_open_for_calls_that_go_before_most_of_it_up_to_twice_its_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(account_module, "_QUEUE_BOUND", 10)
+    harness = AccountHarness()
+    harness.admit()
+    for _ in range(10):
+        harness.enqueue(tenant="flood")
+    assert "10 calls wait already" in harness.reject(tenant="flood").reason
+    for number in range(4):
+        harness.enqueue(tenant=f"{number}")  # it goes after one call of each tenant
+    assert "10 calls wait already" in harness.reject(tenant="4").reason
+    for _ in range(5):
+        harness.enqueue(retries=1)
+    assert "10 calls wait already" in harness.reject(retries=1).reason
+    harness.enqueue(priority=Priority.CRITICAL)
+    assert harness.account.queue.length == 20
+    assert "10 calls wait already" in harness.reject(priority=Priority.CRITICAL).reason
 
 
 def test_no_call_waits_for_more_than_one_and_a_half_times_the_longest_expected_wait() -> None:

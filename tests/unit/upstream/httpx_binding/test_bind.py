@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import operator
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -138,13 +139,19 @@ def test_each_place_where_the_sdk_opens_a_websocket_warns(
     assert len(caplog.records) == 1
 
 
-def test_a_copy_with_an_http_client_of_its_own_is_not_bound_and_does_not_warn(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    bound: Any = Upstream("key", provider="openai").bind(openai.OpenAI(api_key="k"))
-    with httpx2.Client() as http:
-        bound.with_options(http_client=http).realtime.connect(model="gpt-realtime")
-    assert not caplog.records
+@pytest.mark.parametrize("kind", [openai.OpenAI, anthropic.Anthropic])
+def test_a_copy_with_an_http_client_of_its_own_is_bound_too(kind: Any) -> None:
+    upstream = Upstream("key")
+    bound: Any = upstream.bind(kind(api_key="k"))
+    base = importlib.import_module(kind.__module__.partition(".")[0] + "._base_client")
+    with (getattr(base, "httpx2", None) or base.httpx).Client() as http:
+        for copy in (bound.with_options(http_client=http), bound.copy(http_client=http)):
+            assert is_bound(copy._client)
+            assert copy.max_retries == 0
+            assert is_bound(copy.with_options(timeout=3)._client)
+        assert not is_bound(http)
+        with pytest.raises(AlreadyBound):
+            bound.with_options(http_client=Upstream("other").bind(http))
 
 
 def test_the_connections_of_a_client_that_is_dropped_stay_open() -> None:

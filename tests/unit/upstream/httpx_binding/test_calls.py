@@ -33,6 +33,7 @@ from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus
 from forebay.breaker import BreakerState
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
+from forebay.testing import run_ready
 from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
@@ -461,6 +462,26 @@ async def test_a_request_that_the_account_cannot_afford_stops_no_others(refusal:
 
 
 @virtual
+async def test_a_probe_that_is_refused_stops_no_other_model() -> None:
+    client = DearRequests(httpx2, Reply.error(402, "this model needs a plan")).client(upstream())
+
+    async def ask_often(pause: float, **body: Any) -> set[int]:
+        statuses = set()
+        while now() < 300.0:
+            try:
+                statuses.add((await ask(client, **body)).status_code)
+            except Overloaded:
+                statuses.add(429)
+            await asyncio.sleep(pause)
+        return statuses
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ask_often(1.0, model="o3", max_tokens=65_536))
+        others = [group.create_task(ask_often(pause)) for pause in (0.3, 0.7)]
+    assert all(other.result() == {200} for other in others)
+
+
+@virtual
 async def test_429_for_too_many_concurrent_requests_lowers_the_limit() -> None:
     up = upstream(retry=Retry(max_attempts=1, max_total_delay=0))
     client = Script(httpx2, Reply(), *[Reply.error(429, "too many concurrent requests")] * 9).client(up)
@@ -540,7 +561,7 @@ async def test_a_discarded_stream_returns_its_permit(http: ModuleType) -> None:
     assert only_account(up).account.in_flight == 1
     del response
     gc.collect()
-    await asyncio.sleep(0)
+    await run_ready()
     assert left(up) == NOTHING
 
 

@@ -309,7 +309,7 @@ def test_openai_charges_the_larger_of_bound_and_input_and_returns_nothing() -> N
     sent = request.input_tokens
     reserved = OPENAI.estimate_charge(request, output_tokens=50)
     assert reserved == Charge(input_tokens=sent, output_tokens=50, tokens=1000)
-    usage = Usage(input_tokens=90, output_tokens=40, cache_read_tokens=64)
+    usage = Usage(input_tokens=90, output_tokens=40, cached_input_tokens=64)
     assert OPENAI.final_charge(reserved, usage) == Charge(input_tokens=90, output_tokens=40, tokens=1000)
     assert OPENAI.estimate_charge(chat("openai", max_tokens=10)).tokens == sent
     assert OPENAI.estimate_charge(chat("openai")).tokens == sent
@@ -325,7 +325,7 @@ def test_anthropic_charges_uncached_input_and_generated_output() -> None:
     reserved = ANTHROPIC.estimate_charge(request, output_tokens=200)
     sent = request.input_tokens
     assert reserved == Charge(input_tokens=sent, output_tokens=200, tokens=sent + 200)
-    usage = Usage(input_tokens=1000, output_tokens=70, cache_read_tokens=900, cache_write_tokens=50)
+    usage = Usage(input_tokens=1000, output_tokens=70, cached_input_tokens=900, cache_write_tokens=50)
     assert ANTHROPIC.final_charge(reserved, usage) == Charge(input_tokens=100, output_tokens=70, tokens=170)
 
 

@@ -33,13 +33,13 @@ def reading(meter: UsageMeter) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("stream", "usage"),
     [
-        ("chat with usage", Usage(input_tokens=19, output_tokens=10, cache_read_tokens=12)),
+        ("chat with usage", Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12)),
         ("chat", Usage(input_tokens=INPUT, output_tokens=2, estimated=True)),
         ("chat tools", Usage(input_tokens=INPUT, output_tokens=4, estimated=True)),
         ("vllm", Usage(input_tokens=8, output_tokens=3)),
         ("completion", Usage(input_tokens=INPUT, output_tokens=2, estimated=True)),
-        ("responses", Usage(input_tokens=37, output_tokens=11, cache_read_tokens=5)),
-        ("messages", Usage(input_tokens=145, output_tokens=15, cache_read_tokens=100, cache_write_tokens=20)),
+        ("responses", Usage(input_tokens=37, output_tokens=11, cached_input_tokens=5)),
+        ("messages", Usage(input_tokens=145, output_tokens=15, cached_input_tokens=100, cache_write_tokens=20)),
     ],
 )
 def test_the_usage_of_a_stream_is_read_or_else_estimated(stream: str, usage: Usage) -> None:
@@ -54,7 +54,7 @@ def test_an_error_in_the_middle_is_noticed_and_earlier_output_is_estimated() -> 
     assert meter.error_kind is ErrorKind.OVERLOADED
     assert not meter.complete
     expected = Usage(
-        input_tokens=145, output_tokens=3, cache_read_tokens=100, cache_write_tokens=20, estimated=True
+        input_tokens=145, output_tokens=3, cached_input_tokens=100, cache_write_tokens=20, estimated=True
     )  # fifteen characters
     assert meter.usage == expected
     failed = metered(streams.RESPONSES_FAILED)
@@ -84,7 +84,7 @@ def test_a_stream_of_several_choices_is_complete_when_all_have_finished() -> Non
 def test_a_later_total_without_the_cache_keeps_the_cached_tokens() -> None:
     late = {"type": "message_delta", "delta": {}, "usage": {"input_tokens": 25, "output_tokens": 9}}
     meter = metered(streams.sse(*streams.MESSAGES_PARTS, late, {"type": "message_stop"}))
-    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
+    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cached_input_tokens=100, cache_write_tokens=20)
 
 
 def test_totals_never_decrease() -> None:
@@ -92,7 +92,7 @@ def test_totals_never_decrease() -> None:
         {"type": "message_delta", "delta": {}, "usage": usage} for usage in ({"output_tokens": 9}, {"input_tokens": 1})
     ]
     meter = metered(streams.sse(*streams.MESSAGES_PARTS, *events, {"type": "message_stop"}))
-    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
+    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cached_input_tokens=100, cache_write_tokens=20)
 
 
 def test_a_long_piece_counts_as_several_tokens() -> None:
@@ -101,7 +101,7 @@ def test_a_long_piece_counts_as_several_tokens() -> None:
 
 def test_a_last_event_without_its_empty_line_counts() -> None:
     assert metered(streams.CHAT_WITH_USAGE.removesuffix(b"data: [DONE]\n\n").rstrip()).usage == Usage(
-        input_tokens=19, output_tokens=10, cache_read_tokens=12
+        input_tokens=19, output_tokens=10, cached_input_tokens=12
     )
 
 
@@ -160,15 +160,15 @@ def test_noise_between_events_changes_nothing(noise: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "usage"),
     [
-        ({"usage": streams.CHAT_USAGE}, Usage(input_tokens=19, output_tokens=10, cache_read_tokens=12)),
-        ({"usage": streams.RESPONSES_USAGE}, Usage(input_tokens=37, output_tokens=11, cache_read_tokens=5)),
+        ({"usage": streams.CHAT_USAGE}, Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12)),
+        ({"usage": streams.RESPONSES_USAGE}, Usage(input_tokens=37, output_tokens=11, cached_input_tokens=5)),
         (
             {"usage": streams.MESSAGE_USAGE},
-            Usage(input_tokens=145, output_tokens=1, cache_read_tokens=100, cache_write_tokens=20),
+            Usage(input_tokens=145, output_tokens=1, cached_input_tokens=100, cache_write_tokens=20),
         ),
         (
             {"usage": {"prompt_tokens": 10, "completion_tokens": 2, "prompt_cache_hit_tokens": 4}},
-            Usage(input_tokens=10, output_tokens=2, cache_read_tokens=4),
+            Usage(input_tokens=10, output_tokens=2, cached_input_tokens=4),
         ),
         ({"usage": {"prompt_tokens": 8, "total_tokens": 8}}, Usage(input_tokens=8, output_tokens=0)),
         ({"usage": {"prompt_tokens": 8.0, "completion_tokens": 0.0}}, Usage(input_tokens=8, output_tokens=0)),
@@ -233,7 +233,7 @@ def test_after_an_event_that_was_too_long_the_next_is_read() -> None:
         meter.feed(b"x" * 65_536)
     meter.feed(b"\n\n" + streams.CHAT_WITH_USAGE)
     meter.end()
-    assert meter.usage == Usage(input_tokens=19, output_tokens=10, cache_read_tokens=12)
+    assert meter.usage == Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12)
 
 
 @given(
