@@ -13,7 +13,7 @@ import contextlib
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -120,12 +120,16 @@ def _provider(rng: random.Random, slots: int, rate: int | None) -> ProviderConfi
     )
 
 
+_TRIAL: Final = 2.0  # seconds
+
+
 class WatchedLimit(Limit):
     """A limit that checks every permit that another limit grants."""
 
     def __init__(self, limit: Limit) -> None:
         super().__init__()
         self._limit = limit
+        self._recent: list[tuple[float, int]] = []  # times of grants, and the limits then
         self.violations: list[str] = []
 
     def limit(self, now: float) -> int:
@@ -135,7 +139,12 @@ class WatchedLimit(Limit):
         return self._limit.reopens_at(now)
 
     def grant(self, now: float, in_flight: int) -> Grant:
-        if in_flight > self._limit.limit(now):
+        self._recent = [(at, limit) for at, limit in self._recent if at > now - _TRIAL] + [
+            (now, self._limit.limit(now))
+        ]
+        if in_flight > max(
+            limit for _, limit in self._recent
+        ):  # right after a refusal a trial keeps the limit of before
             self.violations.append(f"at {now:.3f} s slot {in_flight} of {self._limit.limit(now)} was granted")
         return self._limit.grant(now, in_flight)
 

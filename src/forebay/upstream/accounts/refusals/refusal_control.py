@@ -150,10 +150,11 @@ class RefusalControl:
         if self._pause.silent and not self._began_above and not late:
             self._cause.record_silent_refusal(in_flight)
         rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
-        certain = self._judged or quota_explains or late or not self._begin_trial(now, sent_at)
+        after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
+        quiet = after > 0.0 and not self._trial.can_decide(now)  # then its word is all that there is
+        certain = self._judged or quota_explains or late or quiet or not self._begin_trial(now, sent_at)
         self.rate.record_refused()
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
-        after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
         if self._pause.record_refused(now, sent_at, retry_after=after, certain=rate and certain, first_silence=silence):
             self._quota_explains = False
             self._blocked_in_flight = in_flight

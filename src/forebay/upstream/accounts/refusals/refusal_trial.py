@@ -11,6 +11,7 @@ _REFUSED: Final = 6  # calls refused right after the first that show that a limi
 _MARGIN: Final = 1.25  # by which the rate may be underestimated
 RIGHT_AFTER: Final = 1.0  # seconds after the refused call was sent
 _OVER: Final = 2.1  # seconds after it: the calls right after it have been answered, or count as accepted
+_TRAFFIC: Final = 2.0  # seconds in which as many calls were sent as a trial needs
 _MAX_CALLS: Final = 64  # whose times are remembered
 
 
@@ -49,6 +50,10 @@ class RefusalTrial:
             self._rate = rate
             self._sent = sum(at > sent_at for at in self._times)
             self._accepted = self._refused = 0
+
+    def can_decide(self, now: float) -> bool:
+        """Return whether a trial may decide: one is under way, or calls come fast enough for a second of them to."""
+        return self.is_open(now) or sum(at > now - _TRAFFIC for at in self._times) >= _REFUSED
 
     def is_open(self, now: float) -> bool:
         """Return whether a trial is under way."""
