@@ -29,7 +29,8 @@ _FAST_STEP_SECONDS: Final = 2.0  # ... above this many times the rate that was l
 _FAST_FROM: Final = 1.5
 _FIRST_WAIT: Final = 10.0  # seconds from a block to the first step; a refused step doubles it ...
 _MAX_WAIT: Final = 60.0  # ... up to this
-_CALLS_PER_REFUSAL: Final = 200  # that are sent before a step may be refused again
+_CALLS_PER_REFUSAL: Final = 200  # that are sent before a step may be refused again ...
+_MAX_COUNTED: Final = 2  # ... and refusals that count: those of a trial or a pause are not the price of the step
 _MIN_RATE: Final = 1 / 60  # calls a second
 _MIN_RESUMED: Final = 1.0  # calls a second with which an account begins again at least
 _LONGEST_WAIT: Final = 600.0  # seconds, however slow the rate is
@@ -41,8 +42,8 @@ _SHORT_BLOCK: Final = 1.0  # seconds
 _PENALTY_COST: Final = 30.0  # times as long as a refused step has blocked the account, until the next one
 _LATE: Final = 0.05  # seconds by which a call may be late without delaying the next one
 _USED: Final = 0.8  # of the rate that must be used for it to rise
-_FALLS: Final = 12  # in a row, without a rise, that show that no rate is the cause ...
-_DEEP: Final = 6  # ... of which a deep one after a long block counts as so many: what was measured was no rate
+_FALLS: Final = 24  # in a row, without a rise by a fifth, that show that no rate is the cause ...
+_DEEP: Final = 12  # ... of which a deep one after a long block counts as so many: what was measured was no rate
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
@@ -282,7 +283,8 @@ class LearnedRate:
             self._begin_step(now, _FIRST_WAIT)
             return
         self._wait = min(_MAX_WAIT, 2 * self._wait)
-        wait = max(self._wait, _CALLS_PER_REFUSAL * block.refusals / self.rate, _PENALTY_COST * _seconds(block))
+        calls = _CALLS_PER_REFUSAL * min(_MAX_COUNTED, block.refusals)
+        wait = max(self._wait, calls / self.rate, _PENALTY_COST * _seconds(block))
         self._begin_step(now, min(_LONGEST_WAIT, wait))
 
     def _begin_step(self, now: float, seconds: float) -> None:

@@ -252,3 +252,16 @@ def test_no_rate_is_learned_from_a_few_refusals_that_a_known_quota_explains() ->
         send(rate, second, second + 9.0, per_second=10.0)
         block(rate, second + 9.0, second + 9.25, guess=False)
     assert not rate.known
+
+
+def test_the_refused_calls_of_a_trial_do_not_delay_the_next_rise() -> None:
+    rate = measured(4.0)
+    send(rate, 20.25, 27.0, per_second=1000.0)
+    for _ in range(8):
+        rate.record_sent(27.0, blocked=True)
+        rate.record_refused()
+    rate.record_sent(27.3, blocked=True)
+    rate.learn(27.3, Block(began=27.0, refused=27.1, ended=27.3, refusals=8, paused=True), guess=True)
+    learned = rate.rate
+    send(rate, 27.3, 150.0, per_second=1000.0)
+    assert rate.rate > learned
