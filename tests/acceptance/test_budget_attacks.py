@@ -762,3 +762,16 @@ async def test_a_call_that_falls_back_is_counted_where_it_is_served() -> None:
     answer = await post(script, paid, "/chat/completions", model="mine", messages=[], max_tokens=1)
     assert answer.status_code == 200
     assert [request.url.host for request in script.requests] == ["local.test"]
+
+
+@virtual
+async def test_the_pauses_of_a_slow_reader_are_no_silence_of_the_model() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply.stream(*words(*["word"] * 40)))
+    body = {"model": "gpt-4o", "messages": [], "stream": True}
+    async with script.client(upstream).stream("POST", OPENAI + "/chat/completions", json=body) as response:
+        pieces = response.aiter_raw()
+        for _ in range(3):
+            await anext(pieces)
+            await asyncio.sleep(20.0)
+    assert spent(upstream) < 0.001

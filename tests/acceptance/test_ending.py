@@ -541,30 +541,32 @@ async def test_no_message_about_a_task_contains_its_payload(caplog: pytest.LogCa
     assert secret not in f"{messages}{caplog.text}"
 
 
+@pytest.mark.parametrize("attempts", [1, 3])
 @virtual
-async def test_handlers_that_do_not_stop_while_they_wait_for_sub_tasks_take_the_next_slots() -> None:
+async def test_handlers_that_do_not_stop_while_they_wait_for_sub_tasks_take_the_next_slots(attempts: int) -> None:
     at_work = peak = 0
     supervisor = BackpressureSupervisor()
 
     async def parent(_: Task) -> None:
         nonlocal at_work, peak
-        with contextlib.suppress(asyncio.CancelledError):
-            await supervisor.run(Task("child"))
+        for _attempt in range(attempts):
+            with contextlib.suppress(asyncio.CancelledError):
+                await supervisor.run(Task("child"))
         at_work += 1
         peak = max(peak, at_work)
         await asyncio.sleep(100.0)
         at_work -= 1
 
     supervisor.register_worker("parent", handler=parent, task_types=["parent"], max_concurrent=1)
-    supervisor.register_worker("child", handler=Agent(60.0), task_types=["child"])
+    supervisor.register_worker("child", handler=Agent(60.0), task_types=["child"], max_concurrent=100)
     async with supervisor:
         for _ in range(20):
             ticket = supervisor.submit_nowait(Task("parent"))
             await asyncio.sleep(0.02)
             ticket.cancel()
         await asyncio.sleep(1.0)
-        assert peak <= 2  # the second one had begun when the first did not stop
         assert supervisor.workers["parent"].current_tasks == 1
-        await asyncio.sleep(300.0)
+        await asyncio.sleep(1_000.0)
+        assert 1 <= peak <= 2  # the second one had begun when the first did not stop
         assert (at_work, supervisor.workers["parent"].current_tasks) == (0, 0)
         assert await supervisor.submit(Task("parent"))

@@ -323,7 +323,7 @@ class RateLimiter:
         """Learn from the rate limit headers of an answer, before or after its call was settled.
 
         Quotas that were not given are learned; of all others, `remaining` and `reset` correct our own count. A
-        `throttled` call was not counted by the provider.
+        `throttled` call was not counted by the provider, or is refunded as if it was not.
         """
         self._advance(now)
         sent = min(reservation.reserved_at, now)

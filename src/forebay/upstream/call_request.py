@@ -183,7 +183,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: the evidence about the upstream.
         used: requests and tokens that it used; None for as many as were reserved.
-        released: it took nothing of them: it was not sent, or it was throttled for another reason than a rate.
+        released: it took nothing of them: it was not sent.
         rate_limited: it was throttled, and its refusal names a rate (429). It took nothing of them either.
         spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
         account_limited: it was throttled by another limit of the account, or by one that is not named (429).

@@ -50,8 +50,8 @@ class MeteredStream:
     """
 
     __slots__ = (
-        "_decompressor", "_detects_truncation", "_judge", "_last_output_at", "_lock", "_meter", "_output_at", "_pieces",
-        "_run", "_settle", "_silent", "_usage_filter", "_waits_since", "decoded", "settled",
+        "_decompressor", "_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_pieces",
+        "_run", "_settle", "_silent", "_usage_filter", "_waited", "_waits_since", "decoded", "settled",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - the parts of a stream
@@ -73,8 +73,8 @@ class MeteredStream:
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
         self._output_at: float | None = None
-        self._last_output_at = 0.0
-        self._waits_since = 0.0
+        self._waits_since: float | None = None  # since when the reader waits for bytes
+        self._waited = 0.0  # seconds that it has waited since the latest piece of the answer
         self._pieces = 0  # of the answer so far
         self._silent = 0.0
         self._run = context.call_observer()
@@ -85,6 +85,7 @@ class MeteredStream:
         meter, usage_filter = self._meter, self._usage_filter
         if meter is None and usage_filter is None:
             return chunk
+        self._end_wait()
         passed: list[bytes] = []
         for content in self._decompressor.feed(chunk):
             if meter is not None:
@@ -96,22 +97,25 @@ class MeteredStream:
             self._record_output()
         return chunk if usage_filter is None else b"".join(passed)
 
-    def _record_output(self) -> None:
-        now = clock.now()
-        if self._output_at is None:
-            self._output_at = now
-        else:
-            self._add_silence(now)
-        self._last_output_at = now
-
     def wait(self) -> None:
-        """Note that its reader waits for the next bytes: until now it was the reader who took the time."""
+        """Note that the reader waits for the next bytes; what it does with the others is no silence of the provider."""
         self._waits_since = clock.now()
 
-    def _add_silence(self, now: float) -> None:
-        silence = now - max(self._last_output_at, self._waits_since)
-        if silence > _SILENCE:
-            self._silent += silence
+    def _end_wait(self) -> None:
+        if self._waits_since is not None:
+            self._waited += clock.now() - self._waits_since
+            self._waits_since = None
+
+    def _record_output(self) -> None:
+        if self._output_at is None:
+            self._output_at = clock.now()
+        else:
+            self._add_silence()
+        self._waited = 0.0
+
+    def _add_silence(self) -> None:
+        if self._waited > _SILENCE:
+            self._silent += self._waited
 
     @property
     def corrupt(self) -> bool:
@@ -155,7 +159,8 @@ class MeteredStream:
             kind = meter.error_kind.rule.outcome
         if kind is Outcome.FAULT and self._run is not None:
             self._run.record_upstream_fault()
+        self._end_wait()
         if self._output_at is not None:
-            self._add_silence(clock.now())
+            self._add_silence()
         self._settle(StreamEnd(kind, ended, self._readable, self._output_at, self._silent))
         self._run = None

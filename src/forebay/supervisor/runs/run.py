@@ -459,6 +459,8 @@ class SlotClaims:
         if worker.has_free_slot() and not worker.pending_claims:
             run.dispatcher.take_slot(run)
             return None
+        if run.abandoned_at is not None and any(other is run for other, _ in self._claims.get(worker, ())):
+            return None
         granted: asyncio.Future[None] = run.dispatcher.core.loop.create_future()
         self._claims.setdefault(worker, deque()).append((run, granted))
         worker.add_claim()

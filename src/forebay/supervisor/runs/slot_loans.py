@@ -50,7 +50,8 @@ class SlotLoan:
 
     def __init__(self, dispatcher: RunOwner, awaiting: Run, awaited: Ticket) -> None:
         self._awaiting_run = awaiting
-        self._chain = chain = tuple(run_and_ancestors(awaiting))
+        # A run that was asked to stop, and awaits a task all the same, keeps its slot: it is at work.
+        self._chain = chain = tuple(run for run in run_and_ancestors(awaiting) if run.abandoned_at is None)
         inside = awaited.queue_entry is not None or awaited.run is not None
         own = awaited.parent is awaiting and awaiting.dispatcher is dispatcher
         self._exempt = not (inside and awaited.nested and own)

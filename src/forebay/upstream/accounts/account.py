@@ -350,7 +350,7 @@ class Account:
         if call.request.deadline <= now:
             return Rejected("its deadline passed while it waited", "queue", 1.0, retry_after)
         waited, allowed = format_duration(now - call.enqueued_at), format_duration(self._max_wait)
-        reason = f"it has waited for {waited}, and max_wait allows {allowed}"
+        reason = f"it has waited for {waited}, half as long again as max_wait allows: {allowed}"
         if unread := self.open_answers.unread(now):
             reason += f": nobody reads {unread} streaming answers that hold slots; close a stream that you leave early"
         return Rejected(reason, limited_by if seconds else "queue", 1.0, retry_after)

@@ -30,7 +30,7 @@ class OutageDetector:
         self._latest = -math.inf  # when the latest call was throttled
 
     def record_throttled(self, now: float) -> None:
-        """Note that a call was throttled for lack of capacity."""
+        """Note that a call was throttled."""
         self._since = now if now - self._latest > _FORGET else min(self._since, now)
         self._latest = now
 

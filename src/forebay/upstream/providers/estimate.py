@@ -33,7 +33,7 @@ _MIN_DOCUMENT: Final = 500
 _IMAGES: Final = frozenset({"image_url", "input_image", "image"})
 _SOUNDS: Final = frozenset({"input_audio", "audio"})
 _DOCUMENTS: Final = frozenset({"document", "file", "input_file"})
-_MAX_PARTS: Final = 100_000  # of a value that is searched for media; one with more counts by its bytes alone
+_MAX_PARTS: Final = 100_000  # of a value that is searched for media part by part
 _NULL: Final = b"null"
 _ESCAPE: Final = b"\\"
 _LONG_ESCAPE: Final = b"\\u"  # six characters, for about three bytes
@@ -67,8 +67,8 @@ def estimate_tokens(pieces: Iterable[bytes], *, bytes_per_token: float, image_to
 def _estimate_media(piece: bytes, image_tokens: int) -> tuple[int, int]:
     """Return the tokens of the images, sounds and documents in a JSON value, and how many of its bytes they take."""
     tokens, size = 0, 0
-    if piece.count(b"{") + piece.count(b"[") > _MAX_PARTS:
-        return 0, 0
+    if piece.count(b"{") + piece.count(b"[") > _MAX_PARTS:  # then at most so many, besides their bytes
+        return image_tokens * len(_MEDIA.findall(piece)), 0
     try:
         rest = [msgspec.json.decode(piece)]
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -23,6 +23,7 @@ _MAX_SHOWN: Final = 50  # characters of a header in a message
 _DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
 _MINI_IMAGE: Final = 25_501  # tokens of an image on gpt-4o-mini: 2,833 and 5,667 a tile (OpenAI, "Images and vision")
 _SEARCH_MODEL: Final = re.compile(r"-search-")  # each call of such a model searches the web
+_PRESET: Final = "@preset/"  # in a model's name: settings that OpenRouter keeps, see `_BILLED_APART`
 _ONLINE: Final = ":online"  # in a model's name: OpenRouter's plugin that searches the web
 _MAX_ALTERNATIVES: Final = 20  # models that a request names besides its own
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
@@ -257,13 +258,14 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         background=read.background is not None and _is_true(read.background),
         characters=_spoken(read.input) if endpoint is Endpoint.SPEECH else 0,
         searches=int(
-            read.web_search_options not in _ABSENT or (model is not None and _SEARCH_MODEL.search(model) is not None)
+            read.web_search_options not in _ABSENT
+            or any(_SEARCH_MODEL.search(name) for name in (model or "", *alternatives))
         ),
         asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
         previous_response_id=previous if isinstance(previous, str) else None,
         conversation=read.conversation is not None,
         alternatives=alternatives,
-        billed_apart=_billed_apart(read, endpoint, model or ""),
+        billed_apart=_billed_apart(read, endpoint, (model or "", *alternatives)),
         regional=read.inference_geo == "us",
         content=content,
         tools=read.tools,
@@ -378,10 +380,12 @@ def _name(model: object) -> str | None:
     return model[:_MAX_MODEL] if isinstance(model, str) and model else None
 
 
-def _billed_apart(body: _RequestBody, endpoint: Endpoint, model: str) -> str:
+def _billed_apart(body: _RequestBody, endpoint: Endpoint, models: Iterable[str]) -> str:
     """Return a field whose cost no usage tells; empty if there is none."""
-    if _ONLINE in model:
+    if any(_ONLINE in model for model in models):
         return "plugins"
+    if any(_PRESET in model for model in models):
+        return "preset"
     if endpoint is Endpoint.RESPONSES and bytes(body.prompt).startswith(b"{"):
         return "prompt"
     return next((name for name in _BILLED_APART if getattr(body, name)), "")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 
 from forebay.upstream.providers import ProviderRequest, find_unpriced, find_unreadable, profile_for
-from forebay.upstream.providers.metering import _has_duplicate_keys, find_unseen_input
+from forebay.upstream.providers.metering import _has_duplicate_keys, expected_searches, find_unseen_input
 from forebay.upstream.providers.request import READ_FIELDS
 
 SAY = [{"role": "user", "content": "x"}]
@@ -302,3 +302,12 @@ def test_a_method_that_a_header_changes_is_unpriced(header: str) -> None:
 )
 def test_a_websocket_is_unpriced(path: str, headers: dict[str, str]) -> None:
     assert "WebSocket" in find_unpriced(OPENAI.read_request("GET", path, headers, b""))
+
+
+@pytest.mark.parametrize("model", ["a:online", "@preset/x", "a@preset/x"])
+def test_what_a_models_name_asks_for_besides_is_unpriced(model: str) -> None:
+    for named in ({"model": model}, {"model": "a", "models": ["b", model]}):
+        body = json.dumps({"messages": SAY, **named}).encode()
+        assert find_unpriced(read(body))
+    searching = json.dumps({"model": "a", "models": ["gpt-4o-search-preview"], "messages": SAY}).encode()
+    assert expected_searches(read(searching)) == 1
