@@ -93,7 +93,7 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
     bugs.a_cancelled_await_goes_on_without_its_slot: (hook_storm, 2),
     bugs.a_slot_that_was_ended_at_once_raises_a_bare_cancellation: (hook_storm, 18),
     bugs.a_limit_that_raises_costs_a_permit: (blame_storm, 6),
-    bugs.a_complete_stream_without_usage_costs_its_text: (money_storm, 12),
+    bugs.a_complete_stream_without_usage_costs_its_text: (money_storm, 15),
     bugs.each_spelling_of_a_key_is_an_account: (money_storm, 3),
     bugs.junk_in_a_header_that_is_not_read_makes_an_account: (money_storm, 4),
 }
