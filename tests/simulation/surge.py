@@ -232,8 +232,6 @@ class Surge:
                 retry_after = await self.submit(process, task, timeout)
             except (StoreUnavailable, SupervisorClosed):
                 retry_after = 5.0
-                # It may have been stored, and ended: its id is free then, so the same task would be another one.
-                task = msgspec.structs.replace(task, task_id=f"{task.task_id}.{attempt}")
             except (DeadlinePassed, DuplicateTask):
                 return
             finally:
@@ -241,6 +239,11 @@ class Surge:
             if retry_after is None:
                 return
             await asyncio.sleep(retry_after)
+            # A store that did not answer may have it, and it may have ended: then its id is free for another task.
+            try:
+                task = msgspec.structs.replace(task, task_id=f"{task.task_id}.{attempt}")
+            except DeadlinePassed:
+                return
 
     async def submit(self, process: SurgeProcess, task: Task, seconds: float | None) -> float | None:
         """Submit once; return the seconds after which to retry, or None if the task is done."""

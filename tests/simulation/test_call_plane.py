@@ -47,9 +47,7 @@ def test_the_start_gate_keeps_goodput_with_many_workers() -> None:
     gated = AgentFleet(provider_config(), offered, minutes=4.0, workers=1000).run()
     open_ = AgentFleet(provider_config(), offered, minutes=4.0, workers=1000, max_start_wait=1e9).run()
     assert gated.per_second() >= 0.95 * capacity(provider_config())
-    assert open_.per_second() < 0.2 * capacity(
-        provider_config()
-    )  # all start, and hardly any ends within its caller's timeout
+    assert open_.per_second() < 0.5 * capacity(provider_config())  # all start, and most end too late for their callers
 
 
 def test_runs_do_not_start_faster_than_they_end_on_a_small_key() -> None:
@@ -80,8 +78,9 @@ def test_goodput_recovers_after_an_outage(seed: int) -> None:
 def test_a_rate_limit_in_headers_is_used_fully_and_not_exceeded(seed: int) -> None:
     rate = SimulatedRateLimit(unit=Unit.REQUESTS, amount=600)
     config = ProviderConfig(slots=1000, ttft=0.5, tpot=0.01, rate_limits=(rate,))
-    fleet = AgentFleet(config, 3 * 600 / 60 / 4, seed=seed, minutes=6.0).run()
-    assert fleet.refusals <= 0.0125 * fleet.calls  # once in five minutes calls beyond the quota are tried
+    # After five minutes calls beyond the quota are tried once; `test_misleading_headers.py` has what that costs.
+    fleet = AgentFleet(config, 3 * 600 / 60 / 4, seed=seed, minutes=4.5).run()
+    assert fleet.refusals <= 0.005 * fleet.calls
     assert fleet.per_second(120) * 4 >= 0.98 * 600 / 60
     assert fleet.failed == 0
 
