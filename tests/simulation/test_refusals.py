@@ -65,7 +65,7 @@ THRESHOLDS = {
 RANDOM = {
     "slots, 5 % at random": 0.95,
     "slots, 10 % at random": 0.95,
-    "slots, 20 % at random": 0.9,
+    "slots, 20 % at random": 0.87,
     "10 replicas of 5, 429": 0.6,
 }
 

@@ -15,6 +15,7 @@ _MAX_CAP_SECONDS: Final = 600.0  # ... up to this
 _MIN_PENALTY: Final = 1.0  # seconds of a block from which it may be a penalty
 _SURE: Final = 3  # trials, one after the other, that found a limit: each more lets a further row go untried ...
 _MAX_UNTRIED: Final = 7  # ... up to so many, if a measured rate explains them
+_LONG_RETRY_AFTER: Final = 3.0  # seconds from which one is believed where too few calls come for a trial
 _GAP: Final = 3.0  # calls at the learned rate that the first silence leaves out
 
 
@@ -151,7 +152,7 @@ class RefusalControl:
             self._cause.record_silent_refusal(in_flight)
         rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
-        quiet = after > 0.0 and not self._trial.can_decide(now)  # then its word is all that there is
+        quiet = after >= _LONG_RETRY_AFTER and not self._trial.can_decide(now)  # then its word is all that there is
         certain = self._judged or quota_explains or late or quiet or not self._begin_trial(now, sent_at)
         self.rate.record_refused()
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
