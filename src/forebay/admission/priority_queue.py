@@ -109,6 +109,10 @@ class PriorityQueue(Generic[T]):
         """Return the priorities in the order in which they are served now: those passed over too often go first."""
         return sorted(Priority, key=lambda priority: self._passed_over[priority] < self._starvation_bound)
 
+    def is_overdue(self, priority: Priority) -> bool:
+        """Return whether a priority was passed over so often that it is served next."""
+        return self._passed_over[priority] >= self._starvation_bound
+
     def first_of(self, priority: Priority) -> QueueEntry | None:
         """Return the first entry of one priority, or None."""
         return self._first(priority) if self._lengths[priority] else None

@@ -31,6 +31,7 @@ from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
-    from forebay.supervisor.worker import WorkerAgent
 
 T = TypeVar("T")
 
@@ -50,7 +50,6 @@ _MAX_NESTING = 1000
 # Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
 # own task type goes down one run a turn, and so does its cancellation, which would never reach the deepest run.
 _DEEP = 100
-_WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
 class TryAdmit(Protocol):
@@ -304,7 +303,7 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
-        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket):
+        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
@@ -320,20 +319,20 @@ class AdmissionController:
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
 
-    def _finishes_a_run(self, ticket: Ticket) -> bool:
+    def _finishes_a_run(self, ticket: Ticket, pool: Pool) -> bool:
         """Return whether a run needs a task to finish while the supervisor drains.
 
         Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
         run fail for good, though nothing is wrong with it.
         """
-        return ticket.nested and self._state is not _OPEN
+        return ticket.nested and self._state is not _OPEN and pool.ever_serves(ticket.task.priority)
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
         if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
             return None
         priority = ticket.task.priority
-        waterfall = priority <= _WATERFALL_PRIORITY
+        waterfall = priority <= URGENT
         ahead = pool.queue.ahead(priority) if waterfall else pool.queue.length
         if ahead:
             return None
@@ -373,6 +372,9 @@ class AdmissionController:
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
         if not pool.slots:
             return f"every worker for {pool.task_type!r} is FAILED"
+        if pool.reserved_slots(priority)[0] >= pool.slots:
+            others = "all its slots are" if not pool.ever_serves(priority) else "all slots that are not FAILED are"
+            return f"{priority.name} has no slot for {pool.task_type!r}: {others} reserved for CRITICAL and HIGH"
         full = f"{resource} is at {load:.0%}"
         if cause != resource:
             full += f" because of {cause}"
@@ -405,7 +407,7 @@ class AdmissionController:
             return min((seconds for seconds in known if seconds is not None), default=None)
         threshold = self.thresholds.threshold_for(priority)
         source_wait = self._load.time_until_below(pool, priority, threshold)
-        return pool.next_retry_slot(now, self._draw(), source_wait=source_wait)
+        return pool.next_retry_slot(now, self._draw(), priority, source_wait=source_wait)
 
     def _submitted(self, ticket: Ticket) -> None:
         """Count and report a verdict."""

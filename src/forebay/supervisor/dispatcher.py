@@ -20,7 +20,7 @@ from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
-from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Priority, TaskResult, TaskStatus
 
@@ -101,6 +101,8 @@ class Dispatcher:
         worker = run.worker
         run.take_slot()
         worker.take_slot(probe=run.is_probe)
+        if worker.reserve and run.task.priority <= URGENT:
+            worker.count_urgent(1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
             counts.resume()
@@ -122,6 +124,8 @@ class Dispatcher:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
         worker.return_slot(probe=worker.probing and run.is_probe)
+        if worker.reserve and run.task.priority <= URGENT:
+            worker.count_urgent(-1)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
         self.dispatch(worker, now)
@@ -220,7 +224,7 @@ class Dispatcher:
         served = self._served_by[worker]
         while worker.can_accept():
             entry: QueueEntry | None = None
-            if worker.suspended and worker.bars_new_runs(Priority.LOW):
+            if (worker.suspended or worker.reserve) and not worker.may_begin(Priority.LOW):
                 pool, entry = served.first_for(worker)
             else:
                 pool = served.next_pool()
@@ -276,6 +280,8 @@ class Dispatcher:
         ticket.start(run)
         self.runs.add(run)
         worker.take_slot(probe=worker.probing)
+        if worker.reserve and ticket.task.priority <= URGENT:
+            worker.count_urgent(1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
         if worker.sources:  # now, or the next task would be started as if this one made no calls

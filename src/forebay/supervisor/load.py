@@ -44,7 +44,7 @@ class SystemLoad:
             load, resource = self.beyond_pool(pool, priority)
         else:
             load, resource = self.host, "host"
-        own = pool.load(nested=nested)
+        own = pool.load(priority, nested=nested)
         return (own, pool.resource) if own >= load else (load, resource)
 
     def beyond_pool(self, pool: Pool, priority: Priority = Priority.NORMAL) -> tuple[float, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes
 from forebay.overflow import RefillPolicy
 from forebay.supervisor.slot_counts import SlotCounts
-from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.task import Priority
 
@@ -32,6 +32,8 @@ class PoolObserver(Protocol):
     own_slots: int
     own_running: int
     own_suspended: int
+    own_reserved: int
+    own_reserved_taken: int
 
     @property
     def own_idle_blocked(self) -> int:
@@ -102,6 +104,24 @@ class Pool(SlotCounts):
             return self.own_suspended
         return self.own_suspended + sum(group.own_suspended for group in self._groups)
 
+    def reserved_slots(self, priority: Priority) -> tuple[int, int]:
+        """Return how many slots tasks of `priority` may not take, and how many of these count as taken."""
+        if priority <= URGENT:
+            return 0, 0
+        if not self._groups:
+            return self.own_reserved, self.own_reserved_taken
+        reserved = self.own_reserved + sum(group.own_reserved for group in self._groups)
+        return reserved, self.own_reserved_taken + sum(group.own_reserved_taken for group in self._groups)
+
+    def free_slots(self, priority: Priority) -> int:
+        """Return how many slots a task of `priority` could take now; negative if more are taken than there are."""
+        reserved, taken = self.reserved_slots(priority)
+        return self.usable_slots - reserved - (self.running - taken)
+
+    def ever_serves(self, priority: Priority) -> bool:
+        """Return whether a task of `priority` may take a slot of some worker, FAILED or not."""
+        return priority <= URGENT or any(worker.reserve < worker.max_concurrent for worker in self.workers)
+
     @property
     def queue_bound(self) -> int:
         """The number of tasks that may wait: `max_queue_size`; by default 100, or the number of slots if larger."""
@@ -140,21 +160,29 @@ class Pool(SlotCounts):
         """True if a task waits, in the queue or in the overflow."""
         return self.queue.length > 0 or any(self.spilled.values())
 
-    def load(self, *, nested: bool = False) -> float:
+    def load(self, priority: Priority = Priority.CRITICAL, *, nested: bool = False) -> float:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
 
-        A suspended run is inside, in a place of its own. For a `nested` task only nested ones count as waiting: what
-        has begun is not to be rejected because of work that has not.
+        A suspended run is inside, in a place of its own. Slots that are reserved do not count for a `priority` that may
+        not take them. For a `nested` task only nested ones count as waiting: what has begun is not to be rejected
+        because of work that has not.
         """
         simple = not (self.own_blocked or self._groups)
         bound, slots = self.max_queue_size, self.own_slots if simple else self.usable_slots
         if not slots and not self.slots:
             return 1.0
-        room = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound)
+        room, running = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound), self.running
+        if not simple or self.own_reserved:
+            reserved, taken = self.reserved_slots(priority)
+            if reserved >= self.slots:
+                return 1.0
+            room, running = room - reserved, running - taken
+            if room <= 0:  # the start gate keeps every slot free, and the queue has no room
+                return 1.0
         if nested:
-            return (self.running + self.nested) / room
+            return (running + self.nested) / room
         suspended = self.suspended
-        inside = self.running + suspended + self.queue.length + self.reserved
+        inside = running + suspended + self.queue.length + self.reserved
         return inside / (room + suspended)
 
     # --- estimates ---
@@ -167,9 +195,10 @@ class Pool(SlotCounts):
         ahead = self.queue.ahead(priority) + (self.spilled_ahead(priority) if spilled else 0)
         if nested:
             ahead = self.nested
-        if not ahead and self.running < self.slots:
+        reserved, taken = self.reserved_slots(priority)
+        if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
-        rate = self.service_times.drain_rate(self.usable_slots)
+        rate = self.service_times.drain_rate(max(0, self.usable_slots - reserved))
         return None if rate is None else ahead / rate if rate else math.inf
 
     def cannot_meet_deadline(self, now: float, wait: float, remaining: float, *, time: float | None = None) -> bool:
@@ -191,12 +220,15 @@ class Pool(SlotCounts):
             service = remaining
         return bool(service) and self.estimate_bypass.should_reject(now, needed=wait + service, remaining=remaining)
 
-    def next_retry_slot(self, now: float, draw: float, *, source_wait: tuple[float, float]) -> float | None:
+    def next_retry_slot(
+        self, now: float, draw: float, priority: Priority, *, source_wait: tuple[float, float]
+    ) -> float | None:
         """Reserve the next slot of the retry schedule; return the seconds until then, or None if unknown.
 
         Args:
             now: loop time, in seconds.
             draw: uniform in [0, 1).
+            priority: of the task, which may not take reserved slots.
             source_wait: the seconds until the sources of a worker allow another run, and those between two runs from
                 then on: see `SystemLoad.time_until_below`. The pool's own rate may be from before they were the limit.
         """
@@ -205,7 +237,7 @@ class Pool(SlotCounts):
             return None
         if early and not each:
             return early
-        rate = self.service_times.drain_rate(self.usable_slots)
+        rate = self.service_times.drain_rate(max(0, self.usable_slots - self.reserved_slots(priority)[0]))
         if each:
             rate = min(1 / each, rate or math.inf)
         slot = self.retry_schedule.reserve(now + early, rate, draw)
@@ -291,10 +323,12 @@ class Pool(SlotCounts):
             self._head_changed()
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
-        """Return the first entry that `worker` may begin although it has many open runs, or None."""
+        """Return the first entry that `worker` may begin, though it has many open runs or a reserve; or None."""
         for priority in self.queue.serving_order():
             entry = self.queue.first_of(priority)
-            if entry is not None and (entry[0][0] == NESTED or not worker.bars_new_runs(priority)):
+            if entry is not None and worker.may_begin(
+                priority, nested=entry[0][0] == NESTED, overdue=self.queue.is_overdue(priority)
+            ):
                 return entry
         return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.slot_counts import SlotCounts
-from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class ServedPools(Protocol):
         """Return the pool whose head the worker takes next, or None if no task waits."""
 
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
-        """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
+        """Return the pool and the entry of the task that a worker may begin first: one with a reserve or many runs."""
 
     def with_spilled(self) -> Iterable[Pool]:
         """Return the pools for which records may wait in the overflow."""
@@ -76,7 +76,17 @@ class PoolGroup(SlotCounts):
     needs to know. The waiting pools are in a heap by their heads, which is corrected when it is read.
     """
 
-    __slots__ = ("_dequeues", "_heads", "_heap", "_informed", "_served_at", "_with_nested", "_with_spilled", "pools")
+    __slots__ = (
+        "_dequeues",
+        "_heads",
+        "_heap",
+        "_informed",
+        "_served_at",
+        "_with_nested",
+        "_with_spilled",
+        "_with_urgent",
+        "pools",
+    )
 
     def __init__(self, pools: Sequence[Pool]) -> None:
         super().__init__()
@@ -89,6 +99,7 @@ class PoolGroup(SlotCounts):
         )  # dequeues when a pool was last served, or began to wait
         self._dequeues = 0
         self._with_nested: dict[Pool, None] = {}  # in which a nested task waits: as few as open runs
+        self._with_urgent: dict[Pool, None] = {}  # in which a CRITICAL or HIGH task waits
         self._with_spilled: dict[Pool, None] = {}
         for pool in pools:
             pool.join(self)
@@ -119,6 +130,10 @@ class PoolGroup(SlotCounts):
             self._with_nested[pool] = None
         else:
             self._with_nested.pop(pool, None)
+        if pool.queue.ahead(URGENT):
+            self._with_urgent[pool] = None
+        else:
+            self._with_urgent.pop(pool, None)
         head = pool.queue.head()
         if head is None:
             self._heads.pop(pool, None)
@@ -151,8 +166,10 @@ class PoolGroup(SlotCounts):
         if not self._heads:
             return None, None
         able = dict(self._with_nested)
+        if worker.reserve:
+            able |= self._with_urgent
         most_urgent, head = self._most_urgent()
-        if not worker.bars_new_runs(head[3]):  # otherwise it bars all the others too, which are of no better priority
+        if worker.may_begin(head[3], overdue=True):  # otherwise none of the others either, of no better priority
             able[most_urgent] = None
         pool, entry = first_for(worker, tuple(able))
         if pool is None or entry is None:
@@ -221,7 +238,7 @@ class Pools:
 
 
 def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:
-    """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one.
+    """Return the pool and the entry of the task that a worker may begin first, which has a reserve or many open runs.
 
     The order is that of `FewPools.next_pool`, among the tasks that it may begin.
     """

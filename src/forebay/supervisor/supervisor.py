@@ -128,6 +128,7 @@ class BackpressureSupervisor:
         task_types: Sequence[str],
         max_concurrent: int = 1,
         max_open: int | None = None,
+        reserve: int = 0,
         timeout: float = 300.0,
         payload: Any = None,
         result: Any = None,
@@ -148,6 +149,8 @@ class BackpressureSupervisor:
             max_concurrent: how many tasks it runs at a time.
             max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
                 theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
+            reserve: how many of its slots, the last ones free, are kept for CRITICAL and HIGH tasks. If it is all of
+                them, the worker takes no others.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
@@ -173,6 +176,7 @@ class BackpressureSupervisor:
             task_types=task_types,
             max_concurrent=max_concurrent,
             max_open=max_open,
+            reserve=reserve,
             timeout=timeout,
             config=config,
             engine=engine,

@@ -13,6 +13,7 @@ from forebay.interfaces import LoadSource, WorkerState
 from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
+URGENT = Priority.HIGH  # tasks of this priority or a better one go past the queue, and may take reserved slots
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
@@ -33,6 +34,7 @@ class WorkerAgent:
         task_types: Sequence[str],
         max_concurrent: int,
         max_open: int | None = None,
+        reserve: int = 0,
         timeout: float,
         breaker: Breaker,
         probes: int,
@@ -44,6 +46,8 @@ class WorkerAgent:
         self.task_types = tuple(task_types)
         self._max_concurrent = max_concurrent
         self.max_open = 2 * max_concurrent if max_open is None else max_open
+        self.reserve = reserve  # slots, the last free ones, that only CRITICAL and HIGH tasks take
+        self.urgent_tasks = 0  # slots that they hold; counted only if there is a reserve
         self.timeout = timeout
         self.breaker = breaker
         self.current_tasks = 0  # slots taken, zombies included
@@ -103,10 +107,43 @@ class WorkerAgent:
 
     def can_accept(self) -> bool:
         """Return whether a task could start on this worker now."""
-        if self.failed or self.pending_claims or not self.ready or self.current_tasks >= self._max_concurrent:
+        if self.failed or not self.ready or self.current_tasks >= self._max_concurrent:
+            return False
+        if self.pending_claims and not self.reserve:  # with a reserve, a slot may be free that no claim may take
             return False
         # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
+
+    def may_begin(self, priority: Priority, *, nested: bool = False, overdue: bool = False) -> bool:
+        """Return whether a run of `priority` may begin on a free slot: by the reserve and by `max_open`.
+
+        Args:
+            priority: of the task.
+            nested: the task is a nested one, to which `max_open` does not apply.
+            overdue: its priority was passed over so often that it is served next.
+        """
+        if self.reserve and not self.may_take_slot(priority, again=overdue):
+            return False
+        return nested or not self.suspended or not self.bars_new_runs(priority)
+
+    def may_take_slot(self, priority: Priority, *, again: bool = False) -> bool:
+        """Return whether a run of `priority` may take a slot, if one is free, although some are reserved.
+
+        NORMAL and LOW leave the last `reserve` free slots. With `again`, for a run that has lent its slot, or a
+        priority that was passed over too often, those that CRITICAL and HIGH hold count as left: else a flood of them
+        would keep it waiting for good.
+        """
+        if priority <= URGENT:
+            return True
+        if self.pending_claims and not again:
+            return False
+        left = self.reserve - self.urgent_tasks if again else self.reserve
+        return self._max_concurrent - self.current_tasks > left
+
+    @property
+    def open_slots(self) -> int:
+        """The number of `slots` that tasks of any priority may take."""
+        return min(self.counted_slots, max(0, self._max_concurrent - self.reserve))
 
     def bars_new_runs(self, priority: Priority) -> bool:
         """Return whether it begins no run of `priority` but nested ones, because too many have begun and not ended.
@@ -143,6 +180,10 @@ class WorkerAgent:
         self.current_tasks -= 1
         if probe:
             self._probes_in_flight -= 1
+
+    def count_urgent(self, by: int) -> None:
+        """Count `by` more slots as held by CRITICAL and HIGH tasks."""
+        self.urgent_tasks += by
 
     def abandon_probe(self) -> None:
         """Stop counting a probe whose run was abandoned; its slot stays taken."""

@@ -387,6 +387,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         return held
 
 
+def _may_resume(run: Run) -> bool:
+    """Return whether a run that has lent its slot may take one again: not one that is reserved for better work."""
+    return not run.worker.reserve or run.worker.may_take_slot(run.task.priority, again=True)
+
+
 def was_interrupted(run: Run, cause: BaseException | None) -> bool:
     """Return whether a Ctrl-C ended the handler of `run`, which cannot be if it ran in a thread."""
     in_loop = run.ticket.slot is not None or not run.worker.handler.blocking
@@ -456,7 +461,7 @@ class SlotClaims:
             it has a slot. A run that does not stop when it is cancelled gets the next slot too: it is at work.
         """
         worker = run.worker
-        if worker.has_free_slot() and not worker.pending_claims:
+        if worker.has_free_slot() and not self._is_behind(run) and _may_resume(run):
             run.dispatcher.take_slot(run)
             return None
         if run.abandoned_at is not None and any(other is run for other, _ in self._claims.get(worker, ())):
@@ -471,9 +476,11 @@ class SlotClaims:
         self._remove(run.worker, [claim for claim in self._claims.get(run.worker, ()) if claim == (run, granted)])
 
     def grant(self, worker: WorkerAgent) -> None:
-        """Give the free slots of `worker` to the runs that claim them, the oldest claim first."""
+        """Give the free slots of `worker` to the runs that claim them and may take them, the oldest claim first."""
         while worker.pending_claims and worker.has_free_slot():
-            run, _ = self._claims[worker][0]
+            run = next((run for run, _ in self._claims[worker] if _may_resume(run)), None)
+            if run is None:
+                return
             if run.lacks_slot:
                 run.dispatcher.take_slot(run)
             answered = [claim for claim in self._claims[worker] if claim[0] is run]  # one slot answers them all
@@ -481,6 +488,13 @@ class SlotClaims:
             for _, granted in answered:
                 if not granted.done():
                     granted.set_result(None)
+
+    def _is_behind(self, run: Run) -> bool:
+        """Return whether other claims go before one of `run`: those that wait for a slot that it may take."""
+        worker = run.worker
+        if not worker.reserve:
+            return worker.pending_claims > 0
+        return any(_may_resume(other) for other, _ in self._claims.get(worker, ()))
 
     def _remove(self, worker: WorkerAgent, claims: Iterable[tuple[Run, asyncio.Future[None]]]) -> None:
         for claim in claims:

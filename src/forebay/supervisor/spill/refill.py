@@ -182,7 +182,8 @@ class Refiller:
         if not any(pool.spilled.values()):
             return None
         rate = pool.service_times.drain_rate(pool.usable_slots) or 0.0
-        free = pool.usable_slots - pool.running
+        best = next(priority for priority in Priority if pool.spilled[priority])
+        free = pool.free_slots(best)
         slots = max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.queue_bound)
         queued, capacity = pool.queue.lengths, pool.queue_bound + free - pool.queued
         if pool.nested_spilled:  # they are to be served before what is queued and has not begun, as in the store
