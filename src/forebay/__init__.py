@@ -13,7 +13,7 @@ from forebay.errors import (
 from forebay.interfaces import Reading, WorkerHandler, WorkerState
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
-from forebay.supervisor import BackpressureSupervisor, DrainReport, Ticket, WorkerAgent
+from forebay.supervisor import BackpressureSupervisor, DrainReport, Tenant, Ticket, WorkerAgent
 from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
 from forebay.upstream import Fallback, Upstream
 
@@ -40,6 +40,7 @@ __all__ = [
     "TaskResult",
     "TaskStatus",
     "TaskTimedOut",
+    "Tenant",
     "Ticket",
     "Upstream",
     "Verdict",

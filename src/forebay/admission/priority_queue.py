@@ -63,9 +63,16 @@ class PriorityQueue(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Iterate over all items in no particular order."""
-        for entry in chain(*self._heaps, *self._fifos):
-            if entry[_ITEM] is not None:
-                yield entry[_ITEM]
+        return (entry[_ITEM] for entry in self.entries())
+
+    def entries(self) -> Iterator[QueueEntry]:
+        """Iterate over the entries of all items, those of equal rank by sequence number."""
+        return (entry for entry in chain(*self._heaps, *self._fifos) if entry[_ITEM] is not None)
+
+    @property
+    def passed_over(self) -> Sequence[int]:
+        """How often each priority was passed over while it waited."""
+        return self._passed_over
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -166,11 +173,7 @@ class PriorityQueue(Generic[T]):
         """
         priority: int = head[_PRIORITY]
         self._last_served = priority
-        heap = self._heaps[priority]
-        if heap and heap[0] is head:
-            heapq.heappop(heap)
-        else:
-            self._fifos[priority].popleft()
+        self._remove_first(head)
         head[_ITEM] = None
         self._shorten(priority)
         self._passed_over[priority] = 0
@@ -178,6 +181,13 @@ class PriorityQueue(Generic[T]):
             for lower in range((priority if joined_priority is None else joined_priority) + 1, len(Priority)):
                 if self._lengths[lower]:
                     self._passed_over[lower] += 1
+
+    def _remove_first(self, head: QueueEntry) -> None:
+        heap = self._heaps[head[_PRIORITY]]
+        if heap and heap[0] is head:
+            heapq.heappop(heap)
+        else:
+            self._fifos[head[_PRIORITY]].popleft()
 
     def _shorten(self, priority: int) -> None:
         self.length -= 1
@@ -192,7 +202,7 @@ class PriorityQueue(Generic[T]):
         starving = (priority for priority, passed in enumerate(self._passed_over) if passed >= self._starvation_bound)
         return next(starving, next(priority for priority, length in enumerate(lengths) if length))
 
-    def _first(self, priority: int) -> QueueEntry:
+    def _first(self, priority: int) -> QueueEntry | None:
         """Return the first entry of a priority that has one, and drop the removed entries before it."""
         heap, fifo = self._heaps[priority], self._fifos[priority]
         while heap and heap[0][_ITEM] is None:

@@ -30,6 +30,7 @@ from forebay.interfaces import PutResult
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.tenants import RESOURCE_PREFIX
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.task import Deadline, Priority, Task
@@ -107,6 +108,7 @@ class AdmissionController:
         self._live: Mapping[str, Ticket] = core.registry.live
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._load = dispatcher.load
+        self._tenants = core.tenants
         self._codecs = core.codecs
         self._bus = core.bus
         self._draw = draw
@@ -290,7 +292,8 @@ class AdmissionController:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested)
+        tenant = ticket.task.tenant
+        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested, tenant=tenant)
         if ticket.task.thread_id is not None and ticket.lease is None:  # one with a lease is the first of those stored
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
@@ -303,6 +306,8 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
+        elif self._tenants.bounded and not ticket.nested and (own := self._tenants.load(tenant)) >= load:
+            load, resource = own, RESOURCE_PREFIX + tenant
         if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
@@ -332,15 +337,15 @@ class AdmissionController:
         if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
             return None
         priority = ticket.task.priority
-        waterfall = priority <= URGENT
-        ahead = pool.queue.ahead(priority) if waterfall else pool.queue.length
-        if ahead:
+        if pool.has_ahead(priority) or ticket.task.tenant in self._tenants.blocked:
             return None
-        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=waterfall)
+        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=priority <= URGENT)
 
     def _misses_deadline(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, remaining: float) -> bool:
         """Return whether a task that would start on `worker`, or wait, is expected to end after its deadline."""
-        wait = 0.0 if worker is not None else pool.expected_wait(ticket.task.priority, nested=ticket.nested) or 0.0
+        task, wait = ticket.task, 0.0
+        if worker is None:
+            wait = pool.expected_wait(task.priority, task.tenant, nested=ticket.nested) or 0.0
         conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
         if conversation is not None:
             wait = max(wait, len(conversation.tickets) * (pool.service_times.median() or 0.0))
@@ -384,7 +389,8 @@ class AdmissionController:
         """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""
         if remaining == math.inf:
             return True
-        wait = pool.expected_wait(ticket.task.priority, nested=ticket.nested, spilled=True)
+        task = ticket.task
+        wait = pool.expected_wait(task.priority, task.tenant, nested=ticket.nested, spilled=True)
         return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
 
     # --- the verdict ---

@@ -13,6 +13,7 @@ from forebay.events import TaskStarted
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
 from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool
+from forebay.supervisor.pools import ServedPools, urgency_among
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
@@ -22,14 +23,13 @@ from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
-from forebay.task import Priority, TaskResult, TaskStatus
+from forebay.task import Priority, Task, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
-    from forebay.supervisor.pools import ServedPools
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.slot_counts import SlotCounts
 
@@ -59,6 +59,7 @@ class Dispatcher:
         self.starts = WorkerStarts(core, self)
         self._registry = core.registry
         self._timers = core.timers
+        self._tenants = core.tenants
         self._bus = core.bus
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
@@ -101,8 +102,8 @@ class Dispatcher:
         worker = run.worker
         run.take_slot()
         worker.take_slot(probe=run.is_probe)
-        if worker.reserve and run.task.priority <= URGENT:
-            worker.count_urgent(1)
+        if worker.reserve or self._tenants.bounded:
+            self._count_slot(worker, run.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
             counts.resume()
@@ -124,11 +125,45 @@ class Dispatcher:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
         worker.return_slot(probe=worker.probing and run.is_probe)
-        if worker.reserve and run.task.priority <= URGENT:
-            worker.count_urgent(-1)
+        if worker.reserve or self._tenants.bounded:
+            self._count_slot(worker, run.task, -1)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
         self.dispatch(worker, now)
+
+    def _count_slot(self, worker: WorkerAgent, task: Task, by: int) -> None:
+        """Count `by` more slots as held by a task like `task`, for the reserve of `worker` and the bound of a tenant.
+
+        A tenant whose bound is reached is served no more, and again once it is not.
+        """
+        if task.priority <= URGENT:
+            worker.count_urgent(by)
+        tenant = task.tenant
+        if not self._tenants.count_running(tenant, by):
+            return
+        blocked = tenant in self._tenants.blocked
+        for task_type in self._tenants.waiting_types(tenant):
+            self._pools[task_type].tenant_blocked(tenant, blocked=blocked)
+        if not blocked:
+            self.loop.call_soon(self._serve_tenant, tenant)  # not now: its run is still ending
+
+    def _serve_tenant(self, tenant: str) -> None:
+        """Start what waits of a tenant that was blocked, on workers that have a free slot."""
+        for worker in self.slot_claims.waiting():
+            self.dispatch(worker)
+        pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
+        heads = [(pool, pool.queue.head()) for pool in pools]
+        for pool, _ in sorted(((pool, head) for pool, head in heads if head is not None), key=urgency_among):
+            while (head := pool.queue.head()) is not None:
+                able = self.start_gate.pick(pool, head[3], nested=head[0][0] == NESTED)
+                if able is None:
+                    break
+                self.dispatch(able)
+                if pool.queue.head() is head:  # it is the turn of another pool of that worker
+                    break
+        if self.spill is not None:
+            for pool in self._pools.values():
+                self.spill.refiller.refill(pool)
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
         """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
@@ -141,9 +176,9 @@ class Dispatcher:
         self._registry.add(ticket)
         if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
             ticket.wait()
-            pool.park()
+            pool.park(ticket)
             self._arm_expiry(ticket)
-        elif worker is not None:
+        elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
             self.start(ticket, worker)
         else:
             self._enqueue(ticket, pool)
@@ -188,7 +223,7 @@ class Dispatcher:
         self._timers.cancel(ticket.clear_expiry())
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
-            pool.unpark()
+            pool.unpark(ticket)
         elif (entry := ticket.leave_queue()) is not None:
             pool.remove(ticket, entry)
 
@@ -199,7 +234,7 @@ class Dispatcher:
         """
         while (following := self.conversations.end_first(ticket)) is not None:
             pool = self._pools[following.task.task_type]
-            pool.unpark()
+            pool.unpark(following)
             worker = self.pick_worker(pool, following)
             if worker is None:
                 self._enqueue(following, pool)
@@ -213,7 +248,7 @@ class Dispatcher:
 
     def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
-        if pool.queue:
+        if pool.has_head or ticket.task.tenant in self._tenants.blocked:
             return None
         return self.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
 
@@ -280,8 +315,8 @@ class Dispatcher:
         ticket.start(run)
         self.runs.add(run)
         worker.take_slot(probe=worker.probing)
-        if worker.reserve and ticket.task.priority <= URGENT:
-            worker.count_urgent(1)
+        if worker.reserve or self._tenants.bounded:
+            self._count_slot(worker, ticket.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
         if worker.sources:  # now, or the next task would be started as if this one made no calls

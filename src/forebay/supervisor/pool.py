@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes
+from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes, TenantQueue
 from forebay.overflow import RefillPolicy
 from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.worker import URGENT, WorkerAgent
@@ -16,6 +16,7 @@ from forebay.task import Priority
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource
+    from forebay.supervisor.tenants import Tenants
     from forebay.supervisor.ticket import Ticket
 
 DEFAULT_QUEUE_SIZE = 100
@@ -53,14 +54,16 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_groups", "_paths", "calls_per_run", "estimate_bypass", "max_queue_size", "max_timeout", "nested",
-        "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource",
-        "retry_schedule", "selector", "service_times", "source_paths", "spilled", "spilling", "task_type",
-        "times_passed_over", "workers",
+        "_bounded", "_groups", "_paths", "_sole_tenant", "_tenants", "_turns", "calls_per_run", "estimate_bypass",
+        "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue",
+        "refill_policy", "reserved", "resource", "retry_schedule", "selector", "service_times", "source_paths",
+        "spilled", "spilling", "task_type", "times_passed_over", "workers",
     )  # fmt: skip
 
-    def __init__(self, task_type: str, max_queue_size: int | None) -> None:
+    def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
         super().__init__()
+        self._tenants = tenants
+        self._bounded = tenants.bounded
         self._groups: list[PoolObserver] = []  # of workers that serve many pools
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
@@ -71,7 +74,12 @@ class Pool(SlotCounts):
         self._paths: dict[tuple[LoadSource, ...], int] = {}  # how many workers use the same load sources
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}  # the same; empty if no worker uses any
         self.calls_per_run: dict[LoadSource, float] = {}
+        # A TenantQueue while tasks of several tenants wait, or a tenant may be blocked: it costs more.
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
+        self._turns: TenantQueue[Ticket] | None = None  # `queue`, if it is one
+        self._sole_tenant: str | None = None  # the only one whose tasks wait, unless it is a TenantQueue
+        if tenants.bounded:
+            self._take_turns()
         self.nested = 0  # nested tasks in the queue, where they have room of their own
         self.nested_spilled: set[str] = set()  # ids of nested tasks that wait in the overflow
         self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
@@ -156,45 +164,86 @@ class Pool(SlotCounts):
         return parked < max(min(_MIN_PARKED, bound), 2 * bound - self.parked)
 
     @property
+    def has_head(self) -> bool:
+        """True if a task waits in the queue, and not only such whose tenant is blocked."""
+        if not self.queue.length:
+            return False
+        return self._turns is None or self._turns.head() is not None
+
+    def has_ahead(self, priority: Priority) -> bool:
+        """Return whether a task waits in the queue that a new one of `priority` may not overtake at a free slot."""
+        if not (self.queue.ahead(priority) if priority <= URGENT else self.queue.length):
+            return False
+        if self._turns is None:
+            return True
+        head = self._turns.head()
+        return head is not None and (priority > URGENT or head[3] <= priority)
+
+    @property
     def has_waiting(self) -> bool:
         """True if a task waits, in the queue or in the overflow."""
         return self.queue.length > 0 or any(self.spilled.values())
 
-    def load(self, priority: Priority = Priority.CRITICAL, *, nested: bool = False) -> float:
+    def load(self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None) -> float:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
 
         A suspended run is inside, in a place of its own. Slots that are reserved do not count for a `priority` that may
         not take them. For a `nested` task only nested ones count as waiting: what has begun is not to be rejected
         because of work that has not.
+
+        Of a `tenant`, its own tasks count as waiting, and it has as much of twice the room of the queue as the others
+        leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
         simple = not (self.own_blocked or self._groups)
         bound, slots = self.max_queue_size, self.own_slots if simple else self.usable_slots
         if not slots and not self.slots:
             return 1.0
-        room, running = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound), self.running
+        room: float = max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound
+        running = self.running
         if not simple or self.own_reserved:
             reserved, taken = self.reserved_slots(priority)
             if reserved >= self.slots:
                 return 1.0
-            room, running = room - reserved, running - taken
-            if room <= 0:  # the start gate keeps every slot free, and the queue has no room
-                return 1.0
-        if nested:
-            return (running + self.nested) / room
-        suspended = self.suspended
-        inside = running + suspended + self.queue.length + self.reserved
-        return inside / (room + suspended)
+            slots, running = max(0, slots - reserved), running - taken
+        waiting = self.nested if nested else self.queue.length + self.reserved
+        if waiting and tenant is not None and tenant != self._sole_tenant:
+            own = self._waiting_of(tenant, nested=nested)
+            room, waiting = max(0.0, room - (waiting - own) / 2), own
+        inside, room = running + waiting, room + slots
+        if not nested:
+            inside, room = inside + self.suspended, room + self.suspended
+        return inside / room if room else 1.0  # the start gate may keep every slot free of a pool without a queue
+
+    def _waiting_of(self, tenant: str, *, nested: bool = False) -> int:
+        """Return how many tasks of a tenant that is not the sole one wait in the queue, or how many nested ones."""
+        if self._turns is None:
+            return 0
+        return self._turns.length_in_group(tenant, NESTED) if nested else self._turns.length_of(tenant)
 
     # --- estimates ---
 
-    def expected_wait(self, priority: Priority, *, nested: bool = False, spilled: bool = False) -> float | None:
-        """Return the seconds until a new task of `priority` would start, or None if unknown.
+    def ahead(self, priority: Priority, tenant: str, *, nested: bool = False) -> int:
+        """Return how many tasks in the queue would be served before a new one of `tenant`."""
+        if self._turns is not None:
+            return self._turns.ahead_of(tenant, priority, NESTED if nested else NOT_NESTED)
+        if nested:
+            return self.nested if tenant == self._sole_tenant else min(self.nested, 1)
+        if tenant == self._sole_tenant:
+            return self.queue.ahead(priority)
+        others = self.queue.lengths[priority]
+        turns = int(self._tenants.weight(self._sole_tenant or "") / self._tenants.weight(tenant) + 1)
+        return self.queue.ahead(priority) - others + min(others, self.nested + turns)
+
+    def expected_wait(
+        self, priority: Priority, tenant: str, *, nested: bool = False, spilled: bool = False
+    ) -> float | None:
+        """Return the seconds until a new task of `tenant` and `priority` would start, or None if unknown.
 
         With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
         """
-        ahead = self.queue.ahead(priority) + (self.spilled_ahead(priority) if spilled else 0)
-        if nested:
-            ahead = self.nested
+        ahead = self.ahead(priority, tenant, nested=nested)
+        if spilled and not nested:
+            ahead += self.spilled_ahead(priority)
         reserved, taken = self.reserved_slots(priority)
         if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
@@ -294,10 +343,40 @@ class Pool(SlotCounts):
         """Add a ticket to the queue; return its entry. The first part of the rank of a nested one is NESTED."""
         if rank[0] == NESTED:
             self.nested += 1
+        if ticket.task.tenant != self._sole_tenant:
+            self._meet(ticket.task.tenant)
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
         entry = self.queue.push(ticket, ticket.task.priority, rank, sequence)
         if self._groups:
             self._head_changed()
         return entry
+
+    def _meet(self, tenant: str) -> None:
+        """Have tenants take turns if tasks of another one than `tenant` wait, and otherwise no longer."""
+        if self._bounded:
+            return
+        if not self.queue.length:
+            self._sole_tenant, self._turns = tenant, None
+            if isinstance(self.queue, TenantQueue):
+                self.queue = PriorityQueue()
+        elif self._turns is None:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        tenants, waiting = self._tenants, self.queue
+        self.queue = self._turns = TenantQueue(_tenant_of, tenants.weights, blocked=tenants.blocked)
+        self._turns.take_over(waiting)
+        self._sole_tenant = None
+
+    def tenant_blocked(self, tenant: str, *, blocked: bool) -> None:
+        """Serve no waiting tasks of `tenant` while it is blocked."""
+        if self._turns is not None:
+            if blocked:
+                self._turns.block(tenant)
+            else:
+                self._turns.unblock(tenant)
+            self._head_changed()
 
     def _head_changed(self) -> None:
         for group in self._groups:
@@ -319,6 +398,8 @@ class Pool(SlotCounts):
     def _removed(self, ticket: Ticket) -> None:
         if ticket.nested:
             self.nested -= 1
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
         if self._groups:
             self._head_changed()
 
@@ -341,13 +422,17 @@ class Pool(SlotCounts):
 
     # --- tasks that wait outside the queue ---
 
-    def park(self) -> None:
+    def park(self, ticket: Ticket) -> None:
         """Count a task that waits behind another one of its conversation."""
         self.parked += 1
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
 
-    def unpark(self) -> None:
+    def unpark(self, ticket: Ticket) -> None:
         """Stop counting a task that waited behind another one of its conversation."""
         self.parked -= 1
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
 
     def reserve(self, room: int) -> None:
         """Keep room for records that are being leased."""
@@ -395,3 +480,7 @@ class Pool(SlotCounts):
     def _spilled(self) -> None:
         for group in self._groups:
             group.spilled(self)
+
+
+def _tenant_of(ticket: Ticket) -> str:
+    return ticket.task.tenant

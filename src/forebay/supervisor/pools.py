@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.slot_counts import SlotCounts
+from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 
@@ -51,11 +52,11 @@ class FewPools:
         """
         pools = self.pools
         if len(pools) == 1:
-            return pools[0] if pools[0].queue.length else None
+            return pools[0] if pools[0].has_head else None
         waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
         if not waiting:
             return None
-        chosen, _ = min(waiting, key=_urgency_among)
+        chosen, _ = min(waiting, key=urgency_among)
         for pool, _ in waiting:
             pool.pass_over(served=pool is chosen)
         return chosen
@@ -211,8 +212,9 @@ class Pools:
         counts_of: where the slots of each worker are counted: in each of its pools, or once for many of them.
     """
 
-    def __init__(self, max_queue_size: int | None) -> None:
+    def __init__(self, max_queue_size: int | None, tenants: Tenants) -> None:
         self._max_queue_size = max_queue_size
+        self._tenants = tenants
         self._groups: dict[frozenset[str], PoolGroup] = {}
         self.by_type: dict[str, Pool] = {}
         self.by_worker: dict[WorkerAgent, ServedPools] = {}
@@ -220,7 +222,9 @@ class Pools:
 
     def add_worker(self, worker: WorkerAgent) -> list[Pool]:
         """Add a worker to the pools of its task types, and return the pools that are new."""
-        added = [Pool(kind, self._max_queue_size) for kind in worker.task_types if kind not in self.by_type]
+        added = [
+            Pool(kind, self._max_queue_size, self._tenants) for kind in worker.task_types if kind not in self.by_type
+        ]
         self.by_type.update((pool.task_type, pool) for pool in added)
         pools = [self.by_type[task_type] for task_type in worker.task_types]
         for pool in pools:
@@ -245,19 +249,19 @@ def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEn
     found = [(pool, entry) for pool in pools if (entry := pool.first_for(worker)) is not None]
     if not found:
         return None, None
-    chosen = min(found, key=_urgency_among)
+    chosen = min(found, key=urgency_among)
     if len(pools) > 1:
         for pool, _ in found:
             pool.pass_over(served=pool is chosen[0])
     return chosen
 
 
-def _urgency_among(waiting: tuple[Pool, QueueEntry]) -> tuple[int, Any, int]:
+def urgency_among(waiting: tuple[Pool, QueueEntry]) -> tuple[int, Any, int]:
+    """Return the key that orders the heads of pools: a pool that was passed over too often goes first."""
     pool, entry = waiting
     priority, rank, sequence = _urgency(entry)
     return (-1 if pool.times_passed_over >= _MAX_PASSED_OVER else priority), rank, sequence
 
 
 def _urgency(entry: QueueEntry) -> tuple[int, Any, int]:
-    rank, sequence, _, priority = entry
-    return priority, rank, sequence
+    return entry[3], entry[0], entry[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +10,7 @@ from forebay._hooks import is_async
 from forebay._validate import check_positive, check_whole, is_positive, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
+from forebay.supervisor.tenants import Tenant
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
@@ -32,6 +33,7 @@ class SupervisorSettings:
     keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
+    tenants: Mapping[str, Tenant]
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)

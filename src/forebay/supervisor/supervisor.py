@@ -41,6 +41,7 @@ from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
+from forebay.supervisor.tenants import Tenant, Tenants, tenant_settings
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, Priority, Task
@@ -70,6 +71,8 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
+        tenants: the weight of a tenant, or a `Tenant` with its bounds, by name. Tenants with work waiting take turns by
+            their weights; one that is not named has a weight of 1.
         on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
@@ -89,6 +92,7 @@ class BackpressureSupervisor:
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
+        tenants: Mapping[str, float | Tenant] | None = None,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._settings = SupervisorSettings(
@@ -101,6 +105,7 @@ class BackpressureSupervisor:
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
+            tenants=tenant_settings(tenants),
         )
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
@@ -355,6 +360,7 @@ class BackpressureSupervisor:
             bus=self._bus,
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
+            tenants=Tenants(settings.tenants),
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )

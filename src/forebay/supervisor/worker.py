@@ -61,6 +61,7 @@ class WorkerAgent:
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
         self.counted_slots = 0  # the slots that its pools count for it
         self.pending_claims = 0  # runs that lent their slot and wait to have it back
+        self.claims_held_back = False  # none of them may take a slot that is free, by the reserve or a tenant's bound
         self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
         self.declared = list(declared)  # those sources that no call has used yet
         self.penalty = 1.0
@@ -109,7 +110,7 @@ class WorkerAgent:
         """Return whether a task could start on this worker now."""
         if self.failed or not self.ready or self.current_tasks >= self._max_concurrent:
             return False
-        if self.pending_claims and not self.reserve:  # with a reserve, a slot may be free that no claim may take
+        if self.pending_claims and not self.claims_held_back:
             return False
         # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
@@ -135,8 +136,6 @@ class WorkerAgent:
         """
         if priority <= URGENT:
             return True
-        if self.pending_claims and not again:
-            return False
         left = self.reserve - self.urgent_tasks if again else self.reserve
         return self._max_concurrent - self.current_tasks > left
 
@@ -221,6 +220,10 @@ class WorkerAgent:
     def remove_claim(self) -> None:
         """Stop counting a run that waited to have its slot back."""
         self.pending_claims -= 1
+
+    def hold_back_claims(self, held_back: bool) -> None:  # noqa: FBT001 - a state
+        """Record whether the free slots are such that no run which claims one may take it."""
+        self.claims_held_back = held_back
 
     # --- its score ---
 

@@ -388,8 +388,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
 
 def _may_resume(run: Run) -> bool:
-    """Return whether a run that has lent its slot may take one again: not one that is reserved for better work."""
-    return not run.worker.reserve or run.worker.may_take_slot(run.task.priority, again=True)
+    """Return whether a run that has lent its slot may take a free one: by the reserve, and the bound of its tenant."""
+    if run.worker.reserve and not run.worker.may_take_slot(run.task.priority, again=True):
+        return False
+    return run.task.tenant not in run.dispatcher.core.tenants.blocked
 
 
 def was_interrupted(run: Run, cause: BaseException | None) -> bool:
@@ -461,12 +463,13 @@ class SlotClaims:
             it has a slot. A run that does not stop when it is cancelled gets the next slot too: it is at work.
         """
         worker = run.worker
-        if worker.has_free_slot() and not self._is_behind(run) and _may_resume(run):
+        if worker.has_free_slot() and _may_resume(run) and not self._is_behind(worker):
             run.dispatcher.take_slot(run)
             return None
         if run.abandoned_at is not None and any(other is run for other, _ in self._claims.get(worker, ())):
             return None
         granted: asyncio.Future[None] = run.dispatcher.core.loop.create_future()
+        worker.hold_back_claims(worker.has_free_slot() and not self._is_behind(worker))
         self._claims.setdefault(worker, deque()).append((run, granted))
         worker.add_claim()
         return None if run.abandoned_at is not None else granted
@@ -479,6 +482,7 @@ class SlotClaims:
         """Give the free slots of `worker` to the runs that claim them and may take them, the oldest claim first."""
         while worker.pending_claims and worker.has_free_slot():
             run = next((run for run, _ in self._claims[worker] if _may_resume(run)), None)
+            worker.hold_back_claims(run is None)
             if run is None:
                 return
             if run.lacks_slot:
@@ -489,12 +493,13 @@ class SlotClaims:
                 if not granted.done():
                     granted.set_result(None)
 
-    def _is_behind(self, run: Run) -> bool:
-        """Return whether other claims go before one of `run`: those that wait for a slot that it may take."""
-        worker = run.worker
-        if not worker.reserve:
-            return worker.pending_claims > 0
-        return any(_may_resume(other) for other, _ in self._claims.get(worker, ()))
+    def waiting(self) -> list[WorkerAgent]:
+        """Return the workers of which a slot is claimed."""
+        return [worker for worker, claims in self._claims.items() if claims]
+
+    def _is_behind(self, worker: WorkerAgent) -> bool:
+        """Return whether a run that could take a free slot of `worker` claims one already."""
+        return worker.pending_claims > 0 and any(_may_resume(run) for run, _ in self._claims[worker])
 
     def _remove(self, worker: WorkerAgent, claims: Iterable[tuple[Run, asyncio.Future[None]]]) -> None:
         for claim in claims:
