@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from forebay.task import Priority
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 # [rank, sequence, item or None, priority]: a list, so that a removal is one assignment, which the heap finds later
 QueueEntry = list[Any]
@@ -134,7 +135,7 @@ class PriorityQueue(Generic[T]):
             yield head[_ITEM]
         for priority in Priority:
             if self._lengths[priority]:
-                entries, fifo = _heap_in_order(self._heaps[priority]), self._fifos[priority]
+                entries, fifo = heap_in_order(self._heaps[priority]), self._fifos[priority]
                 for entry in heapq.merge(entries, fifo) if fifo else entries:
                     if entry[_ITEM] is not None and entry is not head:
                         yield entry[_ITEM]
@@ -227,7 +228,7 @@ class PriorityQueue(Generic[T]):
         self._removed = 0
 
 
-def _heap_in_order(heap: list[QueueEntry]) -> Iterator[QueueEntry]:
+def heap_in_order(heap: list[E]) -> Iterator[E]:
     """Iterate over a heap, lowest first, without changing it."""
     length = len(heap)
     frontier = [(heap[0], 0)] if heap else []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping
 
+from forebay.admission.priority_queue import heap_in_order
+
 
 class TenantTurns:
     """The order of the tenants that have work waiting: start-time fair queueing over tenants.
@@ -55,6 +57,10 @@ class TenantTurns:
                 return tenant
             heapq.heappop(heap)
         return None
+
+    def in_order(self) -> Iterator[str]:
+        """Iterate over the tenants by their next turns. They must not change meanwhile."""
+        return (tenant for tag, tenant in heap_in_order(self._heap) if self._tags.get(tenant) == tag)
 
     def serve(self, tenant: str) -> None:
         """Count a turn of a tenant that waits."""
