@@ -65,6 +65,8 @@ class BackpressureSupervisor:
         lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
+        result_retention: seconds for which an overflow that survives the process keeps the results of tasks, and with
+            them the keys of those that succeeded.
         keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
         keep_results_bytes: estimated bytes of payloads and results that these tickets may take together.
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
@@ -85,6 +87,7 @@ class BackpressureSupervisor:
         lease: float = 30.0,
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
+        result_retention: float = 86_400.0,
         keep_results: int = 1000,
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
@@ -97,6 +100,7 @@ class BackpressureSupervisor:
             lease=lease,
             max_payload_bytes=max_payload_bytes,
             max_attempts=max_attempts,
+            result_retention=result_retention,
             keep_results=keep_results,
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
