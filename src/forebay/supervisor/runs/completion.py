@@ -149,7 +149,7 @@ class RunCompletion:
         if run.abandoned_at is not None or run.ended:
             return
         duration_ms = 1000 * (self._loop.time() - run.started_at)
-        makes_room = self._detach(run, Outcome.FAULT if status is _TIMED_OUT else Outcome.IGNORED)
+        makes_room = self._detach(run, _fault(run) if status is _TIMED_OUT else Outcome.IGNORED)
         result = unsuccessful_result(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
         if status is not _TIMED_OUT or not self._retries.retry(run, result):
             self._dispatcher.finish(run.ticket, result)
@@ -272,7 +272,7 @@ class RunCompletion:
         self, run: Run, parent: RunningTask | None, cause: BaseException | None, error: str, duration_ms: float
     ) -> None:
         ticket, worker = run.ticket, run.worker
-        status, outcome = TaskStatus.FAILED, Outcome.FAULT
+        status, outcome = TaskStatus.FAILED, _fault(run)
         if run.rejections and not isinstance(cause, Overloaded):
             cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
             error = describe_error(cause)
@@ -355,6 +355,14 @@ class RunCompletion:
         if remaining:  # neither None nor 0
             due = now + remaining + 1e-6  # a sum of floats may fall a little short
             self._breaker_timers[worker] = self._timers.at(due, self._update_breaker, worker, "a probe is overdue")
+
+
+def _fault(run: Run) -> Outcome:
+    """Return how the failure of a run counts: that of a retry says more of its task than of its worker.
+
+    But a probe is judged by whatever it does.
+    """
+    return Outcome.FAULT if run.ticket.retries is None or run.is_probe else Outcome.IGNORED
 
 
 def _is_submitters_mistake(cause: BaseException | None) -> bool:
