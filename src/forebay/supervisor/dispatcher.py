@@ -27,7 +27,7 @@ from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
-    from forebay.interfaces import LoadSource, TaskStore
+    from forebay.interfaces import LoadSource, TaskRecord, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
     from forebay.supervisor.pools import ServedPools
@@ -404,6 +404,17 @@ class Dispatcher:
         """Stop a stored task, so that the next process runs it again."""
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
+
+    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+        """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
+        if self.spill is None or not self.spill.stored.can_delay(ticket):
+            return False
+        self.spill.stored.delay(ticket, seconds, error=error)
+        return True
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store."""
+        self.retries.resume(ticket, record)
 
     def return_to_store(self, ticket: Ticket) -> None:
         """Leave a stored task that waits to any process, this one included, as soon as its lease is returned."""

@@ -295,9 +295,9 @@ class RunCompletion:
             outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
-        if status is TaskStatus.FAILED and self._retries.retry(run, result):
-            ticket.keep_parent(parent)
-        else:
+        ticket.keep_parent(parent)
+        if status is not TaskStatus.FAILED or not self._retries.retry(run, result):
+            ticket.forget_parent()
             self._dispatcher.finish(ticket, result)
 
     # --- the worker's breaker ---

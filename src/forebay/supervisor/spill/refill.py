@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from forebay import clock
 from forebay.errors import InvalidPayload, StoreUnavailable
 from forebay.events import TaskRefilled, log
-from forebay.interfaces import Completion, Lease
+from forebay.interfaces import Completion, Lease, TaskRecord
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
 from forebay.supervisor.runs.completion import describe_error
 from forebay.supervisor.spill import records
@@ -41,6 +41,9 @@ class RefillDispatcher(TicketOwner, Protocol):
 
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
         """Return why it is too late for a task to start, or None if it is not."""
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store."""
 
     def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
@@ -256,6 +259,8 @@ class Refiller:
     def _start_or_queue(self, ticket: Ticket, lease: Lease, pool: Pool) -> None:
         record, stored, core, dispatcher = lease.record, self._stored, self._core, self._dispatcher
         ticket.refill(lease)
+        if record.failures:
+            dispatcher.resume_retries(ticket, record)
         self._registry.remember_key(ticket)
         core.timers.cancel(ticket.clear_expiry())
         stored.leases.hold(lease)
