@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from forebay.events import Event, TaskFinished, TaskRefilled, TaskStarted, TaskSubmitted
+from forebay.events import Event, TaskFinished, TaskRefilled, TaskRetried, TaskStarted, TaskSubmitted
 from forebay.task import Priority, Verdict
 from forebay.testing import EventRecord
 
@@ -23,17 +23,22 @@ class PriorityInversion(NamedTuple):
 
 
 class _QueueModel:
-    """The queue of one task type as its events describe it, and how often each priority was passed over."""
+    """The queue of one task type as its events describe it, and how often each priority was passed over.
+
+    Tasks that are to be retried join it at a time that no event tells. They are not compared, and may make a priority
+    starve.
+    """
 
     def __init__(self) -> None:
         self.waiting: dict[str, Priority] = {}
+        self.retried: dict[str, Priority] = {}
         self.passed_over = [0] * len(Priority)
 
     def removed(self, priority: Priority) -> None:
         """Count that a task of `priority` left the queue: waiting tasks of lower priorities were passed over."""
         for lower in Priority:
             if lower > priority:
-                waits = any(other is lower for other in self.waiting.values())
+                waits = any(other is lower for other in (*self.waiting.values(), *self.retried.values()))
                 self.passed_over[lower] = self.passed_over[lower] + 1 if waits else 0
 
 
@@ -56,9 +61,17 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
         if (queued := _queued_task(event)) is not None and queued in submitted:
             task_type, priority = submitted[queued]
             queues[task_type].waiting[queued] = priority
+        elif isinstance(event, TaskRetried) and event.task_id in submitted:
+            task_type, priority = submitted[event.task_id]
+            queues[task_type].retried[event.task_id] = priority
         elif isinstance(event, TaskStarted | TaskFinished) and event.task_id in submitted:
             task_type, priority = submitted[event.task_id]
             queue = queues[task_type]
+            if queue.retried.pop(event.task_id, None) is not None:
+                if isinstance(event, TaskStarted):
+                    queue.passed_over[priority] = 0
+                queue.removed(priority)
+                continue
             if queue.waiting.pop(event.task_id, None) is None:
                 continue
             if isinstance(event, TaskStarted):
