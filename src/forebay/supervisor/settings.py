@@ -29,6 +29,7 @@ class SupervisorSettings:
     lease: float
     max_payload_bytes: int
     max_attempts: int
+    result_retention: float
     retry_budget: RetryBudget
     keep_results: int
     keep_results_bytes: int
@@ -41,6 +42,7 @@ class SupervisorSettings:
         check_positive(_OWNER, "zombie_grace", self.zombie_grace, unit="seconds")
         if not is_positive(self.lease) or self.lease > MAX_LEASE:
             reject(_OWNER, "lease", self.lease, f"a positive number of seconds, at most {MAX_LEASE:.0f}")
+        check_positive(_OWNER, "result_retention", self.result_retention, unit="seconds")
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
         for name, minimum in (

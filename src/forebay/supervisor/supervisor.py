@@ -66,6 +66,8 @@ class BackpressureSupervisor:
         lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
+        result_retention: seconds for which an overflow that survives the process keeps the results of tasks, and with
+            them the keys of those that succeeded.
         retry_budget: bounds the retries of all tasks together: ``forebay.retry.RetryBudget``. None: one retry for every
             five first attempts of the last minute, and ten more.
         keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
@@ -88,6 +90,7 @@ class BackpressureSupervisor:
         lease: float = 30.0,
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
+        result_retention: float = 86_400.0,
         retry_budget: RetryBudget | None = None,
         keep_results: int = 1000,
         keep_results_bytes: int = 50_000_000,
@@ -101,6 +104,7 @@ class BackpressureSupervisor:
             lease=lease,
             max_payload_bytes=max_payload_bytes,
             max_attempts=max_attempts,
+            result_retention=result_retention,
             retry_budget=RetryBudget() if retry_budget is None else retry_budget,
             keep_results=keep_results,
             keep_results_bytes=keep_results_bytes,

@@ -124,10 +124,10 @@ class Refiller:
         finally:
             conversations.end_recount()
 
-    async def conversation_moved(self, task_type: str) -> None:
+    async def count_waiting(self, task_type: str | None) -> None:
         """Count and refill again, because a record of `task_type` has ended, and the next of its conversation waits.
 
-        That one may be of any type, but its pool has records that wait.
+        That one may be of any type, but its pool has records that wait. So have those of records that were woken.
         """
         spills = self._spills
         try:
@@ -135,7 +135,7 @@ class Refiller:
         except StoreUnavailable:
             return  # the heartbeat counts again
         by_type = self._core.pools.by_type
-        types = dict.fromkeys([task_type, *(waiting for waiting, _ in depths)])
+        types = dict.fromkeys([*filter(None, (task_type,)), *(waiting for waiting, _ in depths)])
         pools = [by_type[name] for name in types if name in by_type]
         self._recount_after.update(pool for pool in pools if pool in self.refilling)
         self._set_depths(depths, pools, spills)
@@ -152,10 +152,10 @@ class Refiller:
 
     @property
     def spilled_tasks(self) -> int:
-        """The number of records that wait, as far as is known."""
+        """The number of records that wait, those that are delayed included, as far as is known."""
         pools = self._core.pools.by_type.values()
         waiting = sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
-        return waiting + self._dispatcher.conversations.parked_in_overflow
+        return waiting + self._dispatcher.conversations.parked_in_overflow + self._stored.delayed.count
 
     # --- back into the queue ---
 
@@ -292,7 +292,7 @@ class Refiller:
             if await self._stored.store.mark_dead(lease, completion):
                 self._stored.report_dead(record, completion)
                 if record.thread_id is not None:
-                    self._core.run_in_background(self.conversation_moved(record.task_type))
+                    self._core.run_in_background(self.count_waiting(record.task_type))
             return None
         if ticket is None:
             ticket = spilled_ticket(self._dispatcher, task, submitted_at=record.enqueued_at)
