@@ -34,6 +34,22 @@ class _QueueModel:
         self.retried: dict[str, Priority] = {}
         self.passed_over = [0] * len(Priority)
 
+    def add(self, event: Event, task_id: str, priority: Priority) -> None:
+        """Add the task of an event that puts it into the queue, or makes it wait for its retry."""
+        if isinstance(event, TaskRetried):
+            self.retried[task_id] = priority
+        elif _is_queued(event):
+            self.waiting[task_id] = priority
+
+    def retried_left(self, event: TaskStarted | TaskFinished, priority: Priority) -> bool:
+        """Return whether a task to be retried has started or ended; count that if so."""
+        if self.retried.pop(event.task_id, None) is None:
+            return False
+        if isinstance(event, TaskStarted):
+            self.passed_over[priority] = 0
+        self.removed(priority)
+        return True
+
     def removed(self, priority: Priority) -> None:
         """Count that a task of `priority` left the queue: waiting tasks of lower priorities were passed over."""
         for lower in Priority:
@@ -58,21 +74,14 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
     for event in record.events:
         if isinstance(event, TaskSubmitted):
             submitted[event.task_id] = (event.task_type, event.priority)
-        if (queued := _queued_task(event)) is not None and queued in submitted:
-            task_type, priority = submitted[queued]
-            queues[task_type].waiting[queued] = priority
-        elif isinstance(event, TaskRetried) and event.task_id in submitted:
-            task_type, priority = submitted[event.task_id]
-            queues[task_type].retried[event.task_id] = priority
-        elif isinstance(event, TaskStarted | TaskFinished) and event.task_id in submitted:
-            task_type, priority = submitted[event.task_id]
-            queue = queues[task_type]
-            if queue.retried.pop(event.task_id, None) is not None:
-                if isinstance(event, TaskStarted):
-                    queue.passed_over[priority] = 0
-                queue.removed(priority)
-                continue
-            if queue.waiting.pop(event.task_id, None) is None:
+        task_id = getattr(event, "task_id", None)
+        if task_id not in submitted:
+            continue
+        task_type, priority = submitted[task_id]
+        queue = queues[task_type]
+        queue.add(event, task_id, priority)
+        if isinstance(event, TaskStarted | TaskFinished):
+            if queue.retried_left(event, priority) or queue.waiting.pop(event.task_id, None) is None:
                 continue
             if isinstance(event, TaskStarted):
                 better = [task_id for task_id, other in queue.waiting.items() if other < priority]
@@ -85,8 +94,6 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
             queue.removed(priority)  # a task that ended in the queue may have done so when it was taken to start
 
 
-def _queued_task(event: Event) -> str | None:
-    """Return the id of the task that the event puts into a queue; None if it puts none."""
-    if isinstance(event, TaskRefilled) or (isinstance(event, TaskSubmitted) and event.verdict is Verdict.ADMITTED):
-        return event.task_id
-    return None
+def _is_queued(event: Event) -> bool:
+    """Return whether the event puts its task into a queue."""
+    return isinstance(event, TaskRefilled) or (isinstance(event, TaskSubmitted) and event.verdict is Verdict.ADMITTED)

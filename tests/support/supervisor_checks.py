@@ -213,7 +213,8 @@ def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) ->
         if queued or pool.parked or pool.reserved or pool.delayed or any(pool.spilling.values()):
             yield (
                 f"the queue of {pool.task_type!r} holds {queued}, {pool.parked} tasks behind their thread,"
-                f" {pool.delayed} tasks to be retried, {pool.reserved} places for records, {sum(pool.spilling.values())} tasks being spilled"
+                f" {pool.delayed} tasks to be retried, {pool.reserved} places for records,"
+                f" {sum(pool.spilling.values())} tasks being spilled"
             )
     unresolved = [
         ticket for ticket in dispatcher.core.registry.live.values() if ticket.status is not TaskStatus.SPILLED

@@ -27,7 +27,7 @@ from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
-    from forebay.interfaces import LoadSource, TaskStore
+    from forebay.interfaces import LoadSource, TaskRecord, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
     from forebay.supervisor.pools import ServedPools
@@ -227,6 +227,19 @@ class Dispatcher:
         else:
             return False
         return True
+
+    def may_wait_in_store(self, ticket: Ticket) -> bool:
+        """Return whether a task may wait for its next attempt in the overflow."""
+        return self.spill is not None and self.spill.stored.can_delay(ticket)
+
+    def wait_in_store(self, ticket: Ticket, seconds: float, *, error: str | None) -> None:
+        """Give a stored task back to the overflow, where it waits for its next attempt."""
+        assert self.spill is not None  # noqa: S101 - see may_wait_in_store
+        self.spill.stored.delay(ticket, seconds, error=error)
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the retries of a stored task, which comes back for its next attempt."""
+        self.retries.resume(ticket, record)
 
     def proceed(self, ticket: Ticket) -> None:
         """Start or queue a task that has waited for its next attempt."""

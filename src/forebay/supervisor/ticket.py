@@ -415,7 +415,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.parent = None
 
     def keep_parent(self, parent: RunningTask | None) -> None:
-        """Keep the parent, because the task is to run again."""
+        """Keep the parent, because the task may run again."""
         self.parent = parent
 
     # --- its next attempt ---

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from forebay import clock
 from forebay.errors import InvalidPayload, StoreUnavailable
 from forebay.events import TaskRefilled, log
-from forebay.interfaces import Completion, Lease
+from forebay.interfaces import Completion, Lease, TaskRecord
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
 from forebay.supervisor.runs.completion import describe_error
 from forebay.supervisor.spill import records
@@ -47,6 +47,9 @@ class RefillDispatcher(TicketOwner, Protocol):
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Start a task on `worker`, or queue it."""
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the retries of a stored task, which comes back for its next attempt."""
 
 
 class Refiller:
@@ -256,6 +259,8 @@ class Refiller:
     def _start_or_queue(self, ticket: Ticket, lease: Lease, pool: Pool) -> None:
         record, stored, core, dispatcher = lease.record, self._stored, self._core, self._dispatcher
         ticket.refill(lease)
+        if record.failures:
+            dispatcher.resume_retries(ticket, record)
         self._registry.remember_key(ticket)
         core.timers.cancel(ticket.clear_expiry())
         stored.leases.hold(lease)
