@@ -118,8 +118,6 @@ class TaskRetries:
             return False
         retries.attempt_failed(result, run.worker, stopping=None if run.ended else run)
         ticket.await_retry()
-        if retries.stopping is not None or not self._wait_in_store(ticket, delay):
-            self._wait(ticket, delay)
         if self._bus.active or ticket.listeners is not None:
             event = TaskRetried(
                 at=self._loop.time(),
@@ -130,6 +128,8 @@ class TaskRetries:
                 error=result.error or "",
             )
             self._registry.emit(ticket, event)
+        if retries.stopping is not None or not self._wait_in_store(ticket, delay):
+            self._wait(ticket, delay)
         return True
 
     def _wait_in_store(self, ticket: Ticket, delay: float) -> bool:
@@ -240,7 +240,7 @@ def _last_result(record: TaskRecord) -> TaskResult:
         worker_id=None,
         success=False,
         status=TaskStatus.FAILED,
-        error=record.last_error,
+        error=record.last_error or "its last attempt failed in another process",
         attempts=record.attempts,
     )
 
