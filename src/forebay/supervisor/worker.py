@@ -10,6 +10,7 @@ from typing import Any
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
+from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -36,6 +37,7 @@ class WorkerAgent:
         max_open: int | None = None,
         reserve: int = 0,
         timeout: float,
+        retry: Retry | None = None,
         breaker: Breaker,
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
@@ -49,6 +51,7 @@ class WorkerAgent:
         self.reserve = reserve  # slots, the last free ones, that only CRITICAL and HIGH tasks take
         self.urgent_tasks = 0  # slots that they hold; counted only if there is a reserve
         self.timeout = timeout
+        self.retry = retry
         self.breaker = breaker
         self.current_tasks = 0  # slots taken, zombies included
         self.suspended = 0  # runs that have lent their slot and wait for tasks
