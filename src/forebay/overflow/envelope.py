@@ -101,7 +101,9 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         PayloadTooLarge: the payload takes more than `bound` bytes; ``size`` is a lower bound of what it takes.
     """
     encoded = _encode_plain(payload, "payload", task.task_id, bound)
-    carried: Any = None if context is None else msgspec.Raw(_encode_plain(dict(context), "context", task.task_id, bound))
+    carried: Any = None
+    if context is not None:
+        carried = msgspec.Raw(_encode_plain(dict(context), "context", task.task_id, bound))
     estimate = task.estimate
     envelope = _Envelope(
         version=VERSION,
