@@ -311,7 +311,7 @@ class AdmissionController:
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
                 return refusal
-        if may_spill and not ticket.nested and pool.spilled_ahead(priority):
+        if may_spill and not ticket.nested and pool.spilled_ahead(priority, tenant):
             worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)

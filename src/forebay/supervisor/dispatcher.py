@@ -164,16 +164,20 @@ class Dispatcher:
         pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
         heads = [(pool, pool.queue.head()) for pool in pools]
         for pool, _ in sorted(((pool, head) for pool, head in heads if head is not None), key=urgency_among):
-            while (head := pool.queue.head()) is not None:
-                able = self.start_gate.pick(pool, head[3], nested=head[0][0] == NESTED)
-                if able is None:
-                    break
-                self.dispatch(able)
-                if pool.queue.head() is head:  # it is the turn of another pool of that worker
-                    break
+            self.serve(pool)
         if self.spill is not None:
             for pool in self._pools.values():
                 self.spill.refiller.refill(pool)
+
+    def serve(self, pool: Pool) -> None:
+        """Start what waits in the queue of `pool`, on workers that have a free slot."""
+        while pool.queue.length and (head := pool.queue.head()) is not None:
+            able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
+            if able is None:
+                break
+            self.dispatch(able)
+            if pool.queue.head() is head:  # it is the turn of another pool of that worker, or its upstream is short
+                break
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
         """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
@@ -206,6 +210,8 @@ class Dispatcher:
             self.arm_expiry(ticket)
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
+        if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
+            self.spill.refiller.refill(pool)
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
             for worker in pool.workers:
                 if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):

@@ -199,7 +199,7 @@ class PoolGroup(SlotCounts):
 
     def with_spilled(self) -> Iterable[Pool]:
         """Return the pools for which records may wait in the overflow."""
-        self._with_spilled = {pool: None for pool in self._with_spilled if any(pool.spilled.values())}
+        self._with_spilled = {pool: None for pool in self._with_spilled if pool.spilled}
         return tuple(self._with_spilled)
 
 
