@@ -17,7 +17,7 @@ class RetryState:
     Args:
         retry: the policy.
         failed: attempts that were used up before, in another process.
-        total_delay: seconds of the delays before, in another process.
+        total_delay: seconds of the delays before.
 
     Attributes:
         failed: attempts that were used up.

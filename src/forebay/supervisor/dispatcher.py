@@ -228,19 +228,6 @@ class Dispatcher:
             return False
         return True
 
-    def may_wait_in_store(self, ticket: Ticket) -> bool:
-        """Return whether a task may wait for its next attempt in the overflow."""
-        return self.spill is not None and self.spill.stored.can_delay(ticket)
-
-    def wait_in_store(self, ticket: Ticket, seconds: float, *, error: str | None) -> None:
-        """Give a stored task back to the overflow, where it waits for its next attempt."""
-        assert self.spill is not None  # noqa: S101 - see may_wait_in_store
-        self.spill.stored.delay(ticket, seconds, error=error)
-
-    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
-        """Go on with the retries of a stored task, which comes back for its next attempt."""
-        self.retries.resume(ticket, record)
-
     def proceed(self, ticket: Ticket) -> None:
         """Start or queue a task that has waited for its next attempt."""
         if not self._start_or_enqueue(ticket, self._pools[ticket.task.task_type]):
@@ -417,6 +404,17 @@ class Dispatcher:
         """Stop a stored task, so that the next process runs it again."""
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
+
+    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+        """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
+        if self.spill is None or not self.spill.stored.can_delay(ticket):
+            return False
+        self.spill.stored.delay(ticket, seconds, error=error)
+        return True
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store."""
+        self.retries.resume(ticket, record)
 
     def return_to_store(self, ticket: Ticket) -> None:
         """Leave a stored task that waits to any process, this one included, as soon as its lease is returned."""

@@ -20,7 +20,7 @@ from forebay.errors import (
     WouldDeadlock,
 )
 from forebay.events import TaskRetried, log
-from forebay.retry import Retry, RetryBudget, RetryState
+from forebay.retry import Retry, RetryBudget
 from forebay.supervisor.runs.ticket_retries import TicketRetries
 from forebay.supervisor.ticket import Ticket, as_error
 from forebay.task import TaskResult, TaskStatus
@@ -50,21 +50,18 @@ class RetryDispatcher(Protocol):
     def end_waiting(self, ticket: Ticket, result: TaskResult) -> None:
         """End a ticket that waits inside."""
 
-    def may_wait_in_store(self, ticket: Ticket) -> bool:
-        """Return whether a task may wait for its next attempt in the overflow."""
-
-    def wait_in_store(self, ticket: Ticket, seconds: float, *, error: str | None) -> None:
-        """Give a stored task back to the overflow, where it waits for its next attempt."""
+    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+        """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
 
 
 class TaskRetries:
     """The tasks of a supervisor that wait for their next attempt, and the budget of all retries.
 
-    Between two attempts a task holds no slot. One that is stored waits in its store, from where any process may take
-    it. Any other waits here, and counts in the load of its pool as if it were queued: failing work is bounded like
-    queued work. When its time has come it joins the end of the queue. It keeps its place in its conversation. The next
-    attempt begins once the handler of the last one has stopped. If that does not stop within the grace, the next one
-    begins all the same, except in a conversation, which would have two runs at a time: there the task ends.
+    Between two attempts a task holds no slot, but counts in the load of its pool as if it were queued: failing work is
+    bounded like queued work. A stored one waits in its store instead, from which any process takes it back. When its
+    time has come it joins the end of the queue. It keeps its place in its conversation. The next attempt begins once
+    the handler of the last one has stopped. If that does not stop within the grace, the next one begins all the same,
+    except in a conversation, which would have two runs at a time: there the task ends.
 
     Args:
         core: the objects that the parts of the supervisor share.
@@ -110,7 +107,7 @@ class TaskRetries:
             return False
         retries = ticket.retries
         if retries is None:
-            retries = TicketRetries(RetryState(policy))
+            retries = TicketRetries(policy)
             ticket.keep_retries(retries)
         retries.state.follow(policy)
         pool = self._pools[run.task.task_type]
@@ -131,27 +128,25 @@ class TaskRetries:
                 error=result.error or "",
             )
             self._registry.emit(ticket, event)
-        self._wait(ticket, retries, delay)
+        if retries.stopping is not None or not self._wait_in_store(ticket, delay):
+            self._wait(ticket, delay)
         return True
 
-    def resume(self, ticket: Ticket, record: TaskRecord) -> None:
-        """Go on with the retries of a stored task, which comes back for its next attempt."""
-        if ticket.retries is None:
-            workers = self._pools[record.task_type].workers
-            policies = (ticket.task.retry, *(worker.retry for worker in workers))
-            policy = next((policy for policy in policies if policy is not None), _DEFAULT)
-            ticket.keep_retries(TicketRetries.from_record(record, policy))
+    def _wait_in_store(self, ticket: Ticket, delay: float) -> bool:
+        """Have a task wait in its store; return False if it is not stored, or has to wait here."""
+        retries = ticket.retries
+        assert retries is not None  # noqa: S101 - it has failed before
+        error = "" if retries.result is None else retries.result.error or ""
+        return ticket.lease is not None and self._dispatcher.delay_in_store(ticket, delay, error=error)
 
-    def _wait(self, ticket: Ticket, retries: TicketRetries, delay: float) -> None:
-        """Have a task wait in its store, or in this process."""
-        if retries.stopping is None and self._dispatcher.may_wait_in_store(ticket):
-            self.leave(ticket)
-            self._dispatcher.wait_in_store(ticket, delay, error=retries.wait_in_store())
-            return
+    def _wait(self, ticket: Ticket, delay: float) -> None:
+        """Have a task wait in this process."""
+        retries = ticket.retries
+        assert retries is not None  # noqa: S101 - it has failed before
         if not retries.waits_here:
             self._pools[ticket.task.task_type].delay(nested=ticket.nested)
         due_at = self._loop.time() + delay
-        retries.wait_here(due_at, self._timers.at(due_at, self._due, ticket))
+        retries.wait_here(self._timers.at(due_at, self._due, ticket), due_at)
         self._dispatcher.arm_expiry(ticket)
 
     def attempt_stopped(self, ticket: Ticket, *, zombie: bool = False) -> None:
@@ -159,18 +154,25 @@ class TaskRetries:
         retries = ticket.retries
         assert retries is not None  # noqa: S101 - it is the attempt that stops
         if zombie and ticket.task.thread_id is not None:
-            if retries.waits_here:
+            if retries.waits_here and retries.result is not None:
                 self._end(ticket, "its handler does not stop, so it is not retried")
             return
         retries.attempt_stopped()
         if not retries.pending:  # it has ended meanwhile
             ticket.forget_parent()
-        elif not retries.waits_here:
-            pass
-        elif retries.due:
+        elif retries.waits_here and retries.due:
             self._go_on(ticket)
-        elif self._dispatcher.may_wait_in_store(ticket):
-            self._wait(ticket, retries, retries.due_at - self._loop.time())
+        elif retries.waits_here and self._wait_in_store(ticket, retries.due_at - self._loop.time()):
+            self.leave(ticket)
+
+    def resume(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store: other processes may have made some."""
+        if record.failures > (0 if ticket.retries is None else ticket.retries.state.failed):
+            policies = (worker.retry for worker in self._pools[record.task_type].workers)
+            policy = ticket.task.retry or next(filter(None, policies), _DEFAULT)
+            retries = TicketRetries(policy, failed=record.failures, total_delay=record.total_delay)
+            retries.attempt_failed(_last_result(record), None, stopping=None)
+            ticket.keep_retries(retries)
 
     # --- its time has come ---
 
@@ -204,7 +206,7 @@ class TaskRetries:
             delay = retries.state.budget_delay(draw=self._draw(), time_left=_time_left(ticket))
         if delay is not None:
             ticket.wait()
-            self._wait(ticket, retries, delay)
+            self._wait(ticket, delay)
         else:
             self._end(ticket, "it is not retried, because the retry budget of the supervisor is used up")
         return False
@@ -221,7 +223,7 @@ class TaskRetries:
         """End a task with the result of its last attempt."""
         assert ticket.retries is not None  # noqa: S101 - it has failed before
         result = ticket.retries.result
-        assert result is not None  # noqa: S101 - no attempt runs
+        assert result is not None  # noqa: S101 - as above
         result = msgspec.structs.replace(result, error=f"{result.error}; {why}")
         log.warning("task %r has failed, and %s", ticket.task_id, why)
         self._dispatcher.end_waiting(ticket, result)
@@ -229,6 +231,18 @@ class TaskRetries:
 
 def _time_left(ticket: Ticket) -> float:
     return math.inf if ticket.deadline is None else ticket.deadline.remaining()
+
+
+def _last_result(record: TaskRecord) -> TaskResult:
+    """Return the result of the last attempt at a task, which failed in another process."""
+    return TaskResult(
+        task_id=record.task_id,
+        worker_id=None,
+        success=False,
+        status=TaskStatus.FAILED,
+        error=record.last_error or "its last attempt failed in another process",
+        attempts=record.attempts,
+    )
 
 
 def _is_worth_retry(policy: Retry, result: TaskResult) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -93,6 +94,15 @@ class DelayedRecords:
             self._woken()
         if woken:
             await self._on_woken()
+
+    def recount(self) -> None:
+        """Count the records again, and those that wait: a record of one of both kinds has ended."""
+        self._core.run_in_background(self._recount(), if_cancelled=self.recount)
+
+    async def _recount(self) -> None:
+        with contextlib.suppress(StoreUnavailable):  # they are counted when the next one is due
+            await self.wake()
+        await self._on_woken()
 
     def _woken(self) -> None:
         self._waking = False

@@ -42,14 +42,14 @@ class RefillDispatcher(TicketOwner, Protocol):
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
         """Return why it is too late for a task to start, or None if it is not."""
 
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store."""
+
     def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Start a task on `worker`, or queue it."""
-
-    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
-        """Go on with the retries of a stored task, which comes back for its next attempt."""
 
 
 class Refiller:

@@ -77,7 +77,7 @@ class _Delay(NamedTuple):
     due: float  # epoch seconds
     due_here: float  # loop time
     seconds: float
-    error: str | None
+    error: str
 
 
 class StoredTasks:
@@ -296,7 +296,7 @@ class StoredTasks:
         parent = next(run_and_ancestors(ticket.parent), None)
         return not self.stays_stored or parent is None or parent.ended
 
-    def delay(self, ticket: Ticket, seconds: float, *, error: str | None) -> None:
+    def delay(self, ticket: Ticket, seconds: float, *, error: str) -> None:
         """Give a task back to the store, in which it waits for its next attempt; any process may make that.
 
         If the store fails until the attempt is due, this process makes it.
@@ -304,7 +304,7 @@ class StoredTasks:
         Args:
             ticket: a ticket that `can_delay`, of a task that neither runs nor waits here.
             seconds: until the next attempt is due.
-            error: what its last attempt ended with; None if that is stored already, and it only waits longer.
+            error: what its last attempt ended with.
         """
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - see can_delay
@@ -418,15 +418,13 @@ class StoredTasks:
         ticket.end_store_call()
         task = ticket.task
         self._left_overflow(ticket)
-        if lease is None and stored:  # then the record was waiting in the store
-            self._dispatcher.conversations.remove_stored(task.thread_id)
+        if lease is None and stored:
+            self._left_store(ticket)
         self.conversation_moved(task)
         if ticket.done():
             return
         if stored:
             self._forget_other_process(ticket.task_id)
-            if lease is None and task.thread_id is None:  # else it is counted again, see above
-                self._left_store(ticket)
             self._registry.settle(ticket, result)
             if not failed and _is_dead(result.status, lease):
                 self._registry.forget_end(task.task_id)  # it may be requeued, and end in another way
@@ -457,12 +455,14 @@ class StoredTasks:
                 return
 
     def _left_store(self, ticket: Ticket) -> None:
-        """Count a task no more as one that waits in the store."""
-        pool = self._core.pools.by_type.get(ticket.task.task_type)
-        if ticket in self._delayed_tickets:  # the pool may not have counted it
-            self.count_waiting(ticket.task.task_type)
-        elif pool is not None:
-            pool.remove_spilled(ticket.task.priority)
+        """Count a task no more whose record had no lease, and so waited in the store."""
+        task = ticket.task
+        pool = self._core.pools.by_type.get(task.task_type)
+        self._dispatcher.conversations.remove_stored(task.thread_id)
+        if ticket in self._delayed_tickets:  # it may have been woken since, or not
+            self.delayed.recount()
+        elif pool is not None and task.thread_id is None:  # else those that wait are counted again
+            pool.remove_spilled(task.priority)
 
     def _left_overflow(self, ticket: Ticket) -> None:
         """Count a nested task no more as one that waits in the overflow and comes back here."""
