@@ -129,11 +129,6 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """The number of this start of the task's handler, from 1."""
         return self.ticket.attempts
 
-    @property
-    def may_be_followed(self) -> bool:
-        """True if another attempt at its task may follow, which must not see what this one does to the context."""
-        return self.ticket.lease is not None or self.worker.retry is not None or self.task.retry is not None
-
     def record_call(self, source: LoadSource) -> None:
         """Count a call of `source`, which other runs of its worker will call too. Callable from any thread."""
         calls = self.calls
