@@ -473,6 +473,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.draining_does_not_report_what_the_overflow_has_not_answered: (
         test_silent_store.test_draining_reports_the_tasks_whose_end_the_overflow_has_not_stored
     ),
+    bugs.draining_without_a_limit_waits_for_a_silent_overflow: (
+        test_silent_store.test_draining_without_a_limit_waits_for_what_runs_and_not_for_a_silent_overflow
+    ),
+    bugs.a_task_that_is_stored_after_its_ticket_has_ended_runs_again: (
+        test_silent_store.test_a_task_that_is_stored_after_its_ticket_has_ended_does_not_run_again
+    ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
     ),

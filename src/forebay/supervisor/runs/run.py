@@ -283,6 +283,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """Return whether its handler is running, in `aio`."""
         return self.runner is not None and self.runner.handles(self, aio)
 
+    @property
+    def awaits_start(self) -> bool:
+        """True while the store has not recorded its start: its handler has not begun."""
+        return self.runner is None and self.ticket.slot is None
+
     async def call_in_thread(self) -> Any:
         """Call the handler in a thread, and return its value."""
         # The thread returns an exception as a value, because no future can carry StopIteration.
@@ -434,6 +439,12 @@ class ActiveRuns:
             len(runs) >= worker.max_concurrent
             and sum(run.zombie and run.holds_slot for run in runs) >= worker.max_concurrent
         )
+
+    def are_all_stuck(self, worker: WorkerAgent) -> bool:
+        """Return whether zombies, and runs whose start the store has not recorded, hold every slot of a worker."""
+        runs = self._by_worker.get(worker, ())
+        stuck = sum(run.holds_slot and (run.zombie or run.awaits_start) for run in runs)
+        return stuck >= worker.max_concurrent
 
     def __bool__(self) -> bool:
         return any(self._by_worker.values())

@@ -250,10 +250,10 @@ class StoredTasks:
         ticket.begin_store_call()
         self._complete_in_background(ticket, result, self.drop_lease(ticket))
 
-    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
-        """Store the end of a task under a new lease, because the store does not have it yet."""
+    def complete_again(self, ended: Ticket, result: TaskResult, fence: str | None) -> None:
+        """Store the end of a task whose ticket has ended, because the store does not have it yet."""
         ended.begin_store_call()
-        self._complete_in_background(ended, result, lease.fence)
+        self._complete_in_background(ended, result, fence)
 
     def _complete_in_background(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
         again = partial(self._complete_in_background, ticket, result, fence)
