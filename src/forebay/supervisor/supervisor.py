@@ -10,9 +10,10 @@ from typing import Any, Self, TypeVar
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
+from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_not_negative
 from forebay.adapters import Config, Handler
-from forebay.engine import DaemonThreadExecutor, Engine
+from forebay.engine import Engine
 from forebay.errors import (
     AlreadyStarted,
     DrainInside,
