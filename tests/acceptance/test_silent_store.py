@@ -62,6 +62,14 @@ class SilentStore(MemoryTaskStore):
         await self._answer("lease")
         return await super().lease(task_type, limit, until=until, priority=priority)
 
+    async def conversations(self) -> Mapping[str, int]:
+        await self._answer("conversations")
+        return await super().conversations()
+
+    async def close(self) -> None:
+        await self._answer("close")
+        await super().close()
+
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         await self._answer("depths")
         return await super().depths()
@@ -189,6 +197,16 @@ async def test_draining_reports_the_tasks_that_the_overflow_has_not_decided() ->
         assert (report.finished, report.spilled, report.cancelled, report.unanswered) == (0, 0, 0, 1)
         await supervisor.close()
         assert isinstance(await error_of(submitting), StoreUnavailable)
+
+
+@virtual
+async def test_a_start_that_is_cancelled_does_not_wait_for_the_overflow_to_close() -> None:
+    store = SilentStore("conversations", "close")
+    supervisor = make_supervisor(store, Agent())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await supervisor.start()
+    assert now() < 1.0 + MAX_STORE_SILENCE + 0.1
 
 
 # --- draining without a limit ----------------------------------------------------------------------------------------

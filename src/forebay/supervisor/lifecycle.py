@@ -27,7 +27,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
     except BaseException:
         dispatcher.core.timers.close()
         if dispatcher.spill is not None:
-            await dispatcher.spill.close()
+            await _close_spill(dispatcher.spill)
         raise
     for worker in workers.values():
         dispatcher.add_worker(worker)
