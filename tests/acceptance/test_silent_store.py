@@ -62,6 +62,10 @@ class SilentStore(MemoryTaskStore):
         await self._answer("lease")
         return await super().lease(task_type, limit, until=until, priority=priority)
 
+    async def release(self, leases: Sequence[Lease]) -> None:
+        await self._answer("release")
+        await super().release(leases)
+
     async def conversations(self) -> Mapping[str, int]:
         await self._answer("conversations")
         return await super().conversations()
@@ -368,4 +372,54 @@ async def test_that_an_overflow_is_waited_for_no_longer_is_logged(caplog: pytest
     await supervisor.submit(Task("work", durable=True))
     await supervisor.drain()
     assert "has not answered about 1 tasks for 10 s" in caplog.text
+    await supervisor.close()
+
+
+@virtual
+async def test_a_task_that_is_stored_while_draining_ends_before_its_lease_is_returned() -> None:
+    store = SilentStore("put", "release")
+    supervisor = await start_one_worker(store, Agent(1.0))
+    task = Task("work", durable=True)
+    submitting = asyncio.ensure_future(supervisor.submit(task))
+    await asyncio.sleep(0.1)
+    ticket = supervisor.ticket(task.task_id)
+    draining = asyncio.ensure_future(supervisor.drain())
+    await asyncio.sleep(1.0)
+    store.answers, answers = asyncio.Event(), store.answers
+    answers.set()  # of the put, and not of the release
+    report = await draining
+    assert now() < 3.2  # with two seconds for what is under way
+    assert report.spilled == 1
+    assert isinstance(await error_of(ticket), StillSpilled)
+    await supervisor.close()
+    await asyncio.gather(submitting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("turns", range(5))
+@virtual
+async def test_a_task_that_is_stored_as_draining_begins_does_not_wait_for_the_close(turns: int) -> None:
+    supervisor = await start_one_worker(SilentStore(), Agent(60.0), max_queue_size=0)
+    await supervisor.submit(Task("work", spill=False))
+    submitting = asyncio.ensure_future(supervisor.submit(Task("work")))
+    for _ in range(1 + turns):
+        await asyncio.sleep(0)
+    await supervisor.drain(1.0)
+    async with asyncio.timeout(1.0):
+        assert isinstance(await error_of(await submitting), StillSpilled)
+    await supervisor.close()
+
+
+@virtual
+async def test_draining_waits_for_the_end_of_a_cancelled_task_that_waits_in_the_overflow() -> None:
+    store = SilentStore()
+    supervisor = await start_one_worker(store, Agent(60.0), max_queue_size=0)
+    await supervisor.submit(Task("work", spill=False))
+    cancelled = [await supervisor.submit(Task("work")) for _ in range(2)]
+    silence(store, "finish")
+    for ticket in cancelled:
+        ticket.cancel()
+    report = await supervisor.drain(1.0)
+    assert report.unanswered == 2
+    store.answers.set()
+    assert [(await ticket).status for ticket in cancelled] == [TaskStatus.CANCELLED] * 2
     await supervisor.close()

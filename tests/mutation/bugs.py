@@ -573,6 +573,19 @@ def draining_without_a_limit_waits_for_a_silent_overflow() -> None:
     always(Drain, Drain._watch_store, returns=None)
 
 
+def a_task_that_is_stored_as_draining_begins_waits_for_the_close() -> None:
+    skip(AdmissionController._await_store, StoredTasks.release_if_left)
+
+
+def draining_does_not_wait_for_the_end_of_a_task_in_the_overflow() -> None:
+    original = Drain._is_unfinished
+
+    def _is_unfinished(self: Drain, ticket: Ticket) -> bool:
+        return original(self, ticket) and not (ticket.stored and ticket.status is TaskStatus.SPILLED)
+
+    replace(Drain, original, _is_unfinished)
+
+
 def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
     skip(QueueSpill._write, StoredTasks.complete_again)
 

@@ -476,6 +476,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.draining_without_a_limit_waits_for_a_silent_overflow: (
         test_silent_store.test_draining_without_a_limit_waits_for_what_runs_and_not_for_a_silent_overflow
     ),
+    bugs.a_task_that_is_stored_as_draining_begins_waits_for_the_close: (
+        test_silent_store.test_a_task_that_is_stored_as_draining_begins_does_not_wait_for_the_close
+    ),
+    bugs.draining_does_not_wait_for_the_end_of_a_task_in_the_overflow: (
+        test_silent_store.test_draining_waits_for_the_end_of_a_cancelled_task_that_waits_in_the_overflow
+    ),
     bugs.a_task_that_is_stored_after_its_ticket_has_ended_runs_again: (
         test_silent_store.test_a_task_that_is_stored_after_its_ticket_has_ended_does_not_run_again
     ),

@@ -325,6 +325,8 @@ class Drain:
 
     def _is_unfinished(self, ticket: Ticket) -> bool:
         if ticket.status is TaskStatus.SPILLED:
+            if ticket.stored and ticket.pending_store_calls and not ticket.done():
+                return True  # its end is being stored
             return self._dispatcher.spill is not None and not self._dispatcher.spill.stored.durable
         return not ticket.done()
 

@@ -122,9 +122,9 @@ class QueueSpill:
         self.stop()
         for ticket in list(self._held.values()):
             self._release_hold(ticket)
-            if not ticket.done():
+            self.unanswered.append(ticket)
+            if not ticket.done():  # otherwise the supervisor has closed meanwhile
                 self._end(ticket, "the supervisor stopped before the overflow had answered: it may be run again")
-                self.unanswered.append(ticket)
 
     def _without_unstored_ahead(self) -> list[str]:
         """Return the ids of the stored tasks in the queue that another process may run now.

@@ -168,6 +168,7 @@ class StoredTasks:
         """Let another process end a task; `StoreMaintenance` looks up the result."""
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
+        self._registry.notify_progress()
 
     def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
@@ -375,8 +376,13 @@ class StoredTasks:
         self.refill_stopped = True
         if self.survives():
             for ticket in self._registry.all_unfinished():
-                if ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls:
-                    self.release(ticket)
+                self.release_if_left(ticket)
+
+    def release_if_left(self, ticket: Ticket) -> None:
+        """Release a task that waits in the store, if it is left there to the next process."""
+        waits = ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls
+        if waits and self.stays_stored and not ticket.done():
+            self.release(ticket)
 
     def end_tickets(self) -> None:
         """End every ticket that is left, because the supervisor stops."""
@@ -384,5 +390,7 @@ class StoredTasks:
             if ticket.stored and self.durable:
                 self.release(ticket)
             else:
-                result = unsuccessful_result(ticket, TaskStatus.CANCELLED, "the supervisor stopped")
-                self._registry.settle(ticket, result)
+                error = "the supervisor stopped"
+                if ticket.pending_store_calls:
+                    error += " before the overflow had answered: it may be run again"
+                self._registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))
