@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, now, run_ready, virtual
+from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, now, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus
 from forebay.errors import StillSpilled, StoreUnavailable
@@ -423,3 +423,20 @@ async def test_draining_waits_for_the_end_of_a_cancelled_task_that_waits_in_the_
     store.answers.set()
     assert [(await ticket).status for ticket in cancelled] == [TaskStatus.CANCELLED] * 2
     await supervisor.close()
+
+
+@virtual
+async def test_a_handler_that_does_not_stop_has_one_grace_though_its_end_is_not_stored() -> None:
+    store = SilentMemoryStore()
+    supervisor = await start_one_worker(store, UncancellableHandler(100.0), max_queue_size=0)
+    await supervisor.submit(Task("work", spill=False))
+    stored = await supervisor.submit(Task("work"))
+    await asyncio.sleep(101.0)
+    assert stored.status is TaskStatus.RUNNING
+    silence(store, "finish")
+    origin = now()
+    report = await supervisor.drain(1.0)
+    assert now() - origin == approximately(1.0 + 2.0)
+    assert report.orphans == (stored.task_id,)
+    await supervisor.close()
+    await asyncio.sleep(100.0)

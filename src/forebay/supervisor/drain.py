@@ -133,7 +133,7 @@ class Drain:
             if lost := not_moved + len(moving.cut) + len(moving.unanswered):
                 log.error("%d waiting tasks were cancelled: the overflow did not store them in time", lost)
         if late := self._unfinished_tickets():  # their store calls were pending when the rest was cancelled
-            started = any(ticket.run is not None for ticket in late)  # since the rest was cancelled
+            started = any(ticket.run is not None and ticket.run.abandoned_at is None for ticket in late)  # since then
             self._cancel(late)
             left = cut_at + self._grace - self._core.loop.time()
             await self._wait_until_stopped(self._grace if started else left)
