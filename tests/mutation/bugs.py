@@ -569,6 +569,18 @@ def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
     replace(Drain, original, _report)
 
 
+def a_drain_does_not_notice_that_a_run_begins_to_wait() -> None:
+    always(Dispatcher, Dispatcher._tell_drain, returns=None)
+
+
+def a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck() -> None:
+    def begin_await(self: Run, dispatcher: Any) -> None:
+        del dispatcher
+        self.awaited_tasks += 1
+
+    replace(Run, Run.begin_await, begin_await)
+
+
 def draining_without_a_limit_waits_for_a_silent_overflow() -> None:
     always(Drain, Drain._watch_store, returns=None)
 

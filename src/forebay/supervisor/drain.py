@@ -13,6 +13,7 @@ import msgspec
 from forebay.events import log
 from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_movable
 from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.settings import MAX_STORE_SILENCE
 from forebay.task import TaskStatus
 
@@ -214,12 +215,31 @@ class Drain:
             return True
         if not self._has_unfinished():
             return False
-        runs = self._dispatcher.runs  # a zombie may never stop
-        if any(not (run.zombie or run.is_suspended) for run in runs) or self._has_startable():
+        if self._has_run_at_work() or self._has_startable():
             return True
         # The runs that are left await other tasks. If some of these wait here, they cannot start: so no run may end.
         waiting = any(ticket.status is TaskStatus.WAITING for ticket in self._registry.live.values())
-        return not waiting and any(not run.zombie for run in runs)
+        return not waiting and any(not run.zombie for run in self._dispatcher.runs)
+
+    def _has_run_at_work(self, *, without_store: bool = False) -> bool:
+        """Return whether a run may end before others here start: a zombie may not, nor one that awaits a task here.
+
+        With `without_store`, one whose start the overflow has not recorded may not either.
+        """
+        await_others = []
+        for run in self._dispatcher.runs:
+            if run.zombie or (without_store and run.awaits_start):
+                continue
+            if not run.is_suspended:
+                return True
+            if run.awaited_elsewhere:
+                await_others.append(run)
+        if not await_others:
+            return False
+        # What they await in other supervisors may itself await what waits here.
+        left = [ticket for ticket in self._registry.live.values() if ticket.run is None]
+        above = {run for ticket in left for run in run_and_ancestors(ticket.parent)}
+        return any(run not in above for run in await_others)
 
     def _watch_store(self) -> None:
         """Give the overflow up if it has answered nothing since the last look, and nothing else is waited for."""
@@ -241,9 +261,7 @@ class Drain:
 
     def _awaited_answers(self) -> frozenset[object]:
         """Return the answers of the overflow that draining waits for; none if tasks run, or can start, without them."""
-        runs = self._dispatcher.runs
-        at_work = any(not (run.zombie or run.is_suspended or run.awaits_start) for run in runs)
-        if at_work or self._has_startable(without_store=True):
+        if self._has_run_at_work(without_store=True) or self._has_startable(without_store=True):
             return frozenset()
         tickets = list(filter(self._awaits_store, self._unfinished_tickets()))
         writes = 0

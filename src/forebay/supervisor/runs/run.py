@@ -109,6 +109,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     runner: HandlerRunner | None = None
     timer: Timer | None = None
     awaited_tasks: int = 0  # tasks, of any supervisor, that it awaits
+    awaited_elsewhere: int = 0  # those of them that are in another supervisor
     exemptions: int = 0  # awaits, here or below, for which new runs may have to begin
     slot_loans: int = 0  # tasks that it, or a run below it, awaits and that may need its slot
     abandoned_at: float | None = None  # loop time at which its ticket ended before its handler did
@@ -257,13 +258,17 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         if not self.exemptions and self.is_suspended:
             self.worker.change_exempt(self.task.priority, -1)
 
-    def begin_await(self) -> None:
-        """Count a task that it awaits."""
+    def begin_await(self, dispatcher: RunOwner) -> None:
+        """Count a task of `dispatcher` that it awaits."""
         self.awaited_tasks += 1
+        if dispatcher is not self.dispatcher:
+            self.awaited_elsewhere += 1
 
-    def end_await(self) -> None:
-        """Stop counting a task that it awaited."""
+    def end_await(self, dispatcher: RunOwner) -> None:
+        """Stop counting a task of `dispatcher` that it awaited."""
         self.awaited_tasks -= 1
+        if dispatcher is not self.dispatcher:
+            self.awaited_elsewhere -= 1
 
     def begin_loan(self) -> None:
         """Count an await, here or below, that may need its slot."""
