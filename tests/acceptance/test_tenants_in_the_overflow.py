@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.supervisor_checks import check_supervisor
-from tests.support.task_plane import now, results, submit_all, virtual
+from tests.support.task_plane import Agent, now, results, submit_all, virtual
 from tests.support.task_stores import DURABLE_STORES, STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, Tenant, Ticket, Verdict
+from forebay.interfaces import Lease
+from forebay.overflow import MemoryTaskStore
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -186,6 +188,33 @@ async def test_the_deadlines_of_one_tenant_do_not_go_before_the_turn_of_another(
         await results(patient)
         assert len(order) <= 9
         await results(urgent)
+
+
+class StuckStore(MemoryTaskStore):
+    """A store in memory whose leases are not answered until the event is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+
+    async def lease(self, *of: Any, **how: Any) -> Sequence[Lease]:
+        await self.answers.wait()
+        return await super().lease(*of, **how)
+
+
+@virtual
+async def test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others() -> None:
+    store, handler = StuckStore(), Agent(1.0)
+    supervisor = BackpressureSupervisor(overflow=store, max_queue_size=4)
+    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    async with supervisor:
+        big = await submitted(supervisor, "big", 20)
+        while len(handler.finished) < 3:  # noqa: ASYNC110 - virtual time
+            await asyncio.sleep(0.1)
+        new = await submitted(supervisor, "new", 2)
+        await asyncio.wait_for(results(new), 8.0)
+        store.answers.set()
+        await results(big)
 
 
 @virtual

@@ -38,7 +38,7 @@ class _QueueModel:
         """Add the task of an event that puts it into the queue, or makes it wait for its retry."""
         if isinstance(event, TaskRetried):
             self.retried[task_id] = priority
-        elif _is_queued(event):
+        elif _is_queued(event) and task_id not in self.retried:  # one that comes back may wait for the retry budget
             self.waiting[task_id] = priority
 
     def retried_left(self, event: TaskStarted | TaskFinished, priority: Priority) -> bool:

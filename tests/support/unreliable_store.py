@@ -175,7 +175,11 @@ class UnreliableStore:
         return await self._call(self._inner.prune(before=before))
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        try:
+            marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        except StoreUnavailable:
+            self._acknowledged.uncertain.add(lease.record.task_id)
+            raise
         self._acknowledged.ended[lease.record.task_id] += marked
         return marked
 

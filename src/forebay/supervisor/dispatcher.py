@@ -124,6 +124,7 @@ class Dispatcher:
         for counts in self._counts_of[run.worker]:
             counts.suspend()
         self.return_slot(run)
+        self._tell_drain()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
@@ -192,6 +193,7 @@ class Dispatcher:
             ticket.wait()
             pool.park(ticket)
             self.arm_expiry(ticket)
+            self._tell_drain()
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
@@ -208,6 +210,7 @@ class Dispatcher:
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self.arm_expiry(ticket)
+        self._tell_drain()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
         if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
@@ -218,6 +221,11 @@ class Dispatcher:
                     # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
                     self.loop.call_soon(self.dispatch, worker)
                     break
+
+    def _tell_drain(self) -> None:
+        """Wake a drain: a task waits that may be unable to start, or a run awaits one."""
+        if self._registry.listeners:
+            self._registry.notify_progress()
 
     def arm_expiry(self, ticket: Ticket) -> None:
         """Set the timer that ends a waiting task at its deadline."""
