@@ -212,7 +212,8 @@ async def test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_
         while len(handler.finished) < 3:  # noqa: ASYNC110 - virtual time
             await asyncio.sleep(0.1)
         new = await submitted(supervisor, "new", 2)
-        await asyncio.wait_for(results(new), 8.0)
+        async with asyncio.timeout(8.0):
+            await results(new)
         store.answers.set()
         await results(big)
 

@@ -46,7 +46,7 @@ from forebay.supervisor.statistics import Statistics, snapshot, utilization, wor
 from forebay.supervisor.tenants import Tenant, Tenants, tenant_settings
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Deadline, Priority, Task
+from forebay.task import DEFAULT_TENANT, Deadline, Priority, Task
 from forebay.upstream import Upstream
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -282,7 +282,7 @@ class BackpressureSupervisor:
         priority: Priority = Priority.NORMAL,
         timeout: float | None = None,
         deadline: Deadline | None = None,
-        tenant: str = "default",
+        tenant: str = DEFAULT_TENANT,
         thread_id: str | None = None,
     ) -> Slot:
         """Return a slot of a worker for the caller's own code: ``async with supervisor.slot("write"): ...``.

@@ -191,6 +191,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             self.dispatcher.core.registry.emit(self.ticket, event)
             self.dispatcher.core.bus.limit_backlog()  # a handler may report much without ever giving the loop a turn
 
+    @property
+    def tenant_weight(self) -> float:
+        """The share of turns of its tenant, which upstreams give its calls."""
+        return self.dispatcher.core.tenants.weight(self.task.tenant)
+
     # --- expected calls ---
 
     def expect_calls(self, sources: Mapping[LoadSource, None]) -> None:
