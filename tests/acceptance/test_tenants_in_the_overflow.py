@@ -191,11 +191,12 @@ async def test_the_deadlines_of_one_tenant_do_not_go_before_the_turn_of_another(
 
 
 class StuckStore(MemoryTaskStore):
-    """A store in memory whose leases are not answered until the event is set."""
+    """A store in memory that answers no lease while the event is not set."""
 
     def __init__(self) -> None:
         super().__init__()
         self.answers = asyncio.Event()
+        self.answers.set()
 
     async def lease(self, *of: Any, **how: Any) -> Sequence[Lease]:
         await self.answers.wait()
@@ -204,18 +205,20 @@ class StuckStore(MemoryTaskStore):
 
 @virtual
 async def test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others() -> None:
-    store, handler = StuckStore(), Agent(1.0)
+    store = StuckStore()
     supervisor = BackpressureSupervisor(overflow=store, max_queue_size=4)
-    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
     async with supervisor:
-        big = await submitted(supervisor, "big", 20)
-        while len(handler.finished) < 3:  # noqa: ASYNC110 - virtual time
-            await asyncio.sleep(0.1)
+        floods = await submitted(supervisor, "big", 20) + await submitted(supervisor, "huge", 20)
+        await asyncio.sleep(3.5)
+        store.answers.clear()
+        while supervisor.statistics().running:  # noqa: ASYNC110 - virtual time
+            await asyncio.sleep(0.01)
         new = await submitted(supervisor, "new", 2)
-        async with asyncio.timeout(8.0):
+        async with asyncio.timeout(3.0):
             await results(new)
         store.answers.set()
-        await results(big)
+        await results(floods)
 
 
 @virtual
