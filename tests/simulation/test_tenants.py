@@ -85,7 +85,7 @@ def test_a_tenant_waits_for_turns_and_not_for_the_flood_of_another(seed: int, tm
         supervisor = scene.supervisor()
         await supervisor.start()
         asked: dict[tuple[str, int], tuple[float, int]] = {}  # when, and how many of its own were ahead
-        flood, first, *others = scene.rng.choice((30, 150, 600)), *scene.weights
+        flood, (first, *others) = scene.rng.choice((30, 150, 600)), list(scene.weights)
         conversations = scene.rng.choice((0, 0, 3))
         for number in range(flood):
             thread_id = f"{number % conversations}" if conversations and number % 2 else None

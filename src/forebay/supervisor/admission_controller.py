@@ -350,7 +350,10 @@ class AdmissionController:
         if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
             return None
         priority = ticket.task.priority
-        if pool.has_ahead(priority) or ticket.task.tenant in self._tenants.blocked:
+        if pool.takes_turns:
+            if pool.must_wait(priority, ticket.task.tenant):
+                return None
+        elif pool.queue.ahead(priority) if priority <= URGENT else pool.queue.length:
             return None
         return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=priority <= URGENT)
 

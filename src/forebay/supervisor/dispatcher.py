@@ -82,6 +82,8 @@ class Dispatcher:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker; it takes tasks at once."""
         self.workers[worker.name] = worker
+        if worker.reserve or self._tenants.bounded:
+            worker.count_tasks()
         if worker.handler.nested_supervisor is not None:
             self._nested.append(cast("NestedSupervisor", worker.handler.nested_supervisor))
         self.runs.add_worker(worker)
@@ -112,7 +114,7 @@ class Dispatcher:
         worker = run.worker
         run.take_slot()
         worker.take_slot(probe=run.is_probe)
-        if worker.reserve or self._tenants.bounded:
+        if worker.counts_tasks:
             self._count_slot(worker, run.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
@@ -136,7 +138,7 @@ class Dispatcher:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
         worker.return_slot(probe=worker.probing and run.is_probe)
-        if worker.reserve or self._tenants.bounded:
+        if worker.counts_tasks:
             self._count_slot(worker, run.task, -1)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
@@ -367,7 +369,7 @@ class Dispatcher:
             self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
         worker.take_slot(probe=worker.probing)
-        if worker.reserve or self._tenants.bounded:
+        if worker.counts_tasks:
             self._count_slot(worker, ticket.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)

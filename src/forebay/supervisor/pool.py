@@ -55,17 +55,18 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_tenants", "_turns", "calls_per_run",
-        "delayed", "delayed_nested", "estimate_bypass", "expects_records", "max_queue_size", "max_timeout", "nested",
-        "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource",
-        "retry_schedule", "selector", "service_times", "source_paths", "spilled", "task_type", "times_passed_over",
-        "workers",
+        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_tenants", "_turns", "_watched",
+        "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "expects_records", "max_queue_size",
+        "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy",
+        "reserved", "resource", "retry_schedule", "selector", "service_times", "source_paths", "spilled",
+        "takes_turns", "task_type", "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
         super().__init__()
         self._tenants = tenants
         self._bounded = tenants.bounded
+        self._watched = tenants.bounded  # whether anybody has to know what joins and leaves the queue
         self._groups: list[PoolObserver] = []  # of workers that serve many pools
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
@@ -79,6 +80,7 @@ class Pool(SlotCounts):
         # A TenantQueue while tasks of several tenants wait, or a tenant may be blocked: it costs more.
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
         self._turns: TenantQueue[Ticket] | None = None  # `queue`, if it is one
+        self.takes_turns = False  # tasks of several tenants wait, here or in the overflow, or a tenant may be blocked
         # The only one whose tasks wait, here or in the overflow, unless it is a TenantQueue.
         self._sole_tenant: str | None = None
         self.spilled = SpilledCounts()  # what waits in the overflow
@@ -176,16 +178,17 @@ class Pool(SlotCounts):
             return False
         return self._turns is None or self._turns.head() is not None
 
-    def has_ahead(self, priority: Priority) -> bool:
-        """Return whether a task waits in the queue that a new one of `priority` may not overtake at a free slot."""
-        if not (self.queue.ahead(priority) if priority <= URGENT else self.queue.length):
-            return self._turns is not None and self._is_promised(priority)
-        if self._turns is None:
+    def must_wait(self, priority: Priority, tenant: str) -> bool:
+        """Return whether a new task of `tenant` waits though a slot is free, while tenants take turns.
+
+        It does so for the bound of its tenant, for a task that it may not overtake, or for records on their way back.
+        """
+        if tenant in self._tenants.blocked:
             return True
-        head = self._turns.head()
-        if head is None:
+        head = None if self._turns is None else self._turns.head()
+        if head is None or (priority <= URGENT and head[3] > priority):
             return self._is_promised(priority)
-        return priority > URGENT or head[3] <= priority
+        return True
 
     def _is_promised(self, priority: Priority) -> bool:
         """Return whether records are on their way back, so that a new task waits for its turn even at a free slot."""
@@ -195,11 +198,6 @@ class Pool(SlotCounts):
     def has_waiting(self) -> bool:
         """True if a task waits, in the queue or in the overflow."""
         return self.queue.length > 0 or bool(self.spilled)
-
-    @property
-    def takes_turns(self) -> bool:
-        """True if tasks of several tenants wait, here or in the overflow, or a tenant may be blocked."""
-        return self._turns is not None
 
     def load(self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None) -> float:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
@@ -211,19 +209,24 @@ class Pool(SlotCounts):
         Of a `tenant`, its own tasks count as waiting, and it has as much of twice the room of the queue as the others
         leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
-        simple = not (self.own_blocked or self._groups)
-        bound, slots = self.max_queue_size, self.own_slots if simple else self.usable_slots
+        bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
+        same = not waiting or tenant == self._sole_tenant or tenant is None
+        simple = not (self.own_blocked or self._groups or self.own_reserved)
+        slots = self.own_slots if simple else self.usable_slots
         if not slots and not self.slots:
             return 1.0
         room: float = max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound
+        if same and simple and not nested:  # nearly always
+            return (self.own_running + waiting + self.own_suspended) / (slots + room + self.own_suspended)
+        if nested:
+            waiting = self.nested + self.delayed_nested
         running = self.running
-        if not simple or self.own_reserved:
+        if not simple:
             reserved, taken = self.reserved_slots(priority)
             if reserved >= self.slots:
                 return 1.0
             slots, running = max(0, slots - reserved), running - taken
-        waiting = self.nested + self.delayed_nested if nested else self.queued
-        if waiting and tenant is not None and tenant != self._sole_tenant:
+        if not (same or tenant is None):
             own = self._waiting_of(tenant, nested=nested)
             room, waiting = max(0.0, room - (waiting - own) / 2), own
         inside, room = running + waiting, room + slots
@@ -335,6 +338,7 @@ class Pool(SlotCounts):
     def join(self, group: PoolObserver) -> None:
         """Have `group` count the slots of its workers, which serve this pool and many others."""
         self._groups.append(group)
+        self._watched = True
         self._head_changed()
         if self.spilled:
             group.spilled(self)
@@ -368,19 +372,24 @@ class Pool(SlotCounts):
             self.nested += 1
         if ticket.task.tenant != self._sole_tenant:
             self._meet(ticket.task.tenant)
-        if self._bounded:
-            self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
         entry = self.queue.push(ticket, ticket.task.priority, rank, sequence)
+        if self._watched:
+            self._changed(ticket, 1)
+        return entry
+
+    def _changed(self, ticket: Ticket, by: int) -> None:
+        """Count `by` more tasks like `ticket` in the queue, for the bound of its tenant and for groups of pools."""
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, by)
         if self._groups:
             self._head_changed()
-        return entry
 
     def _meet(self, tenant: str) -> None:
         """Have tenants take turns if tasks of another one than `tenant` wait, and otherwise no longer."""
         if self._bounded:
             return
         if not (self.queue.length or self.spilled):
-            self._sole_tenant, self._turns = tenant, None
+            self._sole_tenant, self._turns, self.takes_turns = tenant, None, False
             if isinstance(self.queue, TenantQueue):
                 self.queue = PriorityQueue()
         elif self._turns is None:
@@ -390,7 +399,7 @@ class Pool(SlotCounts):
         tenants, waiting = self._tenants, self.queue
         self.queue = self._turns = TenantQueue(_tenant_of, tenants.weights, blocked=tenants.blocked)
         self._turns.take_over(waiting)
-        self._sole_tenant = None
+        self._sole_tenant, self.takes_turns = None, True
         for priority in Priority:
             for tenant in self.spilled.of(priority):
                 self._turns.begin_elsewhere(tenant, priority)
@@ -424,10 +433,8 @@ class Pool(SlotCounts):
     def _removed(self, ticket: Ticket) -> None:
         if ticket.nested:
             self.nested -= 1
-        if self._bounded:
-            self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
-        if self._groups:
-            self._head_changed()
+        if self._watched:
+            self._changed(ticket, -1)
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
         """Return the first entry that `worker` may begin, though it has many open runs or a reserve; or None."""

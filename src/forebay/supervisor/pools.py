@@ -52,7 +52,8 @@ class FewPools:
         """
         pools = self.pools
         if len(pools) == 1:
-            return pools[0] if pools[0].has_head else None
+            pool = pools[0]
+            return pool if pool.queue.length and (not pool.takes_turns or pool.has_head) else None
         waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
         if not waiting:
             return None
