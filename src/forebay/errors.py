@@ -323,9 +323,10 @@ class CallMisused(ForebayError, RuntimeError):
 
 
 class WouldDeadlock(ForebayError, RuntimeError):
-    """portal.{call}() blocks its thread and was called on the supervisor's own event loop, which would wait for itself:
-    await supervisor.{call}(...) here.
-    """
+    """{what} would wait for itself: {advice}."""
+
+    what: str
+    advice: str
 
 
 class LoopStopped(ForebayError, RuntimeError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, TaskStore
+from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
 from forebay.task import Priority
 
 T = TypeVar("T")
@@ -141,6 +141,12 @@ class UnreliableStore:
     async def release(self, leases: Sequence[Lease]) -> None:
         self._acknowledged.given_back.update(lease.record.task_id for lease in leases if lease.fence in self._begun)
         await self._call(self._inner.release(leases))
+
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str | None) -> bool:
+        return await self._call(self._inner.delay(lease, due=due, wait=wait, error=error), lease.record.task_id)
+
+    async def wake(self, *, now: float) -> WakeResult:
+        return await self._call(self._inner.wake(now=now))
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         try:

@@ -24,6 +24,7 @@ from forebay.errors import (
     StoreUnavailable,
     SupervisorClosed,
     UnknownTaskType,
+    WouldDeadlock,
     fresh_copy,
 )
 from forebay.events import TaskSubmitted, log
@@ -235,7 +236,22 @@ class AdmissionController:
             raise DuplicateTask(task_id=task.task_id)
         if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:
             raise DeadlinePassed(task_id=task.task_id, late=-remaining)
+        if parent is not None and (task.key is not None or task.thread_id is not None):
+            self._check_deadlock(task, parent)
         return pool, parent
+
+    def _check_deadlock(self, task: Task, parent: RunningTask) -> None:
+        """Raise WouldDeadlock if a task has the conversation or the key of a run above it that has not ended."""
+        for run in active_runs(parent, self._dispatcher):
+            for field, what in (("thread_id", "the conversation"), ("key", "the key")):
+                name = getattr(task, field)
+                if name is not None and name == getattr(run.task, field):
+                    raise WouldDeadlock(
+                        what=f"Task {task.task_id!r} has {what} {name!r} of the run of task {run.task.task_id!r}, in"
+                        " which it is nested: it",
+                        advice=f"give it another {field}, or let the handler return what comes next, and submit that"
+                        " from where its result is awaited",
+                    )
 
     # --- keys ---
 
@@ -253,13 +269,9 @@ class AdmissionController:
                     del self._key_lookups[key]
             if key in self._keys:
                 return await self._find_by_key(key)  # submitted meanwhile
-            if found is not None:
+            if found is not None and (found.result is None or found.result.success):  # else it has failed meanwhile
                 self._keys[key] = found
         return self._keys.get(key)
-
-    def _forget_key(self, ticket: Ticket) -> None:
-        if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
-            del self._keys[ticket.task.key]
 
     # --- the decision ---
 
@@ -393,7 +405,7 @@ class AdmissionController:
         if retry_after is None:
             retry_after = self._retry_after(pool, ticket.task.priority)
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
-        self._forget_key(ticket)
+        self._registry.forget_key(ticket)
         self.rejected += 1
         self._submitted(ticket)
         return ticket
@@ -485,7 +497,7 @@ class AdmissionController:
         """If the task was not stored, answer the callers that got its ticket by its key meanwhile."""
         error = asyncio.CancelledError() if answer.cancelled() else answer.exception()
         if error is not None:
-            self._forget_key(ticket)
+            self._registry.forget_key(ticket)
             if not ticket.done():
                 ticket.resolve(fresh_copy(error) if isinstance(error, ForebayError) else _store_failed(error))
         elif not ticket:
@@ -556,7 +568,7 @@ class AdmissionController:
         if put is PutResult.FULL:
             refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
-        self._forget_key(ticket)
+        self._registry.forget_key(ticket)
         if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:
             self._keys[ticket.task.key] = known
             return known

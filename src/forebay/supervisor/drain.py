@@ -16,6 +16,7 @@ from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
+    from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.ticket import Ticket
@@ -53,6 +54,10 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
     @property
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
+
+    @property
+    def retries(self) -> TaskRetries:
+        """The tasks that wait for their next attempt."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""
@@ -94,6 +99,7 @@ class Drain:
             self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
+        self._dispatcher.retries.begin_drain()
         spill = self._dispatcher.spill
         survives = spill is not None and spill.stored.survives()
         inside = self._unfinished_tickets()

@@ -231,5 +231,8 @@ class QueueSpill:
 
 
 def is_movable(ticket: Ticket) -> bool:
-    """Return whether a task waits inside and can be moved: no answer of the store decides about it."""
-    return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls
+    """Return whether a task waits inside and can be moved: no answer of the store decides about it.
+
+    One whose last attempt has not stopped stays: the next process would run it at the same time.
+    """
+    return ticket.status is TaskStatus.WAITING and not (ticket.pending_store_calls or ticket.is_stopping)

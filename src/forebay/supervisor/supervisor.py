@@ -26,6 +26,7 @@ from forebay.errors import (
 from forebay.events import EventBus, Sink, Subscription, log
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
+from forebay.retry import Retry, RetryBudget
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
@@ -65,6 +66,8 @@ class BackpressureSupervisor:
         lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
+        retry_budget: bounds the retries of all tasks together: ``forebay.retry.RetryBudget``. None: one retry for every
+            five first attempts of the last minute, and ten more.
         keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
         keep_results_bytes: estimated bytes of payloads and results that these tickets may take together.
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
@@ -85,6 +88,7 @@ class BackpressureSupervisor:
         lease: float = 30.0,
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
+        retry_budget: RetryBudget | None = None,
         keep_results: int = 1000,
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
@@ -97,6 +101,7 @@ class BackpressureSupervisor:
             lease=lease,
             max_payload_bytes=max_payload_bytes,
             max_attempts=max_attempts,
+            retry_budget=RetryBudget() if retry_budget is None else retry_budget,
             keep_results=keep_results,
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
@@ -129,6 +134,7 @@ class BackpressureSupervisor:
         max_concurrent: int = 1,
         max_open: int | None = None,
         timeout: float = 300.0,
+        retry: Retry | None = None,
         payload: Any = None,
         result: Any = None,
         config: Config | None = None,
@@ -149,6 +155,8 @@ class BackpressureSupervisor:
             max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
                 theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
+            retry: how tasks whose attempts fail, or run out of time, are tried again, unless the task has a policy of
+                its own. None: they are not. Between two attempts a task holds no slot.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
@@ -174,6 +182,7 @@ class BackpressureSupervisor:
             max_concurrent=max_concurrent,
             max_open=max_open,
             timeout=timeout,
+            retry=retry,
             config=config,
             engine=engine,
             on_cancel=on_cancel,
@@ -354,7 +363,7 @@ class BackpressureSupervisor:
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )
-        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store)
+        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store, draw=self._draw)
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )

@@ -30,6 +30,7 @@ from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdi
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import Lease
+    from forebay.supervisor.runs.ticket_retries import TicketRetries
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.worker import WorkerAgent
 
@@ -153,6 +154,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     size: int = 0  # estimated bytes of its payload and its result, once it has ended
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
+    retries: TicketRetries | None = None  # its failed attempts, if any may be followed by another
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
@@ -271,7 +273,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         raise as_error(result) from result.cause
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield what happens to the task from now on: TaskStarted, TaskProgress, and last TaskFinished.
+        """Yield what happens to the task from now on: TaskStarted, TaskProgress, TaskRetried, and last TaskFinished.
 
         If the task has started or finished already, that event is yielded first. The newest 1,000 unread events are
         kept.
@@ -413,6 +415,31 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     def forget_parent(self) -> None:
         """Forget the parent, because the task has ended without a run."""
         self.parent = None
+
+    def keep_parent(self, parent: RunningTask | None) -> None:
+        """Keep the parent, because the task is to run again."""
+        self.parent = parent
+
+    # --- its next attempt ---
+
+    @property
+    def awaits_retry(self) -> bool:
+        """True if another attempt is to be made after one that failed."""
+        return self.retries is not None and self.retries.pending
+
+    @property
+    def is_stopping(self) -> bool:
+        """True while the handler of an attempt that failed has not stopped."""
+        return self.retries is not None and self.retries.stopping is not None
+
+    def keep_retries(self, retries: TicketRetries) -> None:
+        """Remember its failed attempts."""
+        self.retries = retries
+
+    def await_retry(self) -> None:
+        """Make it WAITING without a run: an attempt has failed, and another is to be made."""
+        self.run = None
+        self.status = _WAITING
 
     # --- the task store ---
 

@@ -116,7 +116,8 @@ class Runner:
                 own = run.ticket.context
                 if own is None:
                     own = pool.base_context.copy()
-                elif run.ticket.lease is not None:  # another attempt may follow
+                elif run.ticket.lease is not None or run.worker.retry is not None or run.task.retry is not None:
+                    # Another attempt may follow, and must not see what this one sets.
                     own = own.copy()
                 value, cause, waited = yield from _step(run, own)
             else:
