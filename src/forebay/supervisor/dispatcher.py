@@ -136,8 +136,8 @@ class Dispatcher:
             counts.slot_returned(worker)
         self.dispatch(worker, now)
 
-    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
-        """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
         return SlotLoan(self, running, awaited).reclaim if isinstance(running, Run) else None
 
     # --- into the queue, and out of it ---

@@ -224,20 +224,28 @@ class BackpressureSupervisor:
 
     # --- work ---
 
-    async def submit(self, task: Task) -> Ticket:
+    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
         """Submit a task to admission control.
+
+        Args:
+            task: the task.
+            wait: seconds to wait for room while the task would be rejected, so that a producer is slowed down instead;
+                ``math.inf`` for as long as it takes, at most to the deadline. Those that wait are admitted by priority,
+                then in the order in which they came. None: it is rejected at once.
 
         Returns:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload raises nothing here.
 
         Raises:
+            InvalidSetting: `wait` is not a number of seconds.
             UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid.
             InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid.
             OverflowRequired: it is durable, and there is no overflow that survives the process.
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """
-        return await self._admission_here().submit(task)
+        _check_wait(wait)
+        return await self._admission_here().submit(task, wait=wait)
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
@@ -248,17 +256,18 @@ class BackpressureSupervisor:
         """
         return self._admission_here().submit_nowait(task)
 
-    async def run(self, task: Task) -> Any:
+    async def run(self, task: Task, *, wait: float | None = None) -> Any:
         """Submit a task and return its value; wait for a spilled one until its deadline.
 
-        Cancelling this cancels the task, unless others wait for the same work by its key.
+        Cancelling this cancels the task, unless others wait for the same work by its key. `wait` is as in `submit`.
 
         Raises:
             Overloaded: it was rejected; ``retry_after`` says when to try again.
             TaskFailed, TaskTimedOut: it ended that way (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
-        return await self._admission_here().run(task)
+        _check_wait(wait)
+        return await self._admission_here().run(task, wait=wait)
 
     @renamed_arguments(thread="thread_id")
     def slot(  # noqa: PLR0913 - a task's fields
@@ -503,3 +512,8 @@ class BackpressureSupervisor:
     def _dispatcher_here(self) -> Dispatcher:
         self._admission_here()
         return self._running()
+
+
+def _check_wait(wait: float | None) -> None:
+    if wait is not None:
+        check_not_negative("submit", "wait", wait, unit="seconds", infinite=True)

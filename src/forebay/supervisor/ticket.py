@@ -47,6 +47,7 @@ class Refusal(NamedTuple):
     load: float
     may_spill: bool
     retry_after: float | None = None  # seconds, infinity if unknown; None: take the next slot of the retry schedule
+    final: bool = False  # waiting for room would not help
 
 
 class TicketRun(RunningTask, Protocol):
@@ -100,8 +101,8 @@ class TicketOwner(Protocol):
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
 
-    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
-        """Lend the slot of `running` while it awaits a task; return how to get it back."""
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it awaits a task, or room for one; return how to get it back."""
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because it is awaited."""
@@ -151,6 +152,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     pending_store_calls: int = 0  # calls of the store that decide what becomes of the task
     listeners: EventBus | None = None  # None if nobody listens to its events
     shared: bool = False  # another caller has submitted the same work, by its key
+    in_line: bool = False  # its submitter waits for room: a rejection is not the last word
     size: int = 0  # estimated bytes of its payload and its result, once it has ended
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
@@ -346,6 +348,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.status = TaskStatus.REJECTED
         self.explain(refusal)
         self.retry_after = retry_after
+
+    def stand_in_line(self, *, waits: bool) -> None:
+        """Record whether its submitter waits for room if it is rejected."""
+        self.in_line = waits
 
     def share(self) -> None:
         """Record that another caller has submitted the same work."""

@@ -113,13 +113,7 @@ class Runner:
             self.next_run = None
             self.run = run
             if run.abandoned_at is None:
-                own = run.ticket.context
-                if own is None:
-                    own = pool.base_context.copy()
-                elif run.ticket.lease is not None or run.worker.retry is not None or run.task.retry is not None:
-                    # Another attempt may follow, and must not see what this one sets.
-                    own = own.copy()
-                value, cause, waited = yield from _step(run, own)
+                value, cause, waited = yield from _step(run, pool.base_context)
             else:
                 value, cause, waited = None, asyncio.CancelledError(), False
             self.run = None
@@ -136,7 +130,7 @@ class Runner:
                 log.exception("the end of task %r could not be processed", run.task.task_id)
             if cause is not None and was_interrupted(run, cause):
                 raise_again_if_interrupt(cause)
-            pool.reusable = run = value = cause = own = None
+            pool.reusable = run = value = cause = None
             if not reusable:
                 return
             in_a_row = 0 if waited else in_a_row + 1
@@ -150,12 +144,17 @@ class Runner:
                 in_a_row = 0
 
 
-def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
-    """Run a handler to its end in the context `own`.
+def _step(run: Run, base_context: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
+    """Run a handler to its end, in the context of its submitter, or in a copy of `base_context` if there is none.
 
     Returns:
         Its value, or the exception that ended it; and whether it waited for anything.
     """
+    own = run.ticket.context
+    if own is None:
+        own = base_context.copy()
+    elif run.ticket.lease is not None or run.worker.retry is not None or run.task.retry is not None:
+        own = own.copy()  # another attempt may follow, and must not see what this one sets
     waited = loop_gone = False
     try:
         coroutine, awaited = own.run(_start_handler, run)
