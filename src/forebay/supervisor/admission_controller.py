@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.load import SystemLoad
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.worker import WorkerAgent
@@ -78,6 +79,10 @@ class AdmissionDispatcher(TicketOwner, Protocol):
     @property
     def conversations(self) -> Conversations:
         """The conversations of its tasks."""
+
+    @property
+    def retries(self) -> TaskRetries:
+        """The tasks that wait for their next attempt, and the budget of all retries."""
 
     @property
     def spill(self) -> Spill | None:
@@ -159,6 +164,40 @@ class AdmissionController:
     async def submit_once(self, task: Task) -> Ticket:
         """Submit a task whose submitter will wait for room: unless that would not help, a rejection is not counted."""
         return await self._submit(self._codecs.fit_payload(task), in_line=True)
+
+    def submit_hedge(self, task: Task, original: Ticket) -> Ticket | None:
+        """Start a second attempt at the task of `original`, which runs, on another worker.
+
+        It is started at once or not at all: it takes a retry from the budget, and room from nobody.
+        """
+        pool, parent = self._check(task)
+        priority, run = task.priority, original.run
+        if run is None or pool.queue or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0]):
+            return None
+        worker = self._dispatcher.start_gate.pick(pool, priority, nested=original.nested, avoid=run.worker)
+        if worker is None or not self._dispatcher.retries.take():
+            return None
+        ticket = self._new_ticket(task, parent)
+        ticket.admit(self._load.on_path(pool, priority)[0])
+        self._submitted(ticket)
+        self._dispatcher.start_or_queue(ticket, pool, worker)
+        return ticket
+
+    def pool_of(self, task: Task) -> Pool:
+        """Return the pool of a task.
+
+        Raises:
+            UnknownTaskType: there is none.
+        """
+        pool = self._pools.get(task.task_type)
+        if pool is None:
+            known = ", ".join(sorted(self._pools)) or "none yet"
+            raise UnknownTaskType(task_type=task.task_type, known=known)
+        return pool
+
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it awaits a task, or room for one."""
+        return self._dispatcher.lend_slots(running, awaited)
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
@@ -272,10 +311,7 @@ class AdmissionController:
         parent = context.running_task()
         if self._state is not _OPEN:
             self._check_open(parent)
-        pool = self._pools.get(task.task_type)
-        if pool is None:
-            known = ", ".join(sorted(self._pools)) or "none yet"
-            raise UnknownTaskType(task_type=task.task_type, known=known)
+        pool = self.pool_of(task)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)

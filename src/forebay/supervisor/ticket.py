@@ -238,16 +238,25 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         return self._outcome
 
     async def _wait_until_resolved(self) -> None:
+        waiter = self.watch()
+        try:
+            await waiter
+        finally:
+            self.unwatch(waiter)
+
+    def watch(self) -> asyncio.Future[None]:
+        """Return a future that is done once the task has ended; the ticket counts as awaited until `unwatch`."""
         waiter = self._dispatcher.loop.create_future()
         self._hold_strongly()
         if self._waiters is None:
             self._waiters = []
         self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            if self._waiters is not None:
-                self._waiters.remove(waiter)
+        return waiter
+
+    def unwatch(self, waiter: asyncio.Future[None]) -> None:
+        """Forget a future that `watch` returned."""
+        if self._waiters is not None and waiter in self._waiters:
+            self._waiters.remove(waiter)
 
     def refusal(self) -> Overloaded:
         """Return the rejection as an exception."""
@@ -267,12 +276,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
             ResultUnavailable: it succeeded, but only the process that ran it has its value.
         """
-        result = await self._wait(cancel_task=cancel_task)
-        if result.status is TaskStatus.SUCCEEDED:
-            if isinstance(result.cause, ResultUnavailable):
-                raise fresh_copy(result.cause)
-            return result.result
-        raise as_error(result) from result.cause
+        return value_of(await self._wait(cancel_task=cancel_task))
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield what happens to the task from now on: TaskStarted, TaskProgress, TaskRetried, and last TaskFinished.
@@ -579,6 +583,15 @@ _DOCUMENTED = (
     "__await__", "__bool__", "cancel", "deadline", "done", "events", "limited_by", "load", "priority", "reason",
     "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
 )  # fmt: skip
+
+
+def value_of(result: TaskResult) -> Any:
+    """Return the value of a result, or raise what `Ticket.value` raises."""
+    if result.status is not TaskStatus.SUCCEEDED:
+        raise as_error(result) from result.cause
+    if isinstance(result.cause, ResultUnavailable):
+        raise fresh_copy(result.cause)
+    return result.result
 
 
 def as_error(result: TaskResult) -> ForebayError:

@@ -53,7 +53,7 @@ class SlotLoan:
         # A run that was asked to stop, and awaits a task all the same, keeps its slot: it is at work.
         self._chain = chain = tuple(run for run in run_and_ancestors(awaiting) if run.abandoned_at is None)
         own = awaiting.dispatcher is dispatcher
-        self._exempt = not (own and awaited is not None and _is_own_nested(awaiting, awaited))
+        self._exempt = not (own and awaited is not None and is_own_nested(awaiting, awaited))
         self._runs = chain[
             : max((count for count, run in enumerate(chain, 1) if _may_pass(dispatcher, run)), default=0)
         ]
@@ -97,7 +97,7 @@ class SlotLoan:
                     claims.withdraw(awaiting, granted)
 
 
-def _is_own_nested(run: Run, awaited: Ticket) -> bool:
+def is_own_nested(run: RunningTask, awaited: Ticket) -> bool:
     """Return whether an awaited task is nested in `run`, and queued or running."""
     inside = awaited.queue_entry is not None or awaited.run is not None
     return inside and awaited.nested and awaited.parent is run
