@@ -203,6 +203,14 @@ class DuplicateTask(ForebayError, ValueError):
     task_id: str
 
 
+class DuplicateKey(ForebayError, ValueError):
+    """The dead letter of task {task_id!r} cannot be requeued: another task has been stored under its key since, which
+    has not ended or has succeeded. Drop the letter if the work is done, or requeue it once that task has failed.
+    """
+
+    task_id: str
+
+
 class NestedTooDeep(ForebayError, RecursionError):
     """Task {task_id!r} would be nested in {bound} runs, each of which waits for the one below it: does a handler run
     its own task type without end? If it is meant to go so deep, let it return what comes next, and submit that from

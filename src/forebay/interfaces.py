@@ -409,15 +409,16 @@ class TaskStore(Protocol):
         A record has as many attempts as when it was leased: a holder that gives it back has not crashed.
         """
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str | None) -> bool:
-        """Make a leased record DELAYED until `due`, and end its lease: the task is to be retried then, by any process.
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        """Make a leased record DELAYED until `due`, and end its lease: an attempt has failed, and is to be repeated.
+
+        Any process may do that. The record keeps its attempts, and has one failure more.
 
         Args:
             lease: the lease on it.
             due: epoch seconds.
             wait: seconds until then, which are added to the record's `total_delay`.
-            error: what its attempt ended with: it is counted in `failures`, and kept as `last_error`. None if none was
-                made, because the retry has to wait longer: the record has as many attempts as when it was leased.
+            error: what the attempt ended with: the record's `last_error`.
 
         Returns:
             False if the lease is lost, and nothing was written.

@@ -137,7 +137,8 @@ async def test_agents_that_wait_for_room_lend_their_slots_to_the_tasks_that_make
             tickets = [
                 await supervisor.submit(Task("agent", task.payload - 1), wait=math.inf) for _ in range(task.payload)
             ]
-            return 1 + sum([await ticket.value() for ticket in tickets])
+            below: list[int] = [await ticket.value() for ticket in tickets]
+            return 1 + sum(below)
 
         supervisor.register_worker("agent", handler=agent, task_types=["agent"])
         async with asyncio.timeout(100.0):

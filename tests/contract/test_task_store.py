@@ -606,22 +606,6 @@ async def test_failures_and_delays_add_up(store: TaskStore, record: MakeRecord, 
     assert record_.last_error == "error 1"
 
 
-async def test_a_retry_that_is_put_off_counts_no_attempt(store: TaskStore, record: MakeRecord, take: Take) -> None:
-    await store.put(record("a"))
-    (lease,) = await take()
-    await store.begin_attempt(lease)
-    await store.delay(lease, due=10.0, wait=1.0, error="the first")
-    await store.wake(now=10.0)
-    (lease,) = await take()
-    await store.begin_attempt(lease)  # it began, and found that it has to wait longer
-    assert await store.delay(lease, due=20.0, wait=2.0, error=None)
-    await store.wake(now=20.0)
-    (lease,) = await take()
-    record_ = lease.record
-    assert (record_.attempts, record_.failures, record_.total_delay) == (1, 1, 3.0)
-    assert record_.last_error == "the first"
-
-
 async def test_a_lost_lease_delays_nothing(store: TaskStore, record: MakeRecord, take: Take) -> None:
     await store.put(record("a"))
     (lost,) = await take()

@@ -28,6 +28,7 @@ from tests.simulation import (
     fair_share,
     hook_storm,
     money_storm,
+    retry_storm,
     shutdown_storm,
     supervisor_scripts,
     surge,
@@ -37,7 +38,7 @@ from tests.simulation import (
 TIMEOUT = 300  # real seconds for one seed or batch
 INJECTED_SEEDS = range(200)
 BATCH = 100  # scripts
-TASK_STORMS = (task_storm, shutdown_storm, conversation_mix, hook_storm, fair_share)
+TASK_STORMS = (task_storm, shutdown_storm, conversation_mix, hook_storm, fair_share, retry_storm)
 CALL_STORMS = (control_storm, blame_storm, money_storm)
 
 Outcome: TypeAlias = tuple[str, Counter[str]]  # the violation and how to repeat it, or ""; counts of outcomes

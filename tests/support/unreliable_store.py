@@ -142,7 +142,7 @@ class UnreliableStore:
         self._acknowledged.given_back.update(lease.record.task_id for lease in leases if lease.fence in self._begun)
         await self._call(self._inner.release(leases))
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str | None) -> bool:
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
         return await self._call(self._inner.delay(lease, due=due, wait=wait, error=error), lease.record.task_id)
 
     async def wake(self, *, now: float) -> WakeResult:
@@ -169,7 +169,11 @@ class UnreliableStore:
         return await self._call(self._inner.prune(before=before))
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        try:
+            marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        except StoreUnavailable:
+            self._acknowledged.uncertain.add(lease.record.task_id)
+            raise
         self._acknowledged.ended[lease.record.task_id] += marked
         return marked
 

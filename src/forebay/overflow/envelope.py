@@ -59,8 +59,8 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     tenant: str
     thread_id: str | None
     estimate: tuple[int, int, int] | None
-    retry: tuple[int, float, float, float] | None = None
     context: dict[str, Any] | None = None  # see `forebay.carried_context`
+    retry: tuple[int, float, float, float] | None = None
 
 
 class _Result(msgspec.Struct, frozen=True, array_like=True):
@@ -99,7 +99,8 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         context: what `forebay.carried_context` has captured; as plain as a payload.
 
     Raises:
-        NotSerializable: the payload, or the context, holds something else, at ``path``; or its retry policy has ``on``.
+        NotSerializable: the payload holds something else, at ``path``; or the context does, or its policy of retries
+            has ``on``.
         PayloadTooLarge: the payload takes more than `bound` bytes; ``size`` is a lower bound of what it takes.
     """
     encoded = _encode_plain(payload, "payload", task.task_id, bound)
@@ -123,8 +124,8 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         tenant=_exact_str(task.tenant),
         thread_id=None if task.thread_id is None else _exact_str(task.thread_id),
         estimate=None if estimate is None else (estimate.calls, estimate.input_tokens, estimate.output_tokens),
-        retry=None if retry is None else _numbers(retry),
         context=carried,
+        retry=None if retry is None else _numbers(retry),
     )
     try:
         return _encode(envelope)

@@ -186,13 +186,16 @@ class MemoryTaskStore:
                 self._leased.mark_stale()
                 self._wait(entry)
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str | None) -> bool:
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
         """Make a leased record DELAYED until `due`."""
         self._check_open()
         entry = self._leased_entry(lease)
         if entry is None:
             return False
-        entry.record = _delayed_record(lease.record if error is None else entry.record, wait=wait, error=error)
+        record = entry.record
+        entry.record = msgspec.structs.replace(
+            record, failures=record.failures + 1, total_delay=record.total_delay + wait, last_error=error
+        )
         entry.state, entry.fence, entry.version = RecordState.DELAYED, None, self._next_number()
         self._leased.mark_stale()
         self._delayed.push(due, entry)
@@ -452,14 +455,6 @@ def _makes_way(entry: _Entry, key: str | None) -> bool:
     if entry.state is RecordState.DEAD:
         return key is not None and entry.record.key == key
     return entry.state is RecordState.DONE and entry.record.key is None
-
-
-def _delayed_record(record: TaskRecord, *, wait: float, error: str | None) -> TaskRecord:
-    """Return a record that waits `wait` seconds more for its retry, after an attempt if it ended with an `error`."""
-    total_delay = record.total_delay + wait
-    if error is None:
-        return msgspec.structs.replace(record, total_delay=total_delay)
-    return msgspec.structs.replace(record, failures=record.failures + 1, total_delay=total_delay, last_error=error)
 
 
 def _age(entry: _Entry) -> tuple[float, int]:

@@ -93,8 +93,8 @@ _FINISH = BatchStatement(
     5,
 )
 _DELAY = """
-UPDATE task SET state = -2, fence = NULL, until = ?, total_delay = total_delay + ?, failures = failures + ?,
-    last_error = coalesce(?, last_error), attempts = coalesce(?, attempts)
+UPDATE task SET state = -2, fence = NULL, until = ?, total_delay = total_delay + ?, failures = failures + 1,
+    last_error = ?
 WHERE task_id = ? AND fence = ? AND state = 1
 """
 _DUE = "SELECT sequence, thread_id FROM task WHERE state = -2 AND until <= ? ORDER BY until LIMIT ?"
@@ -219,7 +219,7 @@ class SqliteTaskStore:
         """Make leased records WAITING again, in their old order."""
         await self._writer.run(partial(_release, leases))
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str | None) -> bool:
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
         """Make a leased record DELAYED until `due`."""
         return await self._writer.run(partial(_delay, lease, due, wait, error))
 
@@ -405,10 +405,8 @@ def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
         _settle(connection, lease.record.thread_id)
 
 
-def _delay(lease: Lease, due: float, wait: float, error: str | None, connection: sqlite3.Connection) -> bool:
-    attempts = lease.record.attempts if error is None else None  # None: those in the file, with the one that failed
-    values = (due, wait, error is not None, error, attempts, lease.record.task_id, lease.fence)
-    return connection.execute(_DELAY, values).rowcount > 0
+def _delay(lease: Lease, due: float, wait: float, error: str, connection: sqlite3.Connection) -> bool:
+    return connection.execute(_DELAY, (due, wait, error, lease.record.task_id, lease.fence)).rowcount > 0
 
 
 def _wake(now: float, connection: sqlite3.Connection) -> tuple[int, tuple[int, float | None]]:

@@ -17,6 +17,7 @@ class RetryState:
     Args:
         retry: the policy.
         failed: attempts that were used up before, in another process.
+        total_delay: seconds of the delays before.
 
     Attributes:
         failed: attempts that were used up.
@@ -26,11 +27,11 @@ class RetryState:
 
     __slots__ = ("_retry", "failed", "throttled", "total_delay")
 
-    def __init__(self, retry: Retry, *, failed: int = 0) -> None:
+    def __init__(self, retry: Retry, *, failed: int = 0, total_delay: float = 0.0) -> None:
         self._retry = retry
         self.failed = failed
         self.throttled = 0
-        self.total_delay = 0.0
+        self.total_delay = total_delay
 
     def follow(self, retry: Retry) -> None:
         """Go on under another policy: another worker ran the task."""

@@ -27,7 +27,7 @@ from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
-    from forebay.interfaces import LoadSource, TaskStore
+    from forebay.interfaces import LoadSource, TaskRecord, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
     from forebay.supervisor.pools import ServedPools
@@ -121,6 +121,7 @@ class Dispatcher:
         for counts in self._counts_of[run.worker]:
             counts.suspend()
         self.return_slot(run)
+        self._tell_drain()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
@@ -149,6 +150,7 @@ class Dispatcher:
             ticket.wait()
             pool.park()
             self.arm_expiry(ticket)
+            self._tell_drain()
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None:
@@ -165,6 +167,7 @@ class Dispatcher:
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self.arm_expiry(ticket)
+        self._tell_drain()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
@@ -173,6 +176,11 @@ class Dispatcher:
                     # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
                     self.loop.call_soon(self.dispatch, worker)
                     break
+
+    def _tell_drain(self) -> None:
+        """Wake a drain: a task waits that may be unable to start, or a run awaits one."""
+        if self._registry.listeners:
+            self._registry.notify_progress()
 
     def arm_expiry(self, ticket: Ticket) -> None:
         """Set the timer that ends a waiting task at its deadline."""
@@ -404,6 +412,17 @@ class Dispatcher:
         """Stop a stored task, so that the next process runs it again."""
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
+
+    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+        """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
+        if self.spill is None or not self.spill.stored.can_delay(ticket):
+            return False
+        self.spill.stored.delay(ticket, seconds, error=error)
+        return True
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store."""
+        self.retries.resume(ticket, record)
 
     def return_to_store(self, ticket: Ticket) -> None:
         """Leave a stored task that waits to any process, this one included, as soon as its lease is returned."""

@@ -14,6 +14,7 @@ from forebay.retry import RetryBudget
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
+MAX_STORE_SILENCE: Final = 10.0  # seconds for which draining, and then closing, wait for an overflow without an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class SupervisorSettings:
     lease: float
     max_payload_bytes: int
     max_attempts: int
+    result_retention: float
     retry_budget: RetryBudget
     keep_results: int
     keep_results_bytes: int
@@ -41,6 +43,7 @@ class SupervisorSettings:
         check_positive(_OWNER, "zombie_grace", self.zombie_grace, unit="seconds")
         if not is_positive(self.lease) or self.lease > MAX_LEASE:
             reject(_OWNER, "lease", self.lease, f"a positive number of seconds, at most {MAX_LEASE:.0f}")
+        check_positive(_OWNER, "result_retention", self.result_retention, unit="seconds")
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
         for name, minimum in (

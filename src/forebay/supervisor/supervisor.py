@@ -11,9 +11,10 @@ from typing import Any, Self, TypeVar, Unpack
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
+from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_not_negative
 from forebay.adapters import Config, Handler
-from forebay.engine import DaemonThreadExecutor, Engine
+from forebay.engine import Engine
 from forebay.errors import (
     AlreadyStarted,
     DrainInside,
@@ -69,6 +70,8 @@ class BackpressureSupervisor:
         lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
+        result_retention: seconds for which an overflow that survives the process keeps the results of tasks, and with
+            them the keys of those that succeeded.
         retry_budget: bounds the retries of all tasks together: ``forebay.retry.RetryBudget``. None: one retry for every
             five first attempts of the last minute, and ten more.
         keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
@@ -91,6 +94,7 @@ class BackpressureSupervisor:
         lease: float = 30.0,
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
+        result_retention: float = 86_400.0,
         retry_budget: RetryBudget | None = None,
         keep_results: int = 1000,
         keep_results_bytes: int = 50_000_000,
@@ -104,6 +108,7 @@ class BackpressureSupervisor:
             lease=lease,
             max_payload_bytes=max_payload_bytes,
             max_attempts=max_attempts,
+            result_retention=result_retention,
             retry_budget=RetryBudget() if retry_budget is None else retry_budget,
             keep_results=keep_results,
             keep_results_bytes=keep_results_bytes,
@@ -502,6 +507,7 @@ class BackpressureSupervisor:
 
         If the overflow survives the process, waiting tasks go out to it within that time, and so do stored tasks that
         still run when it is up. Handlers that are cancelled, and the last write, have `zombie_grace` seconds more.
+        Without a limit, it waits for what runs, but not for an overflow that answers nothing for 10 seconds.
         Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:

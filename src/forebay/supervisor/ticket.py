@@ -58,6 +58,10 @@ class TicketRun(RunningTask, Protocol):
     abandoned_at: float | None
     zombie: bool
 
+    @property
+    def awaits_start(self) -> bool:
+        """True while the store has not recorded its start: its handler has not begun."""
+
     def ends_at(self) -> float:
         """Return the loop time of its timeout or its deadline, whichever comes first."""
 
@@ -427,7 +431,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.parent = None
 
     def keep_parent(self, parent: RunningTask | None) -> None:
-        """Keep the parent, because the task is to run again."""
+        """Keep the parent, because the task may run again."""
         self.parent = parent
 
     # --- its next attempt ---

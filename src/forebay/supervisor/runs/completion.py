@@ -295,10 +295,12 @@ class RunCompletion:
             outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
-        if status is TaskStatus.FAILED and self._retries.retry(run, result):
+        if status is TaskStatus.FAILED:
             ticket.keep_parent(parent)
-        else:
-            self._dispatcher.finish(ticket, result)
+            if self._retries.retry(run, result):
+                return
+            ticket.forget_parent()
+        self._dispatcher.finish(ticket, result)
 
     # --- the worker's breaker ---
 

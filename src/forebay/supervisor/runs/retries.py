@@ -26,6 +26,7 @@ from forebay.supervisor.ticket import Ticket, as_error
 from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.interfaces import TaskRecord
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import Run
@@ -49,15 +50,18 @@ class RetryDispatcher(Protocol):
     def end_waiting(self, ticket: Ticket, result: TaskResult) -> None:
         """End a ticket that waits inside."""
 
+    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+        """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
+
 
 class TaskRetries:
     """The tasks of a supervisor that wait for their next attempt, and the budget of all retries.
 
     Between two attempts a task holds no slot, but counts in the load of its pool as if it were queued: failing work is
-    bounded like queued work. When its time has come it joins the end of the queue. It keeps its place in its
-    conversation. The next attempt begins once the handler of the last one has stopped. If that does not stop within the
-    grace, the next one begins all the same, except in a conversation, which would have two runs at a time: there the
-    task ends.
+    bounded like queued work. A stored one waits in its store instead, from which any process takes it back. When its
+    time has come it joins the end of the queue. It keeps its place in its conversation. The next attempt begins once
+    the handler of the last one has stopped. If that does not stop within the grace, the next one begins all the same,
+    except in a conversation, which would have two runs at a time: there the task ends.
 
     Args:
         core: the objects that the parts of the supervisor share.
@@ -121,7 +125,6 @@ class TaskRetries:
             return False
         retries.attempt_failed(result, run.worker, stopping=None if run.ended else run)
         ticket.await_retry()
-        self._wait(ticket, delay)
         if self._bus.active or ticket.listeners is not None:
             event = TaskRetried(
                 at=self._loop.time(),
@@ -132,7 +135,16 @@ class TaskRetries:
                 error=result.error or "",
             )
             self._registry.emit(ticket, event)
+        if retries.stopping is not None or not self._wait_in_store(ticket, delay):
+            self._wait(ticket, delay)
         return True
+
+    def _wait_in_store(self, ticket: Ticket, delay: float) -> bool:
+        """Have a task wait in its store; return False if it is not stored, or has to wait here."""
+        retries = ticket.retries
+        assert retries is not None  # noqa: S101 - it has failed before
+        error = "" if retries.result is None else retries.result.error or ""
+        return ticket.lease is not None and self._dispatcher.delay_in_store(ticket, delay, error=error)
 
     def _wait(self, ticket: Ticket, delay: float) -> None:
         """Have a task wait in this process."""
@@ -140,7 +152,8 @@ class TaskRetries:
         assert retries is not None  # noqa: S101 - it has failed before
         if not retries.waits_here:
             self._pools[ticket.task.task_type].delay(nested=ticket.nested)
-        retries.wait_here(self._timers.at(self._loop.time() + delay, self._due, ticket))
+        due_at = self._loop.time() + delay
+        retries.wait_here(self._timers.at(due_at, self._due, ticket), due_at)
         self._dispatcher.arm_expiry(ticket)
 
     def attempt_stopped(self, ticket: Ticket, *, zombie: bool = False) -> None:
@@ -156,6 +169,17 @@ class TaskRetries:
             ticket.forget_parent()
         elif retries.waits_here and retries.due:
             self._go_on(ticket)
+        elif retries.waits_here and self._wait_in_store(ticket, retries.due_at - self._loop.time()):
+            self.leave(ticket)
+
+    def resume(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store: other processes may have made some."""
+        if record.failures > (0 if ticket.retries is None else ticket.retries.state.failed):
+            policies = (worker.retry for worker in self._pools[record.task_type].workers)
+            policy = ticket.task.retry or next(filter(None, policies), _DEFAULT)
+            retries = TicketRetries(policy, failed=record.failures, total_delay=record.total_delay)
+            retries.attempt_failed(_last_result(record), None, stopping=None)
+            ticket.keep_retries(retries)
 
     # --- its time has come ---
 
@@ -206,15 +230,7 @@ class TaskRetries:
         """End a task with the result of its last attempt."""
         assert ticket.retries is not None  # noqa: S101 - it has failed before
         result = ticket.retries.result
-        if result is None:
-            result = TaskResult(
-                task_id=ticket.task_id,
-                worker_id=None,
-                success=False,
-                status=TaskStatus.FAILED,
-                error="its last attempt failed in another process",
-                attempts=ticket.attempts,
-            )
+        assert result is not None  # noqa: S101 - as above
         result = msgspec.structs.replace(result, error=f"{result.error}; {why}")
         log.warning("task %r has failed, and %s", ticket.task_id, why)
         self._dispatcher.end_waiting(ticket, result)
@@ -222,6 +238,18 @@ class TaskRetries:
 
 def _time_left(ticket: Ticket) -> float:
     return math.inf if ticket.deadline is None else ticket.deadline.remaining()
+
+
+def _last_result(record: TaskRecord) -> TaskResult:
+    """Return the result of the last attempt at a task, which failed in another process."""
+    return TaskResult(
+        task_id=record.task_id,
+        worker_id=None,
+        success=False,
+        status=TaskStatus.FAILED,
+        error=record.last_error or "its last attempt failed in another process",
+        attempts=record.attempts,
+    )
 
 
 def _is_worth_retry(policy: Retry, result: TaskResult) -> bool:

@@ -19,6 +19,7 @@ class TicketRetries:
     Args:
         retry: the policy.
         failed: attempts that failed in other processes.
+        total_delay: seconds for which the task has waited between them.
 
     Attributes:
         state: how many attempts have failed, and how long the task has waited between them.
@@ -27,23 +28,42 @@ class TicketRetries:
         stopping: the last attempt, while its handler has not stopped. The next one does not begin before.
         pending: another attempt is to be made.
         waits_here: it waits in this process for its time, or for the budget, and not in a queue or a store.
+        due_at: loop time at which its time comes, if it waits here.
         due: its time has come.
         allowed: the retry budget has paid for it.
     """
 
-    __slots__ = ("_timer", "allowed", "due", "failed_on", "pending", "result", "state", "stopping", "waits_here")
+    __slots__ = (
+        "_timer",
+        "allowed",
+        "due",
+        "due_at",
+        "failed_on",
+        "pending",
+        "result",
+        "state",
+        "stopping",
+        "waits_here",
+    )
 
-    def __init__(self, retry: Retry, *, failed: int = 0) -> None:
-        self.state = RetryState(retry, failed=failed)
+    def __init__(self, retry: Retry, *, failed: int = 0, total_delay: float = 0.0) -> None:
+        self.state = RetryState(retry, failed=failed, total_delay=total_delay)
         self.result: TaskResult | None = None
         self.failed_on: WorkerAgent | None = None
         self.stopping: RunningTask | None = None
-        self.pending = failed > 0
+        self.pending = False
+        self.due_at = 0.0
         self.waits_here = self.due = self.allowed = False
         self._timer: Timer | None = None
 
-    def attempt_failed(self, result: TaskResult, worker: WorkerAgent, *, stopping: RunningTask | None) -> None:
-        """Record that an attempt has failed and another one is to be made; `stopping` is it, if it goes on."""
+    def attempt_failed(self, result: TaskResult, worker: WorkerAgent | None, *, stopping: RunningTask | None) -> None:
+        """Record that an attempt has failed and another one is to be made.
+
+        Args:
+            result: the result of the attempt.
+            worker: the worker that made it; None if that was in another process.
+            stopping: the attempt, if its handler has not stopped.
+        """
         self.result = result
         self.failed_on = worker
         self.stopping = stopping
@@ -53,10 +73,11 @@ class TicketRetries:
         """Record that the handler of the last attempt has stopped, or is not waited for."""
         self.stopping = None
 
-    def wait_here(self, timer: Timer) -> None:
-        """Wait in this process until `timer` fires."""
+    def wait_here(self, timer: Timer, due_at: float) -> None:
+        """Wait in this process until `timer` fires, at loop time `due_at`."""
         self.waits_here = True
         self.due = False
+        self.due_at = due_at
         self._timer = timer
 
     def mark_due(self) -> None:
