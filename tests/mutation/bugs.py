@@ -570,7 +570,7 @@ def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
 
 
 def a_drain_does_not_notice_that_a_run_begins_to_wait() -> None:
-    always(Dispatcher, Dispatcher._tell_drain, returns=None)
+    always(Dispatcher, Dispatcher._tell_drains, returns=None)
 
 
 def a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck() -> None:
