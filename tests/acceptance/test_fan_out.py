@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import gc
 import io
 from collections import Counter
@@ -13,10 +14,20 @@ import pytest
 import rich.console
 from tests.support.task_plane import Agent, approximately, now, run_ready, virtual
 
-from forebay import BackpressureSupervisor, Deadline, Priority, Retry, Task, TaskFailed, TaskStatus, progress_bar
+from forebay import (
+    BackpressureSupervisor,
+    Deadline,
+    Priority,
+    Retry,
+    Task,
+    TaskFailed,
+    TaskResult,
+    TaskStatus,
+    progress_bar,
+)
 from forebay.errors import InvalidSetting, InvalidTask, QuorumNotReached, SupervisorClosed, UnknownTaskType
 from forebay.retry import RetryBudget
-from forebay.supervisor.fan_out import FanOutProgress
+from forebay.supervisor.fan_out import FanOut, FanOutProgress
 
 
 def supervisor_of(handler: Any, *, max_concurrent: int = 10, **settings: Any) -> BackpressureSupervisor:
@@ -32,6 +43,10 @@ def tasks(count: int, **options: Any) -> list[Task]:
 async def sleep_for_payload(task: Task) -> Any:
     await asyncio.sleep(task.payload)
     return task.payload
+
+
+async def collected(fan_out: FanOut) -> list[TaskResult]:
+    return [result async for result in fan_out]
 
 
 # --- results ---
@@ -99,6 +114,14 @@ async def test_a_task_that_cannot_meet_its_deadline_is_a_result_with_the_status_
         assert statuses[TaskStatus.SUCCEEDED] >= 2
         assert set(statuses) <= {TaskStatus.SUCCEEDED, TaskStatus.REJECTED, TaskStatus.EXPIRED}
         assert len(done) == 10
+
+
+@virtual
+async def test_a_task_whose_deadline_passes_before_its_turn_is_expired_with_a_policy_too() -> None:
+    async with supervisor_of(Agent(1.0), max_concurrent=1, max_queue_size=1) as supervisor:
+        work = [*tasks(5), Task("work", deadline=Deadline.within(2.5))]
+        done = await collected(supervisor.fan_out(work, retry=Retry(max_attempts=2), ordered=True))
+    assert [result.status for result in done[5:]] == [TaskStatus.EXPIRED]
 
 
 @virtual
@@ -339,6 +362,43 @@ def two_workers(handler: Any, **settings: Any) -> BackpressureSupervisor:
     for name in "ab":
         supervisor.register_worker(name, handler=handler, task_types=["work"], max_concurrent=20)
     return supervisor
+
+
+@virtual
+async def test_a_second_attempt_gets_its_payload_as_the_first_one_did() -> None:
+    received: list[Any] = []
+
+    async def slow(task: Task) -> None:
+        received.append(task.payload)
+        await asyncio.sleep(10.0)
+
+    supervisor = BackpressureSupervisor()
+    for name in "ab":
+        supervisor.register_worker(name, handler=slow, task_types=["work"], payload=dt.date)
+    async with supervisor:
+        await supervisor.map("work", ["2026-11-30"], hedge=1.0)
+    assert received == [dt.date(2026, 11, 30)] * 2
+
+
+@virtual
+async def test_a_supervisor_that_drains_begins_no_second_attempts() -> None:
+    handler = Straggler()
+    async with two_workers(handler) as supervisor:
+        reading = asyncio.create_task(collected(supervisor.fan_out([Task("work", 10)], hedge=3.0)))
+        await asyncio.sleep(1.0)
+        report = await supervisor.drain(10.0)
+        assert report.cancelled == 1
+        assert [result.status for result in await reading] == [TaskStatus.CANCELLED]
+    assert handler.attempts[10] == 1
+
+
+@virtual
+async def test_the_limit_counts_tasks_of_all_types() -> None:
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("both", handler=Agent(1.0), task_types=["a", "b"], max_concurrent=10)
+    async with supervisor:
+        await collected(supervisor.fan_out([Task("ab"[number % 2]) for number in range(8)], limit=2))
+        assert now() == approximately(4.0)
 
 
 @pytest.mark.parametrize("hedge", [3.0, "p95"])

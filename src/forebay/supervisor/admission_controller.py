@@ -168,8 +168,12 @@ class AdmissionController:
     def submit_hedge(self, task: Task, original: Ticket) -> Ticket | None:
         """Start a second attempt at the task of `original`, which runs, on another worker.
 
-        It is started at once or not at all: it takes a retry from the budget, and room from nobody.
+        It is started at once or not at all: it takes a retry from the budget, and room from nobody. Draining must end,
+        so then there are no hedges.
         """
+        if self._state is not _State.OPEN:
+            return None
+        task = self._codecs.fit_payload(task)
         pool, parent = self._check(task)
         priority, run = task.priority, original.run
         if run is None or pool.queue or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0]):

@@ -238,12 +238,12 @@ class FanOut:
         """Submit tasks as long as there is room."""
         while (task := self._next or self._take()) is not None:
             self._next = task
-            if task.deadline is not None and task.deadline.remaining() <= 0:
+            if self._is_window_full(task):
+                return
+            if _is_late(task):
                 self._next = None
                 self._expire(task)
                 continue
-            if self._inside[task.task_type] >= self._window(task):
-                return
             if not self._may_try(task):
                 return
             ticket = await self._admission.submit_once(task)
@@ -268,16 +268,16 @@ class FanOut:
             raise InvalidTask(
                 field="itself", value=type(task).__name__, expected='a Task, such as Task("research", {...})'
             )
-        if self._retry is not None and task.retry is None:
+        if self._retry is not None and task.retry is None and not _is_late(task):
             task = msgspec.structs.replace(task, retry=self._retry)
         return task
 
-    def _window(self, task: Task) -> int:
-        """Return how many tasks of a type may be outstanding: by default as many as can be inside."""
+    def _is_window_full(self, task: Task) -> bool:
+        """Return whether as many tasks are outstanding as may be; by default as many of a type as can be inside."""
         if self._limit is not None:
-            return self._limit
+            return self._inside.total() >= self._limit
         pool = self._admission.pool_of(task)
-        return max(1, pool.usable_slots + pool.queue_bound)
+        return self._inside[task.task_type] >= max(1, pool.usable_slots + pool.queue_bound)
 
     def _may_try(self, task: Task) -> bool:
         """Return whether no other producer stands in line before this one; if one does, stand in line, too."""
@@ -394,7 +394,7 @@ class FanOut:
         """Make a second attempt at a task that has run for long, or look again later."""
         branch.timer = None
         ticket = branch.tickets[0]
-        if branch.index not in self._branches or ticket.done():
+        if branch.index not in self._branches or ticket.done() or _is_late(branch.task):
             return
         after = self._hedge_after(branch.task)
         run = ticket.run
@@ -469,6 +469,11 @@ def _ticket_ended(fan_out: weakref.ref[FanOut], branch: _Branch, _: object) -> N
 def _hedge_due(fan_out: weakref.ref[FanOut], branch: _Branch) -> None:
     if (known := fan_out()) is not None:
         known.hedge(branch)
+
+
+def _is_late(task: Task) -> bool:
+    """Return whether the deadline of a task has passed."""
+    return task.deadline is not None and task.deadline.remaining() <= 0
 
 
 def _check(tasks: Any, retry: Any, limit: Any, quorum: Any, hedge: Any) -> None:
