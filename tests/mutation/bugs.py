@@ -53,9 +53,11 @@ from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
+from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
+from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -570,7 +572,7 @@ def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
 
 
 def a_drain_does_not_notice_that_a_run_begins_to_wait() -> None:
-    always(Dispatcher, Dispatcher._tell_drain, returns=None)
+    always(Dispatcher, Dispatcher._tell_drains, returns=None)
 
 
 def a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck() -> None:
@@ -1386,3 +1388,22 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
         return False
 
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
+
+
+# --- fan-outs and waiting for room ---
+
+
+def who_leaves_a_fan_out_leaves_its_tasks_behind() -> None:
+    always(FanOut, FanOut._stop, returns=None)
+
+
+def agents_that_read_a_fan_out_keep_their_slots() -> None:
+    always(AdmissionController, AdmissionController.lend_slots, returns=None)
+
+
+def the_next_in_line_for_room_is_not_woken() -> None:
+    always(RoomQueue, RoomQueue._wake_first, returns=None)
+
+
+def a_fan_out_has_no_limit() -> None:
+    always(FanOut, FanOut._is_window_full, returns=False)

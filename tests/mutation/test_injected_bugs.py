@@ -21,6 +21,7 @@ from tests.acceptance import (
     test_drain,
     test_ending,
     test_events,
+    test_fan_out,
     test_gateway_attacks,
     test_gateway_connections,
     test_gateway_end,
@@ -32,6 +33,7 @@ from tests.acceptance import (
     test_nested,
     test_open_runs,
     test_overflow,
+    test_room,
     test_routing,
     test_shared_overflow,
     test_silent_store,
@@ -550,6 +552,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_a_nested_upstream_has_judged_counts_again: (
         test_upstream_retries.test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one
     ),
+    # fan-outs and waiting for room
+    bugs.who_leaves_a_fan_out_leaves_its_tasks_behind: test_fan_out.test_leaving_the_loop_cancels_what_is_outstanding,
+    bugs.agents_that_read_a_fan_out_keep_their_slots: test_fan_out.test_nested_fan_outs_never_deadlock,
+    bugs.the_next_in_line_for_room_is_not_woken: (
+        test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
+    ),
+    bugs.a_fan_out_has_no_limit: test_fan_out.test_the_limit_counts_tasks_of_all_types,
 }
 
 
