@@ -42,6 +42,7 @@ from forebay.quota import (
     RateLimiter,
     rate_limiter,
 )
+from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
@@ -609,6 +610,16 @@ def a_tenant_that_has_spent_is_forgotten() -> None:
     always(SharedBudget, SharedBudget.is_fresh, returns=True)
 
 
+def debts_of_a_given_quota_are_forgiven() -> None:
+    original = Bucket.take
+
+    def take(self: Bucket, now: float, amount: float) -> None:
+        original(self, now, amount)
+        self.level = max(self.level, -self.amount)
+
+    replace(Bucket, original, take)
+
+
 def a_used_quota_is_forgotten_with_its_account() -> None:
     original = AccountRegistry._make
 
@@ -968,6 +979,21 @@ def a_quota_that_headers_show_is_never_doubted() -> None:
 
 def refused_trials_of_a_quota_are_repeated_at_once() -> None:
     always(QuotaDoubt, QuotaDoubt.record_refused, returns=None)
+
+
+def a_trial_that_was_left_is_sent_again_soon() -> None:
+    replace(QuotaDoubt, QuotaDoubt.record_unanswered, QuotaDoubt.cancel)
+
+
+def a_call_that_timed_out_was_accepted() -> None:
+    original = Exchange.connection_failed
+
+    def connection_failed(self: Exchange, permit: Permit, error: Exception, **circumstances: bool) -> Any:
+        result = original(self, permit, error, **circumstances)
+        result.outcome = msgspec.structs.replace(result.outcome, answered=True)
+        return result
+
+    replace(Exchange, original, connection_failed)
 
 
 def accepted_calls_do_not_tell_a_period() -> None:

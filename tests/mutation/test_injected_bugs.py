@@ -46,7 +46,7 @@ from tests.acceptance import (
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
 from tests.mutation import bugs
-from tests.simulation import test_blame
+from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
@@ -250,6 +250,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_spend.test_two_accounts_that_both_see_the_last_dollar_spend_it_once
     ),
     bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
+    bugs.debts_of_a_given_quota_are_forgiven: (
+        test_quota_debt.test_what_calls_use_beyond_their_reservations_is_paid_back_in_full
+    ),
     bugs.a_used_quota_is_forgotten_with_its_account: (
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),
@@ -375,6 +378,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.refused_trials_of_a_quota_are_repeated_at_once: (
         test_quota_doubt.test_each_refused_trial_makes_the_next_one_rarer_up_to_one_an_hour
+    ),
+    bugs.a_trial_that_was_left_is_sent_again_soon: (
+        test_quota_debt.test_a_learned_quota_is_believed_although_nearly_all_callers_leave
+    ),
+    bugs.a_call_that_timed_out_was_accepted: (
+        test_quota_debt.test_a_learned_quota_is_believed_although_nearly_all_callers_leave
     ),
     bugs.accepted_calls_do_not_tell_a_period: (
         test_observed.test_more_calls_than_a_minute_grants_show_that_a_small_limit_is_one_of_a_second

@@ -14,13 +14,14 @@ EPSILON: Final = 1e-9  # relative: a call that waits exactly as long as it was t
 class Bucket:
     """The level of one quota.
 
-    A level below zero is a debt, of one whole amount at most: a call that used more than twice the amount is an error
-    in the numbers.
+    A level below zero is a debt: calls used more than was left. It is paid back in full before the next call goes.
 
     Args:
         amount: granted in each period.
         period: seconds.
         now: the present, in the clock's seconds; the bucket starts full.
+        max_debt_share: of the amount that a debt can be at most. What exceeds it is forgiven: only where something else
+            corrects the level.
     """
 
     __slots__ = (
@@ -28,6 +29,7 @@ class Bucket:
         "capacity",
         "level",
         "margin_share",
+        "max_debt_share",
         "period",
         "rate",
         "updated_at",
@@ -37,8 +39,9 @@ class Bucket:
         "window_number",
     )
 
-    def __init__(self, amount: float, period: float, now: float) -> None:
+    def __init__(self, amount: float, period: float, now: float, *, max_debt_share: float = math.inf) -> None:
         self.level = amount
+        self.max_debt_share = max_debt_share
         self.updated_at = now
         self.window_end: float | None = None  # None: it refills all the time
         self.window_number = 0  # counts the windows
@@ -53,7 +56,7 @@ class Bucket:
         self.period = period
         self.capacity = amount  # most that it holds
         self.rate = amount / period
-        self.level = max(-amount, min(self.level, amount))
+        self.level = max(self.lowest, min(self.level, amount))
 
     def refill(self, now: float) -> None:
         """Refill for the time until `now`."""
@@ -76,6 +79,11 @@ class Bucket:
     def is_full(self, now: float) -> bool:
         """Return whether nothing is missing, so that a new bucket would be the same. It changes nothing."""
         return self.window_end is None and self.level + (now - self.updated_at) * self.rate >= self.capacity
+
+    @property
+    def lowest(self) -> float:
+        """The lowest level that it can have."""
+        return -self.max_debt_share * self.amount
 
     @property
     def margin(self) -> float:
@@ -120,7 +128,7 @@ class Bucket:
         """Take `amount`, into debt if necessary."""
         if now != self.updated_at:
             self.refill(now)
-        self.level = max(self.level - amount, -self.amount)
+        self.level = max(self.level - amount, self.lowest)
 
     def lower_to(self, level: float) -> None:
         """Take what is above `level`."""

@@ -19,6 +19,8 @@ from forebay.quota.quota import PERIODS, UNITS, Quota, RateScope
 _MINUTE: Final = PERIODS["minute"]
 _MAX_RESET: Final = 2 * PERIODS["day"]
 _MAX_LIMIT: Final = 10**10  # many times the largest limit that is sold; a larger one limits nobody
+_MOST_TOKENS: Final = 200_000  # that one call may be counted as: more than models make in one answer ...
+_MANY_TIMES: Final = 10  # ... or times what it reserved, if that is more: estimates of input err by less
 _ROOMY: Final = 0.5  # of a quota: while this share of each is left, none can run out in the next moment
 _MOMENT: Final = 1 / 600  # of a period ...
 _MAX_MOMENT: Final = 0.1  # ... in seconds, at most
@@ -228,24 +230,35 @@ class RateLimiter:
     ) -> None:
         """Replace a reservation by what the call used: an excess is refunded, a shortfall becomes a debt.
 
+        The debt of a given quota is paid back in full. Only what one call can have used is bounded, since usage comes
+        from the wire: by a whole amount, by 200,000 tokens or by ten times its reservation, whichever is most.
+
         Args:
             now: when it ended.
             reservation: of the call.
             used: by the call.
             failed: the provider failed. Some count such a request, others do not. A learned quota takes it as not
-                counted, since the next header corrects that; a given one as counted.
-            answered: the provider has answered; else nothing shows that it has accepted the call.
+                counted, if that was an answer, since the next header corrects that; a given one as counted.
+            answered: the provider has answered; else nothing shows that it has accepted the call, or left it uncounted.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
         used = _without_negatives(used)
-        self._record_accepted(now, reservation, failed=failed or not answered)
+        if not answered:
+            self._end_unanswered_trial(now, reservation)
+        elif failed:
+            self._end_trial(now, reservation)
+        else:
+            self._record_accepted(now, reservation)
         for unit, _, bucket in self._given:
-            _adjust(bucket, now, getattr(reservation.charge, unit) - getattr(used, unit))
+            reserved = getattr(reservation.charge, unit)
+            most = max(bucket.amount, _MANY_TIMES * reserved, _MOST_TOKENS)
+            _adjust(bucket, now, reserved - min(getattr(used, unit), most))
         for unit, observed in self._observed.items():
-            excess = getattr(reservation.charge, unit) - (0 if failed and unit == "requests" else getattr(used, unit))
+            uncounted = failed and answered and unit == "requests"
+            excess = getattr(reservation.charge, unit) - (0 if uncounted else getattr(used, unit))
             snapshot = reservation.snapshots.get(unit)
             if snapshot is None or (excess > 0 and snapshot.window_number != observed.bucket.window_number):
                 continue  # that window is over, and with it what was reserved in it
@@ -385,11 +398,8 @@ class RateLimiter:
         for unit in under_way:
             under_way[unit] -= getattr(reservation.charge, unit)
 
-    def _record_accepted(self, now: float, reservation: QuotaReservation, *, failed: bool) -> None:
-        """Note for the doubts of quotas that a call has ended that was not throttled."""
-        if failed:
-            self._end_trial(now, reservation)
-            return
+    def _record_accepted(self, now: float, reservation: QuotaReservation) -> None:
+        """Note for the doubts of quotas that a call was accepted."""
         trial_of, reservation.trial_of = reservation.trial_of, ()
         for unit, observed in self._observed.items():
             if unit in trial_of:
@@ -401,6 +411,12 @@ class RateLimiter:
         """Note that a trial call says nothing, and take back what it was granted."""
         for unit in reservation.trial_of:
             self._observed[unit].cancel_trial(now, getattr(reservation.charge, unit))
+        reservation.trial_of = ()
+
+    def _end_unanswered_trial(self, now: float, reservation: QuotaReservation) -> None:
+        """Note that a trial call may have been refused: nobody has seen its answer. Take back what it was granted."""
+        for unit in reservation.trial_of:
+            self._observed[unit].record_trial_unanswered(now, getattr(reservation.charge, unit))
         reservation.trial_of = ()
 
     def _learn_limit(self, now: float, header: RateLimitHeaders, reservation: QuotaReservation) -> ObservedLimit | None:

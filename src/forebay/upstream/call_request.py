@@ -184,6 +184,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         kind: the evidence about the upstream.
         used: requests and tokens that it used; None for as many as were reserved.
         released: it took nothing of them: it was not sent.
+        answered: the provider has begun to answer it; if its caller left before, it may have been refused as well.
         rate_limited: it was throttled, and its refusal names a rate (429). It took nothing of them either.
         spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
         account_limited: it was throttled by another limit of the account, or by one that is not named (429).
@@ -200,6 +201,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     kind: Outcome
     used: Charge | None = None
     released: bool = False
+    answered: bool = True
     rate_limited: bool = False
     spend_cap: bool = False
     account_limited: bool = False
