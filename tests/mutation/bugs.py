@@ -620,6 +620,14 @@ def debts_of_a_given_quota_are_forgiven() -> None:
     replace(Bucket, original, take)
 
 
+def what_a_strict_quota_has_lent_refills() -> None:
+    replace(Bucket, Bucket.reserve, Bucket.take)
+
+
+def a_strict_quota_reserves_what_is_expected() -> None:
+    always(CallMeter, CallMeter._reserve_most, returns=None)
+
+
 def a_used_quota_is_forgotten_with_its_account() -> None:
     original = AccountRegistry._make
 

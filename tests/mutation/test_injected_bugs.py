@@ -253,6 +253,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.debts_of_a_given_quota_are_forgiven: (
         test_quota_debt.test_what_calls_use_beyond_their_reservations_is_paid_back_in_full
     ),
+    bugs.what_a_strict_quota_has_lent_refills: (
+        test_quota_debt.test_what_long_calls_hold_of_a_strict_quota_is_granted_once
+    ),
+    bugs.a_strict_quota_reserves_what_is_expected: test_quota_debt.test_a_strict_quota_is_never_passed,
     bugs.a_used_quota_is_forgotten_with_its_account: (
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),

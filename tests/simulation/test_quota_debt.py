@@ -12,16 +12,17 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from forebay import Overloaded, Quota, Retry, Upstream
+from forebay import Deadline, Overloaded, Quota, Retry, Upstream
 from forebay.simulation import simulate
 from forebay.testing import now
 
 AMOUNT: Final = 20_000  # output tokens a minute
 PATIENT: Final = 3_600.0  # seconds
 RATE: Final = AMOUNT / 60.0
+CHAT: Final = "https://llm.example/v1/chat/completions"
 URL: Final = {
     "anthropic": "https://llm.example/v1/messages",
-    "openai-compatible": "https://llm.example/v1/chat/completions",
+    "openai-compatible": CHAT,
 }
 
 
@@ -30,22 +31,19 @@ class Provider(httpx.AsyncBaseTransport):
 
     Attributes:
         sent: the time and the output of each call, in the order in which they came.
+        seconds: returns how long a call takes that makes so much output.
     """
 
     def __init__(self) -> None:
+        self.seconds: Callable[[int], float] = lambda made: 1.0 + made / 500
         self.sent: list[tuple[float, int]] = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         made = json.loads(await request.aread())["makes"]
         self.sent.append((now(), made))
-        await asyncio.sleep(1.0 + made / 500)
+        await asyncio.sleep(self.seconds(made))
         usage = {"prompt_tokens": 10, "completion_tokens": made, "input_tokens": 10, "output_tokens": made}
         return httpx.Response(200, json={"id": "c", "choices": [], "usage": usage})
-
-    def most_within(self, seconds: float) -> int:
-        """Return the most output of the calls that came within so many seconds."""
-        starts = [at for at, _ in self.sent]
-        return max(sum(made for at, made in self.sent if start <= at <= start + seconds) for start in starts)
 
     def excess(self) -> float:
         """Return by how much the output of any span has passed the quota's promise at most."""
@@ -64,16 +62,16 @@ class Fleet:
         self.transport = Provider()
         self.results: Counter[Any] = Counter()
         self.rejections: list[Overloaded] = []
-        self._url = URL[provider]
+        self._url = URL.get(provider, CHAT)
         upstream = Upstream("llm", provider=provider, quotas=[quota], max_concurrent=100)
-        self._client = upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=PATIENT))
+        self.client = upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=PATIENT))
 
     async def post(self, makes: int, max_tokens: int | None) -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "makes": makes}
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
         try:
-            self.results[(await self._client.post(self._url, json=body)).status_code] += 1
+            self.results[(await self.client.post(self._url, json=body)).status_code] += 1
         except Overloaded as error:
             self.results["rejected"] += 1
             self.rejections.append(error)
@@ -124,6 +122,95 @@ def test_a_quota_that_forgives_debts_is_passed_in_the_long_run() -> None:
     assert sum(made for _, made in fleet.transport.sent) > AMOUNT + RATE * 3_600 + 80 * 4_000
 
 
+# --- strict ---
+
+
+@pytest.mark.parametrize("provider", [*URL, "openai", "azure"])
+@pytest.mark.parametrize("unit", ["output_tokens", "tokens"])
+def test_a_strict_quota_is_never_passed(provider: str, unit: str) -> None:
+    quota = Quota(**{unit: AMOUNT}, per="minute", strict=True)
+    fleet = run(provider, quota, Fleet.attack)
+    assert fleet.transport.excess() <= 1e-6
+    assert fleet.results[200] >= 300
+    if unit == "output_tokens" or provider in URL:  # the others count max_tokens, and return nothing
+        burst = sum(made for _, made in fleet.transport.sent if made > 2)
+        assert burst >= 6 * 32_000, "what the tiny answers reserve comes back"
+
+
+async def long_calls_that_make_little(fleet: Fleet) -> None:
+    """Hold the quota for minutes with calls that make nothing, and send a burst when they end."""
+
+    async def hold(start: float) -> None:
+        await asyncio.sleep(start)
+        await fleet.post(2, 4_000)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(50):
+            group.create_task(hold(12.0 * number))
+        await asyncio.sleep(600.0)
+        for _ in range(200):
+            group.create_task(fleet.post(4_000, 4_000))
+
+
+def test_what_long_calls_hold_of_a_strict_quota_is_granted_once() -> None:
+    fleet = Fleet("anthropic", Quota(output_tokens=AMOUNT, per="minute", strict=True))
+    fleet.transport.seconds = lambda made: 620.0 if made == 2 else 9.0
+    simulate(lambda: long_calls_that_make_little(fleet))
+    assert fleet.transport.excess() <= 1e-6
+    assert max(at for at, _ in fleet.transport.sent) > 600.0
+
+
+def test_a_strict_quota_is_used_fully_by_calls_that_make_less_than_they_may() -> None:
+    fleet = Fleet("anthropic", Quota(output_tokens=AMOUNT, per="minute", strict=True))
+
+    async def callers() -> None:
+        while now() < 300.0:
+            await fleet.post(400, 1_000)
+            await asyncio.sleep(1.0)
+
+    async def scene() -> None:
+        await asyncio.gather(*(callers() for _ in range(40)))
+
+    simulate(scene)
+    assert fleet.transport.excess() <= 1e-6
+    assert sum(made for _, made in fleet.transport.sent) >= 0.97 * (AMOUNT + RATE * 300)
+
+
+@pytest.mark.parametrize("max_tokens", [None, AMOUNT + 1])
+def test_a_strict_quota_rejects_a_call_that_it_can_never_hold(max_tokens: int | None) -> None:
+    fleet = Fleet("anthropic", Quota(output_tokens=AMOUNT, per="minute", strict=True))
+    simulate(lambda: fleet.post(10, max_tokens))
+    assert not fleet.transport.sent
+    assert "max_tokens" in str(fleet.rejections[0])
+    expected = "unbounded" if max_tokens is None else "output tokens per minute"
+    assert fleet.rejections[0].limited_by == f"upstream:llm:{expected}"
+    assert fleet.rejections[0].retry_after is None
+
+
+def test_a_guarded_function_cannot_use_a_strict_quota_and_a_call_by_hand_declares_its_output() -> None:
+    upstream = Upstream("llm", quotas=[Quota(output_tokens=AMOUNT, per="minute", strict=True)])
+
+    async def scene() -> None:
+        with pytest.raises(Overloaded, match="a guarded function does not tell") as rejection:
+            upstream.guard(lambda: None)()
+        assert rejection.value.limited_by == "upstream:llm:unbounded"
+        async with upstream.call("m", output_tokens=15_000):
+            with pytest.raises(Overloaded):
+                async with upstream.call("m", output_tokens=5_001, deadline=Deadline(1.0)):
+                    pass
+        await asyncio.sleep(2.0)
+
+    simulate(scene)
+
+
+async def test_a_strict_quota_rejects_an_endpoint_whose_tokens_are_not_known() -> None:
+    fleet = Fleet("openai", Quota(tokens=AMOUNT, per="minute", strict=True))
+    with pytest.raises(Overloaded, match="its tokens are not known"):
+        await fleet.client.post("https://llm.example/v1/threads/1/runs", json={"model": "m"})
+    embedding = {"model": "m", "input": "x", "makes": 0}
+    assert (await fleet.client.post("https://llm.example/v1/embeddings", json=embedding)).status_code == 200
+
+
 # --- learned from headers ---
 
 
@@ -163,9 +250,7 @@ def test_a_learned_quota_is_believed_although_nearly_all_callers_leave(leaving: 
     async def call(seconds: float) -> None:
         body = {"model": "m", "messages": [], "max_tokens": 20}
         timeout = httpx.Timeout(None, read=seconds if leaving == "timeout" else None)
-        request = client.post(
-            URL["openai-compatible"], headers={"authorization": "Bearer K"}, json=body, timeout=timeout
-        )
+        request = client.post(CHAT, headers={"authorization": "Bearer K"}, json=body, timeout=timeout)
         with contextlib.suppress(Overloaded, TimeoutError, httpx.ReadTimeout):
             async with asyncio.timeout(None if leaving == "timeout" else seconds):
                 await request

@@ -14,7 +14,7 @@ from forebay.errors import ReservationClosed
 from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit, QuotaSnapshot
-from forebay.quota.quota import PERIODS, UNITS, Quota, RateScope
+from forebay.quota.quota import PERIODS, UNITS, Quota, RateScope, unit_of
 
 _MINUTE: Final = PERIODS["minute"]
 _MAX_RESET: Final = 2 * PERIODS["day"]
@@ -94,7 +94,7 @@ class HeldCharge(NamedTuple):
 
 
 class _GivenQuota(NamedTuple):
-    unit: str
+    unit: str  # or the most of it that a call may use: what `Quota.counted` says
     name: str
     bucket: Bucket
 
@@ -121,13 +121,15 @@ class RateLimiter:
                     "RateLimiter", "quotas", quota, "made of Quota objects, such as Quota(requests=500, per='minute')"
                 )
         self._given = tuple(
-            _GivenQuota(quota.unit, _name(quota.unit, quota.seconds), bucket)
+            _GivenQuota(quota.counted, _name(quota.unit, quota.seconds), bucket)
             for quota, bucket in zip(quotas, new_buckets(quotas) if buckets is None else buckets, strict=True)
         )
+        for given in self._given:
+            given.bucket.drop_reservations()
         self._observed: dict[str, ObservedLimit] = {}  # by unit
         self._open: dict[int, QuotaReservation] = {}  # by number, in the order in which they were sent
         self._next_number = itertools.count().__next__
-        self._under_way = dict.fromkeys(UNITS, 0)  # sum of the open reservations
+        self._under_way = dict.fromkeys((*UNITS, *(given.unit for given in self._given)), 0)  # the open reservations
         self._quiet_until = -math.inf
         self._now = -math.inf
 
@@ -209,7 +211,7 @@ class RateLimiter:
         self._advance(now)
         charge = _without_negatives(charge)
         for unit, _, bucket in self._given:
-            bucket.take(now, getattr(charge, unit))
+            bucket.reserve(now, getattr(charge, unit))
         under_way = self._under_way
         for unit in under_way:
             under_way[unit] += getattr(charge, unit)
@@ -255,16 +257,17 @@ class RateLimiter:
         for unit, _, bucket in self._given:
             reserved = getattr(reservation.charge, unit)
             most = max(bucket.amount, _MANY_TIMES * reserved, _MOST_TOKENS)
-            _adjust(bucket, now, reserved - min(getattr(used, unit), most))
+            bucket.end(now, reserved, min(getattr(used, unit), most))
         for unit, observed in self._observed.items():
-            uncounted = failed and answered and unit == "requests"
-            excess = getattr(reservation.charge, unit) - (0 if uncounted else getattr(used, unit))
+            reserved, counted = getattr(reservation.charge, unit), getattr(used, unit)
+            if failed and answered and unit == "requests":
+                counted = 0
             snapshot = reservation.snapshots.get(unit)
-            if snapshot is None or (excess > 0 and snapshot.window_number != observed.bucket.window_number):
+            if snapshot is None or (counted < reserved and snapshot.window_number != observed.bucket.window_number):
                 continue  # that window is over, and with it what was reserved in it
-            if excess < 0 and unit != "output_tokens" and observed.latest_sent >= reservation.reserved_at:
+            if counted > reserved and unit != "output_tokens" and observed.latest_sent >= reservation.reserved_at:
                 continue  # headers of this call, or of a later one, have counted it already
-            _adjust(observed.bucket, now, excess)
+            observed.bucket.end(now, reserved, counted)
 
     def release(self, now: float, reservation: QuotaReservation) -> None:
         """Refund a call that was never sent.
@@ -275,7 +278,7 @@ class RateLimiter:
         self._close(now, reservation)
         self._end_trial(now, reservation)
         for unit, _, bucket in self._given:
-            bucket.refund(now, getattr(reservation.charge, unit))
+            bucket.end(now, getattr(reservation.charge, unit), 0)
         for unit, observed in self._observed.items():
             snapshot = reservation.snapshots.get(unit)
             if snapshot is not None:
@@ -343,7 +346,7 @@ class RateLimiter:
         for raw in headers:
             header = _without_impossible_values(raw)
             unit = header.unit
-            if unit not in self._under_way:
+            if unit not in UNITS:
                 continue
             amount = getattr(reservation.charge, unit)
             observed = self._observed.get(unit)
@@ -422,7 +425,7 @@ class RateLimiter:
     def _learn_limit(self, now: float, header: RateLimitHeaders, reservation: QuotaReservation) -> ObservedLimit | None:
         """Begin to observe a limit that a header shows for the first time; None if the header says too little."""
         unit = header.unit
-        given = [bucket for given_unit, _, bucket in self._given if given_unit == unit]
+        given = [bucket for given_unit, _, bucket in self._given if unit_of(given_unit) == unit]
         limit = header.limit or (int(given[0].amount) if given else None)
         if limit is None or header.remaining is None:
             return None
@@ -482,18 +485,19 @@ class RateLimiter:
 
 def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
     """Return full levels of quotas, to be kept by somebody who outlives the `RateLimiter`."""
-    return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf) for quota in quotas)
+    return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf, strict=quota.strict) for quota in quotas)
 
 
 def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> bool:
     """Return whether a refusal that asks to wait `wanted` seconds can be for a quota of this unit and period."""
+    unit = unit_of(unit)
     if scope is None or scope.period is None:
         return period <= _MINUTE and wanted <= period and (scope is None or scope.unit in (None, unit))
     return scope.period == period and scope.unit in (None, unit)
 
 
 def _name(unit: str, seconds: float) -> str:
-    return f"{unit.replace('_', ' ')} per {_NAMES[seconds]}"
+    return f"{unit_of(unit).replace('_', ' ')} per {_NAMES[seconds]}"
 
 
 def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> float:
@@ -504,18 +508,11 @@ def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> 
     return total
 
 
-def _adjust(bucket: Bucket, now: float, excess: float) -> None:
-    if excess >= 0:
-        bucket.refund(now, excess)
-    else:
-        bucket.take(now, -excess)
-
-
 def _without_negatives(charge: Charge) -> Charge:
     """Return a charge without negative numbers, which would refill a quota: usage comes from the wire."""
     if min(charge.requests, charge.input_tokens, charge.output_tokens, charge.tokens) >= 0:
-        return charge
-    return Charge(**{unit: max(0, getattr(charge, unit)) for unit in UNITS})
+        return charge  # of the most that it may use, no more than is expected counts if it is negative
+    return Charge(**{name: max(0, getattr(charge, name)) for name in Charge.__struct_fields__})
 
 
 def _without_impossible_values(headers: RateLimitHeaders) -> RateLimitHeaders:

@@ -15,7 +15,8 @@ from forebay.task import Priority
 
 UNREADABLE: Final = "unreadable"
 UNPRICED: Final = "unpriced"
-UNMETERED: Final = (UNREADABLE, UNPRICED)
+UNBOUNDED: Final = "unbounded"
+UNMETERED: Final = (UNREADABLE, UNPRICED, UNBOUNDED)
 """The values of ``limited_by`` of calls that a budget or a quota cannot count."""
 
 
@@ -24,7 +25,7 @@ class Unmetered(NamedTuple):
 
     Attributes:
         reason: for a person, with what to do.
-        limited_by: ``"unreadable"`` or ``"unpriced"``.
+        limited_by: ``"unreadable"``, ``"unpriced"`` or ``"unbounded"``.
     """
 
     reason: str
@@ -282,4 +283,6 @@ def scale_charge(charge: Charge, count: int) -> Charge:
         input_tokens=charge.input_tokens * count,
         output_tokens=charge.output_tokens * count,
         tokens=charge.tokens * count,
+        most_output_tokens=charge.most_output_tokens * count,
+        most_tokens=charge.most_tokens * count,
     )
