@@ -24,7 +24,7 @@ from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
-from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
@@ -1071,6 +1071,10 @@ def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
         return self.transport is not None
 
     replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def a_connection_is_lent_that_is_about_to_be_closed() -> None:
+    always(ConnectionPool, ConnectionPool.may_be_closing, returns=False)
 
 
 def bytes_behind_a_response_lose_it() -> None:

@@ -421,6 +421,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
     ),
+    bugs.a_connection_is_lent_that_is_about_to_be_closed: (
+        test_gateway_connections.test_no_call_is_sent_on_a_connection_that_is_about_to_be_closed
+    ),
     bugs.a_body_that_becomes_invalid_leaves_its_reader_waiting: (
         test_gateway_attacks.test_an_invalid_body_ends_its_call
     ),
