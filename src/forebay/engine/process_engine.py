@@ -10,6 +10,7 @@ from typing import Any
 
 from forebay import clock, context
 from forebay._text import format_duration
+from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_positive, check_whole
 from forebay.adapters import Handler
 from forebay.adapters.factory import check_factory
@@ -18,7 +19,6 @@ from forebay.adapters.import_paths import import_path_of
 from forebay.carried_context import capture_context
 from forebay.engine import messages
 from forebay.engine.child_process import ChildProcess, spawn
-from forebay.engine.thread_executor import DaemonThreadExecutor
 from forebay.errors import (
     InvalidSetting,
     NotSerializable,

@@ -470,6 +470,8 @@ class AdmissionController:
                 ticket.share()
             elif undecided.is_abandoned():
                 ticket.cancel(_ABANDONED)
+            if (spill := self._dispatcher.spill) is not None and ticket:
+                spill.stored.release_if_left(ticket)  # draining may have begun while it was decided
 
         answer = self._core.run_to_completion(deciding)
         undecided = _Undecided(ticket, answer)

@@ -56,6 +56,10 @@ class TicketRun(RunningTask, Protocol):
     abandoned_at: float | None
     zombie: bool
 
+    @property
+    def awaits_start(self) -> bool:
+        """True while the store has not recorded its start: its handler has not begun."""
+
     def ends_at(self) -> float:
         """Return the loop time of its timeout or its deadline, whichever comes first."""
 

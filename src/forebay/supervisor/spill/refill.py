@@ -239,7 +239,7 @@ class Refiller:
         pool.remove_nested_spilled(record.task_id)
         ended = registry.ended.get(record.task_id) if ticket is None else None
         if ended is not None and ended.result is not None:
-            stored.complete_again(ended, ended.result, lease)
+            stored.complete_again(ended, ended.result, lease.fence)
         elif ticket is not None and self._is_inside(ticket):
             stored.adopt(ticket, lease)
         else:

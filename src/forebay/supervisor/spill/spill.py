@@ -172,8 +172,10 @@ class Spill:
         may only be known here: another process would run it before them.
         """
         ticket.spill()
-        if self.stored.stays_stored and self._conversations.is_ahead_here(ticket.task.thread_id):
-            self.stored.release(ticket)
+        if self.stored.stays_stored:
+            self.stored.release(ticket)  # at once: nobody need wait until its lease is returned
+            if not self._conversations.is_ahead_here(ticket.task.thread_id):
+                await self.stored.return_leases([ticket.task_id])
             return
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - it was recorded under it
