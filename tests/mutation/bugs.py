@@ -28,7 +28,7 @@ from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, Po
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
@@ -40,6 +40,7 @@ from forebay.quota import (
     BudgetTracker,
     Price,
     RateLimiter,
+    RateScope,
     rate_limiter,
 )
 from forebay.quota.bucket import Bucket
@@ -662,6 +663,15 @@ def debts_of_a_given_quota_are_forgiven() -> None:
         self.level = max(self.level, -self.amount)
 
     replace(Bucket, original, take)
+
+
+def any_refusal_lowers_a_given_quota() -> None:
+    original = RateLimiter._empty_tightest
+
+    def _empty_tightest(self: RateLimiter, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
+        original(self, now, charge, wanted, scope or RateScope())
+
+    replace(RateLimiter, original, _empty_tightest)
 
 
 def what_a_strict_quota_has_lent_refills() -> None:

@@ -257,6 +257,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.debts_of_a_given_quota_are_forgiven: (
         test_quota_debt.test_what_calls_use_beyond_their_reservations_is_paid_back_in_full
     ),
+    bugs.any_refusal_lowers_a_given_quota: (
+        test_quota_debt.test_calls_that_are_always_refused_do_not_use_up_a_given_quota
+    ),
     bugs.what_a_strict_quota_has_lent_refills: (
         test_quota_debt.test_what_long_calls_hold_of_a_strict_quota_is_granted_once
     ),

@@ -122,6 +122,60 @@ def test_a_quota_that_forgives_debts_is_passed_in_the_long_run() -> None:
     assert sum(made for _, made in fleet.transport.sent) > AMOUNT + RATE * 3_600 + 80 * 4_000
 
 
+# --- refusals that name no rate ---
+
+
+class Refusing(httpx.AsyncBaseTransport):
+    """A provider that refuses some calls for what they ask for, as if for a rate, and accepts all others."""
+
+    def __init__(self, retry_after: int) -> None:
+        self.retry_after = retry_after
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        asks_too_much = json.loads(await request.aread())["asks_too_much"]
+        await asyncio.sleep(0.5)
+        if asks_too_much:
+            error = {"message": "Extra usage is required for long contexts", "type": "rate_limit_error"}
+            return httpx.Response(429, headers={"retry-after": str(self.retry_after)}, json={"error": error})
+        usage = {"prompt_tokens": 1, "completion_tokens": 10}
+        return httpx.Response(200, json={"id": "c", "choices": [], "usage": usage})
+
+
+@pytest.mark.parametrize("retry_after", [1, 5, 20])
+def test_calls_that_are_always_refused_do_not_use_up_a_given_quota(retry_after: int) -> None:
+    upstream = Upstream("llm", quotas=[Quota(requests=60, per="minute")], max_concurrent=20)
+    client = upstream.bind(httpx.AsyncClient(transport=Refusing(retry_after), timeout=PATIENT))
+    served: Counter[bool] = Counter()
+
+    async def call(*, asks_too_much: bool) -> bool:
+        body = {"model": "m", "messages": [], "max_tokens": 20, "asks_too_much": asks_too_much}
+        try:
+            async with asyncio.timeout(120.0):
+                return (await client.post(CHAT, json=body)).status_code == 200
+        except (Overloaded, TimeoutError):
+            return False
+
+    async def agent_in_a_loop() -> None:
+        await asyncio.sleep(10.0)
+        while now() < 900.0:
+            await call(asks_too_much=True)
+            await asyncio.sleep(1.0)
+
+    async def healthy_call() -> None:
+        served[await call(asks_too_much=False)] += 1
+
+    async def scene() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(agent_in_a_loop())
+            while now() < 900.0:
+                group.create_task(healthy_call())
+                await asyncio.sleep(2.0)
+
+    simulate(scene)
+    assert served[True] >= 0.99 * served.total()
+
+
 # --- strict ---
 
 

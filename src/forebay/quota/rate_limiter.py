@@ -302,8 +302,8 @@ class RateLimiter:
             reservation: of the call.
             retry_after: seconds, or None if the provider gave none.
             headers: the rate limit headers of the refusal; do not pass them to `update_from_headers` again.
-            scope: the rate that the refusal names. Without it only quotas of at most a minute are lowered, which are
-                soon full again if another one was meant.
+            scope: the rate that the refusal names. Without it no given quota is lowered, and of the learned ones only
+                those of at most a minute, which are soon full again if another one was meant.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
@@ -453,7 +453,9 @@ class RateLimiter:
     def _empty_tightest(self, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
         """Lower the tightest of the quotas that a refusal fits, which is most likely the one that was used up.
 
-        What is left is just enough for the same call again in `wanted` seconds.
+        What is left is just enough for the same call again in `wanted` seconds. A given quota is lowered only by a
+        refusal that names a rate: any other may have another cause, such as what the call asks for, and nothing would
+        correct that. Callers that are always refused would use a quota up for all others.
         """
 
         def tightness(quota: tuple[str, Bucket, ObservedLimit | None]) -> tuple[float, float]:
@@ -471,7 +473,8 @@ class RateLimiter:
         amount = getattr(charge, unit)
         likely = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_end is None else 0.0
         if observed is None:
-            bucket.lower_to(likely)
+            if scope is not None:
+                bucket.lower_to(likely)
         elif bucket.level > likely:
             observed.lower(bucket.level - likely)
             if bucket.window_end is not None and unit != "requests":

@@ -175,9 +175,21 @@ def test_a_throttled_call_is_refunded() -> None:
 
 def test_a_throttled_call_lowers_the_tightest_quota() -> None:
     limiter = RateLimiter([PER_MINUTE, Quota(input_tokens=10**6, per="minute")])
-    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0)
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0, scope=RateScope(period=60.0))
     limiter.reserve(5.0, ONE)
     assert limiter.wait(5.0, ONE).seconds == pytest.approx(1.0), "calls go on at the rate, not in a burst"
+
+
+@pytest.mark.parametrize("retry_after", [5.0, 60.0])
+def test_a_refusal_that_names_no_rate_lowers_no_given_quota(retry_after: float) -> None:
+    limiter = RateLimiter([Quota(requests=2, per="minute")])
+    first = limiter.reserve(0.0, tokens(10))
+    header = RateLimitHeaders(unit="input_tokens", limit=100, remaining=90, reset=None)
+    limiter.update_from_headers(0.0, [header], first)
+    limiter.record_throttled(0.0, limiter.reserve(0.0, tokens(10)), retry_after)
+    given, learned = limiter.levels(0.0)
+    assert given.remaining == 1
+    assert learned.remaining == 90, "nor a learned one that is less tight"
 
 
 PER_DAY = Quota(requests=10_000, per="day")
