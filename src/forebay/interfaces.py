@@ -114,12 +114,26 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
         input_tokens: tokens sent.
         output_tokens: tokens received.
         tokens: for quotas that count both together; some providers charge ``max_tokens`` there.
+        most_output_tokens: output tokens that it may use at most, for strict quotas; 0 for no more than is expected.
+        most_tokens: the same of `tokens`.
     """
 
     requests: int = 1
     input_tokens: int = 0
     output_tokens: int = 0
     tokens: int = 0
+    most_output_tokens: int = 0
+    most_tokens: int = 0
+
+    @property
+    def output_tokens_at_most(self) -> int:
+        """The amount that it takes from a strict quota of output tokens."""
+        return max(self.output_tokens, self.most_output_tokens)
+
+    @property
+    def tokens_at_most(self) -> int:
+        """The amount that it takes from a strict quota of input and output tokens together."""
+        return max(self.tokens, self.most_tokens)
 
 
 class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,6 +41,7 @@ class Dispatcher:
     Attributes:
         started: how many handlers have been started.
         retries: the tasks that wait for their next attempt.
+        wait_listeners: called whenever a task begins to wait, or a run to await one.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Dispatcher:
         self.workers: dict[str, WorkerAgent] = {}
         self.runs = ActiveRuns()
         self.slot_claims = SlotClaims()
+        self.wait_listeners: list[Callable[[], None]] = []
         self.started = 0
         self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
@@ -126,7 +128,7 @@ class Dispatcher:
         for counts in self._counts_of[run.worker]:
             counts.suspend()
         self.return_slot(run)
-        self._tell_drain()
+        self._tell_drains()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
@@ -182,8 +184,8 @@ class Dispatcher:
             if pool.queue.head() is head:  # it is the turn of another pool of that worker, or its upstream is short
                 break
 
-    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
-        """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
         return SlotLoan(self, running, awaited).reclaim if isinstance(running, Run) else None
 
     # --- into the queue, and out of it ---
@@ -195,7 +197,7 @@ class Dispatcher:
             ticket.wait()
             pool.park(ticket)
             self.arm_expiry(ticket)
-            self._tell_drain()
+            self._tell_drains()
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
@@ -212,7 +214,7 @@ class Dispatcher:
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self.arm_expiry(ticket)
-        self._tell_drain()
+        self._tell_drains()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
         if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
@@ -224,10 +226,10 @@ class Dispatcher:
                     self.loop.call_soon(self.dispatch, worker)
                     break
 
-    def _tell_drain(self) -> None:
-        """Wake a drain: a task waits that may be unable to start, or a run awaits one."""
-        if self._registry.listeners:
-            self._registry.notify_progress()
+    def _tell_drains(self) -> None:
+        """Wake the drains: a task waits that may be unable to start, or a run awaits one."""
+        for listener in self.wait_listeners:
+            listener()
 
     def arm_expiry(self, ticket: Ticket) -> None:
         """Set the timer that ends a waiting task at its deadline."""

@@ -65,6 +65,10 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
         """The overflow, if there is one."""
 
     @property
+    def wait_listeners(self) -> list[Callable[[], None]]:
+        """Called whenever a task begins to wait, or a run to await one."""
+
+    @property
     def retries(self) -> TaskRetries:
         """The tasks that wait for their next attempt."""
 
@@ -104,12 +108,14 @@ class Drain:
         starts, and they have a few seconds for it.
         """
         self._registry.add_listener(self._progress.set)
+        self._dispatcher.wait_listeners.append(self._progress.set)
         try:
             return await self._run(timeout, closing=closing)
         finally:
             self._core.timers.cancel(self._store_timer)
             if self._queue_spill is not None:
                 self._queue_spill.stop()
+            self._dispatcher.wait_listeners.remove(self._progress.set)
             self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above

@@ -195,7 +195,7 @@ class Upstream:
         Args:
             model: the model of the call.
             input_tokens: tokens that it will send.
-            output_tokens: tokens that it is expected to receive.
+            output_tokens: tokens that it is expected to receive; for a strict quota the most that it may receive.
             priority: None for that of the task that is running.
             deadline: the time when its answer becomes worthless; None for the task's.
             tenant: the tenant that it is for; None for the task's.
