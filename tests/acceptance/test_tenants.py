@@ -446,3 +446,16 @@ async def test_a_call_for_another_tenant_than_its_task_has_the_weight_that_the_u
     async with supervisor:
         await results([supervisor.submit_nowait(Task("work", name, tenant="acme")) for name in "ab" * 20])
     assert served[:20].count("a") == pytest.approx(10, abs=2)
+
+
+@virtual
+async def test_a_rejected_tenant_is_not_told_to_come_back_after_the_flood_of_another() -> None:
+    supervisor, _ = supervised(max_queue_size=20)
+    async with supervisor:
+        await results(flood(supervisor, "work", 10, tenant="warm-up"))
+        assert rejected(flood(supervisor, "work", 2000, tenant="big"))
+        refusal = rejected(flood(supervisor, "work", 60, tenant="small"))[0]
+        assert refusal.retry_after is not None
+        assert refusal.retry_after < 10.0
+        for ticket in list(supervisor._running().core.registry.live.values()):
+            ticket.cancel()

@@ -19,7 +19,7 @@ from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule, TenantTurns
+from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule, TenantRetrySchedules, TenantTurns
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
@@ -505,6 +505,28 @@ def records_come_back_tenant_after_tenant() -> None:
 
 def new_tasks_take_the_slots_of_records_on_their_way_back() -> None:
     always(Pool, Pool._is_promised, returns=False)
+
+
+def all_tenants_come_back_by_one_schedule() -> None:
+    original = TenantRetrySchedules.reserve
+
+    def reserve(
+        self: TenantRetrySchedules, tenant: str, now: float, drain_rate: float | None, draw: float
+    ) -> float | None:
+        del tenant
+        return original(self, "all", now, drain_rate, draw)
+
+    replace(TenantRetrySchedules, original, reserve)
+
+
+def producers_of_all_tenants_stand_in_one_line() -> None:
+    entered, is_behind = RoomQueue.enter, RoomQueue.is_behind
+    replace(
+        RoomQueue,
+        entered,
+        lambda self, task, on_turn: entered(self, msgspec.structs.replace(task, tenant="all"), on_turn),
+    )
+    replace(RoomQueue, is_behind, lambda self, task: is_behind(self, msgspec.structs.replace(task, tenant="all")))
 
 
 def a_store_that_is_silent_keeps_slots_free() -> None:

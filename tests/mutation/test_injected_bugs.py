@@ -221,6 +221,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.new_tasks_take_the_slots_of_records_on_their_way_back: (
         test_tenants_in_the_overflow.test_a_caller_that_submits_as_soon_as_a_slot_is_free_takes_turns_with_records
     ),
+    bugs.all_tenants_come_back_by_one_schedule: (
+        test_tenants.test_a_rejected_tenant_is_not_told_to_come_back_after_the_flood_of_another
+    ),
+    bugs.producers_of_all_tenants_stand_in_one_line: (
+        test_room.test_the_producers_of_one_tenant_do_not_stand_before_those_of_another
+    ),
     bugs.a_store_that_is_silent_keeps_slots_free: (
         test_tenants_in_the_overflow.test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others
     ),

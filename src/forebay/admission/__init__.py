@@ -2,7 +2,7 @@
 
 from forebay.admission.feasibility import EstimateBypass, ServiceTimes
 from forebay.admission.priority_queue import RANK_LAST, PriorityQueue, QueueEntry
-from forebay.admission.retry_after_schedule import RetryAfterSchedule
+from forebay.admission.retry_after_schedule import RetryAfterSchedule, TenantRetrySchedules
 from forebay.admission.tenant_queue import TenantQueue
 from forebay.admission.tenant_turns import TenantTurns
 from forebay.admission.thresholds import PriorityThresholds
@@ -16,5 +16,6 @@ __all__ = [
     "RetryAfterSchedule",
     "ServiceTimes",
     "TenantQueue",
+    "TenantRetrySchedules",
     "TenantTurns",
 ]

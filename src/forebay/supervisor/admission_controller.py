@@ -516,22 +516,22 @@ class AdmissionController:
         ticket.stand_in_line(waits=False)
         retry_after = refusal.retry_after
         if retry_after is None:
-            retry_after = self._retry_after(pool, ticket.task.priority)
+            retry_after = self._retry_after(pool, ticket.task)
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
         self._registry.forget_key(ticket)
         self.rejected += 1
         self._submitted(ticket)
         return ticket
 
-    def _retry_after(self, pool: Pool, priority: Priority) -> float | None:
+    def _retry_after(self, pool: Pool, task: Task) -> float | None:
         """Return the seconds after which a rejected task would be admitted, or None if unknown."""
         now = self.loop.time()
         if not pool.slots:
             known = (worker.breaker.retry_after(now) for worker in pool.workers)
             return min((seconds for seconds in known if seconds is not None), default=None)
-        threshold = self.thresholds.threshold_for(priority)
-        source_wait = self._load.time_until_below(pool, priority, threshold)
-        return pool.next_retry_slot(now, self._draw(), priority, source_wait=source_wait)
+        threshold = self.thresholds.threshold_for(task.priority)
+        source_wait = self._load.time_until_below(pool, task.priority, threshold)
+        return pool.next_retry_slot(now, self._draw(), task.priority, task.tenant, source_wait=source_wait)
 
     def _submitted(self, ticket: Ticket) -> None:
         """Count and report a verdict."""

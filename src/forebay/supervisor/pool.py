@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes, TenantQueue
+from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, ServiceTimes, TenantQueue, TenantRetrySchedules
 from forebay.overflow import RefillPolicy
 from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.spilled_counts import SpilledCounts
@@ -58,7 +58,7 @@ class Pool(SlotCounts):
         "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_tenants", "_turns", "_watched",
         "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "expects_records", "max_queue_size",
         "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy",
-        "reserved", "resource", "retry_schedule", "selector", "service_times", "source_paths", "spilled",
+        "reserved", "resource", "retry_schedules", "selector", "service_times", "source_paths", "spilled",
         "takes_turns", "task_type", "times_passed_over", "workers",
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ class Pool(SlotCounts):
         self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
-        self.retry_schedule = RetryAfterSchedule()
+        self.retry_schedules = TenantRetrySchedules(tenants.weight)
         self.estimate_bypass = EstimateBypass()
         self.selector = WorkerSelector(task_type, lambda: self.service_times.median() or 1.0)
 
@@ -296,7 +296,7 @@ class Pool(SlotCounts):
         return bool(service) and self.estimate_bypass.should_reject(now, needed=wait + service, remaining=remaining)
 
     def next_retry_slot(
-        self, now: float, draw: float, priority: Priority, *, source_wait: tuple[float, float]
+        self, now: float, draw: float, priority: Priority, tenant: str, *, source_wait: tuple[float, float]
     ) -> float | None:
         """Reserve the next slot of the retry schedule; return the seconds until then, or None if unknown.
 
@@ -304,6 +304,7 @@ class Pool(SlotCounts):
             now: loop time, in seconds.
             draw: uniform in [0, 1).
             priority: of the task, which may not take reserved slots.
+            tenant: whose it is.
             source_wait: the seconds until the sources of a worker allow another run, and those between two runs from
                 then on: see `SystemLoad.time_until_below`. The pool's own rate may be from before they were the limit.
         """
@@ -315,7 +316,7 @@ class Pool(SlotCounts):
         rate = self.service_times.drain_rate(max(0, self.usable_slots - self.reserved_slots(priority)[0]))
         if each:
             rate = min(1 / each, rate or math.inf)
-        slot = self.retry_schedule.reserve(now + early, rate, draw)
+        slot = self.retry_schedules.reserve(tenant, now + early, rate, draw)
         return None if slot is None else early + slot
 
     def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
