@@ -210,10 +210,10 @@ class Pool(SlotCounts):
         leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
         bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
-        same = not waiting or tenant == self._sole_tenant or tenant is None
-        simple = not (self.own_blocked or self._groups or self.own_reserved)
+        same = tenant == self._sole_tenant or not waiting or tenant is None
+        simple = not (self.own_blocked or self.own_reserved or self._groups)
         slots = self.own_slots if simple else self.usable_slots
-        if not slots and not self.slots:
+        if not (slots or self.slots):
             return 1.0
         room: float = max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound
         if same and simple and not nested:  # nearly always
