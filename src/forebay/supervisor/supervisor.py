@@ -354,7 +354,7 @@ class BackpressureSupervisor:
             options: fields of all tasks, such as ``priority=Priority.LOW``.
 
         Raises:
-            As `run` and `fan_out`.
+            Others: as `run` and `fan_out`.
         """
         tasks = (Task(task_type, payload, **options) for payload in payloads)
         values: dict[int, Any] = {}
