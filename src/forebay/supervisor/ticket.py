@@ -222,7 +222,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             reclaim = self._dispatcher.lend_slots(context.running_task(), self)
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
-                    await self._wait_until_resolved()
+                    waiter = self.watch()
+                    try:
+                        await waiter
+                    finally:
+                        self.unwatch(waiter)
             except asyncio.CancelledError:
                 if cancel_task and not self.shared and not self.has_waiters:
                     self.cancel("its caller has gone")  # before reclaiming the slot, which this task may hold
@@ -240,13 +244,6 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             raise fresh_copy(self._outcome)
         assert self._outcome is not None  # noqa: S101 - it is done
         return self._outcome
-
-    async def _wait_until_resolved(self) -> None:
-        waiter = self.watch()
-        try:
-            await waiter
-        finally:
-            self.unwatch(waiter)
 
     def watch(self) -> asyncio.Future[None]:
         """Return a future that is done once the task has ended; the ticket counts as awaited until `unwatch`."""
