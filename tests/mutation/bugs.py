@@ -72,7 +72,7 @@ from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Deadline, Priority, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
-from forebay.upstream.accounts import bypass
+from forebay.upstream.accounts import bypass, spend_suspension
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
@@ -88,7 +88,7 @@ from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
-from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
@@ -637,7 +637,21 @@ def a_model_never_thinks_between_two_words() -> None:
 
 
 def one_request_that_is_too_dear_stops_the_key() -> None:
-    always(SpendSuspension, SpendSuspension.confirm, returns=math.inf)
+    always(SpendSuspension, SpendSuspension.confirm, returns=Suspended(60.0, math.inf))
+
+
+def two_seconds_of_402s_suspend_the_quietest_key() -> None:
+    vars(spend_suspension)["_GAPS"] = 0.0
+
+
+def the_caller_that_was_refused_takes_every_probe_of_a_suspension() -> None:
+    original = SpendSuspension.begin
+
+    def begin(self: SpendSuspension, now: float, seconds: float) -> None:
+        original(self, now, seconds)
+        self._until_same = now + seconds
+
+    replace(SpendSuspension, original, begin)
 
 
 def a_call_that_cannot_be_metered_passes() -> None:
@@ -826,9 +840,8 @@ def a_few_faults_open_a_breaker() -> None:
 def a_call_that_has_failed_probes() -> None:
     original = Account._provider_unavailable
 
-    def _provider_unavailable(self: Account, now: float, *, free: bool = False, failed: bool = False) -> Any:
-        del failed
-        return original(self, now, free=free)
+    def _provider_unavailable(self: Account, now: float, request: CallRequest | None = None) -> Any:
+        return original(self, now, None if request is None else msgspec.structs.replace(request, failed=False))
 
     replace(Account, original, _provider_unavailable)
 

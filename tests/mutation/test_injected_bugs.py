@@ -263,6 +263,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.one_request_that_is_too_dear_stops_the_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
     ),
+    bugs.two_seconds_of_402s_suspend_the_quietest_key: (
+        test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few
+    ),
+    bugs.the_caller_that_was_refused_takes_every_probe_of_a_suspension: (
+        test_calls.test_after_a_night_of_402s_for_one_request_others_are_soon_served
+    ),
     bugs.a_call_that_cannot_be_metered_passes: (
         test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
     ),

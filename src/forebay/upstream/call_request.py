@@ -63,6 +63,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         tenant: the tenant that it is made for.
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
+        size: bytes of its body; 0 if they are not known.
         free: it costs no money in any case, so no budget is checked.
         usd_per_second: see `CallPrice`.
         usd_at_once: see `CallPrice`.
@@ -82,6 +83,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     tenant: str = "default"
     task_id: str | None = None
     model: str = ""
+    size: int = 0
     free: bool = False
     retries: int = 0
     failed: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import gzip
 import json
@@ -408,10 +409,11 @@ async def test_a_free_request_does_not_change_the_typical_cost_of_a_call() -> No
 
 @virtual
 async def test_at_the_spend_cap_calls_are_rejected_for_an_hour_at_most() -> None:
-    client = Script(httpx2, *[Reply.error(402, "no", retry_after="9" * 40)] * 2, Reply()).client(upstream())
-    for _ in range(2):
-        assert (await ask(client)).status_code == 402
-        await asyncio.sleep(2.0)
+    body = b'{"error": {"message": "no", "code": "insufficient_quota"}}'
+    spent = Reply(status=429, body=[body], headers={"retry-after": "9" * 40})
+    client = Script(httpx2, spent, Reply()).client(upstream())
+    assert (await ask(client)).status_code == 429
+    await asyncio.sleep(2.0)
     with pytest.raises(Overloaded) as rejection:
         await ask(client)
     assert rejection.value.retry_after == approximately(3598.0)
@@ -459,6 +461,55 @@ async def test_a_request_that_the_account_cannot_afford_stops_no_others(refusal:
         group.create_task(ask_often(0.1, model=model, max_tokens=65_536))
         others = [group.create_task(ask_often(pause)) for pause in (0.1, 0.3, 0.7)]
     assert all(other.result() == {200} for other in others)
+
+
+@pytest.mark.parametrize(("pause", "after"), [(3.0, 30.0), (10.0, 30.0), (10.0, 0.0)])
+@virtual
+async def test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few(
+    pause: float, after: float
+) -> None:
+    client = DearRequests(httpx2, Reply.error(402, "can only afford 41234")).client(upstream())
+
+    async def ask_often(pause: float, **body: Any) -> list[int]:
+        statuses = []
+        while now() < 1_800.0:
+            try:
+                statuses.append((await ask(client, **body)).status_code)
+            except Overloaded:
+                statuses.append(429)
+            await asyncio.sleep(pause)
+        return statuses
+
+    async with asyncio.TaskGroup() as group:
+        others = group.create_task(ask_often(pause))
+        await asyncio.sleep(after)
+        group.create_task(ask_often(1.0, max_tokens=65_536))
+    assert others.result().count(200) >= 0.97 * len(others.result())
+
+
+@virtual
+async def test_after_a_night_of_402s_for_one_request_others_are_soon_served() -> None:
+    client = DearRequests(httpx2, Reply.error(402, "can only afford 41234")).client(upstream())
+
+    async def loop() -> None:
+        while True:
+            with contextlib.suppress(Overloaded):
+                await ask(client, max_tokens=65_536)
+            await asyncio.sleep(1.0)
+
+    looping = asyncio.create_task(loop())
+    await asyncio.sleep(8 * 3600.0)
+    begun = now()
+    while True:
+        try:
+            response = await ask(client)
+        except Overloaded:
+            await asyncio.sleep(5.0)
+            continue
+        break
+    looping.cancel()
+    assert response.status_code == 200
+    assert now() - begun < 125.0
 
 
 @virtual
