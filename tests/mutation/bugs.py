@@ -28,7 +28,7 @@ from forebay.gateway.connection_pool import PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
@@ -980,6 +980,37 @@ def a_refusal_empties_the_quota_of_a_day() -> None:
 
 def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
+
+
+def the_word_of_one_refused_call_uses_up_a_given_quota() -> None:
+    original = RateLimiter.record_throttled
+
+    def record_throttled(self: RateLimiter, *args: Any, confirmed: bool = True, **kwargs: Any) -> None:
+        del confirmed
+        original(self, *args, **kwargs)
+
+    replace(RateLimiter, original, record_throttled)
+
+
+def a_given_quota_that_calls_have_kept_to_explains_refusals() -> None:
+    def _quota_explains(self: Account, now: float, charge: Charge) -> bool:
+        return self.quotas.wait(now, charge).seconds > 0.0
+
+    replace(Account, Account._quota_explains, _quota_explains)
+
+
+def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> None:
+    original = call_flow._Retrying._waits_for_quota
+
+    def _waits_for_quota(self: Any, retry_after: float) -> bool:
+        request = self._route.call_request
+        retries, request.retries = request.retries, 0
+        try:
+            return original(self, retry_after)
+        finally:
+            request.retries = retries
+
+    replace(call_flow._Retrying, original, _waits_for_quota)
 
 
 # --- quotas that headers show, and the places of retries ---

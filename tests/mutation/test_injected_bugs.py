@@ -56,7 +56,7 @@ from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
-from tests.unit.upstream import test_core
+from tests.unit.upstream import test_call_flow, test_core
 from tests.unit.upstream.accounts import (
     test_account_retries,
     test_bypass,
@@ -266,6 +266,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.one_request_that_is_too_dear_stops_the_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
+    ),
+    bugs.the_word_of_one_refused_call_uses_up_a_given_quota: (
+        test_calls.test_requests_that_are_refused_for_what_they_ask_use_up_no_quota_that_was_given
+    ),
+    bugs.a_given_quota_that_calls_have_kept_to_explains_refusals: (
+        test_calls.test_requests_that_are_refused_for_what_they_ask_use_up_no_quota_that_was_given
+    ),
+    bugs.a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue: (
+        test_call_flow.test_a_call_that_is_refused_again_and_again_waits_for_no_quota_but_for_its_permission
     ),
     bugs.two_seconds_of_402s_suspend_the_quietest_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few

@@ -177,6 +177,15 @@ class RateLimiter:
                 longest, limited_by = seconds, _name(unit, bucket.period)
         return QuotaDelay(longest, limited_by)
 
+    def is_observed_used_up(self, now: float, charge: Charge) -> bool:
+        """Return whether a call of this charge has to wait for a limit that headers show."""
+        self._advance(now)
+        return any(
+            observed.holds(now, amount) and observed.bucket.wait(now, amount) > 0.0
+            for unit, observed in self._observed.items()
+            if (amount := getattr(charge, unit))
+        )
+
     def headroom(self, now: float, charge: Charge) -> list[QuotaHeadroom]:
         """Return what others may take now without delaying a waiting call of this charge, the scarcest quota first.
 
@@ -270,7 +279,7 @@ class RateLimiter:
                 if snapshot.window_number == observed.bucket.window_number:
                     observed.bucket.refund(now, getattr(reservation.charge, unit))
 
-    def record_throttled(
+    def record_throttled(  # noqa: PLR0913 - what a refusal says
         self,
         now: float,
         reservation: QuotaReservation,
@@ -278,6 +287,7 @@ class RateLimiter:
         headers: Sequence[RateLimitHeaders] = (),
         *,
         scope: RateScope | None = None,
+        confirmed: bool = True,
     ) -> None:
         """Release a call that the provider refused for a rate (429), and lower the quota that the refusal fits.
 
@@ -288,6 +298,8 @@ class RateLimiter:
             headers: the rate limit headers of the refusal; do not pass them to `update_from_headers` again.
             scope: the rate that the refusal names. Without it only quotas of at most a minute are lowered, which are
                 soon full again if another one was meant.
+            confirmed: other calls were refused, too; else the refusal may mean this call alone, and lowers no given
+                quota unless it names one.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
@@ -302,7 +314,8 @@ class RateLimiter:
         self.update_from_headers(now, headers, reservation, throttled=True)
         wanted = 0.0 if retry_after is None or not retry_after > 0 else retry_after
         if wanted or scope is not None or not self._observed:
-            self._empty_tightest(now, reservation.charge, wanted, scope)
+            given = confirmed or scope is not None
+            self._empty_tightest(now, reservation.charge, wanted, scope, given=given)
 
     def needs_headers(self, now: float) -> bool:
         """Return whether the headers of a success can change a decision now; if not, they need not be parsed.
@@ -431,8 +444,12 @@ class RateLimiter:
             moment = min(moment, _MOMENT * bucket.period)
         return moment
 
-    def _empty_tightest(self, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
+    def _empty_tightest(
+        self, now: float, charge: Charge, wanted: float, scope: RateScope | None, *, given: bool
+    ) -> None:
         """Lower the tightest of the quotas that a refusal fits, which is most likely the one that was used up.
+
+        Those that were given are left out if `given` is False.
 
         What is left is just enough for the same call again in `wanted` seconds.
         """
@@ -444,7 +461,7 @@ class RateLimiter:
         fitting = [
             (unit, bucket, observed)
             for unit, bucket, observed in self._buckets()
-            if getattr(charge, unit) and _fits(unit, bucket.period, wanted, scope)
+            if (given or observed is not None) and getattr(charge, unit) and _fits(unit, bucket.period, wanted, scope)
         ]
         if not fitting:
             return

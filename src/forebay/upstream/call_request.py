@@ -13,6 +13,7 @@ from forebay.limit import Grant
 from forebay.quota import QuotaReservation, RateScope
 from forebay.task import Priority
 
+_REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 UNREADABLE: Final = "unreadable"
 UNPRICED: Final = "unpriced"
 UNMETERED: Final = (UNREADABLE, UNPRICED)
@@ -99,6 +100,11 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     def goes_first(self) -> bool:
         """True if it goes before other calls of its priority: it was sent before, or a slot is held until it ends."""
         return self.retries > 0 or self.holder is not None
+
+    @property
+    def is_suspect(self) -> bool:
+        """True if it was retried several times: when it is refused again, what it asks for may be the cause."""
+        return self.retries >= _REPEATED
 
     def unreported_cost(self, seconds: float) -> float:
         """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""

@@ -139,6 +139,24 @@ def test_a_throttled_call_lowers_the_tightest_quota() -> None:
     assert limiter.wait(5.0, ONE).seconds == pytest.approx(1.0), "calls go on at the rate, not in a burst"
 
 
+def test_a_throttled_call_that_may_be_the_only_one_lowers_no_given_quota_unless_it_names_one() -> None:
+    limiter = RateLimiter([PER_MINUTE])
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0, confirmed=False)
+    assert limiter.wait(0.0, ONE, ahead=Charge(requests=59)).seconds == 0.0
+    scope = RateScope(unit="requests", period=60.0)
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0, scope=scope, confirmed=False)
+    assert limiter.wait(0.0, ONE).seconds == pytest.approx(5.0)
+
+
+def test_only_a_limit_that_headers_show_can_be_used_up_as_observed() -> None:
+    limiter = RateLimiter([Quota(requests=1, per="minute")])
+    held = limiter.reserve(0.0, ONE)
+    assert limiter.wait(0.0, ONE).seconds > 0.0
+    assert not limiter.is_observed_used_up(0.0, ONE)
+    limiter.update_from_headers(0.0, [RateLimitHeaders(unit="requests", limit=60, remaining=0, reset=30.0)], held)
+    assert limiter.is_observed_used_up(0.0, ONE)
+
+
 PER_DAY = Quota(requests=10_000, per="day")
 
 

@@ -13,7 +13,7 @@ import msgspec
 from forebay._text import format_duration
 from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
-from forebay.interfaces import Outcome, RateLimitHeaders
+from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Limit
 from forebay.quota import HeldCharge, RateLimiter
 from forebay.task import Priority
@@ -45,7 +45,6 @@ _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttle
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
-_REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
@@ -477,7 +476,12 @@ class Account:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
         if outcome.rate_limited:
             self.quotas.record_throttled(
-                now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers, scope=outcome.rate_scope
+                now,
+                permit.reservation,
+                outcome.retry_after,
+                outcome.rate_limit_headers,
+                scope=outcome.rate_scope,
+                confirmed=self._refusals.found_limit,
             )
         elif outcome.released:
             self.quotas.release(now, permit.reservation)
@@ -526,10 +530,19 @@ class Account:
             permit.grant.in_flight,
             named=outcome.rate_limited,
             retry_after=outcome.retry_after,
-            repeated=permit.request.retries >= _REPEATED,
-            quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
+            repeated=permit.request.is_suspect,
+            quota_explains=outcome.rate_limited and self._quota_explains(now, permit.request.charge),
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
+
+    def _quota_explains(self, now: float, charge: Charge) -> bool:
+        """Return whether a quota explains a refusal: its headers say so, or it was lowered since all calls are refused.
+
+        That the calls have used up a given quota does not: they have kept to it.
+        """
+        if self._refusals.found_limit:
+            return self.quotas.wait(now, charge).seconds > 0.0
+        return self.quotas.is_observed_used_up(now, charge)
 
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""

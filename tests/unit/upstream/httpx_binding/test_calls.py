@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import gzip
 import json
 import pickle
+import statistics
 import threading
 from types import ModuleType
 from typing import Any
@@ -530,6 +532,56 @@ async def test_a_probe_that_is_refused_stops_no_other_model() -> None:
         group.create_task(ask_often(1.0, model="o3", max_tokens=65_536))
         others = [group.create_task(ask_often(pause)) for pause in (0.3, 0.7)]
     assert all(other.result() == {200} for other in others)
+
+
+class RefusedForItself(Script):
+    """A provider that refuses requests for many tokens for a rate, and answers others, all after half a second."""
+
+    def __init__(self, retry_after: int) -> None:
+        refusal = Reply.error(429, "Extra usage is required", retry_after=str(retry_after))
+        super().__init__(httpx2, dataclasses.replace(refusal, pause=0.5))
+
+    def next(self, request: Any) -> Reply:
+        body = json.loads(request.content)
+        return super().next(request) if body["max_tokens"] > 1_000 else Reply(pause=0.5)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "pause", "least", "median"),
+    # With a call in 0.9 s the others alone are more than the quota grants, so that it is used up most of the time.
+    [(1, 2.0, 0.97, 12.0), (5, 2.0, 0.97, 12.0), (20, 2.0, 0.97, 12.0), (5, 0.9, 0.9, 60.0)],
+)
+@virtual
+async def test_requests_that_are_refused_for_what_they_ask_use_up_no_quota_that_was_given(
+    retry_after: int, pause: float, least: float, median: float
+) -> None:
+    client = RefusedForItself(retry_after).client(upstream(quotas=[Quota(requests=60, per="minute")]))
+
+    async def ask_in_a_loop() -> None:
+        await asyncio.sleep(10.0)
+        while now() < 900.0:
+            with contextlib.suppress(Overloaded, TimeoutError):
+                async with asyncio.timeout(120.0):
+                    await ask(client, max_tokens=65_536)
+            await asyncio.sleep(1.0)
+
+    async def ask_once() -> tuple[int, float]:
+        begun = now()
+        try:
+            return (await ask(client)).status_code, now() - begun
+        except Overloaded:
+            return 429, now() - begun
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(ask_in_a_loop())
+        others = []
+        while now() < 900.0:
+            others.append(group.create_task(ask_once()))
+            await asyncio.sleep(pause)
+    results = [other.result() for other in others]
+    assert sum(status == 200 for status, _ in results) >= least * len(results)
+    assert statistics.median(seconds for _, seconds in results) < median
 
 
 @virtual

@@ -62,6 +62,11 @@ class RefusalControl:
         """True from a refusal until a call is accepted that was sent after it: a call sent now is a trial call."""
         return self._pause.blocked
 
+    @property
+    def found_limit(self) -> bool:
+        """True while calls are refused, once a trial has found a limit: no single call is the cause."""
+        return self._judged and self._pause.blocked
+
     def paused(self, now: float) -> bool:
         """Return whether calls are refused, and not even a trial call may be sent now."""
         return self._pause.wait(now) > 0.0
@@ -139,7 +144,7 @@ class RefusalControl:
             return True
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
         late = now >= sent_at + RIGHT_AFTER
-        verdict = self._trial.record_refused(sent_at)
+        verdict = None if repeated else self._trial.record_refused(sent_at)
         more = self._cause.record_refused(
             now, sent_at, in_flight, rising=self.rate.rising or not begins, paused=self._pause.silent
         )
@@ -148,7 +153,7 @@ class RefusalControl:
             self._untried += 1
         if verdict is TrialVerdict.LIMIT:
             self._record_limit(now)
-        if self._pause.silent and not self._began_above and not late:
+        if self._pause.silent and not (self._began_above or late or repeated):
             self._cause.record_silent_refusal(in_flight)
         rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
