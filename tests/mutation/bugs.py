@@ -28,7 +28,7 @@ from forebay.gateway.connection_pool import PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
@@ -81,7 +81,7 @@ from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
-from forebay.upstream.accounts.refusals import RefusalControl
+from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
@@ -992,13 +992,6 @@ def the_word_of_one_refused_call_uses_up_a_given_quota() -> None:
     replace(RateLimiter, original, record_throttled)
 
 
-def a_given_quota_that_calls_have_kept_to_explains_refusals() -> None:
-    def _quota_explains(self: Account, now: float, charge: Charge) -> bool:
-        return self.quotas.wait(now, charge).seconds > 0.0
-
-    replace(Account, Account._quota_explains, _quota_explains)
-
-
 def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> None:
     original = call_flow._Retrying._waits_for_quota
 
@@ -1011,6 +1004,28 @@ def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> N
             request.retries = retries
 
     replace(call_flow._Retrying, original, _waits_for_quota)
+
+
+# --- which calls a provider had in flight ---
+
+
+def a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known() -> None:
+    vars(refusal_cause)["_KNOWN_AFTER"] = 0.0
+
+
+def a_call_that_is_refused_again_was_in_flight() -> None:
+    original = RefusalControl.record_refused
+
+    def record_refused(self: RefusalControl, *args: Any, repeated: bool = False, **kwargs: Any) -> bool:
+        if not repeated:
+            return original(self, *args, **kwargs)
+        cause, self._cause = self._cause, RefusalCause()
+        try:
+            return original(self, *args, repeated=repeated, **kwargs)
+        finally:
+            self._cause = cause
+
+    replace(RefusalControl, original, record_refused)
 
 
 # --- quotas that headers show, and the places of retries ---

@@ -270,9 +270,6 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_word_of_one_refused_call_uses_up_a_given_quota: (
         test_calls.test_requests_that_are_refused_for_what_they_ask_use_up_no_quota_that_was_given
     ),
-    bugs.a_given_quota_that_calls_have_kept_to_explains_refusals: (
-        test_calls.test_requests_that_are_refused_for_what_they_ask_use_up_no_quota_that_was_given
-    ),
     bugs.a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue: (
         test_call_flow.test_a_call_that_is_refused_again_and_again_waits_for_no_quota_but_for_its_permission
     ),
@@ -356,6 +353,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.evidence_fades_and_calls_in_flight_are_forgotten_in_a_pause: (
         test_refusal_cause.test_a_pause_makes_nothing_older
+    ),
+    bugs.a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known: (
+        test_refusal_cause.test_a_call_that_is_accepted_at_once_contradicts_nothing_before_the_refusals_beside_it_are_known
+    ),
+    bugs.a_call_that_is_refused_again_was_in_flight: (
+        test_refusal_control.test_a_call_that_is_refused_again_and_again_is_not_in_flight_with_those_that_are_accepted
     ),
     bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (
         test_refusal_detector.test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it

@@ -177,15 +177,6 @@ class RateLimiter:
                 longest, limited_by = seconds, _name(unit, bucket.period)
         return QuotaDelay(longest, limited_by)
 
-    def is_observed_used_up(self, now: float, charge: Charge) -> bool:
-        """Return whether a call of this charge has to wait for a limit that headers show."""
-        self._advance(now)
-        return any(
-            observed.holds(now, amount) and observed.bucket.wait(now, amount) > 0.0
-            for unit, observed in self._observed.items()
-            if (amount := getattr(charge, unit))
-        )
-
     def headroom(self, now: float, charge: Charge) -> list[QuotaHeadroom]:
         """Return what others may take now without delaying a waiting call of this charge, the scarcest quota first.
 

@@ -148,15 +148,6 @@ def test_a_throttled_call_that_may_be_the_only_one_lowers_no_given_quota_unless_
     assert limiter.wait(0.0, ONE).seconds == pytest.approx(5.0)
 
 
-def test_only_a_limit_that_headers_show_can_be_used_up_as_observed() -> None:
-    limiter = RateLimiter([Quota(requests=1, per="minute")])
-    held = limiter.reserve(0.0, ONE)
-    assert limiter.wait(0.0, ONE).seconds > 0.0
-    assert not limiter.is_observed_used_up(0.0, ONE)
-    limiter.update_from_headers(0.0, [RateLimitHeaders(unit="requests", limit=60, remaining=0, reset=30.0)], held)
-    assert limiter.is_observed_used_up(0.0, ONE)
-
-
 PER_DAY = Quota(requests=10_000, per="day")
 
 

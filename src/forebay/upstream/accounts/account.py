@@ -13,7 +13,7 @@ import msgspec
 from forebay._text import format_duration
 from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
-from forebay.interfaces import Charge, Outcome, RateLimitHeaders
+from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.limit import Limit
 from forebay.quota import HeldCharge, RateLimiter
 from forebay.task import Priority
@@ -531,18 +531,9 @@ class Account:
             named=outcome.rate_limited,
             retry_after=outcome.retry_after,
             repeated=permit.request.is_suspect,
-            quota_explains=outcome.rate_limited and self._quota_explains(now, permit.request.charge),
+            quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
-
-    def _quota_explains(self, now: float, charge: Charge) -> bool:
-        """Return whether a quota explains a refusal: its headers say so, or it was lowered since all calls are refused.
-
-        That the calls have used up a given quota does not: they have kept to it.
-        """
-        if self._refusals.found_limit:
-            return self.quotas.wait(now, charge).seconds > 0.0
-        return self.quotas.is_observed_used_up(now, charge)
 
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""

@@ -141,6 +141,7 @@ class RefusalControl:
         """
         if repeated and not (self._pause.blocked or self.rate.known):
             self.rate.record_refused()
+            self._cause.record_unserved(now, sent_at, in_flight)
             return True
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
         late = now >= sent_at + RIGHT_AFTER

@@ -117,3 +117,16 @@ def test_calls_that_are_refused_again_and_again_do_not_show_a_limit(repeated: bo
         control.record_sent(2.0 + 0.01 * n)
         control.record_refused(2.0 + 0.01 * n, 2.0 + 0.01 * n, 1, repeated=repeated)
     assert control.found_limit is not repeated
+
+
+def test_a_call_that_is_refused_again_and_again_is_not_in_flight_with_those_that_are_accepted() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 8)
+    for row in (1.0, 5.0):
+        control.record_sent(row)
+        control.record_sent(row + 0.05)
+        control.record_refused(row + 0.1, row, 9, repeated=True)
+        control.record_accepted(row + 0.55, row + 0.05, 9)
+        rate = refuse(control, row + 1.5, 9, named=True)
+        accept(control, row + 3.7, 8)
+    assert not rate
