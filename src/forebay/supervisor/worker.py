@@ -10,6 +10,7 @@ from typing import Any
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
+from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -34,6 +35,7 @@ class WorkerAgent:
         max_concurrent: int,
         max_open: int | None = None,
         timeout: float,
+        retry: Retry | None = None,
         breaker: Breaker,
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
@@ -45,6 +47,7 @@ class WorkerAgent:
         self._max_concurrent = max_concurrent
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.timeout = timeout
+        self.retry = retry
         self.breaker = breaker
         self.current_tasks = 0  # slots taken, zombies included
         self.suspended = 0  # runs that have lent their slot and wait for tasks

@@ -62,11 +62,6 @@ class RefusalControl:
         """True from a refusal until a call is accepted that was sent after it: a call sent now is a trial call."""
         return self._pause.blocked
 
-    @property
-    def found_limit(self) -> bool:
-        """True while calls are refused, once a trial has found a limit: no single call is the cause."""
-        return self._judged and self._pause.blocked
-
     def paused(self, now: float) -> bool:
         """Return whether calls are refused, and not even a trial call may be sent now."""
         return self._pause.wait(now) > 0.0
@@ -145,7 +140,7 @@ class RefusalControl:
             return True
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
         late = now >= sent_at + RIGHT_AFTER
-        verdict = None if repeated else self._trial.record_refused(sent_at)
+        verdict = self._trial.record_refused(sent_at)
         more = self._cause.record_refused(
             now, sent_at, in_flight, rising=self.rate.rising or not begins, paused=self._pause.silent
         )

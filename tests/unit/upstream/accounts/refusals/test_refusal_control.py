@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from forebay.upstream.accounts.refusals import RefusalControl
 
 
@@ -103,20 +101,6 @@ def test_a_pause_is_over_when_the_clock_goes_back() -> None:
     burst(control, 1000.0, 1, named=True)
     assert control.wait(1000.3) > 0.0
     assert control.wait(0.0) == 0.0
-
-
-@pytest.mark.parametrize("repeated", [False, True])
-def test_calls_that_are_refused_again_and_again_do_not_show_a_limit(repeated: bool) -> None:  # noqa: FBT001
-    control = RefusalControl()
-    for n in range(20):
-        control.record_sent(0.1 * n)
-        control.record_accepted(0.1 * n, 0.1 * n, 1)
-    control.record_sent(2.0)
-    control.record_refused(2.0, 2.0, 1)
-    for n in range(1, 9):
-        control.record_sent(2.0 + 0.01 * n)
-        control.record_refused(2.0 + 0.01 * n, 2.0 + 0.01 * n, 1, repeated=repeated)
-    assert control.found_limit is not repeated
 
 
 def test_a_call_that_is_refused_again_and_again_is_not_in_flight_with_those_that_are_accepted() -> None:
