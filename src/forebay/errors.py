@@ -223,7 +223,7 @@ class UnknownTaskType(ForebayError, LookupError):
 
 class UnknownTask(ForebayError, LookupError):
     """No task {task_id!r} is known here: it was never submitted, or it ended so long ago that its result is no longer
-    kept.
+    kept. If an overflow may have it, ask that too: await supervisor.find({task_id!r}).
     """
 
     task_id: str
@@ -337,7 +337,7 @@ class LoopStopped(ForebayError, RuntimeError):
 
 class StillSpilled(ForebayError):
     """Task {task_id!r} is kept in the overflow, and this supervisor drained or closed before it ran: it is not lost. It
-    runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its result.
+    runs when a supervisor with the same overflow next starts; then `await supervisor.find({task_id!r})` has its ticket.
     """
 
     task_id: str

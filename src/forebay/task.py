@@ -33,12 +33,16 @@ class Verdict(Enum):
 
 
 class TaskStatus(Enum):
-    """The state of a task. The last five are final: every task that was not rejected ends in exactly one of them."""
+    """The state of a task. The last five are final: every task that was not rejected ends in exactly one of them.
+
+    UNKNOWN is a ticket whose task ended in another process and left no result, or of which the overflow gave no answer.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
     SPILLED = "spilled"
     REJECTED = "rejected"
+    UNKNOWN = "unknown"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     TIMED_OUT = "timed_out"

@@ -208,8 +208,19 @@ async def test_a_ticket_that_is_not_known() -> None:
 @virtual
 async def test_a_ticket_that_the_overflow_does_not_know_either() -> None:
     async with make_supervisor(overflow="memory://") as supervisor:
-        assert isinstance(await error_of(supervisor.ticket("unknown")), UnknownTask)
-    assert isinstance(await error_of(supervisor.ticket("unknown")), StoreUnavailable)  # it has closed
+        assert await supervisor.find("unknown") is None
+        assert await supervisor.find(key="unknown") is None
+        with pytest.raises(UnknownTask, match=r"await supervisor\.find\('unknown'\)"):
+            supervisor.ticket("unknown")
+    assert isinstance(await error_of(supervisor.find("unknown")), SupervisorClosed)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"task_id": "a", "key": "k"}, {"task_id": 5}, {"key": 5}])
+@virtual
+async def test_what_is_not_one_id_or_key_is_not_looked_for(arguments: dict[str, Any]) -> None:
+    async with make_supervisor() as supervisor:
+        with pytest.raises(InvalidSetting, match=r"find\(key="):
+            await supervisor.find(**arguments)
 
 
 # --- payloads --------------------------------------------------------------------------------------------------------

@@ -62,11 +62,10 @@ from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.leases import HeldLeases
-from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.stored_tasks import StoredTasks
-from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
@@ -503,7 +502,7 @@ def closing_starts_what_waits() -> None:
 
 
 def a_ticket_asked_for_by_id_has_no_deadline() -> None:
-    skip(StoreLookup._apply, Ticket.restore)
+    skip(found_ticket, Ticket.restore)
 
 
 def deadlines_follow_the_wall_clock() -> None:
@@ -1342,3 +1341,14 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
         return False
 
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
+
+
+# --- what a web app needs ---
+
+
+def a_task_that_expires_as_it_comes_back_cannot_be_found() -> None:
+    skip(Refiller._start_or_queue, TicketRegistry.add)
+
+
+def a_found_task_runs_as_it_was_read() -> None:
+    skip(found_ticket, Ticket.mark_found)

@@ -528,6 +528,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_a_nested_upstream_has_judged_counts_again: (
         test_upstream_retries.test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one
     ),
+    # --- what a web app needs ---
+    bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
+        test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted
+    ),
+    bugs.a_found_task_runs_as_it_was_read: (
+        test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
+    ),
 }
 
 

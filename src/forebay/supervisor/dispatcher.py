@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from forebay._text import format_duration
 from forebay.admission import RANK_LAST
 from forebay.context import RunningTask
-from forebay.errors import UnknownTask
+from forebay.errors import SupervisorClosed, UnknownTask
 from forebay.events import TaskStarted
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
@@ -359,16 +359,32 @@ class Dispatcher:
     # --- tickets ---
 
     def ticket(self, task_id: str) -> Ticket:
-        """Return the ticket of a task that is inside, has ended lately, or may be stored.
+        """Return the ticket of a task that this process knows.
 
         Raises:
-            UnknownTask: there is no such task, and no overflow to look it up in.
+            UnknownTask: it knows no such task.
         """
-        if ticket := self._registry.get(task_id):
-            return ticket
-        if self.spill is None:
+        if (ticket := self._registry.find(task_id)) is None:
             raise UnknownTask(task_id=task_id)
-        return self.spill.lookup.by_id(task_id)
+        return ticket
+
+    async def find(self, task_id: str | None, key: str | None) -> Ticket | None:
+        """Return the ticket of a task that this process or the store knows by its id or its key, or None.
+
+        Raises:
+            SupervisorClosed: this process does not know it, and the supervisor has closed.
+            StoreUnavailable: the store cannot be asked.
+        """
+        registry = self._registry
+        known = registry.find(task_id) if task_id is not None else registry.by_key.get(key or "")
+        if known is not None:
+            return known
+        if self.core.closed:
+            raise SupervisorClosed(state="closed")
+        if self.spill is None:
+            return None
+        lookup = self.spill.lookup
+        return await (lookup.by_id(task_id) if task_id is not None else lookup.by_key(key or ""))
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because it is awaited."""

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
-from forebay._validate import check_not_negative
+from forebay._validate import check_not_negative, reject
 from forebay.adapters import Config, Handler
 from forebay.engine import DaemonThreadExecutor, Engine
 from forebay.errors import (
@@ -279,13 +279,32 @@ class BackpressureSupervisor:
         )
         return self._admission_here().slot(task)
 
-    def ticket(self, task_id: str) -> Ticket:
-        """Return the ticket of a task that is inside, has ended lately, or is stored in the overflow.
+    async def find(self, task_id: str | None = None, *, key: str | None = None) -> Ticket | None:
+        """Return the ticket of a task by its id or its idempotency key, or None if there is no such task.
 
-        The overflow is asked in the background: awaiting the ticket raises UnknownTask if the task is not there.
+        It finds a task that is inside or has ended lately, and asks the overflow, once, for any other.
 
         Raises:
-            UnknownTask: there is no such task, and no overflow to ask.
+            InvalidSetting: neither an id nor a key was given, or both, or no string.
+            StoreUnavailable: the overflow cannot be asked.
+            SupervisorClosed: it is not known here, and the supervisor has closed.
+            NotStarted, WrongLoop: as `submit`.
+        """
+        expected = 'a string, and the only one: find("the id"), or find(key="the key")'
+        if key is not None and (task_id is not None or not isinstance(key, str)):
+            reject("find", "key", key, expected)
+        if key is None and not isinstance(task_id, str):
+            reject("find", "task_id", task_id, expected)
+        return await self._dispatcher_here().find(task_id, key)
+
+    def ticket(self, task_id: str) -> Ticket:
+        """Return the ticket of a task that this process knows: it is inside, or has ended lately.
+
+        This asks no overflow: use `find` for a task that may only be stored there.
+
+        Raises:
+            UnknownTask: this process knows no such task.
+            NotStarted: the supervisor has not been started.
         """
         return self._running().ticket(task_id)
 

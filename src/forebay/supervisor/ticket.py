@@ -16,6 +16,7 @@ from forebay.errors import (
     NestedTooDeep,
     Overloaded,
     ResultUnavailable,
+    StillSpilled,
     TaskCancelled,
     TaskExpired,
     TaskFailed,
@@ -151,6 +152,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     size: int = 0  # estimated bytes of its payload and its result, once it has ended
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
+    found: bool = False  # made for a record that was looked up: its task is read again when the record comes back
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
@@ -471,6 +473,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Replace the task and its deadline by those in the store."""
         self.task = task
         self.deadline = deadline
+        self.found = False
+
+    def mark_found(self) -> None:
+        """Remember that its task was read for whoever asked: its payload may be missing, or not what a handler gets."""
+        self.found = True
 
     # --- the end ---
 
@@ -515,6 +522,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self._outcome = outcome
         if isinstance(outcome, TaskResult):
             self.status = outcome.status
+        elif not isinstance(outcome, StillSpilled):
+            self.status = TaskStatus.UNKNOWN
         if self.slot is not None:
             self.slot.resolve(outcome)
         if self.listeners is not None and isinstance(outcome, TaskResult):
@@ -561,6 +570,17 @@ def spilled_ticket(dispatcher: TicketOwner, task: Task, *, submitted_at: float |
     ticket = Ticket(dispatcher, task, None, None, submitted_at)
     ticket.confirm_spilled()
     ticket.mark_stored()
+    return ticket
+
+
+def found_ticket(
+    dispatcher: TicketOwner, task: Task, deadline: Deadline | None, *, submitted_at: float | None
+) -> Ticket:
+    """Return a ticket for a record that somebody has asked for, and that this process does not hold."""
+    ticket = spilled_ticket(dispatcher, task, submitted_at=submitted_at)
+    ticket.restore(task, deadline)
+    ticket.move_to_store()
+    ticket.mark_found()
     return ticket
 
 

@@ -100,8 +100,8 @@ class DeadLetters:
     async def requeue(self, task_id: str) -> None:
         """Put the task of a letter back into the overflow, in its old order and with no attempts counted.
 
-        Its old tickets have ended; ``supervisor.ticket(task_id)`` returns a new one. A task whose deadline has passed
-        expires.
+        Its old tickets have ended; ``await supervisor.find(task_id)`` returns a new one. A task whose deadline has
+        passed expires.
 
         Raises:
             UnknownTask: there is no letter of that id.
