@@ -280,7 +280,7 @@ class NotStarted(ForebayError, RuntimeError):
 
 
 class AlreadyStarted(ForebayError, RuntimeError):
-    """The supervisor was started before, and starts once: make a new BackpressureSupervisor."""
+    """The supervisor has been started: `await supervisor.close()` before you start it again, or make another one."""
 
 
 class SupervisorClosed(ForebayError, RuntimeError):

@@ -211,8 +211,9 @@ class EventBus:
         self._context = copy_context()  # of the sinks: not that of the task whose event is delivered
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Deliver events in `loop`, and call the sinks in the present context."""
+        """Deliver events in `loop`, and call the sinks in the present context. It may have been closed before."""
         self._loop = loop
+        self._closed = self._delivery_due = False  # what was due may have been left to a loop that has ended
         self._context = copy_context()
 
     def emit(self, event: Event) -> None:
@@ -283,7 +284,7 @@ class EventBus:
         self.active = bool(self._sinks or self._observers or self._subscriptions)
 
     def close(self) -> None:
-        """Deliver what is left to the sinks, and end every subscription, present and future."""
+        """Deliver what is left to the sinks, and end every subscription, present and future, until it starts again."""
         if not self._delivering:
             self._context.run(self._deliver)
         self._closed = True

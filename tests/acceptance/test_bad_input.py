@@ -567,11 +567,14 @@ async def test_a_slot_that_is_entered_twice_or_asked_outside_of_its_block() -> N
 
 
 @virtual
-async def test_a_worker_that_comes_after_the_end() -> None:
-    async with BackpressureSupervisor() as supervisor:
-        pass
-    with pytest.raises(SupervisorClosed):
-        supervisor.register_worker("w", handler=Agent(), task_types=["work"])
+async def test_a_worker_that_comes_while_the_supervisor_closes() -> None:
+    async with make_supervisor() as supervisor:
+        flood(supervisor, "work", 1)
+        closing = asyncio.ensure_future(supervisor.close())
+        await run_ready(1)
+        with pytest.raises(SupervisorClosed, match="is closing"):
+            supervisor.register_worker("w", handler=Agent(), task_types=["work"])
+        await closing
 
 
 @virtual

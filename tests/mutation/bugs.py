@@ -1350,5 +1350,17 @@ def a_task_that_expires_as_it_comes_back_cannot_be_found() -> None:
     skip(Refiller._start_or_queue, TicketRegistry.add)
 
 
+def orphans_return_their_slot_to_the_next_run() -> None:
+    always(RunCompletion, RunCompletion.close, returns=None)
+
+
+def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> None:
+    skip(BackpressureSupervisor._forget_run, WorkerAgent.begin_run)
+
+
+def a_store_waits_for_a_loop_that_has_ended() -> None:
+    skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+
+
 def a_found_task_runs_as_it_was_read() -> None:
     skip(found_ticket, Ticket.mark_found)

@@ -32,6 +32,7 @@ from tests.acceptance import (
     test_nested,
     test_open_runs,
     test_overflow,
+    test_restart,
     test_routing,
     test_shared_overflow,
     test_silent_store,
@@ -531,6 +532,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     # --- what a web app needs ---
     bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
         test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted
+    ),
+    bugs.orphans_return_their_slot_to_the_next_run: (
+        test_restart.test_a_handler_that_outlived_the_close_has_no_slot_in_the_next_run
+    ),
+    bugs.workers_keep_what_happened_to_them_when_their_supervisor_starts_again: (
+        test_restart.test_a_failed_worker_begins_the_next_run_with_its_breaker_closed
+    ),
+    bugs.a_store_waits_for_a_loop_that_has_ended: (
+        test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
     ),
     bugs.a_found_task_runs_as_it_was_read: (
         test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type

@@ -303,6 +303,8 @@ class Dispatcher:
     def source_used(self, run: Run, source: LoadSource) -> None:
         """Record that a run calls `source`, and that the other runs of its worker will."""
         worker = run.worker
+        if run.ended:  # an orphan
+            return
         if source not in worker.sources:
             worker.add_source(source)
             self.start_gate.source_used(run, source)

@@ -31,7 +31,7 @@ from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_closed
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
 from forebay.supervisor.portal import Portal
@@ -53,7 +53,8 @@ class BackpressureSupervisor:
     """Admits, spills or rejects agent tasks by priority, and gives each to the worker that would finish it first.
 
     An async context manager: leaving it drains; leaving it by an error or a cancellation stops the handlers. Either way
-    every ticket ends.
+    every ticket ends. It may be entered again, in any event loop, with its workers and settings and nothing else of its
+    earlier run.
 
     Args:
         backpressure_threshold: the load from which NORMAL tasks are rejected, in (0, 1]. LOW is rejected from 0.75 of
@@ -102,6 +103,7 @@ class BackpressureSupervisor:
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
         )
+        self._overflow = overflow
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
         self._draw: Callable[[], float] = clock.new_random().random
@@ -109,7 +111,7 @@ class BackpressureSupervisor:
         self._codecs = TaskCodecs()
         self._dispatcher: Dispatcher | None = None
         self._admission: AdmissionController | None = None
-        self._threads = DaemonThreadExecutor()
+        self._threads: DaemonThreadExecutor | None = None
         self._loop_monitor: LoopMonitor | None = None
         self._process: int | None = None  # in which it was started
         self._starting: asyncio.Task[None] | None = None
@@ -137,7 +139,7 @@ class BackpressureSupervisor:
         reset_timeout: float | None = 10.0,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
     ) -> WorkerAgent:
-        """Register a worker, before the start or after it.
+        """Register a worker, before the start or after it, or after the close for the next start.
 
         Args:
             name: unique among the workers.
@@ -162,8 +164,8 @@ class BackpressureSupervisor:
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
         """
-        if self._closing is not None:
-            raise SupervisorClosed(state="closed")
+        if self._closing is not None and not self._closing.done():
+            raise SupervisorClosed(state="closing")
         if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would contain itself")
         worker = make_worker(
@@ -186,7 +188,7 @@ class BackpressureSupervisor:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._dispatcher is not None and not self._is_starting:  # otherwise it is left to `start_up`
+        if self._dispatcher is not None and self.running and not self._is_starting:  # otherwise to `start_up`
             add_running_worker(self._dispatcher, worker)
         return worker
 
@@ -344,29 +346,46 @@ class BackpressureSupervisor:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that it runs on, while it runs."""
-        return self._dispatcher.loop if self._dispatcher is not None and self._closing is None else None
+        return self._dispatcher.loop if self._dispatcher is not None and self.running else None
 
     # --- start and end ---
 
     async def start(self) -> None:
-        """Start on the running event loop.
+        """Start on the running event loop. After `close` it may be started again, also on another loop.
+
+        If it is being closed, this waits for the end of that.
 
         Raises:
-            AlreadyStarted: it has been started before.
+            AlreadyStarted: it has been started, and not closed.
             StoreUnavailable: the overflow cannot be opened.
             SupervisorClosed: it was closed meanwhile.
         """
+        while (closing := self._closing) is not None:
+            await wait_until_closed(closing)
+            if self._closing is closing:  # otherwise somebody else has started it meanwhile
+                self._forget_run()
         if self._dispatcher is not None:
             raise AlreadyStarted
-        if self._closing is not None:
-            raise SupervisorClosed(state="closed")
-        loop = asyncio.get_running_loop()
+        dispatcher = self._begin_run(asyncio.get_running_loop())
+        await self._start_up(dispatcher)
+        if self._settings.lag_bound is not None and not clock.is_virtual(dispatcher.loop):
+            self._loop_monitor = LoopMonitor(
+                dispatcher.loop,
+                bound=self._settings.lag_bound,
+                runs=dispatcher.runs,
+                load=dispatcher.load,
+                bus=self._bus,
+            )
+            self._loop_monitor.start()
+
+    def _begin_run(self, loop: asyncio.AbstractEventLoop) -> Dispatcher:
         self._process = os.getpid()
         self._draw = clock.draw_function(loop)
         settings = self._settings
+        threads = self._threads = DaemonThreadExecutor()
         core = Core(
             loop,
-            threads=self._threads,
+            threads=threads,
             bus=self._bus,
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
@@ -377,25 +396,39 @@ class BackpressureSupervisor:
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
-        self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
+        return dispatcher
+
+    async def _start_up(self, dispatcher: Dispatcher) -> None:
+        """Open the overflow and start the handlers, unless the supervisor is closed meanwhile."""
+        starting = self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
         try:
-            await self._starting
+            await starting
         except BaseException:
-            if self._is_starting or self._starting.cancelled() or self._starting.exception() is not None:
-                self._dispatcher = self._admission = None
-            elif self._closing is None:  # cancelled in the turn of the loop in which it had started
-                await self.close()
-                raise
-            if self._closing is not None:
+            if self._dispatcher is dispatcher:  # otherwise it was closed, and started again
+                if not starting.done() or starting.cancelled() or starting.exception() is not None:
+                    self._dispatcher = self._admission = None
+                elif self._closing is None:  # cancelled in the turn of the loop in which it had started
+                    await self.close()
+                    raise
+            if self._is_over(dispatcher):
                 raise SupervisorClosed(state="closed") from None
             raise
-        if self._closing is not None:
+        if self._is_over(dispatcher):
             raise SupervisorClosed(state="closed")
-        if settings.lag_bound is not None and not clock.is_virtual(loop):
-            self._loop_monitor = LoopMonitor(
-                loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
-            )
-            self._loop_monitor.start()
+
+    def _is_over(self, dispatcher: Dispatcher) -> bool:
+        """Return whether a start has come to nothing: the supervisor was closed meanwhile."""
+        return self._closing is not None or self._dispatcher not in (dispatcher, None)
+
+    def _forget_run(self) -> None:
+        """Forget the run that was closed, so that the next one begins with the workers and the settings alone."""
+        self._dispatcher = self._admission = self._loop_monitor = None
+        self._starting = self._closing = None
+        self._drained = False
+        if isinstance(self._overflow, str):  # what was in memory is gone
+            self._store = open_task_store(self._overflow)
+        for worker in self._workers.values():
+            worker.begin_run()
 
     async def wait_until_started(self) -> None:
         """Wait for a start that somebody else has begun; return at once if there is none."""
@@ -425,7 +458,8 @@ class BackpressureSupervisor:
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent. A start in progress is undone.
 
-        If this is cancelled, closing goes on in the background.
+        If this is cancelled, closing goes on in the background. Handlers that did not stop in time count no more, and
+        do not keep a slot if it is started again.
         """
         if self._dispatcher is None:
             return
@@ -447,7 +481,8 @@ class BackpressureSupervisor:
         finally:
             if self._loop_monitor is not None:
                 self._loop_monitor.stop()
-            self._threads.shutdown()
+            if self._threads is not None:
+                self._threads.shutdown()
             self._bus.close()
 
     async def __aenter__(self) -> Self:
@@ -466,6 +501,11 @@ class BackpressureSupervisor:
     def __forebay_handler__(self) -> Handler:
         """Return the handler with which another supervisor starts this one, reads its load and closes it."""
         return as_handler(self)
+
+    @property
+    def running(self) -> bool:
+        """True from the call of `start` to that of `close`."""
+        return self._dispatcher is not None and self._closing is None
 
     @property
     def started(self) -> bool:
@@ -507,6 +547,8 @@ class BackpressureSupervisor:
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
             if (parent := self.forked_from) is not None:
                 raise ForkedProcess(what="The supervisor", parent=parent)
+            if self._closing is not None:
+                raise SupervisorClosed(state="closed")
             raise WrongLoop(what="The supervisor")
         return admission
 

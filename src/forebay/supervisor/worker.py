@@ -46,6 +46,14 @@ class WorkerAgent:
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.timeout = timeout
         self.breaker = breaker
+        self.probes = min(probes, max_concurrent)
+        self._declared = tuple(declared)
+        self._on_revive = on_revive
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Forget what has happened to it, because a run of its supervisor begins."""
+        self.breaker.reset()
         self.current_tasks = 0  # slots taken, zombies included
         self.suspended = 0  # runs that have lent their slot and wait for tasks
         self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
@@ -53,18 +61,16 @@ class WorkerAgent:
         self.stuck = False  # FAILED because zombies hold every slot
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
-        self.probes = min(probes, max_concurrent)
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
         self.counted_slots = 0  # the slots that its pools count for it
         self.pending_claims = 0  # runs that lent their slot and wait to have it back
-        self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
-        self.declared = list(declared)  # those sources that no call has used yet
+        self.sources: dict[LoadSource, None] = dict.fromkeys(self._declared)  # what the calls of its runs use
+        self.declared = list(self._declared)  # those sources that no call has used yet
         self.penalty = 1.0
-        self.ready = handler.start is None  # its handler has started, or need not be started
+        self.ready = self.handler.start is None  # its handler has started, or need not be started
         self.starting = False  # its handler is being started
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
-        self._on_revive = on_revive
 
     def __repr__(self) -> str:
         return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self._max_concurrent})"

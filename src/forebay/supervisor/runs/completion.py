@@ -190,6 +190,12 @@ class RunCompletion:
 
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
+        if run.ended:
+            self._orphan_stopped(run)
+        else:
+            self._run_ended(run, value, cause)
+
+    def _run_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         worker, ticket, task = run.worker, run.ticket, run.task
         cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
@@ -221,6 +227,19 @@ class RunCompletion:
             self._registry.notify_progress()
         if worker.handler.on_end is not None:  # last, because it is user code and may do anything
             call_plain_hook(f"on_end of worker {worker.name!r}", worker.handler.on_end, task)
+
+    def close(self) -> None:
+        """Stop counting the handlers that have not stopped: the next run of the supervisor has their workers."""
+        for run in self._runs:
+            run.orphan()
+
+    def _orphan_stopped(self, run: Run) -> None:
+        """Process the end of a handler that has outlived its supervisor."""
+        self._runs.remove(run)
+        if run.expected_sources:
+            self._on_run_end(run)
+        if run.worker.handler.on_end is not None:
+            call_plain_hook(f"on_end of worker {run.worker.name!r}", run.worker.handler.on_end, run.task)
 
     def _succeeded(self, run: Run, value: Any, now: float, seconds: float, pool: Pool) -> None:
         worker, ticket, task = run.worker, run.ticket, run.task
