@@ -264,8 +264,9 @@ def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
 
 
 def draining_waits_for_a_message_behind_one_that_cannot_start() -> None:
-    def _has_startable(self: Drain) -> bool:
-        return any(map(self._may_run, filter(self._is_unfinished, self._registry.live.values())))
+    def _has_startable(self: Drain, *, without_store: bool = False) -> bool:
+        tickets = filter(self._is_unfinished, self._registry.live.values())
+        return any(self._may_run(ticket, without_store=without_store) for ticket in tickets)
 
     replace(Drain, Drain._has_startable, _has_startable)
 
@@ -567,6 +568,39 @@ def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
     replace(Drain, original, _report)
 
 
+def a_drain_does_not_notice_that_a_run_begins_to_wait() -> None:
+    always(Dispatcher, Dispatcher._tell_drain, returns=None)
+
+
+def a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck() -> None:
+    def begin_await(self: Run, dispatcher: Any) -> None:
+        del dispatcher
+        self.awaited_tasks += 1
+
+    replace(Run, Run.begin_await, begin_await)
+
+
+def draining_without_a_limit_waits_for_a_silent_overflow() -> None:
+    always(Drain, Drain._watch_store, returns=None)
+
+
+def a_task_that_is_stored_as_draining_begins_waits_for_the_close() -> None:
+    skip(AdmissionController._await_store, StoredTasks.release_if_left)
+
+
+def draining_does_not_wait_for_the_end_of_a_task_in_the_overflow() -> None:
+    original = Drain._is_unfinished
+
+    def _is_unfinished(self: Drain, ticket: Ticket) -> bool:
+        return original(self, ticket) and not (ticket.stored and ticket.status is TaskStatus.SPILLED)
+
+    replace(Drain, original, _is_unfinished)
+
+
+def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
+    skip(QueueSpill._write, StoredTasks.complete_again)
+
+
 # --- spend and quotas ---
 
 
@@ -602,6 +636,16 @@ def dollars_that_another_account_has_taken_are_reserved() -> None:
         return self.reserve(now, usd)
 
     replace(BudgetTracker, BudgetTracker.try_reserve, try_reserve)
+
+
+def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
+    def can_afford_unreserved(
+        self: BudgetTracker, now: float, usd: float, priority: Priority = Priority.NORMAL
+    ) -> bool:
+        del priority
+        return usd <= self.budget.usd - self.spent(now)
+
+    replace(BudgetTracker, BudgetTracker.can_afford_unreserved, can_afford_unreserved)
 
 
 def a_tenant_that_has_spent_is_forgotten() -> None:

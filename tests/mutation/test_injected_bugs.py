@@ -37,6 +37,7 @@ from tests.acceptance import (
     test_shared_overflow,
     test_silent_store,
     test_slot,
+    test_start_gate,
     test_stored_text,
     test_stored_tickets,
     test_submitting,
@@ -249,6 +250,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
     bugs.dollars_that_another_account_has_taken_are_reserved: (
         test_spend.test_two_accounts_that_both_see_the_last_dollar_spend_it_once
+    ),
+    bugs.a_free_call_is_told_to_come_back_for_a_budget_that_never_refills: (
+        test_start_gate.test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills
     ),
     bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
     bugs.a_used_quota_is_forgotten_with_its_account: (
@@ -473,6 +477,24 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.draining_does_not_report_what_the_overflow_has_not_answered: (
         test_silent_store.test_draining_reports_the_tasks_whose_end_the_overflow_has_not_stored
+    ),
+    bugs.a_drain_does_not_notice_that_a_run_begins_to_wait: (
+        test_drain.test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_from_ending
+    ),
+    bugs.a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck: (
+        test_drain.test_a_run_that_awaits_a_task_of_the_supervisor_above_finishes_though_others_here_cannot_start
+    ),
+    bugs.draining_without_a_limit_waits_for_a_silent_overflow: (
+        test_silent_store.test_draining_without_a_limit_waits_for_what_runs_and_not_for_a_silent_overflow
+    ),
+    bugs.a_task_that_is_stored_as_draining_begins_waits_for_the_close: (
+        test_silent_store.test_a_task_that_is_stored_as_draining_begins_does_not_wait_for_the_close
+    ),
+    bugs.draining_does_not_wait_for_the_end_of_a_task_in_the_overflow: (
+        test_silent_store.test_draining_waits_for_the_end_of_a_cancelled_task_that_waits_in_the_overflow
+    ),
+    bugs.a_task_that_is_stored_after_its_ticket_has_ended_runs_again: (
+        test_silent_store.test_a_task_that_is_stored_after_its_ticket_has_ended_does_not_run_again
     ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer

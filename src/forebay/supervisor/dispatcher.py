@@ -54,7 +54,7 @@ class Dispatcher:
         self.completion = RunCompletion(
             core, self, runs=self.runs, on_run_end=self.start_gate.run_ended, zombie_grace=settings.zombie_grace
         )
-        self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended)
+        self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
         self.starts = WorkerStarts(core, self)
         self._registry = core.registry
@@ -111,6 +111,7 @@ class Dispatcher:
         for counts in self._counts_of[run.worker]:
             counts.suspend()
         self.return_slot(run)
+        self._tell_drain()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
@@ -139,6 +140,7 @@ class Dispatcher:
             ticket.wait()
             pool.park()
             self._arm_expiry(ticket)
+            self._tell_drain()
         elif worker is not None:
             self.start(ticket, worker)
         else:
@@ -153,6 +155,7 @@ class Dispatcher:
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self._arm_expiry(ticket)
+        self._tell_drain()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
@@ -161,6 +164,11 @@ class Dispatcher:
                     # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
                     self.loop.call_soon(self.dispatch, worker)
                     break
+
+    def _tell_drain(self) -> None:
+        """Wake a drain: a task waits that may be unable to start, or a run awaits one."""
+        if self._registry.listeners:
+            self._registry.notify_progress()
 
     def _arm_expiry(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry_timer is None:

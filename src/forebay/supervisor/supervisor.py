@@ -10,9 +10,10 @@ from typing import Any, Self, TypeVar
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
+from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_not_negative, reject
 from forebay.adapters import Config, Handler
-from forebay.engine import DaemonThreadExecutor, Engine
+from forebay.engine import Engine
 from forebay.errors import (
     AlreadyStarted,
     DrainInside,
@@ -440,6 +441,7 @@ class BackpressureSupervisor:
 
         If the overflow survives the process, waiting tasks go out to it within that time, and so do stored tasks that
         still run when it is up. Handlers that are cancelled, and the last write, have `zombie_grace` seconds more.
+        Without a limit, it waits for what runs, but not for an overflow that answers nothing for 10 seconds.
         Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:

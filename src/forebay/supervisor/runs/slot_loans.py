@@ -46,10 +46,11 @@ class SlotLoan:
     held by tasks that wait here.
     """
 
-    __slots__ = ("_awaiting_run", "_chain", "_exempt", "_runs")
+    __slots__ = ("_awaiting_run", "_chain", "_dispatcher", "_exempt", "_runs")
 
     def __init__(self, dispatcher: RunOwner, awaiting: Run, awaited: Ticket) -> None:
         self._awaiting_run = awaiting
+        self._dispatcher = dispatcher
         # A run that was asked to stop, and awaits a task all the same, keeps its slot: it is at work.
         self._chain = chain = tuple(run for run in run_and_ancestors(awaiting) if run.abandoned_at is None)
         inside = awaited.queue_entry is not None or awaited.run is not None
@@ -58,7 +59,7 @@ class SlotLoan:
         self._runs = chain[
             : max((count for count, run in enumerate(chain, 1) if _may_pass(dispatcher, run)), default=0)
         ]
-        awaiting.begin_await()
+        awaiting.begin_await(dispatcher)
         for run in self._runs:
             run.begin_loan()
         if self._exempt:
@@ -79,7 +80,7 @@ class SlotLoan:
         ``asyncio.timeout``, goes on to work. A run that its supervisor stops does not wait: it ends without a slot.
         """
         awaiting = self._awaiting_run
-        awaiting.end_await()
+        awaiting.end_await(self._dispatcher)
         for run in self._runs:
             run.end_loan()
         if self._exempt:

@@ -87,7 +87,7 @@ class StoreLookup:
     def _task(self, record: TaskRecord) -> Task:
         """Return the task of a record; one that has ended has no payload any more, and others cannot be read here."""
         try:
-            return records.task_of_record(record, self._core.codecs)
+            return records.read_record(record, self._core.codecs)[0]
         except (EnvelopeDamaged, EnvelopeTooNew, InvalidPayload):
             return Task(
                 record.task_type,

@@ -168,6 +168,7 @@ class StoredTasks:
         """Let another process end a task; `StoreMaintenance` looks up the result."""
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
+        self._registry.notify_progress()
 
     def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
@@ -250,10 +251,10 @@ class StoredTasks:
         ticket.begin_store_call()
         self._complete_in_background(ticket, result, self.drop_lease(ticket))
 
-    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
-        """Store the end of a task under a new lease, because the store does not have it yet."""
+    def complete_again(self, ended: Ticket, result: TaskResult, fence: str | None) -> None:
+        """Store the end of a task whose ticket has ended, because the store does not have it yet."""
         ended.begin_store_call()
-        self._complete_in_background(ended, result, lease.fence)
+        self._complete_in_background(ended, result, fence)
 
     def _complete_in_background(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
         again = partial(self._complete_in_background, ticket, result, fence)
@@ -375,8 +376,13 @@ class StoredTasks:
         self.refill_stopped = True
         if self.survives():
             for ticket in self._registry.all_unfinished():
-                if ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls:
-                    self.release(ticket)
+                self.release_if_left(ticket)
+
+    def release_if_left(self, ticket: Ticket) -> None:
+        """Release a task that waits in the store, if it is left there to the next process."""
+        waits = ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls
+        if waits and self.stays_stored and not ticket.done():
+            self.release(ticket)
 
     def end_tickets(self) -> None:
         """End every ticket that is left, because the supervisor stops."""
@@ -384,5 +390,7 @@ class StoredTasks:
             if ticket.stored and self.durable:
                 self.release(ticket)
             else:
-                result = unsuccessful_result(ticket, TaskStatus.CANCELLED, "the supervisor stopped")
-                self._registry.settle(ticket, result)
+                error = "the supervisor stopped"
+                if ticket.pending_store_calls:
+                    error += " before the overflow had answered: it may be run again"
+                self._registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))

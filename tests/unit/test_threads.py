@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from forebay.engine import DaemonThreadExecutor
+from forebay._threads import DaemonThreadExecutor
 
 TIMEOUT = 20.0  # seconds; nothing here takes as long
 
@@ -89,7 +89,7 @@ def test_its_threads_are_daemons(threads: DaemonThreadExecutor) -> None:
 def test_a_job_that_never_ends_does_not_keep_the_interpreter_from_exiting() -> None:
     program = """
 import threading
-from forebay.engine import DaemonThreadExecutor
+from forebay._threads import DaemonThreadExecutor
 began = threading.Event()
 DaemonThreadExecutor().submit(lambda: (began.set(), threading.Event().wait()))
 began.wait()

@@ -1,8 +1,8 @@
 """An executor of daemon threads for plain callables, without a queue.
 
 asyncio's default executor has few threads, shared by everyone, an unbounded queue before them, and is joined at exit.
-Here the slots of the workers are the bound, so every job starts at once; and a handler that never ends cannot keep the
-interpreter from exiting.
+Here those who submit are the bound, such as the slots of the workers, so every job starts at once; and a handler that
+never ends, or a disk that never answers, cannot keep the interpreter from exiting.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ class DaemonThreadExecutor(Executor):
 
     It is passed to ``loop.run_in_executor``, the only way that blocking work takes; a virtual-time loop runs the job
     inline there.
+
+    Args:
+        name: what the names of its threads begin with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "forebay") -> None:
+        self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._free = 0  # threads that wait for a job, minus jobs that wait for a thread
@@ -59,7 +63,7 @@ class DaemonThreadExecutor(Executor):
             if missing:
                 self._free += 1  # the thread that is started below
         if missing:
-            thread = threading.Thread(target=self._work, name=f"forebay-{next(self._numbers)}", daemon=True)
+            thread = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # the system has no more threads
