@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from forebay import clock
+from forebay._json import JsonStruct, plain_field, plain_value
 from forebay._renamed import renamed
 from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
@@ -260,7 +261,7 @@ class Task(_Options, frozen=True):
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"
 
 
-class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+class TaskResult(JsonStruct, frozen=True, kw_only=True):
     """The outcome of a task.
 
     Attributes:
@@ -285,3 +286,22 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     cause: BaseException | None = None
+
+    def as_dict(self, *, values: bool = True) -> dict[str, Any]:
+        """Return it as plain data for JSON, without its cause.
+
+        Args:
+            values: whether the handler's value is in it, as ``result``. If JSON cannot hold it, that is None, and
+                ``result_error`` says why.
+        """
+        fields = {
+            "task_id": self.task_id,
+            "worker_id": self.worker_id,
+            "success": self.success,
+            "status": self.status,
+            "error": self.error,
+            "duration_ms": self.duration_ms,
+            "attempts": self.attempts,
+        }
+        plain = {name: plain_field(value) for name, value in fields.items()}
+        return plain | plain_value("result", self.result) if values else plain

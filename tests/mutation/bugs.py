@@ -21,7 +21,7 @@ from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
-from forebay.events import Event, EventBus, Subscription
+from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import PooledConnection, PooledRequest
@@ -1404,6 +1404,10 @@ def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> N
 
 def a_store_waits_for_a_loop_that_has_ended() -> None:
     skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+
+
+def a_log_of_events_has_what_handlers_report() -> None:
+    replace(TaskProgress, TaskProgress._field_as_dict, Event._field_as_dict)
 
 
 def a_found_task_runs_as_it_was_read() -> None:

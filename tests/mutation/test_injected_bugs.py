@@ -26,6 +26,7 @@ from tests.acceptance import (
     test_gateway_end,
     test_gateway_responses,
     test_hooks,
+    test_json,
     test_leases,
     test_lifecycle,
     test_lost_file,
@@ -564,6 +565,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_store_waits_for_a_loop_that_has_ended: (
         test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
     ),
+    bugs.a_log_of_events_has_what_handlers_report: test_json.test_events_for_a_log_leave_out_what_handlers_return,
     bugs.a_found_task_runs_as_it_was_read: (
         test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
     ),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from forebay._json import JsonStruct
 from forebay.interfaces import WorkerState
 from forebay.task import TaskStatus
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 
-class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerStatistics(JsonStruct, frozen=True, kw_only=True):
     """One worker at one moment. Durations are in milliseconds."""
 
     name: str
@@ -30,7 +29,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     avg_duration_ms: float
 
 
-class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+class Statistics(JsonStruct, frozen=True, kw_only=True):
     """A snapshot of a supervisor.
 
     Attributes:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
-from forebay import context
+from forebay import clock, context
+from forebay._json import plain_field, plain_value
 from forebay._renamed import renamed
 from forebay.context import RunningTask
 from forebay.errors import (
@@ -194,6 +195,36 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Return whether awaiting it returns at once."""
         return self._outcome is not None or self.verdict is Verdict.REJECTED
 
+    def as_dict(self, *, payload: bool = False, values: bool = True) -> dict[str, Any]:
+        """Return it as plain data for JSON, with the result if the task has ended.
+
+        Args:
+            payload: whether the task's payload is in it.
+            values: whether the handler's value is in it, as ``result`` of the result. If JSON cannot hold a value, that
+                is None, and ``result_error`` (or ``payload_error``) says why.
+        """
+        task, outcome = self.task, self._outcome
+        fields = {
+            "task_id": task.task_id,
+            "task_type": task.task_type,
+            "priority": task.priority,
+            "tenant": task.tenant,
+            "key": task.key,
+            "thread_id": task.thread_id,
+            "deadline": None if self.deadline is None else self.deadline.at,
+            "verdict": self.verdict,
+            "status": self.status,
+            "reason": self.reason,
+            "limited_by": self.limited_by,
+            "load": self.load,
+            "retry_after": self.retry_after,
+            "attempts": self.attempts,
+            "error": str(outcome) if isinstance(outcome, ForebayError) else None,
+        }
+        plain = {name: plain_field(value) for name, value in fields.items()}
+        plain["result"] = outcome.as_dict(values=values) if isinstance(outcome, TaskResult) else None
+        return plain | plain_value("payload", task.payload) if payload else plain
+
     def cancel(self, reason: str = "cancelled by its submitter") -> bool:
         """End the task: take it out of the queue or the overflow, or cancel its handler.
 
@@ -290,8 +321,13 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
                 self.listeners = EventBus()
             async with self.listeners.subscribe(bound=MAX_UNREAD_EVENTS + 1) as subscription:
                 if (run := self.run) is not None:
-                    at, worker_id = run.started_at, run.worker.name
-                    yield TaskStarted(at=at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
+                    yield TaskStarted(
+                        at=run.started_at,
+                        time=clock.wall_time() - (self._dispatcher.loop.time() - run.started_at),
+                        task_id=self.task_id,
+                        worker_id=run.worker.name,
+                        attempt=self.attempts,
+                    )
                 while (event := await self._next_event(subscription)) is not None:
                     yield event
         elif isinstance(self._outcome, ForebayError):
@@ -556,8 +592,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
 _DOCUMENTED = (
     *(name for name in dir(object) if name != "__dir__"),
-    "__await__", "__bool__", "cancel", "deadline", "done", "events", "limited_by", "load", "priority", "reason",
-    "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
+    "__await__", "__bool__", "as_dict", "cancel", "deadline", "done", "events", "limited_by", "load", "priority",
+    "reason", "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 from forebay.adapters import Handler
@@ -49,10 +50,17 @@ class WorkerAgent:
         self.probes = min(probes, max_concurrent)
         self._declared = tuple(declared)
         self._on_revive = on_revive
-        self.begin_run()
+        self._orphans: dict[object, tuple[bool, bool]] = {}  # see `add_orphan`
+        self._orphans_lock = Lock()  # the supervisor may start again in another thread, before they have stopped
+        self._reset()
 
     def begin_run(self) -> None:
         """Forget what has happened to it, because a run of its supervisor begins."""
+        with self._orphans_lock:
+            self._orphans.clear()
+            self._reset()
+
+    def _reset(self) -> None:
         self.breaker.reset()
         self.current_tasks = 0  # slots taken, zombies included
         self.suspended = 0  # runs that have lent their slot and wait for tasks
@@ -124,6 +132,19 @@ class WorkerAgent:
     def revive(self) -> None:
         """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
+
+    # --- handlers that outlive their supervisor ---
+
+    def add_orphan(self, run: object, *, holds_slot: bool, zombie: bool) -> None:
+        """Count a run whose supervisor has closed until it stops, but not in the supervisor's next run."""
+        self._orphans[run] = holds_slot, zombie
+
+    def orphan_stopped(self, run: object) -> None:
+        """Stop counting a run whose supervisor has closed."""
+        with self._orphans_lock:
+            holds_slot, zombie = self._orphans.pop(run, (False, False))
+            self.current_tasks -= holds_slot
+            self.zombies -= zombie
 
     # --- the start of its handler ---
 

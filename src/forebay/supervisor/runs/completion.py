@@ -229,13 +229,14 @@ class RunCompletion:
             call_plain_hook(f"on_end of worker {worker.name!r}", worker.handler.on_end, task)
 
     def close(self) -> None:
-        """Stop counting the handlers that have not stopped: the next run of the supervisor has their workers."""
+        """Leave the handlers that have not stopped to their workers: the next run knows nothing of them."""
         for run in self._runs:
-            run.orphan()
+            run.worker.add_orphan(run, holds_slot=run.end(), zombie=run.abandoned_at is not None)
 
     def _orphan_stopped(self, run: Run) -> None:
         """Process the end of a handler that has outlived its supervisor."""
         self._runs.remove(run)
+        run.worker.orphan_stopped(run)
         if run.expected_sources:
             self._on_run_end(run)
         if run.worker.handler.on_end is not None:

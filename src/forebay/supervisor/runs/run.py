@@ -388,10 +388,6 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """Record that its handler has not stopped within the grace."""
         self.zombie = True
 
-    def orphan(self) -> None:
-        """Take it for ended, because its supervisor has closed. Its handler may go on, which concerns nobody."""
-        self.ended, self.holds_slot = True, False
-
     def end(self) -> bool:
         """Record that its handler has really ended; return whether it held a slot, which the caller now returns."""
         if self.is_suspended:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from forebay._json import JsonStruct
 from forebay._validate import check_whole
 from forebay.errors import InvalidPayload, Overloaded, UnknownTask
 from forebay.interfaces import PutResult, RecordState
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 _MAX_PAGE = 1000
 
 
-class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+class DeadLetter(JsonStruct, frozen=True, kw_only=True):
     """A stored task that died.
 
     Attributes:
