@@ -81,6 +81,21 @@ def test_there_are_never_more_threads_than_simultaneous_jobs(threads: DaemonThre
     assert len(seen) == 5
 
 
+def test_with_one_thread_jobs_wait_for_each_other_in_their_order() -> None:
+    threads, go_on, order = DaemonThreadExecutor(max_threads=1), threading.Event(), list[int]()
+
+    def job(number: int) -> int | None:
+        go_on.wait(TIMEOUT)
+        order.append(number)
+        return threading.current_thread().ident
+
+    jobs = [threads.submit(job, number) for number in range(20)]
+    threads.shutdown()  # what waits is done all the same
+    go_on.set()
+    assert len({each.result(TIMEOUT) for each in jobs}) == 1
+    assert order == list(range(20))
+
+
 def test_its_threads_are_daemons(threads: DaemonThreadExecutor) -> None:
     assert threads.submit(lambda: threading.current_thread().daemon).result(TIMEOUT)
     assert threads.submit(lambda: threading.current_thread().name).result(TIMEOUT).startswith("forebay-")

@@ -92,7 +92,7 @@ class SqliteWriter:
             ended.set_result(None)
 
     async def _open(self) -> None:
-        executor = self._executor = DaemonThreadExecutor(f"forebay-{self._path.name}")  # one job at a time
+        executor = self._executor = DaemonThreadExecutor(f"forebay-{self._path.name}", max_threads=1)
         opening = self._run_in_thread(self._open_file)
         try:
             self._connection, self._watch = await asyncio.shield(opening)
