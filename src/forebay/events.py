@@ -181,6 +181,18 @@ class Subscription:
         """True if reading would have to wait."""
         return not self._buffer and not self._closed
 
+    @property
+    def closed(self) -> bool:
+        """True if no more events will come."""
+        return self._closed
+
+    def take_unread(self) -> list[Event]:
+        """Take out every event that can be read now."""
+        unread = []
+        while self._buffer:
+            unread.append(self._buffer.popleft())
+        return unread
+
     def put(self, event: Event) -> None:
         """Add an event, and drop the oldest if the buffer is full."""
         if len(self._buffer) == self._buffer.maxlen:

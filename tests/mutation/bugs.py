@@ -55,6 +55,7 @@ from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
+from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
@@ -1408,6 +1409,17 @@ def a_store_waits_for_a_loop_that_has_ended() -> None:
 
 def a_log_of_events_has_what_handlers_report() -> None:
     replace(TaskProgress, TaskProgress._field_as_dict, Event._field_as_dict)
+
+
+def the_slot_of_a_thread_is_free_when_its_time_is_up() -> None:
+    async def wait_until_left(_: PortalSlot, __: Any, left: asyncio.Future[BaseException | None]) -> Any:
+        try:
+            await asyncio.wait((left,))
+        except asyncio.CancelledError as error:
+            return error
+        return left.result()
+
+    replace(PortalSlot, PortalSlot._wait_until_left, wait_until_left)
 
 
 def a_found_task_runs_as_it_was_read() -> None:

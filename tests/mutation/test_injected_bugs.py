@@ -33,6 +33,7 @@ from tests.acceptance import (
     test_nested,
     test_open_runs,
     test_overflow,
+    test_portal,
     test_restart,
     test_routing,
     test_shared_overflow,
@@ -566,6 +567,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
     ),
     bugs.a_log_of_events_has_what_handlers_report: test_json.test_events_for_a_log_leave_out_what_handlers_return,
+    bugs.the_slot_of_a_thread_is_free_when_its_time_is_up: (
+        test_portal.test_a_block_that_takes_too_long_keeps_its_slot_until_it_is_left
+    ),
     bugs.a_found_task_runs_as_it_was_read: (
         test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
     ),

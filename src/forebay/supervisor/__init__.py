@@ -9,7 +9,7 @@ store), `slot`, `portal` and `nested_supervisor` (other ways to submit), `lifecy
 """
 
 from forebay.supervisor.drain import DrainReport
-from forebay.supervisor.portal import Portal, PortalTicket
+from forebay.supervisor.portal import Portal, PortalEvents, PortalSlot, PortalTicket
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetter, DeadLetters
 from forebay.supervisor.statistics import Statistics, WorkerStatistics
@@ -23,6 +23,8 @@ __all__ = [
     "DeadLetters",
     "DrainReport",
     "Portal",
+    "PortalEvents",
+    "PortalSlot",
     "PortalTicket",
     "Slot",
     "Statistics",

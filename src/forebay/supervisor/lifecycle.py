@@ -58,6 +58,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         if spill is not None:
             spill.end_tickets()
         dispatcher.completion.close()
+        dispatcher.slot_claims.close()
         dispatcher.start_gate.close()
         dispatcher.runner_pool.close()
         dispatcher.core.close()

@@ -313,29 +313,37 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         If the task has started or finished already, that event is yielded first. The newest 1,000 unread events are
         kept.
         """
+        first, subscription = self.listen()
+        try:
+            for event in first:
+                yield event
+            while subscription is not None and (later := await self.next_event(subscription)) is not None:
+                yield later
+        finally:
+            if subscription is not None:
+                subscription.close()
+
+    def listen(self) -> tuple[list[Event], Subscription | None]:
+        """Return the last event so far, if it started or ended already, and a subscription to those to come, if any."""
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
-        if self._outcome is None:
-            self._hold_strongly()
-            if self.listeners is None:
-                self.listeners = EventBus()
-            async with self.listeners.subscribe(bound=MAX_UNREAD_EVENTS + 1) as subscription:
-                if (run := self.run) is not None:
-                    yield TaskStarted(
-                        at=run.started_at,
-                        time=clock.wall_time() - (self._dispatcher.loop.time() - run.started_at),
-                        task_id=self.task_id,
-                        worker_id=run.worker.name,
-                        attempt=self.attempts,
-                    )
-                while (event := await self._next_event(subscription)) is not None:
-                    yield event
-        elif isinstance(self._outcome, ForebayError):
+        if isinstance(self._outcome, ForebayError):
             raise fresh_copy(self._outcome)
-        else:
-            yield TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=self._outcome)
+        now = self._dispatcher.loop.time()
+        if self._outcome is not None:
+            return [TaskFinished(at=now, task_id=self.task_id, result=self._outcome)], None
+        self._hold_strongly()
+        if self.listeners is None:
+            self.listeners = EventBus()
+        subscription = self.listeners.subscribe(bound=MAX_UNREAD_EVENTS + 1)
+        if (run := self.run) is None:
+            return [], subscription
+        at, worker_id = run.started_at, run.worker.name
+        time = clock.wall_time() - (now - at)
+        started = TaskStarted(at=at, time=time, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
+        return [started], subscription
 
-    async def _next_event(self, events: Subscription) -> Event | None:
+    async def next_event(self, events: Subscription) -> Event | None:
         """Wait for the next event. A run that waits for it lends its slot, because the task may need it to start."""
         reclaim = self._dispatcher.lend_slots(context.running_task(), self) if events.empty else None
         try:

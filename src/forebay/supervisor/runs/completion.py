@@ -201,16 +201,10 @@ class RunCompletion:
         now = self._loop.time()
         seconds = now - run.started_at
         holds_slot = run.end()
-        self._runs.remove(run)
-        if run.timer is not None:
-            self._timers.cancel(run.clear_timer())
-        if run.expected_sources:
-            self._on_run_end(run)
+        self._forget(run)
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
-        if ticket.run is run:  # otherwise the task was started again before this handler had stopped
-            ticket.end_run()
         if success:
             self._succeeded(run, value, now, seconds, pool)
         elif run.abandoned_at is None:
@@ -233,12 +227,22 @@ class RunCompletion:
         for run in self._runs:
             run.worker.add_orphan(run, holds_slot=run.end(), zombie=run.abandoned_at is not None)
 
-    def _orphan_stopped(self, run: Run) -> None:
-        """Process the end of a handler that has outlived its supervisor."""
+    def _forget(self, run: Run) -> None:
+        """Drop what is kept for a run while its handler has not ended."""
         self._runs.remove(run)
-        run.worker.orphan_stopped(run)
+        if run.timer is not None:
+            self._timers.cancel(run.clear_timer())
         if run.expected_sources:
             self._on_run_end(run)
+        if run.ticket.run is run:  # otherwise the task was started again before this handler had stopped
+            run.ticket.end_run()
+
+    def _orphan_stopped(self, run: Run) -> None:
+        """Process the end of a handler that has outlived its supervisor."""
+        self._forget(run)
+        run.worker.orphan_stopped(run)
+        if run.task.thread_id is not None and run.ticket.run is None:
+            self._dispatcher.next_in_conversation(run.ticket)
         if run.worker.handler.on_end is not None:
             call_plain_hook(f"on_end of worker {run.worker.name!r}", run.worker.handler.on_end, run.task)
 
