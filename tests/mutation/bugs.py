@@ -24,11 +24,11 @@ from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
-from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
@@ -40,8 +40,10 @@ from forebay.quota import (
     BudgetTracker,
     Price,
     RateLimiter,
+    RateScope,
     rate_limiter,
 )
+from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
@@ -53,10 +55,12 @@ from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
+from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
 from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
+from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -570,7 +574,7 @@ def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
 
 
 def a_drain_does_not_notice_that_a_run_begins_to_wait() -> None:
-    always(Dispatcher, Dispatcher._tell_drain, returns=None)
+    always(Dispatcher, Dispatcher._tell_drains, returns=None)
 
 
 def a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck() -> None:
@@ -651,6 +655,33 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
 
 def a_tenant_that_has_spent_is_forgotten() -> None:
     always(SharedBudget, SharedBudget.is_fresh, returns=True)
+
+
+def debts_of_a_given_quota_are_forgiven() -> None:
+    original = Bucket.take
+
+    def take(self: Bucket, now: float, amount: float) -> None:
+        original(self, now, amount)
+        self.level = max(self.level, -self.amount)
+
+    replace(Bucket, original, take)
+
+
+def any_refusal_lowers_a_given_quota() -> None:
+    original = RateLimiter._empty_tightest
+
+    def _empty_tightest(self: RateLimiter, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
+        original(self, now, charge, wanted, scope or RateScope())
+
+    replace(RateLimiter, original, _empty_tightest)
+
+
+def what_a_strict_quota_has_lent_refills() -> None:
+    replace(Bucket, Bucket.reserve, Bucket.take)
+
+
+def a_strict_quota_reserves_what_is_expected() -> None:
+    always(CallMeter, CallMeter._reserve_most, returns=None)
 
 
 def a_used_quota_is_forgotten_with_its_account() -> None:
@@ -1014,6 +1045,21 @@ def refused_trials_of_a_quota_are_repeated_at_once() -> None:
     always(QuotaDoubt, QuotaDoubt.record_refused, returns=None)
 
 
+def a_trial_that_was_left_is_sent_again_soon() -> None:
+    replace(QuotaDoubt, QuotaDoubt.record_unanswered, QuotaDoubt.cancel)
+
+
+def a_call_that_timed_out_was_accepted() -> None:
+    original = Exchange.connection_failed
+
+    def connection_failed(self: Exchange, permit: Permit, error: Exception, **circumstances: bool) -> Any:
+        result = original(self, permit, error, **circumstances)
+        result.outcome = msgspec.structs.replace(result.outcome, answered=True)
+        return result
+
+    replace(Exchange, original, connection_failed)
+
+
 def accepted_calls_do_not_tell_a_period() -> None:
     always(ObservedLimit, ObservedLimit._count_accepted, returns=None)
 
@@ -1071,6 +1117,10 @@ def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
         return self.transport is not None
 
     replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def a_connection_is_lent_that_is_about_to_be_closed() -> None:
+    always(ConnectionPool, ConnectionPool.may_be_closing, returns=False)
 
 
 def bytes_behind_a_response_lose_it() -> None:
@@ -1386,6 +1436,25 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
         return False
 
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
+
+
+# --- fan-outs and waiting for room ---
+
+
+def who_leaves_a_fan_out_leaves_its_tasks_behind() -> None:
+    always(FanOut, FanOut._stop, returns=None)
+
+
+def agents_that_read_a_fan_out_keep_their_slots() -> None:
+    always(AdmissionController, AdmissionController.lend_slots, returns=None)
+
+
+def the_next_in_line_for_room_is_not_woken() -> None:
+    always(RoomQueue, RoomQueue._wake_first, returns=None)
+
+
+def a_fan_out_has_no_limit() -> None:
+    always(FanOut, FanOut._is_window_full, returns=False)
 
 
 # --- what a web app needs ---

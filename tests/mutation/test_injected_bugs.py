@@ -21,6 +21,7 @@ from tests.acceptance import (
     test_drain,
     test_ending,
     test_events,
+    test_fan_out,
     test_gateway_attacks,
     test_gateway_connections,
     test_gateway_end,
@@ -35,6 +36,7 @@ from tests.acceptance import (
     test_overflow,
     test_portal,
     test_restart,
+    test_room,
     test_routing,
     test_shared_overflow,
     test_silent_store,
@@ -50,7 +52,7 @@ from tests.acceptance import (
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
 from tests.mutation import bugs
-from tests.simulation import test_blame
+from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
@@ -257,6 +259,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_gate.test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills
     ),
     bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
+    bugs.debts_of_a_given_quota_are_forgiven: (
+        test_quota_debt.test_what_calls_use_beyond_their_reservations_is_paid_back_in_full
+    ),
+    bugs.any_refusal_lowers_a_given_quota: (
+        test_quota_debt.test_calls_that_are_always_refused_do_not_use_up_a_given_quota
+    ),
+    bugs.what_a_strict_quota_has_lent_refills: (
+        test_quota_debt.test_what_long_calls_hold_of_a_strict_quota_is_granted_once
+    ),
+    bugs.a_strict_quota_reserves_what_is_expected: test_quota_debt.test_a_strict_quota_is_never_passed,
     bugs.a_used_quota_is_forgotten_with_its_account: (
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),
@@ -383,6 +395,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.refused_trials_of_a_quota_are_repeated_at_once: (
         test_quota_doubt.test_each_refused_trial_makes_the_next_one_rarer_up_to_one_an_hour
     ),
+    bugs.a_trial_that_was_left_is_sent_again_soon: (
+        test_quota_debt.test_a_learned_quota_is_believed_although_nearly_all_callers_leave
+    ),
+    bugs.a_call_that_timed_out_was_accepted: (
+        test_quota_debt.test_a_learned_quota_is_believed_although_nearly_all_callers_leave
+    ),
     bugs.accepted_calls_do_not_tell_a_period: (
         test_observed.test_more_calls_than_a_minute_grants_show_that_a_small_limit_is_one_of_a_second
     ),
@@ -410,6 +428,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
+    ),
+    bugs.a_connection_is_lent_that_is_about_to_be_closed: (
+        test_gateway_connections.test_no_call_is_sent_on_a_connection_that_is_about_to_be_closed
     ),
     bugs.a_body_that_becomes_invalid_leaves_its_reader_waiting: (
         test_gateway_attacks.test_an_invalid_body_ends_its_call
@@ -553,6 +574,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_a_nested_upstream_has_judged_counts_again: (
         test_upstream_retries.test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one
     ),
+    # fan-outs and waiting for room
+    bugs.who_leaves_a_fan_out_leaves_its_tasks_behind: test_fan_out.test_leaving_the_loop_cancels_what_is_outstanding,
+    bugs.agents_that_read_a_fan_out_keep_their_slots: test_fan_out.test_nested_fan_outs_never_deadlock,
+    bugs.the_next_in_line_for_room_is_not_woken: (
+        test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
+    ),
+    bugs.a_fan_out_has_no_limit: test_fan_out.test_the_limit_counts_tasks_of_all_types,
     # --- what a web app needs ---
     bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
         test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from forebay import clock, context
 from forebay._text import format_duration
 from forebay._threads import DaemonThreadExecutor
@@ -174,6 +176,8 @@ class _ProcessPool:
 
     def _run_request(self, task: Task, running: context.RunningTask | None) -> messages.RunTask:
         deadline = task.deadline if running is None else running.deadline
+        if task.retry is not None:  # the supervisor's business, and its `on` may be a function
+            task = msgspec.structs.replace(task, retry=None)
         try:
             encoded = encode_task(task, task.payload, bound=self._engine.max_message_bytes, context=capture_context())
         except (NotSerializable, PayloadTooLarge) as error:

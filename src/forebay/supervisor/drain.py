@@ -18,6 +18,7 @@ from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
+    from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.spill.spill import Spill
@@ -62,6 +63,14 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
 
+    @property
+    def wait_listeners(self) -> list[Callable[[], None]]:
+        """Called whenever a task begins to wait, or a run to await one."""
+
+    @property
+    def retries(self) -> TaskRetries:
+        """The tasks that wait for their next attempt."""
+
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""
 
@@ -98,15 +107,18 @@ class Drain:
         starts, and they have a few seconds for it.
         """
         self._registry.add_listener(self._progress.set)
+        self._dispatcher.wait_listeners.append(self._progress.set)
         try:
             return await self._run(timeout, closing=closing)
         finally:
             self._core.timers.cancel(self._store_timer)
             if self._queue_spill is not None:
                 self._queue_spill.stop()
+            self._dispatcher.wait_listeners.remove(self._progress.set)
             self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
+        self._dispatcher.retries.begin_drain()
         spill = self._dispatcher.spill
         survives = spill is not None and spill.stored.survives()
         inside = self._unfinished_tickets()
@@ -278,12 +290,16 @@ class Drain:
         if ticket.run is not None:
             return ticket.run.awaits_start
         pool = self._core.pools.by_type.get(ticket.task.task_type)
-        if ticket.status is not TaskStatus.SPILLED or pool is None:
+        if ticket.status is not TaskStatus.SPILLED or pool is None or self._is_delayed(ticket):
             return False
         if pool.usable_slots > pool.running:
             return True
         runs = self._dispatcher.runs  # one that awaits its start holds a slot until the overflow answers
         return any(run.awaits_start for worker in pool.workers for run in runs.on(worker))
+
+    def _is_delayed(self, ticket: Ticket) -> bool:
+        spill = self._dispatcher.spill
+        return spill is not None and spill.stored.is_delayed(ticket)
 
     def _is_moving(self) -> bool:
         return self._queue_spill is not None and self._queue_spill.pending

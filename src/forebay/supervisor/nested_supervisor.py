@@ -12,12 +12,14 @@ import msgspec
 from forebay._hooks import await_hook, call_hook, is_awaitable
 from forebay.adapters import Handler
 from forebay.events import log
+from forebay.retry import Retry
 from forebay.task import Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 
+_NO_RETRY = Retry(max_attempts=1)
 MIN_STOP_TIME = 10.0  # seconds, at least, that a handler has to stop when its supervisor closes
 
 
@@ -56,8 +58,11 @@ def as_handler(nested: NestedSupervisor) -> Handler:
             await nested.start()
 
     async def call(task: Task) -> Any:
-        # A durable task is recorded where it was submitted.
-        return await nested.run(msgspec.structs.replace(task, durable=False) if task.durable else task)
+        # A durable task is recorded where it was submitted, and its own policy of retries counts there alone.
+        if task.durable or task.retry is not None:
+            retry = None if task.retry is None else _NO_RETRY
+            task = msgspec.structs.replace(task, durable=False, retry=retry)
+        return await nested.run(task)
 
     return Handler(call=call, nested_supervisor=nested, load=nested.load_of, start=start, stop=nested.close)
 

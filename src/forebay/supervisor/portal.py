@@ -488,7 +488,8 @@ class Portal:
         if (parent := self._supervisor.forked_from) is not None:
             raise ForkedProcess(what="The supervisor", parent=parent)
         if loop is not None and asyncio._get_running_loop() is loop:  # noqa: SLF001 - documented; None in a thread
-            raise WouldDeadlock(call=name)
+            what = f"portal.{name}() blocks its thread and was called on the supervisor's own event loop, which"
+            raise WouldDeadlock(what=what, advice=f"await supervisor.{name}(...) here")
 
     def call(
         self, name: str, work: Coroutine[Any, Any, T], *, timeout: float | None = None, late: str = "", after: str = ""

@@ -198,8 +198,8 @@ class QueueSpill:
             if self._held.get(ticket.task_id) is ticket:
                 self._finish(ticket, failed=self._failed)
             elif ticket.stored and ticket.result is not None:  # `abandon` has ended it: it must not run again
-                fence = self._spill.stored.leases.drop(ticket.task_id)
-                self._spill.stored.complete_again(ticket, ticket.result, fence)
+                lease = self._spill.stored.leases.drop(ticket.task_id)
+                self._spill.stored.complete_again(ticket, ticket.result, lease)
 
     def _finish(self, ticket: Ticket, *, failed: bool) -> None:
         """Release a task that is stored now; leave any other in the queue, to be written again if the store failed."""
@@ -248,5 +248,8 @@ class QueueSpill:
 
 
 def is_movable(ticket: Ticket) -> bool:
-    """Return whether a task waits inside and can be moved: no answer of the store decides about it."""
-    return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls
+    """Return whether a task waits inside and can be moved: no answer of the store decides about it.
+
+    One whose last attempt has not stopped stays: the next process would run it at the same time.
+    """
+    return ticket.status is TaskStatus.WAITING and not (ticket.pending_store_calls or ticket.is_stopping)

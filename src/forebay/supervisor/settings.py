@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay._hooks import is_async
-from forebay._validate import check_positive, check_whole, is_positive, reject
+from forebay._validate import check_instance, check_positive, check_whole, is_positive, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
+from forebay.retry import RetryBudget
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
@@ -29,6 +30,8 @@ class SupervisorSettings:
     lease: float
     max_payload_bytes: int
     max_attempts: int
+    result_retention: float
+    retry_budget: RetryBudget
     keep_results: int
     keep_results_bytes: int
     zombie_grace: float
@@ -36,9 +39,11 @@ class SupervisorSettings:
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)
+        check_instance(_OWNER, "retry_budget", self.retry_budget, RetryBudget, example="RetryBudget(share=0.1)")
         check_positive(_OWNER, "zombie_grace", self.zombie_grace, unit="seconds")
         if not is_positive(self.lease) or self.lease > MAX_LEASE:
             reject(_OWNER, "lease", self.lease, f"a positive number of seconds, at most {MAX_LEASE:.0f}")
+        check_positive(_OWNER, "result_retention", self.result_retention, unit="seconds")
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
         for name, minimum in (

@@ -88,10 +88,18 @@ class StartGate:
         return self.may_start(worker, head[3], waiting=len(pool.queue))
 
     def pick(
-        self, pool: Pool, priority: Priority, *, nested: bool = False, idle_first: bool = False
+        self,
+        pool: Pool,
+        priority: Priority,
+        *,
+        nested: bool = False,
+        idle_first: bool = False,
+        avoid: WorkerAgent | None = None,
     ) -> WorkerAgent | None:
-        """Return the worker on which a run of `priority` may start now, if there is one."""
+        """Return the worker on which a run of `priority` may start now, if there is one, but never `avoid`."""
         worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
+        if worker is avoid and worker is not None:
+            worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
         if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
             return worker
         return None

@@ -11,6 +11,7 @@ from typing import Any
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
+from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -35,6 +36,7 @@ class WorkerAgent:
         max_concurrent: int,
         max_open: int | None = None,
         timeout: float,
+        retry: Retry | None = None,
         breaker: Breaker,
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
@@ -46,6 +48,7 @@ class WorkerAgent:
         self._max_concurrent = max_concurrent
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.timeout = timeout
+        self.retry = retry
         self.breaker = breaker
         self.probes = min(probes, max_concurrent)
         self._declared = tuple(declared)

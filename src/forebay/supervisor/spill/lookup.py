@@ -80,6 +80,8 @@ class StoreLookup:
             self._stored.release(ticket)
         elif state is RecordState.LEASED:
             self._stored.leave_to_other_process(ticket)
+        elif state is RecordState.DELAYED:
+            self._stored.wait_delayed(ticket)
         else:
             self._stored.wait_in_store(ticket)
         return ticket

@@ -66,11 +66,9 @@ class Spill:
         self._store = store
         self._conversations: Conversations = dispatcher.conversations
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
-        self.stored.on_conversation_moved(self.refiller.conversation_moved)
+        self.stored.on_change(self.refiller.count_waiting)
         self.lookup = StoreLookup(core, dispatcher, self.stored)
-        self._maintenance = StoreMaintenance(
-            core, self.stored, self.refiller, lease=settings.lease, max_attempts=settings.max_attempts
-        )
+        self._maintenance = StoreMaintenance(core, self.stored, self.refiller, settings=settings)
         self._last_submitted_at = 0.0
 
     async def open(self) -> None:
@@ -81,6 +79,7 @@ class Spill:
         """
         await self._store.open()
         await self._maintenance.reap()
+        await self.stored.delayed.wake()
         await self.refiller.recount([])
         await self.refiller.recount_conversations()
         if self.stored.durable:
@@ -161,7 +160,8 @@ class Spill:
         # Ended at the epoch, so that pruning drops it.
         completion = Completion(status=TaskStatus.REJECTED.value, finished_at=0.0)
         ticket.forget_record()
-        await self._store.finish(ticket.task_id, completion, fence=self.stored.drop_lease(ticket))
+        lease = self.stored.drop_lease(ticket)
+        await self._store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
         await self._store.prune(before=1.0)
         self.stored.conversation_moved(ticket.task)
 
