@@ -1491,5 +1491,9 @@ def the_slot_of_a_thread_is_free_when_its_time_is_up() -> None:
     replace(PortalSlot, PortalSlot._wait_until_left, wait_until_left)
 
 
+def workers_count_no_failed_attempts() -> None:
+    skip(RunCompletion._failed, WorkerAgent.record_other_end)
+
+
 def a_found_task_runs_as_it_was_read() -> None:
     skip(found_ticket, Ticket.mark_found)

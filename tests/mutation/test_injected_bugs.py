@@ -47,6 +47,7 @@ from tests.acceptance import (
     test_submitting,
     test_upstream,
     test_upstream_retries,
+    test_worker_counters,
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
@@ -597,6 +598,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_log_of_events_has_what_handlers_report: test_json.test_events_for_a_log_leave_out_what_handlers_return,
     bugs.the_slot_of_a_thread_is_free_when_its_time_is_up: (
         test_portal.test_a_block_that_takes_too_long_keeps_its_slot_until_it_is_left
+    ),
+    bugs.workers_count_no_failed_attempts: (
+        test_worker_counters.test_a_retried_task_counts_each_attempt_and_the_supervisor_the_task
     ),
     bugs.a_found_task_runs_as_it_was_read: (
         test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type

@@ -112,7 +112,7 @@ class Dispatcher:
         """Take a slot for a run that has lent its own."""
         worker = run.worker
         run.take_slot()
-        worker.take_slot(probe=run.is_probe)
+        worker.take_slot(self.loop.time(), probe=run.is_probe)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
             counts.resume()
@@ -134,7 +134,7 @@ class Dispatcher:
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
-        worker.return_slot(probe=worker.probing and run.is_probe)
+        worker.return_slot(self.loop.time() if now is None else now, probe=worker.probing and run.is_probe)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
         self.dispatch(worker, now)
@@ -324,7 +324,7 @@ class Dispatcher:
         if ticket.retries is not None or worker.retry is not None or ticket.task.retry is not None:
             self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
-        worker.take_slot(probe=worker.probing)
+        worker.start_run(now, probe=worker.probing)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
         if worker.sources:  # now, or the next task would be started as if this one made no calls

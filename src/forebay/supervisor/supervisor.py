@@ -455,7 +455,7 @@ class BackpressureSupervisor:
     def statistics(self) -> Statistics:
         """Return a snapshot of the counters since the start, and of what is inside now."""
         if self._dispatcher is None or self._admission is None:
-            return Statistics(**worker_statistics(self._workers))
+            return Statistics(**worker_statistics(self._workers, 0.0))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
 
     def events(self, *, bound: int = 1000) -> Subscription:

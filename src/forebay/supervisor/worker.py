@@ -12,12 +12,13 @@ from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
 from forebay.retry import Retry
-from forebay.task import Priority
+from forebay.task import Priority, TaskStatus
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
+_OTHER_ENDS = (TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
 
 
 class WorkerAgent:
@@ -80,6 +81,11 @@ class WorkerAgent:
         self.penalty = 1.0
         self.ready = self.handler.start is None  # its handler has started, or need not be started
         self.starting = False  # its handler is being started
+        self.started = 0  # starts of its handler
+        self.succeeded = 0  # attempts that did
+        self.other_ends = dict.fromkeys(_OTHER_ENDS, 0)  # attempts that ended in another way
+        self.zombies_found = 0  # handlers that outlived their end and the grace
+        self._busy_seconds = 0.0  # times of the returns of slots, less those at which they were taken
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
 
@@ -142,11 +148,12 @@ class WorkerAgent:
         """Count a run whose supervisor has closed until it stops, but not in the supervisor's next run."""
         self._orphans[run] = holds_slot, zombie
 
-    def orphan_stopped(self, run: object) -> None:
+    def orphan_stopped(self, run: object, now: float) -> None:
         """Stop counting a run whose supervisor has closed."""
         with self._orphans_lock:
             holds_slot, zombie = self._orphans.pop(run, (False, False))
-            self.current_tasks -= holds_slot
+            if holds_slot:
+                self.return_slot(now, probe=False)
             self.zombies -= zombie
 
     # --- the start of its handler ---
@@ -162,17 +169,31 @@ class WorkerAgent:
 
     # --- slots ---
 
-    def take_slot(self, *, probe: bool) -> None:
-        """Count one more slot as taken."""
-        self.current_tasks += 1
+    def start_run(self, now: float, *, probe: bool) -> None:
+        """Count a start of its handler, which takes a slot."""
+        self.started += 1
+        self.current_tasks += 1  # as `take_slot`, without another call for each task
+        self._busy_seconds -= now
         if probe:
             self._probes_in_flight += 1
 
-    def return_slot(self, *, probe: bool) -> None:
+    def take_slot(self, now: float, *, probe: bool) -> None:
+        """Count one more slot as taken."""
+        self.current_tasks += 1
+        self._busy_seconds -= now
+        if probe:
+            self._probes_in_flight += 1
+
+    def return_slot(self, now: float, *, probe: bool) -> None:
         """Count one slot less as taken."""
         self.current_tasks -= 1
+        self._busy_seconds += now
         if probe:
             self._probes_in_flight -= 1
+
+    def busy_seconds(self, now: float) -> float:
+        """Return for how many seconds its slots were taken, summed over the slots."""
+        return self._busy_seconds + self.current_tasks * now
 
     def abandon_probe(self) -> None:
         """Stop counting a probe whose run was abandoned; its slot stays taken."""
@@ -231,9 +252,14 @@ class WorkerAgent:
         return task_type in self._durations
 
     def record_success(self, task_type: str, seconds: float) -> None:
-        """Record how long a successful task took."""
+        """Count a success, and record how long it took."""
+        self.succeeded += 1
         duration = self._durations.get(task_type)
         self._durations[task_type] = seconds if duration is None else duration + _DURATION_GAIN * (seconds - duration)
+
+    def record_other_end(self, status: TaskStatus) -> None:
+        """Count an attempt that has ended without success."""
+        self.other_ends[status] += 1
 
     def raise_penalty(self) -> None:
         """Raise the score by half, up to a bound."""
@@ -264,6 +290,10 @@ class WorkerAgent:
     def remove_zombie(self) -> None:
         """Stop counting an abandoned run, because it has stopped."""
         self.zombies -= 1
+
+    def record_zombie(self) -> None:
+        """Count a handler that has outlived the end of its attempt and the grace."""
+        self.zombies_found += 1
 
     def mark_stuck(self) -> None:
         """Remember that the worker is FAILED only because zombies hold every slot."""

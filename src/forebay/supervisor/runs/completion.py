@@ -149,6 +149,7 @@ class RunCompletion:
         if run.abandoned_at is not None or run.ended:
             return
         duration_ms = 1000 * (self._loop.time() - run.started_at)
+        run.worker.record_other_end(status)
         makes_room = self._detach(run, _fault(run) if status is _TIMED_OUT else Outcome.IGNORED)
         result = unsuccessful_result(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
         if status is not _TIMED_OUT or not self._retries.retry(run, result):
@@ -181,6 +182,7 @@ class RunCompletion:
     def _mark_zombie(self, run: Run) -> None:
         worker = run.worker
         run.mark_zombie()
+        worker.record_zombie()
         self.zombies += 1
         task_id, name = run.task.task_id, worker.name
         log.warning(
@@ -251,7 +253,7 @@ class RunCompletion:
     def _orphan_stopped(self, run: Run) -> None:
         """Process the end of a handler that has outlived its supervisor."""
         self._forget(run)
-        run.worker.orphan_stopped(run)
+        run.worker.orphan_stopped(run, self._loop.time())
         if run.task.thread_id is not None and run.ticket.run is None:
             self._dispatcher.next_in_conversation(run.ticket)
         if run.worker.handler.on_end is not None:
@@ -316,6 +318,7 @@ class RunCompletion:
             outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
         elif run.upstream_failed or _is_submitters_mistake(cause):
             outcome = Outcome.IGNORED
+        worker.record_other_end(status)
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
         if status is TaskStatus.FAILED:
