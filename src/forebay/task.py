@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 
@@ -15,6 +15,15 @@ from forebay._renamed import renamed
 from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 from forebay.retry import Retry
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    ResultT_co = TypeVar("ResultT_co", covariant=True, default=Any)  # so that a plain Task is a Task[Any]
+else:
+    from typing import TypeVar
+
+    ResultT_co = TypeVar("ResultT_co", covariant=True)
 
 
 class Priority(IntEnum):
@@ -185,8 +194,11 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     retry: Retry | None = None
 
 
-class Task(_Options, frozen=True):
+class Task(_Options, Generic[ResultT_co], frozen=True):
     """One unit of agent work.
+
+    To a type checker, ``Task[Answer]("research", question)`` is a task whose handler returns an Answer: `run` returns
+    that, and its ticket's `value` too. What a handler really returns is checked by ``register_worker(result=Answer)``.
 
     Attributes:
         task_type: selects the workers that may run it.

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from forebay import clock, context
 from forebay._text import format_duration
@@ -22,7 +22,7 @@ from forebay.errors import (
     TaskCancelled,
     WouldDeadlock,
 )
-from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
+from forebay.task import Deadline, Priority, ResultT_co, Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
     from forebay.context import RunningTask
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 T = TypeVar("T")
+ResultT = TypeVar("ResultT")
 
 _LOOP_CHECK_INTERVAL = 1.0  # seconds
 _MAX_LOOP_PAUSE = 5.0  # seconds for which the loop may stand still, as between two `run_until_complete`
@@ -53,10 +54,10 @@ class PortalSupervisor(Protocol):
     def forked_from(self) -> int | None:
         """The process in which it was started, if this is another one."""
 
-    async def run(self, task: Task) -> Any:
+    async def run(self, task: Task[ResultT], *, wait: float | None = None) -> ResultT:
         """Run a task and return its value."""
 
-    async def submit(self, task: Task) -> Ticket:
+    async def submit(self, task: Task[ResultT], *, wait: float | None = None) -> Ticket[ResultT]:
         """Submit a task."""
 
     async def find(self, task_id: str | None = None, *, key: str | None = None) -> Ticket | None:
@@ -90,7 +91,7 @@ class PortalSupervisor(Protocol):
         """Stop it."""
 
 
-class PortalTicket:
+class PortalTicket(Generic[ResultT_co]):
     """A ticket for threads: what waits blocks. The result of a task that has ended outlives the portal.
 
     Attributes:
@@ -102,10 +103,10 @@ class PortalTicket:
         retry_after: if rejected, seconds after which to try again, or None if unknown.
     """
 
-    def __init__(self, portal: Portal, ticket: Ticket) -> None:
+    def __init__(self, portal: Portal, ticket: Ticket[ResultT_co]) -> None:
         self._portal = portal
         self._ticket = ticket
-        self.task: Task = ticket.task
+        self.task: Task[ResultT_co] = ticket.task
         self.verdict: Verdict = ticket.verdict
         self.reason: str | None = ticket.reason
         self.limited_by: str | None = ticket.limited_by
@@ -150,7 +151,7 @@ class PortalTicket:
     async def _end(self) -> TaskResult:
         return await self._ticket
 
-    def value(self, timeout: float | None = None) -> Any:
+    def value(self, timeout: float | None = None) -> ResultT_co:
         """Wait for the task, for at most `timeout` seconds, and return its handler's value: see ``Ticket.value``.
 
         Raises:
@@ -389,18 +390,19 @@ class Portal:
         self._failure: BaseException | None = None
         self._abort = False
 
-    def run(self, task: Task, *, timeout: float | None = None) -> Any:
+    def run(self, task: Task[ResultT], *, wait: float | None = None, timeout: float | None = None) -> ResultT:
         """Run a task and return its value: see ``supervisor.run``. After `timeout` seconds the task is cancelled."""
         late = f"task {task.task_id!r} has not ended" if isinstance(task, Task) else ""
-        return self.call("run", self._supervisor.run(task), timeout=timeout, late=late, after="it was cancelled")
+        work = self._supervisor.run(task, wait=wait)
+        return self.call("run", work, timeout=timeout, late=late, after="it was cancelled")
 
-    def submit(self, task: Task, *, timeout: float | None = None) -> PortalTicket:
-        """Submit a task: see ``supervisor.submit``. It waits for the overflow at most, where there is one."""
-        late = "the overflow has not answered"
-        after = "the task may be stored"
-        return PortalTicket(
-            self, self.call("submit", self._supervisor.submit(task), timeout=timeout, late=late, after=after)
-        )
+    def submit(
+        self, task: Task[ResultT], *, wait: float | None = None, timeout: float | None = None
+    ) -> PortalTicket[ResultT]:
+        """Submit a task: see ``supervisor.submit``. It may wait for room, and for the overflow."""
+        late, after = "the task was not submitted, or the overflow has not answered", "it may be stored"
+        work = self._supervisor.submit(task, wait=wait)
+        return PortalTicket(self, self.call("submit", work, timeout=timeout, late=late, after=after))
 
     def find(
         self, task_id: str | None = None, *, key: str | None = None, timeout: float | None = None

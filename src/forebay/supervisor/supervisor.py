@@ -51,6 +51,7 @@ from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, Priority, Task
 from forebay.upstream import Upstream
 
+ResultT = TypeVar("ResultT")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -234,7 +235,7 @@ class BackpressureSupervisor:
 
     # --- work ---
 
-    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
+    async def submit(self, task: Task[ResultT], *, wait: float | None = None) -> Ticket[ResultT]:
         """Submit a task to admission control.
 
         Args:
@@ -257,7 +258,7 @@ class BackpressureSupervisor:
         _check_wait(wait)
         return await self._admission_here().submit(task, wait=wait)
 
-    def submit_nowait(self, task: Task) -> Ticket:
+    def submit_nowait(self, task: Task[ResultT]) -> Ticket[ResultT]:
         """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
 
         Raises:
@@ -266,7 +267,7 @@ class BackpressureSupervisor:
         """
         return self._admission_here().submit_nowait(task)
 
-    async def run(self, task: Task, *, wait: float | None = None) -> Any:
+    async def run(self, task: Task[ResultT], *, wait: float | None = None) -> ResultT:
         """Submit a task and return its value; wait for a spilled one until its deadline.
 
         Cancelling this cancels the task, unless others wait for the same work by its key. `wait` is as in `submit`.
@@ -277,7 +278,8 @@ class BackpressureSupervisor:
             Others: as `submit`.
         """
         _check_wait(wait)
-        return await self._admission_here().run(task, wait=wait)
+        value: ResultT = await self._admission_here().run(task, wait=wait)
+        return value
 
     def fan_out(  # noqa: PLR0913 - each has a name
         self,

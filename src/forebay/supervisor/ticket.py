@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -27,7 +27,7 @@ from forebay.errors import (
     fresh_copy,
 )
 from forebay.events import Event, EventBus, Subscription, TaskFinished, TaskStarted
-from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
+from forebay.task import Deadline, Priority, ResultT_co, Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
@@ -114,7 +114,7 @@ class TicketOwner(Protocol):
         """Hold the ticket of a spilled task, because it is awaited."""
 
 
-class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is made in C
+class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a Struct, because it is made in C
     """The answer of admission control to one task; awaiting it returns the ``TaskResult``.
 
     A rejected ticket is false, and awaiting it raises ``Overloaded``. Awaiting any other returns its result however the
@@ -132,7 +132,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     """
 
     _dispatcher: TicketOwner
-    task: Task
+    task: Task[ResultT_co]
     deadline: Deadline | None
     parent: RunningTask | None  # the run that submitted it: nested work goes before newer work of its priority
     submitted_at: float | None = None  # epoch seconds; set if it has a deadline or there is an overflow to order
@@ -301,7 +301,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             self.reason or "rejected", limited_by=self.limited_by, load=self.load, retry_after=self.retry_after
         )
 
-    async def value(self, *, cancel_task: bool = False) -> Any:
+    async def value(self, *, cancel_task: bool = False) -> ResultT_co:
         """Wait for the task and return its handler's value.
 
         Args:
@@ -313,7 +313,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
             ResultUnavailable: it succeeded, but only the process that ran it has its value.
         """
-        return value_of(await self._wait(cancel_task=cancel_task))
+        value: ResultT_co = value_of(await self._wait(cancel_task=cancel_task))
+        return value
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield what happens to the task from now on: TaskStarted, TaskProgress, TaskRetried, and last TaskFinished.
