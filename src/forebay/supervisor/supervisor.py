@@ -255,7 +255,8 @@ class BackpressureSupervisor:
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """
-        _check_wait(wait)
+        if wait is not None:
+            _check_wait(wait)
         return await self._admission_here().submit(task, wait=wait)
 
     def submit_nowait(self, task: Task[ResultT]) -> Ticket[ResultT]:
@@ -277,7 +278,8 @@ class BackpressureSupervisor:
             TaskFailed, TaskTimedOut: it ended that way (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
-        _check_wait(wait)
+        if wait is not None:
+            _check_wait(wait)
         value: ResultT = await self._admission_here().run(task, wait=wait)
         return value
 
@@ -356,7 +358,7 @@ class BackpressureSupervisor:
             options: fields of all tasks, such as ``priority=Priority.LOW``.
 
         Raises:
-            As `run` and `fan_out`.
+            Others: as `run` and `fan_out`.
         """
         tasks = (Task(task_type, payload, **options) for payload in payloads)
         values: dict[int, Any] = {}
@@ -679,6 +681,5 @@ class BackpressureSupervisor:
         return self._running()
 
 
-def _check_wait(wait: float | None) -> None:
-    if wait is not None:
-        check_not_negative("submit", "wait", wait, unit="seconds", infinite=True)
+def _check_wait(wait: float) -> None:
+    check_not_negative("submit", "wait", wait, unit="seconds", infinite=True)

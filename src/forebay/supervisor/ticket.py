@@ -255,7 +255,11 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
             reclaim = self._dispatcher.lend_slots(context.running_task(), self)
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
-                    await self._wait_until_resolved()
+                    waiter = self.watch()
+                    try:
+                        await waiter
+                    finally:
+                        self.unwatch(waiter)
             except asyncio.CancelledError:
                 if cancel_task and not self.shared and not self.has_waiters:
                     self.cancel("its caller has gone")  # before reclaiming the slot, which this task may hold
@@ -273,13 +277,6 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
             raise fresh_copy(self._outcome)
         assert self._outcome is not None  # noqa: S101 - it is done
         return self._outcome
-
-    async def _wait_until_resolved(self) -> None:
-        waiter = self.watch()
-        try:
-            await waiter
-        finally:
-            self.unwatch(waiter)
 
     def watch(self) -> asyncio.Future[None]:
         """Return a future that is done once the task has ended; the ticket counts as awaited until `unwatch`."""
