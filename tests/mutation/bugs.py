@@ -21,7 +21,7 @@ from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
-from forebay.events import Event, EventBus, Subscription
+from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
@@ -58,6 +58,7 @@ from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
+from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
@@ -66,11 +67,10 @@ from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.leases import HeldLeases
-from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.stored_tasks import StoredTasks
-from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
@@ -508,7 +508,7 @@ def closing_starts_what_waits() -> None:
 
 
 def a_ticket_asked_for_by_id_has_no_deadline() -> None:
-    skip(StoreLookup._apply, Ticket.restore)
+    skip(found_ticket, Ticket.restore)
 
 
 def deadlines_follow_the_wall_clock() -> None:
@@ -1504,3 +1504,45 @@ def the_next_in_line_for_room_is_not_woken() -> None:
 
 def a_fan_out_has_no_limit() -> None:
     always(FanOut, FanOut._is_window_full, returns=False)
+
+
+# --- what a web app needs ---
+
+
+def a_task_that_expires_as_it_comes_back_cannot_be_found() -> None:
+    skip(Refiller._start_or_queue, TicketRegistry.add)
+
+
+def orphans_return_their_slot_to_the_next_run() -> None:
+    always(RunCompletion, RunCompletion.close, returns=None)
+
+
+def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> None:
+    skip(BackpressureSupervisor._forget_run, WorkerAgent.begin_run)
+
+
+def a_store_waits_for_a_loop_that_has_ended() -> None:
+    skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+
+
+def a_log_of_events_has_what_handlers_report() -> None:
+    replace(TaskProgress, TaskProgress._field_as_dict, Event._field_as_dict)
+
+
+def the_slot_of_a_thread_is_free_when_its_time_is_up() -> None:
+    async def wait_until_left(_: PortalSlot, __: Any, left: asyncio.Future[BaseException | None]) -> Any:
+        try:
+            await asyncio.wait((left,))
+        except asyncio.CancelledError as error:
+            return error
+        return left.result()
+
+    replace(PortalSlot, PortalSlot._wait_until_left, wait_until_left)
+
+
+def workers_count_no_failed_attempts() -> None:
+    skip(RunCompletion._failed, WorkerAgent.record_other_end)
+
+
+def a_found_task_runs_as_it_was_read() -> None:
+    skip(found_ticket, Ticket.mark_found)

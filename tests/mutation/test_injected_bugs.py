@@ -27,12 +27,15 @@ from tests.acceptance import (
     test_gateway_end,
     test_gateway_responses,
     test_hooks,
+    test_json,
     test_leases,
     test_lifecycle,
     test_lost_file,
     test_nested,
     test_open_runs,
     test_overflow,
+    test_portal,
+    test_restart,
     test_room,
     test_routing,
     test_shared_overflow,
@@ -44,6 +47,7 @@ from tests.acceptance import (
     test_submitting,
     test_upstream,
     test_upstream_retries,
+    test_worker_counters,
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
@@ -593,6 +597,29 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
     ),
     bugs.a_fan_out_has_no_limit: test_fan_out.test_the_limit_counts_tasks_of_all_types,
+    # --- what a web app needs ---
+    bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
+        test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted
+    ),
+    bugs.orphans_return_their_slot_to_the_next_run: (
+        test_restart.test_a_handler_that_outlived_the_close_has_no_slot_in_the_next_run
+    ),
+    bugs.workers_keep_what_happened_to_them_when_their_supervisor_starts_again: (
+        test_restart.test_a_failed_worker_begins_the_next_run_with_its_breaker_closed
+    ),
+    bugs.a_store_waits_for_a_loop_that_has_ended: (
+        test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
+    ),
+    bugs.a_log_of_events_has_what_handlers_report: test_json.test_events_for_a_log_leave_out_what_handlers_return,
+    bugs.the_slot_of_a_thread_is_free_when_its_time_is_up: (
+        test_portal.test_a_block_that_takes_too_long_keeps_its_slot_until_it_is_left
+    ),
+    bugs.workers_count_no_failed_attempts: (
+        test_worker_counters.test_a_retried_task_counts_each_attempt_and_the_supervisor_the_task
+    ),
+    bugs.a_found_task_runs_as_it_was_read: (
+        test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
+    ),
 }
 
 

@@ -11,7 +11,7 @@ store), `fan_out`, `slot`, `portal` and `nested_supervisor` (other ways to submi
 
 from forebay.supervisor.drain import DrainReport
 from forebay.supervisor.fan_out import FanOut, FanOutProgress
-from forebay.supervisor.portal import Portal, PortalTicket
+from forebay.supervisor.portal import Portal, PortalEvents, PortalSlot, PortalTicket
 from forebay.supervisor.progress_bar import ProgressBar, progress_bar
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetter, DeadLetters
@@ -28,6 +28,8 @@ __all__ = [
     "FanOut",
     "FanOutProgress",
     "Portal",
+    "PortalEvents",
+    "PortalSlot",
     "PortalTicket",
     "ProgressBar",
     "Slot",
