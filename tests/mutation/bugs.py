@@ -76,7 +76,7 @@ from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Deadline, Priority, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
-from forebay.upstream.accounts import bypass
+from forebay.upstream.accounts import bypass, spend_suspension
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
@@ -85,14 +85,14 @@ from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
-from forebay.upstream.accounts.refusals import RefusalControl
+from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
-from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
@@ -712,7 +712,21 @@ def a_model_never_thinks_between_two_words() -> None:
 
 
 def one_request_that_is_too_dear_stops_the_key() -> None:
-    always(SpendSuspension, SpendSuspension.confirm, returns=math.inf)
+    always(SpendSuspension, SpendSuspension.confirm, returns=Suspended(60.0, math.inf))
+
+
+def two_seconds_of_402s_suspend_the_quietest_key() -> None:
+    vars(spend_suspension)["_GAPS"] = 0.0
+
+
+def the_caller_that_was_refused_takes_every_probe_of_a_suspension() -> None:
+    original = SpendSuspension.begin
+
+    def begin(self: SpendSuspension, now: float, seconds: float) -> None:
+        original(self, now, seconds)
+        self._until_same = now + seconds
+
+    replace(SpendSuspension, original, begin)
 
 
 def a_call_that_cannot_be_metered_passes() -> None:
@@ -901,9 +915,8 @@ def a_few_faults_open_a_breaker() -> None:
 def a_call_that_has_failed_probes() -> None:
     original = Account._provider_unavailable
 
-    def _provider_unavailable(self: Account, now: float, *, free: bool = False, failed: bool = False) -> Any:
-        del failed
-        return original(self, now, free=free)
+    def _provider_unavailable(self: Account, now: float, request: CallRequest | None = None) -> Any:
+        return original(self, now, None if request is None else msgspec.structs.replace(request, failed=False))
 
     replace(Account, original, _provider_unavailable)
 
@@ -1032,6 +1045,42 @@ def a_refusal_empties_the_quota_of_a_day() -> None:
 
 def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
+
+
+def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> None:
+    original = call_flow._Retrying._waits_for_quota
+
+    def _waits_for_quota(self: Any, retry_after: float) -> bool:
+        request = self._route.call_request
+        retries, request.retries = request.retries, 0
+        try:
+            return original(self, retry_after)
+        finally:
+            request.retries = retries
+
+    replace(call_flow._Retrying, original, _waits_for_quota)
+
+
+# --- which calls a provider had in flight ---
+
+
+def a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known() -> None:
+    vars(refusal_cause)["_KNOWN_AFTER"] = 0.0
+
+
+def a_call_that_is_refused_again_was_in_flight() -> None:
+    original = RefusalControl.record_refused
+
+    def record_refused(self: RefusalControl, *args: Any, repeated: bool = False, **kwargs: Any) -> bool:
+        if not repeated:
+            return original(self, *args, **kwargs)
+        cause, self._cause = self._cause, RefusalCause()
+        try:
+            return original(self, *args, repeated=repeated, **kwargs)
+        finally:
+            self._cause = cause
+
+    replace(RefusalControl, original, record_refused)
 
 
 # --- quotas that headers show, and the places of retries ---

@@ -62,7 +62,7 @@ from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
-from tests.unit.upstream import test_core
+from tests.unit.upstream import test_call_flow, test_core
 from tests.unit.upstream.accounts import (
     test_account_retries,
     test_bypass,
@@ -283,6 +283,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.one_request_that_is_too_dear_stops_the_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
     ),
+    bugs.a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue: (
+        test_call_flow.test_a_call_that_is_refused_again_and_again_waits_for_no_quota_but_for_its_permission
+    ),
+    bugs.two_seconds_of_402s_suspend_the_quietest_key: (
+        test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few
+    ),
+    bugs.the_caller_that_was_refused_takes_every_probe_of_a_suspension: (
+        test_calls.test_after_a_night_of_402s_for_one_request_others_are_soon_served
+    ),
     bugs.a_call_that_cannot_be_metered_passes: (
         test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
     ),
@@ -357,6 +366,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.evidence_fades_and_calls_in_flight_are_forgotten_in_a_pause: (
         test_refusal_cause.test_a_pause_makes_nothing_older
+    ),
+    bugs.a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known: (
+        test_refusal_cause.test_a_call_that_is_accepted_at_once_contradicts_nothing_before_the_refusals_beside_it_are_known
+    ),
+    bugs.a_call_that_is_refused_again_was_in_flight: (
+        test_refusal_control.test_a_call_that_is_refused_again_and_again_is_not_in_flight_with_those_that_are_accepted
     ),
     bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (
         test_refusal_detector.test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it
