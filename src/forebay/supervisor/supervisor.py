@@ -36,7 +36,7 @@ from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_closed
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_done
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
 from forebay.supervisor.portal import Portal
@@ -485,7 +485,7 @@ class BackpressureSupervisor:
     async def start(self) -> None:
         """Start on the running event loop. After `close` it may be started again, also on another loop.
 
-        If it is being closed, this waits for the end of that.
+        If it is being closed, this waits for the end of that. If its loop ended before it was closed, that run is over.
 
         Raises:
             AlreadyStarted: it has been started, and not closed.
@@ -493,9 +493,10 @@ class BackpressureSupervisor:
             SupervisorClosed: it was closed meanwhile.
         """
         while (closing := self._closing) is not None:
-            await wait_until_closed(closing)
+            await wait_until_done(closing)
             if self._closing is closing:  # otherwise somebody else has started it meanwhile
                 self._forget_run()
+        self._end_if_cut_off()
         if self._dispatcher is not None:
             raise AlreadyStarted
         dispatcher = self._begin_run(asyncio.get_running_loop())
@@ -566,7 +567,7 @@ class BackpressureSupervisor:
     async def wait_until_started(self) -> None:
         """Wait for a start that somebody else has begun; return at once if there is none."""
         if self._starting is not None:
-            await asyncio.wait((self._starting,))
+            await wait_until_done(self._starting)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
@@ -594,12 +595,27 @@ class BackpressureSupervisor:
 
         If this is cancelled, closing goes on in the background. Handlers that did not stop in time count no more, and
         do not keep a slot if it is started again.
+
+        Raises:
+            WrongLoop: it runs on another event loop.
         """
+        self._end_if_cut_off()
         if self._dispatcher is None:
             return
         if self._closing is None:
+            if asyncio.get_running_loop() is not self._dispatcher.loop:
+                raise WrongLoop(what="The supervisor")
             self._closing = asyncio.ensure_future(self._close(self._dispatcher))
-        await asyncio.shield(self._closing)
+        if self._closing.get_loop() is asyncio.get_running_loop():
+            await asyncio.shield(self._closing)
+        else:
+            await wait_until_done(self._closing)
+
+    def _end_if_cut_off(self) -> None:
+        """Forget a run whose event loop ended before it was closed: nothing of it can go on."""
+        if self._dispatcher is not None and self._closing is None and self._dispatcher.loop.is_closed():
+            self._release_run()
+            self._forget_run()
 
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
@@ -613,11 +629,14 @@ class BackpressureSupervisor:
             grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
             await shut_down(dispatcher, self._workers, grace=grace)
         finally:
-            if self._loop_monitor is not None:
-                self._loop_monitor.stop()
-            if self._threads is not None:
-                self._threads.shutdown()
-            self._bus.close()
+            self._release_run()
+
+    def _release_run(self) -> None:
+        if self._loop_monitor is not None:
+            self._loop_monitor.stop()
+        if self._threads is not None:
+            self._threads.shutdown()
+        self._bus.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -638,8 +657,8 @@ class BackpressureSupervisor:
 
     @property
     def running(self) -> bool:
-        """True from the call of `start` to that of `close`."""
-        return self._dispatcher is not None and self._closing is None
+        """True from the call of `start` to that of `close`, or to the end of its event loop."""
+        return self._dispatcher is not None and self._closing is None and not self._dispatcher.loop.is_closed()
 
     @property
     def started(self) -> bool:

@@ -205,10 +205,7 @@ class RunCompletion:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
         if run.ended:
             self._orphan_stopped(run)
-        else:
-            self._run_ended(run, value, cause)
-
-    def _run_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
+            return
         worker, ticket, task = run.worker, run.ticket, run.task
         cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
