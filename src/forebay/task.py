@@ -25,6 +25,8 @@ else:
 
     ResultT_co = TypeVar("ResultT_co", covariant=True)
 
+DEFAULT_TENANT = "default"
+
 
 class Priority(IntEnum):
     """The importance of a task; a lower number goes first."""
@@ -188,7 +190,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     spill: bool = True
     durable: bool = False
     key: str | None = None
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     thread_id: str | None = None
     estimate: Estimate | None = None
     retry: Retry | None = None

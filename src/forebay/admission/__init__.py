@@ -2,7 +2,9 @@
 
 from forebay.admission.feasibility import EstimateBypass, ServiceTimes
 from forebay.admission.priority_queue import RANK_LAST, PriorityQueue, QueueEntry
-from forebay.admission.retry_after_schedule import RetryAfterSchedule
+from forebay.admission.retry_after_schedule import RetryAfterSchedule, TenantRetrySchedules
+from forebay.admission.tenant_queue import TenantQueue
+from forebay.admission.tenant_turns import TenantTurns
 from forebay.admission.thresholds import PriorityThresholds
 
 __all__ = [
@@ -13,4 +15,7 @@ __all__ = [
     "QueueEntry",
     "RetryAfterSchedule",
     "ServiceTimes",
+    "TenantQueue",
+    "TenantRetrySchedules",
+    "TenantTurns",
 ]
