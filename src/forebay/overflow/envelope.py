@@ -104,9 +104,9 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         PayloadTooLarge: the payload takes more than `bound` bytes; ``size`` is a lower bound of what it takes.
     """
     encoded = _encode_plain(payload, "payload", task.task_id, bound)
-    carried: Any = (
-        None if context is None else msgspec.Raw(_encode_plain(dict(context), "context", task.task_id, bound))
-    )
+    carried: Any = None
+    if context is not None:
+        carried = msgspec.Raw(_encode_plain(dict(context), "context", task.task_id, bound))
     estimate, retry = task.estimate, task.retry
     if retry is not None and retry.on is not Exception:  # in another process the task would be retried after any error
         raise NotSerializable(task_id=task.task_id, path="retry.on", type=type(retry.on).__name__)

@@ -113,12 +113,7 @@ class Runner:
             self.next_run = None
             self.run = run
             if run.abandoned_at is None:
-                own = run.ticket.context
-                if own is None:
-                    own = pool.base_context.copy()
-                elif run.ticket.lease is not None:  # another attempt may follow
-                    own = own.copy()
-                value, cause, waited = yield from _step(run, own)
+                value, cause, waited = yield from _step(run, _own_context(run, pool.base_context))
             else:
                 value, cause, waited = None, asyncio.CancelledError(), False
             self.run = None
@@ -135,7 +130,7 @@ class Runner:
                 log.exception("the end of task %r could not be processed", run.task.task_id)
             if cause is not None and was_interrupted(run, cause):
                 raise_again_if_interrupt(cause)
-            pool.reusable = run = value = cause = own = None
+            pool.reusable = run = value = cause = None
             if not reusable:
                 return
             in_a_row = 0 if waited else in_a_row + 1
@@ -147,6 +142,14 @@ class Runner:
             elif in_a_row >= _MAX_BURST:
                 yield
                 in_a_row = 0
+
+
+def _own_context(run: Run, base: Context) -> Context:
+    """Return the context of a handler: that of its submitter, but a copy if another attempt at the task may follow."""
+    own = run.ticket.context
+    if own is None:
+        return base.copy()
+    return own if run.ticket.lease is None else own.copy()
 
 
 def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
