@@ -19,7 +19,14 @@ from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
+from forebay.admission import (
+    EstimatedTimes,
+    PriorityQueue,
+    PriorityThresholds,
+    RetryAfterSchedule,
+    StandingQueue,
+    feasibility,
+)
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
@@ -1352,3 +1359,22 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
         return False
 
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
+
+
+# --- tasks with deadlines that wait ---
+
+
+def every_task_is_judged_as_if_it_were_like_the_others() -> None:
+    always(EstimatedTimes, EstimatedTimes.of, returns=None)
+
+
+def estimates_that_predict_nothing_are_used() -> None:
+    feasibility._PREDICTS = math.inf
+
+
+def a_burst_is_judged_as_a_queue_that_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=True)
+
+
+def no_queue_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=False)
