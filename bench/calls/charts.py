@@ -90,3 +90,44 @@ def plot_recovery(records: Mapping[str, RunRecord], kind: str, trigger: tuple[fl
         axes.grid(visible=True)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(folder / f"recovery-{kind}.png")
+
+
+def plot_fairness(
+    waits: Mapping[tuple[int, bool], Sequence[float]],
+    gained: Mapping[tuple[str, str], float],
+    floods: Mapping[int, Sequence[float]],
+    places: Sequence[str],
+    folder: Path,
+) -> None:
+    """Plot the waits of CRITICAL tasks, the turns of tenants over what is due to them, and waits beside a flood."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(14, 4), dpi=80, layout="constrained")
+        critical, turns, small = figure.subplots(1, 3)
+        critical.set_title("CRITICAL tasks at 3x the load")
+        for colour, slots in zip(_COLOURS, dict.fromkeys(slots for slots, _ in waits), strict=False):
+            for reserved in (True, False):
+                values = waits[slots, reserved]
+                above = [1 - index / len(values) for index in range(len(values))]
+                label = f"{slots} slots, a fifth reserved" if reserved else f"{slots} slots, none"
+                critical.plot(values, above, label=label, color=colour, linestyle="-" if reserved else ":")
+        critical.axhline(0.01, color="#999999", linewidth=0.8)
+        critical.axvline(1.0, color="#999999", linewidth=0.8)
+        critical.set(yscale="log", ylim=(1e-3, 1), xlim=(0, 2.5), xlabel="wait in service times", ylabel="share above")
+        critical.legend(frameon=False, fontsize=9)
+        turns.set_title("Turns over what the weight says")
+        labels = [f"{tenant}\n{place}" for place, tenant in gained]
+        turns.bar(range(len(gained)), list(gained.values()), color=_COLOURS[0], width=0.6)
+        turns.axhspan(0.9, 1.1, color="#dddddd", zorder=0)
+        turns.set_xticks(range(len(gained)), labels, fontsize=8)
+        turns.set(ylim=(0, 1.3))
+        small.set_title("A task after a flood of another tenant")
+        for colour, (place, values) in zip(
+            _COLOURS, zip(places, zip(*floods.values(), strict=True), strict=True), strict=False
+        ):
+            style = ":" if place == "one tenant" else "-"
+            small.plot(list(floods), values, label=place, color=colour, marker="o", linestyle=style)
+        small.set(
+            xscale="log", yscale="symlog", xlabel="tasks in the flood", ylabel="wait in service times", ylim=(0, None)
+        )
+        small.legend(frameon=False, fontsize=9)
+        figure.savefig(folder / "fairness.png")

@@ -14,7 +14,16 @@ from forebay.errors import (
 from forebay.interfaces import Reading, WorkerHandler, WorkerState
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
-from forebay.supervisor import BackpressureSupervisor, DrainReport, Tenant, Ticket, WorkerAgent
+from forebay.supervisor import (
+    BackpressureSupervisor,
+    DrainReport,
+    FanOut,
+    FanOutProgress,
+    Tenant,
+    Ticket,
+    WorkerAgent,
+    progress_bar,
+)
 from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
 from forebay.upstream import Fallback, Upstream
 
@@ -27,6 +36,8 @@ __all__ = [
     "DrainReport",
     "Estimate",
     "Fallback",
+    "FanOut",
+    "FanOutProgress",
     "ForebayError",
     "Overloaded",
     "Price",
@@ -51,4 +62,5 @@ __all__ = [
     "as_handler",
     "carry",
     "progress",
+    "progress_bar",
 ]

@@ -459,6 +459,16 @@ class TaskFailed(ForebayError):
     error: str | None
 
 
+class QuorumNotReached(ForebayError):
+    """A fan-out needs {quorum} successes, and {failed} of its {total} tasks have not succeeded. The others were
+    cancelled. Ask for fewer, or give it retry=Retry(...).
+    """
+
+    quorum: int
+    total: int
+    failed: int
+
+
 class InvalidResult(ForebayError, ValueError):
     """Worker {worker_id!r} returned a value that is not a valid {type}, the type that is declared for the results of
     task type {task_type!r}: at {path}: {why}.

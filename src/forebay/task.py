@@ -15,6 +15,8 @@ from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 from forebay.retry import Retry
 
+DEFAULT_TENANT = "default"
+
 
 class Priority(IntEnum):
     """The importance of a task; a lower number goes first."""
@@ -176,7 +178,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     spill: bool = True
     durable: bool = False
     key: str | None = None
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     thread_id: str | None = None
     estimate: Estimate | None = None
     retry: Retry | None = None

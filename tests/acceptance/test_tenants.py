@@ -10,7 +10,7 @@ import pytest
 from tests.support.supervisor_checks import check_supervisor
 from tests.support.task_plane import Agent, flood, now, rejected, results, statuses, virtual
 
-from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, Tenant, Verdict
+from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, Tenant, Upstream, Verdict
 from forebay.errors import InvalidSetting
 from forebay.testing import EventRecord
 
@@ -404,3 +404,58 @@ async def test_cancelled_tasks_are_no_longer_counted() -> None:
         tenants = supervisor._running().core.tenants
         assert tenants.load("acme") == 0.0
         assert not tenants.blocked
+
+
+# --- on the call plane ---
+
+
+@virtual
+@pytest.mark.parametrize(("weights", "share"), [(None, 0.75), ({"other": 3}, 0.5), ({"acme": 1 / 3}, 0.25)])
+@pytest.mark.parametrize("given", [False, True])
+async def test_calls_have_the_weight_of_their_tenant(
+    weights: dict[str, float] | None, share: float, *, given: bool
+) -> None:
+    upstream = Upstream("llm", max_concurrent=1, max_wait=1e9, max_start_wait=1e9, weights=weights)
+    served: list[str] = []
+
+    async def agent(task: Task) -> None:
+        async with upstream.call(tenant=task.tenant if given else None):
+            served.append(task.tenant)
+            await asyncio.sleep(1.0)
+
+    supervisor = BackpressureSupervisor(tenants={"acme": 3})
+    supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=100, timeout=1e4)
+    async with supervisor:
+        tickets = [supervisor.submit_nowait(Task("work", tenant=name)) for name in ("acme", "other") * 50]
+        await results(tickets)
+    assert served[:40].count("acme") == pytest.approx(40 * share, abs=2)
+
+
+@virtual
+async def test_a_call_for_another_tenant_than_its_task_has_the_weight_that_the_upstream_knows() -> None:
+    upstream = Upstream("llm", max_concurrent=1, max_wait=1e9, max_start_wait=1e9)
+    served: list[str] = []
+
+    async def agent(task: Task) -> None:
+        async with upstream.call(tenant=task.payload):
+            served.append(task.payload)
+            await asyncio.sleep(1.0)
+
+    supervisor = BackpressureSupervisor(tenants={"acme": 3})
+    supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=100, timeout=1e4)
+    async with supervisor:
+        await results([supervisor.submit_nowait(Task("work", name, tenant="acme")) for name in "ab" * 20])
+    assert served[:20].count("a") == pytest.approx(10, abs=2)
+
+
+@virtual
+async def test_a_rejected_tenant_is_not_told_to_come_back_after_the_flood_of_another() -> None:
+    supervisor, _ = supervised(max_queue_size=20)
+    async with supervisor:
+        await results(flood(supervisor, "work", 10, tenant="warm-up"))
+        assert rejected(flood(supervisor, "work", 2000, tenant="big"))
+        refusal = rejected(flood(supervisor, "work", 60, tenant="small"))[0]
+        assert refusal.retry_after is not None
+        assert refusal.retry_after < 10.0
+        for ticket in list(supervisor._running().core.registry.live.values()):
+            ticket.cancel()

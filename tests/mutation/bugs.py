@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,17 +25,19 @@ from forebay.admission import (
     PriorityThresholds,
     RetryAfterSchedule,
     StandingQueue,
+    TenantRetrySchedules,
+    TenantTurns,
     feasibility,
 )
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
-from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
@@ -47,8 +49,10 @@ from forebay.quota import (
     BudgetTracker,
     Price,
     RateLimiter,
+    RateScope,
     rate_limiter,
 )
+from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
@@ -60,9 +64,11 @@ from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
+from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
+from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -73,6 +79,8 @@ from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.stored_tasks import StoredTasks
+from forebay.supervisor.spilled_counts import SpilledCounts
+from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
@@ -272,8 +280,9 @@ def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
 
 
 def draining_waits_for_a_message_behind_one_that_cannot_start() -> None:
-    def _has_startable(self: Drain) -> bool:
-        return any(map(self._may_run, filter(self._is_unfinished, self._registry.live.values())))
+    def _has_startable(self: Drain, *, without_store: bool = False) -> bool:
+        tickets = filter(self._is_unfinished, self._registry.live.values())
+        return any(self._may_run(ticket, without_store=without_store) for ticket in tickets)
 
     replace(Drain, Drain._has_startable, _has_startable)
 
@@ -465,6 +474,90 @@ def an_earlier_task_of_the_same_id_ends_a_later_one() -> None:
     skip(TicketRegistry.hold_weakly, TicketRegistry.forget_end)
 
 
+# --- tenants and reserved slots: nobody waits for the flood of another ---
+
+
+def tenants_are_served_in_the_order_of_arrival() -> None:
+    always(Pool, Pool._take_turns, returns=None)
+
+
+def the_flood_of_a_tenant_fills_the_queue_for_all() -> None:
+    original = Pool.load
+
+    def load(
+        self: Pool, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None
+    ) -> float:
+        del tenant
+        return original(self, priority, nested=nested)
+
+    replace(Pool, original, load)
+
+
+def new_tasks_wait_behind_the_records_of_all_tenants() -> None:
+    def spilled_ahead(self: Pool, priority: Priority, tenant: str) -> int:
+        del tenant
+        return self.spilled.better(priority) + self.spilled.totals[priority] + self.spilled.spilling[priority]
+
+    replace(Pool, Pool.spilled_ahead, spilled_ahead)
+
+
+def records_come_back_tenant_after_tenant() -> None:
+    def shares(
+        self: TenantTurns, turns: int, *, here: object, elsewhere: Mapping[str, int], blocked: object = ()
+    ) -> dict[str, int]:
+        del self, here, blocked
+        tenant = next(iter(elsewhere))
+        return {tenant: min(turns, elsewhere[tenant])} if turns > 0 else {}
+
+    replace(TenantTurns, TenantTurns.shares, shares)
+
+
+def new_tasks_take_the_slots_of_records_on_their_way_back() -> None:
+    always(Pool, Pool._is_promised, returns=False)
+
+
+def all_tenants_come_back_by_one_schedule() -> None:
+    original = TenantRetrySchedules.reserve
+
+    def reserve(
+        self: TenantRetrySchedules, tenant: str, now: float, drain_rate: float | None, draw: float
+    ) -> float | None:
+        del tenant
+        return original(self, "all", now, drain_rate, draw)
+
+    replace(TenantRetrySchedules, original, reserve)
+
+
+def producers_of_all_tenants_stand_in_one_line() -> None:
+    entered, is_behind = RoomQueue.enter, RoomQueue.is_behind
+    replace(
+        RoomQueue,
+        entered,
+        lambda self, task, on_turn: entered(self, msgspec.structs.replace(task, tenant="all"), on_turn),
+    )
+    replace(RoomQueue, is_behind, lambda self, task: is_behind(self, msgspec.structs.replace(task, tenant="all")))
+
+
+def a_store_that_is_silent_keeps_slots_free() -> None:
+    always(Refiller, Refiller._expect_no_records, returns=None)
+
+
+def records_of_a_blocked_tenant_come_back() -> None:
+    replace(SpilledCounts, SpilledCounts.servable, lambda self, _: self.totals)
+
+
+def a_tenant_runs_as_much_as_it_likes() -> None:
+    always(Tenants, Tenants.count_running, returns=False)
+
+
+def normal_tasks_take_reserved_slots() -> None:
+    always(Pool, Pool.reserved_slots, returns=(0, 0))
+
+
+def calls_of_all_tenants_weigh_the_same() -> None:
+    always(FairOrder, FairOrder._step, returns=1.0)
+
+
 # --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
 
 
@@ -575,6 +668,39 @@ def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
     replace(Drain, original, _report)
 
 
+def a_drain_does_not_notice_that_a_run_begins_to_wait() -> None:
+    always(Dispatcher, Dispatcher._tell_drains, returns=None)
+
+
+def a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck() -> None:
+    def begin_await(self: Run, dispatcher: Any) -> None:
+        del dispatcher
+        self.awaited_tasks += 1
+
+    replace(Run, Run.begin_await, begin_await)
+
+
+def draining_without_a_limit_waits_for_a_silent_overflow() -> None:
+    always(Drain, Drain._watch_store, returns=None)
+
+
+def a_task_that_is_stored_as_draining_begins_waits_for_the_close() -> None:
+    skip(AdmissionController._await_store, StoredTasks.release_if_left)
+
+
+def draining_does_not_wait_for_the_end_of_a_task_in_the_overflow() -> None:
+    original = Drain._is_unfinished
+
+    def _is_unfinished(self: Drain, ticket: Ticket) -> bool:
+        return original(self, ticket) and not (ticket.stored and ticket.status is TaskStatus.SPILLED)
+
+    replace(Drain, original, _is_unfinished)
+
+
+def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
+    skip(QueueSpill._write, StoredTasks.complete_again)
+
+
 # --- spend and quotas ---
 
 
@@ -624,6 +750,33 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
 
 def a_tenant_that_has_spent_is_forgotten() -> None:
     always(SharedBudget, SharedBudget.is_fresh, returns=True)
+
+
+def debts_of_a_given_quota_are_forgiven() -> None:
+    original = Bucket.take
+
+    def take(self: Bucket, now: float, amount: float) -> None:
+        original(self, now, amount)
+        self.level = max(self.level, -self.amount)
+
+    replace(Bucket, original, take)
+
+
+def any_refusal_lowers_a_given_quota() -> None:
+    original = RateLimiter._empty_tightest
+
+    def _empty_tightest(self: RateLimiter, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
+        original(self, now, charge, wanted, scope or RateScope())
+
+    replace(RateLimiter, original, _empty_tightest)
+
+
+def what_a_strict_quota_has_lent_refills() -> None:
+    replace(Bucket, Bucket.reserve, Bucket.take)
+
+
+def a_strict_quota_reserves_what_is_expected() -> None:
+    always(CallMeter, CallMeter._reserve_most, returns=None)
 
 
 def a_used_quota_is_forgotten_with_its_account() -> None:
@@ -987,6 +1140,21 @@ def refused_trials_of_a_quota_are_repeated_at_once() -> None:
     always(QuotaDoubt, QuotaDoubt.record_refused, returns=None)
 
 
+def a_trial_that_was_left_is_sent_again_soon() -> None:
+    replace(QuotaDoubt, QuotaDoubt.record_unanswered, QuotaDoubt.cancel)
+
+
+def a_call_that_timed_out_was_accepted() -> None:
+    original = Exchange.connection_failed
+
+    def connection_failed(self: Exchange, permit: Permit, error: Exception, **circumstances: bool) -> Any:
+        result = original(self, permit, error, **circumstances)
+        result.outcome = msgspec.structs.replace(result.outcome, answered=True)
+        return result
+
+    replace(Exchange, original, connection_failed)
+
+
 def accepted_calls_do_not_tell_a_period() -> None:
     always(ObservedLimit, ObservedLimit._count_accepted, returns=None)
 
@@ -1044,6 +1212,10 @@ def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
         return self.transport is not None
 
     replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def a_connection_is_lent_that_is_about_to_be_closed() -> None:
+    always(ConnectionPool, ConnectionPool.may_be_closing, returns=False)
 
 
 def bytes_behind_a_response_lose_it() -> None:
@@ -1359,6 +1531,25 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
         return False
 
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
+
+
+# --- fan-outs and waiting for room ---
+
+
+def who_leaves_a_fan_out_leaves_its_tasks_behind() -> None:
+    always(FanOut, FanOut._stop, returns=None)
+
+
+def agents_that_read_a_fan_out_keep_their_slots() -> None:
+    always(AdmissionController, AdmissionController.lend_slots, returns=None)
+
+
+def the_next_in_line_for_room_is_not_woken() -> None:
+    always(RoomQueue, RoomQueue._wake_first, returns=None)
+
+
+def a_fan_out_has_no_limit() -> None:
+    always(FanOut, FanOut._is_window_full, returns=False)
 
 
 # --- tasks with deadlines that wait ---

@@ -117,9 +117,15 @@ class UnreliableStore:
         return put
 
     async def lease(
-        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
+        self,
+        task_type: str,
+        limit: int,
+        *,
+        until: float,
+        priority: Priority | None = None,
+        shares: Mapping[str, int] | None = None,
     ) -> Sequence[Lease]:
-        return await self._call(self._inner.lease(task_type, limit, until=until, priority=priority))
+        return await self._call(self._inner.lease(task_type, limit, until=until, priority=priority, shares=shares))
 
     async def begin_attempt(self, lease: Lease) -> bool:
         try:
@@ -169,7 +175,11 @@ class UnreliableStore:
         return await self._call(self._inner.prune(before=before))
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        try:
+            marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        except StoreUnavailable:
+            self._acknowledged.uncertain.add(lease.record.task_id)
+            raise
         self._acknowledged.ended[lease.record.task_id] += marked
         return marked
 
@@ -188,7 +198,7 @@ class UnreliableStore:
     async def find_key(self, key: str) -> str | None:
         return await self._call(self._inner.find_key(key))
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         return await self._call(self._inner.depths())
 
     async def conversations(self) -> Mapping[str, int]:

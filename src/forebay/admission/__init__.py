@@ -2,7 +2,7 @@
 
 from forebay.admission.feasibility import EstimateBypass, EstimatedTimes, ServiceTimes
 from forebay.admission.priority_queue import RANK_LAST, PriorityQueue, QueueEntry
-from forebay.admission.retry_after_schedule import RetryAfterSchedule
+from forebay.admission.retry_after_schedule import RetryAfterSchedule, TenantRetrySchedules
 from forebay.admission.standing_queue import StandingQueue
 from forebay.admission.tenant_queue import TenantQueue
 from forebay.admission.tenant_turns import TenantTurns
@@ -19,5 +19,6 @@ __all__ = [
     "ServiceTimes",
     "StandingQueue",
     "TenantQueue",
+    "TenantRetrySchedules",
     "TenantTurns",
 ]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from forebay.admission.priority_queue import PriorityQueue, QueueEntry
+from forebay.admission.priority_queue import RANK_LAST, PriorityQueue, QueueEntry
 from forebay.admission.tenant_turns import TenantTurns
 from forebay.task import Priority
 
 T = TypeVar("T")
 
 _RANK, _ITEM, _PRIORITY, _TENANT = 0, 2, 3, 4
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class _Lanes:
@@ -77,7 +79,7 @@ class TenantQueue(PriorityQueue[T], Generic[T]):
         tenant_of: Callable[[T], str],
         weights: Mapping[str, float],
         *,
-        blocked: Container[str] = (),
+        blocked: Collection[str] = (),
         starvation_bound: int = 20,
     ) -> None:
         super().__init__(starvation_bound=starvation_bound)
@@ -108,11 +110,7 @@ class TenantQueue(PriorityQueue[T], Generic[T]):
     def _add(self, entry: QueueEntry, tenant: str) -> None:
         entry.append(tenant)
         priority = entry[_PRIORITY]
-        groups = self._lanes[priority]
-        lanes = groups.get(entry[_RANK][0])
-        if lanes is None:
-            lanes = groups[entry[_RANK][0]] = _Lanes(self._weights)
-        lanes.push(entry, self._blocked)
+        self._group(priority, entry[_RANK][0]).push(entry, self._blocked)
         self._lengths[priority] += 1
         self.length += 1
 
@@ -191,21 +189,87 @@ class TenantQueue(PriorityQueue[T], Generic[T]):
         """Return the number of items of a tenant whose rank begins with `group`."""
         return sum(groups[group].lengths.get(tenant, 0) for groups in self._lanes if group in groups)
 
-    def ahead_of(self, tenant: str, priority: Priority, group: int) -> int:
-        """Return how many items at most would be served before a new one of `tenant` whose rank begins with `group`."""
+    def lengths_without_blocked(self) -> Sequence[int]:
+        """Return the number of items by priority, without those of blocked tenants."""
+        if not self._blocked:
+            return self._lengths
+        return [
+            sum(
+                count
+                for lanes in groups.values()
+                for tenant, count in lanes.lengths.items()
+                if tenant not in self._blocked
+            )
+            for groups in self._lanes
+        ]
+
+    def ahead_of(
+        self, tenant: str, priority: Priority, group: int, *, elsewhere: Mapping[str, int] = _NOTHING, behind: int = 0
+    ) -> int:
+        """Return how many items at most would be served before a new one of `tenant` whose rank begins with `group`.
+
+        Args:
+            tenant: whose it is.
+            priority: its priority.
+            group: the first part of its rank.
+            elsewhere: items that take part in the turns of this priority and group, by tenant.
+            behind: how many of these, of its own tenant, go before it.
+        """
         ahead = sum(self._lengths[:priority])
-        for other, lanes in self._lanes[priority].items():
-            if other < group:
-                ahead += sum(lanes.lengths.values())
-            elif other == group:
-                own = lanes.lengths.get(tenant, 0)
-                turns = lanes.turns.turns_before
-                ahead += own + sum(
-                    min(length, turns(tenant, own + 1, name))
-                    for name, length in lanes.lengths.items()
-                    if name != tenant and name not in self._blocked
-                )
-        return ahead
+        groups = self._lanes[priority]
+        ahead += sum(sum(lanes.lengths.values()) for other, lanes in groups.items() if other < group)
+        lanes = self._group(priority, group)
+        own, turns = lanes.lengths.get(tenant, 0) + behind, lanes.turns.turns_before
+        others = {**elsewhere, **{name: count + elsewhere.get(name, 0) for name, count in lanes.lengths.items()}}
+        return (
+            ahead
+            + own
+            + sum(
+                min(count, turns(tenant, own + 1, name))
+                for name, count in others.items()
+                if name != tenant and name not in self._blocked
+            )
+        )
+
+    # --- items elsewhere, which will be pushed with the last group ---
+
+    def begin_elsewhere(self, tenant: str, priority: Priority) -> None:
+        """Have items of a tenant that are elsewhere take part in the turns of a priority, until `end_elsewhere`."""
+        self._group(priority, RANK_LAST[0]).turns.begin_elsewhere(tenant)
+
+    def end_elsewhere(self, tenant: str, priority: Priority) -> None:
+        """Forget that items of a tenant and of a priority are elsewhere."""
+        self._group(priority, RANK_LAST[0]).turns.end_elsewhere(tenant)
+
+    def shares(
+        self, priority: Priority, turns: int, elsewhere: Mapping[str, int], *, overdue: bool = False
+    ) -> Mapping[str, int]:
+        """Return how many items of each tenant are to be pushed now, so that they are here in their turns.
+
+        Args:
+            priority: their priority.
+            turns: how many of the next items of that priority count.
+            elsewhere: how many there are, by tenant.
+            overdue: True if they go before the items that are here.
+        """
+        lanes = self._group(priority, RANK_LAST[0])
+        here: Mapping[str, int] = _NOTHING if overdue else lanes.lengths
+        if not overdue:
+            turns -= sum(
+                count
+                for group, first in self._lanes[priority].items()
+                if group < RANK_LAST[0]
+                for tenant, count in first.lengths.items()
+                if tenant not in self._blocked
+            )
+        return lanes.turns.shares(turns, here=here, elsewhere=elsewhere, blocked=self._blocked)
+
+    def _group(self, priority: int, group: int) -> _Lanes:
+        groups = self._lanes[priority]
+        lanes = groups.get(group)
+        if lanes is None:
+            lanes = groups[group] = _Lanes(self._weights)
+        return lanes
 
     def _lanes_of(self, entry: QueueEntry) -> _Lanes:
         return self._lanes[entry[_PRIORITY]][entry[_RANK][0]]

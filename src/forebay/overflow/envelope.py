@@ -99,7 +99,7 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         context: what `forebay.carried_context` has captured; as plain as a payload.
 
     Raises:
-        NotSerializable: the payload holds something else, at ``path``; or the context does; or its policy of retries
+        NotSerializable: the payload holds something else, at ``path``; or the context does, or its policy of retries
             has ``on``.
         PayloadTooLarge: the payload takes more than `bound` bytes; ``size`` is a lower bound of what it takes.
     """

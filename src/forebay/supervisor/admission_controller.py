@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import copy_context
@@ -29,11 +30,12 @@ from forebay.errors import (
 )
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
+from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.tenants import RESOURCE_PREFIX
-from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
+from forebay.supervisor.ticket import Reclaim, Refusal, Ticket, TicketOwner
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.task import Deadline, Priority, Task
 
@@ -42,12 +44,14 @@ if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.load import SystemLoad
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
 
 T = TypeVar("T")
 
 _ABANDONED = "its submitter has gone"
+_ROOM_RECHECK = 1.0  # seconds after which a producer tries again in any case: the load of an upstream falls unannounced
 # Runs above a task that have not ended: each await costs time for each of them.
 _MAX_NESTING = 1000
 # Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
@@ -77,6 +81,10 @@ class AdmissionDispatcher(TicketOwner, Protocol):
         """The conversations of its tasks."""
 
     @property
+    def retries(self) -> TaskRetries:
+        """The tasks that wait for their next attempt, and the budget of all retries."""
+
+    @property
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
 
@@ -99,6 +107,7 @@ class AdmissionController:
     Attributes:
         thresholds: the loads from which each priority is rejected.
         submitted, spilled, rejected: how many tasks, since the start.
+        room: the producers that wait for room.
     """
 
     def __init__(
@@ -118,6 +127,7 @@ class AdmissionController:
         self.thresholds = PriorityThresholds(threshold)
         self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
+        self.room = RoomQueue(core.loop, core.registry)
         self._keys = core.registry.by_key
         self._undecided: dict[str, _Undecided] = {}  # by key
         self._key_lookups: dict[str, int] = {}  # callers that wait until the store has looked for their key
@@ -132,22 +142,72 @@ class AdmissionController:
         """Admit only tasks that are submitted by tasks inside."""
         if self._state is _State.OPEN:
             self._state = _State.DRAINING
+        self.room.wake_all()
 
     def close(self) -> None:
         """Admit nothing any more."""
         self._state = _State.CLOSED
+        self.room.wake_all()
 
     # --- the ways to submit ---
 
-    async def submit(self, task: Task) -> Ticket:
+    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
         """Submit a task: see ``BackpressureSupervisor.submit``."""
-        return await self._submit(self._codecs.fit_payload(task))
+        task = self._codecs.fit_payload(task)
+        return await (self._submit(task) if wait is None else self._submit_in_line(task, wait))
 
-    async def run(self, task: Task) -> Any:
+    async def run(self, task: Task, *, wait: float | None = None) -> Any:
         """Submit a task and return its value: see ``BackpressureSupervisor.run``."""
         task = self._codecs.fit_payload(task)
-        ticket = await self._submit(task)
+        ticket = await (self._submit(task) if wait is None else self._submit_in_line(task, wait))
         return await ticket.value(cancel_task=ticket.task is task)  # not what someone else submitted under the same key
+
+    async def submit_once(self, task: Task) -> Ticket:
+        """Submit a task whose submitter will wait for room: unless that would not help, a rejection is not counted."""
+        return await self._submit(self._codecs.fit_payload(task), in_line=True)
+
+    def submit_hedge(self, task: Task, original: Ticket) -> Ticket | None:
+        """Start a second attempt at the task of `original`, which runs, on another worker.
+
+        It is started at once or not at all: it takes a retry from the budget, and room from nobody. Draining must end,
+        so then there are no hedges.
+        """
+        if self._state is not _State.OPEN:
+            return None
+        task = self._codecs.fit_payload(task)
+        pool, parent = self._check(task)
+        priority, run = task.priority, original.run
+        if (
+            run is None
+            or pool.queue
+            or task.tenant in self._tenants.blocked
+            or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0])
+        ):
+            return None
+        worker = self._dispatcher.start_gate.pick(pool, priority, nested=original.nested, avoid=run.worker)
+        if worker is None or not self._dispatcher.retries.take():
+            return None
+        ticket = self._new_ticket(task, parent)
+        ticket.admit(self._load.on_path(pool, priority)[0])
+        self._submitted(ticket)
+        self._dispatcher.start_or_queue(ticket, pool, worker)
+        return ticket
+
+    def pool_of(self, task: Task) -> Pool:
+        """Return the pool of a task.
+
+        Raises:
+            UnknownTaskType: there is none.
+        """
+        pool = self._pools.get(task.task_type)
+        if pool is None:
+            known = ", ".join(sorted(self._pools)) or "none yet"
+            raise UnknownTaskType(task_type=task.task_type, known=known)
+        return pool
+
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it awaits a task, or room for one."""
+        return self._dispatcher.lend_slots(running, awaited)
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
@@ -178,7 +238,39 @@ class AdmissionController:
 
         return Slot(self._dispatcher, self._new_ticket(task, parent), try_admit)
 
-    async def _submit(self, task: Task) -> Ticket:
+    async def _submit_in_line(self, task: Task, wait: float) -> Ticket:
+        """Submit a task; while it would be rejected, wait for room, for at most `wait` seconds."""
+        pool, parent = self._check(task)
+        until = self.loop.time() + wait
+        ready = asyncio.Event()
+        turn: RoomTurn | None = None
+        reclaim: Reclaim | None = None
+        try:
+            while (left := min(until - self.loop.time(), _time_left(task, parent))) > 0:
+                may_try = not self.room.is_behind(task) if turn is None else self.room.is_first(turn)
+                if may_try and ((ticket := await self._submit(task, in_line=True)) or not ticket.in_line):
+                    return ticket
+                if turn is None:
+                    turn = self.room.enter(task, ready.set)
+                    # The caller may be a run, and the room come with the end of tasks that need its slot.
+                    reclaim = self._dispatcher.lend_slots(parent, None)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _ROOM_RECHECK)):
+                        await ready.wait()
+                ready.clear()
+                self._check_open(parent)
+            if _time_left(task, parent) > 0:
+                return await self._submit(task)
+            why = "its deadline passed while it waited for room"
+            refusal = Refusal(why, pool.resource, pool.load(), may_spill=False)
+            return self._reject(self._new_ticket(task, parent), pool, refusal)
+        finally:
+            if turn is not None:
+                self.room.leave(turn)
+            if reclaim is not None:
+                await reclaim()
+
+    async def _submit(self, task: Task, *, in_line: bool = False) -> Ticket:
         spill = self._dispatcher.spill
         if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
             # A ticket that `supervisor.ticket` made for an id that the store may not know must not count as a twin.
@@ -197,11 +289,11 @@ class AdmissionController:
                 return known
             self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
-            ticket = self._new_ticket(task, parent)
+            ticket = self._new_ticket(task, parent, in_line=in_line)
             refusal = self.try_admit(ticket, pool, may_spill=False)
             return ticket if refusal is None else self._reject(ticket, pool, refusal)
         envelope = spill.encode(task)
-        ticket = self._new_ticket(task, parent)
+        ticket = self._new_ticket(task, parent, in_line=in_line)
         if task.durable:
             deciding = self._admit_durable(ticket, envelope, pool, spill)
         else:
@@ -223,13 +315,8 @@ class AdmissionController:
             )
         parent = context.running_task()
         if self._state is not _OPEN:
-            inside = next(active_runs(parent, self._dispatcher), None) is not None
-            if self._state is _State.CLOSED or not inside:
-                raise SupervisorClosed(state=self._state.value)
-        pool = self._pools.get(task.task_type)
-        if pool is None:
-            known = ", ".join(sorted(self._pools)) or "none yet"
-            raise UnknownTaskType(task_type=task.task_type, known=known)
+            self._check_open(parent)
+        pool = self._pools.get(task.task_type) or self.pool_of(task)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)
@@ -240,6 +327,14 @@ class AdmissionController:
         if parent is not None and (task.key is not None or task.thread_id is not None):
             self._check_deadlock(task, parent)
         return pool, parent
+
+    def _check_open(self, parent: RunningTask | None) -> None:
+        """Raise SupervisorClosed if nothing that `parent` submits is admitted any more."""
+        if self._state is _OPEN:
+            return
+        inside = next(active_runs(parent, self._dispatcher), None) is not None
+        if self._state is _State.CLOSED or not inside:
+            raise SupervisorClosed(state=self._state.value)
 
     def _check_deadlock(self, task: Task, parent: RunningTask) -> None:
         """Raise WouldDeadlock if a task has the conversation or the key of a run above it that has not ended."""
@@ -276,7 +371,7 @@ class AdmissionController:
 
     # --- the decision ---
 
-    def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
+    def _new_ticket(self, task: Task, parent: RunningTask | None, *, in_line: bool = False) -> Ticket:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
@@ -285,12 +380,13 @@ class AdmissionController:
             if sum(1 for _ in run_and_ancestors(parent)) > _MAX_NESTING:
                 raise NestedTooDeep(task_id=task.task_id, bound=_MAX_NESTING)
             active = [*active_runs(parent, self._dispatcher)]
-        submitted_at = None
-        if self._dispatcher.spill is not None:
-            submitted_at = self._dispatcher.spill.submission_time()
-        elif deadline is not None:
-            submitted_at = clock.wall_time()
+        spill = self._dispatcher.spill
+        submitted_at = clock.wall_time() if deadline is not None and spill is None else None
+        if spill is not None:
+            submitted_at = spill.submission_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, copy_context())
+        if in_line:
+            ticket.stand_in_line(waits=True)
         if parent is not None:
             ticket.descend(depth(parent))
         if active:
@@ -311,7 +407,7 @@ class AdmissionController:
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
                 return refusal
-        if may_spill and not ticket.nested and pool.spilled_ahead(priority):
+        if may_spill and not ticket.nested and pool.spilled_ahead(priority, tenant):
             worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
@@ -327,10 +423,11 @@ class AdmissionController:
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             return Refusal(reason, cause, load, may_spill=worth)
         if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
-            return Refusal(
-                f"its deadline in {format_duration(remaining)} cannot be met", resource, load, may_spill=False
-            )
+            why = f"its deadline in {format_duration(remaining)} cannot be met"
+            return Refusal(why, resource, load, may_spill=False, final=True)
         ticket.admit(path_load)
+        if ticket.in_line:
+            ticket.stand_in_line(waits=False)
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)  # before it starts, which is the next event
@@ -350,7 +447,10 @@ class AdmissionController:
         if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
             return None
         priority = ticket.task.priority
-        if pool.has_ahead(priority) or ticket.task.tenant in self._tenants.blocked:
+        if pool.takes_turns:
+            if pool.must_wait(priority, ticket.task.tenant):
+                return None
+        elif pool.queue.ahead(priority) if priority <= URGENT else pool.queue.length:
             return None
         return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=priority <= URGENT)
 
@@ -414,24 +514,29 @@ class AdmissionController:
     # --- the verdict ---
 
     def _reject(self, ticket: Ticket, pool: Pool, refusal: Refusal) -> Ticket:
+        if ticket.in_line and not refusal.final:  # no slot of the retry schedule: it comes back by itself
+            ticket.reject(refusal, None)
+            self._registry.forget_key(ticket)
+            return ticket
+        ticket.stand_in_line(waits=False)
         retry_after = refusal.retry_after
         if retry_after is None:
-            retry_after = self._retry_after(pool, ticket.task.priority)
+            retry_after = self._retry_after(pool, ticket.task)
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
         self._registry.forget_key(ticket)
         self.rejected += 1
         self._submitted(ticket)
         return ticket
 
-    def _retry_after(self, pool: Pool, priority: Priority) -> float | None:
+    def _retry_after(self, pool: Pool, task: Task) -> float | None:
         """Return the seconds after which a rejected task would be admitted, or None if unknown."""
         now = self.loop.time()
         if not pool.slots:
             known = (worker.breaker.retry_after(now) for worker in pool.workers)
             return min((seconds for seconds in known if seconds is not None), default=None)
-        threshold = self.thresholds.threshold_for(priority)
-        source_wait = self._load.time_until_below(pool, priority, threshold)
-        return pool.next_retry_slot(now, self._draw(), priority, source_wait=source_wait)
+        threshold = self.thresholds.threshold_for(task.priority)
+        source_wait = self._load.time_until_below(pool, task.priority, threshold)
+        return pool.next_retry_slot(now, self._draw(), task.priority, task.tenant, source_wait=source_wait)
 
     def _submitted(self, ticket: Ticket) -> None:
         """Count and report a verdict."""
@@ -495,6 +600,8 @@ class AdmissionController:
                 ticket.share()
             elif undecided.is_abandoned():
                 ticket.cancel(_ABANDONED)
+            if (spill := self._dispatcher.spill) is not None and ticket:
+                spill.stored.release_if_left(ticket)  # draining may have begun while it was decided
 
         answer = self._core.run_to_completion(deciding)
         undecided = _Undecided(ticket, answer)
@@ -586,6 +693,12 @@ class AdmissionController:
             self._keys[ticket.task.key] = known
             return known
         raise DuplicateTask(task_id=ticket.task_id)
+
+
+def _time_left(task: Task, parent: RunningTask | None) -> float:
+    """Return the seconds until the deadline of a task, its own or its parent's."""
+    deadlines = (task.deadline, None if parent is None else parent.deadline)
+    return min((deadline.remaining() for deadline in deadlines if deadline is not None), default=math.inf)
 
 
 def _store_failed(error: BaseException) -> StoreUnavailable:

@@ -41,6 +41,7 @@ class Dispatcher:
     Attributes:
         started: how many handlers have been started.
         retries: the tasks that wait for their next attempt.
+        wait_listeners: called whenever a task begins to wait, or a run to await one.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Dispatcher:
         self.workers: dict[str, WorkerAgent] = {}
         self.runs = ActiveRuns()
         self.slot_claims = SlotClaims()
+        self.wait_listeners: list[Callable[[], None]] = []
         self.started = 0
         self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
@@ -82,6 +84,8 @@ class Dispatcher:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker; it takes tasks at once."""
         self.workers[worker.name] = worker
+        if worker.reserve or self._tenants.bounded:
+            worker.count_tasks()
         if worker.handler.nested_supervisor is not None:
             self._nested.append(cast("NestedSupervisor", worker.handler.nested_supervisor))
         self.runs.add_worker(worker)
@@ -112,7 +116,7 @@ class Dispatcher:
         worker = run.worker
         run.take_slot()
         worker.take_slot(probe=run.is_probe)
-        if worker.reserve or self._tenants.bounded:
+        if worker.counts_tasks:
             self._count_slot(worker, run.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
@@ -124,6 +128,7 @@ class Dispatcher:
         for counts in self._counts_of[run.worker]:
             counts.suspend()
         self.return_slot(run)
+        self._tell_drains()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
@@ -135,7 +140,7 @@ class Dispatcher:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
         worker.return_slot(probe=worker.probing and run.is_probe)
-        if worker.reserve or self._tenants.bounded:
+        if worker.counts_tasks:
             self._count_slot(worker, run.task, -1)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
@@ -164,19 +169,23 @@ class Dispatcher:
         pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
         heads = [(pool, pool.queue.head()) for pool in pools]
         for pool, _ in sorted(((pool, head) for pool, head in heads if head is not None), key=urgency_among):
-            while (head := pool.queue.head()) is not None:
-                able = self.start_gate.pick(pool, head[3], nested=head[0][0] == NESTED)
-                if able is None:
-                    break
-                self.dispatch(able)
-                if pool.queue.head() is head:  # it is the turn of another pool of that worker
-                    break
+            self.serve(pool)
         if self.spill is not None:
             for pool in self._pools.values():
                 self.spill.refiller.refill(pool)
 
-    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
-        """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
+    def serve(self, pool: Pool) -> None:
+        """Start what waits in the queue of `pool`, on workers that have a free slot."""
+        while pool.queue.length and (head := pool.queue.head()) is not None:
+            able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
+            if able is None:
+                break
+            self.dispatch(able)
+            if pool.queue.head() is head:  # it is the turn of another pool of that worker, or its upstream is short
+                break
+
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
         return SlotLoan(self, running, awaited).reclaim if isinstance(running, Run) else None
 
     # --- into the queue, and out of it ---
@@ -188,6 +197,7 @@ class Dispatcher:
             ticket.wait()
             pool.park(ticket)
             self.arm_expiry(ticket)
+            self._tell_drains()
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
@@ -204,14 +214,22 @@ class Dispatcher:
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self.arm_expiry(ticket)
+        self._tell_drains()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
+        if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
+            self.spill.refiller.refill(pool)
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
             for worker in pool.workers:
                 if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
                     # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
                     self.loop.call_soon(self.dispatch, worker)
                     break
+
+    def _tell_drains(self) -> None:
+        """Wake the drains: a task waits that may be unable to start, or a run awaits one."""
+        for listener in self.wait_listeners:
+            listener()
 
     def arm_expiry(self, ticket: Ticket) -> None:
         """Set the timer that ends a waiting task at its deadline."""
@@ -356,7 +374,7 @@ class Dispatcher:
             self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
         worker.take_slot(probe=worker.probing)
-        if worker.reserve or self._tenants.bounded:
+        if worker.counts_tasks:
             self._count_slot(worker, ticket.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)

@@ -11,13 +11,14 @@ from forebay.admission import (
     EstimateBypass,
     EstimatedTimes,
     PriorityQueue,
-    RetryAfterSchedule,
     ServiceTimes,
     StandingQueue,
     TenantQueue,
+    TenantRetrySchedules,
 )
 from forebay.overflow import RefillPolicy
 from forebay.supervisor.slot_counts import SlotCounts
+from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.task import Estimate, Priority
@@ -63,17 +64,18 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_groups", "_paths", "_sole_tenant", "_standing", "_tenants", "_turns", "calls_per_run", "delayed",
-        "delayed_nested", "estimate_bypass", "estimated_times", "max_queue_size", "max_timeout", "nested",
-        "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource",
-        "retry_schedule", "selector", "service_times", "source_paths", "spilled", "spilling", "task_type",
-        "times_passed_over", "workers",
+        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants", "_turns", "_watched",
+        "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "estimated_times", "expects_records",
+        "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue",
+        "refill_policy", "reserved", "resource", "retry_schedules", "selector", "service_times", "source_paths",
+        "spilled", "takes_turns", "task_type", "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
         super().__init__()
         self._tenants = tenants
         self._bounded = tenants.bounded
+        self._watched = tenants.bounded  # whether anybody has to know what joins and leaves the queue
         self._groups: list[PoolObserver] = []  # of workers that serve many pools
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
@@ -87,23 +89,26 @@ class Pool(SlotCounts):
         # A TenantQueue while tasks of several tenants wait, or a tenant may be blocked: it costs more.
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
         self._turns: TenantQueue[Ticket] | None = None  # `queue`, if it is one
-        self._sole_tenant: str | None = None  # the only one whose tasks wait, unless it is a TenantQueue
+        self.takes_turns = False  # tasks of several tenants wait, here or in the overflow, or a tenant may be blocked
+        # The only one whose tasks wait, here or in the overflow, unless it is a TenantQueue.
+        self._sole_tenant: str | None = None
+        self.spilled = SpilledCounts()  # what waits in the overflow
+        self._returned: list[tuple[Priority, str]] = []  # whose last record has come back, and takes its turn now
         if tenants.bounded:
             self._take_turns()
         self.nested = 0  # nested tasks in the queue, where they have room of their own
-        self.nested_spilled: set[str] = set()  # ids of nested tasks that wait in the overflow
+        self.nested_spilled: dict[str, str] = {}  # nested tasks that wait in the overflow: the tenant of each by its id
         self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
         self.delayed = 0  # tasks that wait for their next attempt; they count as if they were queued
         self.delayed_nested = 0  # nested ones of them
         self.reserved = 0  # room kept for records that are being leased from the overflow
-        self.spilling = dict.fromkeys(Priority, 0)  # tasks on their way to the overflow, by priority
-        self.spilled = dict.fromkeys(Priority, 0)  # records of this type that wait in the overflow, by priority
+        self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
         self.estimated_times: EstimatedTimes | None = None  # of tasks with an estimate, if there have been any
         self._standing: tuple[StandingQueue, ...] = ()  # by priority, once a task with a deadline has waited
-        self.retry_schedule = RetryAfterSchedule()
+        self.retry_schedules = TenantRetrySchedules(tenants.weight)
         self.estimate_bypass = EstimateBypass()
         self.selector = WorkerSelector(task_type, lambda: self.service_times.median() or 1.0)
 
@@ -184,19 +189,26 @@ class Pool(SlotCounts):
             return False
         return self._turns is None or self._turns.head() is not None
 
-    def has_ahead(self, priority: Priority) -> bool:
-        """Return whether a task waits in the queue that a new one of `priority` may not overtake at a free slot."""
-        if not (self.queue.ahead(priority) if priority <= URGENT else self.queue.length):
-            return False
-        if self._turns is None:
+    def must_wait(self, priority: Priority, tenant: str) -> bool:
+        """Return whether a new task of `tenant` waits though a slot is free, while tenants take turns.
+
+        It does so for the bound of its tenant, for a task that it may not overtake, or for records on their way back.
+        """
+        if tenant in self._tenants.blocked:
             return True
-        head = self._turns.head()
-        return head is not None and (priority > URGENT or head[3] <= priority)
+        head = None if self._turns is None else self._turns.head()
+        if head is None or (priority <= URGENT and head[3] > priority):
+            return self._is_promised(priority)
+        return True
+
+    def _is_promised(self, priority: Priority) -> bool:
+        """Return whether records are on their way back, so that a new task waits for its turn even at a free slot."""
+        return self.expects_records and any(self.spilled.totals[better] for better in Priority if better <= priority)
 
     @property
     def has_waiting(self) -> bool:
         """True if a task waits, in the queue or in the overflow."""
-        return self.queue.length > 0 or any(self.spilled.values())
+        return self.queue.length > 0 or bool(self.spilled)
 
     def load(self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None) -> float:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
@@ -208,19 +220,24 @@ class Pool(SlotCounts):
         Of a `tenant`, its own tasks count as waiting, and it has as much of twice the room of the queue as the others
         leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
-        simple = not (self.own_blocked or self._groups)
-        bound, slots = self.max_queue_size, self.own_slots if simple else self.usable_slots
-        if not slots and not self.slots:
+        bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
+        same = tenant == self._sole_tenant or not waiting or tenant is None
+        simple = not (self.own_blocked or self.own_reserved or self._groups)
+        slots = self.own_slots if simple else self.usable_slots
+        if not (slots or self.slots):
             return 1.0
         room: float = max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound
+        if same and simple and not nested:  # nearly always
+            return (self.own_running + waiting + self.own_suspended) / (slots + room + self.own_suspended)
+        if nested:
+            waiting = self.nested + self.delayed_nested
         running = self.running
-        if not simple or self.own_reserved:
+        if not simple:
             reserved, taken = self.reserved_slots(priority)
             if reserved >= self.slots:
                 return 1.0
             slots, running = max(0, slots - reserved), running - taken
-        waiting = self.nested + self.delayed_nested if nested else self.queued
-        if waiting and tenant is not None and tenant != self._sole_tenant:
+        if not (same or tenant is None):
             own = self._waiting_of(tenant, nested=nested)
             room, waiting = max(0.0, room - (waiting - own) / 2), own
         inside, room = running + waiting, room + slots
@@ -236,17 +253,25 @@ class Pool(SlotCounts):
 
     # --- estimates ---
 
-    def ahead(self, priority: Priority, tenant: str, *, nested: bool = False) -> int:
-        """Return how many tasks in the queue would be served before a new one of `tenant`."""
-        if self._turns is not None:
-            return self._turns.ahead_of(tenant, priority, NESTED if nested else NOT_NESTED)
+    def ahead(self, priority: Priority, tenant: str, *, nested: bool = False, spilled: bool = False) -> int:
+        """Return how many tasks would be served before a new one of `tenant`.
+
+        With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
+        """
+        if nested and self._turns is not None:
+            return self._turns.ahead_of(tenant, priority, NESTED)
         if nested:
             return self.nested if tenant == self._sole_tenant else min(self.nested, 1)
+        better = self.spilled.better(priority) if spilled else 0
+        own = self.spilled.own(priority, tenant) if spilled else 0
+        if self._turns is not None:
+            elsewhere = self.spilled.of(priority)
+            return better + self._turns.ahead_of(tenant, priority, NOT_NESTED, elsewhere=elsewhere, behind=own)
+        queued, here = self.queue.ahead(priority), self.queue.lengths[priority]
         if tenant == self._sole_tenant:
-            return self.queue.ahead(priority)
-        others = self.queue.lengths[priority]
+            return queued + better + own
         turns = int(self._tenants.weight(self._sole_tenant or "") / self._tenants.weight(tenant) + 1)
-        return self.queue.ahead(priority) - others + min(others, self.nested + turns)
+        return queued - here + better + min(here + self.spilled.totals[priority], self.nested + turns)
 
     def expected_wait(
         self, priority: Priority, tenant: str, *, nested: bool = False, spilled: bool = False
@@ -255,9 +280,7 @@ class Pool(SlotCounts):
 
         With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
         """
-        ahead = self.ahead(priority, tenant, nested=nested)
-        if spilled and not nested:
-            ahead += self.spilled_ahead(priority)
+        ahead = self.ahead(priority, tenant, nested=nested, spilled=spilled)
         reserved, taken = self.reserved_slots(priority)
         if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
@@ -323,7 +346,7 @@ class Pool(SlotCounts):
         service = units * times.optimistic()
         if wait > units * times.max_wait(remaining / units):
             queue = self._standing_queue(priority)
-            if self._turns is not None or queue.stands(now):
+            if self.takes_turns or queue.stands(now):
                 service = remaining
                 queue.rejected(now, remaining)
             else:
@@ -345,7 +368,7 @@ class Pool(SlotCounts):
         return self._standing[priority]
 
     def next_retry_slot(
-        self, now: float, draw: float, priority: Priority, *, source_wait: tuple[float, float]
+        self, now: float, draw: float, priority: Priority, tenant: str, *, source_wait: tuple[float, float]
     ) -> float | None:
         """Reserve the next slot of the retry schedule; return the seconds until then, or None if unknown.
 
@@ -353,6 +376,7 @@ class Pool(SlotCounts):
             now: loop time, in seconds.
             draw: uniform in [0, 1).
             priority: of the task, which may not take reserved slots.
+            tenant: whose it is.
             source_wait: the seconds until the sources of a worker allow another run, and those between two runs from
                 then on: see `SystemLoad.time_until_below`. The pool's own rate may be from before they were the limit.
         """
@@ -364,7 +388,7 @@ class Pool(SlotCounts):
         rate = self.service_times.drain_rate(max(0, self.usable_slots - self.reserved_slots(priority)[0]))
         if each:
             rate = min(1 / each, rate or math.inf)
-        slot = self.retry_schedule.reserve(now + early, rate, draw)
+        slot = self.retry_schedules.reserve(tenant, now + early, rate, draw)
         return None if slot is None else early + slot
 
     def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
@@ -387,8 +411,9 @@ class Pool(SlotCounts):
     def join(self, group: PoolObserver) -> None:
         """Have `group` count the slots of its workers, which serve this pool and many others."""
         self._groups.append(group)
+        self._watched = True
         self._head_changed()
-        if any(self.spilled.values()):
+        if self.spilled:
             group.spilled(self)
 
     def score_fell(self, worker: WorkerAgent) -> None:
@@ -420,19 +445,24 @@ class Pool(SlotCounts):
             self.nested += 1
         if ticket.task.tenant != self._sole_tenant:
             self._meet(ticket.task.tenant)
-        if self._bounded:
-            self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
         entry = self.queue.push(ticket, ticket.task.priority, rank, sequence)
+        if self._watched:
+            self._changed(ticket, 1)
+        return entry
+
+    def _changed(self, ticket: Ticket, by: int) -> None:
+        """Count `by` more tasks like `ticket` in the queue, for the bound of its tenant and for groups of pools."""
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, by)
         if self._groups:
             self._head_changed()
-        return entry
 
     def _meet(self, tenant: str) -> None:
         """Have tenants take turns if tasks of another one than `tenant` wait, and otherwise no longer."""
         if self._bounded:
             return
-        if not self.queue.length:
-            self._sole_tenant, self._turns = tenant, None
+        if not (self.queue.length or self.spilled):
+            self._sole_tenant, self._turns, self.takes_turns = tenant, None, False
             if isinstance(self.queue, TenantQueue):
                 self.queue = PriorityQueue()
         elif self._turns is None:
@@ -442,7 +472,10 @@ class Pool(SlotCounts):
         tenants, waiting = self._tenants, self.queue
         self.queue = self._turns = TenantQueue(_tenant_of, tenants.weights, blocked=tenants.blocked)
         self._turns.take_over(waiting)
-        self._sole_tenant = None
+        self._sole_tenant, self.takes_turns = None, True
+        for priority in Priority:
+            for tenant in self.spilled.of(priority):
+                self._turns.begin_elsewhere(tenant, priority)
 
     def tenant_blocked(self, tenant: str, *, blocked: bool) -> None:
         """Serve no waiting tasks of `tenant` while it is blocked."""
@@ -473,10 +506,8 @@ class Pool(SlotCounts):
     def _removed(self, ticket: Ticket) -> None:
         if ticket.nested:
             self.nested -= 1
-        if self._bounded:
-            self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
-        if self._groups:
-            self._head_changed()
+        if self._watched:
+            self._changed(ticket, -1)
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
         """Return the first entry that `worker` may begin, though it has many open runs or a reserve; or None."""
@@ -531,44 +562,108 @@ class Pool(SlotCounts):
         """Free the room that was kept for records."""
         self.reserved -= room
 
-    def spilled_ahead(self, priority: Priority) -> int:
-        """Return how many tasks of `priority` or better wait in the overflow, where no new task may overtake them."""
-        return sum(self.spilled[better] + self.spilling[better] for better in Priority if better <= priority)
+    # --- the overflow ---
 
-    def begin_spill(self, priority: Priority) -> None:
-        """Count a task that is on its way to the overflow."""
-        self.spilling[priority] += 1
+    def spilled_ahead(self, priority: Priority, tenant: str) -> int:
+        """Return how many tasks wait in the overflow, or are on their way, that no new task of `tenant` may overtake.
 
-    def end_spill(self, priority: Priority) -> None:
-        """Stop counting a task as on its way to the overflow."""
-        self.spilling[priority] -= 1
+        These are its own of `priority`, with which those of other tenants take turns, and all of better priorities.
+        """
+        return self.spilled.better(priority) + self.spilled.own(priority, tenant)
 
-    def add_spilled(self, priority: Priority) -> None:
+    def set_spilled(self, priority: Priority, counts: Mapping[str, int]) -> None:
+        """Replace the counts of records that wait in the overflow, by tenant, by those of the store."""
+        for tenant in [tenant for tenant in self.spilled.of(priority) if tenant not in counts]:
+            self._set_spilled(priority, tenant, 0)
+        for tenant, count in counts.items():
+            self._set_spilled(priority, tenant, count)
+
+    def add_spilled(self, priority: Priority, tenant: str) -> None:
         """Count one more record that waits in the overflow."""
-        self.spilled[priority] += 1
-        self._spilled()
+        self._set_spilled(priority, tenant, self.spilled.of(priority).get(tenant, 0) + 1)
 
-    def remove_spilled(self, priority: Priority) -> None:
-        """Count one record less that waits in the overflow, but not less than none: the count may be out of date."""
-        self.spilled[priority] = max(0, self.spilled[priority] - 1)
+    def remove_spilled(self, priority: Priority, tenant: str, *, returns: bool = False) -> None:
+        """Count one record less that waits in the overflow, but not less than none: the count may be out of date.
 
-    def add_nested_spilled(self, task_id: str) -> None:
+        If it `returns` to the queue, call `forget_returned` when it is there.
+        """
+        count = self.spilled.of(priority).get(tenant, 0)
+        if count > 1 or not returns:
+            self._set_spilled(priority, tenant, max(0, count - 1))
+        elif count:
+            self.spilled.set(priority, tenant, 0)
+            self._returned.append((priority, tenant))
+
+    def forget_returned(self) -> None:
+        """Forget the turns of tenants that have nothing in the overflow any more."""
+        for priority, tenant in self._returned:
+            if self._turns is not None and tenant not in self.spilled.of(priority):
+                self._turns.end_elsewhere(tenant, priority)
+        self._returned.clear()
+
+    def _set_spilled(self, priority: Priority, tenant: str, count: int) -> None:
+        if count and tenant != self._sole_tenant:
+            self._meet(tenant)
+        self.spilled.set(priority, tenant, count)
+        if count:
+            for group in self._groups:
+                group.spilled(self)
+        if self._turns is not None and count:
+            self._turns.begin_elsewhere(tenant, priority)
+        elif self._turns is not None:
+            self._turns.end_elsewhere(tenant, priority)
+
+    def add_nested_spilled(self, ticket: Ticket) -> None:
         """Remember that a nested task waits in the overflow, from where it goes before queued tasks that are not."""
-        self.nested_spilled.add(task_id)
+        self.nested_spilled[ticket.task_id] = ticket.task.tenant
 
     def remove_nested_spilled(self, task_id: str) -> None:
         """Forget a nested task that has left the overflow."""
-        self.nested_spilled.discard(task_id)
+        self.nested_spilled.pop(task_id, None)
 
-    def set_spilled(self, priority: Priority, count: int) -> None:
-        """Replace the count of records that wait in the overflow by that of the store."""
-        self.spilled[priority] = count
-        if count:
-            self._spilled()
+    def expect_records(self, *, expected: bool) -> None:
+        """Have new tasks wait for their turns even at a free slot, since records are on their way back; or not."""
+        self.expects_records = expected
 
-    def _spilled(self) -> None:
-        for group in self._groups:
-            group.spilled(self)
+    def refill_demand(self, round_trip: float) -> tuple[Priority, Mapping[str, int]] | None:
+        """Return the priority of the records to take back now, and how many of each tenant; None if none.
+
+        That is one for each free slot, and as many more as start within two times the `round_trip` to the store. If
+        several tenants wait, they are those whose turns come meanwhile.
+        """
+        blocked = self._tenants.blocked
+        stored = self.spilled.servable(blocked)
+        best = next((priority for priority in Priority if stored[priority]), None)
+        if best is None:
+            return None
+        rate, free = self.service_times.drain_rate(self.usable_slots) or 0.0, self.free_slots(best)
+        slots, bound = max(0, free) + min(math.ceil(2 * round_trip * rate), self.queue_bound), self.queue_bound
+        queued = [*(self.queue.lengths if self._turns is None else self._turns.lengths_without_blocked())]
+        capacity = bound + free - self.queued
+        if self._turns is not None:  # which also say how many of this priority go first
+            slots, capacity = max(slots, min(1, sum(queued))), capacity + bound
+            queued[best] = 0
+        if self.nested_spilled:  # they are to be served before what is queued and has not begun, as in the store
+            slots, capacity = max(slots, self.usable_slots), capacity + bound
+            queued = [self.nested, 0, 0, 0]
+        batch = self.refill_policy.next_batch(slots=slots, capacity=capacity, queued=queued, stored=stored)
+        if batch is None:
+            return None
+        priority, count = batch
+        shares = self._shares(priority, count, overdue=priority is not best)
+        return (priority, shares) if shares else None
+
+    def _shares(self, priority: Priority, count: int, *, overdue: bool) -> Mapping[str, int]:
+        """Return how many of `count` records of a priority to take back of each tenant."""
+        waiting = self.spilled.of(priority)
+        if self._turns is None:
+            return {tenant: min(count, number) for tenant, number in waiting.items()}  # there is only one
+        shares: dict[str, int] = {}
+        for tenant in dict.fromkeys(self.nested_spilled.values()):
+            share = min(count - sum(shares.values()), waiting.get(tenant, 0))
+            if share and tenant not in self._tenants.blocked:
+                shares[tenant] = share
+        return shares or self._turns.shares(priority, count, waiting, overdue=overdue)
 
 
 def _tenant_of(ticket: Ticket) -> str:

@@ -52,7 +52,8 @@ class FewPools:
         """
         pools = self.pools
         if len(pools) == 1:
-            return pools[0] if pools[0].has_head else None
+            pool = pools[0]
+            return pool if pool.queue.length and (not pool.takes_turns or pool.has_head) else None
         waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
         if not waiting:
             return None
@@ -199,7 +200,7 @@ class PoolGroup(SlotCounts):
 
     def with_spilled(self) -> Iterable[Pool]:
         """Return the pools for which records may wait in the overflow."""
-        self._with_spilled = {pool: None for pool in self._with_spilled if any(pool.spilled.values())}
+        self._with_spilled = {pool: None for pool in self._with_spilled if pool.spilled}
         return tuple(self._with_spilled)
 
 

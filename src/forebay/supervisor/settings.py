@@ -15,6 +15,7 @@ from forebay.supervisor.tenants import Tenant
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
+MAX_STORE_SILENCE: Final = 10.0  # seconds for which draining, and then closing, wait for an overflow without an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
+from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_not_negative
 from forebay.adapters import Config, Handler
-from forebay.engine import DaemonThreadExecutor, Engine
+from forebay.engine import Engine
 from forebay.errors import (
     AlreadyStarted,
     DrainInside,
     DuplicateWorker,
+    ForebayError,
     ForkedProcess,
     InvalidHandler,
     NotStarted,
@@ -32,6 +35,7 @@ from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
+from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
@@ -43,9 +47,9 @@ from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
 from forebay.supervisor.tenants import Tenant, Tenants, tenant_settings
-from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.ticket import Ticket, value_of
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Deadline, Priority, Task
+from forebay.task import DEFAULT_TENANT, Deadline, Priority, Task
 from forebay.upstream import Upstream
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -237,20 +241,29 @@ class BackpressureSupervisor:
 
     # --- work ---
 
-    async def submit(self, task: Task) -> Ticket:
+    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
         """Submit a task to admission control.
+
+        Args:
+            task: the task.
+            wait: seconds to wait for room while the task would be rejected, so that a producer is slowed down instead;
+                ``math.inf`` for as long as it takes, at most to the deadline. Those that wait are admitted by priority,
+                then in the order in which they came. None: it is rejected at once.
 
         Returns:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload raises nothing here.
 
         Raises:
+            InvalidSetting: `wait` is not a number of seconds.
             UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid.
             InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid.
             OverflowRequired: it is durable, and there is no overflow that survives the process.
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """
-        return await self._admission_here().submit(task)
+        if wait is not None:
+            _check_wait(wait)
+        return await self._admission_here().submit(task, wait=wait)
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
@@ -261,17 +274,112 @@ class BackpressureSupervisor:
         """
         return self._admission_here().submit_nowait(task)
 
-    async def run(self, task: Task) -> Any:
+    async def run(self, task: Task, *, wait: float | None = None) -> Any:
         """Submit a task and return its value; wait for a spilled one until its deadline.
 
-        Cancelling this cancels the task, unless others wait for the same work by its key.
+        Cancelling this cancels the task, unless others wait for the same work by its key. `wait` is as in `submit`.
 
         Raises:
             Overloaded: it was rejected; ``retry_after`` says when to try again.
             TaskFailed, TaskTimedOut: it ended that way (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
-        return await self._admission_here().run(task)
+        if wait is not None:
+            _check_wait(wait)
+        return await self._admission_here().run(task, wait=wait)
+
+    def fan_out(  # noqa: PLR0913 - each has a name
+        self,
+        tasks: Iterable[Task],
+        *,
+        retry: Retry | None = None,
+        limit: int | None = None,
+        quorum: int | None = None,
+        hedge: Hedge | None = None,
+        ordered: bool = False,
+        progress: OnProgress | None = None,
+    ) -> FanOut:
+        """Return an async iterator that submits many tasks, as room appears, and yields their results as they finish.
+
+        ``async for result in supervisor.fan_out(tasks): ...``. Leaving the loop cancels what has not ended; so does
+        leaving ``async with supervisor.fan_out(tasks) as results``, at once and in any case.
+
+        Args:
+            tasks: any number of tasks; a generator is read as room appears.
+            retry: the policy for failed tasks that have none of their own.
+            limit: how many tasks may be outstanding, results that were not read included; by default as many as can be
+                inside for their type.
+            quorum: after so many successes the other tasks are cancelled, and the iteration ends.
+            hedge: seconds that a task may run before a second attempt at it is started on another worker, if one is
+                free and the retry budget allows it; the first success counts. ``"p95"``: longer than 95 % of the latest
+                tasks of its type ran. Tasks with a `key`, with a `thread_id` and durable ones are not hedged.
+            ordered: yield the results in the order of the tasks.
+            progress: called with a `FanOutProgress` after each change, such as ``forebay.progress_bar()``.
+
+        Raises:
+            InvalidSetting, NotStarted, SupervisorClosed: at once.
+            QuorumNotReached: from the iteration: too many tasks have failed.
+            Others: from the iteration, as `submit`; the tasks that have not ended are cancelled.
+        """
+        admission = self._admission_here()
+        timers = self._running().core.timers
+        return FanOut(
+            admission,
+            timers,
+            tasks,
+            retry=retry,
+            limit=limit,
+            quorum=quorum,
+            hedge=hedge,
+            ordered=ordered,
+            progress=progress,
+        )
+
+    async def map(  # noqa: PLR0913 - each has a name
+        self,
+        task_type: str,
+        payloads: Iterable[Any],
+        *,
+        retry: Retry | None = None,
+        limit: int | None = None,
+        hedge: Hedge | None = None,
+        progress: OnProgress | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[TaskOptions],
+    ) -> list[Any]:
+        """Run a task for each payload, as room appears, and return their values in the order of the payloads.
+
+        The first task that fails cancels the others, and its error is raised, as by `run`; with `return_exceptions` the
+        errors are in the list instead. Cancelling this cancels the tasks.
+
+        Args:
+            task_type: of all tasks.
+            payloads: any number; a generator is read as room appears.
+            retry: as in `fan_out`.
+            limit: as in `fan_out`.
+            hedge: as in `fan_out`.
+            progress: as in `fan_out`.
+            return_exceptions: whether failed tasks have their error in the list.
+            options: fields of all tasks, such as ``priority=Priority.LOW``.
+
+        Raises:
+            Others: as `run` and `fan_out`.
+        """
+        tasks = (Task(task_type, payload, **options) for payload in payloads)
+        values: dict[int, Any] = {}
+        total = len(payloads) if isinstance(payloads, Sized) else None
+        async with self.fan_out(tasks, retry=retry, limit=limit, hedge=hedge, progress=progress) as results:
+            results.expect(total)
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    index, result = await results.read()
+                    try:
+                        values[index] = value_of(result)
+                    except ForebayError as error:
+                        if not return_exceptions:
+                            raise
+                        values[index] = error
+        return [values[index] for index in range(len(values))]
 
     @renamed_arguments(thread="thread_id")
     def slot(  # noqa: PLR0913 - a task's fields
@@ -281,7 +389,7 @@ class BackpressureSupervisor:
         priority: Priority = Priority.NORMAL,
         timeout: float | None = None,
         deadline: Deadline | None = None,
-        tenant: str = "default",
+        tenant: str = DEFAULT_TENANT,
         thread_id: str | None = None,
     ) -> Slot:
         """Return a slot of a worker for the caller's own code: ``async with supervisor.slot("write"): ...``.
@@ -411,6 +519,7 @@ class BackpressureSupervisor:
 
         If the overflow survives the process, waiting tasks go out to it within that time, and so do stored tasks that
         still run when it is up. Handlers that are cancelled, and the last write, have `zombie_grace` seconds more.
+        Without a limit, it waits for what runs, but not for an overflow that answers nothing for 10 seconds.
         Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:
@@ -517,3 +626,7 @@ class BackpressureSupervisor:
     def _dispatcher_here(self) -> Dispatcher:
         self._admission_here()
         return self._running()
+
+
+def _check_wait(wait: float) -> None:
+    check_not_negative("submit", "wait", wait, unit="seconds", infinite=True)

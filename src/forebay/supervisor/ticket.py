@@ -47,6 +47,7 @@ class Refusal(NamedTuple):
     load: float
     may_spill: bool
     retry_after: float | None = None  # seconds, infinity if unknown; None: take the next slot of the retry schedule
+    final: bool = False  # waiting for room would not help
 
 
 class TicketRun(RunningTask, Protocol):
@@ -56,6 +57,10 @@ class TicketRun(RunningTask, Protocol):
     started_at: float
     abandoned_at: float | None
     zombie: bool
+
+    @property
+    def awaits_start(self) -> bool:
+        """True while the store has not recorded its start: its handler has not begun."""
 
     def ends_at(self) -> float:
         """Return the loop time of its timeout or its deadline, whichever comes first."""
@@ -100,8 +105,8 @@ class TicketOwner(Protocol):
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
 
-    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
-        """Lend the slot of `running` while it awaits a task; return how to get it back."""
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it awaits a task, or room for one; return how to get it back."""
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because it is awaited."""
@@ -151,6 +156,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     pending_store_calls: int = 0  # calls of the store that decide what becomes of the task
     listeners: EventBus | None = None  # None if nobody listens to its events
     shared: bool = False  # another caller has submitted the same work, by its key
+    in_line: bool = False  # its submitter waits for room: a rejection is not the last word
     size: int = 0  # estimated bytes of its payload and its result, once it has ended
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
@@ -216,7 +222,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             reclaim = self._dispatcher.lend_slots(context.running_task(), self)
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
-                    await self._wait_until_resolved()
+                    waiter = self.watch()
+                    try:
+                        await waiter
+                    finally:
+                        self.unwatch(waiter)
             except asyncio.CancelledError:
                 if cancel_task and not self.shared and not self.has_waiters:
                     self.cancel("its caller has gone")  # before reclaiming the slot, which this task may hold
@@ -235,17 +245,19 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         assert self._outcome is not None  # noqa: S101 - it is done
         return self._outcome
 
-    async def _wait_until_resolved(self) -> None:
+    def watch(self) -> asyncio.Future[None]:
+        """Return a future that is done once the task has ended; the ticket counts as awaited until `unwatch`."""
         waiter = self._dispatcher.loop.create_future()
         self._hold_strongly()
         if self._waiters is None:
             self._waiters = []
         self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            if self._waiters is not None:
-                self._waiters.remove(waiter)
+        return waiter
+
+    def unwatch(self, waiter: asyncio.Future[None]) -> None:
+        """Forget a future that `watch` returned."""
+        if self._waiters is not None and waiter in self._waiters:
+            self._waiters.remove(waiter)
 
     def refusal(self) -> Overloaded:
         """Return the rejection as an exception."""
@@ -265,12 +277,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
             ResultUnavailable: it succeeded, but only the process that ran it has its value.
         """
-        result = await self._wait(cancel_task=cancel_task)
-        if result.status is TaskStatus.SUCCEEDED:
-            if isinstance(result.cause, ResultUnavailable):
-                raise fresh_copy(result.cause)
-            return result.result
-        raise as_error(result) from result.cause
+        return value_of(await self._wait(cancel_task=cancel_task))
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield what happens to the task from now on: TaskStarted, TaskProgress, TaskRetried, and last TaskFinished.
@@ -346,6 +353,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.status = TaskStatus.REJECTED
         self.explain(refusal)
         self.retry_after = retry_after
+
+    def stand_in_line(self, *, waits: bool) -> None:
+        """Record whether its submitter waits for room if it is rejected."""
+        self.in_line = waits
 
     def share(self) -> None:
         """Record that another caller has submitted the same work."""
@@ -573,6 +584,15 @@ _DOCUMENTED = (
     "__await__", "__bool__", "cancel", "deadline", "done", "events", "limited_by", "load", "priority", "reason",
     "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
 )  # fmt: skip
+
+
+def value_of(result: TaskResult) -> Any:
+    """Return the value of a result, or raise what `Ticket.value` raises."""
+    if result.status is not TaskStatus.SUCCEEDED:
+        raise as_error(result) from result.cause
+    if isinstance(result.cause, ResultUnavailable):
+        raise fresh_copy(result.cause)
+    return result.result
 
 
 def as_error(result: TaskResult) -> ForebayError:

@@ -50,6 +50,7 @@ class WorkerAgent:
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.reserve = reserve  # slots, the last free ones, that only CRITICAL and HIGH tasks take
         self.urgent_tasks = 0  # slots that they hold; counted only if there is a reserve
+        self.counts_tasks = False  # whether it matters whose tasks hold its slots: for a reserve, or tenants' bounds
         self.timeout = timeout
         self.retry = retry
         self.breaker = breaker
@@ -182,6 +183,10 @@ class WorkerAgent:
         self.current_tasks -= 1
         if probe:
             self._probes_in_flight -= 1
+
+    def count_tasks(self) -> None:
+        """Have the dispatcher count whose tasks hold its slots."""
+        self.counts_tasks = True
 
     def count_urgent(self, by: int) -> None:
         """Count `by` more slots as held by CRITICAL and HIGH tasks."""

@@ -11,11 +11,12 @@ import msgspec
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
 from forebay.quota import QuotaReservation, RateScope
-from forebay.task import Priority
+from forebay.task import DEFAULT_TENANT, Priority
 
 UNREADABLE: Final = "unreadable"
 UNPRICED: Final = "unpriced"
-UNMETERED: Final = (UNREADABLE, UNPRICED)
+UNBOUNDED: Final = "unbounded"
+UNMETERED: Final = (UNREADABLE, UNPRICED, UNBOUNDED)
 """The values of ``limited_by`` of calls that a budget or a quota cannot count."""
 
 
@@ -24,7 +25,7 @@ class Unmetered(NamedTuple):
 
     Attributes:
         reason: for a person, with what to do.
-        limited_by: ``"unreadable"`` or ``"unpriced"``.
+        limited_by: ``"unreadable"``, ``"unpriced"`` or ``"unbounded"``.
     """
 
     reason: str
@@ -73,13 +74,14 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         retried: it is retried if it is refused, so that it may be a trial call of a quota.
         asked_at: when it first asked for a permit; set by the account.
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
+        weight: the share of turns of its tenant, unless the account's weights name it.
     """
 
     charge: Charge = Charge()
     usd: float = 0.0
     priority: Priority = Priority.NORMAL
     deadline: float = math.inf
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     task_id: str | None = None
     model: str = ""
     free: bool = False
@@ -92,6 +94,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     bounded: bool = True
     unmetered: Unmetered | None = None
     holder: Permit | None = None
+    weight: float = 1.0
 
     @property
     def goes_first(self) -> bool:
@@ -117,13 +120,15 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         tenant: who pays for the call.
         task_id: the task that the call belongs to, or None.
         api_key: the API key that the account belongs to; None to read it from the request.
+        weight: the share of turns that the task's supervisor gives the tenant.
     """
 
     priority: Priority = Priority.NORMAL
     deadline: float = math.inf
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     task_id: str | None = None
     api_key: str | None = None
+    weight: float = 1.0
 
 
 class SpendReservation(Protocol):
@@ -184,6 +189,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         kind: the evidence about the upstream.
         used: requests and tokens that it used; None for as many as were reserved.
         released: it took nothing of them: it was not sent.
+        answered: the provider has begun to answer it; if its caller left before, it may have been refused as well.
         rate_limited: it was throttled, and its refusal names a rate (429). It took nothing of them either.
         spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
         account_limited: it was throttled by another limit of the account, or by one that is not named (429).
@@ -200,6 +206,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     kind: Outcome
     used: Charge | None = None
     released: bool = False
+    answered: bool = True
     rate_limited: bool = False
     spend_cap: bool = False
     account_limited: bool = False
@@ -280,4 +287,6 @@ def scale_charge(charge: Charge, count: int) -> Charge:
         input_tokens=charge.input_tokens * count,
         output_tokens=charge.output_tokens * count,
         tokens=charge.tokens * count,
+        most_output_tokens=charge.most_output_tokens * count,
+        most_tokens=charge.most_tokens * count,
     )

@@ -186,7 +186,7 @@ def test_removed_entries_and_tenants_are_not_kept() -> None:
         queue.remove(queue.push("same", Priority.NORMAL, (2, float(-sequence)), sequence + 20_000))
     (lanes,) = queue._lanes[Priority.NORMAL].values()
     assert not lanes.by_tenant
-    assert len(lanes.turns._heap) < 200
+    assert len(lanes.turns._present._heap) < 200
     keeper = queue.push("keeper", Priority.NORMAL, RANK_LAST, 10**6)
     for sequence in range(10_000):
         queue.remove(queue.push("keeper", Priority.NORMAL, RANK_LAST, sequence))
@@ -200,7 +200,7 @@ def test_turns_of_many_tenants_are_forgotten() -> None:
     for number in range(10_000):
         turns.join(str(number))
         turns.leave(str(number))
-    assert len(turns._heap) < 100
+    assert len(turns._present._heap) < 100
     assert turns.next() == "stays"
     assert list(turns) == ["stays"]
 
@@ -211,3 +211,77 @@ def test_what_goes_ahead_of_a_new_item_is_counted_by_turns() -> None:
     assert ahead == {"a": 100, "b": 1}
     queue.push("b0", Priority.NORMAL, RANK_LAST, 1000)
     assert queue.ahead_of("b", Priority.NORMAL, 2) == 3  # its own, and a turn or two of the other
+
+
+# --- items elsewhere ---
+
+
+def test_items_elsewhere_keep_the_turn_of_their_tenant_until_they_are_here() -> None:
+    queue = pushed({}, {"a": 100})
+    for tenant in "bc":
+        queue.begin_elsewhere(tenant, Priority.NORMAL)
+    elsewhere = {"b": 5, "c": 1}
+    assert queue.shares(Priority.NORMAL, 1, elsewhere) == {}  # the first turn is that of "a"
+    assert queue.shares(Priority.NORMAL, 9, elsewhere) == {"b": 4, "c": 1}
+    assert queue.shares(Priority.NORMAL, 2, elsewhere, overdue=True) == {"b": 1, "c": 1}
+    assert served(queue, 10) == ["a"] * 10
+    for number, tenant in enumerate("bbc"):
+        queue.push(tenant, Priority.NORMAL, RANK_LAST, 1000 + number)
+    assert served(queue, 4) == ["b", "c", "b", "a"]  # "a" has had more turns than "b" would have had
+
+
+def test_a_tenant_with_items_elsewhere_gets_no_second_turn_by_coming_and_going() -> None:
+    queue = pushed({}, {"a": 100})
+    queue.begin_elsewhere("b", Priority.NORMAL)
+    order = []
+    for number in range(20):
+        if not queue.length_of("b"):
+            queue.push("b", Priority.NORMAL, RANK_LAST, 1000 + number)
+        order += served(queue, 1)
+    assert order.count("b") == 10
+    queue.end_elsewhere("b", Priority.NORMAL)
+    assert queue.shares(Priority.NORMAL, 9, {}) == {}
+
+
+def test_a_blocked_tenant_has_no_share_of_what_comes_back() -> None:
+    blocked = {"b"}
+    queue: TenantQueue[str] = TenantQueue(lambda item: item[0], {}, blocked=blocked)
+    for tenant in "bc":
+        queue.begin_elsewhere(tenant, Priority.NORMAL)
+    for sequence in range(3):
+        queue.push("b", Priority.NORMAL, RANK_LAST, sequence)
+    assert queue.shares(Priority.NORMAL, 4, {"b": 5, "c": 5}) == {"c": 4}
+    assert list(queue.lengths_without_blocked()) == [0, 0, 0, 0]
+
+
+@given(
+    weights=st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=2),
+    turns=st.integers(1, 100),
+    here=st.dictionaries(st.sampled_from("abcd"), st.integers(0, 20)),
+)
+def test_shares_are_what_the_next_turns_would_serve(
+    weights: dict[str, float], turns: int, here: dict[str, int]
+) -> None:
+    queue, all_here = pushed(weights, here), pushed(weights, here)
+    elsewhere = dict.fromkeys(weights, 30)
+    for number, tenant in enumerate(weights):
+        queue.begin_elsewhere(tenant, Priority.NORMAL)
+        for each in range(30):
+            all_here.push(f"{tenant}{each}", Priority.NORMAL, RANK_LAST, 1000 + 100 * number + each)
+    shares = queue.shares(Priority.NORMAL, turns, elsewhere)
+    counts = Counter(served(all_here, min(turns, len(all_here))))
+    expected = {tenant: counts[tenant] - here.get(tenant, 0) for tenant in weights}
+    assert shares == {tenant: count for tenant, count in expected.items() if count > 0}
+
+
+def test_tenants_that_were_elsewhere_are_forgotten() -> None:
+    turns = TenantTurns({})
+    turns.join("stays")
+    for number in range(10_000):
+        turns.begin_elsewhere(str(number))
+        turns.join(str(number))
+        turns.leave(str(number))
+        turns.end_elsewhere(str(number))
+    assert len(turns._absent._heap) < 100
+    assert not turns._absent.by_tenant
+    assert list(turns) == ["stays"]

@@ -123,13 +123,14 @@ def test_the_default_queue_holds_a_hundred_or_the_number_of_slots(slots: int, bo
 
 def test_spilled_tasks_of_a_better_priority_are_ahead() -> None:
     pool = Pool("a", None, Tenants({}))
-    pool.add_spilled(Priority.HIGH)
-    pool.begin_spill(Priority.NORMAL)
-    assert [pool.spilled_ahead(priority) for priority in Priority] == [0, 1, 2, 2]
-    pool.end_spill(Priority.NORMAL)
-    pool.remove_spilled(Priority.HIGH)
-    pool.remove_spilled(Priority.HIGH)  # there were fewer than counted
-    assert not any(pool.spilled_ahead(priority) for priority in Priority)
+    pool.add_spilled(Priority.HIGH, "a")
+    pool.spilled.begin_spill(Priority.NORMAL, "a")
+    assert [pool.spilled_ahead(priority, "a") for priority in Priority] == [0, 1, 2, 2]
+    assert [pool.spilled_ahead(priority, "b") for priority in Priority] == [0, 0, 1, 2]
+    pool.spilled.end_spill(Priority.NORMAL, "a")
+    pool.remove_spilled(Priority.HIGH, "a")
+    pool.remove_spilled(Priority.HIGH, "a")  # there were fewer than counted
+    assert not any(pool.spilled_ahead(priority, "a") for priority in Priority)
 
 
 def test_a_pool_that_is_passed_over_too_often_is_served() -> None:

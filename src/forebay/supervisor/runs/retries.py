@@ -98,6 +98,13 @@ class TaskRetries:
         else:
             ticket.retries.attempt_begins()
 
+    def take(self) -> bool:
+        """Take a retry from the budget for a second attempt beside the first; return False if none is left."""
+        if not self._budget.withdraw(self._loop.time(), keep=_KEPT):
+            return False
+        self.allowed += 1
+        return True
+
     # --- an attempt has failed ---
 
     def retry(self, run: Run, result: TaskResult) -> bool:

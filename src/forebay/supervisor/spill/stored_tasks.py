@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 from forebay import clock
 from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
@@ -114,7 +114,8 @@ class StoredTasks:
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
         self.delayed = DelayedRecords(core, store, on_woken=self._count_waiting)
-        self._delayed_tickets: WeakSet[Ticket] = WeakSet()  # their records were delayed, and may have been woken since
+        # Those whose records were delayed, and may have been woken since; loop time of their next attempt, if known.
+        self._delayed_tickets: WeakKeyDictionary[Ticket, float] = WeakKeyDictionary()
         self._on_change: Callable[[str | None], Awaitable[None]] | None = None
 
     def on_change(self, callback: Callable[[str | None], Awaitable[None]]) -> None:
@@ -207,6 +208,7 @@ class StoredTasks:
         """Let another process end a task; `StoreMaintenance` looks up the result."""
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
+        self._registry.notify_progress()
 
     def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
@@ -333,7 +335,7 @@ class StoredTasks:
         elif delayed is None:
             self._come_back(ticket)
         else:
-            self._leave_delayed(ticket, delayed=delayed)
+            self._leave_delayed(ticket, delay, delayed=delayed)
 
     async def _store_delay(self, ticket: Ticket, delay: _Delay) -> bool | None:
         """Return whether the record is delayed, or False if the lease is lost; None if the store fails until it is due.
@@ -367,24 +369,28 @@ class StoredTasks:
         else:
             self._dispatcher.start_or_queue(ticket, pool, self._dispatcher.pick_worker(pool, ticket))
 
-    def _leave_delayed(self, ticket: Ticket, *, delayed: bool) -> None:
+    def _leave_delayed(self, ticket: Ticket, delay: _Delay, *, delayed: bool) -> None:
         """Leave a task whose record is `delayed`, or else leased by another process."""
         self.drop_lease(ticket)
         if self.stays_stored:
             self.release(ticket)
         elif delayed:
             if ticket.nested and (pool := self._core.pools.by_type.get(ticket.task.task_type)) is not None:
-                pool.add_nested_spilled(ticket.task_id)
-            self.wait_delayed(ticket)
+                pool.add_nested_spilled(ticket)
+            self.wait_delayed(ticket, due_at=delay.due_here)
         else:
             self.leave_to_other_process(ticket)
         if ticket.cancel_reason is not None and not ticket.done():
             ticket.cancel(ticket.cancel_reason)
 
-    def wait_delayed(self, ticket: Ticket) -> None:
-        """Watch a task that waits in the store for its next attempt."""
-        self._delayed_tickets.add(ticket)
+    def wait_delayed(self, ticket: Ticket, *, due_at: float = 0.0) -> None:
+        """Watch a task that waits in the store for its next attempt, until the loop time `due_at` if that is known."""
+        self._delayed_tickets[ticket] = due_at
         self.wait_in_store(ticket)
+
+    def is_delayed(self, ticket: Ticket) -> bool:
+        """Return whether a task is known to wait in the store for the time of its next attempt."""
+        return self._delayed_tickets.get(ticket, 0.0) > self._core.loop.time()
 
     # --- ends ---
 
@@ -395,8 +401,8 @@ class StoredTasks:
         ticket.begin_store_call()
         self._complete_in_background(ticket, result, self.drop_lease(ticket))
 
-    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
-        """Store the end of a task under a new lease, because the store does not have it yet."""
+    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease | None) -> None:
+        """Store the end of a task whose ticket has ended, because the store does not have it yet."""
         ended.begin_store_call()
         self._complete_in_background(ended, result, lease)
 
@@ -462,7 +468,7 @@ class StoredTasks:
         if ticket in self._delayed_tickets:  # it may have been woken since, or not
             self.delayed.recount()
         elif pool is not None and task.thread_id is None:  # else those that wait are counted again
-            pool.remove_spilled(task.priority)
+            pool.remove_spilled(task.priority, task.tenant)
 
     def _left_overflow(self, ticket: Ticket) -> None:
         """Count a nested task no more as one that waits in the overflow and comes back here."""
@@ -542,8 +548,13 @@ class StoredTasks:
         self.refill_stopped = True
         if self.survives():
             for ticket in self._registry.all_unfinished():
-                if ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls:
-                    self.release(ticket)
+                self.release_if_left(ticket)
+
+    def release_if_left(self, ticket: Ticket) -> None:
+        """Release a task that waits in the store, if it is left there to the next process."""
+        waits = ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls
+        if waits and self.stays_stored and not ticket.done():
+            self.release(ticket)
 
     def end_tickets(self) -> None:
         """End every ticket that is left, because the supervisor stops."""
@@ -551,5 +562,7 @@ class StoredTasks:
             if ticket.stored and self.durable:
                 self.release(ticket)
             else:
-                result = unsuccessful_result(ticket, TaskStatus.CANCELLED, "the supervisor stopped")
-                self._registry.settle(ticket, result)
+                error = "the supervisor stopped"
+                if ticket.pending_store_calls:
+                    error += " before the overflow had answered: it may be run again"
+                self._registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))

@@ -83,7 +83,7 @@ class Account:
         budgets: returns the budgets that a call spends from.
         upstream_budget: the budget that all its calls spend from, if there is one; `budgets` returns it too.
         max_wait: seconds of expected wait above which a call is rejected.
-        weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        weights: tenants' shares of turns; for a tenant that is not named, the weight of its call counts.
         has_key: its calls have an API key, which may be invented.
         draw: returns random numbers from [0, 1).
     """
@@ -485,9 +485,8 @@ class Account:
             used = request.charge if outcome.used is None else outcome.used
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
-            answered = kind is not Outcome.IGNORED or outcome.latency is not None  # else its caller has left
             failed = kind is Outcome.FAULT
-            self.quotas.settle(now, permit.reservation, used, failed=failed, answered=answered)
+            self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:
             dollars.settle(usd)
