@@ -30,7 +30,9 @@ def plot_panels(
     with mpl.rc_context({**STYLE, "font.size": _TICKS}):
         figure = Figure(figsize=(3.6 * columns, 2.4 * rows + 0.6), layout="constrained")
         all_axes = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+        for unused in all_axes[len(panels) :]:
+            unused.set_axis_off()
+        for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
             axes.set_title(title, fontsize=_TICKS + 1)
             for name, values in lines.items():
                 look = {**styles[name], "linewidth": 2.5 if name == bold else 1.1}

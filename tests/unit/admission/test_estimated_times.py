@@ -98,3 +98,8 @@ def test_one_that_was_cut_off_counts_as_half_as_long_again() -> None:
 def test_only_the_latest_twenty_count() -> None:
     times = learned(*of_tokens(20), *of_tokens(20, seconds_per_token=0.5))
     assert seconds_of(times, Estimate(output_tokens=100)) == pytest.approx(50.0)
+
+
+def test_a_figure_may_be_larger_than_any_float() -> None:
+    times = learned(*of_tokens(12), *((10.0, Estimate(output_tokens=10**400)) for _ in range(8)))
+    times.of(Estimate(output_tokens=10**400))
