@@ -415,7 +415,7 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
-        elif self._tenants.bounded and not ticket.nested and (own := self._tenants.load(tenant)) >= load:
+        elif pool.takes_turns and not ticket.nested and (own := self._tenants.load(tenant)) and own >= load:
             load, resource = own, RESOURCE_PREFIX + tenant
         if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
             cause = self._load.limiting_resource(resource)

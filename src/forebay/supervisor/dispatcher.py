@@ -116,11 +116,11 @@ class Dispatcher:
         worker = run.worker
         run.take_slot()
         worker.take_slot(probe=run.is_probe)
-        if worker.counts_tasks:
-            self._count_slot(worker, run.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
             counts.resume()
+        if worker.counts_tasks:
+            self._count_slot(worker, run.task, 1)
 
     def lend_slot(self, run: Run) -> None:
         """Lend the slot of a run that awaits a task, and start what comes next."""
@@ -140,10 +140,10 @@ class Dispatcher:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
         worker.return_slot(probe=worker.probing and run.is_probe)
-        if worker.counts_tasks:
-            self._count_slot(worker, run.task, -1)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
+        if worker.counts_tasks:
+            self._count_slot(worker, run.task, -1)
         self.dispatch(worker, now)
 
     def _count_slot(self, worker: WorkerAgent, task: Task, by: int) -> None:
@@ -151,6 +151,9 @@ class Dispatcher:
 
         A tenant whose bound is reached is served no more, and again once it is not.
         """
+        if worker.reserve:
+            for counts in self._counts_of[worker]:
+                counts.count_reserve(worker)
         if task.priority <= URGENT:
             worker.count_urgent(by)
         tenant = task.tenant
@@ -374,10 +377,10 @@ class Dispatcher:
             self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
         worker.take_slot(probe=worker.probing)
-        if worker.counts_tasks:
-            self._count_slot(worker, ticket.task, 1)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
+        if worker.counts_tasks:
+            self._count_slot(worker, ticket.task, 1)
         if worker.sources:  # now, or the next task would be started as if this one made no calls
             run.expect_calls(worker.sources)
         self.started += 1

@@ -46,9 +46,9 @@ class SlotCounts(ABC):
         elif now and not before:
             self.own_running += worker.current_tasks
         if worker.reserve:
-            self._count_reserve(worker)
+            self.count_reserve(worker)
 
-    def _count_reserve(self, worker: WorkerAgent) -> None:
+    def count_reserve(self, worker: WorkerAgent) -> None:
         """Count the reserved slots of `worker` after a change of its slots."""
         reserved = worker.counted_slots - worker.open_slots
         taken = max(0, worker.current_tasks - worker.open_slots) if worker.counted_slots else 0
@@ -61,15 +61,11 @@ class SlotCounts(ABC):
         """Record that `worker` has one more slot taken."""
         if worker.counted_slots:
             self.own_running += 1
-        if worker.reserve:
-            self._count_reserve(worker)
 
     def slot_returned(self, worker: WorkerAgent) -> None:
         """Record that `worker` has one slot less taken."""
         if worker.counted_slots:
             self.own_running -= 1
-        if worker.reserve:
-            self._count_reserve(worker)
 
     def suspend(self) -> None:
         """Count a run of one of its workers that has lent its slot."""
