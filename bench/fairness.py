@@ -3,14 +3,17 @@
 Every task takes a second on average. **CRITICAL**: three times as much as a worker can serve is offered, a fifth of its
 capacity as CRITICAL tasks, with and without slots reserved for them. **Weights**: three tenants offer three times the
 capacity each. **Flood**: one tenant submits many tasks at once, and then another one submits one, to one slot. Waits
-are in average service times, medians over seeds (SEEDS=3). The chart goes to build/bench.
+are in average service times, medians over seeds (SEEDS=3). The chart goes to build/bench. And the real time of a task
+while tasks of several tenants wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
@@ -30,6 +33,7 @@ PLACES: Final[Mapping[str, dict[str, Any]]] = {
     "queue": {"max_queue_size": 20_000},
     "overflow": {"max_queue_size": 0, "overflow": "memory://?bound=20000"},
 }
+NO_OPS: Final = 10_000
 FLOODS: Final = (1, 10, 100, 1_000, 10_000)
 
 
@@ -109,6 +113,23 @@ def wait_beside_flood(place: str, flood: int, *, one_tenant: bool) -> float:
     return simulate(main, seed=1)
 
 
+async def microseconds(tenants: int) -> float:
+    """Return the real time of a no-op task while those of so many tenants wait."""
+
+    async def handler(_: Task) -> None:
+        pass
+
+    best = math.inf
+    async with BackpressureSupervisor(max_queue_size=4 * NO_OPS, backpressure_threshold=1.0) as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=10)
+        for _ in range(5):
+            started = time.perf_counter()
+            for ticket in [supervisor.submit_nowait(Task("work", tenant=f"{n % tenants}")) for n in range(NO_OPS)]:
+                await ticket
+            best = min(best, 1e6 * (time.perf_counter() - started) / NO_OPS)
+    return best
+
+
 def one(case: tuple[Any, ...]) -> Any:
     """Return the result of one run."""
     kind, *given = case
@@ -151,6 +172,8 @@ def run() -> dict[str, float]:
     floods["one tenant"] = [found["flood", "queue", flood, True] for flood in FLOODS]
     for place, values in floods.items():
         results[f"a task after {FLOODS[-1]} of another tenant waits, {place}"] = round(values[-1], 3)
+    for tenants in (1, 2, 1_000):
+        results[f"us for a no-op task, {tenants} tenants"] = asyncio.run(microseconds(tenants))
     CHARTS.mkdir(parents=True, exist_ok=True)
     plot_fairness(waits, gained, dict(zip(FLOODS, zip(*floods.values(), strict=True), strict=True)), [*floods], CHARTS)
     return results
