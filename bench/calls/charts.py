@@ -16,7 +16,7 @@ from bench.calls.limits import OURS, UPSTREAM
 # The palette of Okabe and Ito, which is safe for colour-blind readers.
 _COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")
 _DASHES: Final = ("-", "--", ":")  # when the colours have been used up, they return with other dashes
-_STYLE: Final[dict[Any, Any]] = {
+STYLE: Final[dict[Any, Any]] = {
     "font.size": 10.5,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -37,7 +37,7 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def plot_goodput_by_load(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder: Path) -> None:
     """Plot goodput over offered load, one line a limit."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title("Goodput relative to an oracle, by offered load")
@@ -54,7 +54,7 @@ def plot_goodput_by_scenario(shares: Mapping[tuple[str, str], float], folder: Pa
     """Plot goodput by scenario and limit, as a table with colours."""
     names = list(dict.fromkeys(name for name, _ in shares))
     limits = list(dict.fromkeys(limit for _, limit in shares))
-    with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+    with mpl.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(2.8 + 0.9 * len(limits), 1.5 + 0.36 * len(names)), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title("Goodput relative to an oracle, by scenario", pad=14)
@@ -75,7 +75,7 @@ def plot_goodput_by_scenario(shares: Mapping[tuple[str, str], float], folder: Pa
 def plot_recovery(records: Mapping[str, RunRecord], kind: str, trigger: tuple[float, float], folder: Path) -> None:
     """Plot useful work over time around a trigger, one line a limit."""
     step = 10
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title(f"A minute without any answer, at a {kind} provider")
@@ -100,7 +100,7 @@ def plot_fairness(
     folder: Path,
 ) -> None:
     """Plot the waits of CRITICAL tasks, the turns of tenants over what is due to them, and waits beside a flood."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(14, 4), dpi=80, layout="constrained")
         critical, turns, small = figure.subplots(1, 3)
         critical.set_title("CRITICAL tasks at 3x the load")

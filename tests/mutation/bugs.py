@@ -19,7 +19,16 @@ from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule, TenantRetrySchedules, TenantTurns
+from forebay.admission import (
+    EstimatedTimes,
+    PriorityQueue,
+    PriorityThresholds,
+    RetryAfterSchedule,
+    StandingQueue,
+    TenantRetrySchedules,
+    TenantTurns,
+    feasibility,
+)
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
@@ -1632,3 +1641,22 @@ def workers_count_no_failed_attempts() -> None:
 
 def a_found_task_runs_as_it_was_read() -> None:
     skip(found_ticket, Ticket.mark_found)
+
+
+# --- tasks with deadlines that wait ---
+
+
+def every_task_is_judged_as_if_it_were_like_the_others() -> None:
+    always(EstimatedTimes, EstimatedTimes.of, returns=None)
+
+
+def estimates_that_predict_nothing_are_used() -> None:
+    feasibility._PREDICTS = math.inf
+
+
+def a_burst_is_judged_as_a_queue_that_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=True)
+
+
+def no_queue_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=False)

@@ -42,6 +42,7 @@ from tests.acceptance import (
     test_shared_overflow,
     test_silent_store,
     test_slot,
+    test_start_deadlines,
     test_start_gate,
     test_stored_text,
     test_stored_tickets,
@@ -57,7 +58,7 @@ from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_quota_debt
-from tests.unit.admission import test_thresholds
+from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_sqlite_store
@@ -651,6 +652,17 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_found_task_runs_as_it_was_read: (
         test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
     ),
+    # tasks with deadlines that wait
+    bugs.every_task_is_judged_as_if_it_were_like_the_others: (
+        test_start_deadlines.test_a_task_with_an_estimate_is_compared_with_tasks_of_its_size
+    ),
+    bugs.estimates_that_predict_nothing_are_used: (
+        test_estimated_times.test_estimates_that_grow_where_times_fall_are_not_used
+    ),
+    bugs.a_burst_is_judged_as_a_queue_that_stands: (
+        test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
+    ),
+    bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
 }
 
 

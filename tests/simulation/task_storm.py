@@ -35,7 +35,7 @@ from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation, fail_if_any
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
-from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Tenant, Ticket
+from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, Tenant, Ticket
 from forebay.adapters import Handler
 from forebay.errors import StoreUnavailable, SupervisorClosed, TaskCancelled
 from forebay.events import Event, TaskDeadLettered, TaskFinished, TaskRetried, TaskStarted, WorkerFailed
@@ -305,6 +305,7 @@ class TaskStorm:
             deadline=deadline,
             spill=rng.random() < 0.8 or options.get("durable", False),
             tenant=self.tenancy.choice(TENANTS) if self.tenants else "default",
+            estimate=Estimate(calls=1 + round(100 * work)) if number is None or number % 3 else None,
             **options,
         )
         if deadline is not None:

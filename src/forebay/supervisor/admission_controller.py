@@ -458,7 +458,12 @@ class AdmissionController:
         conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
         if conversation is not None:
             wait = max(wait, len(conversation.tickets) * (pool.service_times.median() or 0.0))
-        return remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining)
+        now, estimate = self.loop.time(), task.estimate
+        if remaining <= 0:
+            return True
+        if not wait:
+            return pool.cannot_meet_deadline(now, remaining, estimate=estimate)
+        return pool.would_wait_too_long(now, wait, remaining, task.priority, estimate=estimate)
 
     def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
@@ -500,7 +505,7 @@ class AdmissionController:
             return True
         task = ticket.task
         wait = pool.expected_wait(task.priority, task.tenant, nested=ticket.nested, spilled=True)
-        return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
+        return wait is None or wait < min(remaining, pool.max_wait(remaining, task.estimate))
 
     # --- the verdict ---
 

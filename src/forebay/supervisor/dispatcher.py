@@ -344,6 +344,8 @@ class Dispatcher:
         if self.spill is not None and not self.spill.stored.lease_is_valid(ticket):
             self.spill.stored.lease_lapsed(ticket)
             return False
+        if ticket.deadline is not None:
+            pool.turn_came(self.loop.time(), ticket, ticket.deadline.remaining())
         if (reason := self.expiry_reason(ticket, pool)) is not None:
             self._end(ticket, self._result(ticket, TaskStatus.EXPIRED, reason))
         return reason is None
@@ -354,7 +356,8 @@ class Dispatcher:
             return None
         remaining = deadline.remaining()
         time = deadline.at - ticket.submitted_at if ticket.submitted_at is not None and pool.has_waiting else None
-        if remaining > 0 and not pool.cannot_meet_deadline(self.loop.time(), 0.0, remaining, time=time):
+        now, estimate = self.loop.time(), ticket.task.estimate
+        if remaining > 0 and not pool.cannot_meet_deadline(now, remaining, time=time, estimate=estimate):
             return None
         if remaining <= 0:
             return f"its turn came {format_duration(-remaining)} after its deadline"

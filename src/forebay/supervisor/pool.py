@@ -6,13 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, ServiceTimes, TenantQueue, TenantRetrySchedules
+from forebay.admission import (
+    RANK_LAST,
+    EstimateBypass,
+    EstimatedTimes,
+    PriorityQueue,
+    ServiceTimes,
+    StandingQueue,
+    TenantQueue,
+    TenantRetrySchedules,
+)
 from forebay.overflow import RefillPolicy
 from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
-from forebay.task import Priority
+from forebay.task import Estimate, Priority
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
@@ -55,11 +64,11 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_tenants", "_turns", "_watched",
-        "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "expects_records", "max_queue_size",
-        "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy",
-        "reserved", "resource", "retry_schedules", "selector", "service_times", "source_paths", "spilled",
-        "takes_turns", "task_type", "times_passed_over", "workers",
+        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants", "_turns", "_watched",
+        "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "estimated_times", "expects_records",
+        "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue",
+        "refill_policy", "reserved", "resource", "retry_schedules", "selector", "service_times", "source_paths",
+        "spilled", "takes_turns", "task_type", "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
@@ -97,6 +106,8 @@ class Pool(SlotCounts):
         self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
+        self.estimated_times: EstimatedTimes | None = None  # of tasks with an estimate, if there have been any
+        self._standing: tuple[StandingQueue, ...] = ()  # by priority, once a task with a deadline has waited
         self.retry_schedules = TenantRetrySchedules(tenants.weight)
         self.estimate_bypass = EstimateBypass()
         self.selector = WorkerSelector(task_type, lambda: self.service_times.median() or 1.0)
@@ -276,24 +287,85 @@ class Pool(SlotCounts):
         rate = self.service_times.drain_rate(max(0, self.usable_slots - reserved))
         return None if rate is None else ahead / rate if rate else math.inf
 
-    def cannot_meet_deadline(self, now: float, wait: float, remaining: float, *, time: float | None = None) -> bool:
-        """Return whether a task that waits `wait` seconds would end too late, by the measured times.
+    def record_estimated(self, seconds: float, estimate: Estimate) -> None:
+        """Record that a task with `estimate` succeeded after `seconds`."""
+        self._estimated().record(seconds, estimate)
 
-        It is expected to take as long as the fastest quarter did, or longer if `time` is given. If it waits longer than
-        `ServiceTimes.max_wait`, it ends too late in any case.
+    def record_timeout(self, seconds: float, estimate: Estimate | None) -> None:
+        """Record that a task was cut off by its deadline after `seconds`."""
+        self.service_times.record_timeout(seconds)
+        if estimate is not None:
+            self._estimated().record(seconds, estimate, timeout=True)
+
+    def _estimated(self) -> EstimatedTimes:
+        if self.estimated_times is None:
+            self.estimated_times = EstimatedTimes()
+        return self.estimated_times
+
+    def times_of(self, estimate: Estimate | None) -> tuple[ServiceTimes, float]:
+        """Return the service times for each unit of a task's work, and how many units the task has.
+
+        The unit is the figure of its estimate that predicts the time; else the task is one unit like any other.
+        """
+        known = None if estimate is None or self.estimated_times is None else self.estimated_times.of(estimate)
+        return known or (self.service_times, 1.0)
+
+    def max_wait(self, remaining: float, estimate: Estimate | None) -> float:
+        """Return the longest acceptable wait for a task: see `ServiceTimes.max_wait`."""
+        times, units = self.times_of(estimate)
+        return units * times.max_wait(remaining / units)
+
+    def cannot_meet_deadline(
+        self, now: float, remaining: float, *, time: float | None = None, estimate: Estimate | None = None
+    ) -> bool:
+        """Return whether a task that starts now would end too late, by the measured times.
+
+        It is expected to take as long as the fastest quarter did, or longer if `time` is given.
 
         Args:
             now: loop time, in seconds.
-            wait: seconds until it would start.
             remaining: seconds until its deadline.
             time: the seconds from its submission to its deadline, if other tasks wait: they may have more time left, so
                 this one must be likely to end in time.
+            estimate: of the task: it is compared with tasks of its size then, if estimates have predicted their times.
         """
-        times = self.service_times
-        service = times.optimistic() if time is None else times.required_time(time)
-        if wait > times.max_wait(remaining):
-            service = remaining
+        times, units = self.times_of(estimate)
+        service = units * (times.optimistic() if time is None else times.required_time(time / units))
+        return bool(service) and self.estimate_bypass.should_reject(now, needed=service, remaining=remaining)
+
+    def would_wait_too_long(
+        self, now: float, wait: float, remaining: float, priority: Priority, *, estimate: Estimate | None = None
+    ) -> bool:
+        """Return whether a task that is expected to wait for `wait` seconds would end too late, by the measured times.
+
+        While the queue of its priority stands, it may wait for `ServiceTimes.max_wait`; otherwise for as long as most
+        tasks would end in time. Where tenants take turns, the waits of one say nothing about those of another, and the
+        queue counts as standing.
+        """
+        times, units = self.times_of(estimate)
+        service = units * times.optimistic()
+        if wait > units * times.max_wait(remaining / units):
+            queue = self._standing_queue(priority)
+            if self.takes_turns or queue.stands(now):
+                service = remaining
+                queue.rejected(now, remaining)
+            else:
+                service = units * times.likely()
         return bool(service) and self.estimate_bypass.should_reject(now, needed=wait + service, remaining=remaining)
+
+    def turn_came(self, now: float, ticket: Ticket, remaining: float) -> None:
+        """Record how long a task has waited whose turn came `remaining` seconds before its deadline."""
+        deadline, submitted_at = ticket.deadline, ticket.submitted_at
+        if deadline is None or submitted_at is None or ticket.nested or ticket.retries is not None:
+            return  # nested tasks go before the others, and the time of a retried one was not spent in the queue alone
+        if ticket.task.thread_id is None:
+            time, bound = deadline.at - submitted_at, self.max_wait(deadline.at - submitted_at, ticket.task.estimate)
+            self._standing_queue(ticket.task.priority).observe(now, time - remaining, bound=bound, time=time)
+
+    def _standing_queue(self, priority: Priority) -> StandingQueue:
+        if not self._standing:
+            self._standing = tuple(StandingQueue() for _ in Priority)
+        return self._standing[priority]
 
     def next_retry_slot(
         self, now: float, draw: float, priority: Priority, tenant: str, *, source_wait: tuple[float, float]

@@ -12,9 +12,9 @@ from forebay.breaker import Breaker, BreakerRules
 from forebay.interfaces import Outcome
 from forebay.supervisor.pool import DEFAULT_QUEUE_SIZE, NESTED, Pool
 from forebay.supervisor.pools import FewPools, Pools, first_for
-from forebay.supervisor.tenants import Tenants
+from forebay.supervisor.tenants import Tenant, Tenants
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Priority, Task
+from forebay.task import Deadline, Estimate, Priority, Task
 
 TICKET: Any = SimpleNamespace(task=Task("a"))
 
@@ -191,3 +191,96 @@ def test_a_claim_for_a_lent_slot_comes_before_new_tasks() -> None:
     assert agent.has_free_slot()
     agent.remove_claim()
     assert agent.can_accept()
+
+
+# --- waits of tasks with deadlines ---
+
+
+def late_turn(waited: float, *, time: float = 20.0, **fields: Any) -> Any:
+    """Return a ticket whose turn comes after it has `waited`, and the seconds that it has left."""
+    deadline = Deadline(1000.0 + time)
+    known = {
+        "nested": False,
+        "retries": None,
+        "submitted_at": 1000.0,
+        "deadline": deadline,
+        "task": Task("a"),
+        **fields,
+    }
+    return SimpleNamespace(**known), time - waited
+
+
+def serve_late(pool: Pool, start: float, seconds: int, **fields: Any) -> None:
+    """Have the turn of a task come late in each second."""
+    for second in range(seconds):
+        ticket, remaining = late_turn(15.0, **fields)
+        pool.turn_came(start + second, ticket, remaining)
+
+
+def queue_of_a_second() -> Pool:
+    """Return a pool whose tasks take one second, a tenth of them ten."""
+    pool = Pool("a", None, Tenants({}))
+    for number in range(20):
+        pool.service_times.record(10.0 if number % 10 == 0 else 1.0, success=True)
+    return pool
+
+
+def may_wait(pool: Pool, now: float, wait: float = 12.0, priority: Priority = Priority.NORMAL) -> bool:
+    pool.estimate_bypass.should_reject(now, needed=1.0, remaining=0.0)  # or the first doubt would pass
+    return not pool.would_wait_too_long(now, wait, 20.0, priority)
+
+
+def test_a_task_may_wait_as_long_as_most_would_fit() -> None:
+    pool = queue_of_a_second()
+    assert may_wait(pool, 0.0, wait=19.0)
+    assert not may_wait(pool, 0.0, wait=19.5)
+
+
+def test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands() -> None:
+    pool = queue_of_a_second()
+    serve_late(pool, 0.0, seconds=11)
+    assert not may_wait(pool, 11.0)
+    assert may_wait(pool, 11.0, priority=Priority.HIGH)
+    assert may_wait(pool, 11.0, wait=7.0)  # twelve and a half are left, as nearly every task needs
+    assert not may_wait(pool, 20.0)  # it was rejected nine seconds ago
+    assert may_wait(pool, 31.0)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"nested": True}, {"retries": object()}, {"task": Task("a", thread_id="t")}, {"submitted_at": None}]
+)
+def test_tasks_that_wait_for_more_than_the_queue_do_not_make_it_stand(fields: dict[str, Any]) -> None:
+    pool = queue_of_a_second()
+    serve_late(pool, 0.0, seconds=11, **fields)
+    assert may_wait(pool, 11.0)
+
+
+def test_where_tenants_take_turns_a_queue_counts_as_standing() -> None:
+    pool = Pool("a", None, Tenants({"a": Tenant(max_waiting=5)}))
+    for number in range(20):
+        pool.service_times.record(10.0 if number % 10 == 0 else 1.0, success=True)
+    assert not may_wait(pool, 0.0)
+    assert may_wait(pool, 0.0, wait=7.0)
+
+
+def test_a_large_task_may_wait_less_than_a_small_one() -> None:
+    pool = Pool("a", None, Tenants({}))
+    for number in range(20):
+        pool.service_times.record(1.0 + number, success=True)
+        pool.record_estimated(1.0 + number, Estimate(calls=1 + number))
+    pool.estimate_bypass.should_reject(0.0, needed=1.0, remaining=0.0)
+    waits = {calls: 60.0 - 1.25 * calls for calls in (1, 8, 16)}
+    for calls, longest in waits.items():
+        estimate = Estimate(calls=calls)
+        assert pool.max_wait(60.0, estimate) == pytest.approx(longest)
+        assert not pool.would_wait_too_long(0.0, 60.0 - calls, 60.0, Priority.NORMAL, estimate=estimate)
+        assert pool.would_wait_too_long(0.0, 60.1 - calls, 60.0, Priority.NORMAL, estimate=estimate)
+
+
+def test_an_estimate_that_was_cut_off_counts_as_longer() -> None:
+    pool = Pool("a", None, Tenants({}))
+    for number in range(20):
+        pool.record_timeout(1.0 + number, Estimate(calls=1 + number))
+    times, units = pool.times_of(Estimate(calls=10))
+    assert units * times.likely() == pytest.approx(15.0)
+    assert pool.service_times.likely() == pytest.approx(24.0)

@@ -119,7 +119,8 @@ class TaskRetries:
         retries.state.follow(policy)
         pool = self._pools[run.task.task_type]
         asked = result.cause.retry_after if isinstance(result.cause, Overloaded) else None
-        time_left = _time_left(ticket) - (pool.service_times.optimistic() or 0.0)
+        times, units = pool.times_of(run.task.estimate)
+        time_left = _time_left(ticket) - units * times.optimistic()
         delay = retries.state.next_delay(uses_attempt=True, draw=self._draw(), retry_after=asked, time_left=time_left)
         if delay is None:
             return False
