@@ -1616,6 +1616,10 @@ def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> N
     skip(BackpressureSupervisor._forget_run, WorkerAgent.begin_run)
 
 
+def a_run_outlives_its_event_loop() -> None:
+    skip(BackpressureSupervisor.start, BackpressureSupervisor._end_if_cut_off)
+
+
 def a_store_waits_for_a_loop_that_has_ended() -> None:
     skip(SqliteWriter.open, SqliteWriter._abandon_connection)
 

@@ -639,6 +639,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.workers_keep_what_happened_to_them_when_their_supervisor_starts_again: (
         test_restart.test_a_failed_worker_begins_the_next_run_with_its_breaker_closed
     ),
+    bugs.a_run_outlives_its_event_loop: test_restart.test_a_nested_supervisor_whose_loop_ended_starts_again_too,
     bugs.a_store_waits_for_a_loop_that_has_ended: (
         test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
     ),
