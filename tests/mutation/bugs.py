@@ -60,15 +60,19 @@ from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
+from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
+from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_removal import WorkerRemoval
+from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Deadline, Priority, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
@@ -1129,9 +1133,9 @@ def a_worker_takes_tasks_before_its_handler_has_started() -> None:
     original = WorkerAgent.can_accept
 
     def can_accept(self: WorkerAgent) -> bool:
-        ready, self.ready = self.ready, True
+        accepting, self.accepting = self.accepting, True
         accepts = original(self)
-        self.ready = ready
+        self.accepting = accepting
         return accepts
 
     replace(WorkerAgent, original, can_accept)
@@ -1142,7 +1146,7 @@ def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
 
 
 def a_stored_task_is_held_though_its_worker_cannot_be_started() -> None:
-    replace(Dispatcher, Dispatcher.return_to_store, Dispatcher.requeue)
+    replace(Spill, Spill.return_to_store, lambda self, ticket: self.stored.requeue(ticket))
 
 
 def closing_ignores_a_start_in_progress() -> None:
@@ -1342,3 +1346,62 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
         return False
 
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
+
+
+# --- workers that change while they run ------------------------------------------------------------------------------
+
+
+def a_leaving_worker_runs_no_nested_task() -> None:
+    def _update_accepting(self: WorkerAgent) -> None:
+        self.accepting = self.ready and not self.leaving
+
+    replace(WorkerAgent, WorkerAgent._update_accepting, _update_accepting)
+
+
+def a_leaving_worker_begins_new_runs() -> None:
+    replace(WorkerAgent, WorkerAgent.leave, lambda self: setattr(self, "leaving", True))
+
+
+def what_waits_for_a_worker_that_is_gone_waits_forever() -> None:
+    always(WorkerRemoval, WorkerRemoval.end_waiting, returns=None)
+
+
+def a_stored_task_of_a_stopped_worker_is_lost() -> None:
+    always(RunStopper, RunStopper._return_to_store, returns=None)
+
+
+def a_selection_keeps_workers_that_are_gone() -> None:
+    def _drop(self: WorkerSelector, worker: WorkerAgent) -> None:
+        self._current.pop(worker, None)
+
+    replace(WorkerSelector, WorkerSelector._drop, _drop)
+
+
+def a_record_is_leased_for_a_type_that_is_paused() -> None:
+    replace(Refiller, Refiller._may_refill, lambda self, _: not self._stored.refill_stopped)
+
+
+def a_paused_type_has_the_room_of_its_slots() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        paused, self.paused = self.paused, False
+        value = original(self, nested=nested)
+        self.paused = paused
+        return value
+
+    replace(Pool, original, load)
+
+
+def a_drain_waits_for_a_type_that_is_paused() -> None:
+    original = Drain._may_run
+
+    def _may_run(self: Drain, ticket: Ticket) -> bool:
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        return original(self, ticket) or (pool is not None and pool.paused)
+
+    replace(Drain, original, _may_run)
+
+
+def a_larger_worker_waits_for_the_next_event() -> None:
+    skip(RunCompletion.slots_changed, Dispatcher.update_slots)

@@ -41,6 +41,7 @@ from tests.acceptance import (
     test_submitting,
     test_upstream,
     test_upstream_retries,
+    test_worker_changes,
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
@@ -528,6 +529,27 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_a_nested_upstream_has_judged_counts_again: (
         test_upstream_retries.test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one
     ),
+    bugs.a_leaving_worker_runs_no_nested_task: (
+        test_worker_changes.test_a_run_on_a_leaving_worker_may_use_nested_tasks_of_the_same_worker
+    ),
+    bugs.a_leaving_worker_begins_new_runs: (
+        test_worker_changes.test_a_leaving_worker_begins_nothing_new_and_has_no_slots
+    ),
+    bugs.what_waits_for_a_worker_that_is_gone_waits_forever: (
+        test_worker_changes.test_what_waits_for_the_last_worker_of_a_type_fails_once_that_is_gone
+    ),
+    bugs.a_stored_task_of_a_stopped_worker_is_lost: (
+        test_worker_changes.test_a_stored_task_that_is_cut_off_keeps_its_ticket_and_runs_on_another_worker
+    ),
+    bugs.a_selection_keeps_workers_that_are_gone: test_worker_changes.test_nothing_of_an_unregistered_worker_is_kept,
+    bugs.a_record_is_leased_for_a_type_that_is_paused: (
+        test_worker_changes.test_what_is_stored_of_a_paused_type_stays_in_the_overflow
+    ),
+    bugs.a_paused_type_has_the_room_of_its_slots: (
+        test_worker_changes.test_a_paused_type_takes_what_fits_into_its_queue_and_no_more
+    ),
+    bugs.a_drain_waits_for_a_type_that_is_paused: (test_worker_changes.test_draining_does_not_wait_for_what_is_paused),
+    bugs.a_larger_worker_waits_for_the_next_event: test_worker_changes.test_more_slots_take_waiting_tasks_at_once,
 }
 
 

@@ -70,7 +70,7 @@ class ProcessEngine:
             InvalidHandler, InvalidSetting: it cannot be run at all.
         """
         pool = _ProcessPool(self, _load_request(self, spec), slots)
-        return Handler(call=pool.call, on_cancel=spec.on_cancel, start=pool.start, stop=pool.stop)
+        return Handler(call=pool.call, on_cancel=spec.on_cancel, start=pool.start, stop=pool.stop, resize=pool.resize)
 
 
 def _load_request(engine: ProcessEngine, spec: HandlerSpec) -> messages.LoadHandler:
@@ -172,6 +172,13 @@ class _ProcessPool:
         await asyncio.gather(*(child.gone for child in self._children))
         self._threads.shutdown()
 
+    def resize(self, slots: int) -> None:
+        """Have up to `slots` processes; those that are too many end as soon as they run nothing."""
+        self._slots = slots
+        while self._idle and self._has_too_many():
+            self._idle.pop().retire(self._engine.grace)
+        self._wake_waiters()
+
     # --- acquiring and releasing ---
 
     async def _acquire(self) -> ChildProcess:
@@ -199,7 +206,8 @@ class _ProcessPool:
 
     def _release(self, child: ChildProcess) -> None:
         if child.usable and not self._closed:
-            if self._engine.max_tasks is not None and child.runs >= self._engine.max_tasks:
+            worn_out = self._engine.max_tasks is not None and child.runs >= self._engine.max_tasks
+            if worn_out or self._has_too_many():
                 child.retire(self._engine.grace)
             else:
                 child.retire_after(self._engine.idle_timeout, self._engine.grace)
@@ -213,6 +221,12 @@ class _ProcessPool:
 
     def _has_room(self) -> bool:
         return not self._closed and len(self._children) + len(self._starting) < self._slots
+
+    def _has_too_many(self) -> bool:
+        started = len(self._children) + len(self._starting)
+        if started <= self._slots:
+            return False
+        return sum(child.usable for child in self._children) + len(self._starting) > self._slots
 
     # --- starting ---
 

@@ -165,10 +165,10 @@ class AdmissionController:
 
     def slot(self, task: Task) -> Slot:
         """Return a slot for the caller's own code: see ``BackpressureSupervisor.slot``."""
-        pool, parent = self._check(task)
+        _, parent = self._check(task)
 
         def try_admit(ticket: Ticket) -> None:
-            self._check(task)
+            pool, _ = self._check(task)  # its workers may be others by now
             refusal = self.try_admit(ticket, pool, may_spill=False)
             if refusal is not None:
                 self._reject(ticket, pool, refusal)
@@ -184,7 +184,7 @@ class AdmissionController:
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)
-            self._check(task)  # again, because anything may have happened during the await
+            pool, parent = self._check(task)  # again, because anything may have happened during the await
         if task.durable:
             _check_durable(task, spill)
         if task.key is not None:
@@ -192,7 +192,7 @@ class AdmissionController:
             if known is not None:
                 known.share()
                 return known
-            self._check(task)  # again, as above
+            pool, parent = self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
             refusal = self.try_admit(ticket, pool, may_spill=False)
@@ -225,8 +225,7 @@ class AdmissionController:
                 raise SupervisorClosed(state=self._state.value)
         pool = self._pools.get(task.task_type)
         if pool is None:
-            known = ", ".join(sorted(self._pools)) or "none yet"
-            raise UnknownTaskType(task_type=task.task_type, known=known)
+            raise self._unknown_type(task.task_type)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)
@@ -235,6 +234,20 @@ class AdmissionController:
         if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:
             raise DeadlinePassed(task_id=task.task_id, late=-remaining)
         return pool, parent
+
+    def pool_of(self, task_type: str) -> Pool:
+        """Return the pool of a task type.
+
+        Raises:
+            UnknownTaskType: there is none.
+        """
+        pool = self._pools.get(task_type)
+        if pool is None:
+            raise self._unknown_type(task_type)
+        return pool
+
+    def _unknown_type(self, task_type: str) -> UnknownTaskType:
+        return UnknownTaskType(task_type=task_type, known=", ".join(sorted(self._pools)) or "none yet")
 
     # --- keys ---
 
@@ -304,7 +317,7 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
-        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket):
+        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
@@ -320,13 +333,13 @@ class AdmissionController:
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
 
-    def _finishes_a_run(self, ticket: Ticket) -> bool:
-        """Return whether a run needs a task to finish while the supervisor drains.
+    def _finishes_a_run(self, ticket: Ticket, pool: Pool) -> bool:
+        """Return whether a run needs a task to finish while the supervisor drains, or while its last worker leaves.
 
         Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
         run fail for good, though nothing is wrong with it.
         """
-        return ticket.nested and self._state is not _OPEN
+        return ticket.nested and (self._state is not _OPEN if pool.is_served else pool.finishing > 0)
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
@@ -371,8 +384,11 @@ class AdmissionController:
         return conversation.retry_schedule.reserve(self.loop.time(), 1 / seconds, self._draw()) or math.inf
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
+        if pool.paused:
+            return f"{pool.task_type!r} is paused, and {resource} is at {load:.0%}"
         if not pool.slots:
-            return f"every worker for {pool.task_type!r} is FAILED"
+            what = "is FAILED" if pool.is_served else "was unregistered"
+            return f"every worker for {pool.task_type!r} {what}"
         full = f"{resource} is at {load:.0%}"
         if cause != resource:
             full += f" because of {cause}"
@@ -506,7 +522,7 @@ class AdmissionController:
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)
         if held and put is PutResult.STORED:
-            if self._state is not _State.CLOSED and not spill.stored.stays_stored:
+            if self._state is not _State.CLOSED and not spill.stored.stays_stored and pool.is_known:
                 return self._admit_held(ticket, pool, refusal.load)
             await spill.spill_recorded(ticket, pool)
         self._count_spilled(ticket)

@@ -50,7 +50,7 @@ class Dispatcher:
         self.started = 0
         self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
-        self.start_gate = StartGate(core, dispatch=self.dispatch, runs=self.runs)
+        self.start_gate = StartGate(core, dispatch=self._dispatch_if_known, runs=self.runs)
         self.completion = RunCompletion(
             core, self, runs=self.runs, on_run_end=self.start_gate.run_ended, zombie_grace=settings.zombie_grace
         )
@@ -63,7 +63,7 @@ class Dispatcher:
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
         self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
-        self._nested: list[NestedSupervisor] = []
+        self._nested: dict[WorkerAgent, NestedSupervisor] = {}
         self._sequence_number = 0
 
     # --- workers and their slots ---
@@ -72,7 +72,7 @@ class Dispatcher:
         """Add a worker; it takes tasks at once."""
         self.workers[worker.name] = worker
         if worker.handler.nested_supervisor is not None:
-            self._nested.append(cast("NestedSupervisor", worker.handler.nested_supervisor))
+            self._nested[worker] = cast("NestedSupervisor", worker.handler.nested_supervisor)
         self.runs.add_worker(worker)
         for source in worker.sources:
             self.start_gate.watch(worker, source)
@@ -81,9 +81,34 @@ class Dispatcher:
                 self.spill.refiller.add_pool(pool)
         self.update_slots(worker)
 
+    def unlist_worker(self, worker: WorkerAgent) -> None:
+        """Let another worker have the name of `worker`, which is leaving."""
+        del self.workers[worker.name]
+
+    def forget_worker(self, worker: WorkerAgent) -> list[Pool]:
+        """Forget a worker that is leaving, and on which nothing runs any more. Return the pools that are gone with it.
+
+        The tasks that wait for it alone have ended.
+        """
+        served = self._served_by[worker].pools
+        self._nested.pop(worker, None)
+        self.start_gate.forget(worker)
+        self.completion.forget(worker)
+        self.slot_claims.forget(worker)
+        self.runs.remove_worker(worker)
+        self.core.pools.remove_worker(worker)
+        return [pool for pool in served if self.remove_pool_if_unused(pool)]
+
+    def remove_pool_if_unused(self, pool: Pool) -> bool:
+        """Remove a pool that has no workers and is not paused, and in which nothing waits. Return whether."""
+        gone = self.core.pools.remove_if_unused(pool)
+        if gone and self.spill is not None:
+            self.spill.refiller.remove_pool(pool)
+        return gone
+
     def is_above(self, other: object) -> bool:
         """Return whether the dispatcher `other` is that of a supervisor below this one."""
-        return any(nested.uses(other) for nested in self._nested)
+        return any(nested.uses(other) for nested in self._nested.values())
 
     def start_worker(self, worker: WorkerAgent) -> None:
         """Start the handler of a worker, unless it has started or is being started."""
@@ -159,7 +184,7 @@ class Dispatcher:
             for worker in pool.workers:
                 if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
                     # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
-                    self.loop.call_soon(self.dispatch, worker)
+                    self.loop.call_soon(self._dispatch_if_known, worker)
                     break
 
     def _arm_expiry(self, ticket: Ticket) -> None:
@@ -238,6 +263,18 @@ class Dispatcher:
         if self.spill is not None:
             for pool in served.with_spilled():
                 self.spill.refiller.refill(pool)
+
+    def _dispatch_if_known(self, worker: WorkerAgent) -> None:
+        """Dispatch to a worker that may have been unregistered since somebody asked for this."""
+        if worker in self._served_by:
+            self.dispatch(worker)
+
+    def dispatch_to_all(self, pool: Pool) -> None:
+        """Fill the free slots of all workers of a pool, and refill it."""
+        for worker in list(pool.workers):
+            self._dispatch_if_known(worker)
+        if self.spill is not None:
+            self.spill.refiller.refill(pool)
 
     def _may_still_start(self, ticket: Ticket, pool: Pool) -> bool:
         """Return whether a task whose turn has come may start; if not, it has ended or is left to another process.
@@ -350,11 +387,18 @@ class Dispatcher:
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
 
-    def return_to_store(self, ticket: Ticket) -> None:
-        """Leave a stored task that waits to any process, this one included, as soon as its lease is returned."""
-        assert self.spill is not None  # noqa: S101 - see can_requeue
-        self.spill.stored.requeue(ticket)
-        self.core.run_in_background(self.spill.stored.return_leases([ticket.task_id]))
+    def fail_waiting(
+        self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    ) -> None:
+        """End a task that waits for a worker that will not come, or leave it to its store if that survives."""
+        self._leave(ticket)
+        if self.spill is not None and self.can_requeue(ticket):
+            self.spill.return_to_store(ticket)
+        else:
+            ticket.forget_parent()
+            failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker_id, cause=cause)
+            self.finish(ticket, failed)
+        self.next_in_conversation(ticket)
 
     # --- tickets ---
 

@@ -242,15 +242,19 @@ class Drain:
         """Return whether a worker could still take a task, or runs it.
 
         Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
-        zombies: waiting for them could take forever.
+        zombies, nor those for a type that is paused: waiting for them could take forever.
         """
         if ticket.run is not None:
             return not ticket.run.zombie
         pool = self._core.pools.by_type.get(ticket.task.task_type)
         now = self._core.loop.time()
-        return pool is not None and any(
-            worker.breaker.retry_after(now) is not None and not self._dispatcher.runs.are_all_zombies(worker)
-            for worker in pool.workers
+        return (
+            pool is not None
+            and not pool.paused
+            and any(
+                worker.breaker.retry_after(now) is not None and not self._dispatcher.runs.are_all_zombies(worker)
+                for worker in pool.workers
+            )
         )
 
     def _unfinished_tickets(self) -> list[Ticket]:

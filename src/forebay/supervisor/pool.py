@@ -51,10 +51,10 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_groups", "_paths", "calls_per_run", "estimate_bypass", "max_queue_size", "max_timeout", "nested",
-        "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource",
-        "retry_schedule", "selector", "service_times", "source_paths", "spilled", "spilling", "task_type",
-        "times_passed_over", "workers",
+        "_groups", "_paths", "_timeouts", "calls_per_run", "estimate_bypass", "finishing", "max_queue_size",
+        "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "paused", "queue", "refill_policy",
+        "reserved", "resource", "retry_schedule", "selector", "service_times", "source_paths", "spilled", "spilling",
+        "task_type", "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
@@ -63,9 +63,12 @@ class Pool(SlotCounts):
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
         self.max_queue_size = max_queue_size
+        self._timeouts: dict[float, int] = {}  # how many of its workers have which
         self.max_timeout = 0.0  # the longest of its workers, in seconds
-        self.workers: list[WorkerAgent] = []
-        self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
+        self.workers: dict[WorkerAgent, None] = {}  # by registration
+        self.nested_supervisors: dict[WorkerAgent, None] = {}  # those that are a supervisor with a load of its own
+        self.finishing = 0  # workers that are leaving, and on which nested tasks may still run
+        self.paused = False  # nothing begins
         self._paths: dict[tuple[LoadSource, ...], int] = {}  # how many workers use the same load sources
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}  # the same; empty if no worker uses any
         self.calls_per_run: dict[LoadSource, float] = {}
@@ -109,7 +112,9 @@ class Pool(SlotCounts):
 
     @property
     def usable_slots(self) -> int:
-        """The slots that a run could take now, without those that the start gate keeps free."""
+        """The slots that a run could take now, without those that the start gate keeps free, or all while paused."""
+        if self.paused:
+            return self.running
         idle = self.own_idle_blocked if self.own_blocked else 0
         return self.slots - idle - sum(group.own_idle_blocked for group in self._groups)
 
@@ -143,19 +148,20 @@ class Pool(SlotCounts):
     def load(self, *, nested: bool = False) -> float:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
 
+        While it is paused, a free slot is no room, and a pool without slots has that of its queue.
         A suspended run is inside, in a place of its own. For a `nested` task only nested ones count as waiting: what
         has begun is not to be rejected because of work that has not.
         """
-        simple = not (self.own_blocked or self._groups)
+        simple = not (self.own_blocked or self._groups or self.paused)
         bound, slots = self.max_queue_size, self.own_slots if simple else self.usable_slots
-        if not slots and not self.slots:
+        if not slots and not (self.paused or self.slots):
             return 1.0
         room = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound)
         if nested:
-            return (self.running + self.nested) / room
+            return (self.running + self.nested) / room if room else 1.0
         suspended = self.suspended
         inside = self.running + suspended + self.queue.length + self.reserved
-        return inside / (room + suspended)
+        return inside / (room + suspended) if room else 1.0
 
     # --- estimates ---
 
@@ -164,6 +170,8 @@ class Pool(SlotCounts):
 
         With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
         """
+        if self.paused:
+            return None
         ahead = self.queue.ahead(priority) + (self.spilled_ahead(priority) if spilled else 0)
         if nested:
             ahead = self.nested
@@ -221,12 +229,61 @@ class Pool(SlotCounts):
 
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker. Its slots are added by `count_slots`, here or in a group that the pool joins."""
-        self.workers.append(worker)
+        self.workers[worker] = None
+        self._timeouts[worker.timeout] = self._timeouts.get(worker.timeout, 0) + 1
         self.max_timeout = max(self.max_timeout, worker.timeout)
         self._add_path(self._paths, worker)
         self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
-            self.nested_supervisors.append(worker)
+            self.nested_supervisors[worker] = None
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Remove a worker that has no slots any more, and on which nothing runs."""
+        del self.workers[worker]
+        self.nested_supervisors.pop(worker, None)
+        self.selector.forget(worker)
+        self.own_blocked.pop(worker, None)
+        self._timeouts[worker.timeout] -= 1
+        if not self._timeouts[worker.timeout]:
+            del self._timeouts[worker.timeout]
+            self.max_timeout = max(self._timeouts, default=0.0)
+        path = tuple(worker.sources)
+        self._paths[path] -= 1
+        if not self._paths[path]:
+            del self._paths[path]
+        self.source_paths = self._paths if any(self._paths) else {}
+
+    @property
+    def is_served(self) -> bool:
+        """True if it has a worker that is not leaving."""
+        return not all(worker.leaving for worker in self.workers)
+
+    @property
+    def is_known(self) -> bool:
+        """True if its task type is known: it has a worker, or is to have one again when it is resumed."""
+        return bool(self.workers) or self.paused
+
+    def worker_leaves(self) -> None:
+        """Count a worker that finishes what runs on it, for which nested tasks may still begin there."""
+        self.finishing += 1
+
+    def worker_left(self) -> None:
+        """Stop counting a worker on which nothing begins any more."""
+        self.finishing -= 1
+
+    def begin_pause(self) -> None:
+        """Begin nothing until `end_pause`."""
+        self.paused = True
+        self._head_changed()
+
+    def end_pause(self) -> None:
+        """Let tasks begin again. The workers are to be dispatched to next."""
+        self.paused = False
+        self._head_changed()
+
+    def leave(self, group: PoolObserver) -> None:
+        """Forget a group whose last worker is gone."""
+        self._groups.remove(group)
 
     def join(self, group: PoolObserver) -> None:
         """Have `group` count the slots of its workers, which serve this pool and many others."""
@@ -292,6 +349,8 @@ class Pool(SlotCounts):
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
         """Return the first entry that `worker` may begin although it has many open runs, or None."""
+        if self.paused:
+            return None
         for priority in self.queue.serving_order():
             entry = self.queue.first_of(priority)
             if entry is not None and (entry[0][0] == NESTED or not worker.bars_new_runs(priority)):

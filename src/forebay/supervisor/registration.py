@@ -37,6 +37,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     upstreams: Any,
     draw: Callable[[], float],
     on_revive: Callable[[WorkerAgent], None],
+    on_resize: Callable[[WorkerAgent, int], None],
 ) -> WorkerAgent:
     """Return a worker with the arguments of `register_worker`.
 
@@ -69,6 +70,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         probes=rules.probes,
         declared=declared,
         on_revive=on_revive,
+        on_resize=on_resize,
     )
 
 

@@ -30,7 +30,7 @@ class SlotCounts(ABC):
     @property
     def own_idle_blocked(self) -> int:
         """The free slots that the start gate keeps free."""
-        return max(0, sum(worker.slots - worker.current_tasks for worker in self.own_blocked if worker.slots))
+        return sum(max(0, worker.slots - worker.current_tasks) for worker in self.own_blocked)
 
     def count_slots(self, worker: WorkerAgent, before: int) -> None:
         """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""

@@ -28,6 +28,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     load_factor: float
     zombies: int
     avg_duration_ms: float
+    leaving: bool = False
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +50,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
             upstream; None if every load is 0.
         utilization: slots taken over slots.
-        workers: each worker.
+        workers: each worker; one that is being unregistered is `leaving`.
+        paused: the task types that are paused.
     """
 
     submitted: int = 0
@@ -73,6 +75,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     limited_by: str | None = None
     utilization: float = 0.0
     workers: tuple[WorkerStatistics, ...] = ()
+    paused: tuple[str, ...] = ()
 
 
 def snapshot(
@@ -101,6 +104,7 @@ def snapshot(
         waiting=sum(pool.waiting for pool in dispatcher.core.pools.by_type.values()),
         outside=0 if spill is None else spill.refiller.spilled_tasks,
         load=highest.load,
+        paused=tuple(pool.task_type for pool in dispatcher.core.pools.by_type.values() if pool.paused),
         limited_by=dispatcher.load.limiting_resource(highest.resource) if highest.load else None,
         **worker_statistics(workers),
     )
@@ -119,7 +123,7 @@ def worker_statistics(workers: Mapping[str, WorkerAgent]) -> dict[str, Any]:
 def utilization(workers: Mapping[str, WorkerAgent]) -> float:
     """Return the slots taken over the slots, of all workers that are not FAILED; 0.0 if there are none."""
     slots = sum(worker.slots for worker in workers.values())
-    taken = sum(worker.current_tasks for worker in workers.values() if not worker.failed)
+    taken = sum(min(worker.current_tasks, worker.slots) for worker in workers.values())
     return taken / slots if slots else 0.0
 
 
@@ -133,4 +137,5 @@ def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
         load_factor=worker.load_factor,
         zombies=worker.zombies,
         avg_duration_ms=worker.avg_duration_ms,
+        leaving=worker.leaving,
     )

@@ -21,9 +21,11 @@ from forebay.errors import (
     InvalidHandler,
     NotStarted,
     SupervisorClosed,
+    UnknownWorker,
+    UnregisteredInside,
     WrongLoop,
 )
-from forebay.events import EventBus, Sink, Subscription, log
+from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTypeResumed, WorkerResized, log
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.supervisor.admission_controller import AdmissionController
@@ -43,6 +45,7 @@ from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.task import Deadline, Priority, Task
 from forebay.upstream import Upstream
 
@@ -115,6 +118,7 @@ class BackpressureSupervisor:
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
+        self._removals: dict[WorkerAgent, asyncio.Future[None]] = {}  # in progress
 
     # --- workers ---
 
@@ -181,6 +185,7 @@ class BackpressureSupervisor:
             upstreams=upstreams,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
             on_revive=self._revive,
+            on_resize=self._resized,
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)
@@ -204,6 +209,106 @@ class BackpressureSupervisor:
 
         return register
 
+    async def unregister_worker(self, name: str, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - it cuts off, not raises
+        """Remove a worker: it begins nothing new, what runs there may finish, then its handler is stopped.
+
+        While a run there waits for a nested task of a type of this worker, that may still begin there. A task that
+        waits runs on the other workers of its type. If there are none by the end, it ends FAILED, or is left in an
+        overflow that survives the process, and its type is not known any more; unless the type is paused: then it waits
+        for the next worker.
+
+        If this is cancelled, the removal goes on in the background.
+
+        Args:
+            name: of the worker.
+            timeout: seconds that what runs there may take. Then it ends CANCELLED, or goes back to its store; its
+                handler has `zombie_grace` seconds to stop. None: no limit.
+
+        Raises:
+            InvalidSetting: `timeout` is neither None nor a number of seconds.
+            UnknownWorker: there is no such worker.
+            UnregisteredInside: it was called by a task that runs on the worker.
+            SupervisorClosed: the supervisor was closed before the worker had gone.
+            WrongLoop: it runs on another event loop.
+        """
+        check_not_negative("unregister_worker", "timeout", timeout, unit="seconds", none="for no limit")
+        await self.wait_until_started()
+        worker = self._workers.get(name)
+        if worker is None:
+            raise UnknownWorker(name=name, known=", ".join(sorted(self._workers)) or "none")
+        if self._dispatcher is None:
+            self._unlist(worker)
+            served = {task_type for other in self._workers.values() for task_type in other.task_types}
+            self._codecs.remove_worker(worker, set(worker.task_types) - served)
+            return
+        dispatcher = self._dispatcher_here()
+        for run in active_runs(context.running_task(), dispatcher):
+            if run.worker is worker:
+                raise UnregisteredInside(worker=name, task_id=run.task.task_id)
+        if worker not in self._removals:
+            removal = WorkerRemoval(dispatcher.core, dispatcher, grace=self._settings.zombie_grace)
+            removal.begin(worker)
+            self._removals[worker] = dispatcher.core.run_to_completion(self._remove(removal, worker, timeout))
+        removing = self._removals[worker]
+        await asyncio.wait((removing,))
+        if removing.cancelled():
+            raise SupervisorClosed(state="closed")
+        removing.result()
+
+    async def _remove(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
+        try:
+            gone, types = await removal.finish(worker, timeout)
+            self._unlist(worker)
+        finally:
+            del self._removals[worker]
+        if gone:
+            self._codecs.remove_worker(worker, types)
+        else:
+            self._running().core.run_in_background(self._forget_later(removal, worker))
+
+    async def _forget_later(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
+        self._codecs.remove_worker(worker, await removal.forget(worker))
+
+    def _unlist(self, worker: WorkerAgent) -> None:
+        del self._workers[worker.name]
+
+    def pause(self, task_type: str) -> None:
+        """Begin no task of a type any more, until `resume`; what runs goes on.
+
+        What waits keeps waiting: until its deadline, or in the overflow. New tasks join it while there is room in the
+        queue, since a free slot is no room now. Nested tasks wait too, and so do the runs that wait for them. Draining
+        does not wait for what is paused.
+
+        Raises:
+            UnknownTaskType: no worker is registered for it.
+            NotStarted, SupervisorClosed: the supervisor is not running.
+            WrongLoop: it runs on another event loop.
+        """
+        pool = self._admission_here().pool_of(task_type)
+        if not pool.paused:
+            pool.begin_pause()
+            core = self._running().core
+            core.bus.emit(TaskTypePaused(at=core.loop.time(), task_type=task_type))
+            core.registry.notify_progress()
+
+    def resume(self, task_type: str) -> None:
+        """Let tasks of a paused type begin again, those that wait longest first; nothing changes for any other type.
+
+        If it has no worker any more, what waits ends as `unregister_worker` describes.
+
+        Raises:
+            UnknownTaskType, NotStarted, SupervisorClosed, WrongLoop: as `pause`.
+        """
+        pool = self._admission_here().pool_of(task_type)
+        if pool.paused:
+            dispatcher = self._running()
+            pool.end_pause()
+            dispatcher.core.bus.emit(TaskTypeResumed(at=dispatcher.core.loop.time(), task_type=task_type))
+            if WorkerRemoval(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).resume(pool):
+                self._codecs.remove_types([task_type])
+            else:
+                dispatcher.dispatch_to_all(pool)
+
     @property
     def workers(self) -> Mapping[str, WorkerAgent]:
         """The workers by name."""
@@ -212,6 +317,16 @@ class BackpressureSupervisor:
     def _revive(self, worker: WorkerAgent) -> None:
         if self._dispatcher is not None:
             self._dispatcher.completion.revive(worker)
+
+    def _resized(self, worker: WorkerAgent, before: int) -> None:
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.workers.get(worker.name) is not worker:
+            return  # not started, or unregistered
+        dispatcher.completion.slots_changed(worker)
+        resized = WorkerResized(
+            at=dispatcher.loop.time(), worker_id=worker.name, before=before, max_concurrent=worker.max_concurrent
+        )
+        dispatcher.core.bus.emit(resized)
 
     # --- work ---
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from forebay._validate import check_whole
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
@@ -18,11 +19,15 @@ _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
 
 
+def _do_nothing(*_: object) -> None:
+    """Do nothing: the worker belongs to no supervisor."""
+
+
 class WorkerAgent:
     """A registered handler with its own concurrency limit.
 
     Its state is FAILED while its circuit breaker is open, otherwise OVERLOADED when every slot is taken, BUSY when some
-    are, IDLE when none is. ``supervisor.register_worker`` makes it; read it, and `revive` it.
+    are, IDLE when none is. ``supervisor.register_worker`` makes it; read it, `resize` it and `revive` it.
     """
 
     def __init__(  # noqa: PLR0913 - the arguments of register_worker, checked in `registration`
@@ -38,11 +43,13 @@ class WorkerAgent:
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
         on_revive: Callable[[WorkerAgent], None],
+        on_resize: Callable[[WorkerAgent, int], None] = _do_nothing,
     ) -> None:
         self.name = name
         self.handler = handler
         self.task_types = tuple(task_types)
         self._max_concurrent = max_concurrent
+        self._max_open = max_open  # as it was given
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.timeout = timeout
         self.breaker = breaker
@@ -53,6 +60,7 @@ class WorkerAgent:
         self.stuck = False  # FAILED because zombies hold every slot
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
+        self._max_probes = probes
         self.probes = min(probes, max_concurrent)
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
         self.counted_slots = 0  # the slots that its pools count for it
@@ -61,17 +69,20 @@ class WorkerAgent:
         self.declared = list(declared)  # those sources that no call has used yet
         self.penalty = 1.0
         self.ready = handler.start is None  # its handler has started, or need not be started
+        self.leaving = False  # it is being unregistered: it begins no new run
+        self.accepting = self.ready  # it is ready, and not leaving unless a run of its own waits for a nested task
         self.starting = False  # its handler is being started
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
         self._on_revive = on_revive
+        self._on_resize = on_resize
 
     def __repr__(self) -> str:
         return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self._max_concurrent})"
 
     @property
     def max_concurrent(self) -> int:
-        """The number of tasks that it runs at a time; to change it, register another worker."""
+        """The number of tasks that it runs at a time; `resize` changes it."""
         return self._max_concurrent
 
     @property
@@ -85,13 +96,13 @@ class WorkerAgent:
 
     @property
     def load_factor(self) -> float:
-        """``current_tasks / max_concurrent``."""
-        return self.current_tasks / self._max_concurrent
+        """``current_tasks / max_concurrent``; 1.0 while more tasks run, because it was made smaller."""
+        return min(1.0, self.current_tasks / self._max_concurrent)
 
     @property
     def slots(self) -> int:
-        """The number of tasks that may run now: none while FAILED, the breaker's probes while it is half-open."""
-        if self.failed:
+        """The number of tasks that may run now: none while FAILED or leaving, the breaker's probes while half-open."""
+        if self.failed or self.leaving:
             return 0
         return self.probes if self.probing else self._max_concurrent
 
@@ -103,7 +114,7 @@ class WorkerAgent:
 
     def can_accept(self) -> bool:
         """Return whether a task could start on this worker now."""
-        if self.failed or self.pending_claims or not self.ready or self.current_tasks >= self._max_concurrent:
+        if self.failed or self.pending_claims or not self.accepting or self.current_tasks >= self._max_concurrent:
             return False
         # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
@@ -111,13 +122,33 @@ class WorkerAgent:
     def bars_new_runs(self, priority: Priority) -> bool:
         """Return whether it begins no run of `priority` but nested ones, because too many have begun and not ended.
 
-        Suspended runs of lower priorities do not count: they must not keep better work waiting.
+        Suspended runs of lower priorities do not count: they must not keep better work waiting. A leaving worker begins
+        none at all.
         """
-        return self.current_tasks + sum(self.suspended_open[: priority + 1]) >= self.max_open
+        return self.leaving or self.current_tasks + sum(self.suspended_open[: priority + 1]) >= self.max_open
 
     def revive(self) -> None:
         """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
+
+    def resize(self, max_concurrent: int) -> None:
+        """Change how many tasks it runs at a time; in the supervisor's event loop.
+
+        More slots take waiting tasks at once. Fewer end no run: nothing new begins until enough of them have ended.
+        `max_open` stays twice as many, or what it was set to, and at least as many. A process engine starts or ends
+        processes.
+
+        Raises:
+            InvalidSetting: `max_concurrent` is not a whole number of at least 1.
+        """
+        check_whole(f"worker {self.name!r}", "max_concurrent", max_concurrent)
+        before, self._max_concurrent = self._max_concurrent, max_concurrent
+        self.max_open = 2 * max_concurrent if self._max_open is None else max(self._max_open, max_concurrent)
+        self.probes = min(self._max_probes, max_concurrent)
+        if self.handler.resize is not None:
+            self.handler.resize(max_concurrent)
+        if max_concurrent != before:
+            self._on_resize(self, before)
 
     # --- the start of its handler ---
 
@@ -129,6 +160,21 @@ class WorkerAgent:
         """Record that its handler has started, or that its start has failed."""
         self.starting = False
         self.ready = ready
+        self._update_accepting()
+
+    # --- its end ---
+
+    def leave(self) -> None:
+        """Begin no new run from now on, but for nested tasks while runs here wait for them. `count_slots` is next."""
+        self.leaving = True
+        self._update_accepting()
+
+    def accept_nothing(self) -> None:
+        """Begin no run at all any more."""
+        self.ready = self.accepting = False
+
+    def _update_accepting(self) -> None:
+        self.accepting = self.ready and (not self.leaving or self.suspended > 0)
 
     # --- slots ---
 
@@ -162,12 +208,16 @@ class WorkerAgent:
         self.suspended += 1
         if not exempt:
             self.suspended_open[priority] += 1
+        if self.leaving:
+            self._update_accepting()
 
     def resume(self, priority: Priority, *, exempt: bool) -> None:
         """Stop counting a run that had lent its slot."""
         self.suspended -= 1
         if not exempt:
             self.suspended_open[priority] -= 1
+        if self.leaving:
+            self._update_accepting()
 
     def change_exempt(self, priority: Priority, by: int) -> None:
         """Count `by` more of the suspended runs of a priority as exempt."""

@@ -7,13 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from forebay._hooks import raise_if_cancelled, report_failure
+from forebay.supervisor.nested_supervisor import MIN_STOP_TIME
 from forebay.supervisor.runs.completion import describe_error
-from forebay.supervisor.ticket import Ticket, unsuccessful_result
-from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.completion import RunCompletion
+    from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
 
 
@@ -24,17 +24,10 @@ class StartDispatcher(Protocol):
     def completion(self) -> RunCompletion:
         """The ends of its runs, and what they mean for the breakers of its workers."""
 
-    def dequeue(self, ticket: Ticket) -> None:
-        """Take a waiting ticket out of the queue."""
-
-    def can_requeue(self, ticket: Ticket) -> bool:
-        """Return whether a task is stored where the next process finds it."""
-
-    def return_to_store(self, ticket: Ticket) -> None:
-        """Leave a stored task to any process, this one included."""
-
-    def finish(self, ticket: Ticket, result: TaskResult) -> None:
-        """Give a ticket its result."""
+    def fail_waiting(
+        self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    ) -> None:
+        """End a task that waits for a worker that will not come, or leave it to its store."""
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
@@ -49,7 +42,7 @@ class WorkerStarts:
     def __init__(self, core: Core, dispatcher: StartDispatcher) -> None:
         self._core = core
         self._dispatcher = dispatcher
-        self._in_progress: set[asyncio.Future[None]] = set()
+        self._in_progress: dict[WorkerAgent, asyncio.Future[None]] = {}
         self._closed = False
 
     def begin(self, worker: WorkerAgent) -> None:
@@ -57,21 +50,27 @@ class WorkerStarts:
         if not (worker.ready or worker.starting or self._closed):
             worker.begin_start()
             starting = self._core.run_to_completion(self._start(worker))
-            self._in_progress.add(starting)
+            self._in_progress[worker] = starting
             starting.add_done_callback(partial(self._ended, worker))
 
     def _ended(self, worker: WorkerAgent, starting: asyncio.Future[None]) -> None:
-        self._in_progress.discard(starting)
+        del self._in_progress[worker]
         if starting.cancelled():  # perhaps before its first step
             worker.end_start(ready=False)
-            if not self._closed:  # otherwise by `close`
+            if not (self._closed or worker.leaving):  # otherwise by `close` or `cancel`
                 self._failed(worker, asyncio.CancelledError("its start was cancelled"))
 
     def close(self) -> None:
         """Cancel the starts in progress, and begin no more."""
         self._closed = True
-        for starting in self._in_progress:
+        for starting in self._in_progress.values():
             starting.cancel()
+
+    async def cancel(self, worker: WorkerAgent) -> None:
+        """Cancel the start of a worker that is leaving, if it is in progress."""
+        if (starting := self._in_progress.get(worker)) is not None:
+            starting.cancel()
+            await asyncio.wait((starting,), timeout=MIN_STOP_TIME)
 
     async def _start(self, worker: WorkerAgent) -> None:
         start = worker.handler.start
@@ -97,12 +96,5 @@ class WorkerStarts:
         """End the tasks that wait for a worker that could not be started, and for no other that works."""
         error = describe_error(cause)
         for pool in self._core.pools.by_worker[worker].pools:
-            while not pool.slots and (entry := pool.queue.head()) is not None:
-                ticket = entry[2]
-                if self._dispatcher.can_requeue(ticket):
-                    self._dispatcher.return_to_store(ticket)
-                    continue
-                self._dispatcher.dequeue(ticket)
-                ticket.forget_parent()
-                failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker.name, cause=cause)
-                self._dispatcher.finish(ticket, failed)
+            while not (pool.slots or pool.paused) and (entry := pool.queue.head()) is not None:
+                self._dispatcher.fail_waiting(entry[2], error, worker_id=worker.name, cause=cause)

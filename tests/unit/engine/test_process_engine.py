@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -64,6 +65,12 @@ def channel() -> Any:
     """Return the process's own channel to its supervisor, which no handler should know."""
     runtime = next(thing for thing in gc.get_objects() if type(thing).__name__ == "ChildRuntime")
     return runtime._channel
+
+
+def sleep_a_little(_: Task) -> list[int]:
+    """Return the process's id, after long enough that another task needs another process."""
+    time.sleep(0.3)
+    return [os.getpid(), 0]
 
 
 def send_garbage(task: Task) -> None:
@@ -119,6 +126,23 @@ async def test_a_process_is_replaced_after_max_tasks(supervisor: BackpressureSup
     register(supervisor, engine=ProcessEngine(max_tasks=2))
     pids = [await pid_of(supervisor) for _ in range(6)]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 2]
+
+
+async def test_a_worker_that_is_resized_has_as_many_processes(supervisor: BackpressureSupervisor) -> None:
+    async def pids(count: int) -> set[int]:
+        return {pid for pid, _ in await asyncio.gather(*(supervisor.run(slow_task()) for _ in range(count)))}
+
+    def slow_task() -> Task:
+        return Task("worker", None)
+
+    worker = register(supervisor, handler=sleep_a_little)
+    assert len(await pids(3)) == 1
+    worker.resize(3)
+    assert len(await pids(3)) == 3
+    worker.resize(1)
+    (left,) = await pids(3)
+    while children() != [str(left)]:
+        await asyncio.sleep(0.01)
 
 
 async def test_an_idle_process_is_ended(supervisor: BackpressureSupervisor) -> None:

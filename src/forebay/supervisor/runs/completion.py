@@ -27,6 +27,7 @@ _SUCCESS, _SUCCEEDED, _EXPIRED, _TIMED_OUT = (
     Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
 )  # fmt: skip
 _CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
+_ALL_ZOMBIES = "every slot is held by a handler that does not stop"
 _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts against a worker's score
 
 
@@ -181,7 +182,7 @@ class RunCompletion:
         )
         self._registry.emit(run.ticket, ZombieFound(at=self._loop.time(), task_id=task_id, worker_id=name))
         if self._runs.are_all_zombies(worker) and worker.breaker.trip(self._loop.time()) is not None:
-            self._update_breaker(worker, "every slot is held by a handler that does not stop")
+            self._update_breaker(worker, _ALL_ZOMBIES)
             worker.mark_stuck()
         if self._registry.listeners:
             self._registry.notify_progress()
@@ -299,6 +300,24 @@ class RunCompletion:
             for counts in self._counts_of[worker]:
                 counts.score_fell(worker)
 
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        self._timers.cancel(self.timed_workers.pop(worker, None))
+        self._timers.cancel(self._breaker_timers.pop(worker, None))
+
+    def slots_changed(self, worker: WorkerAgent) -> None:
+        """Follow a change of the number of slots: zombies may hold all of them now, or no longer."""
+        now = self._loop.time()
+        all_zombies = self._runs.are_all_zombies(worker)
+        if all_zombies and worker.breaker.trip(now) is not None:
+            self._update_breaker(worker, _ALL_ZOMBIES)
+            worker.mark_stuck()
+        elif worker.stuck and not all_zombies and worker.breaker.retry_after(now) is not None:
+            self.revive(worker)
+        else:
+            self._dispatcher.update_slots(worker)
+        self._registry.notify_progress()
+
     def fail_start(self, worker: WorkerAgent) -> None:
         """Make a worker FAILED whose handler could not be started."""
         worker.breaker.trip(self._loop.time())
@@ -323,7 +342,7 @@ class RunCompletion:
         elif failed and not worker.failed:
             log.info("worker %r accepts tasks again", worker.name)
             self._bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
-        if not (worker.ready or worker.failed):
+        if not (worker.ready or worker.failed or worker.leaving):
             self._dispatcher.start_worker(worker)  # the start is its probe
         self._dispatcher.update_slots(worker)
         self._registry.notify_progress()

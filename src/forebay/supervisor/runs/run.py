@@ -405,10 +405,15 @@ class ActiveRuns:
 
     def __init__(self) -> None:
         self._by_worker: dict[WorkerAgent, dict[Run, None]] = {}  # in the order in which their handlers started
+        self._awaited: dict[WorkerAgent, asyncio.Future[None]] = {}  # done when nothing runs on the worker
 
     def add_worker(self, worker: WorkerAgent) -> None:
         """Make room for the runs of a worker."""
         self._by_worker[worker] = {}
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        del self._by_worker[worker]
 
     def add(self, run: Run) -> None:
         """Add a run that starts now."""
@@ -421,7 +426,18 @@ class ActiveRuns:
 
     def remove(self, run: Run) -> None:
         """Remove a run whose handler has ended."""
-        self._by_worker[run.worker].pop(run, None)
+        runs = self._by_worker[run.worker]
+        runs.pop(run, None)
+        if self._awaited and not runs and (idle := self._awaited.pop(run.worker, None)) is not None:
+            run.dispatcher.core.loop.call_soon(idle.set_result, None)  # not now: the run is still ending
+
+    def when_idle(self, worker: WorkerAgent) -> asyncio.Future[None] | None:
+        """Return a future that is done once nothing runs on a worker; None if nothing does."""
+        if not self._by_worker.get(worker):
+            return None
+        if worker not in self._awaited:
+            self._awaited[worker] = asyncio.get_running_loop().create_future()
+        return self._awaited[worker]
 
     def on(self, worker: WorkerAgent) -> list[Run]:
         """Return the runs on a worker, in the order in which their handlers started."""
@@ -481,6 +497,10 @@ class SlotClaims:
             for _, granted in answered:
                 if not granted.done():
                     granted.set_result(None)
+
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        self._claims.pop(worker, None)
 
     def _remove(self, worker: WorkerAgent, claims: Iterable[tuple[Run, asyncio.Future[None]]]) -> None:
         for claim in claims:

@@ -84,6 +84,17 @@ class Refiller:
         for priority in Priority:
             pool.set_spilled(priority, self.unserved_depths.pop((pool.task_type, priority), 0))
 
+    def remove_pool(self, pool: Pool) -> None:
+        """Count the records of a task type that no worker here serves any more."""
+        self._spilled_at.pop(pool, None)
+        self._recount_after.discard(pool)
+        for priority in Priority:
+            if pool.spilled[priority]:
+                self.unserved_depths[pool.task_type, priority] = pool.spilled[priority]
+
+    def _is_served(self, pool: Pool) -> bool:
+        return self._core.pools.by_type.get(pool.task_type) is pool
+
     async def recount(self, pools: Iterable[Pool], *, refilling: Pool | None = None) -> None:
         """Replace the counts of `pools` and of unserved types by those of the store, which other processes use too.
 
@@ -95,6 +106,10 @@ class Refiller:
 
     def add_spilled(self, pool: Pool, priority: Priority) -> None:
         """Count one more record of `pool` that waits in the store."""
+        if not self._is_served(pool):  # its last worker has gone meanwhile
+            key = (pool.task_type, priority)
+            self.unserved_depths[key] = self.unserved_depths.get(key, 0) + 1
+            return
         self._spills += 1
         self._spilled_at[pool] = self._spills
         pool.add_spilled(priority)
@@ -161,9 +176,14 @@ class Refiller:
 
     def refill(self, pool: Pool) -> None:
         """Lease records of `pool` if there is room for them."""
-        if not self._stored.refill_stopped and pool not in self.refilling and self._demand(pool) is not None:
+        if not self._may_refill(pool) or pool in self.refilling:
+            return
+        if self._demand(pool) is not None:
             self.refilling.add(pool)
             self._core.run_in_background(self._refill(pool), if_cancelled=partial(self.resume, (pool,)))
+
+    def _may_refill(self, pool: Pool) -> bool:
+        return not (self._stored.refill_stopped or pool.paused) and self._is_served(pool)
 
     def pause(self, pools: Iterable[Pool]) -> set[Pool]:
         """Take nothing back into `pools`; return those of them that `resume` has to resume."""
@@ -198,7 +218,7 @@ class Refiller:
     async def _refill(self, pool: Pool) -> None:
         loop, store = self._core.loop, self._stored.store
         try:
-            while not self._stored.refill_stopped:
+            while self._may_refill(pool):
                 demand = self._demand(pool)
                 if demand is None and pool in self._recount_after:
                     self._recount_after.discard(pool)
@@ -214,12 +234,15 @@ class Refiller:
                     leases = await store.lease(pool.task_type, room, until=until, priority=priority)
                 finally:
                     pool.unreserve(room)
-                if self._stored.refill_stopped:
+                if not self._may_refill(pool):
                     await store.release(leases)
                     break
                 self._round_trip += _ROUND_TRIP_GAIN * (loop.time() - asked - self._round_trip)
                 pool.refill_policy.record_fetch(priority, len(leases), pool.spilled)
-                for lease in leases:
+                for count, lease in enumerate(leases):
+                    if not self._is_served(pool):
+                        await store.release(leases[count:])
+                        break
                     await self._take_in(lease, pool)
                 if len(leases) < room:
                     await self.recount([pool], refilling=pool)

@@ -1,0 +1,72 @@
+"""Stopping what runs on a worker that is unregistered or restarted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from forebay.task import TaskStatus
+
+if TYPE_CHECKING:
+    from forebay.supervisor.core import Core
+    from forebay.supervisor.runs.run import ActiveRuns
+    from forebay.supervisor.spill.spill import Spill
+    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.worker import WorkerAgent
+
+
+class StoppingDispatcher(Protocol):
+    """The dispatcher, as far as stopping the runs of one worker needs it."""
+
+    @property
+    def runs(self) -> ActiveRuns:
+        """Its runs in progress."""
+
+    @property
+    def spill(self) -> Spill | None:
+        """The overflow, if there is one."""
+
+
+class RunStopper:
+    """Ends the runs of a worker, whose handlers are asked to stop.
+
+    A task that has a record goes back to its store, from where it comes back to this process or another one. That would
+    let others of its conversation overtake it, so a task of a conversation ends, like one without a record.
+    """
+
+    def __init__(self, core: Core, dispatcher: StoppingDispatcher) -> None:
+        self._core = core
+        self._dispatcher = dispatcher
+
+    async def stop(self, worker: WorkerAgent, status: TaskStatus, error: str, *, limit: float) -> None:
+        """End the runs of `worker` with `status`, and wait for their handlers for at most `limit` seconds."""
+        returning: list[Ticket] = []
+        for run in self._dispatcher.runs.on(worker):
+            if run.abandoned_at is None and self._goes_back(run.ticket):
+                run.ticket.begin_store_call()  # so that a cancellation waits until it is in the store
+                returning.append(run.ticket)
+                run.abandon()
+            else:
+                run.end_early(status, error)
+        try:
+            await self.wait(worker, limit)
+        finally:
+            for ticket in returning:
+                ticket.end_store_call()
+                self._return_to_store(ticket)
+
+    async def wait(self, worker: WorkerAgent, limit: float | None) -> None:
+        """Wait until nothing runs on `worker`, for at most `limit` seconds."""
+        if (idle := self._dispatcher.runs.when_idle(worker)) is not None:
+            await asyncio.wait((idle,), timeout=limit)
+
+    def _goes_back(self, ticket: Ticket) -> bool:
+        return self._dispatcher.spill is not None and ticket.lease is not None and ticket.task.thread_id is None
+
+    def _return_to_store(self, ticket: Ticket) -> None:
+        spill = self._dispatcher.spill
+        assert spill is not None  # noqa: S101 - see _goes_back
+        if not ticket.done() and ticket.lease is not None:  # otherwise another process has it by now
+            spill.return_to_store(ticket)
+        elif ticket.cancel_reason is not None:
+            ticket.cancel(ticket.cancel_reason)
