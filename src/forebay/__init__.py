@@ -1,6 +1,7 @@
 """Forebay: backpressure for fleets of AI agents."""
 
 from forebay.adapters import as_handler
+from forebay.carried_context import carry
 from forebay.context import progress
 from forebay.errors import (
     ForebayError,
@@ -47,5 +48,6 @@ __all__ = [
     "WorkerHandler",
     "WorkerState",
     "as_handler",
+    "carry",
     "progress",
 ]

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import datetime as dt
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -498,18 +499,18 @@ async def test_an_envelope_of_a_newer_version_is_left_for_a_newer_process(file: 
 async def test_a_newer_process_gets_what_an_older_one_cannot_read_while_both_run(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = records.task_of_record
+    read = records.read_record
     old_agent, new_agent = Agent(), Agent()
     old, new = make_supervisor(old_agent, file, lease=3.0), make_supervisor(new_agent, file, lease=3.0)
 
-    def task(record: TaskRecord, codecs: TaskCodecs) -> Task:
+    def task(record: TaskRecord, codecs: TaskCodecs) -> tuple[Task, Mapping[str, Any] | None]:
         """Return the task of a record, except that the older of the two supervisors cannot read it."""
         if codecs is old._codecs and record.task_id in ids:
             raise EnvelopeTooNew(version=2, known=1)
         return read(record, codecs)
 
     ids = await spill_tasks(file, *range(30))
-    monkeypatch.setattr(records, "task_of_record", task)
+    monkeypatch.setattr(records, "read_record", task)
     async with old:
         await asyncio.sleep(2.0)
         async with new:

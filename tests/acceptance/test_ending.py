@@ -478,25 +478,6 @@ async def test_what_a_task_writes_into_its_context_no_other_task_reads(*, in_thr
         assert note.get() == "blank"
 
 
-@pytest.mark.parametrize("in_thread", [False, True], ids=["async", "thread"])
-@virtual
-async def test_the_context_of_a_submitter_does_not_reach_the_task(*, in_thread: bool) -> None:
-    def read(_: Task) -> str:
-        return note.get()
-
-    async def read_async(_: Task) -> str:
-        return note.get()
-
-    async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=read if in_thread else read_async, task_types=["work"])
-
-        async def submitter() -> object:
-            note.set("mine")
-            return await supervisor.run(Task("work"))
-
-        assert list(await asyncio.gather(submitter())) == ["blank"]
-
-
 @virtual
 async def test_the_context_in_which_the_supervisor_was_started_reaches_every_task() -> None:
     token = note.set("of the supervisor")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from tests.support.task_plane import approximately, now, run_ready, virtual
 
-from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, Ticket, Upstream
+from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskStatus, Ticket, Upstream
 from forebay.interfaces import Outcome
+from forebay.quota import Budget, Price
 from forebay.upstream.call_request import CallOutcome, CallRequest
 
 LONG = 60.0  # seconds that a call takes: a run that is not notified would wait as long
@@ -138,3 +140,23 @@ async def test_a_critical_run_starts_as_soon_as_it_may_even_if_a_normal_one_may_
         for call in calls:
             call.cancel()
         await ticket
+
+
+@virtual
+async def test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills() -> None:
+    prices = {"paid": Price(input=1e6, output=1e6), "free": Price(input=0.0, output=0.0)}
+    key = Upstream("key", budget=Budget(usd=1.0), prices=prices)
+
+    async def handler(_: Task) -> None:
+        with contextlib.suppress(Overloaded):
+            async with key.call("free"):
+                await asyncio.sleep(1.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        tickets = [supervisor.submit_nowait(Task("work")) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        async with key.call("paid", output_tokens=1) as call:
+            call.settle(input_tokens=0, output_tokens=1)
+        async with asyncio.timeout(10.0):
+            assert [result.status for result in [await ticket for ticket in tickets]] == [TaskStatus.SUCCEEDED] * 2

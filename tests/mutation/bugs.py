@@ -609,6 +609,16 @@ def dollars_that_another_account_has_taken_are_reserved() -> None:
     replace(BudgetTracker, BudgetTracker.try_reserve, try_reserve)
 
 
+def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
+    def can_afford_unreserved(
+        self: BudgetTracker, now: float, usd: float, priority: Priority = Priority.NORMAL
+    ) -> bool:
+        del priority
+        return usd <= self.budget.usd - self.spent(now)
+
+    replace(BudgetTracker, BudgetTracker.can_afford_unreserved, can_afford_unreserved)
+
+
 def a_tenant_that_has_spent_is_forgotten() -> None:
     always(SharedBudget, SharedBudget.is_fresh, returns=True)
 

@@ -36,6 +36,7 @@ from tests.acceptance import (
     test_shared_overflow,
     test_silent_store,
     test_slot,
+    test_start_gate,
     test_stored_text,
     test_stored_tickets,
     test_submitting,
@@ -249,6 +250,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
     bugs.dollars_that_another_account_has_taken_are_reserved: (
         test_spend.test_two_accounts_that_both_see_the_last_dollar_spend_it_once
+    ),
+    bugs.a_free_call_is_told_to_come_back_for_a_budget_that_never_refills: (
+        test_start_gate.test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills
     ),
     bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
     bugs.a_used_quota_is_forgotten_with_its_account: (

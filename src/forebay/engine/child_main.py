@@ -28,11 +28,12 @@ from forebay._hooks import await_hook, call_hook, call_plain_hook, is_awaitable
 from forebay.adapters import Handler
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_object
+from forebay.carried_context import restore_context
 from forebay.engine import messages
 from forebay.engine.process_tree import descendants, kill_all
 from forebay.errors import InvalidSetting, NotSerializable, Overloaded, PayloadTooLarge
 from forebay.events import log
-from forebay.overflow import decode_result, decode_task, encode_result
+from forebay.overflow import decode_envelope, decode_result, encode_result
 from forebay.task import Deadline, Task
 
 _CHUNK = 1 << 16  # bytes read at a time
@@ -203,11 +204,14 @@ class ChildRuntime:
     # --- the main thread ---
 
     def _serve_one(self, run: messages.RunTask) -> None:
-        task = self._task = decode_task(run.task)
+        task, carried = decode_envelope(run.task)
+        self._task = task
         deadline = None if run.deadline is None else Deadline(run.deadline)
         task_context = ChildTaskContext(task, deadline, run.attempt, lambda value: self._report(run.number, value))
         own = contextvars.copy_context()
         own.run(context.set_running_task, task_context)
+        if carried is not None:
+            own.run(restore_context, carried)
         value, cause = self._run(own, task)
         if os.getpid() != self._pid:  # the handler forked, and its copy has returned to this point
             os._exit(0)

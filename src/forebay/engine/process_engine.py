@@ -15,6 +15,7 @@ from forebay.adapters import Handler
 from forebay.adapters.factory import check_factory
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_path_of
+from forebay.carried_context import capture_context
 from forebay.engine import messages
 from forebay.engine.child_process import ChildProcess, spawn
 from forebay.engine.thread_executor import DaemonThreadExecutor
@@ -152,10 +153,10 @@ class _ProcessPool:
     def _run_request(self, task: Task, running: context.RunningTask | None) -> messages.RunTask:
         deadline = task.deadline if running is None else running.deadline
         try:
-            encoded = encode_task(task, task.payload, bound=self._engine.max_message_bytes)
+            encoded = encode_task(task, task.payload, bound=self._engine.max_message_bytes, context=capture_context())
         except (NotSerializable, PayloadTooLarge) as error:
             why = messages.why_not_transferable(error)
-            raise NotTransferable(what="payload", task_id=task.task_id, why=why) from None
+            raise NotTransferable(what="payload or the context", task_id=task.task_id, why=why) from None
         attempt = 1 if running is None else running.attempt
         return messages.RunTask(0, encoded, None if deadline is None else deadline.by_wall_clock(), attempt)
 

@@ -9,6 +9,7 @@ from forebay.interfaces import TaskStore
 from forebay.overflow.envelope import (
     EnvelopeDamaged,
     EnvelopeTooNew,
+    decode_envelope,
     decode_result,
     decode_task,
     encode_result,
@@ -25,6 +26,7 @@ __all__ = [
     "MemoryTaskStore",
     "RefillPolicy",
     "SqliteTaskStore",
+    "decode_envelope",
     "decode_result",
     "decode_task",
     "encode_result",

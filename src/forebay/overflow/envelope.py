@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -58,6 +58,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     tenant: str
     thread_id: str | None
     estimate: tuple[int, int, int] | None
+    context: dict[str, Any] | None = None  # see `forebay.carried_context`
 
 
 class _Result(msgspec.Struct, frozen=True, array_like=True):
@@ -83,7 +84,7 @@ _decode_envelope = msgspec.msgpack.Decoder(_Envelope, ext_hook=_extension).decod
 _decode_result = msgspec.msgpack.Decoder(_Result, ext_hook=_extension).decode
 
 
-def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
+def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, Any] | None = None) -> bytes:
     """Return the task as bytes.
 
     A payload may hold plain data: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with
@@ -92,13 +93,17 @@ def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
     Args:
         task: the task to store.
         payload: its payload as plain data: the output of its codec, or, without a codec, the payload itself.
-        bound: bytes that the encoded payload may take.
+        bound: bytes that the encoded payload may take, and the encoded context.
+        context: what `forebay.carried_context` has captured; as plain as a payload.
 
     Raises:
-        NotSerializable: the payload holds something else, at ``path``.
+        NotSerializable: the payload holds something else, at ``path``; or the context does.
         PayloadTooLarge: the payload takes more than `bound` bytes; ``size`` is a lower bound of what it takes.
     """
     encoded = _encode_plain(payload, "payload", task.task_id, bound)
+    carried: Any = None
+    if context is not None:
+        carried = msgspec.Raw(_encode_plain(dict(context), "context", task.task_id, bound))
     estimate = task.estimate
     envelope = _Envelope(
         version=VERSION,
@@ -114,6 +119,7 @@ def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
         tenant=_exact_str(task.tenant),
         thread_id=None if task.thread_id is None else _exact_str(task.thread_id),
         estimate=None if estimate is None else (estimate.calls, estimate.input_tokens, estimate.output_tokens),
+        context=carried,
     )
     try:
         return _encode(envelope)
@@ -122,7 +128,12 @@ def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
 
 
 def decode_task(envelope: bytes) -> Task:
-    """Return the task in an envelope, even if its deadline has passed since.
+    """Return the task in an envelope: the first part of what `decode_envelope` returns, with the same errors."""
+    return decode_envelope(envelope)[0]
+
+
+def decode_envelope(envelope: bytes) -> tuple[Task, dict[str, Any] | None]:
+    """Return the task in an envelope, even if its deadline has passed since; and the context that it carries, if any.
 
     Raises:
         EnvelopeTooNew: a newer Forebay wrote it.
@@ -147,7 +158,7 @@ def decode_task(envelope: bytes) -> Task:
             msgspec.structs.force_setattr(task, "deadline", Deadline(stored.deadline))
     except ValueError as error:
         raise EnvelopeDamaged(why=type(error).__name__) from None
-    return task
+    return task, stored.context
 
 
 def encode_result(value: Any, *, task_id: str, bound: int) -> bytes:

@@ -94,14 +94,16 @@ class BudgetTracker:
     def can_afford(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
         """Return whether `usd` may be reserved. Reserved dollars count as spent; once all is spent nothing may be."""
         period = self._present(now)
-        share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserved_share
-        left = self.budget.usd * share - period.spent - period.reserved
-        return left > 0 and check_dollars(usd) <= left + self.budget.usd * 1e-12
+        return self._covers(usd, priority, taken=period.spent + period.reserved)
 
     def can_afford_unreserved(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
         """Return whether `usd` could be reserved if nothing were reserved now."""
+        return self._covers(usd, priority, taken=self._present(now).spent)
+
+    def _covers(self, usd: float, priority: Priority, *, taken: float) -> bool:
         share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserved_share
-        return check_dollars(usd) <= self.budget.usd * share - self._present(now).spent
+        left = self.budget.usd * share - taken
+        return left > 0 and check_dollars(usd) <= left + self.budget.usd * 1e-12
 
     def try_reserve(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> BudgetReservation | None:
         """Reserve the most that a call can cost, or return None if the budget cannot afford it: check and take in one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextvars import copy_context
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -289,7 +290,7 @@ class AdmissionController:
             submitted_at = self._dispatcher.spill.submission_time()
         elif deadline is not None:
             submitted_at = clock.wall_time()
-        ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at)
+        ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, copy_context())
         if parent is not None:
             ticket.descend(depth(parent))
         if active:

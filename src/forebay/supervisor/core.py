@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from forebay.events import EventBus, log
@@ -27,6 +28,7 @@ class Core:
         timers: its timers.
         registry: its tickets.
         pools: its pools.
+        base_context: the context variables of its start, for handlers of tasks that another process submitted.
         closed: whether `close` was called.
     """
 
@@ -49,6 +51,7 @@ class Core:
         self.timers = Timers(loop)
         self.registry = TicketRegistry(loop, bus, keep=keep_results, keep_bytes=keep_results_bytes)
         self.pools = Pools(max_queue_size)
+        self.base_context = copy_context()
         self._background_tasks: set[asyncio.Future[Any]] = set()
         self.closed = False
 

@@ -54,7 +54,7 @@ class Dispatcher:
         self.completion = RunCompletion(
             core, self, runs=self.runs, on_run_end=self.start_gate.run_ended, zombie_grace=settings.zombie_grace
         )
-        self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended)
+        self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
         self.starts = WorkerStarts(core, self)
         self._registry = core.registry

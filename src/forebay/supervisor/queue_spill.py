@@ -148,7 +148,7 @@ class QueueSpill:
                 self._take(self._queued.popleft())
                 continue
             ticket = self._to_write.popleft()
-            envelope = None if ticket.cancel_reason is not None else self._spill.encode_waiting(ticket.task)
+            envelope = None if ticket.cancel_reason is not None else self._spill.encode_waiting(ticket)
             if envelope is None:
                 self._finish(ticket, failed=False)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
@@ -127,6 +128,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     deadline: Deadline | None
     parent: RunningTask | None  # the run that submitted it: nested work goes before newer work of its priority
     submitted_at: float | None = None  # epoch seconds; set if it has a deadline or there is an overflow to order
+    context: Context | None = None  # of its submitter, for its handler; None: the supervisor's
     verdict: Verdict = Verdict.ADMITTED
     status: TaskStatus = TaskStatus.WAITING
     reason: str | None = None
@@ -472,6 +474,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.task = task
         self.deadline = deadline
 
+    def restore_context(self, context: Context) -> None:
+        """Have its handler run in a copy of `context`: another process submitted it."""
+        self.context = context
+
     # --- the end ---
 
     def without_cause(self, result: TaskResult) -> Ticket:
@@ -487,8 +493,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             self.deadline,
             None,
             self.submitted_at,
-            self.verdict,
-            result.status,
+            verdict=self.verdict,
+            status=result.status,
             reason=self.reason,
             limited_by=self.limited_by,
             load=self.load,
@@ -513,6 +519,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """End it with its result, or with the error that awaiting it raises. Every ticket ends exactly once."""
         assert self._outcome is None  # noqa: S101 - a second end is a bug of the caller
         self._outcome = outcome
+        self.context = None  # it may hold anything, and this ticket may be kept for long
         if isinstance(outcome, TaskResult):
             self.status = outcome.status
         if self.slot is not None:

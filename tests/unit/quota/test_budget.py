@@ -67,6 +67,7 @@ def test_after_the_last_dollar_not_even_a_free_call_is_affordable() -> None:
     assert not tracker.can_afford(NOON, 0.01)
     spend(tracker, 0.1)
     assert not tracker.can_afford(NOON, 0.0)
+    assert not tracker.can_afford_unreserved(NOON, 0.0)
 
 
 def test_the_reserved_share_is_kept_for_high_and_critical() -> None:

@@ -14,7 +14,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context, copy_context
+from contextvars import Context
 from typing import Any
 
 from forebay import context
@@ -28,17 +28,18 @@ OnEnd = Callable[[Run, Any, BaseException | None], None]
 
 
 class RunnerPool:
-    """The runners of a dispatcher. Handlers run in copies of the context in which the pool was made.
+    """The runners of a dispatcher. Each handler runs in a copy of the context in which its task was submitted.
 
     Args:
         loop: the event loop of the runners.
         on_end: called with a run, and the value or the exception of its handler, when the handler has ended.
+        base_context: the context of handlers whose tasks have none.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: OnEnd) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: OnEnd, base_context: Context) -> None:
         self.loop = loop
         self.on_end = on_end
-        self.base_context: Context = copy_context()
+        self.base_context = base_context
         self.idle: list[Runner] = []  # at most as many as have run at a time
         self.reusable: Runner | None = None  # its handler has just ended: it can go on with the next at once
         self.closed = False
@@ -112,7 +113,7 @@ class Runner:
             self.next_run = None
             self.run = run
             if run.abandoned_at is None:
-                value, cause, waited = yield from _step(run, pool.base_context.copy())
+                value, cause, waited = yield from _step(run, _own_context(run, pool.base_context))
             else:
                 value, cause, waited = None, asyncio.CancelledError(), False
             self.run = None
@@ -141,6 +142,14 @@ class Runner:
             elif in_a_row >= _MAX_BURST:
                 yield
                 in_a_row = 0
+
+
+def _own_context(run: Run, base: Context) -> Context:
+    """Return the context of a handler: that of its submitter, but a copy if another attempt at the task may follow."""
+    own = run.ticket.context
+    if own is None:
+        return base.copy()
+    return own if run.ticket.lease is None else own.copy()
 
 
 def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:

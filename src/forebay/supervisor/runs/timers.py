@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
@@ -35,6 +36,7 @@ class Timers:
         self._cancelled = 0
         self._armed: asyncio.TimerHandle | None = None
         self._armed_for = 0.0
+        self._context = copy_context()  # not that of whoever sets a timer, which may hold anything
 
     def at(self, when: float, callback: Callable[[*Ts], object], *arguments: *Ts) -> Timer:
         """Call ``callback(*arguments)`` at loop time `when`."""
@@ -71,7 +73,7 @@ class Timers:
         if self._armed is not None:
             self._armed.cancel()
         self._armed_for = when
-        self._armed = self._loop.call_at(when, self._on_due)
+        self._armed = self._loop.call_at(when, self._on_due, context=self._context)
 
     def _on_due(self) -> None:
         if self._loop.time() - self._armed_for > _MAX_LATENESS:

@@ -93,7 +93,7 @@ class DeadLetters:
         if found is None or found[0] is not RecordState.DEAD:
             raise UnknownTask(task_id=task_id)
         try:
-            return records.task_of_record(found[1], spill.codecs)
+            return records.read_record(found[1], spill.codecs)[0]
         except InvalidPayload:
             return decode_task(found[1].envelope)
 

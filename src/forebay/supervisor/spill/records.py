@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,7 +13,7 @@ from forebay._text import error_text
 from forebay.errors import NotSerializable, PayloadTooLarge, ResultUnavailable
 from forebay.events import log
 from forebay.interfaces import Codec, Completion, TaskRecord, TypeMismatch
-from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_result, decode_task, encode_result
+from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_envelope, decode_result, encode_result
 from forebay.task import Task, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -35,14 +36,15 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
     )
 
 
-def task_of_record(record: TaskRecord, codecs: TaskCodecs) -> Task:
-    """Return the task of a record, with the payload that its handler gets.
+def read_record(record: TaskRecord, codecs: TaskCodecs) -> tuple[Task, Mapping[str, Any] | None]:
+    """Return the task of a record, with the payload that its handler gets, and the context that it carries.
 
     Raises:
         EnvelopeTooNew: a newer version of Forebay stored it.
         EnvelopeDamaged, InvalidPayload: it cannot be read.
     """
-    return codecs.load_payload(decode_task(record.envelope))
+    task, carried = decode_envelope(record.envelope)
+    return codecs.load_payload(task), carried
 
 
 def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int) -> tuple[TaskResult, Completion]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from forebay import clock
+from forebay.carried_context import restore_context
 from forebay.errors import InvalidPayload, StoreUnavailable
 from forebay.events import TaskRefilled, log
 from forebay.interfaces import Completion, Lease
@@ -299,7 +300,7 @@ class Refiller:
         """Return the ticket of a record that another process stored, or None if this one cannot read it."""
         record = lease.record
         try:
-            task = records.task_of_record(record, self._core.codecs)
+            task, carried = records.read_record(record, self._core.codecs)
         except EnvelopeTooNew:
             if record.task_id not in self.unreadable:  # otherwise its lease had lapsed, and no newer process took it
                 log.warning("task %r was stored by a newer version of Forebay and is left for it", record.task_id)
@@ -320,4 +321,8 @@ class Refiller:
         if ticket is None:
             ticket = spilled_ticket(self._dispatcher, task, submitted_at=record.enqueued_at)
         ticket.restore(task, None if record.deadline is None else Deadline(record.deadline))
+        if carried is not None:
+            context = self._core.base_context.copy()
+            context.run(restore_context, carried)
+            ticket.restore_context(context)
         return ticket

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
+from forebay.carried_context import capture_context
 from forebay.errors import NotSerializable, PayloadTooLarge, StoreUnavailable
 from forebay.events import log
 from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
@@ -93,12 +94,13 @@ class Spill:
         return self._last_submitted_at
 
     def encode(self, task: Task) -> bytes:
-        """Return the task as it is stored.
+        """Return the task as it is stored, with what the present context has to carry.
 
         Raises:
             NotSerializable, PayloadTooLarge: it cannot be.
         """
-        return encode_task(task, self.codecs.dump_payload(task), bound=self._max_payload_bytes)
+        payload, carried = self.codecs.dump_payload(task), capture_context()
+        return encode_task(task, payload, bound=self._max_payload_bytes, context=carried)
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> PutResult:
         """Store a task that was not admitted; once it is written, the ticket is SPILLED."""
@@ -224,10 +226,11 @@ class Spill:
             self.stored.wait_in_store(ticket)
             self.refiller.refill(pool)
 
-    def encode_waiting(self, task: Task) -> bytes | None:
+    def encode_waiting(self, ticket: Ticket) -> bytes | None:
         """Return an admitted task as it is stored; None if it cannot be stored, since its payload has changed."""
+        task = ticket.task
         try:
-            return self.encode(task)
+            return self.encode(task) if ticket.context is None else ticket.context.run(self.encode, task)
         except (NotSerializable, PayloadTooLarge) as exc:
             log.error("task %r could not be spilled when the supervisor drained: %s", task.task_id, exc)
             return None

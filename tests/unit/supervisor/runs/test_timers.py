@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import Context
 from typing import cast
 
 import hypothesis.strategies as st
@@ -38,7 +39,8 @@ class Clockwork:
     def time(self) -> float:
         return self.now
 
-    def call_at(self, when: float, callback: Callable[[], object]) -> Handle:
+    def call_at(self, when: float, callback: Callable[[], object], *, context: Context) -> Handle:
+        del context
         self.handles.append(Handle(self, when, callback))
         return self.handles[-1]
 
