@@ -99,6 +99,23 @@ class WorkerRecovered(Event, frozen=True, kw_only=True):
     worker_id: str
 
 
+class WorkerExited(Event, frozen=True, kw_only=True):
+    """The life of a worker ended by itself: `exit` is ``"normal"``, ``"shutdown"`` or ``"abnormal"``."""
+
+    kind = "worker_exited"
+    worker_id: str
+    exit: str
+    error: str | None = None
+
+
+class WorkerRestarted(Event, frozen=True, kw_only=True):
+    """A worker was started again, for the `restarts`-th time: its life had ended, or that of a worker before it."""
+
+    kind = "worker_restarted"
+    worker_id: str
+    restarts: int
+
+
 class WorkerResized(Event, frozen=True, kw_only=True):
     """A worker was given another number of slots."""
 

@@ -47,7 +47,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, nested_supervisor, pools
+from forebay.supervisor import admission_controller, drain, pools
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -70,6 +70,7 @@ from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
+from forebay.supervisor.tree import worker_life
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.supervisor.worker_selection import WorkerSelector
@@ -1152,7 +1153,7 @@ def a_worker_takes_tasks_before_its_handler_has_started() -> None:
 
 
 def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
-    always(WorkerStarts, WorkerStarts._end_waiting, returns=None)
+    always(WorkerStarts, WorkerStarts.end_waiting, returns=None)
 
 
 def a_stored_task_is_held_though_its_worker_cannot_be_started() -> None:
@@ -1208,10 +1209,11 @@ def closing_leaves_a_submission_to_a_store_that_does_not_answer() -> None:
 
 
 def closing_awaits_a_stop_without_a_bound() -> None:
-    async def _await_stop(what: str, awaitable: Any, limit: float) -> None:
-        await await_hook(what, awaitable)  # type: ignore[name-defined]  # noqa: F821 - a name of that module
+    async def _ends(future: asyncio.Future[Any], _: float) -> bool:
+        await asyncio.wait((future,))
+        return True
 
-    nested_supervisor._await_stop.__code__ = _await_stop.__code__
+    worker_life._ends.__code__ = _ends.__code__
 
 
 def a_start_that_is_cancelled_is_not_tried_again() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from forebay._text import format_duration
@@ -20,6 +20,8 @@ from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
+from forebay.supervisor.tree.restart_intensity import RestartIntensity
+from forebay.supervisor.tree.supervision import Supervision
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Priority, TaskResult, TaskStatus
@@ -41,7 +43,14 @@ class Dispatcher:
         started: how many handlers have been started.
     """
 
-    def __init__(self, core: Core, settings: SupervisorSettings, *, store: TaskStore | None) -> None:
+    def __init__(
+        self,
+        core: Core,
+        settings: SupervisorSettings,
+        *,
+        store: TaskStore | None,
+        remove_worker: Callable[[WorkerAgent], None],
+    ) -> None:
         self.core = core
         self.loop = core.loop
         self.workers: dict[str, WorkerAgent] = {}
@@ -57,6 +66,14 @@ class Dispatcher:
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
         self.starts = WorkerStarts(core, self)
+        self.supervision = Supervision(
+            core,
+            self,
+            strategy=settings.restart_strategy,
+            intensity=RestartIntensity(settings.max_restarts, settings.within),
+            grace=settings.zombie_grace,
+            remove=remove_worker,
+        )
         self._registry = core.registry
         self._timers = core.timers
         self._bus = core.bus
@@ -94,6 +111,7 @@ class Dispatcher:
         self._nested.pop(worker, None)
         self.start_gate.forget(worker)
         self.completion.forget(worker)
+        self.supervision.forget(worker)
         self.slot_claims.forget(worker)
         self.runs.remove_worker(worker)
         self.core.pools.remove_worker(worker)

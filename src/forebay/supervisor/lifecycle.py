@@ -24,7 +24,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
         await asyncio.sleep(0)  # an eager task factory starts this before the supervisor knows that it is starting
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
-        await start_handlers(workers)
+        await start_handlers(workers, dispatcher.core.base_context, dispatcher.supervision.exited)
     except BaseException:
         dispatcher.core.timers.close()
         if dispatcher.spill is not None:
@@ -32,6 +32,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
         raise
     for worker in workers.values():
         dispatcher.add_worker(worker)
+    dispatcher.supervision.begin()
 
 
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
@@ -48,6 +49,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         if spill is not None:
             spill.stored.stop_refilling()
         dispatcher.starts.close()
+        dispatcher.supervision.close()
         await drain.run(0.0, closing=True)
         await stop_handlers(workers.values(), grace=grace)
         if spill is not None:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from forebay._text import is_unicode
-from forebay._validate import check_name, check_positive, check_whole, is_positive, reject
+from forebay._validate import check_choice, check_name, check_positive, check_whole, is_positive, reject
 from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Engine, ProcessEngine, resolve_engine
 from forebay.errors import InvalidTimeout
+from forebay.supervisor.tree.restart_policy import RestartType
+from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Task
 from forebay.upstream import Upstream
@@ -35,6 +37,10 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     on_cancel: Callable[[Task], object] | None,
     reset_timeout: float | None,
     upstreams: Any,
+    restart: str,
+    start: Callable[[], Any] | None,
+    stop: Callable[[], Any] | None,
+    stop_timeout: float,
     draw: Callable[[], float],
     on_revive: Callable[[WorkerAgent], None],
     on_resize: Callable[[WorkerAgent, int], None],
@@ -56,8 +62,18 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
         reject(owner, "engine", engine, expected)
     declared = _declared_upstreams(owner, upstreams, where)
+    check_choice(owner, "restart", restart, [kind.value for kind in RestartType])
+    for setting, hook in (("start", start), ("stop", stop)):
+        if hook is not None and not callable(hook):
+            reject(owner, setting, hook, "a callable without arguments")
+    check_positive(owner, "stop_timeout", stop_timeout, unit="seconds")
     spec = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
     built = where.build_handler(spec, slots=max_concurrent)
+    if start is not None and built.nested_supervisor is not None:
+        reject(owner, "start", start, "left out where the handler is a supervisor: its life is that of the supervisor")
+    life = WorkerLife(
+        name, built, start=start, stop=stop, stop_timeout=float(stop_timeout), restart=RestartType(restart)
+    )
     rules = _breaker_rules(reset_timeout, float(timeout))
     return WorkerAgent(
         name,
@@ -69,6 +85,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
         declared=declared,
+        life=life,
         on_revive=on_revive,
         on_resize=on_resize,
     )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay._hooks import is_async
-from forebay._validate import check_positive, check_whole, is_positive, reject
+from forebay._validate import check_choice, check_positive, check_whole, is_positive, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
+from forebay.supervisor.tree.restart_policy import Strategy
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
@@ -32,6 +33,9 @@ class SupervisorSettings:
     keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
+    strategy: str
+    max_restarts: int
+    within: float
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)
@@ -45,8 +49,16 @@ class SupervisorSettings:
             ("max_attempts", 1),
             ("keep_results", 0),
             ("keep_results_bytes", 0),
+            ("max_restarts", 0),
         ):
             check_whole(_OWNER, name, getattr(self, name), minimum=minimum)
+        check_positive(_OWNER, "within", self.within, unit="seconds")
+        check_choice(_OWNER, "strategy", self.strategy, [strategy.value for strategy in Strategy])
+
+    @property
+    def restart_strategy(self) -> Strategy:
+        """The workers that are restarted together."""
+        return Strategy(self.strategy)
 
 
 def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:

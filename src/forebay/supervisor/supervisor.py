@@ -35,7 +35,7 @@ from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
-from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
+from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.registration import check_decorator_arguments, make_worker
 from forebay.supervisor.runs.slot_loans import active_runs
@@ -44,6 +44,7 @@ from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
 from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.task import Deadline, Priority, Task
@@ -73,6 +74,11 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
+        strategy: which workers are started again when the life of one has ended: ``"one_for_one"``, it alone;
+            ``"one_for_all"``, all; ``"rest_for_one"``, it and those that were registered after it.
+        max_restarts: how many restarts within `within` seconds there may be. One more, and a supervisor that is a
+            worker of another one is restarted by that; otherwise the worker is FAILED until it is revived.
+        within: the period of `max_restarts`, in seconds.
         on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
@@ -92,6 +98,9 @@ class BackpressureSupervisor:
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
+        strategy: str = "one_for_one",
+        max_restarts: int = 3,
+        within: float = 5.0,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._settings = SupervisorSettings(
@@ -104,6 +113,9 @@ class BackpressureSupervisor:
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
+            strategy=strategy,
+            max_restarts=max_restarts,
+            within=within,
         )
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
@@ -140,6 +152,10 @@ class BackpressureSupervisor:
         on_cancel: Callable[[Task], object] | None = None,
         reset_timeout: float | None = 10.0,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
+        restart: str = "permanent",
+        start: Callable[[], Any] | None = None,
+        stop: Callable[[], Any] | None = None,
+        stop_timeout: float = 5.0,
     ) -> WorkerAgent:
         """Register a worker, before the start or after it.
 
@@ -162,6 +178,13 @@ class BackpressureSupervisor:
                 before it is tried again; longer each time that it fails again. None: until ``revive()``.
             upstreams: the upstreams that its calls use, so that their load counts before the first call; each an
                 Upstream, or a pair of an Upstream and a model.
+            restart: ``"permanent"``: it is started again whenever its life has ended; ``"transient"``: only if that was
+                abnormal, otherwise it is FAILED until it is revived; ``"temporary"``: never, and it is unregistered.
+            start: called in the event loop when the supervisor starts, and at each restart. If it returns an awaitable,
+                such as a coroutine, that is the worker's life: its return is a normal end, its cancellation a shutdown,
+                another exception an abnormal end. The worker takes tasks as soon as `start` has returned.
+            stop: called before the life is cancelled, so that it can end by itself. It may be async.
+            stop_timeout: seconds that `stop` and the life have for that, and the life once it is cancelled.
 
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
@@ -183,6 +206,10 @@ class BackpressureSupervisor:
             on_cancel=on_cancel,
             reset_timeout=reset_timeout,
             upstreams=upstreams,
+            restart=restart,
+            start=start,
+            stop=stop,
+            stop_timeout=stop_timeout,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
             on_revive=self._revive,
             on_resize=self._resized,
@@ -245,15 +272,19 @@ class BackpressureSupervisor:
         for run in active_runs(context.running_task(), dispatcher):
             if run.worker is worker:
                 raise UnregisteredInside(worker=name, task_id=run.task.task_id)
-        if worker not in self._removals:
-            removal = WorkerRemoval(dispatcher.core, dispatcher, grace=self._settings.zombie_grace)
-            removal.begin(worker)
-            self._removals[worker] = dispatcher.core.run_to_completion(self._remove(removal, worker, timeout))
+        self._begin_removal(worker, timeout)
         removing = self._removals[worker]
         await asyncio.wait((removing,))
         if removing.cancelled():
             raise SupervisorClosed(state="closed")
         removing.result()
+
+    def _begin_removal(self, worker: WorkerAgent, timeout: float | None = 0.0) -> None:
+        if worker not in self._removals:
+            core = self._running().core
+            removal = WorkerRemoval(core, self._running(), grace=self._settings.zombie_grace)
+            removal.begin(worker)
+            self._removals[worker] = core.run_to_completion(self._remove(removal, worker, timeout))
 
     async def _remove(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
         try:
@@ -316,7 +347,7 @@ class BackpressureSupervisor:
 
     def _revive(self, worker: WorkerAgent) -> None:
         if self._dispatcher is not None:
-            self._dispatcher.completion.revive(worker)
+            self._dispatcher.supervision.revive(worker)
 
     def _resized(self, worker: WorkerAgent, before: int) -> None:
         dispatcher = self._dispatcher
@@ -469,7 +500,7 @@ class BackpressureSupervisor:
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )
-        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store)
+        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store, remove_worker=self._begin_removal)
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
@@ -572,6 +603,22 @@ class BackpressureSupervisor:
     def forked_from(self) -> int | None:
         """The process in which it was started, if this is another one: a child that was forked from it."""
         return self._process if self._process not in (None, os.getpid()) else None
+
+    def watch(self) -> asyncio.Future[None]:
+        """Return a future that is cancelled when it gives up: see `Supervision`."""
+        return self._running().supervision.watch()
+
+    async def start_workers(self) -> None:
+        """Start its workers again, if they were halted."""
+        await self._running().supervision.start_workers()
+
+    async def halt(self) -> None:
+        """Stop its workers, in reverse order, to be started again; tasks that wait keep waiting."""
+        await self._running().supervision.halt()
+
+    def fail_workers(self, reason: str) -> None:
+        """Make its workers, which are halted, FAILED."""
+        self._running().supervision.fail_workers(reason)
 
     def uses(self, dispatcher: object) -> bool:
         """Return whether `dispatcher` is its own, or that of a supervisor below it."""

@@ -11,6 +11,7 @@ from forebay._validate import check_whole
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
+from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -42,6 +43,7 @@ class WorkerAgent:
         breaker: Breaker,
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
+        life: WorkerLife | None = None,
         on_revive: Callable[[WorkerAgent], None],
         on_resize: Callable[[WorkerAgent, int], None] = _do_nothing,
     ) -> None:
@@ -68,7 +70,9 @@ class WorkerAgent:
         self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
         self.declared = list(declared)  # those sources that no call has used yet
         self.penalty = 1.0
-        self.ready = handler.start is None  # its handler has started, or need not be started
+        self.life = WorkerLife(name, handler) if life is None else life
+        self.restarts = 0  # how often it was started again
+        self.ready = not self.life.needs_start  # it has started, or need not be started
         self.leaving = False  # it is being unregistered: it begins no new run
         self.accepting = self.ready  # it is ready, and not leaving unless a run of its own waits for a nested task
         self.starting = False  # its handler is being started
@@ -155,6 +159,15 @@ class WorkerAgent:
     def begin_start(self) -> None:
         """Record that its handler is being started: it takes no task yet."""
         self.starting = True
+
+    def begin_restart(self) -> None:
+        """Record that it is to be stopped and started again: it takes no task until then."""
+        self.starting, self.ready = True, False
+        self._update_accepting()
+
+    def count_restart(self) -> None:
+        """Count that it was started again."""
+        self.restarts += 1
 
     def end_start(self, *, ready: bool) -> None:
         """Record that its handler has started, or that its start has failed."""

@@ -7,14 +7,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from forebay._hooks import raise_if_cancelled, report_failure
-from forebay.supervisor.nested_supervisor import MIN_STOP_TIME
 from forebay.supervisor.runs.completion import describe_error
+from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.completion import RunCompletion
     from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.tree.worker_life import Exit
     from forebay.supervisor.worker import WorkerAgent
+
+
+class ExitListener(Protocol):
+    """The `Supervision` of a dispatcher, as far as the starts of handlers need it."""
+
+    def exited(self, worker: WorkerAgent, end: Exit) -> None:
+        """Handle the end of a worker's life."""
 
 
 class StartDispatcher(Protocol):
@@ -28,6 +36,10 @@ class StartDispatcher(Protocol):
         self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
     ) -> None:
         """End a task that waits for a worker that will not come, or leave it to its store."""
+
+    @property
+    def supervision(self) -> ExitListener:
+        """The restarts of its workers."""
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
@@ -54,10 +66,12 @@ class WorkerStarts:
             starting.add_done_callback(partial(self._ended, worker))
 
     def _ended(self, worker: WorkerAgent, starting: asyncio.Future[None]) -> None:
+        if self._in_progress.get(worker) is not starting:
+            return  # cancelled by `cancel`
         del self._in_progress[worker]
         if starting.cancelled():  # perhaps before its first step
             worker.end_start(ready=False)
-            if not (self._closed or worker.leaving):  # otherwise by `close` or `cancel`
+            if not self._closed:
                 self._failed(worker, asyncio.CancelledError("its start was cancelled"))
 
     def close(self) -> None:
@@ -67,16 +81,15 @@ class WorkerStarts:
             starting.cancel()
 
     async def cancel(self, worker: WorkerAgent) -> None:
-        """Cancel the start of a worker that is leaving, if it is in progress."""
-        if (starting := self._in_progress.get(worker)) is not None:
+        """Cancel the start of a worker that is leaving or being restarted, if it is in progress."""
+        if (starting := self._in_progress.pop(worker, None)) is not None:
             starting.cancel()
             await asyncio.wait((starting,), timeout=MIN_STOP_TIME)
+            worker.end_start(ready=False)
 
     async def _start(self, worker: WorkerAgent) -> None:
-        start = worker.handler.start
-        assert start is not None  # noqa: S101 - it is not ready
         try:
-            await start()
+            await worker.life.start(self._core.base_context, partial(self._dispatcher.supervision.exited, worker))
         except BaseException as error:  # noqa: BLE001 - user code
             raise_if_cancelled(error)
             worker.end_start(ready=False)
@@ -90,11 +103,10 @@ class WorkerStarts:
     def _failed(self, worker: WorkerAgent, error: BaseException) -> None:
         report_failure(f"start of worker {worker.name!r}", error)
         self._dispatcher.completion.fail_start(worker)
-        self._end_waiting(worker, error)
+        self.end_waiting(worker, describe_error(error), error)
 
-    def _end_waiting(self, worker: WorkerAgent, cause: BaseException) -> None:
-        """End the tasks that wait for a worker that could not be started, and for no other that works."""
-        error = describe_error(cause)
+    def end_waiting(self, worker: WorkerAgent, error: str, cause: BaseException | None = None) -> None:
+        """End the tasks that wait for a worker that is not started, and for no other that works."""
         for pool in self._core.pools.by_worker[worker].pools:
             while not (pool.slots or pool.paused) and (entry := pool.queue.head()) is not None:
                 self._dispatcher.fail_waiting(entry[2], error, worker_id=worker.name, cause=cause)

@@ -323,6 +323,14 @@ class RunCompletion:
         worker.breaker.trip(self._loop.time())
         self._update_breaker(worker, "its handler could not be started")
 
+    def fail_until_revived(self, worker: WorkerAgent, reason: str) -> None:
+        """Make a worker FAILED until `revive`: it is stopped, and not started again by itself."""
+        reported = worker.failed
+        worker.breaker.hold_open(self._loop.time())
+        self._update_breaker(worker, reason)
+        if reported:  # as FAILED for a time, because of its tasks
+            self._report_failed(worker, reason)
+
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
         worker.close_breaker()
@@ -335,10 +343,7 @@ class RunCompletion:
         worker.update_from_breaker(now)
         self.arm_breaker_timer(worker)
         if worker.failed and not failed:
-            retry_in = worker.breaker.retry_after(now)
-            until = "until it is revived" if retry_in is None else f"for {format_duration(retry_in)}"
-            log.warning("worker %r is FAILED %s: %s", worker.name, until, reason)
-            self._bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=retry_in))
+            self._report_failed(worker, reason)
         elif failed and not worker.failed:
             log.info("worker %r accepts tasks again", worker.name)
             self._bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
@@ -346,6 +351,13 @@ class RunCompletion:
             self._dispatcher.start_worker(worker)  # the start is its probe
         self._dispatcher.update_slots(worker)
         self._registry.notify_progress()
+
+    def _report_failed(self, worker: WorkerAgent, reason: str) -> None:
+        now = self._loop.time()
+        retry_in = worker.breaker.retry_after(now)
+        until = "until it is revived" if retry_in is None else f"for {format_duration(retry_in)}"
+        log.warning("worker %r is FAILED %s: %s", worker.name, until, reason)
+        self._bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=retry_in))
 
     def arm_breaker_timer(self, worker: WorkerAgent) -> None:
         """Set the timer for the next change of a worker's breaker by time: it allows a probe, or a probe is overdue."""
