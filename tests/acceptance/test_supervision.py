@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, flood, now, run_ready, statuses, virtual
+from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, flood, now, statuses, virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, WorkerState
 from forebay.adapters import Handler
 from forebay.errors import InvalidSetting, UnknownTaskType
 from forebay.events import WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
+from forebay.supervisor import TreeNode
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -56,13 +60,16 @@ class Service:
         self.lives[-1].cancel()
 
 
-def register(
-    supervisor: BackpressureSupervisor, service: Service, handler: Callable[..., Any] | None = None, **options: Any
-) -> Any:
+def register(supervisor: BackpressureSupervisor, service: Service, handler: Any = None, **options: Any) -> Any:
     types = options.pop("task_types", ["work"])
     return supervisor.register_worker(
         service.name, handler=handler or Agent(), task_types=types, start=service.start, **options
     )
+
+
+async def settle() -> None:
+    """Let everything happen that happens at once, in virtual time."""
+    await asyncio.sleep(1e-4)
 
 
 def exits(record: EventRecord) -> list[tuple[str, str]]:
@@ -78,7 +85,7 @@ async def test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_wha
     async with BackpressureSupervisor() as supervisor:
         record = EventRecord(supervisor)
         worker = register(supervisor, service, Agent(10.0))
-        await run_ready()
+        await settle()
         running, waiting = flood(supervisor, "work", 2)
         await asyncio.sleep(1.0)
         service.crash()
@@ -106,7 +113,7 @@ async def test_the_exception_of_a_task_is_no_exit() -> None:
     async with BackpressureSupervisor() as supervisor:
         record = EventRecord(supervisor)
         worker = register(supervisor, service, fails)
-        await run_ready()
+        await settle()
         assert await statuses(flood(supervisor, "work", 3)) == [FAILED] * 3
         assert worker.restarts == 0
         assert exits(record) == []
@@ -118,7 +125,7 @@ async def test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived() 
     async with BackpressureSupervisor(max_restarts=2, within=10.0) as supervisor:
         record = EventRecord(supervisor)
         worker = register(supervisor, service, Agent(100.0))
-        await run_ready()
+        await settle()
         for _ in range(2):
             service.crash()
             await asyncio.sleep(1.0)
@@ -147,7 +154,7 @@ async def test_restarts_that_are_far_apart_are_not_too_many() -> None:
     service = Service()
     async with BackpressureSupervisor(max_restarts=1, within=5.0) as supervisor:
         worker = register(supervisor, service)
-        await run_ready()
+        await settle()
         for _ in range(10):
             service.crash()
             await asyncio.sleep(5.5)
@@ -160,15 +167,15 @@ async def test_a_start_that_fails_at_a_restart_is_tried_again_and_counts_as_one(
     service = Service()
     async with BackpressureSupervisor(max_restarts=3) as supervisor:
         worker = register(supervisor, service)
-        await run_ready()
+        await settle()
         service.start_errors = ["first", "second"]
         service.crash()
-        await run_ready()
+        await settle()
         assert await supervisor.run(Task("work", 1)) == 1
         assert worker.restarts == 1
         service.start_errors = ["third"]
         service.crash()
-        await run_ready()
+        await settle()
         assert worker.state is WorkerState.FAILED
         assert service.log.count("worker fails to start") == 2
 
@@ -194,9 +201,9 @@ async def test_a_restart_depends_on_the_type_of_the_worker_and_the_end_of_its_li
     service = Service()
     async with BackpressureSupervisor() as supervisor:
         worker = register(supervisor, service, restart=restart)
-        await run_ready()
+        await settle()
         end(service)
-        await run_ready()
+        await settle()
         assert len(service.lives) == lives
         if lives == 2:
             assert await supervisor.run(Task("work", 1)) == 1
@@ -215,14 +222,14 @@ async def test_a_temporary_worker_that_has_ended_leaves_its_name_and_what_waits_
     service = Service("one")
     async with BackpressureSupervisor() as supervisor:
         register(supervisor, service, Agent(10.0), restart="temporary")
-        await run_ready()
+        await settle()
         running, waiting = flood(supervisor, "work", 2)
         supervisor.register_worker("other", handler=Agent(1.0), task_types=["work"])
         service.crash()
         assert (await running).status is FAILED
         assert (await waiting).worker_id == "other"
         register(supervisor, service)
-        await run_ready()
+        await settle()
         assert list(supervisor.workers) == ["other", "one"]
 
 
@@ -259,12 +266,12 @@ async def test_a_life_is_asked_to_stop_then_cancelled_and_then_left() -> None:
     supervisor.register_worker(
         "polite", handler=Agent(), task_types=["a"], start=polite, stop=asked.set, stop_timeout=3.0
     )
-    await run_ready()
+    await settle()
     await supervisor.unregister_worker("polite")
     assert log == ["ended by itself"]
     assert now() == approximately(2.0)
     supervisor.register_worker("stubborn", handler=Agent(), task_types=["a"], start=stubborn, stop_timeout=3.0)
-    await run_ready()
+    await settle()
     await supervisor.unregister_worker("stubborn")
     assert now() == approximately(5.0)
     await supervisor.close()
@@ -279,7 +286,7 @@ async def test_workers_start_in_order_and_stop_in_reverse() -> None:
         register(supervisor, Service(name, log))
     async with supervisor:
         assert log == ["a starts", "b starts", "c starts"]
-        await run_ready()
+        await settle()
         log.clear()
     assert log == ["c ends", "b ends", "a ends"]
 
@@ -293,7 +300,7 @@ async def test_a_start_that_fails_undoes_the_start_of_the_supervisor() -> None:
     register(supervisor, Service("c", log, start_error="no"))
     assert isinstance(await error_of(supervisor.start()), OSError)
     assert log[:3] == ["a starts", "b starts", "c fails to start"]
-    await run_ready()
+    await settle()
 
 
 @virtual
@@ -314,7 +321,7 @@ async def test_a_life_that_ends_while_others_start_is_restarted_once_all_have_st
     supervisor.register_worker("slow", handler=Slow(), task_types=["slow"])
     register(supervisor, last)
     async with supervisor:
-        await run_ready()
+        await settle()
         assert worker.restarts == 1
         assert log == ["first starts", "first ends", "last starts", "first starts"]
 
@@ -331,3 +338,452 @@ async def test_supervision_settings_are_checked() -> None:
     with pytest.raises(InvalidSetting, match="left out where the handler is a supervisor"):
         supervisor.register_worker("w", handler=BackpressureSupervisor(), task_types=["work"], start=Service().start)
     assert supervisor.workers == {}
+
+
+# --- strategies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("one_for_one", ["b ends", "b starts"]),
+        ("rest_for_one", ["b ends", "c ends", "b starts", "c starts"]),
+        ("one_for_all", ["b ends", "c ends", "a ends", "a starts", "b starts", "c starts"]),
+    ],
+)
+@virtual
+async def test_a_strategy_stops_in_reverse_and_starts_in_order(strategy: str, expected: list[str]) -> None:
+    log: list[str] = []
+    services = [Service(name, log) for name in "abc"]
+    async with BackpressureSupervisor(strategy=strategy) as supervisor:
+        workers = [register(supervisor, service, Agent(10.0), task_types=[service.name]) for service in services]
+        await settle()
+        tickets = [supervisor.submit_nowait(Task(service.name)) for service in services]
+        log.clear()
+        services[1].crash()
+        assert await statuses(tickets) == [FAILED if f"{name} starts" in expected else SUCCEEDED for name in "abc"]
+        await settle()
+        assert log == expected
+        assert [worker.restarts for worker in workers] == [f"{name} starts" in expected for name in "abc"]
+
+
+@virtual
+async def test_a_temporary_worker_that_is_stopped_with_another_one_does_not_come_back() -> None:
+    log: list[str] = []
+    first, second = Service("first", log), Service("second", log)
+    async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
+        register(supervisor, first)
+        register(supervisor, second, restart="temporary", task_types=["else"])
+        await settle()
+        first.crash()
+        await settle()
+        assert log == ["first starts", "second starts", "first ends", "second ends", "first starts"]
+        assert list(supervisor.workers) == ["first"]
+
+
+@virtual
+async def test_a_temporary_worker_that_ends_restarts_no_other() -> None:
+    first, second = Service("first"), Service("second")
+    async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
+        worker = register(supervisor, first)
+        register(supervisor, second, restart="temporary")
+        await settle()
+        second.crash()
+        await settle()
+        assert list(supervisor.workers) == ["first"]
+        assert worker.restarts == 0
+
+
+@virtual
+async def test_workers_without_a_life_are_restarted_with_others_too() -> None:
+    service = Service()
+    async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
+        plain = supervisor.register_worker("plain", handler=Agent(10.0), task_types=["plain"])
+        register(supervisor, service)
+        await settle()
+        running, waiting = flood(supervisor, "plain", 2)
+        service.crash()
+        assert await statuses([running, waiting]) == [FAILED, SUCCEEDED]
+        assert plain.restarts == 1
+
+
+@virtual
+async def test_workers_that_are_failed_together_are_revived_together_in_order() -> None:
+    log: list[str] = []
+    services = [Service(name, log) for name in "abc"]
+    async with BackpressureSupervisor(strategy="rest_for_one", max_restarts=0) as supervisor:
+        record = EventRecord(supervisor)
+        a, b, c = (register(supervisor, service, task_types=[service.name]) for service in services)
+        await settle()
+        log.clear()
+        services[1].crash()
+        await settle()
+        assert log == ["b ends", "c ends"]
+        assert [worker.failed for worker in (a, b, c)] == [False, True, True]
+        reasons = [event.reason for event in record.of_type(WorkerFailed)]
+        assert reasons == [
+            "its life raised ValueError: broken; it would be one restart too many: at most 0 within 5 s",
+            "it is restarted with worker 'b', which is FAILED",
+        ]
+        c.revive()
+        await settle()
+        assert log == ["b ends", "c ends", "b starts", "c starts"]
+        assert [worker.failed for worker in (a, b, c)] == [False, False, False]
+
+
+@virtual
+async def test_lives_that_end_at_once_are_handled_one_after_the_other_and_once_each() -> None:
+    log: list[str] = []
+    services = [Service(name, log) for name in "abc"]
+    async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
+        workers = [register(supervisor, service) for service in services]
+        await settle()
+        for service in services:
+            service.crash()
+        await settle()
+        assert [worker.restarts for worker in workers] == [1, 1, 1]
+        assert log.count("a starts") == 2
+
+
+@virtual
+async def test_a_worker_that_is_failed_for_its_tasks_stays_so_when_its_life_is_restarted() -> None:
+    service = Service()
+
+    def fails(_: Task) -> None:
+        raise ValueError
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = register(supervisor, service, fails, reset_timeout=100.0)
+        await settle()
+        await statuses(flood(supervisor, "work", 5))
+        assert worker.failed
+        service.crash()
+        await settle()
+        assert worker.restarts == 1
+        assert worker.failed
+        await asyncio.sleep(100.0)
+        assert not worker.failed
+
+
+# --- supervisors below supervisors -----------------------------------------------------------------------------------
+
+
+class Tree:
+    """A supervisor with a nested one, of two workers."""
+
+    def __init__(self, *, restart: str = "permanent", max_restarts: int = 1, **options: Any) -> None:
+        self.log: list[str] = []
+        self.services = [Service(name, self.log) for name in "ab"]
+        self.inner = BackpressureSupervisor(**options)
+        for service in self.services:
+            register(self.inner, service, Agent(10.0), max_concurrent=2)
+        self.outer = BackpressureSupervisor(max_restarts=max_restarts, within=100.0)
+        self.worker = self.outer.register_worker(
+            "inner", handler=self.inner, task_types=["work"], max_concurrent=10, restart=restart
+        )
+
+    async def exceed(self) -> None:
+        """Crash the first worker of the nested supervisor once more than it allows: it gives up."""
+        for _ in range(4):
+            if not self.services[0].lives[-1].done():
+                self.services[0].crash()
+                await settle()
+
+
+@virtual
+async def test_a_nested_supervisor_that_gives_up_is_restarted_as_a_whole() -> None:
+    tree = Tree()
+    async with tree.outer as outer:
+        record, inside = EventRecord(outer), EventRecord(tree.inner)
+        await settle()
+        tickets = flood(outer, "work", 6)
+        direct = flood(tree.inner, "work", 20)[-1]
+        await settle()
+        tree.log.clear()
+        await tree.exceed()
+        assert tree.log == ["a ends", "a starts"] * 3 + ["a ends", "b ends", "a starts", "b starts"]
+        assert exits(record) == [("inner", "shutdown")]
+        assert tree.worker.restarts == 1
+        assert tree.worker.state is WorkerState.IDLE
+        errors = {(await ticket).error for ticket in tickets}
+        assert "worker 'inner' was restarted: its life was cancelled" in errors
+        assert (await direct).status is SUCCEEDED  # it waited inside
+        assert [event.worker_id for event in inside.of_type(WorkerFailed)] == ["a"]
+        assert await outer.run(Task("work", 5)) == 5
+
+
+@virtual
+async def test_a_transient_nested_supervisor_that_gives_up_is_failed_until_it_is_revived() -> None:
+    tree = Tree(restart="transient")
+    async with tree.outer as outer:
+        await settle()
+        direct = [tree.inner.submit_nowait(Task("work")) for _ in range(5)]
+        await tree.exceed()
+        assert tree.log[-2:] == ["a ends", "b ends"]
+        assert tree.worker.failed
+        assert await statuses(direct) == [FAILED] * 5
+        assert tree.inner.system_load() == 1.0
+        tree.inner.workers["a"].revive()  # it starts again with its supervisor
+        await settle()
+        assert tree.log[-2:] == ["a ends", "b ends"]
+        tree.worker.revive()
+        await settle()
+        assert await outer.run(Task("work", 5)) == 5
+        assert tree.log[-2:] == ["a starts", "b starts"]
+        assert not tree.inner.workers["a"].failed
+
+
+@virtual
+async def test_failures_climb_to_the_top() -> None:
+    tree = Tree(max_restarts=1)
+    top = BackpressureSupervisor(max_restarts=0)
+    highest = top.register_worker("outer", handler=tree.outer, task_types=["work"], max_concurrent=10)
+    async with top:
+        await settle()
+        await tree.exceed()
+        assert (tree.worker.restarts, highest.restarts) == (1, 0)
+        await tree.exceed()
+        assert tree.log[-2:] == ["a ends", "b ends"]
+        assert highest.failed
+        assert top.system_load() == 1.0
+        with pytest.raises(Overloaded):
+            await top.run(Task("work"))
+        highest.revive()
+        await settle()
+        assert await top.run(Task("work", 7)) == 7
+        assert (tree.worker.restarts, highest.restarts) == (2, 1)
+
+
+@virtual
+async def test_a_nested_supervisor_whose_workers_do_not_start_again_is_tried_again() -> None:
+    tree = Tree(max_restarts=2)
+    async with tree.outer as outer:
+        await settle()
+        for _ in range(3):
+            tree.services[0].crash()
+            await settle()
+        tree.log.clear()
+        tree.services[1].start_errors = ["not yet"]
+        tree.services[0].crash()
+        await settle()
+        started, stopped = ["a starts", "b starts"], ["a ends", "b ends"]
+        assert tree.log == [*stopped, "a starts", "b fails to start", *started]
+        assert tree.worker.restarts == 1
+        assert await outer.run(Task("work", 5)) == 5
+
+
+@virtual
+async def test_a_nested_supervisor_is_stopped_and_started_with_others() -> None:
+    tree = Tree()
+    tree.outer = BackpressureSupervisor(strategy="one_for_all")
+    first = Service("first", tree.log)
+    register(tree.outer, first, task_types=["else"])
+    tree.outer.register_worker("inner", handler=tree.inner, task_types=["work"])
+    async with tree.outer as outer:
+        await settle()
+        tree.log.clear()
+        first.crash()
+        await settle()
+        assert tree.log == ["first ends", "b ends", "a ends", "first starts", "a starts", "b starts"]
+        assert await outer.run(Task("work", 5)) == 5
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_the_tree_shows_states_loads_restarts_and_failures_of_all_levels() -> None:
+    tree = Tree(restart="transient", strategy="rest_for_one")
+    assert tree.outer.tree().state == "new"
+    async with tree.outer as outer:
+        supervised = register(outer, Service("own"), task_types=["own"], max_concurrent=2)
+        await settle()
+        outer.submit_nowait(Task("own"))
+        for _ in range(2):
+            tree.services[0].crash()
+            await settle()
+        flood(tree.inner, "work", 1)
+        below = (
+            TreeNode(name="a", state="busy", load=0.5, restart="permanent", restarts=2),
+            TreeNode(name="b", state="idle", load=0.0, restart="permanent", restarts=2),
+        )
+        running, inside = outer.tree(), tree.inner.system_load()
+        assert inside > 0
+        assert running.children[0] == TreeNode(
+            name="inner", state="idle", load=inside, restart="transient", strategy="rest_for_one", children=below
+        )
+        assert running.children[1] == TreeNode(
+            name="own", state="busy", load=0.5, restart="permanent", restarts=supervised.restarts
+        )
+        assert (running.name, running.state, running.strategy) == ("supervisor", "running", "one_for_one")
+        await tree.exceed()
+        failed = outer.tree()
+        assert [(child.state, child.load, child.failed) for child in failed.children] == [
+            ("failed", 1.0, 3),
+            ("busy", 0.5, 0),
+        ]
+        assert (failed.load, failed.failed) == (1.0, 3)
+        assert msgspec.json.decode(msgspec.json.encode(failed))["children"][0]["children"][1]["name"] == "b"
+        assert [worker.restarts for worker in tree.inner.statistics().workers] == [3, 3]
+    assert outer.tree().state == "closed"
+
+
+@virtual
+async def test_the_tree_shows_workers_that_start_and_that_leave() -> None:
+    class Slow:
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=Agent(10.0), start=self.start)
+
+        async def start(self) -> None:
+            await asyncio.sleep(1.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("slow", handler=Slow(), task_types=["work"])
+        flood(supervisor, "work", 1)
+        await settle()
+        assert [child.state for child in supervisor.tree().children] == ["starting"]
+        await asyncio.sleep(1.0)
+        leaving = asyncio.create_task(supervisor.unregister_worker("slow"))
+        await settle()
+        assert [child.state for child in supervisor.tree().children] == ["leaving"]
+        await leaving
+
+
+# --- while something else changes ------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_the_runs_of_a_leaving_worker_end_with_its_life_which_is_not_restarted() -> None:
+    service = Service()
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, service, Agent(10.0))
+        await settle()
+        (running,) = flood(supervisor, "work", 1)
+        leaving = asyncio.create_task(supervisor.unregister_worker("worker"))
+        await settle()
+        service.crash()
+        result = await running
+        assert (result.status, result.error) == (
+            FAILED,
+            "the life of its worker, which is being unregistered, has ended",
+        )
+        await leaving
+        assert now() < 1.0
+    assert service.log == ["worker starts", "worker ends"]
+
+
+@virtual
+async def test_a_worker_may_be_unregistered_while_it_is_restarted() -> None:
+    class Slow:
+        stops = 0
+
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=Agent(), start=self.start, stop=self.stop)
+
+        async def start(self) -> None:
+            pass
+
+        async def stop(self) -> None:
+            self.stops += 1
+            await asyncio.sleep(1.0)
+
+    service, slow = Service(), Slow()
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, service, slow)
+        supervisor.register_worker("other", handler=Agent(), task_types=["work"])
+        await settle()
+        service.crash()
+        await settle()
+        await supervisor.unregister_worker("worker")
+        assert list(supervisor.workers) == ["other"]
+        await asyncio.sleep(2.0)
+        assert (len(service.lives), slow.stops) == (1, 1)
+
+
+@virtual
+async def test_closing_ends_a_restart_in_progress() -> None:
+    log: list[str] = []
+    service, other = Service("one", log), Service("two", log)
+    supervisor = BackpressureSupervisor(strategy="one_for_all")
+    await supervisor.start()
+    register(supervisor, service, UncancellableHandler(100.0))
+    register(supervisor, other)
+    await settle()
+    flood(supervisor, "work", 1)
+    await settle()
+    service.crash()
+    await asyncio.sleep(1.0)
+    await supervisor.close()
+    assert log == ["one starts", "two starts", "one ends", "two ends"]
+
+
+@virtual
+async def test_draining_waits_for_a_restart_and_for_no_worker_that_is_failed_for_good() -> None:
+    service = Service()
+    supervisor = BackpressureSupervisor(max_restarts=1)
+    await supervisor.start()
+    register(supervisor, service, Agent(10.0))
+    await settle()
+    tickets = flood(supervisor, "work", 2)
+    service.crash()
+    report = await supervisor.drain()
+    assert await statuses(tickets) == [FAILED, SUCCEEDED]
+    assert report.finished == 2
+    await supervisor.close()
+
+
+@virtual
+async def test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind() -> None:
+    class Slow:
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=Agent(), start=self.start)
+
+        async def start(self) -> None:
+            await asyncio.sleep(1.0)
+
+    service = Service()
+    async with BackpressureSupervisor() as supervisor:
+        worker = register(supervisor, service, Slow(), reset_timeout=10.0)
+        await asyncio.sleep(2.0)
+        service.crash()
+        await settle()
+        assert worker.starting
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await settle()
+        assert worker.failed
+        await asyncio.sleep(15.0)
+        assert await supervisor.run(Task("work", 1)) == 1
+
+
+@virtual
+async def test_zombies_do_not_delay_a_restart_for_longer_than_the_grace() -> None:
+    service = Service()
+    async with BackpressureSupervisor(zombie_grace=2.0) as supervisor:
+        worker = register(supervisor, service, UncancellableHandler(100.0), max_concurrent=2)
+        await settle()
+        (running,) = flood(supervisor, "work", 1)
+        await settle()
+        service.crash()
+        await asyncio.sleep(2.5)
+        assert worker.restarts == 1
+        assert worker.current_tasks == 1
+        assert (await running).status is FAILED
+
+
+@virtual
+async def test_nothing_is_kept_of_workers_that_came_and_went() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        ends = []
+        for number in range(100):
+            service = Service(str(number))
+            worker = register(supervisor, service, restart="temporary")
+            await settle()
+            await supervisor.run(Task("work"))
+            service.crash()
+            await settle()
+            ends.append(weakref.ref(worker))
+            del worker, service
+        assert supervisor.workers == {}
+        gc.collect()
+        assert [end() for end in ends[:-1]] == [None] * 99

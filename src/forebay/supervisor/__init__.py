@@ -5,7 +5,8 @@ A task passes through `supervisor` (the public interface), `admission_controller
 `settings`, `registration` and `codecs` (checked arguments, declared types), `pool`, `worker` and `worker_selection`
 (where a task runs), `load` and `start_gate` (how full each resource is, and whether a run may start), `spill` (the task
 store), `slot`, `portal` and `nested_supervisor` (other ways to submit), `lifecycle` and `drain` (start and end),
-`statistics` and `loop_monitor`. They share the objects in `core`, such as the `ticket_registry`.
+`tree` (restarts of workers), `statistics` and `loop_monitor`. They share the objects in `core`, such as the
+`ticket_registry`.
 """
 
 from forebay.supervisor.drain import DrainReport
@@ -15,6 +16,7 @@ from forebay.supervisor.spill.dead_letters import DeadLetter, DeadLetters
 from forebay.supervisor.statistics import Statistics, WorkerStatistics
 from forebay.supervisor.supervisor import BackpressureSupervisor
 from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.tree.tree_node import TreeNode
 from forebay.supervisor.worker import WorkerAgent
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Slot",
     "Statistics",
     "Ticket",
+    "TreeNode",
     "WorkerAgent",
     "WorkerStatistics",
 ]

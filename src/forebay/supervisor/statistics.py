@@ -29,6 +29,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     zombies: int
     avg_duration_ms: float
     leaving: bool = False
+    restarts: int = 0
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,4 +139,5 @@ def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
         zombies=worker.zombies,
         avg_duration_ms=worker.avg_duration_ms,
         leaving=worker.leaving,
+        restarts=worker.restarts,
     )

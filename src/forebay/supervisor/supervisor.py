@@ -44,6 +44,7 @@ from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
 from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.tree.tree_node import TreeNode, supervisor_node
 from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_removal import WorkerRemoval
@@ -463,6 +464,11 @@ class BackpressureSupervisor:
         if self._dispatcher is None or self._admission is None:
             return Statistics(**worker_statistics(self._workers))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
+
+    def tree(self) -> TreeNode:
+        """Return a snapshot of the supervision tree: the workers, and those of the supervisors below."""
+        state = "new" if self._dispatcher is None else "running" if self._closing is None else "closed"
+        return supervisor_node(state, self.system_load(), self._settings.strategy, self._workers.values())
 
     def events(self, *, bound: int = 1000) -> Subscription:
         """Return an async iterator over the events from now on, which keeps the newest `bound` unread ones."""

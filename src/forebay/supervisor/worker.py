@@ -60,6 +60,7 @@ class WorkerAgent:
         self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
+        self.start_failed = False  # FAILED because its start failed
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
         self._max_probes = probes
@@ -302,9 +303,13 @@ class WorkerAgent:
         """Remember that the worker is FAILED only because zombies hold every slot."""
         self.stuck = True
 
+    def mark_start_failed(self) -> None:
+        """Remember that the worker is FAILED because its start failed."""
+        self.start_failed = True
+
     def close_breaker(self) -> None:
         """Close the breaker. `update_from_breaker` is to be called next."""
-        self.stuck = False
+        self.stuck = self.start_failed = False
         self.breaker.reset()
 
     # --- the sources that its runs call ---

@@ -320,6 +320,7 @@ class RunCompletion:
 
     def fail_start(self, worker: WorkerAgent) -> None:
         """Make a worker FAILED whose handler could not be started."""
+        worker.mark_start_failed()
         worker.breaker.trip(self._loop.time())
         self._update_breaker(worker, "its handler could not be started")
 

@@ -141,10 +141,16 @@ class Supervision:
 
     def exited(self, worker: WorkerAgent, end: Exit) -> None:
         """Handle the end of a worker's life: soon, because others may be handled at present."""
-        if not (worker.leaving or self.halted or self._core.closed):  # otherwise it is being stopped anyway
-            worker.begin_restart()
-            self._jobs.append(partial(self._handle_exit, worker, end))
-            self._work_on()
+        if self.halted or self._core.closed:
+            return  # it is to be stopped anyway
+        if worker.leaving:
+            error = "the life of its worker, which is being unregistered, has ended"
+            stopping = self._stopper.stop(worker, TaskStatus.FAILED, error, limit=self._grace)
+            self._core.run_in_background(stopping)
+            return
+        worker.begin_restart()
+        self._jobs.append(partial(self._handle_exit, worker, end))
+        self._work_on()
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close the breaker of a worker, and start it again if it was stopped, with those that were stopped with it."""
@@ -239,6 +245,8 @@ class Supervision:
         )
         watchers = [watcher for watcher in self._watchers if not watcher.done()]
         if watchers:
+            self.halted = True
+            self._jobs.clear()
             self._fail([failed], reason, final=False)
             for watcher in watchers:
                 watcher.cancel()
@@ -307,7 +315,7 @@ class Supervision:
         worker.count_restart()
         at = self._core.loop.time()
         self._core.bus.emit(WorkerRestarted(at=at, worker_id=worker.name, restarts=worker.restarts))
-        if self._down.pop(worker, None) is not None or worker.probing:
+        if self._down.pop(worker, None) is not None or worker.start_failed or worker.probing:
             self._dispatcher.completion.revive(worker)
         else:
             self._dispatcher.update_slots(worker)
