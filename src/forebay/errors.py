@@ -400,6 +400,14 @@ class WorkerDied(ForebayError):
     exitcode: int | None
 
 
+class WorkerStopped(ForebayError):
+    """Worker {worker!r} was stopped while it ran task {task_id!r}: {why}."""
+
+    worker: str
+    task_id: str
+    why: str
+
+
 class ProcessNotStarted(ForebayError):
     """A process of worker {worker!r} could not be started: {why}. {advice}"""
 

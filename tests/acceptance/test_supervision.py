@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.support.scripted_life import ScriptedLife, settle
 from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, flood, now, statuses, virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, WorkerState
 from forebay.adapters import Handler
-from forebay.errors import InvalidSetting, UnknownTaskType
+from forebay.errors import InvalidSetting, UnknownTaskType, WorkerStopped
 from forebay.events import WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
 from forebay.supervisor import TreeNode
 from forebay.testing import EventRecord
@@ -26,50 +27,11 @@ pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's
 SUCCEEDED, FAILED, CANCELLED = TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.CANCELLED
 
 
-class Service:
-    """The life of a worker, which a test ends; its starts and ends are logged."""
-
-    def __init__(self, name: str = "worker", log: list[str] | None = None, *, start_error: str = "") -> None:
-        self.name = name
-        self.log = [] if log is None else log
-        self.lives: list[asyncio.Future[None]] = []
-        self.start_errors: list[str] = [start_error] if start_error else []
-        self.end: str | None = None  # of each life, at once
-
-    def start(self) -> Any:
-        if self.start_errors:
-            self.log.append(f"{self.name} fails to start")
-            raise OSError(self.start_errors.pop(0))
-        self.log.append(f"{self.name} starts")
-        self.lives.append(asyncio.get_running_loop().create_future())
-        return self._live(self.lives[-1])
-
-    async def _live(self, life: asyncio.Future[None]) -> None:
-        try:
-            await life
-        finally:
-            self.log.append(f"{self.name} ends")
-
-    def crash(self, error: BaseException | None = None) -> None:
-        self.lives[-1].set_exception(ValueError("broken") if error is None else error)
-
-    def returns(self) -> None:
-        self.lives[-1].set_result(None)
-
-    def is_cancelled(self) -> None:
-        self.lives[-1].cancel()
-
-
-def register(supervisor: BackpressureSupervisor, service: Service, handler: Any = None, **options: Any) -> Any:
+def register(supervisor: BackpressureSupervisor, service: ScriptedLife, handler: Any = None, **options: Any) -> Any:
     types = options.pop("task_types", ["work"])
     return supervisor.register_worker(
         service.name, handler=handler or Agent(), task_types=types, start=service.start, **options
     )
-
-
-async def settle() -> None:
-    """Let everything happen that happens at once, in virtual time."""
-    await asyncio.sleep(1e-4)
 
 
 def exits(record: EventRecord) -> list[tuple[str, str]]:
@@ -81,7 +43,7 @@ def exits(record: EventRecord) -> list[tuple[str, str]]:
 
 @virtual
 async def test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits() -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor() as supervisor:
         record = EventRecord(supervisor)
         worker = register(supervisor, service, Agent(10.0))
@@ -105,7 +67,7 @@ async def test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_wha
 
 @virtual
 async def test_the_exception_of_a_task_is_no_exit() -> None:
-    service = Service()
+    service = ScriptedLife()
 
     def fails(_: Task) -> None:
         raise ValueError
@@ -121,7 +83,7 @@ async def test_the_exception_of_a_task_is_no_exit() -> None:
 
 @virtual
 async def test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived() -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor(max_restarts=2, within=10.0) as supervisor:
         record = EventRecord(supervisor)
         worker = register(supervisor, service, Agent(100.0))
@@ -151,7 +113,7 @@ async def test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived() 
 
 @virtual
 async def test_restarts_that_are_far_apart_are_not_too_many() -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor(max_restarts=1, within=5.0) as supervisor:
         worker = register(supervisor, service)
         await settle()
@@ -164,7 +126,7 @@ async def test_restarts_that_are_far_apart_are_not_too_many() -> None:
 
 @virtual
 async def test_a_start_that_fails_at_a_restart_is_tried_again_and_counts_as_one() -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor(max_restarts=3) as supervisor:
         worker = register(supervisor, service)
         await settle()
@@ -183,22 +145,22 @@ async def test_a_start_that_fails_at_a_restart_is_tried_again_and_counts_as_one(
 @pytest.mark.parametrize(
     ("restart", "end", "lives"),
     [
-        ("permanent", Service.returns, 2),
-        ("permanent", Service.is_cancelled, 2),
-        ("permanent", Service.crash, 2),
-        ("transient", Service.returns, 1),
-        ("transient", Service.is_cancelled, 1),
-        ("transient", Service.crash, 2),
-        ("temporary", Service.returns, 1),
-        ("temporary", Service.is_cancelled, 1),
-        ("temporary", Service.crash, 1),
+        ("permanent", ScriptedLife.returns, 2),
+        ("permanent", ScriptedLife.is_cancelled, 2),
+        ("permanent", ScriptedLife.crash, 2),
+        ("transient", ScriptedLife.returns, 1),
+        ("transient", ScriptedLife.is_cancelled, 1),
+        ("transient", ScriptedLife.crash, 2),
+        ("temporary", ScriptedLife.returns, 1),
+        ("temporary", ScriptedLife.is_cancelled, 1),
+        ("temporary", ScriptedLife.crash, 1),
     ],
 )
 @virtual
 async def test_a_restart_depends_on_the_type_of_the_worker_and_the_end_of_its_life(
-    restart: str, end: Callable[[Service], None], lives: int
+    restart: str, end: Callable[[ScriptedLife], None], lives: int
 ) -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor() as supervisor:
         worker = register(supervisor, service, restart=restart)
         await settle()
@@ -219,7 +181,7 @@ async def test_a_restart_depends_on_the_type_of_the_worker_and_the_end_of_its_li
 
 @virtual
 async def test_a_temporary_worker_that_has_ended_leaves_its_name_and_what_waits_to_others() -> None:
-    service = Service("one")
+    service = ScriptedLife("one")
     async with BackpressureSupervisor() as supervisor:
         register(supervisor, service, Agent(10.0), restart="temporary")
         await settle()
@@ -235,7 +197,7 @@ async def test_a_temporary_worker_that_has_ended_leaves_its_name_and_what_waits_
 
 @virtual
 async def test_a_stored_task_of_a_restarted_worker_runs_again(tmp_path: Path) -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
         register(supervisor, service, Agent(10.0))
         ticket = await supervisor.submit(Task("work", 7, durable=True))
@@ -283,7 +245,7 @@ async def test_workers_start_in_order_and_stop_in_reverse() -> None:
     log: list[str] = []
     supervisor = BackpressureSupervisor()
     for name in "abc":
-        register(supervisor, Service(name, log))
+        register(supervisor, ScriptedLife(name, log))
     async with supervisor:
         assert log == ["a starts", "b starts", "c starts"]
         await settle()
@@ -295,9 +257,9 @@ async def test_workers_start_in_order_and_stop_in_reverse() -> None:
 async def test_a_start_that_fails_undoes_the_start_of_the_supervisor() -> None:
     log: list[str] = []
     supervisor = BackpressureSupervisor()
-    register(supervisor, Service("a", log))
-    register(supervisor, Service("b", log))
-    register(supervisor, Service("c", log, start_error="no"))
+    register(supervisor, ScriptedLife("a", log))
+    register(supervisor, ScriptedLife("b", log))
+    register(supervisor, ScriptedLife("c", log, start_error="no"))
     assert isinstance(await error_of(supervisor.start()), OSError)
     assert log[:3] == ["a starts", "b starts", "c fails to start"]
     await settle()
@@ -306,7 +268,7 @@ async def test_a_start_that_fails_undoes_the_start_of_the_supervisor() -> None:
 @virtual
 async def test_a_life_that_ends_while_others_start_is_restarted_once_all_have_started() -> None:
     log: list[str] = []
-    first, last = Service("first", log), Service("last", log)
+    first, last = ScriptedLife("first", log), ScriptedLife("last", log)
 
     class Slow:
         def __forebay_handler__(self) -> Handler:
@@ -336,7 +298,9 @@ async def test_supervision_settings_are_checked() -> None:
         with pytest.raises(InvalidSetting, match=next(iter(settings))):
             BackpressureSupervisor(**settings)
     with pytest.raises(InvalidSetting, match="left out where the handler is a supervisor"):
-        supervisor.register_worker("w", handler=BackpressureSupervisor(), task_types=["work"], start=Service().start)
+        supervisor.register_worker(
+            "w", handler=BackpressureSupervisor(), task_types=["work"], start=ScriptedLife().start
+        )
     assert supervisor.workers == {}
 
 
@@ -354,7 +318,7 @@ async def test_supervision_settings_are_checked() -> None:
 @virtual
 async def test_a_strategy_stops_in_reverse_and_starts_in_order(strategy: str, expected: list[str]) -> None:
     log: list[str] = []
-    services = [Service(name, log) for name in "abc"]
+    services = [ScriptedLife(name, log) for name in "abc"]
     async with BackpressureSupervisor(strategy=strategy) as supervisor:
         workers = [register(supervisor, service, Agent(10.0), task_types=[service.name]) for service in services]
         await settle()
@@ -370,7 +334,7 @@ async def test_a_strategy_stops_in_reverse_and_starts_in_order(strategy: str, ex
 @virtual
 async def test_a_temporary_worker_that_is_stopped_with_another_one_does_not_come_back() -> None:
     log: list[str] = []
-    first, second = Service("first", log), Service("second", log)
+    first, second = ScriptedLife("first", log), ScriptedLife("second", log)
     async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
         register(supervisor, first)
         register(supervisor, second, restart="temporary", task_types=["else"])
@@ -383,7 +347,7 @@ async def test_a_temporary_worker_that_is_stopped_with_another_one_does_not_come
 
 @virtual
 async def test_a_temporary_worker_that_ends_restarts_no_other() -> None:
-    first, second = Service("first"), Service("second")
+    first, second = ScriptedLife("first"), ScriptedLife("second")
     async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
         worker = register(supervisor, first)
         register(supervisor, second, restart="temporary")
@@ -396,7 +360,7 @@ async def test_a_temporary_worker_that_ends_restarts_no_other() -> None:
 
 @virtual
 async def test_workers_without_a_life_are_restarted_with_others_too() -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
         plain = supervisor.register_worker("plain", handler=Agent(10.0), task_types=["plain"])
         register(supervisor, service)
@@ -410,7 +374,7 @@ async def test_workers_without_a_life_are_restarted_with_others_too() -> None:
 @virtual
 async def test_workers_that_are_failed_together_are_revived_together_in_order() -> None:
     log: list[str] = []
-    services = [Service(name, log) for name in "abc"]
+    services = [ScriptedLife(name, log) for name in "abc"]
     async with BackpressureSupervisor(strategy="rest_for_one", max_restarts=0) as supervisor:
         record = EventRecord(supervisor)
         a, b, c = (register(supervisor, service, task_types=[service.name]) for service in services)
@@ -434,7 +398,7 @@ async def test_workers_that_are_failed_together_are_revived_together_in_order() 
 @virtual
 async def test_lives_that_end_at_once_are_handled_one_after_the_other_and_once_each() -> None:
     log: list[str] = []
-    services = [Service(name, log) for name in "abc"]
+    services = [ScriptedLife(name, log) for name in "abc"]
     async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
         workers = [register(supervisor, service) for service in services]
         await settle()
@@ -447,7 +411,7 @@ async def test_lives_that_end_at_once_are_handled_one_after_the_other_and_once_e
 
 @virtual
 async def test_a_worker_that_is_failed_for_its_tasks_stays_so_when_its_life_is_restarted() -> None:
-    service = Service()
+    service = ScriptedLife()
 
     def fails(_: Task) -> None:
         raise ValueError
@@ -473,7 +437,7 @@ class Tree:
 
     def __init__(self, *, restart: str = "permanent", max_restarts: int = 1, **options: Any) -> None:
         self.log: list[str] = []
-        self.services = [Service(name, self.log) for name in "ab"]
+        self.services = [ScriptedLife(name, self.log) for name in "ab"]
         self.inner = BackpressureSupervisor(**options)
         for service in self.services:
             register(self.inner, service, Agent(10.0), max_concurrent=2)
@@ -567,7 +531,7 @@ async def test_a_nested_supervisor_whose_workers_do_not_start_again_is_tried_aga
         tree.services[0].crash()
         await settle()
         started, stopped = ["a starts", "b starts"], ["a ends", "b ends"]
-        assert tree.log == [*stopped, "a starts", "b fails to start", *started]
+        assert tree.log == [*stopped, "a starts", "b fails to start", "a ends", *started]
         assert tree.worker.restarts == 1
         assert await outer.run(Task("work", 5)) == 5
 
@@ -576,7 +540,7 @@ async def test_a_nested_supervisor_whose_workers_do_not_start_again_is_tried_aga
 async def test_a_nested_supervisor_is_stopped_and_started_with_others() -> None:
     tree = Tree()
     tree.outer = BackpressureSupervisor(strategy="one_for_all")
-    first = Service("first", tree.log)
+    first = ScriptedLife("first", tree.log)
     register(tree.outer, first, task_types=["else"])
     tree.outer.register_worker("inner", handler=tree.inner, task_types=["work"])
     async with tree.outer as outer:
@@ -596,7 +560,7 @@ async def test_the_tree_shows_states_loads_restarts_and_failures_of_all_levels()
     tree = Tree(restart="transient", strategy="rest_for_one")
     assert tree.outer.tree().state == "new"
     async with tree.outer as outer:
-        supervised = register(outer, Service("own"), task_types=["own"], max_concurrent=2)
+        supervised = register(outer, ScriptedLife("own"), task_types=["own"], max_concurrent=2)
         await settle()
         outer.submit_nowait(Task("own"))
         for _ in range(2):
@@ -654,7 +618,7 @@ async def test_the_tree_shows_workers_that_start_and_that_leave() -> None:
 
 @virtual
 async def test_the_runs_of_a_leaving_worker_end_with_its_life_which_is_not_restarted() -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor() as supervisor:
         register(supervisor, service, Agent(10.0))
         await settle()
@@ -687,7 +651,7 @@ async def test_a_worker_may_be_unregistered_while_it_is_restarted() -> None:
             self.stops += 1
             await asyncio.sleep(1.0)
 
-    service, slow = Service(), Slow()
+    service, slow = ScriptedLife(), Slow()
     async with BackpressureSupervisor() as supervisor:
         register(supervisor, service, slow)
         supervisor.register_worker("other", handler=Agent(), task_types=["work"])
@@ -703,7 +667,7 @@ async def test_a_worker_may_be_unregistered_while_it_is_restarted() -> None:
 @virtual
 async def test_closing_ends_a_restart_in_progress() -> None:
     log: list[str] = []
-    service, other = Service("one", log), Service("two", log)
+    service, other = ScriptedLife("one", log), ScriptedLife("two", log)
     supervisor = BackpressureSupervisor(strategy="one_for_all")
     await supervisor.start()
     register(supervisor, service, UncancellableHandler(100.0))
@@ -719,7 +683,7 @@ async def test_closing_ends_a_restart_in_progress() -> None:
 
 @virtual
 async def test_draining_waits_for_a_restart_and_for_no_worker_that_is_failed_for_good() -> None:
-    service = Service()
+    service = ScriptedLife()
     supervisor = BackpressureSupervisor(max_restarts=1)
     await supervisor.start()
     register(supervisor, service, Agent(10.0))
@@ -741,7 +705,7 @@ async def test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind
         async def start(self) -> None:
             await asyncio.sleep(1.0)
 
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor() as supervisor:
         worker = register(supervisor, service, Slow(), reset_timeout=10.0)
         await asyncio.sleep(2.0)
@@ -758,7 +722,7 @@ async def test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind
 
 @virtual
 async def test_zombies_do_not_delay_a_restart_for_longer_than_the_grace() -> None:
-    service = Service()
+    service = ScriptedLife()
     async with BackpressureSupervisor(zombie_grace=2.0) as supervisor:
         worker = register(supervisor, service, UncancellableHandler(100.0), max_concurrent=2)
         await settle()
@@ -776,7 +740,7 @@ async def test_nothing_is_kept_of_workers_that_came_and_went() -> None:
     async with BackpressureSupervisor() as supervisor:
         ends = []
         for number in range(100):
-            service = Service(str(number))
+            service = ScriptedLife(str(number))
             worker = register(supervisor, service, restart="temporary")
             await settle()
             await supervisor.run(Task("work"))
@@ -787,3 +751,23 @@ async def test_nothing_is_kept_of_workers_that_came_and_went() -> None:
         assert supervisor.workers == {}
         gc.collect()
         assert [end() for end in ends[:-1]] == [None] * 99
+
+
+@virtual
+async def test_a_task_that_failed_because_its_worker_was_restarted_has_that_as_its_cause_at_every_level() -> None:
+    tree = Tree(max_restarts=0)
+    async with tree.outer as outer:
+        await settle()
+        for _ in range(6):
+            tickets = flood(outer, "work", 4)
+            await asyncio.sleep(5.1)
+            for service in tree.services:
+                service.crash()
+            errors = [await error_of(ticket.value()) for ticket in tickets]
+            causes = [error.__cause__ for error in errors]
+            assert all(isinstance(error, TaskFailed) for error in errors)
+            assert all(isinstance(cause, WorkerStopped | TaskFailed) for cause in causes)
+            assert isinstance(causes[0], WorkerStopped) or isinstance(causes[0].__cause__, WorkerStopped)
+            await settle()
+        assert tree.worker.restarts == 0
+        assert not tree.worker.failed  # no fault of the nested supervisor

@@ -124,8 +124,8 @@ def a_cancelled_run_keeps_its_slot() -> None:
 def a_zombie_gives_its_slot_back() -> None:
     original = RunCompletion.end_early
 
-    def end_early(self: RunCompletion, run: Run, status: TaskStatus, error: str) -> None:
-        original(self, run, status, error)
+    def end_early(self: RunCompletion, run: Run, status: TaskStatus, error: str, cause: Any = None) -> None:
+        original(self, run, status, error, cause)
         if run.holds_slot and not run.ended:
             self._dispatcher.return_slot(run)
 

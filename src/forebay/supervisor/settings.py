@@ -15,6 +15,8 @@ from forebay.supervisor.tree.restart_policy import Strategy
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
 
+MAX_RESTARTS: Final = 1_000_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorSettings:
@@ -49,9 +51,9 @@ class SupervisorSettings:
             ("max_attempts", 1),
             ("keep_results", 0),
             ("keep_results_bytes", 0),
-            ("max_restarts", 0),
         ):
             check_whole(_OWNER, name, getattr(self, name), minimum=minimum)
+        check_whole(_OWNER, "max_restarts", self.max_restarts, minimum=0, maximum=MAX_RESTARTS)
         check_positive(_OWNER, "within", self.within, unit="seconds")
         check_choice(_OWNER, "strategy", self.strategy, [strategy.value for strategy in Strategy])
 

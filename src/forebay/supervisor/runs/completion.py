@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
 from forebay._text import error_text, format_duration
-from forebay.errors import NestedTooDeep, Overloaded, RemoteError, StillSpilled, UnusableTask
+from forebay.errors import NestedTooDeep, Overloaded, RemoteError, StillSpilled, TaskFailed, UnusableTask, WorkerStopped
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
@@ -137,13 +137,14 @@ class RunCompletion:
                 break
             self.time_out(run)
 
-    def end_early(self, run: Run, status: TaskStatus, error: str) -> None:
+    def end_early(self, run: Run, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot."""
         if run.abandoned_at is not None or run.ended:
             return
         duration_ms = 1000 * (self._loop.time() - run.started_at)
         makes_room = self._detach(run, Outcome.FAULT if status is _TIMED_OUT else Outcome.IGNORED)
-        result = unsuccessful_result(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
+        worker = run.worker.name
+        result = unsuccessful_result(run.ticket, status, error, worker_id=worker, duration_ms=duration_ms, cause=cause)
         self._dispatcher.finish(run.ticket, result)
         run.stop()
         if run.worker.probing or makes_room:  # the probe is free again, whether or not its handler stops
@@ -276,7 +277,7 @@ class RunCompletion:
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
             outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
-        elif run.upstream_failed or _is_submitters_mistake(cause):
+        elif run.upstream_failed or _is_submitters_mistake(cause) or _is_stop_of_other_worker(cause):
             outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
@@ -375,6 +376,13 @@ def _is_submitters_mistake(cause: BaseException | None) -> bool:
     if isinstance(cause, RemoteError):
         return cause.type == UnusableTask.__name__
     return isinstance(cause, UnusableTask | NestedTooDeep)
+
+
+def _is_stop_of_other_worker(cause: BaseException | None) -> bool:
+    """Return whether a handler failed because the worker of a task that it awaited was stopped, to be restarted."""
+    while isinstance(cause, TaskFailed):
+        cause = cause.__cause__
+    return isinstance(cause, WorkerStopped)
 
 
 def describe_error(cause: BaseException | None) -> str:

@@ -53,7 +53,7 @@ class RunEnder(Protocol):
     def time_out(self, run: Run) -> None:
         """End a run whose time is up."""
 
-    def end_early(self, run: Run, status: TaskStatus, error: str) -> None:
+    def end_early(self, run: Run, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket of a run now, and ask the handler to stop."""
 
     def abandon(self, run: Run) -> None:
@@ -349,9 +349,9 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """End the ticket because its time is up, and ask the handler to stop."""
         self.dispatcher.completion.time_out(self)
 
-    def end_early(self, status: TaskStatus, error: str) -> None:
+    def end_early(self, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket now, and ask the handler to stop."""
-        self.dispatcher.completion.end_early(self, status, error)
+        self.dispatcher.completion.end_early(self, status, error, cause)
 
     def abandon(self) -> None:
         """Ask the handler to stop without ending the ticket: the task is to run again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
+from forebay.errors import WorkerStopped
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ class RunStopper:
         self._dispatcher = dispatcher
 
     async def stop(self, worker: WorkerAgent, status: TaskStatus, error: str, *, limit: float) -> None:
-        """End the runs of `worker` with `status`, and wait for their handlers for at most `limit` seconds."""
+        """End the runs of `worker` with `status`, and wait for their handlers for at most `limit` seconds.
+
+        The cause of those that end FAILED is a WorkerStopped.
+        """
         returning: list[Ticket] = []
         for run in self._dispatcher.runs.on(worker):
             if run.abandoned_at is None and self._goes_back(run.ticket):
@@ -47,7 +51,10 @@ class RunStopper:
                 returning.append(run.ticket)
                 run.abandon()
             else:
-                run.end_early(status, error)
+                cause = None
+                if status is TaskStatus.FAILED:
+                    cause = WorkerStopped(worker=worker.name, task_id=run.task.task_id, why=error)
+                run.end_early(status, error, cause)
         try:
             await self.wait(worker, limit)
         finally:

@@ -16,14 +16,12 @@ class RestartIntensity:
     def __init__(self, max_restarts: int, within: float) -> None:
         self.max_restarts = max_restarts
         self.within = within
-        self._restarts: deque[float] = deque()
+        self._restarts: deque[float] = deque(maxlen=max_restarts + 1)
 
     def allow(self, now: float) -> bool:
         """Count a restart at `now`; return False if it is one too many, so that it must not happen."""
         self._restarts.append(now)
-        while now - self._restarts[0] > self.within:
-            self._restarts.popleft()
-        return len(self._restarts) <= self.max_restarts
+        return len(self._restarts) <= self.max_restarts or now - self._restarts[0] > self.within
 
     def clear(self) -> None:
         """Forget the restarts so far."""

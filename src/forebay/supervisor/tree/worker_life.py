@@ -108,8 +108,10 @@ class WorkerLife:
             self._life.add_done_callback(partial(self._ended, on_exit, life))
 
     def _ended(self, on_exit: Callable[[Exit], None], awaitable: Any, life: asyncio.Future[Exit]) -> None:
-        if inspect.iscoroutine(awaitable):
-            awaitable.close()  # it may have been cancelled before its first step, of which Python would warn
+        if inspect.iscoroutine(awaitable):  # its task may have been cancelled before its first step
+            awaitable.close()
+        elif isinstance(awaitable, asyncio.Future):
+            awaitable.cancel()
         if life is self._life:
             self._life = None
             if not self._stopping:
