@@ -14,7 +14,6 @@ from forebay.supervisor.tree.restart_policy import Strategy
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
-
 MAX_RESTARTS: Final = 1_000_000
 
 

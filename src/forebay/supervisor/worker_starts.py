@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 class ExitListener(Protocol):
     """The `Supervision` of a dispatcher, as far as the starts of handlers need it."""
 
+    @property
+    def halted(self) -> bool:
+        """True while it starts no worker: all of them are started together later."""
+
     def exited(self, worker: WorkerAgent, end: Exit) -> None:
         """Handle the end of a worker's life."""
 
@@ -59,7 +63,7 @@ class WorkerStarts:
 
     def begin(self, worker: WorkerAgent) -> None:
         """Start the handler of a worker, unless it has started or is being started."""
-        if not (worker.ready or worker.starting or self._closed):
+        if not (worker.ready or worker.starting or self._closed or self._dispatcher.supervision.halted):
             worker.begin_start()
             starting = self._core.run_to_completion(self._start(worker))
             self._in_progress[worker] = starting
@@ -79,6 +83,10 @@ class WorkerStarts:
         self._closed = True
         for starting in self._in_progress.values():
             starting.cancel()
+
+    def is_starting(self, worker: WorkerAgent) -> bool:
+        """Return whether the first start of a worker is in progress."""
+        return worker in self._in_progress
 
     async def cancel(self, worker: WorkerAgent) -> None:
         """Cancel the start of a worker that is leaving or being restarted, if it is in progress."""

@@ -83,7 +83,7 @@ class Supervision:
         self._jobs: deque[Callable[[], Coroutine[Any, Any, None]]] = deque()
         self._working: asyncio.Future[None] | None = None
         self._active = False  # the workers were added, and it has neither halted nor closed
-        self.halted = False  # its workers are stopped, or are being stopped, until `start_workers`
+        self._halted = False
         self._down: dict[WorkerAgent, list[WorkerAgent]] = {}  # FAILED for good, and those that are so with each
         self._watchers: list[asyncio.Future[None]] = []
 
@@ -93,6 +93,11 @@ class Supervision:
         """Begin to handle ends of lives, those so far included: every worker has been started."""
         self._active = True
         self._work_on()
+
+    @property
+    def halted(self) -> bool:
+        """True while its workers are stopped, or are being stopped, until `start_workers`."""
+        return self._halted
 
     def close(self) -> None:
         """Handle no end any more."""
@@ -110,7 +115,7 @@ class Supervision:
 
     async def halt(self) -> None:
         """Stop every worker, in reverse order, until `start_workers`."""
-        self.halted = True
+        self._halted = True
         working = self._working
         self.close()
         if working is not None:
@@ -123,14 +128,14 @@ class Supervision:
         Raises:
             BaseException: what a start raised. The workers are halted then.
         """
-        if not self.halted:
+        if not self._halted:
             return
+        self._halted = False
         self._intensity.clear()
         failure = await self._start(self._children())
         if failure is not None:
             await self.halt()
             raise failure[1]
-        self.halted = False
         self.begin()
 
     def fail_workers(self, reason: str) -> None:
@@ -141,21 +146,29 @@ class Supervision:
 
     def exited(self, worker: WorkerAgent, end: Exit) -> None:
         """Handle the end of a worker's life: soon, because others may be handled at present."""
-        if self.halted or self._core.closed:
+        if self._halted or self._core.closed:
             return  # it is to be stopped anyway
         if worker.leaving:
             error = "the life of its worker, which is being unregistered, has ended"
             stopping = self._stopper.stop(worker, TaskStatus.FAILED, error, limit=self._grace)
             self._core.run_in_background(stopping)
             return
+        error: str | None = None
+        why = _EXITS[end.kind]
+        if end.error is not None:
+            error = describe_error(end.error)
+            why = f"{why} {error}"
+        log.warning("worker %r has stopped: %s", worker.name, why, exc_info=end.error)
+        exited = WorkerExited(at=self._core.loop.time(), worker_id=worker.name, exit=end.kind.value, error=error)
+        self._core.bus.emit(exited)
         worker.begin_restart()
-        self._jobs.append(partial(self._handle_exit, worker, end))
+        self._jobs.append(partial(self._handle_exit, worker, end.kind, why))
         self._work_on()
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close the breaker of a worker, and start it again if it was stopped, with those that were stopped with it."""
         group = self._down.get(worker)
-        if self.halted:
+        if self._halted:
             log.warning("worker %r starts again with its supervisor: revive the worker that this is", worker.name)
         elif group is None:
             self._dispatcher.completion.revive(worker)
@@ -185,13 +198,14 @@ class Supervision:
         self._working = None
         if not self._active:
             return
-        if working.cancelled():  # by a program that cancels every task of asyncio
+        error = None if working.cancelled() else working.exception()
+        if error is not None:
+            log.error("the restart of a worker failed", exc_info=error)
+        if error is not None or working.cancelled():  # as by a program that cancels every task of asyncio
             for worker in self._children():
-                if worker.starting and not worker.life.ended:
+                if worker.starting and not worker.life.ended and not self._dispatcher.starts.is_starting(worker):
                     worker.end_start(ready=False)
                     self._dispatcher.completion.fail_start(worker)
-        elif working.exception() is not None:
-            log.error("the restart of a worker failed", exc_info=working.exception())
         self._work_on()
 
     def _children(self) -> list[WorkerAgent]:
@@ -199,33 +213,31 @@ class Supervision:
 
     # --- what is done about them ---
 
-    async def _handle_exit(self, worker: WorkerAgent, end: Exit) -> None:
-        if worker.leaving or not worker.life.ended:  # it was restarted with another worker meanwhile
+    async def _handle_exit(self, worker: WorkerAgent, kind: ExitKind, why: str) -> None:
+        if worker.leaving or not worker.life.ended:  # it was stopped with another worker meanwhile
             return
-        error = None if end.error is None else describe_error(end.error)
-        why = _EXITS[end.kind] if error is None else f"{_EXITS[end.kind]} {error}"
-        restarts = worker.life.restart.restarts_after(end.kind)
-        exited = WorkerExited(at=self._core.loop.time(), worker_id=worker.name, exit=end.kind.value, error=error)
-        self._core.bus.emit(exited)
-        log.warning("worker %r has stopped: %s", worker.name, why, exc_info=end.error)
-        if restarts:
+        if worker.life.restart.restarts_after(kind):
             await self._restart(worker, why)
             return
         await self._stop([worker], f"it has stopped: {why}")
+        if worker.leaving:
+            return
         if worker.life.restart is RestartType.TEMPORARY:
             self._remove(worker)
         else:
-            kind = worker.life.restart.value
-            self._fail([worker], f"{why}, after which a {kind} worker is not started again")
+            restart = worker.life.restart.value
+            self._fail([worker], f"{why}, after which a {restart} worker is not started again")
 
     async def _restart(self, failed: WorkerAgent, why: str) -> None:
         """Stop and start `failed` and the workers that are restarted with it, until they run or it gives up."""
+        together: Sequence[WorkerAgent] = [failed]
         while True:
-            together = self._strategy.restarted_with(failed, self._children())
-            if not self._intensity.allow(self._core.loop.time()):
-                await self._give_up(failed, together, why)
-                return
-            await self._stop(together, f"worker {failed.name!r} was restarted: {why}")
+            if not failed.leaving:  # otherwise it was unregistered meanwhile, and the others are only to be started
+                together = self._strategy.restarted_with(failed, self._children())
+                if not self._intensity.allow(self._core.loop.time()):
+                    await self._give_up(failed, together, why)
+                    return
+                await self._stop(together, f"worker {failed.name!r} was restarted: {why}")
             failure = await self._start(self._remove_temporary(together))
             if failure is None:
                 return
@@ -245,7 +257,7 @@ class Supervision:
         )
         watchers = [watcher for watcher in self._watchers if not watcher.done()]
         if watchers:
-            self.halted = True
+            self._halted = True
             self._jobs.clear()
             self._fail([failed], reason, final=False)
             for watcher in watchers:
@@ -253,7 +265,7 @@ class Supervision:
             return
         await self._stop(together, f"worker {failed.name!r} is not restarted any more: {why}")
         kept = self._remove_temporary(together)
-        self._fail([failed], reason, group=kept)
+        self._fail([worker for worker in kept if worker is failed], reason, group=kept)
         others = [worker for worker in kept if worker is not failed]
         self._fail(others, f"it is restarted with worker {failed.name!r}, which is FAILED", group=kept)
 
@@ -299,7 +311,7 @@ class Supervision:
     async def _start(self, workers: Sequence[WorkerAgent]) -> tuple[WorkerAgent, BaseException] | None:
         """Start workers in order; return the first one whose start failed, and why, or None."""
         for worker in workers:
-            if worker.leaving:
+            if worker.leaving or worker.ready:  # another job has started it meanwhile
                 continue
             try:
                 await worker.life.start(self._core.base_context, partial(self.exited, worker))
@@ -307,7 +319,10 @@ class Supervision:
                 raise_if_cancelled(error)
                 report_failure(f"start of worker {worker.name!r}", error)
                 return worker, error
-            self._started(worker)
+            if worker.leaving:  # it was unregistered meanwhile, and stopped before this start had ended
+                await worker.life.stop(grace=self._grace)
+            else:
+                self._started(worker)
         return None
 
     def _started(self, worker: WorkerAgent) -> None:

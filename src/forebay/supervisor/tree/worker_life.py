@@ -67,11 +67,12 @@ class WorkerLife:
         self._stop = stop
         self._stop_timeout = stop_timeout
         self.restart = restart
-        self.ended = False  # its life has ended by itself since its last start
+        self.ended = False  # its life has ended by itself, and it was neither stopped nor started since
         self._life: asyncio.Future[Exit] | None = None
         self._stopping = False  # so that the end of its life is no exit
         self._running = False  # it has been started, and neither stopped nor ended
         self._handler_stopped = False
+        self._stop_in_progress: asyncio.Future[None] | None = None
 
     @property
     def needs_start(self) -> bool:
@@ -88,6 +89,7 @@ class WorkerLife:
         Raises:
             BaseException: whatever a start raises; nothing is left running then.
         """
+        await self._wait_for_stop()
         self._life = None  # a former one that did not end
         self.ended = self._stopping = self._handler_stopped = False
         if self._handler.start is not None:
@@ -96,7 +98,7 @@ class WorkerLife:
             try:
                 life = context.run(self._start)
             except BaseException:
-                await self._stop_handler(0.0, for_good=False)
+                await self.stop(grace=0.0, for_good=False)
                 raise
         else:
             nested = self._handler.nested_supervisor
@@ -121,11 +123,30 @@ class WorkerLife:
     async def stop(self, *, grace: float, for_good: bool = True) -> None:
         """Stop the life, then the handler. Whatever they raise is logged.
 
+        If this is cancelled, the stop goes on in the background, and the next one waits for it first.
+
         Args:
             grace: seconds that the handler's `stop` has, ten at least; a supervisor takes as long as it needs.
             for_good: False if it is to be started again: then a supervisor only stops its workers.
         """
-        self._stopping = True
+        self._stopping, self.ended = True, False
+        await self._wait_for_stop()
+        if self._life is None and self._stop is None and self._handler.stop is None:
+            self._running = False
+            return  # nothing is to be stopped, and there may be ten thousand workers
+        self._stop_in_progress = asyncio.ensure_future(self._stop_now(grace, for_good=for_good))
+        self._stop_in_progress.add_done_callback(self._stopped)
+        await asyncio.wait((self._stop_in_progress,))
+
+    async def _wait_for_stop(self) -> None:
+        """Wait for a stop in progress, whose caller was cancelled."""
+        while self._stop_in_progress is not None:
+            await asyncio.wait((self._stop_in_progress,))
+
+    def _stopped(self, _: asyncio.Future[None]) -> None:
+        self._stop_in_progress = None
+
+    async def _stop_now(self, grace: float, *, for_good: bool) -> None:
         running, self._running = self._running, False
         try:
             if running and self._stop is not None:
