@@ -400,6 +400,13 @@ class WorkerDied(ForebayError):
     exitcode: int | None
 
 
+class WorkerNotStarted(ForebayError):
+    """Worker {worker!r} did not start: {why}."""
+
+    worker: str
+    why: str
+
+
 class WorkerStopped(ForebayError):
     """Worker {worker!r} was stopped while it ran task {task_id!r}: {why}."""
 

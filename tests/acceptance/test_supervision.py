@@ -17,7 +17,7 @@ from tests.support.task_plane import Agent, UncancellableHandler, approximately,
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, WorkerState
 from forebay.adapters import Handler
-from forebay.errors import InvalidSetting, UnknownTaskType, WorkerStopped
+from forebay.errors import InvalidSetting, UnknownTaskType, WorkerNotStarted, WorkerStopped
 from forebay.events import WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
 from forebay.supervisor import TreeNode
 from forebay.testing import EventRecord
@@ -291,7 +291,14 @@ async def test_a_life_that_ends_while_others_start_is_restarted_once_all_have_st
 @virtual
 async def test_supervision_settings_are_checked() -> None:
     supervisor = BackpressureSupervisor()
-    for options in ({"restart": "always"}, {"start": 3}, {"stop": 3}, {"stop_timeout": 0}):
+    for options in (
+        {"restart": "always"},
+        {"start": 3},
+        {"stop": 3},
+        {"stop_timeout": 0},
+        {"start_timeout": 0},
+        {"start": lambda a, b: (a, b)},
+    ):
         with pytest.raises(InvalidSetting, match=next(iter(options))):
             supervisor.register_worker("w", handler=Agent(), task_types=["work"], **options)
     for settings in ({"strategy": "all"}, {"max_restarts": -1}, {"max_restarts": 1.5}, {"within": 0}):
@@ -770,3 +777,80 @@ async def test_a_task_that_failed_because_its_worker_was_restarted_has_that_as_i
             await settle()
         assert tree.worker.restarts == 0
         assert not tree.worker.failed  # no fault of the nested supervisor
+
+
+# --- starts that take time -------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_worker_takes_no_task_and_the_next_is_not_started_before_its_life_says_that_it_has_started() -> None:
+    log: list[str] = []
+
+    async def serve(started: Callable[[], None]) -> None:
+        await asyncio.sleep(2.0)
+        log.append("connected")
+        started()
+        await asyncio.sleep(10.0)
+        raise ConnectionError
+
+    supervisor = BackpressureSupervisor()
+    worker = supervisor.register_worker("first", handler=Agent(), task_types=["work"], start=serve)
+    register(supervisor, ScriptedLife("second", log), task_types=["else"])
+    async with supervisor:
+        assert now() == approximately(2.0)
+        assert log == ["connected", "second starts"]
+        await asyncio.sleep(10.5)
+        assert worker.starting
+        assert await supervisor.run(Task("work", 1)) == 1
+        assert now() == approximately(15.0)
+        assert worker.restarts == 1
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "is late"])
+@virtual
+async def test_a_life_that_does_not_say_that_it_has_started_has_failed_to_start(how: str) -> None:
+    ends = []
+
+    async def serve(_: Callable[[], None]) -> None:
+        try:
+            if how == "raises":
+                raise OSError("no route")
+            if how == "is late":
+                await asyncio.sleep(100.0)
+        finally:
+            ends.append(now())
+
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("first", handler=Agent(), task_types=["work"], start=serve, start_timeout=3.0)
+    error = await error_of(supervisor.start())
+    expected = "took longer than its start_timeout of 3 s" if how == "is late" else "ended before it called `started`"
+    assert isinstance(error, WorkerNotStarted)
+    assert str(error) in (
+        f"Worker 'first' did not start: it {expected}.",
+        f"Worker 'first' did not start: its life {expected}.",
+    )
+    assert ends == [approximately(3.0 if how == "is late" else 0.0)]
+    assert isinstance(error.__cause__, OSError) == (how == "raises")
+
+
+@virtual
+async def test_a_start_that_hangs_at_a_restart_is_cut_off_and_tried_again() -> None:
+    service = ScriptedLife()
+    starts = []
+
+    class Slow:
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=Agent(), start=self.start)
+
+        async def start(self) -> None:
+            starts.append(now())
+            await asyncio.sleep(100.0 if len(starts) == 2 else 0.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, service, Slow(), start_timeout=3.0)
+        await settle()
+        service.crash()
+        await settle()
+        assert await supervisor.run(Task("work", 1)) == 1
+        assert now() == approximately(4.0)
+        assert len(starts) == 3

@@ -154,7 +154,8 @@ class BackpressureSupervisor:
         reset_timeout: float | None = 10.0,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
         restart: str = "permanent",
-        start: Callable[[], Any] | None = None,
+        start: Callable[..., Any] | None = None,
+        start_timeout: float | None = None,
         stop: Callable[[], Any] | None = None,
         stop_timeout: float = 5.0,
     ) -> WorkerAgent:
@@ -183,7 +184,9 @@ class BackpressureSupervisor:
                 abnormal, otherwise it is FAILED until it is revived; ``"temporary"``: never, and it is unregistered.
             start: called in the event loop when the supervisor starts, and at each restart. If it returns an awaitable,
                 such as a coroutine, that is the worker's life: its return is a normal end, its cancellation a shutdown,
-                another exception an abnormal end. The worker takes tasks as soon as `start` has returned.
+                another exception an abnormal end. The worker takes tasks as soon as `start` has returned; if it takes
+                an argument, a function, once its life has called that.
+            start_timeout: seconds that a start may take, that of its handler included. None: no limit.
             stop: called before the life is cancelled, so that it can end by itself. It may be async.
             stop_timeout: seconds that `stop` and the life have for that, and the life once it is cancelled.
 
@@ -209,6 +212,7 @@ class BackpressureSupervisor:
             upstreams=upstreams,
             restart=restart,
             start=start,
+            start_timeout=start_timeout,
             stop=stop,
             stop_timeout=stop_timeout,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it

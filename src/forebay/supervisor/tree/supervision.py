@@ -149,8 +149,8 @@ class Supervision:
         if self._halted or self._core.closed:
             return  # it is to be stopped anyway
         if worker.leaving:
-            error = "the life of its worker, which is being unregistered, has ended"
-            stopping = self._stopper.stop(worker, TaskStatus.FAILED, error, limit=self._grace)
+            reason = "the life of its worker, which is being unregistered, has ended"
+            stopping = self._stopper.stop(worker, TaskStatus.FAILED, reason, limit=self._grace)
             self._core.run_in_background(stopping)
             return
         error: str | None = None

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 from forebay._hooks import await_hook, call_hook, is_awaitable, raise_again_if_interrupt, raise_if_cancelled
+from forebay._text import format_duration
 from forebay.adapters import Handler
+from forebay.errors import WorkerNotStarted
 from forebay.events import log
 from forebay.supervisor.tree.restart_policy import ExitKind, RestartType
 
@@ -46,6 +48,8 @@ class WorkerLife:
         name: of the worker.
         handler: with a `start` and a `stop` of its own, perhaps.
         start: called after the handler's.
+        reports_start: True if `start` takes a function that its life calls once it has started.
+        start_timeout: seconds that a start may take, the handler's included; None: no limit.
         stop: asks the life to end.
         stop_timeout: seconds that `stop` and the life have for it; and the life, once it is cancelled, again.
         restart: after which ends the worker is started again.
@@ -56,7 +60,9 @@ class WorkerLife:
         name: str,
         handler: Handler,
         *,
-        start: Callable[[], Any] | None = None,
+        start: Callable[..., Any] | None = None,
+        reports_start: bool = False,
+        start_timeout: float | None = None,
         stop: Callable[[], Any] | None = None,
         stop_timeout: float = 5.0,
         restart: RestartType = RestartType.PERMANENT,
@@ -64,6 +70,8 @@ class WorkerLife:
         self._name = name
         self._handler = handler
         self._start = start
+        self._reports_start = reports_start
+        self._start_timeout = start_timeout
         self._stop = stop
         self._stop_timeout = stop_timeout
         self.restart = restart
@@ -87,33 +95,53 @@ class WorkerLife:
             on_exit: called soon after the life has ended, unless the worker is being stopped.
 
         Raises:
-            BaseException: whatever a start raises; nothing is left running then.
+            WorkerNotStarted: it took longer than `start_timeout`, or its life ended before it said that it had started.
+            BaseException: whatever a start raises. In any case nothing is left running.
         """
         await self._wait_for_stop()
         self._life = None  # a former one that did not end
         self.ended = self._stopping = self._handler_stopped = False
-        if self._handler.start is not None:
-            await self._handler.start()
-        if self._start is not None:
-            try:
-                life = context.run(self._start)
-            except BaseException:
+        handler_started = False
+        try:
+            async with asyncio.timeout(self._start_timeout) as limit:
+                if self._handler.start is not None:
+                    await self._handler.start()
+                handler_started = True
+                await self._begin_life(context)
+        except BaseException:
+            if handler_started:
                 await self.stop(grace=0.0, for_good=False)
-                raise
-        else:
-            nested = self._handler.nested_supervisor
-            life = None if nested is None else cast("SupervisedSupervisor", nested).watch()
+            if limit.expired() and self._start_timeout is not None:
+                why = f"it took longer than its start_timeout of {format_duration(self._start_timeout)}"
+                raise WorkerNotStarted(worker=self._name, why=why) from None
+            raise
+        if self._life is not None:
+            self._life.add_done_callback(partial(self._ended, on_exit))
+
+    async def _begin_life(self, context: Context) -> None:
+        """Call `start`; if it takes an argument, wait until it has called that or failed to."""
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[None] | None = None
+        life: Any = None
+        if self._start is not None and self._reports_start:
+            started = loop.create_future()
+            life = context.run(self._start, partial(_set_done, started))
+        elif self._start is not None:
+            life = context.run(self._start)
+        elif self._handler.nested_supervisor is not None:
+            life = cast("SupervisedSupervisor", self._handler.nested_supervisor).watch()
         self._running = True
         if life is not None and is_awaitable(life):
-            loop = asyncio.get_running_loop()
-            self._life = loop.create_task(_live(life), context=context.copy())
-            self._life.add_done_callback(partial(self._ended, on_exit, life))
+            task = self._life = loop.create_task(_live(life), context=context.copy())
+            task.add_done_callback(partial(_discard, life))
+            if started is not None:
+                await asyncio.wait((task, started), return_when=asyncio.FIRST_COMPLETED)
+        if started is not None and not started.done():
+            self._running = False
+            error = None if self._life is None or self._life.cancelled() else self._life.result().error
+            raise WorkerNotStarted(worker=self._name, why="its life ended before it called `started`") from error
 
-    def _ended(self, on_exit: Callable[[Exit], None], awaitable: Any, life: asyncio.Future[Exit]) -> None:
-        if inspect.iscoroutine(awaitable):  # its task may have been cancelled before its first step
-            awaitable.close()
-        elif isinstance(awaitable, asyncio.Future):
-            awaitable.cancel()
+    def _ended(self, on_exit: Callable[[Exit], None], life: asyncio.Future[Exit]) -> None:
         if life is self._life:
             self._life = None
             if not self._stopping:
@@ -209,6 +237,19 @@ async def _live(life: Any) -> Exit:
         raise_again_if_interrupt(error)
         return Exit(ExitKind.ABNORMAL, error)
     return Exit(ExitKind.NORMAL)
+
+
+def _set_done(started: asyncio.Future[None]) -> None:
+    if not started.done():
+        started.set_result(None)
+
+
+def _discard(life: Any, _: asyncio.Future[Exit]) -> None:
+    """Dispose of what a `start` returned, if the task that awaits it was cancelled before its first step."""
+    if inspect.iscoroutine(life):
+        life.close()
+    elif isinstance(life, asyncio.Future):
+        life.cancel()
 
 
 async def _ends(future: asyncio.Future[Any], seconds: float) -> bool:
