@@ -208,7 +208,7 @@ def cases() -> dict[str, QuotaCase]:
                 (anthropic, Unit.OUTPUT_TOKENS, 80_000),
             ):
                 for headers in ("first", "end"):
-                    given = (Quota(**{unit.value: amount}, per="minute"),) if known == "given" else ()
+                    given = (Quota(**{unit.value: amount}, per="minute", strict=False),) if known == "given" else ()
                     found[f"{dialect.value} {unit.value} {shape} {known} {headers}"] = QuotaCase(
                         _provider(dialect, unit, amount, fixed_window=shape == "window"),
                         unit.value,

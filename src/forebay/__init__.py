@@ -14,7 +14,15 @@ from forebay.errors import (
 from forebay.interfaces import Reading, WorkerHandler, WorkerState
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
-from forebay.supervisor import BackpressureSupervisor, DrainReport, Ticket, WorkerAgent
+from forebay.supervisor import (
+    BackpressureSupervisor,
+    DrainReport,
+    FanOut,
+    FanOutProgress,
+    Ticket,
+    WorkerAgent,
+    progress_bar,
+)
 from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
 from forebay.upstream import Fallback, Upstream
 
@@ -27,6 +35,8 @@ __all__ = [
     "DrainReport",
     "Estimate",
     "Fallback",
+    "FanOut",
+    "FanOutProgress",
     "ForebayError",
     "Overloaded",
     "Price",
@@ -50,4 +60,5 @@ __all__ = [
     "as_handler",
     "carry",
     "progress",
+    "progress_bar",
 ]

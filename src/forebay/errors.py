@@ -218,6 +218,14 @@ class DuplicateTask(ForebayError, ValueError):
     task_id: str
 
 
+class DuplicateKey(ForebayError, ValueError):
+    """The dead letter of task {task_id!r} cannot be requeued: another task has been stored under its key since, which
+    has not ended or has succeeded. Drop the letter if the work is done, or requeue it once that task has failed.
+    """
+
+    task_id: str
+
+
 class NestedTooDeep(ForebayError, RecursionError):
     """Task {task_id!r} would be nested in {bound} runs, each of which waits for the one below it: does a handler run
     its own task type without end? If it is meant to go so deep, let it return what comes next, and submit that from
@@ -338,9 +346,10 @@ class CallMisused(ForebayError, RuntimeError):
 
 
 class WouldDeadlock(ForebayError, RuntimeError):
-    """portal.{call}() blocks its thread and was called on the supervisor's own event loop, which would wait for itself:
-    await supervisor.{call}(...) here.
-    """
+    """{what} would wait for itself: {advice}."""
+
+    what: str
+    advice: str
 
 
 class LoopStopped(ForebayError, RuntimeError):
@@ -478,6 +487,16 @@ class TaskFailed(ForebayError):
     task_id: str
     worker_id: str | None
     error: str | None
+
+
+class QuorumNotReached(ForebayError):
+    """A fan-out needs {quorum} successes, and {failed} of its {total} tasks have not succeeded. The others were
+    cancelled. Ask for fewer, or give it retry=Retry(...).
+    """
+
+    quorum: int
+    total: int
+    failed: int
 
 
 class InvalidResult(ForebayError, ValueError):

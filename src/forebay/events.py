@@ -67,6 +67,17 @@ class TaskStarted(Event, frozen=True, kw_only=True):
     attempt: int = 1
 
 
+class TaskRetried(Event, frozen=True, kw_only=True):
+    """An attempt failed, and the task is tried again, `delay` seconds later at the earliest."""
+
+    kind = "retried"
+    task_id: str
+    worker_id: str
+    attempt: int
+    delay: float
+    error: str
+
+
 class TaskProgress(Event, frozen=True, kw_only=True):
     """A handler passed `value` to ``progress``."""
 

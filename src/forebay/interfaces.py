@@ -114,12 +114,26 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
         input_tokens: tokens sent.
         output_tokens: tokens received.
         tokens: for quotas that count both together; some providers charge ``max_tokens`` there.
+        most_output_tokens: output tokens that it may use at most, for strict quotas; 0 for no more than is expected.
+        most_tokens: the same of `tokens`.
     """
 
     requests: int = 1
     input_tokens: int = 0
     output_tokens: int = 0
     tokens: int = 0
+    most_output_tokens: int = 0
+    most_tokens: int = 0
+
+    @property
+    def output_tokens_at_most(self) -> int:
+        """The amount that it takes from a strict quota of output tokens."""
+        return max(self.output_tokens, self.most_output_tokens)
+
+    @property
+    def tokens_at_most(self) -> int:
+        """The amount that it takes from a strict quota of input and output tokens together."""
+        return max(self.tokens, self.most_tokens)
 
 
 class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,12 +214,14 @@ class LoadSource(Protocol):
 class RecordState(Enum):
     """The state of a stored task: WAITING when spilled, LEASED when running or durable, then DONE or DEAD.
 
-    PARKED is a task that waits behind another one of its conversation.
+    PARKED is a task that waits behind another one of its conversation, DELAYED one whose attempt has failed, until it
+    is time for its retry.
     """
 
     WAITING = "waiting"
     PARKED = "parked"
     LEASED = "leased"
+    DELAYED = "delayed"
     DONE = "done"
     DEAD = "dead"
 
@@ -218,12 +234,16 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
         task_type: the queue that it belongs to.
         priority: its priority in that queue.
         deadline: epoch seconds, or None.
-        key: idempotency key, or None; unique in the store while the record is kept, ended or not.
+        key: idempotency key, or None. It is unique among the records that have not ended or have succeeded. A record
+            that was DONE without success has lost it; a DEAD one keeps it for its requeue, and does not take it.
         envelope: the encoded task; empty once DONE.
         enqueued_at: epoch seconds when it was first submitted or, of a nested task, its outermost run was; orders
             records of the same priority and deadline.
         attempts: starts of the handler so far, apart from those that an orderly stop cut off.
         thread_id: the conversation that it belongs to, or None.
+        failures: attempts that ended with an error, of those in `attempts`. The others have lost their process.
+        total_delay: seconds of all its delays so far.
+        last_error: what the last of those attempts ended with; None if there is none.
     """
 
     task_id: str
@@ -235,6 +255,9 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     key: str | None = None
     attempts: int = 0
     thread_id: str | None = None
+    failures: int = 0
+    total_delay: float = 0.0
+    last_error: str | None = None
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -299,14 +322,28 @@ class PutResult(Enum):
         return self in (PutResult.STORED, PutResult.PARKED)
 
 
+class WakeResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of waking the DELAYED records of a store.
+
+    Attributes:
+        woken: how many became WAITING or PARKED.
+        delayed: how many are still DELAYED.
+        next_due: epoch seconds at which the first of these is due, or None if there are none.
+    """
+
+    woken: int
+    delayed: int
+    next_due: float | None
+
+
 class TaskStore(Protocol):
-    """A store of task records (the overflow), each WAITING, PARKED, LEASED, DONE or DEAD.
+    """A store of task records (the overflow), each WAITING, PARKED, LEASED, DELAYED, DONE or DEAD.
 
     Times are epoch seconds, given by the caller. Each task that has not ended counts towards the store's bound. In
     addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
 
-    **Conversations.** Of the records of one `thread_id` that have not ended, one is WAITING or LEASED, and the others
-    are PARKED behind it. Once it has ended, the oldest of them becomes WAITING: by `enqueued_at`, then order of
+    **Conversations.** Of the records of one `thread_id` that have not ended, one is WAITING, LEASED or DELAYED, and the
+    others are PARKED behind it. Once it has ended, the oldest of them becomes WAITING: by `enqueued_at`, then order of
     insertion. So no two tasks of a conversation are leased at a time, by whatever processes. While it is WAITING, an
     older record that is stored or comes back takes its place.
 
@@ -351,8 +388,9 @@ class TaskStore(Protocol):
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         """Store `record`: WAITING, behind its equals; or, if a fence is given, LEASED under it until `until`.
 
-        Calls that run at once insert their records in the order of the calls. Its key is taken by any record that has
-        it, its task id by any record but a DONE one without a key, which makes way.
+        Calls that run at once insert their records in the order of the calls. Its key is taken by a record with that
+        key that has not ended or has succeeded. Its task id is taken by any record but two kinds that make way: a DONE
+        one without a key, and a DEAD one with this key.
 
         Returns:
             STORED; PARKED if other records of its conversation are older or LEASED, so that it has no lease;
@@ -385,8 +423,28 @@ class TaskStore(Protocol):
         A record has as many attempts as when it was leased: a holder that gives it back has not crashed.
         """
 
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        """Make a leased record DELAYED until `due`, and end its lease: an attempt has failed, and is to be repeated.
+
+        Any process may do that. The record keeps its attempts, and has one failure more.
+
+        Args:
+            lease: the lease on it.
+            due: epoch seconds.
+            wait: seconds until then, which are added to the record's `total_delay`.
+            error: what the attempt ended with: the record's `last_error`.
+
+        Returns:
+            False if the lease is lost, and nothing was written.
+        """
+
+    async def wake(self, *, now: float) -> WakeResult:
+        """Make the DELAYED records that are due by `now` WAITING again, in their old order, or PARKED."""
+
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         """Mark a record DONE. With a fence: only if LEASED under it; without one, for a cancelled task: if not LEASED.
+
+        Unless the task has succeeded, the record loses its key, which may be used again.
 
         Returns:
             False if it was in another state, and nothing was written.
@@ -397,11 +455,12 @@ class TaskStore(Protocol):
 
         Args:
             now: epoch seconds.
-            max_attempts: starts of a handler, over lost leases, after which a record is dead.
+            max_attempts: starts of a handler, over lost leases, after which a record is dead. Those that ended with an
+                error are not counted.
             latest: also release leases whose `until` is after that: they are from before the wall clock was set back.
 
         Returns:
-            The records with `max_attempts` starts: these became DEAD instead, with a completion of status FAILED.
+            The records with `max_attempts` such starts: these became DEAD instead, with a completion of status FAILED.
         """
 
     async def prune(self, *, before: float) -> int:
@@ -411,7 +470,11 @@ class TaskStore(Protocol):
         """
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        """Mark a record DEAD that cannot be run. Return False if the lease is lost, and nothing was written."""
+        """Mark a record DEAD that has failed for good, or cannot be run. Its key may be used again.
+
+        Returns:
+            False if the lease is lost, and nothing was written.
+        """
 
     async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
         """Return up to `limit` DEAD records, ordered by the time of their end, then by task id.
@@ -422,10 +485,10 @@ class TaskStore(Protocol):
         """
 
     async def requeue(self, task_id: str) -> PutResult | None:
-        """Make a DEAD record WAITING again, or PARKED, in its old order and with no attempts counted.
+        """Make a DEAD record WAITING again, or PARKED, in its old order and with no attempts or failures counted.
 
         Returns:
-            STORED; FULL if the bound is reached; None if it is not DEAD.
+            STORED; DUPLICATE if another record has taken its key; FULL if the bound is reached; None if it is not DEAD.
         """
 
     async def delete_dead(self, task_id: str) -> bool:
@@ -435,7 +498,7 @@ class TaskStore(Protocol):
         """Return the record of that id, with its completion if it is DONE or DEAD; None if there is none."""
 
     async def find_key(self, key: str) -> str | None:
-        """Return the task id stored under an idempotency key, or None."""
+        """Return the id of the task that has taken an idempotency key, or None."""
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         """Return how many records are WAITING, by task type and priority."""

@@ -13,6 +13,7 @@ from forebay import clock
 from forebay._renamed import renamed
 from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
+from forebay.retry import Retry
 
 
 class Priority(IntEnum):
@@ -176,6 +177,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     tenant: str = "default"
     thread_id: str | None = None
     estimate: Estimate | None = None
+    retry: Retry | None = None
 
 
 class Task(_Options, frozen=True):
@@ -191,12 +193,14 @@ class Task(_Options, frozen=True):
         deadline: the time after which its result is worthless; waiting counts.
         spill: whether it may wait in the overflow. False: it is admitted now or rejected.
         durable: whether it is recorded before it is admitted, so that it survives its process.
-        key: idempotency key. Tasks with the same key are the same work: in this process, and, for spilled or durable
-            work, wherever the overflow is shared.
+        key: idempotency key. Tasks with the same key are the same work until it has ended without success: in this
+            process, and, for spilled or durable work, wherever the overflow is shared.
         tenant: the customer, user or team that it belongs to.
         thread_id: the conversation that it belongs to; one task of a conversation runs at a time. Also LangGraph's
             ``thread_id``.
         estimate: the calls and tokens that it will need.
+        retry: how failed attempts at it are retried, instead of the worker's `retry`. With an overflow, a task that may
+            wait there cannot have a policy with `on`, which cannot be stored: give that to the worker.
 
     Raises:
         InvalidTask, InvalidTimeout, DeadlinePassed: an argument is invalid.
@@ -223,6 +227,7 @@ class Task(_Options, frozen=True):
             or self.key is not None
             or self.thread_id is not None
             or self.estimate is not None
+            or self.retry is not None
         ):
             self._check_names()
 
@@ -251,6 +256,8 @@ class Task(_Options, frozen=True):
                 raise InvalidTask(field=field, value=value, expected="a non-empty string")
         if self.estimate is not None and not isinstance(self.estimate, Estimate):
             raise InvalidTask(field="estimate", value=self.estimate, expected="an Estimate")
+        if self.retry is not None and not isinstance(self.retry, Retry):
+            raise InvalidTask(field="retry", value=self.retry, expected="a Retry, for example Retry(max_attempts=3)")
 
     def __repr__(self) -> str:  # never the payload
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from tests.support.task_plane import Agent, error_of, virtual
 
-from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus
+from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskStatus, Verdict
 from forebay.clock import wall_time
-from forebay.errors import InvalidSetting, UnknownTask
+from forebay.errors import DuplicateKey, InvalidSetting, StoreUnavailable, TaskFailed, UnknownTask
 from forebay.events import Event, TaskDeadLettered
-from forebay.interfaces import PutResult, TaskRecord
+from forebay.interfaces import Completion, Lease, PutResult, TaskRecord
 from forebay.overflow import EnvelopeDamaged, SqliteTaskStore, encode_task
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -114,6 +114,173 @@ async def test_a_requeued_letter_may_run_in_a_process_that_saw_the_task_die(path
         await other.dead_letters.requeue("a")
         await asyncio.sleep(60.0)
         assert (await supervisor.ticket("a")).success
+
+
+# --- tasks that have failed for good ----------------------------------------------------------------------------------
+
+
+class Failing:
+    """A handler that fails as often as it is told to, and then succeeds.
+
+    Args:
+        times: how often; it takes 5 s for that if it is to time out.
+    """
+
+    def __init__(self, times: int, *, slow: bool = False) -> None:
+        self.left = times
+        self.slow = slow
+        self.runs = 0
+
+    async def __call__(self, task: Task) -> str:
+        self.runs += 1
+        self.left -= 1
+        if self.left < 0:
+            return "done"
+        await asyncio.sleep(5.0 if self.slow else 0.1)
+        raise ValueError(task.payload["secret"])
+
+
+@pytest.mark.parametrize("overflow", ["sqlite:///{path}", "memory://"])
+@pytest.mark.parametrize("status", [TaskStatus.FAILED, TaskStatus.TIMED_OUT])
+@virtual
+async def test_a_stored_task_that_has_failed_for_good_is_a_dead_letter(
+    overflow: str, status: TaskStatus, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    received: list[Event] = []
+    slow = status is TaskStatus.TIMED_OUT
+    supervisor = BackpressureSupervisor(overflow=overflow.format(path=path), max_queue_size=0, on_event=received.append)
+    supervisor.register_worker("worker", handler=Failing(99, slow=slow), task_types=["work"], timeout=1.0)
+    async with supervisor:
+        plain = supervisor.submit_nowait(poison("plain"))
+        spilled = await supervisor.submit(poison("spilled", key="k"))
+        assert spilled.verdict is Verdict.SPILLED
+        assert (await plain).status is (result := await spilled).status is status
+        (letter,) = await supervisor.dead_letters.page()
+        assert (letter.task_id, letter.key, letter.attempts) == ("spilled", "k", 1)
+        assert ("timeout" if slow else "ValueError: spilled") in letter.error
+        assert letter.error == result.error
+        assert (await supervisor.dead_letters.task("spilled")).payload == {"secret": "spilled"}
+        again = await supervisor.ticket("spilled")
+        assert (again.status, again.error, again.worker_id) == (status, result.error, "worker")
+    (died,) = [event for event in received if isinstance(event, TaskDeadLettered)]
+    assert (died.task_id, died.attempts, died.error) == ("spilled", 1, letter.error)
+    (logged,) = [entry.getMessage() for entry in caplog.records if "dead letter" in entry.getMessage()]
+    assert "ValueError: " not in logged
+
+
+@virtual
+async def test_a_task_that_is_cancelled_or_expires_is_no_letter(path: Path) -> None:
+    async with make_supervisor(path, Agent(5.0)) as supervisor:
+        runs = await supervisor.submit(poison("runs", durable=True))
+        waits = await supervisor.submit(poison("waits", durable=True))
+        late = await supervisor.submit(poison("late", durable=True, deadline=Deadline.within(6.0)))
+        await asyncio.sleep(1.0)
+        runs.cancel()
+        waits.cancel()
+        assert [(await ticket).status for ticket in (runs, waits)] == [TaskStatus.CANCELLED] * 2
+        assert (await late).status in (TaskStatus.SUCCEEDED, TaskStatus.EXPIRED)
+        assert await supervisor.dead_letters.page() == ()
+
+
+@virtual
+async def test_a_requeued_task_that_failed_here_runs_again_here(path: Path) -> None:
+    handler = Failing(2)
+    async with make_supervisor(path, handler) as supervisor:
+        for attempt in range(2):
+            ticket = supervisor.ticket("a") if attempt else await supervisor.submit(poison("a", durable=True))
+            assert (await ticket).status is TaskStatus.FAILED
+            await supervisor.dead_letters.requeue("a")
+        result = await supervisor.ticket("a")
+        assert (result.status, result.attempts, result.result) == (TaskStatus.SUCCEEDED, 1, "done")
+        assert await supervisor.dead_letters.page() == ()
+    assert handler.runs == 3
+
+
+@virtual
+async def test_a_process_that_waits_for_a_task_that_fails_elsewhere_gets_its_end(path: Path) -> None:
+    async with make_supervisor(path, Agent(20.0), max_queue_size=0) as first:
+        await first.submit(Task("work", "runs", spill=False))
+        waits = await first.submit(poison("a"))
+        async with make_supervisor(path, Failing(1)):
+            error = await error_of(waits.value())
+    assert isinstance(error, TaskFailed)
+    assert "ValueError: a" in str(error)
+
+
+@virtual
+async def test_the_key_of_a_task_that_has_failed_may_be_used_again(path: Path) -> None:
+    async with make_supervisor(path, Failing(1)) as supervisor:
+        assert not (await (await supervisor.submit(poison("first", key="k", durable=True)))).success
+    async with make_supervisor(path, Failing(0)) as supervisor:
+        second = await supervisor.submit(poison("second", key="k", durable=True))
+        assert second.task_id == "second"
+        assert await second.value() == "done"
+        third = await supervisor.submit(poison("third", key="k", durable=True))
+        assert third.task_id == "second"
+        error = await error_of(supervisor.dead_letters.requeue("first"))
+        assert isinstance(error, DuplicateKey)
+        assert "first" in str(error)
+        assert [letter.task_id for letter in await supervisor.dead_letters.page()] == ["first"]
+
+
+@virtual
+async def test_the_same_task_submitted_again_by_its_key_takes_the_place_of_its_letter(path: Path) -> None:
+    task = poison("a", key="k", durable=True)
+    async with make_supervisor(path, Failing(1)) as supervisor:
+        assert (await (await supervisor.submit(task))).status is TaskStatus.FAILED
+    async with make_supervisor(path, Failing(0)) as supervisor:
+        assert await (await supervisor.submit(task)).value() == "done"
+        assert await supervisor.dead_letters.page() == ()
+        without_key = poison("b", durable=True)
+        assert await (await supervisor.submit(without_key)).value() == "done"
+
+
+class FailingStore(SqliteTaskStore):
+    """A store that cannot store the failure of a task at first."""
+
+    fails = 1
+
+    async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
+        if self.fails:
+            self.fails -= 1
+            raise StoreUnavailable(where="here", why="it failed", advice="Wait.")
+        return await super().mark_dead(lease, completion)
+
+
+@virtual
+async def test_a_failure_that_could_not_be_stored_is_stored_later_and_the_task_not_run_again(path: Path) -> None:
+    handler = Failing(99)
+    supervisor = BackpressureSupervisor(overflow=FailingStore(path), lease=3.0)
+    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    async with supervisor:
+        ticket = await supervisor.submit(poison("a", durable=True))
+        assert (await ticket).status is TaskStatus.FAILED
+        assert await supervisor.dead_letters.page() == ()
+        await asyncio.sleep(10.0)
+        assert [letter.task_id for letter in await supervisor.dead_letters.page()] == ["a"]
+    assert handler.runs == 1
+
+
+@pytest.mark.parametrize("retention", [60.0, 3600.0])
+@virtual
+async def test_results_are_kept_for_as_long_as_the_setting_says(path: Path, retention: float) -> None:
+    async with make_supervisor(path, Agent(), result_retention=retention, keep_results=0) as supervisor:
+        ticket = await supervisor.submit(poison("a", key="k", durable=True))
+        assert (await ticket).success
+        del ticket
+        await asyncio.sleep(retention - 1.0)
+        assert (await supervisor.ticket("a")).success
+        await asyncio.sleep(15.0)
+        assert isinstance(await error_of(supervisor.ticket("a").value()), UnknownTask)
+
+
+@pytest.mark.parametrize("retention", [0.0, -1.0, float("inf"), None, "day"])
+def test_a_retention_is_a_positive_number_of_seconds(retention: Any) -> None:
+    with pytest.raises(InvalidSetting, match="result_retention"):
+        BackpressureSupervisor(result_retention=retention)
+
+
+# --- letters ----------------------------------------------------------------------------------------------------------
 
 
 @virtual

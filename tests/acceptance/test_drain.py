@@ -113,9 +113,9 @@ async def test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most(
     origin = now()
     report = await supervisor.drain(timeout=limit)
     assert now() - origin == approximately(limit + 2.0)
-    assert (report.spilled, report.cancelled) == (0, 11)
+    assert (report.spilled, report.cancelled, report.unanswered) == (0, 1, 10)
     assert await ends(tickets) == {"cancelled": 11}
-    assert "the overflow has not stored it" in str((await tickets[-1]).error)
+    assert "the overflow had answered" in str((await tickets[-1]).error)
     await supervisor.close()
 
 
@@ -388,7 +388,7 @@ async def test_a_message_that_is_stored_once_draining_has_begun_does_not_overtak
     submitting = asyncio.ensure_future(supervisor.submit(Task("work", "second", thread_id="c", durable=True)))
     await asyncio.sleep(FSYNC / 2)
     store.seconds = 1000.0  # the write of the first hangs, and that of the second does not
-    draining = asyncio.ensure_future(supervisor.drain())
+    draining = asyncio.ensure_future(supervisor.drain(timeout=2000.0))
     await submitting
     await asyncio.sleep(100.0)
     assert agent.started == ["other"]
@@ -505,7 +505,8 @@ async def test_closing_ends_a_drain_that_is_under_way() -> None:
     draining = asyncio.ensure_future(supervisor.drain())
     await asyncio.sleep(0.1)
     await supervisor.close()
-    assert (await draining).cancelled == 3
+    report = await draining
+    assert (report.cancelled, report.unanswered) == (1, 2)
     assert await ends(tickets) == {"cancelled": 3}
 
 
@@ -571,12 +572,16 @@ async def test_agents_whose_sub_task_is_left_behind_run_again_whatever_they_rais
     assert ends == [TaskStatus.SUCCEEDED] * 20
 
 
+@pytest.mark.parametrize("works", [0.0, 50.0])  # seconds until it awaits the task: after draining has begun
 @pytest.mark.parametrize("how", ["task", "slot"])
 @virtual
-async def test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_from_ending(how: str) -> None:
+async def test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_from_ending(
+    how: str, works: float
+) -> None:
     supervisor = BackpressureSupervisor(zombie_grace=2.0)
 
     async def parent(_: Task) -> None:
+        await asyncio.sleep(works)
         await supervisor.run(Task("stuck"))
 
     supervisor.register_worker("stuck", handler=UncancellableHandler(500.0), task_types=["stuck"], timeout=1.0)
@@ -584,7 +589,7 @@ async def test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_
 
     async def hold_a_slot() -> None:
         async with supervisor.slot("parent"):
-            await supervisor.run(Task("stuck"))
+            await parent(Task("parent"))
 
     async with supervisor:
         zombie = supervisor.submit_nowait(Task("stuck"))
@@ -592,9 +597,39 @@ async def test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_
         waiting = asyncio.ensure_future(hold_a_slot() if how == "slot" else supervisor.run(Task("parent")))
         assert (await zombie).status is TaskStatus.TIMED_OUT
         report = await supervisor.drain()
-        assert now() < 20.0
+        assert now() < works + 20.0
         assert report.orphans == (zombie.task_id,)
         assert isinstance(await error_of(waiting), Exception | asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@virtual
+async def test_a_run_that_awaits_a_task_of_the_supervisor_above_finishes_though_others_here_cannot_start(
+    depth: int,
+) -> None:
+    """With two levels the task above needs one here that cannot start: then nobody waits for the run."""
+    below, above = BackpressureSupervisor(zombie_grace=2.0), BackpressureSupervisor()
+
+    async def go_up(_: Task) -> Any:
+        return await above.run(Task("work"))
+
+    async def work(_: Task) -> str:
+        await asyncio.sleep(30.0)
+        return "done" if depth == 1 else await above.run(Task("stuck"))
+
+    below.register_worker("up", handler=go_up, task_types=["up"], timeout=10_000.0)
+    below.register_worker("stuck", handler=UncancellableHandler(500.0), task_types=["stuck"], timeout=1.0)
+    above.register_worker("below", handler=below, task_types=["up", "stuck"], max_concurrent=10, timeout=10_000.0)
+    above.register_worker("work", handler=work, task_types=["work"], timeout=10_000.0)
+    async with above:
+        zombie, stuck = flood(below, "stuck", 2)
+        run = await below.submit(Task("up"))
+        assert (await zombie).status is TaskStatus.TIMED_OUT
+        report = await below.drain()
+        assert now() < 60.0
+        assert (await run).success == (depth == 1)
+        assert (await stuck).status is TaskStatus.CANCELLED
+        assert report.orphans == (zombie.task_id,)
 
 
 class StandingStore(SlowStore):

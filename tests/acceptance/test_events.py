@@ -360,10 +360,11 @@ async def test_an_ended_task_keeps_no_local_variable_of_its_handler(key: str | N
         ended = supervisor.ticket(task.task_id)
         assert (await ended).error == "ValueError: large"
         assert ended.status is TaskStatus.FAILED
-        if key is not None:
+        if key is not None:  # which remembers success only
             again = supervisor.submit_nowait(Task("work", key=key))
-            assert again is ended
-            assert len(held) == 1
+            assert again is not ended
+            assert (await again).error == "ValueError: large"
+            assert len(held) == 2
 
 
 @virtual

@@ -523,6 +523,34 @@ async def test_a_rejected_call_falls_back_to_another_model(harness: GatewayHarne
         assert leftovers(gateway) == NOTHING_LEFT
 
 
+# --- strict quotas ---
+
+
+async def test_a_strict_target_rejects_a_call_without_a_bound(harness: GatewayHarness) -> None:
+    unbounded = {name: value for name, value in CHAT_REQUEST.items() if name != "max_tokens"}
+    async with Gateway(harness.settings(output_tpm=100, strict=True)) as gateway:
+        status, headers, body = await harness.post(gateway, json=unbounded)
+        assert (status, headers["x-forebay-limited-by"]) == (400, "upstream:openai:unbounded")
+        assert "set max_tokens" in body["error"]["message"]
+        assert (await harness.post(gateway, json={**CHAT_REQUEST, "max_tokens": 101}))[0] == 413
+        assert not harness.provider.requests
+        assert (await harness.post(gateway))[0] == 200
+        assert leftovers(gateway) == NOTHING_LEFT
+
+
+async def test_a_fallback_to_a_strict_target_needs_a_bound_there(harness: GatewayHarness) -> None:
+    spare = TargetSettings(name="spare", url=harness.url, provider="openai-compatible", output_tpm=100, strict=True)
+    own = TargetSettings(
+        name="openai", url=harness.url, rpm=1, fallback=(FallbackSettings(target="spare", api_key_env="K"),)
+    )
+    async with Gateway(GatewaySettings(targets=(own, spare), listen="127.0.0.1:0"), {"K": "sk-spare"}) as gateway:
+        waits = {"x-stainless-read-timeout": "2"}
+        requests = [CHAT_REQUEST, {"model": "gpt-4o", "messages": []}, CHAT_REQUEST]
+        statuses = [(await harness.post(gateway, json=body, headers=waits))[0] for body in requests]
+        assert statuses == [200, 429, 200]
+        assert leftovers(gateway) == NOTHING_LEFT
+
+
 # --- callers that disconnect ---
 
 

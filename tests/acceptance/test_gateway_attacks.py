@@ -385,13 +385,13 @@ async def test_an_unfinished_request_makes_no_call(harness: GatewayHarness) -> N
 
 async def test_a_slow_reader_gets_the_whole_response(harness: GatewayHarness) -> None:
     harness.provider.behaviour = responding(200, b"a" * (16 << 20))
-    async with Gateway(harness.settings(gateway={"send_timeout": 0.2})) as gateway:
+    async with Gateway(harness.settings(gateway={"send_timeout": 2.0})) as gateway:
         reader, writer = await connect(gateway, request_bytes(BODY, b"connection: close"))
         await reader.readuntil(b"\r\n\r\n")
         size = 0
         while piece := await reader.read(1 << 16):
             size += len(piece)
-            await asyncio.sleep(0.002)  # all in all longer than send_timeout
+            await asyncio.sleep(0.01)  # all in all longer than send_timeout
         writer.close()
         assert size == 16 << 20
 

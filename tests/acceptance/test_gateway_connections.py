@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.client_reqrep import ConnectionKey
 from tests.support.gateway_harness import CHAT_RESPONSE, GatewayHarness, connect, request_bytes, until
 
+from forebay import clock
 from forebay.gateway import connection_pool
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.server import Gateway
+from forebay.quota import Price
 
 ANSWER = json.dumps(CHAT_RESPONSE).encode()
 EXTRA = b'{"another": "answer"}'
@@ -133,6 +136,121 @@ async def test_a_connection_rests_between_two_calls(
         for _ in range(3):
             assert (await harness.post(gateway))[0] == 200
     assert len(set(record.used)) == 3
+
+
+# --- a provider that closes idle connections ---
+
+
+class Idleness:
+    """The idle connections of a pool, and of their provider, for one credential each."""
+
+    def __init__(self, record: ConnectionRecord, pool: ConnectionPool) -> None:
+        self._record = record
+        self._pool = pool
+
+    async def close_after(self, seconds: float, number: int, answer: bytes = b"") -> None:
+        """Let the provider close the connection of its call `number`, as if it had been idle so long."""
+        left = len(self._pool._conns)
+        self.pass_time(seconds, number)
+        if answer:
+            self._record.send_unasked(answer)
+        else:
+            self._record.transports[number].close()
+        await until(lambda: self._pool._open < left)
+
+    def pass_time(self, seconds: float, number: int) -> None:
+        """Let the connection of the provider's call `number` be idle for so many seconds."""
+        port = self._record.used[number]
+        for connections in self._pool._conns.values():
+            for connection, _ in connections:
+                assert isinstance(connection, PooledConnection)
+                if connection.transport and connection.transport.get_extra_info("sockname")[1] == port:
+                    connection.idle_since = clock.now() - seconds
+
+
+def aborting_second_calls(record: ConnectionRecord) -> Any:
+    """Return a behaviour that ends a connection in place of an answer to its second call: a call came too late."""
+
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        transport: Any = request.transport
+        if transport.get_extra_info("peername")[1] not in record.used:
+            return await record.answer(request)
+        transport.abort()
+        return web.Response()
+
+    return behave
+
+
+@pytest.mark.parametrize("answer", [b"", b"408 Request Timeout"], ids=["without a word", "408"])
+async def test_no_call_is_sent_on_a_connection_that_is_about_to_be_closed(
+    harness: GatewayHarness, record: ConnectionRecord, answer: bytes
+) -> None:
+    harness.provider.behaviour = aborting_second_calls(record)
+    pool = ConnectionPool(10)
+    idleness = Idleness(record, pool)
+    settings = harness.settings(budget_usd=1_000.0, prices={"gpt-4o": Price(input=0, output=1e6)})
+    async with Gateway(settings, connector=lambda: pool) as gateway:
+        upstream = gateway.forwarder.targets[0].upstream
+        assert (await harness.post(gateway, **key(1)))[0] == 200
+        cost = upstream.statistics().spent_usd
+        assert (await harness.post(gateway, **key(2)))[0] == 200
+        await idleness.close_after(5.0, 1, answer)
+        idleness.pass_time(4.5, 0)
+        assert (await harness.post(gateway, **key(1)))[0] == 200
+        assert cost is not None
+        assert upstream.statistics().spent_usd == pytest.approx(3 * cost), "nothing counts as reserved"
+    assert len(set(record.used)) == 3
+
+
+async def test_a_connection_that_was_idle_for_much_less_than_closed_ones_is_lent(
+    harness: GatewayHarness, record: ConnectionRecord
+) -> None:
+    pool = ConnectionPool(10)
+    idleness = Idleness(record, pool)
+    async with Gateway(harness.settings(), connector=lambda: pool) as gateway:
+        for number in (1, 2):
+            await harness.post(gateway, **key(number))
+        await idleness.close_after(5.0, 1)
+        idleness.pass_time(3.5, 0)
+        await harness.post(gateway, **key(1))
+    assert record.used[2] == record.used[0]
+
+
+async def test_connections_that_this_side_closes_tell_nothing_of_a_provider(
+    harness: GatewayHarness, record: ConnectionRecord
+) -> None:
+    pool = ConnectionPool(2)
+    idleness = Idleness(record, pool)
+    async with Gateway(harness.settings(), connector=lambda: pool) as gateway:
+        for number in (1, 2, 3):  # the first connection makes room for the third
+            await harness.post(gateway, **key(number))
+        await until(lambda: pool._open == 2)
+        idleness.pass_time(29.0, 2)
+        await harness.post(gateway, **key(3))
+    assert record.used[3] == record.used[2]
+
+
+async def test_the_shortest_idle_time_of_each_provider_counts_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(clock, "now", lambda: now)
+    pool = ConnectionPool(10)
+    provider, another = (
+        ConnectionKey(host, 443, is_ssl=True, ssl=True, proxy=None, proxy_auth=None, proxy_headers_hash=None)
+        for host in ("one.example", "another.example")
+    )
+    assert not pool.may_be_closing(provider, 29.0)
+    pool.record_closed_idle(provider, 5.0)
+    pool.record_closed_idle(provider, 20.0)
+    assert pool.may_be_closing(provider, 4.1)
+    assert not pool.may_be_closing(provider, 3.9)
+    assert not pool.may_be_closing(another, 29.0)
+    pool.record_closed_idle(provider, 0.01)  # it was restarted
+    assert pool.may_be_closing(provider, 0.6)
+    assert not pool.may_be_closing(provider, 0.4)
+    now += 601.0
+    assert not pool.may_be_closing(provider, 29.0)
+    pool.record_closed_idle(provider, 20.0)
+    assert pool.may_be_closing(provider, 17.0)
 
 
 async def test_a_caller_beyond_max_connections_gets_its_503_whatever_it_sends(harness: GatewayHarness) -> None:

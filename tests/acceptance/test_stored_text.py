@@ -55,7 +55,8 @@ async def test_an_error_of_any_text_is_stored_and_its_task_not_run_again(error: 
     async with make_supervisor(url, agent) as supervisor:
         known = await supervisor.ticket(ticket.task_id)
         await asyncio.sleep(60.0)
-        assert [letter async for letter in supervisor.dead_letters] == []
+        letters = [letter async for letter in supervisor.dead_letters]
+    assert [(letter.task_id, letter.attempts, letter.error) for letter in letters] == [(ended.task_id, 1, ended.error)]
     assert len(agent.started) == 1
     assert known.status is ended.status is TaskStatus.FAILED
     assert known.error == ended.error

@@ -15,7 +15,7 @@ import pytest
 from tests.support.scripted_life import ScriptedLife, settle
 from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, flood, now, statuses, virtual
 
-from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, WorkerState
+from forebay import BackpressureSupervisor, Overloaded, Retry, Task, TaskFailed, TaskStatus, WorkerState
 from forebay.adapters import Handler
 from forebay.errors import InvalidSetting, UnknownTaskType, WorkerNotStarted, WorkerStopped
 from forebay.events import WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
@@ -854,3 +854,35 @@ async def test_a_start_that_hangs_at_a_restart_is_cut_off_and_tried_again() -> N
         assert await supervisor.run(Task("work", 1)) == 1
         assert now() == approximately(4.0)
         assert len(starts) == 3
+
+
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_task_with_a_policy_is_retried_after_its_worker_was_restarted() -> None:
+    service = ScriptedLife()
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, service, Agent(10.0), retry=Retry(max_attempts=2))
+        await settle()
+        (ticket,) = flood(supervisor, "work", 1)
+        await asyncio.sleep(1.0)
+        service.crash()
+        result = await ticket
+        assert (result.status, result.attempts) == (SUCCEEDED, 2)
+
+
+@virtual
+async def test_a_task_that_waits_for_its_next_attempt_ends_with_its_last_worker() -> None:
+    def fails(_: Task) -> None:
+        raise ValueError("no")
+
+    service = ScriptedLife()
+    async with BackpressureSupervisor(max_restarts=0) as supervisor:
+        register(supervisor, service, fails, retry=Retry(base_delay=1000.0, max_delay=1000.0))
+        await settle()
+        first, parked = (supervisor.submit_nowait(Task("work", thread_id="chat")) for _ in range(2))
+        await settle()
+        service.crash()
+        assert await statuses([first, parked]) == [FAILED, FAILED]
+        assert now() < 1.0

@@ -16,6 +16,7 @@ from tests.support.task_plane import (
     UncancellableHandler,
     approximately,
     error_of,
+    fill,
     flood,
     now,
     rejected,
@@ -24,7 +25,7 @@ from tests.support.task_plane import (
     virtual,
 )
 
-from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskFailed, TaskStatus, Verdict
+from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Retry, Task, TaskFailed, TaskStatus, Verdict
 from forebay.errors import (
     InvalidSetting,
     NotStarted,
@@ -597,3 +598,53 @@ async def test_registering_and_removing_a_worker_costs_the_same_however_many_the
     await calls_per_worker(10)
     few, many = await calls_per_worker(50), await calls_per_worker(500)
     assert many <= 1.1 * few
+
+
+# --- retries, and producers that wait for room -----------------------------------------------------------------------
+
+
+@virtual
+async def test_a_task_that_waits_for_its_next_attempt_ends_when_its_type_is_gone() -> None:
+    def fails(_: Task) -> None:
+        raise ValueError("no")
+
+    async with BackpressureSupervisor() as supervisor:
+        retry = Retry(base_delay=1000.0, max_delay=1000.0)
+        supervisor.register_worker("only", handler=fails, task_types=["work"], retry=retry)
+        (ticket,) = flood(supervisor, "work", 1)
+        await run_ready()
+        await supervisor.unregister_worker("only")
+        result = await ticket
+        assert result.status is FAILED
+        assert now() < 1.0
+        assert supervisor.statistics().waiting == supervisor.statistics().delayed == 0
+
+
+@virtual
+async def test_producers_that_wait_for_room_notice_a_new_worker_a_resumed_type_and_one_that_is_gone() -> None:
+    async with BackpressureSupervisor(max_queue_size=1) as supervisor:
+        supervisor.register_worker("slow", handler=Agent(1000.0), task_types=["work"])
+        await fill(supervisor, "work")
+        waits = asyncio.create_task(supervisor.submit(Task("work"), wait=100.0))
+        await run_ready()
+        supervisor.register_worker("new", handler=Agent(1.0), task_types=["work"])
+        assert (await waits).verdict is Verdict.ADMITTED
+        assert now() < 0.1
+
+        supervisor.register_worker("other", handler=Agent(1.0), task_types=["else"])
+        supervisor.pause("else")
+        await fill(supervisor, "else")
+        waits = asyncio.create_task(supervisor.submit(Task("else"), wait=100.0))
+        await run_ready()
+        supervisor.resume("else")
+        assert (await waits).verdict is Verdict.ADMITTED
+        assert now() < 0.1
+
+        await fill(supervisor, "else")
+        supervisor.pause("else")
+        waits = asyncio.create_task(supervisor.submit(Task("else"), wait=100.0))
+        await run_ready()
+        await supervisor.unregister_worker("other", timeout=0)
+        supervisor.resume("else")
+        assert isinstance(await error_of(waits), UnknownTaskType)
+        assert now() < 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import signal
@@ -179,8 +180,9 @@ def _hang() -> None:
 
 def _with_a_child() -> None:
     with subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"]) as process:
-        progress(process.pid)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        with contextlib.suppress(asyncio.CancelledError):  # it may be cancelled by now, and does not stop
+            progress(process.pid)
         threading.Event().wait()
 
 
@@ -191,7 +193,8 @@ def _with_strangers(mark: str) -> None:
     orphan = subprocess.run([sys.executable, "-c", daemon], stdout=subprocess.PIPE, check=True).stdout
     child = subprocess.Popen(waits, start_new_session=True, env={})
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    progress([child.pid, int(orphan)])
+    with contextlib.suppress(asyncio.CancelledError):  # it may be cancelled by now, and does not stop
+        progress([child.pid, int(orphan)])
     _read(mark)
 
 

@@ -20,6 +20,7 @@ from forebay import (
     Deadline,
     Overloaded,
     Priority,
+    Retry,
     Task,
     TaskFailed,
     TaskResult,
@@ -187,6 +188,13 @@ async def test_an_exception_is_the_cause(supervisor: BackpressureSupervisor, eng
         assert (cause.type, cause.message) == ("ValueError", "no such river")
         assert "in _raise" in cause.traceback
         assert "in _raise" in cause.__notes__[0]
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_task_that_says_which_errors_to_retry_is_retried(supervisor: BackpressureSupervisor) -> None:
+    retry = Retry(max_attempts=3, base_delay=0.001, on=lambda error: "no such river" in str(error))
+    result = await ended(supervisor, "raise", "ValueError", retry=retry)
+    assert (result.status, result.attempts) == (TaskStatus.FAILED, 3)
 
 
 async def test_a_handler_may_raise_anything(

@@ -14,7 +14,7 @@ from tests.support.killed_calls import lost_calls
 from tests.support.task_stores import DURABLE, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore
+from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
 from forebay.task import Priority
 
 if TYPE_CHECKING:
@@ -560,6 +560,193 @@ async def test_ended_records_are_bounded_and_the_oldest_dropped_first(
     assert await state(store, "ended at 3.0") is RecordState.DONE
 
 
+@pytest.mark.parametrize("status", ["failed", "timed_out", "cancelled", "expired"])
+async def test_a_record_that_is_done_without_success_loses_its_key(
+    store: TaskStore, record: MakeRecord, status: str
+) -> None:
+    await store.put(record("a", key="k"))
+    assert await store.finish("a", Completion(status=status, finished_at=50.0), fence=None)
+    assert await store.find_key("k") is None
+    found = await store.find("a")
+    assert found is not None
+    assert (found[0], found[1].key) == (RecordState.DONE, None)
+    assert await store.put(record("b", key="k")) is PutResult.STORED
+    assert await store.put(record("a")) is PutResult.STORED
+    assert await store.find_key("k") == "b"
+
+
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_delayed_record_is_leased_once_it_is_due(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a"))
+    (lease,) = await take()
+    await store.begin_attempt(lease)
+    assert await store.delay(lease, due=10.0, wait=4.0, error="ValueError: no")
+    assert await state(store, "a") is RecordState.DELAYED
+    assert await store.wake(now=9.9) == WakeResult(woken=0, delayed=1, next_due=10.0)
+    assert await take() == []
+    assert await store.wake(now=10.0) == WakeResult(woken=1, delayed=0, next_due=None)
+    (again,) = await take()
+    assert again.record == msgspec.structs.replace(
+        lease.record, attempts=1, failures=1, total_delay=4.0, last_error="ValueError: no"
+    )
+
+
+async def test_failures_and_delays_add_up(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a"))
+    for number, wait in enumerate([1.0, 2.0]):
+        (lease,) = await take()
+        await store.begin_attempt(lease)
+        await store.delay(lease, due=10.0, wait=wait, error=f"error {number}")
+        await store.wake(now=10.0)
+    (lease,) = await take()
+    record_ = lease.record
+    assert (record_.attempts, record_.failures, record_.total_delay) == (2, 2, 3.0)
+    assert record_.last_error == "error 1"
+
+
+async def test_a_lost_lease_delays_nothing(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a"))
+    (lost,) = await take()
+    await store.release([lost])
+    assert not await store.delay(lost, due=10.0, wait=1.0, error="late")
+    assert await state(store, "a") is RecordState.WAITING
+    (held,) = await take()
+    assert not await store.delay(lost, due=10.0, wait=1.0, error="late")
+    assert held.record.failures == 0
+    assert await store.begin_attempt(held)
+
+
+async def test_a_delayed_record_has_no_lease(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a"))
+    (lease,) = await take()
+    await store.delay(lease, due=10.0, wait=1.0, error="no")
+    assert not await store.begin_attempt(lease)
+    assert not await store.delay(lease, due=20.0, wait=1.0, error="no")
+    assert not await store.mark_dead(lease, DONE)
+    assert not await store.finish("a", DONE, fence=lease.fence)
+    assert list(await renew(store, [lease], until=200.0)) == [lease]
+    await store.release([lease])
+    await store.reap(now=1e9, max_attempts=1, latest=2e9)
+    assert await store.prune(before=1e9) == 0
+    assert await state(store, "a") is RecordState.DELAYED
+
+
+async def test_a_delayed_record_can_be_cancelled(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a", key="k"), record("b")])
+    for lease in await take():
+        await store.delay(lease, due=10.0, wait=1.0, error="no")
+    assert await store.finish("a", Completion(status="cancelled", finished_at=5.0), fence=None)
+    assert await store.wake(now=5.0) == WakeResult(woken=0, delayed=1, next_due=10.0)
+    assert await store.wake(now=10.0) == WakeResult(woken=1, delayed=0, next_due=None)
+    assert ids(await take()) == ["b"]
+
+
+async def test_delayed_records_wake_in_their_old_order(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b"), record("c", deadline=50.0)])
+    leases = await take()
+    for lease, due in zip(leases, (3.0, 2.0, 1.0), strict=True):
+        await store.delay(lease, due=due, wait=1.0, error="no")
+    await store.put(record("d"))
+    assert await store.wake(now=2.0) == WakeResult(woken=2, delayed=1, next_due=3.0)
+    assert ids(await take()) == ["a", "b", "d"]
+    await store.wake(now=3.0)
+    assert ids(await take()) == ["c"]
+
+
+async def test_delayed_records_are_bounded_and_are_no_depth(open_store: OpenStore, record: MakeRecord) -> None:
+    store = await open_store(bound=2)
+    await put_all(store, [record("a", key="k"), record("b")])
+    for lease in await store.lease("research", 2, until=100.0):
+        await store.delay(lease, due=10.0, wait=1.0, error="no")
+    assert await store.depths() == {}
+    assert await store.put(record()) is PutResult.FULL
+    assert await store.put(record("a")) is PutResult.DUPLICATE
+    assert await store.put(record(key="k")) is PutResult.DUPLICATE
+    assert await store.find_key("k") == "a"
+    await store.wake(now=10.0)
+    assert await store.depths() == {("research", Priority.NORMAL): 2}
+
+
+async def test_a_delayed_record_keeps_its_conversation_waiting(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a", thread="t"))
+    await store.put(record("b", thread="t"))
+    (lease,) = await take()
+    assert await store.delay(lease, due=10.0, wait=1.0, error="no")
+    assert await take() == []
+    assert await store.put(record("c", thread="t"), fence="mine", until=100.0) is PutResult.PARKED
+    assert await store.put(record("older", thread="t", enqueued_at=1.0)) is PutResult.PARKED
+    assert await store.conversations() == {"t": 4}
+    assert await store.depths() == {}
+    await store.wake(now=10.0)
+    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    for name in ("older", "a", "b", "c"):
+        (lease,) = await take()
+        assert lease.record.task_id == name
+        await store.finish(name, DONE, fence=lease.fence)
+
+
+async def test_a_conversation_goes_on_after_its_delayed_record_is_cancelled(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a", thread="t"))
+    await store.put(record("b", thread="t"))
+    (lease,) = await take()
+    await store.delay(lease, due=10.0, wait=1.0, error="no")
+    assert await store.finish("b", DONE, fence=None)
+    await store.put(record("c", thread="t"))
+    assert await store.finish("a", DONE, fence=None)
+    assert ids(await take()) == ["c"]
+
+
+async def test_attempts_that_ended_with_an_error_are_no_lost_leases(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a"))
+    for _ in range(5):
+        (lease,) = await take(until=10.0)
+        await store.begin_attempt(lease)
+        await store.delay(lease, due=10.0, wait=1.0, error="no")
+        await store.wake(now=10.0)
+    for lost in range(2):
+        (lease,) = await take(until=10.0)
+        await store.begin_attempt(lease)
+        dead = await store.reap(now=11.0, max_attempts=2)
+        assert len(dead) == lost
+    assert dead[0].record.attempts == 7
+    assert dead[0].record.failures == 5
+
+
+async def test_a_requeued_dead_letter_has_no_failures(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    fresh = record("a")
+    await store.put(fresh)
+    (lease,) = await take()
+    await store.begin_attempt(lease)
+    await store.delay(lease, due=10.0, wait=1.0, error="no")
+    await store.wake(now=10.0)
+    (lease,) = await take()
+    await store.mark_dead(lease, UNREADABLE)
+    assert await store.requeue("a") is PutResult.STORED
+    assert [lease.record for lease in await take()] == [fresh]
+
+
+async def test_a_record_is_put_with_its_failures(store: TaskStore, record: MakeRecord) -> None:
+    failed = msgspec.structs.replace(record("a"), attempts=3, failures=2, total_delay=1.5, last_error="no")
+    await store.put(failed)
+    assert await store.find("a") == (RecordState.WAITING, failed, None)
+
+
+async def test_thousands_of_delayed_records_wake_like_a_few(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record() for _ in range(1_200)])
+    delays = [store.delay(lease, due=10.0, wait=1.0, error="no") for lease in await take()]
+    assert all(await asyncio.gather(*delays))
+    assert await store.wake(now=11.0) == WakeResult(woken=1_200, delayed=0, next_due=None)
+    assert await store.depths() == {("research", Priority.NORMAL): 1_200}
+
+
 # --- expiry ----------------------------------------------------------------------------------------------------------
 
 
@@ -595,17 +782,17 @@ async def test_a_record_with_too_many_attempts_becomes_dead(store: TaskStore, re
     assert completion.error is not None
 
 
-async def test_a_dead_record_keeps_its_key_until_it_is_deleted(
-    store: TaskStore, record: MakeRecord, take: Take
-) -> None:
+async def test_a_dead_record_does_not_take_its_key(store: TaskStore, record: MakeRecord, take: Take) -> None:
     await store.put(record("a", key="k"))
     (lease,) = await take(until=10.0)
     await store.begin_attempt(lease)
     await store.reap(now=11.0, max_attempts=1)
-    assert await store.put(record("b", key="k")) is PutResult.DUPLICATE
-    assert await store.prune(before=12.0) == 0
-    assert await store.delete_dead("a")
+    assert await store.find_key("k") is None
     assert await store.put(record("b", key="k")) is PutResult.STORED
+    assert await store.put(record("c", key="k")) is PutResult.DUPLICATE
+    assert await store.find_key("k") == "b"
+    assert await store.delete_dead("a")
+    assert await store.find_key("k") == "b"
 
 
 async def test_a_lease_that_expires_before_a_start_counts_no_attempt(
@@ -742,6 +929,36 @@ async def test_a_requeued_record_keeps_its_order_and_starts_with_no_attempts(
     assert await store.depths() == {("research", Priority.NORMAL): 2}
     again, _ = await take()
     assert (again.record.task_id, again.record.attempts, again.record.envelope) == ("a", 0, b"whole")
+
+
+async def test_a_dead_record_is_not_requeued_while_another_has_its_key(
+    open_store: OpenStore, record: MakeRecord
+) -> None:
+    store = await open_store(bound=1)
+    await store.put(record("a", key="k"))
+    (lease,) = await store.lease("research", 1, until=10.0)
+    await store.mark_dead(lease, UNREADABLE)
+    await store.put(record("b", key="k"))
+    assert await store.requeue("a") is PutResult.DUPLICATE
+    assert await state(store, "a") is RecordState.DEAD
+    await store.finish("b", Completion(status="expired", finished_at=50.0), fence=None)
+    assert await store.requeue("a") is PutResult.STORED
+    assert await store.find_key("k") == "a"
+    assert await store.put(record("c", key="k")) is PutResult.DUPLICATE
+
+
+async def test_a_dead_record_makes_way_for_the_same_id_and_key(open_store: OpenStore, record: MakeRecord) -> None:
+    store = await open_store(bound=1)
+    await store.put(record("a", key="k"))
+    (lease,) = await store.lease("research", 1, until=10.0)
+    await store.mark_dead(lease, UNREADABLE)
+    assert await store.put(record("a")) is PutResult.DUPLICATE
+    assert await store.put(record("a", key="l")) is PutResult.DUPLICATE
+    again = record("a", key="k", envelope=b"again")
+    assert await store.put(again) is PutResult.STORED
+    assert await store.find("a") == (RecordState.WAITING, again, None)
+    assert list(await store.list_dead(9)) == []
+    assert await store.put(record()) is PutResult.FULL
 
 
 async def test_a_full_store_requeues_no_dead_record(open_store: OpenStore, record: MakeRecord) -> None:

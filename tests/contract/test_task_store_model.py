@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from tests.support.task_stores import StoreBackend
 
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
+from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, WakeResult
 from forebay.overflow import open_task_store
 from forebay.task import Priority
 
@@ -25,7 +25,7 @@ BOUND = 10
 MAX_ATTEMPTS = 2
 TYPES = st.sampled_from(["research", "write"])
 NAMES = st.sampled_from("abcdefghijklmnopqr")
-UNFINISHED = (RecordState.WAITING, RecordState.PARKED, RecordState.LEASED)
+UNFINISHED = (RecordState.WAITING, RecordState.PARKED, RecordState.LEASED, RecordState.DELAYED)
 
 _T = TypeVar("_T")
 
@@ -64,7 +64,9 @@ class ModelStore:
 
     def put(self, record: TaskRecord, fence: str | None, until: float) -> PutResult:
         known = self.records.get(record.task_id)
-        if known is not None and (known.state is not RecordState.DONE or known.record.key is not None):
+        if known is not None and known.state in UNFINISHED:
+            return PutResult.DUPLICATE
+        if known is not None and known.record.key != (None if known.state is RecordState.DONE else record.key or ""):
             return PutResult.DUPLICATE
         if record.key is not None and self.find_key(record.key) is not None:
             return PutResult.DUPLICATE
@@ -84,18 +86,20 @@ class ModelStore:
         return [stored for stored in self.within(*UNFINISHED) if stored.record.thread_id == thread_id]
 
     def settle(self, thread_id: str | None) -> None:
-        """Let the oldest of each conversation wait, unless one is leased, and all without a conversation."""
+        """Let the oldest of each conversation wait, unless one has begun, and all without a conversation."""
         if thread_id is None:
             for stored in self.within(RecordState.PARKED):
                 if stored.record.thread_id is None:
                     stored.state = RecordState.WAITING
             return
         conversation = sorted(self.conversation(thread_id), key=lambda stored: stored.age)
-        leased = [stored for stored in conversation if stored.state is RecordState.LEASED]
+        begun = [stored for stored in conversation if stored.state in (RecordState.LEASED, RecordState.DELAYED)]
+        assert len(begun) <= 1
         for stored in conversation:
-            stored.state = RecordState.PARKED
-        for stored in (leased or conversation)[:1]:
-            stored.state = RecordState.LEASED if leased else RecordState.WAITING
+            if stored not in begun:
+                stored.state = RecordState.PARKED
+        if conversation and not begun:
+            conversation[0].state = RecordState.WAITING
 
     @property
     def full(self) -> bool:
@@ -113,7 +117,8 @@ class ModelStore:
     def end(self, stored: ModelRecord, state: RecordState, status: str, now: float) -> None:
         stored.state, stored.fence, stored.status, stored.finished_at = state, None, status, now
         if state is RecordState.DONE:
-            stored.record = msgspec.structs.replace(stored.record, envelope=b"")
+            key = stored.record.key if status == "succeeded" else None
+            stored.record = msgspec.structs.replace(stored.record, envelope=b"", key=key)
         self.settle(stored.record.thread_id)
         self.trim()
 
@@ -127,7 +132,8 @@ class ModelStore:
         return sorted(self.within(RecordState.DEAD), key=lambda stored: (stored.finished_at, stored.record.task_id))
 
     def find_key(self, key: str) -> str | None:
-        return next((task_id for task_id, stored in self.records.items() if stored.record.key == key), None)
+        holders = self.within(*UNFINISHED, RecordState.DONE)
+        return next((stored.record.task_id for stored in holders if stored.record.key == key), None)
 
 
 class TaskStoreMachine(RuleBasedStateMachine):
@@ -258,6 +264,31 @@ class TaskStoreMachine(RuleBasedStateMachine):
                 self.model.settle(stored.record.thread_id)
 
     @precondition(lambda self: self.leases)
+    @rule(data=st.data(), wait=st.sampled_from([1.0, 4.0]), error=st.sampled_from(["no", "never"]))
+    def delay(self, data: st.DataObject, wait: float, error: str) -> None:
+        lease = data.draw(st.sampled_from(self.leases))
+        stored, due = self.model.held(lease), self.tick() + wait
+        assert self.run(self.store.delay(lease, due=due, wait=wait, error=error)) is (stored is not None)
+        if stored is not None:
+            stored.state, stored.fence, stored.until = RecordState.DELAYED, None, due
+            record = stored.record
+            stored.record = msgspec.structs.replace(
+                record, failures=record.failures + 1, total_delay=record.total_delay + wait, last_error=error
+            )
+
+    @rule()
+    def wake(self) -> None:
+        now = self.tick()
+        due = [stored for stored in self.model.within(RecordState.DELAYED) if stored.until <= now]
+        for stored in due:
+            stored.state = RecordState.PARKED
+        for stored in due:
+            self.model.settle(stored.record.thread_id)
+        later = [stored.until for stored in self.model.within(RecordState.DELAYED)]
+        expected = WakeResult(woken=len(due), delayed=len(later), next_due=min(later, default=None))
+        assert self.run(self.store.wake(now=now)) == expected
+
+    @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def finish_held(self, data: st.DataObject) -> None:
         lease = data.draw(st.sampled_from(self.leases))
@@ -272,7 +303,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
     def finish_waiting(self, task_id: str) -> None:
         completion = Completion(status="cancelled", finished_at=self.tick())
         stored = self.model.records.get(task_id)
-        waiting = stored is not None and stored.state in (RecordState.WAITING, RecordState.PARKED)
+        waiting = stored is not None and stored.state in UNFINISHED and stored.state is not RecordState.LEASED
         assert self.run(self.store.finish(task_id, completion, fence=None)) is waiting
         if stored is not None and waiting:
             self.model.end(stored, RecordState.DONE, "cancelled", self.now)
@@ -284,7 +315,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         dead = []
         for stored in self.model.within(RecordState.LEASED):
             lapsed = stored.until < now or stored.until > latest
-            if lapsed and stored.record.attempts < MAX_ATTEMPTS:
+            if lapsed and stored.record.attempts - stored.record.failures < MAX_ATTEMPTS:
                 stored.state, stored.fence = RecordState.PARKED, None
                 self.model.settle(stored.record.thread_id)
             elif lapsed:
@@ -317,12 +348,16 @@ class TaskStoreMachine(RuleBasedStateMachine):
         outcome = self.run(self.store.requeue(task_id))
         if stored is None or stored.state is not RecordState.DEAD:
             assert outcome is None
+        elif stored.record.key is not None and self.model.find_key(stored.record.key) is not None:
+            assert outcome is PutResult.DUPLICATE
         elif self.model.full:
             assert outcome is PutResult.FULL
         else:
             assert outcome is PutResult.STORED
             stored.state, stored.status = RecordState.PARKED, None
-            stored.record = msgspec.structs.replace(stored.record, attempts=0)
+            stored.record = msgspec.structs.replace(
+                stored.record, attempts=0, failures=0, total_delay=0.0, last_error=None
+            )
             self.model.settle(stored.record.thread_id)
 
     @rule(task_id=NAMES)

@@ -121,6 +121,9 @@ def check_settings(table: list[list[str]], expected: dict[str, Any]) -> None:
             assert told == [], row
         else:
             assert told, row
+            if isinstance(default, type):
+                assert told[0] == default.__name__, row
+                continue
             assert ast.literal_eval(told[0]) == default, row
 
 

@@ -24,11 +24,11 @@ from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
-from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
@@ -40,8 +40,10 @@ from forebay.quota import (
     BudgetTracker,
     Price,
     RateLimiter,
+    RateScope,
     rate_limiter,
 )
+from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import RetryBudget, RetryState
@@ -53,9 +55,11 @@ from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
+from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
+from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -270,8 +274,9 @@ def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
 
 
 def draining_waits_for_a_message_behind_one_that_cannot_start() -> None:
-    def _has_startable(self: Drain) -> bool:
-        return any(map(self._may_run, filter(self._is_unfinished, self._registry.live.values())))
+    def _has_startable(self: Drain, *, without_store: bool = False) -> bool:
+        tickets = filter(self._is_unfinished, self._registry.live.values())
+        return any(self._may_run(ticket, without_store=without_store) for ticket in tickets)
 
     replace(Drain, Drain._has_startable, _has_startable)
 
@@ -573,6 +578,39 @@ def draining_does_not_report_what_the_overflow_has_not_answered() -> None:
     replace(Drain, original, _report)
 
 
+def a_drain_does_not_notice_that_a_run_begins_to_wait() -> None:
+    always(Dispatcher, Dispatcher._tell_drains, returns=None)
+
+
+def a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck() -> None:
+    def begin_await(self: Run, dispatcher: Any) -> None:
+        del dispatcher
+        self.awaited_tasks += 1
+
+    replace(Run, Run.begin_await, begin_await)
+
+
+def draining_without_a_limit_waits_for_a_silent_overflow() -> None:
+    always(Drain, Drain._watch_store, returns=None)
+
+
+def a_task_that_is_stored_as_draining_begins_waits_for_the_close() -> None:
+    skip(AdmissionController._await_store, StoredTasks.release_if_left)
+
+
+def draining_does_not_wait_for_the_end_of_a_task_in_the_overflow() -> None:
+    original = Drain._is_unfinished
+
+    def _is_unfinished(self: Drain, ticket: Ticket) -> bool:
+        return original(self, ticket) and not (ticket.stored and ticket.status is TaskStatus.SPILLED)
+
+    replace(Drain, original, _is_unfinished)
+
+
+def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
+    skip(QueueSpill._write, StoredTasks.complete_again)
+
+
 # --- spend and quotas ---
 
 
@@ -622,6 +660,33 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
 
 def a_tenant_that_has_spent_is_forgotten() -> None:
     always(SharedBudget, SharedBudget.is_fresh, returns=True)
+
+
+def debts_of_a_given_quota_are_forgiven() -> None:
+    original = Bucket.take
+
+    def take(self: Bucket, now: float, amount: float) -> None:
+        original(self, now, amount)
+        self.level = max(self.level, -self.amount)
+
+    replace(Bucket, original, take)
+
+
+def any_refusal_lowers_a_given_quota() -> None:
+    original = RateLimiter._empty_tightest
+
+    def _empty_tightest(self: RateLimiter, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
+        original(self, now, charge, wanted, scope or RateScope())
+
+    replace(RateLimiter, original, _empty_tightest)
+
+
+def what_a_strict_quota_has_lent_refills() -> None:
+    replace(Bucket, Bucket.reserve, Bucket.take)
+
+
+def a_strict_quota_reserves_what_is_expected() -> None:
+    always(CallMeter, CallMeter._reserve_most, returns=None)
 
 
 def a_used_quota_is_forgotten_with_its_account() -> None:
@@ -985,6 +1050,21 @@ def refused_trials_of_a_quota_are_repeated_at_once() -> None:
     always(QuotaDoubt, QuotaDoubt.record_refused, returns=None)
 
 
+def a_trial_that_was_left_is_sent_again_soon() -> None:
+    replace(QuotaDoubt, QuotaDoubt.record_unanswered, QuotaDoubt.cancel)
+
+
+def a_call_that_timed_out_was_accepted() -> None:
+    original = Exchange.connection_failed
+
+    def connection_failed(self: Exchange, permit: Permit, error: Exception, **circumstances: bool) -> Any:
+        result = original(self, permit, error, **circumstances)
+        result.outcome = msgspec.structs.replace(result.outcome, answered=True)
+        return result
+
+    replace(Exchange, original, connection_failed)
+
+
 def accepted_calls_do_not_tell_a_period() -> None:
     always(ObservedLimit, ObservedLimit._count_accepted, returns=None)
 
@@ -1042,6 +1122,10 @@ def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
         return self.transport is not None
 
     replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def a_connection_is_lent_that_is_about_to_be_closed() -> None:
+    always(ConnectionPool, ConnectionPool.may_be_closing, returns=False)
 
 
 def bytes_behind_a_response_lose_it() -> None:
@@ -1153,7 +1237,7 @@ def a_worker_takes_tasks_before_its_handler_has_started() -> None:
 
 
 def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
-    always(WorkerStarts, WorkerStarts.end_waiting, returns=None)
+    always(WorkerStarts, WorkerStarts._end_waiting, returns=None)
 
 
 def a_stored_task_is_held_though_its_worker_cannot_be_started() -> None:
@@ -1408,12 +1492,31 @@ def a_paused_type_has_the_room_of_its_slots() -> None:
 def a_drain_waits_for_a_type_that_is_paused() -> None:
     original = Drain._may_run
 
-    def _may_run(self: Drain, ticket: Ticket) -> bool:
+    def _may_run(self: Drain, ticket: Ticket, *, without_store: bool) -> bool:
         pool = self._core.pools.by_type.get(ticket.task.task_type)
-        return original(self, ticket) or (pool is not None and pool.paused)
+        return original(self, ticket, without_store=without_store) or (pool is not None and pool.paused)
 
     replace(Drain, original, _may_run)
 
 
 def a_larger_worker_waits_for_the_next_event() -> None:
     skip(RunCompletion.slots_changed, Dispatcher.update_slots)
+
+
+# --- fan-outs and waiting for room ---
+
+
+def who_leaves_a_fan_out_leaves_its_tasks_behind() -> None:
+    always(FanOut, FanOut._stop, returns=None)
+
+
+def agents_that_read_a_fan_out_keep_their_slots() -> None:
+    always(AdmissionController, AdmissionController.lend_slots, returns=None)
+
+
+def the_next_in_line_for_room_is_not_woken() -> None:
+    always(RoomQueue, RoomQueue._wake_first, returns=None)
+
+
+def a_fan_out_has_no_limit() -> None:
+    always(FanOut, FanOut._is_window_full, returns=False)

@@ -21,6 +21,7 @@ from tests.acceptance import (
     test_drain,
     test_ending,
     test_events,
+    test_fan_out,
     test_gateway_attacks,
     test_gateway_connections,
     test_gateway_end,
@@ -32,6 +33,7 @@ from tests.acceptance import (
     test_nested,
     test_open_runs,
     test_overflow,
+    test_room,
     test_routing,
     test_shared_overflow,
     test_silent_store,
@@ -48,7 +50,7 @@ from tests.acceptance import (
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
 from tests.mutation import bugs
-from tests.simulation import test_blame
+from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
@@ -255,6 +257,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_gate.test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills
     ),
     bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
+    bugs.debts_of_a_given_quota_are_forgiven: (
+        test_quota_debt.test_what_calls_use_beyond_their_reservations_is_paid_back_in_full
+    ),
+    bugs.any_refusal_lowers_a_given_quota: (
+        test_quota_debt.test_calls_that_are_always_refused_do_not_use_up_a_given_quota
+    ),
+    bugs.what_a_strict_quota_has_lent_refills: (
+        test_quota_debt.test_what_long_calls_hold_of_a_strict_quota_is_granted_once
+    ),
+    bugs.a_strict_quota_reserves_what_is_expected: test_quota_debt.test_a_strict_quota_is_never_passed,
     bugs.a_used_quota_is_forgotten_with_its_account: (
         test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
     ),
@@ -381,6 +393,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.refused_trials_of_a_quota_are_repeated_at_once: (
         test_quota_doubt.test_each_refused_trial_makes_the_next_one_rarer_up_to_one_an_hour
     ),
+    bugs.a_trial_that_was_left_is_sent_again_soon: (
+        test_quota_debt.test_a_learned_quota_is_believed_although_nearly_all_callers_leave
+    ),
+    bugs.a_call_that_timed_out_was_accepted: (
+        test_quota_debt.test_a_learned_quota_is_believed_although_nearly_all_callers_leave
+    ),
     bugs.accepted_calls_do_not_tell_a_period: (
         test_observed.test_more_calls_than_a_minute_grants_show_that_a_small_limit_is_one_of_a_second
     ),
@@ -408,6 +426,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
+    ),
+    bugs.a_connection_is_lent_that_is_about_to_be_closed: (
+        test_gateway_connections.test_no_call_is_sent_on_a_connection_that_is_about_to_be_closed
     ),
     bugs.a_body_that_becomes_invalid_leaves_its_reader_waiting: (
         test_gateway_attacks.test_an_invalid_body_ends_its_call
@@ -478,6 +499,24 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.draining_does_not_report_what_the_overflow_has_not_answered: (
         test_silent_store.test_draining_reports_the_tasks_whose_end_the_overflow_has_not_stored
     ),
+    bugs.a_drain_does_not_notice_that_a_run_begins_to_wait: (
+        test_drain.test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_from_ending
+    ),
+    bugs.a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck: (
+        test_drain.test_a_run_that_awaits_a_task_of_the_supervisor_above_finishes_though_others_here_cannot_start
+    ),
+    bugs.draining_without_a_limit_waits_for_a_silent_overflow: (
+        test_silent_store.test_draining_without_a_limit_waits_for_what_runs_and_not_for_a_silent_overflow
+    ),
+    bugs.a_task_that_is_stored_as_draining_begins_waits_for_the_close: (
+        test_silent_store.test_a_task_that_is_stored_as_draining_begins_does_not_wait_for_the_close
+    ),
+    bugs.draining_does_not_wait_for_the_end_of_a_task_in_the_overflow: (
+        test_silent_store.test_draining_waits_for_the_end_of_a_cancelled_task_that_waits_in_the_overflow
+    ),
+    bugs.a_task_that_is_stored_after_its_ticket_has_ended_runs_again: (
+        test_silent_store.test_a_task_that_is_stored_after_its_ticket_has_ended_does_not_run_again
+    ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
     ),
@@ -533,6 +572,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_a_nested_upstream_has_judged_counts_again: (
         test_upstream_retries.test_an_error_of_a_nested_upstream_is_no_fault_of_the_guarded_one
     ),
+    # fan-outs and waiting for room
+    bugs.who_leaves_a_fan_out_leaves_its_tasks_behind: test_fan_out.test_leaving_the_loop_cancels_what_is_outstanding,
+    bugs.agents_that_read_a_fan_out_keep_their_slots: test_fan_out.test_nested_fan_outs_never_deadlock,
+    bugs.the_next_in_line_for_room_is_not_woken: (
+        test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
+    ),
+    bugs.a_fan_out_has_no_limit: test_fan_out.test_the_limit_counts_tasks_of_all_types,
     bugs.a_leaving_worker_runs_no_nested_task: (
         test_worker_changes.test_a_run_on_a_leaving_worker_may_use_nested_tasks_of_the_same_worker
     ),

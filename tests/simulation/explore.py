@@ -26,8 +26,10 @@ from tests.simulation import (
     control_storm,
     conversation_mix,
     fair_share,
+    fan_out_storm,
     hook_storm,
     money_storm,
+    retry_storm,
     shutdown_storm,
     supervisor_scripts,
     surge,
@@ -38,7 +40,7 @@ from tests.simulation import (
 TIMEOUT = 300  # real seconds for one seed or batch
 INJECTED_SEEDS = range(200)
 BATCH = 100  # scripts
-TASK_STORMS = (task_storm, shutdown_storm, conversation_mix, hook_storm, fair_share)
+TASK_STORMS = (task_storm, shutdown_storm, conversation_mix, hook_storm, fair_share, retry_storm, fan_out_storm)
 TREES = (tree_storm,)
 CALL_STORMS = (control_storm, blame_storm, money_storm)
 

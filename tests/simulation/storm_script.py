@@ -8,6 +8,8 @@ from typing import Final
 
 from tests.support.unreliable_store import StoreFaults
 
+from forebay import Retry
+
 TYPES: Final = ("plan", "act", "write")
 LATE_TYPE: Final = "late"  # only served by workers that are registered late
 LEASE: Final = 10.0  # seconds
@@ -38,6 +40,26 @@ class StormWorker:
     start_time: float | None  # seconds; None: its handler need not be started
     start_fails: float  # probability
     hooks: frozenset[str]
+
+
+@dataclass(frozen=True)
+class StormRetries:
+    """The retries of a storm: the policy of its workers, and how often an attempt fails that the next one may not."""
+
+    policy: Retry
+    fails: float  # probability of an attempt
+    budget_share: float
+    budget_extra: int
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> StormRetries | None:
+        """Draw retries, or none."""
+        if rng.random() < 0.5:
+            return None
+        delay = rng.choice((0.05, 0.5, 0.5, 5.0))
+        attempts = rng.choice((2, 3, 5))
+        policy = Retry(max_attempts=attempts, base_delay=delay, max_delay=rng.choice((delay, 10.0)))
+        return cls(policy, rng.choice((0.1, 0.3)), rng.choice((0.05, 0.2, 1.0)), rng.choice((0, 10, 1000)))
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,7 @@ class StormScript:
     sinks: bool
     file_lost: float | None
     clock_steps: tuple[tuple[float, float], ...]
+    retries: StormRetries | None
 
     @property
     def calm(self) -> bool:
@@ -82,7 +105,7 @@ class StormScript:
     @property
     def blameless(self) -> bool:
         """True if no handler fails, hangs or waits for a store that hangs."""
-        return not (self.wild or self.fails or self.faults.hangs)
+        return not (self.wild or self.fails or self.faults.hangs or self.retries)
 
     @property
     def orderly(self) -> bool:
@@ -91,8 +114,8 @@ class StormScript:
         return self.calm and not self.wild and "crash" not in ends
 
     @classmethod
-    def draw(cls, rng: random.Random) -> StormScript:
-        """Draw a storm."""
+    def draw(cls, rng: random.Random, retries: StormRetries | None = None) -> StormScript:
+        """Draw a storm with the given retries."""
         choice = rng.choice
         overflow = choice((None, "memory://", "memory://?bound=50", "sqlite", "sqlite", "sqlite"))
         wild, spread, stored = choice((False, False, True)), choice((0.0, 3.0, 20.0)), overflow == "sqlite"
@@ -121,6 +144,7 @@ class StormScript:
             sinks=wild and choice((False, True)),
             file_lost=rng.uniform(0.0, spread + 5.0) if stored and rng.random() < 0.1 else None,
             clock_steps=_clock_steps(rng, spread),
+            retries=retries,
         )
 
 

@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from tests.simulation.storm_script import GRACE, LATE_TYPE, LEASE, TYPES, StormLifetime, StormScript, StormWorker
+from tests.simulation.storm_script import (
+    GRACE,
+    LATE_TYPE,
+    LEASE,
+    TYPES,
+    StormLifetime,
+    StormRetries,
+    StormScript,
+    StormWorker,
+)
 from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation, fail_if_any
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
@@ -29,9 +38,10 @@ from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, Unre
 from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket
 from forebay.adapters import Handler
 from forebay.errors import StoreUnavailable, SupervisorClosed, TaskCancelled
-from forebay.events import Event, TaskDeadLettered, TaskFinished, TaskStarted, WorkerFailed
+from forebay.events import Event, TaskDeadLettered, TaskFinished, TaskRetried, TaskStarted, WorkerFailed
 from forebay.interfaces import PutResult, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
+from forebay.retry import RetryBudget
 from forebay.simulation import simulate, virtual_loop
 from forebay.testing import EventRecord
 
@@ -128,7 +138,8 @@ class TaskStorm:
 
     def __init__(self, seed: int, path: Path) -> None:
         self.rng = random.Random(f"storm {seed}")
-        self.script = StormScript.draw(self.rng)
+        self.attempts = random.Random(f"attempts {seed}")  # apart, so that retries change nothing else of a seed
+        self.script = StormScript.draw(self.rng, StormRetries.draw(self.attempts))
         self.happened: Counter[str] = Counter()
         self.violations: list[str] = []
         self.acknowledged = AcknowledgedWrites()
@@ -230,6 +241,9 @@ class TaskStorm:
             if mood == "fail":
                 message = "the agent failed \ud83d"  # half of a surrogate pair
                 raise ValueError(message)
+            if self.script.retries is not None and self.attempts.random() < self.script.retries.fails:
+                message = "the agent failed this time"
+                raise ConnectionError(message)
             if mood == "strange":
                 raise self.rng.choice(ERRORS)
             return task.task_id
@@ -336,6 +350,7 @@ class TaskStorm:
             max_open=plan.max_open,
             timeout=plan.timeout,
             reset_timeout=1.0,
+            retry=None if self.script.retries is None else self.script.retries.policy,
         )
 
     # --- processes ---
@@ -360,6 +375,7 @@ class TaskStorm:
                 zombie_grace=GRACE,
                 keep_results=self.script.keep_results,
                 on_event=[sink] if self.script.sinks else [],
+                retry_budget=self._retry_budget(),
             )
             store = overflow if isinstance(overflow, StormStore) else None
             process = StormProcess(len(self.processes), supervisor, EventRecord(supervisor), store)
@@ -375,6 +391,10 @@ class TaskStorm:
             process.started_at = virtual_loop().time()
             self.processes.append(process)
             return process
+
+    def _retry_budget(self) -> RetryBudget | None:
+        retries = self.script.retries
+        return None if retries is None else RetryBudget(share=retries.budget_share, extra=retries.budget_extra)
 
     async def _register_late(self, process: StormProcess, plan: StormWorker) -> None:
         await asyncio.sleep(plan.late or 0.0)
@@ -640,12 +660,15 @@ class TaskStorm:
         """Yield what events say that must not be, in a storm in which it has no excuse."""
         script = self.script
         orderly = script.orderly and not self._started_after_step()
+        retried = self._retried()
         for number, event in enumerate(process.record.events):
             if isinstance(event, TaskStarted) and number >= process.closing_from and not script.wild:
                 yield f"{event.task_id} started at {event.at:.3f} s, after closing had begun"
-            elif isinstance(event, TaskStarted) and event.attempt > 1 and orderly:
+            elif isinstance(event, TaskStarted) and event.attempt > 1 + retried[event.task_id] and orderly:
                 yield f"{event.task_id} started for the {event.attempt}th time, though no process crashed"
-            elif isinstance(event, TaskDeadLettered) and orderly:
+            elif isinstance(event, TaskRetried) and orderly and self._was_retried_too_often(event.task_id, retried):
+                yield f"{event.task_id} was retried {retried[event.task_id]} times, more often than its policy allows"
+            elif isinstance(event, TaskDeadLettered) and orderly and event.error.startswith("LeaseLost"):
                 yield f"{event.task_id} is a dead letter, though no process crashed: {event.error}"
             elif isinstance(event, WorkerFailed) and script.blameless and "start" not in event.reason:
                 yield f"at {event.at:.3f} s worker {event.worker_id!r} was blamed: {event.reason}"
@@ -656,6 +679,17 @@ class TaskStorm:
                 expired = "deadline passed" in error or "after its deadline" in error
                 if expired and script.overflow != "sqlite" and event.at < self.due.get(event.task_id, 0.0) - 0.1:
                     yield f"{event.task_id} expired {self.due[event.task_id] - event.at:.1f} s too early: {error}"
+
+    def _retried(self) -> Counter[str]:
+        """Return how often tasks were retried, in any process, by their ids."""
+        records = (process.record for process in self.processes)
+        return Counter(event.task_id for record in records for event in record.of_type(TaskRetried))
+
+    def _was_retried_too_often(self, task_id: str, retried: Counter[str]) -> bool:
+        """Return whether a task had more retries than its policy allows, and those attempts that a stop gave back."""
+        retries = self.script.retries
+        given_back = self.acknowledged.given_back[task_id]
+        return retries is None or retried[task_id] > retries.policy.max_attempts - 1 + given_back
 
     def _started_after_step(self) -> bool:
         """Return whether a process started so shortly after a step of the clock that it could not know of it."""

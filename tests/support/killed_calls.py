@@ -71,6 +71,16 @@ async def release(store: TaskStore) -> None:
     await store.release([await lease(store, until=20.0)])
 
 
+async def delay(store: TaskStore) -> None:
+    await store.put(RECORD)
+    await store.delay(await lease(store, until=20.0), due=30.0, wait=1.0, error="no")
+
+
+async def wake(store: TaskStore) -> None:
+    await delay(store)
+    await store.wake(now=30.0)
+
+
 async def finish(store: TaskStore) -> None:
     await store.put(RECORD)
     held = await lease(store, until=20.0)
@@ -116,11 +126,13 @@ class KilledCall:
         calls: makes the calls. Without the last of them the record would be another.
         state: of the record at CHECKED_AT; None: there is no record.
         attempts: of the record.
+        delays: of the record, of a second each after an attempt that failed.
     """
 
     calls: Callable[[TaskStore], Awaitable[None]]
     state: RecordState | None
     attempts: int = 0
+    delays: int = 0
 
 
 KILLED_CALLS = {
@@ -130,6 +142,8 @@ KILLED_CALLS = {
     "begin_attempt": KilledCall(begin_attempt, RecordState.LEASED, attempts=1),
     "renew": KilledCall(renew, RecordState.LEASED),
     "release": KilledCall(release, RecordState.WAITING),
+    "delay": KilledCall(delay, RecordState.DELAYED, delays=1),
+    "wake": KilledCall(wake, RecordState.WAITING, delays=1),
     "finish": KilledCall(finish, RecordState.DONE),
     "mark_dead": KilledCall(mark_dead, RecordState.DEAD),
     "reap": KilledCall(reap, RecordState.WAITING),
@@ -212,7 +226,14 @@ async def survives(url: str, call: KilledCall) -> bool:
         return call.state is None and key is None
     state, record, completion = found
     envelope = b"" if state is RecordState.DONE else RECORD.envelope
-    expected = msgspec.structs.replace(RECORD, attempts=call.attempts, envelope=envelope)
+    expected = msgspec.structs.replace(
+        RECORD,
+        attempts=call.attempts,
+        envelope=envelope,
+        failures=call.delays,
+        total_delay=call.delays,
+        last_error="no" if call.delays else None,
+    )
     has_ended = state in (RecordState.DONE, RecordState.DEAD)
     return (state, record, completion is not None) == (call.state, expected, has_ended)
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from forebay.events import Event, TaskFinished, TaskRefilled, TaskStarted, TaskSubmitted
+from forebay.events import Event, TaskFinished, TaskRefilled, TaskRetried, TaskStarted, TaskSubmitted
 from forebay.task import Priority, Verdict
 from forebay.testing import EventRecord
 
@@ -23,17 +23,38 @@ class PriorityInversion(NamedTuple):
 
 
 class _QueueModel:
-    """The queue of one task type as its events describe it, and how often each priority was passed over."""
+    """The queue of one task type as its events describe it, and how often each priority was passed over.
+
+    Tasks that are to be retried join it at a time that no event tells. They are not compared, and may make a priority
+    starve.
+    """
 
     def __init__(self) -> None:
         self.waiting: dict[str, Priority] = {}
+        self.retried: dict[str, Priority] = {}
         self.passed_over = [0] * len(Priority)
+
+    def add(self, event: Event, task_id: str, priority: Priority) -> None:
+        """Add the task of an event that puts it into the queue, or makes it wait for its retry."""
+        if isinstance(event, TaskRetried):
+            self.retried[task_id] = priority
+        elif _is_queued(event) and task_id not in self.retried:  # one that comes back may wait for the retry budget
+            self.waiting[task_id] = priority
+
+    def retried_left(self, event: TaskStarted | TaskFinished, priority: Priority) -> bool:
+        """Return whether a task to be retried has started or ended; count that if so."""
+        if self.retried.pop(event.task_id, None) is None:
+            return False
+        if isinstance(event, TaskStarted):
+            self.passed_over[priority] = 0
+        self.removed(priority)
+        return True
 
     def removed(self, priority: Priority) -> None:
         """Count that a task of `priority` left the queue: waiting tasks of lower priorities were passed over."""
         for lower in Priority:
             if lower > priority:
-                waits = any(other is lower for other in self.waiting.values())
+                waits = any(other is lower for other in (*self.waiting.values(), *self.retried.values()))
                 self.passed_over[lower] = self.passed_over[lower] + 1 if waits else 0
 
 
@@ -53,13 +74,14 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
     for event in record.events:
         if isinstance(event, TaskSubmitted):
             submitted[event.task_id] = (event.task_type, event.priority)
-        if (queued := _queued_task(event)) is not None and queued in submitted:
-            task_type, priority = submitted[queued]
-            queues[task_type].waiting[queued] = priority
-        elif isinstance(event, TaskStarted | TaskFinished) and event.task_id in submitted:
-            task_type, priority = submitted[event.task_id]
-            queue = queues[task_type]
-            if queue.waiting.pop(event.task_id, None) is None:
+        task_id = getattr(event, "task_id", None)
+        if task_id not in submitted:
+            continue
+        task_type, priority = submitted[task_id]
+        queue = queues[task_type]
+        queue.add(event, task_id, priority)
+        if isinstance(event, TaskStarted | TaskFinished):
+            if queue.retried_left(event, priority) or queue.waiting.pop(event.task_id, None) is None:
                 continue
             if isinstance(event, TaskStarted):
                 better = [task_id for task_id, other in queue.waiting.items() if other < priority]
@@ -72,8 +94,6 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
             queue.removed(priority)  # a task that ended in the queue may have done so when it was taken to start
 
 
-def _queued_task(event: Event) -> str | None:
-    """Return the id of the task that the event puts into a queue; None if it puts none."""
-    if isinstance(event, TaskRefilled) or (isinstance(event, TaskSubmitted) and event.verdict is Verdict.ADMITTED):
-        return event.task_id
-    return None
+def _is_queued(event: Event) -> bool:
+    """Return whether the event puts its task into a queue."""
+    return isinstance(event, TaskRefilled) or (isinstance(event, TaskSubmitted) and event.verdict is Verdict.ADMITTED)

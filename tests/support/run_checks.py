@@ -21,7 +21,7 @@ from tests.support.unreliable_store import AcknowledgedWrites
 
 from forebay import TaskStatus, Ticket, Verdict
 from forebay.errors import StoreUnavailable
-from forebay.events import TaskFinished, TaskStarted
+from forebay.events import TaskFinished, TaskRetried, TaskStarted
 from forebay.testing import EventRecord
 
 
@@ -56,14 +56,15 @@ def check_closed_supervisor(record: EventRecord) -> None:
 
 
 def check_in_memory_run(record: EventRecord, tickets: list[Ticket]) -> None:
-    """Check that without a durable store every accepted task ended here, and started at most once."""
+    """Check that without a durable store every accepted task ended here, and started once and again for each retry."""
     check_task_ends(record, tickets=tickets)
     check_spills(record)
     for ticket in tickets:
         if ticket and ticket.status not in FINAL_STATUSES:
             raise InvariantViolation(f"{ticket} never ended")
-    if repeated := [start.task_id for start in record.of_type(TaskStarted) if start.attempt > 1]:
-        raise InvariantViolation(f"started more than once: {repeated}")
+    retried = Counter(event.task_id for event in record.of_type(TaskRetried))
+    if repeated := [start for start in record.of_type(TaskStarted) if start.attempt > 1 + retried[start.task_id]]:
+        raise InvariantViolation(f"started more often than retried: {repeated}")
     if left := record.supervisor.statistics().outside:
         raise InvariantViolation(f"{left} tasks are left in the overflow")
 

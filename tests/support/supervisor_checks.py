@@ -191,8 +191,10 @@ def _held_by_workers(supervisor: BackpressureSupervisor, *, zombies: bool) -> It
         held = [run.task.task_id for run in runs if not (zombies and run.abandoned_at is not None)]
         if held:
             yield f"worker {worker.name!r} still runs {held}"
-        if worker.pending_claims:
-            yield f"on worker {worker.name!r} {worker.pending_claims} runs wait for the slot that they lent"
+        claims = () if dispatcher is None else dispatcher.slot_claims._claims.get(worker, ())
+        # The claim of a run that has ended goes once there is a slot, and a zombie may hold the only one.
+        if claiming := [run.task.task_id for run, _ in claims if not (zombies and worker.zombies and run.ended)]:
+            yield f"on worker {worker.name!r} {claiming} wait for the slot that they lent"
         if not zombies and (worker.suspended or any(worker.suspended_open)):
             yield f"worker {worker.name!r} counts {worker.suspended} runs without a slot, {worker.suspended_open} open"
         if worker.current_tasks != len(runs):
@@ -210,10 +212,11 @@ def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) ->
                 f"the pool of {pool.task_type!r} counts {pool.nested} nested tasks, {pool.suspended} suspended runs,"
                 f" {len(pool.nested_spilled)} nested tasks in the overflow"
             )
-        if queued or pool.parked or pool.reserved or any(pool.spilling.values()):
+        if queued or pool.parked or pool.reserved or pool.delayed or any(pool.spilling.values()):
             yield (
                 f"the queue of {pool.task_type!r} holds {queued}, {pool.parked} tasks behind their thread,"
-                f" {pool.reserved} retry slots, {sum(pool.spilling.values())} tasks being spilled"
+                f" {pool.delayed} tasks to be retried, {pool.reserved} places for records,"
+                f" {sum(pool.spilling.values())} tasks being spilled"
             )
     unresolved = [
         ticket for ticket in dispatcher.core.registry.live.values() if ticket.status is not TaskStatus.SPILLED

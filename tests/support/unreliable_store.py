@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, TaskStore
+from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
 from forebay.task import Priority
 
 T = TypeVar("T")
@@ -142,6 +142,12 @@ class UnreliableStore:
         self._acknowledged.given_back.update(lease.record.task_id for lease in leases if lease.fence in self._begun)
         await self._call(self._inner.release(leases))
 
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        return await self._call(self._inner.delay(lease, due=due, wait=wait, error=error), lease.record.task_id)
+
+    async def wake(self, *, now: float) -> WakeResult:
+        return await self._call(self._inner.wake(now=now))
+
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         try:
             finished = await self._call(self._inner.finish(task_id, completion, fence=fence), task_id)
@@ -163,7 +169,11 @@ class UnreliableStore:
         return await self._call(self._inner.prune(before=before))
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        try:
+            marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        except StoreUnavailable:
+            self._acknowledged.uncertain.add(lease.record.task_id)
+            raise
         self._acknowledged.ended[lease.record.task_id] += marked
         return marked
 

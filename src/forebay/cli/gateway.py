@@ -146,6 +146,7 @@ def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
     for pattern, rates in groups:
         limits += [
             f"{quota.amount:,} {quota.unit.replace('_', ' ')} per minute{f' of {pattern}' if pattern else ''}"
+            + (", strict" if quota.strict else "")
             for quota in rates.quotas()
         ]
     for fallback in target.fallback:

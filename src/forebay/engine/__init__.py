@@ -8,9 +8,8 @@ from forebay.engine.base import Engine
 from forebay.engine.loop_engine import AutoEngine, LoopEngine
 from forebay.engine.process_engine import ProcessEngine
 from forebay.engine.thread_engine import ThreadEngine
-from forebay.engine.thread_executor import DaemonThreadExecutor
 
-__all__ = ["DaemonThreadExecutor", "Engine", "LoopEngine", "ProcessEngine", "ThreadEngine", "resolve_engine"]
+__all__ = ["Engine", "LoopEngine", "ProcessEngine", "ThreadEngine", "resolve_engine"]
 
 _BY_NAME: dict[str | None, type[Engine]] = {
     None: AutoEngine,

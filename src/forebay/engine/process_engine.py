@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from forebay import clock, context
 from forebay._text import format_duration
+from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_positive, check_whole
 from forebay.adapters import Handler
 from forebay.adapters.factory import check_factory
@@ -18,7 +21,6 @@ from forebay.adapters.import_paths import import_path_of
 from forebay.carried_context import capture_context
 from forebay.engine import messages
 from forebay.engine.child_process import ChildProcess, spawn
-from forebay.engine.thread_executor import DaemonThreadExecutor
 from forebay.errors import (
     InvalidSetting,
     NotSerializable,
@@ -152,6 +154,8 @@ class _ProcessPool:
 
     def _run_request(self, task: Task, running: context.RunningTask | None) -> messages.RunTask:
         deadline = task.deadline if running is None else running.deadline
+        if task.retry is not None:  # the supervisor's business, and its `on` may be a function
+            task = msgspec.structs.replace(task, retry=None)
         try:
             encoded = encode_task(task, task.payload, bound=self._engine.max_message_bytes, context=capture_context())
         except (NotSerializable, PayloadTooLarge) as error:

@@ -1,16 +1,20 @@
 """The pool of connections to providers: none is lent that may carry the rest of another call.
 
 HTTP/1.1 pairs answers with requests by their order alone: if a provider, or a proxy before it, sends one answer too
-many, each later call of that connection gets the answer of another. Four rules keep that from callers:
+many, each later call of that connection gets the answer of another. Four rules keep that from callers, and the fifth
+keeps calls from connections that are about to be closed:
 
 - Each credential has connections of its own: whatever goes wrong, no caller gets the answer to another's key.
 - An idle connection that receives something is closed, also if it has not been read yet when the connection is lent.
 - A connection rests before it is lent again, so that such bytes have time to arrive.
 - A provider that has sent such bytes gets a new connection for each call, for a while.
+- A connection is not lent once it has been idle for nearly as long as one that its provider has closed. A call that is
+  sent while the provider closes its connection may have been received, so it would count as reserved.
 """
 
 from __future__ import annotations
 
+import math
 import select
 from asyncio import BaseTransport
 from typing import Any, Final
@@ -23,7 +27,10 @@ from forebay import clock
 from forebay.events import log
 from forebay.gateway.response_head import HeadSplitter, clean_head
 
-_KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
+_KEEPALIVE: Final = 30.0  # seconds for idle connections to providers; most close them later
+_SAFE_SHARE: Final = 0.8  # of the idle time after which a provider closes: a call needs time to arrive
+_ALWAYS_SAFE: Final = 0.5  # seconds: providers wait longer, so what is closed sooner has another cause
+_MEMORY: Final = 600.0  # seconds for which an idle time is remembered: a restart closes connections after any time
 _REST: Final = 0.01  # seconds between two calls on one connection
 _DISTRUST: Final = 600.0  # seconds without reuse for a provider that sent bytes unasked
 _CREDENTIALS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie")
@@ -71,6 +78,8 @@ class PooledConnection(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """See `asyncio.Protocol`."""
         self._pool.record_closed()
+        if self.transport is not None:  # else it was closed on this side
+            self._record_closed_idle()
         super().connection_lost(exc)
 
     def rest(self, key: ConnectionKey) -> None:
@@ -78,9 +87,18 @@ class PooledConnection(ResponseHandler):
         self.idle_key = key
         self.idle_since = clock.now()
 
+    @property
+    def idle_time(self) -> float:
+        """The seconds since its last call ended."""
+        return clock.now() - self.idle_since
+
     def has_rested(self) -> bool:
         """Return whether the last call ended long enough ago."""
-        return clock.now() - self.idle_since >= _REST
+        return self.idle_time >= _REST
+
+    def _record_closed_idle(self) -> None:
+        if self.idle_key is not None:
+            self._pool.record_closed_idle(self.idle_key, self.idle_time)
 
     def set_response_params(self, **parameters: Any) -> None:
         """See `ResponseHandler`; a call begins."""
@@ -101,7 +119,9 @@ class PooledConnection(ResponseHandler):
                     return
             self._parse(data)
         elif data.strip(b"\r\n"):  # an empty line is allowed before an answer
-            if not data.startswith(_IDLE_TIMEOUT_ANSWER):
+            if data.startswith(_IDLE_TIMEOUT_ANSWER):
+                self._record_closed_idle()
+            else:
                 self._pool.distrust(self.idle_key)
             self.close()
 
@@ -120,7 +140,9 @@ class PooledConnection(ResponseHandler):
             return False
         if self.idle_key is None:
             return True
-        return not self.should_close and not _has_unread_bytes(self.transport)
+        if self.should_close or self._pool.may_be_closing(self.idle_key, self.idle_time):
+            return False
+        return not _has_unread_bytes(self.transport)
 
 
 class ConnectionPool(aiohttp.TCPConnector):
@@ -137,6 +159,7 @@ class ConnectionPool(aiohttp.TCPConnector):
         self._max_connections = max_connections
         self._open = 0
         self._distrusted: dict[tuple[str, int | None], float] = {}  # until when, by address: as few as targets
+        self._idle_times: dict[tuple[str, int | None], tuple[float, float]] = {}  # the shortest, and until when
 
     def record_opened(self) -> None:
         """Count a connection that was opened."""
@@ -155,6 +178,23 @@ class ConnectionPool(aiohttp.TCPConnector):
                 key.port,
             )
         self._distrusted[key.host, key.port] = clock.now() + _DISTRUST
+
+    def record_closed_idle(self, key: ConnectionKey, idle_time: float) -> None:
+        """Note that a provider has closed a connection that had been idle for so many seconds."""
+        now = clock.now()
+        if idle_time <= self._closes_after(key, now):
+            self._idle_times[key.host, key.port] = (idle_time, now + _MEMORY)
+
+    def may_be_closing(self, key: ConnectionKey, idle_time: float) -> bool:
+        """Return whether a connection that has been idle for so many seconds may be closed before a call arrives."""
+        if not self._idle_times:
+            return False
+        return idle_time > max(_ALWAYS_SAFE, _SAFE_SHARE * self._closes_after(key, clock.now()))
+
+    def _closes_after(self, key: ConnectionKey, now: float) -> float:
+        """Return the seconds after which the provider closes an idle connection, as far as known."""
+        idle_time, until = self._idle_times.get((key.host, key.port), (math.inf, math.inf))
+        return idle_time if now < until else math.inf
 
     def _is_distrusted(self, key: ConnectionKey) -> bool:
         return bool(self._distrusted) and self._distrusted.get((key.host, key.port), 0.0) > clock.now()

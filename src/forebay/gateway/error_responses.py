@@ -18,7 +18,11 @@ _CONTROLS: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _MAX_BUDGET_WAIT: Final = 6.0  # seconds in which dollars that calls under way have reserved may be returned
 _MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
 _SERVER_ERRORS: Final = 500
-_UNMETERED: Final = {"unreadable": 415, "unpriced": 400}  # status of a call that cannot be counted, by its reason
+_UNMETERED: Final = {
+    "unreadable": 415,
+    "unpriced": 400,
+    "unbounded": 400,
+}  # status of a call that cannot be counted, by its reason
 _PAYMENT, _TIMEOUT, _TOO_LARGE, _TOO_MANY, _BAD_GATEWAY = 402, 408, 413, 429, 502
 
 # The error type of a status. Sources: the error pages of OpenAI ("Error codes") and Anthropic ("Errors").
@@ -124,6 +128,7 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     ``deadline``, which has passed                408
     ``unreadable``: its body cannot be read       415
     ``unpriced``: a budget cannot count it        400
+    ``unbounded``: a strict quota cannot          400
     a quota that the call can never fit           413
     ``breaker``, ``outage``                       503; for Anthropic 529
     a quota, ``concurrency``, the queue, other    429

@@ -64,28 +64,36 @@ class QuotaSettings(_Settings, frozen=True, kw_only=True):
         input_tpm: LLM tokens sent.
         output_tpm: LLM tokens received.
         tpm: LLM tokens sent and received together, as some providers count.
+        strict: `output_tpm` and `tpm` are never passed: each call reserves the most output that it may make, its
+            ``max_tokens``, and is rejected without one.
 
     Raises:
-        InvalidSetting: one is not a whole number of at least 1.
+        InvalidSetting: one is not a whole number of at least 1, or `strict` has neither `output_tpm` nor `tpm`.
     """
 
     rpm: int | None = None
     input_tpm: int | None = None
     output_tpm: int | None = None
     tpm: int | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         self._check_whole("rpm", "input_tpm", "output_tpm", "tpm", optional=True)
+        if not isinstance(self.strict, bool) or (self.strict and self.output_tpm is None and self.tpm is None):
+            self._reject("strict", "true or false, and true beside output_tpm or tpm, which it is for")
 
     def quotas(self) -> list[Quota]:
         """Return them as an upstream takes them."""
-        limits = (
-            {"requests": self.rpm},
-            {"input_tokens": self.input_tpm},
-            {"output_tokens": self.output_tpm},
-            {"tokens": self.tpm},
-        )
-        return [Quota(**amount, per="minute") for amount in limits if None not in amount.values()]
+        quotas = []
+        if self.rpm is not None:
+            quotas.append(Quota(requests=self.rpm, per="minute"))
+        if self.input_tpm is not None:
+            quotas.append(Quota(input_tokens=self.input_tpm, per="minute"))
+        if self.output_tpm is not None:
+            quotas.append(Quota(output_tokens=self.output_tpm, per="minute", strict=self.strict))
+        if self.tpm is not None:
+            quotas.append(Quota(tokens=self.tpm, per="minute", strict=self.strict))
+        return quotas
 
 
 class FallbackSettings(_Settings, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import msgspec
 from forebay._text import is_unicode
 from forebay.errors import ForebayError, NotSerializable, PayloadTooLarge
 from forebay.interfaces import path_segment
+from forebay.retry import Retry
 from forebay.task import Deadline, Estimate, Priority, Task
 
 VERSION = 1  # raised when an older reader would misread an envelope; a field added at the end does not raise it
@@ -59,6 +60,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     thread_id: str | None
     estimate: tuple[int, int, int] | None
     context: dict[str, Any] | None = None  # see `forebay.carried_context`
+    retry: tuple[int, float, float, float] | None = None
 
 
 class _Result(msgspec.Struct, frozen=True, array_like=True):
@@ -97,14 +99,17 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         context: what `forebay.carried_context` has captured; as plain as a payload.
 
     Raises:
-        NotSerializable: the payload holds something else, at ``path``; or the context does.
+        NotSerializable: the payload holds something else, at ``path``; or the context does, or its policy of retries
+            has ``on``.
         PayloadTooLarge: the payload takes more than `bound` bytes; ``size`` is a lower bound of what it takes.
     """
     encoded = _encode_plain(payload, "payload", task.task_id, bound)
     carried: Any = None
     if context is not None:
         carried = msgspec.Raw(_encode_plain(dict(context), "context", task.task_id, bound))
-    estimate = task.estimate
+    estimate, retry = task.estimate, task.retry
+    if retry is not None and retry.on is not Exception:  # in another process the task would be retried after any error
+        raise NotSerializable(task_id=task.task_id, path="retry.on", type=type(retry.on).__name__)
     envelope = _Envelope(
         version=VERSION,
         task_type=_exact_str(task.task_type),
@@ -120,6 +125,7 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         thread_id=None if task.thread_id is None else _exact_str(task.thread_id),
         estimate=None if estimate is None else (estimate.calls, estimate.input_tokens, estimate.output_tokens),
         context=carried,
+        retry=None if retry is None else _numbers(retry),
     )
     try:
         return _encode(envelope)
@@ -153,6 +159,7 @@ def decode_envelope(envelope: bytes) -> tuple[Task, dict[str, Any] | None]:
             tenant=stored.tenant,
             thread_id=stored.thread_id,
             estimate=stored.estimate and _estimate(stored.estimate),
+            retry=stored.retry and _retry(stored.retry),
         )
         if stored.deadline is not None:  # a Task rejects a deadline in the past, but a stored one has to end EXPIRED
             msgspec.structs.force_setattr(task, "deadline", Deadline(stored.deadline))
@@ -202,6 +209,15 @@ def _decode(decode: Callable[[bytes], _Stored], data: bytes) -> _Stored:
 def _estimate(figures: tuple[int, int, int]) -> Estimate:
     calls, input_tokens, output_tokens = figures
     return Estimate(calls=calls, input_tokens=input_tokens, output_tokens=output_tokens)
+
+
+def _numbers(retry: Retry) -> tuple[int, float, float, float]:
+    return retry.max_attempts, float(retry.base_delay), float(retry.max_delay), float(retry.max_total_delay)
+
+
+def _retry(numbers: tuple[int, float, float, float]) -> Retry:
+    max_attempts, base_delay, max_delay, max_total_delay = numbers
+    return Retry(max_attempts=max_attempts, base_delay=base_delay, max_delay=max_delay, max_total_delay=max_total_delay)
 
 
 def _encode_plain(value: Any, name: str, task_id: str, bound: int) -> bytes:

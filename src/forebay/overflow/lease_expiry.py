@@ -12,13 +12,14 @@ def completion_after_expiry(record: TaskRecord, *, now: float, max_attempts: int
     Args:
         record: the task whose lease has expired.
         now: epoch seconds.
-        max_attempts: starts of the handler that a task may have.
+        max_attempts: starts of the handler that may lose their process; those that ended with an error are not counted.
     """
-    if record.attempts < max_attempts:
+    lost = record.attempts - record.failures
+    if lost < max_attempts:
         return None
     return Completion(
         status=TaskStatus.FAILED.value,
-        error=f"LeaseLost: it was started {record.attempts} times and each time its process went silent",
+        error=f"LeaseLost: it was started {lost} times and each time its process went silent",
         attempts=record.attempts,
         finished_at=now,
     )

@@ -14,10 +14,10 @@ import msgspec
 
 from forebay.clock import new_id
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
+from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, WakeResult
 from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.storage.url import DEFAULT_BOUND
-from forebay.task import Priority
+from forebay.task import Priority, TaskStatus
 
 _MIN_STALE = 64  # stale items that a heap may hold however few current ones it has
 
@@ -91,7 +91,9 @@ class MemoryTaskStore:
         self._queues: defaultdict[tuple[str, Priority], _Heap] = defaultdict(_Heap)
         self._leased = _Heap()
         self._parked: dict[str, _Heap] = {}  # by thread id
-        self._heads: dict[str, _Entry] = {}  # by thread id: the entry that is WAITING or LEASED
+        self._delayed = _Heap()  # by when they are due
+        self._delayed_count = 0
+        self._heads: dict[str, _Entry] = {}  # by thread id: the entry that is WAITING, LEASED or DELAYED
         self._unfinished: Counter[str] = Counter()  # entries by thread id
         self._ended = {RecordState.DONE: _Heap(), RecordState.DEAD: _Heap()}
         self._sizes = Counter[RecordState]()  # of the ended records
@@ -110,7 +112,7 @@ class MemoryTaskStore:
         """Store `record`."""
         self._check_open()
         known = self._entries.get(record.task_id)
-        if known is not None and (known.state is not RecordState.DONE or known.record.key is not None):
+        if known is not None and not _makes_way(known, record.key):
             return PutResult.DUPLICATE
         if record.key is not None and record.key in self._keys:
             return PutResult.DUPLICATE
@@ -184,6 +186,33 @@ class MemoryTaskStore:
                 self._leased.mark_stale()
                 self._wait(entry)
 
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        """Make a leased record DELAYED until `due`."""
+        self._check_open()
+        entry = self._leased_entry(lease)
+        if entry is None:
+            return False
+        record = entry.record
+        entry.record = msgspec.structs.replace(
+            record, failures=record.failures + 1, total_delay=record.total_delay + wait, last_error=error
+        )
+        entry.state, entry.fence, entry.version = RecordState.DELAYED, None, self._next_number()
+        self._leased.mark_stale()
+        self._delayed.push(due, entry)
+        self._delayed_count += 1
+        return True
+
+    async def wake(self, *, now: float) -> WakeResult:
+        """Make the DELAYED records that are due WAITING again."""
+        self._check_open()
+        woken = 0
+        while (first := self._delayed.peek()) is not None and first[0] <= now:
+            self._delayed.pop()
+            self._delayed_count -= 1
+            self._wait(first[1])
+            woken += 1
+        return WakeResult(woken=woken, delayed=self._delayed_count, next_due=None if first is None else first[0])
+
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         """Mark a record DONE."""
         self._check_open()
@@ -256,11 +285,15 @@ class MemoryTaskStore:
         entry = self._entries.get(task_id)
         if entry is None or entry.state is not RecordState.DEAD:
             return None
+        if entry.record.key in self._keys:
+            return PutResult.DUPLICATE
         if self._full:
             return PutResult.FULL
         self._sizes[RecordState.DEAD] -= 1
-        entry.record = msgspec.structs.replace(entry.record, attempts=0)
+        entry.record = msgspec.structs.replace(entry.record, attempts=0, failures=0, total_delay=0.0, last_error=None)
         entry.completion = None
+        if entry.record.key is not None:
+            self._keys[entry.record.key] = task_id
         if entry.record.thread_id is not None:
             self._unfinished[entry.record.thread_id] += 1
         self._wait(entry)
@@ -325,14 +358,14 @@ class MemoryTaskStore:
         self._parked.setdefault(thread_id, _Heap()).push(_age(entry), entry)
 
     def _settle(self, thread_id: str) -> None:
-        """Make the oldest entry of a conversation WAITING, unless one is LEASED."""
+        """Make the oldest entry of a conversation WAITING, unless one is LEASED or DELAYED."""
         head, parked = self._heads.get(thread_id), self._parked.get(thread_id)
         oldest = None if parked is None else parked.peek()
         if parked is None or oldest is None:
             self._parked.pop(thread_id, None)
             return
         if head is not None:
-            if head.state is RecordState.LEASED or _age(head) < oldest[0]:
+            if head.state is not RecordState.WAITING or _age(head) < oldest[0]:
                 return
             queue = self._leave(head)
             self._park(head, thread_id)
@@ -348,6 +381,9 @@ class MemoryTaskStore:
         record = entry.record
         if entry.state is RecordState.PARKED and record.thread_id is not None:
             return self._parked[record.thread_id]
+        if entry.state is RecordState.DELAYED:
+            self._delayed_count -= 1
+            return self._delayed
         self._count_left(entry)
         return self._queues[record.task_type, record.priority]
 
@@ -382,8 +418,12 @@ class MemoryTaskStore:
             if self._heads.get(thread_id) is entry:
                 del self._heads[thread_id]
             self._settle(thread_id)
+        succeeded = completion.status == TaskStatus.SUCCEEDED.value
+        if entry.record.key is not None and not (state is RecordState.DONE and succeeded):
+            del self._keys[entry.record.key]
         if state is RecordState.DONE:
-            entry.record = msgspec.structs.replace(entry.record, envelope=b"")
+            key = entry.record.key if succeeded else None
+            entry.record = msgspec.structs.replace(entry.record, envelope=b"", key=key)
         order = entry.sequence if state is RecordState.DONE else entry.record.task_id
         self._ended[state].push((completion.finished_at, order), entry)
         self._sizes[state] += 1
@@ -406,8 +446,15 @@ class MemoryTaskStore:
         """Remove an entry that has ended."""
         self._sizes[entry.state] -= 1
         del self._entries[entry.record.task_id]
-        if entry.record.key is not None:
+        if entry.record.key is not None and entry.state is RecordState.DONE:
             del self._keys[entry.record.key]
+
+
+def _makes_way(entry: _Entry, key: str | None) -> bool:
+    """Return whether an entry is removed for a record of the same task id with `key`."""
+    if entry.state is RecordState.DEAD:
+        return key is not None and entry.record.key == key
+    return entry.state is RecordState.DONE and entry.record.key is None
 
 
 def _age(entry: _Entry) -> tuple[float, int]:

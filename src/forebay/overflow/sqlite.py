@@ -19,20 +19,23 @@ import msgspec
 from forebay._text import is_unicode
 from forebay.clock import new_id, wall_time
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
+from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, WakeResult
 from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.overflow.sqlite_schema import SCHEMA, STATES
 from forebay.storage.batch_statement import BatchStatement
 from forebay.storage.sqlite_writer import SqliteWriter
 from forebay.storage.url import DEFAULT_BOUND, Synchronous
-from forebay.task import Priority
+from forebay.task import Priority, TaskStatus
 
-_BATCH = 500  # rows that reap and prune take at once, so that no other operation waits long behind them
+_BATCH = 500  # rows that reap, wake and prune take at once, so that no other operation waits long behind them
 
 _MIN_RETENTION = 600.0  # seconds for which results are kept though the disk is nearly full
 
-_ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id"
-_COLUMNS = 9  # of _ROW
+_ROW = (
+    "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id,"
+    " failures, total_delay, last_error"
+)
+_COLUMNS = 12  # of _ROW
 
 # Not INSERT OR IGNORE: that would also apply to the statements of the triggers.
 _PUT = BatchStatement(
@@ -40,34 +43,31 @@ _PUT = BatchStatement(
     INSERT INTO task ({_ROW}, state, fence, until)
     SELECT * FROM (VALUES {{rows}}) AS given WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
     """,
-    12,
+    15,
 )
 _STATE_PARKED = -1
 _STATE = "SELECT state FROM task WHERE task_id = ?"
-# A conversation in which no record is leased has its oldest waiting: see `_settle`.
+# A conversation in which no record is leased or delayed has its oldest waiting: see `_settle`.
 _DEMOTE = """
-UPDATE task SET state = -1 WHERE thread_id = ? AND state IN (0, 1) AND state = 0 AND EXISTS (
+UPDATE task SET state = -1 WHERE thread_id = ? AND state IN (-2, 0, 1) AND state = 0 AND EXISTS (
     SELECT 1 FROM task AS other
     WHERE other.thread_id = task.thread_id AND other.state = -1
         AND (other.enqueued_at, other.sequence) < (task.enqueued_at, task.sequence)
 )
 """
-_NO_HEAD = "NOT EXISTS (SELECT 1 FROM task AS head WHERE head.thread_id = ? AND head.state IN (0, 1))"
+_NO_HEAD = "NOT EXISTS (SELECT 1 FROM task AS head WHERE head.thread_id = ? AND head.state IN (-2, 0, 1))"
 _PROMOTE = f"""
 UPDATE task SET state = 0 WHERE sequence = (
     SELECT sequence FROM task WHERE thread_id = ? AND state = -1 ORDER BY enqueued_at, sequence LIMIT 1
 ) AND {_NO_HEAD}
 """
 _LEASE_ONE = "UPDATE task SET state = 1, fence = ?, until = ? WHERE task_id = ? AND state = 0"
-_HEADS = "SELECT thread_id FROM task WHERE thread_id IS NOT NULL AND state IN (0, 1)"
+_HEADS = "SELECT thread_id FROM task WHERE thread_id IS NOT NULL AND state IN (-2, 0, 1)"
 _PARKED = "SELECT thread_id, count(*) FROM task WHERE state = -1 GROUP BY thread_id"
-_REUSABLE = "state = 2 AND key IS NULL"  # the id of such a record may be given to a new one
-_TAKEN = f"""
-SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ? AND NOT ({_REUSABLE})) OR EXISTS (SELECT 1 FROM task WHERE key = ?)
-"""
-_MAKE_WAY = f"""
-DELETE FROM task WHERE task_id = ? AND {_REUSABLE} AND NOT EXISTS (SELECT 1 FROM task WHERE key = ?)
-"""
+_REUSABLE = "iif(state = 3, coalesce(key = ?, 0), state = 2 AND key IS NULL)"  # its id may be given to a new record
+_KEY_TAKEN = "EXISTS (SELECT 1 FROM task WHERE key = ? AND state < 3)"
+_TAKEN = f"SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ? AND NOT {_REUSABLE}) OR {_KEY_TAKEN}"
+_MAKE_WAY = f"DELETE FROM task WHERE task_id = ? AND {_REUSABLE} AND NOT {_KEY_TAKEN}"
 _HELD = "SELECT tasks FROM size WHERE kind = 0"
 _STORED = "UPDATE size SET tasks = tasks + ? WHERE kind = 0"
 _ENTERED = "INSERT INTO depth VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
@@ -86,11 +86,20 @@ _RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NUL
 # A row that is not leased has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
     """
-    UPDATE task SET state = 2, fence = NULL, until = NULL, finished_at = column3, completion = column4, envelope = x''
+    UPDATE task SET state = 2, fence = NULL, until = NULL, finished_at = column3, completion = column4, envelope = x'',
+        key = iif(column5, key, NULL)
     FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence IS column2 AND state < 2
     """,
-    4,
+    5,
 )
+_DELAY = """
+UPDATE task SET state = -2, fence = NULL, until = ?, total_delay = total_delay + ?, failures = failures + 1,
+    last_error = ?
+WHERE task_id = ? AND fence = ? AND state = 1
+"""
+_DUE = "SELECT sequence, thread_id FROM task WHERE state = -2 AND until <= ? ORDER BY until LIMIT ?"
+_WAKE = "UPDATE task SET state = iif(thread_id IS NULL, 0, -1), until = NULL WHERE sequence = ?"
+_DELAYED = "SELECT count(*), min(until) FROM task WHERE state = -2"
 _MARK_DEAD = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE sequence = ?"
 _EXPIRED = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
 _TOO_LATE = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until > ? ORDER BY until LIMIT ?"
@@ -117,18 +126,23 @@ SELECT {_ROW.replace("envelope", "x''")}, completion FROM task
 WHERE state = 3 AND (finished_at, task_id) > (?, ?) ORDER BY finished_at, task_id LIMIT ?
 """
 _IS_DEAD = "SELECT 1 FROM task WHERE task_id = ? AND state = 3"
+_DEAD_KEY_TAKEN = """
+SELECT 1 FROM task AS dead JOIN task AS other ON other.key = dead.key AND other.state < 3 WHERE dead.task_id = ?
+"""
 _REQUEUE = """
-UPDATE task SET state = iif(thread_id IS NULL, 0, -1), attempts = 0, finished_at = NULL, completion = NULL
+UPDATE task SET state = iif(thread_id IS NULL, 0, -1), attempts = 0, finished_at = NULL, completion = NULL,
+    failures = 0, total_delay = 0, last_error = NULL
 WHERE task_id = ? AND state = 3 RETURNING thread_id
 """
 _DELETE_DEAD = "DELETE FROM task WHERE task_id = ? AND state = 3"
 _FIND = f"SELECT {_ROW}, state, completion FROM task WHERE task_id = ?"
-_FIND_KEY = "SELECT task_id FROM task WHERE key = ?"
+_FIND_KEY = "SELECT task_id FROM task WHERE key = ? AND state < 3"
 _DEPTHS = "SELECT task_type, priority, waiting FROM depth WHERE waiting > 0"
 _DELETE_EMPTY_DEPTHS = "DELETE FROM depth WHERE waiting = 0"
 
 _PutItem: TypeAlias = tuple[TaskRecord, str | None, float]  # a record; its fence and until when, if it is put LEASED
-_FinishItem: TypeAlias = tuple[str, str | None, float, bytes]  # task id, fence, epoch seconds, encoded completion
+# Task id, fence, epoch seconds, encoded completion, whether it keeps its key.
+_FinishItem: TypeAlias = tuple[str, str | None, float, bytes, bool]
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_completion = msgspec.msgpack.Decoder(Completion).decode
@@ -205,9 +219,23 @@ class SqliteTaskStore:
         """Make leased records WAITING again, in their old order."""
         await self._writer.run(partial(_release, leases))
 
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        """Make a leased record DELAYED until `due`."""
+        return await self._writer.run(partial(_delay, lease, due, wait, error))
+
+    async def wake(self, *, now: float) -> WakeResult:
+        """Make the DELAYED records that are due WAITING again."""
+        woken = 0
+        while True:
+            count, (delayed, next_due) = await self._writer.run(partial(_wake, now))
+            woken += count
+            if count < _BATCH:
+                return WakeResult(woken=woken, delayed=delayed, next_due=next_due)
+
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         """Mark a record DONE."""
-        item = (task_id, fence, completion.finished_at, _encode(completion))
+        succeeded = completion.status == TaskStatus.SUCCEEDED.value
+        item = (task_id, fence, completion.finished_at, _encode(completion), succeeded)
         return await self._writer.run_batched(self._finish, item)
 
     async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
@@ -285,6 +313,9 @@ def _put(
             record.key,
             record.attempts,
             record.thread_id,
+            record.failures,
+            record.total_delay,
+            record.last_error,
             _STATE_PARKED if record.thread_id is not None else 0 if fence is None else 1,
             None if record.thread_id is not None else fence,
             None if fence is None or record.thread_id is not None else until,
@@ -321,7 +352,7 @@ def _enter_conversations(
 
 
 def _settle(connection: sqlite3.Connection, thread_id: str | None) -> None:
-    """Make the oldest record of a conversation waiting, unless one is leased."""
+    """Make the oldest record of a conversation waiting, unless one is leased or delayed."""
     if thread_id is not None:
         connection.execute(_DEMOTE, (thread_id,))
         connection.execute(_PROMOTE, (thread_id, thread_id))
@@ -331,7 +362,7 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> 
     """Insert `rows`, and return for each whether it was stored."""
     stored = _PUT.run(connection, rows)
     for index, row in enumerate(rows):
-        if not stored[index] and connection.execute(_MAKE_WAY, (row[0], row[6])).rowcount:
+        if not stored[index] and connection.execute(_MAKE_WAY, (row[0], row[6], row[6])).rowcount:
             (stored[index],) = _PUT.run(connection, [row])
     return stored
 
@@ -346,7 +377,7 @@ def _put_one_by_one(capacity: int, connection: sqlite3.Connection, rows: Sequenc
             results.append(PutResult.STORED if stored else PutResult.DUPLICATE)
         else:
             task_id, key = row[0], row[6]
-            (taken,) = connection.execute(_TAKEN, (task_id, key)).fetchone()
+            (taken,) = connection.execute(_TAKEN, (task_id, key, key)).fetchone()
             results.append(PutResult.DUPLICATE if taken else PutResult.FULL)
     return results
 
@@ -372,6 +403,19 @@ def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
     _RELEASE.run(connection, [(lease.record.task_id, lease.fence, lease.record.attempts) for lease in leases])
     for lease in leases:
         _settle(connection, lease.record.thread_id)
+
+
+def _delay(lease: Lease, due: float, wait: float, error: str, connection: sqlite3.Connection) -> bool:
+    return connection.execute(_DELAY, (due, wait, error, lease.record.task_id, lease.fence)).rowcount > 0
+
+
+def _wake(now: float, connection: sqlite3.Connection) -> tuple[int, tuple[int, float | None]]:
+    """Wake a batch of records that are due; return how many, and how many are still delayed and when one is due."""
+    due = connection.execute(_DUE, (now, _BATCH)).fetchall()
+    for sequence, thread_id in due:
+        connection.execute(_WAKE, (sequence,))
+        _settle(connection, thread_id)
+    return len(due), connection.execute(_DELAYED).fetchone()
 
 
 def _finish(bound: int, connection: sqlite3.Connection, items: Sequence[_FinishItem]) -> Sequence[bool]:
@@ -426,6 +470,8 @@ def _requeue(
     check_growth(connection)
     if connection.execute(_IS_DEAD, (task_id,)).fetchone() is None:
         return None
+    if connection.execute(_DEAD_KEY_TAKEN, (task_id,)).fetchone() is not None:
+        return PutResult.DUPLICATE
     (held,) = connection.execute(_HELD).fetchone()
     if held >= bound:
         return PutResult.FULL
@@ -463,7 +509,8 @@ def _conversations(connection: sqlite3.Connection) -> Mapping[str, int]:
 
 
 def _record(row: Sequence[Any]) -> TaskRecord:
-    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id = row[:_COLUMNS]
+    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id, *retries = row[:_COLUMNS]
+    failures, total_delay, last_error = retries
     return TaskRecord(
         task_id=task_id,
         task_type=task_type,
@@ -474,4 +521,7 @@ def _record(row: Sequence[Any]) -> TaskRecord:
         key=key,
         attempts=attempts,
         thread_id=thread_id,
+        failures=failures,
+        total_delay=total_delay,
+        last_error=last_error,
     )

@@ -12,6 +12,7 @@ from forebay.storage.sqlite_file import Schema
 
 # By stored number. Those below 2 count towards the bound, the others have ended.
 STATES = {
+    -2: RecordState.DELAYED,
     -1: RecordState.PARKED,
     0: RecordState.WAITING,
     1: RecordState.LEASED,
@@ -95,7 +96,35 @@ _CONVERSATIONS = (
     """,
 )
 
+# How a completion in MessagePack goes on after its first byte if its status, the first field, is "succeeded".
+_SUCCEEDED = "x'A6737461747573A9737563636565646564'"
+
+_RETRIES = (
+    "ALTER TABLE task ADD COLUMN failures INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE task ADD COLUMN total_delay REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE task ADD COLUMN last_error TEXT",
+    # Of each conversation one record is waiting, leased or delayed, which is state -2; `until` is then when it is due.
+    "DROP INDEX task_head",
+    "CREATE UNIQUE INDEX task_head ON task (thread_id) WHERE thread_id IS NOT NULL AND state IN (-2, 0, 1)",
+    "CREATE INDEX task_delayed ON task (until) WHERE state = -2",
+    "DROP TRIGGER task_makes_way",
+    """
+    CREATE TRIGGER task_makes_way AFTER UPDATE OF state ON task
+    WHEN old.thread_id IS NOT NULL AND old.state IN (-2, 0, 1) AND new.state > 1
+    BEGIN
+        UPDATE task SET state = 0 WHERE sequence = (
+            SELECT sequence FROM task WHERE thread_id = old.thread_id AND state = -1
+            ORDER BY enqueued_at, sequence LIMIT 1
+        );
+    END
+    """,
+    # A key is taken by records that have not ended or have succeeded. A dead one keeps its key for its requeue.
+    "DROP INDEX task_key",
+    f"UPDATE task SET key = NULL WHERE state = 2 AND key IS NOT NULL AND substr(completion, 2, 17) <> {_SUCCEEDED}",  # noqa: S608
+    "CREATE UNIQUE INDEX task_key ON task (key) WHERE key IS NOT NULL AND state < 3",
+)
+
 SCHEMA = Schema(
     application_id=0x464F5242,  # "FORB"
-    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS),
+    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES),
 )

@@ -8,28 +8,35 @@ from __future__ import annotations
 import math
 from typing import Final
 
+_UNKNOWN_END: Final = 1.0  # seconds: what calls under way hold comes back when they end, which is not known
 EPSILON: Final = 1e-9  # relative: a call that waits exactly as long as it was told must pass
 
 
 class Bucket:
     """The level of one quota.
 
-    A level below zero is a debt, of one whole amount at most: a call that used more than twice the amount is an error
-    in the numbers.
+    A level below zero is a debt: calls used more than was left. It is paid back in full before the next call goes.
 
     Args:
         amount: granted in each period.
         period: seconds.
         now: the present, in the clock's seconds; the bucket starts full.
+        max_debt_share: of the amount that a debt can be at most. What exceeds it is forgiven: only where something else
+            corrects the level.
+        strict: what calls under way hold, and may not use, does not refill meanwhile. So the level and what they hold
+            are one amount at most, and no span of time gets more than was granted, whenever they end.
     """
 
     __slots__ = (
         "amount",
         "capacity",
+        "held",
         "level",
         "margin_share",
+        "max_debt_share",
         "period",
         "rate",
+        "strict",
         "updated_at",
         "usable_from",
         "window_delay",
@@ -37,8 +44,13 @@ class Bucket:
         "window_number",
     )
 
-    def __init__(self, amount: float, period: float, now: float) -> None:
+    def __init__(
+        self, amount: float, period: float, now: float, *, max_debt_share: float = math.inf, strict: bool = False
+    ) -> None:
         self.level = amount
+        self.strict = strict
+        self.held = 0.0  # by calls under way, if it is strict
+        self.max_debt_share = max_debt_share
         self.updated_at = now
         self.window_end: float | None = None  # None: it refills all the time
         self.window_number = 0  # counts the windows
@@ -53,7 +65,7 @@ class Bucket:
         self.period = period
         self.capacity = amount  # most that it holds
         self.rate = amount / period
-        self.level = max(-amount, min(self.level, amount))
+        self.level = max(self.lowest, min(self.level, amount))
 
     def refill(self, now: float) -> None:
         """Refill for the time until `now`."""
@@ -63,7 +75,7 @@ class Bucket:
         self.updated_at = now
         if self.window_end is None:
             if passed > 0:
-                self.level = min(self.capacity, self.level + passed * self.rate)
+                self.level = min(self.capacity - self.held, self.level + passed * self.rate)
         elif passed < 0:
             self.window_end += passed  # as long from now as before the clock went back
             self.usable_from += passed
@@ -75,7 +87,14 @@ class Bucket:
 
     def is_full(self, now: float) -> bool:
         """Return whether nothing is missing, so that a new bucket would be the same. It changes nothing."""
-        return self.window_end is None and self.level + (now - self.updated_at) * self.rate >= self.capacity
+        if self.window_end is not None or self.held:
+            return False
+        return self.level + (now - self.updated_at) * self.rate >= self.capacity
+
+    @property
+    def lowest(self) -> float:
+        """The lowest level that it can have."""
+        return -self.max_debt_share * self.amount
 
     @property
     def margin(self) -> float:
@@ -99,7 +118,8 @@ class Bucket:
         if missing <= EPSILON * self.amount:
             return 0.0 if self.window_end is None else max(0.0, self.usable_from - now)
         if self.window_end is None:
-            return missing / self.rate
+            seconds = missing / self.rate
+            return max(seconds, _UNKNOWN_END) if self.held and amount > self.capacity - self.held else seconds
         return self.window_end + self.window_delay - now + self.period * (math.ceil(missing / self.amount) - 1)
 
     def must_hold(self, now: float, amount: float, at: float) -> bool:
@@ -120,7 +140,28 @@ class Bucket:
         """Take `amount`, into debt if necessary."""
         if now != self.updated_at:
             self.refill(now)
-        self.level = max(self.level - amount, -self.amount)
+        self.level = max(self.level - amount, self.lowest)
+
+    def reserve(self, now: float, amount: float) -> None:
+        """Take `amount` for a call that is sent. It ends by `end`, once."""
+        self.take(now, amount)
+        if self.strict:
+            self.held += amount
+
+    def end(self, now: float, reserved: float, used: float) -> None:
+        """Replace what a call had reserved by what it used: a surplus is refunded, a deficit becomes a debt."""
+        if self.strict:
+            if now != self.updated_at:
+                self.refill(now)
+            self.held = max(0.0, self.held - reserved)
+        if reserved >= used:
+            self.refund(now, reserved - used)
+        else:
+            self.take(now, used - reserved)
+
+    def drop_reservations(self) -> None:
+        """Forget which calls are under way: they are another process's. What they took stays taken."""
+        self.held = 0.0
 
     def lower_to(self, level: float) -> None:
         """Take what is above `level`."""
@@ -130,4 +171,4 @@ class Bucket:
         """Return `amount` to the bucket; what exceeds its capacity is lost."""
         if now != self.updated_at:
             self.refill(now)
-        self.level = min(self.capacity, self.level + amount)
+        self.level = min(self.capacity - self.held, self.level + amount)

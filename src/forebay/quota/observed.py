@@ -17,6 +17,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 
 _TOLERANCE: Final = 0.02  # of a period: error of a reset through rounding and the network
 _MARGIN: Final = 0.01  # of a bucket that is never taken: estimates err, calls overtake. It costs no throughput
+_MAX_DEBT_SHARE: Final = 1.0  # of the limit: headers correct the rest, and one of them may be wrong
 _ROUNDING: Final = 1.0  # units: headers leave out the fraction of a bucket
 _WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing is sent, because clocks differ
 _LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not reset by the provider's clock, but by ours
@@ -95,8 +96,8 @@ class ObservedLimit:
     )
 
     def __init__(self, limit: int, period: float, now: float, level: float, *, exact: bool = True) -> None:
-        self.bucket = Bucket(float(limit), period, now)
-        self.bucket.level = max(-float(limit), min(level, float(limit)))
+        self.bucket = Bucket(float(limit), period, now, max_debt_share=_MAX_DEBT_SHARE)
+        self.bucket.level = max(self.bucket.lowest, min(level, float(limit)))
         self.bucket.margin_share = _MARGIN
         self.bucket.window_delay = _WINDOW_DELAY
         self.corrected = 0.0  # sum of all corrections, so that older snapshots can be compared
@@ -238,6 +239,11 @@ class ObservedLimit:
         self.doubt.cancel(now)
         self.lower(amount)
 
+    def record_trial_unanswered(self, now: float, amount: float) -> None:
+        """Note that a trial of `amount` was left before its answer; what it has not used is refunded besides."""
+        self.doubt.record_unanswered(now)
+        self.lower(amount)
+
     def record_trial_accepted(self, now: float, amount: float, headers: RateLimitHeaders | None) -> None:
         """Note that a trial was accepted that took `amount`. `headers`: of its answer."""
         room = headers is not None and (headers.remaining or 0) >= _ROOM * self.bucket.amount
@@ -247,7 +253,7 @@ class ObservedLimit:
     def lower(self, by: float) -> None:
         """Take off what the provider has counted and we have not."""
         before = self.bucket.level
-        self.bucket.level = max(before - by, -self.bucket.amount)
+        self.bucket.level = max(before - by, self.bucket.lowest)
         self.corrected += self.bucket.level - before
         self._taken_off += before - self.bucket.level
 

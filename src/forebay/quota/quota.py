@@ -17,14 +17,18 @@ PERIODS: Final[Mapping[str, float]] = MappingProxyType({"second": 1.0, "minute":
 """Seconds in each period, the shortest first."""
 
 UNITS: Final = ("requests", "input_tokens", "output_tokens", "tokens")
-"""The units that can be counted: the fields of a `Charge`."""
+"""The units that can be counted: fields of a `Charge`."""
+
+_STRICT_UNITS: Final = ("output_tokens", "tokens")
+_AT_MOST: Final = "_at_most"  # with which the attributes of a `Charge` end that strict quotas count
 
 
 class Quota(msgspec.Struct, frozen=True, kw_only=True):
     """A rate limit, set by the provider or by you: an amount of requests or LLM tokens in a period.
 
-    It refills all the time and holds at most the whole amount. Over any span of t seconds it lets through at most
-    ``amount + amount * t / period``.
+    It refills all the time and holds at most the whole amount. Over any span of t seconds it grants at most
+    ``amount + amount * t / period``. How much output a call will make is estimated. What calls use beyond that is a
+    debt, which is paid back in full before others go; with `strict` there is none.
 
     Attributes:
         requests: calls.
@@ -32,9 +36,12 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
         output_tokens: tokens received.
         tokens: for a quota that counts both together.
         per: ``"second"``, ``"minute"``, ``"hour"`` or ``"day"``.
+        strict: each call reserves the most output that it may make, its ``max_tokens``, and is rejected without one.
+            For ``output_tokens`` and ``tokens``.
 
     Raises:
-        InvalidQuota: not exactly one amount, one that is not a whole number of at least 1, or an unknown period.
+        InvalidQuota: not exactly one amount, one that is not a whole number of at least 1, an unknown period, or a
+            strict quota of another unit.
     """
 
     requests: int | None = None
@@ -42,6 +49,7 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int | None = None
     tokens: int | None = None
     per: Period
+    strict: bool = False
 
     def __post_init__(self) -> None:
         given = [unit for unit in UNITS if getattr(self, unit) is not None]
@@ -58,11 +66,22 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidQuota(problem=problem)
         if not isinstance(self.per, str) or self.per not in PERIODS:
             raise InvalidQuota(problem=f"per={self.per!r} is not a period; it is one of {', '.join(PERIODS)}")
+        if not isinstance(self.strict, bool) or (self.strict and given[0] not in _STRICT_UNITS):
+            problem = (
+                f"strict={self.strict!r} for {given[0]}; it is True or False, and True is for"
+                f" {' and '.join(_STRICT_UNITS)}: requests are counted exactly, and of input there is only an estimate"
+            )
+            raise InvalidQuota(problem=problem)
 
     @property
     def unit(self) -> str:
         """The unit that it counts, a field of `Charge`."""
         return next(unit for unit in UNITS if getattr(self, unit) is not None)
+
+    @property
+    def counted(self) -> str:
+        """The attribute of a `Charge` that it counts: its unit, or the most of it that a call may use."""
+        return self.unit + _AT_MOST if self.strict else self.unit
 
     @property
     def amount(self) -> int:
@@ -74,6 +93,11 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self) -> float:
         """The length of its period in seconds."""
         return PERIODS[self.per]
+
+
+def unit_of(counted: str) -> str:
+    """Return the unit of what a quota counts. See `Quota.counted`."""
+    return counted.removesuffix(_AT_MOST)
 
 
 class RateScope(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Final
 _FIRST_WAIT: Final = 5.0  # periods of the quota before the first trial ...
 _MAX_FIRST_WAIT: Final = 300.0  # ... and seconds, at most; each trial that is refused doubles them
 _SUSPECT_WAIT: Final = 5.0  # seconds before it if the headers do not fit what is known
+_MAX_DOUBLINGS: Final = 10  # of that wait
 _LONGEST_WAIT: Final = 3600.0
 _MIN_TRIALS: Final = 4  # accepted trials in a row from which a quota may be disbelieved ...
 _MIN_EXCESS: Final = 0.05  # ... if they took this share of it: some is always left, because estimates err
@@ -38,6 +39,7 @@ class QuotaDoubt:
         "_doubted_until",
         "_excess",
         "_left",
+        "_not_before",
         "_open",
         "_rate",
         "_refused",
@@ -45,13 +47,16 @@ class QuotaDoubt:
         "_size",
         "_trials",
         "_try_at",
+        "_unanswered",
         "_wait",
     )  # fmt: skip
 
     def __init__(self, now: float, amount: float, rate: float) -> None:
         self._doubted_since = self._doubted_until = -math.inf
         self._try_at = math.inf
+        self._not_before = -math.inf  # no trial goes before, although the quota should be full by its headers
         self._refuted = False  # no refusal makes it believed again
+        self._unanswered = 0  # trials in a row that were left before their answers
         self.begin(now, amount, rate)
 
     def begin(self, now: float, amount: float, rate: float) -> None:
@@ -75,6 +80,7 @@ class QuotaDoubt:
     def shift_clock(self, by: float) -> None:
         """Move all times by `by` seconds, because the clock has gone back."""
         self._try_at += by
+        self._not_before += by
         self._doubted_since += by
         self._doubted_until += by
 
@@ -91,7 +97,8 @@ class QuotaDoubt:
         """
         if not self._left:
             return math.inf
-        return max(0.0, (self._try_at if self._refused else min(self._try_at, promised)) - now)
+        at = self._try_at if self._refused else min(self._try_at, promised)
+        return max(0.0, max(at, self._not_before) - now)
 
     def record_sent(self) -> None:
         """Note that a trial is sent."""
@@ -99,17 +106,26 @@ class QuotaDoubt:
         self._open += 1
 
     def cancel(self, now: float) -> None:
-        """Note that a trial said nothing: it was not sent, failed, or was left. Another one goes after some seconds.
-
-        Else callers who leave before they are answered would all be sent as trials.
-        """
+        """Note that a trial said nothing, because it was not sent, or failed. Another one goes after some seconds."""
         self._left += 1
-        self._try_at = max(self._try_at, now + _SUSPECT_WAIT)
+        self._not_before = now + _SUSPECT_WAIT
         self._open = max(0, self._open - 1)
+
+    def record_unanswered(self, now: float) -> None:
+        """Note that a trial was left before its answer, so that it may have been refused: it ends the row.
+
+        Each one in a row doubles the time to the next. Else callers who leave before they are answered would send a
+        trial every few seconds, and the few that are accepted between them would seem to be in a row.
+        """
+        self._end_row()
+        self._unanswered += 1
+        wait = _SUSPECT_WAIT * 2.0 ** min(self._unanswered, _MAX_DOUBLINGS)
+        self._not_before = now + min(_MAX_FIRST_WAIT, wait)
 
     def record_trial_accepted(self, now: float, amount: float) -> None:
         """Note that a trial was accepted that took `amount`."""
         self._refused = False
+        self._unanswered, self._not_before = 0, -math.inf
         self._open = max(0, self._open - 1)
         self._trials += 1
         self._excess += amount
@@ -135,6 +151,7 @@ class QuotaDoubt:
         elif not self._open and not self._trials:
             return
         self._refused = True
+        self._unanswered = 0
         self._wait = min(_LONGEST_WAIT, 2 * self._wait)
         self._try_at = now + self._wait
         self._end_row()

@@ -14,11 +14,13 @@ from forebay.errors import ReservationClosed
 from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit, QuotaSnapshot
-from forebay.quota.quota import PERIODS, UNITS, Quota, RateScope
+from forebay.quota.quota import PERIODS, UNITS, Quota, RateScope, unit_of
 
 _MINUTE: Final = PERIODS["minute"]
 _MAX_RESET: Final = 2 * PERIODS["day"]
 _MAX_LIMIT: Final = 10**10  # many times the largest limit that is sold; a larger one limits nobody
+_MOST_TOKENS: Final = 200_000  # that one call may be counted as: more than models make in one answer ...
+_MANY_TIMES: Final = 10  # ... or times what it reserved, if that is more: estimates of input err by less
 _ROOMY: Final = 0.5  # of a quota: while this share of each is left, none can run out in the next moment
 _MOMENT: Final = 1 / 600  # of a period ...
 _MAX_MOMENT: Final = 0.1  # ... in seconds, at most
@@ -92,7 +94,7 @@ class HeldCharge(NamedTuple):
 
 
 class _GivenQuota(NamedTuple):
-    unit: str
+    unit: str  # or the most of it that a call may use: what `Quota.counted` says
     name: str
     bucket: Bucket
 
@@ -119,13 +121,15 @@ class RateLimiter:
                     "RateLimiter", "quotas", quota, "made of Quota objects, such as Quota(requests=500, per='minute')"
                 )
         self._given = tuple(
-            _GivenQuota(quota.unit, _name(quota.unit, quota.seconds), bucket)
+            _GivenQuota(quota.counted, _name(quota.unit, quota.seconds), bucket)
             for quota, bucket in zip(quotas, new_buckets(quotas) if buckets is None else buckets, strict=True)
         )
+        for given in self._given:
+            given.bucket.drop_reservations()
         self._observed: dict[str, ObservedLimit] = {}  # by unit
         self._open: dict[int, QuotaReservation] = {}  # by number, in the order in which they were sent
         self._next_number = itertools.count().__next__
-        self._under_way = dict.fromkeys(UNITS, 0)  # sum of the open reservations
+        self._under_way = dict.fromkeys((*UNITS, *(given.unit for given in self._given)), 0)  # the open reservations
         self._quiet_until = -math.inf
         self._now = -math.inf
 
@@ -207,7 +211,7 @@ class RateLimiter:
         self._advance(now)
         charge = _without_negatives(charge)
         for unit, _, bucket in self._given:
-            bucket.take(now, getattr(charge, unit))
+            bucket.reserve(now, getattr(charge, unit))
         under_way = self._under_way
         for unit in under_way:
             under_way[unit] += getattr(charge, unit)
@@ -228,30 +232,42 @@ class RateLimiter:
     ) -> None:
         """Replace a reservation by what the call used: an excess is refunded, a shortfall becomes a debt.
 
+        The debt of a given quota is paid back in full. Only what one call can have used is bounded, since usage comes
+        from the wire: by a whole amount, by 200,000 tokens or by ten times its reservation, whichever is most.
+
         Args:
             now: when it ended.
             reservation: of the call.
             used: by the call.
             failed: the provider failed. Some count such a request, others do not. A learned quota takes it as not
-                counted, since the next header corrects that; a given one as counted.
-            answered: the provider has answered; else nothing shows that it has accepted the call.
+                counted, if that was an answer, since the next header corrects that; a given one as counted.
+            answered: the provider has answered; else nothing shows that it has accepted the call, or left it uncounted.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
         used = _without_negatives(used)
-        self._record_accepted(now, reservation, failed=failed or not answered)
+        if not answered:
+            self._end_unanswered_trial(now, reservation)
+        elif failed:
+            self._end_trial(now, reservation)
+        else:
+            self._record_accepted(now, reservation)
         for unit, _, bucket in self._given:
-            _adjust(bucket, now, getattr(reservation.charge, unit) - getattr(used, unit))
+            reserved = getattr(reservation.charge, unit)
+            most = max(bucket.amount, _MANY_TIMES * reserved, _MOST_TOKENS)
+            bucket.end(now, reserved, min(getattr(used, unit), most))
         for unit, observed in self._observed.items():
-            excess = getattr(reservation.charge, unit) - (0 if failed and unit == "requests" else getattr(used, unit))
+            reserved, counted = getattr(reservation.charge, unit), getattr(used, unit)
+            if failed and answered and unit == "requests":
+                counted = 0
             snapshot = reservation.snapshots.get(unit)
-            if snapshot is None or (excess > 0 and snapshot.window_number != observed.bucket.window_number):
+            if snapshot is None or (counted < reserved and snapshot.window_number != observed.bucket.window_number):
                 continue  # that window is over, and with it what was reserved in it
-            if excess < 0 and unit != "output_tokens" and observed.latest_sent >= reservation.reserved_at:
+            if counted > reserved and unit != "output_tokens" and observed.latest_sent >= reservation.reserved_at:
                 continue  # headers of this call, or of a later one, have counted it already
-            _adjust(observed.bucket, now, excess)
+            observed.bucket.end(now, reserved, counted)
 
     def release(self, now: float, reservation: QuotaReservation) -> None:
         """Refund a call that was never sent.
@@ -262,7 +278,7 @@ class RateLimiter:
         self._close(now, reservation)
         self._end_trial(now, reservation)
         for unit, _, bucket in self._given:
-            bucket.refund(now, getattr(reservation.charge, unit))
+            bucket.end(now, getattr(reservation.charge, unit), 0)
         for unit, observed in self._observed.items():
             snapshot = reservation.snapshots.get(unit)
             if snapshot is not None:
@@ -286,8 +302,8 @@ class RateLimiter:
             reservation: of the call.
             retry_after: seconds, or None if the provider gave none.
             headers: the rate limit headers of the refusal; do not pass them to `update_from_headers` again.
-            scope: the rate that the refusal names. Without it only quotas of at most a minute are lowered, which are
-                soon full again if another one was meant.
+            scope: the rate that the refusal names. Without it no given quota is lowered, and of the learned ones only
+                those of at most a minute, which are soon full again if another one was meant.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
@@ -330,7 +346,7 @@ class RateLimiter:
         for raw in headers:
             header = _without_impossible_values(raw)
             unit = header.unit
-            if unit not in self._under_way:
+            if unit not in UNITS:
                 continue
             amount = getattr(reservation.charge, unit)
             observed = self._observed.get(unit)
@@ -385,11 +401,8 @@ class RateLimiter:
         for unit in under_way:
             under_way[unit] -= getattr(reservation.charge, unit)
 
-    def _record_accepted(self, now: float, reservation: QuotaReservation, *, failed: bool) -> None:
-        """Note for the doubts of quotas that a call has ended that was not throttled."""
-        if failed:
-            self._end_trial(now, reservation)
-            return
+    def _record_accepted(self, now: float, reservation: QuotaReservation) -> None:
+        """Note for the doubts of quotas that a call was accepted."""
         trial_of, reservation.trial_of = reservation.trial_of, ()
         for unit, observed in self._observed.items():
             if unit in trial_of:
@@ -403,10 +416,16 @@ class RateLimiter:
             self._observed[unit].cancel_trial(now, getattr(reservation.charge, unit))
         reservation.trial_of = ()
 
+    def _end_unanswered_trial(self, now: float, reservation: QuotaReservation) -> None:
+        """Note that a trial call may have been refused: nobody has seen its answer. Take back what it was granted."""
+        for unit in reservation.trial_of:
+            self._observed[unit].record_trial_unanswered(now, getattr(reservation.charge, unit))
+        reservation.trial_of = ()
+
     def _learn_limit(self, now: float, header: RateLimitHeaders, reservation: QuotaReservation) -> ObservedLimit | None:
         """Begin to observe a limit that a header shows for the first time; None if the header says too little."""
         unit = header.unit
-        given = [bucket for given_unit, _, bucket in self._given if given_unit == unit]
+        given = [bucket for given_unit, _, bucket in self._given if unit_of(given_unit) == unit]
         limit = header.limit or (int(given[0].amount) if given else None)
         if limit is None or header.remaining is None:
             return None
@@ -434,7 +453,9 @@ class RateLimiter:
     def _empty_tightest(self, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
         """Lower the tightest of the quotas that a refusal fits, which is most likely the one that was used up.
 
-        What is left is just enough for the same call again in `wanted` seconds.
+        What is left is just enough for the same call again in `wanted` seconds. A given quota is lowered only by a
+        refusal that names a rate: any other may have another cause, such as what the call asks for, and nothing would
+        correct that. Callers that are always refused would use a quota up for all others.
         """
 
         def tightness(quota: tuple[str, Bucket, ObservedLimit | None]) -> tuple[float, float]:
@@ -452,7 +473,8 @@ class RateLimiter:
         amount = getattr(charge, unit)
         likely = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_end is None else 0.0
         if observed is None:
-            bucket.lower_to(likely)
+            if scope is not None:
+                bucket.lower_to(likely)
         elif bucket.level > likely:
             observed.lower(bucket.level - likely)
             if bucket.window_end is not None and unit != "requests":
@@ -466,18 +488,19 @@ class RateLimiter:
 
 def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
     """Return full levels of quotas, to be kept by somebody who outlives the `RateLimiter`."""
-    return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf) for quota in quotas)
+    return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf, strict=quota.strict) for quota in quotas)
 
 
 def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> bool:
     """Return whether a refusal that asks to wait `wanted` seconds can be for a quota of this unit and period."""
+    unit = unit_of(unit)
     if scope is None or scope.period is None:
         return period <= _MINUTE and wanted <= period and (scope is None or scope.unit in (None, unit))
     return scope.period == period and scope.unit in (None, unit)
 
 
 def _name(unit: str, seconds: float) -> str:
-    return f"{unit.replace('_', ' ')} per {_NAMES[seconds]}"
+    return f"{unit_of(unit).replace('_', ' ')} per {_NAMES[seconds]}"
 
 
 def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> float:
@@ -488,18 +511,11 @@ def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> 
     return total
 
 
-def _adjust(bucket: Bucket, now: float, excess: float) -> None:
-    if excess >= 0:
-        bucket.refund(now, excess)
-    else:
-        bucket.take(now, -excess)
-
-
 def _without_negatives(charge: Charge) -> Charge:
     """Return a charge without negative numbers, which would refill a quota: usage comes from the wire."""
     if min(charge.requests, charge.input_tokens, charge.output_tokens, charge.tokens) >= 0:
-        return charge
-    return Charge(**{unit: max(0, getattr(charge, unit)) for unit in UNITS})
+        return charge  # of the most that it may use, no more than is expected counts if it is negative
+    return Charge(**{name: max(0, getattr(charge, name)) for name in Charge.__struct_fields__})
 
 
 def _without_impossible_values(headers: RateLimitHeaders) -> RateLimitHeaders:

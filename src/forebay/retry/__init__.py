@@ -1,4 +1,4 @@
-"""Retries: exponential backoff, the attempts of one call, and the retry budget that all callers share."""
+"""Retries: exponential backoff, the attempts of one call or task, and the retry budget that all callers share."""
 
 from forebay.retry.backoff import Retry
 from forebay.retry.retry_budget import RetryBudget, RetryBudgets, RetryPermission

@@ -1,4 +1,4 @@
-"""The retry state of one call: the attempts it has made, and whether it may make another."""
+"""The retry state of one call or task: the attempts it has made, and whether it may make another."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from forebay.retry.backoff import Retry
 
 
 class RetryState:
-    """The attempts of one call.
+    """The attempts of one call or task.
 
     Faults and throttled attempts (429, 503, 529) are counted apart: a provider that throttles is healthy, so its answer
     uses up none of the attempts that are kept for faults. Each kind backs off by its own count: the first throttled
     attempt after a fault waits like a first retry.
+
+    Args:
+        retry: the policy.
+        failed: attempts that were used up before, in another process.
+        total_delay: seconds of the delays before.
 
     Attributes:
         failed: attempts that were used up.
@@ -22,11 +27,15 @@ class RetryState:
 
     __slots__ = ("_retry", "failed", "throttled", "total_delay")
 
-    def __init__(self, retry: Retry) -> None:
+    def __init__(self, retry: Retry, *, failed: int = 0, total_delay: float = 0.0) -> None:
         self._retry = retry
-        self.failed = 0
+        self.failed = failed
         self.throttled = 0
-        self.total_delay = 0.0
+        self.total_delay = total_delay
+
+    def follow(self, retry: Retry) -> None:
+        """Go on under another policy: another worker ran the task."""
+        self._retry = retry
 
     def next_delay(
         self, *, uses_attempt: bool, draw: float, retry_after: float | None = None, time_left: float = math.inf
@@ -58,3 +67,14 @@ class RetryState:
             return False
         self.total_delay += seconds
         return True
+
+    def budget_delay(self, *, draw: float, time_left: float = math.inf) -> float | None:
+        """Return the seconds to wait because the retry budget is used up; None to give up. This uses no attempt.
+
+        Args:
+            draw: a random number in [0, 1).
+            time_left: seconds until the result is worthless.
+        """
+        self.throttled += 1
+        delay = self._retry.delay(self.throttled, draw=draw)
+        return delay if delay is not None and self.add_delay(delay, time_left=time_left) else None

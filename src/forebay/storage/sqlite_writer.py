@@ -8,12 +8,12 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from forebay._threads import DaemonThreadExecutor
 from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
 from forebay.storage.file_watch import FileWatch
@@ -89,7 +89,7 @@ class SqliteWriter:
             ended.set_result(None)
 
     async def _open(self) -> None:
-        executor = self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
+        executor = self._executor = DaemonThreadExecutor(f"forebay-{self._path.name}", max_threads=1)
         opening = self._run_in_thread(self._open_file)
         try:
             self._connection, self._watch = await asyncio.shield(opening)
@@ -139,7 +139,7 @@ class SqliteWriter:
             raise StoreUnavailable(where=str(self._path), why=why, advice=advice)
 
     def _close_late_connection(
-        self, executor: ThreadPoolExecutor, opening: asyncio.Future[tuple[sqlite3.Connection, FileWatch]]
+        self, executor: DaemonThreadExecutor, opening: asyncio.Future[tuple[sqlite3.Connection, FileWatch]]
     ) -> None:
         """Close a file that was opened after `open` had been cancelled; by now another `open` may have succeeded."""
         if not opening.cancelled() and opening.exception() is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import copy_context
@@ -24,14 +25,16 @@ from forebay.errors import (
     StoreUnavailable,
     SupervisorClosed,
     UnknownTaskType,
+    WouldDeadlock,
     fresh_copy,
 )
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
+from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
-from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
+from forebay.supervisor.ticket import Reclaim, Refusal, Ticket, TicketOwner
 from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.load import SystemLoad
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.worker import WorkerAgent
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ABANDONED = "its submitter has gone"
+_ROOM_RECHECK = 1.0  # seconds after which a producer tries again in any case: the load of an upstream falls unannounced
 # Runs above a task that have not ended: each await costs time for each of them.
 _MAX_NESTING = 1000
 # Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
@@ -76,6 +81,10 @@ class AdmissionDispatcher(TicketOwner, Protocol):
         """The conversations of its tasks."""
 
     @property
+    def retries(self) -> TaskRetries:
+        """The tasks that wait for their next attempt, and the budget of all retries."""
+
+    @property
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
 
@@ -98,6 +107,7 @@ class AdmissionController:
     Attributes:
         thresholds: the loads from which each priority is rejected.
         submitted, spilled, rejected: how many tasks, since the start.
+        room: the producers that wait for room.
     """
 
     def __init__(
@@ -116,6 +126,7 @@ class AdmissionController:
         self.thresholds = PriorityThresholds(threshold)
         self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
+        self.room = RoomQueue(core.loop, core.registry)
         self._keys = core.registry.by_key
         self._undecided: dict[str, _Undecided] = {}  # by key
         self._key_lookups: dict[str, int] = {}  # callers that wait until the store has looked for their key
@@ -130,22 +141,55 @@ class AdmissionController:
         """Admit only tasks that are submitted by tasks inside."""
         if self._state is _State.OPEN:
             self._state = _State.DRAINING
+        self.room.wake_all()
 
     def close(self) -> None:
         """Admit nothing any more."""
         self._state = _State.CLOSED
+        self.room.wake_all()
 
     # --- the ways to submit ---
 
-    async def submit(self, task: Task) -> Ticket:
+    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
         """Submit a task: see ``BackpressureSupervisor.submit``."""
-        return await self._submit(self._codecs.fit_payload(task))
+        task = self._codecs.fit_payload(task)
+        return await (self._submit(task) if wait is None else self._submit_in_line(task, wait))
 
-    async def run(self, task: Task) -> Any:
+    async def run(self, task: Task, *, wait: float | None = None) -> Any:
         """Submit a task and return its value: see ``BackpressureSupervisor.run``."""
         task = self._codecs.fit_payload(task)
-        ticket = await self._submit(task)
+        ticket = await (self._submit(task) if wait is None else self._submit_in_line(task, wait))
         return await ticket.value(cancel_task=ticket.task is task)  # not what someone else submitted under the same key
+
+    async def submit_once(self, task: Task) -> Ticket:
+        """Submit a task whose submitter will wait for room: unless that would not help, a rejection is not counted."""
+        return await self._submit(self._codecs.fit_payload(task), in_line=True)
+
+    def submit_hedge(self, task: Task, original: Ticket) -> Ticket | None:
+        """Start a second attempt at the task of `original`, which runs, on another worker.
+
+        It is started at once or not at all: it takes a retry from the budget, and room from nobody. Draining must end,
+        so then there are no hedges.
+        """
+        if self._state is not _State.OPEN:
+            return None
+        task = self._codecs.fit_payload(task)
+        pool, parent = self._check(task)
+        priority, run = task.priority, original.run
+        if run is None or pool.queue or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0]):
+            return None
+        worker = self._dispatcher.start_gate.pick(pool, priority, nested=original.nested, avoid=run.worker)
+        if worker is None or not self._dispatcher.retries.take():
+            return None
+        ticket = self._new_ticket(task, parent)
+        ticket.admit(self._load.on_path(pool, priority)[0])
+        self._submitted(ticket)
+        self._dispatcher.start_or_queue(ticket, pool, worker)
+        return ticket
+
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it awaits a task, or room for one."""
+        return self._dispatcher.lend_slots(running, awaited)
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
@@ -176,7 +220,42 @@ class AdmissionController:
 
         return Slot(self._dispatcher, self._new_ticket(task, parent), try_admit)
 
-    async def _submit(self, task: Task) -> Ticket:
+    async def _submit_in_line(self, task: Task, wait: float) -> Ticket:
+        """Submit a task; while it would be rejected, wait for room, for at most `wait` seconds."""
+        pool, parent = self._check(task)
+        until = self.loop.time() + wait
+        ready = asyncio.Event()
+        turn: RoomTurn | None = None
+        reclaim: Reclaim | None = None
+        try:
+            while (left := min(until - self.loop.time(), _time_left(task, parent))) > 0:
+                if turn is None:
+                    may_try = not self.room.is_behind(task.task_type, task.priority)
+                else:
+                    may_try = self.room.is_first(turn)
+                if may_try and ((ticket := await self._submit(task, in_line=True)) or not ticket.in_line):
+                    return ticket
+                if turn is None:
+                    turn = self.room.enter(task.task_type, task.priority, ready.set)
+                    # The caller may be a run, and the room come with the end of tasks that need its slot.
+                    reclaim = self._dispatcher.lend_slots(parent, None)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _ROOM_RECHECK)):
+                        await ready.wait()
+                ready.clear()
+                self._check_open(parent)
+            if _time_left(task, parent) > 0:
+                return await self._submit(task)
+            why = "its deadline passed while it waited for room"
+            refusal = Refusal(why, pool.resource, pool.load(), may_spill=False)
+            return self._reject(self._new_ticket(task, parent), pool, refusal)
+        finally:
+            if turn is not None:
+                self.room.leave(turn)
+            if reclaim is not None:
+                await reclaim()
+
+    async def _submit(self, task: Task, *, in_line: bool = False) -> Ticket:
         spill = self._dispatcher.spill
         if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
             # A ticket that `supervisor.ticket` made for an id that the store may not know must not count as a twin.
@@ -196,10 +275,12 @@ class AdmissionController:
             pool, parent = self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
+            ticket.stand_in_line(waits=in_line)
             refusal = self.try_admit(ticket, pool, may_spill=False)
             return ticket if refusal is None else self._reject(ticket, pool, refusal)
         envelope = spill.encode(task)
         ticket = self._new_ticket(task, parent)
+        ticket.stand_in_line(waits=in_line)
         if task.durable:
             deciding = self._admit_durable(ticket, envelope, pool, spill)
         else:
@@ -221,12 +302,8 @@ class AdmissionController:
             )
         parent = context.running_task()
         if self._state is not _OPEN:
-            inside = next(active_runs(parent, self._dispatcher), None) is not None
-            if self._state is _State.CLOSED or not inside:
-                raise SupervisorClosed(state=self._state.value)
-        pool = self._pools.get(task.task_type)
-        if pool is None:
-            raise self._unknown_type(task.task_type)
+            self._check_open(parent)
+        pool = self.pool_of(task.task_type)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)
@@ -234,6 +311,8 @@ class AdmissionController:
             raise DuplicateTask(task_id=task.task_id)
         if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:
             raise DeadlinePassed(task_id=task.task_id, late=-remaining)
+        if parent is not None and (task.key is not None or task.thread_id is not None):
+            self._check_deadlock(task, parent)
         return pool, parent
 
     def pool_of(self, task_type: str) -> Pool:
@@ -244,11 +323,30 @@ class AdmissionController:
         """
         pool = self._pools.get(task_type)
         if pool is None:
-            raise self._unknown_type(task_type)
+            known = ", ".join(sorted(self._pools)) or "none yet"
+            raise UnknownTaskType(task_type=task_type, known=known)
         return pool
 
-    def _unknown_type(self, task_type: str) -> UnknownTaskType:
-        return UnknownTaskType(task_type=task_type, known=", ".join(sorted(self._pools)) or "none yet")
+    def _check_open(self, parent: RunningTask | None) -> None:
+        """Raise SupervisorClosed if nothing that `parent` submits is admitted any more."""
+        if self._state is _OPEN:
+            return
+        inside = next(active_runs(parent, self._dispatcher), None) is not None
+        if self._state is _State.CLOSED or not inside:
+            raise SupervisorClosed(state=self._state.value)
+
+    def _check_deadlock(self, task: Task, parent: RunningTask) -> None:
+        """Raise WouldDeadlock if a task has the conversation or the key of a run above it that has not ended."""
+        for run in active_runs(parent, self._dispatcher):
+            for field, what in (("thread_id", "the conversation"), ("key", "the key")):
+                name = getattr(task, field)
+                if name is not None and name == getattr(run.task, field):
+                    raise WouldDeadlock(
+                        what=f"Task {task.task_id!r} has {what} {name!r} of the run of task {run.task.task_id!r}, in"
+                        " which it is nested: it",
+                        advice=f"give it another {field}, or let the handler return what comes next, and submit that"
+                        " from where its result is awaited",
+                    )
 
     # --- keys ---
 
@@ -266,13 +364,9 @@ class AdmissionController:
                     del self._key_lookups[key]
             if key in self._keys:
                 return await self._find_by_key(key)  # submitted meanwhile
-            if found is not None:
+            if found is not None and (found.result is None or found.result.success):  # else it has failed meanwhile
                 self._keys[key] = found
         return self._keys.get(key)
-
-    def _forget_key(self, ticket: Ticket) -> None:
-        if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
-            del self._keys[ticket.task.key]
 
     # --- the decision ---
 
@@ -324,10 +418,10 @@ class AdmissionController:
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             return Refusal(reason, cause, load, may_spill=worth)
         if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
-            return Refusal(
-                f"its deadline in {format_duration(remaining)} cannot be met", resource, load, may_spill=False
-            )
+            why = f"its deadline in {format_duration(remaining)} cannot be met"
+            return Refusal(why, resource, load, may_spill=False, final=True)
         ticket.admit(path_load)
+        ticket.stand_in_line(waits=False)
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)  # before it starts, which is the next event
@@ -405,11 +499,16 @@ class AdmissionController:
     # --- the verdict ---
 
     def _reject(self, ticket: Ticket, pool: Pool, refusal: Refusal) -> Ticket:
+        if ticket.in_line and not refusal.final:  # no slot of the retry schedule: it comes back by itself
+            ticket.reject(refusal, None)
+            self._registry.forget_key(ticket)
+            return ticket
+        ticket.stand_in_line(waits=False)
         retry_after = refusal.retry_after
         if retry_after is None:
             retry_after = self._retry_after(pool, ticket.task.priority)
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
-        self._forget_key(ticket)
+        self._registry.forget_key(ticket)
         self.rejected += 1
         self._submitted(ticket)
         return ticket
@@ -486,6 +585,8 @@ class AdmissionController:
                 ticket.share()
             elif undecided.is_abandoned():
                 ticket.cancel(_ABANDONED)
+            if (spill := self._dispatcher.spill) is not None and ticket:
+                spill.stored.release_if_left(ticket)  # draining may have begun while it was decided
 
         answer = self._core.run_to_completion(deciding)
         undecided = _Undecided(ticket, answer)
@@ -501,7 +602,7 @@ class AdmissionController:
         """If the task was not stored, answer the callers that got its ticket by its key meanwhile."""
         error = asyncio.CancelledError() if answer.cancelled() else answer.exception()
         if error is not None:
-            self._forget_key(ticket)
+            self._registry.forget_key(ticket)
             if not ticket.done():
                 ticket.resolve(fresh_copy(error) if isinstance(error, ForebayError) else _store_failed(error))
         elif not ticket:
@@ -572,11 +673,17 @@ class AdmissionController:
         if put is PutResult.FULL:
             refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
-        self._forget_key(ticket)
+        self._registry.forget_key(ticket)
         if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:
             self._keys[ticket.task.key] = known
             return known
         raise DuplicateTask(task_id=ticket.task_id)
+
+
+def _time_left(task: Task, parent: RunningTask | None) -> float:
+    """Return the seconds until the deadline of a task, its own or its parent's."""
+    deadlines = (task.deadline, None if parent is None else parent.deadline)
+    return min((deadline.remaining() for deadline in deadlines if deadline is not None), default=math.inf)
 
 
 def _store_failed(error: BaseException) -> StoreUnavailable:

@@ -14,6 +14,7 @@ from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
 from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool
 from forebay.supervisor.runs.completion import RunCompletion
+from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
 from forebay.supervisor.runs.slot_loans import SlotLoan
@@ -28,7 +29,7 @@ from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
-    from forebay.interfaces import LoadSource, TaskStore
+    from forebay.interfaces import LoadSource, TaskRecord, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
     from forebay.supervisor.pools import ServedPools
@@ -41,6 +42,8 @@ class Dispatcher:
 
     Attributes:
         started: how many handlers have been started.
+        retries: the tasks that wait for their next attempt.
+        wait_listeners: called whenever a task begins to wait, or a run to await one.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Dispatcher:
         settings: SupervisorSettings,
         *,
         store: TaskStore | None,
+        draw: Callable[[], float],
         remove_worker: Callable[[WorkerAgent], None],
     ) -> None:
         self.core = core
@@ -56,12 +60,19 @@ class Dispatcher:
         self.workers: dict[str, WorkerAgent] = {}
         self.runs = ActiveRuns()
         self.slot_claims = SlotClaims()
+        self.wait_listeners: list[Callable[[], None]] = []
         self.started = 0
         self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
         self.start_gate = StartGate(core, dispatch=self._dispatch_if_known, runs=self.runs)
+        self.retries = TaskRetries(core, self, budget=settings.retry_budget, draw=draw)
         self.completion = RunCompletion(
-            core, self, runs=self.runs, on_run_end=self.start_gate.run_ended, zombie_grace=settings.zombie_grace
+            core,
+            self,
+            runs=self.runs,
+            retries=self.retries,
+            on_run_end=self.start_gate.run_ended,
+            zombie_grace=settings.zombie_grace,
         )
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
@@ -115,7 +126,9 @@ class Dispatcher:
         self.slot_claims.forget(worker)
         self.runs.remove_worker(worker)
         self.core.pools.remove_worker(worker)
-        return [pool for pool in served if self.remove_pool_if_unused(pool)]
+        gone = [pool for pool in served if self.remove_pool_if_unused(pool)]
+        self._registry.notify_progress()  # producers that wait for room may wait in vain
+        return gone
 
     def remove_pool_if_unused(self, pool: Pool) -> bool:
         """Remove a pool that has no workers and is not paused, and in which nothing waits. Return whether."""
@@ -154,6 +167,7 @@ class Dispatcher:
         for counts in self._counts_of[run.worker]:
             counts.suspend()
         self.return_slot(run)
+        self._tell_drains()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
@@ -169,8 +183,8 @@ class Dispatcher:
             counts.slot_returned(worker)
         self.dispatch(worker, now)
 
-    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
-        """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
         return SlotLoan(self, running, awaited).reclaim if isinstance(running, Run) else None
 
     # --- into the queue, and out of it ---
@@ -181,7 +195,10 @@ class Dispatcher:
         if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
             ticket.wait()
             pool.park()
-            self._arm_expiry(ticket)
+            self.arm_expiry(ticket)
+            self._tell_drains()
+        elif ticket.retries is not None and not self.retries.allow(ticket):
+            pass  # it waits for the retry budget, or has ended
         elif worker is not None:
             self.start(ticket, worker)
         else:
@@ -195,7 +212,8 @@ class Dispatcher:
         self._sequence_number += 1
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
-            self._arm_expiry(ticket)
+            self.arm_expiry(ticket)
+        self._tell_drains()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
@@ -205,7 +223,13 @@ class Dispatcher:
                     self.loop.call_soon(self._dispatch_if_known, worker)
                     break
 
-    def _arm_expiry(self, ticket: Ticket) -> None:
+    def _tell_drains(self) -> None:
+        """Wake the drains: a task waits that may be unable to start, or a run awaits one."""
+        for listener in self.wait_listeners:
+            listener()
+
+    def arm_expiry(self, ticket: Ticket) -> None:
+        """Set the timer that ends a waiting task at its deadline."""
         if ticket.deadline is not None and ticket.expiry_timer is None:
             due = self.loop.time() + ticket.deadline.remaining()
             ticket.set_expiry(self._timers.at(due, self._expire, ticket))
@@ -214,17 +238,21 @@ class Dispatcher:
         self._end_waiting(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited")
 
     def is_waiting(self, ticket: Ticket) -> bool:
-        """Return whether a task waits in the queue, or behind another one of its conversation."""
-        return ticket.queue_entry is not None or self.conversations.is_parked(ticket)
+        """Return whether a task waits in the queue, behind another one of its conversation, or for its next attempt."""
+        if ticket.queue_entry is not None or self.conversations.is_parked(ticket):
+            return True
+        return ticket.retries is not None and ticket.retries.waits_here
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue or of its conversation, whose next task may then start."""
         self._leave(ticket)
-        self.next_in_conversation(ticket)
+        if not ticket.is_stopping:  # else when its handler has ended
+            self.next_in_conversation(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
         pool = self._pools[ticket.task.task_type]
         self._timers.cancel(ticket.clear_expiry())
+        self.retries.leave(ticket)
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
             pool.unpark()
@@ -239,22 +267,42 @@ class Dispatcher:
         while (following := self.conversations.end_first(ticket)) is not None:
             pool = self._pools[following.task.task_type]
             pool.unpark()
-            worker = self.pick_worker(pool, following)
-            if worker is None:
-                self._enqueue(following, pool)
-                return
-            if self._may_still_start(following, pool):
-                self.start(following, worker)
+            if not self.retries.allow(following) or self._start_or_enqueue(following, pool):
                 return
             ticket = following
+
+    def _start_or_enqueue(self, ticket: Ticket, pool: Pool) -> bool:
+        """Start a task that waits for nothing but a worker, or queue it; return False if it came too late."""
+        worker = self.pick_worker(pool, ticket)
+        if worker is None:
+            self._enqueue(ticket, pool)
+        elif self._may_still_start(ticket, pool):
+            self.start(ticket, worker)
+        else:
+            return False
+        return True
+
+    def proceed(self, ticket: Ticket) -> None:
+        """Start or queue a task that has waited for its next attempt."""
+        if not self._start_or_enqueue(ticket, self._pools[ticket.task.task_type]):
+            self.next_in_conversation(ticket)
 
     # --- from the queue to a worker ---
 
     def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
-        """Return the worker on which a task may start now, unless other tasks wait for it."""
+        """Return the worker on which a task may start now, unless other tasks wait for it.
+
+        It is not the one on which the task failed last, if another one may start it.
+        """
         if pool.queue:
             return None
-        return self.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
+        priority, nested = ticket.task.priority, ticket.nested
+        failed_on = None if ticket.retries is None else ticket.retries.failed_on
+        if failed_on is not None:
+            other = self.start_gate.pick(pool, priority, nested=nested, avoid=failed_on)
+            if other is not None:
+                return other
+        return self.start_gate.pick(pool, priority, nested=nested)
 
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
@@ -303,7 +351,7 @@ class Dispatcher:
             self.spill.stored.lease_lapsed(ticket)
             return False
         if (reason := self.expiry_reason(ticket, pool)) is not None:
-            self._end(ticket, TaskStatus.EXPIRED, reason)
+            self._end(ticket, self._result(ticket, TaskStatus.EXPIRED, reason))
         return reason is None
 
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
@@ -329,6 +377,8 @@ class Dispatcher:
             self._timers.cancel(ticket.clear_expiry())
         run = Run(self, ticket, ticket.task, ticket.deadline, worker, epoch, worker.breaker_phase, now)
         ticket.start(run)
+        if ticket.retries is not None or worker.retry is not None or ticket.task.retry is not None:
+            self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
         worker.take_slot(probe=worker.probing)
         for counts in self._counts_of[worker]:
@@ -380,14 +430,30 @@ class Dispatcher:
             self._end_waiting(ticket, TaskStatus.CANCELLED, reason)
 
     def _end_waiting(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
-        """End a ticket that waits inside, and free its place in the queue and in its conversation."""
-        self._end(ticket, status, error)
-        self.next_in_conversation(ticket)
+        """End a ticket that waits inside, with an error."""
+        self.end_waiting(ticket, self._result(ticket, status, error))
 
-    def _end(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
+    def end_waiting(self, ticket: Ticket, result: TaskResult) -> None:
+        """End a ticket that waits inside, and free its place in the queue and in its conversation."""
+        self._end(ticket, result)
+        if not ticket.is_stopping:  # else when its handler has ended
+            self.next_in_conversation(ticket)
+
+    def _end(self, ticket: Ticket, result: TaskResult) -> None:
         self._leave(ticket)
-        ticket.forget_parent()
-        self.finish(ticket, unsuccessful_result(ticket, status, error))
+        if ticket.retries is not None:
+            ticket.retries.end()
+        if not ticket.is_stopping:
+            ticket.forget_parent()
+        self.finish(ticket, result)
+
+    @staticmethod
+    def _result(ticket: Ticket, status: TaskStatus, error: str) -> TaskResult:
+        """Return the result of a task that ends while it waits, with the error of its last attempt, if any."""
+        last = None if ticket.retries is None else ticket.retries.result
+        if last is not None:
+            error = f"{error}; its last attempt ended with {last.error}"
+        return unsuccessful_result(ticket, status, error)
 
     def finish(self, ticket: Ticket, result: TaskResult) -> None:
         """Give a ticket its result; if the task is stored, only once the store has the result."""
@@ -409,14 +475,33 @@ class Dispatcher:
         self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
     ) -> None:
         """End a task that waits for a worker that will not come, or leave it to its store if that survives."""
-        self._leave(ticket)
         if self.spill is not None and self.can_requeue(ticket):
+            self._leave(ticket)
             self.spill.return_to_store(ticket)
+            self.next_in_conversation(ticket)
         else:
-            ticket.forget_parent()
             failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker_id, cause=cause)
-            self.finish(ticket, failed)
-        self.next_in_conversation(ticket)
+            self.end_waiting(ticket, failed)
+
+    def fail_all_waiting(self, pool: Pool, error: str, *, worker_id: str | None = None) -> None:
+        """End every task that waits in a pool whose workers will not come, as `fail_waiting` does."""
+        while (entry := pool.queue.head()) is not None:
+            self.fail_waiting(entry[2], error, worker_id=worker_id)
+        if pool.parked or pool.delayed:
+            for ticket in [*self._registry.live.values()]:
+                if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):
+                    self.fail_waiting(ticket, error, worker_id=worker_id)
+
+    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+        """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
+        if self.spill is None or not self.spill.stored.can_delay(ticket):
+            return False
+        self.spill.stored.delay(ticket, seconds, error=error)
+        return True
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store."""
+        self.retries.resume(ticket, record)
 
     # --- tickets ---
 

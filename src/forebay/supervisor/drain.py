@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,14 +13,19 @@ import msgspec
 from forebay.events import log
 from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_movable
 from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.slot_loans import run_and_ancestors
+from forebay.supervisor.settings import MAX_STORE_SILENCE
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
+    from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.runs.run import ActiveRuns
+    from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.ticket import Ticket
 
+_MAX_LATENESS = 1.0  # seconds by which a look at the overflow may be late
 _CLOSE_TIME = 5.0  # seconds, at least, that moving the queue to the overflow has when a supervisor closes
 
 
@@ -30,7 +36,7 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
         finished: how many ended by themselves: succeeded, failed, timed out or expired.
         spilled: how many are left in the overflow, to be run later.
         cancelled: how many were cancelled when the time was up, and stopped: those that ran, and those that waited and
-            were not in the overflow yet.
+            were not in the overflow.
         orphans: ids of those whose handler did not stop and may still be running.
         unanswered: of how many others the overflow had not answered whether it has the task, or its end: they may be
             run again.
@@ -47,12 +53,24 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
     """The dispatcher, as far as draining needs it."""
 
     @property
+    def started(self) -> int:
+        """How many runs have been started."""
+
+    @property
     def runs(self) -> ActiveRuns:
         """Its runs in progress."""
 
     @property
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
+
+    @property
+    def wait_listeners(self) -> list[Callable[[], None]]:
+        """Called whenever a task begins to wait, or a run to await one."""
+
+    @property
+    def retries(self) -> TaskRetries:
+        """The tasks that wait for their next attempt."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""
@@ -78,6 +96,10 @@ class Drain:
         self._progress = asyncio.Event()
         self._queue_spill: QueueSpill | None = None
         self._unfinished: Ticket | None = None  # one of the tickets that have not ended
+        self._awaited: frozenset[object] = frozenset()  # answers of the overflow, when it was looked at last
+        self._store_is_silent = False
+        self._look_at = math.inf  # loop time of the next look
+        self._store_timer: Timer | None = None
 
     async def run(self, timeout: float | None, *, closing: bool = False) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Let what is inside finish for at most `timeout` seconds, and cancel the rest.
@@ -86,18 +108,24 @@ class Drain:
         starts, and they have a few seconds for it.
         """
         self._registry.add_listener(self._progress.set)
+        self._dispatcher.wait_listeners.append(self._progress.set)
         try:
             return await self._run(timeout, closing=closing)
         finally:
+            self._core.timers.cancel(self._store_timer)
             if self._queue_spill is not None:
                 self._queue_spill.stop()
+            self._dispatcher.wait_listeners.remove(self._progress.set)
             self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
+        self._dispatcher.retries.begin_drain()
         spill = self._dispatcher.spill
         survives = spill is not None and spill.stored.survives()
         inside = self._unfinished_tickets()
         moving = self._queue_spill = self._move_queue(spill) if spill is not None and survives else None
+        if spill is not None and timeout is None:
+            self._watch_store()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._wait_until_empty()
@@ -115,11 +143,10 @@ class Drain:
             await self._wait(lambda: closing and moving.pending, left)
             moving.abandon()
             cut += moving.cut
-            if not_moved or moving.cut:
-                count = not_moved + len(moving.cut)
-                log.error("%d waiting tasks were cancelled: the overflow did not store them in time", count)
+            if lost := not_moved + len(moving.cut) + len(moving.unanswered):
+                log.error("%d waiting tasks were cancelled: the overflow did not store them in time", lost)
         if late := self._unfinished_tickets():  # their store calls were pending when the rest was cancelled
-            started = any(ticket.run is not None for ticket in late)  # since the rest was cancelled
+            started = any(ticket.run is not None and ticket.run.abandoned_at is None for ticket in late)  # since then
             self._cancel(late)
             left = cut_at + self._grace - self._core.loop.time()
             await self._wait_until_stopped(self._grace if started else left)
@@ -127,13 +154,14 @@ class Drain:
         return self._report(inside, [*cut, *late, *closed])
 
     def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
-        orphans = tuple(run.task.task_id for run in self._dispatcher.runs)
+        orphans = tuple(run.task.task_id for run in self._dispatcher.runs if not run.awaits_start)
         may_run = set(orphans)
         known = {ticket.task_id for ticket in inside}
         cut_ids = {ticket.task_id for ticket in cut}
+        may_be_stored = set() if self._queue_spill is None else set(self._queue_spill.unanswered)
         finished, spilled, cancelled, unanswered = set[str](), set[str](), set[str](), set[str]()
         for ticket in (*inside, *cut):
-            if not ticket.done():
+            if not ticket.done() or ticket in may_be_stored:
                 unanswered.add(ticket.task_id)
             elif ticket.status is TaskStatus.SPILLED:
                 spilled.add(ticket.task_id)
@@ -191,7 +219,7 @@ class Drain:
                     await self._wait_for_progress()
 
     async def _wait_until_empty(self) -> None:
-        while not self._core.closed and self._is_going_on():
+        while not (self._core.closed or self._store_is_silent) and self._is_going_on():
             await self._wait_for_progress()
 
     def _is_going_on(self) -> bool:
@@ -199,12 +227,80 @@ class Drain:
             return True
         if not self._has_unfinished():
             return False
-        runs = self._dispatcher.runs  # a zombie may never stop
-        if any(not (run.zombie or run.is_suspended) for run in runs) or self._has_startable():
+        if self._has_run_at_work() or self._has_startable():
             return True
         # The runs that are left await other tasks. If some of these wait here, they cannot start: so no run may end.
         waiting = any(ticket.status is TaskStatus.WAITING for ticket in self._registry.live.values())
-        return not waiting and any(not run.zombie for run in runs)
+        return not waiting and any(not run.zombie for run in self._dispatcher.runs)
+
+    def _has_run_at_work(self, *, without_store: bool = False) -> bool:
+        """Return whether a run may end before others here start: a zombie may not, nor one that awaits a task here.
+
+        With `without_store`, one whose start the overflow has not recorded may not either.
+        """
+        await_others = []
+        for run in self._dispatcher.runs:
+            if run.zombie or (without_store and run.awaits_start):
+                continue
+            if not run.is_suspended:
+                return True
+            if run.awaited_elsewhere:
+                await_others.append(run)
+        if not await_others:
+            return False
+        # What they await in other supervisors may itself await what waits here.
+        left = [ticket for ticket in self._registry.live.values() if ticket.run is None]
+        above = {run for ticket in left for run in run_and_ancestors(ticket.parent)}
+        return any(run not in above for run in await_others)
+
+    def _watch_store(self) -> None:
+        """Give the overflow up if it has answered nothing since the last look, and nothing else is waited for."""
+        now = self._core.loop.time()
+        before, self._awaited = self._awaited, self._awaited_answers()
+        blocked = now > self._look_at + _MAX_LATENESS  # so answers may not have been read
+        if before and before <= self._awaited and not blocked:
+            self._store_is_silent = True
+            log.error(
+                "draining waits no longer for the overflow, which has not answered about %d tasks for %.0f s: they may"
+                " be run again. Look at its disk, or at its server, before the next process uses it",
+                len(self._awaited),
+                MAX_STORE_SILENCE,
+            )
+            self._progress.set()
+        else:
+            self._look_at = now + MAX_STORE_SILENCE
+            self._store_timer = self._core.timers.at(self._look_at, self._watch_store)
+
+    def _awaited_answers(self) -> frozenset[object]:
+        """Return the answers of the overflow that draining waits for; none if tasks run, or can start, without them."""
+        if self._has_run_at_work(without_store=True) or self._has_startable(without_store=True):
+            return frozenset()
+        tickets = list(filter(self._awaits_store, self._unfinished_tickets()))
+        writes = 0
+        if self._queue_spill is not None:
+            tickets += self._queue_spill.held
+            writes = self._queue_spill.answered
+        # A task asks for several things, one after the other. An answer about any task may let others start.
+        progress = (self._dispatcher.started, writes)
+        return frozenset((each.task_id, each.attempts, each.run is None, progress) for each in tickets)
+
+    def _awaits_store(self, ticket: Ticket) -> bool:
+        """Return whether nothing but an answer of the overflow keeps a task from going on."""
+        if ticket.pending_store_calls:
+            return True
+        if ticket.run is not None:
+            return ticket.run.awaits_start
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        if ticket.status is not TaskStatus.SPILLED or pool is None or self._is_delayed(ticket):
+            return False
+        if pool.usable_slots > pool.running:
+            return True
+        runs = self._dispatcher.runs  # one that awaits its start holds a slot until the overflow answers
+        return any(run.awaits_start for worker in pool.workers for run in runs.on(worker))
+
+    def _is_delayed(self, ticket: Ticket) -> bool:
+        spill = self._dispatcher.spill
+        return spill is not None and spill.stored.is_delayed(ticket)
 
     def _is_moving(self) -> bool:
         return self._queue_spill is not None and self._queue_spill.pending
@@ -217,20 +313,21 @@ class Drain:
             self._unfinished = next(filter(self._is_unfinished, tickets), None)
         return self._unfinished is not None
 
-    def _has_startable(self) -> bool:
-        """Return whether a worker could still take one of the tasks.
+    def _has_startable(self, *, without_store: bool = False) -> bool:
+        """Return whether a worker could still take one of the tasks; or could `without_store`, if it never answers.
 
         Of each conversation only the first task counts: the others wait for it.
         """
         seen: set[str] = set()
         for ticket in filter(self._is_unfinished, self._registry.live.values()):
             if (thread_id := ticket.task.thread_id) is None:
-                if ticket.run is None and self._may_run(ticket):
+                if ticket.run is None and self._may_run(ticket, without_store=without_store):
                     return True
             elif thread_id not in seen:
                 seen.add(thread_id)
                 conversation = self._dispatcher.conversations.get(thread_id)
-                if self._may_run(ticket if conversation is None else conversation.first):
+                first = ticket if conversation is None else conversation.first
+                if self._may_run(first, without_store=without_store):
                     return True
         return False
 
@@ -238,23 +335,24 @@ class Drain:
         self._progress.clear()
         await self._progress.wait()
 
-    def _may_run(self, ticket: Ticket) -> bool:
+    def _may_run(self, ticket: Ticket, *, without_store: bool) -> bool:
         """Return whether a worker could still take a task, or runs it.
 
         Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
         zombies, nor those for a type that is paused: waiting for them could take forever.
         """
+        if without_store and self._awaits_store(ticket):
+            return False
         if ticket.run is not None:
             return not ticket.run.zombie
         pool = self._core.pools.by_type.get(ticket.task.task_type)
+        runs = self._dispatcher.runs
+        are_stuck = runs.are_all_stuck if without_store else runs.are_all_zombies
         now = self._core.loop.time()
         return (
             pool is not None
             and not pool.paused
-            and any(
-                worker.breaker.retry_after(now) is not None and not self._dispatcher.runs.are_all_zombies(worker)
-                for worker in pool.workers
-            )
+            and any(worker.breaker.retry_after(now) is not None and not are_stuck(worker) for worker in pool.workers)
         )
 
     def _unfinished_tickets(self) -> list[Ticket]:
@@ -263,6 +361,8 @@ class Drain:
 
     def _is_unfinished(self, ticket: Ticket) -> bool:
         if ticket.status is TaskStatus.SPILLED:
+            if ticket.stored and ticket.pending_store_calls and not ticket.done():
+                return True  # its end is being stored
             return self._dispatcher.spill is not None and not self._dispatcher.spill.stored.durable
         return not ticket.done()
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from forebay.events import log
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.nested_supervisor import start_handlers, stop_handlers
+from forebay.supervisor.settings import MAX_STORE_SILENCE
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatcher import Dispatcher
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.worker import WorkerAgent
-
-_MAX_CLOSE_TIME = 10.0  # seconds that the overflow has to take the leases back and to close
 
 
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
@@ -28,7 +27,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
     except BaseException:
         dispatcher.core.timers.close()
         if dispatcher.spill is not None:
-            await dispatcher.spill.close()
+            await _close_spill(dispatcher.spill)
         raise
     for worker in workers.values():
         dispatcher.add_worker(worker)
@@ -39,6 +38,7 @@ def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
     """Add a worker to a supervisor that runs. If its handler has to be started first, tasks wait for that."""
     dispatcher.add_worker(worker)
     dispatcher.starts.begin(worker)
+    dispatcher.core.registry.notify_progress()  # there may be room
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
@@ -67,11 +67,11 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
 async def _close_spill(spill: Spill) -> None:
     closing = asyncio.ensure_future(spill.close())
     try:
-        await asyncio.wait((closing,), timeout=_MAX_CLOSE_TIME)
+        await asyncio.wait((closing,), timeout=MAX_STORE_SILENCE)
     finally:
         if not closing.done():  # a store that stands still may not even notice that it is cancelled
             closing.cancel()
     if closing.done():
         closing.result()
     else:
-        log.error("the overflow did not close within %.0f s; tasks leased here run elsewhere later", _MAX_CLOSE_TIME)
+        log.error("the overflow did not close within %.0f s; tasks leased here run elsewhere later", MAX_STORE_SILENCE)

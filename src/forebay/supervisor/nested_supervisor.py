@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from forebay.adapters import Handler
+from forebay.retry import Retry
 from forebay.task import Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.tree.worker_life import Exit
     from forebay.supervisor.worker import WorkerAgent
+
+
+_NO_RETRY = Retry(max_attempts=1)
 
 
 class NestedSupervisor(Protocol):
@@ -66,8 +70,11 @@ def as_handler(nested: NestedSupervisor) -> Handler:
         await nested.start_workers()
 
     async def call(task: Task) -> Any:
-        # A durable task is recorded where it was submitted.
-        return await nested.run(msgspec.structs.replace(task, durable=False) if task.durable else task)
+        # A durable task is recorded where it was submitted, and its own policy of retries counts there alone.
+        if task.durable or task.retry is not None:
+            retry = None if task.retry is None else _NO_RETRY
+            task = msgspec.structs.replace(task, durable=False, retry=retry)
+        return await nested.run(task)
 
     return Handler(call=call, nested_supervisor=nested, load=nested.load_of, start=start, stop=nested.close)
 

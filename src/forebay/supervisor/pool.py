@@ -51,8 +51,9 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_groups", "_paths", "_timeouts", "calls_per_run", "estimate_bypass", "finishing", "max_queue_size",
-        "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "paused", "queue", "refill_policy",
+        "_groups", "_paths", "_timeouts", "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "finishing",
+        "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "paused", "queue",
+        "refill_policy",
         "reserved", "resource", "retry_schedule", "selector", "service_times", "source_paths", "spilled", "spilling",
         "task_type", "times_passed_over", "workers",
     )  # fmt: skip
@@ -77,6 +78,8 @@ class Pool(SlotCounts):
         self.nested_spilled: set[str] = set()  # ids of nested tasks that wait in the overflow
         self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
+        self.delayed = 0  # tasks that wait for their next attempt; they count as if they were queued
+        self.delayed_nested = 0  # nested ones of them
         self.reserved = 0  # room kept for records that are being leased from the overflow
         self.spilling = dict.fromkeys(Priority, 0)  # tasks on their way to the overflow, by priority
         self.spilled = dict.fromkeys(Priority, 0)  # records of this type that wait in the overflow, by priority
@@ -120,12 +123,12 @@ class Pool(SlotCounts):
 
     @property
     def queued(self) -> int:
-        """Tasks in the queue, or being leased from the overflow."""
-        return self.queue.length + self.reserved
+        """Tasks in the queue, being leased from the overflow, or waiting for their next attempt."""
+        return self.queue.length + self.reserved + self.delayed
 
     @property
     def waiting(self) -> int:
-        """Tasks in the queue, parked behind their conversation, or being leased from the overflow."""
+        """The tasks in `queued`, and those parked behind their conversation."""
         return self.queued + self.parked
 
     def may_park(self, parked: int) -> bool:
@@ -158,9 +161,9 @@ class Pool(SlotCounts):
             return 1.0
         room = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound)
         if nested:
-            return (self.running + self.nested) / room if room else 1.0
+            return (self.running + self.nested + self.delayed_nested) / room if room else 1.0
         suspended = self.suspended
-        inside = self.running + suspended + self.queue.length + self.reserved
+        inside = self.running + suspended + self.queue.length + self.reserved + self.delayed
         return inside / (room + suspended) if room else 1.0
 
     # --- estimates ---
@@ -373,6 +376,16 @@ class Pool(SlotCounts):
     def unpark(self) -> None:
         """Stop counting a task that waited behind another one of its conversation."""
         self.parked -= 1
+
+    def delay(self, *, nested: bool) -> None:
+        """Count a task that waits for its next attempt."""
+        self.delayed += 1
+        self.delayed_nested += nested
+
+    def stop_delay(self, *, nested: bool) -> None:
+        """Stop counting a task that waited for its next attempt."""
+        self.delayed -= 1
+        self.delayed_nested -= nested
 
     def reserve(self, room: int) -> None:
         """Keep room for records that are being leased."""

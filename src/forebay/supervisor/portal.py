@@ -154,7 +154,8 @@ class Portal:
             raise SupervisorClosed(state="closed") if self._supervisor.started else NotStarted
         if asyncio._get_running_loop() is loop:  # noqa: SLF001 - documented for such use; None in a thread
             work.close()
-            raise WouldDeadlock(call=name)
+            what = f"portal.{name}() blocks its thread and was called on the supervisor's own event loop, which"
+            raise WouldDeadlock(what=what, advice=f"await supervisor.{name}(...) here")
         # The caller's context is copied, so that a nested task knows its parent.
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:

@@ -58,7 +58,9 @@ class QueueSpill:
         spill: the overflow, which survives the process.
 
     Attributes:
-        cut: the tickets that `stop` and `abandon` ended CANCELLED.
+        cut: the tickets that `stop` and `abandon` ended CANCELLED: the overflow does not have them.
+        unanswered: those that `abandon` ended CANCELLED while the store was writing them: it may have them.
+        answered: how many group commits the store has answered.
     """
 
     def __init__(self, core: Core, dispatcher: QueueSpillDispatcher, spill: Spill) -> None:
@@ -75,6 +77,13 @@ class QueueSpill:
         self._moved: set[str] = set()  # conversations with messages that are left to the next process
         self._stopped = asyncio.Event()
         self.cut: list[Ticket] = []
+        self.unanswered: list[Ticket] = []
+        self.answered = 0
+
+    @property
+    def held(self) -> Iterable[Ticket]:
+        """The tasks that are out of the queue, and not in the overflow yet."""
+        return self._held.values()
 
     @property
     def pending(self) -> bool:
@@ -113,7 +122,9 @@ class QueueSpill:
         self.stop()
         for ticket in list(self._held.values()):
             self._release_hold(ticket)
-            self._cancel(ticket)
+            self.unanswered.append(ticket)
+            if not ticket.done():  # otherwise the supervisor has closed meanwhile
+                self._end(ticket, "the supervisor stopped before the overflow had answered: it may be run again")
 
     def _without_unstored_ahead(self) -> list[str]:
         """Return the ids of the stored tasks in the queue that another process may run now.
@@ -177,14 +188,18 @@ class QueueSpill:
 
     async def _write(self, batch: dict[Ticket, bytes]) -> None:
         failure = await self._spill.spill_waiting(batch)
+        self.answered += 1
         self._failed = failure is not None
         self._retries = self._retries + 1 if self._failed else 0
         if failure is not None:
             log.error("%d waiting tasks could not be moved to the overflow: %s", len(batch), failure)
         self._moved.update(ticket.task.thread_id for ticket in batch if ticket.stored and ticket.task.thread_id)
         for ticket in batch:
-            if self._held.get(ticket.task_id) is ticket:  # otherwise `abandon` has ended it
+            if self._held.get(ticket.task_id) is ticket:
                 self._finish(ticket, failed=self._failed)
+            elif ticket.stored and ticket.result is not None:  # `abandon` has ended it: it must not run again
+                lease = self._spill.stored.leases.drop(ticket.task_id)
+                self._spill.stored.complete_again(ticket, ticket.result, lease)
 
     def _finish(self, ticket: Ticket, *, failed: bool) -> None:
         """Release a task that is stored now; leave any other in the queue, to be written again if the store failed."""
@@ -226,11 +241,16 @@ class QueueSpill:
 
     def _cancel(self, ticket: Ticket, reason: str = "the supervisor stopped") -> None:
         if not ticket.done():
-            error = f"{reason}, and the overflow has not stored it"
-            self._core.registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))
+            self._end(ticket, f"{reason}, and the overflow has not stored it")
             self.cut.append(ticket)
+
+    def _end(self, ticket: Ticket, error: str) -> None:
+        self._core.registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))
 
 
 def is_movable(ticket: Ticket) -> bool:
-    """Return whether a task waits inside and can be moved: no answer of the store decides about it."""
-    return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls
+    """Return whether a task waits inside and can be moved: no answer of the store decides about it.
+
+    One whose last attempt has not stopped stays: the next process would run it at the same time.
+    """
+    return ticket.status is TaskStatus.WAITING and not (ticket.pending_store_calls or ticket.is_stopping)

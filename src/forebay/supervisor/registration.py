@@ -8,12 +8,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from forebay._text import is_unicode
-from forebay._validate import check_choice, check_name, check_positive, check_whole, is_positive, reject
+from forebay._validate import (
+    check_choice,
+    check_instance,
+    check_name,
+    check_positive,
+    check_whole,
+    is_positive,
+    reject,
+)
 from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Engine, ProcessEngine, resolve_engine
 from forebay.errors import InvalidTimeout
+from forebay.retry import Retry
 from forebay.supervisor.tree.restart_policy import RestartType
 from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
@@ -33,6 +42,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     max_concurrent: int,
     max_open: int | None,
     timeout: float,
+    retry: Retry | None,
     config: Config | None,
     engine: str | Engine | None,
     on_cancel: Callable[[Task], object] | None,
@@ -58,6 +68,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     check_whole(owner, "max_open", max_open, minimum=max_concurrent, none=none)
     if on_cancel is not None and not callable(on_cancel):
         reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
+    check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
     check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
     where = resolve_engine(engine)
     if where is None:
@@ -93,6 +104,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         max_concurrent=max_concurrent,
         max_open=max_open,
         timeout=float(timeout),
+        retry=retry,
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
         declared=declared,

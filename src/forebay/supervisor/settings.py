@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay._hooks import is_async
-from forebay._validate import check_choice, check_positive, check_whole, is_positive, reject
+from forebay._validate import check_choice, check_instance, check_positive, check_whole, is_positive, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
+from forebay.retry import RetryBudget
 from forebay.supervisor.tree.restart_policy import Strategy
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
+MAX_STORE_SILENCE: Final = 10.0  # seconds for which draining, and then closing, wait for an overflow without an answer
 MAX_RESTARTS: Final = 1_000_000
 
 
@@ -30,6 +32,8 @@ class SupervisorSettings:
     lease: float
     max_payload_bytes: int
     max_attempts: int
+    result_retention: float
+    retry_budget: RetryBudget
     keep_results: int
     keep_results_bytes: int
     zombie_grace: float
@@ -40,9 +44,11 @@ class SupervisorSettings:
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)
+        check_instance(_OWNER, "retry_budget", self.retry_budget, RetryBudget, example="RetryBudget(share=0.1)")
         check_positive(_OWNER, "zombie_grace", self.zombie_grace, unit="seconds")
         if not is_positive(self.lease) or self.lease > MAX_LEASE:
             reject(_OWNER, "lease", self.lease, f"a positive number of seconds, at most {MAX_LEASE:.0f}")
+        check_positive(_OWNER, "result_retention", self.result_retention, unit="seconds")
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
         for name, minimum in (

@@ -88,12 +88,23 @@ class StartGate:
         return self.may_start(worker, head[3], waiting=len(pool.queue))
 
     def pick(
-        self, pool: Pool, priority: Priority, *, nested: bool = False, idle_first: bool = False
+        self,
+        pool: Pool,
+        priority: Priority,
+        *,
+        nested: bool = False,
+        idle_first: bool = False,
+        avoid: WorkerAgent | None = None,
     ) -> WorkerAgent | None:
-        """Return the worker on which a run of `priority` may start now, if there is one; None while it is paused."""
+        """Return the worker on which a run of `priority` may start now, if there is one, but never `avoid`.
+
+        None while its type is paused.
+        """
         if pool.paused:
             return None
         worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
+        if worker is avoid and worker is not None:
+            worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
         if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
             return worker
         return None

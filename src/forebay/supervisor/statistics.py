@@ -40,12 +40,14 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
             do not count.
         refilled: spilled tasks that came back inside.
         started: starts of handlers.
+        retries: how many retries the retry budget has allowed.
         succeeded, failed, timed_out, cancelled, expired: how many tasks ended in each way.
         zombies: handlers that outlived their timeout or cancellation and the grace after it, since the start.
         stalls: how often code blocked the event loop beyond its bound.
         running: slots taken now.
         suspended: runs that have lent their slot now, because they wait for tasks.
-        waiting: tasks in the queues now, and those parked behind their conversation inside.
+        waiting: tasks in the queues now, those parked behind their conversation inside, and `delayed`.
+        delayed: tasks that wait here now for their next attempt, without a slot.
         outside: tasks in the overflow now, as far as this process knows.
         load: `system_load()`.
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
@@ -61,6 +63,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int = 0
     refilled: int = 0
     started: int = 0
+    retries: int = 0
     succeeded: int = 0
     failed: int = 0
     timed_out: int = 0
@@ -71,6 +74,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     suspended: int = 0
     waiting: int = 0
+    delayed: int = 0
     outside: int = 0
     load: float = 0.0
     limited_by: str | None = None
@@ -95,6 +99,7 @@ def snapshot(
         rejected=admission.rejected,
         refilled=0 if spill is None else spill.refiller.refilled,
         started=dispatcher.started,
+        retries=dispatcher.retries.allowed,
         succeeded=dispatcher.core.registry.succeeded,
         failed=ends[TaskStatus.FAILED],
         timed_out=ends[TaskStatus.TIMED_OUT],
@@ -103,6 +108,7 @@ def snapshot(
         zombies=dispatcher.completion.zombies,
         stalls=0 if monitor is None else monitor.stalls,
         waiting=sum(pool.waiting for pool in dispatcher.core.pools.by_type.values()),
+        delayed=sum(pool.delayed for pool in dispatcher.core.pools.by_type.values()),
         outside=0 if spill is None else spill.refiller.spilled_tasks,
         load=highest.load,
         paused=tuple(pool.task_type for pool in dispatcher.core.pools.by_type.values() if pool.paused),

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
+from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_not_negative
 from forebay.adapters import Config, Handler
-from forebay.engine import DaemonThreadExecutor, Engine
+from forebay.engine import Engine
 from forebay.errors import (
     AlreadyStarted,
     DrainInside,
     DuplicateWorker,
+    ForebayError,
     ForkedProcess,
     InvalidHandler,
     NotStarted,
@@ -28,11 +31,13 @@ from forebay.errors import (
 from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTypeResumed, WorkerResized, log
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
+from forebay.retry import Retry, RetryBudget
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
+from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import as_handler, contains
@@ -43,7 +48,7 @@ from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
-from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.ticket import Ticket, value_of
 from forebay.supervisor.tree.tree_node import TreeNode, supervisor_node
 from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 from forebay.supervisor.worker import WorkerAgent
@@ -70,6 +75,10 @@ class BackpressureSupervisor:
         lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
+        result_retention: seconds for which an overflow that survives the process keeps the results of tasks, and with
+            them the keys of those that succeeded.
+        retry_budget: bounds the retries of all tasks together: ``forebay.retry.RetryBudget``. None: one retry for every
+            five first attempts of the last minute, and ten more.
         keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
         keep_results_bytes: estimated bytes of payloads and results that these tickets may take together.
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
@@ -95,6 +104,8 @@ class BackpressureSupervisor:
         lease: float = 30.0,
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
+        result_retention: float = 86_400.0,
+        retry_budget: RetryBudget | None = None,
         keep_results: int = 1000,
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
@@ -110,6 +121,8 @@ class BackpressureSupervisor:
             lease=lease,
             max_payload_bytes=max_payload_bytes,
             max_attempts=max_attempts,
+            result_retention=result_retention,
+            retry_budget=RetryBudget() if retry_budget is None else retry_budget,
             keep_results=keep_results,
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
@@ -146,6 +159,7 @@ class BackpressureSupervisor:
         max_concurrent: int = 1,
         max_open: int | None = None,
         timeout: float = 300.0,
+        retry: Retry | None = None,
         payload: Any = None,
         result: Any = None,
         config: Config | None = None,
@@ -171,6 +185,8 @@ class BackpressureSupervisor:
             max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
                 theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
+            retry: how tasks whose attempts fail, or run out of time, are tried again, unless the task has a policy of
+                its own. None: they are not. Between two attempts a task holds no slot.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
@@ -205,6 +221,7 @@ class BackpressureSupervisor:
             max_concurrent=max_concurrent,
             max_open=max_open,
             timeout=timeout,
+            retry=retry,
             config=config,
             engine=engine,
             on_cancel=on_cancel,
@@ -344,6 +361,7 @@ class BackpressureSupervisor:
                 self._codecs.remove_types([task_type])
             else:
                 dispatcher.dispatch_to_all(pool)
+            dispatcher.core.registry.notify_progress()  # there may be room
 
     @property
     def workers(self) -> Mapping[str, WorkerAgent]:
@@ -366,20 +384,28 @@ class BackpressureSupervisor:
 
     # --- work ---
 
-    async def submit(self, task: Task) -> Ticket:
+    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
         """Submit a task to admission control.
+
+        Args:
+            task: the task.
+            wait: seconds to wait for room while the task would be rejected, so that a producer is slowed down instead;
+                ``math.inf`` for as long as it takes, at most to the deadline. Those that wait are admitted by priority,
+                then in the order in which they came. None: it is rejected at once.
 
         Returns:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload raises nothing here.
 
         Raises:
+            InvalidSetting: `wait` is not a number of seconds.
             UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid.
             InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid.
             OverflowRequired: it is durable, and there is no overflow that survives the process.
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """
-        return await self._admission_here().submit(task)
+        _check_wait(wait)
+        return await self._admission_here().submit(task, wait=wait)
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
@@ -390,17 +416,111 @@ class BackpressureSupervisor:
         """
         return self._admission_here().submit_nowait(task)
 
-    async def run(self, task: Task) -> Any:
+    async def run(self, task: Task, *, wait: float | None = None) -> Any:
         """Submit a task and return its value; wait for a spilled one until its deadline.
 
-        Cancelling this cancels the task, unless others wait for the same work by its key.
+        Cancelling this cancels the task, unless others wait for the same work by its key. `wait` is as in `submit`.
 
         Raises:
             Overloaded: it was rejected; ``retry_after`` says when to try again.
             TaskFailed, TaskTimedOut: it ended that way (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
-        return await self._admission_here().run(task)
+        _check_wait(wait)
+        return await self._admission_here().run(task, wait=wait)
+
+    def fan_out(  # noqa: PLR0913 - each has a name
+        self,
+        tasks: Iterable[Task],
+        *,
+        retry: Retry | None = None,
+        limit: int | None = None,
+        quorum: int | None = None,
+        hedge: Hedge | None = None,
+        ordered: bool = False,
+        progress: OnProgress | None = None,
+    ) -> FanOut:
+        """Return an async iterator that submits many tasks, as room appears, and yields their results as they finish.
+
+        ``async for result in supervisor.fan_out(tasks): ...``. Leaving the loop cancels what has not ended; so does
+        leaving ``async with supervisor.fan_out(tasks) as results``, at once and in any case.
+
+        Args:
+            tasks: any number of tasks; a generator is read as room appears.
+            retry: the policy for failed tasks that have none of their own.
+            limit: how many tasks may be outstanding, results that were not read included; by default as many as can be
+                inside for their type.
+            quorum: after so many successes the other tasks are cancelled, and the iteration ends.
+            hedge: seconds that a task may run before a second attempt at it is started on another worker, if one is
+                free and the retry budget allows it; the first success counts. ``"p95"``: longer than 95 % of the latest
+                tasks of its type ran. Tasks with a `key`, with a `thread_id` and durable ones are not hedged.
+            ordered: yield the results in the order of the tasks.
+            progress: called with a `FanOutProgress` after each change, such as ``forebay.progress_bar()``.
+
+        Raises:
+            InvalidSetting, NotStarted, SupervisorClosed: at once.
+            QuorumNotReached: from the iteration: too many tasks have failed.
+            Others: from the iteration, as `submit`; the tasks that have not ended are cancelled.
+        """
+        admission = self._admission_here()
+        timers = self._running().core.timers
+        return FanOut(
+            admission,
+            timers,
+            tasks,
+            retry=retry,
+            limit=limit,
+            quorum=quorum,
+            hedge=hedge,
+            ordered=ordered,
+            progress=progress,
+        )
+
+    async def map(  # noqa: PLR0913 - each has a name
+        self,
+        task_type: str,
+        payloads: Iterable[Any],
+        *,
+        retry: Retry | None = None,
+        limit: int | None = None,
+        hedge: Hedge | None = None,
+        progress: OnProgress | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[TaskOptions],
+    ) -> list[Any]:
+        """Run a task for each payload, as room appears, and return their values in the order of the payloads.
+
+        The first task that fails cancels the others, and its error is raised, as by `run`; with `return_exceptions` the
+        errors are in the list instead. Cancelling this cancels the tasks.
+
+        Args:
+            task_type: of all tasks.
+            payloads: any number; a generator is read as room appears.
+            retry: as in `fan_out`.
+            limit: as in `fan_out`.
+            hedge: as in `fan_out`.
+            progress: as in `fan_out`.
+            return_exceptions: whether failed tasks have their error in the list.
+            options: fields of all tasks, such as ``priority=Priority.LOW``.
+
+        Raises:
+            As `run` and `fan_out`.
+        """
+        tasks = (Task(task_type, payload, **options) for payload in payloads)
+        values: dict[int, Any] = {}
+        total = len(payloads) if isinstance(payloads, Sized) else None
+        async with self.fan_out(tasks, retry=retry, limit=limit, hedge=hedge, progress=progress) as results:
+            results.expect(total)
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    index, result = await results.read()
+                    try:
+                        values[index] = value_of(result)
+                    except ForebayError as error:
+                        if not return_exceptions:
+                            raise
+                        values[index] = error
+        return [values[index] for index in range(len(values))]
 
     @renamed_arguments(thread="thread_id")
     def slot(  # noqa: PLR0913 - a task's fields
@@ -510,7 +630,9 @@ class BackpressureSupervisor:
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )
-        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store, remove_worker=self._begin_removal)
+        dispatcher = self._dispatcher = Dispatcher(
+            core, settings, store=self._store, draw=self._draw, remove_worker=self._begin_removal
+        )
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
@@ -544,6 +666,7 @@ class BackpressureSupervisor:
 
         If the overflow survives the process, waiting tasks go out to it within that time, and so do stored tasks that
         still run when it is up. Handlers that are cancelled, and the last write, have `zombie_grace` seconds more.
+        Without a limit, it waits for what runs, but not for an overflow that answers nothing for 10 seconds.
         Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:
@@ -666,3 +789,8 @@ class BackpressureSupervisor:
     def _dispatcher_here(self) -> Dispatcher:
         self._admission_here()
         return self._running()
+
+
+def _check_wait(wait: float | None) -> None:
+    if wait is not None:
+        check_not_negative("submit", "wait", wait, unit="seconds", infinite=True)

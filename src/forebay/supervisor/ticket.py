@@ -30,6 +30,7 @@ from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdi
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import Lease
+    from forebay.supervisor.runs.ticket_retries import TicketRetries
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.worker import WorkerAgent
 
@@ -46,6 +47,7 @@ class Refusal(NamedTuple):
     load: float
     may_spill: bool
     retry_after: float | None = None  # seconds, infinity if unknown; None: take the next slot of the retry schedule
+    final: bool = False  # waiting for room would not help
 
 
 class TicketRun(RunningTask, Protocol):
@@ -55,6 +57,10 @@ class TicketRun(RunningTask, Protocol):
     started_at: float
     abandoned_at: float | None
     zombie: bool
+
+    @property
+    def awaits_start(self) -> bool:
+        """True while the store has not recorded its start: its handler has not begun."""
 
     def ends_at(self) -> float:
         """Return the loop time of its timeout or its deadline, whichever comes first."""
@@ -99,8 +105,8 @@ class TicketOwner(Protocol):
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
 
-    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
-        """Lend the slot of `running` while it awaits a task; return how to get it back."""
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it awaits a task, or room for one; return how to get it back."""
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because it is awaited."""
@@ -150,9 +156,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     pending_store_calls: int = 0  # calls of the store that decide what becomes of the task
     listeners: EventBus | None = None  # None if nobody listens to its events
     shared: bool = False  # another caller has submitted the same work, by its key
+    in_line: bool = False  # its submitter waits for room: a rejection is not the last word
     size: int = 0  # estimated bytes of its payload and its result, once it has ended
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
+    retries: TicketRetries | None = None  # its failed attempts, if any may be followed by another
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
@@ -234,16 +242,25 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         return self._outcome
 
     async def _wait_until_resolved(self) -> None:
+        waiter = self.watch()
+        try:
+            await waiter
+        finally:
+            self.unwatch(waiter)
+
+    def watch(self) -> asyncio.Future[None]:
+        """Return a future that is done once the task has ended; the ticket counts as awaited until `unwatch`."""
         waiter = self._dispatcher.loop.create_future()
         self._hold_strongly()
         if self._waiters is None:
             self._waiters = []
         self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            if self._waiters is not None:
-                self._waiters.remove(waiter)
+        return waiter
+
+    def unwatch(self, waiter: asyncio.Future[None]) -> None:
+        """Forget a future that `watch` returned."""
+        if self._waiters is not None and waiter in self._waiters:
+            self._waiters.remove(waiter)
 
     def refusal(self) -> Overloaded:
         """Return the rejection as an exception."""
@@ -263,15 +280,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
             ResultUnavailable: it succeeded, but only the process that ran it has its value.
         """
-        result = await self._wait(cancel_task=cancel_task)
-        if result.status is TaskStatus.SUCCEEDED:
-            if isinstance(result.cause, ResultUnavailable):
-                raise fresh_copy(result.cause)
-            return result.result
-        raise as_error(result) from result.cause
+        return value_of(await self._wait(cancel_task=cancel_task))
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield what happens to the task from now on: TaskStarted, TaskProgress, and last TaskFinished.
+        """Yield what happens to the task from now on: TaskStarted, TaskProgress, TaskRetried, and last TaskFinished.
 
         If the task has started or finished already, that event is yielded first. The newest 1,000 unread events are
         kept.
@@ -345,6 +357,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.explain(refusal)
         self.retry_after = retry_after
 
+    def stand_in_line(self, *, waits: bool) -> None:
+        """Record whether its submitter waits for room if it is rejected."""
+        self.in_line = waits
+
     def share(self) -> None:
         """Record that another caller has submitted the same work."""
         self.shared = True
@@ -413,6 +429,31 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     def forget_parent(self) -> None:
         """Forget the parent, because the task has ended without a run."""
         self.parent = None
+
+    def keep_parent(self, parent: RunningTask | None) -> None:
+        """Keep the parent, because the task may run again."""
+        self.parent = parent
+
+    # --- its next attempt ---
+
+    @property
+    def awaits_retry(self) -> bool:
+        """True if another attempt is to be made after one that failed."""
+        return self.retries is not None and self.retries.pending
+
+    @property
+    def is_stopping(self) -> bool:
+        """True while the handler of an attempt that failed has not stopped."""
+        return self.retries is not None and self.retries.stopping is not None
+
+    def keep_retries(self, retries: TicketRetries) -> None:
+        """Remember its failed attempts."""
+        self.retries = retries
+
+    def await_retry(self) -> None:
+        """Make it WAITING without a run: an attempt has failed, and another is to be made."""
+        self.run = None
+        self.status = _WAITING
 
     # --- the task store ---
 
@@ -546,6 +587,15 @@ _DOCUMENTED = (
     "__await__", "__bool__", "cancel", "deadline", "done", "events", "limited_by", "load", "priority", "reason",
     "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
 )  # fmt: skip
+
+
+def value_of(result: TaskResult) -> Any:
+    """Return the value of a result, or raise what `Ticket.value` raises."""
+    if result.status is not TaskStatus.SUCCEEDED:
+        raise as_error(result) from result.cause
+    if isinstance(result.cause, ResultUnavailable):
+        raise fresh_copy(result.cause)
+    return result.result
 
 
 def as_error(result: TaskResult) -> ForebayError:

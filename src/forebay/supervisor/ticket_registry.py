@@ -24,7 +24,8 @@ class TicketRegistry:
     Attributes:
         live: tickets that have not ended, apart from the weakly held ones.
         ended: the latest tickets that have ended: at most `keep`, of `keep_bytes` together.
-        by_key: the tickets that others may get by their idempotency key, as long as anything holds them.
+        by_key: the tickets that others may get by their idempotency key, as long as anything holds them: of tasks that
+            have not ended, and of those that have succeeded.
         weak: tickets of spilled tasks that nobody here awaits. The store can restore them, so a million spilled tasks
             take no memory; a caller that still has such a ticket gets its result.
         listeners: called whenever a task or background work has ended.
@@ -54,6 +55,12 @@ class TicketRegistry:
         """Let others get a stored task that comes back by its key, unless another one has the key by now."""
         if ticket.task.key is not None:
             self.by_key.setdefault(ticket.task.key, ticket)
+
+    def forget_key(self, ticket: Ticket) -> None:
+        """Give nobody a ticket by its key any more: the same work may run again."""
+        key = ticket.task.key
+        if key is not None and self.by_key.get(key) is ticket:
+            del self.by_key[key]
 
     def discard(self, ticket: Ticket) -> None:
         """Forget a ticket, because another process or no process has its task."""
@@ -94,6 +101,7 @@ class TicketRegistry:
             self.succeeded += 1
         else:
             self.ends[result.status] += 1
+            self.forget_key(ticket)
         task_id = ticket.task.task_id
         self.live.pop(task_id, None)
         self._keep_ended(ticket, result)

@@ -11,6 +11,7 @@ from forebay._validate import check_whole
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
+from forebay.retry import Retry
 from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
@@ -40,6 +41,7 @@ class WorkerAgent:
         max_concurrent: int,
         max_open: int | None = None,
         timeout: float,
+        retry: Retry | None = None,
         breaker: Breaker,
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
@@ -54,6 +56,7 @@ class WorkerAgent:
         self._max_open = max_open  # as it was given
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.timeout = timeout
+        self.retry = retry
         self.breaker = breaker
         self.current_tasks = 0  # slots taken, zombies included
         self.suspended = 0  # runs that have lent their slot and wait for tasks

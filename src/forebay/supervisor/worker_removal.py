@@ -12,10 +12,8 @@ from forebay.supervisor.runs.stopping import RunStopper, StoppingDispatcher
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
-    from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
     from forebay.supervisor.worker_starts import WorkerStarts
 
@@ -24,18 +22,14 @@ class RemovalDispatcher(StoppingDispatcher, Protocol):
     """The dispatcher, as far as the removal of workers needs it."""
 
     @property
-    def conversations(self) -> Conversations:
-        """The conversations of its tasks."""
-
-    @property
     def starts(self) -> WorkerStarts:
         """The starts of handlers in progress."""
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
 
-    def fail_waiting(self, ticket: Ticket, error: str) -> None:
-        """End a task that waits for a worker that will not come, or leave it to its store."""
+    def fail_all_waiting(self, pool: Pool, error: str) -> None:
+        """End every task that waits in a pool whose workers will not come, or leave it to its store."""
 
     def unlist_worker(self, worker: WorkerAgent) -> None:
         """Let another worker have the name of `worker`."""
@@ -107,15 +101,8 @@ class WorkerRemoval:
 
     def end_waiting(self, pool: Pool, error: str) -> None:
         """End the tasks of `pool` that wait, if no worker will take them and none is to come."""
-        if pool.is_served or pool.paused:
-            return
-        while (entry := pool.queue.head()) is not None:
-            self._dispatcher.fail_waiting(entry[2], error)
-        if pool.parked:
-            is_parked = self._dispatcher.conversations.is_parked
-            for ticket in [*self._core.registry.live.values()]:
-                if ticket.task.task_type == pool.task_type and is_parked(ticket):
-                    self._dispatcher.fail_waiting(ticket, error)
+        if not (pool.is_served or pool.paused):
+            self._dispatcher.fail_all_waiting(pool, error)
 
     def resume(self, pool: Pool) -> bool:
         """End what waits for a task type that was paused and has no worker; return whether its pool is gone."""

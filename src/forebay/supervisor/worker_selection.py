@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from forebay.supervisor.worker import WorkerAgent
@@ -95,6 +95,19 @@ class WorkerSelector:
             return self._first_idle(priority, nested=nested) or best
         return best
 
+    def pick_other(self, *, avoid: WorkerAgent, priority: Priority, nested: bool) -> WorkerAgent | None:
+        """Return the best worker but `avoid` that can accept a task, or None: a search of all."""
+        able = [
+            worker
+            for worker in self._current
+            if worker is not avoid and worker.can_accept() and (nested or not worker.bars_new_runs(priority))
+        ]
+        return self._least_score(able)
+
+    def _least_score(self, workers: Iterable[WorkerAgent]) -> WorkerAgent | None:
+        typical = self._typical()
+        return min(workers, key=lambda worker: worker.score(self._task_type, typical), default=None)
+
     def _first_idle(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
         """Return the worker that has been idle for longest and may begin the task; forget those that are not idle."""
         busy = []
@@ -117,9 +130,9 @@ class WorkerSelector:
 
     def _best_for_new_run(self, priority: Priority) -> WorkerAgent | None:
         """Return the best worker that may begin a new run: a search of all, since the best one may not."""
-        able = [worker for worker in self._current if worker.can_accept() and not worker.bars_new_runs(priority)]
-        typical = self._typical()
-        return min(able, key=lambda worker: worker.score(self._task_type, typical), default=None)
+        return self._least_score(
+            worker for worker in self._current if worker.can_accept() and not worker.bars_new_runs(priority)
+        )
 
     def _best(self) -> WorkerAgent | None:
         timed, fresh = self._top(0), self._top(1)

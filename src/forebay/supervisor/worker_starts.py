@@ -111,10 +111,11 @@ class WorkerStarts:
     def _failed(self, worker: WorkerAgent, error: BaseException) -> None:
         report_failure(f"start of worker {worker.name!r}", error)
         self._dispatcher.completion.fail_start(worker)
-        self.end_waiting(worker, describe_error(error), error)
+        self._end_waiting(worker, error)
 
-    def end_waiting(self, worker: WorkerAgent, error: str, cause: BaseException | None = None) -> None:
-        """End the tasks that wait for a worker that is not started, and for no other that works."""
+    def _end_waiting(self, worker: WorkerAgent, cause: BaseException) -> None:
+        """End the tasks that wait for a worker that could not be started, and for no other that works."""
+        error = describe_error(cause)
         for pool in self._core.pools.by_worker[worker].pools:
             while not (pool.slots or pool.paused) and (entry := pool.queue.head()) is not None:
                 self._dispatcher.fail_waiting(entry[2], error, worker_id=worker.name, cause=cause)

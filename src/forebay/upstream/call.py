@@ -130,7 +130,8 @@ class UpstreamCall:
             outcome = judge_exception(account, permit, cause).outcome
         else:
             kind = self._kind or (Outcome.SUCCESS if cause is None else Outcome.IGNORED)
-            outcome = CallOutcome(kind=kind, latency=clock.now() - permit.granted_at)
+            answered = cause is None or self._kind is not None  # else the block was cancelled
+            outcome = CallOutcome(kind=kind, answered=answered, latency=clock.now() - permit.granted_at)
             if kind is Outcome.OVERLOAD:  # it was refused: no tokens were used
                 outcome = msgspec.structs.replace(outcome, used=Charge(), usd=0.0)
         if self._used is not None:  # the block knows better than an exception

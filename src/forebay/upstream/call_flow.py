@@ -31,7 +31,7 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 
 RouteT = TypeVar("RouteT", bound=CallRoute)
 
-_CANCELLED: Final = CallOutcome(kind=Outcome.IGNORED)  # bytes may have left: money and tokens settle as reserved
+_CANCELLED: Final = CallOutcome(kind=Outcome.IGNORED, answered=False)  # bytes may have left: all settles as reserved
 _ROUNDING: Final = 1.0  # seconds: a Retry-After is in whole ones
 _POLL: Final = 0.5  # seconds, on average, between two requests of a throttled call for permission to retry
 

@@ -13,6 +13,7 @@ from forebay.upstream.call_request import TOKENS_PER_SECOND, CallOutcome, CallPr
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.metered_stream import StreamEnd
 from forebay.upstream.providers import (
+    Billing,
     BodyMeter,
     Endpoint,
     ProviderRequest,
@@ -54,6 +55,27 @@ class CallMeter:
         )
         self._sent_tokens = self.charge.input_tokens
         self.price = self._price(body, estimates) if core.is_metered else CallPrice()
+        if not parsed.free and core.settings.has_strict_quota(parsed.model or ""):
+            self._reserve_most(estimates)
+
+    def _reserve_most(self, estimates: TokenEstimates) -> None:
+        """Reserve the most that the call may use, for strict quotas; reject it if that is not known."""
+        core, parsed = self._core, self._parsed
+        self.charge = core.profile.charge_at_most(
+            self.charge,
+            parsed,
+            input_ratio=estimates.input_ratio,
+            continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
+        )
+        if self.price.unmetered is not None:
+            return
+        if parsed.generates_tokens and parsed.max_output_tokens is None:
+            field = "max_output_tokens" if parsed.endpoint is Endpoint.RESPONSES else "max_tokens"
+            advice = f"set {field}, or leave strict out of the quota, which then reserves what is expected"
+            self.price = core.unbounded_call("it does not say how much output it may make", advice)
+        elif parsed.billing is Billing.UNPRICED and core.settings.unmetered == "reject":
+            advice = "send it through an upstream without strict quotas, or with unmetered='allow', as one request"
+            self.price = core.unbounded_call(f"its tokens are not known ({parsed.billing_reason})", advice)
 
     def _price(self, body: bytes, estimates: TokenEstimates) -> CallPrice:
         """Return the price of the request, or why it cannot be metered."""
@@ -138,9 +160,10 @@ class CallMeter:
                 self._correct_background(self._parsed.response_id, usage, answered_by=model)
             return CallOutcome(kind=kind, latency=latency, rate_limit_headers=rate_limit_headers)
         reported = kind is Outcome.SUCCESS and not usage.estimated
+        arrived = answer.output_tokens if usage.estimated and isinstance(answer, UsageMeter) else None
         return CallOutcome(
             kind=kind,
-            used=self._core.profile.final_charge(self.charge, usage),
+            used=self._core.profile.final_charge(self.charge, usage, arrived=arrived),
             usd=self._cost(usage, answer),
             latency=latency,
             output_tokens=usage.output_tokens,

@@ -15,7 +15,8 @@ from forebay.task import Priority
 
 UNREADABLE: Final = "unreadable"
 UNPRICED: Final = "unpriced"
-UNMETERED: Final = (UNREADABLE, UNPRICED)
+UNBOUNDED: Final = "unbounded"
+UNMETERED: Final = (UNREADABLE, UNPRICED, UNBOUNDED)
 """The values of ``limited_by`` of calls that a budget or a quota cannot count."""
 
 
@@ -24,7 +25,7 @@ class Unmetered(NamedTuple):
 
     Attributes:
         reason: for a person, with what to do.
-        limited_by: ``"unreadable"`` or ``"unpriced"``.
+        limited_by: ``"unreadable"``, ``"unpriced"`` or ``"unbounded"``.
     """
 
     reason: str
@@ -184,6 +185,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         kind: the evidence about the upstream.
         used: requests and tokens that it used; None for as many as were reserved.
         released: it took nothing of them: it was not sent.
+        answered: the provider has begun to answer it; if its caller left before, it may have been refused as well.
         rate_limited: it was throttled, and its refusal names a rate (429). It took nothing of them either.
         spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
         account_limited: it was throttled by another limit of the account, or by one that is not named (429).
@@ -200,6 +202,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     kind: Outcome
     used: Charge | None = None
     released: bool = False
+    answered: bool = True
     rate_limited: bool = False
     spend_cap: bool = False
     account_limited: bool = False
@@ -280,4 +283,6 @@ def scale_charge(charge: Charge, count: int) -> Charge:
         input_tokens=charge.input_tokens * count,
         output_tokens=charge.output_tokens * count,
         tokens=charge.tokens * count,
+        most_output_tokens=charge.most_output_tokens * count,
+        most_tokens=charge.most_tokens * count,
     )

@@ -16,7 +16,7 @@ from forebay.task import Deadline, Priority
 from forebay.upstream.accepted_keys import AcceptedKeys
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
-from forebay.upstream.call_request import UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
+from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -228,6 +228,11 @@ class UpstreamCore:
         advice = "(unmetered='allow' lets such calls pass, and counts them as one request)"
         reason = f"it cannot be counted in a budget or a quota, because {reason} {advice}"
         return CallPrice(unmetered=Unmetered(reason, UNREADABLE))
+
+    def unbounded_call(self, reason: str, advice: str) -> CallPrice:
+        """Return the price of a call that may make any amount of output, and has a strict quota: it is rejected."""
+        reason = f"it cannot be counted in a strict quota, because {reason}: {advice}"
+        return CallPrice(unmetered=Unmetered(reason, UNBOUNDED))
 
     def warn_unmetered(self) -> None:
         """Log, once, that calls over a WebSocket are neither paced nor counted."""

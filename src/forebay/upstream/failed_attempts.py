@@ -31,7 +31,7 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
     An exception that reports an answer, as those of SDKs do, counts as that answer (429, 400, 500 ...).
     """
     if isinstance(error, InvalidAmount | InvalidSetting) or is_judged(error):  # no evidence, and it was retried already
-        outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
+        outcome = CallOutcome(kind=Outcome.IGNORED, answered=False, latency=clock.now() - permit.granted_at)
         return AttemptResult(error=error, outcome=outcome)
     answer = find_error_answer(error)
     if answer is None:
@@ -52,7 +52,7 @@ def judge_failure(account: SharedAccount, permit: Permit, error: Exception) -> A
         verdict = account.judge_timeout(permit)
         if not verdict.fault:
             kind, retryable = Outcome.IGNORED, verdict.retry_may_help and not permit.request.retries
-    outcome = CallOutcome(kind=kind, latency=clock.now() - permit.granted_at)
+    outcome = CallOutcome(kind=kind, answered=False, latency=clock.now() - permit.granted_at)
     return AttemptResult(error=error, outcome=outcome, retryable=retryable, can_fall_back=True)
 
 

@@ -123,6 +123,10 @@ def _guarded_tool(upstream: FallbackTarget, runner: CallRunner, tool: Any) -> An
 
 
 def _request_at(core: UpstreamCore, model: str) -> CallRequest:
+    if core.settings.has_strict_quota(model):
+        reason = "a guarded function does not tell how much output it makes"
+        advice = "bind its client, or call it within upstream.call(model, output_tokens=...), the most it may make"
+        return core.request(model, Charge(), price=core.unbounded_call(reason, advice))
     return core.request(model, Charge())
 
 

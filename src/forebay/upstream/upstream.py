@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
 from forebay._renamed import renamed_arguments
-from forebay._validate import check_instance, check_name, check_tokens
+from forebay._validate import check_instance, check_name, check_tokens, reject
 from forebay.breaker import BreakerRules
 from forebay.interfaces import Charge, Reading
 from forebay.limit import Limit
@@ -103,6 +103,9 @@ class Upstream:
         for setting, given in {"budget": budget, "tenant_budget": tenant_budget, "task_budget": task_budget}.items():
             check_instance(owner, setting, given, Budget, example="Budget(usd=25, per='day')", optional=True)
         check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
+        if retry is not None and retry.on is not Exception:
+            expected = "a Retry without `on`: an upstream itself knows which errors of its calls are worth a retry"
+            reject(owner, "retry", retry, expected)
         settings = UpstreamSettings(
             name,
             models=models,
@@ -191,7 +194,7 @@ class Upstream:
         Args:
             model: the model of the call.
             input_tokens: tokens that it will send.
-            output_tokens: tokens that it is expected to receive.
+            output_tokens: tokens that it is expected to receive; for a strict quota the most that it may receive.
             priority: None for that of the task that is running.
             deadline: the time when its answer becomes worthless; None for the task's.
             tenant: the tenant that it is for; None for the task's.

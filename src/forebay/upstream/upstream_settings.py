@@ -58,6 +58,7 @@ class UpstreamSettings:
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
         self.has_quotas = bool(self.quotas) or any(self.models.values())
+        self._has_strict = any(quota.strict for group in (self.quotas, *self.models.values()) for quota in group)
         self.max_concurrent = max_concurrent
         self.breaker = breaker or UPSTREAM_RULES
         self.max_wait = max_wait
@@ -77,6 +78,12 @@ class UpstreamSettings:
             return ""
         matching = [pattern for pattern in self.models if fnmatchcase(model, pattern)]
         return max(matching, key=len) if matching else _DATE.sub("", model)
+
+    def has_strict_quota(self, model: str) -> bool:
+        """Return whether a quota of `model` is strict, so that its calls reserve the most that they may use."""
+        if not self._has_strict:
+            return False
+        return any(quota.strict for quota in self.models.get(self.model_group(model), self.quotas))
 
     @property
     def single_limit(self) -> Limit | None:

@@ -47,6 +47,7 @@ def raised(protocol: ApiProtocol, response: GatewayResponse) -> Any:
         ("upstream:x:budget", 0.9, 5.0, 402, True),  # calls under way may return what they reserved
         ("upstream:x:unreadable", math.inf, None, 415, False),
         ("upstream:x:unpriced", math.inf, None, 400, False),
+        ("upstream:x:unbounded", math.inf, None, 400, False),
         ("upstream:x:tokens per minute", math.inf, None, 413, False),
     ],
 )

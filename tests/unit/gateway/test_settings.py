@@ -92,6 +92,18 @@ async def test_a_target_has_budgets_per_day_per_tenant_and_per_task() -> None:
     assert target(task_budget_usd=1).upstream().core.budgets.has_budgets
 
 
+def test_the_strict_rates_of_a_target_are_strict_quotas() -> None:
+    strict = QuotaSettings(tpm=9, strict=True)
+    settings = target(rpm=1, input_tpm=2, output_tpm=3, strict=True, models={"o3": strict}).upstream().core.settings
+    assert [(quota.unit, quota.strict) for quota in settings.quotas] == [
+        ("requests", False),
+        ("input_tokens", False),
+        ("output_tokens", True),
+    ]
+    assert settings.models == {"o3": (Quota(tokens=9, per="minute", strict=True),)}
+    assert settings.has_strict_quota("o3")
+
+
 def test_a_target_without_limits_is_learned() -> None:
     settings = target().upstream().core.settings
     assert (settings.quotas, settings.models, settings.max_concurrent) == ((), {}, None)
@@ -112,6 +124,8 @@ def test_a_target_without_limits_is_learned() -> None:
         ({"input_tpm": -1}, "input_tpm"),
         ({"output_tpm": 1.5}, "output_tpm"),
         ({"tpm": "many"}, "tpm"),
+        ({"strict": True, "rpm": 5}, "strict"),
+        ({"strict": 1, "tpm": 5}, "strict"),
         ({"max_concurrent": 0}, "max_concurrent"),
         ({"budget_usd": 0}, "budget_usd"),
         ({"budget_usd": math.inf}, "budget_usd"),

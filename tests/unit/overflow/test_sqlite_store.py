@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from forebay import clock
@@ -45,6 +46,7 @@ SCANS = {
     "_DEPTHS": "as many rows as types and priorities",
     "_DELETE_EMPTY_DEPTHS": "as many rows as types and priorities",
     "_PARKED": "an index alone, once in a third of a lease",
+    "_DELAYED": "an index alone, once in a third of a lease and where a retry is due",
     "_OLDEST_DONE": "a part of _TRIM_DONE, and not run by itself",
     "_OLDEST_DEAD": "a part of _TRIM_DEAD, and not run by itself",
     "_TRIM_DONE": "in order, and only as far as it deletes",
@@ -60,6 +62,43 @@ def test_no_statement_scans_the_table(connection: sqlite3.Connection, name: str)
     scans = [step for step in steps if step.startswith("SCAN") and not re.search(r"VALUES|CONSTANT|given", step)]
     assert not [step for step in steps if "TEMP B-TREE" in step]
     assert bool(scans) is (name in SCANS), steps
+
+
+@pytest.mark.blocks  # it opens the file itself
+async def test_a_file_of_the_second_schema_is_migrated_and_its_failed_tasks_lose_their_keys(tmp_path: Path) -> None:
+    old = open_file(tmp_path / "store.db", Schema(SCHEMA.application_id, SCHEMA.migrations[:2]), Synchronous.OFF, 1.0)
+    succeeded, failed = (
+        msgspec.msgpack.encode(Completion(status=status, finished_at=5.0, result=b"result"))
+        for status in ("succeeded", "failed")
+    )
+    for task_id, state, completion in (
+        ("waits", 0, None),
+        ("leased", 1, None),
+        ("parked", -1, None),
+        ("succeeded", 2, succeeded),
+        ("failed", 2, failed),
+        ("dead", 3, failed),
+    ):
+        old.execute(
+            "INSERT INTO task (task_id, task_type, state, priority, due, key, attempts, enqueued_at, fence, until,"
+            " finished_at, completion, envelope, thread_id)"
+            " VALUES (?, 't', ?, 2, 1e999, ?, 0, 5.0, iif(?2 = 1, 'f', NULL), 9.0, 5.0, ?, x'',"
+            " iif(?2 IN (-1, 1), 'c', NULL))",
+            (task_id, state, f"key of {task_id}", completion),
+        )
+    old.close()
+    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    await store.open()
+    keys = {}
+    for name in ("waits", "leased", "parked", "succeeded", "failed", "dead"):
+        found = await store.find(name)
+        assert found is not None
+        assert (found[1].failures, found[1].total_delay, found[1].last_error) == (0, 0.0, None)
+        keys[name] = (found[1].key, await store.find_key(f"key of {name}"))
+    assert keys.pop("failed") == (None, None)
+    assert keys.pop("dead") == ("key of dead", None)
+    assert keys == {name: (f"key of {name}", name) for name in keys}
+    await store.close()
 
 
 @pytest.mark.blocks  # it opens the file itself

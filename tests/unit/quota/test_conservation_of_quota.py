@@ -61,7 +61,7 @@ class RateLimiterMachine(RuleBasedStateMachine):
         self.level = {unit: float(size) for unit, size in self.size.items()}
 
     def move(self, unit: str, by: float) -> None:
-        self.level[unit] = max(-self.size[unit], min(self.size[unit], self.level[unit] + by))
+        self.level[unit] = min(self.size[unit], self.level[unit] + by)
 
     @rule(step=st.floats(0, 90))
     def time_passes(self, step: float) -> None:

@@ -44,6 +44,17 @@ def test_a_quota_is_immutable_and_can_be_encoded() -> None:
     assert msgspec.json.decode(msgspec.json.encode(Quota(tokens=9, per="day")), type=Quota).tokens == 9
 
 
+@pytest.mark.parametrize("given", [{"requests": 1}, {"input_tokens": 1}], ids=str)
+def test_only_quotas_of_output_are_strict(given: dict[str, int]) -> None:
+    with pytest.raises(InvalidQuota, match="True is for output_tokens and tokens: requests are counted exactly"):
+        Quota(**given, per="minute", strict=True)
+
+
+def test_strict_is_true_or_false() -> None:
+    with pytest.raises(InvalidQuota, match="strict='max'"):
+        Quota(tokens=1, per="minute", strict="max")  # type: ignore[arg-type]
+
+
 def test_a_rate_limiter_takes_only_quotas() -> None:
     with pytest.raises(InvalidSetting, match="made of Quota objects"):
         RateLimiter([500])  # type: ignore[list-item]

@@ -119,6 +119,42 @@ def test_a_trial_that_says_nothing_goes_once_more() -> None:
     assert doubt.trial_wait(30.0, math.inf) == 5.0
 
 
+def test_a_trial_that_says_nothing_is_not_repeated_at_once_because_the_quota_should_be_full() -> None:
+    doubt = doubt_of()
+    for end in (doubt.cancel, doubt.record_unanswered):
+        doubt.record_sent()
+        end(30.0)
+        assert doubt.trial_wait(30.0, promised=3.0) >= 5.0
+    doubt.record_trial_accepted(30.0, 1.0)
+    assert doubt.trial_wait(30.0, promised=3.0) == 0.0, "the next one is due"
+
+
+def test_accepted_trials_between_others_that_were_left_are_no_row() -> None:
+    doubt, now = doubt_of(), 30.0
+    for _ in range(20):
+        accept_trials(doubt, now, 1)
+        assert doubt.is_believed(now)
+        doubt.record_sent()
+        doubt.record_unanswered(now)
+        now += doubt.trial_wait(now, math.inf)
+
+
+def test_each_trial_that_was_left_before_its_answer_makes_the_next_one_rarer() -> None:
+    doubt, now = doubt_of(), 30.0
+    waits = []
+    for _ in range(8):
+        doubt.record_sent()
+        doubt.record_unanswered(now)
+        waits.append(doubt.trial_wait(now, math.inf))
+        now += waits[-1]
+    assert waits == [10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0, 300.0]
+    doubt.record_sent()
+    doubt.record_trial_accepted(now, 1.0)
+    doubt.record_sent()
+    doubt.record_unanswered(now)
+    assert doubt.trial_wait(now, math.inf) == 10.0
+
+
 def test_a_clock_that_goes_back_keeps_the_times() -> None:
     doubt = doubt_of()
     doubt.refute(0.0)

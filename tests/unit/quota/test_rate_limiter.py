@@ -77,7 +77,48 @@ def test_use_beyond_the_reservation_is_a_debt() -> None:
 def test_impossible_usage_does_not_block_forever() -> None:
     limiter = RateLimiter([Quota(input_tokens=60, per="minute")])
     limiter.settle(0.0, limiter.reserve(0.0, tokens(50)), tokens(10**18))
-    assert limiter.wait(0.0, tokens(60)).seconds == pytest.approx(120.0)
+    assert limiter.wait(0.0, tokens(10)).seconds == pytest.approx(200_000.0 - 50.0)
+    assert limiter.wait(200_000.0, tokens(10)).seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("amount", "reserved", "most"),
+    [(20_000, 2, 200_000), (1_000_000, 2, 1_000_000), (100_000, 50_000, 500_000)],
+    ids=["more than models make", "a whole amount", "ten times the reservation"],
+)
+def test_one_call_counts_at_most_as_much_as_a_call_can_use(amount: int, reserved: int, most: int) -> None:
+    limiter = RateLimiter([Quota(input_tokens=amount, per="minute")])
+    limiter.settle(0.0, limiter.reserve(0.0, tokens(reserved)), tokens(10**18))
+    assert remaining(limiter, 0.0) == amount - most
+
+
+def test_the_debt_of_many_calls_is_paid_back_in_full() -> None:
+    limiter = RateLimiter([Quota(output_tokens=20_000, per="minute")])
+    held = [limiter.reserve(0.0, Charge(output_tokens=2)) for _ in range(80)]
+    for each in held:
+        limiter.settle(1.0, each, Charge(output_tokens=4_000))
+    assert remaining(limiter, 1.0) == pytest.approx(20_000 - 80 * 4_000, abs=200)
+    seconds = limiter.wait(1.0, Charge(output_tokens=2)).seconds
+    assert seconds == pytest.approx(900.0, abs=1.0)
+    assert limiter.wait(1.0 + seconds, Charge(output_tokens=2)).seconds == 0.0
+
+
+def test_a_refusal_does_not_deepen_a_debt() -> None:
+    limiter = RateLimiter([Quota(output_tokens=100, per="minute")])
+    limiter.settle(0.0, limiter.reserve(0.0, Charge(output_tokens=10)), Charge(output_tokens=1_000))
+    refused = limiter.reserve(0.0, Charge(output_tokens=10))
+    limiter.record_throttled(0.0, refused, 5.0)
+    assert remaining(limiter, 0.0) == -900
+
+
+def test_the_debt_of_a_learned_quota_is_one_amount_at_most() -> None:
+    limiter = RateLimiter()
+    held = [limiter.reserve(0.0, Charge(output_tokens=1)) for _ in range(10)]
+    header = RateLimitHeaders(unit="output_tokens", limit=100, remaining=100, reset=None)
+    limiter.update_from_headers(0.0, [header], held[0])
+    for each in held:
+        limiter.settle(0.0, each, Charge(output_tokens=90))
+    assert remaining(limiter, 0.0) == -100
 
 
 def test_negative_usage_refills_nothing() -> None:
@@ -134,9 +175,21 @@ def test_a_throttled_call_is_refunded() -> None:
 
 def test_a_throttled_call_lowers_the_tightest_quota() -> None:
     limiter = RateLimiter([PER_MINUTE, Quota(input_tokens=10**6, per="minute")])
-    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0)
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0, scope=RateScope(period=60.0))
     limiter.reserve(5.0, ONE)
     assert limiter.wait(5.0, ONE).seconds == pytest.approx(1.0), "calls go on at the rate, not in a burst"
+
+
+@pytest.mark.parametrize("retry_after", [5.0, 60.0])
+def test_a_refusal_that_names_no_rate_lowers_no_given_quota(retry_after: float) -> None:
+    limiter = RateLimiter([Quota(requests=2, per="minute")])
+    first = limiter.reserve(0.0, tokens(10))
+    header = RateLimitHeaders(unit="input_tokens", limit=100, remaining=90, reset=None)
+    limiter.update_from_headers(0.0, [header], first)
+    limiter.record_throttled(0.0, limiter.reserve(0.0, tokens(10)), retry_after)
+    given, learned = limiter.levels(0.0)
+    assert given.remaining == 1
+    assert learned.remaining == 90, "nor a learned one that is less tight"
 
 
 PER_DAY = Quota(requests=10_000, per="day")

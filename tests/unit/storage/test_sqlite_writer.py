@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -437,3 +439,24 @@ async def test_what_makes_a_file_grow_is_refused_while_the_disk_is_nearly_full(
     disk.size = 1 << 30
     await writer.run(writer.check_growth)
     await writer.close()
+
+
+def test_a_disk_that_never_answers_does_not_keep_the_interpreter_from_exiting(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, threading
+from pathlib import Path
+from forebay.storage import Schema, SqliteWriter
+
+async def main():
+    writer = SqliteWriter(Path({str(tmp_path / "numbers.db")!r}), Schema(application_id=1, migrations=()))
+    await writer.open()
+    began = threading.Event()
+    writer.run(lambda connection: (began.set(), threading.Event().wait()))
+    await asyncio.sleep(0)
+    await asyncio.get_running_loop().run_in_executor(None, began.wait)
+
+asyncio.run(main())
+print("at the end", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "at the end\n"

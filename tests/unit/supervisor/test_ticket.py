@@ -27,7 +27,7 @@ class Owner:
     def cancel(self, ticket: Ticket, reason: str) -> None:
         self.cancelled.append(f"{ticket.task_id}: {reason}")
 
-    def lend_slots(self, running: Any, awaited: Ticket) -> None:
+    def lend_slots(self, running: Any, awaited: Ticket | None) -> None:
         assert running is None
         assert isinstance(awaited, Ticket)
 

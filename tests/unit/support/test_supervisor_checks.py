@@ -395,7 +395,10 @@ async def test_resources_held_by_a_supervisor_are_named() -> None:
         await supervisor.submit(Task("work", task_id="b"))
         assert violations(lambda: check_nothing_left(supervisor)).splitlines() == [
             "worker 'w' still runs ['a']",
-            "the queue of 'work' holds ['b'], 0 tasks behind their thread, 0 retry slots, 0 tasks being spilled",
+            (
+                "the queue of 'work' holds ['b'], 0 tasks behind their thread, 0 tasks to be retried,"
+                " 0 places for records, 0 tasks being spilled"
+            ),
             "Ticket('a', ADMITTED, RUNNING) has not been resolved",
             "Ticket('b', ADMITTED, WAITING) has not been resolved",
         ]

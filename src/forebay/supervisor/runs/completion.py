@@ -16,15 +16,17 @@ from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.context import RunningTask
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.slot_counts import SlotCounts
     from forebay.supervisor.worker import WorkerAgent
 
 # attribute access on an enum is slow on the hot path
-_SUCCESS, _SUCCEEDED, _EXPIRED, _TIMED_OUT = (
-    Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
+_SUCCESS, _SUCCEEDED, _FAILED, _EXPIRED, _TIMED_OUT = (
+    Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
 )  # fmt: skip
 _CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
 _ALL_ZOMBIES = "every slot is held by a handler that does not stop"
@@ -71,6 +73,7 @@ class RunCompletion:
         core: the objects that the parts of the supervisor share.
         dispatcher: the dispatcher.
         runs: the runs in progress.
+        retries: the tasks that wait for their next attempt.
         on_run_end: called with a run that ends with calls still expected of it.
         zombie_grace: seconds that a handler has to stop before it is a zombie.
 
@@ -79,12 +82,13 @@ class RunCompletion:
         timed_workers: workers with a timer for those of their runs that end at the worker's timeout.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of the supervisor that it uses
         self,
         core: Core,
         dispatcher: CompletionDispatcher,
         *,
         runs: ActiveRuns,
+        retries: TaskRetries,
         on_run_end: Callable[[Run], None],
         zombie_grace: float,
     ) -> None:
@@ -96,6 +100,7 @@ class RunCompletion:
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
         self._runs = runs
+        self._retries = retries
         self._on_run_end = on_run_end
         self._grace = zombie_grace
         self.zombies = 0
@@ -138,14 +143,19 @@ class RunCompletion:
             self.time_out(run)
 
     def end_early(self, run: Run, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
-        """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot."""
+        """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot.
+
+        A task whose time was up, or whose worker is stopped, waits for its next attempt instead, if it is to be
+        retried.
+        """
         if run.abandoned_at is not None or run.ended:
             return
         duration_ms = 1000 * (self._loop.time() - run.started_at)
-        makes_room = self._detach(run, Outcome.FAULT if status is _TIMED_OUT else Outcome.IGNORED)
+        makes_room = self._detach(run, _fault(run) if status is _TIMED_OUT else Outcome.IGNORED)
         worker = run.worker.name
         result = unsuccessful_result(run.ticket, status, error, worker_id=worker, duration_ms=duration_ms, cause=cause)
-        self._dispatcher.finish(run.ticket, result)
+        if status not in (_TIMED_OUT, _FAILED) or not self._retries.retry(run, result):
+            self._dispatcher.finish(run.ticket, result)
         run.stop()
         if run.worker.probing or makes_room:  # the probe is free again, whether or not its handler stops
             self._dispatcher.dispatch(run.worker)
@@ -182,6 +192,8 @@ class RunCompletion:
             name,
         )
         self._registry.emit(run.ticket, ZombieFound(at=self._loop.time(), task_id=task_id, worker_id=name))
+        if run.ticket.retries is not None and run.ticket.retries.stopping is run:
+            self._retries.attempt_stopped(run.ticket, zombie=True)
         if self._runs.are_all_zombies(worker) and worker.breaker.trip(self._loop.time()) is not None:
             self._update_breaker(worker, _ALL_ZOMBIES)
             worker.mark_stuck()
@@ -205,15 +217,16 @@ class RunCompletion:
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
+        parent = ticket.parent
         if ticket.run is run:  # otherwise the task was started again before this handler had stopped
             ticket.end_run()
         if success:
             self._succeeded(run, value, now, seconds, pool)
         elif run.abandoned_at is None:
-            self._failed(run, cause, error, 1000 * seconds)
+            self._failed(run, parent, cause, error, 1000 * seconds)
         else:
             self._abandoned_run_stopped(run, now - run.abandoned_at)
-        if task.thread_id is not None and ticket.run is None:
+        if task.thread_id is not None and ticket.run is None and not ticket.awaits_retry:
             self._dispatcher.next_in_conversation(ticket)
         if holds_slot:
             self._dispatcher.return_slot(run, now)
@@ -247,18 +260,22 @@ class RunCompletion:
 
     def _abandoned_run_stopped(self, run: Run, after: float) -> None:
         """Process the end of a handler whose run was abandoned `after` seconds ago."""
-        worker = run.worker
+        worker, ticket = run.worker, run.ticket
         worker.remove_zombie()
+        if ticket.retries is not None and ticket.retries.stopping is run:
+            self._retries.attempt_stopped(ticket)
         if run.zombie:
             now = self._loop.time()
             if worker.stuck and worker.breaker.retry_after(now) is not None:  # None: a person is to revive it
                 self.revive(worker)
             task_id = run.task.task_id
-            self._registry.emit(run.ticket, ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after))
+            self._registry.emit(ticket, ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after))
 
-    def _failed(self, run: Run, cause: BaseException | None, error: str, duration_ms: float) -> None:
+    def _failed(
+        self, run: Run, parent: RunningTask | None, cause: BaseException | None, error: str, duration_ms: float
+    ) -> None:
         ticket, worker = run.ticket, run.worker
-        status, outcome = TaskStatus.FAILED, Outcome.FAULT
+        status, outcome = TaskStatus.FAILED, _fault(run)
         if run.rejections and not isinstance(cause, Overloaded):
             cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
             error = describe_error(cause)
@@ -281,6 +298,11 @@ class RunCompletion:
             outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
+        if status is TaskStatus.FAILED:
+            ticket.keep_parent(parent)
+            if self._retries.retry(run, result):
+                return
+            ticket.forget_parent()
         self._dispatcher.finish(ticket, result)
 
     # --- the worker's breaker ---
@@ -369,6 +391,14 @@ class RunCompletion:
         if remaining:  # neither None nor 0
             due = now + remaining + 1e-6  # a sum of floats may fall a little short
             self._breaker_timers[worker] = self._timers.at(due, self._update_breaker, worker, "a probe is overdue")
+
+
+def _fault(run: Run) -> Outcome:
+    """Return how the failure of a run counts: that of a retry says more of its task than of its worker.
+
+    But a probe is judged by whatever it does.
+    """
+    return Outcome.FAULT if run.ticket.retries is None or run.is_probe else Outcome.IGNORED
 
 
 def _is_submitters_mistake(cause: BaseException | None) -> bool:

@@ -109,6 +109,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     runner: HandlerRunner | None = None
     timer: Timer | None = None
     awaited_tasks: int = 0  # tasks, of any supervisor, that it awaits
+    awaited_elsewhere: int = 0  # those of them that are in another supervisor
     exemptions: int = 0  # awaits, here or below, for which new runs may have to begin
     slot_loans: int = 0  # tasks that it, or a run below it, awaits and that may need its slot
     abandoned_at: float | None = None  # loop time at which its ticket ended before its handler did
@@ -257,13 +258,17 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         if not self.exemptions and self.is_suspended:
             self.worker.change_exempt(self.task.priority, -1)
 
-    def begin_await(self) -> None:
-        """Count a task that it awaits."""
+    def begin_await(self, dispatcher: RunOwner) -> None:
+        """Count a task of `dispatcher` that it awaits."""
         self.awaited_tasks += 1
+        if dispatcher is not self.dispatcher:
+            self.awaited_elsewhere += 1
 
-    def end_await(self) -> None:
-        """Stop counting a task that it awaited."""
+    def end_await(self, dispatcher: RunOwner) -> None:
+        """Stop counting a task of `dispatcher` that it awaited."""
         self.awaited_tasks -= 1
+        if dispatcher is not self.dispatcher:
+            self.awaited_elsewhere -= 1
 
     def begin_loan(self) -> None:
         """Count an await, here or below, that may need its slot."""
@@ -282,6 +287,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     def is_handled_in(self, aio: asyncio.Task[Any] | None) -> bool:
         """Return whether its handler is running, in `aio`."""
         return self.runner is not None and self.runner.handles(self, aio)
+
+    @property
+    def awaits_start(self) -> bool:
+        """True while the store has not recorded its start: its handler has not begun."""
+        return self.runner is None and self.ticket.slot is None
 
     async def call_in_thread(self) -> Any:
         """Call the handler in a thread, and return its value."""
@@ -450,6 +460,12 @@ class ActiveRuns:
             len(runs) >= worker.max_concurrent
             and sum(run.zombie and run.holds_slot for run in runs) >= worker.max_concurrent
         )
+
+    def are_all_stuck(self, worker: WorkerAgent) -> bool:
+        """Return whether zombies, and runs whose start the store has not recorded, hold every slot of a worker."""
+        runs = self._by_worker.get(worker, ())
+        stuck = sum(run.holds_slot and (run.zombie or run.awaits_start) for run in runs)
+        return stuck >= worker.max_concurrent
 
     def __bool__(self) -> bool:
         return any(self._by_worker.values())

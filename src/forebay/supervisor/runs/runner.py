@@ -149,7 +149,9 @@ def _own_context(run: Run, base: Context) -> Context:
     own = run.ticket.context
     if own is None:
         return base.copy()
-    return own if run.ticket.lease is None else own.copy()
+    if run.ticket.lease is not None or run.worker.retry is not None or run.task.retry is not None:
+        return own.copy()
+    return own
 
 
 def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:

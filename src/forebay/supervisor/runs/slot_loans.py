@@ -41,24 +41,24 @@ class SlotLoan:
 
     A worker that has as many open runs as it may have, suspended ones included, begins no new one. That delays no run
     that waits for its own nested task, queued or running, since nested tasks start all the same. A run that waits for
-    any other task may need a new run to begin, and so may those above it: they do not count while it waits. Such a task
-    is another submitter's, a stored one, one behind its conversation, or one in another supervisor, whose slots may be
-    held by tasks that wait here.
+    any other task, or for room, may need a new run to begin, and so may those above it: they do not count while it
+    waits. Such a task is another submitter's, a stored one, one behind its conversation, or one in another supervisor,
+    whose slots may be held by tasks that wait here.
     """
 
-    __slots__ = ("_awaiting_run", "_chain", "_exempt", "_runs")
+    __slots__ = ("_awaiting_run", "_chain", "_dispatcher", "_exempt", "_runs")
 
-    def __init__(self, dispatcher: RunOwner, awaiting: Run, awaited: Ticket) -> None:
+    def __init__(self, dispatcher: RunOwner, awaiting: Run, awaited: Ticket | None) -> None:
         self._awaiting_run = awaiting
+        self._dispatcher = dispatcher
         # A run that was asked to stop, and awaits a task all the same, keeps its slot: it is at work.
         self._chain = chain = tuple(run for run in run_and_ancestors(awaiting) if run.abandoned_at is None)
-        inside = awaited.queue_entry is not None or awaited.run is not None
-        own = awaited.parent is awaiting and awaiting.dispatcher is dispatcher
-        self._exempt = not (inside and awaited.nested and own)
+        own = awaiting.dispatcher is dispatcher
+        self._exempt = not (own and awaited is not None and is_own_nested(awaiting, awaited))
         self._runs = chain[
             : max((count for count, run in enumerate(chain, 1) if _may_pass(dispatcher, run)), default=0)
         ]
-        awaiting.begin_await()
+        awaiting.begin_await(dispatcher)
         for run in self._runs:
             run.begin_loan()
         if self._exempt:
@@ -79,7 +79,7 @@ class SlotLoan:
         ``asyncio.timeout``, goes on to work. A run that its supervisor stops does not wait: it ends without a slot.
         """
         awaiting = self._awaiting_run
-        awaiting.end_await()
+        awaiting.end_await(self._dispatcher)
         for run in self._runs:
             run.end_loan()
         if self._exempt:
@@ -96,6 +96,12 @@ class SlotLoan:
                     await _wait_for_slot(awaiting, granted)
                 finally:
                     claims.withdraw(awaiting, granted)
+
+
+def is_own_nested(run: RunningTask, awaited: Ticket) -> bool:
+    """Return whether an awaited task is nested in `run`, and queued or running."""
+    inside = awaited.queue_entry is not None or awaited.run is not None
+    return inside and awaited.nested and awaited.parent is run
 
 
 def _may_pass(dispatcher: RunOwner, run: Run) -> bool:

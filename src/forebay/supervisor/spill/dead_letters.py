@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from forebay._validate import check_whole
-from forebay.errors import InvalidPayload, Overloaded, UnknownTask
+from forebay.errors import DuplicateKey, InvalidPayload, Overloaded, UnknownTask
 from forebay.interfaces import PutResult, RecordState
 from forebay.overflow import decode_task
 from forebay.supervisor.spill import records
@@ -22,13 +22,13 @@ _MAX_PAGE = 1000
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A stored task that died.
+    """A stored task that has failed for good.
 
     Attributes:
         task_id: the task's id; `DeadLetters.task` returns the task itself.
         task_type: the type of the task.
         priority: the priority of the task.
-        key: its idempotency key, or None. While the letter is kept, no other task may use the key.
+        key: its idempotency key, or None. Another task may use the key; then the letter cannot be requeued.
         deadline: epoch seconds, or None.
         attempts: starts of its handler.
         error: why it died.
@@ -50,8 +50,9 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 class DeadLetters:
     """The dead letters of a supervisor's overflow, oldest first: ``async for letter in supervisor.dead_letters``.
 
-    A task dies if its process was lost in each of its `max_attempts` starts, or if its record cannot be read. A letter
-    stays until it is requeued or dropped. As many are kept as the overflow's bound allows, the newest.
+    A stored task dies if it has ended FAILED or TIMED_OUT, its retries included, if its process was lost in each of its
+    `max_attempts` starts, or if its record cannot be read. A letter stays until it is requeued or dropped. As many are
+    kept as the overflow's bound allows, the newest.
 
     Every method raises StoreUnavailable if the overflow fails, NotStarted before the supervisor has started, and
     WrongLoop on another event loop than the supervisor's.
@@ -98,25 +99,28 @@ class DeadLetters:
             return decode_task(found[1].envelope)
 
     async def requeue(self, task_id: str) -> None:
-        """Put the task of a letter back into the overflow, in its old order and with no attempts counted.
+        """Put the task of a letter back into the overflow, in its old order and with no attempts or retries counted.
 
         Its old tickets have ended; ``supervisor.ticket(task_id)`` returns a new one. A task whose deadline has passed
         expires.
 
         Raises:
             UnknownTask: there is no letter of that id.
+            DuplicateKey: another task has taken its key, and has not ended or has succeeded.
             Overloaded: the overflow is full.
         """
         spill = self._spill(task_id)
         put = await spill.stored.store.requeue(task_id)
         if put is None:
             raise UnknownTask(task_id=task_id)
+        if put is PutResult.DUPLICATE:
+            raise DuplicateKey(task_id=task_id)
         if put is PutResult.FULL:
             raise Overloaded("the overflow is full", limited_by="overflow", load=1.0, retry_after=None)
         await spill.refiller.refresh()
 
     async def drop(self, task_id: str) -> None:
-        """Delete a letter with its task; its id and its key may be used again.
+        """Delete a letter with its task; its id may be used again.
 
         Raises:
             UnknownTask: there is no letter of that id.

@@ -50,10 +50,10 @@ class HeldLeases:
         seconds = min(self._duration, lease.until - clock.wall_time())
         self._held[lease.record.task_id] = _HeldLease(lease, clock.now() + seconds)
 
-    def drop(self, task_id: str) -> str | None:
-        """Forget a lease; return its fence, if there was one."""
+    def drop(self, task_id: str) -> Lease | None:
+        """Forget a lease, and return it if there was one."""
         held = self._held.pop(task_id, None)
-        return None if held is None else held.lease.fence
+        return None if held is None else held.lease
 
     def is_valid(self, task_id: str) -> bool:
         """Return whether the lease on a task has neither lapsed nor been lost."""

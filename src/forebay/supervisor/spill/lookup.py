@@ -93,6 +93,8 @@ class StoreLookup:
             self._stored.release(ticket)
         elif state is RecordState.LEASED and ticket.lease is None:
             self._stored.leave_to_other_process(ticket)
+        elif state is RecordState.DELAYED:
+            self._stored.wait_delayed(ticket)
         else:
             self._stored.wait_in_store(ticket)
         if ticket.cancel_reason is not None:

@@ -14,12 +14,12 @@ from forebay.supervisor.spill.leases import Heartbeat
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
+    from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.spill.refill import Refiller
     from forebay.supervisor.spill.stored_tasks import StoredTasks
 
 _LONGEST_AHEAD = 1.1 * MAX_LEASE  # seconds from now to the end of a lease; a longer one was given by another clock
 _RENEWED_WITHIN = MAX_LEASE / 2  # seconds in which every holder that lives has renewed its leases
-_RESULT_RETENTION = 86_400.0  # seconds for which the store keeps results
 _MAX_LOOKUPS = 1000  # tickets in each third of a lease
 
 
@@ -30,8 +30,7 @@ class StoreMaintenance:
         core: the objects that the parts of the supervisor share.
         stored: the tasks with a record in the store.
         refiller: counts the records that wait, and takes them in.
-        lease: seconds that a lease lasts unless renewed.
-        max_attempts: starts of a handler, over lost leases, after which a task is dead.
+        settings: the settings of the supervisor.
     """
 
     def __init__(
@@ -40,14 +39,14 @@ class StoreMaintenance:
         stored: StoredTasks,
         refiller: Refiller,
         *,
-        lease: float,
-        max_attempts: int,
+        settings: SupervisorSettings,
     ) -> None:
         self._core = core
         self._stored = stored
         self._refiller = refiller
-        self._lease = lease
-        self._max_attempts = max_attempts
+        self._lease = settings.lease
+        self._max_attempts = settings.max_attempts
+        self._retention = settings.result_retention
         self._running = False
         self._stopped = False
         self._renewal_failed = False
@@ -56,7 +55,7 @@ class StoreMaintenance:
         self._reaps_from = 0.0  # by `clock.now`: before that, live leases may look expired
         self._judges_from = 0.0  # by `clock.now`: before that, live leases may look longer than any can be
         self._heartbeat = Heartbeat(
-            core.loop, interval=lease / 3, beat=self._renew_leases, after_beat=self._on_heartbeat
+            core.loop, interval=self._lease / 3, beat=self._renew_leases, after_beat=self._on_heartbeat
         )
 
     def start(self) -> None:
@@ -89,9 +88,10 @@ class StoreMaintenance:
         try:
             await self._refiller.recount_conversations()
             await self.reap()
+            await self._stored.delayed.wake()
             await self._refiller.recount(list(pools.values()))
             await self._look_up_tickets()
-            await self._stored.store.prune(before=clock.wall_time() - _RESULT_RETENTION)
+            await self._stored.store.prune(before=clock.wall_time() - self._retention)
         except StoreUnavailable:
             if not self._stopped:  # otherwise the store was closed meanwhile
                 raise

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
     """Return the record of a task; its deadline is the ticket's, which may have been inherited."""
-    task = ticket.task
+    task, retries = ticket.task, ticket.retries
     return TaskRecord(
         task_id=task.task_id,
         task_type=task.task_type,
@@ -33,6 +33,10 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         deadline=None if ticket.deadline is None else ticket.deadline.by_wall_clock(),
         key=task.key,
         thread_id=task.thread_id,
+        attempts=ticket.attempts,
+        failures=0 if retries is None else retries.state.failed,
+        total_delay=0.0 if retries is None else retries.state.total_delay,
+        last_error=None if retries is None or retries.result is None else retries.result.error,
     )
 
 

@@ -11,7 +11,7 @@ from forebay import clock
 from forebay.carried_context import restore_context
 from forebay.errors import InvalidPayload, StoreUnavailable
 from forebay.events import TaskRefilled, log
-from forebay.interfaces import Completion, Lease
+from forebay.interfaces import Completion, Lease, TaskRecord
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
 from forebay.supervisor.runs.completion import describe_error
 from forebay.supervisor.spill import records
@@ -42,6 +42,9 @@ class RefillDispatcher(TicketOwner, Protocol):
 
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
         """Return why it is too late for a task to start, or None if it is not."""
+
+    def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
+        """Go on with the attempts at a task that comes back from its store."""
 
     def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
@@ -140,10 +143,10 @@ class Refiller:
         finally:
             conversations.end_recount()
 
-    async def conversation_moved(self, task_type: str) -> None:
+    async def count_waiting(self, task_type: str | None) -> None:
         """Count and refill again, because a record of `task_type` has ended, and the next of its conversation waits.
 
-        That one may be of any type, but its pool has records that wait.
+        That one may be of any type, but its pool has records that wait. So have those of records that were woken.
         """
         spills = self._spills
         try:
@@ -151,7 +154,7 @@ class Refiller:
         except StoreUnavailable:
             return  # the heartbeat counts again
         by_type = self._core.pools.by_type
-        types = dict.fromkeys([task_type, *(waiting for waiting, _ in depths)])
+        types = dict.fromkeys([*filter(None, (task_type,)), *(waiting for waiting, _ in depths)])
         pools = [by_type[name] for name in types if name in by_type]
         self._recount_after.update(pool for pool in pools if pool in self.refilling)
         self._set_depths(depths, pools, spills)
@@ -168,10 +171,10 @@ class Refiller:
 
     @property
     def spilled_tasks(self) -> int:
-        """The number of records that wait, as far as is known."""
+        """The number of records that wait, those that are delayed included, as far as is known."""
         pools = self._core.pools.by_type.values()
         waiting = sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
-        return waiting + self._dispatcher.conversations.parked_in_overflow
+        return waiting + self._dispatcher.conversations.parked_in_overflow + self._stored.delayed.count
 
     # --- back into the queue ---
 
@@ -280,6 +283,8 @@ class Refiller:
     def _start_or_queue(self, ticket: Ticket, lease: Lease, pool: Pool) -> None:
         record, stored, core, dispatcher = lease.record, self._stored, self._core, self._dispatcher
         ticket.refill(lease)
+        if record.failures:
+            dispatcher.resume_retries(ticket, record)
         self._registry.remember_key(ticket)
         core.timers.cancel(ticket.clear_expiry())
         stored.leases.hold(lease)
@@ -316,7 +321,7 @@ class Refiller:
             if await self._stored.store.mark_dead(lease, completion):
                 self._stored.report_dead(record, completion)
                 if record.thread_id is not None:
-                    self._core.run_in_background(self.conversation_moved(record.task_type))
+                    self._core.run_in_background(self.count_waiting(record.task_type))
             return None
         if ticket is None:
             ticket = spilled_ticket(self._dispatcher, task, submitted_at=record.enqueued_at)

@@ -68,11 +68,9 @@ class Spill:
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._conversations: Conversations = dispatcher.conversations
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
-        self.stored.on_conversation_moved(self.refiller.conversation_moved)
+        self.stored.on_change(self.refiller.count_waiting)
         self.lookup = StoreLookup(core, dispatcher, self.stored)
-        self._maintenance = StoreMaintenance(
-            core, self.stored, self.refiller, lease=settings.lease, max_attempts=settings.max_attempts
-        )
+        self._maintenance = StoreMaintenance(core, self.stored, self.refiller, settings=settings)
         self._last_submitted_at = 0.0
 
     async def open(self) -> None:
@@ -83,6 +81,7 @@ class Spill:
         """
         await self._store.open()
         await self._maintenance.reap()
+        await self.stored.delayed.wake()
         await self.refiller.recount([])
         await self.refiller.recount_conversations()
         if self.stored.durable:
@@ -163,7 +162,8 @@ class Spill:
         # Ended at the epoch, so that pruning drops it.
         completion = Completion(status=TaskStatus.REJECTED.value, finished_at=0.0)
         ticket.forget_record()
-        await self._store.finish(ticket.task_id, completion, fence=self.stored.drop_lease(ticket))
+        lease = self.stored.drop_lease(ticket)
+        await self._store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
         await self._store.prune(before=1.0)
         self.stored.conversation_moved(ticket.task)
 
@@ -174,8 +174,10 @@ class Spill:
         may only be known here: another process would run it before them.
         """
         ticket.spill()
-        if self.stored.stays_stored and self._conversations.is_ahead_here(ticket.task.thread_id):
-            self.stored.release(ticket)
+        if self.stored.stays_stored:
+            self.stored.release(ticket)  # at once: nobody need wait until its lease is returned
+            if not self._conversations.is_ahead_here(ticket.task.thread_id):
+                await self.stored.return_leases([ticket.task_id])
             return
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - it was recorded under it

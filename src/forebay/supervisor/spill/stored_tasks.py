@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
-from weakref import ref
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+from weakref import WeakKeyDictionary, ref
 
+from forebay import clock
 from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
 from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.spill import records
+from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import Task, TaskResult, TaskStatus
@@ -21,9 +23,11 @@ from forebay.task import Task, TaskResult, TaskStatus
 if TYPE_CHECKING:
     from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
+    from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns, Run
+    from forebay.supervisor.worker import WorkerAgent
 
-_RETRY_INTERVAL = 1.0  # seconds until the end of a task that could not be stored is stored again
+_RETRY_INTERVAL = 1.0  # seconds until the end or the delay of a task that could not be stored is stored again
 
 
 class StoredTaskDispatcher(Protocol):
@@ -42,6 +46,20 @@ class StoredTaskDispatcher(Protocol):
     def start_handler(self, run: Run) -> None:
         """Start the handler of a run."""
 
+    def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
+        """Return why it is too late for a task to start, or None if it is not."""
+
+    def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
+        """Return the worker on which a task may start now, unless other tasks wait for it."""
+
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
+        """Start a task on `worker`, or queue it."""
+
+
+def _is_dead(status: TaskStatus, lease: Lease | None) -> bool:
+    """Return whether a stored task that has ended becomes a dead letter."""
+    return lease is not None and status in (TaskStatus.FAILED, TaskStatus.TIMED_OUT)
+
 
 def _is_stored_only(ticket: Ticket) -> bool:
     """Return whether a task waits in the store or is with another process, and no answer of the store is awaited."""
@@ -52,6 +70,16 @@ def _is_stored_only(ticket: Ticket) -> bool:
     )
 
 
+class _Delay(NamedTuple):
+    """The delay of a task until its next attempt."""
+
+    lease: Lease
+    due: float  # epoch seconds
+    due_here: float  # loop time
+    seconds: float
+    error: str
+
+
 class StoredTasks:
     """The supervisor's side of the task store: tickets whose tasks have a record there.
 
@@ -59,6 +87,7 @@ class StoredTasks:
         store: the task store.
         durable: whether it survives its process.
         leases: the leases on records that this process holds.
+        delayed: the records that wait in the store for their next attempt.
         leased_elsewhere: tickets whose records another process holds, by task id.
         refill_stopped: whether this process takes no more tasks from the store.
     """
@@ -84,17 +113,28 @@ class StoredTasks:
         self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
-        self._conversation_moved: Callable[[str], Awaitable[None]] | None = None
+        self.delayed = DelayedRecords(core, store, on_woken=self._count_waiting)
+        # Those whose records were delayed, and may have been woken since; loop time of their next attempt, if known.
+        self._delayed_tickets: WeakKeyDictionary[Ticket, float] = WeakKeyDictionary()
+        self._on_change: Callable[[str | None], Awaitable[None]] | None = None
 
-    def on_conversation_moved(self, callback: Callable[[str], Awaitable[None]]) -> None:
-        """Call `callback` when a task of a conversation has ended in the store; with the task type."""
-        self._conversation_moved = callback
+    def on_change(self, callback: Callable[[str | None], Awaitable[None]]) -> None:
+        """Call `callback` when other records may wait than are known; with a task type whose records may be fewer."""
+        self._on_change = callback
+
+    async def _count_waiting(self, task_type: str | None = None) -> None:
+        if self._on_change is not None:
+            await self._on_change(task_type)
+
+    def count_waiting(self, task_type: str) -> None:
+        """Count the records that wait, and refill, in the background."""
+        again = partial(self.count_waiting, task_type)
+        self._core.run_in_background(self._count_waiting(task_type), if_cancelled=again)
 
     def conversation_moved(self, task: Task) -> None:
         """Look for the next task of the conversation of `task`, whose record has ended or come back."""
-        if task.thread_id is not None and self._conversation_moved is not None:
-            again = partial(self.conversation_moved, task)
-            self._core.run_in_background(self._conversation_moved(task.task_type), if_cancelled=again)
+        if task.thread_id is not None:
+            self.count_waiting(task.task_type)
 
     @property
     def stays_stored(self) -> bool:
@@ -149,8 +189,8 @@ class StoredTasks:
         ticket.hold_lease(lease)
         self.leases.hold(lease)
 
-    def drop_lease(self, ticket: Ticket) -> str | None:
-        """Forget the lease on a task's record; return its fence, if there was one."""
+    def drop_lease(self, ticket: Ticket) -> Lease | None:
+        """Forget the lease on a task's record, and return it if there was one."""
         ticket.drop_lease()
         return self.leases.drop(ticket.task_id)
 
@@ -168,6 +208,7 @@ class StoredTasks:
         """Let another process end a task; `StoreMaintenance` looks up the result."""
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
+        self._registry.notify_progress()
 
     def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
@@ -241,6 +282,116 @@ class StoredTasks:
             self.leave_to_other_process(ticket)
         run.handler_ended(None, asyncio.CancelledError())
 
+    # --- retries ---
+
+    def can_delay(self, ticket: Ticket) -> bool:
+        """Return whether a task whose attempt has failed may wait for the next one in the store.
+
+        It waits here if others of its conversation would follow it here, or if a run that has not ended may await it
+        and nothing comes back any more.
+        """
+        if ticket.lease is None:
+            return False
+        conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
+        if conversation is not None and conversation.parked:
+            return False
+        parent = next(run_and_ancestors(ticket.parent), None)
+        return not self.stays_stored or parent is None or parent.ended
+
+    def delay(self, ticket: Ticket, seconds: float, *, error: str) -> None:
+        """Give a task back to the store, in which it waits for its next attempt; any process may make that.
+
+        If the store fails until the attempt is due, this process makes it.
+
+        Args:
+            ticket: a ticket that `can_delay`, of a task that neither runs nor waits here.
+            seconds: until the next attempt is due.
+            error: what its last attempt ended with.
+        """
+        lease = ticket.lease
+        assert lease is not None  # noqa: S101 - see can_delay
+        self._core.timers.cancel(ticket.clear_expiry())
+        ticket.move_to_store()
+        ticket.begin_store_call()
+        self._dispatcher.conversations.add_stored(ticket.task.thread_id)  # now: the next one must not start before it
+        self._dispatcher.next_in_conversation(ticket)
+        delay = _Delay(lease, clock.wall_time() + seconds, self._core.loop.time() + seconds, seconds, error)
+        self._delay_in_background(ticket, delay)
+
+    def _delay_in_background(self, ticket: Ticket, delay: _Delay) -> None:
+        again = partial(self._delay_in_background, ticket, delay)
+        self._core.run_in_background(self._delay(ticket, delay), if_cancelled=again)
+
+    async def _delay(self, ticket: Ticket, delay: _Delay) -> None:
+        delayed = await self._store_delay(ticket, delay)
+        ticket.end_store_call()
+        if delayed is not None:  # whoever has the record: it may be due here
+            self.delayed.add(delay.due, delay.due_here - self._core.loop.time())
+        if ticket.done():
+            return
+        if ticket.lease is not delay.lease:  # it was woken and has come back before the answer arrived
+            if ticket.cancel_reason is not None:
+                ticket.cancel(ticket.cancel_reason)
+        elif delayed is None:
+            self._come_back(ticket)
+        else:
+            self._leave_delayed(ticket, delay, delayed=delayed)
+
+    async def _store_delay(self, ticket: Ticket, delay: _Delay) -> bool | None:
+        """Return whether the record is delayed, or False if the lease is lost; None if the store fails until it is due.
+
+        If the task is cancelled meanwhile, that is soon enough.
+        """
+        failed = False
+        while True:
+            try:
+                return await self.store.delay(delay.lease, due=delay.due, wait=delay.seconds, error=delay.error)
+            except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the task must go on
+                if not failed:
+                    log.error("task %r could not be delayed in the overflow: %s", ticket.task_id, exc)
+                failed = True
+            left = delay.due_here - self._core.loop.time()
+            if left <= 0 or ticket.cancel_reason is not None or ticket.done() or ticket.lease is not delay.lease:
+                return None
+            await asyncio.sleep(min(_RETRY_INTERVAL, left))
+
+    def _come_back(self, ticket: Ticket) -> None:
+        """Start or queue a task here that could not be delayed in the store, and whose lease is held."""
+        task = ticket.task
+        self._dispatcher.conversations.remove_stored(task.thread_id)
+        pool = self._core.pools.by_type[task.task_type]
+        if ticket.cancel_reason is not None:
+            self.complete(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, ticket.cancel_reason))
+        elif self.stays_stored:
+            self.release(ticket)
+        elif (late := self._dispatcher.expiry_reason(ticket, pool)) is not None:
+            self.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, late))
+        else:
+            self._dispatcher.start_or_queue(ticket, pool, self._dispatcher.pick_worker(pool, ticket))
+
+    def _leave_delayed(self, ticket: Ticket, delay: _Delay, *, delayed: bool) -> None:
+        """Leave a task whose record is `delayed`, or else leased by another process."""
+        self.drop_lease(ticket)
+        if self.stays_stored:
+            self.release(ticket)
+        elif delayed:
+            if ticket.nested and (pool := self._core.pools.by_type.get(ticket.task.task_type)) is not None:
+                pool.add_nested_spilled(ticket.task_id)
+            self.wait_delayed(ticket, due_at=delay.due_here)
+        else:
+            self.leave_to_other_process(ticket)
+        if ticket.cancel_reason is not None and not ticket.done():
+            ticket.cancel(ticket.cancel_reason)
+
+    def wait_delayed(self, ticket: Ticket, *, due_at: float = 0.0) -> None:
+        """Watch a task that waits in the store for its next attempt, until the loop time `due_at` if that is known."""
+        self._delayed_tickets[ticket] = due_at
+        self.wait_in_store(ticket)
+
+    def is_delayed(self, ticket: Ticket) -> bool:
+        """Return whether a task is known to wait in the store for the time of its next attempt."""
+        return self._delayed_tickets.get(ticket, 0.0) > self._core.loop.time()
+
     # --- ends ---
 
     def complete(self, ticket: Ticket, result: TaskResult) -> None:
@@ -250,39 +401,39 @@ class StoredTasks:
         ticket.begin_store_call()
         self._complete_in_background(ticket, result, self.drop_lease(ticket))
 
-    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
-        """Store the end of a task under a new lease, because the store does not have it yet."""
+    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease | None) -> None:
+        """Store the end of a task whose ticket has ended, because the store does not have it yet."""
         ended.begin_store_call()
-        self._complete_in_background(ended, result, lease.fence)
+        self._complete_in_background(ended, result, lease)
 
-    def _complete_in_background(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
-        again = partial(self._complete_in_background, ticket, result, fence)
-        self._core.run_in_background(self._complete(ticket, result, fence), if_cancelled=again)
+    def _complete_in_background(self, ticket: Ticket, result: TaskResult, lease: Lease | None) -> None:
+        again = partial(self._complete_in_background, ticket, result, lease)
+        self._core.run_in_background(self._complete(ticket, result, lease), if_cancelled=again)
 
-    async def _complete(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
+    async def _complete(self, ticket: Ticket, result: TaskResult, lease: Lease | None) -> None:
         codec = self._core.codecs.result_codec(ticket.task.task_type)
         result, completion = records.completion_of_result(result, codec, bound=self._max_payload_bytes)
+        failed = False
         try:
-            stored = await self.store.finish(ticket.task_id, completion, fence=fence)
+            stored = await self._store_end(ticket, result.status, completion, lease)
         except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
-            stored = True
+            stored = failed = True
             if not self.durable and ticket.task.thread_id is not None:
-                self._core.run_in_background(self._finish_later(ticket, completion, fence))
+                self._core.run_in_background(self._finish_later(ticket, result.status, completion, lease))
         ticket.end_store_call()
         task = ticket.task
         self._left_overflow(ticket)
-        if fence is None and stored:  # without a lease, the record was waiting in the store
-            self._dispatcher.conversations.remove_stored(task.thread_id)
+        if lease is None and stored:
+            self._left_store(ticket)
         self.conversation_moved(task)
         if ticket.done():
             return
         if stored:
             self._forget_other_process(ticket.task_id)
-            pool = self._core.pools.by_type.get(task.task_type)
-            if fence is None and pool is not None and task.thread_id is None:  # else it is counted again, see above
-                pool.remove_spilled(task.priority)
             self._registry.settle(ticket, result)
+            if not failed and _is_dead(result.status, lease):
+                self._registry.forget_end(task.task_id)  # it may be requeued, and end in another way
         elif ticket.pending_store_calls or ticket.lease is not None:
             pass  # it was refilled meanwhile, and that run ends it
         elif self.stays_stored:
@@ -290,14 +441,34 @@ class StoredTasks:
         else:
             self.leave_to_other_process(ticket)
 
-    async def _finish_later(self, ticket: Ticket, completion: Completion, fence: str | None) -> None:
+    async def _store_end(self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None) -> bool:
+        """Store the end of a task: one that has failed for good becomes a dead letter."""
+        if lease is not None and _is_dead(status, lease):
+            if dead := await self.store.mark_dead(lease, completion):
+                self.report_dead(lease.record, completion)
+            return dead
+        return await self.store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
+
+    async def _finish_later(
+        self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None
+    ) -> None:
         """Store the end of a task that could not be stored: no lease lapses, so its conversation would stand still."""
         while not self.refill_stopped:
             await asyncio.sleep(_RETRY_INTERVAL)
             with contextlib.suppress(StoreUnavailable):
-                await self.store.finish(ticket.task_id, completion, fence=fence)
+                await self._store_end(ticket, status, completion, lease)
                 self.conversation_moved(ticket.task)
                 return
+
+    def _left_store(self, ticket: Ticket) -> None:
+        """Count a task no more whose record had no lease, and so waited in the store."""
+        task = ticket.task
+        pool = self._core.pools.by_type.get(task.task_type)
+        self._dispatcher.conversations.remove_stored(task.thread_id)
+        if ticket in self._delayed_tickets:  # it may have been woken since, or not
+            self.delayed.recount()
+        elif pool is not None and task.thread_id is None:  # else those that wait are counted again
+            pool.remove_spilled(task.priority)
 
     def _left_overflow(self, ticket: Ticket) -> None:
         """Count a nested task no more as one that waits in the overflow and comes back here."""
@@ -317,14 +488,16 @@ class StoredTasks:
     def report_dead(self, record: TaskRecord, completion: Completion) -> None:
         """Report a stored task that became a dead letter."""
         error = completion.error or ""
-        log.error("task %r is a dead letter, and will not be tried again: %s", record.task_id, error)
+        # Of a handler's exception the type alone: its text may be content.
+        why = error if completion.worker_id is None else error.partition(":")[0]
+        log.error("task %r is a dead letter, and will not be tried again: %s", record.task_id, why)
         if self._core.bus.active:
             self._core.bus.emit(
                 TaskDeadLettered(
                     at=self._core.loop.time(),
                     task_id=record.task_id,
                     task_type=record.task_type,
-                    attempts=record.attempts,
+                    attempts=completion.attempts,
                     error=error,
                 )
             )
@@ -375,8 +548,13 @@ class StoredTasks:
         self.refill_stopped = True
         if self.survives():
             for ticket in self._registry.all_unfinished():
-                if ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls:
-                    self.release(ticket)
+                self.release_if_left(ticket)
+
+    def release_if_left(self, ticket: Ticket) -> None:
+        """Release a task that waits in the store, if it is left there to the next process."""
+        waits = ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls
+        if waits and self.stays_stored and not ticket.done():
+            self.release(ticket)
 
     def end_tickets(self) -> None:
         """End every ticket that is left, because the supervisor stops."""
@@ -384,5 +562,7 @@ class StoredTasks:
             if ticket.stored and self.durable:
                 self.release(ticket)
             else:
-                result = unsuccessful_result(ticket, TaskStatus.CANCELLED, "the supervisor stopped")
-                self._registry.settle(ticket, result)
+                error = "the supervisor stopped"
+                if ticket.pending_store_calls:
+                    error += " before the overflow had answered: it may be run again"
+                self._registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))

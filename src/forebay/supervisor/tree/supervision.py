@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
+    from forebay.supervisor.pool import Pool
     from forebay.supervisor.tree.worker_life import Exit
     from forebay.supervisor.worker import WorkerAgent
     from forebay.supervisor.worker_starts import WorkerStarts
@@ -41,6 +42,9 @@ class SupervisionDispatcher(StoppingDispatcher, Protocol):
     @property
     def starts(self) -> WorkerStarts:
         """The first starts of its workers."""
+
+    def fail_all_waiting(self, pool: Pool, error: str, *, worker_id: str | None = None) -> None:
+        """End every task that waits in a pool whose workers will not come, or leave it to its store."""
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
@@ -296,7 +300,9 @@ class Supervision:
                 cast("NestedSupervisor", worker.handler.nested_supervisor).fail_workers(reason)
         if final:
             for worker in workers:
-                self._dispatcher.starts.end_waiting(worker, reason)
+                for pool in self._core.pools.by_worker[worker].pools:
+                    if not (pool.slots or pool.paused):
+                        self._dispatcher.fail_all_waiting(pool, reason, worker_id=worker.name)
 
     async def _stop(self, workers: Sequence[WorkerAgent], error: str) -> None:
         """Stop workers in reverse order: each ends what runs on it, FAILED unless it is stored, then its life."""

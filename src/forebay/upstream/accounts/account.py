@@ -485,9 +485,8 @@ class Account:
             used = request.charge if outcome.used is None else outcome.used
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
-            answered = kind is not Outcome.IGNORED or outcome.latency is not None  # else its caller has left
             failed = kind is Outcome.FAULT
-            self.quotas.settle(now, permit.reservation, used, failed=failed, answered=answered)
+            self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:
             dollars.settle(usd)

@@ -415,6 +415,8 @@ class SharedAccount:
             input_tokens=_mean(old.input_tokens, new.input_tokens),
             output_tokens=_mean(old.output_tokens, new.output_tokens),
             tokens=_mean(old.tokens, new.tokens),
+            most_output_tokens=_mean(old.most_output_tokens, new.most_output_tokens),
+            most_tokens=_mean(old.most_tokens, new.most_tokens),
         )
 
 

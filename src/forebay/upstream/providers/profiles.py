@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+import msgspec
+
 from forebay.errors import InvalidSetting
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage
@@ -139,6 +141,23 @@ class ProviderProfile:
             factor=US_FACTOR if request.regional else 1.0,
         )
 
+    def charge_at_most(
+        self,
+        expected: Charge,
+        request: ProviderRequest,
+        *,
+        input_ratio: float = 1.0,
+        continued_tokens: int | None = None,
+    ) -> Charge:
+        """Return the charge of a call with the most that it may use besides, for strict quotas.
+
+        Of input there is only an estimate, the same as for its price. See `estimate_usage` for the arguments.
+        """
+        usage = self.estimate_usage(request, input_ratio=input_ratio, continued_tokens=continued_tokens)
+        return msgspec.structs.replace(
+            expected, most_output_tokens=usage.output_tokens, most_tokens=usage.input_tokens + usage.output_tokens
+        )
+
     def _combined(self, request: ProviderRequest, sent: int, received: int) -> int:
         """Return the charge on a quota of input and output tokens together."""
         bound = request.max_output_tokens
@@ -148,17 +167,31 @@ class ProviderProfile:
             return sent + bound * request.choices
         return sent + received
 
-    def final_charge(self, reserved: Charge, usage: Usage | None) -> Charge:
-        """Return the charge of a call that has ended: by its usage, or as it was reserved if the usage is unknown."""
+    def final_charge(self, reserved: Charge, usage: Usage | None, *, arrived: int | None = None) -> Charge:
+        """Return the charge of a call that has ended: by its usage, or as it was reserved if the usage is unknown.
+
+        Args:
+            reserved: before it was sent.
+            usage: of the call.
+            arrived: the output that has arrived, of a usage that adds a guess of what has not. A guess makes no debt:
+                only strict quotas count it beyond what was reserved.
+        """
         if usage is None:
             return reserved
+        output = usage.output_tokens
+        if arrived is not None:
+            output = max(arrived, min(output, reserved.output_tokens))
         sent = usage.input_tokens if self.cached_input_counts else usage.input_tokens - usage.cached_input_tokens
         sent = max(0, sent)
+        tokens = sent + output if self.token_counting is TokenCounting.USED else reserved.tokens
+        most, most_output = sent + usage.output_tokens, usage.output_tokens
         return Charge(
             requests=reserved.requests,
             input_tokens=sent,
-            output_tokens=usage.output_tokens,
-            tokens=sent + usage.output_tokens if self.token_counting is TokenCounting.USED else reserved.tokens,
+            output_tokens=output,
+            tokens=tokens,
+            most_output_tokens=most_output if most_output > output else 0,
+            most_tokens=most if most > tokens else 0,
         )
 
     def with_include_usage(self, request: ProviderRequest, body: bytes) -> bytes | None:

@@ -150,7 +150,8 @@ class BypassCountingAccount(Account):
 
 
 def account_of(slots: int, rules: list[Rule], usd: float = math.inf) -> BypassCountingAccount:
-    quotas = RateLimiter(Quota(**{rule.unit: rule.amount}, per="minute") for rule in rules if rule.window_end is None)
+    given = [rule for rule in rules if rule.window_end is None]
+    quotas = RateLimiter(Quota(**{rule.unit: rule.amount}, per="minute", strict=False) for rule in given)
     for rule in rules:
         if rule.window_end is not None:  # as if learned from headers
             observed = quotas._observed[rule.unit] = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)

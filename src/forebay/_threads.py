@@ -1,13 +1,14 @@
-"""An executor of daemon threads for plain callables, without a queue.
+"""An executor of daemon threads for plain callables.
 
-asyncio's default executor has few threads, shared by everyone, an unbounded queue before them, and is joined at exit.
-Here the slots of the workers are the bound, so every job starts at once; and a handler that never ends cannot keep the
-interpreter from exiting.
+asyncio's default executor has few threads, shared by everyone, and is joined at exit. Here those who submit are the
+bound, such as the slots of the workers, so every job starts at once; and a handler that never ends, or a disk that
+never answers, cannot keep the interpreter from exiting.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -21,13 +22,20 @@ _IDLE_TIMEOUT = 30.0  # seconds after which a thread without a job ends
 
 
 class DaemonThreadExecutor(Executor):
-    """An executor that starts a daemon thread whenever none is idle. It never queues and never joins.
+    """An executor that starts a daemon thread whenever none is idle, and never joins one.
 
     It is passed to ``loop.run_in_executor``, the only way that blocking work takes; a virtual-time loop runs the job
     inline there.
+
+    Args:
+        name: what the names of its threads begin with.
+        max_threads: how many there may be; further jobs wait for one, in their order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "forebay", *, max_threads: float = math.inf) -> None:
+        self._name = name
+        self._max_threads = max_threads
+        self._threads = 0
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._free = 0  # threads that wait for a job, minus jobs that wait for a thread
@@ -35,7 +43,7 @@ class DaemonThreadExecutor(Executor):
         self._numbers = itertools.count(1)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run ``fn(*args, **kwargs)`` in a thread at once.
+        """Run ``fn(*args, **kwargs)`` in a thread: at once, unless there are `max_threads`.
 
         Raises:
             RuntimeError: the executor was shut down, or no thread can be started; `fn` is not run then.
@@ -55,22 +63,24 @@ class DaemonThreadExecutor(Executor):
                 raise RuntimeError(message)
             self._jobs.put(job)
             self._free -= 1
-            missing = self._free < 0
+            missing = self._free < 0 and self._threads < self._max_threads
             if missing:
                 self._free += 1  # the thread that is started below
+                self._threads += 1
         if missing:
-            thread = threading.Thread(target=self._work, name=f"forebay-{next(self._numbers)}", daemon=True)
+            thread = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # the system has no more threads
                 with self._lock:
                     self._free -= 1
+                    self._threads -= 1
                 if future.cancel():  # else a thread that became idle has taken the job
                     raise
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
-        """End the idle threads; a thread that runs a job ends after it. Never waits."""
+        """End the idle threads; one that runs a job ends after it, and after those that wait. Returns at once."""
         with self._lock:
             self._closed = True
             for _ in range(self._free):
@@ -84,6 +94,7 @@ class DaemonThreadExecutor(Executor):
                 with self._lock:
                     if self._free > 0:  # no job has counted on this thread in the meantime
                         self._free -= 1
+                        self._threads -= 1
                         return
                 continue
             if job is None:
@@ -91,6 +102,6 @@ class DaemonThreadExecutor(Executor):
             job()
             del job  # an idle thread must not keep a payload alive
             with self._lock:
-                if self._closed:
+                if self._closed and self._free >= 0:
                     return
                 self._free += 1

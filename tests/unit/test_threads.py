@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from forebay.engine import DaemonThreadExecutor
+from forebay._threads import DaemonThreadExecutor
 
 TIMEOUT = 20.0  # seconds; nothing here takes as long
 
@@ -81,6 +81,21 @@ def test_there_are_never_more_threads_than_simultaneous_jobs(threads: DaemonThre
     assert len(seen) == 5
 
 
+def test_with_one_thread_jobs_wait_for_each_other_in_their_order() -> None:
+    threads, go_on, order = DaemonThreadExecutor(max_threads=1), threading.Event(), list[int]()
+
+    def job(number: int) -> int | None:
+        go_on.wait(TIMEOUT)
+        order.append(number)
+        return threading.current_thread().ident
+
+    jobs = [threads.submit(job, number) for number in range(20)]
+    threads.shutdown()  # what waits is done all the same
+    go_on.set()
+    assert len({each.result(TIMEOUT) for each in jobs}) == 1
+    assert order == list(range(20))
+
+
 def test_its_threads_are_daemons(threads: DaemonThreadExecutor) -> None:
     assert threads.submit(lambda: threading.current_thread().daemon).result(TIMEOUT)
     assert threads.submit(lambda: threading.current_thread().name).result(TIMEOUT).startswith("forebay-")
@@ -89,7 +104,7 @@ def test_its_threads_are_daemons(threads: DaemonThreadExecutor) -> None:
 def test_a_job_that_never_ends_does_not_keep_the_interpreter_from_exiting() -> None:
     program = """
 import threading
-from forebay.engine import DaemonThreadExecutor
+from forebay._threads import DaemonThreadExecutor
 began = threading.Event()
 DaemonThreadExecutor().submit(lambda: (began.set(), threading.Event().wait()))
 began.wait()

@@ -1,0 +1,96 @@
+"""Room: producers that wait until the supervisor would admit their task, in line by priority."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from forebay.supervisor.ticket_registry import TicketRegistry
+from forebay.task import Priority
+
+
+class RoomQueue:
+    """The producers that wait for room, by task type: by priority, then in the order in which they came.
+
+    When a task has ended, the first producer of each type tries again; once it has left, the next one does. So room for
+    one task wakes one producer, however many wait.
+
+    Args:
+        loop: the event loop.
+        registry: calls a listener whenever a task has ended.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, registry: TicketRegistry) -> None:
+        self._loop = loop
+        self._registry = registry
+        self._lines: dict[str, tuple[dict[RoomTurn, None], ...]] = {}  # by task type and priority
+        self._notified = False
+
+    def enter(self, task_type: str, priority: Priority, on_turn: Callable[[], object]) -> RoomTurn:
+        """Put a producer in line; `on_turn` is called, not within another call, whenever it is to try again."""
+        if not self._lines:
+            self._registry.add_listener(self._task_ended)
+        turn = RoomTurn(task_type, priority, on_turn)
+        line = self._lines.setdefault(task_type, tuple({} for _ in Priority))
+        line[priority][turn] = None
+        return turn
+
+    def leave(self, turn: RoomTurn) -> None:
+        """Take a producer out of line; the one behind it may try. A second call does nothing."""
+        line = self._lines.get(turn.task_type)
+        if line is None or turn not in line[turn.priority]:
+            return
+        del line[turn.priority][turn]
+        following = _first(line)
+        if following is not None:
+            self._loop.call_soon(following.on_turn)
+            return
+        del self._lines[turn.task_type]
+        if not self._lines:
+            self._registry.remove_listener(self._task_ended)
+
+    def is_first(self, turn: RoomTurn) -> bool:
+        """Return whether nobody stands in line before a producer that is in line."""
+        return _first(self._lines[turn.task_type]) is turn
+
+    def is_behind(self, task_type: str, priority: Priority) -> bool:
+        """Return whether a producer that came now would stand behind another one."""
+        line = self._lines.get(task_type)
+        return line is not None and any(line[: priority + 1])
+
+    def wake_all(self) -> None:
+        """Have every producer try again, because the supervisor admits nothing any more."""
+        for line in self._lines.values():
+            for turn in _in_order(line):
+                self._loop.call_soon(turn.on_turn)
+
+    def _task_ended(self) -> None:
+        """Wake the first of each line soon, but not now: the slot of the task is about to be returned."""
+        if not self._notified:
+            self._notified = True
+            self._loop.call_soon(self._wake_first)
+
+    def _wake_first(self) -> None:
+        self._notified = False
+        for line in self._lines.values():
+            if (first := _first(line)) is not None:
+                first.on_turn()
+
+
+class RoomTurn:
+    """The place of one producer in line."""
+
+    __slots__ = ("on_turn", "priority", "task_type")
+
+    def __init__(self, task_type: str, priority: Priority, on_turn: Callable[[], object]) -> None:
+        self.task_type = task_type
+        self.priority = priority
+        self.on_turn = on_turn
+
+
+def _in_order(line: tuple[dict[RoomTurn, None], ...]) -> Iterator[RoomTurn]:
+    return (turn for turns in line for turn in turns)
+
+
+def _first(line: tuple[dict[RoomTurn, None], ...]) -> RoomTurn | None:
+    return next(_in_order(line), None)
