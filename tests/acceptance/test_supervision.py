@@ -856,6 +856,120 @@ async def test_a_start_that_hangs_at_a_restart_is_cut_off_and_tried_again() -> N
         assert len(starts) == 3
 
 
+@virtual
+async def test_a_life_that_is_cancelled_before_its_first_step_has_ended_by_a_shutdown() -> None:
+    lives: list[asyncio.Future[None]] = []
+    test = asyncio.current_task()
+
+    def start() -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        lives.append(loop.create_future())
+        if len(lives) == 1:
+            loop.call_soon(lambda: [task.cancel() for task in asyncio.all_tasks() if task is not test])
+        return lives[-1]
+
+    async with BackpressureSupervisor() as supervisor:
+        record = EventRecord(supervisor)
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"], start=start)
+        await settle()
+        assert exits(record) == [("worker", "shutdown")]
+        assert [life.cancelled() for life in lives] == [True, False]
+        assert await supervisor.run(Task("work", 1)) == 1
+
+
+# --- changes in the middle of a restart ------------------------------------------------------------------------------
+
+
+class SlowHandler:
+    """A handler whose starts and stops take a second each, and are logged."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+
+    def __forebay_handler__(self) -> Handler:
+        return Handler(call=Agent(), start=self.start, stop=self.stop)
+
+    async def start(self) -> None:
+        await asyncio.sleep(1.0)
+        self.log.append(f"{self.name}'s handler starts")
+
+    async def stop(self) -> None:
+        await asyncio.sleep(1.0)
+        self.log.append(f"{self.name}'s handler stops")
+
+
+@virtual
+async def test_lives_that_end_at_once_beyond_the_intensity_are_failed_together() -> None:
+    services = [ScriptedLife(name) for name in "abc"]
+    async with BackpressureSupervisor(strategy="rest_for_one", max_restarts=0) as supervisor:
+        record = EventRecord(supervisor)
+        a, b, c = (register(supervisor, service) for service in services)
+        await settle()
+        services[0].crash()
+        services[1].crash()
+        await settle()
+        assert sorted(event.worker_id for event in record.of_type(WorkerFailed)) == ["a", "b", "c"]
+        b.revive()
+        await settle()
+        assert [service.alive for service in services] == [True] * 3
+        assert [worker.failed for worker in (a, b, c)] == [False] * 3
+
+
+@virtual
+async def test_a_worker_that_is_unregistered_while_it_is_stopped_keeps_no_other_from_starting() -> None:
+    log: list[str] = []
+    first, second = ScriptedLife("first", log), ScriptedLife("second", log)
+    async with BackpressureSupervisor(strategy="one_for_all", max_restarts=0) as supervisor:
+        register(supervisor, first, SlowHandler("first", log), task_types=["first"])
+        register(supervisor, second, task_types=["second"])
+        await asyncio.sleep(2.0)
+        supervisor.register_worker("third", handler=Agent(), task_types=["first"])
+        log.clear()
+        first.crash()
+        await settle()  # its handler is being stopped
+        await supervisor.unregister_worker("first")
+        await asyncio.sleep(2.0)
+        assert list(supervisor.workers) == ["second", "third"]
+        assert log == ["first ends", "second ends", "first's handler stops"]
+        assert [worker.failed for worker in supervisor.workers.values()] == [True, True]
+
+
+@virtual
+async def test_a_worker_that_is_unregistered_while_it_starts_again_is_stopped_and_the_others_go_on() -> None:
+    log: list[str] = []
+    first, second = ScriptedLife("first", log), ScriptedLife("second", log)
+    async with BackpressureSupervisor(strategy="one_for_all") as supervisor:
+        register(supervisor, first, SlowHandler("first", log), task_types=["first"])
+        register(supervisor, second, task_types=["second"])
+        await asyncio.sleep(2.0)
+        log.clear()
+        second.crash()
+        await asyncio.sleep(1.5)  # the handler of the first one is being started
+        removing = asyncio.create_task(supervisor.unregister_worker("first"))
+        await asyncio.sleep(5.0)
+        await removing
+        assert not first.alive
+        assert second.alive
+        assert log.count("first's handler starts") == log.count("first's handler stops") - 1 == 1
+        assert await supervisor.run(Task("second", 2)) == 2
+
+
+@virtual
+async def test_a_stop_in_progress_is_not_cut_off_when_the_supervisor_closes() -> None:
+    log: list[str] = []
+    service = ScriptedLife(log=log)
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, service, SlowHandler("worker", log))
+        await asyncio.sleep(2.0)
+        log.clear()
+        service.crash()
+        await asyncio.sleep(0.5)
+        await supervisor.close()
+        assert log == ["worker ends", "worker's handler stops"]
+        assert now() == approximately(3.0)
+
+
 # --- retries ---------------------------------------------------------------------------------------------------------
 
 

@@ -648,3 +648,11 @@ async def test_producers_that_wait_for_room_notice_a_new_worker_a_resumed_type_a
         supervisor.resume("else")
         assert isinstance(await error_of(waits), UnknownTaskType)
         assert now() < 0.1
+
+        supervisor.register_worker("last", handler=Agent(1000.0), task_types=["last"])
+        await fill(supervisor, "last")
+        waits = asyncio.create_task(supervisor.submit(Task("last"), wait=100.0))
+        await run_ready()
+        await supervisor.unregister_worker("last", timeout=0)
+        assert isinstance(await error_of(waits), UnknownTaskType)
+        assert now() < 0.1

@@ -46,7 +46,7 @@ from forebay.quota import (
 from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
-from forebay.retry import RetryBudget, RetryState
+from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor import admission_controller, drain, pools
@@ -75,6 +75,10 @@ from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.tree import worker_life
+from forebay.supervisor.tree.restart_intensity import RestartIntensity
+from forebay.supervisor.tree.restart_policy import RestartType
+from forebay.supervisor.tree.supervision import Supervision
+from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.supervisor.worker_selection import WorkerSelector
@@ -1520,3 +1524,100 @@ def the_next_in_line_for_room_is_not_woken() -> None:
 
 def a_fan_out_has_no_limit() -> None:
     always(FanOut, FanOut._is_window_full, returns=False)
+
+
+# --- supervision: lives, restarts, trees -----------------------------------------------------------------------------
+
+
+def a_worker_whose_life_has_ended_is_not_started_again() -> None:
+    always(RestartType, RestartType.restarts_after, returns=False)
+
+
+def a_transient_worker_is_restarted_like_a_permanent_one() -> None:
+    always(RestartType, RestartType.restarts_after, returns=True)
+
+
+def restarts_are_not_bounded() -> None:
+    always(RestartIntensity, RestartIntensity.allow, returns=True)
+
+
+def restarts_of_any_time_count() -> None:
+    original = RestartIntensity.allow
+    replace(RestartIntensity, original, lambda self, _: original(self, 0.0))
+
+
+def workers_that_are_restarted_together_are_stopped_in_order() -> None:
+    original = Supervision._stop
+
+    async def _stop(self: Supervision, workers: Sequence[WorkerAgent], error: str) -> None:
+        for worker in workers:
+            await original(self, [worker], error)
+
+    replace(Supervision, original, _stop)
+
+
+def what_runs_on_a_worker_that_is_restarted_goes_on() -> None:
+    always(RunStopper, RunStopper.stop, returns=None)
+
+
+def an_end_that_was_dealt_with_is_handled_again() -> None:
+    original = WorkerLife.stop
+
+    async def stop(self: WorkerLife, *, grace: float, for_good: bool = True) -> None:
+        ended = self.ended
+        await original(self, grace=grace, for_good=for_good)
+        self.ended = ended
+
+    replace(WorkerLife, original, stop)
+
+
+def ends_of_lives_are_ignored_while_other_workers_start() -> None:
+    original = Supervision.exited
+
+    def exited(self: Supervision, worker: WorkerAgent, end: Any) -> None:
+        if self._active:
+            original(self, worker, end)
+
+    replace(Supervision, original, exited)
+
+
+def the_supervisor_above_does_not_learn_that_one_gives_up() -> None:
+    skip(Supervision._give_up, asyncio.Future.cancel)
+
+
+def a_worker_that_is_failed_for_good_is_tried_again() -> None:
+    replace(Breaker, Breaker.hold_open, lambda self, now: self.trip(now))
+
+
+def what_waits_for_a_worker_that_is_failed_for_good_goes_on_waiting() -> None:
+    always(Dispatcher, Dispatcher.fail_all_waiting, returns=None)
+
+
+def a_task_of_a_restarted_worker_counts_against_those_above() -> None:
+    def _is_stop_of_other_worker(_: BaseException | None) -> bool:
+        return False
+
+    completion._is_stop_of_other_worker.__code__ = _is_stop_of_other_worker.__code__
+
+
+def a_task_of_a_restarted_worker_is_not_retried() -> None:
+    def covers(self: Retry, error: BaseException) -> bool:
+        return original(self, error) and not isinstance(error, errors.WorkerStopped)
+
+    original = Retry.covers
+    replace(Retry, original, covers)
+
+
+def a_life_that_was_never_begun_is_left_behind() -> None:
+    def _discard(life: Any, _: Any) -> None:
+        """Leave it."""
+
+    worker_life._discard.__code__ = _discard.__code__
+
+
+def a_restart_that_is_cut_off_leaves_its_workers_behind() -> None:
+    replace(Supervision, Supervision._worked, lambda self, _: setattr(self, "_working", None))
+
+
+def a_worker_that_was_unregistered_while_it_started_lives_on() -> None:
+    skip(Supervision._start, WorkerLife.stop)

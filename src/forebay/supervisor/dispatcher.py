@@ -126,9 +126,7 @@ class Dispatcher:
         self.slot_claims.forget(worker)
         self.runs.remove_worker(worker)
         self.core.pools.remove_worker(worker)
-        gone = [pool for pool in served if self.remove_pool_if_unused(pool)]
-        self._registry.notify_progress()  # producers that wait for room may wait in vain
-        return gone
+        return [pool for pool in served if self.remove_pool_if_unused(pool)]
 
     def remove_pool_if_unused(self, pool: Pool) -> bool:
         """Remove a pool that has no workers and is not paused, and in which nothing waits. Return whether."""
