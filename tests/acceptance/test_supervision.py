@@ -18,7 +18,7 @@ from tests.support.task_plane import Agent, UncancellableHandler, approximately,
 from forebay import BackpressureSupervisor, Overloaded, Retry, Task, TaskFailed, TaskStatus, WorkerState
 from forebay.adapters import Handler
 from forebay.errors import InvalidSetting, UnknownTaskType, WorkerNotStarted, WorkerStopped
-from forebay.events import WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
+from forebay.events import TaskRetried, WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
 from forebay.supervisor import TreeNode
 from forebay.testing import EventRecord
 
@@ -196,16 +196,38 @@ async def test_a_temporary_worker_that_has_ended_leaves_its_name_and_what_waits_
 
 
 @virtual
-async def test_a_stored_task_of_a_restarted_worker_runs_again(tmp_path: Path) -> None:
-    service = ScriptedLife()
-    async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
-        register(supervisor, service, Agent(10.0))
-        ticket = await supervisor.submit(Task("work", 7, durable=True))
+async def test_stored_tasks_of_restarted_workers_run_again_and_an_attempt_counts_where_a_life_ended(
+    tmp_path: Path,
+) -> None:
+    services = [ScriptedLife(name) for name in "ab"]
+    overflow = f"sqlite:///{tmp_path}/spill.db"
+    async with BackpressureSupervisor(strategy="one_for_all", overflow=overflow) as supervisor:
+        for service in services:
+            register(supervisor, service, Agent(10.0), task_types=[service.name])
+        record = EventRecord(supervisor)
+        tickets = [await supervisor.submit(Task(service.name, durable=True)) for service in services]
         await asyncio.sleep(1.0)
-        service.crash()
-        result = await ticket
-        assert (result.status, result.attempts) == (SUCCEEDED, 1)  # the restart is not counted as an attempt
+        services[0].crash()
+        results = [await ticket for ticket in tickets]
+        assert [(result.status, result.attempts) for result in results] == [(SUCCEEDED, 2), (SUCCEEDED, 1)]
+        assert [(event.worker_id, event.attempt) for event in record.of_type(TaskRetried)] == [("a", 1)]
         assert 11.0 <= now() < 11.1
+
+
+@virtual
+async def test_a_stored_task_that_ends_the_life_of_its_worker_each_time_becomes_a_dead_letter(tmp_path: Path) -> None:
+    service = ScriptedLife()
+
+    async def kills(_: Task) -> None:
+        service.crash()
+        await asyncio.sleep(10.0)
+
+    async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db", max_restarts=10) as supervisor:
+        register(supervisor, service, kills)
+        ticket = await supervisor.submit(Task("work", durable=True))
+        result = await ticket
+        assert (result.status, result.attempts) == (FAILED, 3)
+        assert [letter.task_id async for letter in supervisor.dead_letters] == [ticket.task_id]
 
 
 @virtual

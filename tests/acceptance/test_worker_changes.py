@@ -656,3 +656,16 @@ async def test_producers_that_wait_for_room_notice_a_new_worker_a_resumed_type_a
         await supervisor.unregister_worker("last", timeout=0)
         assert isinstance(await error_of(waits), UnknownTaskType)
         assert now() < 0.1
+
+
+@virtual
+async def test_what_waits_in_an_overflow_in_memory_for_the_last_worker_of_a_type_fails_once_that_is_gone() -> None:
+    async with BackpressureSupervisor(overflow="memory://", max_queue_size=0) as supervisor:
+        supervisor.register_worker("only", handler=Agent(10.0), task_types=["work"])
+        tickets = [await supervisor.submit(Task("work")) for _ in range(3)]
+        assert [ticket.verdict for ticket in tickets] == [Verdict.ADMITTED, Verdict.SPILLED, Verdict.SPILLED]
+        await supervisor.unregister_worker("only", timeout=0)
+        assert await statuses(tickets) == [CANCELLED, FAILED, FAILED]
+        assert now() < 1.0
+        await run_ready()
+        assert supervisor.statistics().outside == 0

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.simulation.tree_model import ABNORMAL, NORMAL, SHUTDOWN, ModelSupervisor, ModelWorker
+from tests.support.run_checks import fail_on_logged_errors
 from tests.support.scripted_life import ScriptedLife, settle
 from tests.support.supervisor_checks import InvariantViolation, check_nothing_left, check_task_ends
 
@@ -203,6 +204,8 @@ class TreeStorm:
             if self.wild and self.draw.random() < 0.7:  # otherwise it closes in the middle of restarts
                 await asyncio.sleep(QUIET)
                 root.check_quiet()
+        if self.wild:
+            await asyncio.sleep(10 * GRACE)  # until handlers that ignore their cancellation have ended
         check_task_ends(root.record, tickets=self._tickets)
         for branch in self.branches:
             check_nothing_left(branch.supervisor)
@@ -290,7 +293,8 @@ class TreeStorm:
 def run(seed: int) -> TreeStorm:
     """Run the storm of one seed; raise if it breaks a promise or differs from the model."""
     storm = TreeStorm(seed)
-    simulate(storm.run, seed=seed, max_time=1e6)
+    with fail_on_logged_errors(OSError):  # of starts
+        simulate(storm.run, seed=seed, max_time=1e6)
     return storm
 
 

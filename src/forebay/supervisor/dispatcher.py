@@ -83,6 +83,7 @@ class Dispatcher:
             strategy=settings.restart_strategy,
             intensity=RestartIntensity(settings.max_restarts, settings.within),
             grace=settings.zombie_grace,
+            max_attempts=settings.max_attempts,
             remove=remove_worker,
         )
         self._registry = core.registry

@@ -103,6 +103,8 @@ class WorkerRemoval:
         """End the tasks of `pool` that wait, if no worker will take them and none is to come."""
         if not (pool.is_served or pool.paused):
             self._dispatcher.fail_all_waiting(pool, error)
+            if (spill := self._dispatcher.spill) is not None:
+                spill.stored.fail_waiting(pool.task_type, error)
 
     def resume(self, pool: Pool) -> bool:
         """End what waits for a task type that was paused and has no worker; return whether its pool is gone."""

@@ -64,6 +64,7 @@ class Supervision:
         strategy: which workers are restarted together.
         intensity: how many restarts are too many.
         grace: seconds that a cancelled handler has to stop.
+        max_attempts: of a stored task under which the lives of its workers end.
         remove: begins to unregister a worker, whose life has ended for good.
     """
 
@@ -75,6 +76,7 @@ class Supervision:
         strategy: Strategy,
         intensity: RestartIntensity,
         grace: float,
+        max_attempts: int,
         remove: Callable[[WorkerAgent], None],
     ) -> None:
         self._core = core
@@ -83,11 +85,12 @@ class Supervision:
         self._strategy = strategy
         self._intensity = intensity
         self._grace = grace
+        self._max_attempts = max_attempts
         self._remove = remove
         self._jobs: deque[Callable[[], Coroutine[Any, Any, None]]] = deque()
         self._working: asyncio.Future[None] | None = None
         self._active = False  # the workers were added, and it has neither halted nor closed
-        self._halted = False
+        self._halted = self._closed = False
         self._down: dict[WorkerAgent, list[WorkerAgent]] = {}  # FAILED for good, and those that are so with each
         self._watchers: list[asyncio.Future[None]] = []
 
@@ -104,7 +107,11 @@ class Supervision:
         return self._halted
 
     def close(self) -> None:
-        """Handle no end any more."""
+        """Handle no end any more, and start nothing."""
+        self._closed = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         self._active = False
         self._jobs.clear()
         if self._working is not None:
@@ -121,7 +128,7 @@ class Supervision:
         """Stop every worker, in reverse order, until `start_workers`."""
         self._halted = True
         working = self._working
-        self.close()
+        self._interrupt()
         if working is not None:
             await asyncio.wait((working,))
         await self._stop(self._children(), "its supervisor was restarted")
@@ -132,7 +139,7 @@ class Supervision:
         Raises:
             BaseException: what a start raised. The workers are halted then.
         """
-        if not self._halted:
+        if not self._halted or self._closed:
             return
         self._halted = False
         self._intensity.clear()
@@ -150,7 +157,7 @@ class Supervision:
 
     def exited(self, worker: WorkerAgent, end: Exit) -> None:
         """Handle the end of a worker's life: soon, because others may be handled at present."""
-        if self._halted or self._core.closed:
+        if self._halted or self._closed:
             return  # it is to be stopped anyway
         if worker.leaving:
             reason = "the life of its worker, which is being unregistered, has ended"
@@ -311,7 +318,8 @@ class Supervision:
         for worker in reversed(workers):
             await self._dispatcher.starts.cancel(worker)
             worker.begin_restart()
-            await self._stopper.stop(worker, TaskStatus.FAILED, error, limit=self._grace)
+            max_attempts = self._max_attempts if worker.life.ended else None
+            await self._stopper.stop(worker, TaskStatus.FAILED, error, limit=self._grace, max_attempts=max_attempts)
             await worker.life.stop(grace=self._grace, for_good=False)
 
     async def _start(self, workers: Sequence[WorkerAgent]) -> tuple[WorkerAgent, BaseException] | None:
