@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from tests.support.scripted_life import ScriptedLife, settle
 from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, flood, now, statuses, virtual
@@ -616,7 +616,7 @@ async def test_the_tree_shows_states_loads_restarts_and_failures_of_all_levels()
             ("busy", 0.5, 0),
         ]
         assert (failed.load, failed.failed) == (1.0, 3)
-        assert msgspec.json.decode(msgspec.json.encode(failed))["children"][0]["children"][1]["name"] == "b"
+        assert json.loads(json.dumps(failed.as_dict()))["children"][0]["children"][1]["name"] == "b"
         assert [worker.restarts for worker in tree.inner.statistics().workers] == [3, 3]
     assert outer.tree().state == "closed"
 
@@ -1022,3 +1022,42 @@ async def test_a_task_that_waits_for_its_next_attempt_ends_with_its_last_worker(
         service.crash()
         assert await statuses([first, parked]) == [FAILED, FAILED]
         assert now() < 1.0
+
+
+# --- a supervisor that starts again ----------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_supervisor_that_is_started_again_starts_its_lives_again_and_knows_no_restarts_of_before() -> None:
+    tree = Tree(restart="transient", max_restarts=0)
+    async with tree.outer:
+        await settle()
+        await tree.exceed()
+        assert tree.worker.failed
+    tree.log.clear()
+    async with tree.outer as outer:
+        assert tree.log == ["a starts", "b starts"]
+        assert not tree.worker.failed
+        assert [worker.restarts for worker in (tree.worker, *tree.inner.workers.values())] == [0, 0, 0]
+        tree.services[1].crash()
+        await settle()
+        assert tree.log[2:] == ["b ends", "b starts"]
+        assert await outer.run(Task("work", 5)) == 5
+    assert tree.log[-2:] == ["b ends", "a ends"]
+
+
+@virtual
+async def test_a_nested_supervisor_that_its_program_has_closed_starts_again_with_the_others() -> None:
+    tree = Tree()
+    tree.outer = BackpressureSupervisor(strategy="one_for_all")
+    first = ScriptedLife("first", tree.log)
+    register(tree.outer, first, task_types=["else"])
+    tree.outer.register_worker("inner", handler=tree.inner, task_types=["work"])
+    async with tree.outer as outer:
+        await settle()
+        await tree.inner.close()
+        tree.log.clear()
+        first.crash()
+        await settle()
+        assert tree.log == ["first ends", "first starts", "a starts", "b starts"]
+        assert await outer.run(Task("work", 5)) == 5

@@ -257,10 +257,6 @@ class AdmissionController:
 
     async def _submit(self, task: Task, *, in_line: bool = False) -> Ticket:
         spill = self._dispatcher.spill
-        if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
-            # A ticket that `supervisor.ticket` made for an id that the store may not know must not count as a twin.
-            search, pool = spill.lookup.wait_for_search(task.task_id), self._pools[task.task_type]
-            await self._answer_in_time(task, task.deadline, pool, search)
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)
@@ -274,13 +270,11 @@ class AdmissionController:
                 return known
             pool, parent = self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
-            ticket = self._new_ticket(task, parent)
-            ticket.stand_in_line(waits=in_line)
+            ticket = self._new_ticket(task, parent, in_line=in_line)
             refusal = self.try_admit(ticket, pool, may_spill=False)
             return ticket if refusal is None else self._reject(ticket, pool, refusal)
         envelope = spill.encode(task)
-        ticket = self._new_ticket(task, parent)
-        ticket.stand_in_line(waits=in_line)
+        ticket = self._new_ticket(task, parent, in_line=in_line)
         if task.durable:
             deciding = self._admit_durable(ticket, envelope, pool, spill)
         else:
@@ -303,7 +297,7 @@ class AdmissionController:
         parent = context.running_task()
         if self._state is not _OPEN:
             self._check_open(parent)
-        pool = self.pool_of(task.task_type)
+        pool = self._pools.get(task.task_type) or self.pool_of(task.task_type)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)
@@ -370,7 +364,7 @@ class AdmissionController:
 
     # --- the decision ---
 
-    def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
+    def _new_ticket(self, task: Task, parent: RunningTask | None, *, in_line: bool = False) -> Ticket:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
@@ -379,12 +373,13 @@ class AdmissionController:
             if sum(1 for _ in run_and_ancestors(parent)) > _MAX_NESTING:
                 raise NestedTooDeep(task_id=task.task_id, bound=_MAX_NESTING)
             active = [*active_runs(parent, self._dispatcher)]
-        submitted_at = None
-        if self._dispatcher.spill is not None:
-            submitted_at = self._dispatcher.spill.submission_time()
-        elif deadline is not None:
-            submitted_at = clock.wall_time()
+        spill = self._dispatcher.spill
+        submitted_at = clock.wall_time() if deadline is not None and spill is None else None
+        if spill is not None:
+            submitted_at = spill.submission_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, copy_context())
+        if in_line:
+            ticket.stand_in_line(waits=True)
         if parent is not None:
             ticket.descend(depth(parent))
         if active:
@@ -421,7 +416,8 @@ class AdmissionController:
             why = f"its deadline in {format_duration(remaining)} cannot be met"
             return Refusal(why, resource, load, may_spill=False, final=True)
         ticket.admit(path_load)
-        ticket.stand_in_line(waits=False)
+        if ticket.in_line:
+            ticket.stand_in_line(waits=False)
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)  # before it starts, which is the next event

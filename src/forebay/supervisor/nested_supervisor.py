@@ -26,8 +26,8 @@ class NestedSupervisor(Protocol):
     """The supervisor below, as far as the one above needs it."""
 
     @property
-    def started(self) -> bool:
-        """True once it has been started."""
+    def running(self) -> bool:
+        """True from the call of `start` to that of `close`."""
 
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task."""
@@ -65,7 +65,7 @@ def as_handler(nested: NestedSupervisor) -> Handler:
 
     async def start() -> None:
         await nested.wait_until_started()  # it may be a worker of another supervisor too
-        if not nested.started:
+        if not nested.running:
             await nested.start()
         await nested.start_workers()
 

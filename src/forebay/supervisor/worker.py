@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 from forebay._validate import check_whole
@@ -13,12 +14,13 @@ from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
 from forebay.retry import Retry
 from forebay.supervisor.tree.worker_life import WorkerLife
-from forebay.task import Priority
+from forebay.task import Priority, TaskStatus
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
+_OTHER_ENDS = (TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
 
 
 def _do_nothing(*_: object) -> None:
@@ -58,6 +60,24 @@ class WorkerAgent:
         self.timeout = timeout
         self.retry = retry
         self.breaker = breaker
+        self._max_probes = probes
+        self.probes = min(probes, max_concurrent)
+        self._declared = tuple(declared)
+        self.life = WorkerLife(name, handler) if life is None else life
+        self._on_revive = on_revive
+        self._on_resize = on_resize
+        self._orphans: dict[object, tuple[bool, bool]] = {}  # see `add_orphan`
+        self._orphans_lock = Lock()  # the supervisor may start again in another thread, before they have stopped
+        self._reset()
+
+    def begin_run(self) -> None:
+        """Forget what has happened to it, because a run of its supervisor begins."""
+        with self._orphans_lock:
+            self._orphans.clear()
+            self._reset()
+
+    def _reset(self) -> None:
+        self.breaker.reset()
         self.current_tasks = 0  # slots taken, zombies included
         self.suspended = 0  # runs that have lent their slot and wait for tasks
         self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
@@ -66,24 +86,25 @@ class WorkerAgent:
         self.start_failed = False  # FAILED because its start failed
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
-        self._max_probes = probes
-        self.probes = min(probes, max_concurrent)
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
         self.counted_slots = 0  # the slots that its pools count for it
         self.pending_claims = 0  # runs that lent their slot and wait to have it back
-        self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
-        self.declared = list(declared)  # those sources that no call has used yet
+        self.sources: dict[LoadSource, None] = dict.fromkeys(self._declared)  # what the calls of its runs use
+        self.declared = list(self._declared)  # those sources that no call has used yet
         self.penalty = 1.0
-        self.life = WorkerLife(name, handler) if life is None else life
         self.restarts = 0  # how often it was started again
+        self.life.begin_run()
         self.ready = not self.life.needs_start  # it has started, or need not be started
         self.leaving = False  # it is being unregistered: it begins no new run
         self.accepting = self.ready  # it is ready, and not leaving unless a run of its own waits for a nested task
         self.starting = False  # its handler is being started
+        self.started = 0  # starts of its handler
+        self.succeeded = 0  # attempts that did
+        self.other_ends = dict.fromkeys(_OTHER_ENDS, 0)  # attempts that ended in another way
+        self.zombies_found = 0  # handlers that outlived their end and the grace
+        self._busy_seconds = 0.0  # times of the returns of slots, less those at which they were taken
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
-        self._on_revive = on_revive
-        self._on_resize = on_resize
 
     def __repr__(self) -> str:
         return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self._max_concurrent})"
@@ -158,6 +179,20 @@ class WorkerAgent:
         if max_concurrent != before:
             self._on_resize(self, before)
 
+    # --- handlers that outlive their supervisor ---
+
+    def add_orphan(self, run: object, *, holds_slot: bool, zombie: bool) -> None:
+        """Count a run whose supervisor has closed until it stops, but not in the supervisor's next run."""
+        self._orphans[run] = holds_slot, zombie
+
+    def orphan_stopped(self, run: object, now: float) -> None:
+        """Stop counting a run whose supervisor has closed."""
+        with self._orphans_lock:
+            holds_slot, zombie = self._orphans.pop(run, (False, False))
+            if holds_slot:
+                self.return_slot(now, probe=False)
+            self.zombies -= zombie
+
     # --- the start of its handler ---
 
     def begin_start(self) -> None:
@@ -195,17 +230,31 @@ class WorkerAgent:
 
     # --- slots ---
 
-    def take_slot(self, *, probe: bool) -> None:
-        """Count one more slot as taken."""
-        self.current_tasks += 1
+    def start_run(self, now: float, *, probe: bool) -> None:
+        """Count a start of its handler, which takes a slot."""
+        self.started += 1
+        self.current_tasks += 1  # as `take_slot`, without another call for each task
+        self._busy_seconds -= now
         if probe:
             self._probes_in_flight += 1
 
-    def return_slot(self, *, probe: bool) -> None:
+    def take_slot(self, now: float, *, probe: bool) -> None:
+        """Count one more slot as taken."""
+        self.current_tasks += 1
+        self._busy_seconds -= now
+        if probe:
+            self._probes_in_flight += 1
+
+    def return_slot(self, now: float, *, probe: bool) -> None:
         """Count one slot less as taken."""
         self.current_tasks -= 1
+        self._busy_seconds += now
         if probe:
             self._probes_in_flight -= 1
+
+    def busy_seconds(self, now: float) -> float:
+        """Return for how many seconds its slots were taken, summed over the slots."""
+        return self._busy_seconds + self.current_tasks * now
 
     def abandon_probe(self) -> None:
         """Stop counting a probe whose run was abandoned; its slot stays taken."""
@@ -268,9 +317,14 @@ class WorkerAgent:
         return task_type in self._durations
 
     def record_success(self, task_type: str, seconds: float) -> None:
-        """Record how long a successful task took."""
+        """Count a success, and record how long it took."""
+        self.succeeded += 1
         duration = self._durations.get(task_type)
         self._durations[task_type] = seconds if duration is None else duration + _DURATION_GAIN * (seconds - duration)
+
+    def record_other_end(self, status: TaskStatus) -> None:
+        """Count an attempt that has ended without success."""
+        self.other_ends[status] += 1
 
     def raise_penalty(self) -> None:
         """Raise the score by half, up to a bound."""
@@ -301,6 +355,10 @@ class WorkerAgent:
     def remove_zombie(self) -> None:
         """Stop counting an abandoned run, because it has stopped."""
         self.zombies -= 1
+
+    def record_zombie(self) -> None:
+        """Count a handler that has outlived the end of its attempt and the grace."""
+        self.zombies_found += 1
 
     def mark_stuck(self) -> None:
         """Remember that the worker is FAILED only because zombies hold every slot."""

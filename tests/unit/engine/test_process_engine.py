@@ -21,11 +21,13 @@ import pytest
 from tests.contract import engine_handlers
 from tests.contract.engine_handlers import plain
 from tests.contract.test_engines import TIMEOUT, children, descriptors, over
+from tests.support.scripted_life import ScriptedLife
 
 from forebay import BackpressureSupervisor, Task, TaskResult, TaskStatus, WorkerAgent, WorkerState, progress
 from forebay.engine import ProcessEngine, ThreadEngine
 from forebay.engine.orphan_reaper import orphan_reaper
 from forebay.errors import InvalidHandler, InvalidSetting, NotImportable, ProcessNotStarted, RemoteError, WorkerDied
+from forebay.events import WorkerRestarted
 from forebay.simulation import simulate
 
 ENGINE = ProcessEngine(grace=0.2)
@@ -144,6 +146,19 @@ async def test_a_worker_that_is_resized_has_as_many_processes(supervisor: Backpr
     (left,) = await pids(3)
     for pid in started - {left}:
         await over(pid)
+
+
+async def test_a_worker_that_is_restarted_has_processes_again(supervisor: BackpressureSupervisor) -> None:
+    life = ScriptedLife()
+    register(supervisor, start=life.start)
+    before = await pid_of(supervisor)
+    async with supervisor.events() as events:
+        life.crash()
+        async for event in events:
+            if isinstance(event, WorkerRestarted):
+                break
+    assert await pid_of(supervisor) != before
+    await over(before)
 
 
 async def test_an_idle_process_is_ended(supervisor: BackpressureSupervisor) -> None:

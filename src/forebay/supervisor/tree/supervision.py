@@ -125,7 +125,9 @@ class Supervision:
         return watcher
 
     async def halt(self) -> None:
-        """Stop every worker, in reverse order, until `start_workers`."""
+        """Stop every worker, in reverse order, until `start_workers`; nothing once it is closed."""
+        if self._closed:
+            return
         self._halted = True
         working = self._working
         self._interrupt()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, cast
 
-import msgspec
+from forebay._json import JsonStruct
 
 if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 
-class TreeNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A supervisor or a worker at one moment, with what is below it. It is plain data, and so can be sent as JSON.
+class TreeNode(JsonStruct, frozen=True, kw_only=True):
+    """A supervisor or a worker at one moment, with what is below it; `as_dict` returns it as plain data.
 
     Attributes:
         name: of the worker; the outermost supervisor is ``"supervisor"``.

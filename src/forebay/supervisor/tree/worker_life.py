@@ -87,6 +87,11 @@ class WorkerLife:
         """True if the worker takes no task before it has been started."""
         return self._start is not None or self._stop is not None or self._handler.start is not None
 
+    def begin_run(self) -> None:
+        """Forget an earlier run of the supervisor, perhaps on another event loop."""
+        self._life = self._stop_in_progress = None
+        self._running = self.ended = False
+
     async def start(self, context: Context, on_exit: Callable[[Exit], None]) -> None:
         """Start the handler, then the life. If the life ends by itself, set `ended` and call `on_exit`.
 
