@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 
 from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus, progress
+from forebay.clock import monotonic
 from forebay.errors import (
     DrainInside,
     InvalidSetting,
@@ -179,8 +179,8 @@ def test_an_event_is_not_lost_by_a_wait_that_was_given_up(portal: Portal) -> Non
     events = portal.events(timeout=0.0)
     kinds: list[str] = []
     ticket = portal.submit(Task("echo"))
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
+    until = monotonic() + PATIENCE
+    while monotonic() < until:
         try:
             kinds.append(next(events).kind)
         except TimeoutError:

@@ -193,18 +193,6 @@ class AdmissionController:
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return ticket
 
-    def pool_of(self, task: Task) -> Pool:
-        """Return the pool of a task.
-
-        Raises:
-            UnknownTaskType: there is none.
-        """
-        pool = self._pools.get(task.task_type)
-        if pool is None:
-            known = ", ".join(sorted(self._pools)) or "none yet"
-            raise UnknownTaskType(task_type=task.task_type, known=known)
-        return pool
-
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task, or room for one."""
         return self._dispatcher.lend_slots(running, awaited)
@@ -228,10 +216,10 @@ class AdmissionController:
 
     def slot(self, task: Task) -> Slot:
         """Return a slot for the caller's own code: see ``BackpressureSupervisor.slot``."""
-        pool, parent = self._check(task)
+        _, parent = self._check(task)
 
         def try_admit(ticket: Ticket) -> None:
-            self._check(task)
+            pool, _ = self._check(task)  # its workers may be others by now
             refusal = self.try_admit(ticket, pool, may_spill=False)
             if refusal is not None:
                 self._reject(ticket, pool, refusal)
@@ -275,7 +263,7 @@ class AdmissionController:
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)
-            self._check(task)  # again, because anything may have happened during the await
+            pool, parent = self._check(task)  # again, because anything may have happened during the await
         if task.durable:
             _check_durable(task, spill)
         if task.key is not None:
@@ -283,7 +271,7 @@ class AdmissionController:
             if known is not None:
                 known.share()
                 return known
-            self._check(task)  # again, as above
+            pool, parent = self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent, in_line=in_line)
             refusal = self.try_admit(ticket, pool, may_spill=False)
@@ -312,7 +300,7 @@ class AdmissionController:
         parent = context.running_task()
         if self._state is not _OPEN:
             self._check_open(parent)
-        pool = self._pools.get(task.task_type) or self.pool_of(task)
+        pool = self._pools.get(task.task_type) or self.pool_of(task.task_type)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)
@@ -323,6 +311,18 @@ class AdmissionController:
         if parent is not None and (task.key is not None or task.thread_id is not None):
             self._check_deadlock(task, parent)
         return pool, parent
+
+    def pool_of(self, task_type: str) -> Pool:
+        """Return the pool of a task type.
+
+        Raises:
+            UnknownTaskType: there is none.
+        """
+        pool = self._pools.get(task_type)
+        if pool is None:
+            known = ", ".join(sorted(self._pools)) or "none yet"
+            raise UnknownTaskType(task_type=task_type, known=known)
+        return pool
 
     def _check_open(self, parent: RunningTask | None) -> None:
         """Raise SupervisorClosed if nothing that `parent` submits is admitted any more."""
@@ -431,12 +431,16 @@ class AdmissionController:
         return None
 
     def _finishes_a_run(self, ticket: Ticket, pool: Pool) -> bool:
-        """Return whether a run needs a task to finish while the supervisor drains.
+        """Return whether a run needs a task to finish while the supervisor drains, or while its last worker leaves.
 
         Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
         run fail for good, though nothing is wrong with it.
         """
-        return ticket.nested and self._state is not _OPEN and pool.ever_serves(ticket.task.priority)
+        if not ticket.nested:
+            return False
+        if not pool.is_served:
+            return pool.finishing > 0
+        return self._state is not _OPEN and pool.ever_serves(ticket.task.priority)
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
@@ -489,8 +493,11 @@ class AdmissionController:
         return conversation.retry_schedule.reserve(self.loop.time(), 1 / seconds, self._draw()) or math.inf
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
+        if pool.paused:
+            return f"{pool.task_type!r} is paused, and {resource} is at {load:.0%}"
         if not pool.slots:
-            return f"every worker for {pool.task_type!r} is FAILED"
+            what = "is FAILED" if pool.is_served else "was unregistered"
+            return f"every worker for {pool.task_type!r} {what}"
         if pool.reserved_slots(priority)[0] >= pool.slots:
             others = "all its slots are" if not pool.ever_serves(priority) else "all slots that are not FAILED are"
             return f"{priority.name} has no slot for {pool.task_type!r}: {others} reserved for CRITICAL and HIGH"
@@ -635,7 +642,7 @@ class AdmissionController:
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)
         if held and put is PutResult.STORED:
-            if self._state is not _State.CLOSED and not spill.stored.stays_stored:
+            if self._state is not _State.CLOSED and not spill.stored.stays_stored and pool.is_known:
                 return self._admit_held(ticket, pool, refusal.load)
             await spill.spill_recorded(ticket, pool)
         self._count_spilled(ticket)
