@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +19,16 @@ from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
+from forebay.admission import (
+    EstimatedTimes,
+    PriorityQueue,
+    PriorityThresholds,
+    RetryAfterSchedule,
+    StandingQueue,
+    TenantRetrySchedules,
+    TenantTurns,
+    feasibility,
+)
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
@@ -70,6 +79,8 @@ from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.stored_tasks import StoredTasks
+from forebay.supervisor.spilled_counts import SpilledCounts
+from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
@@ -461,6 +472,90 @@ def new_work_overtakes_spilled_work() -> None:
 
 def an_earlier_task_of_the_same_id_ends_a_later_one() -> None:
     skip(TicketRegistry.hold_weakly, TicketRegistry.forget_end)
+
+
+# --- tenants and reserved slots: nobody waits for the flood of another ---
+
+
+def tenants_are_served_in_the_order_of_arrival() -> None:
+    always(Pool, Pool._take_turns, returns=None)
+
+
+def the_flood_of_a_tenant_fills_the_queue_for_all() -> None:
+    original = Pool.load
+
+    def load(
+        self: Pool, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None
+    ) -> float:
+        del tenant
+        return original(self, priority, nested=nested)
+
+    replace(Pool, original, load)
+
+
+def new_tasks_wait_behind_the_records_of_all_tenants() -> None:
+    def spilled_ahead(self: Pool, priority: Priority, tenant: str) -> int:
+        del tenant
+        return self.spilled.better(priority) + self.spilled.totals[priority] + self.spilled.spilling[priority]
+
+    replace(Pool, Pool.spilled_ahead, spilled_ahead)
+
+
+def records_come_back_tenant_after_tenant() -> None:
+    def shares(
+        self: TenantTurns, turns: int, *, here: object, elsewhere: Mapping[str, int], blocked: object = ()
+    ) -> dict[str, int]:
+        del self, here, blocked
+        tenant = next(iter(elsewhere))
+        return {tenant: min(turns, elsewhere[tenant])} if turns > 0 else {}
+
+    replace(TenantTurns, TenantTurns.shares, shares)
+
+
+def new_tasks_take_the_slots_of_records_on_their_way_back() -> None:
+    always(Pool, Pool._is_promised, returns=False)
+
+
+def all_tenants_come_back_by_one_schedule() -> None:
+    original = TenantRetrySchedules.reserve
+
+    def reserve(
+        self: TenantRetrySchedules, tenant: str, now: float, drain_rate: float | None, draw: float
+    ) -> float | None:
+        del tenant
+        return original(self, "all", now, drain_rate, draw)
+
+    replace(TenantRetrySchedules, original, reserve)
+
+
+def producers_of_all_tenants_stand_in_one_line() -> None:
+    entered, is_behind = RoomQueue.enter, RoomQueue.is_behind
+    replace(
+        RoomQueue,
+        entered,
+        lambda self, task, on_turn: entered(self, msgspec.structs.replace(task, tenant="all"), on_turn),
+    )
+    replace(RoomQueue, is_behind, lambda self, task: is_behind(self, msgspec.structs.replace(task, tenant="all")))
+
+
+def a_store_that_is_silent_keeps_slots_free() -> None:
+    always(Refiller, Refiller._expect_no_records, returns=None)
+
+
+def records_of_a_blocked_tenant_come_back() -> None:
+    replace(SpilledCounts, SpilledCounts.servable, lambda self, _: self.totals)
+
+
+def a_tenant_runs_as_much_as_it_likes() -> None:
+    always(Tenants, Tenants.count_running, returns=False)
+
+
+def normal_tasks_take_reserved_slots() -> None:
+    always(Pool, Pool.reserved_slots, returns=(0, 0))
+
+
+def calls_of_all_tenants_weigh_the_same() -> None:
+    always(FairOrder, FairOrder._step, returns=1.0)
 
 
 # --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
@@ -1550,3 +1645,22 @@ def workers_count_no_failed_attempts() -> None:
 
 def a_found_task_runs_as_it_was_read() -> None:
     skip(found_ticket, Ticket.mark_found)
+
+
+# --- tasks with deadlines that wait ---
+
+
+def every_task_is_judged_as_if_it_were_like_the_others() -> None:
+    always(EstimatedTimes, EstimatedTimes.of, returns=None)
+
+
+def estimates_that_predict_nothing_are_used() -> None:
+    feasibility._PREDICTS = math.inf
+
+
+def a_burst_is_judged_as_a_queue_that_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=True)
+
+
+def no_queue_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=False)

@@ -282,17 +282,17 @@ class FanOut:
     def _may_try(self, task: Task) -> bool:
         """Return whether no other producer stands in line before this one; if one does, stand in line, too."""
         room = self._admission.room
-        if self._turn is not None and self._turn.task_type != task.task_type:
+        if self._turn is not None and (self._turn.task_type, self._turn.tenant) != (task.task_type, task.tenant):
             self._leave_line()
         if self._turn is not None:
             return room.is_first(self._turn)
-        if room.is_behind(task.task_type, task.priority):
+        if room.is_behind(task):
             self._enter_line(task)
             return False
         return True
 
     def _enter_line(self, task: Task) -> None:
-        self._turn = self._admission.room.enter(task.task_type, task.priority, self._changed.set)
+        self._turn = self._admission.room.enter(task, self._changed.set)
 
     def _leave_line(self) -> None:
         if self._turn is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +11,7 @@ from forebay._validate import check_instance, check_positive, check_whole, is_po
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
 from forebay.retry import RetryBudget
+from forebay.supervisor.tenants import Tenant
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
@@ -36,6 +37,7 @@ class SupervisorSettings:
     keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
+    tenants: Mapping[str, Tenant]
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)

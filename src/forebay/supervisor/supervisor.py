@@ -46,9 +46,10 @@ from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
+from forebay.supervisor.tenants import Tenant, Tenants, tenant_settings
 from forebay.supervisor.ticket import Ticket, value_of
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Deadline, Priority, Task
+from forebay.task import DEFAULT_TENANT, Deadline, Priority, Task
 from forebay.upstream import Upstream
 
 ResultT = TypeVar("ResultT")
@@ -81,6 +82,8 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
+        tenants: the weight of a tenant, or a `Tenant` with its bounds, by name. Tenants with work waiting take turns by
+            their weights; one that is not named has a weight of 1.
         on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
@@ -102,6 +105,7 @@ class BackpressureSupervisor:
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
+        tenants: Mapping[str, float | Tenant] | None = None,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._settings = SupervisorSettings(
@@ -116,6 +120,7 @@ class BackpressureSupervisor:
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
+            tenants=tenant_settings(tenants),
         )
         self._overflow = overflow
         self._store = None if overflow is None else open_task_store(overflow)
@@ -144,6 +149,7 @@ class BackpressureSupervisor:
         task_types: Sequence[str],
         max_concurrent: int = 1,
         max_open: int | None = None,
+        reserve: int = 0,
         timeout: float = 300.0,
         retry: Retry | None = None,
         payload: Any = None,
@@ -165,6 +171,8 @@ class BackpressureSupervisor:
             max_concurrent: how many tasks it runs at a time.
             max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
                 theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
+            reserve: how many of its slots, the last ones free, are kept for CRITICAL and HIGH tasks. If it is all of
+                them, the worker takes no others.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             retry: how tasks whose attempts fail, or run out of time, are tried again, unless the task has a policy of
                 its own. None: they are not. Between two attempts a task holds no slot.
@@ -192,6 +200,7 @@ class BackpressureSupervisor:
             task_types=task_types,
             max_concurrent=max_concurrent,
             max_open=max_open,
+            reserve=reserve,
             timeout=timeout,
             retry=retry,
             config=config,
@@ -384,7 +393,7 @@ class BackpressureSupervisor:
         priority: Priority = Priority.NORMAL,
         timeout: float | None = None,
         deadline: Deadline | None = None,
-        tenant: str = "default",
+        tenant: str = DEFAULT_TENANT,
         thread_id: str | None = None,
     ) -> Slot:
         """Return a slot of a worker for the caller's own code: ``async with supervisor.slot("write"): ...``.
@@ -513,6 +522,7 @@ class BackpressureSupervisor:
             bus=self._bus,
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
+            tenants=Tenants(settings.tenants),
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )
