@@ -13,7 +13,8 @@ class RoomQueue:
     """The producers that wait for room, by task type: by priority, then in the order in which they came.
 
     When a task has ended, the first producer of each type tries again; once it has left, the next one does. So room for
-    one task wakes one producer, however many wait.
+    one task wakes one producer, however many wait. One that is blocked, whom room would not help now, lets those behind
+    it pass: its conversation is full, which may wait for what they submit; or it is a fan-out that nobody reads.
 
     Args:
         loop: the event loop.
@@ -26,11 +27,24 @@ class RoomQueue:
         self._lines: dict[str, tuple[dict[RoomTurn, None], ...]] = {}  # by task type and priority
         self._notified = False
 
-    def enter(self, task_type: str, priority: Priority, on_turn: Callable[[], object]) -> RoomTurn:
-        """Put a producer in line; `on_turn` is called, not within another call, whenever it is to try again."""
+    def enter(
+        self,
+        task_type: str,
+        priority: Priority,
+        on_turn: Callable[[], object],
+        is_blocked: Callable[[], bool],
+    ) -> RoomTurn:
+        """Put a producer in line.
+
+        Args:
+            task_type: of its task.
+            priority: of its task.
+            on_turn: called, not within another call, whenever it is to try again.
+            is_blocked: returns whether room would not help it now, so that those behind it pass.
+        """
         if not self._lines:
             self._registry.add_listener(self._task_ended)
-        turn = RoomTurn(task_type, priority, on_turn)
+        turn = RoomTurn(task_type, priority, on_turn, is_blocked)
         line = self._lines.setdefault(task_type, tuple({} for _ in Priority))
         line[priority][turn] = None
         return turn
@@ -41,22 +55,26 @@ class RoomQueue:
         if line is None or turn not in line[turn.priority]:
             return
         del line[turn.priority][turn]
-        following = _first(line)
-        if following is not None:
-            self._loop.call_soon(following.on_turn)
+        if any(line):
+            self._wake(line)
             return
         del self._lines[turn.task_type]
         if not self._lines:
             self._registry.remove_listener(self._task_ended)
 
+    def pass_turn(self, turn: RoomTurn) -> None:
+        """Have the next producer try, if one that is in line is blocked: there may be room for others."""
+        if turn.is_blocked():
+            self._wake(self._lines[turn.task_type])
+
     def is_first(self, turn: RoomTurn) -> bool:
-        """Return whether nobody stands in line before a producer that is in line."""
+        """Return whether nobody that room could help stands in line before a producer that is in line."""
         return _first(self._lines[turn.task_type]) is turn
 
     def is_behind(self, task_type: str, priority: Priority) -> bool:
         """Return whether a producer that came now would stand behind another one."""
         line = self._lines.get(task_type)
-        return line is not None and any(line[: priority + 1])
+        return line is not None and _first(line[: priority + 1]) is not None
 
     def wake_all(self) -> None:
         """Have every producer try again, because the supervisor admits nothing any more."""
@@ -76,16 +94,28 @@ class RoomQueue:
             if (first := _first(line)) is not None:
                 first.on_turn()
 
+    def _wake(self, line: tuple[dict[RoomTurn, None], ...]) -> None:
+        """Wake the first of a line soon."""
+        if (first := _first(line)) is not None:
+            self._loop.call_soon(first.on_turn)
+
 
 class RoomTurn:
     """The place of one producer in line."""
 
-    __slots__ = ("on_turn", "priority", "task_type")
+    __slots__ = ("is_blocked", "on_turn", "priority", "task_type")
 
-    def __init__(self, task_type: str, priority: Priority, on_turn: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        task_type: str,
+        priority: Priority,
+        on_turn: Callable[[], object],
+        is_blocked: Callable[[], bool],
+    ) -> None:
         self.task_type = task_type
         self.priority = priority
         self.on_turn = on_turn
+        self.is_blocked = is_blocked
 
 
 def _in_order(line: tuple[dict[RoomTurn, None], ...]) -> Iterator[RoomTurn]:
@@ -93,4 +123,4 @@ def _in_order(line: tuple[dict[RoomTurn, None], ...]) -> Iterator[RoomTurn]:
 
 
 def _first(line: tuple[dict[RoomTurn, None], ...]) -> RoomTurn | None:
-    return next(_in_order(line), None)
+    return next((turn for turn in _in_order(line) if not turn.is_blocked()), None)
