@@ -9,6 +9,7 @@ import gc
 import io
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from forebay import (
     TaskStatus,
     progress_bar,
 )
+from forebay.context import running_task
 from forebay.errors import InvalidSetting, InvalidTask, QuorumNotReached, SupervisorClosed, UnknownTaskType
 from forebay.retry import RetryBudget
 from forebay.supervisor.fan_out import FanOut, FanOutProgress
@@ -502,6 +504,32 @@ async def test_a_second_attempt_gets_its_payload_as_the_first_one_did() -> None:
     async with supervisor:
         await supervisor.map("work", ["2026-11-30"], hedge=1.0)
     assert received == [dt.date(2026, 11, 30)] * 2
+
+
+@virtual
+async def test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out() -> None:
+    user = ContextVar("user", default="nobody")
+    seen: list[tuple[str, Deadline | None]] = []
+    supervisor = BackpressureSupervisor()
+
+    async def slow(_: Task) -> None:
+        running = running_task()
+        assert running is not None
+        seen.append((user.get(), running.deadline))
+        user.set("another one")
+        await asyncio.sleep(10.0)
+
+    async def agent(_: Task) -> None:
+        user.set("somebody")
+        await collected(supervisor.fan_out([Task("work")], hedge=1.0))
+
+    for name in "ab":
+        supervisor.register_worker(name, handler=slow, task_types=["work"])
+    supervisor.register_worker("agent", handler=agent, task_types=["agent"])
+    async with supervisor:
+        deadline = Deadline.within(60.0)
+        await supervisor.run(Task("agent", deadline=deadline))
+    assert seen == [("somebody", deadline)] * 2
 
 
 @virtual

@@ -10,6 +10,7 @@ import ast
 import asyncio
 import math
 from collections.abc import Sequence
+from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
 
@@ -1490,6 +1491,15 @@ def tasks_of_a_declared_type_outlive_their_fan_out() -> None:
         return ticket.task is task
 
     fan_out._is_own.__code__ = _is_own.__code__
+
+
+def second_attempts_run_in_the_context_of_a_timer() -> None:
+    original = AdmissionController.submit_hedge
+
+    def submit_hedge(self: AdmissionController, task: Task, ticket: Ticket) -> Ticket | None:
+        return Context().run(original, self, task, ticket)
+
+    replace(AdmissionController, original, submit_hedge)
 
 
 def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:

@@ -593,6 +593,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.tasks_of_a_declared_type_outlive_their_fan_out: (
         test_fan_out.test_leaving_cancels_tasks_whose_payload_was_made_of_the_declared_type
     ),
+    bugs.second_attempts_run_in_the_context_of_a_timer: (
+        test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
+    ),
     bugs.the_reader_of_a_fan_out_that_is_left_waits_on: (
         test_fan_out.test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends
     ),

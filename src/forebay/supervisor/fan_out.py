@@ -7,6 +7,7 @@ import contextlib
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias, TypedDict
@@ -101,12 +102,13 @@ class FanOutAdmission(Protocol):
 class _Branch:
     """One task of a fan-out, and its tickets: the second is a hedge."""
 
-    __slots__ = ("index", "task", "tickets", "timer", "watches")
+    __slots__ = ("context", "index", "task", "tickets", "timer", "watches")
 
-    def __init__(self, index: int, task: Task, ticket: Ticket) -> None:
+    def __init__(self, index: int, task: Task, ticket: Ticket, context: Context | None) -> None:
         self.index = index
         self.task = task
         self.tickets = [ticket]
+        self.context = context  # of its submitter, for a second attempt; None if there is to be none
         self.watches: list[tuple[Ticket, asyncio.Future[None]]] = []
         self.timer: Timer | None = None
 
@@ -344,7 +346,8 @@ class FanOut:
             self._turn = None
 
     def _submit(self, task: Task, ticket: Ticket) -> None:
-        branch = _Branch(self._submitted, task, ticket)
+        may_hedge = self._hedge is not None and _can_be_hedged(task)
+        branch = _Branch(self._submitted, task, ticket, copy_context() if may_hedge else None)
         self._submitted += 1
         self._inside[task.task_type] += 1
         self._branches[branch.index] = branch
@@ -353,7 +356,7 @@ class FanOut:
             self._changed.set()
         else:
             self._watch(branch, ticket)
-            if self._hedge is not None and _can_be_hedged(task):
+            if may_hedge:
                 self._arm_hedge(branch)
         self._report()
 
@@ -448,7 +451,8 @@ class FanOut:
             self._arm_hedge(branch)
             return
         copy = msgspec.structs.replace(branch.task, task_id=clock.new_id(), spill=False)
-        second = self._admission.submit_hedge(copy, ticket)
+        assert branch.context is not None  # noqa: S101 - it may be hedged
+        second = branch.context.run(self._admission.submit_hedge, copy, ticket)  # else in that of a timer
         if second is None:  # no other worker is free, or the retry budget is used up
             again = self._admission.loop.time() + _RECHECK
             branch.timer = self._timers.at(again, _hedge_due, weakref.ref(self), branch)
