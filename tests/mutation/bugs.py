@@ -10,6 +10,7 @@ import ast
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,7 +59,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, pools
+from forebay.supervisor import admission_controller, drain, fan_out, pools, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -72,10 +73,13 @@ from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
+from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill import stored_tasks
+from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
@@ -94,7 +98,7 @@ from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.supervisor.worker_starts import WorkerStarts
-from forebay.task import Deadline, Priority, TaskResult, TaskStatus
+from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
 from forebay.upstream.accounts import bypass, spend_suspension
 from forebay.upstream.accounts.account import Account
@@ -542,7 +546,7 @@ def producers_of_all_tenants_stand_in_one_line() -> None:
     replace(
         RoomQueue,
         entered,
-        lambda self, task, on_turn: entered(self, msgspec.structs.replace(task, tenant="all"), on_turn),
+        lambda self, task, *rest: entered(self, msgspec.structs.replace(task, tenant="all"), *rest),
     )
     replace(RoomQueue, is_behind, lambda self, task: is_behind(self, msgspec.structs.replace(task, tenant="all")))
 
@@ -1830,3 +1834,111 @@ def a_burst_is_judged_as_a_queue_that_stands() -> None:
 
 def no_queue_stands() -> None:
     always(StandingQueue, StandingQueue.stands, returns=False)
+
+
+def answers_of_the_overflow_wake_who_waits_for_room() -> None:
+    original = Core._background_task_done
+
+    def _background_task_done(self: Core, future: asyncio.Future[Any]) -> None:
+        original(self, future)
+        self.registry.notify_progress()
+
+    replace(Core, original, _background_task_done)
+
+
+def who_is_blocked_holds_up_the_line_for_room() -> None:
+    def _first(line: Any) -> Any:
+        return next((turn for turns in line for turn in turns), None)
+
+    room._first.__code__ = _first.__code__
+    always(RoomQueue, RoomQueue.pass_turn, returns=None)
+
+
+def a_reader_that_is_cancelled_submits_its_task_again() -> None:
+    async def _ticket_of(self: FanOut, task: Task) -> Ticket | None:
+        return await self._admission.submit_once(task)
+
+    replace(FanOut, FanOut._ticket_of, _ticket_of)
+
+
+def tasks_of_a_declared_type_outlive_their_fan_out() -> None:
+    def _is_own(ticket: Ticket, task: Task) -> bool:
+        return ticket.task is task
+
+    fan_out._is_own.__code__ = _is_own.__code__
+
+
+def second_attempts_run_in_the_context_of_a_timer() -> None:
+    original = AdmissionController.submit_hedge
+
+    def submit_hedge(self: AdmissionController, task: Task, ticket: Ticket) -> Ticket | None:
+        return Context().run(original, self, task, ticket)
+
+    replace(AdmissionController, original, submit_hedge)
+
+
+def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:
+    skip(FanOut._cancel, asyncio.Event.set)
+
+
+# --- retries of tasks ---
+
+
+def a_task_has_one_attempt_more_than_its_policy() -> None:
+    swap(RetryState.next_delay, ast.GtE, ast.Gt)
+
+
+def a_task_keeps_its_slot_between_its_attempts() -> None:
+    original = Dispatcher.return_slot
+
+    def return_slot(self: Dispatcher, run: Run, now: float | None = None) -> None:
+        if not run.ticket.awaits_retry:
+            original(self, run, now)
+
+    replace(Dispatcher, original, return_slot)
+
+
+def retries_take_nothing_from_the_budget() -> None:
+    always(RetryBudget, RetryBudget.withdraw, returns=True)
+
+
+def a_retry_goes_before_all_that_wait() -> None:
+    original = Dispatcher._enqueue
+
+    def _enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
+        number = self._sequence_number
+        self._sequence_number = -number if ticket.retries is not None else number
+        original(self, ticket, pool)
+        self._sequence_number = number + 1
+
+    replace(Dispatcher, original, _enqueue)
+
+
+def a_key_remembers_a_task_that_failed() -> None:
+    skip(TicketRegistry.settle, TicketRegistry.forget_key)
+
+
+def a_restart_forgets_the_attempts_that_failed() -> None:
+    always(TaskRetries, TaskRetries.resume, returns=None)
+
+
+def a_stored_task_that_failed_for_good_is_no_dead_letter() -> None:
+    def _is_dead(status: TaskStatus, lease: Lease | None) -> bool:
+        return False
+
+    stored_tasks._is_dead.__code__ = _is_dead.__code__
+
+
+def a_retry_in_the_store_waits_for_maintenance() -> None:
+    always(DelayedRecords, DelayedRecords._arm, returns=None)
+
+
+def the_store_does_not_count_the_attempts_that_failed() -> None:
+    original = MemoryTaskStore.delay
+
+    async def delay(self: MemoryTaskStore, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        if (entry := self._leased_entry(lease)) is not None:
+            entry.record = msgspec.structs.replace(entry.record, failures=entry.record.failures - 1)
+        return await original(self, lease, due=due, wait=wait, error=error)
+
+    replace(MemoryTaskStore, original, delay)

@@ -18,6 +18,7 @@ from tests.acceptance import (
     test_cancelled_tasks,
     test_clock_steps,
     test_conversations,
+    test_delayed_tasks,
     test_drain,
     test_ending,
     test_events,
@@ -37,6 +38,7 @@ from tests.acceptance import (
     test_portal,
     test_reserve,
     test_restart,
+    test_retries,
     test_room,
     test_routing,
     test_shared_overflow,
@@ -44,6 +46,7 @@ from tests.acceptance import (
     test_slot,
     test_start_deadlines,
     test_start_gate,
+    test_stored_retries,
     test_stored_text,
     test_stored_tickets,
     test_submitting,
@@ -734,6 +737,40 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
     ),
     bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
+    bugs.answers_of_the_overflow_wake_who_waits_for_room: (
+        test_room.test_whoever_waits_does_not_ask_the_overflow_all_the_time
+    ),
+    bugs.who_is_blocked_holds_up_the_line_for_room: (
+        test_room.test_a_message_whose_conversation_is_full_lets_others_pass
+    ),
+    bugs.a_reader_that_is_cancelled_submits_its_task_again: (
+        test_fan_out.test_a_reader_that_is_cancelled_while_the_overflow_answers_can_go_on
+    ),
+    bugs.tasks_of_a_declared_type_outlive_their_fan_out: (
+        test_fan_out.test_leaving_cancels_tasks_whose_payload_was_made_of_the_declared_type
+    ),
+    bugs.second_attempts_run_in_the_context_of_a_timer: (
+        test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
+    ),
+    bugs.the_reader_of_a_fan_out_that_is_left_waits_on: (
+        test_fan_out.test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends
+    ),
+    # retries of tasks
+    bugs.a_task_has_one_attempt_more_than_its_policy: test_retries.test_a_task_ends_as_its_last_attempt_did,
+    bugs.a_task_keeps_its_slot_between_its_attempts: test_retries.test_a_task_holds_no_slot_between_its_attempts,
+    bugs.retries_take_nothing_from_the_budget: test_retries.test_the_retry_budget_bounds_the_retries_of_all_tasks,
+    bugs.a_retry_goes_before_all_that_wait: test_retries.test_a_retry_goes_to_the_end_of_its_queue,
+    bugs.a_key_remembers_a_task_that_failed: test_retries.test_a_key_remembers_success_only,
+    bugs.a_restart_forgets_the_attempts_that_failed: (
+        test_delayed_tasks.test_another_process_makes_the_next_attempt_and_counts_those_before
+    ),
+    bugs.a_stored_task_that_failed_for_good_is_no_dead_letter: (
+        test_stored_retries.test_a_spilled_task_is_retried_until_it_is_a_dead_letter
+    ),
+    bugs.a_retry_in_the_store_waits_for_maintenance: (
+        test_delayed_tasks.test_a_retry_in_the_store_does_not_wait_for_maintenance
+    ),
+    bugs.the_store_does_not_count_the_attempts_that_failed: test_task_store.test_failures_and_delays_add_up,
 }
 
 

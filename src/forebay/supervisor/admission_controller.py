@@ -149,6 +149,11 @@ class AdmissionController:
         self._state = _State.CLOSED
         self.room.wake_all()
 
+    @property
+    def may_ask_store(self) -> bool:
+        """True if submitting a task may take time, because there is an overflow."""
+        return self._dispatcher.spill is not None
+
     # --- the ways to submit ---
 
     async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
@@ -192,6 +197,29 @@ class AdmissionController:
         self._submitted(ticket)
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return ticket
+
+    def enter_line(
+        self, task: Task, on_turn: Callable[[], object], *, is_waiting: Callable[[], bool] | None = None
+    ) -> RoomTurn:
+        """Put the submitter of a task in line for room.
+
+        It lets others pass while the conversation of the task takes no more, and unless `is_waiting`.
+
+        Args:
+            task: the task.
+            on_turn: called whenever its submitter is to try again.
+            is_waiting: returns whether it would then; None: it always would.
+        """
+        may_spill = self._dispatcher.spill is not None and (task.spill or task.durable)
+        thread_id = None if may_spill else task.thread_id  # in the overflow there is room for any message
+        pool, nested = self.pool_of(task.task_type), self._is_nested()
+
+        def is_blocked() -> bool:
+            if is_waiting is not None and not is_waiting():
+                return True
+            return thread_id is not None and self._is_conversation_full(thread_id, pool, nested=nested)
+
+        return self.room.enter(task, on_turn, is_blocked)
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task, or room for one."""
@@ -239,9 +267,11 @@ class AdmissionController:
                 if may_try and ((ticket := await self._submit(task, in_line=True)) or not ticket.in_line):
                     return ticket
                 if turn is None:
-                    turn = self.room.enter(task, ready.set)
+                    turn = self.enter_line(task, ready.set)
                     # The caller may be a run, and the room come with the end of tasks that need its slot.
                     reclaim = self._dispatcher.lend_slots(parent, None)
+                elif may_try:
+                    self.room.pass_turn(turn)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, _ROOM_RECHECK)):
                         await ready.wait()
@@ -472,15 +502,27 @@ class AdmissionController:
     def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
         thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
+        if not self._is_conversation_full(thread_id, pool, nested=ticket.nested):
+            return None
         conversation = conversations.get(thread_id)
         if not ticket.nested and conversations.waits_in_overflow(thread_id):
             reason = "earlier tasks of its conversation wait in the overflow"
-        elif conversation is not None and not pool.may_park(conversation.parked):
-            reason = f"{conversation.parked} tasks of its conversation wait already"
         else:
-            return None
+            reason = f"{0 if conversation is None else conversation.parked} tasks of its conversation wait already"
         retry_after = None if may_spill else self._conversation_retry_after(pool, conversation)
         return Refusal(reason, f"conversation:{thread_id}", load, may_spill=may_spill, retry_after=retry_after)
+
+    def _is_conversation_full(self, thread_id: str, pool: Pool, *, nested: bool) -> bool:
+        """Return whether a task may not come inside because of its conversation."""
+        conversations = self._dispatcher.conversations
+        if not nested and conversations.waits_in_overflow(thread_id):
+            return True
+        conversation = conversations.get(thread_id)
+        return conversation is not None and not pool.may_park(conversation.parked)
+
+    def _is_nested(self) -> bool:
+        """Return whether what the present context submits is a nested task."""
+        return next(active_runs(context.running_task(), self._dispatcher), None) is not None
 
     def _conversation_retry_after(self, pool: Pool, conversation: Conversation | None) -> float:
         """Return the seconds after which a conversation takes another task; infinity if unknown.
