@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from forebay._json import JsonStruct
 from forebay.task import DEFAULT_TENANT, Priority, Task
 
 
@@ -91,7 +92,7 @@ def path_segment(name: object) -> str:
     return f".{name}" if is_name else "[...]"
 
 
-class Reading(msgspec.Struct, frozen=True):
+class Reading(JsonStruct, frozen=True):
     """The load of one resource.
 
     Attributes:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 
 from forebay import clock
+from forebay._json import JsonStruct, plain_field, plain_value
 from forebay._renamed import renamed
 from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 from forebay.retry import Retry
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    ResultT_co = TypeVar("ResultT_co", covariant=True, default=Any)  # so that a plain Task is a Task[Any]
+else:
+    from typing import TypeVar
+
+    ResultT_co = TypeVar("ResultT_co", covariant=True)
 
 DEFAULT_TENANT = "default"
 
@@ -36,12 +46,16 @@ class Verdict(Enum):
 
 
 class TaskStatus(Enum):
-    """The state of a task. The last five are final: every task that was not rejected ends in exactly one of them."""
+    """The state of a task. The last five are final: every task that was not rejected ends in exactly one of them.
+
+    UNKNOWN is a ticket whose task ended in another process and left no result, or of which the overflow gave no answer.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
     SPILLED = "spilled"
     REJECTED = "rejected"
+    UNKNOWN = "unknown"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     TIMED_OUT = "timed_out"
@@ -184,8 +198,11 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     retry: Retry | None = None
 
 
-class Task(_Options, frozen=True):
+class Task(_Options, Generic[ResultT_co], frozen=True):
     """One unit of agent work.
+
+    To a type checker, ``Task[Answer]("research", question)`` is a task whose handler returns an Answer: `run` returns
+    that, and its ticket's `value` too. What a handler really returns is checked by ``register_worker(result=Answer)``.
 
     Attributes:
         task_type: selects the workers that may run it.
@@ -268,7 +285,7 @@ class Task(_Options, frozen=True):
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"
 
 
-class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+class TaskResult(JsonStruct, frozen=True, kw_only=True):
     """The outcome of a task.
 
     Attributes:
@@ -293,3 +310,22 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     cause: BaseException | None = None
+
+    def as_dict(self, *, values: bool = True) -> dict[str, Any]:
+        """Return it as plain data for JSON, without its cause.
+
+        Args:
+            values: whether the handler's value is in it, as ``result``. If JSON cannot hold it, that is None, and
+                ``result_error`` says why.
+        """
+        fields = {
+            "task_id": self.task_id,
+            "worker_id": self.worker_id,
+            "success": self.success,
+            "status": self.status,
+            "error": self.error,
+            "duration_ms": self.duration_ms,
+            "attempts": self.attempts,
+        }
+        plain = {name: plain_field(value) for name, value in fields.items()}
+        return plain | plain_value("result", self.result) if values else plain

@@ -459,3 +459,18 @@ async def test_a_rejected_tenant_is_not_told_to_come_back_after_the_flood_of_ano
         assert refusal.retry_after < 10.0
         for ticket in list(supervisor._running().core.registry.live.values()):
             ticket.cancel()
+
+
+@virtual
+async def test_a_supervisor_that_starts_again_counts_from_nothing() -> None:
+    supervisor, handler = BackpressureSupervisor(tenants={"acme": Tenant(max_running=2, max_waiting=9)}), Starts()
+    supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=4, reserve=1)
+    for _ in range(3):
+        handler.order.clear()
+        async with supervisor:
+            flood(supervisor, "work", 3, tenant="acme", priority=Priority.HIGH)
+            flood(supervisor, "work", 5, tenant="other")
+            await asyncio.sleep(0.5)
+            assert Counter(handler.order) == {"acme": 2, "other": 1}
+            assert supervisor._running().core.tenants.blocked == {"acme"}
+            await supervisor.drain(timeout=0.1)

@@ -30,7 +30,7 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
-from forebay.events import Event, EventBus, Subscription
+from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
@@ -67,6 +67,7 @@ from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
+from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
@@ -75,19 +76,18 @@ from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.leases import HeldLeases
-from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.tenants import Tenants
-from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Deadline, Priority, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
-from forebay.upstream.accounts import bypass
+from forebay.upstream.accounts import bypass, spend_suspension
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
@@ -96,14 +96,14 @@ from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
-from forebay.upstream.accounts.refusals import RefusalControl
+from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
-from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
@@ -603,7 +603,7 @@ def closing_starts_what_waits() -> None:
 
 
 def a_ticket_asked_for_by_id_has_no_deadline() -> None:
-    skip(StoreLookup._apply, Ticket.restore)
+    skip(found_ticket, Ticket.restore)
 
 
 def deadlines_follow_the_wall_clock() -> None:
@@ -807,7 +807,21 @@ def a_model_never_thinks_between_two_words() -> None:
 
 
 def one_request_that_is_too_dear_stops_the_key() -> None:
-    always(SpendSuspension, SpendSuspension.confirm, returns=math.inf)
+    always(SpendSuspension, SpendSuspension.confirm, returns=Suspended(60.0, math.inf))
+
+
+def two_seconds_of_402s_suspend_the_quietest_key() -> None:
+    vars(spend_suspension)["_GAPS"] = 0.0
+
+
+def the_caller_that_was_refused_takes_every_probe_of_a_suspension() -> None:
+    original = SpendSuspension.begin
+
+    def begin(self: SpendSuspension, now: float, seconds: float) -> None:
+        original(self, now, seconds)
+        self._until_same = now + seconds
+
+    replace(SpendSuspension, original, begin)
 
 
 def a_call_that_cannot_be_metered_passes() -> None:
@@ -996,9 +1010,8 @@ def a_few_faults_open_a_breaker() -> None:
 def a_call_that_has_failed_probes() -> None:
     original = Account._provider_unavailable
 
-    def _provider_unavailable(self: Account, now: float, *, free: bool = False, failed: bool = False) -> Any:
-        del failed
-        return original(self, now, free=free)
+    def _provider_unavailable(self: Account, now: float, request: CallRequest | None = None) -> Any:
+        return original(self, now, None if request is None else msgspec.structs.replace(request, failed=False))
 
     replace(Account, original, _provider_unavailable)
 
@@ -1127,6 +1140,42 @@ def a_refusal_empties_the_quota_of_a_day() -> None:
 
 def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
+
+
+def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> None:
+    original = call_flow._Retrying._waits_for_quota
+
+    def _waits_for_quota(self: Any, retry_after: float) -> bool:
+        request = self._route.call_request
+        retries, request.retries = request.retries, 0
+        try:
+            return original(self, retry_after)
+        finally:
+            request.retries = retries
+
+    replace(call_flow._Retrying, original, _waits_for_quota)
+
+
+# --- which calls a provider had in flight ---
+
+
+def a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known() -> None:
+    vars(refusal_cause)["_KNOWN_AFTER"] = 0.0
+
+
+def a_call_that_is_refused_again_was_in_flight() -> None:
+    original = RefusalControl.record_refused
+
+    def record_refused(self: RefusalControl, *args: Any, repeated: bool = False, **kwargs: Any) -> bool:
+        if not repeated:
+            return original(self, *args, **kwargs)
+        cause, self._cause = self._cause, RefusalCause()
+        try:
+            return original(self, *args, repeated=repeated, **kwargs)
+        finally:
+            self._cause = cause
+
+    replace(RefusalControl, original, record_refused)
 
 
 # --- quotas that headers show, and the places of retries ---
@@ -1550,6 +1599,48 @@ def the_next_in_line_for_room_is_not_woken() -> None:
 
 def a_fan_out_has_no_limit() -> None:
     always(FanOut, FanOut._is_window_full, returns=False)
+
+
+# --- what a web app needs ---
+
+
+def a_task_that_expires_as_it_comes_back_cannot_be_found() -> None:
+    skip(Refiller._start_or_queue, TicketRegistry.add)
+
+
+def orphans_return_their_slot_to_the_next_run() -> None:
+    always(RunCompletion, RunCompletion.close, returns=None)
+
+
+def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> None:
+    skip(BackpressureSupervisor._forget_run, WorkerAgent.begin_run)
+
+
+def a_store_waits_for_a_loop_that_has_ended() -> None:
+    skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+
+
+def a_log_of_events_has_what_handlers_report() -> None:
+    replace(TaskProgress, TaskProgress._field_as_dict, Event._field_as_dict)
+
+
+def the_slot_of_a_thread_is_free_when_its_time_is_up() -> None:
+    async def wait_until_left(_: PortalSlot, __: Any, left: asyncio.Future[BaseException | None]) -> Any:
+        try:
+            await asyncio.wait((left,))
+        except asyncio.CancelledError as error:
+            return error
+        return left.result()
+
+    replace(PortalSlot, PortalSlot._wait_until_left, wait_until_left)
+
+
+def workers_count_no_failed_attempts() -> None:
+    skip(RunCompletion._failed, WorkerAgent.record_other_end)
+
+
+def a_found_task_runs_as_it_was_read() -> None:
+    skip(found_ticket, Ticket.mark_found)
 
 
 # --- tasks with deadlines that wait ---

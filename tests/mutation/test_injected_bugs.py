@@ -27,13 +27,16 @@ from tests.acceptance import (
     test_gateway_end,
     test_gateway_responses,
     test_hooks,
+    test_json,
     test_leases,
     test_lifecycle,
     test_lost_file,
     test_nested,
     test_open_runs,
     test_overflow,
+    test_portal,
     test_reserve,
+    test_restart,
     test_room,
     test_routing,
     test_shared_overflow,
@@ -48,6 +51,7 @@ from tests.acceptance import (
     test_tenants_in_the_overflow,
     test_upstream,
     test_upstream_retries,
+    test_worker_counters,
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
@@ -62,7 +66,7 @@ from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
-from tests.unit.upstream import test_core
+from tests.unit.upstream import test_call_flow, test_core
 from tests.unit.upstream.accounts import (
     test_account_retries,
     test_bypass,
@@ -311,6 +315,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.one_request_that_is_too_dear_stops_the_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
     ),
+    bugs.a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue: (
+        test_call_flow.test_a_call_that_is_refused_again_and_again_waits_for_no_quota_but_for_its_permission
+    ),
+    bugs.two_seconds_of_402s_suspend_the_quietest_key: (
+        test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few
+    ),
+    bugs.the_caller_that_was_refused_takes_every_probe_of_a_suspension: (
+        test_calls.test_after_a_night_of_402s_for_one_request_others_are_soon_served
+    ),
     bugs.a_call_that_cannot_be_metered_passes: (
         test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
     ),
@@ -385,6 +398,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.evidence_fades_and_calls_in_flight_are_forgotten_in_a_pause: (
         test_refusal_cause.test_a_pause_makes_nothing_older
+    ),
+    bugs.a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known: (
+        test_refusal_cause.test_a_call_that_is_accepted_at_once_contradicts_nothing_before_the_refusals_beside_it_are_known
+    ),
+    bugs.a_call_that_is_refused_again_was_in_flight: (
+        test_refusal_control.test_a_call_that_is_refused_again_and_again_is_not_in_flight_with_those_that_are_accepted
     ),
     bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (
         test_refusal_detector.test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it
@@ -610,6 +629,29 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
     ),
     bugs.a_fan_out_has_no_limit: test_fan_out.test_the_limit_counts_tasks_of_all_types,
+    # --- what a web app needs ---
+    bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
+        test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted
+    ),
+    bugs.orphans_return_their_slot_to_the_next_run: (
+        test_restart.test_a_handler_that_outlived_the_close_has_no_slot_in_the_next_run
+    ),
+    bugs.workers_keep_what_happened_to_them_when_their_supervisor_starts_again: (
+        test_restart.test_a_failed_worker_begins_the_next_run_with_its_breaker_closed
+    ),
+    bugs.a_store_waits_for_a_loop_that_has_ended: (
+        test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
+    ),
+    bugs.a_log_of_events_has_what_handlers_report: test_json.test_events_for_a_log_leave_out_what_handlers_return,
+    bugs.the_slot_of_a_thread_is_free_when_its_time_is_up: (
+        test_portal.test_a_block_that_takes_too_long_keeps_its_slot_until_it_is_left
+    ),
+    bugs.workers_count_no_failed_attempts: (
+        test_worker_counters.test_a_retried_task_counts_each_attempt_and_the_supervisor_the_task
+    ),
+    bugs.a_found_task_runs_as_it_was_read: (
+        test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
+    ),
     # tasks with deadlines that wait
     bugs.every_task_is_judged_as_if_it_were_like_the_others: (
         test_start_deadlines.test_a_task_with_an_estimate_is_compared_with_tasks_of_its_size

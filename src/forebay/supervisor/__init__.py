@@ -11,7 +11,7 @@ in `core`, such as the `ticket_registry`.
 
 from forebay.supervisor.drain import DrainReport
 from forebay.supervisor.fan_out import FanOut, FanOutProgress
-from forebay.supervisor.portal import Portal, PortalTicket
+from forebay.supervisor.portal import Portal, PortalEvents, PortalSlot, PortalTicket
 from forebay.supervisor.progress_bar import ProgressBar, progress_bar
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetter, DeadLetters
@@ -29,6 +29,8 @@ __all__ = [
     "FanOut",
     "FanOutProgress",
     "Portal",
+    "PortalEvents",
+    "PortalSlot",
     "PortalTicket",
     "ProgressBar",
     "Slot",

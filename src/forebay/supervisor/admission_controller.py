@@ -272,10 +272,6 @@ class AdmissionController:
 
     async def _submit(self, task: Task, *, in_line: bool = False) -> Ticket:
         spill = self._dispatcher.spill
-        if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
-            # A ticket that `supervisor.ticket` made for an id that the store may not know must not count as a twin.
-            search, pool = spill.lookup.wait_for_search(task.task_id), self._pools[task.task_type]
-            await self._answer_in_time(task, task.deadline, pool, search)
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)

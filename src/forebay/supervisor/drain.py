@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-import msgspec
-
+from forebay._json import JsonStruct
 from forebay.events import log
 from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_movable
 from forebay.supervisor.runs.run import Run
@@ -29,7 +28,7 @@ _MAX_LATENESS = 1.0  # seconds by which a look at the overflow may be late
 _CLOSE_TIME = 5.0  # seconds, at least, that moving the queue to the overflow has when a supervisor closes
 
 
-class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
+class DrainReport(JsonStruct, frozen=True, kw_only=True):
     """The outcome of draining, for the tasks that were inside when it started.
 
     Attributes:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.worker import WorkerAgent
 
+_OTHER_LOOP_CHECK = 0.05  # seconds between two looks at a supervisor that starts or closes in another event loop
+
 
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
     """Open the overflow, start the handlers, and add the workers. If that fails, nothing stays open."""
@@ -55,10 +57,22 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         drain.cancel_all()
         if spill is not None:
             spill.end_tickets()
+        dispatcher.completion.close()
+        dispatcher.slot_claims.close()
         dispatcher.start_gate.close()
         dispatcher.runner_pool.close()
         dispatcher.core.close()
         dispatcher.core.registry.notify_progress()
+
+
+async def wait_until_done(step: asyncio.Future[None]) -> None:
+    """Wait for the start or the close of a supervisor, perhaps in another event loop, or in one that has ended."""
+    loop = step.get_loop()
+    if loop is asyncio.get_running_loop():
+        await asyncio.wait((step,))
+        return
+    while not (step.done() or loop.is_closed()):  # noqa: ASYNC110 - that loop may end without a word to this one
+        await asyncio.sleep(_OTHER_LOOP_CHECK)
 
 
 async def _close_spill(spill: Spill) -> None:

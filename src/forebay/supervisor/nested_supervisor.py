@@ -27,8 +27,8 @@ class NestedSupervisor(Protocol):
     """The supervisor below, as far as the one above needs it."""
 
     @property
-    def started(self) -> bool:
-        """True once it has been started."""
+    def running(self) -> bool:
+        """True from the call of `start` to that of `close`, or to the end of its event loop."""
 
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task."""
@@ -54,7 +54,7 @@ def as_handler(nested: NestedSupervisor) -> Handler:
 
     async def start() -> None:
         await nested.wait_until_started()  # it may be a worker of another supervisor too
-        if not nested.started:
+        if not nested.running:
             await nested.start()
 
     async def call(task: Task) -> Any:

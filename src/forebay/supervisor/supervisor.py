@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, Unpack
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
 from forebay._threads import DaemonThreadExecutor
-from forebay._validate import check_not_negative
+from forebay._validate import check_not_negative, reject
 from forebay.adapters import Config, Handler
 from forebay.engine import Engine
 from forebay.errors import (
@@ -36,7 +36,7 @@ from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_done
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
 from forebay.supervisor.portal import Portal
@@ -52,6 +52,7 @@ from forebay.supervisor.worker import WorkerAgent
 from forebay.task import DEFAULT_TENANT, Deadline, Priority, Task
 from forebay.upstream import Upstream
 
+ResultT = TypeVar("ResultT")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -59,7 +60,8 @@ class BackpressureSupervisor:
     """Admits, spills or rejects agent tasks by priority, and gives each to the worker that would finish it first.
 
     An async context manager: leaving it drains; leaving it by an error or a cancellation stops the handlers. Either way
-    every ticket ends.
+    every ticket ends. It may be entered again, in any event loop, with its workers and settings and nothing else of its
+    earlier run.
 
     Args:
         backpressure_threshold: the load from which NORMAL tasks are rejected, in (0, 1]. LOW is rejected from 0.75 of
@@ -120,6 +122,7 @@ class BackpressureSupervisor:
             lag_bound=lag_bound,
             tenants=tenant_settings(tenants),
         )
+        self._overflow = overflow
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
         self._draw: Callable[[], float] = clock.new_random().random
@@ -127,7 +130,7 @@ class BackpressureSupervisor:
         self._codecs = TaskCodecs()
         self._dispatcher: Dispatcher | None = None
         self._admission: AdmissionController | None = None
-        self._threads = DaemonThreadExecutor()
+        self._threads: DaemonThreadExecutor | None = None
         self._loop_monitor: LoopMonitor | None = None
         self._process: int | None = None  # in which it was started
         self._starting: asyncio.Task[None] | None = None
@@ -157,7 +160,7 @@ class BackpressureSupervisor:
         reset_timeout: float | None = 10.0,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
     ) -> WorkerAgent:
-        """Register a worker, before the start or after it.
+        """Register a worker, before the start or after it, or after the close for the next start.
 
         Args:
             name: unique among the workers.
@@ -186,8 +189,8 @@ class BackpressureSupervisor:
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
         """
-        if self._closing is not None:
-            raise SupervisorClosed(state="closed")
+        if self._closing is not None and not self._closing.done():
+            raise SupervisorClosed(state="closing")
         if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would contain itself")
         worker = make_worker(
@@ -212,7 +215,7 @@ class BackpressureSupervisor:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._dispatcher is not None and not self._is_starting:  # otherwise it is left to `start_up`
+        if self._dispatcher is not None and self.running and not self._is_starting:  # otherwise to `start_up`
             add_running_worker(self._dispatcher, worker)
         return worker
 
@@ -241,7 +244,7 @@ class BackpressureSupervisor:
 
     # --- work ---
 
-    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
+    async def submit(self, task: Task[ResultT], *, wait: float | None = None) -> Ticket[ResultT]:
         """Submit a task to admission control.
 
         Args:
@@ -265,7 +268,7 @@ class BackpressureSupervisor:
             _check_wait(wait)
         return await self._admission_here().submit(task, wait=wait)
 
-    def submit_nowait(self, task: Task) -> Ticket:
+    def submit_nowait(self, task: Task[ResultT]) -> Ticket[ResultT]:
         """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
 
         Raises:
@@ -274,7 +277,7 @@ class BackpressureSupervisor:
         """
         return self._admission_here().submit_nowait(task)
 
-    async def run(self, task: Task, *, wait: float | None = None) -> Any:
+    async def run(self, task: Task[ResultT], *, wait: float | None = None) -> ResultT:
         """Submit a task and return its value; wait for a spilled one until its deadline.
 
         Cancelling this cancels the task, unless others wait for the same work by its key. `wait` is as in `submit`.
@@ -286,7 +289,8 @@ class BackpressureSupervisor:
         """
         if wait is not None:
             _check_wait(wait)
-        return await self._admission_here().run(task, wait=wait)
+        value: ResultT = await self._admission_here().run(task, wait=wait)
+        return value
 
     def fan_out(  # noqa: PLR0913 - each has a name
         self,
@@ -409,13 +413,32 @@ class BackpressureSupervisor:
         )
         return self._admission_here().slot(task)
 
-    def ticket(self, task_id: str) -> Ticket:
-        """Return the ticket of a task that is inside, has ended lately, or is stored in the overflow.
+    async def find(self, task_id: str | None = None, *, key: str | None = None) -> Ticket | None:
+        """Return the ticket of a task by its id or its idempotency key, or None if there is no such task.
 
-        The overflow is asked in the background: awaiting the ticket raises UnknownTask if the task is not there.
+        It finds a task that is inside or has ended lately, and asks the overflow, once, for any other.
 
         Raises:
-            UnknownTask: there is no such task, and no overflow to ask.
+            InvalidSetting: neither an id nor a key was given, or both, or no string.
+            StoreUnavailable: the overflow cannot be asked.
+            SupervisorClosed: it is not known here, and the supervisor has closed.
+            NotStarted, WrongLoop: as `submit`.
+        """
+        expected = 'a string, and the only one: find("the id"), or find(key="the key")'
+        if key is not None and (task_id is not None or not isinstance(key, str)):
+            reject("find", "key", key, expected)
+        if key is None and not isinstance(task_id, str):
+            reject("find", "task_id", task_id, expected)
+        return await self._dispatcher_here().find(task_id, key)
+
+    def ticket(self, task_id: str) -> Ticket:
+        """Return the ticket of a task that this process knows: it is inside, or has ended lately.
+
+        This asks no overflow: use `find` for a task that may only be stored there.
+
+        Raises:
+            UnknownTask: this process knows no such task.
+            NotStarted: the supervisor has not been started.
         """
         return self._running().ticket(task_id)
 
@@ -445,7 +468,7 @@ class BackpressureSupervisor:
     def statistics(self) -> Statistics:
         """Return a snapshot of the counters since the start, and of what is inside now."""
         if self._dispatcher is None or self._admission is None:
-            return Statistics(**worker_statistics(self._workers))
+            return Statistics(**worker_statistics(self._workers, 0.0))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
 
     def events(self, *, bound: int = 1000) -> Subscription:
@@ -455,29 +478,47 @@ class BackpressureSupervisor:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that it runs on, while it runs."""
-        return self._dispatcher.loop if self._dispatcher is not None and self._closing is None else None
+        return self._dispatcher.loop if self._dispatcher is not None and self.running else None
 
     # --- start and end ---
 
     async def start(self) -> None:
-        """Start on the running event loop.
+        """Start on the running event loop. After `close` it may be started again, also on another loop.
+
+        If it is being closed, this waits for the end of that. If its loop ended before it was closed, that run is over.
 
         Raises:
-            AlreadyStarted: it has been started before.
+            AlreadyStarted: it has been started, and not closed.
             StoreUnavailable: the overflow cannot be opened.
             SupervisorClosed: it was closed meanwhile.
         """
+        while (closing := self._closing) is not None:
+            await wait_until_done(closing)
+            if self._closing is closing:  # otherwise somebody else has started it meanwhile
+                self._forget_run()
+        self._end_if_cut_off()
         if self._dispatcher is not None:
             raise AlreadyStarted
-        if self._closing is not None:
-            raise SupervisorClosed(state="closed")
-        loop = asyncio.get_running_loop()
+        dispatcher = self._begin_run(asyncio.get_running_loop())
+        await self._start_up(dispatcher)
+        if self._settings.lag_bound is not None and not clock.is_virtual(dispatcher.loop):
+            self._loop_monitor = LoopMonitor(
+                dispatcher.loop,
+                bound=self._settings.lag_bound,
+                runs=dispatcher.runs,
+                load=dispatcher.load,
+                bus=self._bus,
+            )
+            self._loop_monitor.start()
+
+    def _begin_run(self, loop: asyncio.AbstractEventLoop) -> Dispatcher:
         self._process = os.getpid()
         self._draw = clock.draw_function(loop)
         settings = self._settings
+        threads = self._threads = DaemonThreadExecutor()
         core = Core(
             loop,
-            threads=self._threads,
+            threads=threads,
             bus=self._bus,
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
@@ -489,30 +530,44 @@ class BackpressureSupervisor:
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
-        self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
+        return dispatcher
+
+    async def _start_up(self, dispatcher: Dispatcher) -> None:
+        """Open the overflow and start the handlers, unless the supervisor is closed meanwhile."""
+        starting = self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
         try:
-            await self._starting
+            await starting
         except BaseException:
-            if self._is_starting or self._starting.cancelled() or self._starting.exception() is not None:
-                self._dispatcher = self._admission = None
-            elif self._closing is None:  # cancelled in the turn of the loop in which it had started
-                await self.close()
-                raise
-            if self._closing is not None:
+            if self._dispatcher is dispatcher:  # otherwise it was closed, and started again
+                if not starting.done() or starting.cancelled() or starting.exception() is not None:
+                    self._dispatcher = self._admission = None
+                elif self._closing is None:  # cancelled in the turn of the loop in which it had started
+                    await self.close()
+                    raise
+            if self._is_over(dispatcher):
                 raise SupervisorClosed(state="closed") from None
             raise
-        if self._closing is not None:
+        if self._is_over(dispatcher):
             raise SupervisorClosed(state="closed")
-        if settings.lag_bound is not None and not clock.is_virtual(loop):
-            self._loop_monitor = LoopMonitor(
-                loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
-            )
-            self._loop_monitor.start()
+
+    def _is_over(self, dispatcher: Dispatcher) -> bool:
+        """Return whether a start has come to nothing: the supervisor was closed meanwhile."""
+        return self._closing is not None or self._dispatcher not in (dispatcher, None)
+
+    def _forget_run(self) -> None:
+        """Forget the run that was closed, so that the next one begins with the workers and the settings alone."""
+        self._dispatcher = self._admission = self._loop_monitor = None
+        self._starting = self._closing = None
+        self._drained = False
+        if isinstance(self._overflow, str):  # what was in memory is gone
+            self._store = open_task_store(self._overflow)
+        for worker in self._workers.values():
+            worker.begin_run()
 
     async def wait_until_started(self) -> None:
         """Wait for a start that somebody else has begun; return at once if there is none."""
         if self._starting is not None:
-            await asyncio.wait((self._starting,))
+            await wait_until_done(self._starting)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
@@ -538,13 +593,29 @@ class BackpressureSupervisor:
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent. A start in progress is undone.
 
-        If this is cancelled, closing goes on in the background.
+        If this is cancelled, closing goes on in the background. Handlers that did not stop in time count no more, and
+        do not keep a slot if it is started again.
+
+        Raises:
+            WrongLoop: it runs on another event loop.
         """
+        self._end_if_cut_off()
         if self._dispatcher is None:
             return
         if self._closing is None:
+            if asyncio.get_running_loop() is not self._dispatcher.loop:
+                raise WrongLoop(what="The supervisor")
             self._closing = asyncio.ensure_future(self._close(self._dispatcher))
-        await asyncio.shield(self._closing)
+        if self._closing.get_loop() is asyncio.get_running_loop():
+            await asyncio.shield(self._closing)
+        else:
+            await wait_until_done(self._closing)
+
+    def _end_if_cut_off(self) -> None:
+        """Forget a run whose event loop ended before it was closed: nothing of it can go on."""
+        if self._dispatcher is not None and self._closing is None and self._dispatcher.loop.is_closed():
+            self._release_run()
+            self._forget_run()
 
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
@@ -558,10 +629,14 @@ class BackpressureSupervisor:
             grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
             await shut_down(dispatcher, self._workers, grace=grace)
         finally:
-            if self._loop_monitor is not None:
-                self._loop_monitor.stop()
+            self._release_run()
+
+    def _release_run(self) -> None:
+        if self._loop_monitor is not None:
+            self._loop_monitor.stop()
+        if self._threads is not None:
             self._threads.shutdown()
-            self._bus.close()
+        self._bus.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -579,6 +654,11 @@ class BackpressureSupervisor:
     def __forebay_handler__(self) -> Handler:
         """Return the handler with which another supervisor starts this one, reads its load and closes it."""
         return as_handler(self)
+
+    @property
+    def running(self) -> bool:
+        """True from the call of `start` to that of `close`, or to the end of its event loop."""
+        return self._dispatcher is not None and self._closing is None and not self._dispatcher.loop.is_closed()
 
     @property
     def started(self) -> bool:
@@ -620,6 +700,8 @@ class BackpressureSupervisor:
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
             if (parent := self.forked_from) is not None:
                 raise ForkedProcess(what="The supervisor", parent=parent)
+            if self._closing is not None:
+                raise SupervisorClosed(state="closed")
             raise WrongLoop(what="The supervisor")
         return admission
 

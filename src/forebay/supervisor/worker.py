@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
 from forebay.retry import Retry
-from forebay.task import Priority
+from forebay.task import Priority, TaskStatus
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
 URGENT = Priority.HIGH  # tasks of this priority or a better one go past the queue, and may take reserved slots
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
+_OTHER_ENDS = (TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
 
 
 class WorkerAgent:
@@ -49,31 +51,49 @@ class WorkerAgent:
         self._max_concurrent = max_concurrent
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.reserve = reserve  # slots, the last free ones, that only CRITICAL and HIGH tasks take
-        self.urgent_tasks = 0  # slots that they hold; counted only if there is a reserve
-        self.counts_tasks = False  # whether it matters whose tasks hold its slots: for a reserve, or tenants' bounds
         self.timeout = timeout
         self.retry = retry
         self.breaker = breaker
+        self.probes = min(probes, max_concurrent)
+        self._declared = tuple(declared)
+        self._on_revive = on_revive
+        self._orphans: dict[object, tuple[bool, bool]] = {}  # see `add_orphan`
+        self._orphans_lock = Lock()  # the supervisor may start again in another thread, before they have stopped
+        self._reset()
+
+    def begin_run(self) -> None:
+        """Forget what has happened to it, because a run of its supervisor begins."""
+        with self._orphans_lock:
+            self._orphans.clear()
+            self._reset()
+
+    def _reset(self) -> None:
+        self.breaker.reset()
         self.current_tasks = 0  # slots taken, zombies included
+        self.urgent_tasks = 0  # those that CRITICAL and HIGH tasks hold; counted only if there is a reserve
+        self.counts_tasks = False  # whether it matters whose tasks hold its slots: for a reserve, or tenants' bounds
         self.suspended = 0  # runs that have lent their slot and wait for tasks
         self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
-        self.probes = min(probes, max_concurrent)
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
         self.counted_slots = 0  # the slots that its pools count for it
         self.pending_claims = 0  # runs that lent their slot and wait to have it back
         self.claims_held_back = False  # none of them may take a slot that is free, by the reserve or a tenant's bound
-        self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
-        self.declared = list(declared)  # those sources that no call has used yet
+        self.sources: dict[LoadSource, None] = dict.fromkeys(self._declared)  # what the calls of its runs use
+        self.declared = list(self._declared)  # those sources that no call has used yet
         self.penalty = 1.0
-        self.ready = handler.start is None  # its handler has started, or need not be started
+        self.ready = self.handler.start is None  # its handler has started, or need not be started
         self.starting = False  # its handler is being started
+        self.started = 0  # starts of its handler
+        self.succeeded = 0  # attempts that did
+        self.other_ends = dict.fromkeys(_OTHER_ENDS, 0)  # attempts that ended in another way
+        self.zombies_found = 0  # handlers that outlived their end and the grace
+        self._busy_seconds = 0.0  # times of the returns of slots, less those at which they were taken
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
-        self._on_revive = on_revive
 
     def __repr__(self) -> str:
         return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self._max_concurrent})"
@@ -159,6 +179,20 @@ class WorkerAgent:
         """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
 
+    # --- handlers that outlive their supervisor ---
+
+    def add_orphan(self, run: object, *, holds_slot: bool, zombie: bool) -> None:
+        """Count a run whose supervisor has closed until it stops, but not in the supervisor's next run."""
+        self._orphans[run] = holds_slot, zombie
+
+    def orphan_stopped(self, run: object, now: float) -> None:
+        """Stop counting a run whose supervisor has closed."""
+        with self._orphans_lock:
+            holds_slot, zombie = self._orphans.pop(run, (False, False))
+            if holds_slot:
+                self.return_slot(now, probe=False)
+            self.zombies -= zombie
+
     # --- the start of its handler ---
 
     def begin_start(self) -> None:
@@ -172,15 +206,25 @@ class WorkerAgent:
 
     # --- slots ---
 
-    def take_slot(self, *, probe: bool) -> None:
-        """Count one more slot as taken."""
-        self.current_tasks += 1
+    def start_run(self, now: float, *, probe: bool) -> None:
+        """Count a start of its handler, which takes a slot."""
+        self.started += 1
+        self.current_tasks += 1  # as `take_slot`, without another call for each task
+        self._busy_seconds -= now
         if probe:
             self._probes_in_flight += 1
 
-    def return_slot(self, *, probe: bool) -> None:
+    def take_slot(self, now: float, *, probe: bool) -> None:
+        """Count one more slot as taken."""
+        self.current_tasks += 1
+        self._busy_seconds -= now
+        if probe:
+            self._probes_in_flight += 1
+
+    def return_slot(self, now: float, *, probe: bool) -> None:
         """Count one slot less as taken."""
         self.current_tasks -= 1
+        self._busy_seconds += now
         if probe:
             self._probes_in_flight -= 1
 
@@ -191,6 +235,10 @@ class WorkerAgent:
     def count_urgent(self, by: int) -> None:
         """Count `by` more slots as held by CRITICAL and HIGH tasks."""
         self.urgent_tasks += by
+
+    def busy_seconds(self, now: float) -> float:
+        """Return for how many seconds its slots were taken, summed over the slots."""
+        return self._busy_seconds + self.current_tasks * now
 
     def abandon_probe(self) -> None:
         """Stop counting a probe whose run was abandoned; its slot stays taken."""
@@ -253,9 +301,14 @@ class WorkerAgent:
         return task_type in self._durations
 
     def record_success(self, task_type: str, seconds: float) -> None:
-        """Record how long a successful task took."""
+        """Count a success, and record how long it took."""
+        self.succeeded += 1
         duration = self._durations.get(task_type)
         self._durations[task_type] = seconds if duration is None else duration + _DURATION_GAIN * (seconds - duration)
+
+    def record_other_end(self, status: TaskStatus) -> None:
+        """Count an attempt that has ended without success."""
+        self.other_ends[status] += 1
 
     def raise_penalty(self) -> None:
         """Raise the score by half, up to a bound."""
@@ -286,6 +339,10 @@ class WorkerAgent:
     def remove_zombie(self) -> None:
         """Stop counting an abandoned run, because it has stopped."""
         self.zombies -= 1
+
+    def record_zombie(self) -> None:
+        """Count a handler that has outlived the end of its attempt and the grace."""
+        self.zombies_found += 1
 
     def mark_stuck(self) -> None:
         """Remember that the worker is FAILED only because zombies hold every slot."""

@@ -13,6 +13,7 @@ from forebay.limit import Grant
 from forebay.quota import QuotaReservation, RateScope
 from forebay.task import DEFAULT_TENANT, Priority
 
+_REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 UNREADABLE: Final = "unreadable"
 UNPRICED: Final = "unpriced"
 UNBOUNDED: Final = "unbounded"
@@ -64,6 +65,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         tenant: the tenant that it is made for.
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
+        size: bytes of its body; 0 if they are not known.
         free: it costs no money in any case, so no budget is checked.
         usd_per_second: see `CallPrice`.
         usd_at_once: see `CallPrice`.
@@ -84,6 +86,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     tenant: str = DEFAULT_TENANT
     task_id: str | None = None
     model: str = ""
+    size: int = 0
     free: bool = False
     retries: int = 0
     failed: bool = False
@@ -100,6 +103,11 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     def goes_first(self) -> bool:
         """True if it goes before other calls of its priority: it was sent before, or a slot is held until it ends."""
         return self.retries > 0 or self.holder is not None
+
+    @property
+    def is_suspect(self) -> bool:
+        """True if it was retried several times: when it is refused again, what it asks for may be the cause."""
+        return self.retries >= _REPEATED
 
     def unreported_cost(self, seconds: float) -> float:
         """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""

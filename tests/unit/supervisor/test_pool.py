@@ -61,7 +61,7 @@ def test_a_failed_worker_takes_its_slots_and_its_runs_out_of_the_count() -> None
     pools = Pools(None, Tenants({}))
     agent = worker(slots=2)
     (pool,) = counted(pools, agent)
-    agent.take_slot(probe=False)
+    agent.take_slot(0.0, probe=False)
     pool.slot_taken(agent)
     assert (pool.slots, pool.running) == (2, 1)
     agent.breaker.trip(0.0)
@@ -69,7 +69,7 @@ def test_a_failed_worker_takes_its_slots_and_its_runs_out_of_the_count() -> None
     pool.count_slots(agent, agent.count_slots())
     assert (pool.slots, pool.running) == (0, 0)
     assert pool.load() == 1.0
-    agent.return_slot(probe=False)
+    agent.return_slot(0.0, probe=False)
     pool.slot_returned(agent)
     agent.close_breaker()
     agent.update_from_breaker(0.0)
@@ -79,7 +79,7 @@ def test_a_failed_worker_takes_its_slots_and_its_runs_out_of_the_count() -> None
 
 def test_the_load_counts_running_queued_and_reserved_but_not_parked() -> None:
     (pool,) = counted(Pools(6, Tenants({})), agent := worker(slots=2))
-    agent.take_slot(probe=False)
+    agent.take_slot(0.0, probe=False)
     pool.slot_taken(agent)
     pool.park(TICKET)
     pool.reserve(2)
@@ -107,7 +107,7 @@ def test_conversations_share_the_room_for_parked_tasks() -> None:
 
 def test_slots_that_the_start_gate_blocks_are_not_usable() -> None:
     (pool,) = counted(Pools(None, Tenants({})), agent := worker(slots=3))
-    agent.take_slot(probe=False)
+    agent.take_slot(0.0, probe=False)
     pool.slot_taken(agent)
     pool.block_worker(agent)
     assert pool.usable_slots == 1
@@ -172,11 +172,11 @@ def test_probes_that_hold_a_slot_count_and_abandoned_ones_do_not() -> None:
     agent.update_from_breaker(retry_after)
     assert agent.probing
     assert agent.can_accept()
-    agent.take_slot(probe=True)
+    agent.take_slot(0.0, probe=True)
     assert not agent.can_accept()
     agent.abandon_probe()
     assert agent.can_accept()
-    agent.take_slot(probe=True)
+    agent.take_slot(0.0, probe=True)
     agent.breaker.record(retry_after, Outcome.SUCCESS, agent.breaker.allow(retry_after))
     agent.close_breaker()
     agent.update_from_breaker(retry_after)

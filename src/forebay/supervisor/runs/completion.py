@@ -149,6 +149,7 @@ class RunCompletion:
         if run.abandoned_at is not None or run.ended:
             return
         duration_ms = 1000 * (self._loop.time() - run.started_at)
+        run.worker.record_other_end(status)
         makes_room = self._detach(run, _fault(run) if status is _TIMED_OUT else Outcome.IGNORED)
         result = unsuccessful_result(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
         if status is not _TIMED_OUT or not self._retries.retry(run, result):
@@ -181,6 +182,7 @@ class RunCompletion:
     def _mark_zombie(self, run: Run) -> None:
         worker = run.worker
         run.mark_zombie()
+        worker.record_zombie()
         self.zombies += 1
         task_id, name = run.task.task_id, worker.name
         log.warning(
@@ -201,22 +203,18 @@ class RunCompletion:
 
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
+        if run.ended:
+            self._orphan_stopped(run)
+            return
         worker, ticket, task = run.worker, run.ticket, run.task
         cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
         seconds = now - run.started_at
-        holds_slot = run.end()
-        self._runs.remove(run)
-        if run.timer is not None:
-            self._timers.cancel(run.clear_timer())
-        if run.expected_sources:
-            self._on_run_end(run)
+        holds_slot, parent = run.end(), ticket.parent
+        self._forget(run)
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
-        parent = ticket.parent
-        if ticket.run is run:  # otherwise the task was started again before this handler had stopped
-            ticket.end_run()
         if success:
             self._succeeded(run, value, now, seconds, pool)
         elif run.abandoned_at is None:
@@ -233,6 +231,30 @@ class RunCompletion:
             self._registry.notify_progress()
         if worker.handler.on_end is not None:  # last, because it is user code and may do anything
             call_plain_hook(f"on_end of worker {worker.name!r}", worker.handler.on_end, task)
+
+    def close(self) -> None:
+        """Leave the handlers that have not stopped to their workers: the next run knows nothing of them."""
+        for run in self._runs:
+            run.worker.add_orphan(run, holds_slot=run.end(), zombie=run.abandoned_at is not None)
+
+    def _forget(self, run: Run) -> None:
+        """Drop what is kept for a run while its handler has not ended."""
+        self._runs.remove(run)
+        if run.timer is not None:
+            self._timers.cancel(run.clear_timer())
+        if run.expected_sources:
+            self._on_run_end(run)
+        if run.ticket.run is run:  # otherwise the task was started again before this handler had stopped
+            run.ticket.end_run()
+
+    def _orphan_stopped(self, run: Run) -> None:
+        """Process the end of a handler that has outlived its supervisor."""
+        self._forget(run)
+        run.worker.orphan_stopped(run, self._loop.time())
+        if run.task.thread_id is not None and run.ticket.run is None:
+            self._dispatcher.next_in_conversation(run.ticket)
+        if run.worker.handler.on_end is not None:
+            call_plain_hook(f"on_end of worker {run.worker.name!r}", run.worker.handler.on_end, run.task)
 
     def _succeeded(self, run: Run, value: Any, now: float, seconds: float, pool: Pool) -> None:
         worker, ticket, task = run.worker, run.ticket, run.task
@@ -295,6 +317,7 @@ class RunCompletion:
             outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
         elif run.upstream_failed or _is_submitters_mistake(cause):
             outcome = Outcome.IGNORED
+        worker.record_other_end(status)
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
         if status is TaskStatus.FAILED:

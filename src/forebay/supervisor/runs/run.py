@@ -522,6 +522,14 @@ class SlotClaims:
         """Return whether a run that could take a free slot of `worker` claims one already."""
         return worker.pending_claims > 0 and any(_may_resume(run) for run, _ in self._claims[worker])
 
+    def close(self) -> None:
+        """Let every run that waits for its slot go on without one, because no slot is given any more."""
+        for worker, claims in self._claims.items():
+            for claim in list(claims):
+                self._remove(worker, [claim])
+                if not claim[1].done():
+                    claim[1].set_result(None)
+
     def _remove(self, worker: WorkerAgent, claims: Iterable[tuple[Run, asyncio.Future[None]]]) -> None:
         for claim in claims:
             self._claims[worker].remove(claim)

@@ -252,7 +252,7 @@ class Refiller:
         elif ticket is not None and self._is_inside(ticket):
             stored.adopt(ticket, lease)
         else:
-            if ticket is None or ticket.task.task_type != record.task_type:
+            if ticket is None or ticket.found:
                 ticket = await self._read_ticket(lease, ticket)
             if ticket is not None:
                 self._start_or_queue(ticket, lease, pool)
@@ -274,6 +274,7 @@ class Refiller:
         if ticket.done():  # it has ended meanwhile, and its completion is on its way to the store
             return
         self.refilled += 1
+        self._registry.add(ticket)  # even if it ends now: whoever looks for the task gets this ticket
         if core.bus.active or ticket.listeners is not None:
             event = TaskRefilled(at=core.loop.time(), task_id=record.task_id, task_type=record.task_type)
             self._registry.emit(ticket, event)
