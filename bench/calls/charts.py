@@ -131,3 +131,42 @@ def plot_fairness(
         )
         small.legend(frameon=False, fontsize=9)
         figure.savefig(folder / "fairness.png")
+
+
+def plot_fan_out(
+    healthy: Mapping[str, Sequence[float]],
+    retries: Mapping[str, Sequence[float]],
+    allowed: Sequence[tuple[float, float]],
+    end: float,
+    folder: Path,
+) -> None:
+    """Plot how many healthy branches of a fan-out have ended, and how many retries were made, over time.
+
+    Args:
+        healthy: when each healthy branch ended, by the name of the run.
+        retries: when each retry began, by the name of the run.
+        allowed: times, and how many retries the budget allows until then.
+        end: the last second that is shown.
+        folder: where the picture goes.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        styles = dict(zip(healthy, ({"color": colour} for colour in ("#999999", "#0072B2", "#E69F00")), strict=True))
+        left.set_title("Healthy branches that have ended")
+        for name, times in healthy.items():
+            left.step([0, *sorted(times)], range(len(times) + 1), where="post", label=name, **styles[name])
+        right.set_title("Retries")
+        for name, times in retries.items():
+            steps = [0, *sorted(times), end]
+            right.step(steps, [*range(len(times) + 1), len(times)], where="post", label=name, **styles[name])
+        right.step(
+            [0, *(at for at, _ in allowed), end],
+            [allowed[0][1], *(count for _, count in allowed), allowed[-1][1]],
+            where="post", label="budget", color="#D55E00", linestyle="--",
+        )  # fmt: skip
+        for axes in (left, right):
+            axes.set(xlabel="seconds", xlim=(0, end), ylim=(0, None))
+            axes.grid(visible=True)
+            axes.legend(frameon=False, loc="lower right")
+        figure.savefig(folder / "fan-out.png")

@@ -196,6 +196,21 @@ class DuplicateWorker(ForebayError, ValueError):
     name: str
 
 
+class UnknownWorker(ForebayError, LookupError):
+    """No worker is named {name!r} (there are: {known}): it was never registered, or is unregistered already."""
+
+    name: str
+
+
+class UnregisteredInside(ForebayError, RuntimeError):
+    """unregister_worker({worker!r}) was called inside task {task_id!r}, which runs on that worker, and would wait for
+    that task: call it outside of the worker's tasks.
+    """
+
+    worker: str
+    task_id: str
+
+
 class DuplicateTask(ForebayError, ValueError):
     """A task with id {task_id!r} has not ended, or the overflow keeps it as a dead letter or for its key: leave task_id
     out to have one generated, or use key= if the same work may be submitted twice.
@@ -393,6 +408,21 @@ class WorkerDied(ForebayError):
     task_id: str
     pid: int
     exitcode: int | None
+
+
+class WorkerNotStarted(ForebayError):
+    """Worker {worker!r} did not start: {why}."""
+
+    worker: str
+    why: str
+
+
+class WorkerStopped(ForebayError):
+    """Worker {worker!r} was stopped while it ran task {task_id!r}: {why}."""
+
+    worker: str
+    task_id: str
+    why: str
 
 
 class ProcessNotStarted(ForebayError):

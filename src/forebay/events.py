@@ -144,6 +144,54 @@ class WorkerRecovered(Event, frozen=True, kw_only=True):
     worker_id: str
 
 
+class WorkerExited(Event, frozen=True, kw_only=True):
+    """The life of a worker ended by itself: `exit` is ``"normal"``, ``"shutdown"`` or ``"abnormal"``."""
+
+    kind = "worker_exited"
+    worker_id: str
+    exit: str
+    error: str | None = None
+
+
+class WorkerRestarted(Event, frozen=True, kw_only=True):
+    """A worker was started again, for the `restarts`-th time: its life had ended, or that of a worker before it."""
+
+    kind = "worker_restarted"
+    worker_id: str
+    restarts: int
+
+
+class WorkerResized(Event, frozen=True, kw_only=True):
+    """A worker was given another number of slots."""
+
+    kind = "worker_resized"
+    worker_id: str
+    before: int
+    max_concurrent: int
+
+
+class WorkerUnregistered(Event, frozen=True, kw_only=True):
+    """A worker was unregistered; `cut` of its runs had not ended in time, and were stopped."""
+
+    kind = "worker_unregistered"
+    worker_id: str
+    cut: int
+
+
+class TaskTypePaused(Event, frozen=True, kw_only=True):
+    """A task type was paused: nothing of it begins."""
+
+    kind = "type_paused"
+    task_type: str
+
+
+class TaskTypeResumed(Event, frozen=True, kw_only=True):
+    """A task type was resumed."""
+
+    kind = "type_resumed"
+    task_type: str
+
+
 class ZombieFound(Event, frozen=True, kw_only=True):
     """A handler outlived its timeout or its cancellation; it still holds its slot."""
 

@@ -111,6 +111,25 @@ async def test_a_handler_that_outlived_the_close_counts_until_it_stops() -> None
 
 
 @virtual
+async def test_the_reserve_of_a_worker_counts_no_orphans() -> None:
+    hanging = UncancellableHandler(10.0)
+    supervisor = BackpressureSupervisor(zombie_grace=1.0)
+    supervisor.register_worker("worker", handler=hanging, task_types=["work"], max_concurrent=3, reserve=1)
+    await supervisor.start()
+    flood(supervisor, "work", 3, priority=Priority.HIGH)
+    await run_ready()
+    await supervisor.close()
+    async with supervisor:
+        normal = flood(supervisor, "work", 3)
+        await asyncio.sleep(9.5)  # the old handlers end meanwhile
+        assert [ticket.status for ticket in normal] == [TaskStatus.RUNNING] * 2 + [TaskStatus.WAITING]
+        high = supervisor.submit_nowait(Task("work", priority=Priority.HIGH))
+        await run_ready()
+        assert high.status is TaskStatus.RUNNING
+        assert await statuses([*normal, high]) == [TaskStatus.SUCCEEDED] * 4
+
+
+@virtual
 async def test_an_orphan_that_uses_the_supervisor_after_the_restart_lends_no_slot() -> None:
     go = asyncio.Event()
     seen: list[Any] = []

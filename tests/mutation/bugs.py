@@ -10,6 +10,7 @@ import ast
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,10 +56,10 @@ from forebay.quota import (
 from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
-from forebay.retry import RetryBudget, RetryState
+from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, nested_supervisor, pools
+from forebay.supervisor import admission_controller, drain, fan_out, pools, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -72,20 +73,32 @@ from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
+from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
+from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill import stored_tasks
+from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
+from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
+from forebay.supervisor.tree import worker_life
+from forebay.supervisor.tree.restart_intensity import RestartIntensity
+from forebay.supervisor.tree.restart_policy import RestartType
+from forebay.supervisor.tree.supervision import Supervision
+from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_removal import WorkerRemoval
+from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.supervisor.worker_starts import WorkerStarts
-from forebay.task import Deadline, Priority, TaskResult, TaskStatus
+from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
 from forebay.upstream.accounts import bypass, spend_suspension
 from forebay.upstream.accounts.account import Account
@@ -134,8 +147,8 @@ def a_cancelled_run_keeps_its_slot() -> None:
 def a_zombie_gives_its_slot_back() -> None:
     original = RunCompletion.end_early
 
-    def end_early(self: RunCompletion, run: Run, status: TaskStatus, error: str) -> None:
-        original(self, run, status, error)
+    def end_early(self: RunCompletion, run: Run, status: TaskStatus, error: str, cause: Any = None) -> None:
+        original(self, run, status, error, cause)
         if run.holds_slot and not run.ended:
             self._dispatcher.return_slot(run)
 
@@ -533,7 +546,7 @@ def producers_of_all_tenants_stand_in_one_line() -> None:
     replace(
         RoomQueue,
         entered,
-        lambda self, task, on_turn: entered(self, msgspec.structs.replace(task, tenant="all"), on_turn),
+        lambda self, task, *rest: entered(self, msgspec.structs.replace(task, tenant="all"), *rest),
     )
     replace(RoomQueue, is_behind, lambda self, task: is_behind(self, msgspec.structs.replace(task, tenant="all")))
 
@@ -1367,9 +1380,9 @@ def a_worker_takes_tasks_before_its_handler_has_started() -> None:
     original = WorkerAgent.can_accept
 
     def can_accept(self: WorkerAgent) -> bool:
-        ready, self.ready = self.ready, True
+        accepting, self.accepting = self.accepting, True
         accepts = original(self)
-        self.ready = ready
+        self.accepting = accepting
         return accepts
 
     replace(WorkerAgent, original, can_accept)
@@ -1380,7 +1393,7 @@ def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
 
 
 def a_stored_task_is_held_though_its_worker_cannot_be_started() -> None:
-    replace(Dispatcher, Dispatcher.return_to_store, Dispatcher.requeue)
+    replace(Spill, Spill.return_to_store, lambda self, ticket: self.stored.requeue(ticket))
 
 
 def closing_ignores_a_start_in_progress() -> None:
@@ -1432,10 +1445,11 @@ def closing_leaves_a_submission_to_a_store_that_does_not_answer() -> None:
 
 
 def closing_awaits_a_stop_without_a_bound() -> None:
-    async def _await_stop(what: str, awaitable: Any, limit: float) -> None:
-        await await_hook(what, awaitable)  # type: ignore[name-defined]  # noqa: F821 - a name of that module
+    async def _ends(future: asyncio.Future[Any], _: float) -> bool:
+        await asyncio.wait((future,))
+        return True
 
-    nested_supervisor._await_stop.__code__ = _await_stop.__code__
+    worker_life._ends.__code__ = _ends.__code__
 
 
 def a_start_that_is_cancelled_is_not_tried_again() -> None:
@@ -1582,6 +1596,65 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
 
 
+# --- workers that change while they run ------------------------------------------------------------------------------
+
+
+def a_leaving_worker_runs_no_nested_task() -> None:
+    def _update_accepting(self: WorkerAgent) -> None:
+        self.accepting = self.ready and not self.leaving
+
+    replace(WorkerAgent, WorkerAgent._update_accepting, _update_accepting)
+
+
+def a_leaving_worker_begins_new_runs() -> None:
+    replace(WorkerAgent, WorkerAgent.leave, lambda self: setattr(self, "leaving", True))
+
+
+def what_waits_for_a_worker_that_is_gone_waits_forever() -> None:
+    always(WorkerRemoval, WorkerRemoval.end_waiting, returns=None)
+
+
+def a_stored_task_of_a_stopped_worker_is_lost() -> None:
+    always(RunStopper, RunStopper._return_to_store, returns=None)
+
+
+def a_selection_keeps_workers_that_are_gone() -> None:
+    def _drop(self: WorkerSelector, worker: WorkerAgent) -> None:
+        self._current.pop(worker, None)
+
+    replace(WorkerSelector, WorkerSelector._drop, _drop)
+
+
+def a_record_is_leased_for_a_type_that_is_paused() -> None:
+    replace(Refiller, Refiller._may_refill, lambda self, _: not self._stored.refill_stopped)
+
+
+def a_paused_type_has_the_room_of_its_slots() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        paused, self.paused = self.paused, False
+        value = original(self, nested=nested)
+        self.paused = paused
+        return value
+
+    replace(Pool, original, load)
+
+
+def a_drain_waits_for_a_type_that_is_paused() -> None:
+    original = Drain._may_run
+
+    def _may_run(self: Drain, ticket: Ticket, *, without_store: bool) -> bool:
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        return original(self, ticket, without_store=without_store) or (pool is not None and pool.paused)
+
+    replace(Drain, original, _may_run)
+
+
+def a_larger_worker_waits_for_the_next_event() -> None:
+    skip(RunCompletion.slots_changed, Dispatcher.update_slots)
+
+
 # --- fan-outs and waiting for room ---
 
 
@@ -1601,6 +1674,103 @@ def a_fan_out_has_no_limit() -> None:
     always(FanOut, FanOut._is_window_full, returns=False)
 
 
+# --- supervision: lives, restarts, trees -----------------------------------------------------------------------------
+
+
+def a_worker_whose_life_has_ended_is_not_started_again() -> None:
+    always(RestartType, RestartType.restarts_after, returns=False)
+
+
+def a_transient_worker_is_restarted_like_a_permanent_one() -> None:
+    always(RestartType, RestartType.restarts_after, returns=True)
+
+
+def restarts_are_not_bounded() -> None:
+    always(RestartIntensity, RestartIntensity.allow, returns=True)
+
+
+def restarts_of_any_time_count() -> None:
+    original = RestartIntensity.allow
+    replace(RestartIntensity, original, lambda self, _: original(self, 0.0))
+
+
+def workers_that_are_restarted_together_are_stopped_in_order() -> None:
+    original = Supervision._stop
+
+    async def _stop(self: Supervision, workers: Sequence[WorkerAgent], error: str) -> None:
+        for worker in workers:
+            await original(self, [worker], error)
+
+    replace(Supervision, original, _stop)
+
+
+def what_runs_on_a_worker_that_is_restarted_goes_on() -> None:
+    always(RunStopper, RunStopper.stop, returns=None)
+
+
+def an_end_that_was_dealt_with_is_handled_again() -> None:
+    original = WorkerLife.stop
+
+    async def stop(self: WorkerLife, *, grace: float, for_good: bool = True) -> None:
+        ended = self.ended
+        await original(self, grace=grace, for_good=for_good)
+        self.ended = ended
+
+    replace(WorkerLife, original, stop)
+
+
+def ends_of_lives_are_ignored_while_other_workers_start() -> None:
+    original = Supervision.exited
+
+    def exited(self: Supervision, worker: WorkerAgent, end: Any) -> None:
+        if self._active:
+            original(self, worker, end)
+
+    replace(Supervision, original, exited)
+
+
+def the_supervisor_above_does_not_learn_that_one_gives_up() -> None:
+    skip(Supervision._give_up, asyncio.Future.cancel)
+
+
+def a_worker_that_is_failed_for_good_is_tried_again() -> None:
+    replace(Breaker, Breaker.hold_open, lambda self, now: self.trip(now))
+
+
+def what_waits_for_a_worker_that_is_failed_for_good_goes_on_waiting() -> None:
+    always(Dispatcher, Dispatcher.fail_all_waiting, returns=None)
+
+
+def a_task_of_a_restarted_worker_counts_against_those_above() -> None:
+    def _is_stop_of_other_worker(_: BaseException | None) -> bool:
+        return False
+
+    completion._is_stop_of_other_worker.__code__ = _is_stop_of_other_worker.__code__
+
+
+def a_task_of_a_restarted_worker_is_not_retried() -> None:
+    def covers(self: Retry, error: BaseException) -> bool:
+        return original(self, error) and not isinstance(error, errors.WorkerStopped)
+
+    original = Retry.covers
+    replace(Retry, original, covers)
+
+
+def a_life_that_was_never_begun_is_left_behind() -> None:
+    def _discard(life: Any, _: Any) -> None:
+        """Leave it."""
+
+    worker_life._discard.__code__ = _discard.__code__
+
+
+def a_restart_that_is_cut_off_leaves_its_workers_behind() -> None:
+    replace(Supervision, Supervision._worked, lambda self, _: setattr(self, "_working", None))
+
+
+def a_worker_that_was_unregistered_while_it_started_lives_on() -> None:
+    skip(Supervision._start, WorkerLife.stop)
+
+
 # --- what a web app needs ---
 
 
@@ -1614,6 +1784,10 @@ def orphans_return_their_slot_to_the_next_run() -> None:
 
 def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> None:
     skip(BackpressureSupervisor._forget_run, WorkerAgent.begin_run)
+
+
+def a_run_outlives_its_event_loop() -> None:
+    skip(BackpressureSupervisor.start, BackpressureSupervisor._end_if_cut_off)
 
 
 def a_store_waits_for_a_loop_that_has_ended() -> None:
@@ -1660,3 +1834,111 @@ def a_burst_is_judged_as_a_queue_that_stands() -> None:
 
 def no_queue_stands() -> None:
     always(StandingQueue, StandingQueue.stands, returns=False)
+
+
+def answers_of_the_overflow_wake_who_waits_for_room() -> None:
+    original = Core._background_task_done
+
+    def _background_task_done(self: Core, future: asyncio.Future[Any]) -> None:
+        original(self, future)
+        self.registry.notify_progress()
+
+    replace(Core, original, _background_task_done)
+
+
+def who_is_blocked_holds_up_the_line_for_room() -> None:
+    def _first(line: Any) -> Any:
+        return next((turn for turns in line for turn in turns), None)
+
+    room._first.__code__ = _first.__code__
+    always(RoomQueue, RoomQueue.pass_turn, returns=None)
+
+
+def a_reader_that_is_cancelled_submits_its_task_again() -> None:
+    async def _ticket_of(self: FanOut, task: Task) -> Ticket | None:
+        return await self._admission.submit_once(task)
+
+    replace(FanOut, FanOut._ticket_of, _ticket_of)
+
+
+def tasks_of_a_declared_type_outlive_their_fan_out() -> None:
+    def _is_own(ticket: Ticket, task: Task) -> bool:
+        return ticket.task is task
+
+    fan_out._is_own.__code__ = _is_own.__code__
+
+
+def second_attempts_run_in_the_context_of_a_timer() -> None:
+    original = AdmissionController.submit_hedge
+
+    def submit_hedge(self: AdmissionController, task: Task, ticket: Ticket) -> Ticket | None:
+        return Context().run(original, self, task, ticket)
+
+    replace(AdmissionController, original, submit_hedge)
+
+
+def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:
+    skip(FanOut._cancel, asyncio.Event.set)
+
+
+# --- retries of tasks ---
+
+
+def a_task_has_one_attempt_more_than_its_policy() -> None:
+    swap(RetryState.next_delay, ast.GtE, ast.Gt)
+
+
+def a_task_keeps_its_slot_between_its_attempts() -> None:
+    original = Dispatcher.return_slot
+
+    def return_slot(self: Dispatcher, run: Run, now: float | None = None) -> None:
+        if not run.ticket.awaits_retry:
+            original(self, run, now)
+
+    replace(Dispatcher, original, return_slot)
+
+
+def retries_take_nothing_from_the_budget() -> None:
+    always(RetryBudget, RetryBudget.withdraw, returns=True)
+
+
+def a_retry_goes_before_all_that_wait() -> None:
+    original = Dispatcher._enqueue
+
+    def _enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
+        number = self._sequence_number
+        self._sequence_number = -number if ticket.retries is not None else number
+        original(self, ticket, pool)
+        self._sequence_number = number + 1
+
+    replace(Dispatcher, original, _enqueue)
+
+
+def a_key_remembers_a_task_that_failed() -> None:
+    skip(TicketRegistry.settle, TicketRegistry.forget_key)
+
+
+def a_restart_forgets_the_attempts_that_failed() -> None:
+    always(TaskRetries, TaskRetries.resume, returns=None)
+
+
+def a_stored_task_that_failed_for_good_is_no_dead_letter() -> None:
+    def _is_dead(status: TaskStatus, lease: Lease | None) -> bool:
+        return False
+
+    stored_tasks._is_dead.__code__ = _is_dead.__code__
+
+
+def a_retry_in_the_store_waits_for_maintenance() -> None:
+    always(DelayedRecords, DelayedRecords._arm, returns=None)
+
+
+def the_store_does_not_count_the_attempts_that_failed() -> None:
+    original = MemoryTaskStore.delay
+
+    async def delay(self: MemoryTaskStore, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        if (entry := self._leased_entry(lease)) is not None:
+            entry.record = msgspec.structs.replace(entry.record, failures=entry.record.failures - 1)
+        return await original(self, lease, due=due, wait=wait, error=error)
+
+    replace(MemoryTaskStore, original, delay)

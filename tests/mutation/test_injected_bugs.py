@@ -18,6 +18,7 @@ from tests.acceptance import (
     test_cancelled_tasks,
     test_clock_steps,
     test_conversations,
+    test_delayed_tasks,
     test_drain,
     test_ending,
     test_events,
@@ -37,6 +38,7 @@ from tests.acceptance import (
     test_portal,
     test_reserve,
     test_restart,
+    test_retries,
     test_room,
     test_routing,
     test_shared_overflow,
@@ -44,13 +46,16 @@ from tests.acceptance import (
     test_slot,
     test_start_deadlines,
     test_start_gate,
+    test_stored_retries,
     test_stored_text,
     test_stored_tickets,
     test_submitting,
+    test_supervision,
     test_tenants,
     test_tenants_in_the_overflow,
     test_upstream,
     test_upstream_retries,
+    test_worker_changes,
     test_worker_counters,
     test_workers,
 )
@@ -629,6 +634,74 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
     ),
     bugs.a_fan_out_has_no_limit: test_fan_out.test_the_limit_counts_tasks_of_all_types,
+    bugs.a_leaving_worker_runs_no_nested_task: (
+        test_worker_changes.test_a_run_on_a_leaving_worker_may_use_nested_tasks_of_the_same_worker
+    ),
+    bugs.a_leaving_worker_begins_new_runs: (
+        test_worker_changes.test_a_leaving_worker_begins_nothing_new_and_has_no_slots
+    ),
+    bugs.what_waits_for_a_worker_that_is_gone_waits_forever: (
+        test_worker_changes.test_what_waits_for_the_last_worker_of_a_type_fails_once_that_is_gone
+    ),
+    bugs.a_stored_task_of_a_stopped_worker_is_lost: (
+        test_worker_changes.test_a_stored_task_that_is_cut_off_keeps_its_ticket_and_runs_on_another_worker
+    ),
+    bugs.a_selection_keeps_workers_that_are_gone: test_worker_changes.test_nothing_of_an_unregistered_worker_is_kept,
+    bugs.a_record_is_leased_for_a_type_that_is_paused: (
+        test_worker_changes.test_what_is_stored_of_a_paused_type_stays_in_the_overflow
+    ),
+    bugs.a_paused_type_has_the_room_of_its_slots: (
+        test_worker_changes.test_a_paused_type_takes_what_fits_into_its_queue_and_no_more
+    ),
+    bugs.a_drain_waits_for_a_type_that_is_paused: (test_worker_changes.test_draining_does_not_wait_for_what_is_paused),
+    bugs.a_larger_worker_waits_for_the_next_event: test_worker_changes.test_more_slots_take_waiting_tasks_at_once,
+    # supervision
+    bugs.a_worker_whose_life_has_ended_is_not_started_again: (
+        test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
+    ),
+    bugs.a_transient_worker_is_restarted_like_a_permanent_one: (
+        test_supervision.test_a_restart_depends_on_the_type_of_the_worker_and_the_end_of_its_life
+    ),
+    bugs.restarts_are_not_bounded: (
+        test_supervision.test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived
+    ),
+    bugs.restarts_of_any_time_count: (test_supervision.test_restarts_that_are_far_apart_are_not_too_many),
+    bugs.workers_that_are_restarted_together_are_stopped_in_order: (
+        test_supervision.test_a_nested_supervisor_is_stopped_and_started_with_others
+    ),
+    bugs.what_runs_on_a_worker_that_is_restarted_goes_on: (
+        test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
+    ),
+    bugs.an_end_that_was_dealt_with_is_handled_again: (
+        test_supervision.test_lives_that_end_at_once_beyond_the_intensity_are_failed_together
+    ),
+    bugs.ends_of_lives_are_ignored_while_other_workers_start: (
+        test_supervision.test_a_life_that_ends_while_others_start_is_restarted_once_all_have_started
+    ),
+    bugs.the_supervisor_above_does_not_learn_that_one_gives_up: (
+        test_supervision.test_a_nested_supervisor_that_gives_up_is_restarted_as_a_whole
+    ),
+    bugs.a_worker_that_is_failed_for_good_is_tried_again: (
+        test_supervision.test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived
+    ),
+    bugs.what_waits_for_a_worker_that_is_failed_for_good_goes_on_waiting: (
+        test_supervision.test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived
+    ),
+    bugs.a_task_of_a_restarted_worker_counts_against_those_above: (
+        test_supervision.test_a_task_that_failed_because_its_worker_was_restarted_has_that_as_its_cause_at_every_level
+    ),
+    bugs.a_task_of_a_restarted_worker_is_not_retried: (
+        test_supervision.test_a_task_with_a_policy_is_retried_after_its_worker_was_restarted
+    ),
+    bugs.a_life_that_was_never_begun_is_left_behind: (
+        test_supervision.test_a_life_that_is_cancelled_before_its_first_step_has_ended_by_a_shutdown
+    ),
+    bugs.a_restart_that_is_cut_off_leaves_its_workers_behind: (
+        test_supervision.test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind
+    ),
+    bugs.a_worker_that_was_unregistered_while_it_started_lives_on: (
+        test_supervision.test_a_worker_that_is_unregistered_while_it_starts_again_is_stopped_and_the_others_go_on
+    ),
     # --- what a web app needs ---
     bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
         test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted
@@ -639,6 +712,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.workers_keep_what_happened_to_them_when_their_supervisor_starts_again: (
         test_restart.test_a_failed_worker_begins_the_next_run_with_its_breaker_closed
     ),
+    bugs.a_run_outlives_its_event_loop: test_restart.test_a_nested_supervisor_whose_loop_ended_starts_again_too,
     bugs.a_store_waits_for_a_loop_that_has_ended: (
         test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
     ),
@@ -663,6 +737,40 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
     ),
     bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
+    bugs.answers_of_the_overflow_wake_who_waits_for_room: (
+        test_room.test_whoever_waits_does_not_ask_the_overflow_all_the_time
+    ),
+    bugs.who_is_blocked_holds_up_the_line_for_room: (
+        test_room.test_a_message_whose_conversation_is_full_lets_others_pass
+    ),
+    bugs.a_reader_that_is_cancelled_submits_its_task_again: (
+        test_fan_out.test_a_reader_that_is_cancelled_while_the_overflow_answers_can_go_on
+    ),
+    bugs.tasks_of_a_declared_type_outlive_their_fan_out: (
+        test_fan_out.test_leaving_cancels_tasks_whose_payload_was_made_of_the_declared_type
+    ),
+    bugs.second_attempts_run_in_the_context_of_a_timer: (
+        test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
+    ),
+    bugs.the_reader_of_a_fan_out_that_is_left_waits_on: (
+        test_fan_out.test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends
+    ),
+    # retries of tasks
+    bugs.a_task_has_one_attempt_more_than_its_policy: test_retries.test_a_task_ends_as_its_last_attempt_did,
+    bugs.a_task_keeps_its_slot_between_its_attempts: test_retries.test_a_task_holds_no_slot_between_its_attempts,
+    bugs.retries_take_nothing_from_the_budget: test_retries.test_the_retry_budget_bounds_the_retries_of_all_tasks,
+    bugs.a_retry_goes_before_all_that_wait: test_retries.test_a_retry_goes_to_the_end_of_its_queue,
+    bugs.a_key_remembers_a_task_that_failed: test_retries.test_a_key_remembers_success_only,
+    bugs.a_restart_forgets_the_attempts_that_failed: (
+        test_delayed_tasks.test_another_process_makes_the_next_attempt_and_counts_those_before
+    ),
+    bugs.a_stored_task_that_failed_for_good_is_no_dead_letter: (
+        test_stored_retries.test_a_spilled_task_is_retried_until_it_is_a_dead_letter
+    ),
+    bugs.a_retry_in_the_store_waits_for_maintenance: (
+        test_delayed_tasks.test_a_retry_in_the_store_does_not_wait_for_maintenance
+    ),
+    bugs.the_store_does_not_count_the_attempts_that_failed: test_task_store.test_failures_and_delays_add_up,
 }
 
 

@@ -12,7 +12,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tests.support.priority_checks import priority_inversions
 
-from forebay.events import Event, TaskFinished, TaskRefilled, TaskStarted, TaskSubmitted
+from forebay.events import (
+    Event,
+    TaskFinished,
+    TaskRefilled,
+    TaskStarted,
+    TaskSubmitted,
+    WorkerFailed,
+    WorkerRestarted,
+    WorkerUnregistered,
+)
 from forebay.supervisor import BackpressureSupervisor, Ticket
 from forebay.task import TaskStatus, Verdict
 from forebay.testing import EventRecord
@@ -263,9 +272,18 @@ def _wrong_ends(record: EventRecord) -> Iterator[str]:
                 if events.index(start) > end
             )
         for attempt, count in Counter(start.attempt for start in starts).items():
-            if count > 1:
-                times = ", ".join(f"{start.at:.3f} s" for start in starts if start.attempt == attempt)
+            same = [start for start in starts if start.attempt == attempt]
+            if count > 1 and not all(_was_given_back(record, start) for start in same[:-1]):
+                times = ", ".join(f"{start.at:.3f} s" for start in same)
                 yield f"{name} started {count} times as attempt {attempt}: at {times}"
+
+
+def _was_given_back(record: EventRecord, start: TaskStarted) -> bool:
+    """Return whether the worker of an attempt was stopped later: a stored task on it may take the attempt back."""
+    stops = [(stop.worker_id, stop.at) for stop in record.of_type(WorkerRestarted)]
+    stops += [(stop.worker_id, stop.at) for stop in record.of_type(WorkerFailed)]
+    stops += [(stop.worker_id, stop.at) for stop in record.of_type(WorkerUnregistered)]
+    return any(worker_id == start.worker_id and at >= start.at for worker_id, at in stops)
 
 
 def _wrong_counts(record: EventRecord) -> Iterator[str]:

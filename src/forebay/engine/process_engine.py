@@ -73,7 +73,13 @@ class ProcessEngine:
             InvalidHandler, InvalidSetting: it cannot be run at all.
         """
         processes = _Processes(self, _load_request(self, spec), slots)
-        return Handler(call=processes.call, on_cancel=spec.on_cancel, start=processes.start, stop=processes.stop)
+        return Handler(
+            call=processes.call,
+            on_cancel=spec.on_cancel,
+            start=processes.start,
+            stop=processes.stop,
+            resize=processes.resize,
+        )
 
 
 def _load_request(engine: ProcessEngine, spec: HandlerSpec) -> messages.LoadHandler:
@@ -108,13 +114,14 @@ class _Processes:
     """The processes of one worker, through every start and stop of it: a new pool each time."""
 
     def __init__(self, engine: ProcessEngine, load: messages.LoadHandler, slots: int) -> None:
-        self._new_pool = partial(_ProcessPool, engine, load, slots)
-        self._pool = self._new_pool()
+        self._new_pool = partial(_ProcessPool, engine, load)
+        self._slots = slots
+        self._pool = self._new_pool(slots)
 
     async def start(self) -> None:
         """Start one process: see `_ProcessPool`."""
         if self._pool.closed:
-            self._pool = self._new_pool()
+            self._pool = self._new_pool(self._slots)
         await self._pool.start()
 
     async def call(self, task: Task) -> Any:
@@ -124,6 +131,11 @@ class _Processes:
     async def stop(self) -> None:
         """End every process: see `_ProcessPool`."""
         await self._pool.stop()
+
+    def resize(self, slots: int) -> None:
+        """Have as many processes at most: see `_ProcessPool`."""
+        self._slots = slots
+        self._pool.resize(slots)
 
 
 class _ProcessPool:
@@ -199,6 +211,13 @@ class _ProcessPool:
         await asyncio.gather(*(child.gone for child in self._children))
         self._threads.shutdown()
 
+    def resize(self, slots: int) -> None:
+        """Have up to `slots` processes; those that are too many end as soon as they run nothing."""
+        self._slots = slots
+        while self._idle and self._has_too_many():
+            self._idle.pop().retire(self._engine.grace)
+        self._wake_waiters()
+
     # --- acquiring and releasing ---
 
     async def _acquire(self) -> ChildProcess:
@@ -226,7 +245,8 @@ class _ProcessPool:
 
     def _release(self, child: ChildProcess) -> None:
         if child.usable and not self.closed:
-            if self._engine.max_tasks is not None and child.runs >= self._engine.max_tasks:
+            worn_out = self._engine.max_tasks is not None and child.runs >= self._engine.max_tasks
+            if worn_out or self._has_too_many():
                 child.retire(self._engine.grace)
             else:
                 child.retire_after(self._engine.idle_timeout, self._engine.grace)
@@ -240,6 +260,12 @@ class _ProcessPool:
 
     def _has_room(self) -> bool:
         return not self.closed and len(self._children) + len(self._starting) < self._slots
+
+    def _has_too_many(self) -> bool:
+        started = len(self._children) + len(self._starting)
+        if started <= self._slots:
+            return False
+        return sum(child.usable for child in self._children) + len(self._starting) > self._slots
 
     # --- starting ---
 

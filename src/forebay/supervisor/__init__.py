@@ -5,8 +5,8 @@ A task passes through `supervisor` (the public interface), `admission_controller
 `settings`, `registration` and `codecs` (checked arguments, declared types), `pool`, `tenants`, `worker` and
 `worker_selection` (where a task runs), `load` and `start_gate` (how full each resource is, and whether a run may
 start), `spill` (the task store), `fan_out`, `slot`, `portal` and `nested_supervisor` (other ways to submit), `room`
-(producers that wait), `lifecycle` and `drain` (start and end), `statistics` and `loop_monitor`. They share the objects
-in `core`, such as the `ticket_registry`.
+(producers that wait), `lifecycle` and `drain` (start and end), `tree` (restarts of workers), `statistics` and
+`loop_monitor`. They share the objects in `core`, such as the `ticket_registry`.
 """
 
 from forebay.supervisor.drain import DrainReport
@@ -19,6 +19,7 @@ from forebay.supervisor.statistics import Statistics, WorkerStatistics
 from forebay.supervisor.supervisor import BackpressureSupervisor
 from forebay.supervisor.tenants import Tenant
 from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.tree.tree_node import TreeNode
 from forebay.supervisor.worker import WorkerAgent
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Statistics",
     "Tenant",
     "Ticket",
+    "TreeNode",
     "WorkerAgent",
     "WorkerStatistics",
     "progress_bar",

@@ -149,6 +149,11 @@ class AdmissionController:
         self._state = _State.CLOSED
         self.room.wake_all()
 
+    @property
+    def may_ask_store(self) -> bool:
+        """True if submitting a task may take time, because there is an overflow."""
+        return self._dispatcher.spill is not None
+
     # --- the ways to submit ---
 
     async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
@@ -193,17 +198,28 @@ class AdmissionController:
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return ticket
 
-    def pool_of(self, task: Task) -> Pool:
-        """Return the pool of a task.
+    def enter_line(
+        self, task: Task, on_turn: Callable[[], object], *, is_waiting: Callable[[], bool] | None = None
+    ) -> RoomTurn:
+        """Put the submitter of a task in line for room.
 
-        Raises:
-            UnknownTaskType: there is none.
+        It lets others pass while the conversation of the task takes no more, and unless `is_waiting`.
+
+        Args:
+            task: the task.
+            on_turn: called whenever its submitter is to try again.
+            is_waiting: returns whether it would then; None: it always would.
         """
-        pool = self._pools.get(task.task_type)
-        if pool is None:
-            known = ", ".join(sorted(self._pools)) or "none yet"
-            raise UnknownTaskType(task_type=task.task_type, known=known)
-        return pool
+        may_spill = self._dispatcher.spill is not None and (task.spill or task.durable)
+        thread_id = None if may_spill else task.thread_id  # in the overflow there is room for any message
+        pool, nested = self.pool_of(task.task_type), self._is_nested()
+
+        def is_blocked() -> bool:
+            if is_waiting is not None and not is_waiting():
+                return True
+            return thread_id is not None and self._is_conversation_full(thread_id, pool, nested=nested)
+
+        return self.room.enter(task, on_turn, is_blocked)
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task, or room for one."""
@@ -228,10 +244,10 @@ class AdmissionController:
 
     def slot(self, task: Task) -> Slot:
         """Return a slot for the caller's own code: see ``BackpressureSupervisor.slot``."""
-        pool, parent = self._check(task)
+        _, parent = self._check(task)
 
         def try_admit(ticket: Ticket) -> None:
-            self._check(task)
+            pool, _ = self._check(task)  # its workers may be others by now
             refusal = self.try_admit(ticket, pool, may_spill=False)
             if refusal is not None:
                 self._reject(ticket, pool, refusal)
@@ -251,9 +267,11 @@ class AdmissionController:
                 if may_try and ((ticket := await self._submit(task, in_line=True)) or not ticket.in_line):
                     return ticket
                 if turn is None:
-                    turn = self.room.enter(task, ready.set)
+                    turn = self.enter_line(task, ready.set)
                     # The caller may be a run, and the room come with the end of tasks that need its slot.
                     reclaim = self._dispatcher.lend_slots(parent, None)
+                elif may_try:
+                    self.room.pass_turn(turn)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, _ROOM_RECHECK)):
                         await ready.wait()
@@ -275,7 +293,7 @@ class AdmissionController:
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)
-            self._check(task)  # again, because anything may have happened during the await
+            pool, parent = self._check(task)  # again, because anything may have happened during the await
         if task.durable:
             _check_durable(task, spill)
         if task.key is not None:
@@ -283,7 +301,7 @@ class AdmissionController:
             if known is not None:
                 known.share()
                 return known
-            self._check(task)  # again, as above
+            pool, parent = self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent, in_line=in_line)
             refusal = self.try_admit(ticket, pool, may_spill=False)
@@ -312,7 +330,7 @@ class AdmissionController:
         parent = context.running_task()
         if self._state is not _OPEN:
             self._check_open(parent)
-        pool = self._pools.get(task.task_type) or self.pool_of(task)
+        pool = self._pools.get(task.task_type) or self.pool_of(task.task_type)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)
@@ -323,6 +341,18 @@ class AdmissionController:
         if parent is not None and (task.key is not None or task.thread_id is not None):
             self._check_deadlock(task, parent)
         return pool, parent
+
+    def pool_of(self, task_type: str) -> Pool:
+        """Return the pool of a task type.
+
+        Raises:
+            UnknownTaskType: there is none.
+        """
+        pool = self._pools.get(task_type)
+        if pool is None:
+            known = ", ".join(sorted(self._pools)) or "none yet"
+            raise UnknownTaskType(task_type=task_type, known=known)
+        return pool
 
     def _check_open(self, parent: RunningTask | None) -> None:
         """Raise SupervisorClosed if nothing that `parent` submits is admitted any more."""
@@ -431,12 +461,16 @@ class AdmissionController:
         return None
 
     def _finishes_a_run(self, ticket: Ticket, pool: Pool) -> bool:
-        """Return whether a run needs a task to finish while the supervisor drains.
+        """Return whether a run needs a task to finish while the supervisor drains, or while its last worker leaves.
 
         Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
         run fail for good, though nothing is wrong with it.
         """
-        return ticket.nested and self._state is not _OPEN and pool.ever_serves(ticket.task.priority)
+        if not ticket.nested:
+            return False
+        if not pool.is_served:
+            return pool.finishing > 0
+        return self._state is not _OPEN and pool.ever_serves(ticket.task.priority)
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
@@ -468,15 +502,27 @@ class AdmissionController:
     def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
         thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
+        if not self._is_conversation_full(thread_id, pool, nested=ticket.nested):
+            return None
         conversation = conversations.get(thread_id)
         if not ticket.nested and conversations.waits_in_overflow(thread_id):
             reason = "earlier tasks of its conversation wait in the overflow"
-        elif conversation is not None and not pool.may_park(conversation.parked):
-            reason = f"{conversation.parked} tasks of its conversation wait already"
         else:
-            return None
+            reason = f"{0 if conversation is None else conversation.parked} tasks of its conversation wait already"
         retry_after = None if may_spill else self._conversation_retry_after(pool, conversation)
         return Refusal(reason, f"conversation:{thread_id}", load, may_spill=may_spill, retry_after=retry_after)
+
+    def _is_conversation_full(self, thread_id: str, pool: Pool, *, nested: bool) -> bool:
+        """Return whether a task may not come inside because of its conversation."""
+        conversations = self._dispatcher.conversations
+        if not nested and conversations.waits_in_overflow(thread_id):
+            return True
+        conversation = conversations.get(thread_id)
+        return conversation is not None and not pool.may_park(conversation.parked)
+
+    def _is_nested(self) -> bool:
+        """Return whether what the present context submits is a nested task."""
+        return next(active_runs(context.running_task(), self._dispatcher), None) is not None
 
     def _conversation_retry_after(self, pool: Pool, conversation: Conversation | None) -> float:
         """Return the seconds after which a conversation takes another task; infinity if unknown.
@@ -489,8 +535,11 @@ class AdmissionController:
         return conversation.retry_schedule.reserve(self.loop.time(), 1 / seconds, self._draw()) or math.inf
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
+        if pool.paused:
+            return f"{pool.task_type!r} is paused, and {resource} is at {load:.0%}"
         if not pool.slots:
-            return f"every worker for {pool.task_type!r} is FAILED"
+            what = "is FAILED" if pool.is_served else "was unregistered"
+            return f"every worker for {pool.task_type!r} {what}"
         if pool.reserved_slots(priority)[0] >= pool.slots:
             others = "all its slots are" if not pool.ever_serves(priority) else "all slots that are not FAILED are"
             return f"{priority.name} has no slot for {pool.task_type!r}: {others} reserved for CRITICAL and HIGH"
@@ -635,7 +684,7 @@ class AdmissionController:
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)
         if held and put is PutResult.STORED:
-            if self._state is not _State.CLOSED and not spill.stored.stays_stored:
+            if self._state is not _State.CLOSED and not spill.stored.stays_stored and pool.is_known:
                 return self._admit_held(ticket, pool, refusal.load)
             await spill.spill_recorded(ticket, pool)
         self._count_spilled(ticket)

@@ -32,6 +32,7 @@ class Core:
         pools: its pools.
         base_context: the context variables of its start, for handlers of tasks that another process submitted.
         closed: whether `close` was called.
+        background_listeners: called whenever background work has ended.
     """
 
     def __init__(  # noqa: PLR0913 - the shared objects, and the settings of those made here
@@ -57,6 +58,7 @@ class Core:
         self.pools = Pools(max_queue_size, tenants)
         self.base_context = copy_context()
         self._background_tasks: set[asyncio.Future[Any]] = set()
+        self.background_listeners: list[Callable[[], None]] = []
         self.closed = False
 
     def run_in_background(self, work: Awaitable[Any], *, if_cancelled: Callable[[], None] | None = None) -> None:
@@ -87,7 +89,8 @@ class Core:
 
     def _background_task_done(self, future: asyncio.Future[Any]) -> None:
         self._background_tasks.discard(future)
-        self.registry.notify_progress()
+        for listener in self.background_listeners:
+            listener()
 
     @property
     def background_tasks(self) -> frozenset[asyncio.Future[Any]]:

@@ -22,6 +22,8 @@ from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
+from forebay.supervisor.tree.restart_intensity import RestartIntensity
+from forebay.supervisor.tree.supervision import Supervision
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Priority, Task, TaskResult, TaskStatus
@@ -45,7 +47,13 @@ class Dispatcher:
     """
 
     def __init__(
-        self, core: Core, settings: SupervisorSettings, *, store: TaskStore | None, draw: Callable[[], float]
+        self,
+        core: Core,
+        settings: SupervisorSettings,
+        *,
+        store: TaskStore | None,
+        draw: Callable[[], float],
+        remove_worker: Callable[[WorkerAgent], None],
     ) -> None:
         self.core = core
         self.loop = core.loop
@@ -56,7 +64,7 @@ class Dispatcher:
         self.started = 0
         self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
-        self.start_gate = StartGate(core, dispatch=self.dispatch, runs=self.runs)
+        self.start_gate = StartGate(core, dispatch=self._dispatch_if_known, runs=self.runs)
         self.retries = TaskRetries(core, self, budget=settings.retry_budget, draw=draw)
         self.completion = RunCompletion(
             core,
@@ -69,6 +77,15 @@ class Dispatcher:
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
         self.starts = WorkerStarts(core, self)
+        self.supervision = Supervision(
+            core,
+            self,
+            strategy=settings.restart_strategy,
+            intensity=RestartIntensity(settings.max_restarts, settings.within),
+            grace=settings.zombie_grace,
+            max_attempts=settings.max_attempts,
+            remove=remove_worker,
+        )
         self._registry = core.registry
         self._timers = core.timers
         self._tenants = core.tenants
@@ -76,7 +93,7 @@ class Dispatcher:
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
         self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
-        self._nested: list[NestedSupervisor] = []
+        self._nested: dict[WorkerAgent, NestedSupervisor] = {}
         self._sequence_number = 0
 
     # --- workers and their slots ---
@@ -87,7 +104,7 @@ class Dispatcher:
         if worker.reserve or self._tenants.bounded:
             worker.count_tasks()
         if worker.handler.nested_supervisor is not None:
-            self._nested.append(cast("NestedSupervisor", worker.handler.nested_supervisor))
+            self._nested[worker] = cast("NestedSupervisor", worker.handler.nested_supervisor)
         self.runs.add_worker(worker)
         for source in worker.sources:
             self.start_gate.watch(worker, source)
@@ -96,9 +113,35 @@ class Dispatcher:
                 self.spill.refiller.add_pool(pool)
         self.update_slots(worker)
 
+    def unlist_worker(self, worker: WorkerAgent) -> None:
+        """Let another worker have the name of `worker`, which is leaving."""
+        del self.workers[worker.name]
+
+    def forget_worker(self, worker: WorkerAgent) -> list[Pool]:
+        """Forget a worker that is leaving, and on which nothing runs any more. Return the pools that are gone with it.
+
+        The tasks that wait for it alone have ended.
+        """
+        served = self._served_by[worker].pools
+        self._nested.pop(worker, None)
+        self.start_gate.forget(worker)
+        self.completion.forget(worker)
+        self.supervision.forget(worker)
+        self.slot_claims.forget(worker)
+        self.runs.remove_worker(worker)
+        self.core.pools.remove_worker(worker)
+        return [pool for pool in served if self.remove_pool_if_unused(pool)]
+
+    def remove_pool_if_unused(self, pool: Pool) -> bool:
+        """Remove a pool that has no workers and is not paused, and in which nothing waits. Return whether."""
+        gone = self.core.pools.remove_if_unused(pool)
+        if gone and self.spill is not None:
+            self.spill.refiller.remove_pool(pool)
+        return gone
+
     def is_above(self, other: object) -> bool:
         """Return whether the dispatcher `other` is that of a supervisor below this one."""
-        return any(nested.uses(other) for nested in self._nested)
+        return any(nested.uses(other) for nested in self._nested.values())
 
     def start_worker(self, worker: WorkerAgent) -> None:
         """Start the handler of a worker, unless it has started or is being started."""
@@ -226,7 +269,7 @@ class Dispatcher:
             for worker in pool.workers:
                 if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
                     # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
-                    self.loop.call_soon(self.dispatch, worker)
+                    self.loop.call_soon(self._dispatch_if_known, worker)
                     break
 
     def _tell_drains(self) -> None:
@@ -335,6 +378,18 @@ class Dispatcher:
         if self.spill is not None:
             for pool in served.with_spilled():
                 self.spill.refiller.refill(pool)
+
+    def _dispatch_if_known(self, worker: WorkerAgent) -> None:
+        """Dispatch to a worker that may have been unregistered since somebody asked for this."""
+        if worker in self._served_by:
+            self.dispatch(worker)
+
+    def dispatch_to_all(self, pool: Pool) -> None:
+        """Fill the free slots of all workers of a pool, and refill it."""
+        for worker in list(pool.workers):
+            self._dispatch_if_known(worker)
+        if self.spill is not None:
+            self.spill.refiller.refill(pool)
 
     def _may_still_start(self, ticket: Ticket, pool: Pool) -> bool:
         """Return whether a task whose turn has come may start; if not, it has ended or is left to another process.
@@ -471,6 +526,27 @@ class Dispatcher:
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
 
+    def fail_waiting(
+        self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    ) -> None:
+        """End a task that waits for a worker that will not come, or leave it to its store if that survives."""
+        if self.spill is not None and self.can_requeue(ticket):
+            self._leave(ticket)
+            self.spill.return_to_store(ticket)
+            self.next_in_conversation(ticket)
+        else:
+            failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker_id, cause=cause)
+            self.end_waiting(ticket, failed)
+
+    def fail_all_waiting(self, pool: Pool, error: str, *, worker_id: str | None = None) -> None:
+        """End every task that waits in a pool whose workers will not come, as `fail_waiting` does."""
+        while (entry := pool.queue.head()) is not None:
+            self.fail_waiting(entry[2], error, worker_id=worker_id)
+        if pool.parked or pool.delayed:
+            for ticket in [*self._registry.live.values()]:
+                if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):
+                    self.fail_waiting(ticket, error, worker_id=worker_id)
+
     def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
         """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
         if self.spill is None or not self.spill.stored.can_delay(ticket):
@@ -481,12 +557,6 @@ class Dispatcher:
     def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
         """Go on with the attempts at a task that comes back from its store."""
         self.retries.resume(ticket, record)
-
-    def return_to_store(self, ticket: Ticket) -> None:
-        """Leave a stored task that waits to any process, this one included, as soon as its lease is returned."""
-        assert self.spill is not None  # noqa: S101 - see can_requeue
-        self.spill.stored.requeue(ticket)
-        self.core.run_in_background(self.spill.stored.return_leases([ticket.task_id]))
 
     # --- tickets ---
 

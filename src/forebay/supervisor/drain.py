@@ -107,6 +107,7 @@ class Drain:
         starts, and they have a few seconds for it.
         """
         self._registry.add_listener(self._progress.set)
+        self._core.background_listeners.append(self._progress.set)
         self._dispatcher.wait_listeners.append(self._progress.set)
         try:
             return await self._run(timeout, closing=closing)
@@ -115,6 +116,7 @@ class Drain:
             if self._queue_spill is not None:
                 self._queue_spill.stop()
             self._dispatcher.wait_listeners.remove(self._progress.set)
+            self._core.background_listeners.remove(self._progress.set)
             self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
@@ -338,7 +340,7 @@ class Drain:
         """Return whether a worker could still take a task, or runs it.
 
         Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
-        zombies: waiting for them could take forever.
+        zombies, nor those for a type that is paused: waiting for them could take forever.
         """
         if without_store and self._awaits_store(ticket):
             return False
@@ -348,8 +350,10 @@ class Drain:
         runs = self._dispatcher.runs
         are_stuck = runs.are_all_stuck if without_store else runs.are_all_zombies
         now = self._core.loop.time()
-        return pool is not None and any(
-            worker.breaker.retry_after(now) is not None and not are_stuck(worker) for worker in pool.workers
+        return (
+            pool is not None
+            and not pool.paused
+            and any(worker.breaker.retry_after(now) is not None and not are_stuck(worker) for worker in pool.workers)
         )
 
     def _unfinished_tickets(self) -> list[Ticket]:

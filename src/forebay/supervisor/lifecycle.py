@@ -25,7 +25,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
         await asyncio.sleep(0)  # an eager task factory starts this before the supervisor knows that it is starting
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
-        await start_handlers(workers)
+        await start_handlers(workers, dispatcher.core.base_context, dispatcher.supervision.exited)
     except BaseException:
         dispatcher.core.timers.close()
         if dispatcher.spill is not None:
@@ -33,12 +33,14 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
         raise
     for worker in workers.values():
         dispatcher.add_worker(worker)
+    dispatcher.supervision.begin()
 
 
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
     """Add a worker to a supervisor that runs. If its handler has to be started first, tasks wait for that."""
     dispatcher.add_worker(worker)
     dispatcher.starts.begin(worker)
+    dispatcher.core.registry.notify_progress()  # there may be room
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
@@ -49,6 +51,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         if spill is not None:
             spill.stored.stop_refilling()
         dispatcher.starts.close()
+        dispatcher.supervision.close()
         await drain.run(0.0, closing=True)
         await stop_handlers(workers.values(), grace=grace)
         if spill is not None:

@@ -64,11 +64,12 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants", "_turns", "_watched",
-        "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "estimated_times", "expects_records",
-        "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue",
-        "refill_policy", "reserved", "resource", "retry_schedules", "selector", "service_times", "source_paths",
-        "spilled", "takes_turns", "task_type", "times_passed_over", "workers",
+        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants", "_timeouts", "_turns",
+        "_watched", "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "estimated_times",
+        "expects_records", "finishing", "max_queue_size", "max_timeout", "nested", "nested_spilled",
+        "nested_supervisors", "parked", "paused", "queue", "refill_policy", "reserved", "resource", "retry_schedules",
+        "selector", "service_times", "source_paths", "spilled", "takes_turns", "task_type", "times_passed_over",
+        "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
@@ -80,9 +81,12 @@ class Pool(SlotCounts):
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
         self.max_queue_size = max_queue_size
+        self._timeouts: dict[float, int] = {}  # how many of its workers have which
         self.max_timeout = 0.0  # the longest of its workers, in seconds
-        self.workers: list[WorkerAgent] = []
-        self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
+        self.workers: dict[WorkerAgent, None] = {}  # by registration
+        self.nested_supervisors: dict[WorkerAgent, None] = {}  # those that are a supervisor with a load of its own
+        self.finishing = 0  # workers that are leaving, and on which nested tasks may still run
+        self.paused = False  # nothing begins
         self._paths: dict[tuple[LoadSource, ...], int] = {}  # how many workers use the same load sources
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}  # the same; empty if no worker uses any
         self.calls_per_run: dict[LoadSource, float] = {}
@@ -156,7 +160,9 @@ class Pool(SlotCounts):
 
     @property
     def usable_slots(self) -> int:
-        """The slots that a run could take now, without those that the start gate keeps free."""
+        """The slots that a run could take now, without those that the start gate keeps free, or all while paused."""
+        if self.paused:
+            return self.running
         idle = self.own_idle_blocked if self.own_blocked else 0
         return self.slots - idle - sum(group.own_idle_blocked for group in self._groups)
 
@@ -213,18 +219,19 @@ class Pool(SlotCounts):
     def load(self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None) -> float:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
 
-        A suspended run is inside, in a place of its own. Slots that are reserved do not count for a `priority` that may
-        not take them. For a `nested` task only nested ones count as waiting: what has begun is not to be rejected
-        because of work that has not.
+        While it is paused, a free slot is no room, and a pool without slots has that of its queue. A suspended run is
+        inside, in a place of its own. Slots that are reserved do not count for a `priority` that may not take them. For
+        a `nested` task only nested ones count as waiting: what has begun is not to be rejected because of work that has
+        not.
 
         Of a `tenant`, its own tasks count as waiting, and it has as much of twice the room of the queue as the others
         leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
         bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
         same = tenant == self._sole_tenant or not waiting or tenant is None
-        simple = not (self.own_blocked or self.own_reserved or self._groups)
+        simple = not (self.own_blocked or self.own_reserved or self._groups or self.paused)
         slots = self.own_slots if simple else self.usable_slots
-        if not (slots or self.slots):
+        if not (slots or self.slots or self.paused):
             return 1.0
         room: float = max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound
         if same and simple and not nested:  # nearly always
@@ -232,7 +239,7 @@ class Pool(SlotCounts):
         if nested:
             waiting = self.nested + self.delayed_nested
         running = self.running
-        if not simple:
+        if not (simple or self.paused):
             reserved, taken = self.reserved_slots(priority)
             if reserved >= self.slots:
                 return 1.0
@@ -280,6 +287,8 @@ class Pool(SlotCounts):
 
         With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
         """
+        if self.paused:
+            return None
         ahead = self.ahead(priority, tenant, nested=nested, spilled=spilled)
         reserved, taken = self.reserved_slots(priority)
         if not ahead and self.running - taken < self.slots - reserved:
@@ -401,12 +410,61 @@ class Pool(SlotCounts):
 
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker. Its slots are added by `count_slots`, here or in a group that the pool joins."""
-        self.workers.append(worker)
+        self.workers[worker] = None
+        self._timeouts[worker.timeout] = self._timeouts.get(worker.timeout, 0) + 1
         self.max_timeout = max(self.max_timeout, worker.timeout)
         self._add_path(self._paths, worker)
         self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
-            self.nested_supervisors.append(worker)
+            self.nested_supervisors[worker] = None
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Remove a worker that has no slots any more, and on which nothing runs."""
+        del self.workers[worker]
+        self.nested_supervisors.pop(worker, None)
+        self.selector.forget(worker)
+        self.forget_worker(worker)
+        self._timeouts[worker.timeout] -= 1
+        if not self._timeouts[worker.timeout]:
+            del self._timeouts[worker.timeout]
+            self.max_timeout = max(self._timeouts, default=0.0)
+        path = tuple(worker.sources)
+        self._paths[path] -= 1
+        if not self._paths[path]:
+            del self._paths[path]
+        self.source_paths = self._paths if any(self._paths) else {}
+
+    @property
+    def is_served(self) -> bool:
+        """True if it has a worker that is not leaving."""
+        return not all(worker.leaving for worker in self.workers)
+
+    @property
+    def is_known(self) -> bool:
+        """True if its task type is known: it has a worker, or is to have one again when it is resumed."""
+        return bool(self.workers) or self.paused
+
+    def worker_leaves(self) -> None:
+        """Count a worker that finishes what runs on it, for which nested tasks may still begin there."""
+        self.finishing += 1
+
+    def worker_left(self) -> None:
+        """Stop counting a worker on which nothing begins any more."""
+        self.finishing -= 1
+
+    def begin_pause(self) -> None:
+        """Begin nothing until `end_pause`."""
+        self.paused = True
+        self._head_changed()
+
+    def end_pause(self) -> None:
+        """Let tasks begin again. The workers are to be dispatched to next."""
+        self.paused = False
+        self._head_changed()
+
+    def leave(self, group: PoolObserver) -> None:
+        """Forget a group whose last worker is gone."""
+        self._groups.remove(group)
 
     def join(self, group: PoolObserver) -> None:
         """Have `group` count the slots of its workers, which serve this pool and many others."""
@@ -511,6 +569,8 @@ class Pool(SlotCounts):
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
         """Return the first entry that `worker` may begin, though it has many open runs or a reserve; or None."""
+        if self.paused:
+            return None
         for priority in self.queue.serving_order():
             entry = self.queue.first_of(priority)
             if entry is not None and worker.may_begin(

@@ -53,8 +53,10 @@ class FewPools:
         pools = self.pools
         if len(pools) == 1:
             pool = pools[0]
-            return pool if pool.queue.length and (not pool.takes_turns or pool.has_head) else None
-        waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
+            if not pool.queue.length or pool.paused:
+                return None
+            return pool if not pool.takes_turns or pool.has_head else None
+        waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None and not pool.paused]
         if not waiting:
             return None
         chosen, _ = min(waiting, key=urgency_among)
@@ -114,6 +116,16 @@ class PoolGroup(SlotCounts):
         for pool in self.pools:
             pool.selector.expect(worker, self)
 
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Remove a worker that has no slots any more; each of its pools removes it too."""
+        del self._informed[worker]
+        self.forget_worker(worker)
+
+    @property
+    def has_workers(self) -> bool:
+        """True if it has a worker."""
+        return bool(self._informed)
+
     def score_fell(self, worker: WorkerAgent) -> None:
         """Have each selector that knows the former score of `worker` ask for the present one."""
         informed, self._informed[worker] = self._informed[worker], []
@@ -128,15 +140,15 @@ class PoolGroup(SlotCounts):
 
     def head_changed(self, pool: Pool) -> None:
         """Take the head of the queue of `pool` into account, which may be another one."""
-        if pool.nested:
+        if pool.nested and not pool.paused:
             self._with_nested[pool] = None
         else:
             self._with_nested.pop(pool, None)
-        if pool.queue.ahead(URGENT):
+        if pool.queue.ahead(URGENT) and not pool.paused:
             self._with_urgent[pool] = None
         else:
             self._with_urgent.pop(pool, None)
-        head = pool.queue.head()
+        head = None if pool.paused else pool.queue.head()
         if head is None:
             self._heads.pop(pool, None)
             self._served_at.pop(pool, None)
@@ -240,6 +252,26 @@ class Pools:
             group.add_worker(worker)
             self.by_worker[worker], self.counts_of[worker] = group, [group]
         return added
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Remove a worker from its pools, which stay even without workers: see `remove_if_unused`."""
+        served = self.by_worker.pop(worker)
+        del self.counts_of[worker]
+        for pool in served.pools:
+            pool.remove_worker(worker)
+        if isinstance(served, PoolGroup):
+            served.remove_worker(worker)
+            if not served.has_workers:
+                del self._groups[frozenset(worker.task_types)]
+                for pool in served.pools:
+                    pool.leave(served)
+
+    def remove_if_unused(self, pool: Pool) -> bool:
+        """Remove a pool that has no workers and is not paused: its task type is no longer known. Return whether."""
+        unused = not (pool.workers or pool.paused) and self.by_type.get(pool.task_type) is pool
+        if unused:
+            del self.by_type[pool.task_type]
+        return unused
 
 
 def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:

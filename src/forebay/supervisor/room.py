@@ -20,7 +20,8 @@ class RoomQueue:
 
     When a task has ended, the first producer of each line tries again; once it has left, the next one does. Each tenant
     has a line of its own, since it has room of its own. Of many tenants some try at a time, in turn. So room for one
-    task wakes few producers, however many wait.
+    task wakes few producers, however many wait. One that is blocked, whom room would not help now, lets those behind it
+    pass: its conversation is full, which may wait for what they submit; or it is a fan-out that nobody reads.
 
     Args:
         loop: the event loop.
@@ -33,14 +34,17 @@ class RoomQueue:
         self._lines: dict[str, dict[str, _Line]] = {}  # by task type and tenant; the next to be woken is the first
         self._notified = False
 
-    def enter(self, task: Task, on_turn: Callable[[], object]) -> RoomTurn:
+    def enter(self, task: Task, on_turn: Callable[[], object], is_blocked: Callable[[], bool]) -> RoomTurn:
         """Put the producer of `task` in line.
 
-        `on_turn` is called, not within another call, whenever it is to try again.
+        Args:
+            task: its task.
+            on_turn: called, not within another call, whenever it is to try again.
+            is_blocked: returns whether room would not help it now, so that those behind it pass.
         """
         if not self._lines:
             self._registry.add_listener(self._task_ended)
-        turn = RoomTurn(task, on_turn)
+        turn = RoomTurn(task, on_turn, is_blocked)
         lines = self._lines.setdefault(task.task_type, {})
         lines.setdefault(task.tenant, tuple({} for _ in Priority))[task.priority][turn] = None
         return turn
@@ -52,8 +56,8 @@ class RoomQueue:
         if line is None or turn not in line[turn.priority]:
             return
         del line[turn.priority][turn]
-        if (following := _first(line)) is not None:
-            self._loop.call_soon(following.on_turn)
+        if any(line):
+            self._wake_soon(line)
         else:
             del lines[turn.tenant]
         if not lines:
@@ -63,14 +67,19 @@ class RoomQueue:
         elif len(lines) > _MAX_WOKEN:  # otherwise all of them have been woken
             self._wake(lines, 1)
 
+    def pass_turn(self, turn: RoomTurn) -> None:
+        """Have the next producer try, if one that is in line is blocked: there may be room for others."""
+        if turn.is_blocked():
+            self._wake_soon(self._lines[turn.task_type][turn.tenant])
+
     def is_first(self, turn: RoomTurn) -> bool:
-        """Return whether nobody stands in line before a producer that is in line."""
+        """Return whether nobody that room could help stands in line before a producer that is in line."""
         return _first(self._lines[turn.task_type][turn.tenant]) is turn
 
     def is_behind(self, task: Task) -> bool:
         """Return whether the producer of `task`, if it came now, would stand behind another one."""
         line = self._lines.get(task.task_type, {}).get(task.tenant)
-        return line is not None and any(line[: task.priority + 1])
+        return line is not None and _first(line[: task.priority + 1]) is not None
 
     def wake_all(self) -> None:
         """Have every producer try again, because the supervisor admits nothing any more."""
@@ -90,6 +99,11 @@ class RoomQueue:
         for lines in self._lines.values():
             self._wake(lines, _MAX_WOKEN)
 
+    def _wake_soon(self, line: _Line) -> None:
+        """Wake the first of a line soon."""
+        if (first := _first(line)) is not None:
+            self._loop.call_soon(first.on_turn)
+
     @staticmethod
     def _wake(lines: dict[str, _Line], count: int) -> None:
         """Wake the first producers of the next `count` lines, which go to the end."""
@@ -102,13 +116,14 @@ class RoomQueue:
 class RoomTurn:
     """The place of one producer in line."""
 
-    __slots__ = ("on_turn", "priority", "task_type", "tenant")
+    __slots__ = ("is_blocked", "on_turn", "priority", "task_type", "tenant")
 
-    def __init__(self, task: Task, on_turn: Callable[[], object]) -> None:
+    def __init__(self, task: Task, on_turn: Callable[[], object], is_blocked: Callable[[], bool]) -> None:
         self.task_type = task.task_type
         self.tenant = task.tenant
         self.priority = task.priority
         self.on_turn = on_turn
+        self.is_blocked = is_blocked
 
 
 def _in_order(line: _Line) -> Iterator[RoomTurn]:
@@ -116,4 +131,4 @@ def _in_order(line: _Line) -> Iterator[RoomTurn]:
 
 
 def _first(line: _Line) -> RoomTurn | None:
-    return next(_in_order(line), None)
+    return next((turn for turn in _in_order(line) if not turn.is_blocked()), None)

@@ -35,7 +35,7 @@ class SlotCounts(ABC):
     @property
     def own_idle_blocked(self) -> int:
         """The free slots that the start gate keeps free."""
-        return max(0, sum(worker.slots - worker.current_tasks for worker in self.own_blocked if worker.slots))
+        return sum(max(0, worker.slots - worker.current_tasks) for worker in self.own_blocked)
 
     def count_slots(self, worker: WorkerAgent, before: int) -> None:
         """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""
@@ -56,6 +56,11 @@ class SlotCounts(ABC):
         self._reserves[worker] = reserved, taken
         self.own_reserved += reserved - before[0]
         self.own_reserved_taken += taken - before[1]
+
+    def forget_worker(self, worker: WorkerAgent) -> None:
+        """Forget a worker that has no slots any more."""
+        self.own_blocked.pop(worker, None)
+        self._reserves.pop(worker, None)
 
     def slot_taken(self, worker: WorkerAgent) -> None:
         """Record that `worker` has one more slot taken."""

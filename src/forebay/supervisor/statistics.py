@@ -44,6 +44,8 @@ class WorkerStatistics(JsonStruct, frozen=True, kw_only=True):
     load_factor: float
     zombies: int
     avg_duration_ms: float
+    leaving: bool = False
+    restarts: int = 0
     started: int = 0
     succeeded: int = 0
     failed: int = 0
@@ -75,7 +77,8 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
             upstream; None if every load is 0.
         utilization: slots taken over slots.
-        workers: each worker.
+        workers: each worker; one that is being unregistered is `leaving`.
+        paused: the task types that are paused.
     """
 
     submitted: int = 0
@@ -101,6 +104,7 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
     limited_by: str | None = None
     utilization: float = 0.0
     workers: tuple[WorkerStatistics, ...] = ()
+    paused: tuple[str, ...] = ()
 
 
 def snapshot(
@@ -131,6 +135,7 @@ def snapshot(
         delayed=sum(pool.delayed for pool in dispatcher.core.pools.by_type.values()),
         outside=0 if spill is None else spill.refiller.spilled_tasks,
         load=highest.load,
+        paused=tuple(pool.task_type for pool in dispatcher.core.pools.by_type.values() if pool.paused),
         limited_by=dispatcher.load.limiting_resource(highest.resource) if highest.load else None,
         **worker_statistics(workers, dispatcher.loop.time()),
     )
@@ -149,7 +154,7 @@ def worker_statistics(workers: Mapping[str, WorkerAgent], now: float) -> dict[st
 def utilization(workers: Mapping[str, WorkerAgent]) -> float:
     """Return the slots taken over the slots, of all workers that are not FAILED; 0.0 if there are none."""
     slots = sum(worker.slots for worker in workers.values())
-    taken = sum(worker.current_tasks for worker in workers.values() if not worker.failed)
+    taken = sum(min(worker.current_tasks, worker.slots) for worker in workers.values())
     return taken / slots if slots else 0.0
 
 
@@ -163,6 +168,8 @@ def _worker_statistics(worker: WorkerAgent, now: float) -> WorkerStatistics:
         load_factor=worker.load_factor,
         zombies=worker.zombies,
         avg_duration_ms=worker.avg_duration_ms,
+        leaving=worker.leaving,
+        restarts=worker.restarts,
         started=worker.started,
         succeeded=worker.succeeded,
         failed=worker.other_ends[TaskStatus.FAILED],

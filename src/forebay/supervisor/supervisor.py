@@ -24,9 +24,11 @@ from forebay.errors import (
     InvalidHandler,
     NotStarted,
     SupervisorClosed,
+    UnknownWorker,
+    UnregisteredInside,
     WrongLoop,
 )
-from forebay.events import EventBus, Sink, Subscription, log
+from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTypeResumed, WorkerResized, log
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
@@ -38,7 +40,7 @@ from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_done
 from forebay.supervisor.loop_monitor import LoopMonitor
-from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
+from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.registration import check_decorator_arguments, make_worker
 from forebay.supervisor.runs.slot_loans import active_runs
@@ -48,7 +50,10 @@ from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
 from forebay.supervisor.tenants import Tenant, Tenants, tenant_settings
 from forebay.supervisor.ticket import Ticket, value_of
+from forebay.supervisor.tree.tree_node import TreeNode, supervisor_node
+from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.task import DEFAULT_TENANT, Deadline, Priority, Task
 from forebay.upstream import Upstream
 
@@ -84,6 +89,11 @@ class BackpressureSupervisor:
             measured.
         tenants: the weight of a tenant, or a `Tenant` with its bounds, by name. Tenants with work waiting take turns by
             their weights; one that is not named has a weight of 1.
+        strategy: which workers are started again when the life of one has ended: ``"one_for_one"``, it alone;
+            ``"one_for_all"``, all; ``"rest_for_one"``, it and those that were registered after it.
+        max_restarts: how many restarts within `within` seconds there may be. One more, and a supervisor that is a
+            worker of another one is restarted by that; otherwise the worker is FAILED until it is revived.
+        within: the period of `max_restarts`, in seconds.
         on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
@@ -106,6 +116,9 @@ class BackpressureSupervisor:
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
         tenants: Mapping[str, float | Tenant] | None = None,
+        strategy: str = "one_for_one",
+        max_restarts: int = 3,
+        within: float = 5.0,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._settings = SupervisorSettings(
@@ -121,6 +134,9 @@ class BackpressureSupervisor:
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
             tenants=tenant_settings(tenants),
+            strategy=strategy,
+            max_restarts=max_restarts,
+            within=within,
         )
         self._overflow = overflow
         self._store = None if overflow is None else open_task_store(overflow)
@@ -136,6 +152,7 @@ class BackpressureSupervisor:
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
+        self._removals: dict[WorkerAgent, asyncio.Future[None]] = {}  # in progress
 
     # --- workers ---
 
@@ -159,6 +176,11 @@ class BackpressureSupervisor:
         on_cancel: Callable[[Task], object] | None = None,
         reset_timeout: float | None = 10.0,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
+        restart: str = "permanent",
+        start: Callable[..., Any] | None = None,
+        start_timeout: float | None = None,
+        stop: Callable[[], Any] | None = None,
+        stop_timeout: float = 5.0,
     ) -> WorkerAgent:
         """Register a worker, before the start or after it, or after the close for the next start.
 
@@ -185,6 +207,15 @@ class BackpressureSupervisor:
                 before it is tried again; longer each time that it fails again. None: until ``revive()``.
             upstreams: the upstreams that its calls use, so that their load counts before the first call; each an
                 Upstream, or a pair of an Upstream and a model.
+            restart: ``"permanent"``: it is started again whenever its life has ended; ``"transient"``: only if that was
+                abnormal, otherwise it is FAILED until it is revived; ``"temporary"``: never, and it is unregistered.
+            start: called in the event loop when the supervisor starts, and at each restart. If it returns an awaitable,
+                such as a coroutine, that is the worker's life: its return is a normal end, its cancellation a shutdown,
+                another exception an abnormal end. The worker takes tasks as soon as `start` has returned; if it takes
+                an argument, a function, once its life has called that.
+            start_timeout: seconds that a start may take, that of its handler included. None: no limit.
+            stop: called before the life is cancelled, so that it can end by itself. It may be async.
+            stop_timeout: seconds that `stop` and the life have for that, and the life once it is cancelled.
 
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
@@ -208,8 +239,14 @@ class BackpressureSupervisor:
             on_cancel=on_cancel,
             reset_timeout=reset_timeout,
             upstreams=upstreams,
+            restart=restart,
+            start=start,
+            start_timeout=start_timeout,
+            stop=stop,
+            stop_timeout=stop_timeout,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
             on_revive=self._revive,
+            on_resize=self._resized,
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)
@@ -233,6 +270,111 @@ class BackpressureSupervisor:
 
         return register
 
+    async def unregister_worker(self, name: str, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - it cuts off, not raises
+        """Remove a worker: it begins nothing new, what runs there may finish, then its handler is stopped.
+
+        While a run there waits for a nested task of a type of this worker, that may still begin there. A task that
+        waits runs on the other workers of its type. If there are none by the end, it ends FAILED, or is left in an
+        overflow that survives the process, and its type is not known any more; unless the type is paused: then it waits
+        for the next worker.
+
+        If this is cancelled, the removal goes on in the background.
+
+        Args:
+            name: of the worker.
+            timeout: seconds that what runs there may take. Then it ends CANCELLED, or goes back to its store; its
+                handler has `zombie_grace` seconds to stop. None: no limit.
+
+        Raises:
+            InvalidSetting: `timeout` is neither None nor a number of seconds.
+            UnknownWorker: there is no such worker.
+            UnregisteredInside: it was called by a task that runs on the worker.
+            SupervisorClosed: the supervisor was closed before the worker had gone.
+            WrongLoop: it runs on another event loop.
+        """
+        check_not_negative("unregister_worker", "timeout", timeout, unit="seconds", none="for no limit")
+        await self.wait_until_started()
+        worker = self._workers.get(name)
+        if worker is None:
+            raise UnknownWorker(name=name, known=", ".join(sorted(self._workers)) or "none")
+        if self._dispatcher is None:
+            self._unlist(worker)
+            served = {task_type for other in self._workers.values() for task_type in other.task_types}
+            self._codecs.remove_worker(worker, set(worker.task_types) - served)
+            return
+        dispatcher = self._dispatcher_here()
+        for run in active_runs(context.running_task(), dispatcher):
+            if run.worker is worker:
+                raise UnregisteredInside(worker=name, task_id=run.task.task_id)
+        self._begin_removal(worker, timeout)
+        removing = self._removals[worker]
+        await asyncio.wait((removing,))
+        if removing.cancelled():
+            raise SupervisorClosed(state="closed")
+        removing.result()
+
+    def _begin_removal(self, worker: WorkerAgent, timeout: float | None = 0.0) -> None:
+        if worker not in self._removals:
+            core = self._running().core
+            removal = WorkerRemoval(core, self._running(), grace=self._settings.zombie_grace)
+            removal.begin(worker)
+            self._removals[worker] = core.run_to_completion(self._remove(removal, worker, timeout))
+
+    async def _remove(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
+        try:
+            gone, types = await removal.finish(worker, timeout)
+            self._unlist(worker)
+        finally:
+            del self._removals[worker]
+        if gone:
+            self._codecs.remove_worker(worker, types)
+        else:
+            self._running().core.run_in_background(self._forget_later(removal, worker))
+
+    async def _forget_later(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
+        self._codecs.remove_worker(worker, await removal.forget(worker))
+
+    def _unlist(self, worker: WorkerAgent) -> None:
+        del self._workers[worker.name]
+
+    def pause(self, task_type: str) -> None:
+        """Begin no task of a type any more, until `resume`; what runs goes on.
+
+        What waits keeps waiting: until its deadline, or in the overflow. New tasks join it while there is room in the
+        queue, since a free slot is no room now. Nested tasks wait too, and so do the runs that wait for them. Draining
+        does not wait for what is paused.
+
+        Raises:
+            UnknownTaskType: no worker is registered for it.
+            NotStarted, SupervisorClosed: the supervisor is not running.
+            WrongLoop: it runs on another event loop.
+        """
+        pool = self._admission_here().pool_of(task_type)
+        if not pool.paused:
+            pool.begin_pause()
+            core = self._running().core
+            core.bus.emit(TaskTypePaused(at=core.loop.time(), task_type=task_type))
+            core.registry.notify_progress()
+
+    def resume(self, task_type: str) -> None:
+        """Let tasks of a paused type begin again, those that wait longest first; nothing changes for any other type.
+
+        If it has no worker any more, what waits ends as `unregister_worker` describes.
+
+        Raises:
+            UnknownTaskType, NotStarted, SupervisorClosed, WrongLoop: as `pause`.
+        """
+        pool = self._admission_here().pool_of(task_type)
+        if pool.paused:
+            dispatcher = self._running()
+            pool.end_pause()
+            dispatcher.core.bus.emit(TaskTypeResumed(at=dispatcher.core.loop.time(), task_type=task_type))
+            if WorkerRemoval(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).resume(pool):
+                self._codecs.remove_types([task_type])
+            else:
+                dispatcher.dispatch_to_all(pool)
+            dispatcher.core.registry.notify_progress()  # there may be room
+
     @property
     def workers(self) -> Mapping[str, WorkerAgent]:
         """The workers by name."""
@@ -240,7 +382,17 @@ class BackpressureSupervisor:
 
     def _revive(self, worker: WorkerAgent) -> None:
         if self._dispatcher is not None:
-            self._dispatcher.completion.revive(worker)
+            self._dispatcher.supervision.revive(worker)
+
+    def _resized(self, worker: WorkerAgent, before: int) -> None:
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.workers.get(worker.name) is not worker:
+            return  # not started, or unregistered
+        dispatcher.completion.slots_changed(worker)
+        resized = WorkerResized(
+            at=dispatcher.loop.time(), worker_id=worker.name, before=before, max_concurrent=worker.max_concurrent
+        )
+        dispatcher.core.bus.emit(resized)
 
     # --- work ---
 
@@ -471,6 +623,11 @@ class BackpressureSupervisor:
             return Statistics(**worker_statistics(self._workers, 0.0))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
 
+    def tree(self) -> TreeNode:
+        """Return a snapshot of the supervision tree: the workers, and those of the supervisors below."""
+        state = "new" if self._dispatcher is None else "running" if self._closing is None else "closed"
+        return supervisor_node(state, self.system_load(), self._settings.strategy, self._workers.values())
+
     def events(self, *, bound: int = 1000) -> Subscription:
         """Return an async iterator over the events from now on, which keeps the newest `bound` unread ones."""
         return self._bus.subscribe(bound=bound)
@@ -526,7 +683,9 @@ class BackpressureSupervisor:
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )
-        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store, draw=self._draw)
+        dispatcher = self._dispatcher = Dispatcher(
+            core, settings, store=self._store, draw=self._draw, remove_worker=self._begin_removal
+        )
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
@@ -669,6 +828,22 @@ class BackpressureSupervisor:
     def forked_from(self) -> int | None:
         """The process in which it was started, if this is another one: a child that was forked from it."""
         return self._process if self._process not in (None, os.getpid()) else None
+
+    def watch(self) -> asyncio.Future[None]:
+        """Return a future that is cancelled when it gives up: see `Supervision`."""
+        return self._running().supervision.watch()
+
+    async def start_workers(self) -> None:
+        """Start its workers again, if they were halted."""
+        await self._running().supervision.start_workers()
+
+    async def halt(self) -> None:
+        """Stop its workers, in reverse order, to be started again; tasks that wait keep waiting."""
+        await self._running().supervision.halt()
+
+    def fail_workers(self, reason: str) -> None:
+        """Make its workers, which are halted, FAILED."""
+        self._running().supervision.fail_workers(reason)
 
     def uses(self, dispatcher: object) -> bool:
         """Return whether `dispatcher` is its own, or that of a supervisor below it."""

@@ -8,10 +8,12 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+from forebay._validate import check_whole, reject
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
 from forebay.retry import Retry
+from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.task import Priority, TaskStatus
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -22,11 +24,15 @@ _WORST_PENALTY = _PENALTY**5
 _OTHER_ENDS = (TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
 
 
+def _do_nothing(*_: object) -> None:
+    """Do nothing: the worker belongs to no supervisor."""
+
+
 class WorkerAgent:
     """A registered handler with its own concurrency limit.
 
     Its state is FAILED while its circuit breaker is open, otherwise OVERLOADED when every slot is taken, BUSY when some
-    are, IDLE when none is. ``supervisor.register_worker`` makes it; read it, and `revive` it.
+    are, IDLE when none is. ``supervisor.register_worker`` makes it; read it, `resize` it and `revive` it.
     """
 
     def __init__(  # noqa: PLR0913 - the arguments of register_worker, checked in `registration`
@@ -43,20 +49,26 @@ class WorkerAgent:
         breaker: Breaker,
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
+        life: WorkerLife | None = None,
         on_revive: Callable[[WorkerAgent], None],
+        on_resize: Callable[[WorkerAgent, int], None] = _do_nothing,
     ) -> None:
         self.name = name
         self.handler = handler
         self.task_types = tuple(task_types)
         self._max_concurrent = max_concurrent
+        self._max_open = max_open  # as it was given
         self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.reserve = reserve  # slots, the last free ones, that only CRITICAL and HIGH tasks take
         self.timeout = timeout
         self.retry = retry
         self.breaker = breaker
+        self._max_probes = probes
         self.probes = min(probes, max_concurrent)
         self._declared = tuple(declared)
+        self.life = WorkerLife(name, handler) if life is None else life
         self._on_revive = on_revive
+        self._on_resize = on_resize
         self._orphans: dict[object, tuple[bool, bool]] = {}  # see `add_orphan`
         self._orphans_lock = Lock()  # the supervisor may start again in another thread, before they have stopped
         self._reset()
@@ -76,6 +88,7 @@ class WorkerAgent:
         self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
+        self.start_failed = False  # FAILED because its start failed
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
@@ -85,7 +98,11 @@ class WorkerAgent:
         self.sources: dict[LoadSource, None] = dict.fromkeys(self._declared)  # what the calls of its runs use
         self.declared = list(self._declared)  # those sources that no call has used yet
         self.penalty = 1.0
-        self.ready = self.handler.start is None  # its handler has started, or need not be started
+        self.restarts = 0  # how often it was started again
+        self.life.begin_run()
+        self.ready = not self.life.needs_start  # it has started, or need not be started
+        self.leaving = False  # it is being unregistered: it begins no new run
+        self.accepting = self.ready  # it is ready, and not leaving unless a run of its own waits for a nested task
         self.starting = False  # its handler is being started
         self.started = 0  # starts of its handler
         self.succeeded = 0  # attempts that did
@@ -100,7 +117,7 @@ class WorkerAgent:
 
     @property
     def max_concurrent(self) -> int:
-        """The number of tasks that it runs at a time; to change it, register another worker."""
+        """The number of tasks that it runs at a time; `resize` changes it."""
         return self._max_concurrent
 
     @property
@@ -114,13 +131,13 @@ class WorkerAgent:
 
     @property
     def load_factor(self) -> float:
-        """``current_tasks / max_concurrent``."""
-        return self.current_tasks / self._max_concurrent
+        """``current_tasks / max_concurrent``; 1.0 while more tasks run, because it was made smaller."""
+        return min(1.0, self.current_tasks / self._max_concurrent)
 
     @property
     def slots(self) -> int:
-        """The number of tasks that may run now: none while FAILED, the breaker's probes while it is half-open."""
-        if self.failed:
+        """The number of tasks that may run now: none while FAILED or leaving, the breaker's probes while half-open."""
+        if self.failed or self.leaving:
             return 0
         return self.probes if self.probing else self._max_concurrent
 
@@ -132,7 +149,7 @@ class WorkerAgent:
 
     def can_accept(self) -> bool:
         """Return whether a task could start on this worker now."""
-        if self.failed or not self.ready or self.current_tasks >= self._max_concurrent:
+        if self.failed or not self.accepting or self.current_tasks >= self._max_concurrent:
             return False
         if self.pending_claims and not self.claims_held_back:
             return False
@@ -171,13 +188,36 @@ class WorkerAgent:
     def bars_new_runs(self, priority: Priority) -> bool:
         """Return whether it begins no run of `priority` but nested ones, because too many have begun and not ended.
 
-        Suspended runs of lower priorities do not count: they must not keep better work waiting.
+        Suspended runs of lower priorities do not count: they must not keep better work waiting. A leaving worker begins
+        none at all.
         """
-        return self.current_tasks + sum(self.suspended_open[: priority + 1]) >= self.max_open
+        return self.leaving or self.current_tasks + sum(self.suspended_open[: priority + 1]) >= self.max_open
 
     def revive(self) -> None:
         """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
+
+    def resize(self, max_concurrent: int) -> None:
+        """Change how many tasks it runs at a time; in the supervisor's event loop.
+
+        More slots take waiting tasks at once. Fewer end no run: nothing new begins until enough of them have ended.
+        `max_open` stays twice as many, or what it was set to, and at least as many. A process engine starts or ends
+        processes.
+
+        Raises:
+            InvalidSetting: `max_concurrent` is not a whole number of at least 1, or less than `reserve`.
+        """
+        owner = f"worker {self.name!r}"
+        check_whole(owner, "max_concurrent", max_concurrent)
+        if max_concurrent < self.reserve:
+            reject(owner, "max_concurrent", max_concurrent, f"at least the slots that it reserves, {self.reserve}")
+        before, self._max_concurrent = self._max_concurrent, max_concurrent
+        self.max_open = 2 * max_concurrent if self._max_open is None else max(self._max_open, max_concurrent)
+        self.probes = min(self._max_probes, max_concurrent)
+        if self.handler.resize is not None:
+            self.handler.resize(max_concurrent)
+        if max_concurrent != before:
+            self._on_resize(self, before)
 
     # --- handlers that outlive their supervisor ---
 
@@ -199,10 +239,34 @@ class WorkerAgent:
         """Record that its handler is being started: it takes no task yet."""
         self.starting = True
 
+    def begin_restart(self) -> None:
+        """Record that it is to be stopped and started again: it takes no task until then."""
+        self.starting, self.ready = True, False
+        self._update_accepting()
+
+    def count_restart(self) -> None:
+        """Count that it was started again."""
+        self.restarts += 1
+
     def end_start(self, *, ready: bool) -> None:
         """Record that its handler has started, or that its start has failed."""
         self.starting = False
         self.ready = ready
+        self._update_accepting()
+
+    # --- its end ---
+
+    def leave(self) -> None:
+        """Begin no new run from now on, but for nested tasks while runs here wait for them. `count_slots` is next."""
+        self.leaving = True
+        self._update_accepting()
+
+    def accept_nothing(self) -> None:
+        """Begin no run at all any more."""
+        self.ready = self.accepting = False
+
+    def _update_accepting(self) -> None:
+        self.accepting = self.ready and (not self.leaving or self.suspended > 0)
 
     # --- slots ---
 
@@ -258,12 +322,16 @@ class WorkerAgent:
         self.suspended += 1
         if not exempt:
             self.suspended_open[priority] += 1
+        if self.leaving:
+            self._update_accepting()
 
     def resume(self, priority: Priority, *, exempt: bool) -> None:
         """Stop counting a run that had lent its slot."""
         self.suspended -= 1
         if not exempt:
             self.suspended_open[priority] -= 1
+        if self.leaving:
+            self._update_accepting()
 
     def change_exempt(self, priority: Priority, by: int) -> None:
         """Count `by` more of the suspended runs of a priority as exempt."""
@@ -348,9 +416,13 @@ class WorkerAgent:
         """Remember that the worker is FAILED only because zombies hold every slot."""
         self.stuck = True
 
+    def mark_start_failed(self) -> None:
+        """Remember that the worker is FAILED because its start failed."""
+        self.start_failed = True
+
     def close_breaker(self) -> None:
         """Close the breaker. `update_from_breaker` is to be called next."""
-        self.stuck = False
+        self.stuck = self.start_failed = False
         self.breaker.reset()
 
     # --- the sources that its runs call ---

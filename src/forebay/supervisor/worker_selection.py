@@ -9,7 +9,19 @@ from typing import Protocol
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority
 
-_Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
+_WORKER = 2  # index in an entry
+
+
+class _Entry(list):  # type: ignore[type-arg]
+    """An entry of a heap: [score, stamp, worker]. Its worker is None once another entry, or none, counts for it.
+
+    So a heap holds no worker that is gone.
+    """
+
+    __slots__ = ()
+
+
+_Heap = list[_Entry]
 
 
 class ScoreSource(Protocol):
@@ -39,8 +51,8 @@ class WorkerSelector:
         self._task_type = task_type
         self._typical = typical
         self._heaps: tuple[_Heap, _Heap] = ([], [])  # workers with a duration of their own; workers without
-        # The stamp of the entry that counts. A worker without one is in neither heap.
-        self._current: dict[WorkerAgent, int] = {}
+        # The entry that counts. A worker without one is in neither heap.
+        self._current: dict[WorkerAgent, _Entry] = {}
         self._idle: dict[WorkerAgent, None] = {}  # in the order in which they became idle
         self._stamp = 0
         self._expected: dict[WorkerAgent, ScoreSource] = {}  # to be pushed again before the next pick
@@ -51,12 +63,18 @@ class WorkerSelector:
         if not worker.current_tasks and worker.can_accept():
             self._idle[worker] = None
         self._push(worker)
-        if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
-            self._compact()
+        self._compact_if_needed()
 
     def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
         """Push `worker` again before the next pick, and tell `source` then that its score is known."""
         self._expected[worker] = source
+
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker that is gone."""
+        self._idle.pop(worker, None)
+        self._expected.pop(worker, None)
+        self._drop(worker)
+        self._compact_if_needed()
 
     def pick(
         self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, idle_first: bool = False
@@ -126,17 +144,18 @@ class WorkerSelector:
     def _top(self, which: int) -> WorkerAgent | None:
         heap = self._heaps[which]
         while heap:
-            score, stamp, worker = heap[0]
-            if self._current.get(worker) != stamp:
+            score, _, worker = heap[0]
+            if worker is None:
                 heapq.heappop(heap)
             elif not worker.can_accept():
                 heapq.heappop(heap)
-                del self._current[worker]  # `update` brings it back
+                self._drop(worker)  # `update` brings it back
             elif which != self._heap_index(worker) or self._score(worker) > score:
                 heapq.heappop(heap)
                 self._push(worker)
             else:
-                return worker
+                found: WorkerAgent = worker
+                return found
         return None
 
     def _heap_index(self, worker: WorkerAgent) -> int:
@@ -146,11 +165,17 @@ class WorkerSelector:
         return worker.score(self._task_type, 1.0)
 
     def _push(self, worker: WorkerAgent) -> None:
+        self._drop(worker)
         self._stamp += 1
-        self._current[worker] = self._stamp
-        heapq.heappush(self._heaps[self._heap_index(worker)], (self._score(worker), self._stamp, worker))
+        entry = self._current[worker] = _Entry((self._score(worker), self._stamp, worker))
+        heapq.heappush(self._heaps[self._heap_index(worker)], entry)
 
-    def _compact(self) -> None:
-        for heap in self._heaps:
-            heap[:] = [entry for entry in heap if self._current.get(entry[2]) == entry[1]]
-            heapq.heapify(heap)
+    def _drop(self, worker: WorkerAgent) -> None:
+        if (entry := self._current.pop(worker, None)) is not None:
+            entry[_WORKER] = None
+
+    def _compact_if_needed(self) -> None:
+        if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
+            for heap in self._heaps:
+                heap[:] = [entry for entry in heap if entry[_WORKER] is not None]
+                heapq.heapify(heap)

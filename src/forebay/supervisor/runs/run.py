@@ -53,7 +53,7 @@ class RunEnder(Protocol):
     def time_out(self, run: Run) -> None:
         """End a run whose time is up."""
 
-    def end_early(self, run: Run, status: TaskStatus, error: str) -> None:
+    def end_early(self, run: Run, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket of a run now, and ask the handler to stop."""
 
     def abandon(self, run: Run) -> None:
@@ -364,9 +364,9 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """End the ticket because its time is up, and ask the handler to stop."""
         self.dispatcher.completion.time_out(self)
 
-    def end_early(self, status: TaskStatus, error: str) -> None:
+    def end_early(self, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket now, and ask the handler to stop."""
-        self.dispatcher.completion.end_early(self, status, error)
+        self.dispatcher.completion.end_early(self, status, error, cause)
 
     def abandon(self) -> None:
         """Ask the handler to stop without ending the ticket: the task is to run again."""
@@ -427,10 +427,15 @@ class ActiveRuns:
 
     def __init__(self) -> None:
         self._by_worker: dict[WorkerAgent, dict[Run, None]] = {}  # in the order in which their handlers started
+        self._awaited: dict[WorkerAgent, asyncio.Future[None]] = {}  # done when nothing runs on the worker
 
     def add_worker(self, worker: WorkerAgent) -> None:
         """Make room for the runs of a worker."""
         self._by_worker[worker] = {}
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        del self._by_worker[worker]
 
     def add(self, run: Run) -> None:
         """Add a run that starts now."""
@@ -443,7 +448,18 @@ class ActiveRuns:
 
     def remove(self, run: Run) -> None:
         """Remove a run whose handler has ended."""
-        self._by_worker[run.worker].pop(run, None)
+        runs = self._by_worker[run.worker]
+        runs.pop(run, None)
+        if self._awaited and not runs and (idle := self._awaited.pop(run.worker, None)) is not None:
+            run.dispatcher.core.loop.call_soon(idle.set_result, None)  # not now: the run is still ending
+
+    def when_idle(self, worker: WorkerAgent) -> asyncio.Future[None] | None:
+        """Return a future that is done once nothing runs on a worker; None if nothing does."""
+        if not self._by_worker.get(worker):
+            return None
+        if worker not in self._awaited:
+            self._awaited[worker] = asyncio.get_running_loop().create_future()
+        return self._awaited[worker]
 
     def on(self, worker: WorkerAgent) -> list[Run]:
         """Return the runs on a worker, in the order in which their handlers started."""
@@ -521,6 +537,10 @@ class SlotClaims:
     def _is_behind(self, worker: WorkerAgent) -> bool:
         """Return whether a run that could take a free slot of `worker` claims one already."""
         return worker.pending_claims > 0 and any(_may_resume(run) for run, _ in self._claims[worker])
+
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        self._claims.pop(worker, None)
 
     def close(self) -> None:
         """Let every run that waits for its slot go on without one, because no slot is given any more."""

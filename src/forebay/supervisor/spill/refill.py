@@ -93,6 +93,17 @@ class Refiller:
             pool.set_spilled(priority, of_tenants)
         self.unserved_depths = {key: depth for key, depth in self.unserved_depths.items() if key[0] != pool.task_type}
 
+    def remove_pool(self, pool: Pool) -> None:
+        """Count the records of a task type that no worker here serves any more."""
+        self._spilled_at.pop(pool, None)
+        self._recount_after.discard(pool)
+        for priority in Priority:
+            for tenant, count in pool.spilled.of(priority).items():
+                self.unserved_depths[pool.task_type, priority, tenant] = count
+
+    def _is_served(self, pool: Pool) -> bool:
+        return self._core.pools.by_type.get(pool.task_type) is pool
+
     async def recount(self, pools: Iterable[Pool], *, refilling: Pool | None = None) -> None:
         """Replace the counts of `pools` and of unserved types by those of the store, which other processes use too.
 
@@ -104,6 +115,10 @@ class Refiller:
 
     def add_spilled(self, pool: Pool, task: Task) -> None:
         """Count one more record of `pool` that waits in the store: that of `task`."""
+        if not self._is_served(pool):  # its last worker has gone meanwhile
+            key = (pool.task_type, task.priority, task.tenant)
+            self.unserved_depths[key] = self.unserved_depths.get(key, 0) + 1
+            return
         self._spills += 1
         self._spilled_at[pool] = self._spills
         pool.add_spilled(task.priority, task.tenant)
@@ -172,10 +187,13 @@ class Refiller:
 
     def refill(self, pool: Pool) -> None:
         """Lease records of `pool` if there is room for them."""
-        if not self._stored.refill_stopped and pool not in self.refilling and pool.refill_demand(self._round_trip):
+        if self._may_refill(pool) and pool not in self.refilling and pool.refill_demand(self._round_trip):
             self.refilling.add(pool)
             pool.expect_records(expected=pool.takes_turns)
             self._core.run_in_background(self._refill(pool), if_cancelled=partial(self.resume, (pool,)))
+
+    def _may_refill(self, pool: Pool) -> bool:
+        return not (self._stored.refill_stopped or pool.paused) and self._is_served(pool)
 
     def pause(self, pools: Iterable[Pool]) -> set[Pool]:
         """Take nothing back into `pools`; return those of them that `resume` has to resume."""
@@ -194,7 +212,7 @@ class Refiller:
         if pool.expects_records:  # a store that does not answer keeps no slot free for long
             late = self._core.timers.at(loop.time() + _PATIENCE, self._expect_no_records, pool)
         try:
-            while not self._stored.refill_stopped:
+            while self._may_refill(pool):
                 demand = pool.refill_demand(self._round_trip)
                 if demand is None and pool in self._recount_after:
                     self._recount_after.discard(pool)
@@ -211,12 +229,15 @@ class Refiller:
                     leases = await store.lease(pool.task_type, room, until=until, priority=priority, shares=shares)
                 finally:
                     pool.unreserve(room)
-                if self._stored.refill_stopped:
+                if not self._may_refill(pool):
                     await store.release(leases)
                     break
                 self._round_trip += _ROUND_TRIP_GAIN * (loop.time() - asked - self._round_trip)
                 pool.refill_policy.record_fetch(priority, len(leases), pool.spilled.totals)
-                for lease in leases:
+                for count, lease in enumerate(leases):
+                    if not self._is_served(pool):
+                        await store.release(leases[count:])
+                        break
                     await self._take_in(lease, pool)
                 pool.forget_returned()
                 self._dispatcher.serve(pool)

@@ -56,6 +56,7 @@ class Spill:
         runs: ActiveRuns,
         settings: SupervisorSettings,
     ) -> None:
+        self._core = core
         self.codecs: TaskCodecs = core.codecs
         # Seconds that a lease lasts unless renewed; infinity in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
@@ -64,6 +65,7 @@ class Spill:
         )
         self._max_payload_bytes = settings.max_payload_bytes
         self._store = store
+        self._pools: Mapping[str, Pool] = core.pools.by_type
         self._conversations: Conversations = dispatcher.conversations
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
         self.stored.on_change(self.refiller.count_waiting)
@@ -187,6 +189,37 @@ class Spill:
         self.stored.conversation_moved(ticket.task)
         if not ticket.done() and ticket.lease is None:  # otherwise it has come back meanwhile
             self._wait_in_store(ticket, pool)
+
+    def return_to_store(self, ticket: Ticket) -> None:
+        """Return a task that came inside to the store, from where it comes back to this process or to another one.
+
+        It has left the queue, or its run was stopped. Its ticket stays: it gets the result whoever runs the task.
+        """
+        lease, task = ticket.lease, ticket.task
+        assert lease is not None  # noqa: S101 - the caller has checked
+        if self.stored.stays_stored:
+            self.stored.release(ticket)
+            return
+        ticket.move_to_store()
+        ticket.begin_store_call()
+        self.stored.drop_lease(ticket)
+        if (pool := self._pools.get(task.task_type)) is not None:
+            self.refiller.add_spilled(pool, task)
+        self._conversations.add_stored(task.thread_id)
+        self._core.run_in_background(self._return_to_store(ticket, lease))
+
+    async def _return_to_store(self, ticket: Ticket, lease: Lease) -> None:
+        try:
+            await self._store.release([lease])
+        finally:
+            ticket.end_store_call()
+        self.stored.conversation_moved(ticket.task)
+        if ticket.cancel_reason is not None:
+            ticket.cancel(ticket.cancel_reason)
+        elif not ticket.done() and ticket.lease is None:  # otherwise it has come back meanwhile
+            self.stored.wait_in_store(ticket)
+            if (pool := self._pools.get(ticket.task.task_type)) is not None:
+                self.refiller.refill(pool)
 
     def _wait_in_store(self, ticket: Ticket, pool: Pool) -> None:
         """Leave a spilled task in the store: to the next process if this one takes nothing back any more."""
