@@ -25,6 +25,8 @@ else:
 
     ResultT_co = TypeVar("ResultT_co", covariant=True)
 
+DEFAULT_TENANT = "default"
+
 
 class Priority(IntEnum):
     """The importance of a task; a lower number goes first."""
@@ -114,7 +116,9 @@ _CLOCK_STEP = 1.0  # seconds; clocks that drift apart by less were not set
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """The calls and LLM tokens that one run is expected to need. Without one, it is learned per task type.
+    """The calls and LLM tokens that one run is expected to need: the size of a task.
+
+    Only the proportions between tasks of a type matter, and a figure that is not known may be left out of all of them.
 
     Raises:
         InvalidEstimate: a figure is negative or not a whole number.
@@ -188,7 +192,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     spill: bool = True
     durable: bool = False
     key: str | None = None
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     thread_id: str | None = None
     estimate: Estimate | None = None
     retry: Retry | None = None
@@ -215,7 +219,8 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
         tenant: the customer, user or team that it belongs to.
         thread_id: the conversation that it belongs to; one task of a conversation runs at a time. Also LangGraph's
             ``thread_id``.
-        estimate: the calls and tokens that it will need.
+        estimate: the calls and tokens that it is expected to need. Whether it can meet its deadline is judged by tasks
+            of its size then, and not by all of its type.
         retry: how failed attempts at it are retried, instead of the worker's `retry`. With an overflow, a task that may
             wait there cannot have a policy with `on`, which cannot be stored: give that to the worker.
 

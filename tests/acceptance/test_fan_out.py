@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime as dt
 import gc
 import io
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from forebay import (
     TaskStatus,
     progress_bar,
 )
+from forebay.context import running_task
 from forebay.errors import InvalidSetting, InvalidTask, QuorumNotReached, SupervisorClosed, UnknownTaskType
 from forebay.retry import RetryBudget
 from forebay.supervisor.fan_out import FanOut, FanOutProgress
@@ -289,6 +293,128 @@ async def test_work_that_others_have_submitted_under_the_same_key_goes_on() -> N
         assert supervisor.statistics().cancelled == 1
 
 
+@dataclasses.dataclass
+class Page:
+    number: int
+
+
+@virtual
+async def test_leaving_cancels_tasks_whose_payload_was_made_of_the_declared_type() -> None:
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("worker", handler=Agent(5.0), task_types=["work"], max_concurrent=2, payload=Page)
+    async with supervisor:
+        async with supervisor.fan_out([Task("work", {"number": number}) for number in range(10)]) as results:
+            await anext(results)
+        await run_ready()
+        assert supervisor.statistics().cancelled == 9
+
+
+@pytest.mark.blocks  # in virtual time the thread of SQLite is the loop's own
+@pytest.mark.parametrize("steps", range(1, 12))
+@pytest.mark.parametrize("options", [{"durable": True}, {"thread_id": "one"}], ids=str)
+@virtual
+async def test_a_reader_that_is_cancelled_while_the_overflow_answers_can_go_on(
+    options: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    agent = Agent(1.0)
+    async with supervisor_of(agent, overflow=f"sqlite:///{tmp_path}/spill.db", max_queue_size=1) as supervisor:
+        results = supervisor.fan_out(tasks(8, **options))
+        for _ in range(3):
+            reading = asyncio.create_task(results.read())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            reading.cancel()
+            await asyncio.wait([reading])
+        assert sorted([result.result async for result in results]) == list(range(8))
+    assert sorted(agent.started) == list(range(8))
+
+
+@pytest.mark.blocks  # as above
+@virtual
+async def test_leaving_cancels_a_task_on_which_the_overflow_has_not_answered(tmp_path: Path) -> None:
+    agent = Agent(1.0)
+    async with supervisor_of(agent, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        async with supervisor.fan_out(tasks(2, durable=True)) as results:
+            reading = asyncio.create_task(results.read())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await run_ready()
+        with pytest.raises(StopAsyncIteration):
+            await reading
+        await asyncio.sleep(5.0)
+        assert supervisor.statistics().cancelled == 1
+    assert agent.started == []
+
+
+@virtual
+async def test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends() -> None:
+    async with supervisor_of(Agent(5.0)) as supervisor:
+        results = supervisor.fan_out(tasks(3))
+        reading = asyncio.create_task(results.read())
+        await asyncio.sleep(1.0)
+        await results.aclose()
+        with pytest.raises(StopAsyncIteration):
+            async with asyncio.timeout(1.0):
+                await reading
+
+
+@virtual
+async def test_a_fan_out_that_nobody_has_any_more_leaves_the_line_for_room() -> None:
+    async with supervisor_of(Agent(5.0), max_concurrent=1, max_queue_size=1) as supervisor:
+        for number in range(2):
+            await supervisor.submit(Task("work", number))
+
+        async def read() -> None:
+            async for _ in supervisor.fan_out(tasks(10)):
+                pass
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(1.0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        del reading
+        gc.collect()
+        assert await supervisor.run(Task("work", "other"), wait=60.0) == "other"
+        assert now() == approximately(15.0)  # it was the next
+
+
+@virtual
+async def test_a_fan_out_that_nobody_reads_lets_others_pass_in_the_line_for_room() -> None:
+    async with supervisor_of(Agent(1.0), max_concurrent=1, max_queue_size=1) as supervisor:
+        for number in range(2):
+            await supervisor.submit(Task("work", number))
+        results = supervisor.fan_out(tasks(10))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await results.read()
+        for number in range(5):
+            assert await supervisor.run(Task("work", number), wait=60.0) == number
+        assert now() == approximately(7.0)  # each was the next
+        assert [result.result async for result in results] == list(range(10))
+
+
+@virtual
+async def test_submitting_many_tasks_gives_the_loop_its_turns() -> None:
+    turns, submitted_in = 0, set[int]()
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while turns < 50:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def many() -> Iterator[Task]:
+        for number in range(1000):
+            submitted_in.add(turns)
+            yield Task("work", number)
+
+    async with supervisor_of(Agent(1.0), max_queue_size=10_000) as supervisor:
+        counting = asyncio.create_task(count_turns())
+        assert len([result async for result in supervisor.fan_out(many())]) == 1000
+        await counting
+    assert len(submitted_in) == 10
+
+
 @virtual
 async def test_draining_ends_a_fan_out_that_is_not_nested() -> None:
     async with supervisor_of(Agent(5.0), max_concurrent=1, max_queue_size=1) as supervisor:
@@ -378,6 +504,32 @@ async def test_a_second_attempt_gets_its_payload_as_the_first_one_did() -> None:
     async with supervisor:
         await supervisor.map("work", ["2026-11-30"], hedge=1.0)
     assert received == [dt.date(2026, 11, 30)] * 2
+
+
+@virtual
+async def test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out() -> None:
+    user = ContextVar("user", default="nobody")
+    seen: list[tuple[str, Deadline | None]] = []
+    supervisor = BackpressureSupervisor()
+
+    async def slow(_: Task) -> None:
+        running = running_task()
+        assert running is not None
+        seen.append((user.get(), running.deadline))
+        user.set("another one")
+        await asyncio.sleep(10.0)
+
+    async def agent(_: Task) -> None:
+        user.set("somebody")
+        await collected(supervisor.fan_out([Task("work")], hedge=1.0))
+
+    for name in "ab":
+        supervisor.register_worker(name, handler=slow, task_types=["work"])
+    supervisor.register_worker("agent", handler=agent, task_types=["agent"])
+    async with supervisor:
+        deadline = Deadline.within(60.0)
+        await supervisor.run(Task("agent", deadline=deadline))
+    assert seen == [("somebody", deadline)] * 2
 
 
 @virtual

@@ -928,7 +928,7 @@ class SlowlyCountingStore(SqliteTaskStore):
         super().__init__(path)
         self.counted = asyncio.Event()
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         depths = await super().depths()
         self.counted.set()
         await asyncio.sleep(0.5)

@@ -12,7 +12,7 @@ from tests.support.task_plane import Agent, UncancellableHandler, error_of, floo
 
 from forebay import BackpressureSupervisor, Priority, Task, TaskStatus, Upstream, WorkerState
 from forebay.adapters import Handler
-from forebay.errors import AlreadyStarted, StillSpilled, SupervisorClosed, TaskFailed, UnknownTask
+from forebay.errors import AlreadyStarted, StillSpilled, SupervisorClosed, TaskFailed, UnknownTask, WrongLoop
 from forebay.events import Event, TaskFinished
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 
@@ -108,6 +108,25 @@ async def test_a_handler_that_outlived_the_close_counts_until_it_stops() -> None
     assert (worker.current_tasks, worker.zombies) == (2, 2)
     await asyncio.sleep(100.0)
     assert (worker.current_tasks, worker.zombies) == (0, 0)
+
+
+@virtual
+async def test_the_reserve_of_a_worker_counts_no_orphans() -> None:
+    hanging = UncancellableHandler(10.0)
+    supervisor = BackpressureSupervisor(zombie_grace=1.0)
+    supervisor.register_worker("worker", handler=hanging, task_types=["work"], max_concurrent=3, reserve=1)
+    await supervisor.start()
+    flood(supervisor, "work", 3, priority=Priority.HIGH)
+    await run_ready()
+    await supervisor.close()
+    async with supervisor:
+        normal = flood(supervisor, "work", 3)
+        await asyncio.sleep(9.5)  # the old handlers end meanwhile
+        assert [ticket.status for ticket in normal] == [TaskStatus.RUNNING] * 2 + [TaskStatus.WAITING]
+        high = supervisor.submit_nowait(Task("work", priority=Priority.HIGH))
+        await run_ready()
+        assert high.status is TaskStatus.RUNNING
+        assert await statuses([*normal, high]) == [TaskStatus.SUCCEEDED] * 4
 
 
 @virtual
@@ -324,6 +343,49 @@ def test_a_run_that_was_cut_off_with_its_loop_is_no_obstacle(overflow: str | Non
             return await supervisor.run(Task("work", 7))
 
     assert asyncio.run(use()) == 7
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("overflow", [None, "store"])
+def test_a_run_whose_loop_ended_without_a_close_is_over(closes: bool, overflow: str | None, tmp_path: Path) -> None:  # noqa: FBT001
+    supervisor = make_supervisor(echo_later, overflow=overflow and SqliteTaskStore(tmp_path / "spill.db"))
+
+    async def use(number: int) -> Any:
+        if closes:
+            await supervisor.close()
+        await supervisor.start()
+        value = await supervisor.run(Task("work", number))
+        assert supervisor.statistics().succeeded == 1
+        if number == 2:
+            await supervisor.close()
+        return value
+
+    assert [asyncio.run(use(number)) for number in range(3)] == [0, 1, 2]
+
+
+def test_a_nested_supervisor_whose_loop_ended_starts_again_too() -> None:
+    below, above = make_supervisor(echo_later), BackpressureSupervisor()
+    above.register_worker("below", handler=below, task_types=["work"])
+
+    async def use(number: int) -> Any:
+        await above.start()
+        value = await above.run(Task("work", number))
+        if number == 2:
+            await above.close()
+        return value
+
+    assert [asyncio.run(use(number)) for number in range(3)] == [0, 1, 2]
+
+
+def test_it_is_closed_on_its_own_loop() -> None:
+    supervisor = make_supervisor(echo_later)
+    with supervisor.portal() as portal:
+        assert isinstance(asyncio.run(error_of_close(supervisor)), WrongLoop)
+        assert portal.run(Task("work", 7)) == 7
+
+
+async def error_of_close(supervisor: BackpressureSupervisor) -> BaseException:
+    return await error_of(supervisor.close())
 
 
 def test_it_may_be_closed_in_one_thread_and_started_in_another() -> None:

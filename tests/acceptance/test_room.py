@@ -12,6 +12,8 @@ from tests.support.task_plane import Agent, approximately, now, rejected, run_re
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskStatus, Verdict
 from forebay.errors import InvalidSetting, SupervisorClosed, UnknownTaskType
+from forebay.interfaces import PutResult, TaskRecord
+from forebay.overflow.sqlite import SqliteTaskStore
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time the thread of SQLite is the loop's own
@@ -55,6 +57,30 @@ async def test_better_priorities_stand_before_others_in_line() -> None:
         assert await (await high).value() == "high"
         assert await (await low).value() == "low"
     assert agent.started == ["a", "b", "high", "low"]
+
+
+@virtual
+async def test_the_producers_of_one_tenant_do_not_stand_before_those_of_another() -> None:
+    agent = Agent(1.0)
+    async with small(agent) as supervisor:
+        big = [asyncio.create_task(supervisor.submit(Task("work", "big", tenant="big"), wait=500.0)) for _ in range(50)]
+        await run_ready()
+        ticket = await supervisor.submit(Task("work", "small", tenant="small"), wait=500.0)
+        await ticket
+        assert agent.started.index("small") <= 2
+        for submitting in big:
+            await (await submitting)
+
+
+@virtual
+async def test_producers_of_many_tenants_are_all_admitted() -> None:
+    agent = Agent(1.0)
+    async with small(agent) as supervisor:
+        tasks = [Task("work", number, tenant=f"tenant {number % 40}") for number in range(200)]
+        tickets = await asyncio.gather(*(supervisor.submit(task, wait=math.inf) for task in tasks))
+        await asyncio.gather(*tickets)
+    assert now() == approximately(200.0)
+    assert max(agent.started.index(number) for number in range(40)) < 120  # the first of each tenant
 
 
 @virtual
@@ -152,6 +178,49 @@ async def test_with_an_overflow_tasks_are_spilled_and_wait_only_while_it_is_full
         assert {ticket.verdict for ticket in tickets} == {Verdict.ADMITTED, Verdict.SPILLED}
         assert [await ticket.value() for ticket in tickets] == list(range(8))
         assert supervisor.statistics().rejected == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"durable": True}], ids=str)
+@virtual
+async def test_whoever_waits_does_not_ask_the_overflow_all_the_time(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    puts = 0
+    put = SqliteTaskStore.put
+
+    async def counted_put(self: SqliteTaskStore, record: TaskRecord, **settings: Any) -> PutResult:
+        nonlocal puts
+        puts += 1
+        return await put(self, record, **settings)
+
+    monkeypatch.setattr(SqliteTaskStore, "put", counted_put)
+    async with small(Agent(5.0), overflow=f"sqlite:///{tmp_path}/spill.db?bound=1") as supervisor:
+        tickets = [await supervisor.submit(Task("work", n, spill=n > 1)) for n in range(3)]
+        waiting = [asyncio.create_task(supervisor.submit(Task("work", n, **options), wait=60.0)) for n in range(3)]
+        await asyncio.sleep(3.5)
+        assert puts < 10  # one of the first, and one a second of whoever is the first in line
+        await asyncio.gather(*tickets, *waiting)
+
+
+@virtual
+async def test_a_message_whose_conversation_is_full_lets_others_pass() -> None:
+    supervisor = BackpressureSupervisor(max_queue_size=2)
+
+    async def agent(task: Task) -> Any:
+        if task.payload == "first":
+            await asyncio.sleep(1.0)
+            return await supervisor.run(Task("work", "nested"), wait=math.inf)
+        return task.payload
+
+    supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=4)
+    async with supervisor, asyncio.timeout(100.0):
+        first = await supervisor.submit(Task("work", "first", thread_id="one"))
+        messages = [supervisor.run(Task("work", number, thread_id="one"), wait=math.inf) for number in range(6)]
+        waiting = [asyncio.create_task(message) for message in messages]
+        await run_ready()
+        assert await supervisor.run(Task("work", "other"), wait=0.5) == "other"
+        assert await first.value() == "nested"
+        assert await asyncio.gather(*waiting) == list(range(6))
 
 
 @virtual

@@ -65,11 +65,9 @@ class SilentStore(MemoryTaskStore):
         await self._answer("begin_attempt")
         return await super().begin_attempt(lease)
 
-    async def lease(
-        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
-    ) -> Sequence[Lease]:
+    async def lease(self, *of: Any, **how: Any) -> Sequence[Lease]:
         await self._answer("lease")
-        return await super().lease(task_type, limit, until=until, priority=priority)
+        return await super().lease(*of, **how)
 
     async def release(self, leases: Sequence[Lease]) -> None:
         await self._answer("release")
@@ -83,7 +81,7 @@ class SilentStore(MemoryTaskStore):
         await self._answer("close")
         await super().close()
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         await self._answer("depths")
         return await super().depths()
 

@@ -669,3 +669,84 @@ async def test_what_waits_in_an_overflow_in_memory_for_the_last_worker_of_a_type
         assert now() < 1.0
         await run_ready()
         assert supervisor.statistics().outside == 0
+
+
+# --- with tenants and reserved slots ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overflow", [None, "memory://", "sqlite"])
+@virtual
+async def test_tenants_take_turns_again_once_their_type_is_resumed(overflow: str | None, tmp_path: Path) -> None:
+    agent = Agent(1.0)
+    url = f"sqlite:///{tmp_path}/spill.db" if overflow == "sqlite" else overflow
+    async with BackpressureSupervisor(max_queue_size=4, overflow=url) as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"])
+        supervisor.pause("work")
+        payloads = [f"{tenant}{number}" for tenant in "ab" for number in range(2 if url is None else 20)]
+        tickets = [await supervisor.submit(Task("work", payload, tenant=payload[0])) for payload in payloads]
+        await asyncio.sleep(60.0)
+        assert agent.started == []
+        assert all(tickets)
+        supervisor.resume("work")
+        assert await statuses(tickets) == [SUCCEEDED] * len(tickets)
+        assert now() <= 61.0 + len(tickets)
+    assert sorted(agent.started[:4]) == ["a0", "a1", "b0", "b1"]
+
+
+@pytest.mark.parametrize("overflow", ["memory://", "sqlite"])
+@virtual
+async def test_a_new_worker_serves_what_tenants_have_in_the_overflow_of_a_type_without_one(
+    overflow: str, tmp_path: Path
+) -> None:
+    agent = Agent(1.0)
+    url = f"sqlite:///{tmp_path}/spill.db" if overflow == "sqlite" else overflow
+    async with BackpressureSupervisor(max_queue_size=1, overflow=url) as supervisor:
+        supervisor.register_worker("old", handler=Agent(1.0), task_types=["work"])
+        payloads = [f"{tenant}{number}" for tenant in "ab" for number in range(10)]
+        tickets = [await supervisor.submit(Task("work", payload, tenant=payload[0])) for payload in payloads]
+        supervisor.pause("work")  # else what waits in memory would fail once its last worker is gone
+        await supervisor.unregister_worker("old")
+        outside = supervisor.statistics().outside
+        assert outside >= 15
+        supervisor.register_worker("new", handler=agent, task_types=["work"])
+        supervisor.resume("work")
+        assert await statuses(tickets) == [SUCCEEDED] * 20
+        assert supervisor.statistics().outside == 0
+    turns = [payload[0] for payload in agent.started if payload not in {"a0", "a1"}]
+    assert abs(turns[:8].count("a") - turns[:8].count("b")) <= 2
+
+
+@virtual
+async def test_reserved_slots_are_kept_whatever_the_size_of_their_worker() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker(
+            "worker", handler=Agent(10.0), task_types=["work"], max_concurrent=2, reserve=1
+        )
+        flood(supervisor, "work", 12)
+        running = []
+        for slots in (5, 1, 3):
+            worker.resize(slots)
+            await asyncio.sleep(10.5)
+            running.append(worker.current_tasks)
+        assert running == [4, 0, 2]
+        assert (await supervisor.submit(Task("work", priority=Priority.CRITICAL))).status is TaskStatus.RUNNING
+
+
+def test_a_worker_keeps_as_many_slots_as_it_reserves() -> None:
+    supervisor = BackpressureSupervisor()
+    worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=4, reserve=2)
+    with pytest.raises(InvalidSetting, match="at least the slots that it reserves, 2"):
+        worker.resize(1)
+    assert worker.max_concurrent == 4
+
+
+@pytest.mark.parametrize("types", [1, 40])
+@virtual
+async def test_a_worker_with_reserved_slots_leaves_none_behind(types: int) -> None:
+    names = [f"type{number}" for number in range(types)]
+    async with BackpressureSupervisor(tenants={"a": 2}) as supervisor:
+        supervisor.register_worker("old", handler=Agent(), task_types=names, max_concurrent=4, reserve=3)
+        supervisor.register_worker("new", handler=Agent(10.0), task_types=names, max_concurrent=2)
+        await supervisor.unregister_worker("old")
+        tickets = [supervisor.submit_nowait(Task(names[0], tenant=tenant)) for tenant in "ab"]
+        assert [ticket.status for ticket in tickets] == [TaskStatus.RUNNING] * 2

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,16 @@ from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
+from forebay.admission import (
+    EstimatedTimes,
+    PriorityQueue,
+    PriorityThresholds,
+    RetryAfterSchedule,
+    StandingQueue,
+    TenantRetrySchedules,
+    TenantTurns,
+    feasibility,
+)
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
@@ -49,7 +59,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, pools
+from forebay.supervisor import admission_controller, drain, fan_out, pools, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -63,15 +73,20 @@ from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
+from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill import stored_tasks
+from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.spill.stored_tasks import StoredTasks
+from forebay.supervisor.spilled_counts import SpilledCounts
+from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.tree import worker_life
@@ -83,7 +98,7 @@ from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.supervisor.worker_starts import WorkerStarts
-from forebay.task import Deadline, Priority, TaskResult, TaskStatus
+from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
 from forebay.upstream.accounts import bypass, spend_suspension
 from forebay.upstream.accounts.account import Account
@@ -470,6 +485,90 @@ def new_work_overtakes_spilled_work() -> None:
 
 def an_earlier_task_of_the_same_id_ends_a_later_one() -> None:
     skip(TicketRegistry.hold_weakly, TicketRegistry.forget_end)
+
+
+# --- tenants and reserved slots: nobody waits for the flood of another ---
+
+
+def tenants_are_served_in_the_order_of_arrival() -> None:
+    always(Pool, Pool._take_turns, returns=None)
+
+
+def the_flood_of_a_tenant_fills_the_queue_for_all() -> None:
+    original = Pool.load
+
+    def load(
+        self: Pool, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None
+    ) -> float:
+        del tenant
+        return original(self, priority, nested=nested)
+
+    replace(Pool, original, load)
+
+
+def new_tasks_wait_behind_the_records_of_all_tenants() -> None:
+    def spilled_ahead(self: Pool, priority: Priority, tenant: str) -> int:
+        del tenant
+        return self.spilled.better(priority) + self.spilled.totals[priority] + self.spilled.spilling[priority]
+
+    replace(Pool, Pool.spilled_ahead, spilled_ahead)
+
+
+def records_come_back_tenant_after_tenant() -> None:
+    def shares(
+        self: TenantTurns, turns: int, *, here: object, elsewhere: Mapping[str, int], blocked: object = ()
+    ) -> dict[str, int]:
+        del self, here, blocked
+        tenant = next(iter(elsewhere))
+        return {tenant: min(turns, elsewhere[tenant])} if turns > 0 else {}
+
+    replace(TenantTurns, TenantTurns.shares, shares)
+
+
+def new_tasks_take_the_slots_of_records_on_their_way_back() -> None:
+    always(Pool, Pool._is_promised, returns=False)
+
+
+def all_tenants_come_back_by_one_schedule() -> None:
+    original = TenantRetrySchedules.reserve
+
+    def reserve(
+        self: TenantRetrySchedules, tenant: str, now: float, drain_rate: float | None, draw: float
+    ) -> float | None:
+        del tenant
+        return original(self, "all", now, drain_rate, draw)
+
+    replace(TenantRetrySchedules, original, reserve)
+
+
+def producers_of_all_tenants_stand_in_one_line() -> None:
+    entered, is_behind = RoomQueue.enter, RoomQueue.is_behind
+    replace(
+        RoomQueue,
+        entered,
+        lambda self, task, *rest: entered(self, msgspec.structs.replace(task, tenant="all"), *rest),
+    )
+    replace(RoomQueue, is_behind, lambda self, task: is_behind(self, msgspec.structs.replace(task, tenant="all")))
+
+
+def a_store_that_is_silent_keeps_slots_free() -> None:
+    always(Refiller, Refiller._expect_no_records, returns=None)
+
+
+def records_of_a_blocked_tenant_come_back() -> None:
+    replace(SpilledCounts, SpilledCounts.servable, lambda self, _: self.totals)
+
+
+def a_tenant_runs_as_much_as_it_likes() -> None:
+    always(Tenants, Tenants.count_running, returns=False)
+
+
+def normal_tasks_take_reserved_slots() -> None:
+    always(Pool, Pool.reserved_slots, returns=(0, 0))
+
+
+def calls_of_all_tenants_weigh_the_same() -> None:
+    always(FairOrder, FairOrder._step, returns=1.0)
 
 
 # --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
@@ -1687,6 +1786,10 @@ def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> N
     skip(BackpressureSupervisor._forget_run, WorkerAgent.begin_run)
 
 
+def a_run_outlives_its_event_loop() -> None:
+    skip(BackpressureSupervisor.start, BackpressureSupervisor._end_if_cut_off)
+
+
 def a_store_waits_for_a_loop_that_has_ended() -> None:
     skip(SqliteWriter.open, SqliteWriter._abandon_connection)
 
@@ -1712,3 +1815,130 @@ def workers_count_no_failed_attempts() -> None:
 
 def a_found_task_runs_as_it_was_read() -> None:
     skip(found_ticket, Ticket.mark_found)
+
+
+# --- tasks with deadlines that wait ---
+
+
+def every_task_is_judged_as_if_it_were_like_the_others() -> None:
+    always(EstimatedTimes, EstimatedTimes.of, returns=None)
+
+
+def estimates_that_predict_nothing_are_used() -> None:
+    feasibility._PREDICTS = math.inf
+
+
+def a_burst_is_judged_as_a_queue_that_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=True)
+
+
+def no_queue_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=False)
+
+
+def answers_of_the_overflow_wake_who_waits_for_room() -> None:
+    original = Core._background_task_done
+
+    def _background_task_done(self: Core, future: asyncio.Future[Any]) -> None:
+        original(self, future)
+        self.registry.notify_progress()
+
+    replace(Core, original, _background_task_done)
+
+
+def who_is_blocked_holds_up_the_line_for_room() -> None:
+    def _first(line: Any) -> Any:
+        return next((turn for turns in line for turn in turns), None)
+
+    room._first.__code__ = _first.__code__
+    always(RoomQueue, RoomQueue.pass_turn, returns=None)
+
+
+def a_reader_that_is_cancelled_submits_its_task_again() -> None:
+    async def _ticket_of(self: FanOut, task: Task) -> Ticket | None:
+        return await self._admission.submit_once(task)
+
+    replace(FanOut, FanOut._ticket_of, _ticket_of)
+
+
+def tasks_of_a_declared_type_outlive_their_fan_out() -> None:
+    def _is_own(ticket: Ticket, task: Task) -> bool:
+        return ticket.task is task
+
+    fan_out._is_own.__code__ = _is_own.__code__
+
+
+def second_attempts_run_in_the_context_of_a_timer() -> None:
+    original = AdmissionController.submit_hedge
+
+    def submit_hedge(self: AdmissionController, task: Task, ticket: Ticket) -> Ticket | None:
+        return Context().run(original, self, task, ticket)
+
+    replace(AdmissionController, original, submit_hedge)
+
+
+def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:
+    skip(FanOut._cancel, asyncio.Event.set)
+
+
+# --- retries of tasks ---
+
+
+def a_task_has_one_attempt_more_than_its_policy() -> None:
+    swap(RetryState.next_delay, ast.GtE, ast.Gt)
+
+
+def a_task_keeps_its_slot_between_its_attempts() -> None:
+    original = Dispatcher.return_slot
+
+    def return_slot(self: Dispatcher, run: Run, now: float | None = None) -> None:
+        if not run.ticket.awaits_retry:
+            original(self, run, now)
+
+    replace(Dispatcher, original, return_slot)
+
+
+def retries_take_nothing_from_the_budget() -> None:
+    always(RetryBudget, RetryBudget.withdraw, returns=True)
+
+
+def a_retry_goes_before_all_that_wait() -> None:
+    original = Dispatcher._enqueue
+
+    def _enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
+        number = self._sequence_number
+        self._sequence_number = -number if ticket.retries is not None else number
+        original(self, ticket, pool)
+        self._sequence_number = number + 1
+
+    replace(Dispatcher, original, _enqueue)
+
+
+def a_key_remembers_a_task_that_failed() -> None:
+    skip(TicketRegistry.settle, TicketRegistry.forget_key)
+
+
+def a_restart_forgets_the_attempts_that_failed() -> None:
+    always(TaskRetries, TaskRetries.resume, returns=None)
+
+
+def a_stored_task_that_failed_for_good_is_no_dead_letter() -> None:
+    def _is_dead(status: TaskStatus, lease: Lease | None) -> bool:
+        return False
+
+    stored_tasks._is_dead.__code__ = _is_dead.__code__
+
+
+def a_retry_in_the_store_waits_for_maintenance() -> None:
+    always(DelayedRecords, DelayedRecords._arm, returns=None)
+
+
+def the_store_does_not_count_the_attempts_that_failed() -> None:
+    original = MemoryTaskStore.delay
+
+    async def delay(self: MemoryTaskStore, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        if (entry := self._leased_entry(lease)) is not None:
+            entry.record = msgspec.structs.replace(entry.record, failures=entry.record.failures - 1)
+        return await original(self, lease, due=due, wait=wait, error=error)
+
+    replace(MemoryTaskStore, original, delay)

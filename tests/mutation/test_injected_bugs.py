@@ -18,6 +18,7 @@ from tests.acceptance import (
     test_cancelled_tasks,
     test_clock_steps,
     test_conversations,
+    test_delayed_tasks,
     test_drain,
     test_ending,
     test_events,
@@ -35,17 +36,23 @@ from tests.acceptance import (
     test_open_runs,
     test_overflow,
     test_portal,
+    test_reserve,
     test_restart,
+    test_retries,
     test_room,
     test_routing,
     test_shared_overflow,
     test_silent_store,
     test_slot,
+    test_start_deadlines,
     test_start_gate,
+    test_stored_retries,
     test_stored_text,
     test_stored_tickets,
     test_submitting,
     test_supervision,
+    test_tenants,
+    test_tenants_in_the_overflow,
     test_upstream,
     test_upstream_retries,
     test_worker_changes,
@@ -56,7 +63,7 @@ from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_quota_debt
-from tests.unit.admission import test_thresholds
+from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_sqlite_store
@@ -211,6 +218,34 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_start_is_not_recorded: test_leases.test_a_start_is_on_record_before_its_handler_runs,
     bugs.new_work_overtakes_spilled_work: test_overflow.test_no_new_task_overtakes_spilled_ones,
+    bugs.tenants_are_served_in_the_order_of_arrival: (
+        test_tenants.test_a_tenant_waits_for_its_turn_and_not_for_the_flood_of_another
+    ),
+    bugs.the_flood_of_a_tenant_fills_the_queue_for_all: test_tenants.test_the_flood_of_one_tenant_keeps_no_other_out,
+    bugs.new_tasks_wait_behind_the_records_of_all_tenants: (
+        test_tenants_in_the_overflow.test_a_new_task_does_not_wait_behind_the_records_of_another_tenant
+    ),
+    bugs.records_come_back_tenant_after_tenant: (
+        test_tenants_in_the_overflow.test_a_record_does_not_wait_behind_those_of_another_tenant
+    ),
+    bugs.new_tasks_take_the_slots_of_records_on_their_way_back: (
+        test_tenants_in_the_overflow.test_a_caller_that_submits_as_soon_as_a_slot_is_free_takes_turns_with_records
+    ),
+    bugs.all_tenants_come_back_by_one_schedule: (
+        test_tenants.test_a_rejected_tenant_is_not_told_to_come_back_after_the_flood_of_another
+    ),
+    bugs.producers_of_all_tenants_stand_in_one_line: (
+        test_room.test_the_producers_of_one_tenant_do_not_stand_before_those_of_another
+    ),
+    bugs.a_store_that_is_silent_keeps_slots_free: (
+        test_tenants_in_the_overflow.test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others
+    ),
+    bugs.records_of_a_blocked_tenant_come_back: (
+        test_tenants_in_the_overflow.test_the_records_of_a_blocked_tenant_keep_those_of_no_other
+    ),
+    bugs.a_tenant_runs_as_much_as_it_likes: test_tenants.test_a_tenant_holds_no_more_slots_than_it_may,
+    bugs.normal_tasks_take_reserved_slots: test_reserve.test_a_normal_task_is_rejected_by_the_load_of_what_it_may_use,
+    bugs.calls_of_all_tenants_weigh_the_same: test_tenants.test_calls_have_the_weight_of_their_tenant,
     bugs.waiting_tasks_are_moved_one_commit_each: (
         test_drain.test_draining_moves_the_whole_queue_to_the_overflow_within_its_limit
     ),
@@ -677,6 +712,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.workers_keep_what_happened_to_them_when_their_supervisor_starts_again: (
         test_restart.test_a_failed_worker_begins_the_next_run_with_its_breaker_closed
     ),
+    bugs.a_run_outlives_its_event_loop: test_restart.test_a_nested_supervisor_whose_loop_ended_starts_again_too,
     bugs.a_store_waits_for_a_loop_that_has_ended: (
         test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
     ),
@@ -690,6 +726,51 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_found_task_runs_as_it_was_read: (
         test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
     ),
+    # tasks with deadlines that wait
+    bugs.every_task_is_judged_as_if_it_were_like_the_others: (
+        test_start_deadlines.test_a_task_with_an_estimate_is_compared_with_tasks_of_its_size
+    ),
+    bugs.estimates_that_predict_nothing_are_used: (
+        test_estimated_times.test_estimates_that_grow_where_times_fall_are_not_used
+    ),
+    bugs.a_burst_is_judged_as_a_queue_that_stands: (
+        test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
+    ),
+    bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
+    bugs.answers_of_the_overflow_wake_who_waits_for_room: (
+        test_room.test_whoever_waits_does_not_ask_the_overflow_all_the_time
+    ),
+    bugs.who_is_blocked_holds_up_the_line_for_room: (
+        test_room.test_a_message_whose_conversation_is_full_lets_others_pass
+    ),
+    bugs.a_reader_that_is_cancelled_submits_its_task_again: (
+        test_fan_out.test_a_reader_that_is_cancelled_while_the_overflow_answers_can_go_on
+    ),
+    bugs.tasks_of_a_declared_type_outlive_their_fan_out: (
+        test_fan_out.test_leaving_cancels_tasks_whose_payload_was_made_of_the_declared_type
+    ),
+    bugs.second_attempts_run_in_the_context_of_a_timer: (
+        test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
+    ),
+    bugs.the_reader_of_a_fan_out_that_is_left_waits_on: (
+        test_fan_out.test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends
+    ),
+    # retries of tasks
+    bugs.a_task_has_one_attempt_more_than_its_policy: test_retries.test_a_task_ends_as_its_last_attempt_did,
+    bugs.a_task_keeps_its_slot_between_its_attempts: test_retries.test_a_task_holds_no_slot_between_its_attempts,
+    bugs.retries_take_nothing_from_the_budget: test_retries.test_the_retry_budget_bounds_the_retries_of_all_tasks,
+    bugs.a_retry_goes_before_all_that_wait: test_retries.test_a_retry_goes_to_the_end_of_its_queue,
+    bugs.a_key_remembers_a_task_that_failed: test_retries.test_a_key_remembers_success_only,
+    bugs.a_restart_forgets_the_attempts_that_failed: (
+        test_delayed_tasks.test_another_process_makes_the_next_attempt_and_counts_those_before
+    ),
+    bugs.a_stored_task_that_failed_for_good_is_no_dead_letter: (
+        test_stored_retries.test_a_spilled_task_is_retried_until_it_is_a_dead_letter
+    ),
+    bugs.a_retry_in_the_store_waits_for_maintenance: (
+        test_delayed_tasks.test_a_retry_in_the_store_does_not_wait_for_maintenance
+    ),
+    bugs.the_store_does_not_count_the_attempts_that_failed: test_task_store.test_failures_and_delays_add_up,
 }
 
 

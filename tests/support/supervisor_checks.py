@@ -221,11 +221,11 @@ def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) ->
                 f"the pool of {pool.task_type!r} counts {pool.nested} nested tasks, {pool.suspended} suspended runs,"
                 f" {len(pool.nested_spilled)} nested tasks in the overflow"
             )
-        if queued or pool.parked or pool.reserved or pool.delayed or any(pool.spilling.values()):
+        if queued or pool.parked or pool.reserved or pool.delayed or any(pool.spilled.spilling.values()):
             yield (
                 f"the queue of {pool.task_type!r} holds {queued}, {pool.parked} tasks behind their thread,"
                 f" {pool.delayed} tasks to be retried, {pool.reserved} places for records,"
-                f" {sum(pool.spilling.values())} tasks being spilled"
+                f" {sum(pool.spilled.spilling.values())} tasks being spilled"
             )
     unresolved = [
         ticket for ticket in dispatcher.core.registry.live.values() if ticket.status is not TaskStatus.SPILLED

@@ -34,7 +34,9 @@ from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.tenants import RESOURCE_PREFIX
 from forebay.supervisor.ticket import Reclaim, Refusal, Ticket, TicketOwner
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
-    from forebay.supervisor.worker import WorkerAgent
 
 T = TypeVar("T")
 
@@ -56,7 +57,6 @@ _MAX_NESTING = 1000
 # Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
 # own task type goes down one run a turn, and so does its cancellation, which would never reach the deepest run.
 _DEEP = 100
-_WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
 class TryAdmit(Protocol):
@@ -119,6 +119,7 @@ class AdmissionController:
         self._live: Mapping[str, Ticket] = core.registry.live
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._load = dispatcher.load
+        self._tenants = core.tenants
         self._codecs = core.codecs
         self._bus = core.bus
         self._draw = draw
@@ -148,6 +149,11 @@ class AdmissionController:
         self._state = _State.CLOSED
         self.room.wake_all()
 
+    @property
+    def may_ask_store(self) -> bool:
+        """True if submitting a task may take time, because there is an overflow."""
+        return self._dispatcher.spill is not None
+
     # --- the ways to submit ---
 
     async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
@@ -176,7 +182,12 @@ class AdmissionController:
         task = self._codecs.fit_payload(task)
         pool, parent = self._check(task)
         priority, run = task.priority, original.run
-        if run is None or pool.queue or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0]):
+        if (
+            run is None
+            or pool.queue
+            or task.tenant in self._tenants.blocked
+            or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0])
+        ):
             return None
         worker = self._dispatcher.start_gate.pick(pool, priority, nested=original.nested, avoid=run.worker)
         if worker is None or not self._dispatcher.retries.take():
@@ -186,6 +197,29 @@ class AdmissionController:
         self._submitted(ticket)
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return ticket
+
+    def enter_line(
+        self, task: Task, on_turn: Callable[[], object], *, is_waiting: Callable[[], bool] | None = None
+    ) -> RoomTurn:
+        """Put the submitter of a task in line for room.
+
+        It lets others pass while the conversation of the task takes no more, and unless `is_waiting`.
+
+        Args:
+            task: the task.
+            on_turn: called whenever its submitter is to try again.
+            is_waiting: returns whether it would then; None: it always would.
+        """
+        may_spill = self._dispatcher.spill is not None and (task.spill or task.durable)
+        thread_id = None if may_spill else task.thread_id  # in the overflow there is room for any message
+        pool, nested = self.pool_of(task.task_type), self._is_nested()
+
+        def is_blocked() -> bool:
+            if is_waiting is not None and not is_waiting():
+                return True
+            return thread_id is not None and self._is_conversation_full(thread_id, pool, nested=nested)
+
+        return self.room.enter(task, on_turn, is_blocked)
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task, or room for one."""
@@ -229,16 +263,15 @@ class AdmissionController:
         reclaim: Reclaim | None = None
         try:
             while (left := min(until - self.loop.time(), _time_left(task, parent))) > 0:
-                if turn is None:
-                    may_try = not self.room.is_behind(task.task_type, task.priority)
-                else:
-                    may_try = self.room.is_first(turn)
+                may_try = not self.room.is_behind(task) if turn is None else self.room.is_first(turn)
                 if may_try and ((ticket := await self._submit(task, in_line=True)) or not ticket.in_line):
                     return ticket
                 if turn is None:
-                    turn = self.room.enter(task.task_type, task.priority, ready.set)
+                    turn = self.enter_line(task, ready.set)
                     # The caller may be a run, and the room come with the end of tasks that need its slot.
                     reclaim = self._dispatcher.lend_slots(parent, None)
+                elif may_try:
+                    self.room.pass_turn(turn)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left, _ROOM_RECHECK)):
                         await ready.wait()
@@ -394,12 +427,13 @@ class AdmissionController:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested)
+        tenant = ticket.task.tenant
+        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested, tenant=tenant)
         if ticket.task.thread_id is not None and ticket.lease is None:  # one with a lease is the first of those stored
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
                 return refusal
-        if may_spill and not ticket.nested and pool.spilled_ahead(priority):
+        if may_spill and not ticket.nested and pool.spilled_ahead(priority, tenant):
             worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
@@ -407,6 +441,8 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
+        elif pool.takes_turns and not ticket.nested and (own := self._tenants.load(tenant)) and own >= load:
+            load, resource = own, RESOURCE_PREFIX + tenant
         if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
@@ -430,39 +466,63 @@ class AdmissionController:
         Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
         run fail for good, though nothing is wrong with it.
         """
-        return ticket.nested and (self._state is not _OPEN if pool.is_served else pool.finishing > 0)
+        if not ticket.nested:
+            return False
+        if not pool.is_served:
+            return pool.finishing > 0
+        return self._state is not _OPEN and pool.ever_serves(ticket.task.priority)
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
         if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
             return None
         priority = ticket.task.priority
-        waterfall = priority <= _WATERFALL_PRIORITY
-        ahead = pool.queue.ahead(priority) if waterfall else pool.queue.length
-        if ahead:
+        if pool.takes_turns:
+            if pool.must_wait(priority, ticket.task.tenant):
+                return None
+        elif pool.queue.ahead(priority) if priority <= URGENT else pool.queue.length:
             return None
-        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=waterfall)
+        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=priority <= URGENT)
 
     def _misses_deadline(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, remaining: float) -> bool:
         """Return whether a task that would start on `worker`, or wait, is expected to end after its deadline."""
-        wait = 0.0 if worker is not None else pool.expected_wait(ticket.task.priority, nested=ticket.nested) or 0.0
+        task, wait = ticket.task, 0.0
+        if worker is None:
+            wait = pool.expected_wait(task.priority, task.tenant, nested=ticket.nested) or 0.0
         conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
         if conversation is not None:
             wait = max(wait, len(conversation.tickets) * (pool.service_times.median() or 0.0))
-        return remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining)
+        now, estimate = self.loop.time(), task.estimate
+        if remaining <= 0:
+            return True
+        if not wait:
+            return pool.cannot_meet_deadline(now, remaining, estimate=estimate)
+        return pool.would_wait_too_long(now, wait, remaining, task.priority, estimate=estimate)
 
     def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
         thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
+        if not self._is_conversation_full(thread_id, pool, nested=ticket.nested):
+            return None
         conversation = conversations.get(thread_id)
         if not ticket.nested and conversations.waits_in_overflow(thread_id):
             reason = "earlier tasks of its conversation wait in the overflow"
-        elif conversation is not None and not pool.may_park(conversation.parked):
-            reason = f"{conversation.parked} tasks of its conversation wait already"
         else:
-            return None
+            reason = f"{0 if conversation is None else conversation.parked} tasks of its conversation wait already"
         retry_after = None if may_spill else self._conversation_retry_after(pool, conversation)
         return Refusal(reason, f"conversation:{thread_id}", load, may_spill=may_spill, retry_after=retry_after)
+
+    def _is_conversation_full(self, thread_id: str, pool: Pool, *, nested: bool) -> bool:
+        """Return whether a task may not come inside because of its conversation."""
+        conversations = self._dispatcher.conversations
+        if not nested and conversations.waits_in_overflow(thread_id):
+            return True
+        conversation = conversations.get(thread_id)
+        return conversation is not None and not pool.may_park(conversation.parked)
+
+    def _is_nested(self) -> bool:
+        """Return whether what the present context submits is a nested task."""
+        return next(active_runs(context.running_task(), self._dispatcher), None) is not None
 
     def _conversation_retry_after(self, pool: Pool, conversation: Conversation | None) -> float:
         """Return the seconds after which a conversation takes another task; infinity if unknown.
@@ -480,6 +540,9 @@ class AdmissionController:
         if not pool.slots:
             what = "is FAILED" if pool.is_served else "was unregistered"
             return f"every worker for {pool.task_type!r} {what}"
+        if pool.reserved_slots(priority)[0] >= pool.slots:
+            others = "all its slots are" if not pool.ever_serves(priority) else "all slots that are not FAILED are"
+            return f"{priority.name} has no slot for {pool.task_type!r}: {others} reserved for CRITICAL and HIGH"
         full = f"{resource} is at {load:.0%}"
         if cause != resource:
             full += f" because of {cause}"
@@ -489,8 +552,9 @@ class AdmissionController:
         """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""
         if remaining == math.inf:
             return True
-        wait = pool.expected_wait(ticket.task.priority, nested=ticket.nested, spilled=True)
-        return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
+        task = ticket.task
+        wait = pool.expected_wait(task.priority, task.tenant, nested=ticket.nested, spilled=True)
+        return wait is None or wait < min(remaining, pool.max_wait(remaining, task.estimate))
 
     # --- the verdict ---
 
@@ -502,22 +566,22 @@ class AdmissionController:
         ticket.stand_in_line(waits=False)
         retry_after = refusal.retry_after
         if retry_after is None:
-            retry_after = self._retry_after(pool, ticket.task.priority)
+            retry_after = self._retry_after(pool, ticket.task)
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
         self._registry.forget_key(ticket)
         self.rejected += 1
         self._submitted(ticket)
         return ticket
 
-    def _retry_after(self, pool: Pool, priority: Priority) -> float | None:
+    def _retry_after(self, pool: Pool, task: Task) -> float | None:
         """Return the seconds after which a rejected task would be admitted, or None if unknown."""
         now = self.loop.time()
         if not pool.slots:
             known = (worker.breaker.retry_after(now) for worker in pool.workers)
             return min((seconds for seconds in known if seconds is not None), default=None)
-        threshold = self.thresholds.threshold_for(priority)
-        source_wait = self._load.time_until_below(pool, priority, threshold)
-        return pool.next_retry_slot(now, self._draw(), source_wait=source_wait)
+        threshold = self.thresholds.threshold_for(task.priority)
+        source_wait = self._load.time_until_below(pool, task.priority, threshold)
+        return pool.next_retry_slot(now, self._draw(), task.priority, task.tenant, source_wait=source_wait)
 
     def _submitted(self, ticket: Ticket) -> None:
         """Count and report a verdict."""

@@ -13,6 +13,7 @@ from forebay.events import TaskStarted
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
 from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool
+from forebay.supervisor.pools import ServedPools, urgency_among
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -23,16 +24,15 @@ from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
 from forebay.supervisor.tree.supervision import Supervision
-from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
-from forebay.task import Priority, TaskResult, TaskStatus
+from forebay.task import Priority, Task, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource, TaskRecord, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
-    from forebay.supervisor.pools import ServedPools
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.slot_counts import SlotCounts
 
@@ -88,6 +88,7 @@ class Dispatcher:
         )
         self._registry = core.registry
         self._timers = core.timers
+        self._tenants = core.tenants
         self._bus = core.bus
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
@@ -100,6 +101,8 @@ class Dispatcher:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker; it takes tasks at once."""
         self.workers[worker.name] = worker
+        if worker.reserve or self._tenants.bounded:
+            worker.count_tasks()
         if worker.handler.nested_supervisor is not None:
             self._nested[worker] = cast("NestedSupervisor", worker.handler.nested_supervisor)
         self.runs.add_worker(worker)
@@ -159,6 +162,8 @@ class Dispatcher:
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
             counts.resume()
+        if worker.counts_tasks:
+            self._count_slot(worker, run.task, 1)
 
     def lend_slot(self, run: Run) -> None:
         """Lend the slot of a run that awaits a task, and start what comes next."""
@@ -180,7 +185,50 @@ class Dispatcher:
         worker.return_slot(self.loop.time() if now is None else now, probe=worker.probing and run.is_probe)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
+        if worker.counts_tasks:
+            self._count_slot(worker, run.task, -1)
         self.dispatch(worker, now)
+
+    def _count_slot(self, worker: WorkerAgent, task: Task, by: int) -> None:
+        """Count `by` more slots as held by a task like `task`, for the reserve of `worker` and the bound of a tenant.
+
+        A tenant whose bound is reached is served no more, and again once it is not.
+        """
+        if worker.reserve:
+            for counts in self._counts_of[worker]:
+                counts.count_reserve(worker)
+        if task.priority <= URGENT:
+            worker.count_urgent(by)
+        tenant = task.tenant
+        if not self._tenants.count_running(tenant, by):
+            return
+        blocked = tenant in self._tenants.blocked
+        for task_type in self._tenants.waiting_types(tenant):
+            self._pools[task_type].tenant_blocked(tenant, blocked=blocked)
+        if not blocked:
+            self.loop.call_soon(self._serve_tenant, tenant)  # not now: its run is still ending
+
+    def _serve_tenant(self, tenant: str) -> None:
+        """Start what waits of a tenant that was blocked, on workers that have a free slot."""
+        for worker in self.slot_claims.waiting():
+            self.dispatch(worker)
+        pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
+        heads = [(pool, pool.queue.head()) for pool in pools]
+        for pool, _ in sorted(((pool, head) for pool, head in heads if head is not None), key=urgency_among):
+            self.serve(pool)
+        if self.spill is not None:
+            for pool in self._pools.values():
+                self.spill.refiller.refill(pool)
+
+    def serve(self, pool: Pool) -> None:
+        """Start what waits in the queue of `pool`, on workers that have a free slot."""
+        while pool.queue.length and (head := pool.queue.head()) is not None:
+            able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
+            if able is None:
+                break
+            self.dispatch(able)
+            if pool.queue.head() is head:  # it is the turn of another pool of that worker, or its upstream is short
+                break
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
@@ -193,12 +241,12 @@ class Dispatcher:
         self._registry.add(ticket)
         if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
             ticket.wait()
-            pool.park()
+            pool.park(ticket)
             self.arm_expiry(ticket)
             self._tell_drains()
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
-        elif worker is not None:
+        elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
             self.start(ticket, worker)
         else:
             self._enqueue(ticket, pool)
@@ -215,6 +263,8 @@ class Dispatcher:
         self._tell_drains()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
+        if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
+            self.spill.refiller.refill(pool)
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
             for worker in pool.workers:
                 if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
@@ -254,7 +304,7 @@ class Dispatcher:
         self.retries.leave(ticket)
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
-            pool.unpark()
+            pool.unpark(ticket)
         elif (entry := ticket.leave_queue()) is not None:
             pool.remove(ticket, entry)
 
@@ -265,7 +315,7 @@ class Dispatcher:
         """
         while (following := self.conversations.end_first(ticket)) is not None:
             pool = self._pools[following.task.task_type]
-            pool.unpark()
+            pool.unpark(following)
             if not self.retries.allow(following) or self._start_or_enqueue(following, pool):
                 return
             ticket = following
@@ -293,7 +343,7 @@ class Dispatcher:
 
         It is not the one on which the task failed last, if another one may start it.
         """
-        if pool.queue:
+        if pool.has_head or ticket.task.tenant in self._tenants.blocked:
             return None
         priority, nested = ticket.task.priority, ticket.nested
         failed_on = None if ticket.retries is None else ticket.retries.failed_on
@@ -310,7 +360,7 @@ class Dispatcher:
         served = self._served_by[worker]
         while worker.can_accept():
             entry: QueueEntry | None = None
-            if worker.suspended and worker.bars_new_runs(Priority.LOW):
+            if (worker.suspended or worker.reserve) and not worker.may_begin(Priority.LOW):
                 pool, entry = served.first_for(worker)
             else:
                 pool = served.next_pool()
@@ -349,6 +399,8 @@ class Dispatcher:
         if self.spill is not None and not self.spill.stored.lease_is_valid(ticket):
             self.spill.stored.lease_lapsed(ticket)
             return False
+        if ticket.deadline is not None:
+            pool.turn_came(self.loop.time(), ticket, ticket.deadline.remaining())
         if (reason := self.expiry_reason(ticket, pool)) is not None:
             self._end(ticket, self._result(ticket, TaskStatus.EXPIRED, reason))
         return reason is None
@@ -359,7 +411,8 @@ class Dispatcher:
             return None
         remaining = deadline.remaining()
         time = deadline.at - ticket.submitted_at if ticket.submitted_at is not None and pool.has_waiting else None
-        if remaining > 0 and not pool.cannot_meet_deadline(self.loop.time(), 0.0, remaining, time=time):
+        now, estimate = self.loop.time(), ticket.task.estimate
+        if remaining > 0 and not pool.cannot_meet_deadline(now, remaining, time=time, estimate=estimate):
             return None
         if remaining <= 0:
             return f"its turn came {format_duration(-remaining)} after its deadline"
@@ -367,8 +420,7 @@ class Dispatcher:
 
     def start(self, ticket: Ticket, worker: WorkerAgent, now: float | None = None) -> None:
         """Start a task on a worker that can accept it. `now` saves asking the clock again."""
-        if now is None:
-            now = self.loop.time()
+        now = self.loop.time() if now is None else now
         epoch = worker.breaker.allow(now)
         if worker.probing:
             self.completion.arm_breaker_timer(worker)
@@ -382,6 +434,8 @@ class Dispatcher:
         worker.start_run(now, probe=worker.probing)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
+        if worker.counts_tasks:
+            self._count_slot(worker, ticket.task, 1)
         if worker.sources:  # now, or the next task would be started as if this one made no calls
             run.expect_calls(worker.sources)
         self.started += 1

@@ -107,6 +107,7 @@ class Drain:
         starts, and they have a few seconds for it.
         """
         self._registry.add_listener(self._progress.set)
+        self._core.background_listeners.append(self._progress.set)
         self._dispatcher.wait_listeners.append(self._progress.set)
         try:
             return await self._run(timeout, closing=closing)
@@ -115,6 +116,7 @@ class Drain:
             if self._queue_spill is not None:
                 self._queue_spill.stop()
             self._dispatcher.wait_listeners.remove(self._progress.set)
+            self._core.background_listeners.remove(self._progress.set)
             self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above

@@ -7,6 +7,7 @@ import contextlib
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias, TypedDict
@@ -33,6 +34,7 @@ _LEFT: Final = "its fan-out was left"
 _ENOUGH: Final = "its fan-out has enough results"
 _RECHECK: Final = 1.0  # seconds after which a task without room is tried again: an upstream's load falls unannounced
 _TAIL: Final = 0.95
+_YIELD_INTERVAL: Final = 100  # tasks that are submitted without giving the loop a turn
 
 Hedge: TypeAlias = float | Literal["p95"]
 
@@ -75,6 +77,15 @@ class FanOutAdmission(Protocol):
     loop: asyncio.AbstractEventLoop
     room: RoomQueue
 
+    @property
+    def may_ask_store(self) -> bool:
+        """True if submitting a task may take time, because there is an overflow."""
+
+    def enter_line(
+        self, task: Task, on_turn: Callable[[], object], *, is_waiting: Callable[[], bool] | None = None
+    ) -> RoomTurn:
+        """Put the submitter of a task in line for room, in which it lets others pass unless `is_waiting`."""
+
     async def submit_once(self, task: Task) -> Ticket:
         """Submit a task whose submitter waits for room."""
 
@@ -91,12 +102,13 @@ class FanOutAdmission(Protocol):
 class _Branch:
     """One task of a fan-out, and its tickets: the second is a hedge."""
 
-    __slots__ = ("index", "task", "tickets", "timer", "watches")
+    __slots__ = ("context", "index", "task", "tickets", "timer", "watches")
 
-    def __init__(self, index: int, task: Task, ticket: Ticket) -> None:
+    def __init__(self, index: int, task: Task, ticket: Ticket, context: Context | None) -> None:
         self.index = index
         self.task = task
         self.tickets = [ticket]
+        self.context = context  # of its submitter, for a second attempt; None if there is to be none
         self.watches: list[tuple[Ticket, asyncio.Future[None]]] = []
         self.timer: Timer | None = None
 
@@ -137,6 +149,7 @@ class FanOut:
         self._submitted = self._succeeded = self._failed = 0
         self._yielded = 0
         self._next: Task | None = None  # there is no room for it yet
+        self._submission: asyncio.Task[Ticket] | None = None  # of it, while the overflow has not answered
         self._turn: RoomTurn | None = None
         self._branches: dict[int, _Branch] = {}  # that have not ended, by index
         self._inside: Counter[str] = Counter()  # results not yet read, and branches that have not ended, by task type
@@ -167,14 +180,18 @@ class FanOut:
         """
         if asyncio.get_running_loop() is not self._admission.loop:
             raise WrongLoop(what="The fan-out")
-        async with self._reading:
-            try:
-                return await self._read()
-            except StopAsyncIteration:
-                raise
-            except Exception:
-                self.cancel()
-                raise
+        try:
+            async with self._reading:
+                try:
+                    return await self._read()
+                except StopAsyncIteration:
+                    raise
+                except Exception:
+                    self.cancel()
+                    raise
+        finally:
+            if self._turn is not None:
+                self._admission.room.pass_turn(self._turn)
 
     async def _read(self) -> tuple[int, TaskResult]:
         while True:
@@ -238,22 +255,43 @@ class FanOut:
         """Submit tasks as long as there is room."""
         while (task := self._next or self._take()) is not None:
             self._next = task
-            if self._is_window_full(task):
+            if self._submission is None:
+                if self._is_window_full(task):
+                    return
+                if _is_late(task):
+                    self._next = None
+                    self._expire(task)
+                    continue
+                if not self._may_try(task):
+                    return
+            ticket = await self._ticket_of(task)
+            if ticket is None:
                 return
-            if _is_late(task):
-                self._next = None
-                self._expire(task)
-                continue
-            if not self._may_try(task):
-                return
-            ticket = await self._admission.submit_once(task)
             if not ticket and ticket.in_line:
-                if self._turn is None:
-                    self._enter_line(task)
+                self._stand_in_line(task)
                 return
             self._leave_line()
             self._next = None
             self._submit(task, ticket)
+            if not self._submitted % _YIELD_INTERVAL:
+                await asyncio.sleep(0)
+
+    async def _ticket_of(self, task: Task) -> Ticket | None:
+        """Submit a task, and return its ticket; None if the fan-out was left meanwhile.
+
+        The overflow may take its time. A reader that is cancelled meanwhile leaves the answer to the next one, because
+        submitting the task a second time would be a mistake.
+        """
+        if self._submission is None:
+            if not self._admission.may_ask_store:
+                return await self._admission.submit_once(task)
+            self._submission = asyncio.ensure_future(self._admission.submit_once(task))
+        submission = self._submission
+        await asyncio.wait((submission,))
+        if self._submission is not submission:
+            return None
+        self._submission = None
+        return submission.result()
 
     def _take(self) -> Task | None:
         """Return the next task, or None if there is none."""
@@ -282,17 +320,25 @@ class FanOut:
     def _may_try(self, task: Task) -> bool:
         """Return whether no other producer stands in line before this one; if one does, stand in line, too."""
         room = self._admission.room
-        if self._turn is not None and self._turn.task_type != task.task_type:
+        if self._turn is not None and (self._turn.task_type, self._turn.tenant) != (task.task_type, task.tenant):
             self._leave_line()
         if self._turn is not None:
             return room.is_first(self._turn)
-        if room.is_behind(task.task_type, task.priority):
+        if room.is_behind(task):
             self._enter_line(task)
             return False
         return True
 
+    def _stand_in_line(self, task: Task) -> None:
+        """Wait for room: the task was rejected, and may be admitted later."""
+        if self._turn is None:
+            self._enter_line(task)
+        else:
+            self._admission.room.pass_turn(self._turn)
+
     def _enter_line(self, task: Task) -> None:
-        self._turn = self._admission.room.enter(task.task_type, task.priority, self._changed.set)
+        # While nobody reads, nothing is submitted, so others must not wait for this one.
+        self._turn = self._admission.enter_line(task, self._changed.set, is_waiting=self._reading.locked)
 
     def _leave_line(self) -> None:
         if self._turn is not None:
@@ -300,7 +346,8 @@ class FanOut:
             self._turn = None
 
     def _submit(self, task: Task, ticket: Ticket) -> None:
-        branch = _Branch(self._submitted, task, ticket)
+        may_hedge = self._hedge is not None and _can_be_hedged(task)
+        branch = _Branch(self._submitted, task, ticket, copy_context() if may_hedge else None)
         self._submitted += 1
         self._inside[task.task_type] += 1
         self._branches[branch.index] = branch
@@ -309,7 +356,7 @@ class FanOut:
             self._changed.set()
         else:
             self._watch(branch, ticket)
-            if self._hedge is not None and _can_be_hedged(task):
+            if may_hedge:
                 self._arm_hedge(branch)
         self._report()
 
@@ -332,7 +379,7 @@ class FanOut:
 
     def branch_ended(self, branch: _Branch) -> None:
         """Take note that an attempt of a branch has ended."""
-        if branch.index in self._branches and branch not in self._ended:
+        if branch.index in self._branches:
             self._ended.append(branch)
             self._changed.set()
 
@@ -340,6 +387,8 @@ class FanOut:
         """Take the results of the tasks that have ended."""
         while self._ended:
             branch = self._ended.popleft()
+            if branch.index not in self._branches:  # both of its attempts had ended
+                continue
             result = _result_of(branch)
             if result is None:  # the other attempt goes on
                 continue
@@ -402,7 +451,8 @@ class FanOut:
             self._arm_hedge(branch)
             return
         copy = msgspec.structs.replace(branch.task, task_id=clock.new_id(), spill=False)
-        second = self._admission.submit_hedge(copy, ticket)
+        assert branch.context is not None  # noqa: S101 - it may be hedged
+        second = branch.context.run(self._admission.submit_hedge, copy, ticket)  # else in that of a timer
         if second is None:  # no other worker is free, or the retry budget is used up
             again = self._admission.loop.time() + _RECHECK
             branch.timer = self._timers.at(again, _hedge_due, weakref.ref(self), branch)
@@ -420,10 +470,15 @@ class FanOut:
 
     def _cancel(self, reason: str) -> None:
         self._leave_line()
-        self._tasks = self._next = None
+        task, self._tasks, self._next = self._next, None, None
+        submission, self._submission = self._submission, None
+        if submission is not None and task is not None:
+            submission.cancel()
+            submission.add_done_callback(partial(_cancel_late, task, reason))
         branches, self._branches = self._branches, {}
         for branch in branches.values():
             self._stop(branch, reason)
+        self._changed.set()  # another reader may wait
 
     def _stop(self, branch: _Branch, reason: str) -> None:
         """Cancel the attempts of a branch that go on, unless others wait for them."""
@@ -431,10 +486,9 @@ class FanOut:
         for ticket, done in branch.watches:
             ticket.unwatch(done)
         branch.watches.clear()
-        for ticket in branch.tickets:
-            mine = ticket is not branch.tickets[0] or ticket.task is branch.task
-            if mine and not (ticket.done() or ticket.shared or ticket.is_observed):
-                ticket.cancel(reason)
+        for number, ticket in enumerate(branch.tickets):
+            if number or _is_own(ticket, branch.task):
+                _cancel_unless_shared(ticket, reason)
 
     async def aclose(self) -> None:
         """Leave the iteration: cancel the tasks that have not ended."""
@@ -449,13 +503,35 @@ class FanOut:
         self.cancel()
 
     def __del__(self) -> None:
-        if not getattr(self, "_branches", None) or self._admission.loop.is_closed():
+        if getattr(self, "_reading", None) is None or self._admission.loop.is_closed():
+            return
+        if not (self._branches or self._turn or self._submission):
             return
         with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
             if asyncio._get_running_loop() is self._admission.loop:  # noqa: SLF001 - documented; None in a thread
                 self.cancel()
             else:
                 self._admission.loop.call_soon_threadsafe(self.cancel)
+
+
+def _is_own(ticket: Ticket, task: Task) -> bool:
+    """Return whether a ticket is that of `task`, and not what somebody else has submitted under its key.
+
+    It may have the task with a payload of the declared type.
+    """
+    return ticket.task_id == task.task_id
+
+
+def _cancel_unless_shared(ticket: Ticket, reason: str) -> None:
+    """Cancel a task, unless others wait for it."""
+    if not (ticket.done() or ticket.shared or ticket.is_observed):
+        ticket.cancel(reason)
+
+
+def _cancel_late(task: Task, reason: str, submission: asyncio.Future[Ticket]) -> None:
+    """Cancel a task whose fan-out was left before the overflow had answered."""
+    if not submission.cancelled() and submission.exception() is None and _is_own(submission.result(), task):
+        _cancel_unless_shared(submission.result(), reason)
 
 
 # Tickets and timers hold a fan-out weakly, so that its tasks are cancelled once nobody reads it any more.

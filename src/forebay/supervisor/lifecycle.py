@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.worker import WorkerAgent
 
-_OTHER_LOOP_CHECK = 0.05  # seconds between two looks at a supervisor that is being closed in another event loop
+_OTHER_LOOP_CHECK = 0.05  # seconds between two looks at a supervisor that starts or closes in another event loop
 
 
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
@@ -68,13 +68,13 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         dispatcher.core.registry.notify_progress()
 
 
-async def wait_until_closed(closing: asyncio.Future[None]) -> None:
-    """Wait for the end of a supervisor that is being closed, perhaps in another event loop, or one that has ended."""
-    loop = closing.get_loop()
+async def wait_until_done(step: asyncio.Future[None]) -> None:
+    """Wait for the start or the close of a supervisor, perhaps in another event loop, or in one that has ended."""
+    loop = step.get_loop()
     if loop is asyncio.get_running_loop():
-        await asyncio.wait((closing,))
+        await asyncio.wait((step,))
         return
-    while not (closing.done() or loop.is_closed()):  # noqa: ASYNC110 - that loop may end without a word to this one
+    while not (step.done() or loop.is_closed()):  # noqa: ASYNC110 - that loop may end without a word to this one
         await asyncio.sleep(_OTHER_LOOP_CHECK)
 
 

@@ -27,7 +27,7 @@ class NestedSupervisor(Protocol):
 
     @property
     def running(self) -> bool:
-        """True from the call of `start` to that of `close`."""
+        """True from the call of `start` to that of `close`, or to the end of its event loop."""
 
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task."""

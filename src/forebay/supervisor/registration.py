@@ -41,6 +41,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     task_types: Sequence[str],
     max_concurrent: int,
     max_open: int | None,
+    reserve: int,
     timeout: float,
     retry: Retry | None,
     config: Config | None,
@@ -66,6 +67,9 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     owner = f"worker {name!r}"
     none = "for twice max_concurrent"
     check_whole(owner, "max_open", max_open, minimum=max_concurrent, none=none)
+    check_whole(owner, "reserve", reserve, minimum=0)
+    if reserve > max_concurrent:
+        reject(owner, "reserve", reserve, f"at most its slots, max_concurrent={max_concurrent}")
     if on_cancel is not None and not callable(on_cancel):
         reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
@@ -103,6 +107,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         task_types=kinds,
         max_concurrent=max_concurrent,
         max_open=max_open,
+        reserve=reserve,
         timeout=float(timeout),
         retry=retry,
         breaker=Breaker(rules, draw=draw),

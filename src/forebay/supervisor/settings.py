@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +11,7 @@ from forebay._validate import check_choice, check_instance, check_positive, chec
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
 from forebay.retry import RetryBudget
+from forebay.supervisor.tenants import Tenant
 from forebay.supervisor.tree.restart_policy import Strategy
 
 _OWNER: Final = "BackpressureSupervisor"
@@ -38,6 +39,7 @@ class SupervisorSettings:
     keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
+    tenants: Mapping[str, Tenant]
     strategy: str
     max_restarts: int
     within: float

@@ -38,7 +38,7 @@ from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_closed
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_done
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
@@ -48,12 +48,13 @@ from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
+from forebay.supervisor.tenants import Tenant, Tenants, tenant_settings
 from forebay.supervisor.ticket import Ticket, value_of
 from forebay.supervisor.tree.tree_node import TreeNode, supervisor_node
 from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_removal import WorkerRemoval
-from forebay.task import Deadline, Priority, Task
+from forebay.task import DEFAULT_TENANT, Deadline, Priority, Task
 from forebay.upstream import Upstream
 
 ResultT = TypeVar("ResultT")
@@ -86,6 +87,8 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
+        tenants: the weight of a tenant, or a `Tenant` with its bounds, by name. Tenants with work waiting take turns by
+            their weights; one that is not named has a weight of 1.
         strategy: which workers are started again when the life of one has ended: ``"one_for_one"``, it alone;
             ``"one_for_all"``, all; ``"rest_for_one"``, it and those that were registered after it.
         max_restarts: how many restarts within `within` seconds there may be. One more, and a supervisor that is a
@@ -112,6 +115,7 @@ class BackpressureSupervisor:
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
+        tenants: Mapping[str, float | Tenant] | None = None,
         strategy: str = "one_for_one",
         max_restarts: int = 3,
         within: float = 5.0,
@@ -129,6 +133,7 @@ class BackpressureSupervisor:
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
+            tenants=tenant_settings(tenants),
             strategy=strategy,
             max_restarts=max_restarts,
             within=within,
@@ -161,6 +166,7 @@ class BackpressureSupervisor:
         task_types: Sequence[str],
         max_concurrent: int = 1,
         max_open: int | None = None,
+        reserve: int = 0,
         timeout: float = 300.0,
         retry: Retry | None = None,
         payload: Any = None,
@@ -187,6 +193,8 @@ class BackpressureSupervisor:
             max_concurrent: how many tasks it runs at a time.
             max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
                 theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
+            reserve: how many of its slots, the last ones free, are kept for CRITICAL and HIGH tasks. If it is all of
+                them, the worker takes no others.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             retry: how tasks whose attempts fail, or run out of time, are tried again, unless the task has a policy of
                 its own. None: they are not. Between two attempts a task holds no slot.
@@ -223,6 +231,7 @@ class BackpressureSupervisor:
             task_types=task_types,
             max_concurrent=max_concurrent,
             max_open=max_open,
+            reserve=reserve,
             timeout=timeout,
             retry=retry,
             config=config,
@@ -536,7 +545,7 @@ class BackpressureSupervisor:
         priority: Priority = Priority.NORMAL,
         timeout: float | None = None,
         deadline: Deadline | None = None,
-        tenant: str = "default",
+        tenant: str = DEFAULT_TENANT,
         thread_id: str | None = None,
     ) -> Slot:
         """Return a slot of a worker for the caller's own code: ``async with supervisor.slot("write"): ...``.
@@ -633,7 +642,7 @@ class BackpressureSupervisor:
     async def start(self) -> None:
         """Start on the running event loop. After `close` it may be started again, also on another loop.
 
-        If it is being closed, this waits for the end of that.
+        If it is being closed, this waits for the end of that. If its loop ended before it was closed, that run is over.
 
         Raises:
             AlreadyStarted: it has been started, and not closed.
@@ -641,9 +650,10 @@ class BackpressureSupervisor:
             SupervisorClosed: it was closed meanwhile.
         """
         while (closing := self._closing) is not None:
-            await wait_until_closed(closing)
+            await wait_until_done(closing)
             if self._closing is closing:  # otherwise somebody else has started it meanwhile
                 self._forget_run()
+        self._end_if_cut_off()
         if self._dispatcher is not None:
             raise AlreadyStarted
         dispatcher = self._begin_run(asyncio.get_running_loop())
@@ -669,6 +679,7 @@ class BackpressureSupervisor:
             bus=self._bus,
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
+            tenants=Tenants(settings.tenants),
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )
@@ -715,7 +726,7 @@ class BackpressureSupervisor:
     async def wait_until_started(self) -> None:
         """Wait for a start that somebody else has begun; return at once if there is none."""
         if self._starting is not None:
-            await asyncio.wait((self._starting,))
+            await wait_until_done(self._starting)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
@@ -743,12 +754,27 @@ class BackpressureSupervisor:
 
         If this is cancelled, closing goes on in the background. Handlers that did not stop in time count no more, and
         do not keep a slot if it is started again.
+
+        Raises:
+            WrongLoop: it runs on another event loop.
         """
+        self._end_if_cut_off()
         if self._dispatcher is None:
             return
         if self._closing is None:
+            if asyncio.get_running_loop() is not self._dispatcher.loop:
+                raise WrongLoop(what="The supervisor")
             self._closing = asyncio.ensure_future(self._close(self._dispatcher))
-        await asyncio.shield(self._closing)
+        if self._closing.get_loop() is asyncio.get_running_loop():
+            await asyncio.shield(self._closing)
+        else:
+            await wait_until_done(self._closing)
+
+    def _end_if_cut_off(self) -> None:
+        """Forget a run whose event loop ended before it was closed: nothing of it can go on."""
+        if self._dispatcher is not None and self._closing is None and self._dispatcher.loop.is_closed():
+            self._release_run()
+            self._forget_run()
 
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
@@ -762,11 +788,14 @@ class BackpressureSupervisor:
             grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
             await shut_down(dispatcher, self._workers, grace=grace)
         finally:
-            if self._loop_monitor is not None:
-                self._loop_monitor.stop()
-            if self._threads is not None:
-                self._threads.shutdown()
-            self._bus.close()
+            self._release_run()
+
+    def _release_run(self) -> None:
+        if self._loop_monitor is not None:
+            self._loop_monitor.stop()
+        if self._threads is not None:
+            self._threads.shutdown()
+        self._bus.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -787,8 +816,8 @@ class BackpressureSupervisor:
 
     @property
     def running(self) -> bool:
-        """True from the call of `start` to that of `close`."""
-        return self._dispatcher is not None and self._closing is None
+        """True from the call of `start` to that of `close`, or to the end of its event loop."""
+        return self._dispatcher is not None and self._closing is None and not self._dispatcher.loop.is_closed()
 
     @property
     def started(self) -> bool:

@@ -28,7 +28,7 @@ class TicketRegistry:
             have not ended, and of those that have succeeded.
         weak: tickets of spilled tasks that nobody here awaits. The store can restore them, so a million spilled tasks
             take no memory; a caller that still has such a ticket gets its result.
-        listeners: called whenever a task or background work has ended.
+        listeners: called whenever a task has ended, or a worker can take tasks again.
         succeeded: how many tasks have succeeded.
         ends: how many tasks have ended in each other status.
     """
@@ -140,7 +140,7 @@ class TicketRegistry:
             self._bus.emit(event)
 
     def add_listener(self, listener: Callable[[], None]) -> None:
-        """Call `listener` whenever a task or background work has ended."""
+        """Call `listener` whenever a task has ended, or a worker can take tasks again."""
         self.listeners.append(listener)
 
     def remove_listener(self, listener: Callable[[], None]) -> None:
@@ -148,6 +148,6 @@ class TicketRegistry:
         self.listeners.remove(listener)
 
     def notify_progress(self) -> None:
-        """Call the listeners, such as `drain()`: a task or background work has ended."""
+        """Call the listeners, such as `drain()`: a task has ended, or a worker can take tasks again."""
         for listener in self.listeners:
             listener()

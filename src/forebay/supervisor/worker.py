@@ -8,7 +8,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
-from forebay._validate import check_whole
+from forebay._validate import check_whole, reject
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
@@ -17,6 +17,7 @@ from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.task import Priority, TaskStatus
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
+URGENT = Priority.HIGH  # tasks of this priority or a better one go past the queue, and may take reserved slots
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
@@ -42,6 +43,7 @@ class WorkerAgent:
         task_types: Sequence[str],
         max_concurrent: int,
         max_open: int | None = None,
+        reserve: int = 0,
         timeout: float,
         retry: Retry | None = None,
         breaker: Breaker,
@@ -57,6 +59,7 @@ class WorkerAgent:
         self._max_concurrent = max_concurrent
         self._max_open = max_open  # as it was given
         self.max_open = 2 * max_concurrent if max_open is None else max_open
+        self.reserve = reserve  # slots, the last free ones, that only CRITICAL and HIGH tasks take
         self.timeout = timeout
         self.retry = retry
         self.breaker = breaker
@@ -79,6 +82,8 @@ class WorkerAgent:
     def _reset(self) -> None:
         self.breaker.reset()
         self.current_tasks = 0  # slots taken, zombies included
+        self.urgent_tasks = 0  # those that CRITICAL and HIGH tasks hold; counted only if there is a reserve
+        self.counts_tasks = False  # whether it matters whose tasks hold its slots: for a reserve, or tenants' bounds
         self.suspended = 0  # runs that have lent their slot and wait for tasks
         self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
         self.zombies = 0
@@ -89,6 +94,7 @@ class WorkerAgent:
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
         self.counted_slots = 0  # the slots that its pools count for it
         self.pending_claims = 0  # runs that lent their slot and wait to have it back
+        self.claims_held_back = False  # none of them may take a slot that is free, by the reserve or a tenant's bound
         self.sources: dict[LoadSource, None] = dict.fromkeys(self._declared)  # what the calls of its runs use
         self.declared = list(self._declared)  # those sources that no call has used yet
         self.penalty = 1.0
@@ -143,10 +149,41 @@ class WorkerAgent:
 
     def can_accept(self) -> bool:
         """Return whether a task could start on this worker now."""
-        if self.failed or self.pending_claims or not self.accepting or self.current_tasks >= self._max_concurrent:
+        if self.failed or not self.accepting or self.current_tasks >= self._max_concurrent:
+            return False
+        if self.pending_claims and not self.claims_held_back:
             return False
         # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
+
+    def may_begin(self, priority: Priority, *, nested: bool = False, overdue: bool = False) -> bool:
+        """Return whether a run of `priority` may begin on a free slot: by the reserve and by `max_open`.
+
+        Args:
+            priority: of the task.
+            nested: the task is a nested one, to which `max_open` does not apply.
+            overdue: its priority was passed over so often that it is served next.
+        """
+        if self.reserve and not self.may_take_slot(priority, again=overdue):
+            return False
+        return nested or not self.suspended or not self.bars_new_runs(priority)
+
+    def may_take_slot(self, priority: Priority, *, again: bool = False) -> bool:
+        """Return whether a run of `priority` may take a slot, if one is free, although some are reserved.
+
+        NORMAL and LOW leave the last `reserve` free slots. With `again`, for a run that has lent its slot, or a
+        priority that was passed over too often, those that CRITICAL and HIGH hold count as left: else a flood of them
+        would keep it waiting for good.
+        """
+        if priority <= URGENT:
+            return True
+        left = self.reserve - self.urgent_tasks if again else self.reserve
+        return self._max_concurrent - self.current_tasks > left
+
+    @property
+    def open_slots(self) -> int:
+        """The number of `slots` that tasks of any priority may take."""
+        return min(self.counted_slots, max(0, self._max_concurrent - self.reserve))
 
     def bars_new_runs(self, priority: Priority) -> bool:
         """Return whether it begins no run of `priority` but nested ones, because too many have begun and not ended.
@@ -168,9 +205,12 @@ class WorkerAgent:
         processes.
 
         Raises:
-            InvalidSetting: `max_concurrent` is not a whole number of at least 1.
+            InvalidSetting: `max_concurrent` is not a whole number of at least 1, or less than `reserve`.
         """
-        check_whole(f"worker {self.name!r}", "max_concurrent", max_concurrent)
+        owner = f"worker {self.name!r}"
+        check_whole(owner, "max_concurrent", max_concurrent)
+        if max_concurrent < self.reserve:
+            reject(owner, "max_concurrent", max_concurrent, f"at least the slots that it reserves, {self.reserve}")
         before, self._max_concurrent = self._max_concurrent, max_concurrent
         self.max_open = 2 * max_concurrent if self._max_open is None else max(self._max_open, max_concurrent)
         self.probes = min(self._max_probes, max_concurrent)
@@ -252,6 +292,14 @@ class WorkerAgent:
         if probe:
             self._probes_in_flight -= 1
 
+    def count_tasks(self) -> None:
+        """Have the dispatcher count whose tasks hold its slots."""
+        self.counts_tasks = True
+
+    def count_urgent(self, by: int) -> None:
+        """Count `by` more slots as held by CRITICAL and HIGH tasks."""
+        self.urgent_tasks += by
+
     def busy_seconds(self, now: float) -> float:
         """Return for how many seconds its slots were taken, summed over the slots."""
         return self._busy_seconds + self.current_tasks * now
@@ -296,6 +344,10 @@ class WorkerAgent:
     def remove_claim(self) -> None:
         """Stop counting a run that waited to have its slot back."""
         self.pending_claims -= 1
+
+    def hold_back_claims(self, held_back: bool) -> None:  # noqa: FBT001 - a state
+        """Record whether the free slots are such that no run which claims one may take it."""
+        self.claims_held_back = held_back
 
     # --- its score ---
 

@@ -89,8 +89,8 @@ class WorkerSelector:
         if self._expected:
             self._update_expected()
         best = self._best()
-        if best is not None and best.suspended and not nested and best.bars_new_runs(priority):
-            best = self._best_for_new_run(priority)
+        if best is not None and (best.suspended or best.reserve) and not best.may_begin(priority, nested=nested):
+            best = self._best_for_new_run(priority, nested=nested)
         if idle_first and best is not None and best.current_tasks:
             return self._first_idle(priority, nested=nested) or best
         return best
@@ -100,7 +100,7 @@ class WorkerSelector:
         able = [
             worker
             for worker in self._current
-            if worker is not avoid and worker.can_accept() and (nested or not worker.bars_new_runs(priority))
+            if worker is not avoid and worker.can_accept() and worker.may_begin(priority, nested=nested)
         ]
         return self._least_score(able)
 
@@ -115,7 +115,7 @@ class WorkerSelector:
         for worker in self._idle:
             if worker.current_tasks:
                 busy.append(worker)
-            elif worker.can_accept() and (nested or not worker.bars_new_runs(priority)):
+            elif worker.can_accept() and worker.may_begin(priority, nested=nested):
                 found = worker
                 break
         for worker in busy:
@@ -128,10 +128,10 @@ class WorkerSelector:
             self.update(worker)
             source.inform(worker, self)
 
-    def _best_for_new_run(self, priority: Priority) -> WorkerAgent | None:
+    def _best_for_new_run(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
         """Return the best worker that may begin a new run: a search of all, since the best one may not."""
         return self._least_score(
-            worker for worker in self._current if worker.can_accept() and not worker.bars_new_runs(priority)
+            worker for worker in self._current if worker.can_accept() and worker.may_begin(priority, nested=nested)
         )
 
     def _best(self) -> WorkerAgent | None:

@@ -113,7 +113,7 @@ class RunCompletion:
         """End a run at its timeout, or at its deadline if that came first."""
         now, timeout = self._loop.time(), run.task.timeout or run.worker.timeout
         if run.deadline is not None and now + run.deadline.remaining() <= run.started_at + timeout + _CLOCK_TOLERANCE:
-            self._pools[run.task.task_type].service_times.record_timeout(now - run.started_at)
+            self._pools[run.task.task_type].record_timeout(now - run.started_at, run.task.estimate)
             self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
             self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {format_duration(timeout)}")
@@ -208,10 +208,7 @@ class RunCompletion:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
         if run.ended:
             self._orphan_stopped(run)
-        else:
-            self._run_ended(run, value, cause)
-
-    def _run_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
+            return
         worker, ticket, task = run.worker, run.ticket, run.task
         cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
@@ -266,6 +263,8 @@ class RunCompletion:
         worker, ticket, task = run.worker, run.ticket, run.task
         if run.calls is not None:
             pool.record_calls(run.calls)
+        if task.estimate is not None:
+            pool.record_estimated(seconds, task.estimate)
         worker.record_success(task.task_type, seconds)
         if worker.breaker.record(now, _SUCCESS, run.breaker_epoch) is not None:
             self._update_breaker(worker, "")

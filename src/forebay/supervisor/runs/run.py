@@ -191,6 +191,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             self.dispatcher.core.registry.emit(self.ticket, event)
             self.dispatcher.core.bus.limit_backlog()  # a handler may report much without ever giving the loop a turn
 
+    @property
+    def tenant_weight(self) -> float:
+        """The share of turns of its tenant, which upstreams give its calls."""
+        return self.dispatcher.core.tenants.weight(self.task.tenant)
+
     # --- expected calls ---
 
     def expect_calls(self, sources: Mapping[LoadSource, None]) -> None:
@@ -397,6 +402,13 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         return held
 
 
+def _may_resume(run: Run) -> bool:
+    """Return whether a run that has lent its slot may take a free one: by the reserve, and the bound of its tenant."""
+    if run.worker.reserve and not run.worker.may_take_slot(run.task.priority, again=True):
+        return False
+    return run.task.tenant not in run.dispatcher.core.tenants.blocked
+
+
 def was_interrupted(run: Run, cause: BaseException | None) -> bool:
     """Return whether a Ctrl-C ended the handler of `run`, which cannot be if it ran in a thread."""
     in_loop = run.ticket.slot is not None or not run.worker.handler.blocking
@@ -488,12 +500,13 @@ class SlotClaims:
             it has a slot. A run that does not stop when it is cancelled gets the next slot too: it is at work.
         """
         worker = run.worker
-        if worker.has_free_slot() and not worker.pending_claims:
+        if worker.has_free_slot() and _may_resume(run) and not self._is_behind(worker):
             run.dispatcher.take_slot(run)
             return None
         if run.abandoned_at is not None and any(other is run for other, _ in self._claims.get(worker, ())):
             return None
         granted: asyncio.Future[None] = run.dispatcher.core.loop.create_future()
+        worker.hold_back_claims(worker.has_free_slot() and not self._is_behind(worker))
         self._claims.setdefault(worker, deque()).append((run, granted))
         worker.add_claim()
         return None if run.abandoned_at is not None else granted
@@ -503,9 +516,12 @@ class SlotClaims:
         self._remove(run.worker, [claim for claim in self._claims.get(run.worker, ()) if claim == (run, granted)])
 
     def grant(self, worker: WorkerAgent) -> None:
-        """Give the free slots of `worker` to the runs that claim them, the oldest claim first."""
+        """Give the free slots of `worker` to the runs that claim them and may take them, the oldest claim first."""
         while worker.pending_claims and worker.has_free_slot():
-            run, _ = self._claims[worker][0]
+            run = next((run for run, _ in self._claims[worker] if _may_resume(run)), None)
+            worker.hold_back_claims(run is None)
+            if run is None:
+                return
             if run.lacks_slot:
                 run.dispatcher.take_slot(run)
             answered = [claim for claim in self._claims[worker] if claim[0] is run]  # one slot answers them all
@@ -513,6 +529,14 @@ class SlotClaims:
             for _, granted in answered:
                 if not granted.done():
                     granted.set_result(None)
+
+    def waiting(self) -> list[WorkerAgent]:
+        """Return the workers of which a slot is claimed."""
+        return [worker for worker, claims in self._claims.items() if claims]
+
+    def _is_behind(self, worker: WorkerAgent) -> bool:
+        """Return whether a run that could take a free slot of `worker` claims one already."""
+        return worker.pending_claims > 0 and any(_may_resume(run) for run, _ in self._claims[worker])
 
     def forget(self, worker: WorkerAgent) -> None:
         """Forget a worker on which nothing runs any more."""

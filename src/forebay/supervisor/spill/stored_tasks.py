@@ -376,7 +376,7 @@ class StoredTasks:
             self.release(ticket)
         elif delayed:
             if ticket.nested and (pool := self._core.pools.by_type.get(ticket.task.task_type)) is not None:
-                pool.add_nested_spilled(ticket.task_id)
+                pool.add_nested_spilled(ticket)
             self.wait_delayed(ticket, due_at=delay.due_here)
         else:
             self.leave_to_other_process(ticket)
@@ -470,7 +470,7 @@ class StoredTasks:
         elif pool is None:
             self.count_waiting(task.task_type)
         elif task.thread_id is None:  # else those that wait are counted again
-            pool.remove_spilled(task.priority)
+            pool.remove_spilled(task.priority, task.tenant)
 
     def _left_overflow(self, ticket: Ticket) -> None:
         """Count a nested task no more as one that waits in the overflow and comes back here."""

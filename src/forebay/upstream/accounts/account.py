@@ -82,7 +82,7 @@ class Account:
         budgets: returns the budgets that a call spends from.
         upstream_budget: the budget that all its calls spend from, if there is one; `budgets` returns it too.
         max_wait: seconds of expected wait above which a call is rejected.
-        weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        weights: tenants' shares of turns; for a tenant that is not named, the weight of its call counts.
         has_key: its calls have an API key, which may be invented.
         draw: returns random numbers from [0, 1).
     """

@@ -11,6 +11,7 @@ from tests.unit.supervisor.test_ticket import new_ticket
 
 from forebay.supervisor.runs.run import ActiveRuns, Run, RunOwner, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan, active_runs
+from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, Task
@@ -21,6 +22,7 @@ class Core:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.tenants = Tenants({})
 
 
 class Owner:
