@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Final
 
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.task import Priority
+
+if TYPE_CHECKING:
+    from forebay.supervisor.runs.timers import Timer, Timers
+
+_RECHECK: Final = 1.0  # seconds after which the first tries again in any case: an upstream's load falls unannounced
 
 
 class RoomQueue:
     """The producers that wait for room, by task type: by priority, then in the order in which they came.
 
-    When a task has ended, the first producer of each type tries again; once it has left, the next one does. So room for
-    one task wakes one producer, however many wait. One that is blocked, whom room would not help now, lets those behind
-    it pass: its conversation is full, which may wait for what they submit; or it is a fan-out that nobody reads.
+    When a task has ended, and every second, the first producer of each type tries again; once it has left, the next one
+    does. So room for one task wakes one producer, however many wait. One that is blocked, whom room would not help now,
+    lets those behind it pass: its conversation is full, which may wait for what they submit; or it is a fan-out that
+    nobody reads.
 
     Args:
         loop: the event loop.
+        timers: the timers of the supervisor.
         registry: calls a listener whenever a task has ended.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, registry: TicketRegistry) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, timers: Timers, registry: TicketRegistry) -> None:
         self._loop = loop
+        self._timers = timers
+        self._timer: Timer | None = None
         self._registry = registry
         self._lines: dict[str, tuple[dict[RoomTurn, None], ...]] = {}  # by task type and priority
         self._notified = False
@@ -32,7 +42,8 @@ class RoomQueue:
         task_type: str,
         priority: Priority,
         on_turn: Callable[[], object],
-        is_blocked: Callable[[], bool],
+        is_blocked: Callable[[], bool] | None = None,
+        group: Hashable = None,
     ) -> RoomTurn:
         """Put a producer in line.
 
@@ -40,11 +51,13 @@ class RoomQueue:
             task_type: of its task.
             priority: of its task.
             on_turn: called, not within another call, whenever it is to try again.
-            is_blocked: returns whether room would not help it now, so that those behind it pass.
+            is_blocked: returns whether room would not help it now, so that those behind it pass; None: it always would.
+            group: of those that are blocked at the same time.
         """
         if not self._lines:
             self._registry.add_listener(self._task_ended)
-        turn = RoomTurn(task_type, priority, on_turn, is_blocked)
+            self._arm()
+        turn = RoomTurn(task_type, priority, on_turn, is_blocked, group)
         line = self._lines.setdefault(task_type, tuple({} for _ in Priority))
         line[priority][turn] = None
         return turn
@@ -61,10 +74,11 @@ class RoomQueue:
         del self._lines[turn.task_type]
         if not self._lines:
             self._registry.remove_listener(self._task_ended)
+            self._timers.cancel(self._timer)
 
     def pass_turn(self, turn: RoomTurn) -> None:
         """Have the next producer try, if one that is in line is blocked: there may be room for others."""
-        if turn.is_blocked():
+        if turn.blocked:
             self._wake(self._lines[turn.task_type])
 
     def is_first(self, turn: RoomTurn) -> bool:
@@ -88,6 +102,13 @@ class RoomQueue:
             self._notified = True
             self._loop.call_soon(self._wake_first)
 
+    def _arm(self) -> None:
+        self._timer = self._timers.at(self._loop.time() + _RECHECK, self._recheck)
+
+    def _recheck(self) -> None:
+        self._arm()
+        self._wake_first()
+
     def _wake_first(self) -> None:
         self._notified = False
         for line in self._lines.values():
@@ -103,24 +124,37 @@ class RoomQueue:
 class RoomTurn:
     """The place of one producer in line."""
 
-    __slots__ = ("is_blocked", "on_turn", "priority", "task_type")
+    __slots__ = ("_is_blocked", "group", "on_turn", "priority", "task_type")
 
     def __init__(
         self,
         task_type: str,
         priority: Priority,
         on_turn: Callable[[], object],
-        is_blocked: Callable[[], bool],
+        is_blocked: Callable[[], bool] | None,
+        group: Hashable,
     ) -> None:
         self.task_type = task_type
         self.priority = priority
         self.on_turn = on_turn
-        self.is_blocked = is_blocked
+        self.group = group
+        self._is_blocked = is_blocked
+
+    @property
+    def blocked(self) -> bool:
+        """True if room would not help the producer now."""
+        return self._is_blocked is not None and self._is_blocked()
 
 
-def _in_order(line: tuple[dict[RoomTurn, None], ...]) -> Iterator[RoomTurn]:
+def _in_order(line: Iterable[dict[RoomTurn, None]]) -> Iterator[RoomTurn]:
     return (turn for turns in line for turn in turns)
 
 
 def _first(line: tuple[dict[RoomTurn, None], ...]) -> RoomTurn | None:
-    return next((turn for turn in _in_order(line) if not turn.is_blocked()), None)
+    blocked = set[Hashable]()  # groups: thousands of messages may wait for one conversation
+    for turn in _in_order(line):
+        if turn.group not in blocked:
+            if not turn.blocked:
+                return turn
+            blocked.add(turn.group)
+    return None
