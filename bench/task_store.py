@@ -19,7 +19,7 @@ from forebay.events import Event, TaskFinished
 from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
 from forebay.overflow import encode_task, open_task_store
 from forebay.storage.url import Synchronous
-from forebay.task import Priority
+from forebay.task import DEFAULT_TENANT, Priority
 
 RECORDS = 20_000
 AT_ONCE = 1_000  # puts in flight at a time, and records in a raw transaction
@@ -83,7 +83,8 @@ async def lease_all(store: TaskStore, limit: int = BOUND) -> tuple[list[Lease], 
     leases: list[Lease] = []
     until = time.time() + 1e6
     started = time.perf_counter()
-    while len(leases) < limit and (batch := await store.lease("work", LEASED, until=until)):
+    shares = {DEFAULT_TENANT: LEASED}
+    while len(leases) < limit and (batch := await store.lease("work", LEASED, until=until, shares=shares)):
         leases += batch
     return leases, time.perf_counter() - started
 

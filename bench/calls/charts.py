@@ -16,7 +16,7 @@ from bench.calls.limits import OURS, UPSTREAM
 # The palette of Okabe and Ito, which is safe for colour-blind readers.
 _COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")
 _DASHES: Final = ("-", "--", ":")  # when the colours have been used up, they return with other dashes
-_STYLE: Final[dict[Any, Any]] = {
+STYLE: Final[dict[Any, Any]] = {
     "font.size": 10.5,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -37,7 +37,7 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def plot_goodput_by_load(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder: Path) -> None:
     """Plot goodput over offered load, one line a limit."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title("Goodput relative to an oracle, by offered load")
@@ -54,7 +54,7 @@ def plot_goodput_by_scenario(shares: Mapping[tuple[str, str], float], folder: Pa
     """Plot goodput by scenario and limit, as a table with colours."""
     names = list(dict.fromkeys(name for name, _ in shares))
     limits = list(dict.fromkeys(limit for _, limit in shares))
-    with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+    with mpl.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(2.8 + 0.9 * len(limits), 1.5 + 0.36 * len(names)), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title("Goodput relative to an oracle, by scenario", pad=14)
@@ -75,7 +75,7 @@ def plot_goodput_by_scenario(shares: Mapping[tuple[str, str], float], folder: Pa
 def plot_recovery(records: Mapping[str, RunRecord], kind: str, trigger: tuple[float, float], folder: Path) -> None:
     """Plot useful work over time around a trigger, one line a limit."""
     step = 10
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title(f"A minute without any answer, at a {kind} provider")
@@ -90,6 +90,47 @@ def plot_recovery(records: Mapping[str, RunRecord], kind: str, trigger: tuple[fl
         axes.grid(visible=True)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(folder / f"recovery-{kind}.png")
+
+
+def plot_fairness(
+    waits: Mapping[tuple[int, bool], Sequence[float]],
+    gained: Mapping[tuple[str, str], float],
+    floods: Mapping[int, Sequence[float]],
+    places: Sequence[str],
+    folder: Path,
+) -> None:
+    """Plot the waits of CRITICAL tasks, the turns of tenants over what is due to them, and waits beside a flood."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(14, 4), dpi=80, layout="constrained")
+        critical, turns, small = figure.subplots(1, 3)
+        critical.set_title("CRITICAL tasks at 3x the load")
+        for colour, slots in zip(_COLOURS, dict.fromkeys(slots for slots, _ in waits), strict=False):
+            for reserved in (True, False):
+                values = waits[slots, reserved]
+                above = [1 - index / len(values) for index in range(len(values))]
+                label = f"{slots} slots, a fifth reserved" if reserved else f"{slots} slots, none"
+                critical.plot(values, above, label=label, color=colour, linestyle="-" if reserved else ":")
+        critical.axhline(0.01, color="#999999", linewidth=0.8)
+        critical.axvline(1.0, color="#999999", linewidth=0.8)
+        critical.set(yscale="log", ylim=(1e-3, 1), xlim=(0, 2.5), xlabel="wait in service times", ylabel="share above")
+        critical.legend(frameon=False, fontsize=9)
+        turns.set_title("Turns over what the weight says")
+        labels = [f"{tenant}\n{place}" for place, tenant in gained]
+        turns.bar(range(len(gained)), list(gained.values()), color=_COLOURS[0], width=0.6)
+        turns.axhspan(0.9, 1.1, color="#dddddd", zorder=0)
+        turns.set_xticks(range(len(gained)), labels, fontsize=8)
+        turns.set(ylim=(0, 1.3))
+        small.set_title("A task after a flood of another tenant")
+        for colour, (place, values) in zip(
+            _COLOURS, zip(places, zip(*floods.values(), strict=True), strict=True), strict=False
+        ):
+            style = ":" if place == "one tenant" else "-"
+            small.plot(list(floods), values, label=place, color=colour, marker="o", linestyle=style)
+        small.set(
+            xscale="log", yscale="symlog", xlabel="tasks in the flood", ylabel="wait in service times", ylim=(0, None)
+        )
+        small.legend(frameon=False, fontsize=9)
+        figure.savefig(folder / "fairness.png")
 
 
 def plot_fan_out(
@@ -108,7 +149,7 @@ def plot_fan_out(
         end: the last second that is shown.
         folder: where the picture goes.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
         left, right = figure.subplots(1, 2)
         styles = dict(zip(healthy, ({"color": colour} for colour in ("#999999", "#0072B2", "#E69F00")), strict=True))

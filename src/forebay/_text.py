@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 # For each unit: the number below which it is used, its size in seconds (or bytes), and its name.
 _DURATIONS = (
@@ -22,6 +23,7 @@ _SIZES = (
 )
 
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_ERROR = 10_000  # characters of an error's text
 
 
@@ -44,6 +46,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def header_value(text: str) -> str:
+    """Return a text as the value of a header: a space for a control character, an escape for what is not ASCII."""
+    return _CONTROLS.sub(" ", text.encode("ascii", "backslashreplace").decode()).strip()
 
 
 def format_duration(seconds: float) -> str:

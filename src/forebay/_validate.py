@@ -7,6 +7,7 @@ often what to do. A check does nothing if its argument is valid.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final, NoReturn, TypeGuard
 
 from forebay._text import is_unicode
@@ -142,6 +143,17 @@ def check_name(owner: str, name: str, value: object) -> None:
     """
     if not isinstance(value, str) or not value or not is_unicode(value):
         reject(owner, name, value, "a non-empty string of valid Unicode")
+
+
+def check_choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """Check that `value` is one of the strings that are `allowed`.
+
+    Raises:
+        InvalidSetting: it is not.
+    """
+    if not (isinstance(value, str) and value in allowed):
+        *first, last = (f'"{choice}"' for choice in allowed)
+        reject(owner, name, value, f"{', '.join(first)} or {last}")
 
 
 def check_instance(  # noqa: PLR0913 - each a word of the message

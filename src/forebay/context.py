@@ -47,6 +47,10 @@ class RunningTask(Protocol):
     def attempt(self) -> int:
         """The number of this start of the handler, from 1."""
 
+    @property
+    def tenant_weight(self) -> float:
+        """The share of turns that its supervisor gives its tenant."""
+
     def report(self, value: Any) -> None:
         """Pass `value` to the listeners of the task's events. Callable from any thread."""
 
@@ -66,6 +70,7 @@ class _InheritedTask:
         self.task = running.task
         self.deadline = running.deadline
         self.attempt = running.attempt
+        self.tenant_weight = running.tenant_weight
 
     def report(self, value: Any) -> None:
         """See `RunningTask`."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import string
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from forebay._renamed import renamed, renamed_arguments
-from forebay._text import format_bytes, format_duration
+from forebay._text import format_bytes, format_duration, header_value
 
 _MAX_SHOWN = 100  # characters of a value in a message
 
@@ -195,6 +196,21 @@ class DuplicateWorker(ForebayError, ValueError):
     name: str
 
 
+class UnknownWorker(ForebayError, LookupError):
+    """No worker is named {name!r} (there are: {known}): it was never registered, or is unregistered already."""
+
+    name: str
+
+
+class UnregisteredInside(ForebayError, RuntimeError):
+    """unregister_worker({worker!r}) was called inside task {task_id!r}, which runs on that worker, and would wait for
+    that task: call it outside of the worker's tasks.
+    """
+
+    worker: str
+    task_id: str
+
+
 class DuplicateTask(ForebayError, ValueError):
     """A task with id {task_id!r} has not ended, or the overflow keeps it as a dead letter or for its key: leave task_id
     out to have one generated, or use key= if the same work may be submitted twice.
@@ -231,7 +247,7 @@ class UnknownTaskType(ForebayError, LookupError):
 
 class UnknownTask(ForebayError, LookupError):
     """No task {task_id!r} is known here: it was never submitted, or it ended so long ago that its result is no longer
-    kept.
+    kept. If an overflow may have it, ask that too: await supervisor.find({task_id!r}).
     """
 
     task_id: str
@@ -288,7 +304,7 @@ class NotStarted(ForebayError, RuntimeError):
 
 
 class AlreadyStarted(ForebayError, RuntimeError):
-    """The supervisor was started before, and starts once: make a new BackpressureSupervisor."""
+    """The supervisor has been started: `await supervisor.close()` before you start it again, or make another one."""
 
 
 class SupervisorClosed(ForebayError, RuntimeError):
@@ -346,7 +362,7 @@ class LoopStopped(ForebayError, RuntimeError):
 
 class StillSpilled(ForebayError):
     """Task {task_id!r} is kept in the overflow, and this supervisor drained or closed before it ran: it is not lost. It
-    runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its result.
+    runs when a supervisor with the same overflow next starts; then `await supervisor.find({task_id!r})` has its ticket.
     """
 
     task_id: str
@@ -394,6 +410,21 @@ class WorkerDied(ForebayError):
     exitcode: int | None
 
 
+class WorkerNotStarted(ForebayError):
+    """Worker {worker!r} did not start: {why}."""
+
+    worker: str
+    why: str
+
+
+class WorkerStopped(ForebayError):
+    """Worker {worker!r} was stopped while it ran task {task_id!r}: {why}."""
+
+    worker: str
+    task_id: str
+    why: str
+
+
 class ProcessNotStarted(ForebayError):
     """A process of worker {worker!r} could not be started: {why}. {advice}"""
 
@@ -439,6 +470,21 @@ class Overloaded(ForebayError):
         else:
             hint = "; back off before you come back: it is not known when there will be room"
         super().__init__(reason=reason, limited_by=limited_by, load=load, retry_after=retry_after, hint=hint)
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers with which a response of HTTP reports it; the gateway sends the same.
+
+        ``retry-after`` is in whole seconds, rounded up, and ``retry-after-ms``, which SDKs of LLM providers prefer, in
+        milliseconds; neither is there if it is not known when there will be room. ``x-forebay-limited-by`` names the
+        resource that was full.
+        """
+        headers = {}
+        if self.retry_after is not None and math.isfinite(self.retry_after):
+            headers["retry-after"] = str(math.ceil(self.retry_after))
+            headers["retry-after-ms"] = str(math.ceil(1000 * self.retry_after))
+        if self.limited_by:
+            headers["x-forebay-limited-by"] = header_value(self.limited_by)
+        return headers
 
     @classmethod
     def _from(cls, facts: dict[str, Any]) -> Self:

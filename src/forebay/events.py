@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
+from forebay import clock
 from forebay._hooks import call_plain_hook, name_of
+from forebay._json import JsonStruct, plain_field, plain_value
 from forebay._validate import check_whole
 from forebay.task import Priority, TaskResult, Verdict
 
@@ -20,11 +22,33 @@ log = logging.getLogger("forebay")
 _MAX_UNDELIVERED = 1000  # events that wait for the sinks, before code that causes more of them delivers them itself
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """The base of every event. `at` is loop time in seconds; `kind` names the event when it is sent or printed."""
+class Event(JsonStruct, frozen=True, kw_only=True):
+    """The base of every event.
+
+    Attributes:
+        kind: names the event when it is sent or printed.
+        at: loop time in seconds, to measure by.
+        time: epoch seconds, to show and to store.
+    """
 
     kind: ClassVar[str]
     at: float
+    time: float = msgspec.field(default_factory=clock.wall_time)
+
+    def as_dict(self, *, values: bool = True) -> dict[str, Any]:
+        """Return it as plain data for JSON, with its `kind`.
+
+        Args:
+            values: whether what a handler returned or reported is in it. A value that JSON cannot hold is None, and
+                ``value_error`` (of a result, ``result_error``) says why.
+        """
+        fields = {"kind": self.kind, "time": self.time}
+        for name in self.__struct_fields__:
+            fields |= self._field_as_dict(name, values=values)
+        return fields
+
+    def _field_as_dict(self, name: str, *, values: bool) -> dict[str, Any]:  # noqa: ARG002 - of two events
+        return {name: plain_field(getattr(self, name))}
 
 
 class TaskSubmitted(Event, frozen=True, kw_only=True):
@@ -85,6 +109,11 @@ class TaskProgress(Event, frozen=True, kw_only=True):
     task_id: str
     value: Any
 
+    def _field_as_dict(self, name: str, *, values: bool) -> dict[str, Any]:
+        if name != "value":
+            return super()._field_as_dict(name, values=values)
+        return plain_value(name, self.value) if values else {}
+
 
 class TaskFinished(Event, frozen=True, kw_only=True):
     """A task ended."""
@@ -92,6 +121,11 @@ class TaskFinished(Event, frozen=True, kw_only=True):
     kind = "finished"
     task_id: str
     result: TaskResult
+
+    def _field_as_dict(self, name: str, *, values: bool) -> dict[str, Any]:
+        if name != "result":
+            return super()._field_as_dict(name, values=values)
+        return {name: self.result.as_dict(values=values)}
 
 
 class WorkerFailed(Event, frozen=True, kw_only=True):
@@ -108,6 +142,54 @@ class WorkerRecovered(Event, frozen=True, kw_only=True):
 
     kind = "worker_recovered"
     worker_id: str
+
+
+class WorkerExited(Event, frozen=True, kw_only=True):
+    """The life of a worker ended by itself: `exit` is ``"normal"``, ``"shutdown"`` or ``"abnormal"``."""
+
+    kind = "worker_exited"
+    worker_id: str
+    exit: str
+    error: str | None = None
+
+
+class WorkerRestarted(Event, frozen=True, kw_only=True):
+    """A worker was started again, for the `restarts`-th time: its life had ended, or that of a worker before it."""
+
+    kind = "worker_restarted"
+    worker_id: str
+    restarts: int
+
+
+class WorkerResized(Event, frozen=True, kw_only=True):
+    """A worker was given another number of slots."""
+
+    kind = "worker_resized"
+    worker_id: str
+    before: int
+    max_concurrent: int
+
+
+class WorkerUnregistered(Event, frozen=True, kw_only=True):
+    """A worker was unregistered; `cut` of its runs had not ended in time, and were stopped."""
+
+    kind = "worker_unregistered"
+    worker_id: str
+    cut: int
+
+
+class TaskTypePaused(Event, frozen=True, kw_only=True):
+    """A task type was paused: nothing of it begins."""
+
+    kind = "type_paused"
+    task_type: str
+
+
+class TaskTypeResumed(Event, frozen=True, kw_only=True):
+    """A task type was resumed."""
+
+    kind = "type_resumed"
+    task_type: str
 
 
 class ZombieFound(Event, frozen=True, kw_only=True):
@@ -157,6 +239,18 @@ class Subscription:
     def empty(self) -> bool:
         """True if reading would have to wait."""
         return not self._buffer and not self._closed
+
+    @property
+    def closed(self) -> bool:
+        """True if no more events will come."""
+        return self._closed
+
+    def take_unread(self) -> list[Event]:
+        """Take out every event that can be read now."""
+        unread = []
+        while self._buffer:
+            unread.append(self._buffer.popleft())
+        return unread
 
     def put(self, event: Event) -> None:
         """Add an event, and drop the oldest if the buffer is full."""
@@ -222,8 +316,9 @@ class EventBus:
         self._context = copy_context()  # of the sinks: not that of the task whose event is delivered
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Deliver events in `loop`, and call the sinks in the present context."""
+        """Deliver events in `loop`, and call the sinks in the present context. It may have been closed before."""
         self._loop = loop
+        self._closed = self._delivery_due = False  # what was due may have been left to a loop that has ended
         self._context = copy_context()
 
     def emit(self, event: Event) -> None:
@@ -294,7 +389,7 @@ class EventBus:
         self.active = bool(self._sinks or self._observers or self._subscriptions)
 
     def close(self) -> None:
-        """Deliver what is left to the sinks, and end every subscription, present and future."""
+        """Deliver what is left to the sinks, and end every subscription, present and future, until it starts again."""
         if not self._delivering:
             self._context.run(self._deliver)
         self._closed = True

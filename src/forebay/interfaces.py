@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from forebay.task import Priority, Task
+from forebay._json import JsonStruct
+from forebay.task import DEFAULT_TENANT, Priority, Task
 
 
 class WorkerState(Enum):
@@ -91,7 +92,7 @@ def path_segment(name: object) -> str:
     return f".{name}" if is_name else "[...]"
 
 
-class Reading(msgspec.Struct, frozen=True):
+class Reading(JsonStruct, frozen=True):
     """The load of one resource.
 
     Attributes:
@@ -244,6 +245,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
         failures: attempts that ended with an error, of those in `attempts`. The others have lost their process.
         total_delay: seconds of all its delays so far.
         last_error: what the last of those attempts ended with; None if there is none.
+        tenant: whose it is. The tenants of one task type and priority take turns.
     """
 
     task_id: str
@@ -258,6 +260,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     failures: int = 0
     total_delay: float = 0.0
     last_error: str | None = None
+    tenant: str = DEFAULT_TENANT
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -398,12 +401,25 @@ class TaskStore(Protocol):
         """
 
     async def lease(
-        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
+        self,
+        task_type: str,
+        limit: int,
+        *,
+        until: float,
+        priority: Priority | None = None,
+        shares: Mapping[str, int] | None = None,
     ) -> Sequence[Lease]:
         """Lease up to `limit` waiting records of `task_type`, and of `priority` if it is given.
 
         The order is by priority, then deadline (none last), then `enqueued_at`, then order of insertion. If the call is
         cancelled, it holds no lease: what was leased after all is released. A limit below 1 leases nothing.
+
+        Args:
+            task_type: the type of the records.
+            limit: how many at most.
+            until: when the leases expire.
+            priority: None for any.
+            shares: how many at most of each tenant in each priority, in this order, and of others none. None: of any.
         """
 
     async def begin_attempt(self, lease: Lease) -> bool:
@@ -500,8 +516,8 @@ class TaskStore(Protocol):
     async def find_key(self, key: str) -> str | None:
         """Return the id of the task that has taken an idempotency key, or None."""
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
-        """Return how many records are WAITING, by task type and priority."""
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
+        """Return how many records are WAITING, by task type, priority and tenant."""
 
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by `thread_id`; those without one are left out."""

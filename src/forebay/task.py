@@ -5,15 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 
 from forebay import clock
+from forebay._json import JsonStruct, plain_field, plain_value
 from forebay._renamed import renamed
 from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 from forebay.retry import Retry
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    ResultT_co = TypeVar("ResultT_co", covariant=True, default=Any)  # so that a plain Task is a Task[Any]
+else:
+    from typing import TypeVar
+
+    ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+DEFAULT_TENANT = "default"
 
 
 class Priority(IntEnum):
@@ -34,12 +46,16 @@ class Verdict(Enum):
 
 
 class TaskStatus(Enum):
-    """The state of a task. The last five are final: every task that was not rejected ends in exactly one of them."""
+    """The state of a task. The last five are final: every task that was not rejected ends in exactly one of them.
+
+    UNKNOWN is a ticket whose task ended in another process and left no result, or of which the overflow gave no answer.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
     SPILLED = "spilled"
     REJECTED = "rejected"
+    UNKNOWN = "unknown"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     TIMED_OUT = "timed_out"
@@ -100,7 +116,9 @@ _CLOCK_STEP = 1.0  # seconds; clocks that drift apart by less were not set
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """The calls and LLM tokens that one run is expected to need. Without one, it is learned per task type.
+    """The calls and LLM tokens that one run is expected to need: the size of a task.
+
+    Only the proportions between tasks of a type matter, and a figure that is not known may be left out of all of them.
 
     Raises:
         InvalidEstimate: a figure is negative or not a whole number.
@@ -174,14 +192,17 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     spill: bool = True
     durable: bool = False
     key: str | None = None
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     thread_id: str | None = None
     estimate: Estimate | None = None
     retry: Retry | None = None
 
 
-class Task(_Options, frozen=True):
+class Task(_Options, Generic[ResultT_co], frozen=True):
     """One unit of agent work.
+
+    To a type checker, ``Task[Answer]("research", question)`` is a task whose handler returns an Answer: `run` returns
+    that, and its ticket's `value` too. What a handler really returns is checked by ``register_worker(result=Answer)``.
 
     Attributes:
         task_type: selects the workers that may run it.
@@ -198,7 +219,8 @@ class Task(_Options, frozen=True):
         tenant: the customer, user or team that it belongs to.
         thread_id: the conversation that it belongs to; one task of a conversation runs at a time. Also LangGraph's
             ``thread_id``.
-        estimate: the calls and tokens that it will need.
+        estimate: the calls and tokens that it is expected to need. Whether it can meet its deadline is judged by tasks
+            of its size then, and not by all of its type.
         retry: how failed attempts at it are retried, instead of the worker's `retry`. With an overflow, a task that may
             wait there cannot have a policy with `on`, which cannot be stored: give that to the worker.
 
@@ -263,7 +285,7 @@ class Task(_Options, frozen=True):
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"
 
 
-class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
+class TaskResult(JsonStruct, frozen=True, kw_only=True):
     """The outcome of a task.
 
     Attributes:
@@ -288,3 +310,22 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     cause: BaseException | None = None
+
+    def as_dict(self, *, values: bool = True) -> dict[str, Any]:
+        """Return it as plain data for JSON, without its cause.
+
+        Args:
+            values: whether the handler's value is in it, as ``result``. If JSON cannot hold it, that is None, and
+                ``result_error`` says why.
+        """
+        fields = {
+            "task_id": self.task_id,
+            "worker_id": self.worker_id,
+            "success": self.success,
+            "status": self.status,
+            "error": self.error,
+            "duration_ms": self.duration_ms,
+            "attempts": self.attempts,
+        }
+        plain = {name: plain_field(value) for name, value in fields.items()}
+        return plain | plain_value("result", self.result) if values else plain

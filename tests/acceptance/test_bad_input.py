@@ -208,8 +208,19 @@ async def test_a_ticket_that_is_not_known() -> None:
 @virtual
 async def test_a_ticket_that_the_overflow_does_not_know_either() -> None:
     async with make_supervisor(overflow="memory://") as supervisor:
-        assert isinstance(await error_of(supervisor.ticket("unknown")), UnknownTask)
-    assert isinstance(await error_of(supervisor.ticket("unknown")), StoreUnavailable)  # it has closed
+        assert await supervisor.find("unknown") is None
+        assert await supervisor.find(key="unknown") is None
+        with pytest.raises(UnknownTask, match=r"await supervisor\.find\('unknown'\)"):
+            supervisor.ticket("unknown")
+    assert isinstance(await error_of(supervisor.find("unknown")), SupervisorClosed)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"task_id": "a", "key": "k"}, {"task_id": 5}, {"key": 5}])
+@virtual
+async def test_what_is_not_one_id_or_key_is_not_looked_for(arguments: dict[str, Any]) -> None:
+    async with make_supervisor() as supervisor:
+        with pytest.raises(InvalidSetting, match=r"find\(key="):
+            await supervisor.find(**arguments)
 
 
 # --- payloads --------------------------------------------------------------------------------------------------------
@@ -556,11 +567,14 @@ async def test_a_slot_that_is_entered_twice_or_asked_outside_of_its_block() -> N
 
 
 @virtual
-async def test_a_worker_that_comes_after_the_end() -> None:
-    async with BackpressureSupervisor() as supervisor:
-        pass
-    with pytest.raises(SupervisorClosed):
-        supervisor.register_worker("w", handler=Agent(), task_types=["work"])
+async def test_a_worker_that_comes_while_the_supervisor_closes() -> None:
+    async with make_supervisor() as supervisor:
+        flood(supervisor, "work", 1)
+        closing = asyncio.ensure_future(supervisor.close())
+        await run_ready(1)
+        with pytest.raises(SupervisorClosed, match="is closing"):
+            supervisor.register_worker("w", handler=Agent(), task_types=["work"])
+        await closing
 
 
 @virtual

@@ -10,7 +10,7 @@ from tests.support.task_plane import Agent, run_ready, statuses, virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus, WorkerState
 from forebay.adapters import Handler
-from forebay.errors import StoreUnavailable, UnknownTask
+from forebay.errors import StoreUnavailable
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -69,12 +69,14 @@ async def test_work_that_is_cancelled_before_its_first_step_gives_back_what_it_w
 
 
 @virtual
-async def test_a_lookup_that_is_cancelled_ends_the_ticket(overflow: str) -> None:
+async def test_whoever_looks_for_a_task_gets_an_error_if_the_question_is_cancelled(overflow: str) -> None:
     async with BackpressureSupervisor(overflow=overflow) as supervisor:
-        ticket = supervisor.ticket("unknown")
-        cancel_everything()
-        with pytest.raises((StoreUnavailable, UnknownTask)):
-            await ticket
+        finding = asyncio.ensure_future(supervisor.find("unknown"))
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), finding}:
+            task.cancel()
+        with pytest.raises(StoreUnavailable, match="the search for the task was cancelled"):
+            await finding
 
 
 @virtual

@@ -14,7 +14,7 @@ from unittest import mock
 import msgspec
 import pydantic
 import pytest
-from tests.support.task_plane import Agent, error_of, now, submit_all, virtual
+from tests.support.task_plane import Agent, error_of, find_result, find_ticket, now, submit_all, virtual
 from tests.support.task_stores import OVERFLOWS, overflow_url
 
 from forebay import BackpressureSupervisor, Deadline, Task, TaskFailed, TaskStatus, Verdict
@@ -199,7 +199,7 @@ async def test_a_task_past_its_deadline_is_read_and_expires(file: str) -> None:
     await asyncio.sleep(60.0)
     agent = Agent()
     async with make_supervisor(agent, file, payload=Question) as supervisor:
-        assert (await supervisor.ticket(ids[1])).status is TaskStatus.EXPIRED
+        assert (await find_result(supervisor, ids[1])).status is TaskStatus.EXPIRED
     assert agent.started == []
 
 
@@ -232,7 +232,7 @@ async def test_a_result_has_its_type_here_and_after_a_restart(overflow: str | No
         tickets = await submit_all(supervisor, [Task("work", "a"), Task("work", "b"), Task("work", "c", durable=True)])
         assert [(await ticket).result for ticket in tickets] == [Answer(text, (1, 2)) for text in "abc"]
     async with make_supervisor(handler, file, result=Answer) as supervisor:
-        later = [await supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]
+        later = [await find_result(supervisor, ticket.task_id) for ticket in tickets[1:]]
     assert [result.result for result in later] == [Answer("b", (1, 2)), Answer("c", (1, 2))]
     assert all(result.error is None for result in later)
 
@@ -271,11 +271,11 @@ async def test_a_value_that_cannot_be_stored_is_marked_here_and_an_error_elsewhe
         assert await ticket.value() == [value]
         assert (await first).error is None  # it was not to be stored
     async with make_supervisor(handler, file) as supervisor:
-        later = await supervisor.ticket(ticket.task_id)
+        later = await find_result(supervisor, ticket.task_id)
         assert (later.success, later.status, later.result) == (True, TaskStatus.SUCCEEDED, None)
         assert later.error == result.error
         assert isinstance(later.cause, ResultUnavailable)
-        error = await error_of(supervisor.ticket(ticket.task_id).value())
+        error = await error_of((await find_ticket(supervisor, ticket.task_id)).value())
         assert isinstance(error, ResultUnavailable)
         assert ticket.task_id in str(error)
         assert "only the process that ran it" in str(error)
@@ -301,9 +301,9 @@ async def test_none_is_stored_like_any_value(file: str) -> None:
         ticket = await supervisor.submit(Task("work", durable=True))
         await ticket
     async with make_supervisor(handler, file) as supervisor:
-        later = await supervisor.ticket(ticket.task_id)
+        later = await find_result(supervisor, ticket.task_id)
         assert (later.result, later.error, later.cause) == (None, None, None)
-        assert await supervisor.ticket(ticket.task_id).value() is None
+        assert await (await find_ticket(supervisor, ticket.task_id)).value() is None
 
 
 # --- what workers declare --------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ async def test_a_codec_that_raises_loses_no_task_and_ends_every_ticket(file: str
         payloads = ("unloaded", "broken", "good")
         ids = [(await supervisor.submit(Task("work", payload))).task_id for payload in payloads]
     async with make_supervisor(Handler(call=agent, codec=BuggyCodec()), file) as supervisor:
-        ended = [await supervisor.ticket(task_id) for task_id in ids]
+        ended = [await find_result(supervisor, task_id) for task_id in ids]
     assert [result.status for result in ended] == [TaskStatus.FAILED, TaskStatus.FAILED, TaskStatus.SUCCEEDED]
     assert "payload.x: it is not liked" in str(ended[0].error)
 
@@ -412,7 +412,7 @@ async def test_what_an_earlier_release_stored_is_read_by_the_type_of_this_one(fi
     ids = await spill_tasks(file, OldQuestion("rivers", 5), payload=OldQuestion)
     agent = Agent()
     async with make_supervisor(agent, file, payload=Question, result=Question) as supervisor:
-        result = await supervisor.ticket(ids[0])
+        result = await find_result(supervisor, ids[0])
     assert result.result == agent.started[0] == Question("rivers")
 
 
@@ -425,7 +425,7 @@ async def test_what_this_release_cannot_read_fails_and_says_where(file: str) -> 
     ids = await spill_tasks(file, OldQuestion("sk-secret"), payload=OldQuestion)
     agent = Agent()
     async with make_supervisor(agent, file, payload=Question) as supervisor:
-        result = await supervisor.ticket(ids[0])
+        result = await find_result(supervisor, ids[0])
         assert await supervisor.run(Task("work", QUESTION)) == QUESTION
         assert (await supervisor.dead_letters.task(ids[0])).payload == {"subject": "sk-secret"}
     assert result.status is TaskStatus.FAILED
@@ -447,12 +447,12 @@ async def test_a_requeued_task_runs_once_its_payload_type_is_fixed(file: str) ->
 
     ids = await spill_tasks(file, OldQuestion("rivers"), payload=OldQuestion)
     async with make_supervisor(Agent(), file, payload=Question) as supervisor:
-        await supervisor.ticket(ids[0])
+        await find_result(supervisor, ids[0])
     agent = Agent()
     async with make_supervisor(agent, file, payload=FixedQuestion) as supervisor:
         assert (await supervisor.dead_letters.task(ids[0])).payload == FixedQuestion("rivers")
         await supervisor.dead_letters.requeue(ids[0])
-        assert (await supervisor.ticket(ids[0])).success
+        assert (await find_result(supervisor, ids[0])).success
     assert agent.started == [FixedQuestion("rivers")]
 
 
@@ -463,7 +463,7 @@ async def test_a_result_that_this_release_cannot_read_ends_its_ticket_and_says_s
         ticket = await supervisor.submit(Task("work", "sk-secret", durable=True))
         await ticket
     async with make_supervisor(agent, file, result=Answer) as supervisor:
-        result = await supervisor.ticket(ticket.task_id)
+        result = await find_result(supervisor, ticket.task_id)
         assert result.success
         assert isinstance(result.cause, ResultUnavailable)
         assert "Expected `object`, got `str`" in str(result.error)
@@ -484,14 +484,14 @@ async def test_an_envelope_of_a_newer_version_is_left_for_a_newer_process(file: 
     async with make_supervisor(old, file, lease=3.0) as supervisor:
         assert await supervisor.run(Task("work", "ours", durable=True)) == "ours"
         await asyncio.sleep(20.0)
-        tickets = [supervisor.ticket(task_id) for task_id in ids]
+        tickets = [await find_ticket(supervisor, task_id) for task_id in ids]
         await asyncio.sleep(1.0)
         assert not any(ticket.done() for ticket in tickets)
     assert old.started == ["ours"]
     new = Agent()
     with newer():
         async with make_supervisor(new, file) as supervisor:
-            assert [(await supervisor.ticket(task_id)).result for task_id in ids] == ["first", "second"]
+            assert [(await find_result(supervisor, task_id)).result for task_id in ids] == ["first", "second"]
     assert new.started == ["first", "second"]
 
 
@@ -515,7 +515,7 @@ async def test_a_newer_process_gets_what_an_older_one_cannot_read_while_both_run
         await asyncio.sleep(2.0)
         async with new:
             started = now()
-            assert all([(await new.ticket(task_id)).success for task_id in ids])
+            assert all([(await find_result(new, task_id)).success for task_id in ids])
             assert now() - started < 300.0  # when a lease of the old process lapses, either may get the record
             assert await old.run(Task("work", "ours", durable=True)) == "ours"
     assert sorted(new_agent.started) == list(range(30))
@@ -529,7 +529,7 @@ async def test_a_result_of_a_newer_version_is_an_error(file: str, newer: Any) ->
             ticket = await supervisor.submit(Task("work", "x", durable=True))
             await ticket
     async with make_supervisor(Agent(), file) as supervisor:
-        result = await supervisor.ticket(ticket.task_id)
+        result = await find_result(supervisor, ticket.task_id)
         assert result.success
         assert isinstance(result.cause, ResultUnavailable)
         assert "Upgrade" in str(result.error)
@@ -572,6 +572,6 @@ async def test_a_malformed_record_affects_no_other(blob: Any, declared: Any, fil
     database.close()
     agent = Agent()
     async with make_supervisor(agent, file, payload=declared) as supervisor:
-        assert (await supervisor.ticket(ids[1])).success
-        assert (await supervisor.ticket(ids[0])).status.final
+        assert (await find_result(supervisor, ids[1])).success
+        assert (await find_result(supervisor, ids[0])).status.final
         assert await supervisor.run(Task("work", {"topic": "c"}, durable=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, error_of, virtual
+from tests.support.task_plane import Agent, error_of, find_result, find_ticket, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskStatus, Verdict
 from forebay.clock import wall_time
@@ -71,8 +71,8 @@ async def test_a_task_that_was_started_too_often_is_a_dead_letter(path: Path) ->
         assert letter.submitted_at <= letter.died_at <= wall_time()
         assert "secret" not in repr(letter)
         assert (await supervisor.dead_letters.task("a")).payload == {"secret": "a"}
-        assert (await supervisor.ticket("a")).status is TaskStatus.FAILED
-        assert (await supervisor.ticket("b")).attempts == 3  # its last
+        assert (await find_result(supervisor, "a")).status is TaskStatus.FAILED
+        assert (await find_result(supervisor, "b")).attempts == 3  # its last
     assert agent.started == [{"secret": "b"}]
 
 
@@ -83,7 +83,7 @@ async def test_an_envelope_that_cannot_be_read_is_a_dead_letter_and_kept_as_it_i
         path, dead_record(poison("a"), attempts=0, envelope=b"\xc1 garbage"), dead_record(poison("b"), attempts=0)
     )
     async with make_supervisor(path, Agent(), on_event=received.append) as supervisor:
-        assert (await supervisor.ticket("b")).success
+        assert (await find_result(supervisor, "b")).success
         (letter,) = await supervisor.dead_letters.page()
         assert (letter.task_id, letter.attempts) == ("a", 0)
         assert "EnvelopeDamaged" in letter.error
@@ -97,9 +97,9 @@ async def test_a_requeued_letter_is_tried_again_as_often_as_a_new_task(path: Pat
     agent = Agent()
     await leave(path, dead_record(poison("a"), attempts=3))
     async with make_supervisor(path, agent) as supervisor:
-        assert not (await supervisor.ticket("a")).success
+        assert not (await find_result(supervisor, "a")).success
         await supervisor.dead_letters.requeue("a")
-        result = await supervisor.ticket("a")
+        result = await find_result(supervisor, "a")
         assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 1)
         assert await supervisor.dead_letters.page() == ()
     assert agent.started == [{"secret": "a"}]
@@ -110,10 +110,10 @@ async def test_a_requeued_letter_may_run_in_a_process_that_saw_the_task_die(path
     await leave(path, dead_record(poison("a"), attempts=3))
     other = BackpressureSupervisor(overflow=f"sqlite:///{path}")
     async with other, make_supervisor(path, Agent()) as supervisor:
-        assert not (await supervisor.ticket("a")).success
+        assert not (await find_result(supervisor, "a")).success
         await other.dead_letters.requeue("a")
         await asyncio.sleep(60.0)
-        assert (await supervisor.ticket("a")).success
+        assert (await find_result(supervisor, "a")).success
 
 
 # --- tasks that have failed for good ----------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ async def test_a_stored_task_that_has_failed_for_good_is_a_dead_letter(
         assert ("timeout" if slow else "ValueError: spilled") in letter.error
         assert letter.error == result.error
         assert (await supervisor.dead_letters.task("spilled")).payload == {"secret": "spilled"}
-        again = await supervisor.ticket("spilled")
+        again = await find_result(supervisor, "spilled")
         assert (again.status, again.error, again.worker_id) == (status, result.error, "worker")
     (died,) = [event for event in received if isinstance(event, TaskDeadLettered)]
     assert (died.task_id, died.attempts, died.error) == ("spilled", 1, letter.error)
@@ -187,10 +187,10 @@ async def test_a_requeued_task_that_failed_here_runs_again_here(path: Path) -> N
     handler = Failing(2)
     async with make_supervisor(path, handler) as supervisor:
         for attempt in range(2):
-            ticket = supervisor.ticket("a") if attempt else await supervisor.submit(poison("a", durable=True))
+            ticket = await (find_ticket(supervisor, "a") if attempt else supervisor.submit(poison("a", durable=True)))
             assert (await ticket).status is TaskStatus.FAILED
             await supervisor.dead_letters.requeue("a")
-        result = await supervisor.ticket("a")
+        result = await find_result(supervisor, "a")
         assert (result.status, result.attempts, result.result) == (TaskStatus.SUCCEEDED, 1, "done")
         assert await supervisor.dead_letters.page() == ()
     assert handler.runs == 3
@@ -269,9 +269,9 @@ async def test_results_are_kept_for_as_long_as_the_setting_says(path: Path, rete
         assert (await ticket).success
         del ticket
         await asyncio.sleep(retention - 1.0)
-        assert (await supervisor.ticket("a")).success
+        assert (await find_result(supervisor, "a")).success
         await asyncio.sleep(15.0)
-        assert isinstance(await error_of(supervisor.ticket("a").value()), UnknownTask)
+        assert await supervisor.find("a") is None
 
 
 @pytest.mark.parametrize("retention", [0.0, -1.0, float("inf"), None, "day"])
@@ -290,7 +290,7 @@ async def test_a_dropped_letter_is_gone_and_its_key_is_free(path: Path) -> None:
     async with make_supervisor(path, agent) as supervisor:
         await supervisor.dead_letters.drop("a")
         assert await supervisor.dead_letters.page() == ()
-        assert isinstance(await error_of(supervisor.ticket("a").value()), UnknownTask)
+        assert await supervisor.find("a") is None
         assert await supervisor.run(Task("work", "again", key="k")) == "again"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, UncancellableHandler, error_of, now, virtual
+from tests.support.task_plane import Agent, UncancellableHandler, error_of, find_result, now, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Retry, Task, TaskStatus, Ticket, Verdict, clock
 from forebay.errors import StillSpilled, StoreUnavailable, TaskFailed
@@ -188,7 +188,7 @@ async def test_another_process_makes_the_next_attempt_and_counts_those_before(pa
     await first.close()
     assert isinstance(await error_of(ticket), StillSpilled)
     async with make_supervisor(path, second_handler, retry=retry) as second:
-        result = await second.ticket("a")
+        result = await find_result(second, "a")
         assert (result.status, result.attempts) == (TaskStatus.FAILED, 3)
         assert result.error == "ConnectionError: no answer"
         (letter,) = await second.dead_letters.page()
@@ -206,7 +206,7 @@ async def test_a_restart_wakes_a_retry_when_it_is_due_and_not_before(path: Path)
     await first.close()
     (retried,) = [event for event in events if isinstance(event, TaskRetried)]
     async with make_supervisor(path, handler, retry=LONG, lease=600.0) as second:
-        assert (await second.ticket("a")).success
+        assert (await find_result(second, "a")).success
     assert handler.attempts[1][1] == pytest.approx(retried.at + retried.delay, abs=0.1)
 
 
@@ -217,7 +217,7 @@ async def test_a_ticket_in_another_process_follows_the_retries_of_a_task(path: P
         watcher = BackpressureSupervisor(overflow=f"sqlite:///{path}")
         watcher.register_worker("other", handler=Agent(), task_types=["other"])
         async with watcher:
-            result = await watcher.ticket("a")
+            result = await find_result(watcher, "a")
             assert (result.status, result.result, result.attempts) == (TaskStatus.SUCCEEDED, "a", 3)
 
 
@@ -259,7 +259,7 @@ async def test_lost_processes_do_not_use_up_retries_nor_retries_lost_processes(p
     await store.close()
     handler.failures = 0
     async with make_supervisor(path, handler) as second:
-        result = await second.ticket("a")
+        result = await find_result(second, "a")
         assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 6)
 
 

@@ -131,7 +131,9 @@ async def run_stored(overflow: str, task_id: str, handler: Any = read) -> Any:
     note.set("of the other process")
     async with BackpressureSupervisor(overflow=overflow) as supervisor:
         supervisor.register_worker("reader", handler=handler, task_types=["note"])
-        return await supervisor.ticket(task_id).value()
+        ticket = await supervisor.find(task_id)
+        assert ticket is not None
+        return await ticket.value()
 
 
 @virtual

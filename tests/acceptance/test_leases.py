@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, now, virtual
+from tests.support.task_plane import Agent, approximately, error_of, find_result, now, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Task, TaskStatus, WorkerState
 from forebay.errors import StillSpilled, StoreUnavailable
@@ -202,7 +202,7 @@ async def test_closing_while_a_start_is_recorded_runs_nothing_and_loses_nothing(
     assert agent.started == []
     supervisor, _ = supervisor_with_slow_store(tmp_path, agent)
     async with supervisor:
-        assert (await supervisor.ticket(ticket.task_id)).success
+        assert (await find_result(supervisor, ticket.task_id)).success
 
 
 class SlowReapStore(SqliteTaskStore):

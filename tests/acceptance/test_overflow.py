@@ -14,6 +14,8 @@ from tests.support.task_plane import (
     Agent,
     approximately,
     error_of,
+    find_result,
+    find_ticket,
     flood,
     now,
     results,
@@ -384,9 +386,9 @@ async def test_an_id_may_be_used_again_once_its_task_has_ended_wherever_it_waite
             assert isinstance(await error_of(supervisor.submit(Task("work", task_id="mine"))), DuplicateTask)
             del ticket  # while it waits in the overflow, nothing else holds it
             gc.collect()
-            assert not supervisor.ticket("mine").done()
+            assert not (await find_ticket(supervisor, "mine")).done()
             await results(others)
-            assert (await supervisor.ticket("mine")).result == payload
+            assert (await find_result(supervisor, "mine")).result == payload
             await run_ready()
     assert [started for started in agent.started if isinstance(started, str)] == ["first", "second"]
 
@@ -424,7 +426,7 @@ async def test_a_task_cancelled_while_it_is_spilled_never_runs(overflow: str) ->
         await submit_all(supervisor, work(0, 1, 2))
         submitting = asyncio.ensure_future(supervisor.submit(Task("work", "left", task_id="left")))
         await run_ready(1)
-        assert supervisor.ticket("left").cancel("no longer wanted")
+        assert (await find_ticket(supervisor, "left")).cancel("no longer wanted")
         ticket = await submitting
         result = await ticket
         assert now() < 0.5
@@ -470,7 +472,7 @@ async def test_a_ticket_that_nobody_holds_takes_no_memory_while_its_task_is_spil
     async with make_supervisor(agent, file, slots=4) as supervisor:
         tickets = [weakref.ref(await supervisor.submit(Task("work", n, task_id=f"{n}"))) for n in range(2_000)]
         assert sum(ticket() is not None for ticket in tickets) < 20  # the tasks inside
-        results = [await supervisor.ticket(f"{n}") for n in range(1_000, 1_020)]
+        results = [await find_result(supervisor, f"{n}") for n in range(1_000, 1_020)]
         assert [result.result for result in results] == list(range(1_000, 1_020))
         await asyncio.sleep(20.0)
         assert supervisor.statistics().succeeded == 2_000
@@ -483,7 +485,7 @@ async def test_a_ticket_that_is_held_and_not_awaited_ends_too(file: str) -> None
     async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(0, 1, 2, payload))
         gc.collect()
-        assert supervisor.ticket(tickets[3].task_id) is tickets[3]
+        assert await find_ticket(supervisor, tickets[3].task_id) is tickets[3]
         await asyncio.sleep(10.0)
         assert tickets[3].result is not None
         assert tickets[3].result.result is payload
@@ -512,7 +514,7 @@ async def test_a_deadline_applies_even_if_nobody_holds_the_ticket(file: str) -> 
         await submit_all(supervisor, work(0, 1, 2))
         await supervisor.submit(Task("work", "late", task_id="late", deadline=Deadline.within(10.0)))
         await asyncio.sleep(100.0)
-        assert (await supervisor.ticket("late")).status is TaskStatus.EXPIRED
+        assert (await find_result(supervisor, "late")).status is TaskStatus.EXPIRED
     assert "late" not in agent.started
 
 
@@ -582,10 +584,10 @@ async def test_after_a_restart_the_ticket_of_an_old_task_returns_its_result(file
     async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(*range(6)))
     async with make_supervisor(Agent(), file) as supervisor:
-        waited_for = [await supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]
+        waited_for = [await find_result(supervisor, ticket.task_id) for ticket in tickets[1:]]
     assert [result.result for result in waited_for] == [1, 2, 3, 4, 5]
     async with make_supervisor(Agent(), file) as supervisor:
-        assert [(await supervisor.ticket(ticket.task_id)).result for ticket in tickets[3:]] == [3, 4, 5]
+        assert [(await find_result(supervisor, ticket.task_id)).result for ticket in tickets[3:]] == [3, 4, 5]
 
 
 @virtual
@@ -595,7 +597,7 @@ async def test_after_a_restart_an_old_task_may_be_cancelled_by_its_id(file: str)
     agent = Agent()
     async with make_supervisor(agent, file) as supervisor:
         await supervisor.submit(Task("work", "fresh", priority=CRITICAL))
-        ticket = supervisor.ticket(tickets[5].task_id)
+        ticket = await find_ticket(supervisor, tickets[5].task_id)
         await asyncio.sleep(0.5)
         ticket.cancel()
         assert (await ticket).status is TaskStatus.CANCELLED
@@ -637,7 +639,10 @@ async def test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted(f
     await asyncio.sleep(60.0)
     agent = Agent()
     async with make_supervisor(agent, file) as supervisor:
-        assert await statuses([supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]) == [TaskStatus.EXPIRED] * 5
+        assert (
+            await statuses([await find_ticket(supervisor, ticket.task_id) for ticket in tickets[1:]])
+            == [TaskStatus.EXPIRED] * 5
+        )
     assert agent.started == []
 
 
@@ -662,7 +667,7 @@ async def test_a_durable_task_is_admitted_and_its_result_is_there_after_a_restar
         assert ticket.verdict is Verdict.ADMITTED
         assert (await ticket).result == 7
     async with make_supervisor(Agent(), file) as supervisor:
-        assert (await supervisor.ticket(ticket.task_id)).result == 7
+        assert (await find_result(supervisor, ticket.task_id)).result == 7
 
 
 @virtual
@@ -676,7 +681,7 @@ async def test_a_durable_task_that_was_interrupted_runs_again_after_a_restart(fi
     await supervisor.close()
     assert isinstance(await error_of(ticket), StillSpilled)
     async with make_supervisor(agent, file) as supervisor:
-        result = await supervisor.ticket(ticket.task_id)
+        result = await find_result(supervisor, ticket.task_id)
     assert (result.result, result.attempts) == (7, 1)  # the interrupted start was no crash
 
 
@@ -812,7 +817,7 @@ async def test_a_keyed_task_goes_on_for_a_caller_that_awaits_it_by_its_id(tmp_pa
         supervisor.register_worker("worker", handler=Agent(1.0), task_types=["pay"])
         first = asyncio.ensure_future(supervisor.submit(Task("pay", "first", task_id="a", durable=True)))
         await asyncio.sleep(0)
-        waiting = asyncio.ensure_future(supervisor.ticket("a").value())
+        waiting = asyncio.ensure_future((await find_ticket(supervisor, "a")).value())
         await run_ready()
         first.cancel()
         assert await waiting == "first"
@@ -923,7 +928,7 @@ class SlowlyCountingStore(SqliteTaskStore):
         super().__init__(path)
         self.counted = asyncio.Event()
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         depths = await super().depths()
         self.counted.set()
         await asyncio.sleep(0.5)

@@ -60,6 +60,30 @@ async def test_better_priorities_stand_before_others_in_line() -> None:
 
 
 @virtual
+async def test_the_producers_of_one_tenant_do_not_stand_before_those_of_another() -> None:
+    agent = Agent(1.0)
+    async with small(agent) as supervisor:
+        big = [asyncio.create_task(supervisor.submit(Task("work", "big", tenant="big"), wait=500.0)) for _ in range(50)]
+        await run_ready()
+        ticket = await supervisor.submit(Task("work", "small", tenant="small"), wait=500.0)
+        await ticket
+        assert agent.started.index("small") <= 2
+        for submitting in big:
+            await (await submitting)
+
+
+@virtual
+async def test_producers_of_many_tenants_are_all_admitted() -> None:
+    agent = Agent(1.0)
+    async with small(agent) as supervisor:
+        tasks = [Task("work", number, tenant=f"tenant {number % 40}") for number in range(200)]
+        tickets = await asyncio.gather(*(supervisor.submit(task, wait=math.inf) for task in tasks))
+        await asyncio.gather(*tickets)
+    assert now() == approximately(200.0)
+    assert max(agent.started.index(number) for number in range(40)) < 120  # the first of each tenant
+
+
+@virtual
 async def test_after_its_time_a_producer_is_rejected_once_and_told_when_to_come_back() -> None:
     async with small(Agent(10.0)) as supervisor:
         record = EventRecord(supervisor)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, now, results, run_ready, virtual
+from tests.support.task_plane import Agent, approximately, error_of, find_result, now, results, run_ready, virtual
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, clock
@@ -165,7 +165,7 @@ async def test_a_task_whose_end_could_not_be_stored_is_not_run_again_by_the_same
         assert agent.started == ["once"]
         assert supervisor.statistics().succeeded == 1
     async with make_supervisor(agent, file) as later:
-        assert (await later.ticket("a")).status is TaskStatus.SUCCEEDED
+        assert (await find_result(later, "a")).status is TaskStatus.SUCCEEDED
 
 
 @virtual

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, now, run_ready, virtual
+from tests.support.task_plane import (
+    Agent,
+    UncancellableHandler,
+    approximately,
+    error_of,
+    find_result,
+    now,
+    run_ready,
+    virtual,
+)
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus
 from forebay.errors import StillSpilled, StoreUnavailable
@@ -56,11 +65,9 @@ class SilentStore(MemoryTaskStore):
         await self._answer("begin_attempt")
         return await super().begin_attempt(lease)
 
-    async def lease(
-        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
-    ) -> Sequence[Lease]:
+    async def lease(self, *of: Any, **how: Any) -> Sequence[Lease]:
         await self._answer("lease")
-        return await super().lease(task_type, limit, until=until, priority=priority)
+        return await super().lease(*of, **how)
 
     async def release(self, leases: Sequence[Lease]) -> None:
         await self._answer("release")
@@ -74,7 +81,7 @@ class SilentStore(MemoryTaskStore):
         await self._answer("close")
         await super().close()
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         await self._answer("depths")
         return await super().depths()
 
@@ -125,16 +132,27 @@ async def test_nobody_waits_for_the_overflow_for_longer_than_the_task_may_take(
 
 
 @virtual
-async def test_a_task_whose_id_the_overflow_still_looks_for_waits_no_longer_than_it_may_take() -> None:
+async def test_a_task_whose_id_the_overflow_still_looks_for_runs() -> None:
     supervisor = make_supervisor(SilentStore("find"), Agent())
     async with supervisor:
-        asked = supervisor.ticket("mine")
-        origin = now()
-        error = await error_of(supervisor.submit(Task("work", task_id="mine", timeout=3.0)))
-        assert isinstance(error, StoreUnavailable)
-        assert now() - origin == approximately(3.0)
+        asked = asyncio.ensure_future(supervisor.find("mine"))
+        await run_ready()
+        assert await supervisor.run(Task("work", 1.0, task_id="mine", timeout=3.0)) == 1.0
         assert not asked.done()
         await supervisor.close()
+    assert isinstance(await error_of(asked), StoreUnavailable)
+
+
+@virtual
+async def test_the_end_of_whoever_looks_for_a_task_ends_the_question() -> None:
+    async with make_supervisor(SilentStore("find"), Agent()) as supervisor:
+        for _ in range(100):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await supervisor.find("mine")
+        origin = now()
+        await supervisor.drain()
+        assert now() == origin
 
 
 @virtual
@@ -159,7 +177,7 @@ async def test_a_task_that_is_stored_when_its_submitter_has_given_up_is_cancelle
         assert isinstance(await error_of(supervisor.submit(task)), StoreUnavailable)
         store.answers.set()
         await run_ready()
-        result = await supervisor.ticket(task.task_id)
+        result = await find_result(supervisor, task.task_id)
         assert result.status is TaskStatus.CANCELLED
         assert agent.started == []
 

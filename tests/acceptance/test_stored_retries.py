@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from tests.acceptance.test_retries import SLOWLY, THRICE, fail, retried
 from tests.support.supervisor_checks import check_supervisor
-from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, now, run_ready, virtual
+from tests.support.task_plane import (
+    Agent,
+    UncancellableHandler,
+    approximately,
+    error_of,
+    find_result,
+    now,
+    run_ready,
+    virtual,
+)
 
 from forebay import BackpressureSupervisor, Deadline, Retry, Task, TaskStatus
 from forebay.errors import StillSpilled
@@ -120,7 +129,7 @@ async def test_draining_moves_tasks_that_wait_for_a_retry_with_their_attempts() 
     assert (state, stored.attempts, stored.failures) == (RecordState.WAITING, 1, 1)
     assert stored.last_error == "ConnectionError: no answer"
     async with make_supervisor(store, FlakyHandler(1)) as successor:
-        result = await successor.ticket(ticket.task_id)
+        result = await find_result(successor, ticket.task_id)
         assert (result.result, result.attempts) == (7, 3)
 
 
@@ -210,4 +219,4 @@ async def test_the_policy_of_a_stored_task_goes_with_it() -> None:
     await run_ready()
     await supervisor.close()
     async with make_supervisor(store, fail, retry=None) as successor:
-        assert (await successor.ticket(ticket.task_id)).attempts == 2
+        assert (await find_result(successor, ticket.task_id)).attempts == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, error_of, virtual
+from tests.support.task_plane import Agent, error_of, find_result, virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus
 from forebay.errors import InvalidSetting, NotSerializable, StoreUnavailable, UnknownTask
@@ -53,7 +53,7 @@ async def test_an_error_of_any_text_is_stored_and_its_task_not_run_again(error: 
         ended = await ticket
         await asyncio.sleep(60.0)  # two leases
     async with make_supervisor(url, agent) as supervisor:
-        known = await supervisor.ticket(ticket.task_id)
+        known = await find_result(supervisor, ticket.task_id)
         await asyncio.sleep(60.0)
         letters = [letter async for letter in supervisor.dead_letters]
     assert [(letter.task_id, letter.attempts, letter.error) for letter in letters] == [(ended.task_id, 1, ended.error)]
@@ -73,7 +73,7 @@ async def test_a_reason_for_cancelling_may_be_any_text(url: str) -> None:
         ticket.cancel(HALF)
         assert (await ticket).status is TaskStatus.CANCELLED
     async with make_supervisor(url, Agent()) as supervisor:
-        assert (await supervisor.ticket(ticket.task_id)).error == "half a pair: \\udc80"
+        assert (await find_result(supervisor, ticket.task_id)).error == "half a pair: \\udc80"
 
 
 @pytest.mark.parametrize("text", OTHERS)
@@ -86,7 +86,7 @@ async def test_any_other_text_is_stored_as_it_is(text: str, url: str) -> None:
         assert (await ticket).result == text
         await other
     async with make_supervisor(url, Agent()) as supervisor:
-        assert (await supervisor.ticket(f"id{text}")).result == text
+        assert (await find_result(supervisor, f"id{text}")).result == text
         assert (await (await supervisor.submit(Task("work", key=f"key{text}")))).task_id == f"id{text}"
         assert (await (await supervisor.submit(Task("work", key="key")))).task_id == "id"
 
@@ -116,7 +116,8 @@ async def test_a_task_that_is_never_stored_may_have_any_text(url: str) -> None:
 async def test_an_id_that_cannot_be_stored_is_unknown(url: str) -> None:
     async with make_supervisor(url, Agent()) as supervisor:
         async with asyncio.timeout(10.0):
-            assert isinstance(await error_of(supervisor.ticket(HALF)), UnknownTask)
+            assert await supervisor.find(HALF) is None
+            assert await supervisor.find(key=HALF) is None
             assert isinstance(await error_of(supervisor.dead_letters.task(HALF)), UnknownTask)
             assert isinstance(await error_of(supervisor.dead_letters.requeue(HALF)), UnknownTask)
             assert isinstance(await error_of(supervisor.dead_letters.drop(HALF)), UnknownTask)
@@ -138,7 +139,7 @@ class FaultyStore(MemoryTaskStore):
 
 
 @virtual
-async def test_a_ticket_ends_whatever_the_store_raises_when_it_is_asked() -> None:
+async def test_whatever_the_store_raises_when_it_is_asked_is_one_error() -> None:
     supervisor = BackpressureSupervisor(overflow=FaultyStore())
     async with supervisor, asyncio.timeout(10.0):
-        assert isinstance(await error_of(supervisor.ticket("a")), StoreUnavailable)
+        assert isinstance(await error_of(supervisor.find("a")), StoreUnavailable)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.support.task_plane import Agent, error_of, now, virtual
+from tests.support.task_plane import Agent, error_of, find_result, find_ticket, now, virtual
 
-from forebay import BackpressureSupervisor, Deadline, Task, TaskStatus, clock
+from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, Verdict, clock
 from forebay.errors import DuplicateTask, UnknownTask
 from forebay.interfaces import Completion, RecordState, TaskRecord
 from forebay.overflow import SqliteTaskStore
@@ -19,6 +20,11 @@ pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "store.db"
+
+
+@dataclass
+class Point:
+    x: int
 
 
 def make_supervisor(path: Path, agent: Agent, *, task_type: str = "work", slots: int = 1) -> BackpressureSupervisor:
@@ -44,7 +50,7 @@ async def test_a_ticket_honours_the_deadline_of_a_task_that_nobody_serves(by: st
     origin = now()
     async with make_supervisor(path, Agent(), task_type="other") as supervisor:
         if by == "id":
-            ticket = supervisor.ticket("a")
+            ticket = await find_ticket(supervisor, "a")
         else:
             ticket = await supervisor.submit(Task("other", key="k"))
         result = await ticket
@@ -52,8 +58,59 @@ async def test_a_ticket_honours_the_deadline_of_a_task_that_nobody_serves(by: st
         assert now() - origin == pytest.approx(600.0, abs=2.0)
         assert ticket.deadline is not None
     async with make_supervisor(path, agent := Agent()) as supervisor:
-        assert (await supervisor.ticket("a")).status is TaskStatus.EXPIRED
+        assert (await find_result(supervisor, "a")).status is TaskStatus.EXPIRED
         assert agent.started == []
+
+
+@pytest.mark.parametrize("by", ["id", "key"])
+@virtual
+async def test_a_stored_task_is_found_as_it_was_submitted(by: str, path: Path) -> None:
+    task = Task("work", {"topic": "rivers"}, task_id="a", key="k", tenant="acme", priority=Priority.LOW, timeout=7.0)
+    await leave_waiting(path, task)
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        ticket = await supervisor.find("a") if by == "id" else await supervisor.find(key="k")
+        assert ticket is not None
+        assert ticket.task == task
+        assert (ticket.verdict, ticket.status) == (Verdict.SPILLED, TaskStatus.SPILLED)
+        assert ticket.submitted_at is not None
+        assert await supervisor.find(key="k") is ticket
+        assert supervisor.ticket("a") is ticket
+
+
+@virtual
+async def test_an_id_that_nobody_knows_is_not_found_and_leaves_nothing_behind(path: Path) -> None:
+    async with make_supervisor(path, Agent()) as supervisor:
+        for _ in range(10):
+            assert await supervisor.find("mistyped") is None
+            assert await supervisor.find(key="mistyped") is None
+        with pytest.raises(UnknownTask):
+            supervisor.ticket("mistyped")
+        assert supervisor.statistics().waiting == supervisor.statistics().outside == 0
+        assert await supervisor.run(Task("work", "new", task_id="mistyped")) == "new"
+
+
+@virtual
+async def test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type(path: Path) -> None:
+    await leave_waiting(path, Task("work", {"x": 1}, task_id="a"))
+    seen = []
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        ticket = await supervisor.find("a")
+        assert ticket is not None
+        assert ticket.task.payload == {"x": 1}
+        supervisor.register_worker(
+            "late", handler=lambda task: seen.append(task.payload), task_types=["work"], payload=Point
+        )
+        assert (await ticket).success
+    assert seen == [Point(1)]
+
+
+@virtual
+async def test_many_that_look_for_one_stored_task_share_its_ticket(path: Path) -> None:
+    await leave_waiting(path, Task("work", "a", task_id="a", key="k"))
+    async with make_supervisor(path, Agent(0.0)) as supervisor:
+        looking = [supervisor.find("a") if number % 2 else supervisor.find(key="k") for number in range(20)]
+        tickets = await asyncio.gather(*looking)
+        assert [(await ticket).result for ticket in tickets if ticket is not None] == ["a"] * 20
 
 
 @virtual
@@ -62,7 +119,7 @@ async def test_a_ticket_that_was_asked_for_too_late_expires_at_once(path: Path) 
     await asyncio.sleep(700.0)
     origin = now()
     async with make_supervisor(path, Agent(), task_type="other") as supervisor:
-        assert (await supervisor.ticket("a")).status is TaskStatus.EXPIRED
+        assert (await find_result(supervisor, "a")).status is TaskStatus.EXPIRED
         assert now() - origin < 1.0
 
 
@@ -70,7 +127,7 @@ async def test_a_ticket_that_was_asked_for_too_late_expires_at_once(path: Path) 
 async def test_a_ticket_that_is_only_polled_ends_too(path: Path) -> None:
     await leave_waiting(path, Task("work", "a", task_id="a"))
     async with make_supervisor(path, Agent(), task_type="other") as asking:
-        ticket = asking.ticket("a")
+        ticket = await find_ticket(asking, "a")
         await asyncio.sleep(1.0)
         assert not ticket.done()
         async with make_supervisor(path, Agent()):
@@ -90,7 +147,7 @@ async def test_the_deadline_of_a_task_whose_process_died_is_honoured_where_nobod
     await store.close()
     origin = now()
     async with make_supervisor(path, Agent(), task_type="other") as supervisor:
-        assert (await supervisor.ticket("a")).status is TaskStatus.EXPIRED
+        assert (await find_result(supervisor, "a")).status is TaskStatus.EXPIRED
         assert now() - origin == pytest.approx(600.0, abs=15.0)
 
 
@@ -100,12 +157,15 @@ async def test_a_ticket_ends_though_the_result_is_not_kept_any_more(path: Path) 
     store = SqliteTaskStore(path)
     await store.open()
     async with make_supervisor(path, Agent(), task_type="other") as supervisor:
-        waiting = asyncio.ensure_future(error_of(supervisor.ticket("a")))
+        ticket = await find_ticket(supervisor, "a")
+        waiting = asyncio.ensure_future(error_of(ticket))
         await asyncio.sleep(1.0)
         await store.finish("a", Completion(status="succeeded", finished_at=1.0), fence=None)
         await store.prune(before=2.0)
         async with asyncio.timeout(30.0):
             assert isinstance(await waiting, UnknownTask)
+        assert ticket.done()
+        assert ticket.status is TaskStatus.UNKNOWN  # it ended, and nobody knows how
     await store.close()
 
 
@@ -115,7 +175,7 @@ async def test_of_thousands_of_tickets_each_ends(path: Path) -> None:
     store = SqliteTaskStore(path)
     await store.open()
     async with make_supervisor(path, Agent(), task_type="other") as supervisor:
-        tickets = [supervisor.ticket(f"{number}") for number in range(1_500)]
+        tickets = [await find_ticket(supervisor, f"{number}") for number in range(1_500)]
         waiting = [asyncio.ensure_future(ticket.value()) for ticket in tickets]
         await asyncio.sleep(1.0)
         await store.finish("1499", Completion(status="failed", finished_at=clock.wall_time()), fence=None)
@@ -156,13 +216,13 @@ async def test_a_key_whose_task_is_removed_while_it_is_looked_up_is_new_work(pat
 @virtual
 async def test_an_id_that_somebody_asks_for_before_it_is_submitted_is_no_duplicate(path: Path) -> None:
     async with make_supervisor(path, Agent(), slots=2) as supervisor:
-        early = supervisor.ticket("a")
+        finding = asyncio.ensure_future(supervisor.find("a"))
         ticket = await supervisor.submit(Task("work", task_id="a"))
         assert (await ticket).status is TaskStatus.SUCCEEDED
-        assert isinstance(await error_of(early), UnknownTask)
+        assert await finding in (None, ticket)
     await leave_waiting(path, Task("work", task_id="b"))
     async with make_supervisor(path, Agent(), task_type="other") as supervisor:
-        early = supervisor.ticket("b")
+        early = await find_ticket(supervisor, "b")
         with pytest.raises(DuplicateTask):
             await supervisor.submit(Task("other", task_id="b"))
         assert early.status is TaskStatus.SPILLED

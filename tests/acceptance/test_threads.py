@@ -16,7 +16,7 @@ import pytest
 from tests.support.task_plane import error_of
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, Verdict, progress
-from forebay.errors import AlreadyStarted, LoopStopped, SupervisorClosed, UnknownTaskType, WouldDeadlock
+from forebay.errors import LoopStopped, SupervisorClosed, UnknownTaskType, WouldDeadlock
 from forebay.events import LoopStalled, TaskProgress
 
 PATIENCE = 20.0  # seconds; nothing here takes as long
@@ -291,12 +291,16 @@ def test_a_start_that_fails_is_raised_where_the_portal_was_entered() -> None:
         pytest.fail("it was entered")
 
 
-def test_a_portal_is_entered_once() -> None:
+def test_a_portal_may_be_entered_again_and_so_may_another_one() -> None:
     supervisor = BackpressureSupervisor()
-    with supervisor.portal():
-        pass
-    with pytest.raises(AlreadyStarted), supervisor.portal():
-        pytest.fail("it was entered")
+    supervisor.register_worker("echo", handler=lambda task: task.payload, task_types=["echo"])
+    portal = supervisor.portal()
+    for each in (portal, portal, supervisor.portal()):
+        with each:
+            assert each.run(Task("echo", 7)) == 7
+            assert supervisor.statistics().succeeded == 1
+        with pytest.raises(SupervisorClosed):
+            each.run(Task("echo", 7))
 
 
 async def test_threads_reach_a_running_supervisor_by_its_portal(supervisor: BackpressureSupervisor) -> None:

@@ -66,6 +66,7 @@ class MakeRecord:
         envelope: bytes = b"envelope",
         thread: str | None = None,
         enqueued_at: float | None = None,
+        tenant: str = "default",
     ) -> TaskRecord:
         number = next(self.count)
         return TaskRecord(
@@ -77,6 +78,7 @@ class MakeRecord:
             deadline=deadline,
             key=key,
             thread_id=thread,
+            tenant=tenant,
         )
 
 

@@ -36,6 +36,11 @@ async def renew(store: TaskStore, leases: Sequence[Lease], *, until: float) -> S
     return await asyncio.get_running_loop().run_in_executor(None, lambda: store.renew(leases, until=until))
 
 
+async def depths(store: TaskStore) -> dict[tuple[str, Priority], int]:
+    """Return how many records wait, of one tenant."""
+    return {(task_type, priority): count for (task_type, priority, _), count in (await store.depths()).items()}
+
+
 async def put_all(store: TaskStore, records: list[TaskRecord]) -> None:
     assert set(await asyncio.gather(*(store.put(record) for record in records))) <= {PutResult.STORED}
 
@@ -80,7 +85,7 @@ async def test_of_many_with_one_key_at_once_one_is_stored(store: TaskStore, reco
     outcomes = await asyncio.gather(*(store.put(record(key="k")) for _ in range(300)))
     assert outcomes.count(PutResult.STORED) == 1
     assert outcomes.count(PutResult.DUPLICATE) == 299
-    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert await depths(store) == {("research", Priority.NORMAL): 1}
 
 
 async def test_a_duplicate_among_many_leaves_the_others_stored(store: TaskStore, record: MakeRecord) -> None:
@@ -142,7 +147,7 @@ async def test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first
 async def test_what_is_parked_is_not_counted_as_waiting(store: TaskStore, record: MakeRecord) -> None:
     puts = [await store.put(record(name, thread="t")) for name in ("a", "b", "c")]
     assert puts == [PutResult.STORED, PutResult.PARKED, PutResult.PARKED]
-    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert await depths(store) == {("research", Priority.NORMAL): 1}
     assert await store.conversations() == {"t": 3}
     assert await state(store, "b") is RecordState.PARKED
 
@@ -161,7 +166,7 @@ async def test_a_conversation_spans_task_types_and_priorities(store: TaskStore, 
     assert await take(of="write") == []
     (lease,) = await take()
     await store.finish("a", DONE, fence=lease.fence)
-    assert await store.depths() == {("write", Priority.CRITICAL): 1}
+    assert await depths(store) == {("write", Priority.CRITICAL): 1}
     assert [lease.record.task_id for lease in await take(of="write")] == ["b"]
 
 
@@ -180,7 +185,7 @@ async def test_a_record_put_leased_goes_before_younger_ones_that_wait(store: Tas
     await store.put(record("late", thread="t", enqueued_at=2.0))
     early = record("early", thread="t", enqueued_at=1.0)
     assert await store.put(early, fence="mine", until=100.0) is PutResult.STORED
-    assert await store.depths() == {}
+    assert await depths(store) == {}
     assert await state(store, "late") is RecordState.PARKED
     assert await store.finish("early", DONE, fence="mine")
     assert await state(store, "late") is RecordState.WAITING
@@ -204,7 +209,7 @@ async def test_an_older_record_takes_the_place_of_one_that_waits(
 ) -> None:
     await store.put(record("late", thread="t", enqueued_at=2.0, priority=Priority.LOW))
     assert await store.put(record("early", thread="t", enqueued_at=1.0)) is PutResult.STORED
-    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert await depths(store) == {("research", Priority.NORMAL): 1}
     assert [lease.record.task_id for lease in await take()] == ["early"]
 
 
@@ -232,7 +237,7 @@ async def test_ends_of_one_conversation_at_the_same_moment_leave_the_next_one_wa
     for name in ("a", "b", "c", "d"):
         await store.put(record(name, thread="t"))
     assert await asyncio.gather(*(store.finish(name, DONE, fence=None) for name in ("a", "b", "c"))) == [True] * 3
-    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert await depths(store) == {("research", Priority.NORMAL): 1}
     assert [lease.record.task_id for lease in await take()] == ["d"]
 
 
@@ -497,7 +502,7 @@ async def test_the_id_of_a_record_that_is_done_may_be_used_again(
     store = await open_store(bound=bound)
     for envelope in (b"first", b"second", b"third"):
         assert await store.put(record("a", envelope=envelope)) is PutResult.STORED
-        assert await store.depths() == {("research", Priority.NORMAL): 1}
+        assert await depths(store) == {("research", Priority.NORMAL): 1}
         assert await store.put(record("a")) is PutResult.DUPLICATE
         found = await store.find("a")
         assert found is not None
@@ -660,13 +665,13 @@ async def test_delayed_records_are_bounded_and_are_no_depth(open_store: OpenStor
     await put_all(store, [record("a", key="k"), record("b")])
     for lease in await store.lease("research", 2, until=100.0):
         await store.delay(lease, due=10.0, wait=1.0, error="no")
-    assert await store.depths() == {}
+    assert await depths(store) == {}
     assert await store.put(record()) is PutResult.FULL
     assert await store.put(record("a")) is PutResult.DUPLICATE
     assert await store.put(record(key="k")) is PutResult.DUPLICATE
     assert await store.find_key("k") == "a"
     await store.wake(now=10.0)
-    assert await store.depths() == {("research", Priority.NORMAL): 2}
+    assert await depths(store) == {("research", Priority.NORMAL): 2}
 
 
 async def test_a_delayed_record_keeps_its_conversation_waiting(
@@ -680,9 +685,9 @@ async def test_a_delayed_record_keeps_its_conversation_waiting(
     assert await store.put(record("c", thread="t"), fence="mine", until=100.0) is PutResult.PARKED
     assert await store.put(record("older", thread="t", enqueued_at=1.0)) is PutResult.PARKED
     assert await store.conversations() == {"t": 4}
-    assert await store.depths() == {}
+    assert await depths(store) == {}
     await store.wake(now=10.0)
-    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert await depths(store) == {("research", Priority.NORMAL): 1}
     for name in ("older", "a", "b", "c"):
         (lease,) = await take()
         assert lease.record.task_id == name
@@ -744,7 +749,7 @@ async def test_thousands_of_delayed_records_wake_like_a_few(store: TaskStore, re
     delays = [store.delay(lease, due=10.0, wait=1.0, error="no") for lease in await take()]
     assert all(await asyncio.gather(*delays))
     assert await store.wake(now=11.0) == WakeResult(woken=1_200, delayed=0, next_due=None)
-    assert await store.depths() == {("research", Priority.NORMAL): 1_200}
+    assert await depths(store) == {("research", Priority.NORMAL): 1_200}
 
 
 # --- expiry ----------------------------------------------------------------------------------------------------------
@@ -846,7 +851,7 @@ async def test_leases_are_renewed_while_the_event_loop_is_blocked(
     with ThreadPoolExecutor(1) as thread:
         assert list(thread.submit(store.renew, leases, until=20.0).result(timeout=10.0)) == []
     await store.reap(now=15.0, max_attempts=3)
-    assert await store.depths() == {}
+    assert await depths(store) == {}
 
 
 async def test_a_record_put_leased_expires_like_any_other(store: TaskStore, record: MakeRecord, take: Take) -> None:
@@ -862,7 +867,7 @@ async def test_thousands_of_records_expire_and_are_pruned_like_a_few(
     leases = await take(until=10.0)
     await asyncio.gather(*(store.begin_attempt(lease) for lease in leases[::2]))
     assert len(await store.reap(now=11.0, max_attempts=1)) == 600
-    assert await store.depths() == {("research", Priority.NORMAL): 600}
+    assert await depths(store) == {("research", Priority.NORMAL): 600}
     leases = await take()
     await asyncio.gather(*(store.finish(lease.record.task_id, DONE, fence=lease.fence) for lease in leases))
     assert await store.prune(before=DONE.finished_at + 1.0) == 600
@@ -926,7 +931,7 @@ async def test_a_requeued_record_keeps_its_order_and_starts_with_no_attempts(
     await store.reap(now=11.0, max_attempts=1)
     assert await store.requeue("a") is PutResult.STORED
     assert list(await store.list_dead(9)) == []
-    assert await store.depths() == {("research", Priority.NORMAL): 2}
+    assert await depths(store) == {("research", Priority.NORMAL): 2}
     again, _ = await take()
     assert (again.record.task_id, again.record.attempts, again.record.envelope) == ("a", 0, b"whole")
 
@@ -1019,20 +1024,20 @@ async def test_dead_records_are_bounded_apart_from_results(open_store: OpenStore
 async def test_depths_count_waiting_records_by_type_and_priority(
     store: TaskStore, record: MakeRecord, take: Take
 ) -> None:
-    assert await store.depths() == {}
+    assert await depths(store) == {}
     await put_all(store, [record("a"), record("b"), record("c", of="write", priority=Priority.LOW)])
     await store.put(record("held"), fence="mine", until=10.0)
-    assert await store.depths() == {("research", Priority.NORMAL): 2, ("write", Priority.LOW): 1}
+    assert await depths(store) == {("research", Priority.NORMAL): 2, ("write", Priority.LOW): 1}
     leases = await take()
-    assert await store.depths() == {("write", Priority.LOW): 1}
+    assert await depths(store) == {("write", Priority.LOW): 1}
     await store.release(leases[:1])
-    assert await store.depths() == {("research", Priority.NORMAL): 1, ("write", Priority.LOW): 1}
+    assert await depths(store) == {("research", Priority.NORMAL): 1, ("write", Priority.LOW): 1}
     await store.finish("c", DONE, fence=None)
     await store.finish("b", DONE, fence=leases[1].fence)
     await store.reap(now=11.0, max_attempts=1)
-    assert await store.depths() == {("research", Priority.NORMAL): 2}
+    assert await depths(store) == {("research", Priority.NORMAL): 2}
     await store.prune(before=1e6)
-    assert await store.depths() == {("research", Priority.NORMAL): 2}
+    assert await depths(store) == {("research", Priority.NORMAL): 2}
 
 
 # --- opening and closing ---------------------------------------------------------------------------------------------
@@ -1132,5 +1137,62 @@ async def test_two_openings_of_a_shared_store_agree(
     assert list(await renew(other, leased, until=200.0)) == []
     await store.release(leased[:1])
     assert not await other.begin_attempt(leased[0])
-    assert await store.depths() == await other.depths() == {("research", Priority.NORMAL): 1}
+    assert await depths(store) == await depths(other) == {("research", Priority.NORMAL): 1}
     assert await other.put(leased[0].record) is PutResult.DUPLICATE
+
+
+# --- tenants ---------------------------------------------------------------------------------------------------------
+
+
+async def test_each_tenant_has_a_share_of_what_is_leased(store: TaskStore, record: MakeRecord) -> None:
+    await put_all(store, [record(f"a {number}", tenant="a") for number in range(9)])
+    await put_all(store, [record(f"b {number}", tenant="b") for number in range(2)])
+    await put_all(store, [record("c", tenant="c"), record("best", tenant="a", priority=Priority.HIGH)])
+    normal = Priority.NORMAL
+    leases = await store.lease("research", 10, until=9.0, priority=normal, shares={"b": 3, "a": 2, "nobody": 1})
+    assert ids(list(leases)) == ["b 0", "b 1", "a 0", "a 1"]
+    assert await store.depths() == {
+        ("research", Priority.HIGH, "a"): 1,
+        ("research", normal, "a"): 7,
+        ("research", normal, "c"): 1,
+    }
+    leases = await store.lease("research", 3, until=9.0, priority=normal, shares={"a": 2, "c": 2, "b": 2})
+    assert ids(list(leases)) == ["a 2", "a 3", "c"]
+    assert await store.lease("research", 1, until=9.0, shares={}) == []
+    assert ids(list(await store.lease("research", 2, until=9.0, shares={"a": 1, "c": 1}))) == ["best", "a 4"]
+
+
+async def test_the_records_of_one_tenant_keep_their_order(store: TaskStore, record: MakeRecord) -> None:
+    await store.put(record("late", tenant="a", enqueued_at=9.0))
+    await store.put(record("urgent", tenant="a", enqueued_at=8.0, deadline=100.0))
+    await store.put(record("early", tenant="a", enqueued_at=7.0))
+    await store.put(record("other", tenant="b", enqueued_at=1.0))
+    leases = await store.lease("research", 5, until=9.0, shares={"a": 5})
+    assert ids(list(leases)) == ["urgent", "early", "late"]
+    assert {lease.record.tenant for lease in leases} == {"a"}
+
+
+async def test_without_shares_the_tenants_make_no_difference(store: TaskStore, record: MakeRecord) -> None:
+    for number in range(6):
+        await store.put(record(f"task {number}", tenant="ab"[number % 2]))
+    assert ids(list(await store.lease("research", 5, until=9.0))) == [f"task {number}" for number in range(5)]
+
+
+async def test_a_record_keeps_its_tenant_until_it_has_ended(store: TaskStore, record: MakeRecord) -> None:
+    await store.put(record("one", tenant="acmé", thread="t"))
+    await store.put(record("two", tenant="other", thread="t"))
+    waiting = {("research", Priority.NORMAL, "acmé"): 1}
+    assert await store.depths() == waiting
+    (lease,) = await store.lease("research", 1, until=9.0)
+    await store.release([lease])
+    assert await store.depths() == waiting
+    (lease,) = await store.lease("research", 1, until=9.0)
+    assert await store.delay(lease, due=10.0, wait=1.0, error="failed")
+    assert await store.depths() == {}
+    await store.wake(now=11.0)
+    assert await store.depths() == waiting
+    assert await store.finish("one", DONE, fence=None)
+    assert await store.depths() == {("research", Priority.NORMAL, "other"): 1}
+    found = await store.find("one")
+    assert found is not None
+    assert found[1].tenant == "acmé"

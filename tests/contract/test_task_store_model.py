@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
+from itertools import compress
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -24,6 +25,7 @@ from forebay.task import Priority
 BOUND = 10
 MAX_ATTEMPTS = 2
 TYPES = st.sampled_from(["research", "write"])
+TENANTS = st.sampled_from(["a", "b", "c"])
 NAMES = st.sampled_from("abcdefghijklmnopqr")
 UNFINISHED = (RecordState.WAITING, RecordState.PARKED, RecordState.LEASED, RecordState.DELAYED)
 
@@ -105,10 +107,20 @@ class ModelStore:
     def full(self) -> bool:
         return len(self.within(*UNFINISHED)) >= BOUND
 
-    def best(self, task_type: str, limit: int, priority: Priority | None) -> list[ModelRecord]:
+    def best(
+        self, task_type: str, limit: int, priority: Priority | None, shares: Mapping[str, int] | None
+    ) -> list[ModelRecord]:
         waiting = [stored for stored in self.within(RecordState.WAITING) if stored.record.task_type == task_type]
         chosen = [stored for stored in waiting if priority is None or stored.record.priority is priority]
-        return sorted(chosen, key=lambda stored: stored.order)[:limit]
+        in_order = sorted(chosen, key=lambda stored: stored.order)
+        if shares is None:
+            return in_order[:limit]
+        best: list[ModelRecord] = []
+        for each in Priority:
+            for tenant, share in shares.items():
+                of_tenant = [s.record.priority is each and s.record.tenant == tenant for s in in_order]
+                best += list(compress(in_order, of_tenant))[:share]
+        return best[:limit]
 
     def held(self, lease: Lease) -> ModelRecord | None:
         stored = self.records.get(lease.record.task_id)
@@ -172,6 +184,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         fenced=st.sampled_from([False, False, False, True]),
         late=st.sampled_from([0.0, 0.0, 2.5]),
         thread_id=st.sampled_from([None, None, "t", "u"]),
+        tenant=TENANTS,
     )
     def put(  # noqa: PLR0913 - the fields of a record
         self,
@@ -184,6 +197,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         late: float,
         fenced: bool,
         thread_id: str | None,
+        tenant: str,
     ) -> None:
         record = TaskRecord(
             task_id=task_id,
@@ -194,6 +208,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
             deadline=deadline,
             key=key,
             thread_id=thread_id,
+            tenant=tenant,
         )
         until = self.tick() + 3.0
         fence = f"fence {until}" if fenced else None
@@ -222,11 +237,16 @@ class TaskStoreMachine(RuleBasedStateMachine):
     async def put_all(self, records: list[TaskRecord]) -> list[PutResult]:
         return await asyncio.gather(*(self.store.put(record) for record in records))
 
-    @rule(task_type=TYPES, limit=st.integers(0, 9), priority=st.sampled_from([None, None, *Priority]))
-    def lease(self, task_type: str, limit: int, priority: Priority | None) -> None:
+    @rule(
+        task_type=TYPES,
+        limit=st.integers(0, 9),
+        priority=st.sampled_from([None, None, *Priority]),
+        shares=st.none() | st.dictionaries(TENANTS, st.integers(0, 3)),
+    )
+    def lease(self, task_type: str, limit: int, priority: Priority | None, shares: Mapping[str, int] | None) -> None:
         until = self.tick() + 3.0
-        expected = self.model.best(task_type, limit, priority)
-        leases = self.run(self.store.lease(task_type, limit, until=until, priority=priority))
+        expected = self.model.best(task_type, limit, priority, shares)
+        leases = self.run(self.store.lease(task_type, limit, until=until, priority=priority, shares=shares))
         assert [lease.record for lease in leases] == [stored.record for stored in expected]
         for lease, stored in zip(leases, expected, strict=True):
             assert lease.until == until
@@ -407,7 +427,8 @@ class TaskStoreMachine(RuleBasedStateMachine):
     @invariant()
     def depths_agree(self) -> None:
         waiting = self.model.within(RecordState.WAITING)
-        expected = Counter((stored.record.task_type, stored.record.priority) for stored in waiting)
+        records = [stored.record for stored in waiting]
+        expected = Counter((record.task_type, record.priority, record.tenant) for record in records)
         assert self.run(self.store.depths()) == expected
 
     @invariant()

@@ -250,10 +250,10 @@ def test_the_fields_are_those_of_a_task() -> None:
 
 def test_the_events_are_those_that_there_are() -> None:
     told = {
-        names(row[0])[0]: (names(row[1])[0], names(row[2])) for row in rows(EVENTS, "Every event has `kind` and `at`")
+        names(row[0])[0]: (names(row[1])[0], names(row[2])) for row in rows(EVENTS, "Every event has `kind`, `time`")
     }
     expected = {
-        event.__name__: (event.kind, [name for name in event.__struct_fields__ if name != "at"])
+        event.__name__: (event.kind, [name for name in event.__struct_fields__ if name not in ("at", "time")])
         for event in events.Event.__subclasses__()
     }
     assert told == expected

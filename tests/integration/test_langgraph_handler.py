@@ -23,6 +23,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Interrupt, Send, interrupt
+from tests.support.task_plane import find_ticket
 
 from forebay import BackpressureSupervisor, Verdict, context
 from forebay.adapters import as_handler
@@ -50,6 +51,7 @@ class Listening:
 
     deadline: Deadline | None = None
     attempt = 1
+    tenant_weight = 1.0
 
     def __init__(self) -> None:
         self.task = Task("listening")
@@ -449,7 +451,7 @@ def test_messages_travel_through_the_overflow_and_come_back_as_messages(tmp_path
         async with BackpressureSupervisor(overflow=url) as supervisor:
             graph = graph_of(answer, schema=Conversation).compile()
             supervisor.register_worker("writer", factory=lambda: graph, task_types=["t"])
-            return [await supervisor.ticket(task_id).value() for task_id in ids]
+            return [await (await find_ticket(supervisor, task_id)).value() for task_id in ids]
 
     async def directly() -> Any:
         return await graph_of(answer, schema=Conversation).compile().ainvoke(asked)
@@ -545,7 +547,7 @@ def test_an_interrupt_is_asked_and_answered_by_way_of_the_overflow(tmp_path: Pat
     async def later(task_id: str) -> Any:
         async with BackpressureSupervisor(overflow=url) as supervisor:
             supervisor.register_worker("writer", handler=graph, task_types=["t"])
-            return await supervisor.ticket(task_id).value()
+            return await (await find_ticket(supervisor, task_id)).value()
 
     (question,) = asyncio.run(later(asyncio.run(ask({"topic": "rivers"}))))["__interrupt__"]
     assert question.value == "publish?"

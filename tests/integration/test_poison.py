@@ -37,9 +37,9 @@ async def main():
                 supervisor.submit(Task("work", "innocent", task_id="innocent", durable=True)),
             )
         await dead.wait()
-        innocent = await supervisor.ticket("innocent")
+        innocent = await (await supervisor.find("innocent"))
         print("innocent", innocent.status.value, innocent.attempts)
-        poison = await supervisor.ticket("poison")
+        poison = await (await supervisor.find("poison"))
         print("poison", poison.status.value, poison.attempts)
         async for letter in supervisor.dead_letters:
             print("letter", letter.task_id, letter.attempts, letter.error.split(":")[0])

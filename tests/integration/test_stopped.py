@@ -42,7 +42,7 @@ async def main():
         @supervisor.worker("work", name="successor")
         async def work(task):
             return "in time"
-        result = await supervisor.ticket("the task")
+        result = await (await supervisor.find("the task"))
         print(result.worker_id, result.result, result.attempts, flush=True)
 
 asyncio.run(main())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,18 @@ from tests.mutation.injection import always, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
+from forebay.admission import (
+    EstimatedTimes,
+    PriorityQueue,
+    PriorityThresholds,
+    RetryAfterSchedule,
+    StandingQueue,
+    TenantRetrySchedules,
+    TenantTurns,
+    feasibility,
+)
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
-from forebay.events import Event, EventBus, Subscription
+from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
@@ -47,10 +56,10 @@ from forebay.quota import (
 from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
-from forebay.retry import RetryBudget, RetryState
+from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, room
+from forebay.supervisor import admission_controller, drain, fan_out, pools, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -59,6 +68,7 @@ from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup
+from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
 from forebay.supervisor.runs import completion, slot_loans
@@ -66,21 +76,31 @@ from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan
+from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill import stored_tasks
 from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
-from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
+from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.spill.stored_tasks import StoredTasks
-from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.spilled_counts import SpilledCounts
+from forebay.supervisor.tenants import Tenants
+from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
+from forebay.supervisor.tree import worker_life
+from forebay.supervisor.tree.restart_intensity import RestartIntensity
+from forebay.supervisor.tree.restart_policy import RestartType
+from forebay.supervisor.tree.supervision import Supervision
+from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_removal import WorkerRemoval
+from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
-from forebay.upstream.accounts import bypass
+from forebay.upstream.accounts import bypass, spend_suspension
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
@@ -89,14 +109,14 @@ from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
-from forebay.upstream.accounts.refusals import RefusalControl
+from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
-from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
@@ -127,8 +147,8 @@ def a_cancelled_run_keeps_its_slot() -> None:
 def a_zombie_gives_its_slot_back() -> None:
     original = RunCompletion.end_early
 
-    def end_early(self: RunCompletion, run: Run, status: TaskStatus, error: str) -> None:
-        original(self, run, status, error)
+    def end_early(self: RunCompletion, run: Run, status: TaskStatus, error: str, cause: Any = None) -> None:
+        original(self, run, status, error, cause)
         if run.holds_slot and not run.ended:
             self._dispatcher.return_slot(run)
 
@@ -467,6 +487,90 @@ def an_earlier_task_of_the_same_id_ends_a_later_one() -> None:
     skip(TicketRegistry.hold_weakly, TicketRegistry.forget_end)
 
 
+# --- tenants and reserved slots: nobody waits for the flood of another ---
+
+
+def tenants_are_served_in_the_order_of_arrival() -> None:
+    always(Pool, Pool._take_turns, returns=None)
+
+
+def the_flood_of_a_tenant_fills_the_queue_for_all() -> None:
+    original = Pool.load
+
+    def load(
+        self: Pool, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None
+    ) -> float:
+        del tenant
+        return original(self, priority, nested=nested)
+
+    replace(Pool, original, load)
+
+
+def new_tasks_wait_behind_the_records_of_all_tenants() -> None:
+    def spilled_ahead(self: Pool, priority: Priority, tenant: str) -> int:
+        del tenant
+        return self.spilled.better(priority) + self.spilled.totals[priority] + self.spilled.spilling[priority]
+
+    replace(Pool, Pool.spilled_ahead, spilled_ahead)
+
+
+def records_come_back_tenant_after_tenant() -> None:
+    def shares(
+        self: TenantTurns, turns: int, *, here: object, elsewhere: Mapping[str, int], blocked: object = ()
+    ) -> dict[str, int]:
+        del self, here, blocked
+        tenant = next(iter(elsewhere))
+        return {tenant: min(turns, elsewhere[tenant])} if turns > 0 else {}
+
+    replace(TenantTurns, TenantTurns.shares, shares)
+
+
+def new_tasks_take_the_slots_of_records_on_their_way_back() -> None:
+    always(Pool, Pool._is_promised, returns=False)
+
+
+def all_tenants_come_back_by_one_schedule() -> None:
+    original = TenantRetrySchedules.reserve
+
+    def reserve(
+        self: TenantRetrySchedules, tenant: str, now: float, drain_rate: float | None, draw: float
+    ) -> float | None:
+        del tenant
+        return original(self, "all", now, drain_rate, draw)
+
+    replace(TenantRetrySchedules, original, reserve)
+
+
+def producers_of_all_tenants_stand_in_one_line() -> None:
+    entered, is_behind = RoomQueue.enter, RoomQueue.is_behind
+    replace(
+        RoomQueue,
+        entered,
+        lambda self, task, *rest: entered(self, msgspec.structs.replace(task, tenant="all"), *rest),
+    )
+    replace(RoomQueue, is_behind, lambda self, task: is_behind(self, msgspec.structs.replace(task, tenant="all")))
+
+
+def a_store_that_is_silent_keeps_slots_free() -> None:
+    always(Refiller, Refiller._expect_no_records, returns=None)
+
+
+def records_of_a_blocked_tenant_come_back() -> None:
+    replace(SpilledCounts, SpilledCounts.servable, lambda self, _: self.totals)
+
+
+def a_tenant_runs_as_much_as_it_likes() -> None:
+    always(Tenants, Tenants.count_running, returns=False)
+
+
+def normal_tasks_take_reserved_slots() -> None:
+    always(Pool, Pool.reserved_slots, returns=(0, 0))
+
+
+def calls_of_all_tenants_weigh_the_same() -> None:
+    always(FairOrder, FairOrder._step, returns=1.0)
+
+
 # --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
 
 
@@ -512,7 +616,7 @@ def closing_starts_what_waits() -> None:
 
 
 def a_ticket_asked_for_by_id_has_no_deadline() -> None:
-    skip(StoreLookup._apply, Ticket.restore)
+    skip(found_ticket, Ticket.restore)
 
 
 def deadlines_follow_the_wall_clock() -> None:
@@ -716,7 +820,21 @@ def a_model_never_thinks_between_two_words() -> None:
 
 
 def one_request_that_is_too_dear_stops_the_key() -> None:
-    always(SpendSuspension, SpendSuspension.confirm, returns=math.inf)
+    always(SpendSuspension, SpendSuspension.confirm, returns=Suspended(60.0, math.inf))
+
+
+def two_seconds_of_402s_suspend_the_quietest_key() -> None:
+    vars(spend_suspension)["_GAPS"] = 0.0
+
+
+def the_caller_that_was_refused_takes_every_probe_of_a_suspension() -> None:
+    original = SpendSuspension.begin
+
+    def begin(self: SpendSuspension, now: float, seconds: float) -> None:
+        original(self, now, seconds)
+        self._until_same = now + seconds
+
+    replace(SpendSuspension, original, begin)
 
 
 def a_call_that_cannot_be_metered_passes() -> None:
@@ -905,9 +1023,8 @@ def a_few_faults_open_a_breaker() -> None:
 def a_call_that_has_failed_probes() -> None:
     original = Account._provider_unavailable
 
-    def _provider_unavailable(self: Account, now: float, *, free: bool = False, failed: bool = False) -> Any:
-        del failed
-        return original(self, now, free=free)
+    def _provider_unavailable(self: Account, now: float, request: CallRequest | None = None) -> Any:
+        return original(self, now, None if request is None else msgspec.structs.replace(request, failed=False))
 
     replace(Account, original, _provider_unavailable)
 
@@ -1036,6 +1153,42 @@ def a_refusal_empties_the_quota_of_a_day() -> None:
 
 def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
+
+
+def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> None:
+    original = call_flow._Retrying._waits_for_quota
+
+    def _waits_for_quota(self: Any, retry_after: float) -> bool:
+        request = self._route.call_request
+        retries, request.retries = request.retries, 0
+        try:
+            return original(self, retry_after)
+        finally:
+            request.retries = retries
+
+    replace(call_flow._Retrying, original, _waits_for_quota)
+
+
+# --- which calls a provider had in flight ---
+
+
+def a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known() -> None:
+    vars(refusal_cause)["_KNOWN_AFTER"] = 0.0
+
+
+def a_call_that_is_refused_again_was_in_flight() -> None:
+    original = RefusalControl.record_refused
+
+    def record_refused(self: RefusalControl, *args: Any, repeated: bool = False, **kwargs: Any) -> bool:
+        if not repeated:
+            return original(self, *args, **kwargs)
+        cause, self._cause = self._cause, RefusalCause()
+        try:
+            return original(self, *args, repeated=repeated, **kwargs)
+        finally:
+            self._cause = cause
+
+    replace(RefusalControl, original, record_refused)
 
 
 # --- quotas that headers show, and the places of retries ---
@@ -1227,9 +1380,9 @@ def a_worker_takes_tasks_before_its_handler_has_started() -> None:
     original = WorkerAgent.can_accept
 
     def can_accept(self: WorkerAgent) -> bool:
-        ready, self.ready = self.ready, True
+        accepting, self.accepting = self.accepting, True
         accepts = original(self)
-        self.ready = ready
+        self.accepting = accepting
         return accepts
 
     replace(WorkerAgent, original, can_accept)
@@ -1240,7 +1393,7 @@ def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
 
 
 def a_stored_task_is_held_though_its_worker_cannot_be_started() -> None:
-    replace(Dispatcher, Dispatcher.return_to_store, Dispatcher.requeue)
+    replace(Spill, Spill.return_to_store, lambda self, ticket: self.stored.requeue(ticket))
 
 
 def closing_ignores_a_start_in_progress() -> None:
@@ -1292,10 +1445,11 @@ def closing_leaves_a_submission_to_a_store_that_does_not_answer() -> None:
 
 
 def closing_awaits_a_stop_without_a_bound() -> None:
-    async def _await_stop(what: str, awaitable: Any, limit: float) -> None:
-        await await_hook(what, awaitable)  # type: ignore[name-defined]  # noqa: F821 - a name of that module
+    async def _ends(future: asyncio.Future[Any], _: float) -> bool:
+        await asyncio.wait((future,))
+        return True
 
-    nested_supervisor._await_stop.__code__ = _await_stop.__code__
+    worker_life._ends.__code__ = _ends.__code__
 
 
 def a_start_that_is_cancelled_is_not_tried_again() -> None:
@@ -1442,6 +1596,65 @@ def what_a_nested_upstream_has_judged_counts_again() -> None:
     sdk_exceptions.is_judged.__code__ = is_judged.__code__
 
 
+# --- workers that change while they run ------------------------------------------------------------------------------
+
+
+def a_leaving_worker_runs_no_nested_task() -> None:
+    def _update_accepting(self: WorkerAgent) -> None:
+        self.accepting = self.ready and not self.leaving
+
+    replace(WorkerAgent, WorkerAgent._update_accepting, _update_accepting)
+
+
+def a_leaving_worker_begins_new_runs() -> None:
+    replace(WorkerAgent, WorkerAgent.leave, lambda self: setattr(self, "leaving", True))
+
+
+def what_waits_for_a_worker_that_is_gone_waits_forever() -> None:
+    always(WorkerRemoval, WorkerRemoval.end_waiting, returns=None)
+
+
+def a_stored_task_of_a_stopped_worker_is_lost() -> None:
+    always(RunStopper, RunStopper._return_to_store, returns=None)
+
+
+def a_selection_keeps_workers_that_are_gone() -> None:
+    def _drop(self: WorkerSelector, worker: WorkerAgent) -> None:
+        self._current.pop(worker, None)
+
+    replace(WorkerSelector, WorkerSelector._drop, _drop)
+
+
+def a_record_is_leased_for_a_type_that_is_paused() -> None:
+    replace(Refiller, Refiller._may_refill, lambda self, _: not self._stored.refill_stopped)
+
+
+def a_paused_type_has_the_room_of_its_slots() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        paused, self.paused = self.paused, False
+        value = original(self, nested=nested)
+        self.paused = paused
+        return value
+
+    replace(Pool, original, load)
+
+
+def a_drain_waits_for_a_type_that_is_paused() -> None:
+    original = Drain._may_run
+
+    def _may_run(self: Drain, ticket: Ticket, *, without_store: bool) -> bool:
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        return original(self, ticket, without_store=without_store) or (pool is not None and pool.paused)
+
+    replace(Drain, original, _may_run)
+
+
+def a_larger_worker_waits_for_the_next_event() -> None:
+    skip(RunCompletion.slots_changed, Dispatcher.update_slots)
+
+
 # --- fan-outs and waiting for room ---
 
 
@@ -1459,6 +1672,168 @@ def the_next_in_line_for_room_is_not_woken() -> None:
 
 def a_fan_out_has_no_limit() -> None:
     always(FanOut, FanOut._is_window_full, returns=False)
+
+
+# --- supervision: lives, restarts, trees -----------------------------------------------------------------------------
+
+
+def a_worker_whose_life_has_ended_is_not_started_again() -> None:
+    always(RestartType, RestartType.restarts_after, returns=False)
+
+
+def a_transient_worker_is_restarted_like_a_permanent_one() -> None:
+    always(RestartType, RestartType.restarts_after, returns=True)
+
+
+def restarts_are_not_bounded() -> None:
+    always(RestartIntensity, RestartIntensity.allow, returns=True)
+
+
+def restarts_of_any_time_count() -> None:
+    original = RestartIntensity.allow
+    replace(RestartIntensity, original, lambda self, _: original(self, 0.0))
+
+
+def workers_that_are_restarted_together_are_stopped_in_order() -> None:
+    original = Supervision._stop
+
+    async def _stop(self: Supervision, workers: Sequence[WorkerAgent], error: str) -> None:
+        for worker in workers:
+            await original(self, [worker], error)
+
+    replace(Supervision, original, _stop)
+
+
+def what_runs_on_a_worker_that_is_restarted_goes_on() -> None:
+    always(RunStopper, RunStopper.stop, returns=None)
+
+
+def an_end_that_was_dealt_with_is_handled_again() -> None:
+    original = WorkerLife.stop
+
+    async def stop(self: WorkerLife, *, grace: float, for_good: bool = True) -> None:
+        ended = self.ended
+        await original(self, grace=grace, for_good=for_good)
+        self.ended = ended
+
+    replace(WorkerLife, original, stop)
+
+
+def ends_of_lives_are_ignored_while_other_workers_start() -> None:
+    original = Supervision.exited
+
+    def exited(self: Supervision, worker: WorkerAgent, end: Any) -> None:
+        if self._active:
+            original(self, worker, end)
+
+    replace(Supervision, original, exited)
+
+
+def the_supervisor_above_does_not_learn_that_one_gives_up() -> None:
+    skip(Supervision._give_up, asyncio.Future.cancel)
+
+
+def a_worker_that_is_failed_for_good_is_tried_again() -> None:
+    replace(Breaker, Breaker.hold_open, lambda self, now: self.trip(now))
+
+
+def what_waits_for_a_worker_that_is_failed_for_good_goes_on_waiting() -> None:
+    always(Dispatcher, Dispatcher.fail_all_waiting, returns=None)
+
+
+def a_task_of_a_restarted_worker_counts_against_those_above() -> None:
+    def _is_stop_of_other_worker(_: BaseException | None) -> bool:
+        return False
+
+    completion._is_stop_of_other_worker.__code__ = _is_stop_of_other_worker.__code__
+
+
+def a_task_of_a_restarted_worker_is_not_retried() -> None:
+    def covers(self: Retry, error: BaseException) -> bool:
+        return original(self, error) and not isinstance(error, errors.WorkerStopped)
+
+    original = Retry.covers
+    replace(Retry, original, covers)
+
+
+def a_life_that_was_never_begun_is_left_behind() -> None:
+    def _discard(life: Any, _: Any) -> None:
+        """Leave it."""
+
+    worker_life._discard.__code__ = _discard.__code__
+
+
+def a_restart_that_is_cut_off_leaves_its_workers_behind() -> None:
+    replace(Supervision, Supervision._worked, lambda self, _: setattr(self, "_working", None))
+
+
+def a_worker_that_was_unregistered_while_it_started_lives_on() -> None:
+    skip(Supervision._start, WorkerLife.stop)
+
+
+# --- what a web app needs ---
+
+
+def a_task_that_expires_as_it_comes_back_cannot_be_found() -> None:
+    skip(Refiller._start_or_queue, TicketRegistry.add)
+
+
+def orphans_return_their_slot_to_the_next_run() -> None:
+    always(RunCompletion, RunCompletion.close, returns=None)
+
+
+def workers_keep_what_happened_to_them_when_their_supervisor_starts_again() -> None:
+    skip(BackpressureSupervisor._forget_run, WorkerAgent.begin_run)
+
+
+def a_run_outlives_its_event_loop() -> None:
+    skip(BackpressureSupervisor.start, BackpressureSupervisor._end_if_cut_off)
+
+
+def a_store_waits_for_a_loop_that_has_ended() -> None:
+    skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+
+
+def a_log_of_events_has_what_handlers_report() -> None:
+    replace(TaskProgress, TaskProgress._field_as_dict, Event._field_as_dict)
+
+
+def the_slot_of_a_thread_is_free_when_its_time_is_up() -> None:
+    async def wait_until_left(_: PortalSlot, __: Any, left: asyncio.Future[BaseException | None]) -> Any:
+        try:
+            await asyncio.wait((left,))
+        except asyncio.CancelledError as error:
+            return error
+        return left.result()
+
+    replace(PortalSlot, PortalSlot._wait_until_left, wait_until_left)
+
+
+def workers_count_no_failed_attempts() -> None:
+    skip(RunCompletion._failed, WorkerAgent.record_other_end)
+
+
+def a_found_task_runs_as_it_was_read() -> None:
+    skip(found_ticket, Ticket.mark_found)
+
+
+# --- tasks with deadlines that wait ---
+
+
+def every_task_is_judged_as_if_it_were_like_the_others() -> None:
+    always(EstimatedTimes, EstimatedTimes.of, returns=None)
+
+
+def estimates_that_predict_nothing_are_used() -> None:
+    feasibility._PREDICTS = math.inf
+
+
+def a_burst_is_judged_as_a_queue_that_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=True)
+
+
+def no_queue_stands() -> None:
+    always(StandingQueue, StandingQueue.stands, returns=False)
 
 
 def answers_of_the_overflow_wake_who_waits_for_room() -> None:

@@ -28,32 +28,42 @@ from tests.acceptance import (
     test_gateway_end,
     test_gateway_responses,
     test_hooks,
+    test_json,
     test_leases,
     test_lifecycle,
     test_lost_file,
     test_nested,
     test_open_runs,
     test_overflow,
+    test_portal,
+    test_reserve,
+    test_restart,
     test_retries,
     test_room,
     test_routing,
     test_shared_overflow,
     test_silent_store,
     test_slot,
+    test_start_deadlines,
     test_start_gate,
     test_stored_retries,
     test_stored_text,
     test_stored_tickets,
     test_submitting,
+    test_supervision,
+    test_tenants,
+    test_tenants_in_the_overflow,
     test_upstream,
     test_upstream_retries,
+    test_worker_changes,
+    test_worker_counters,
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_quota_debt
-from tests.unit.admission import test_thresholds
+from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_sqlite_store
@@ -61,7 +71,7 @@ from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
-from tests.unit.upstream import test_core
+from tests.unit.upstream import test_call_flow, test_core
 from tests.unit.upstream.accounts import (
     test_account_retries,
     test_bypass,
@@ -208,6 +218,34 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_start_is_not_recorded: test_leases.test_a_start_is_on_record_before_its_handler_runs,
     bugs.new_work_overtakes_spilled_work: test_overflow.test_no_new_task_overtakes_spilled_ones,
+    bugs.tenants_are_served_in_the_order_of_arrival: (
+        test_tenants.test_a_tenant_waits_for_its_turn_and_not_for_the_flood_of_another
+    ),
+    bugs.the_flood_of_a_tenant_fills_the_queue_for_all: test_tenants.test_the_flood_of_one_tenant_keeps_no_other_out,
+    bugs.new_tasks_wait_behind_the_records_of_all_tenants: (
+        test_tenants_in_the_overflow.test_a_new_task_does_not_wait_behind_the_records_of_another_tenant
+    ),
+    bugs.records_come_back_tenant_after_tenant: (
+        test_tenants_in_the_overflow.test_a_record_does_not_wait_behind_those_of_another_tenant
+    ),
+    bugs.new_tasks_take_the_slots_of_records_on_their_way_back: (
+        test_tenants_in_the_overflow.test_a_caller_that_submits_as_soon_as_a_slot_is_free_takes_turns_with_records
+    ),
+    bugs.all_tenants_come_back_by_one_schedule: (
+        test_tenants.test_a_rejected_tenant_is_not_told_to_come_back_after_the_flood_of_another
+    ),
+    bugs.producers_of_all_tenants_stand_in_one_line: (
+        test_room.test_the_producers_of_one_tenant_do_not_stand_before_those_of_another
+    ),
+    bugs.a_store_that_is_silent_keeps_slots_free: (
+        test_tenants_in_the_overflow.test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others
+    ),
+    bugs.records_of_a_blocked_tenant_come_back: (
+        test_tenants_in_the_overflow.test_the_records_of_a_blocked_tenant_keep_those_of_no_other
+    ),
+    bugs.a_tenant_runs_as_much_as_it_likes: test_tenants.test_a_tenant_holds_no_more_slots_than_it_may,
+    bugs.normal_tasks_take_reserved_slots: test_reserve.test_a_normal_task_is_rejected_by_the_load_of_what_it_may_use,
+    bugs.calls_of_all_tenants_weigh_the_same: test_tenants.test_calls_have_the_weight_of_their_tenant,
     bugs.waiting_tasks_are_moved_one_commit_each: (
         test_drain.test_draining_moves_the_whole_queue_to_the_overflow_within_its_limit
     ),
@@ -281,6 +319,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.one_request_that_is_too_dear_stops_the_key: (
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others
+    ),
+    bugs.a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue: (
+        test_call_flow.test_a_call_that_is_refused_again_and_again_waits_for_no_quota_but_for_its_permission
+    ),
+    bugs.two_seconds_of_402s_suspend_the_quietest_key: (
+        test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few
+    ),
+    bugs.the_caller_that_was_refused_takes_every_probe_of_a_suspension: (
+        test_calls.test_after_a_night_of_402s_for_one_request_others_are_soon_served
     ),
     bugs.a_call_that_cannot_be_metered_passes: (
         test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
@@ -356,6 +403,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.evidence_fades_and_calls_in_flight_are_forgotten_in_a_pause: (
         test_refusal_cause.test_a_pause_makes_nothing_older
+    ),
+    bugs.a_call_accepted_at_once_contradicts_refusals_before_those_beside_it_are_known: (
+        test_refusal_cause.test_a_call_that_is_accepted_at_once_contradicts_nothing_before_the_refusals_beside_it_are_known
+    ),
+    bugs.a_call_that_is_refused_again_was_in_flight: (
+        test_refusal_control.test_a_call_that_is_refused_again_and_again_is_not_in_flight_with_those_that_are_accepted
     ),
     bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (
         test_refusal_detector.test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it
@@ -581,6 +634,109 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
     ),
     bugs.a_fan_out_has_no_limit: test_fan_out.test_the_limit_counts_tasks_of_all_types,
+    bugs.a_leaving_worker_runs_no_nested_task: (
+        test_worker_changes.test_a_run_on_a_leaving_worker_may_use_nested_tasks_of_the_same_worker
+    ),
+    bugs.a_leaving_worker_begins_new_runs: (
+        test_worker_changes.test_a_leaving_worker_begins_nothing_new_and_has_no_slots
+    ),
+    bugs.what_waits_for_a_worker_that_is_gone_waits_forever: (
+        test_worker_changes.test_what_waits_for_the_last_worker_of_a_type_fails_once_that_is_gone
+    ),
+    bugs.a_stored_task_of_a_stopped_worker_is_lost: (
+        test_worker_changes.test_a_stored_task_that_is_cut_off_keeps_its_ticket_and_runs_on_another_worker
+    ),
+    bugs.a_selection_keeps_workers_that_are_gone: test_worker_changes.test_nothing_of_an_unregistered_worker_is_kept,
+    bugs.a_record_is_leased_for_a_type_that_is_paused: (
+        test_worker_changes.test_what_is_stored_of_a_paused_type_stays_in_the_overflow
+    ),
+    bugs.a_paused_type_has_the_room_of_its_slots: (
+        test_worker_changes.test_a_paused_type_takes_what_fits_into_its_queue_and_no_more
+    ),
+    bugs.a_drain_waits_for_a_type_that_is_paused: (test_worker_changes.test_draining_does_not_wait_for_what_is_paused),
+    bugs.a_larger_worker_waits_for_the_next_event: test_worker_changes.test_more_slots_take_waiting_tasks_at_once,
+    # supervision
+    bugs.a_worker_whose_life_has_ended_is_not_started_again: (
+        test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
+    ),
+    bugs.a_transient_worker_is_restarted_like_a_permanent_one: (
+        test_supervision.test_a_restart_depends_on_the_type_of_the_worker_and_the_end_of_its_life
+    ),
+    bugs.restarts_are_not_bounded: (
+        test_supervision.test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived
+    ),
+    bugs.restarts_of_any_time_count: (test_supervision.test_restarts_that_are_far_apart_are_not_too_many),
+    bugs.workers_that_are_restarted_together_are_stopped_in_order: (
+        test_supervision.test_a_nested_supervisor_is_stopped_and_started_with_others
+    ),
+    bugs.what_runs_on_a_worker_that_is_restarted_goes_on: (
+        test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
+    ),
+    bugs.an_end_that_was_dealt_with_is_handled_again: (
+        test_supervision.test_lives_that_end_at_once_beyond_the_intensity_are_failed_together
+    ),
+    bugs.ends_of_lives_are_ignored_while_other_workers_start: (
+        test_supervision.test_a_life_that_ends_while_others_start_is_restarted_once_all_have_started
+    ),
+    bugs.the_supervisor_above_does_not_learn_that_one_gives_up: (
+        test_supervision.test_a_nested_supervisor_that_gives_up_is_restarted_as_a_whole
+    ),
+    bugs.a_worker_that_is_failed_for_good_is_tried_again: (
+        test_supervision.test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived
+    ),
+    bugs.what_waits_for_a_worker_that_is_failed_for_good_goes_on_waiting: (
+        test_supervision.test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived
+    ),
+    bugs.a_task_of_a_restarted_worker_counts_against_those_above: (
+        test_supervision.test_a_task_that_failed_because_its_worker_was_restarted_has_that_as_its_cause_at_every_level
+    ),
+    bugs.a_task_of_a_restarted_worker_is_not_retried: (
+        test_supervision.test_a_task_with_a_policy_is_retried_after_its_worker_was_restarted
+    ),
+    bugs.a_life_that_was_never_begun_is_left_behind: (
+        test_supervision.test_a_life_that_is_cancelled_before_its_first_step_has_ended_by_a_shutdown
+    ),
+    bugs.a_restart_that_is_cut_off_leaves_its_workers_behind: (
+        test_supervision.test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind
+    ),
+    bugs.a_worker_that_was_unregistered_while_it_started_lives_on: (
+        test_supervision.test_a_worker_that_is_unregistered_while_it_starts_again_is_stopped_and_the_others_go_on
+    ),
+    # --- what a web app needs ---
+    bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
+        test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted
+    ),
+    bugs.orphans_return_their_slot_to_the_next_run: (
+        test_restart.test_a_handler_that_outlived_the_close_has_no_slot_in_the_next_run
+    ),
+    bugs.workers_keep_what_happened_to_them_when_their_supervisor_starts_again: (
+        test_restart.test_a_failed_worker_begins_the_next_run_with_its_breaker_closed
+    ),
+    bugs.a_run_outlives_its_event_loop: test_restart.test_a_nested_supervisor_whose_loop_ended_starts_again_too,
+    bugs.a_store_waits_for_a_loop_that_has_ended: (
+        test_restart.test_a_store_whose_loop_ended_before_it_was_closed_opens_again
+    ),
+    bugs.a_log_of_events_has_what_handlers_report: test_json.test_events_for_a_log_leave_out_what_handlers_return,
+    bugs.the_slot_of_a_thread_is_free_when_its_time_is_up: (
+        test_portal.test_a_block_that_takes_too_long_keeps_its_slot_until_it_is_left
+    ),
+    bugs.workers_count_no_failed_attempts: (
+        test_worker_counters.test_a_retried_task_counts_each_attempt_and_the_supervisor_the_task
+    ),
+    bugs.a_found_task_runs_as_it_was_read: (
+        test_stored_tickets.test_a_task_that_was_found_before_its_type_was_declared_runs_with_its_declared_type
+    ),
+    # tasks with deadlines that wait
+    bugs.every_task_is_judged_as_if_it_were_like_the_others: (
+        test_start_deadlines.test_a_task_with_an_estimate_is_compared_with_tasks_of_its_size
+    ),
+    bugs.estimates_that_predict_nothing_are_used: (
+        test_estimated_times.test_estimates_that_grow_where_times_fall_are_not_used
+    ),
+    bugs.a_burst_is_judged_as_a_queue_that_stands: (
+        test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
+    ),
+    bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
     bugs.answers_of_the_overflow_wake_who_waits_for_room: (
         test_room.test_whoever_waits_does_not_ask_the_overflow_all_the_time
     ),

@@ -43,7 +43,7 @@ WARM_UP: Final = 120.0  # seconds that do not count: the limits are unknown at f
 FREE: Final = 400  # slots, where a rate is the only limit
 FEW: Final = 10  # refused calls in a minute that are no hammering, whatever their share
 ONSET: Final = 10  # refused calls of a minute of an outage, for each slot: all in flight are refused, some repeatedly
-SHUT: Final = 25.0  # seconds without a call, at most, while callers wait
+SHUT: Final = 25.0  # seconds without a call, at most, while callers wait and calls in flight do not hold all slots
 PUNISHED: Final = 60.0  # the same where each refused call may begin a penalty of 20 s
 EMPTY: Final = 75.0  # the same where nothing is left of a minute, as the headers say
 RECOVERY: Final = 90.0  # seconds after an outage
@@ -63,7 +63,7 @@ class Case:
         callers: those who call; None for two to four times as many as the provider can serve.
         max_concurrent: of the upstream.
         quotas: of the upstream.
-        gap: seconds in which no call is sent, at most, while callers wait.
+        gap: seconds in which no call is sent, at most, while callers wait and the provider's slots are not all held.
     """
 
     config: ProviderConfig
@@ -207,6 +207,8 @@ class ControlStorm:
 
     Attributes:
         happened: how often each thing happened.
+        full_at: times, to the second, at which calls in flight held as many slots as the provider has when it is
+            well: in an outage they may go on for as long as it lasts, and none can be sent beside them.
     """
 
     def __init__(self, seed: int) -> None:
@@ -219,6 +221,7 @@ class ControlStorm:
         self.callers = self.case.callers or flood
         self.stream = seed // len(names) % 2 == 1
         self.served: list[float] = []
+        self.full_at: list[float] = []
         self.happened: Counter[str] = Counter()
         self.transport: SimulatedTransport
 
@@ -232,7 +235,10 @@ class ControlStorm:
         ):
             for number in range(self.callers):
                 group.create_task(self._caller(client, number))
-            await asyncio.sleep(60.0 * MINUTES + 200.0)
+            while clock.now() < 60.0 * MINUTES + 200.0:
+                await asyncio.sleep(1.0)
+                if self.transport.in_flight >= self.case.config.slots:
+                    self.full_at.append(clock.now())
         check_upstream(upstream)
 
     async def _caller(self, client: httpx.AsyncClient, number: int) -> None:
@@ -268,8 +274,10 @@ class ControlStorm:
         return sum(status in (402, 429, 503, 529) for status in calls), len(calls)
 
     def longest_gap(self) -> float:
-        """Return the longest time in which no call was sent."""
-        times = [0.0, *(call.at for call in self.transport.sent if call.at < 60.0 * MINUTES), 60.0 * MINUTES]
+        """Return the longest time in which no call was sent, though calls in flight did not hold all slots."""
+        end = 60.0 * MINUTES
+        moments = (call.at for call in self.transport.sent)
+        times = [0.0, *sorted(at for at in (*moments, *self.full_at) if at < end), end]
         return max(after - before for before, after in itertools.pairwise(times))
 
     def check(self) -> None:

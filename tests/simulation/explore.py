@@ -34,12 +34,14 @@ from tests.simulation import (
     supervisor_scripts,
     surge,
     task_storm,
+    tree_storm,
 )
 
 TIMEOUT = 300  # real seconds for one seed or batch
 INJECTED_SEEDS = range(200)
 BATCH = 100  # scripts
 TASK_STORMS = (task_storm, shutdown_storm, conversation_mix, hook_storm, fair_share, retry_storm, fan_out_storm)
+TREES = (tree_storm,)
 CALL_STORMS = (control_storm, blame_storm, money_storm)
 
 Outcome: TypeAlias = tuple[str, Counter[str]]  # the violation and how to repeat it, or ""; counts of outcomes
@@ -85,8 +87,9 @@ def one_call_surge(number: int) -> Counter[str]:
 
 
 def one_storm(number: int) -> Counter[str]:
-    """Run all storms of a seed on the task plane."""
-    return run_storms(number, TASK_STORMS)
+    """Run all storms of a seed on the task plane, and two of supervision trees, which are short."""
+    trees = run_storms(2 * number, TREES) + run_storms(2 * number + 1, TREES)
+    return run_storms(number, TASK_STORMS) + Counter({"tree storms": trees.pop("storms")}) + trees
 
 
 def one_call_storm(number: int) -> Counter[str]:

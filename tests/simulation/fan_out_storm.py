@@ -121,7 +121,9 @@ class FanOutStorm:
             {"depth": depth if rng.random() < self.nests else 0},
             task_id=task_id,
             priority=rng.choice(tuple(Priority)) if depth == DEPTH else Priority.NORMAL,
-            deadline=Deadline.within(rng.uniform(1.0, 200.0)) if rng.random() < self.deadlines else None,
+            deadline=Deadline.within(rng.uniform(0.5, rng.choice((5.0, 200.0))))
+            if rng.random() < self.deadlines
+            else None,
             spill=rng.random() < 0.3,
         )
 

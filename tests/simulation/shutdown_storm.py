@@ -290,7 +290,8 @@ class ShutdownStorm:
             async with asyncio.timeout(PATIENCE):  # a lease that could not be returned has to lapse
                 for task_id in left:
                     with contextlib.suppress(ForebayError):
-                        await successor.ticket(task_id)
+                        if (ticket := await successor.find(task_id)) is not None:
+                            await ticket
         await successor.drain()
         await successor.close()
         if missing := [task_id for task_id in left if task_id not in self.taken_over]:

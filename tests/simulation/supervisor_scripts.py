@@ -16,17 +16,19 @@ from typing import Any
 
 import hypothesis.strategies as st
 from tests.support import run_checks
+from tests.support.scripted_life import ScriptedLife
 from tests.support.supervisor_checks import InvariantViolation, check_nothing_left, check_task_ends
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
 from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket, progress
-from forebay.errors import SupervisorClosed, UnknownTask
+from forebay.errors import SupervisorClosed, UnknownTask, UnknownTaskType, UnknownWorker
 from forebay.events import Event, TaskStarted
 from forebay.overflow import open_task_store
 from forebay.simulation import simulate, virtual_loop
 from forebay.testing import EventRecord, SlowHandler
 
 KINDS = ("a", "b")
+ENDS = (ScriptedLife.crash, ScriptedLife.returns, ScriptedLife.is_cancelled)
 TIMEOUT = 8.0  # seconds; tasks may await each other in a cycle, which only a timeout ends
 DELAYS = st.sampled_from([0.0, 0.1, 0.5, 0.5, 1.0, 3.0])  # seconds
 INSTANTS = st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.5, 1.0, 1.0, 1.5, 2.0, 5.0, 9.0])  # seconds; many are equal
@@ -109,6 +111,12 @@ ACTIONS = st.builds(
             "cancel caller",
             "revive",
             "register",
+            "unregister",
+            "grow",
+            "pause",
+            "resume",
+            "end a life",
+            "end a life",
             "events",
             "statistics",
             "drain",
@@ -133,6 +141,9 @@ class SupervisorSetup:
     reset_timeout: float | None
     grace: float
     threshold: float
+    strategy: str
+    max_restarts: int
+    restart: str
 
 
 SETUPS = st.builds(
@@ -144,6 +155,9 @@ SETUPS = st.builds(
     reset_timeout=st.sampled_from([None, 0.5, 10.0]),
     grace=st.sampled_from([0.5, 5.0]),
     threshold=st.sampled_from([0.5, 1.0]),
+    strategy=st.sampled_from(["one_for_one", "one_for_all", "rest_for_one"]),
+    max_restarts=st.sampled_from([0, 1, 3]),
+    restart=st.sampled_from(["permanent", "permanent", "transient", "temporary"]),
 )
 
 
@@ -182,6 +196,7 @@ class SupervisorRun:
     record: EventRecord
     setup: SupervisorSetup
     acknowledged: AcknowledgedWrites = field(default_factory=AcknowledgedWrites)
+    lives: list[ScriptedLife] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
 
 
@@ -194,6 +209,7 @@ class ScriptRun:
         self.tickets: list[Ticket] = []
         self.callers: list[asyncio.Task[None]] = []
         self.closing: list[asyncio.Task[None]] = []
+        self.numbers = itertools.count()
         self.runs = [self.make(number, setup) for number, setup in enumerate(script.setups)]
 
     # --- supervisors ---
@@ -221,10 +237,16 @@ class ScriptRun:
             zombie_grace=setup.grace,
             keep_results=3,
             on_event=cancel_some,
+            strategy=setup.strategy,
+            max_restarts=setup.max_restarts,
         )
         record = EventRecord(supervisor)
         first, second = (KINDS, KINDS) if setup.shared else (KINDS[:1], KINDS[1:])
-        for name, kinds, slots in (("w1", first, setup.slots[0]), ("w2", second, setup.slots[1])):
+        lives = [ScriptedLife("w1"), ScriptedLife("w2")]
+        for name, kinds, slots, life in (
+            ("w1", first, setup.slots[0], lives[0]),
+            ("w2", second, setup.slots[1], lives[1]),
+        ):
             supervisor.register_worker(
                 name,
                 handler=self.handler,
@@ -232,8 +254,10 @@ class ScriptRun:
                 max_concurrent=slots,
                 timeout=TIMEOUT,
                 reset_timeout=setup.reset_timeout,
+                start=life.start,
+                restart=setup.restart,
             )
-        return SupervisorRun(supervisor, record, setup, acknowledged)
+        return SupervisorRun(supervisor, record, setup, acknowledged, lives)
 
     async def handler(self, task: Task) -> None:
         await self.execute(task.payload)
@@ -349,10 +373,11 @@ class ScriptRun:
                     case _:
                         await self.keep(run, await run.supervisor.submit(task))
 
-    async def perform(self, action: Action) -> None:  # noqa: C901 - one case for each operation
+    async def perform(self, action: Action) -> None:  # noqa: C901, PLR0912 - one case for each operation
         run = self.runs[action.supervisor]
         supervisor = run.supervisor
-        with contextlib.suppress(SupervisorClosed):
+        name = f"w{action.which % 2 + 1}"
+        with contextlib.suppress(SupervisorClosed, UnknownWorker, UnknownTaskType):
             match action.what:
                 case "cancel":
                     if (ticket := self.ticket(action.which)) is not None:
@@ -361,10 +386,23 @@ class ScriptRun:
                     if self.callers:
                         self.callers[action.which % len(self.callers)].cancel()
                 case "revive":
-                    supervisor.workers[f"w{action.which % 2 + 1}"].revive()
+                    if name in supervisor.workers:
+                        supervisor.workers[name].revive()
                 case "register":
-                    name = f"later{len(supervisor.workers)}"
-                    supervisor.register_worker(name, handler=self.handler, task_types=["a"], timeout=TIMEOUT)
+                    later = f"later{next(self.numbers)}"
+                    supervisor.register_worker(later, handler=self.handler, task_types=["a"], timeout=TIMEOUT)
+                case "unregister":
+                    await supervisor.unregister_worker(name, timeout=action.seconds)
+                case "grow":
+                    if name in supervisor.workers:
+                        supervisor.workers[name].resize(supervisor.workers[name].max_concurrent + 1)
+                case "pause":
+                    supervisor.pause(KINDS[action.which % 2])
+                case "resume":
+                    supervisor.resume(KINDS[action.which % 2])
+                case "end a life":
+                    if run.lives[action.which % 2].alive:
+                        ENDS[action.which % 3](run.lives[action.which % 2])
                 case "events":
                     async with supervisor.events(bound=5) as events:
                         async for _ in events:

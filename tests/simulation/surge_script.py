@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tests.support.unreliable_store import StoreFaults
 
-from forebay import Deadline, Priority, Task
+from forebay import Deadline, Estimate, Priority, Task
 from forebay.simulation.provider.provider_config import Bursts, CapacityStep, Faults, ProviderConfig, Slowdown
 
 TYPES = ("research", "summarize", "act")
@@ -106,6 +106,7 @@ class SurgeScript:
             durable=durable,
             key=f"key{rng.randint(0, 9)}" if rng.random() < self.key_share else None,
             thread_id=f"thread{rng.randint(0, 3)}" if rng.random() < self.thread_share else None,
+            estimate=Estimate(calls=1 + number % 7) if number % 3 else None,
         )
 
 

@@ -35,7 +35,7 @@ from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation, fail_if_any
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
-from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket
+from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, Tenant, Ticket
 from forebay.adapters import Handler
 from forebay.errors import StoreUnavailable, SupervisorClosed, TaskCancelled
 from forebay.events import Event, TaskDeadLettered, TaskFinished, TaskRetried, TaskStarted, WorkerFailed
@@ -50,6 +50,7 @@ HURRY: Final = 2.0  # seconds: four of the slowest writes
 MAX_DELAY: Final = 2 * LEASE + GRACE + 10.0  # seconds until a process sees what another one did, or failed to do
 TAKE_OVER: Final = 400.0  # seconds in which a process knows that a lease is another clock's, and takes the task over
 MAX_ACTIONS: Final = 200  # of all hooks of one storm
+TENANTS: Final = ("big", "big", "big", "small", "default")
 
 
 class StrangeError(BaseException):
@@ -139,6 +140,8 @@ class TaskStorm:
     def __init__(self, seed: int, path: Path) -> None:
         self.rng = random.Random(f"storm {seed}")
         self.attempts = random.Random(f"attempts {seed}")  # apart, so that retries change nothing else of a seed
+        self.tenancy = random.Random(f"tenants {seed}")  # apart, so that tenants change no other draw of a seed
+        self.tenants = _draw_tenants(self.tenancy)
         self.script = StormScript.draw(self.rng, StormRetries.draw(self.attempts))
         self.happened: Counter[str] = Counter()
         self.violations: list[str] = []
@@ -301,6 +304,8 @@ class TaskStorm:
             timeout=rng.choice((None, None, None, 3.0)) if script.fails else None,
             deadline=deadline,
             spill=rng.random() < 0.8 or options.get("durable", False),
+            tenant=self.tenancy.choice(TENANTS) if self.tenants else "default",
+            estimate=Estimate(calls=1 + round(100 * work)) if number is None or number % 3 else None,
             **options,
         )
         if deadline is not None:
@@ -376,6 +381,7 @@ class TaskStorm:
                 keep_results=self.script.keep_results,
                 on_event=[sink] if self.script.sinks else [],
                 retry_budget=self._retry_budget(),
+                tenants=self.tenants,
             )
             store = overflow if isinstance(overflow, StormStore) else None
             process = StormProcess(len(self.processes), supervisor, EventRecord(supervisor), store)
@@ -567,10 +573,10 @@ class TaskStorm:
             return
         due = math.inf if task.deadline is None else task.deadline.remaining()
         try:
-            found = process.supervisor.ticket(task.task_id)
-            self.happened["looked up"] += 1
             async with asyncio.timeout(max(due, 0.0) + MAX_DELAY):
-                await found
+                if (found := await process.supervisor.find(task.task_id)) is not None:
+                    self.happened["looked up"] += 1
+                    await found
         except TimeoutError:
             if due < math.inf and self.script.calm and not process.dead:
                 self._wrong(f"{task.task_id!r} has not ended {MAX_DELAY:.0f} s after its deadline for who looked it up")
@@ -707,6 +713,14 @@ class TaskStorm:
             if numbers != sorted(numbers)
         ]
         fail_if_any("the messages of a conversation begin in the order of their submission", violations)
+
+
+def _draw_tenants(rng: random.Random) -> dict[str, float | Tenant]:
+    """Return the tenants of a storm, in half of them none."""
+    if rng.random() < 0.5:
+        return {}
+    bound = Tenant(max_running=rng.choice((None, 1, 3)), max_waiting=rng.choice((None, 0, 20)))
+    return {"big": rng.choice((1.0, bound)), "small": rng.choice((0.5, 3.0))}
 
 
 def _forget(work: asyncio.Future[Any]) -> None:

@@ -17,7 +17,7 @@ def run(storm: ModuleType, seed: int) -> None:
         raise
 
 
-SHORT_OF_IT = 14  # a rate in windows of half a minute with a wrong Retry-After: 41 of 203 calls are refused
+SHORT_OF_IT = 14  # a Retry-After that is half a minute too long: 37 of 200 calls are refused
 
 
 @pytest.mark.parametrize("seed", seeds(len(control_storm.CASES), 1))

@@ -67,6 +67,7 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
             never started are not compared.
     """
     not_compared = {task_id for task_id, task in record.tasks.items() if task.thread_id is not None}
+    not_compared |= {task_id for task_id, task in record.tasks.items() if task.tenant in _bounded_tenants(record)}
     if stored:
         not_compared |= record.tasks.keys() - set(record.started)
     queues: dict[str, _QueueModel] = defaultdict(_QueueModel)
@@ -92,6 +93,12 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
                     yield PriorityInversion(event.at, event.task_id, min(waited, key=queue.waiting.__getitem__))
                 queue.passed_over[priority] = 0
             queue.removed(priority)  # a task that ended in the queue may have done so when it was taken to start
+
+
+def _bounded_tenants(record: EventRecord) -> set[str]:
+    """Return the tenants whose tasks may wait although a slot is free."""
+    tenants = record.supervisor._settings.tenants
+    return {name for name, tenant in tenants.items() if tenant.max_running is not None}
 
 
 def _is_queued(event: Event) -> bool:

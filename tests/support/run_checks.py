@@ -26,13 +26,13 @@ from forebay.testing import EventRecord
 
 
 @contextmanager
-def fail_on_logged_errors() -> Iterator[None]:
-    """Fail on errors that a supervisor only logged, except for injected errors of a store."""
+def fail_on_logged_errors(*injected: type[Exception]) -> Iterator[None]:
+    """Fail on errors that a supervisor only logged, except for `injected` ones and those of a store."""
     failures: list[str] = []
 
     class ErrorCollector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.exc_info and not isinstance(record.exc_info[1], StoreUnavailable):
+            if record.exc_info and not isinstance(record.exc_info[1], (StoreUnavailable, *injected)):
                 failures.append(f"{record.getMessage()}: {record.exc_info[1]!r}")
 
     log, collector = logging.getLogger("forebay"), ErrorCollector(logging.ERROR)

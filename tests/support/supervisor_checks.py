@@ -12,7 +12,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tests.support.priority_checks import priority_inversions
 
-from forebay.events import Event, TaskFinished, TaskRefilled, TaskStarted, TaskSubmitted
+from forebay.events import (
+    Event,
+    TaskFinished,
+    TaskRefilled,
+    TaskStarted,
+    TaskSubmitted,
+    WorkerFailed,
+    WorkerRestarted,
+    WorkerUnregistered,
+)
 from forebay.supervisor import BackpressureSupervisor, Ticket
 from forebay.task import TaskStatus, Verdict
 from forebay.testing import EventRecord
@@ -212,11 +221,11 @@ def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) ->
                 f"the pool of {pool.task_type!r} counts {pool.nested} nested tasks, {pool.suspended} suspended runs,"
                 f" {len(pool.nested_spilled)} nested tasks in the overflow"
             )
-        if queued or pool.parked or pool.reserved or pool.delayed or any(pool.spilling.values()):
+        if queued or pool.parked or pool.reserved or pool.delayed or any(pool.spilled.spilling.values()):
             yield (
                 f"the queue of {pool.task_type!r} holds {queued}, {pool.parked} tasks behind their thread,"
                 f" {pool.delayed} tasks to be retried, {pool.reserved} places for records,"
-                f" {sum(pool.spilling.values())} tasks being spilled"
+                f" {sum(pool.spilled.spilling.values())} tasks being spilled"
             )
     unresolved = [
         ticket for ticket in dispatcher.core.registry.live.values() if ticket.status is not TaskStatus.SPILLED
@@ -263,9 +272,18 @@ def _wrong_ends(record: EventRecord) -> Iterator[str]:
                 if events.index(start) > end
             )
         for attempt, count in Counter(start.attempt for start in starts).items():
-            if count > 1:
-                times = ", ".join(f"{start.at:.3f} s" for start in starts if start.attempt == attempt)
+            same = [start for start in starts if start.attempt == attempt]
+            if count > 1 and not all(_was_given_back(record, start) for start in same[:-1]):
+                times = ", ".join(f"{start.at:.3f} s" for start in same)
                 yield f"{name} started {count} times as attempt {attempt}: at {times}"
+
+
+def _was_given_back(record: EventRecord, start: TaskStarted) -> bool:
+    """Return whether the worker of an attempt was stopped later: a stored task on it may take the attempt back."""
+    stops = [(stop.worker_id, stop.at) for stop in record.of_type(WorkerRestarted)]
+    stops += [(stop.worker_id, stop.at) for stop in record.of_type(WorkerFailed)]
+    stops += [(stop.worker_id, stop.at) for stop in record.of_type(WorkerUnregistered)]
+    return any(worker_id == start.worker_id and at >= start.at for worker_id, at in stops)
 
 
 def _wrong_counts(record: EventRecord) -> Iterator[str]:

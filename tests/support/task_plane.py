@@ -17,6 +17,8 @@ __all__ = [
     "approximately",
     "error_of",
     "fill",
+    "find_result",
+    "find_ticket",
     "flood",
     "now",
     "rejected",
@@ -73,6 +75,18 @@ async def results(tickets: Iterable[Ticket]) -> list[TaskResult]:
 async def statuses(tickets: Iterable[Ticket]) -> list[TaskStatus]:
     """Return the final status of each."""
     return [result.status for result in await results(tickets)]
+
+
+async def find_ticket(supervisor: BackpressureSupervisor, task_id: str) -> Ticket:
+    """Return the ticket of a task that is inside, has ended lately, or is stored."""
+    ticket = await supervisor.find(task_id)
+    assert ticket is not None, task_id
+    return ticket
+
+
+async def find_result(supervisor: BackpressureSupervisor, task_id: str) -> TaskResult:
+    """Return the result of such a task."""
+    return await (await find_ticket(supervisor, task_id))
 
 
 async def error_of(awaitable: Awaitable[Any]) -> BaseException:

@@ -117,9 +117,15 @@ class UnreliableStore:
         return put
 
     async def lease(
-        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
+        self,
+        task_type: str,
+        limit: int,
+        *,
+        until: float,
+        priority: Priority | None = None,
+        shares: Mapping[str, int] | None = None,
     ) -> Sequence[Lease]:
-        return await self._call(self._inner.lease(task_type, limit, until=until, priority=priority))
+        return await self._call(self._inner.lease(task_type, limit, until=until, priority=priority, shares=shares))
 
     async def begin_attempt(self, lease: Lease) -> bool:
         try:
@@ -192,7 +198,7 @@ class UnreliableStore:
     async def find_key(self, key: str) -> str | None:
         return await self._call(self._inner.find_key(key))
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         return await self._call(self._inner.depths())
 
     async def conversations(self) -> Mapping[str, int]:

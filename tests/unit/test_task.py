@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -61,3 +62,19 @@ def test_the_old_attribute_of_overloaded_gives_the_new_one() -> None:
     with pytest.raises(TypeError, match="binding is now limited_by"):
         Overloaded("full", binding="pool:research")  # type: ignore[call-arg]
     assert pickle.loads(pickle.dumps(error)).limited_by == "pool:research"  # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize(
+    ("limited_by", "retry_after", "headers"),
+    [
+        (None, None, {}),
+        ("pool:a", None, {"x-forebay-limited-by": "pool:a"}),
+        ("pool:a", 0.0, {"retry-after": "0", "retry-after-ms": "0", "x-forebay-limited-by": "pool:a"}),
+        (None, 1.2, {"retry-after": "2", "retry-after-ms": "1200"}),
+        (None, 60, {"retry-after": "60", "retry-after-ms": "60000"}),
+        (None, math.inf, {}),
+        ("pool:ü\n", None, {"x-forebay-limited-by": "pool:\\xfc"}),
+    ],
+)
+def test_a_rejection_as_headers(limited_by: str | None, retry_after: float | None, headers: dict[str, str]) -> None:
+    assert Overloaded("full", limited_by=limited_by, retry_after=retry_after).headers() == headers

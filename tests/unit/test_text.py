@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from forebay._text import error_text, format_bytes, format_duration
+from forebay._text import error_text, format_bytes, format_duration, header_value
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,16 @@ def test_the_text_of_an_error_is_bounded_and_valid_unicode() -> None:
         assert error_text(shown) == shown
     assert error_text("short") == "short"
     assert error_text("half \udc80") == "half \\udc80"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("pool:research", "pool:research"),
+        (" a\r\nset-cookie: x\x00\x7f", "a  set-cookie: x"),
+        ("pool:übersetzen", "pool:\\xfcbersetzen"),
+        ("研\ud800", "\\u7814\\ud800"),
+    ],
+)
+def test_a_header_can_be_sent_whatever_the_text(text: str, value: str) -> None:
+    assert header_value(text) == value

@@ -32,6 +32,7 @@ class Handler:
             is full.
         start: awaited when the supervisor that it is registered with starts, or on registration after that.
         stop: awaited when that supervisor closes.
+        resize: called with the new number of slots when its worker is resized.
         codec: converts its payloads and results where no type is declared for them; None: they are plain data.
     """
 
@@ -45,6 +46,7 @@ class Handler:
     start: Callable[[], Awaitable[object]] | None = None
     stop: Callable[[], Awaitable[object]] | None = None
     codec: Codec | None = None
+    resize: Callable[[int], None] | None = None
 
 
 class SupportsHandler(Protocol):

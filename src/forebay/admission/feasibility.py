@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forebay.task import Estimate
 
 _SAMPLES = 20
 _MIN_SAMPLES = 8
@@ -12,6 +16,8 @@ _LIKELY, _NEARLY_ALL = 0.75, 0.95  # shares of the latest service times
 _SLACK = 1.25  # times as long as nearly all take, because a task may start later than expected
 _MIN_WAIT_SHARE = 0.125  # of the time that remains
 _TIMEOUT_FACTOR = 1.5  # a task that timed out is taken to need this many times its timeout
+_MAX_FIGURE = 10**18  # of an estimate; a whole number may be larger than any float
+_PREDICTS = 0.5  # of the variance of the times' logarithms: what a figure may leave unexplained to be used
 
 
 class ServiceTimes:
@@ -73,7 +79,11 @@ class ServiceTimes:
         Three quarters of all tasks need no more. If `time`, the seconds that the task had in all, was short from the
         start, the optimistic estimate is enough, as if nobody waited.
         """
-        return self.quantile(_LIKELY) if time >= self._ample() else self.optimistic()
+        return self.likely() if time >= self._ample() else self.optimistic()
+
+    def likely(self) -> float:
+        """Return the seconds that three quarters of the latest did not exceed; 0 while there are fewer than 8."""
+        return self.quantile(_LIKELY)
 
     def _ample(self) -> float:
         return _SLACK * self.quantile(_NEARLY_ALL)
@@ -93,6 +103,68 @@ class ServiceTimes:
     def drain_rate(self, slots: int) -> float | None:
         """Return the tasks a second that `slots` busy slots finish, or None while that is unknown."""
         return slots / self.occupancy if self.occupancy else None
+
+
+class EstimatedTimes:
+    """The latest service times of tasks of one type that have an Estimate, by the figure of it that predicts them best.
+
+    Time is taken to be proportional to that figure, whatever the unit: an estimate that is always three times too high
+    is as good as an exact one. If no figure halves at least the variance of the times' logarithms, none is used.
+
+    Args:
+        samples: how many are remembered, of successes and of timeouts.
+    """
+
+    __slots__ = ("_best", "_latest", "_per_unit")
+
+    def __init__(self, samples: int = _SAMPLES) -> None:
+        # Seconds, the figures, and whether it was a timeout.
+        self._latest: deque[tuple[float, tuple[float, ...], bool]] = deque(maxlen=samples)
+        self._best: int | None = None  # index of the figure that predicts best; found when asked for
+        self._per_unit: ServiceTimes | None = None  # seconds for each unit of it; found with it
+
+    def record(self, seconds: float, estimate: Estimate, *, timeout: bool = False) -> None:
+        """Record that a task with `estimate` succeeded after `seconds`, or was cut off by its deadline."""
+        if seconds > 0.0:
+            self._latest.append((seconds, _figures(estimate), timeout))
+            self._per_unit = None
+
+    def of(self, estimate: Estimate) -> tuple[ServiceTimes, float] | None:
+        """Return the service times for each unit and the units of a task with `estimate`; None if none predicts."""
+        if self._per_unit is None:
+            self._find_best()
+        units = 0.0 if self._best is None else _figures(estimate)[self._best]
+        return (self._per_unit, units) if units and self._per_unit is not None else None
+
+    def _find_best(self) -> None:
+        self._best, self._per_unit = None, ServiceTimes(self._latest.maxlen or _SAMPLES)
+        if len(self._latest) < _MIN_SAMPLES:
+            return
+        logs = [math.log(seconds) for seconds, _, _ in self._latest]
+        least = _PREDICTS * _variance(logs)
+        for index in range(len(self._latest[0][1])):
+            if not all(figures[index] for _, figures, _ in self._latest):
+                continue
+            sizes = [math.log(figures[index]) for _, figures, _ in self._latest]
+            unexplained = _variance([log - size for log, size in zip(logs, sizes, strict=True)])
+            if unexplained < least:
+                self._best, least = index, unexplained
+        if self._best is not None:
+            for seconds, figures, timeout in self._latest:
+                if timeout:
+                    self._per_unit.record_timeout(seconds / figures[self._best])
+                else:
+                    self._per_unit.record(seconds / figures[self._best], success=True)
+
+
+def _variance(values: list[float]) -> float:
+    mean = sum(values) / len(values)  # `statistics.pvariance` is exact, and thirty times as slow
+    return sum((value - mean) ** 2 for value in values) / len(values)
+
+
+def _figures(estimate: Estimate) -> tuple[float, ...]:
+    figures = estimate.calls, estimate.output_tokens, estimate.input_tokens
+    return tuple(float(min(figure, _MAX_FIGURE)) for figure in figures)
 
 
 class EstimateBypass:

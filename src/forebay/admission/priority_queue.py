@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from forebay.task import Priority
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 # [rank, sequence, item or None, priority]: a list, so that a removal is one assignment, which the heap finds later
 QueueEntry = list[Any]
@@ -63,9 +64,16 @@ class PriorityQueue(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Iterate over all items in no particular order."""
-        for entry in chain(*self._heaps, *self._fifos):
-            if entry[_ITEM] is not None:
-                yield entry[_ITEM]
+        return (entry[_ITEM] for entry in self.entries())
+
+    def entries(self) -> Iterator[QueueEntry]:
+        """Iterate over the entries of all items, those of equal rank by sequence number."""
+        return (entry for entry in chain(*self._heaps, *self._fifos) if entry[_ITEM] is not None)
+
+    @property
+    def passed_over(self) -> Sequence[int]:
+        """How often each priority was passed over while it waited."""
+        return self._passed_over
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -109,6 +117,10 @@ class PriorityQueue(Generic[T]):
         """Return the priorities in the order in which they are served now: those passed over too often go first."""
         return sorted(Priority, key=lambda priority: self._passed_over[priority] < self._starvation_bound)
 
+    def is_overdue(self, priority: Priority) -> bool:
+        """Return whether a priority was passed over so often that it is served next."""
+        return self._passed_over[priority] >= self._starvation_bound
+
     def first_of(self, priority: Priority) -> QueueEntry | None:
         """Return the first entry of one priority, or None."""
         return self._first(priority) if self._lengths[priority] else None
@@ -123,7 +135,7 @@ class PriorityQueue(Generic[T]):
             yield head[_ITEM]
         for priority in Priority:
             if self._lengths[priority]:
-                entries, fifo = _heap_in_order(self._heaps[priority]), self._fifos[priority]
+                entries, fifo = heap_in_order(self._heaps[priority]), self._fifos[priority]
                 for entry in heapq.merge(entries, fifo) if fifo else entries:
                     if entry[_ITEM] is not None and entry is not head:
                         yield entry[_ITEM]
@@ -162,11 +174,7 @@ class PriorityQueue(Generic[T]):
         """
         priority: int = head[_PRIORITY]
         self._last_served = priority
-        heap = self._heaps[priority]
-        if heap and heap[0] is head:
-            heapq.heappop(heap)
-        else:
-            self._fifos[priority].popleft()
+        self._remove_first(head)
         head[_ITEM] = None
         self._shorten(priority)
         self._passed_over[priority] = 0
@@ -174,6 +182,13 @@ class PriorityQueue(Generic[T]):
             for lower in range((priority if joined_priority is None else joined_priority) + 1, len(Priority)):
                 if self._lengths[lower]:
                     self._passed_over[lower] += 1
+
+    def _remove_first(self, head: QueueEntry) -> None:
+        heap = self._heaps[head[_PRIORITY]]
+        if heap and heap[0] is head:
+            heapq.heappop(heap)
+        else:
+            self._fifos[head[_PRIORITY]].popleft()
 
     def _shorten(self, priority: int) -> None:
         self.length -= 1
@@ -188,7 +203,7 @@ class PriorityQueue(Generic[T]):
         starving = (priority for priority, passed in enumerate(self._passed_over) if passed >= self._starvation_bound)
         return next(starving, next(priority for priority, length in enumerate(lengths) if length))
 
-    def _first(self, priority: int) -> QueueEntry:
+    def _first(self, priority: int) -> QueueEntry | None:
         """Return the first entry of a priority that has one, and drop the removed entries before it."""
         heap, fifo = self._heaps[priority], self._fifos[priority]
         while heap and heap[0][_ITEM] is None:
@@ -213,7 +228,7 @@ class PriorityQueue(Generic[T]):
         self._removed = 0
 
 
-def _heap_in_order(heap: list[QueueEntry]) -> Iterator[QueueEntry]:
+def heap_in_order(heap: list[E]) -> Iterator[E]:
     """Iterate over a heap, lowest first, without changing it."""
     length = len(heap)
     frontier = [(heap[0], 0)] if heap else []

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 _DRAIN_SHARE = 0.97  # of the drain rate that is promised: at the full rate the last callers would find no room
 _JITTER = 0.1
+_MAX_TENANTS = 1024  # with a schedule of their own; further ones share one
+_PURGE_INTERVAL = 1.0  # seconds
 
 
 class RetryAfterSchedule:
@@ -30,3 +34,43 @@ class RetryAfterSchedule:
             return None
         self._next = max(self._next, now) + 1 / (_DRAIN_SHARE * drain_rate)
         return (self._next - now) * (1 + _JITTER * draw)
+
+    def is_past(self, now: float) -> bool:
+        """Return whether no slot is reserved after `now`: then it is as good as new."""
+        return self._next <= now
+
+
+class TenantRetrySchedules:
+    """A schedule of retry slots for each tenant, so that the callers of one do not wait for the flood of another.
+
+    The tenants that have slots reserved share the drain rate by their weights.
+
+    Args:
+        weight: returns the weight of a tenant.
+    """
+
+    __slots__ = ("_by_tenant", "_purge_at", "_total", "_weight")
+
+    def __init__(self, weight: Callable[[str], float]) -> None:
+        self._weight = weight
+        self._by_tenant: dict[str, RetryAfterSchedule] = {}
+        self._total = 0.0  # of their weights
+        self._purge_at = 0.0
+
+    def reserve(self, tenant: str, now: float, drain_rate: float | None, draw: float) -> float | None:
+        """Reserve the next free slot of a tenant: see `RetryAfterSchedule.reserve`."""
+        if now >= self._purge_at:
+            self._purge(now)
+        if tenant not in self._by_tenant and len(self._by_tenant) >= _MAX_TENANTS:
+            tenant = ""  # no tenant is called that
+        schedule = self._by_tenant.get(tenant)
+        if schedule is None:
+            schedule = self._by_tenant[tenant] = RetryAfterSchedule()
+            self._total += self._weight(tenant)
+        return schedule.reserve(now, drain_rate and drain_rate * self._weight(tenant) / self._total, draw)
+
+    def _purge(self, now: float) -> None:
+        """Forget the schedules that are past."""
+        self._purge_at = now + _PURGE_INTERVAL
+        self._by_tenant = {tenant: each for tenant, each in self._by_tenant.items() if not each.is_past(now)}
+        self._total = sum(map(self._weight, self._by_tenant))

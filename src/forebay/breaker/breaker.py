@@ -154,6 +154,11 @@ class Breaker:
         self._advance(now)
         return None if self._state is BreakerState.OPEN else self._open(now)
 
+    def hold_open(self, now: float) -> None:
+        """Open it for a reason of the caller's, or keep it open, until `reset`."""
+        self._open(now)
+        self._until = math.inf
+
     def reset(self) -> None:
         """Close it and forget all faults; calls under way no longer count."""
         self._close()

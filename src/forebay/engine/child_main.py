@@ -65,6 +65,7 @@ class ChildTaskContext:
     deadline: Deadline | None
     attempt: int
     report: Callable[[Any], None]
+    tenant_weight: float = 1.0  # the upstreams of this process have no other run at a time
 
 
 class ChildRuntime:

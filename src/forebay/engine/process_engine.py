@@ -72,8 +72,14 @@ class ProcessEngine:
             NotImportable: another process cannot import its handler, factory or config.
             InvalidHandler, InvalidSetting: it cannot be run at all.
         """
-        pool = _ProcessPool(self, _load_request(self, spec), slots)
-        return Handler(call=pool.call, on_cancel=spec.on_cancel, start=pool.start, stop=pool.stop)
+        processes = _Processes(self, _load_request(self, spec), slots)
+        return Handler(
+            call=processes.call,
+            on_cancel=spec.on_cancel,
+            start=processes.start,
+            stop=processes.stop,
+            resize=processes.resize,
+        )
 
 
 def _load_request(engine: ProcessEngine, spec: HandlerSpec) -> messages.LoadHandler:
@@ -104,8 +110,36 @@ def _load_request(engine: ProcessEngine, spec: HandlerSpec) -> messages.LoadHand
     )
 
 
+class _Processes:
+    """The processes of one worker, through every start and stop of it: a new pool each time."""
+
+    def __init__(self, engine: ProcessEngine, load: messages.LoadHandler, slots: int) -> None:
+        self._new_pool = partial(_ProcessPool, engine, load)
+        self._slots = slots
+        self._pool = self._new_pool(slots)
+
+    async def start(self) -> None:
+        """Start one process: see `_ProcessPool`."""
+        if self._pool.closed:
+            self._pool = self._new_pool(self._slots)
+        await self._pool.start()
+
+    async def call(self, task: Task) -> Any:
+        """Run a task in a process: see `_ProcessPool`."""
+        return await self._pool.call(task)
+
+    async def stop(self) -> None:
+        """End every process: see `_ProcessPool`."""
+        await self._pool.stop()
+
+    def resize(self, slots: int) -> None:
+        """Have as many processes at most: see `_ProcessPool`."""
+        self._slots = slots
+        self._pool.resize(slots)
+
+
 class _ProcessPool:
-    """The processes of one worker. It belongs to the event loop that first uses it."""
+    """The processes of one worker, from a start to a stop. It belongs to the event loop that first uses it."""
 
     def __init__(self, engine: ProcessEngine, load: messages.LoadHandler, slots: int) -> None:
         self._engine = engine
@@ -117,7 +151,7 @@ class _ProcessPool:
         self._starting: set[asyncio.Task[ChildProcess]] = set()
         self._unclaimed: set[asyncio.Task[ChildProcess]] = set()  # those of _starting that no particular task waits for
         self._waiters: list[asyncio.Future[None]] = []
-        self._closed = False
+        self.closed = False
 
     async def start(self) -> None:
         """Start one process, so that a handler that cannot be imported fails now.
@@ -166,7 +200,7 @@ class _ProcessPool:
 
     async def stop(self) -> None:
         """End every process: the idle ones by closing their channels, the others by killing them."""
-        self._closed = True
+        self.closed = True
         self._wake_waiters()
         await asyncio.gather(*self._starting, return_exceptions=True)
         for child in self._children:
@@ -176,6 +210,13 @@ class _ProcessPool:
                 child.kill()
         await asyncio.gather(*(child.gone for child in self._children))
         self._threads.shutdown()
+
+    def resize(self, slots: int) -> None:
+        """Have up to `slots` processes; those that are too many end as soon as they run nothing."""
+        self._slots = slots
+        while self._idle and self._has_too_many():
+            self._idle.pop().retire(self._engine.grace)
+        self._wake_waiters()
 
     # --- acquiring and releasing ---
 
@@ -203,8 +244,9 @@ class _ProcessPool:
                 self._waiters.remove(waiter)
 
     def _release(self, child: ChildProcess) -> None:
-        if child.usable and not self._closed:
-            if self._engine.max_tasks is not None and child.runs >= self._engine.max_tasks:
+        if child.usable and not self.closed:
+            worn_out = self._engine.max_tasks is not None and child.runs >= self._engine.max_tasks
+            if worn_out or self._has_too_many():
                 child.retire(self._engine.grace)
             else:
                 child.retire_after(self._engine.idle_timeout, self._engine.grace)
@@ -217,7 +259,13 @@ class _ProcessPool:
                 waiter.set_result(None)
 
     def _has_room(self) -> bool:
-        return not self._closed and len(self._children) + len(self._starting) < self._slots
+        return not self.closed and len(self._children) + len(self._starting) < self._slots
+
+    def _has_too_many(self) -> bool:
+        started = len(self._children) + len(self._starting)
+        if started <= self._slots:
+            return False
+        return sum(child.usable for child in self._children) + len(self._starting) > self._slots
 
     # --- starting ---
 
@@ -286,10 +334,8 @@ class _ProcessPool:
 
     def _check_open(self) -> None:
         worker = self._load.worker
-        if self._closed:
-            raise ProcessNotStarted(
-                worker=worker, why="its supervisor is closed", advice="Make a new BackpressureSupervisor."
-            )
+        if self.closed:
+            raise ProcessNotStarted(worker=worker, why="its supervisor is closed", advice="Start the supervisor again.")
         if messages.ImportState.importing:
             advice = 'Put what your program starts below `if __name__ == "__main__":`.'
             why = "this is a worker's process that is still importing its handler"

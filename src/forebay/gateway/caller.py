@@ -10,7 +10,7 @@ from typing import Final
 
 from forebay.errors import ForebayError
 from forebay.gateway.settings import Trust
-from forebay.task import Priority
+from forebay.task import DEFAULT_TENANT, Priority
 from forebay.upstream.call_request import Caller
 from forebay.upstream.providers import find_other_credential
 
@@ -85,8 +85,8 @@ class CallerReader:
     def _tenant(self, headers: Mapping[str, str]) -> str:
         for header in ("x-forebay-tenant", *self._tenant_headers):
             if header in headers:
-                return _name(header, headers[header]) or "default"
-        return "default"
+                return _name(header, headers[header]) or DEFAULT_TENANT
+        return DEFAULT_TENANT
 
 
 def _priority(text: str | None) -> Priority:

@@ -112,10 +112,9 @@ def capacity_response(
         limited_by: what the gateway lacks, for the header ``x-forebay-limited-by``.
     """
     status = _unavailable(protocol)
-    headers = [("content-type", JSON), ("x-should-retry", "true"), *_retry_after(seconds)]
-    if limited_by is not None:
-        headers.append(("x-forebay-limited-by", printable(limited_by)))
-    return GatewayResponse(status, tuple(headers), _body(protocol, status, code, message))
+    overloaded = Overloaded(message, limited_by=limited_by, retry_after=seconds)
+    headers = (("content-type", JSON), ("x-should-retry", "true"), *overloaded.headers().items())
+    return GatewayResponse(status, headers, _body(protocol, status, code, message))
 
 
 def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResponse:
@@ -152,12 +151,11 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     after = error.retry_after
     longest = _MAX_BUDGET_WAIT if status == _PAYMENT else _MAX_SDK_WAIT
     retry = status != _TOO_LARGE and after is not None and after <= longest
-    headers = [("content-type", JSON), ("x-should-retry", "true" if retry else "false")]
-    if error.limited_by:
-        headers.append(("x-forebay-limited-by", printable(error.limited_by)))  # it names the model
-    if after is not None and status != _TOO_LARGE:
-        headers.extend(_retry_after(after))
-    return GatewayResponse(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))
+    headers = {"content-type": JSON, "x-should-retry": "true" if retry else "false", **error.headers()}
+    if status == _TOO_LARGE:
+        headers.pop("retry-after", None)
+        headers.pop("retry-after-ms", None)
+    return GatewayResponse(status, tuple(headers.items()), _body(protocol, status, "forebay_overloaded", str(error)))
 
 
 def stream_error_event(protocol: StreamProtocol, message: str) -> bytes:
@@ -176,10 +174,6 @@ def stream_error_event(protocol: StreamProtocol, message: str) -> bytes:
 def _unavailable(protocol: ApiProtocol) -> int:
     """Return the status with which a provider of this protocol says that it has no capacity."""
     return 529 if protocol == "anthropic" else 503
-
-
-def _retry_after(seconds: float) -> tuple[tuple[str, str], ...]:
-    return ("retry-after", str(math.ceil(seconds))), ("retry-after-ms", str(math.ceil(1000 * seconds)))
 
 
 def _body(protocol: ApiProtocol, status: int, code: str, message: str) -> bytes:

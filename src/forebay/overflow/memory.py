@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -88,7 +88,7 @@ class MemoryTaskStore:
         self._is_open = False
         self._entries: dict[str, _Entry] = {}
         self._keys: dict[str, str] = {}
-        self._queues: defaultdict[tuple[str, Priority], _Heap] = defaultdict(_Heap)
+        self._queues: dict[tuple[str, Priority], dict[str, _Heap]] = {}  # of each tenant that has records in it
         self._leased = _Heap()
         self._parked: dict[str, _Heap] = {}  # by thread id
         self._delayed = _Heap()  # by when they are due
@@ -97,7 +97,7 @@ class MemoryTaskStore:
         self._unfinished: Counter[str] = Counter()  # entries by thread id
         self._ended = {RecordState.DONE: _Heap(), RecordState.DEAD: _Heap()}
         self._sizes = Counter[RecordState]()  # of the ended records
-        self._depths: Counter[tuple[str, Priority]] = Counter()
+        self._depths: Counter[tuple[str, Priority, str]] = Counter()
         self._next_number = itertools.count().__next__
 
     async def open(self) -> None:
@@ -135,21 +135,41 @@ class MemoryTaskStore:
         return PutResult.PARKED if entry.state is RecordState.PARKED else PutResult.STORED
 
     async def lease(
-        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
+        self,
+        task_type: str,
+        limit: int,
+        *,
+        until: float,
+        priority: Priority | None = None,
+        shares: Mapping[str, int] | None = None,
     ) -> Sequence[Lease]:
         """Lease the best waiting records of a task type."""
         self._check_open()
         leases: list[Lease] = []
         for key in [(task_type, each) for each in (Priority if priority is None else (priority,))]:
-            queue = self._queues.get(key)
-            while queue is not None and len(leases) < limit and (best := queue.peek()) is not None:
-                entry = best[1]
-                queue.pop()
-                self._count_left(entry)
-                self._lease(entry, new_id(), until)
-                leases.append(Lease(record=entry.record, fence=str(entry.fence), until=until))
-            if queue is not None and queue.peek() is None:
-                del self._queues[key]  # task types come and go
+            if shares is None:
+                leases += self._lease_best(key, tuple(self._queues.get(key, ())), limit - len(leases), until)
+            for tenant, share in (shares or {}).items():
+                leases += self._lease_best(key, (tenant,), min(share, limit - len(leases)), until)
+        return leases
+
+    def _lease_best(
+        self, key: tuple[str, Priority], tenants: Sequence[str], limit: int, until: float
+    ) -> Sequence[Lease]:
+        """Lease the best waiting records of `tenants`, whosever they are."""
+        leases: list[Lease] = []
+        while len(leases) < limit:
+            queues = self._queues.get(key, {})
+            heads = [(head[0], tenant) for tenant in tenants if tenant in queues and (head := queues[tenant].peek())]
+            if not heads:
+                break
+            queue = queues[min(heads)[1]]
+            _, entry = queue.peek() or (None, None)
+            assert entry is not None  # noqa: S101 - it is one of the heads
+            queue.pop()
+            self._count_left(entry)
+            self._lease(entry, new_id(), until)
+            leases.append(Lease(record=entry.record, fence=str(entry.fence), until=until))
         return leases
 
     async def begin_attempt(self, lease: Lease) -> bool:
@@ -320,7 +340,7 @@ class MemoryTaskStore:
         self._check_open()
         return self._keys.get(key)
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         """Return how many records are WAITING."""
         self._check_open()
         return dict(self._depths)
@@ -384,22 +404,26 @@ class MemoryTaskStore:
         if entry.state is RecordState.DELAYED:
             self._delayed_count -= 1
             return self._delayed
+        queue = self._queues[record.task_type, record.priority][record.tenant]
         self._count_left(entry)
-        return self._queues[record.task_type, record.priority]
+        return queue
 
     def _enqueue(self, entry: _Entry) -> None:
         record = entry.record
         entry.state, entry.fence, entry.version = RecordState.WAITING, None, self._next_number()
-        self._depths[record.task_type, record.priority] += 1
+        self._depths[record.task_type, record.priority, record.tenant] += 1
         due = inf if record.deadline is None else record.deadline
-        self._queues[record.task_type, record.priority].push((due, record.enqueued_at, entry.sequence), entry)
+        queues = self._queues.setdefault((record.task_type, record.priority), {})
+        queues.setdefault(record.tenant, _Heap()).push((due, record.enqueued_at, entry.sequence), entry)
 
     def _count_left(self, entry: _Entry) -> None:
-        """Count that `entry` has left its queue."""
-        key = (entry.record.task_type, entry.record.priority)
+        """Count that `entry` has left its queue, which is forgotten with its last one: types and tenants go."""
+        task_type, priority, tenant = key = (entry.record.task_type, entry.record.priority, entry.record.tenant)
         self._depths[key] -= 1
         if not self._depths[key]:
-            del self._depths[key]
+            del self._depths[key], self._queues[task_type, priority][tenant]
+            if not self._queues[task_type, priority]:
+                del self._queues[task_type, priority]
 
     def _lease(self, entry: _Entry, fence: str, until: float) -> None:
         entry.state, entry.fence, entry.until = RecordState.LEASED, fence, until

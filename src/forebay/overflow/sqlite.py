@@ -33,9 +33,9 @@ _MIN_RETENTION = 600.0  # seconds for which results are kept though the disk is 
 
 _ROW = (
     "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id,"
-    " failures, total_delay, last_error"
+    " failures, total_delay, last_error, tenant"
 )
-_COLUMNS = 12  # of _ROW
+_COLUMNS = 13  # of _ROW
 
 # Not INSERT OR IGNORE: that would also apply to the statements of the triggers.
 _PUT = BatchStatement(
@@ -43,7 +43,7 @@ _PUT = BatchStatement(
     INSERT INTO task ({_ROW}, state, fence, until)
     SELECT * FROM (VALUES {{rows}}) AS given WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
     """,
-    15,
+    16,
 )
 _STATE_PARKED = -1
 _STATE = "SELECT state FROM task WHERE task_id = ?"
@@ -70,7 +70,7 @@ _TAKEN = f"SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ? AND NOT {_REUSABL
 _MAKE_WAY = f"DELETE FROM task WHERE task_id = ? AND {_REUSABLE} AND NOT {_KEY_TAKEN}"
 _HELD = "SELECT tasks FROM size WHERE kind = 0"
 _STORED = "UPDATE size SET tasks = tasks + ? WHERE kind = 0"
-_ENTERED = "INSERT INTO depth VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
+_ENTERED = "INSERT INTO depth VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
 _LEASE = f"""
 UPDATE task SET state = 1, until = ?, fence = ? || '-' || sequence
 WHERE sequence IN (
@@ -79,6 +79,7 @@ WHERE sequence IN (
 )
 RETURNING {_ROW}, fence, sequence
 """
+_LEASE_SHARE = _LEASE.replace("priority BETWEEN ? AND ?", "priority = ? AND tenant = ?")
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
 _RENEW = BatchStatement(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
@@ -137,7 +138,7 @@ WHERE task_id = ? AND state = 3 RETURNING thread_id
 _DELETE_DEAD = "DELETE FROM task WHERE task_id = ? AND state = 3"
 _FIND = f"SELECT {_ROW}, state, completion FROM task WHERE task_id = ?"
 _FIND_KEY = "SELECT task_id FROM task WHERE key = ? AND state < 3"
-_DEPTHS = "SELECT task_type, priority, waiting FROM depth WHERE waiting > 0"
+_DEPTHS = "SELECT task_type, priority, tenant, waiting FROM depth WHERE waiting > 0"
 _DELETE_EMPTY_DEPTHS = "DELETE FROM depth WHERE waiting = 0"
 
 _PutItem: TypeAlias = tuple[TaskRecord, str | None, float]  # a record; its fence and until when, if it is put LEASED
@@ -188,13 +189,19 @@ class SqliteTaskStore:
         return put
 
     async def lease(
-        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
+        self,
+        task_type: str,
+        limit: int,
+        *,
+        until: float,
+        priority: Priority | None = None,
+        shares: Mapping[str, int] | None = None,
     ) -> Sequence[Lease]:
         """Lease the best waiting records of a task type. Cancelled, release what was leased after all."""
         if limit <= 0:
             return ()
         priorities = (min(Priority), max(Priority)) if priority is None else (priority, priority)
-        leasing = self._writer.run(partial(_lease, task_type, priorities, limit, until))
+        leasing = self._writer.run(partial(_lease, task_type, priorities, limit, shares, until))
         try:
             return await asyncio.shield(leasing)
         except asyncio.CancelledError:
@@ -281,7 +288,7 @@ class SqliteTaskStore:
         """Return the task id stored under a key."""
         return await self._writer.run(partial(_find_key, key), writes=False) if is_unicode(key) else None
 
-    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         """Return how many records are WAITING."""
         return await self._writer.run(_depths, writes=False)
 
@@ -316,6 +323,7 @@ def _put(
             record.failures,
             record.total_delay,
             record.last_error,
+            record.tenant,
             _STATE_PARKED if record.thread_id is not None else 0 if fence is None else 1,
             None if record.thread_id is not None else fence,
             None if fence is None or record.thread_id is not None else until,
@@ -327,7 +335,8 @@ def _put(
     else:
         results = _put_one_by_one(capacity, connection, rows)
     inserted = [values for values, result in zip(rows, results, strict=True) if result is PutResult.STORED]
-    waiting = Counter([values[1:3] for values in inserted if not values[_COLUMNS]])  # by task type and priority
+    # By task type, priority and tenant.
+    waiting = Counter([(*values[1:3], values[_COLUMNS - 1]) for values in inserted if not values[_COLUMNS]])
     connection.executemany(_ENTERED, [(*queue, count) for queue, count in waiting.items()])
     connection.execute(_STORED, (len(inserted),))
     talking = [index for index, item in enumerate(items) if item[0].thread_id is not None]
@@ -382,10 +391,28 @@ def _put_one_by_one(capacity: int, connection: sqlite3.Connection, rows: Sequenc
     return results
 
 
-def _lease(
-    task_type: str, priorities: tuple[Priority, Priority], limit: int, until: float, connection: sqlite3.Connection
+def _lease(  # noqa: PLR0913, PLR0917 - bound by position
+    task_type: str,
+    priorities: tuple[Priority, Priority],
+    limit: int,
+    shares: Mapping[str, int] | None,
+    until: float,
+    connection: sqlite3.Connection,
 ) -> Sequence[Lease]:
-    rows = connection.execute(_LEASE, (until, new_id(), task_type, *priorities, limit)).fetchall()
+    given: tuple[Any, ...] = (until, new_id(), task_type, *priorities)
+    if shares is None:
+        return _leases(connection.execute(_LEASE, (*given, limit)).fetchall(), until)
+    leases: list[Lease] = []
+    for priority in range(priorities[0], priorities[1] + 1):
+        for tenant, share in shares.items():
+            count = min(share, limit - len(leases))
+            if count > 0:
+                values = (*given[:-2], priority, tenant, count)
+                leases += _leases(connection.execute(_LEASE_SHARE, values).fetchall(), until)
+    return leases
+
+
+def _leases(rows: list[Any], until: float) -> Sequence[Lease]:
     rows.sort(key=lambda row: (row[2], row[5], row[4], row[-1]))  # RETURNING guarantees no order
     return [Lease(record=_record(row), fence=row[-2], until=until) for row in rows]
 
@@ -497,9 +524,9 @@ def _find_key(key: str, connection: sqlite3.Connection) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority], int]:
+def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority, str], int]:
     rows = connection.execute(_DEPTHS).fetchall()
-    return {(task_type, Priority(priority)): waiting for task_type, priority, waiting in rows}
+    return {(task_type, Priority(priority), tenant): waiting for task_type, priority, tenant, waiting in rows}
 
 
 def _conversations(connection: sqlite3.Connection) -> Mapping[str, int]:
@@ -509,8 +536,8 @@ def _conversations(connection: sqlite3.Connection) -> Mapping[str, int]:
 
 
 def _record(row: Sequence[Any]) -> TaskRecord:
-    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id, *retries = row[:_COLUMNS]
-    failures, total_delay, last_error = retries
+    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id, *further = row[:_COLUMNS]
+    failures, total_delay, last_error, tenant = further
     return TaskRecord(
         task_id=task_id,
         task_type=task_type,
@@ -524,4 +551,5 @@ def _record(row: Sequence[Any]) -> TaskRecord:
         failures=failures,
         total_delay=total_delay,
         last_error=last_error,
+        tenant=tenant,
     )

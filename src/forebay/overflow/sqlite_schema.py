@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from forebay.interfaces import RecordState
 from forebay.storage.sqlite_file import Schema
+from forebay.task import DEFAULT_TENANT
 
 # By stored number. Those below 2 count towards the bound, the others have ended.
 STATES = {
@@ -124,7 +125,42 @@ _RETRIES = (
     "CREATE UNIQUE INDEX task_key ON task (key) WHERE key IS NOT NULL AND state < 3",
 )
 
+_PUT_DEPTH = """
+    INSERT INTO depth VALUES (new.task_type, new.priority, new.tenant, 1)
+    ON CONFLICT DO UPDATE SET waiting = waiting + 1;
+"""
+_TAKE_DEPTH = """
+    UPDATE depth SET waiting = waiting - 1
+    WHERE task_type = old.task_type AND priority = old.priority AND tenant = old.tenant;
+"""
+
+# Records that were stored without their tenant take turns as those of the default one.
+_TENANTS = (
+    f"ALTER TABLE task ADD COLUMN tenant TEXT NOT NULL DEFAULT '{DEFAULT_TENANT}'",
+    "DROP INDEX task_waiting",
+    "CREATE INDEX task_waiting ON task (task_type, priority, tenant, due, enqueued_at, sequence) WHERE state = 0",
+    "DROP TRIGGER task_dropped_waiting",
+    "DROP TRIGGER task_waits",
+    "DROP TRIGGER task_waited",
+    "DROP TABLE depth",
+    """
+    CREATE TABLE depth (
+        task_type TEXT NOT NULL, priority INTEGER NOT NULL, tenant TEXT NOT NULL, waiting INTEGER NOT NULL,
+        PRIMARY KEY (task_type, priority, tenant)
+    ) WITHOUT ROWID
+    """,
+    "INSERT INTO depth SELECT task_type, priority, tenant, count(*) FROM task WHERE state = 0 GROUP BY 1, 2, 3",
+    *(
+        f"CREATE TRIGGER {name} AFTER {when} BEGIN {what} END"
+        for name, when, what in (
+            ("task_dropped_waiting", "DELETE ON task WHEN old.state = 0", _TAKE_DEPTH),
+            ("task_waits", "UPDATE OF state ON task WHEN old.state <> 0 AND new.state = 0", _PUT_DEPTH),
+            ("task_waited", "UPDATE OF state ON task WHEN old.state = 0 AND new.state <> 0", _TAKE_DEPTH),
+        )
+    ),
+)
+
 SCHEMA = Schema(
     application_id=0x464F5242,  # "FORB"
-    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES),
+    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES, _TENANTS),
 )

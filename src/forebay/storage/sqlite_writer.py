@@ -61,6 +61,7 @@ class SqliteWriter:
         self._schema = schema
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
+        self._loop: asyncio.AbstractEventLoop  # set by open()
         self._connection: sqlite3.Connection | None = None
         self._watch: FileWatch | None = None  # while the file is open
         self._process: int | None = None  # that opened it
@@ -76,6 +77,8 @@ class SqliteWriter:
         Raises:
             StoreUnavailable: the file cannot be opened; the message says why and what to do.
         """
+        if self._connection is not None and self._loop.is_closed():
+            self._abandon_connection(self._connection)
         while others := [each for each in (self._closed, self._opening) if each is not None and not each.done()]:
             await asyncio.wait(others)
         if self._connection is not None:
@@ -100,6 +103,15 @@ class SqliteWriter:
             executor.shutdown(wait=False)
             raise
         self._closed = None
+
+    def _abandon_connection(self, connection: sqlite3.Connection) -> None:
+        """Close the connection of an event loop that ended before the file was closed: nobody waits for it."""
+        self._connection = self._watch = self._opening = self._closed = None
+        self._pending.clear()
+        self._flushing = False
+        with suppress(RuntimeError):  # its thread has ended already
+            self._executor.submit(self._close_connection, connection)
+        self._executor.shutdown(wait=False)
 
     def _open_file(self) -> tuple[sqlite3.Connection, FileWatch]:
         connection = open_file(self._path, self._schema, self._synchronous, self._busy_timeout)

@@ -34,7 +34,9 @@ from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.tenants import RESOURCE_PREFIX
 from forebay.supervisor.ticket import Reclaim, Refusal, Ticket, TicketOwner
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
-    from forebay.supervisor.worker import WorkerAgent
 
 T = TypeVar("T")
 
@@ -55,7 +56,6 @@ _MAX_NESTING = 1000
 # Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
 # own task type goes down one run a turn, and so does its cancellation, which would never reach the deepest run.
 _DEEP = 100
-_WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
 class TryAdmit(Protocol):
@@ -118,6 +118,7 @@ class AdmissionController:
         self._live: Mapping[str, Ticket] = core.registry.live
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._load = dispatcher.load
+        self._tenants = core.tenants
         self._codecs = core.codecs
         self._bus = core.bus
         self._draw = draw
@@ -180,7 +181,12 @@ class AdmissionController:
         task = self._codecs.fit_payload(task)
         pool, parent = self._check(task)
         priority, run = task.priority, original.run
-        if run is None or pool.queue or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0]):
+        if (
+            run is None
+            or pool.queue
+            or task.tenant in self._tenants.blocked
+            or self.thresholds.rejects(priority, self._load.on_path(pool, priority)[0])
+        ):
             return None
         worker = self._dispatcher.start_gate.pick(pool, priority, nested=original.nested, avoid=run.worker)
         if worker is None or not self._dispatcher.retries.take():
@@ -190,18 +196,6 @@ class AdmissionController:
         self._submitted(ticket)
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return ticket
-
-    def pool_of(self, task: Task) -> Pool:
-        """Return the pool of a task.
-
-        Raises:
-            UnknownTaskType: there is none.
-        """
-        pool = self._pools.get(task.task_type)
-        if pool is None:
-            known = ", ".join(sorted(self._pools)) or "none yet"
-            raise UnknownTaskType(task_type=task.task_type, known=known)
-        return pool
 
     def enter_line(
         self, task: Task, on_turn: Callable[[], object], *, is_waiting: Callable[[], bool] | None = None
@@ -217,20 +211,20 @@ class AdmissionController:
         """
         is_full = self._conversation_check(task)
         if is_full is None and is_waiting is None:
-            return self.room.enter(task.task_type, task.priority, on_turn)
+            return self.room.enter(task, on_turn)
 
         def is_blocked() -> bool:
             return (is_waiting is not None and not is_waiting()) or (is_full is not None and is_full())
 
-        group = (task.thread_id, is_waiting)
-        return self.room.enter(task.task_type, task.priority, on_turn, is_blocked, group)
+        return self.room.enter(task, on_turn, is_blocked, group=(task.thread_id, is_waiting))
 
     def _conversation_check(self, task: Task) -> Callable[[], bool] | None:
         """Return a function that returns whether the conversation of a task takes no more; None if it always does."""
         may_spill = self._dispatcher.spill is not None and (task.spill or task.durable)
         if task.thread_id is None or may_spill:  # in the overflow there is room for any message
             return None
-        return partial(self._is_conversation_full, task.thread_id, self.pool_of(task), nested=self._is_nested())
+        pool, nested = self.pool_of(task.task_type), self._is_nested()
+        return partial(self._is_conversation_full, task.thread_id, pool, nested=nested)
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task, or room for one."""
@@ -255,10 +249,10 @@ class AdmissionController:
 
     def slot(self, task: Task) -> Slot:
         """Return a slot for the caller's own code: see ``BackpressureSupervisor.slot``."""
-        pool, parent = self._check(task)
+        _, parent = self._check(task)
 
         def try_admit(ticket: Ticket) -> None:
-            self._check(task)
+            pool, _ = self._check(task)  # its workers may be others by now
             refusal = self.try_admit(ticket, pool, may_spill=False)
             if refusal is not None:
                 self._reject(ticket, pool, refusal)
@@ -277,7 +271,7 @@ class AdmissionController:
             while (left := min(until - self.loop.time(), _time_left(task, parent))) > 0:
                 if turn is None:
                     is_blocked = is_full is not None and is_full()
-                    may_try = not (is_blocked or self.room.is_behind(task.task_type, task.priority))
+                    may_try = not (is_blocked or self.room.is_behind(task))
                 else:
                     may_try = self.room.is_first(turn)
                 if may_try and ((ticket := await self._submit(task, in_line=True)) or not ticket.in_line):
@@ -306,14 +300,10 @@ class AdmissionController:
 
     async def _submit(self, task: Task, *, in_line: bool = False) -> Ticket:
         spill = self._dispatcher.spill
-        if spill is not None and spill.lookup.is_searching(task.task_id) and task.task_type in self._pools:
-            # A ticket that `supervisor.ticket` made for an id that the store may not know must not count as a twin.
-            search, pool = spill.lookup.wait_for_search(task.task_id), self._pools[task.task_type]
-            await self._answer_in_time(task, task.deadline, pool, search)
         pool, parent = self._check(task)
         if parent is not None and depth(parent) >= _DEEP:
             await asyncio.sleep(0)
-            self._check(task)  # again, because anything may have happened during the await
+            pool, parent = self._check(task)  # again, because anything may have happened during the await
         if task.durable:
             _check_durable(task, spill)
         if task.key is not None:
@@ -321,15 +311,13 @@ class AdmissionController:
             if known is not None:
                 known.share()
                 return known
-            self._check(task)  # again, as above
+            pool, parent = self._check(task)  # again, as above
         if spill is None or not (task.spill or task.durable):
-            ticket = self._new_ticket(task, parent)
-            ticket.stand_in_line(waits=in_line)
+            ticket = self._new_ticket(task, parent, in_line=in_line)
             refusal = self.try_admit(ticket, pool, may_spill=False)
             return ticket if refusal is None else self._reject(ticket, pool, refusal)
         envelope = spill.encode(task)
-        ticket = self._new_ticket(task, parent)
-        ticket.stand_in_line(waits=in_line)
+        ticket = self._new_ticket(task, parent, in_line=in_line)
         if task.durable:
             deciding = self._admit_durable(ticket, envelope, pool, spill)
         else:
@@ -352,7 +340,7 @@ class AdmissionController:
         parent = context.running_task()
         if self._state is not _OPEN:
             self._check_open(parent)
-        pool = self.pool_of(task)
+        pool = self._pools.get(task.task_type) or self.pool_of(task.task_type)
         twin = self._live.get(task.task_id)
         if twin is None and self._dispatcher.spill is not None:
             twin = self._registry.weak.get(task.task_id)
@@ -363,6 +351,18 @@ class AdmissionController:
         if parent is not None and (task.key is not None or task.thread_id is not None):
             self._check_deadlock(task, parent)
         return pool, parent
+
+    def pool_of(self, task_type: str) -> Pool:
+        """Return the pool of a task type.
+
+        Raises:
+            UnknownTaskType: there is none.
+        """
+        pool = self._pools.get(task_type)
+        if pool is None:
+            known = ", ".join(sorted(self._pools)) or "none yet"
+            raise UnknownTaskType(task_type=task_type, known=known)
+        return pool
 
     def _check_open(self, parent: RunningTask | None) -> None:
         """Raise SupervisorClosed if nothing that `parent` submits is admitted any more."""
@@ -407,7 +407,7 @@ class AdmissionController:
 
     # --- the decision ---
 
-    def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
+    def _new_ticket(self, task: Task, parent: RunningTask | None, *, in_line: bool = False) -> Ticket:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
@@ -416,12 +416,13 @@ class AdmissionController:
             if sum(1 for _ in run_and_ancestors(parent)) > _MAX_NESTING:
                 raise NestedTooDeep(task_id=task.task_id, bound=_MAX_NESTING)
             active = [*active_runs(parent, self._dispatcher)]
-        submitted_at = None
-        if self._dispatcher.spill is not None:
-            submitted_at = self._dispatcher.spill.submission_time()
-        elif deadline is not None:
-            submitted_at = clock.wall_time()
+        spill = self._dispatcher.spill
+        submitted_at = clock.wall_time() if deadline is not None and spill is None else None
+        if spill is not None:
+            submitted_at = spill.submission_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, copy_context())
+        if in_line:
+            ticket.stand_in_line(waits=True)
         if parent is not None:
             ticket.descend(depth(parent))
         if active:
@@ -436,12 +437,13 @@ class AdmissionController:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested)
+        tenant = ticket.task.tenant
+        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested, tenant=tenant)
         if ticket.task.thread_id is not None and ticket.lease is None:  # one with a lease is the first of those stored
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
                 return refusal
-        if may_spill and not ticket.nested and pool.spilled_ahead(priority):
+        if may_spill and not ticket.nested and pool.spilled_ahead(priority, tenant):
             worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
@@ -449,7 +451,9 @@ class AdmissionController:
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, resource = self._load.beyond_pool(pool, priority)
-        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket):
+        elif pool.takes_turns and not ticket.nested and (own := self._tenants.load(tenant)) and own >= load:
+            load, resource = own, RESOURCE_PREFIX + tenant
+        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
@@ -458,39 +462,52 @@ class AdmissionController:
             why = f"its deadline in {format_duration(remaining)} cannot be met"
             return Refusal(why, resource, load, may_spill=False, final=True)
         ticket.admit(path_load)
-        ticket.stand_in_line(waits=False)
+        if ticket.in_line:
+            ticket.stand_in_line(waits=False)
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
 
-    def _finishes_a_run(self, ticket: Ticket) -> bool:
-        """Return whether a run needs a task to finish while the supervisor drains.
+    def _finishes_a_run(self, ticket: Ticket, pool: Pool) -> bool:
+        """Return whether a run needs a task to finish while the supervisor drains, or while its last worker leaves.
 
         Such a task may not wait in the overflow, from which nothing comes back now, and its rejection would make the
         run fail for good, though nothing is wrong with it.
         """
-        return ticket.nested and self._state is not _OPEN
+        if not ticket.nested:
+            return False
+        if not pool.is_served:
+            return pool.finishing > 0
+        return self._state is not _OPEN and pool.ever_serves(ticket.task.priority)
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
         if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
             return None
         priority = ticket.task.priority
-        waterfall = priority <= _WATERFALL_PRIORITY
-        ahead = pool.queue.ahead(priority) if waterfall else pool.queue.length
-        if ahead:
+        if pool.takes_turns:
+            if pool.must_wait(priority, ticket.task.tenant):
+                return None
+        elif pool.queue.ahead(priority) if priority <= URGENT else pool.queue.length:
             return None
-        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=waterfall)
+        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=priority <= URGENT)
 
     def _misses_deadline(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, remaining: float) -> bool:
         """Return whether a task that would start on `worker`, or wait, is expected to end after its deadline."""
-        wait = 0.0 if worker is not None else pool.expected_wait(ticket.task.priority, nested=ticket.nested) or 0.0
+        task, wait = ticket.task, 0.0
+        if worker is None:
+            wait = pool.expected_wait(task.priority, task.tenant, nested=ticket.nested) or 0.0
         conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
         if conversation is not None:
             wait = max(wait, len(conversation.tickets) * (pool.service_times.median() or 0.0))
-        return remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining)
+        now, estimate = self.loop.time(), task.estimate
+        if remaining <= 0:
+            return True
+        if not wait:
+            return pool.cannot_meet_deadline(now, remaining, estimate=estimate)
+        return pool.would_wait_too_long(now, wait, remaining, task.priority, estimate=estimate)
 
     def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
@@ -528,8 +545,14 @@ class AdmissionController:
         return conversation.retry_schedule.reserve(self.loop.time(), 1 / seconds, self._draw()) or math.inf
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
+        if pool.paused:
+            return f"{pool.task_type!r} is paused, and {resource} is at {load:.0%}"
         if not pool.slots:
-            return f"every worker for {pool.task_type!r} is FAILED"
+            what = "is FAILED" if pool.is_served else "was unregistered"
+            return f"every worker for {pool.task_type!r} {what}"
+        if pool.reserved_slots(priority)[0] >= pool.slots:
+            others = "all its slots are" if not pool.ever_serves(priority) else "all slots that are not FAILED are"
+            return f"{priority.name} has no slot for {pool.task_type!r}: {others} reserved for CRITICAL and HIGH"
         full = f"{resource} is at {load:.0%}"
         if cause != resource:
             full += f" because of {cause}"
@@ -539,8 +562,9 @@ class AdmissionController:
         """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""
         if remaining == math.inf:
             return True
-        wait = pool.expected_wait(ticket.task.priority, nested=ticket.nested, spilled=True)
-        return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
+        task = ticket.task
+        wait = pool.expected_wait(task.priority, task.tenant, nested=ticket.nested, spilled=True)
+        return wait is None or wait < min(remaining, pool.max_wait(remaining, task.estimate))
 
     # --- the verdict ---
 
@@ -552,22 +576,22 @@ class AdmissionController:
         ticket.stand_in_line(waits=False)
         retry_after = refusal.retry_after
         if retry_after is None:
-            retry_after = self._retry_after(pool, ticket.task.priority)
+            retry_after = self._retry_after(pool, ticket.task)
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
         self._registry.forget_key(ticket)
         self.rejected += 1
         self._submitted(ticket)
         return ticket
 
-    def _retry_after(self, pool: Pool, priority: Priority) -> float | None:
+    def _retry_after(self, pool: Pool, task: Task) -> float | None:
         """Return the seconds after which a rejected task would be admitted, or None if unknown."""
         now = self.loop.time()
         if not pool.slots:
             known = (worker.breaker.retry_after(now) for worker in pool.workers)
             return min((seconds for seconds in known if seconds is not None), default=None)
-        threshold = self.thresholds.threshold_for(priority)
-        source_wait = self._load.time_until_below(pool, priority, threshold)
-        return pool.next_retry_slot(now, self._draw(), source_wait=source_wait)
+        threshold = self.thresholds.threshold_for(task.priority)
+        source_wait = self._load.time_until_below(pool, task.priority, threshold)
+        return pool.next_retry_slot(now, self._draw(), task.priority, task.tenant, source_wait=source_wait)
 
     def _submitted(self, ticket: Ticket) -> None:
         """Count and report a verdict."""
@@ -670,7 +694,7 @@ class AdmissionController:
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)
         if held and put is PutResult.STORED:
-            if self._state is not _State.CLOSED and not spill.stored.stays_stored:
+            if self._state is not _State.CLOSED and not spill.stored.stays_stored and pool.is_known:
                 return self._admit_held(ticket, pool, refusal.load)
             await spill.spill_recorded(ticket, pool)
         self._count_spilled(ticket)

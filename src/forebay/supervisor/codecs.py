@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,12 +27,12 @@ class _TypeDeclaration:
     codec: Codec | None = None  # of that type or, if none is declared, of the framework of the agents
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _TaskTypeCodecs:
     worker: str  # the first one
     payload: _TypeDeclaration
     result: _TypeDeclaration
-    checks: tuple[Callable[[Task], None], ...]  # of the handlers, one of which will get the task
+    checks: dict[str, Callable[[Task], None]]  # of the handlers, by worker: one of them will get the task
 
 
 class TaskCodecs:
@@ -53,24 +53,39 @@ class TaskCodecs:
             worker=worker.name,
             payload=_declaration(worker, "payload", payload),
             result=_declaration(worker, "result", result),
-            checks=() if worker.handler.check is None else (worker.handler.check,),
+            checks={},
         )
         entries = {task_type: self._merge(task_type, own) for task_type in worker.task_types}
         self._entries.update(entries)
+        if worker.handler.check is not None:
+            for entry in entries.values():
+                entry.checks[worker.name] = worker.handler.check
         if any(entry.result.declared is not None for entry in entries.values()):
             worker.replace_call(self._checked(worker.name, worker.handler))
+
+    def remove_worker(self, worker: WorkerAgent, gone: Iterable[str]) -> None:
+        """Forget a worker that was unregistered, and the declarations of the task types that are gone with it."""
+        for task_type in worker.task_types:
+            if (entry := self._entries.get(task_type)) is not None:
+                entry.checks.pop(worker.name, None)
+        self.remove_types(gone)
+
+    def remove_types(self, task_types: Iterable[str]) -> None:
+        """Forget the declarations of task types that no worker serves any more."""
+        for task_type in task_types:
+            self._entries.pop(task_type, None)
 
     def _merge(self, task_type: str, own: _TaskTypeCodecs) -> _TaskTypeCodecs:
         """Return the codecs of a task type after another worker has declared its own."""
         first = self._entries.get(task_type)
         if first is None:
-            return own
+            return replace(own, checks={})
         where = f"worker {first.worker!r}, which serves task type {task_type!r} too"
         return _TaskTypeCodecs(
             worker=first.worker,
             payload=_merge_declarations("payload", first.payload, own.payload, own.worker, where),
             result=_merge_declarations("result", first.result, own.result, own.worker, where),
-            checks=(*first.checks, *own.checks),
+            checks=first.checks,
         )
 
     def fit_payload(self, task: Task) -> Task:
@@ -86,7 +101,7 @@ class TaskCodecs:
             return task
         if entry.payload.codec is not None:
             task = _with_payload(task, _convert(entry.payload.codec.coerce, task, entry.payload))
-        for check in entry.checks:
+        for check in entry.checks.values():
             check(task)
         return task
 
@@ -124,7 +139,10 @@ class TaskCodecs:
             return fit(task, await value)
 
         def fit(task: Task, value: Any) -> Any:
-            side = self._entries[task.task_type].result
+            entry = self._entries.get(task.task_type)  # None: the worker was unregistered, and this run did not stop
+            if entry is None:
+                return value
+            side = entry.result
             if side.declared is None or side.codec is None:
                 return value
             try:

@@ -12,6 +12,7 @@ from forebay.events import EventBus, log
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.pools import Pools
 from forebay.supervisor.runs.timers import Timers
+from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket_registry import TicketRegistry
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Core:
         codecs: the declared types of payloads and results.
         timers: its timers.
         registry: its tickets.
+        tenants: the tenants that have settings.
         pools: its pools.
         base_context: the context variables of its start, for handlers of tasks that another process submitted.
         closed: whether `close` was called.
@@ -41,6 +43,7 @@ class Core:
         bus: EventBus,
         codecs: TaskCodecs,
         max_queue_size: int | None,
+        tenants: Tenants,
         keep_results: int,
         keep_results_bytes: int,
     ) -> None:
@@ -51,7 +54,8 @@ class Core:
         self.codecs = codecs
         self.timers = Timers(loop)
         self.registry = TicketRegistry(loop, bus, keep=keep_results, keep_bytes=keep_results_bytes)
-        self.pools = Pools(max_queue_size)
+        self.tenants = tenants
+        self.pools = Pools(max_queue_size, tenants)
         self.base_context = copy_context()
         self._background_tasks: set[asyncio.Future[Any]] = set()
         self.background_listeners: list[Callable[[], None]] = []

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, cast
 from forebay._text import format_duration
 from forebay.admission import RANK_LAST
 from forebay.context import RunningTask
-from forebay.errors import UnknownTask
+from forebay.errors import SupervisorClosed, UnknownTask
 from forebay.events import TaskStarted
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
 from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool
+from forebay.supervisor.pools import ServedPools, urgency_among
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -21,16 +22,17 @@ from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
-from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.tree.restart_intensity import RestartIntensity
+from forebay.supervisor.tree.supervision import Supervision
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
-from forebay.task import Priority, TaskResult, TaskStatus
+from forebay.task import Priority, Task, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource, TaskRecord, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
-    from forebay.supervisor.pools import ServedPools
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.slot_counts import SlotCounts
 
@@ -45,7 +47,13 @@ class Dispatcher:
     """
 
     def __init__(
-        self, core: Core, settings: SupervisorSettings, *, store: TaskStore | None, draw: Callable[[], float]
+        self,
+        core: Core,
+        settings: SupervisorSettings,
+        *,
+        store: TaskStore | None,
+        draw: Callable[[], float],
+        remove_worker: Callable[[WorkerAgent], None],
     ) -> None:
         self.core = core
         self.loop = core.loop
@@ -56,7 +64,7 @@ class Dispatcher:
         self.started = 0
         self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
-        self.start_gate = StartGate(core, dispatch=self.dispatch, runs=self.runs)
+        self.start_gate = StartGate(core, dispatch=self._dispatch_if_known, runs=self.runs)
         self.retries = TaskRetries(core, self, budget=settings.retry_budget, draw=draw)
         self.completion = RunCompletion(
             core,
@@ -69,13 +77,23 @@ class Dispatcher:
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
         self.starts = WorkerStarts(core, self)
+        self.supervision = Supervision(
+            core,
+            self,
+            strategy=settings.restart_strategy,
+            intensity=RestartIntensity(settings.max_restarts, settings.within),
+            grace=settings.zombie_grace,
+            max_attempts=settings.max_attempts,
+            remove=remove_worker,
+        )
         self._registry = core.registry
         self._timers = core.timers
+        self._tenants = core.tenants
         self._bus = core.bus
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
         self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
-        self._nested: list[NestedSupervisor] = []
+        self._nested: dict[WorkerAgent, NestedSupervisor] = {}
         self._sequence_number = 0
 
     # --- workers and their slots ---
@@ -83,8 +101,10 @@ class Dispatcher:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker; it takes tasks at once."""
         self.workers[worker.name] = worker
+        if worker.reserve or self._tenants.bounded:
+            worker.count_tasks()
         if worker.handler.nested_supervisor is not None:
-            self._nested.append(cast("NestedSupervisor", worker.handler.nested_supervisor))
+            self._nested[worker] = cast("NestedSupervisor", worker.handler.nested_supervisor)
         self.runs.add_worker(worker)
         for source in worker.sources:
             self.start_gate.watch(worker, source)
@@ -93,9 +113,35 @@ class Dispatcher:
                 self.spill.refiller.add_pool(pool)
         self.update_slots(worker)
 
+    def unlist_worker(self, worker: WorkerAgent) -> None:
+        """Let another worker have the name of `worker`, which is leaving."""
+        del self.workers[worker.name]
+
+    def forget_worker(self, worker: WorkerAgent) -> list[Pool]:
+        """Forget a worker that is leaving, and on which nothing runs any more. Return the pools that are gone with it.
+
+        The tasks that wait for it alone have ended.
+        """
+        served = self._served_by[worker].pools
+        self._nested.pop(worker, None)
+        self.start_gate.forget(worker)
+        self.completion.forget(worker)
+        self.supervision.forget(worker)
+        self.slot_claims.forget(worker)
+        self.runs.remove_worker(worker)
+        self.core.pools.remove_worker(worker)
+        return [pool for pool in served if self.remove_pool_if_unused(pool)]
+
+    def remove_pool_if_unused(self, pool: Pool) -> bool:
+        """Remove a pool that has no workers and is not paused, and in which nothing waits. Return whether."""
+        gone = self.core.pools.remove_if_unused(pool)
+        if gone and self.spill is not None:
+            self.spill.refiller.remove_pool(pool)
+        return gone
+
     def is_above(self, other: object) -> bool:
         """Return whether the dispatcher `other` is that of a supervisor below this one."""
-        return any(nested.uses(other) for nested in self._nested)
+        return any(nested.uses(other) for nested in self._nested.values())
 
     def start_worker(self, worker: WorkerAgent) -> None:
         """Start the handler of a worker, unless it has started or is being started."""
@@ -112,10 +158,12 @@ class Dispatcher:
         """Take a slot for a run that has lent its own."""
         worker = run.worker
         run.take_slot()
-        worker.take_slot(probe=run.is_probe)
+        worker.take_slot(self.loop.time(), probe=run.is_probe)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
             counts.resume()
+        if worker.counts_tasks:
+            self._count_slot(worker, run.task, 1)
 
     def lend_slot(self, run: Run) -> None:
         """Lend the slot of a run that awaits a task, and start what comes next."""
@@ -134,10 +182,53 @@ class Dispatcher:
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
-        worker.return_slot(probe=worker.probing and run.is_probe)
+        worker.return_slot(self.loop.time() if now is None else now, probe=worker.probing and run.is_probe)
         for counts in self._counts_of[worker]:
             counts.slot_returned(worker)
+        if worker.counts_tasks:
+            self._count_slot(worker, run.task, -1)
         self.dispatch(worker, now)
+
+    def _count_slot(self, worker: WorkerAgent, task: Task, by: int) -> None:
+        """Count `by` more slots as held by a task like `task`, for the reserve of `worker` and the bound of a tenant.
+
+        A tenant whose bound is reached is served no more, and again once it is not.
+        """
+        if worker.reserve:
+            for counts in self._counts_of[worker]:
+                counts.count_reserve(worker)
+        if task.priority <= URGENT:
+            worker.count_urgent(by)
+        tenant = task.tenant
+        if not self._tenants.count_running(tenant, by):
+            return
+        blocked = tenant in self._tenants.blocked
+        for task_type in self._tenants.waiting_types(tenant):
+            self._pools[task_type].tenant_blocked(tenant, blocked=blocked)
+        if not blocked:
+            self.loop.call_soon(self._serve_tenant, tenant)  # not now: its run is still ending
+
+    def _serve_tenant(self, tenant: str) -> None:
+        """Start what waits of a tenant that was blocked, on workers that have a free slot."""
+        for worker in self.slot_claims.waiting():
+            self.dispatch(worker)
+        pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
+        heads = [(pool, pool.queue.head()) for pool in pools]
+        for pool, _ in sorted(((pool, head) for pool, head in heads if head is not None), key=urgency_among):
+            self.serve(pool)
+        if self.spill is not None:
+            for pool in self._pools.values():
+                self.spill.refiller.refill(pool)
+
+    def serve(self, pool: Pool) -> None:
+        """Start what waits in the queue of `pool`, on workers that have a free slot."""
+        while pool.queue.length and (head := pool.queue.head()) is not None:
+            able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
+            if able is None:
+                break
+            self.dispatch(able)
+            if pool.queue.head() is head:  # it is the turn of another pool of that worker, or its upstream is short
+                break
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
@@ -150,12 +241,12 @@ class Dispatcher:
         self._registry.add(ticket)
         if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
             ticket.wait()
-            pool.park()
+            pool.park(ticket)
             self.arm_expiry(ticket)
             self._tell_drains()
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
-        elif worker is not None:
+        elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
             self.start(ticket, worker)
         else:
             self._enqueue(ticket, pool)
@@ -172,11 +263,13 @@ class Dispatcher:
         self._tell_drains()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
+        if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
+            self.spill.refiller.refill(pool)
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
             for worker in pool.workers:
                 if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
                     # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
-                    self.loop.call_soon(self.dispatch, worker)
+                    self.loop.call_soon(self._dispatch_if_known, worker)
                     break
 
     def _tell_drains(self) -> None:
@@ -211,7 +304,7 @@ class Dispatcher:
         self.retries.leave(ticket)
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
-            pool.unpark()
+            pool.unpark(ticket)
         elif (entry := ticket.leave_queue()) is not None:
             pool.remove(ticket, entry)
 
@@ -222,7 +315,7 @@ class Dispatcher:
         """
         while (following := self.conversations.end_first(ticket)) is not None:
             pool = self._pools[following.task.task_type]
-            pool.unpark()
+            pool.unpark(following)
             if not self.retries.allow(following) or self._start_or_enqueue(following, pool):
                 return
             ticket = following
@@ -250,7 +343,7 @@ class Dispatcher:
 
         It is not the one on which the task failed last, if another one may start it.
         """
-        if pool.queue:
+        if pool.has_head or ticket.task.tenant in self._tenants.blocked:
             return None
         priority, nested = ticket.task.priority, ticket.nested
         failed_on = None if ticket.retries is None else ticket.retries.failed_on
@@ -267,7 +360,7 @@ class Dispatcher:
         served = self._served_by[worker]
         while worker.can_accept():
             entry: QueueEntry | None = None
-            if worker.suspended and worker.bars_new_runs(Priority.LOW):
+            if (worker.suspended or worker.reserve) and not worker.may_begin(Priority.LOW):
                 pool, entry = served.first_for(worker)
             else:
                 pool = served.next_pool()
@@ -286,6 +379,18 @@ class Dispatcher:
             for pool in served.with_spilled():
                 self.spill.refiller.refill(pool)
 
+    def _dispatch_if_known(self, worker: WorkerAgent) -> None:
+        """Dispatch to a worker that may have been unregistered since somebody asked for this."""
+        if worker in self._served_by:
+            self.dispatch(worker)
+
+    def dispatch_to_all(self, pool: Pool) -> None:
+        """Fill the free slots of all workers of a pool, and refill it."""
+        for worker in list(pool.workers):
+            self._dispatch_if_known(worker)
+        if self.spill is not None:
+            self.spill.refiller.refill(pool)
+
     def _may_still_start(self, ticket: Ticket, pool: Pool) -> bool:
         """Return whether a task whose turn has come may start; if not, it has ended or is left to another process.
 
@@ -294,6 +399,8 @@ class Dispatcher:
         if self.spill is not None and not self.spill.stored.lease_is_valid(ticket):
             self.spill.stored.lease_lapsed(ticket)
             return False
+        if ticket.deadline is not None:
+            pool.turn_came(self.loop.time(), ticket, ticket.deadline.remaining())
         if (reason := self.expiry_reason(ticket, pool)) is not None:
             self._end(ticket, self._result(ticket, TaskStatus.EXPIRED, reason))
         return reason is None
@@ -304,7 +411,8 @@ class Dispatcher:
             return None
         remaining = deadline.remaining()
         time = deadline.at - ticket.submitted_at if ticket.submitted_at is not None and pool.has_waiting else None
-        if remaining > 0 and not pool.cannot_meet_deadline(self.loop.time(), 0.0, remaining, time=time):
+        now, estimate = self.loop.time(), ticket.task.estimate
+        if remaining > 0 and not pool.cannot_meet_deadline(now, remaining, time=time, estimate=estimate):
             return None
         if remaining <= 0:
             return f"its turn came {format_duration(-remaining)} after its deadline"
@@ -312,8 +420,7 @@ class Dispatcher:
 
     def start(self, ticket: Ticket, worker: WorkerAgent, now: float | None = None) -> None:
         """Start a task on a worker that can accept it. `now` saves asking the clock again."""
-        if now is None:
-            now = self.loop.time()
+        now = self.loop.time() if now is None else now
         epoch = worker.breaker.allow(now)
         if worker.probing:
             self.completion.arm_breaker_timer(worker)
@@ -324,9 +431,11 @@ class Dispatcher:
         if ticket.retries is not None or worker.retry is not None or ticket.task.retry is not None:
             self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
-        worker.take_slot(probe=worker.probing)
+        worker.start_run(now, probe=worker.probing)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
+        if worker.counts_tasks:
+            self._count_slot(worker, ticket.task, 1)
         if worker.sources:  # now, or the next task would be started as if this one made no calls
             run.expect_calls(worker.sources)
         self.started += 1
@@ -352,6 +461,8 @@ class Dispatcher:
     def source_used(self, run: Run, source: LoadSource) -> None:
         """Record that a run calls `source`, and that the other runs of its worker will."""
         worker = run.worker
+        if run.ended:  # an orphan
+            return
         if source not in worker.sources:
             worker.add_source(source)
             self.start_gate.source_used(run, source)
@@ -415,6 +526,27 @@ class Dispatcher:
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
 
+    def fail_waiting(
+        self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    ) -> None:
+        """End a task that waits for a worker that will not come, or leave it to its store if that survives."""
+        if self.spill is not None and self.can_requeue(ticket):
+            self._leave(ticket)
+            self.spill.return_to_store(ticket)
+            self.next_in_conversation(ticket)
+        else:
+            failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker_id, cause=cause)
+            self.end_waiting(ticket, failed)
+
+    def fail_all_waiting(self, pool: Pool, error: str, *, worker_id: str | None = None) -> None:
+        """End every task that waits in a pool whose workers will not come, as `fail_waiting` does."""
+        while (entry := pool.queue.head()) is not None:
+            self.fail_waiting(entry[2], error, worker_id=worker_id)
+        if pool.parked or pool.delayed:
+            for ticket in [*self._registry.live.values()]:
+                if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):
+                    self.fail_waiting(ticket, error, worker_id=worker_id)
+
     def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
         """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
         if self.spill is None or not self.spill.stored.can_delay(ticket):
@@ -426,25 +558,35 @@ class Dispatcher:
         """Go on with the attempts at a task that comes back from its store."""
         self.retries.resume(ticket, record)
 
-    def return_to_store(self, ticket: Ticket) -> None:
-        """Leave a stored task that waits to any process, this one included, as soon as its lease is returned."""
-        assert self.spill is not None  # noqa: S101 - see can_requeue
-        self.spill.stored.requeue(ticket)
-        self.core.run_in_background(self.spill.stored.return_leases([ticket.task_id]))
-
     # --- tickets ---
 
     def ticket(self, task_id: str) -> Ticket:
-        """Return the ticket of a task that is inside, has ended lately, or may be stored.
+        """Return the ticket of a task that this process knows.
 
         Raises:
-            UnknownTask: there is no such task, and no overflow to look it up in.
+            UnknownTask: it knows no such task.
         """
-        if ticket := self._registry.get(task_id):
-            return ticket
-        if self.spill is None:
+        if (ticket := self._registry.find(task_id)) is None:
             raise UnknownTask(task_id=task_id)
-        return self.spill.lookup.by_id(task_id)
+        return ticket
+
+    async def find(self, task_id: str | None, key: str | None) -> Ticket | None:
+        """Return the ticket of a task that this process or the store knows by its id or its key, or None.
+
+        Raises:
+            SupervisorClosed: this process does not know it, and the supervisor has closed.
+            StoreUnavailable: the store cannot be asked.
+        """
+        registry = self._registry
+        known = registry.find(task_id) if task_id is not None else registry.by_key.get(key or "")
+        if known is not None:
+            return known
+        if self.core.closed:
+            raise SupervisorClosed(state="closed")
+        if self.spill is None:
+            return None
+        lookup = self.spill.lookup
+        return await (lookup.by_id(task_id) if task_id is not None else lookup.by_key(key or ""))
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because it is awaited."""

@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-import msgspec
-
+from forebay._json import JsonStruct
 from forebay.events import log
 from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_movable
 from forebay.supervisor.runs.run import Run
@@ -29,7 +28,7 @@ _MAX_LATENESS = 1.0  # seconds by which a look at the overflow may be late
 _CLOSE_TIME = 5.0  # seconds, at least, that moving the queue to the overflow has when a supervisor closes
 
 
-class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
+class DrainReport(JsonStruct, frozen=True, kw_only=True):
     """The outcome of draining, for the tasks that were inside when it started.
 
     Attributes:
@@ -341,7 +340,7 @@ class Drain:
         """Return whether a worker could still take a task, or runs it.
 
         Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
-        zombies: waiting for them could take forever.
+        zombies, nor those for a type that is paused: waiting for them could take forever.
         """
         if without_store and self._awaits_store(ticket):
             return False
@@ -351,8 +350,10 @@ class Drain:
         runs = self._dispatcher.runs
         are_stuck = runs.are_all_stuck if without_store else runs.are_all_zombies
         now = self._core.loop.time()
-        return pool is not None and any(
-            worker.breaker.retry_after(now) is not None and not are_stuck(worker) for worker in pool.workers
+        return (
+            pool is not None
+            and not pool.paused
+            and any(worker.breaker.retry_after(now) is not None and not are_stuck(worker) for worker in pool.workers)
         )
 
     def _unfinished_tickets(self) -> list[Ticket]:

@@ -92,7 +92,7 @@ class FanOutAdmission(Protocol):
     def submit_hedge(self, task: Task, original: Ticket) -> Ticket | None:
         """Start a second attempt at a running task on another worker, if there is one."""
 
-    def pool_of(self, task: Task) -> Pool:
+    def pool_of(self, task_type: str) -> Pool:
         """Return the pool of a task."""
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
@@ -321,17 +321,17 @@ class FanOut:
         """Return whether as many tasks are outstanding as may be; by default as many of a type as can be inside."""
         if self._limit is not None:
             return self._inside.total() >= self._limit
-        pool = self._admission.pool_of(task)
+        pool = self._admission.pool_of(task.task_type)
         return self._inside[task.task_type] >= max(1, pool.usable_slots + pool.queue_bound)
 
     def _may_try(self, task: Task) -> bool:
         """Return whether no other producer stands in line before this one; if one does, stand in line, too."""
         room = self._admission.room
-        if self._turn is not None and self._turn.task_type != task.task_type:
+        if self._turn is not None and (self._turn.task_type, self._turn.tenant) != (task.task_type, task.tenant):
             self._leave_line()
         if self._turn is not None:
             return room.is_first(self._turn)
-        if room.is_behind(task.task_type, task.priority):
+        if room.is_behind(task):
             self._enter_line(task)
             return False
         return True
@@ -443,7 +443,7 @@ class FanOut:
     def _hedge_after(self, task: Task) -> float:
         """Return the seconds of running after which a task gets a second attempt; 0 while that is unknown."""
         if self._hedge == "p95":
-            return self._admission.pool_of(task).service_times.quantile(_TAIL)
+            return self._admission.pool_of(task.task_type).service_times.quantile(_TAIL)
         return self._hedge or 0.0
 
     def hedge(self, branch: _Branch) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.worker import WorkerAgent
 
+_OTHER_LOOP_CHECK = 0.05  # seconds between two looks at a supervisor that starts or closes in another event loop
+
 
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
     """Open the overflow, start the handlers, and add the workers. If that fails, nothing stays open."""
@@ -23,7 +25,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
         await asyncio.sleep(0)  # an eager task factory starts this before the supervisor knows that it is starting
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
-        await start_handlers(workers)
+        await start_handlers(workers, dispatcher.core.base_context, dispatcher.supervision.exited)
     except BaseException:
         dispatcher.core.timers.close()
         if dispatcher.spill is not None:
@@ -31,12 +33,14 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
         raise
     for worker in workers.values():
         dispatcher.add_worker(worker)
+    dispatcher.supervision.begin()
 
 
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
     """Add a worker to a supervisor that runs. If its handler has to be started first, tasks wait for that."""
     dispatcher.add_worker(worker)
     dispatcher.starts.begin(worker)
+    dispatcher.core.registry.notify_progress()  # there may be room
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
@@ -47,6 +51,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         if spill is not None:
             spill.stored.stop_refilling()
         dispatcher.starts.close()
+        dispatcher.supervision.close()
         await drain.run(0.0, closing=True)
         await stop_handlers(workers.values(), grace=grace)
         if spill is not None:
@@ -55,10 +60,22 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         drain.cancel_all()
         if spill is not None:
             spill.end_tickets()
+        dispatcher.completion.close()
+        dispatcher.slot_claims.close()
         dispatcher.start_gate.close()
         dispatcher.runner_pool.close()
         dispatcher.core.close()
         dispatcher.core.registry.notify_progress()
+
+
+async def wait_until_done(step: asyncio.Future[None]) -> None:
+    """Wait for the start or the close of a supervisor, perhaps in another event loop, or in one that has ended."""
+    loop = step.get_loop()
+    if loop is asyncio.get_running_loop():
+        await asyncio.wait((step,))
+        return
+    while not (step.done() or loop.is_closed()):  # noqa: ASYNC110 - that loop may end without a word to this one
+        await asyncio.sleep(_OTHER_LOOP_CHECK)
 
 
 async def _close_spill(spill: Spill) -> None:

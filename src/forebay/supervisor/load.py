@@ -34,8 +34,10 @@ class SystemLoad:
         """Record the lag of the event loop over the lag that is allowed. Callable from any thread."""
         self.host = load
 
-    def on_path(self, pool: Pool, priority: Priority = Priority.NORMAL, *, nested: bool = False) -> tuple[float, str]:
-        """Return the load on the path of a task, `nested` or not, and the resource that limits it.
+    def on_path(
+        self, pool: Pool, priority: Priority = Priority.NORMAL, *, nested: bool = False, tenant: str | None = None
+    ) -> tuple[float, str]:
+        """Return the load on the path of a task of `tenant`, `nested` or not, and the resource that limits it.
 
         The load of a path is its highest reading. Each worker has a path: its pool, the host, the sources that its
         calls use and, if it is a supervisor, its own load. The worker with the lowest load counts.
@@ -44,7 +46,7 @@ class SystemLoad:
             load, resource = self.beyond_pool(pool, priority)
         else:
             load, resource = self.host, "host"
-        own = pool.load(nested=nested)
+        own = pool.load(priority, nested=nested, tenant=tenant)
         return (own, pool.resource) if own >= load else (load, resource)
 
     def beyond_pool(self, pool: Pool, priority: Priority = Priority.NORMAL) -> tuple[float, str]:

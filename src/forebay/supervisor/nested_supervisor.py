@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from forebay._hooks import await_hook, call_hook, is_awaitable
 from forebay.adapters import Handler
-from forebay.events import log
 from forebay.retry import Retry
 from forebay.task import Task
 
 if TYPE_CHECKING:
+    from forebay.supervisor.tree.worker_life import Exit
     from forebay.supervisor.worker import WorkerAgent
 
 
 _NO_RETRY = Retry(max_attempts=1)
-MIN_STOP_TIME = 10.0  # seconds, at least, that a handler has to stop when its supervisor closes
 
 
 class NestedSupervisor(Protocol):
     """The supervisor below, as far as the one above needs it."""
 
     @property
-    def started(self) -> bool:
-        """True once it has been started."""
+    def running(self) -> bool:
+        """True from the call of `start` to that of `close`, or to the end of its event loop."""
 
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task."""
@@ -42,6 +41,18 @@ class NestedSupervisor(Protocol):
     async def wait_until_started(self) -> None:
         """Wait for a start in progress."""
 
+    async def start_workers(self) -> None:
+        """Start its workers again, if they were halted."""
+
+    async def halt(self) -> None:
+        """Stop its workers, to be started again."""
+
+    def watch(self) -> asyncio.Future[None]:
+        """Return a future that is cancelled when it gives up."""
+
+    def fail_workers(self, reason: str) -> None:
+        """Make its workers, which are halted, FAILED."""
+
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
 
@@ -54,8 +65,9 @@ def as_handler(nested: NestedSupervisor) -> Handler:
 
     async def start() -> None:
         await nested.wait_until_started()  # it may be a worker of another supervisor too
-        if not nested.started:
+        if not nested.running:
             await nested.start()
+        await nested.start_workers()
 
     async def call(task: Task) -> Any:
         # A durable task is recorded where it was submitted, and its own policy of retries counts there alone.
@@ -77,8 +89,10 @@ def contains(supervisor: object, other: object) -> bool:
     )
 
 
-async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
-    """Start the handlers that need it, in order, including those of workers that are registered meanwhile.
+async def start_handlers(
+    workers: Mapping[str, WorkerAgent], context: Context, on_exit: Callable[[WorkerAgent, Exit], None]
+) -> None:
+    """Start the workers that need it, in order, including those that are registered meanwhile.
 
     If one cannot be started, those before it are stopped again.
     """
@@ -86,8 +100,7 @@ async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
     try:
         while more := list(workers.values())[len(started) :]:
             for worker in more:
-                if worker.handler.start is not None:
-                    await worker.handler.start()
+                await worker.life.start(context, partial(on_exit, worker))
                 worker.end_start(ready=True)
                 started.append(worker)
     except BaseException:
@@ -96,25 +109,10 @@ async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
 
 
 async def stop_handlers(workers: Iterable[WorkerAgent], *, grace: float = 0.0) -> None:
-    """Stop the handlers that need it, in reverse order. If one fails, the others are still stopped.
+    """Stop the workers that need it, in reverse order. If one fails, the others are still stopped.
 
-    Each has `grace` seconds, and ten at least; a supervisor has a bound of its own, and takes as long as it needs.
+    Each handler has `grace` seconds, and ten at least; a supervisor has a bound of its own, and takes as long as it
+    needs.
     """
     for worker in reversed(list(workers)):
-        if worker.handler.stop is not None:
-            what = f"stop of worker {worker.name!r}"
-            stopping = call_hook(what, worker.handler.stop)
-            if is_awaitable(stopping):
-                limit = math.inf if worker.handler.nested_supervisor is not None else max(grace, MIN_STOP_TIME)
-                await _await_stop(what, stopping, limit)
-
-
-async def _await_stop(what: str, awaitable: Any, limit: float) -> None:
-    """Await the end of a handler for at most `limit` seconds, even if it ignores its cancellation."""
-    stopping = asyncio.ensure_future(await_hook(what, awaitable))
-    try:
-        await asyncio.wait((stopping,), timeout=None if limit == math.inf else limit)
-    finally:
-        if not stopping.done():
-            stopping.cancel()
-            log.error("%s has not returned, and is not waited for any longer", what)
+        await worker.life.stop(grace=grace)

@@ -6,16 +6,27 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes
+from forebay.admission import (
+    RANK_LAST,
+    EstimateBypass,
+    EstimatedTimes,
+    PriorityQueue,
+    ServiceTimes,
+    StandingQueue,
+    TenantQueue,
+    TenantRetrySchedules,
+)
 from forebay.overflow import RefillPolicy
 from forebay.supervisor.slot_counts import SlotCounts
-from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.spilled_counts import SpilledCounts
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
-from forebay.task import Priority
+from forebay.task import Estimate, Priority
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource
+    from forebay.supervisor.tenants import Tenants
     from forebay.supervisor.ticket import Ticket
 
 DEFAULT_QUEUE_SIZE = 100
@@ -32,6 +43,8 @@ class PoolObserver(Protocol):
     own_slots: int
     own_running: int
     own_suspended: int
+    own_reserved: int
+    own_reserved_taken: int
 
     @property
     def own_idle_blocked(self) -> int:
@@ -51,37 +64,55 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_groups", "_paths", "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "max_queue_size",
-        "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "queue", "refill_policy",
-        "reserved", "resource", "retry_schedule", "selector", "service_times", "source_paths", "spilled", "spilling",
-        "task_type", "times_passed_over", "workers",
+        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants", "_timeouts", "_turns",
+        "_watched", "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "estimated_times",
+        "expects_records", "finishing", "max_queue_size", "max_timeout", "nested", "nested_spilled",
+        "nested_supervisors", "parked", "paused", "queue", "refill_policy", "reserved", "resource", "retry_schedules",
+        "selector", "service_times", "source_paths", "spilled", "takes_turns", "task_type", "times_passed_over",
+        "workers",
     )  # fmt: skip
 
-    def __init__(self, task_type: str, max_queue_size: int | None) -> None:
+    def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
         super().__init__()
+        self._tenants = tenants
+        self._bounded = tenants.bounded
+        self._watched = tenants.bounded  # whether anybody has to know what joins and leaves the queue
         self._groups: list[PoolObserver] = []  # of workers that serve many pools
         self.task_type = task_type
         self.resource = POOL_PREFIX + task_type
         self.max_queue_size = max_queue_size
+        self._timeouts: dict[float, int] = {}  # how many of its workers have which
         self.max_timeout = 0.0  # the longest of its workers, in seconds
-        self.workers: list[WorkerAgent] = []
-        self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
+        self.workers: dict[WorkerAgent, None] = {}  # by registration
+        self.nested_supervisors: dict[WorkerAgent, None] = {}  # those that are a supervisor with a load of its own
+        self.finishing = 0  # workers that are leaving, and on which nested tasks may still run
+        self.paused = False  # nothing begins
         self._paths: dict[tuple[LoadSource, ...], int] = {}  # how many workers use the same load sources
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}  # the same; empty if no worker uses any
         self.calls_per_run: dict[LoadSource, float] = {}
+        # A TenantQueue while tasks of several tenants wait, or a tenant may be blocked: it costs more.
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
+        self._turns: TenantQueue[Ticket] | None = None  # `queue`, if it is one
+        self.takes_turns = False  # tasks of several tenants wait, here or in the overflow, or a tenant may be blocked
+        # The only one whose tasks wait, here or in the overflow, unless it is a TenantQueue.
+        self._sole_tenant: str | None = None
+        self.spilled = SpilledCounts()  # what waits in the overflow
+        self._returned: list[tuple[Priority, str]] = []  # whose last record has come back, and takes its turn now
+        if tenants.bounded:
+            self._take_turns()
         self.nested = 0  # nested tasks in the queue, where they have room of their own
-        self.nested_spilled: set[str] = set()  # ids of nested tasks that wait in the overflow
+        self.nested_spilled: dict[str, str] = {}  # nested tasks that wait in the overflow: the tenant of each by its id
         self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
         self.delayed = 0  # tasks that wait for their next attempt; they count as if they were queued
         self.delayed_nested = 0  # nested ones of them
         self.reserved = 0  # room kept for records that are being leased from the overflow
-        self.spilling = dict.fromkeys(Priority, 0)  # tasks on their way to the overflow, by priority
-        self.spilled = dict.fromkeys(Priority, 0)  # records of this type that wait in the overflow, by priority
+        self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
-        self.retry_schedule = RetryAfterSchedule()
+        self.estimated_times: EstimatedTimes | None = None  # of tasks with an estimate, if there have been any
+        self._standing: tuple[StandingQueue, ...] = ()  # by priority, once a task with a deadline has waited
+        self.retry_schedules = TenantRetrySchedules(tenants.weight)
         self.estimate_bypass = EstimateBypass()
         self.selector = WorkerSelector(task_type, lambda: self.service_times.median() or 1.0)
 
@@ -104,6 +135,24 @@ class Pool(SlotCounts):
             return self.own_suspended
         return self.own_suspended + sum(group.own_suspended for group in self._groups)
 
+    def reserved_slots(self, priority: Priority) -> tuple[int, int]:
+        """Return how many slots tasks of `priority` may not take, and how many of these count as taken."""
+        if priority <= URGENT:
+            return 0, 0
+        if not self._groups:
+            return self.own_reserved, self.own_reserved_taken
+        reserved = self.own_reserved + sum(group.own_reserved for group in self._groups)
+        return reserved, self.own_reserved_taken + sum(group.own_reserved_taken for group in self._groups)
+
+    def free_slots(self, priority: Priority) -> int:
+        """Return how many slots a task of `priority` could take now; negative if more are taken than there are."""
+        reserved, taken = self.reserved_slots(priority)
+        return self.usable_slots - reserved - (self.running - taken)
+
+    def ever_serves(self, priority: Priority) -> bool:
+        """Return whether a task of `priority` may take a slot of some worker, FAILED or not."""
+        return priority <= URGENT or any(worker.reserve < worker.max_concurrent for worker in self.workers)
+
     @property
     def queue_bound(self) -> int:
         """The number of tasks that may wait: `max_queue_size`; by default 100, or the number of slots if larger."""
@@ -111,7 +160,9 @@ class Pool(SlotCounts):
 
     @property
     def usable_slots(self) -> int:
-        """The slots that a run could take now, without those that the start gate keeps free."""
+        """The slots that a run could take now, without those that the start gate keeps free, or all while paused."""
+        if self.paused:
+            return self.running
         idle = self.own_idle_blocked if self.own_blocked else 0
         return self.slots - idle - sum(group.own_idle_blocked for group in self._groups)
 
@@ -138,67 +189,203 @@ class Pool(SlotCounts):
         return parked < max(min(_MIN_PARKED, bound), 2 * bound - self.parked)
 
     @property
+    def has_head(self) -> bool:
+        """True if a task waits in the queue, and not only such whose tenant is blocked."""
+        if not self.queue.length:
+            return False
+        return self._turns is None or self._turns.head() is not None
+
+    def must_wait(self, priority: Priority, tenant: str) -> bool:
+        """Return whether a new task of `tenant` waits though a slot is free, while tenants take turns.
+
+        It does so for the bound of its tenant, for a task that it may not overtake, or for records on their way back.
+        """
+        if tenant in self._tenants.blocked:
+            return True
+        head = None if self._turns is None else self._turns.head()
+        if head is None or (priority <= URGENT and head[3] > priority):
+            return self._is_promised(priority)
+        return True
+
+    def _is_promised(self, priority: Priority) -> bool:
+        """Return whether records are on their way back, so that a new task waits for its turn even at a free slot."""
+        return self.expects_records and any(self.spilled.totals[better] for better in Priority if better <= priority)
+
+    @property
     def has_waiting(self) -> bool:
         """True if a task waits, in the queue or in the overflow."""
-        return self.queue.length > 0 or any(self.spilled.values())
+        return self.queue.length > 0 or bool(self.spilled)
 
-    def load(self, *, nested: bool = False) -> float:
+    def load(self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, tenant: str | None = None) -> float:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
 
-        A suspended run is inside, in a place of its own. For a `nested` task only nested ones count as waiting: what
-        has begun is not to be rejected because of work that has not.
+        While it is paused, a free slot is no room, and a pool without slots has that of its queue. A suspended run is
+        inside, in a place of its own. Slots that are reserved do not count for a `priority` that may not take them. For
+        a `nested` task only nested ones count as waiting: what has begun is not to be rejected because of work that has
+        not.
+
+        Of a `tenant`, its own tasks count as waiting, and it has as much of twice the room of the queue as the others
+        leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
-        simple = not (self.own_blocked or self._groups)
-        bound, slots = self.max_queue_size, self.own_slots if simple else self.usable_slots
-        if not slots and not self.slots:
+        bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
+        same = tenant == self._sole_tenant or not waiting or tenant is None
+        simple = not (self.own_blocked or self.own_reserved or self._groups or self.paused)
+        slots = self.own_slots if simple else self.usable_slots
+        if not (slots or self.slots or self.paused):
             return 1.0
-        room = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound)
+        room: float = max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound
+        if same and simple and not nested:  # nearly always
+            return (self.own_running + waiting + self.own_suspended) / (slots + room + self.own_suspended)
         if nested:
-            return (self.running + self.nested + self.delayed_nested) / room
-        suspended = self.suspended
-        inside = self.running + suspended + self.queue.length + self.reserved + self.delayed
-        return inside / (room + suspended)
+            waiting = self.nested + self.delayed_nested
+        running = self.running
+        if not (simple or self.paused):
+            reserved, taken = self.reserved_slots(priority)
+            if reserved >= self.slots:
+                return 1.0
+            slots, running = max(0, slots - reserved), running - taken
+        if not (same or tenant is None):
+            own = self._waiting_of(tenant, nested=nested)
+            room, waiting = max(0.0, room - (waiting - own) / 2), own
+        inside, room = running + waiting, room + slots
+        if not nested:
+            inside, room = inside + self.suspended, room + self.suspended
+        return inside / room if room else 1.0  # the start gate may keep every slot free of a pool without a queue
+
+    def _waiting_of(self, tenant: str, *, nested: bool = False) -> int:
+        """Return how many tasks of a tenant that is not the sole one wait in the queue, or how many nested ones."""
+        if self._turns is None:
+            return 0
+        return self._turns.length_in_group(tenant, NESTED) if nested else self._turns.length_of(tenant)
 
     # --- estimates ---
 
-    def expected_wait(self, priority: Priority, *, nested: bool = False, spilled: bool = False) -> float | None:
-        """Return the seconds until a new task of `priority` would start, or None if unknown.
+    def ahead(self, priority: Priority, tenant: str, *, nested: bool = False, spilled: bool = False) -> int:
+        """Return how many tasks would be served before a new one of `tenant`.
 
         With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
         """
-        ahead = self.queue.ahead(priority) + (self.spilled_ahead(priority) if spilled else 0)
+        if nested and self._turns is not None:
+            return self._turns.ahead_of(tenant, priority, NESTED)
         if nested:
-            ahead = self.nested
-        if not ahead and self.running < self.slots:
+            return self.nested if tenant == self._sole_tenant else min(self.nested, 1)
+        better = self.spilled.better(priority) if spilled else 0
+        own = self.spilled.own(priority, tenant) if spilled else 0
+        if self._turns is not None:
+            elsewhere = self.spilled.of(priority)
+            return better + self._turns.ahead_of(tenant, priority, NOT_NESTED, elsewhere=elsewhere, behind=own)
+        queued, here = self.queue.ahead(priority), self.queue.lengths[priority]
+        if tenant == self._sole_tenant:
+            return queued + better + own
+        turns = int(self._tenants.weight(self._sole_tenant or "") / self._tenants.weight(tenant) + 1)
+        return queued - here + better + min(here + self.spilled.totals[priority], self.nested + turns)
+
+    def expected_wait(
+        self, priority: Priority, tenant: str, *, nested: bool = False, spilled: bool = False
+    ) -> float | None:
+        """Return the seconds until a new task of `tenant` and `priority` would start, or None if unknown.
+
+        With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
+        """
+        if self.paused:
+            return None
+        ahead = self.ahead(priority, tenant, nested=nested, spilled=spilled)
+        reserved, taken = self.reserved_slots(priority)
+        if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
-        rate = self.service_times.drain_rate(self.usable_slots)
+        rate = self.service_times.drain_rate(max(0, self.usable_slots - reserved))
         return None if rate is None else ahead / rate if rate else math.inf
 
-    def cannot_meet_deadline(self, now: float, wait: float, remaining: float, *, time: float | None = None) -> bool:
-        """Return whether a task that waits `wait` seconds would end too late, by the measured times.
+    def record_estimated(self, seconds: float, estimate: Estimate) -> None:
+        """Record that a task with `estimate` succeeded after `seconds`."""
+        self._estimated().record(seconds, estimate)
 
-        It is expected to take as long as the fastest quarter did, or longer if `time` is given. If it waits longer than
-        `ServiceTimes.max_wait`, it ends too late in any case.
+    def record_timeout(self, seconds: float, estimate: Estimate | None) -> None:
+        """Record that a task was cut off by its deadline after `seconds`."""
+        self.service_times.record_timeout(seconds)
+        if estimate is not None:
+            self._estimated().record(seconds, estimate, timeout=True)
+
+    def _estimated(self) -> EstimatedTimes:
+        if self.estimated_times is None:
+            self.estimated_times = EstimatedTimes()
+        return self.estimated_times
+
+    def times_of(self, estimate: Estimate | None) -> tuple[ServiceTimes, float]:
+        """Return the service times for each unit of a task's work, and how many units the task has.
+
+        The unit is the figure of its estimate that predicts the time; else the task is one unit like any other.
+        """
+        known = None if estimate is None or self.estimated_times is None else self.estimated_times.of(estimate)
+        return known or (self.service_times, 1.0)
+
+    def max_wait(self, remaining: float, estimate: Estimate | None) -> float:
+        """Return the longest acceptable wait for a task: see `ServiceTimes.max_wait`."""
+        times, units = self.times_of(estimate)
+        return units * times.max_wait(remaining / units)
+
+    def cannot_meet_deadline(
+        self, now: float, remaining: float, *, time: float | None = None, estimate: Estimate | None = None
+    ) -> bool:
+        """Return whether a task that starts now would end too late, by the measured times.
+
+        It is expected to take as long as the fastest quarter did, or longer if `time` is given.
 
         Args:
             now: loop time, in seconds.
-            wait: seconds until it would start.
             remaining: seconds until its deadline.
             time: the seconds from its submission to its deadline, if other tasks wait: they may have more time left, so
                 this one must be likely to end in time.
+            estimate: of the task: it is compared with tasks of its size then, if estimates have predicted their times.
         """
-        times = self.service_times
-        service = times.optimistic() if time is None else times.required_time(time)
-        if wait > times.max_wait(remaining):
-            service = remaining
+        times, units = self.times_of(estimate)
+        service = units * (times.optimistic() if time is None else times.required_time(time / units))
+        return bool(service) and self.estimate_bypass.should_reject(now, needed=service, remaining=remaining)
+
+    def would_wait_too_long(
+        self, now: float, wait: float, remaining: float, priority: Priority, *, estimate: Estimate | None = None
+    ) -> bool:
+        """Return whether a task that is expected to wait for `wait` seconds would end too late, by the measured times.
+
+        While the queue of its priority stands, it may wait for `ServiceTimes.max_wait`; otherwise for as long as most
+        tasks would end in time. Where tenants take turns, the waits of one say nothing about those of another, and the
+        queue counts as standing.
+        """
+        times, units = self.times_of(estimate)
+        service = units * times.optimistic()
+        if wait > units * times.max_wait(remaining / units):
+            queue = self._standing_queue(priority)
+            if self.takes_turns or queue.stands(now):
+                service = remaining
+                queue.rejected(now, remaining)
+            else:
+                service = units * times.likely()
         return bool(service) and self.estimate_bypass.should_reject(now, needed=wait + service, remaining=remaining)
 
-    def next_retry_slot(self, now: float, draw: float, *, source_wait: tuple[float, float]) -> float | None:
+    def turn_came(self, now: float, ticket: Ticket, remaining: float) -> None:
+        """Record how long a task has waited whose turn came `remaining` seconds before its deadline."""
+        deadline, submitted_at = ticket.deadline, ticket.submitted_at
+        if deadline is None or submitted_at is None or ticket.nested or ticket.retries is not None:
+            return  # nested tasks go before the others, and the time of a retried one was not spent in the queue alone
+        if ticket.task.thread_id is None:
+            time, bound = deadline.at - submitted_at, self.max_wait(deadline.at - submitted_at, ticket.task.estimate)
+            self._standing_queue(ticket.task.priority).observe(now, time - remaining, bound=bound, time=time)
+
+    def _standing_queue(self, priority: Priority) -> StandingQueue:
+        if not self._standing:
+            self._standing = tuple(StandingQueue() for _ in Priority)
+        return self._standing[priority]
+
+    def next_retry_slot(
+        self, now: float, draw: float, priority: Priority, tenant: str, *, source_wait: tuple[float, float]
+    ) -> float | None:
         """Reserve the next slot of the retry schedule; return the seconds until then, or None if unknown.
 
         Args:
             now: loop time, in seconds.
             draw: uniform in [0, 1).
+            priority: of the task, which may not take reserved slots.
+            tenant: whose it is.
             source_wait: the seconds until the sources of a worker allow another run, and those between two runs from
                 then on: see `SystemLoad.time_until_below`. The pool's own rate may be from before they were the limit.
         """
@@ -207,10 +394,10 @@ class Pool(SlotCounts):
             return None
         if early and not each:
             return early
-        rate = self.service_times.drain_rate(self.usable_slots)
+        rate = self.service_times.drain_rate(max(0, self.usable_slots - self.reserved_slots(priority)[0]))
         if each:
             rate = min(1 / each, rate or math.inf)
-        slot = self.retry_schedule.reserve(now + early, rate, draw)
+        slot = self.retry_schedules.reserve(tenant, now + early, rate, draw)
         return None if slot is None else early + slot
 
     def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
@@ -223,18 +410,68 @@ class Pool(SlotCounts):
 
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker. Its slots are added by `count_slots`, here or in a group that the pool joins."""
-        self.workers.append(worker)
+        self.workers[worker] = None
+        self._timeouts[worker.timeout] = self._timeouts.get(worker.timeout, 0) + 1
         self.max_timeout = max(self.max_timeout, worker.timeout)
         self._add_path(self._paths, worker)
         self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
-            self.nested_supervisors.append(worker)
+            self.nested_supervisors[worker] = None
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Remove a worker that has no slots any more, and on which nothing runs."""
+        del self.workers[worker]
+        self.nested_supervisors.pop(worker, None)
+        self.selector.forget(worker)
+        self.forget_worker(worker)
+        self._timeouts[worker.timeout] -= 1
+        if not self._timeouts[worker.timeout]:
+            del self._timeouts[worker.timeout]
+            self.max_timeout = max(self._timeouts, default=0.0)
+        path = tuple(worker.sources)
+        self._paths[path] -= 1
+        if not self._paths[path]:
+            del self._paths[path]
+        self.source_paths = self._paths if any(self._paths) else {}
+
+    @property
+    def is_served(self) -> bool:
+        """True if it has a worker that is not leaving."""
+        return not all(worker.leaving for worker in self.workers)
+
+    @property
+    def is_known(self) -> bool:
+        """True if its task type is known: it has a worker, or is to have one again when it is resumed."""
+        return bool(self.workers) or self.paused
+
+    def worker_leaves(self) -> None:
+        """Count a worker that finishes what runs on it, for which nested tasks may still begin there."""
+        self.finishing += 1
+
+    def worker_left(self) -> None:
+        """Stop counting a worker on which nothing begins any more."""
+        self.finishing -= 1
+
+    def begin_pause(self) -> None:
+        """Begin nothing until `end_pause`."""
+        self.paused = True
+        self._head_changed()
+
+    def end_pause(self) -> None:
+        """Let tasks begin again. The workers are to be dispatched to next."""
+        self.paused = False
+        self._head_changed()
+
+    def leave(self, group: PoolObserver) -> None:
+        """Forget a group whose last worker is gone."""
+        self._groups.remove(group)
 
     def join(self, group: PoolObserver) -> None:
         """Have `group` count the slots of its workers, which serve this pool and many others."""
         self._groups.append(group)
+        self._watched = True
         self._head_changed()
-        if any(self.spilled.values()):
+        if self.spilled:
             group.spilled(self)
 
     def score_fell(self, worker: WorkerAgent) -> None:
@@ -264,10 +501,48 @@ class Pool(SlotCounts):
         """Add a ticket to the queue; return its entry. The first part of the rank of a nested one is NESTED."""
         if rank[0] == NESTED:
             self.nested += 1
+        if ticket.task.tenant != self._sole_tenant:
+            self._meet(ticket.task.tenant)
         entry = self.queue.push(ticket, ticket.task.priority, rank, sequence)
+        if self._watched:
+            self._changed(ticket, 1)
+        return entry
+
+    def _changed(self, ticket: Ticket, by: int) -> None:
+        """Count `by` more tasks like `ticket` in the queue, for the bound of its tenant and for groups of pools."""
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, by)
         if self._groups:
             self._head_changed()
-        return entry
+
+    def _meet(self, tenant: str) -> None:
+        """Have tenants take turns if tasks of another one than `tenant` wait, and otherwise no longer."""
+        if self._bounded:
+            return
+        if not (self.queue.length or self.spilled):
+            self._sole_tenant, self._turns, self.takes_turns = tenant, None, False
+            if isinstance(self.queue, TenantQueue):
+                self.queue = PriorityQueue()
+        elif self._turns is None:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        tenants, waiting = self._tenants, self.queue
+        self.queue = self._turns = TenantQueue(_tenant_of, tenants.weights, blocked=tenants.blocked)
+        self._turns.take_over(waiting)
+        self._sole_tenant, self.takes_turns = None, True
+        for priority in Priority:
+            for tenant in self.spilled.of(priority):
+                self._turns.begin_elsewhere(tenant, priority)
+
+    def tenant_blocked(self, tenant: str, *, blocked: bool) -> None:
+        """Serve no waiting tasks of `tenant` while it is blocked."""
+        if self._turns is not None:
+            if blocked:
+                self._turns.block(tenant)
+            else:
+                self._turns.unblock(tenant)
+            self._head_changed()
 
     def _head_changed(self) -> None:
         for group in self._groups:
@@ -289,14 +564,18 @@ class Pool(SlotCounts):
     def _removed(self, ticket: Ticket) -> None:
         if ticket.nested:
             self.nested -= 1
-        if self._groups:
-            self._head_changed()
+        if self._watched:
+            self._changed(ticket, -1)
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
-        """Return the first entry that `worker` may begin although it has many open runs, or None."""
+        """Return the first entry that `worker` may begin, though it has many open runs or a reserve; or None."""
+        if self.paused:
+            return None
         for priority in self.queue.serving_order():
             entry = self.queue.first_of(priority)
-            if entry is not None and (entry[0][0] == NESTED or not worker.bars_new_runs(priority)):
+            if entry is not None and worker.may_begin(
+                priority, nested=entry[0][0] == NESTED, overdue=self.queue.is_overdue(priority)
+            ):
                 return entry
         return None
 
@@ -309,23 +588,31 @@ class Pool(SlotCounts):
 
     # --- tasks that wait outside the queue ---
 
-    def park(self) -> None:
+    def park(self, ticket: Ticket) -> None:
         """Count a task that waits behind another one of its conversation."""
         self.parked += 1
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
 
-    def unpark(self) -> None:
+    def unpark(self, ticket: Ticket) -> None:
         """Stop counting a task that waited behind another one of its conversation."""
         self.parked -= 1
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
 
-    def delay(self, *, nested: bool) -> None:
+    def delay(self, ticket: Ticket) -> None:
         """Count a task that waits for its next attempt."""
         self.delayed += 1
-        self.delayed_nested += nested
+        self.delayed_nested += ticket.nested
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
 
-    def stop_delay(self, *, nested: bool) -> None:
+    def stop_delay(self, ticket: Ticket) -> None:
         """Stop counting a task that waited for its next attempt."""
         self.delayed -= 1
-        self.delayed_nested -= nested
+        self.delayed_nested -= ticket.nested
+        if self._bounded:
+            self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
 
     def reserve(self, room: int) -> None:
         """Keep room for records that are being leased."""
@@ -335,41 +622,109 @@ class Pool(SlotCounts):
         """Free the room that was kept for records."""
         self.reserved -= room
 
-    def spilled_ahead(self, priority: Priority) -> int:
-        """Return how many tasks of `priority` or better wait in the overflow, where no new task may overtake them."""
-        return sum(self.spilled[better] + self.spilling[better] for better in Priority if better <= priority)
+    # --- the overflow ---
 
-    def begin_spill(self, priority: Priority) -> None:
-        """Count a task that is on its way to the overflow."""
-        self.spilling[priority] += 1
+    def spilled_ahead(self, priority: Priority, tenant: str) -> int:
+        """Return how many tasks wait in the overflow, or are on their way, that no new task of `tenant` may overtake.
 
-    def end_spill(self, priority: Priority) -> None:
-        """Stop counting a task as on its way to the overflow."""
-        self.spilling[priority] -= 1
+        These are its own of `priority`, with which those of other tenants take turns, and all of better priorities.
+        """
+        return self.spilled.better(priority) + self.spilled.own(priority, tenant)
 
-    def add_spilled(self, priority: Priority) -> None:
+    def set_spilled(self, priority: Priority, counts: Mapping[str, int]) -> None:
+        """Replace the counts of records that wait in the overflow, by tenant, by those of the store."""
+        for tenant in [tenant for tenant in self.spilled.of(priority) if tenant not in counts]:
+            self._set_spilled(priority, tenant, 0)
+        for tenant, count in counts.items():
+            self._set_spilled(priority, tenant, count)
+
+    def add_spilled(self, priority: Priority, tenant: str) -> None:
         """Count one more record that waits in the overflow."""
-        self.spilled[priority] += 1
-        self._spilled()
+        self._set_spilled(priority, tenant, self.spilled.of(priority).get(tenant, 0) + 1)
 
-    def remove_spilled(self, priority: Priority) -> None:
-        """Count one record less that waits in the overflow, but not less than none: the count may be out of date."""
-        self.spilled[priority] = max(0, self.spilled[priority] - 1)
+    def remove_spilled(self, priority: Priority, tenant: str, *, returns: bool = False) -> None:
+        """Count one record less that waits in the overflow, but not less than none: the count may be out of date.
 
-    def add_nested_spilled(self, task_id: str) -> None:
+        If it `returns` to the queue, call `forget_returned` when it is there.
+        """
+        count = self.spilled.of(priority).get(tenant, 0)
+        if count > 1 or not returns:
+            self._set_spilled(priority, tenant, max(0, count - 1))
+        elif count:
+            self.spilled.set(priority, tenant, 0)
+            self._returned.append((priority, tenant))
+
+    def forget_returned(self) -> None:
+        """Forget the turns of tenants that have nothing in the overflow any more."""
+        for priority, tenant in self._returned:
+            if self._turns is not None and tenant not in self.spilled.of(priority):
+                self._turns.end_elsewhere(tenant, priority)
+        self._returned.clear()
+
+    def _set_spilled(self, priority: Priority, tenant: str, count: int) -> None:
+        if count and tenant != self._sole_tenant:
+            self._meet(tenant)
+        self.spilled.set(priority, tenant, count)
+        if count:
+            for group in self._groups:
+                group.spilled(self)
+        if self._turns is not None and count:
+            self._turns.begin_elsewhere(tenant, priority)
+        elif self._turns is not None:
+            self._turns.end_elsewhere(tenant, priority)
+
+    def add_nested_spilled(self, ticket: Ticket) -> None:
         """Remember that a nested task waits in the overflow, from where it goes before queued tasks that are not."""
-        self.nested_spilled.add(task_id)
+        self.nested_spilled[ticket.task_id] = ticket.task.tenant
 
     def remove_nested_spilled(self, task_id: str) -> None:
         """Forget a nested task that has left the overflow."""
-        self.nested_spilled.discard(task_id)
+        self.nested_spilled.pop(task_id, None)
 
-    def set_spilled(self, priority: Priority, count: int) -> None:
-        """Replace the count of records that wait in the overflow by that of the store."""
-        self.spilled[priority] = count
-        if count:
-            self._spilled()
+    def expect_records(self, *, expected: bool) -> None:
+        """Have new tasks wait for their turns even at a free slot, since records are on their way back; or not."""
+        self.expects_records = expected
 
-    def _spilled(self) -> None:
-        for group in self._groups:
-            group.spilled(self)
+    def refill_demand(self, round_trip: float) -> tuple[Priority, Mapping[str, int]] | None:
+        """Return the priority of the records to take back now, and how many of each tenant; None if none.
+
+        That is one for each free slot, and as many more as start within two times the `round_trip` to the store. If
+        several tenants wait, they are those whose turns come meanwhile.
+        """
+        blocked = self._tenants.blocked
+        stored = self.spilled.servable(blocked)
+        best = next((priority for priority in Priority if stored[priority]), None)
+        if best is None:
+            return None
+        rate, free = self.service_times.drain_rate(self.usable_slots) or 0.0, self.free_slots(best)
+        slots, bound = max(0, free) + min(math.ceil(2 * round_trip * rate), self.queue_bound), self.queue_bound
+        queued = [*(self.queue.lengths if self._turns is None else self._turns.lengths_without_blocked())]
+        capacity = bound + free - self.queued
+        if self._turns is not None:  # which also say how many of this priority go first
+            slots, capacity = max(slots, min(1, sum(queued))), capacity + bound
+            queued[best] = 0
+        if self.nested_spilled:  # they are to be served before what is queued and has not begun, as in the store
+            slots, capacity = max(slots, self.usable_slots), capacity + bound
+            queued = [self.nested, 0, 0, 0]
+        batch = self.refill_policy.next_batch(slots=slots, capacity=capacity, queued=queued, stored=stored)
+        if batch is None:
+            return None
+        priority, count = batch
+        shares = self._shares(priority, count, overdue=priority is not best)
+        return (priority, shares) if shares else None
+
+    def _shares(self, priority: Priority, count: int, *, overdue: bool) -> Mapping[str, int]:
+        """Return how many of `count` records of a priority to take back of each tenant."""
+        waiting = self.spilled.of(priority)
+        if self._turns is None:
+            return {tenant: min(count, number) for tenant, number in waiting.items()}  # there is only one
+        shares: dict[str, int] = {}
+        for tenant in dict.fromkeys(self.nested_spilled.values()):
+            share = min(count - sum(shares.values()), waiting.get(tenant, 0))
+            if share and tenant not in self._tenants.blocked:
+                shares[tenant] = share
+        return shares or self._turns.shares(priority, count, waiting, overdue=overdue)
+
+
+def _tenant_of(ticket: Ticket) -> str:
+    return ticket.task.tenant

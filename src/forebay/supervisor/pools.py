@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.slot_counts import SlotCounts
-from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.tenants import Tenants
+from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class ServedPools(Protocol):
         """Return the pool whose head the worker takes next, or None if no task waits."""
 
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
-        """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
+        """Return the pool and the entry of the task that a worker may begin first: one with a reserve or many runs."""
 
     def with_spilled(self) -> Iterable[Pool]:
         """Return the pools for which records may wait in the overflow."""
@@ -51,11 +52,14 @@ class FewPools:
         """
         pools = self.pools
         if len(pools) == 1:
-            return pools[0] if pools[0].queue.length else None
-        waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None]
+            pool = pools[0]
+            if not pool.queue.length or pool.paused:
+                return None
+            return pool if not pool.takes_turns or pool.has_head else None
+        waiting = [(pool, head) for pool in pools if (head := pool.queue.head()) is not None and not pool.paused]
         if not waiting:
             return None
-        chosen, _ = min(waiting, key=_urgency_among)
+        chosen, _ = min(waiting, key=urgency_among)
         for pool, _ in waiting:
             pool.pass_over(served=pool is chosen)
         return chosen
@@ -76,7 +80,17 @@ class PoolGroup(SlotCounts):
     needs to know. The waiting pools are in a heap by their heads, which is corrected when it is read.
     """
 
-    __slots__ = ("_dequeues", "_heads", "_heap", "_informed", "_served_at", "_with_nested", "_with_spilled", "pools")
+    __slots__ = (
+        "_dequeues",
+        "_heads",
+        "_heap",
+        "_informed",
+        "_served_at",
+        "_with_nested",
+        "_with_spilled",
+        "_with_urgent",
+        "pools",
+    )
 
     def __init__(self, pools: Sequence[Pool]) -> None:
         super().__init__()
@@ -89,6 +103,7 @@ class PoolGroup(SlotCounts):
         )  # dequeues when a pool was last served, or began to wait
         self._dequeues = 0
         self._with_nested: dict[Pool, None] = {}  # in which a nested task waits: as few as open runs
+        self._with_urgent: dict[Pool, None] = {}  # in which a CRITICAL or HIGH task waits
         self._with_spilled: dict[Pool, None] = {}
         for pool in pools:
             pool.join(self)
@@ -100,6 +115,16 @@ class PoolGroup(SlotCounts):
         self._informed[worker] = []
         for pool in self.pools:
             pool.selector.expect(worker, self)
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Remove a worker that has no slots any more; each of its pools removes it too."""
+        del self._informed[worker]
+        self.forget_worker(worker)
+
+    @property
+    def has_workers(self) -> bool:
+        """True if it has a worker."""
+        return bool(self._informed)
 
     def score_fell(self, worker: WorkerAgent) -> None:
         """Have each selector that knows the former score of `worker` ask for the present one."""
@@ -115,11 +140,15 @@ class PoolGroup(SlotCounts):
 
     def head_changed(self, pool: Pool) -> None:
         """Take the head of the queue of `pool` into account, which may be another one."""
-        if pool.nested:
+        if pool.nested and not pool.paused:
             self._with_nested[pool] = None
         else:
             self._with_nested.pop(pool, None)
-        head = pool.queue.head()
+        if pool.queue.ahead(URGENT) and not pool.paused:
+            self._with_urgent[pool] = None
+        else:
+            self._with_urgent.pop(pool, None)
+        head = None if pool.paused else pool.queue.head()
         if head is None:
             self._heads.pop(pool, None)
             self._served_at.pop(pool, None)
@@ -151,8 +180,10 @@ class PoolGroup(SlotCounts):
         if not self._heads:
             return None, None
         able = dict(self._with_nested)
+        if worker.reserve:
+            able |= self._with_urgent
         most_urgent, head = self._most_urgent()
-        if not worker.bars_new_runs(head[3]):  # otherwise it bars all the others too, which are of no better priority
+        if worker.may_begin(head[3], overdue=True):  # otherwise none of the others either, of no better priority
             able[most_urgent] = None
         pool, entry = first_for(worker, tuple(able))
         if pool is None or entry is None:
@@ -181,7 +212,7 @@ class PoolGroup(SlotCounts):
 
     def with_spilled(self) -> Iterable[Pool]:
         """Return the pools for which records may wait in the overflow."""
-        self._with_spilled = {pool: None for pool in self._with_spilled if any(pool.spilled.values())}
+        self._with_spilled = {pool: None for pool in self._with_spilled if pool.spilled}
         return tuple(self._with_spilled)
 
 
@@ -194,8 +225,9 @@ class Pools:
         counts_of: where the slots of each worker are counted: in each of its pools, or once for many of them.
     """
 
-    def __init__(self, max_queue_size: int | None) -> None:
+    def __init__(self, max_queue_size: int | None, tenants: Tenants) -> None:
         self._max_queue_size = max_queue_size
+        self._tenants = tenants
         self._groups: dict[frozenset[str], PoolGroup] = {}
         self.by_type: dict[str, Pool] = {}
         self.by_worker: dict[WorkerAgent, ServedPools] = {}
@@ -203,7 +235,9 @@ class Pools:
 
     def add_worker(self, worker: WorkerAgent) -> list[Pool]:
         """Add a worker to the pools of its task types, and return the pools that are new."""
-        added = [Pool(kind, self._max_queue_size) for kind in worker.task_types if kind not in self.by_type]
+        added = [
+            Pool(kind, self._max_queue_size, self._tenants) for kind in worker.task_types if kind not in self.by_type
+        ]
         self.by_type.update((pool.task_type, pool) for pool in added)
         pools = [self.by_type[task_type] for task_type in worker.task_types]
         for pool in pools:
@@ -219,28 +253,48 @@ class Pools:
             self.by_worker[worker], self.counts_of[worker] = group, [group]
         return added
 
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Remove a worker from its pools, which stay even without workers: see `remove_if_unused`."""
+        served = self.by_worker.pop(worker)
+        del self.counts_of[worker]
+        for pool in served.pools:
+            pool.remove_worker(worker)
+        if isinstance(served, PoolGroup):
+            served.remove_worker(worker)
+            if not served.has_workers:
+                del self._groups[frozenset(worker.task_types)]
+                for pool in served.pools:
+                    pool.leave(served)
+
+    def remove_if_unused(self, pool: Pool) -> bool:
+        """Remove a pool that has no workers and is not paused: its task type is no longer known. Return whether."""
+        unused = not (pool.workers or pool.paused) and self.by_type.get(pool.task_type) is pool
+        if unused:
+            del self.by_type[pool.task_type]
+        return unused
+
 
 def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:
-    """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one.
+    """Return the pool and the entry of the task that a worker may begin first, which has a reserve or many open runs.
 
     The order is that of `FewPools.next_pool`, among the tasks that it may begin.
     """
     found = [(pool, entry) for pool in pools if (entry := pool.first_for(worker)) is not None]
     if not found:
         return None, None
-    chosen = min(found, key=_urgency_among)
+    chosen = min(found, key=urgency_among)
     if len(pools) > 1:
         for pool, _ in found:
             pool.pass_over(served=pool is chosen[0])
     return chosen
 
 
-def _urgency_among(waiting: tuple[Pool, QueueEntry]) -> tuple[int, Any, int]:
+def urgency_among(waiting: tuple[Pool, QueueEntry]) -> tuple[int, Any, int]:
+    """Return the key that orders the heads of pools: a pool that was passed over too often goes first."""
     pool, entry = waiting
     priority, rank, sequence = _urgency(entry)
     return (-1 if pool.times_passed_over >= _MAX_PASSED_OVER else priority), rank, sequence
 
 
 def _urgency(entry: QueueEntry) -> tuple[int, Any, int]:
-    rank, sequence, _, priority = entry
-    return priority, rank, sequence
+    return entry[3], entry[0], entry[1]

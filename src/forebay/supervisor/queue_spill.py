@@ -219,8 +219,9 @@ class QueueSpill:
                 self._hold(ticket)
             else:
                 self._cancel(ticket, "earlier tasks of its conversation are left to the next process")
+        elif (pool := self._core.pools.by_type.get(ticket.task.task_type)) is None:
+            self._cancel(ticket, "its last worker was unregistered")
         else:
-            pool = self._core.pools.by_type[ticket.task.task_type]
             worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
             self._dispatcher.start_or_queue(ticket, pool, worker)
             if failed:

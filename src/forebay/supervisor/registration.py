@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from forebay._text import is_unicode
-from forebay._validate import check_instance, check_name, check_positive, check_whole, is_positive, reject
+from forebay._validate import (
+    check_choice,
+    check_instance,
+    check_name,
+    check_positive,
+    check_whole,
+    is_positive,
+    reject,
+)
 from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Engine, ProcessEngine, resolve_engine
 from forebay.errors import InvalidTimeout
 from forebay.retry import Retry
+from forebay.supervisor.tree.restart_policy import RestartType
+from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Task
 from forebay.upstream import Upstream
@@ -30,6 +41,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     task_types: Sequence[str],
     max_concurrent: int,
     max_open: int | None,
+    reserve: int,
     timeout: float,
     retry: Retry | None,
     config: Config | None,
@@ -37,8 +49,14 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     on_cancel: Callable[[Task], object] | None,
     reset_timeout: float | None,
     upstreams: Any,
+    restart: str,
+    start: Callable[..., Any] | None,
+    start_timeout: float | None,
+    stop: Callable[[], Any] | None,
+    stop_timeout: float,
     draw: Callable[[], float],
     on_revive: Callable[[WorkerAgent], None],
+    on_resize: Callable[[WorkerAgent, int], None],
 ) -> WorkerAgent:
     """Return a worker with the arguments of `register_worker`.
 
@@ -49,6 +67,9 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     owner = f"worker {name!r}"
     none = "for twice max_concurrent"
     check_whole(owner, "max_open", max_open, minimum=max_concurrent, none=none)
+    check_whole(owner, "reserve", reserve, minimum=0)
+    if reserve > max_concurrent:
+        reject(owner, "reserve", reserve, f"at most its slots, max_concurrent={max_concurrent}")
     if on_cancel is not None and not callable(on_cancel):
         reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
@@ -58,8 +79,27 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
         reject(owner, "engine", engine, expected)
     declared = _declared_upstreams(owner, upstreams, where)
+    check_choice(owner, "restart", restart, [kind.value for kind in RestartType])
+    for setting, hook in (("start", start), ("stop", stop)):
+        if hook is not None and not callable(hook):
+            reject(owner, setting, hook, "a callable")
+    reports_start = start is not None and _takes_started(owner, start)
+    check_positive(owner, "start_timeout", start_timeout, unit="seconds", none="for no limit")
+    check_positive(owner, "stop_timeout", stop_timeout, unit="seconds")
     spec = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
     built = where.build_handler(spec, slots=max_concurrent)
+    if start is not None and built.nested_supervisor is not None:
+        reject(owner, "start", start, "left out where the handler is a supervisor: its life is that of the supervisor")
+    life = WorkerLife(
+        name,
+        built,
+        start=start,
+        reports_start=reports_start,
+        start_timeout=start_timeout,
+        stop=stop,
+        stop_timeout=float(stop_timeout),
+        restart=RestartType(restart),
+    )
     rules = _breaker_rules(reset_timeout, float(timeout))
     return WorkerAgent(
         name,
@@ -67,12 +107,15 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         task_types=kinds,
         max_concurrent=max_concurrent,
         max_open=max_open,
+        reserve=reserve,
         timeout=float(timeout),
         retry=retry,
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
         declared=declared,
+        life=life,
         on_revive=on_revive,
+        on_resize=on_resize,
     )
 
 
@@ -114,6 +157,25 @@ def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[Dec
         )
         reject(owner, "upstreams", upstreams, expected)
     return tuple(dict.fromkeys(found))
+
+
+def _takes_started(owner: str, start: Callable[..., Any]) -> bool:
+    """Return whether the `start` of a worker takes an argument: a function to be called once it has started.
+
+    Raises:
+        InvalidSetting: it takes more than that.
+    """
+    try:
+        parameters = inspect.signature(start).parameters.values()
+    except (TypeError, ValueError):  # as of some built-in functions
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [each for each in parameters if each.default is each.empty and each.kind in positional]
+    if len(required) > 1:
+        reject(
+            owner, "start", start, "a callable without arguments, or with one: a function to call once it has started"
+        )
+    return bool(required)
 
 
 def check_decorator_arguments(task_types: Sequence[object]) -> None:

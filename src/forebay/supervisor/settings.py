@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from forebay._hooks import is_async
-from forebay._validate import check_instance, check_positive, check_whole, is_positive, reject
+from forebay._validate import check_choice, check_instance, check_positive, check_whole, is_positive, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
 from forebay.retry import RetryBudget
+from forebay.supervisor.tenants import Tenant
+from forebay.supervisor.tree.restart_policy import Strategy
 
 _OWNER: Final = "BackpressureSupervisor"
 MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
 MAX_STORE_SILENCE: Final = 10.0  # seconds for which draining, and then closing, wait for an overflow without an answer
+MAX_RESTARTS: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,10 @@ class SupervisorSettings:
     keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
+    tenants: Mapping[str, Tenant]
+    strategy: str
+    max_restarts: int
+    within: float
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)
@@ -53,6 +60,14 @@ class SupervisorSettings:
             ("keep_results_bytes", 0),
         ):
             check_whole(_OWNER, name, getattr(self, name), minimum=minimum)
+        check_whole(_OWNER, "max_restarts", self.max_restarts, minimum=0, maximum=MAX_RESTARTS)
+        check_positive(_OWNER, "within", self.within, unit="seconds")
+        check_choice(_OWNER, "strategy", self.strategy, [strategy.value for strategy in Strategy])
+
+    @property
+    def restart_strategy(self) -> Strategy:
+        """The workers that are restarted together."""
+        return Strategy(self.strategy)
 
 
 def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:

@@ -122,6 +122,16 @@ class Slot:
         worker_id = self._entered().worker.name
         return TaskCancelled(task_id=self.task_id, worker_id=worker_id, error="its slot was ended from outside")
 
+    @property
+    def is_ending(self) -> bool:
+        """True once its time is up, or it was asked to stop: its owner has been cancelled."""
+        return self._stopped or (self._timeout is not None and self._timeout.expired())
+
+    @property
+    def run(self) -> TicketRun:
+        """Its run, inside the block."""
+        return self._entered()
+
     def _entered(self) -> TicketRun:
         if self._run is None:
             raise SlotMisused(why="was asked for its worker outside of its block")

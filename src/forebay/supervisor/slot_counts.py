@@ -15,12 +15,17 @@ class SlotCounts(ABC):
         own_running: slots taken on workers that are not FAILED.
         own_suspended: runs that have lent their slot.
         own_blocked: workers that the start gate keeps from using all their slots.
+        own_reserved: of the slots, those that only CRITICAL and HIGH tasks take.
+        own_reserved_taken: how many of these are taken, as tasks of other priorities see it: all but those left free.
     """
 
-    __slots__ = ("own_blocked", "own_running", "own_slots", "own_suspended")
+    __slots__ = (
+        "_reserves", "own_blocked", "own_reserved", "own_reserved_taken", "own_running", "own_slots", "own_suspended",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self.own_slots = self.own_running = self.own_suspended = 0
+        self.own_slots = self.own_running = self.own_suspended = self.own_reserved = self.own_reserved_taken = 0
+        self._reserves: dict[WorkerAgent, tuple[int, int]] = {}  # what each worker adds to the last two
         self.own_blocked: dict[WorkerAgent, None] = {}
 
     @abstractmethod
@@ -30,7 +35,7 @@ class SlotCounts(ABC):
     @property
     def own_idle_blocked(self) -> int:
         """The free slots that the start gate keeps free."""
-        return max(0, sum(worker.slots - worker.current_tasks for worker in self.own_blocked if worker.slots))
+        return sum(max(0, worker.slots - worker.current_tasks) for worker in self.own_blocked)
 
     def count_slots(self, worker: WorkerAgent, before: int) -> None:
         """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""
@@ -40,6 +45,22 @@ class SlotCounts(ABC):
             self.own_running -= worker.current_tasks
         elif now and not before:
             self.own_running += worker.current_tasks
+        if worker.reserve:
+            self.count_reserve(worker)
+
+    def count_reserve(self, worker: WorkerAgent) -> None:
+        """Count the reserved slots of `worker` after a change of its slots."""
+        reserved = worker.counted_slots - worker.open_slots
+        taken = max(0, worker.current_tasks - worker.open_slots) if worker.counted_slots else 0
+        before = self._reserves.get(worker, (0, 0))
+        self._reserves[worker] = reserved, taken
+        self.own_reserved += reserved - before[0]
+        self.own_reserved_taken += taken - before[1]
+
+    def forget_worker(self, worker: WorkerAgent) -> None:
+        """Forget a worker that has no slots any more."""
+        self.own_blocked.pop(worker, None)
+        self._reserves.pop(worker, None)
 
     def slot_taken(self, worker: WorkerAgent) -> None:
         """Record that `worker` has one more slot taken."""

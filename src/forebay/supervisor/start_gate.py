@@ -43,11 +43,11 @@ class StartGate:
         self._blocked: dict[WorkerAgent, tuple[LoadSource, Priority]] = {}
         self._last_start: dict[tuple[LoadSource, Priority], float] = {}  # loop time, by source and priority
         self._recheck_timers: dict[WorkerAgent, Timer] = {}  # when a run may start whatever the pressure
-        self._watched: dict[WorkerAgent, None] = {}
+        self._watched: dict[LoadSource, dict[WorkerAgent, None]] = {}
 
     def watch(self, worker: WorkerAgent, source: LoadSource) -> None:
         """Dispatch to `worker` whenever the pressure on `source` falls."""
-        self._watched[worker] = None
+        self._watched.setdefault(source, {})[worker] = None
         source.on_relief(worker, partial(self._relieved, worker))
 
     def source_used(self, run: Run, source: LoadSource) -> None:
@@ -72,7 +72,7 @@ class StartGate:
                     other.expect_call(source)
         if (blocked := self._blocked.get(worker)) is not None and blocked[0] is declared:
             self._unblock(worker)
-        declared.forget(worker)
+        self._unwatch(worker, declared)
         worker.remove_declared(declared)
         self._loop.call_soon(self._dispatch, worker)  # not now: a handler is in the middle of a step
 
@@ -96,7 +96,12 @@ class StartGate:
         idle_first: bool = False,
         avoid: WorkerAgent | None = None,
     ) -> WorkerAgent | None:
-        """Return the worker on which a run of `priority` may start now, if there is one, but never `avoid`."""
+        """Return the worker on which a run of `priority` may start now, if there is one, but never `avoid`.
+
+        None while its type is paused.
+        """
+        if pool.paused:
+            return None
         worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
         if worker is avoid and worker is not None:
             worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
@@ -146,10 +151,26 @@ class StartGate:
             if worker in pool.workers:
                 source.hold_back(worker, _blocked_runs(worker, len(pool.queue)), priority)
 
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker that is gone, and what only its sources were remembered for."""
+        self._unblock(worker)
+        self._timers.cancel(self._recheck_timers.pop(worker, None))
+        for source in worker.sources:
+            self._unwatch(worker, source)
+
+    def _unwatch(self, worker: WorkerAgent, source: LoadSource) -> None:
+        source.forget(worker)
+        watchers = self._watched.get(source, {})
+        watchers.pop(worker, None)
+        if not watchers:
+            self._watched.pop(source, None)
+            for priority in Priority:
+                self._last_start.pop((source, priority), None)
+
     def close(self) -> None:
         """Stop watching the sources."""
-        for worker in self._watched:
-            for source in worker.sources:
+        for source, workers in self._watched.items():
+            for worker in workers:
                 source.forget(worker)
 
     def _relieved(self, worker: WorkerAgent) -> None:
@@ -158,4 +179,4 @@ class StartGate:
 
 
 def _blocked_runs(worker: WorkerAgent, waiting: int) -> int:
-    return min(waiting, worker.max_concurrent - worker.current_tasks)
+    return max(0, min(waiting, worker.max_concurrent - worker.current_tasks))

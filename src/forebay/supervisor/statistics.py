@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from forebay._json import JsonStruct
 from forebay.interfaces import WorkerState
 from forebay.task import TaskStatus
 
@@ -17,8 +16,25 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 
-class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker at one moment. Durations are in milliseconds."""
+class WorkerStatistics(JsonStruct, frozen=True, kw_only=True):
+    """One worker at one moment, and its counters since the start of the supervisor.
+
+    Attributes:
+        name: the worker's.
+        state: IDLE, BUSY, OVERLOADED or FAILED.
+        current_tasks: slots taken now, those of zombies included.
+        max_concurrent: its slots.
+        suspended: runs that have lent their slot now.
+        load_factor: slots taken over slots.
+        zombies: handlers that have been asked to stop and have not, now.
+        avg_duration_ms: recent milliseconds of a success.
+        started: starts of its handler.
+        succeeded, failed, timed_out, cancelled, expired: how many attempts ended in each way. One that is left to
+            another process counts in none.
+        zombies_found: handlers that outlived the end of their attempt and the grace.
+        busy_seconds: for how many seconds its slots were taken, summed over the slots. Its growth over a time, divided
+            by ``max_concurrent`` times that time, is the worker's utilization.
+    """
 
     name: str
     state: WorkerState
@@ -28,9 +44,19 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     load_factor: float
     zombies: int
     avg_duration_ms: float
+    leaving: bool = False
+    restarts: int = 0
+    started: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    zombies_found: int = 0
+    busy_seconds: float = 0.0
 
 
-class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+class Statistics(JsonStruct, frozen=True, kw_only=True):
     """A snapshot of a supervisor.
 
     Attributes:
@@ -51,7 +77,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
             upstream; None if every load is 0.
         utilization: slots taken over slots.
-        workers: each worker.
+        workers: each worker; one that is being unregistered is `leaving`.
+        paused: the task types that are paused.
     """
 
     submitted: int = 0
@@ -77,6 +104,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     limited_by: str | None = None
     utilization: float = 0.0
     workers: tuple[WorkerStatistics, ...] = ()
+    paused: tuple[str, ...] = ()
 
 
 def snapshot(
@@ -107,29 +135,30 @@ def snapshot(
         delayed=sum(pool.delayed for pool in dispatcher.core.pools.by_type.values()),
         outside=0 if spill is None else spill.refiller.spilled_tasks,
         load=highest.load,
+        paused=tuple(pool.task_type for pool in dispatcher.core.pools.by_type.values() if pool.paused),
         limited_by=dispatcher.load.limiting_resource(highest.resource) if highest.load else None,
-        **worker_statistics(workers),
+        **worker_statistics(workers, dispatcher.loop.time()),
     )
 
 
-def worker_statistics(workers: Mapping[str, WorkerAgent]) -> dict[str, Any]:
-    """Return the fields of `Statistics` that are computed from the workers alone."""
+def worker_statistics(workers: Mapping[str, WorkerAgent], now: float) -> dict[str, Any]:
+    """Return the fields of `Statistics` that are computed from the workers alone; `now` is loop time."""
     return {
         "running": sum(worker.current_tasks for worker in workers.values()),
         "suspended": sum(worker.suspended for worker in workers.values()),
         "utilization": utilization(workers),
-        "workers": tuple(_worker_statistics(worker) for worker in workers.values()),
+        "workers": tuple(_worker_statistics(worker, now) for worker in workers.values()),
     }
 
 
 def utilization(workers: Mapping[str, WorkerAgent]) -> float:
     """Return the slots taken over the slots, of all workers that are not FAILED; 0.0 if there are none."""
     slots = sum(worker.slots for worker in workers.values())
-    taken = sum(worker.current_tasks for worker in workers.values() if not worker.failed)
+    taken = sum(min(worker.current_tasks, worker.slots) for worker in workers.values())
     return taken / slots if slots else 0.0
 
 
-def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
+def _worker_statistics(worker: WorkerAgent, now: float) -> WorkerStatistics:
     return WorkerStatistics(
         name=worker.name,
         state=worker.state,
@@ -139,4 +168,14 @@ def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
         load_factor=worker.load_factor,
         zombies=worker.zombies,
         avg_duration_ms=worker.avg_duration_ms,
+        leaving=worker.leaving,
+        restarts=worker.restarts,
+        started=worker.started,
+        succeeded=worker.succeeded,
+        failed=worker.other_ends[TaskStatus.FAILED],
+        timed_out=worker.other_ends[TaskStatus.TIMED_OUT],
+        cancelled=worker.other_ends[TaskStatus.CANCELLED],
+        expired=worker.other_ends[TaskStatus.EXPIRED],
+        zombies_found=worker.zombies_found,
+        busy_seconds=worker.busy_seconds(now),
     )

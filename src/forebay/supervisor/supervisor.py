@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, Unpack
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
 from forebay._threads import DaemonThreadExecutor
-from forebay._validate import check_not_negative
+from forebay._validate import check_not_negative, reject
 from forebay.adapters import Config, Handler
 from forebay.engine import Engine
 from forebay.errors import (
@@ -24,9 +24,11 @@ from forebay.errors import (
     InvalidHandler,
     NotStarted,
     SupervisorClosed,
+    UnknownWorker,
+    UnregisteredInside,
     WrongLoop,
 )
-from forebay.events import EventBus, Sink, Subscription, log
+from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTypeResumed, WorkerResized, log
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
@@ -36,9 +38,9 @@ from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_done
 from forebay.supervisor.loop_monitor import LoopMonitor
-from forebay.supervisor.nested_supervisor import MIN_STOP_TIME, as_handler, contains
+from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.registration import check_decorator_arguments, make_worker
 from forebay.supervisor.runs.slot_loans import active_runs
@@ -46,11 +48,16 @@ from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
+from forebay.supervisor.tenants import Tenant, Tenants, tenant_settings
 from forebay.supervisor.ticket import Ticket, value_of
+from forebay.supervisor.tree.tree_node import TreeNode, supervisor_node
+from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Deadline, Priority, Task
+from forebay.supervisor.worker_removal import WorkerRemoval
+from forebay.task import DEFAULT_TENANT, Deadline, Priority, Task
 from forebay.upstream import Upstream
 
+ResultT = TypeVar("ResultT")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -58,7 +65,8 @@ class BackpressureSupervisor:
     """Admits, spills or rejects agent tasks by priority, and gives each to the worker that would finish it first.
 
     An async context manager: leaving it drains; leaving it by an error or a cancellation stops the handlers. Either way
-    every ticket ends.
+    every ticket ends. It may be entered again, in any event loop, with its workers and settings and nothing else of its
+    earlier run.
 
     Args:
         backpressure_threshold: the load from which NORMAL tasks are rejected, in (0, 1]. LOW is rejected from 0.75 of
@@ -79,6 +87,13 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
+        tenants: the weight of a tenant, or a `Tenant` with its bounds, by name. Tenants with work waiting take turns by
+            their weights; one that is not named has a weight of 1.
+        strategy: which workers are started again when the life of one has ended: ``"one_for_one"``, it alone;
+            ``"one_for_all"``, all; ``"rest_for_one"``, it and those that were registered after it.
+        max_restarts: how many restarts within `within` seconds there may be. One more, and a supervisor that is a
+            worker of another one is restarted by that; otherwise the worker is FAILED until it is revived.
+        within: the period of `max_restarts`, in seconds.
         on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
@@ -100,6 +115,10 @@ class BackpressureSupervisor:
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
+        tenants: Mapping[str, float | Tenant] | None = None,
+        strategy: str = "one_for_one",
+        max_restarts: int = 3,
+        within: float = 5.0,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._settings = SupervisorSettings(
@@ -114,7 +133,12 @@ class BackpressureSupervisor:
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
+            tenants=tenant_settings(tenants),
+            strategy=strategy,
+            max_restarts=max_restarts,
+            within=within,
         )
+        self._overflow = overflow
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
         self._draw: Callable[[], float] = clock.new_random().random
@@ -122,12 +146,13 @@ class BackpressureSupervisor:
         self._codecs = TaskCodecs()
         self._dispatcher: Dispatcher | None = None
         self._admission: AdmissionController | None = None
-        self._threads = DaemonThreadExecutor()
+        self._threads: DaemonThreadExecutor | None = None
         self._loop_monitor: LoopMonitor | None = None
         self._process: int | None = None  # in which it was started
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
+        self._removals: dict[WorkerAgent, asyncio.Future[None]] = {}  # in progress
 
     # --- workers ---
 
@@ -141,6 +166,7 @@ class BackpressureSupervisor:
         task_types: Sequence[str],
         max_concurrent: int = 1,
         max_open: int | None = None,
+        reserve: int = 0,
         timeout: float = 300.0,
         retry: Retry | None = None,
         payload: Any = None,
@@ -150,8 +176,13 @@ class BackpressureSupervisor:
         on_cancel: Callable[[Task], object] | None = None,
         reset_timeout: float | None = 10.0,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
+        restart: str = "permanent",
+        start: Callable[..., Any] | None = None,
+        start_timeout: float | None = None,
+        stop: Callable[[], Any] | None = None,
+        stop_timeout: float = 5.0,
     ) -> WorkerAgent:
-        """Register a worker, before the start or after it.
+        """Register a worker, before the start or after it, or after the close for the next start.
 
         Args:
             name: unique among the workers.
@@ -162,6 +193,8 @@ class BackpressureSupervisor:
             max_concurrent: how many tasks it runs at a time.
             max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
                 theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
+            reserve: how many of its slots, the last ones free, are kept for CRITICAL and HIGH tasks. If it is all of
+                them, the worker takes no others.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             retry: how tasks whose attempts fail, or run out of time, are tried again, unless the task has a policy of
                 its own. None: they are not. Between two attempts a task holds no slot.
@@ -174,12 +207,21 @@ class BackpressureSupervisor:
                 before it is tried again; longer each time that it fails again. None: until ``revive()``.
             upstreams: the upstreams that its calls use, so that their load counts before the first call; each an
                 Upstream, or a pair of an Upstream and a model.
+            restart: ``"permanent"``: it is started again whenever its life has ended; ``"transient"``: only if that was
+                abnormal, otherwise it is FAILED until it is revived; ``"temporary"``: never, and it is unregistered.
+            start: called in the event loop when the supervisor starts, and at each restart. If it returns an awaitable,
+                such as a coroutine, that is the worker's life: its return is a normal end, its cancellation a shutdown,
+                another exception an abnormal end. The worker takes tasks as soon as `start` has returned; if it takes
+                an argument, a function, once its life has called that.
+            start_timeout: seconds that a start may take, that of its handler included. None: no limit.
+            stop: called before the life is cancelled, so that it can end by itself. It may be async.
+            stop_timeout: seconds that `stop` and the life have for that, and the life once it is cancelled.
 
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
         """
-        if self._closing is not None:
-            raise SupervisorClosed(state="closed")
+        if self._closing is not None and not self._closing.done():
+            raise SupervisorClosed(state="closing")
         if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would contain itself")
         worker = make_worker(
@@ -189,6 +231,7 @@ class BackpressureSupervisor:
             task_types=task_types,
             max_concurrent=max_concurrent,
             max_open=max_open,
+            reserve=reserve,
             timeout=timeout,
             retry=retry,
             config=config,
@@ -196,14 +239,20 @@ class BackpressureSupervisor:
             on_cancel=on_cancel,
             reset_timeout=reset_timeout,
             upstreams=upstreams,
+            restart=restart,
+            start=start,
+            start_timeout=start_timeout,
+            stop=stop,
+            stop_timeout=stop_timeout,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
             on_revive=self._revive,
+            on_resize=self._resized,
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._dispatcher is not None and not self._is_starting:  # otherwise it is left to `start_up`
+        if self._dispatcher is not None and self.running and not self._is_starting:  # otherwise to `start_up`
             add_running_worker(self._dispatcher, worker)
         return worker
 
@@ -221,6 +270,111 @@ class BackpressureSupervisor:
 
         return register
 
+    async def unregister_worker(self, name: str, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - it cuts off, not raises
+        """Remove a worker: it begins nothing new, what runs there may finish, then its handler is stopped.
+
+        While a run there waits for a nested task of a type of this worker, that may still begin there. A task that
+        waits runs on the other workers of its type. If there are none by the end, it ends FAILED, or is left in an
+        overflow that survives the process, and its type is not known any more; unless the type is paused: then it waits
+        for the next worker.
+
+        If this is cancelled, the removal goes on in the background.
+
+        Args:
+            name: of the worker.
+            timeout: seconds that what runs there may take. Then it ends CANCELLED, or goes back to its store; its
+                handler has `zombie_grace` seconds to stop. None: no limit.
+
+        Raises:
+            InvalidSetting: `timeout` is neither None nor a number of seconds.
+            UnknownWorker: there is no such worker.
+            UnregisteredInside: it was called by a task that runs on the worker.
+            SupervisorClosed: the supervisor was closed before the worker had gone.
+            WrongLoop: it runs on another event loop.
+        """
+        check_not_negative("unregister_worker", "timeout", timeout, unit="seconds", none="for no limit")
+        await self.wait_until_started()
+        worker = self._workers.get(name)
+        if worker is None:
+            raise UnknownWorker(name=name, known=", ".join(sorted(self._workers)) or "none")
+        if self._dispatcher is None:
+            self._unlist(worker)
+            served = {task_type for other in self._workers.values() for task_type in other.task_types}
+            self._codecs.remove_worker(worker, set(worker.task_types) - served)
+            return
+        dispatcher = self._dispatcher_here()
+        for run in active_runs(context.running_task(), dispatcher):
+            if run.worker is worker:
+                raise UnregisteredInside(worker=name, task_id=run.task.task_id)
+        self._begin_removal(worker, timeout)
+        removing = self._removals[worker]
+        await asyncio.wait((removing,))
+        if removing.cancelled():
+            raise SupervisorClosed(state="closed")
+        removing.result()
+
+    def _begin_removal(self, worker: WorkerAgent, timeout: float | None = 0.0) -> None:
+        if worker not in self._removals:
+            core = self._running().core
+            removal = WorkerRemoval(core, self._running(), grace=self._settings.zombie_grace)
+            removal.begin(worker)
+            self._removals[worker] = core.run_to_completion(self._remove(removal, worker, timeout))
+
+    async def _remove(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
+        try:
+            gone, types = await removal.finish(worker, timeout)
+            self._unlist(worker)
+        finally:
+            del self._removals[worker]
+        if gone:
+            self._codecs.remove_worker(worker, types)
+        else:
+            self._running().core.run_in_background(self._forget_later(removal, worker))
+
+    async def _forget_later(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
+        self._codecs.remove_worker(worker, await removal.forget(worker))
+
+    def _unlist(self, worker: WorkerAgent) -> None:
+        del self._workers[worker.name]
+
+    def pause(self, task_type: str) -> None:
+        """Begin no task of a type any more, until `resume`; what runs goes on.
+
+        What waits keeps waiting: until its deadline, or in the overflow. New tasks join it while there is room in the
+        queue, since a free slot is no room now. Nested tasks wait too, and so do the runs that wait for them. Draining
+        does not wait for what is paused.
+
+        Raises:
+            UnknownTaskType: no worker is registered for it.
+            NotStarted, SupervisorClosed: the supervisor is not running.
+            WrongLoop: it runs on another event loop.
+        """
+        pool = self._admission_here().pool_of(task_type)
+        if not pool.paused:
+            pool.begin_pause()
+            core = self._running().core
+            core.bus.emit(TaskTypePaused(at=core.loop.time(), task_type=task_type))
+            core.registry.notify_progress()
+
+    def resume(self, task_type: str) -> None:
+        """Let tasks of a paused type begin again, those that wait longest first; nothing changes for any other type.
+
+        If it has no worker any more, what waits ends as `unregister_worker` describes.
+
+        Raises:
+            UnknownTaskType, NotStarted, SupervisorClosed, WrongLoop: as `pause`.
+        """
+        pool = self._admission_here().pool_of(task_type)
+        if pool.paused:
+            dispatcher = self._running()
+            pool.end_pause()
+            dispatcher.core.bus.emit(TaskTypeResumed(at=dispatcher.core.loop.time(), task_type=task_type))
+            if WorkerRemoval(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).resume(pool):
+                self._codecs.remove_types([task_type])
+            else:
+                dispatcher.dispatch_to_all(pool)
+            dispatcher.core.registry.notify_progress()  # there may be room
+
     @property
     def workers(self) -> Mapping[str, WorkerAgent]:
         """The workers by name."""
@@ -228,11 +382,21 @@ class BackpressureSupervisor:
 
     def _revive(self, worker: WorkerAgent) -> None:
         if self._dispatcher is not None:
-            self._dispatcher.completion.revive(worker)
+            self._dispatcher.supervision.revive(worker)
+
+    def _resized(self, worker: WorkerAgent, before: int) -> None:
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.workers.get(worker.name) is not worker:
+            return  # not started, or unregistered
+        dispatcher.completion.slots_changed(worker)
+        resized = WorkerResized(
+            at=dispatcher.loop.time(), worker_id=worker.name, before=before, max_concurrent=worker.max_concurrent
+        )
+        dispatcher.core.bus.emit(resized)
 
     # --- work ---
 
-    async def submit(self, task: Task, *, wait: float | None = None) -> Ticket:
+    async def submit(self, task: Task[ResultT], *, wait: float | None = None) -> Ticket[ResultT]:
         """Submit a task to admission control.
 
         Args:
@@ -252,10 +416,11 @@ class BackpressureSupervisor:
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """
-        _check_wait(wait)
+        if wait is not None:
+            _check_wait(wait)
         return await self._admission_here().submit(task, wait=wait)
 
-    def submit_nowait(self, task: Task) -> Ticket:
+    def submit_nowait(self, task: Task[ResultT]) -> Ticket[ResultT]:
         """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
 
         Raises:
@@ -264,7 +429,7 @@ class BackpressureSupervisor:
         """
         return self._admission_here().submit_nowait(task)
 
-    async def run(self, task: Task, *, wait: float | None = None) -> Any:
+    async def run(self, task: Task[ResultT], *, wait: float | None = None) -> ResultT:
         """Submit a task and return its value; wait for a spilled one until its deadline.
 
         Cancelling this cancels the task, unless others wait for the same work by its key. `wait` is as in `submit`.
@@ -274,8 +439,10 @@ class BackpressureSupervisor:
             TaskFailed, TaskTimedOut: it ended that way (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
-        _check_wait(wait)
-        return await self._admission_here().run(task, wait=wait)
+        if wait is not None:
+            _check_wait(wait)
+        value: ResultT = await self._admission_here().run(task, wait=wait)
+        return value
 
     def fan_out(  # noqa: PLR0913 - each has a name
         self,
@@ -352,7 +519,7 @@ class BackpressureSupervisor:
             options: fields of all tasks, such as ``priority=Priority.LOW``.
 
         Raises:
-            As `run` and `fan_out`.
+            Others: as `run` and `fan_out`.
         """
         tasks = (Task(task_type, payload, **options) for payload in payloads)
         values: dict[int, Any] = {}
@@ -378,7 +545,7 @@ class BackpressureSupervisor:
         priority: Priority = Priority.NORMAL,
         timeout: float | None = None,
         deadline: Deadline | None = None,
-        tenant: str = "default",
+        tenant: str = DEFAULT_TENANT,
         thread_id: str | None = None,
     ) -> Slot:
         """Return a slot of a worker for the caller's own code: ``async with supervisor.slot("write"): ...``.
@@ -398,13 +565,32 @@ class BackpressureSupervisor:
         )
         return self._admission_here().slot(task)
 
-    def ticket(self, task_id: str) -> Ticket:
-        """Return the ticket of a task that is inside, has ended lately, or is stored in the overflow.
+    async def find(self, task_id: str | None = None, *, key: str | None = None) -> Ticket | None:
+        """Return the ticket of a task by its id or its idempotency key, or None if there is no such task.
 
-        The overflow is asked in the background: awaiting the ticket raises UnknownTask if the task is not there.
+        It finds a task that is inside or has ended lately, and asks the overflow, once, for any other.
 
         Raises:
-            UnknownTask: there is no such task, and no overflow to ask.
+            InvalidSetting: neither an id nor a key was given, or both, or no string.
+            StoreUnavailable: the overflow cannot be asked.
+            SupervisorClosed: it is not known here, and the supervisor has closed.
+            NotStarted, WrongLoop: as `submit`.
+        """
+        expected = 'a string, and the only one: find("the id"), or find(key="the key")'
+        if key is not None and (task_id is not None or not isinstance(key, str)):
+            reject("find", "key", key, expected)
+        if key is None and not isinstance(task_id, str):
+            reject("find", "task_id", task_id, expected)
+        return await self._dispatcher_here().find(task_id, key)
+
+    def ticket(self, task_id: str) -> Ticket:
+        """Return the ticket of a task that this process knows: it is inside, or has ended lately.
+
+        This asks no overflow: use `find` for a task that may only be stored there.
+
+        Raises:
+            UnknownTask: this process knows no such task.
+            NotStarted: the supervisor has not been started.
         """
         return self._running().ticket(task_id)
 
@@ -434,8 +620,13 @@ class BackpressureSupervisor:
     def statistics(self) -> Statistics:
         """Return a snapshot of the counters since the start, and of what is inside now."""
         if self._dispatcher is None or self._admission is None:
-            return Statistics(**worker_statistics(self._workers))
+            return Statistics(**worker_statistics(self._workers, 0.0))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
+
+    def tree(self) -> TreeNode:
+        """Return a snapshot of the supervision tree: the workers, and those of the supervisors below."""
+        state = "new" if self._dispatcher is None else "running" if self._closing is None else "closed"
+        return supervisor_node(state, self.system_load(), self._settings.strategy, self._workers.values())
 
     def events(self, *, bound: int = 1000) -> Subscription:
         """Return an async iterator over the events from now on, which keeps the newest `bound` unread ones."""
@@ -444,63 +635,98 @@ class BackpressureSupervisor:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that it runs on, while it runs."""
-        return self._dispatcher.loop if self._dispatcher is not None and self._closing is None else None
+        return self._dispatcher.loop if self._dispatcher is not None and self.running else None
 
     # --- start and end ---
 
     async def start(self) -> None:
-        """Start on the running event loop.
+        """Start on the running event loop. After `close` it may be started again, also on another loop.
+
+        If it is being closed, this waits for the end of that. If its loop ended before it was closed, that run is over.
 
         Raises:
-            AlreadyStarted: it has been started before.
+            AlreadyStarted: it has been started, and not closed.
             StoreUnavailable: the overflow cannot be opened.
             SupervisorClosed: it was closed meanwhile.
         """
+        while (closing := self._closing) is not None:
+            await wait_until_done(closing)
+            if self._closing is closing:  # otherwise somebody else has started it meanwhile
+                self._forget_run()
+        self._end_if_cut_off()
         if self._dispatcher is not None:
             raise AlreadyStarted
-        if self._closing is not None:
-            raise SupervisorClosed(state="closed")
-        loop = asyncio.get_running_loop()
+        dispatcher = self._begin_run(asyncio.get_running_loop())
+        await self._start_up(dispatcher)
+        if self._settings.lag_bound is not None and not clock.is_virtual(dispatcher.loop):
+            self._loop_monitor = LoopMonitor(
+                dispatcher.loop,
+                bound=self._settings.lag_bound,
+                runs=dispatcher.runs,
+                load=dispatcher.load,
+                bus=self._bus,
+            )
+            self._loop_monitor.start()
+
+    def _begin_run(self, loop: asyncio.AbstractEventLoop) -> Dispatcher:
         self._process = os.getpid()
         self._draw = clock.draw_function(loop)
         settings = self._settings
+        threads = self._threads = DaemonThreadExecutor()
         core = Core(
             loop,
-            threads=self._threads,
+            threads=threads,
             bus=self._bus,
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
+            tenants=Tenants(settings.tenants),
             keep_results=settings.keep_results,
             keep_results_bytes=settings.keep_results_bytes,
         )
-        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store, draw=self._draw)
+        dispatcher = self._dispatcher = Dispatcher(
+            core, settings, store=self._store, draw=self._draw, remove_worker=self._begin_removal
+        )
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
-        self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
+        return dispatcher
+
+    async def _start_up(self, dispatcher: Dispatcher) -> None:
+        """Open the overflow and start the handlers, unless the supervisor is closed meanwhile."""
+        starting = self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
         try:
-            await self._starting
+            await starting
         except BaseException:
-            if self._is_starting or self._starting.cancelled() or self._starting.exception() is not None:
-                self._dispatcher = self._admission = None
-            elif self._closing is None:  # cancelled in the turn of the loop in which it had started
-                await self.close()
-                raise
-            if self._closing is not None:
+            if self._dispatcher is dispatcher:  # otherwise it was closed, and started again
+                if not starting.done() or starting.cancelled() or starting.exception() is not None:
+                    self._dispatcher = self._admission = None
+                elif self._closing is None:  # cancelled in the turn of the loop in which it had started
+                    await self.close()
+                    raise
+            if self._is_over(dispatcher):
                 raise SupervisorClosed(state="closed") from None
             raise
-        if self._closing is not None:
+        if self._is_over(dispatcher):
             raise SupervisorClosed(state="closed")
-        if settings.lag_bound is not None and not clock.is_virtual(loop):
-            self._loop_monitor = LoopMonitor(
-                loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
-            )
-            self._loop_monitor.start()
+
+    def _is_over(self, dispatcher: Dispatcher) -> bool:
+        """Return whether a start has come to nothing: the supervisor was closed meanwhile."""
+        return self._closing is not None or self._dispatcher not in (dispatcher, None)
+
+    def _forget_run(self) -> None:
+        """Forget the run that was closed, so that the next one begins with the workers and the settings alone."""
+        self._dispatcher = self._admission = self._loop_monitor = None
+        self._starting = self._closing = None
+        self._drained = False
+        if isinstance(self._overflow, str):  # what was in memory is gone
+            self._store = open_task_store(self._overflow)
+        for worker in self._workers.values():
+            worker.begin_run()
 
     async def wait_until_started(self) -> None:
         """Wait for a start that somebody else has begun; return at once if there is none."""
         if self._starting is not None:
-            await asyncio.wait((self._starting,))
+            await wait_until_done(self._starting)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
@@ -526,13 +752,29 @@ class BackpressureSupervisor:
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent. A start in progress is undone.
 
-        If this is cancelled, closing goes on in the background.
+        If this is cancelled, closing goes on in the background. Handlers that did not stop in time count no more, and
+        do not keep a slot if it is started again.
+
+        Raises:
+            WrongLoop: it runs on another event loop.
         """
+        self._end_if_cut_off()
         if self._dispatcher is None:
             return
         if self._closing is None:
+            if asyncio.get_running_loop() is not self._dispatcher.loop:
+                raise WrongLoop(what="The supervisor")
             self._closing = asyncio.ensure_future(self._close(self._dispatcher))
-        await asyncio.shield(self._closing)
+        if self._closing.get_loop() is asyncio.get_running_loop():
+            await asyncio.shield(self._closing)
+        else:
+            await wait_until_done(self._closing)
+
+    def _end_if_cut_off(self) -> None:
+        """Forget a run whose event loop ended before it was closed: nothing of it can go on."""
+        if self._dispatcher is not None and self._closing is None and self._dispatcher.loop.is_closed():
+            self._release_run()
+            self._forget_run()
 
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
@@ -546,10 +788,14 @@ class BackpressureSupervisor:
             grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
             await shut_down(dispatcher, self._workers, grace=grace)
         finally:
-            if self._loop_monitor is not None:
-                self._loop_monitor.stop()
+            self._release_run()
+
+    def _release_run(self) -> None:
+        if self._loop_monitor is not None:
+            self._loop_monitor.stop()
+        if self._threads is not None:
             self._threads.shutdown()
-            self._bus.close()
+        self._bus.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -569,6 +815,11 @@ class BackpressureSupervisor:
         return as_handler(self)
 
     @property
+    def running(self) -> bool:
+        """True from the call of `start` to that of `close`, or to the end of its event loop."""
+        return self._dispatcher is not None and self._closing is None and not self._dispatcher.loop.is_closed()
+
+    @property
     def started(self) -> bool:
         """True once it has been started; it may have closed since."""
         return self._dispatcher is not None
@@ -577,6 +828,22 @@ class BackpressureSupervisor:
     def forked_from(self) -> int | None:
         """The process in which it was started, if this is another one: a child that was forked from it."""
         return self._process if self._process not in (None, os.getpid()) else None
+
+    def watch(self) -> asyncio.Future[None]:
+        """Return a future that is cancelled when it gives up: see `Supervision`."""
+        return self._running().supervision.watch()
+
+    async def start_workers(self) -> None:
+        """Start its workers again, if they were halted."""
+        await self._running().supervision.start_workers()
+
+    async def halt(self) -> None:
+        """Stop its workers, in reverse order, to be started again; tasks that wait keep waiting."""
+        await self._running().supervision.halt()
+
+    def fail_workers(self, reason: str) -> None:
+        """Make its workers, which are halted, FAILED."""
+        self._running().supervision.fail_workers(reason)
 
     def uses(self, dispatcher: object) -> bool:
         """Return whether `dispatcher` is its own, or that of a supervisor below it."""
@@ -608,6 +875,8 @@ class BackpressureSupervisor:
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
             if (parent := self.forked_from) is not None:
                 raise ForkedProcess(what="The supervisor", parent=parent)
+            if self._closing is not None:
+                raise SupervisorClosed(state="closed")
             raise WrongLoop(what="The supervisor")
         return admission
 
@@ -616,6 +885,5 @@ class BackpressureSupervisor:
         return self._running()
 
 
-def _check_wait(wait: float | None) -> None:
-    if wait is not None:
-        check_not_negative("submit", "wait", wait, unit="seconds", infinite=True)
+def _check_wait(wait: float) -> None:
+    check_not_negative("submit", "wait", wait, unit="seconds", infinite=True)

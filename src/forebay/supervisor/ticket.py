@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
-from forebay import context
+from forebay import clock, context
+from forebay._json import plain_field, plain_value
 from forebay._renamed import renamed
 from forebay.context import RunningTask
 from forebay.errors import (
@@ -17,6 +18,7 @@ from forebay.errors import (
     NestedTooDeep,
     Overloaded,
     ResultUnavailable,
+    StillSpilled,
     TaskCancelled,
     TaskExpired,
     TaskFailed,
@@ -25,7 +27,7 @@ from forebay.errors import (
     fresh_copy,
 )
 from forebay.events import Event, EventBus, Subscription, TaskFinished, TaskStarted
-from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
+from forebay.task import Deadline, Priority, ResultT_co, Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
@@ -112,7 +114,7 @@ class TicketOwner(Protocol):
         """Hold the ticket of a spilled task, because it is awaited."""
 
 
-class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is made in C
+class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a Struct, because it is made in C
     """The answer of admission control to one task; awaiting it returns the ``TaskResult``.
 
     A rejected ticket is false, and awaiting it raises ``Overloaded``. Awaiting any other returns its result however the
@@ -130,7 +132,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     """
 
     _dispatcher: TicketOwner
-    task: Task
+    task: Task[ResultT_co]
     deadline: Deadline | None
     parent: RunningTask | None  # the run that submitted it: nested work goes before newer work of its priority
     submitted_at: float | None = None  # epoch seconds; set if it has a deadline or there is an overflow to order
@@ -160,6 +162,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     size: int = 0  # estimated bytes of its payload and its result, once it has ended
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
+    found: bool = False  # made for a record that was looked up: its task is read again when the record comes back
     retries: TicketRetries | None = None  # its failed attempts, if any may be followed by another
 
     def __repr__(self) -> str:
@@ -196,6 +199,36 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Return whether awaiting it returns at once."""
         return self._outcome is not None or self.verdict is Verdict.REJECTED
 
+    def as_dict(self, *, payload: bool = False, values: bool = True) -> dict[str, Any]:
+        """Return it as plain data for JSON, with the result if the task has ended.
+
+        Args:
+            payload: whether the task's payload is in it.
+            values: whether the handler's value is in it, as ``result`` of the result. If JSON cannot hold a value, that
+                is None, and ``result_error`` (or ``payload_error``) says why.
+        """
+        task, outcome = self.task, self._outcome
+        fields = {
+            "task_id": task.task_id,
+            "task_type": task.task_type,
+            "priority": task.priority,
+            "tenant": task.tenant,
+            "key": task.key,
+            "thread_id": task.thread_id,
+            "deadline": None if self.deadline is None else self.deadline.at,
+            "verdict": self.verdict,
+            "status": self.status,
+            "reason": self.reason,
+            "limited_by": self.limited_by,
+            "load": self.load,
+            "retry_after": self.retry_after,
+            "attempts": self.attempts,
+            "error": str(outcome) if isinstance(outcome, ForebayError) else None,
+        }
+        plain = {name: plain_field(value) for name, value in fields.items()}
+        plain["result"] = outcome.as_dict(values=values) if isinstance(outcome, TaskResult) else None
+        return plain | plain_value("payload", task.payload) if payload else plain
+
     def cancel(self, reason: str = "cancelled by its submitter") -> bool:
         """End the task: take it out of the queue or the overflow, or cancel its handler.
 
@@ -222,7 +255,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             reclaim = self._dispatcher.lend_slots(context.running_task(), self)
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
-                    await self._wait_until_resolved()
+                    waiter = self.watch()
+                    try:
+                        await waiter
+                    finally:
+                        self.unwatch(waiter)
             except asyncio.CancelledError:
                 if cancel_task and not self.shared and not self.has_waiters:
                     self.cancel("its caller has gone")  # before reclaiming the slot, which this task may hold
@@ -240,13 +277,6 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             raise fresh_copy(self._outcome)
         assert self._outcome is not None  # noqa: S101 - it is done
         return self._outcome
-
-    async def _wait_until_resolved(self) -> None:
-        waiter = self.watch()
-        try:
-            await waiter
-        finally:
-            self.unwatch(waiter)
 
     def watch(self) -> asyncio.Future[None]:
         """Return a future that is done once the task has ended; the ticket counts as awaited until `unwatch`."""
@@ -268,7 +298,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             self.reason or "rejected", limited_by=self.limited_by, load=self.load, retry_after=self.retry_after
         )
 
-    async def value(self, *, cancel_task: bool = False) -> Any:
+    async def value(self, *, cancel_task: bool = False) -> ResultT_co:
         """Wait for the task and return its handler's value.
 
         Args:
@@ -280,7 +310,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
             ResultUnavailable: it succeeded, but only the process that ran it has its value.
         """
-        return value_of(await self._wait(cancel_task=cancel_task))
+        value: ResultT_co = value_of(await self._wait(cancel_task=cancel_task))
+        return value
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield what happens to the task from now on: TaskStarted, TaskProgress, TaskRetried, and last TaskFinished.
@@ -288,24 +319,37 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         If the task has started or finished already, that event is yielded first. The newest 1,000 unread events are
         kept.
         """
+        first, subscription = self.listen()
+        try:
+            for event in first:
+                yield event
+            while subscription is not None and (later := await self.next_event(subscription)) is not None:
+                yield later
+        finally:
+            if subscription is not None:
+                subscription.close()
+
+    def listen(self) -> tuple[list[Event], Subscription | None]:
+        """Return the last event so far, if it started or ended already, and a subscription to those to come, if any."""
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
-        if self._outcome is None:
-            self._hold_strongly()
-            if self.listeners is None:
-                self.listeners = EventBus()
-            async with self.listeners.subscribe(bound=MAX_UNREAD_EVENTS + 1) as subscription:
-                if (run := self.run) is not None:
-                    at, worker_id = run.started_at, run.worker.name
-                    yield TaskStarted(at=at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
-                while (event := await self._next_event(subscription)) is not None:
-                    yield event
-        elif isinstance(self._outcome, ForebayError):
+        if isinstance(self._outcome, ForebayError):
             raise fresh_copy(self._outcome)
-        else:
-            yield TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=self._outcome)
+        now = self._dispatcher.loop.time()
+        if self._outcome is not None:
+            return [TaskFinished(at=now, task_id=self.task_id, result=self._outcome)], None
+        self._hold_strongly()
+        if self.listeners is None:
+            self.listeners = EventBus()
+        subscription = self.listeners.subscribe(bound=MAX_UNREAD_EVENTS + 1)
+        if (run := self.run) is None:
+            return [], subscription
+        at, worker_id = run.started_at, run.worker.name
+        time = clock.wall_time() - (now - at)
+        started = TaskStarted(at=at, time=time, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
+        return [started], subscription
 
-    async def _next_event(self, events: Subscription) -> Event | None:
+    async def next_event(self, events: Subscription) -> Event | None:
         """Wait for the next event. A run that waits for it lends its slot, because the task may need it to start."""
         reclaim = self._dispatcher.lend_slots(context.running_task(), self) if events.empty else None
         try:
@@ -514,6 +558,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Replace the task and its deadline by those in the store."""
         self.task = task
         self.deadline = deadline
+        self.found = False
+
+    def mark_found(self) -> None:
+        """Remember that its task was read for whoever asked: its payload may be missing, or not what a handler gets."""
+        self.found = True
 
     def restore_context(self, context: Context) -> None:
         """Have its handler run in a copy of `context`: another process submitted it."""
@@ -563,6 +612,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.context = None  # it may hold anything, and this ticket may be kept for long
         if isinstance(outcome, TaskResult):
             self.status = outcome.status
+        elif not isinstance(outcome, StillSpilled):
+            self.status = TaskStatus.UNKNOWN
         if self.slot is not None:
             self.slot.resolve(outcome)
         if self.listeners is not None and isinstance(outcome, TaskResult):
@@ -584,8 +635,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
 _DOCUMENTED = (
     *(name for name in dir(object) if name != "__dir__"),
-    "__await__", "__bool__", "cancel", "deadline", "done", "events", "limited_by", "load", "priority", "reason",
-    "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
+    "__await__", "__bool__", "as_dict", "cancel", "deadline", "done", "events", "limited_by", "load", "priority",
+    "reason", "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
 )  # fmt: skip
 
 
@@ -618,6 +669,17 @@ def spilled_ticket(dispatcher: TicketOwner, task: Task, *, submitted_at: float |
     ticket = Ticket(dispatcher, task, None, None, submitted_at)
     ticket.confirm_spilled()
     ticket.mark_stored()
+    return ticket
+
+
+def found_ticket(
+    dispatcher: TicketOwner, task: Task, deadline: Deadline | None, *, submitted_at: float | None
+) -> Ticket:
+    """Return a ticket for a record that somebody has asked for, and that this process does not hold."""
+    ticket = spilled_ticket(dispatcher, task, submitted_at=submitted_at)
+    ticket.restore(task, deadline)
+    ticket.move_to_store()
+    ticket.mark_found()
     return ticket
 
 

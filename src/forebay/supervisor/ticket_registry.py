@@ -78,6 +78,10 @@ class TicketRegistry:
         """Return the ticket of a task that has not ended or ended lately, unless it is held weakly."""
         return self.live.get(task_id) or self.ended.get(task_id)
 
+    def find(self, task_id: str) -> Ticket | None:
+        """Return the ticket of a task that has not ended or ended lately, however it is held."""
+        return self.get(task_id) or self.weak.get(task_id)
+
     def all_unfinished(self) -> list[Ticket]:
         """Return every ticket that has not ended."""
         return [*self.live.values(), *self.weak.values()]

@@ -9,7 +9,19 @@ from typing import Protocol
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority
 
-_Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
+_WORKER = 2  # index in an entry
+
+
+class _Entry(list):  # type: ignore[type-arg]
+    """An entry of a heap: [score, stamp, worker]. Its worker is None once another entry, or none, counts for it.
+
+    So a heap holds no worker that is gone.
+    """
+
+    __slots__ = ()
+
+
+_Heap = list[_Entry]
 
 
 class ScoreSource(Protocol):
@@ -39,8 +51,8 @@ class WorkerSelector:
         self._task_type = task_type
         self._typical = typical
         self._heaps: tuple[_Heap, _Heap] = ([], [])  # workers with a duration of their own; workers without
-        # The stamp of the entry that counts. A worker without one is in neither heap.
-        self._current: dict[WorkerAgent, int] = {}
+        # The entry that counts. A worker without one is in neither heap.
+        self._current: dict[WorkerAgent, _Entry] = {}
         self._idle: dict[WorkerAgent, None] = {}  # in the order in which they became idle
         self._stamp = 0
         self._expected: dict[WorkerAgent, ScoreSource] = {}  # to be pushed again before the next pick
@@ -51,12 +63,18 @@ class WorkerSelector:
         if not worker.current_tasks and worker.can_accept():
             self._idle[worker] = None
         self._push(worker)
-        if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
-            self._compact()
+        self._compact_if_needed()
 
     def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
         """Push `worker` again before the next pick, and tell `source` then that its score is known."""
         self._expected[worker] = source
+
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker that is gone."""
+        self._idle.pop(worker, None)
+        self._expected.pop(worker, None)
+        self._drop(worker)
+        self._compact_if_needed()
 
     def pick(
         self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, idle_first: bool = False
@@ -71,8 +89,8 @@ class WorkerSelector:
         if self._expected:
             self._update_expected()
         best = self._best()
-        if best is not None and best.suspended and not nested and best.bars_new_runs(priority):
-            best = self._best_for_new_run(priority)
+        if best is not None and (best.suspended or best.reserve) and not best.may_begin(priority, nested=nested):
+            best = self._best_for_new_run(priority, nested=nested)
         if idle_first and best is not None and best.current_tasks:
             return self._first_idle(priority, nested=nested) or best
         return best
@@ -82,7 +100,7 @@ class WorkerSelector:
         able = [
             worker
             for worker in self._current
-            if worker is not avoid and worker.can_accept() and (nested or not worker.bars_new_runs(priority))
+            if worker is not avoid and worker.can_accept() and worker.may_begin(priority, nested=nested)
         ]
         return self._least_score(able)
 
@@ -97,7 +115,7 @@ class WorkerSelector:
         for worker in self._idle:
             if worker.current_tasks:
                 busy.append(worker)
-            elif worker.can_accept() and (nested or not worker.bars_new_runs(priority)):
+            elif worker.can_accept() and worker.may_begin(priority, nested=nested):
                 found = worker
                 break
         for worker in busy:
@@ -110,10 +128,10 @@ class WorkerSelector:
             self.update(worker)
             source.inform(worker, self)
 
-    def _best_for_new_run(self, priority: Priority) -> WorkerAgent | None:
+    def _best_for_new_run(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
         """Return the best worker that may begin a new run: a search of all, since the best one may not."""
         return self._least_score(
-            worker for worker in self._current if worker.can_accept() and not worker.bars_new_runs(priority)
+            worker for worker in self._current if worker.can_accept() and worker.may_begin(priority, nested=nested)
         )
 
     def _best(self) -> WorkerAgent | None:
@@ -126,17 +144,18 @@ class WorkerSelector:
     def _top(self, which: int) -> WorkerAgent | None:
         heap = self._heaps[which]
         while heap:
-            score, stamp, worker = heap[0]
-            if self._current.get(worker) != stamp:
+            score, _, worker = heap[0]
+            if worker is None:
                 heapq.heappop(heap)
             elif not worker.can_accept():
                 heapq.heappop(heap)
-                del self._current[worker]  # `update` brings it back
+                self._drop(worker)  # `update` brings it back
             elif which != self._heap_index(worker) or self._score(worker) > score:
                 heapq.heappop(heap)
                 self._push(worker)
             else:
-                return worker
+                found: WorkerAgent = worker
+                return found
         return None
 
     def _heap_index(self, worker: WorkerAgent) -> int:
@@ -146,11 +165,17 @@ class WorkerSelector:
         return worker.score(self._task_type, 1.0)
 
     def _push(self, worker: WorkerAgent) -> None:
+        self._drop(worker)
         self._stamp += 1
-        self._current[worker] = self._stamp
-        heapq.heappush(self._heaps[self._heap_index(worker)], (self._score(worker), self._stamp, worker))
+        entry = self._current[worker] = _Entry((self._score(worker), self._stamp, worker))
+        heapq.heappush(self._heaps[self._heap_index(worker)], entry)
 
-    def _compact(self) -> None:
-        for heap in self._heaps:
-            heap[:] = [entry for entry in heap if self._current.get(entry[2]) == entry[1]]
-            heapq.heapify(heap)
+    def _drop(self, worker: WorkerAgent) -> None:
+        if (entry := self._current.pop(worker, None)) is not None:
+            entry[_WORKER] = None
+
+    def _compact_if_needed(self) -> None:
+        if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
+            for heap in self._heaps:
+                heap[:] = [entry for entry in heap if entry[_WORKER] is not None]
+                heapq.heapify(heap)

@@ -8,13 +8,25 @@ from typing import TYPE_CHECKING, Protocol
 
 from forebay._hooks import raise_if_cancelled, report_failure
 from forebay.supervisor.runs.completion import describe_error
-from forebay.supervisor.ticket import Ticket, unsuccessful_result
-from forebay.task import TaskResult, TaskStatus
+from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.completion import RunCompletion
+    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.tree.worker_life import Exit
     from forebay.supervisor.worker import WorkerAgent
+
+
+class ExitListener(Protocol):
+    """The `Supervision` of a dispatcher, as far as the starts of handlers need it."""
+
+    @property
+    def halted(self) -> bool:
+        """True while it starts no worker: all of them are started together later."""
+
+    def exited(self, worker: WorkerAgent, end: Exit) -> None:
+        """Handle the end of a worker's life."""
 
 
 class StartDispatcher(Protocol):
@@ -24,17 +36,14 @@ class StartDispatcher(Protocol):
     def completion(self) -> RunCompletion:
         """The ends of its runs, and what they mean for the breakers of its workers."""
 
-    def dequeue(self, ticket: Ticket) -> None:
-        """Take a waiting ticket out of the queue."""
+    def fail_waiting(
+        self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    ) -> None:
+        """End a task that waits for a worker that will not come, or leave it to its store."""
 
-    def can_requeue(self, ticket: Ticket) -> bool:
-        """Return whether a task is stored where the next process finds it."""
-
-    def return_to_store(self, ticket: Ticket) -> None:
-        """Leave a stored task to any process, this one included."""
-
-    def finish(self, ticket: Ticket, result: TaskResult) -> None:
-        """Give a ticket its result."""
+    @property
+    def supervision(self) -> ExitListener:
+        """The restarts of its workers."""
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
@@ -49,35 +58,46 @@ class WorkerStarts:
     def __init__(self, core: Core, dispatcher: StartDispatcher) -> None:
         self._core = core
         self._dispatcher = dispatcher
-        self._in_progress: set[asyncio.Future[None]] = set()
+        self._in_progress: dict[WorkerAgent, asyncio.Future[None]] = {}
         self._closed = False
 
     def begin(self, worker: WorkerAgent) -> None:
         """Start the handler of a worker, unless it has started or is being started."""
-        if not (worker.ready or worker.starting or self._closed):
+        if not (worker.ready or worker.starting or self._closed or self._dispatcher.supervision.halted):
             worker.begin_start()
             starting = self._core.run_to_completion(self._start(worker))
-            self._in_progress.add(starting)
+            self._in_progress[worker] = starting
             starting.add_done_callback(partial(self._ended, worker))
 
     def _ended(self, worker: WorkerAgent, starting: asyncio.Future[None]) -> None:
-        self._in_progress.discard(starting)
+        if self._in_progress.get(worker) is not starting:
+            return  # cancelled by `cancel`
+        del self._in_progress[worker]
         if starting.cancelled():  # perhaps before its first step
             worker.end_start(ready=False)
-            if not self._closed:  # otherwise by `close`
+            if not self._closed:
                 self._failed(worker, asyncio.CancelledError("its start was cancelled"))
 
     def close(self) -> None:
         """Cancel the starts in progress, and begin no more."""
         self._closed = True
-        for starting in self._in_progress:
+        for starting in self._in_progress.values():
             starting.cancel()
 
+    def is_starting(self, worker: WorkerAgent) -> bool:
+        """Return whether the first start of a worker is in progress."""
+        return worker in self._in_progress
+
+    async def cancel(self, worker: WorkerAgent) -> None:
+        """Cancel the start of a worker that is leaving or being restarted, if it is in progress."""
+        if (starting := self._in_progress.pop(worker, None)) is not None:
+            starting.cancel()
+            await asyncio.wait((starting,), timeout=MIN_STOP_TIME)
+            worker.end_start(ready=False)
+
     async def _start(self, worker: WorkerAgent) -> None:
-        start = worker.handler.start
-        assert start is not None  # noqa: S101 - it is not ready
         try:
-            await start()
+            await worker.life.start(self._core.base_context, partial(self._dispatcher.supervision.exited, worker))
         except BaseException as error:  # noqa: BLE001 - user code
             raise_if_cancelled(error)
             worker.end_start(ready=False)
@@ -97,12 +117,5 @@ class WorkerStarts:
         """End the tasks that wait for a worker that could not be started, and for no other that works."""
         error = describe_error(cause)
         for pool in self._core.pools.by_worker[worker].pools:
-            while not pool.slots and (entry := pool.queue.head()) is not None:
-                ticket = entry[2]
-                if self._dispatcher.can_requeue(ticket):
-                    self._dispatcher.return_to_store(ticket)
-                    continue
-                self._dispatcher.dequeue(ticket)
-                ticket.forget_parent()
-                failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker.name, cause=cause)
-                self._dispatcher.finish(ticket, failed)
+            while not (pool.slots or pool.paused) and (entry := pool.queue.head()) is not None:
+                self._dispatcher.fail_waiting(entry[2], error, worker_id=worker.name, cause=cause)

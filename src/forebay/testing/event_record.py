@@ -98,7 +98,7 @@ class EventRecord:
 
     def _collect_tasks(self) -> None:
         """Look up the tasks of earlier events: the supervisor registers a task only after its first event."""
-        dispatcher = self.supervisor._dispatcher  # noqa: SLF001 - the public `ticket` would create tickets
+        dispatcher = self.supervisor._dispatcher  # noqa: SLF001 - the public `ticket` raises for an id that is not known yet
         if dispatcher is None:
             return
         for task_id in self._unseen_ids:

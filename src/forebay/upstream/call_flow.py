@@ -283,7 +283,7 @@ class _Retrying:
                 request.retries += 1
                 request.failed = request.failed or not throttled
                 self.withdrawn = (None, None)
-                if throttled and account.quota_wait(request) >= max(_ROUNDING, (result.retry_after or 0.0) - _ROUNDING):
+                if throttled and self._waits_for_quota(result.retry_after or 0.0):
                     retry = yield self._acquire  # its quota lets it go no earlier, and there it keeps its place
                 else:
                     retry = yield from (self._wait_for_permission if throttled else self._wait)(delay, failed_at)
@@ -295,6 +295,12 @@ class _Retrying:
         if retry is None:
             account.drop_place(request)
         return retry
+
+    def _waits_for_quota(self, retry_after: float) -> bool:
+        """Return whether a throttled call waits for a quota in the queue, and not for a backoff."""
+        request = self._route.call_request
+        wanted = max(_ROUNDING, retry_after - _ROUNDING)
+        return not request.is_suspect and self._route.account.quota_wait(request) >= wanted
 
     def _wait(self, delay: float, failed_at: float) -> _Backoff:
         """Wait `delay` seconds, and return a permit. A retry that is not sent goes back to the budget of faults."""

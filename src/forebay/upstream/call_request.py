@@ -11,8 +11,9 @@ import msgspec
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
 from forebay.quota import QuotaReservation, RateScope
-from forebay.task import Priority
+from forebay.task import DEFAULT_TENANT, Priority
 
+_REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 UNREADABLE: Final = "unreadable"
 UNPRICED: Final = "unpriced"
 UNBOUNDED: Final = "unbounded"
@@ -64,6 +65,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         tenant: the tenant that it is made for.
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
+        size: bytes of its body; 0 if they are not known.
         free: it costs no money in any case, so no budget is checked.
         usd_per_second: see `CallPrice`.
         usd_at_once: see `CallPrice`.
@@ -74,15 +76,17 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         retried: it is retried if it is refused, so that it may be a trial call of a quota.
         asked_at: when it first asked for a permit; set by the account.
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
+        weight: the share of turns of its tenant, unless the account's weights name it.
     """
 
     charge: Charge = Charge()
     usd: float = 0.0
     priority: Priority = Priority.NORMAL
     deadline: float = math.inf
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     task_id: str | None = None
     model: str = ""
+    size: int = 0
     free: bool = False
     retries: int = 0
     failed: bool = False
@@ -93,11 +97,17 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     bounded: bool = True
     unmetered: Unmetered | None = None
     holder: Permit | None = None
+    weight: float = 1.0
 
     @property
     def goes_first(self) -> bool:
         """True if it goes before other calls of its priority: it was sent before, or a slot is held until it ends."""
         return self.retries > 0 or self.holder is not None
+
+    @property
+    def is_suspect(self) -> bool:
+        """True if it was retried several times: when it is refused again, what it asks for may be the cause."""
+        return self.retries >= _REPEATED
 
     def unreported_cost(self, seconds: float) -> float:
         """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""
@@ -118,13 +128,15 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         tenant: who pays for the call.
         task_id: the task that the call belongs to, or None.
         api_key: the API key that the account belongs to; None to read it from the request.
+        weight: the share of turns that the task's supervisor gives the tenant.
     """
 
     priority: Priority = Priority.NORMAL
     deadline: float = math.inf
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     task_id: str | None = None
     api_key: str | None = None
+    weight: float = 1.0
 
 
 class SpendReservation(Protocol):

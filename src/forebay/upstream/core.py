@@ -12,7 +12,7 @@ from forebay.events import log
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
 from forebay.retry import Retry
-from forebay.task import Deadline, Priority
+from forebay.task import DEFAULT_TENANT, Deadline, Priority
 from forebay.upstream.accepted_keys import AcceptedKeys
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
@@ -113,11 +113,13 @@ class UpstreamCore:
         running = context.running_task()
         task = None if running is None else running.task
         by = deadline if deadline is not None or running is None else running.deadline
+        own = task is not None and tenant in (None, task.tenant)  # otherwise the weight of another tenant is not known
         caller = Caller(
             priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
             deadline=math.inf if by is None else clock.now() + by.remaining(),
-            tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
+            tenant=tenant if tenant is not None else (DEFAULT_TENANT if task is None else task.tenant),
             task_id=None if task is None else task.task_id,
+            weight=running.tenant_weight if running is not None and own else 1.0,
         )
         return self.request_for(caller, model, charge, free=free, price=price)
 
@@ -138,6 +140,7 @@ class UpstreamCore:
             priority=caller.priority,
             deadline=caller.deadline,
             tenant=caller.tenant,
+            weight=caller.weight,
             task_id=caller.task_id,
             model=model,
             free=free,

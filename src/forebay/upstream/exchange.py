@@ -104,6 +104,7 @@ class Exchange:
             self.call_request = core.request(model, meter.charge, free=parsed.free, price=meter.price)
         else:
             self.call_request = core.request_for(caller, model, meter.charge, free=parsed.free, price=meter.price)
+        self.call_request.size = len(body)
         self.changed_body = profile.with_include_usage(parsed, body)
         self.error_kind = ErrorKind.SUCCESS
         self._retry_after: float | None = None

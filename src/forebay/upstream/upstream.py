@@ -63,7 +63,8 @@ class Upstream:
         max_wait: seconds of expected wait above which a call is rejected; none waits for more than 1.5 times as long.
         max_start_wait: seconds of expected wait for the next call up to which another run may start; None for a quarter
             of a typical call.
-        weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        weights: tenants' shares of turns. A tenant that is not named has the weight that the supervisor of the calling
+            task gives it (``tenants=``), or 1.0.
         prices: by model, of those that the price list lacks or has wrong.
         unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
             their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import msgspec
 
 from forebay import clock
+from forebay._json import JsonStruct
 from forebay.quota import QuotaLevel
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.core import UpstreamCore
 
 
-class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
+class AccountStatistics(JsonStruct, frozen=True, kw_only=True):
     """One account, at one moment.
 
     Attributes:
@@ -58,7 +59,7 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
 
 
-class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
+class UpstreamStatistics(JsonStruct, frozen=True, kw_only=True):
     """An upstream, at one moment.
 
     Attributes:

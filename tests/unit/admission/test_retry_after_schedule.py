@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from forebay.admission import RetryAfterSchedule
+from forebay.admission import RetryAfterSchedule, TenantRetrySchedules
 
 RATES = st.floats(0.01, 1000.0)
 DRAWS = st.floats(0, 1, exclude_max=True)
@@ -46,3 +46,27 @@ def test_without_a_drain_rate_no_slot_is_reserved(rate: float | None) -> None:
     schedule = RetryAfterSchedule()
     assert schedule.reserve(0.0, rate, 0.5) is None
     assert schedule.reserve(0.0, 1.0, 0.0) == pytest.approx(1 / 0.97)
+
+
+def test_the_callers_of_one_tenant_do_not_come_back_after_the_flood_of_another() -> None:
+    schedules = TenantRetrySchedules(lambda tenant: 3.0 if tenant == "acme" else 1.0)
+    for _ in range(1000):
+        schedules.reserve("big", 0.0, 10.0, 0.0)
+    alone = schedules.reserve("big", 0.0, 10.0, 0.0)
+    assert alone == pytest.approx(1001 / 9.7)
+    small, acme = (schedules.reserve(tenant, 0.0, 10.0, 0.0) for tenant in ("small", "acme"))
+    assert small == pytest.approx(2 / 9.7)  # it has half of the rate
+    assert acme == pytest.approx(5 / 9.7 / 3)
+
+
+def test_tenants_whose_slots_are_past_leave_their_share_to_the_others() -> None:
+    schedules = TenantRetrySchedules(lambda _: 1.0)
+    for number in range(5000):
+        schedules.reserve(f"tenant {number}", 0.0, 100.0, 0.0)
+    assert len(schedules._by_tenant) <= 1025
+    assert schedules.reserve("late", 1e6, 1.0, 0.0) == pytest.approx(1 / 0.97)
+    assert len(schedules._by_tenant) == 1
+
+
+def test_an_unknown_rate_of_a_tenant_gives_no_slot() -> None:
+    assert TenantRetrySchedules(lambda _: 1.0).reserve("a", 0.0, None, 0.0) is None

@@ -8,6 +8,7 @@ import pytest
 from bench.calls import charts
 from bench.calls.limit_run import RunRecord
 from bench.calls.limits import UPSTREAM, select
+from bench.queue.charts import plot_panels
 
 MANY = [UPSTREAM, *(f"limit {n}" for n in range(12))]
 
@@ -36,3 +37,12 @@ def test_one_name_can_be_selected_and_an_unknown_one_is_an_error() -> None:
     assert select(MANY, "limit 3") == ("limit 3",)
     with pytest.raises(SystemExit, match="choose one of upstream, limit 0"):
         select(MANY, "limit 99")
+
+
+@pytest.mark.blocks  # matplotlib reads its fonts
+@pytest.mark.parametrize("panels", [1, 3, 5])
+def test_panels_take_any_number_of_lines_and_stay_small(tmp_path: Path, panels: int) -> None:
+    lines = {name: [0.2, 0.9] for name in MANY}
+    chart = tmp_path / "new" / "chart.png"
+    plot_panels(chart, {f"panel {n}": lines for n in range(panels)}, [1.0, 10.0], xlabel="load", bold=UPSTREAM)
+    assert 0 < chart.stat().st_size < 100_000

@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -20,11 +21,13 @@ import pytest
 from tests.contract import engine_handlers
 from tests.contract.engine_handlers import plain
 from tests.contract.test_engines import TIMEOUT, children, descriptors, over
+from tests.support.scripted_life import ScriptedLife
 
 from forebay import BackpressureSupervisor, Task, TaskResult, TaskStatus, WorkerAgent, WorkerState, progress
 from forebay.engine import ProcessEngine, ThreadEngine
 from forebay.engine.orphan_reaper import orphan_reaper
 from forebay.errors import InvalidHandler, InvalidSetting, NotImportable, ProcessNotStarted, RemoteError, WorkerDied
+from forebay.events import WorkerRestarted
 from forebay.simulation import simulate
 
 ENGINE = ProcessEngine(grace=0.2)
@@ -64,6 +67,12 @@ def channel() -> Any:
     """Return the process's own channel to its supervisor, which no handler should know."""
     runtime = next(thing for thing in gc.get_objects() if type(thing).__name__ == "ChildRuntime")
     return runtime._channel
+
+
+def sleep_a_little(_: Task) -> list[int]:
+    """Return the process's id, after long enough that another task needs another process."""
+    time.sleep(0.3)  # noqa: TID251 - a handler that takes its time, in a process of its own
+    return [os.getpid(), 0]
 
 
 def send_garbage(task: Task) -> None:
@@ -119,6 +128,37 @@ async def test_a_process_is_replaced_after_max_tasks(supervisor: BackpressureSup
     register(supervisor, engine=ProcessEngine(max_tasks=2))
     pids = [await pid_of(supervisor) for _ in range(6)]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 2]
+
+
+async def test_a_worker_that_is_resized_has_as_many_processes(supervisor: BackpressureSupervisor) -> None:
+    async def pids(count: int) -> set[int]:
+        return {pid for pid, _ in await asyncio.gather(*(supervisor.run(slow_task()) for _ in range(count)))}
+
+    def slow_task() -> Task:
+        return Task("worker", None)
+
+    worker = register(supervisor, handler=sleep_a_little)
+    assert len(await pids(3)) == 1
+    worker.resize(3)
+    started = await pids(3)
+    assert len(started) == 3
+    worker.resize(1)
+    (left,) = await pids(3)
+    for pid in started - {left}:
+        await over(pid)
+
+
+async def test_a_worker_that_is_restarted_has_processes_again(supervisor: BackpressureSupervisor) -> None:
+    life = ScriptedLife()
+    register(supervisor, start=life.start)
+    before = await pid_of(supervisor)
+    async with supervisor.events() as events:
+        life.crash()
+        async for event in events:
+            if isinstance(event, WorkerRestarted):
+                break
+    assert await pid_of(supervisor) != before
+    await over(before)
 
 
 async def test_an_idle_process_is_ended(supervisor: BackpressureSupervisor) -> None:

@@ -21,7 +21,8 @@ def record(number: int, task_type: str = "t") -> TaskRecord:
 
 
 def size(store: MemoryTaskStore) -> int:
-    heaps = [*store._queues.values(), store._leased, *store._ended.values()]
+    queues = [heap for of_tenants in store._queues.values() for heap in of_tenants.values()]
+    heaps = [*queues, store._leased, *store._ended.values()]
     return sum(len(heap._items) for heap in heaps) + len(store._entries) + len(store._keys) + len(store._queues)
 
 

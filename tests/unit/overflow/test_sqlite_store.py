@@ -43,8 +43,8 @@ def sql() -> dict[str, str]:
 
 # The statements that scan a whole table or index, and why that is acceptable.
 SCANS = {
-    "_DEPTHS": "as many rows as types and priorities",
-    "_DELETE_EMPTY_DEPTHS": "as many rows as types and priorities",
+    "_DEPTHS": "as many rows as types, priorities and tenants with tasks that wait",
+    "_DELETE_EMPTY_DEPTHS": "as many rows as types, priorities and tenants with tasks that have waited lately",
     "_PARKED": "an index alone, once in a third of a lease",
     "_DELAYED": "an index alone, once in a third of a lease and where a retry is due",
     "_OLDEST_DONE": "a part of _TRIM_DONE, and not run by itself",
@@ -53,6 +53,9 @@ SCANS = {
     "_TRIM_DEAD": "in order, and only as far as it deletes",
 }
 
+# The statements that sort rows, and why that is acceptable.
+SORTS = {"_LEASE": "a supervisor says how many of each tenant it leases"}
+
 
 @pytest.mark.parametrize("name", sql())
 def test_no_statement_scans_the_table(connection: sqlite3.Connection, name: str) -> None:
@@ -60,7 +63,7 @@ def test_no_statement_scans_the_table(connection: sqlite3.Connection, name: str)
     plan = connection.execute(f"EXPLAIN QUERY PLAN {statement}", [None] * statement.count("?")).fetchall()
     steps = [step for *_, step in plan]
     scans = [step for step in steps if step.startswith("SCAN") and not re.search(r"VALUES|CONSTANT|given", step)]
-    assert not [step for step in steps if "TEMP B-TREE" in step]
+    assert any("TEMP B-TREE" in step for step in steps) is (name in SORTS), steps
     assert bool(scans) is (name in SCANS), steps
 
 
@@ -123,7 +126,9 @@ async def test_a_file_of_the_first_schema_is_migrated_with_its_records(tmp_path:
             thread_id="conversation",
         )
         await store.put(record)
-    assert [lease.record.task_id for lease in await store.lease("t", 9, until=1.0)] == ["old", "0"]
+    assert await store.depths() == {("t", Priority.NORMAL, "default"): 2}
+    leases = await store.lease("t", 9, until=1.0, shares={"default": 9})
+    assert [lease.record.task_id for lease in leases] == ["old", "0"]
     assert await store.depths() == {}
     await store.close()
 

@@ -14,6 +14,7 @@ from forebay import BackpressureSupervisor, Priority, Task, clock
 from forebay.supervisor import pools as pools_module
 from forebay.supervisor.pool import NESTED, NOT_NESTED, Pool
 from forebay.supervisor.pools import PoolGroup
+from forebay.supervisor.tenants import Tenants
 
 KINDS = [f"type {number}" for number in range(12)]
 Head = tuple[int, tuple[int, float], int]
@@ -23,7 +24,7 @@ class Waiting:
     """A group and what waits in its pools, for which the order is found by a search."""
 
     def __init__(self) -> None:
-        self.pools = [Pool(kind, None) for kind in KINDS]
+        self.pools = [Pool(kind, None, Tenants({})) for kind in KINDS]
         self.group = PoolGroup(self.pools)
         self.sequence = 0
         self.passed_over = dict.fromkeys(self.pools, 0)

@@ -158,6 +158,7 @@ async def test_events_of_an_ended_ticket_are_its_end() -> None:
 async def test_dir_lists_what_is_documented() -> None:
     names = [name for name in dir(new_ticket()) if not name.startswith("_")]
     assert names == [
+        "as_dict",
         "cancel",
         "deadline",
         "done",

@@ -154,3 +154,14 @@ def test_a_permit_that_is_closed_is_not_released_again() -> None:
     with pytest.raises(KeyboardInterrupt):
         flow.throw(KeyboardInterrupt())
     assert flow.released == []
+
+
+def test_a_call_that_is_refused_again_and_again_waits_for_no_quota_but_for_its_permission(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow = FlowHarness()
+    monkeypatch.setattr(flow.account, "quota_wait", lambda _: 5.0)
+    flow.start()
+    assert flow.send(THROTTLED) == "Send"  # it has waited in the queue
+    assert flow.send(THROTTLED) == "Sleep"
+    assert (flow.resume(), flow.send(SUCCESS)) == ("Send", "end")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
 from forebay._text import error_text, format_duration
-from forebay.errors import NestedTooDeep, Overloaded, RemoteError, StillSpilled, UnusableTask
+from forebay.errors import NestedTooDeep, Overloaded, RemoteError, StillSpilled, TaskFailed, UnusableTask, WorkerStopped
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 # attribute access on an enum is slow on the hot path
-_SUCCESS, _SUCCEEDED, _EXPIRED, _TIMED_OUT = (
-    Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
+_SUCCESS, _SUCCEEDED, _FAILED, _EXPIRED, _TIMED_OUT = (
+    Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
 )  # fmt: skip
 _CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
+_ALL_ZOMBIES = "every slot is held by a handler that does not stop"
 _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts against a worker's score
 
 
@@ -112,7 +113,7 @@ class RunCompletion:
         """End a run at its timeout, or at its deadline if that came first."""
         now, timeout = self._loop.time(), run.task.timeout or run.worker.timeout
         if run.deadline is not None and now + run.deadline.remaining() <= run.started_at + timeout + _CLOCK_TOLERANCE:
-            self._pools[run.task.task_type].service_times.record_timeout(now - run.started_at)
+            self._pools[run.task.task_type].record_timeout(now - run.started_at, run.task.estimate)
             self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
             self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {format_duration(timeout)}")
@@ -141,17 +142,20 @@ class RunCompletion:
                 break
             self.time_out(run)
 
-    def end_early(self, run: Run, status: TaskStatus, error: str) -> None:
+    def end_early(self, run: Run, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot.
 
-        A task whose time was up waits for its next attempt instead, if it is to be retried.
+        A task whose time was up, or whose worker is stopped, waits for its next attempt instead, if it is to be
+        retried.
         """
         if run.abandoned_at is not None or run.ended:
             return
         duration_ms = 1000 * (self._loop.time() - run.started_at)
+        run.worker.record_other_end(status)
         makes_room = self._detach(run, _fault(run) if status is _TIMED_OUT else Outcome.IGNORED)
-        result = unsuccessful_result(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
-        if status is not _TIMED_OUT or not self._retries.retry(run, result):
+        worker = run.worker.name
+        result = unsuccessful_result(run.ticket, status, error, worker_id=worker, duration_ms=duration_ms, cause=cause)
+        if status not in (_TIMED_OUT, _FAILED) or not self._retries.retry(run, result):
             self._dispatcher.finish(run.ticket, result)
         run.stop()
         if run.worker.probing or makes_room:  # the probe is free again, whether or not its handler stops
@@ -181,6 +185,7 @@ class RunCompletion:
     def _mark_zombie(self, run: Run) -> None:
         worker = run.worker
         run.mark_zombie()
+        worker.record_zombie()
         self.zombies += 1
         task_id, name = run.task.task_id, worker.name
         log.warning(
@@ -192,7 +197,7 @@ class RunCompletion:
         if run.ticket.retries is not None and run.ticket.retries.stopping is run:
             self._retries.attempt_stopped(run.ticket, zombie=True)
         if self._runs.are_all_zombies(worker) and worker.breaker.trip(self._loop.time()) is not None:
-            self._update_breaker(worker, "every slot is held by a handler that does not stop")
+            self._update_breaker(worker, _ALL_ZOMBIES)
             worker.mark_stuck()
         if self._registry.listeners:
             self._registry.notify_progress()
@@ -201,22 +206,18 @@ class RunCompletion:
 
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
+        if run.ended:
+            self._orphan_stopped(run)
+            return
         worker, ticket, task = run.worker, run.ticket, run.task
         cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
         seconds = now - run.started_at
-        holds_slot = run.end()
-        self._runs.remove(run)
-        if run.timer is not None:
-            self._timers.cancel(run.clear_timer())
-        if run.expected_sources:
-            self._on_run_end(run)
+        holds_slot, parent = run.end(), ticket.parent
+        self._forget(run)
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
-        parent = ticket.parent
-        if ticket.run is run:  # otherwise the task was started again before this handler had stopped
-            ticket.end_run()
         if success:
             self._succeeded(run, value, now, seconds, pool)
         elif run.abandoned_at is None:
@@ -234,10 +235,36 @@ class RunCompletion:
         if worker.handler.on_end is not None:  # last, because it is user code and may do anything
             call_plain_hook(f"on_end of worker {worker.name!r}", worker.handler.on_end, task)
 
+    def close(self) -> None:
+        """Leave the handlers that have not stopped to their workers: the next run knows nothing of them."""
+        for run in self._runs:
+            run.worker.add_orphan(run, holds_slot=run.end(), zombie=run.abandoned_at is not None)
+
+    def _forget(self, run: Run) -> None:
+        """Drop what is kept for a run while its handler has not ended."""
+        self._runs.remove(run)
+        if run.timer is not None:
+            self._timers.cancel(run.clear_timer())
+        if run.expected_sources:
+            self._on_run_end(run)
+        if run.ticket.run is run:  # otherwise the task was started again before this handler had stopped
+            run.ticket.end_run()
+
+    def _orphan_stopped(self, run: Run) -> None:
+        """Process the end of a handler that has outlived its supervisor."""
+        self._forget(run)
+        run.worker.orphan_stopped(run, self._loop.time())
+        if run.task.thread_id is not None and run.ticket.run is None:
+            self._dispatcher.next_in_conversation(run.ticket)
+        if run.worker.handler.on_end is not None:
+            call_plain_hook(f"on_end of worker {run.worker.name!r}", run.worker.handler.on_end, run.task)
+
     def _succeeded(self, run: Run, value: Any, now: float, seconds: float, pool: Pool) -> None:
         worker, ticket, task = run.worker, run.ticket, run.task
         if run.calls is not None:
             pool.record_calls(run.calls)
+        if task.estimate is not None:
+            pool.record_estimated(seconds, task.estimate)
         worker.record_success(task.task_type, seconds)
         if worker.breaker.record(now, _SUCCESS, run.breaker_epoch) is not None:
             self._update_breaker(worker, "")
@@ -291,8 +318,9 @@ class RunCompletion:
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
             outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
-        elif run.upstream_failed or _is_submitters_mistake(cause):
+        elif run.upstream_failed or _is_submitters_mistake(cause) or _is_stop_of_other_worker(cause):
             outcome = Outcome.IGNORED
+        worker.record_other_end(status)
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
         if status is TaskStatus.FAILED:
@@ -320,10 +348,37 @@ class RunCompletion:
             for counts in self._counts_of[worker]:
                 counts.score_fell(worker)
 
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        self._timers.cancel(self.timed_workers.pop(worker, None))
+        self._timers.cancel(self._breaker_timers.pop(worker, None))
+
+    def slots_changed(self, worker: WorkerAgent) -> None:
+        """Follow a change of the number of slots: zombies may hold all of them now, or no longer."""
+        now = self._loop.time()
+        all_zombies = self._runs.are_all_zombies(worker)
+        if all_zombies and worker.breaker.trip(now) is not None:
+            self._update_breaker(worker, _ALL_ZOMBIES)
+            worker.mark_stuck()
+        elif worker.stuck and not all_zombies and worker.breaker.retry_after(now) is not None:
+            self.revive(worker)
+        else:
+            self._dispatcher.update_slots(worker)
+        self._registry.notify_progress()
+
     def fail_start(self, worker: WorkerAgent) -> None:
         """Make a worker FAILED whose handler could not be started."""
+        worker.mark_start_failed()
         worker.breaker.trip(self._loop.time())
         self._update_breaker(worker, "its handler could not be started")
+
+    def fail_until_revived(self, worker: WorkerAgent, reason: str) -> None:
+        """Make a worker FAILED until `revive`: it is stopped, and not started again by itself."""
+        reported = worker.failed
+        worker.breaker.hold_open(self._loop.time())
+        self._update_breaker(worker, reason)
+        if reported:  # as FAILED for a time, because of its tasks
+            self._report_failed(worker, reason)
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
@@ -337,17 +392,21 @@ class RunCompletion:
         worker.update_from_breaker(now)
         self.arm_breaker_timer(worker)
         if worker.failed and not failed:
-            retry_in = worker.breaker.retry_after(now)
-            until = "until it is revived" if retry_in is None else f"for {format_duration(retry_in)}"
-            log.warning("worker %r is FAILED %s: %s", worker.name, until, reason)
-            self._bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=retry_in))
+            self._report_failed(worker, reason)
         elif failed and not worker.failed:
             log.info("worker %r accepts tasks again", worker.name)
             self._bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
-        if not (worker.ready or worker.failed):
+        if not (worker.ready or worker.failed or worker.leaving):
             self._dispatcher.start_worker(worker)  # the start is its probe
         self._dispatcher.update_slots(worker)
         self._registry.notify_progress()
+
+    def _report_failed(self, worker: WorkerAgent, reason: str) -> None:
+        now = self._loop.time()
+        retry_in = worker.breaker.retry_after(now)
+        until = "until it is revived" if retry_in is None else f"for {format_duration(retry_in)}"
+        log.warning("worker %r is FAILED %s: %s", worker.name, until, reason)
+        self._bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=retry_in))
 
     def arm_breaker_timer(self, worker: WorkerAgent) -> None:
         """Set the timer for the next change of a worker's breaker by time: it allows a probe, or a probe is overdue."""
@@ -372,6 +431,13 @@ def _is_submitters_mistake(cause: BaseException | None) -> bool:
     if isinstance(cause, RemoteError):
         return cause.type == UnusableTask.__name__
     return isinstance(cause, UnusableTask | NestedTooDeep)
+
+
+def _is_stop_of_other_worker(cause: BaseException | None) -> bool:
+    """Return whether a handler failed because the worker of a task that it awaited was stopped, to be restarted."""
+    while isinstance(cause, TaskFailed):
+        cause = cause.__cause__
+    return isinstance(cause, WorkerStopped)
 
 
 def describe_error(cause: BaseException | None) -> str:

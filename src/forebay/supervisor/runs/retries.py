@@ -119,7 +119,8 @@ class TaskRetries:
         retries.state.follow(policy)
         pool = self._pools[run.task.task_type]
         asked = result.cause.retry_after if isinstance(result.cause, Overloaded) else None
-        time_left = _time_left(ticket) - (pool.service_times.optimistic() or 0.0)
+        times, units = pool.times_of(run.task.estimate)
+        time_left = _time_left(ticket) - units * times.optimistic()
         delay = retries.state.next_delay(uses_attempt=True, draw=self._draw(), retry_after=asked, time_left=time_left)
         if delay is None:
             return False
@@ -151,7 +152,7 @@ class TaskRetries:
         retries = ticket.retries
         assert retries is not None  # noqa: S101 - it has failed before
         if not retries.waits_here:
-            self._pools[ticket.task.task_type].delay(nested=ticket.nested)
+            self._pools[ticket.task.task_type].delay(ticket)
         due_at = self._loop.time() + delay
         retries.wait_here(self._timers.at(due_at, self._due, ticket), due_at)
         self._dispatcher.arm_expiry(ticket)
@@ -175,7 +176,7 @@ class TaskRetries:
     def resume(self, ticket: Ticket, record: TaskRecord) -> None:
         """Go on with the attempts at a task that comes back from its store: other processes may have made some."""
         if record.failures > (0 if ticket.retries is None else ticket.retries.state.failed):
-            policies = (worker.retry for worker in self._pools[record.task_type].workers)
+            policies = (worker.retry for worker in self._pools[ticket.task.task_type].workers)
             policy = ticket.task.retry or next(filter(None, policies), _DEFAULT)
             retries = TicketRetries(policy, failed=record.failures, total_delay=record.total_delay)
             retries.attempt_failed(_last_result(record), None, stopping=None)
@@ -224,7 +225,7 @@ class TaskRetries:
         """Stop waiting for the next attempt, here."""
         if ticket.retries is not None and ticket.retries.waits_here:
             self._timers.cancel(ticket.retries.stop_waiting())
-            self._pools[ticket.task.task_type].stop_delay(nested=ticket.nested)
+            self._pools[ticket.task.task_type].stop_delay(ticket)
 
     def _end(self, ticket: Ticket, why: str) -> None:
         """End a task with the result of its last attempt."""

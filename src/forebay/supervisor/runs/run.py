@@ -53,7 +53,7 @@ class RunEnder(Protocol):
     def time_out(self, run: Run) -> None:
         """End a run whose time is up."""
 
-    def end_early(self, run: Run, status: TaskStatus, error: str) -> None:
+    def end_early(self, run: Run, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket of a run now, and ask the handler to stop."""
 
     def abandon(self, run: Run) -> None:
@@ -190,6 +190,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             event = TaskProgress(at=at, task_id=self.task.task_id, value=value)
             self.dispatcher.core.registry.emit(self.ticket, event)
             self.dispatcher.core.bus.limit_backlog()  # a handler may report much without ever giving the loop a turn
+
+    @property
+    def tenant_weight(self) -> float:
+        """The share of turns of its tenant, which upstreams give its calls."""
+        return self.dispatcher.core.tenants.weight(self.task.tenant)
 
     # --- expected calls ---
 
@@ -359,9 +364,9 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """End the ticket because its time is up, and ask the handler to stop."""
         self.dispatcher.completion.time_out(self)
 
-    def end_early(self, status: TaskStatus, error: str) -> None:
+    def end_early(self, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket now, and ask the handler to stop."""
-        self.dispatcher.completion.end_early(self, status, error)
+        self.dispatcher.completion.end_early(self, status, error, cause)
 
     def abandon(self) -> None:
         """Ask the handler to stop without ending the ticket: the task is to run again."""
@@ -397,6 +402,13 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         return held
 
 
+def _may_resume(run: Run) -> bool:
+    """Return whether a run that has lent its slot may take a free one: by the reserve, and the bound of its tenant."""
+    if run.worker.reserve and not run.worker.may_take_slot(run.task.priority, again=True):
+        return False
+    return run.task.tenant not in run.dispatcher.core.tenants.blocked
+
+
 def was_interrupted(run: Run, cause: BaseException | None) -> bool:
     """Return whether a Ctrl-C ended the handler of `run`, which cannot be if it ran in a thread."""
     in_loop = run.ticket.slot is not None or not run.worker.handler.blocking
@@ -415,10 +427,15 @@ class ActiveRuns:
 
     def __init__(self) -> None:
         self._by_worker: dict[WorkerAgent, dict[Run, None]] = {}  # in the order in which their handlers started
+        self._awaited: dict[WorkerAgent, asyncio.Future[None]] = {}  # done when nothing runs on the worker
 
     def add_worker(self, worker: WorkerAgent) -> None:
         """Make room for the runs of a worker."""
         self._by_worker[worker] = {}
+
+    def remove_worker(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        del self._by_worker[worker]
 
     def add(self, run: Run) -> None:
         """Add a run that starts now."""
@@ -431,7 +448,18 @@ class ActiveRuns:
 
     def remove(self, run: Run) -> None:
         """Remove a run whose handler has ended."""
-        self._by_worker[run.worker].pop(run, None)
+        runs = self._by_worker[run.worker]
+        runs.pop(run, None)
+        if self._awaited and not runs and (idle := self._awaited.pop(run.worker, None)) is not None:
+            run.dispatcher.core.loop.call_soon(idle.set_result, None)  # not now: the run is still ending
+
+    def when_idle(self, worker: WorkerAgent) -> asyncio.Future[None] | None:
+        """Return a future that is done once nothing runs on a worker; None if nothing does."""
+        if not self._by_worker.get(worker):
+            return None
+        if worker not in self._awaited:
+            self._awaited[worker] = asyncio.get_running_loop().create_future()
+        return self._awaited[worker]
 
     def on(self, worker: WorkerAgent) -> list[Run]:
         """Return the runs on a worker, in the order in which their handlers started."""
@@ -472,12 +500,13 @@ class SlotClaims:
             it has a slot. A run that does not stop when it is cancelled gets the next slot too: it is at work.
         """
         worker = run.worker
-        if worker.has_free_slot() and not worker.pending_claims:
+        if worker.has_free_slot() and _may_resume(run) and not self._is_behind(worker):
             run.dispatcher.take_slot(run)
             return None
         if run.abandoned_at is not None and any(other is run for other, _ in self._claims.get(worker, ())):
             return None
         granted: asyncio.Future[None] = run.dispatcher.core.loop.create_future()
+        worker.hold_back_claims(worker.has_free_slot() and not self._is_behind(worker))
         self._claims.setdefault(worker, deque()).append((run, granted))
         worker.add_claim()
         return None if run.abandoned_at is not None else granted
@@ -487,9 +516,12 @@ class SlotClaims:
         self._remove(run.worker, [claim for claim in self._claims.get(run.worker, ()) if claim == (run, granted)])
 
     def grant(self, worker: WorkerAgent) -> None:
-        """Give the free slots of `worker` to the runs that claim them, the oldest claim first."""
+        """Give the free slots of `worker` to the runs that claim them and may take them, the oldest claim first."""
         while worker.pending_claims and worker.has_free_slot():
-            run, _ = self._claims[worker][0]
+            run = next((run for run, _ in self._claims[worker] if _may_resume(run)), None)
+            worker.hold_back_claims(run is None)
+            if run is None:
+                return
             if run.lacks_slot:
                 run.dispatcher.take_slot(run)
             answered = [claim for claim in self._claims[worker] if claim[0] is run]  # one slot answers them all
@@ -497,6 +529,26 @@ class SlotClaims:
             for _, granted in answered:
                 if not granted.done():
                     granted.set_result(None)
+
+    def waiting(self) -> list[WorkerAgent]:
+        """Return the workers of which a slot is claimed."""
+        return [worker for worker, claims in self._claims.items() if claims]
+
+    def _is_behind(self, worker: WorkerAgent) -> bool:
+        """Return whether a run that could take a free slot of `worker` claims one already."""
+        return worker.pending_claims > 0 and any(_may_resume(run) for run, _ in self._claims[worker])
+
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker on which nothing runs any more."""
+        self._claims.pop(worker, None)
+
+    def close(self) -> None:
+        """Let every run that waits for its slot go on without one, because no slot is given any more."""
+        for worker, claims in self._claims.items():
+            for claim in list(claims):
+                self._remove(worker, [claim])
+                if not claim[1].done():
+                    claim[1].set_result(None)
 
     def _remove(self, worker: WorkerAgent, claims: Iterable[tuple[Run, asyncio.Future[None]]]) -> None:
         for claim in claims:

@@ -113,7 +113,7 @@ class Runner:
             self.next_run = None
             self.run = run
             if run.abandoned_at is None:
-                value, cause, waited = yield from _step(run, _own_context(run, pool.base_context))
+                value, cause, waited = yield from _step(run, pool.base_context)
             else:
                 value, cause, waited = None, asyncio.CancelledError(), False
             self.run = None
@@ -144,22 +144,17 @@ class Runner:
                 in_a_row = 0
 
 
-def _own_context(run: Run, base: Context) -> Context:
-    """Return the context of a handler: that of its submitter, but a copy if another attempt at the task may follow."""
-    own = run.ticket.context
-    if own is None:
-        return base.copy()
-    if run.ticket.lease is not None or run.worker.retry is not None or run.task.retry is not None:
-        return own.copy()
-    return own
-
-
-def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
-    """Run a handler to its end in the context `own`.
+def _step(run: Run, base: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
+    """Run a handler to its end, in the context of its submitter, or in a copy of `base` if there is none.
 
     Returns:
         Its value, or the exception that ended it; and whether it waited for anything.
     """
+    own = run.ticket.context
+    if own is None:
+        own = base.copy()
+    elif run.ticket.lease is not None or run.worker.retry is not None or run.task.retry is not None:
+        own = own.copy()  # another attempt may follow, which must not see what this one sets
     waited = loop_gone = False
     try:
         coroutine, awaited = own.run(_start_handler, run)

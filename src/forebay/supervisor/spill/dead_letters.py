@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from forebay._json import JsonStruct
 from forebay._validate import check_whole
 from forebay.errors import DuplicateKey, InvalidPayload, Overloaded, UnknownTask
 from forebay.interfaces import PutResult, RecordState
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 _MAX_PAGE = 1000
 
 
-class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+class DeadLetter(JsonStruct, frozen=True, kw_only=True):
     """A stored task that has failed for good.
 
     Attributes:
@@ -101,8 +100,8 @@ class DeadLetters:
     async def requeue(self, task_id: str) -> None:
         """Put the task of a letter back into the overflow, in its old order and with no attempts or retries counted.
 
-        Its old tickets have ended; ``supervisor.ticket(task_id)`` returns a new one. A task whose deadline has passed
-        expires.
+        Its old tickets have ended; ``await supervisor.find(task_id)`` returns a new one. A task whose deadline has
+        passed expires.
 
         Raises:
             UnknownTask: there is no letter of that id.

@@ -126,6 +126,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):
+            if self._loop.is_closed():  # nothing runs any more whose leases matter
+                return
             self._try_beat()
             try:
                 self._loop.call_soon_threadsafe(self._beat_done)

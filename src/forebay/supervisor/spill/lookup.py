@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, TypeVar
 
-from forebay.errors import ForebayError, StoreUnavailable, UnknownTask
+from forebay.errors import ForebayError, InvalidPayload, StoreUnavailable
 from forebay.interfaces import Completion, RecordState, TaskRecord
-from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket
+from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
+from forebay.supervisor.spill import records
+from forebay.supervisor.ticket import Ticket, TicketOwner, found_ticket
 from forebay.task import Deadline, Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.spill.stored_tasks import StoredTasks
+
+T = TypeVar("T")
 
 
 class StoreLookup:
@@ -24,93 +28,73 @@ class StoreLookup:
         self._dispatcher = dispatcher
         self._registry = core.registry
         self._stored = stored
-        self._searches: dict[str, asyncio.Event] = {}  # by id, set once the store has answered
 
-    def by_id(self, task_id: str) -> Ticket:
-        """Return a ticket for a stored task. Awaiting it raises UnknownTask if there is none."""
-        if (known := self._registry.weak.get(task_id)) is not None:
+    async def by_id(self, task_id: str) -> Ticket | None:
+        """Return a ticket for the stored task of an id, or None if there is none.
+
+        Raises:
+            StoreUnavailable: the store cannot be asked.
+        """
+        found = await self._ask(self._stored.store.find(task_id))
+        if (known := self._registry.find(task_id)) is not None:  # it was submitted or came back meanwhile
             return known
-        ticket = self._new_ticket(task_id)
-        ticket.begin_store_call()
-        self._searches[task_id] = asyncio.Event()
-        self._core.run_in_background(self._find(ticket), if_cancelled=partial(self._give_up, ticket))
-        return ticket
-
-    def _new_ticket(self, task_id: str) -> Ticket:
-        ticket = spilled_ticket(self._dispatcher, Task("(stored)", task_id=task_id))
-        ticket.move_to_store()
-        self._registry.add(ticket)
-        return ticket
+        return None if found is None else self._new_ticket(*found)
 
     async def by_key(self, key: str) -> Ticket | None:
-        """Return a ticket for the stored task of an idempotency key, or None if there is none."""
-        task_id = await self._stored.store.find_key(key)
+        """Return a ticket for the stored task of an idempotency key, or None if there is none.
+
+        Raises:
+            StoreUnavailable: the store cannot be asked.
+        """
+        task_id = await self._ask(self._stored.store.find_key(key))
         if task_id is None:
             return None
-        await self.wait_for_search(task_id)
-        if (known := self._registry.get(task_id) or self._registry.weak.get(task_id)) is not None:
-            return known
-        found = await self._stored.store.find(task_id)
-        if found is None:  # its record was removed meanwhile
-            return None
-        if (known := self._registry.get(task_id) or self._registry.weak.get(task_id)) is not None:
-            return known
-        ticket = self._new_ticket(task_id)
-        self._apply(ticket, *found)
-        return ticket
+        # Not found by its id: its record was removed meanwhile.
+        return self._registry.find(task_id) or await self.by_id(task_id)
 
-    def is_searching(self, task_id: str) -> bool:
-        """Return whether the store looks for the id."""
-        return task_id in self._searches
-
-    async def wait_for_search(self, task_id: str) -> None:
-        """Wait while the store looks for the id: until then nobody knows whether there is such a task."""
-        while (search := self._searches.get(task_id)) is not None:
-            await search.wait()
-
-    async def _find(self, ticket: Ticket) -> None:
-        task_id = ticket.task_id
-        missing: ForebayError = UnknownTask(task_id=task_id)
+    async def _ask(self, question: Awaitable[T]) -> T:
+        """Return the answer of the store; closing the supervisor ends the wait for it."""
+        answer = self._core.run_to_completion(question)
         try:
-            found = await self._stored.store.find(task_id)
-        except Exception as exc:  # noqa: BLE001 - whatever a store raises, the ticket must end
+            await asyncio.wait((answer,))
+        finally:
+            answer.cancel()  # its caller has gone; no effect once it is done
+        if answer.cancelled():
+            why, advice = "the search for the task was cancelled", "Ask for it again."
+            raise StoreUnavailable(where="the overflow", why=why, advice=advice)
+        try:
+            return answer.result()
+        except ForebayError:
+            raise
+        except Exception as exc:
             why, advice = f"it raised {type(exc).__name__}", "Look into the log of the store."
-            failed = StoreUnavailable(where="the overflow", why=why, advice=advice)
-            found, missing = None, exc if isinstance(exc, StoreUnavailable) else failed
-        if found is None:
-            self._not_found(ticket, missing)
-            return
-        self._end_search(ticket)
-        if not ticket.done():
-            self._apply(ticket, *found)
+            raise StoreUnavailable(where="the overflow", why=why, advice=advice) from exc
 
-    def _apply(self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion | None) -> None:
-        if ticket.lease is None:  # otherwise it has come back meanwhile, and has its task
-            ticket.restore(ticket.task, None if record.deadline is None else Deadline(record.deadline))
+    def _new_ticket(self, state: RecordState, record: TaskRecord, completion: Completion | None) -> Ticket:
+        deadline = None if record.deadline is None else Deadline(record.deadline)
+        ticket = found_ticket(self._dispatcher, self._task(record), deadline, submitted_at=record.enqueued_at)
+        self._registry.add(ticket)
         if completion is not None:
             self._stored.apply_stored_completion(ticket, state, record, completion)
         elif self._stored.stays_stored:
             self._stored.release(ticket)
-        elif state is RecordState.LEASED and ticket.lease is None:
+        elif state is RecordState.LEASED:
             self._stored.leave_to_other_process(ticket)
         elif state is RecordState.DELAYED:
             self._stored.wait_delayed(ticket)
         else:
             self._stored.wait_in_store(ticket)
-        if ticket.cancel_reason is not None:
-            ticket.cancel(ticket.cancel_reason)
+        return ticket
 
-    def _not_found(self, ticket: Ticket, why: ForebayError) -> None:
-        self._end_search(ticket)
-        if not ticket.done():
-            self._registry.discard(ticket)
-            ticket.resolve(why)
-
-    def _end_search(self, ticket: Ticket) -> None:
-        ticket.end_store_call()
-        self._searches.pop(ticket.task_id).set()
-
-    def _give_up(self, ticket: Ticket) -> None:
-        """End a ticket whose search was cancelled."""
-        why, advice = "the search for the task was cancelled", "Ask for its ticket again."
-        self._not_found(ticket, StoreUnavailable(where="the overflow", why=why, advice=advice))
+    def _task(self, record: TaskRecord) -> Task:
+        """Return the task of a record; one that has ended has no payload any more, and others cannot be read here."""
+        try:
+            return records.read_record(record, self._core.codecs)[0]
+        except (EnvelopeDamaged, EnvelopeTooNew, InvalidPayload):
+            return Task(
+                record.task_type,
+                task_id=record.task_id,
+                priority=record.priority,
+                key=record.key,
+                thread_id=record.thread_id,
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -17,7 +16,7 @@ from forebay.supervisor.runs.completion import describe_error
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket, unsuccessful_result
-from forebay.task import Deadline, Priority, TaskStatus
+from forebay.task import Deadline, Priority, Task, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.conversations import Conversations
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.worker import WorkerAgent
 
-_Depths: TypeAlias = Mapping[tuple[str, Priority], int]  # how many records wait, by task type and priority
+_Depths: TypeAlias = Mapping[tuple[str, Priority, str], int]  # how many records wait, by task type, priority, tenant
 _RETRY_INTERVAL = 1.0  # seconds until a store that failed is asked for records again
+_PATIENCE = 0.1  # seconds for which new tasks wait for the turns of records that are being leased
 _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
 
 
@@ -52,6 +52,9 @@ class RefillDispatcher(TicketOwner, Protocol):
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Start a task on `worker`, or queue it."""
 
+    def serve(self, pool: Pool) -> None:
+        """Start what waits in the queue of `pool`, on workers that have a free slot."""
+
 
 class Refiller:
     """Takes stored tasks back into the queue: it reserves room first, and then leases exactly that many records.
@@ -75,7 +78,7 @@ class Refiller:
         self.refilling: set[Pool] = set()
         self.refilled = 0
         self.unreadable: dict[str, Lease] = {}
-        self.unserved_depths: dict[tuple[str, Priority], int] = {}  # by task type and priority
+        self.unserved_depths: dict[tuple[str, Priority, str], int] = {}  # by task type, priority and tenant
         self._round_trip = 0.0  # average seconds that leasing takes
         self._spills = 0  # records that were stored from here, so far
         self._spilled_at: dict[Pool, int] = {}  # how many there were with the latest of each pool
@@ -85,8 +88,21 @@ class Refiller:
 
     def add_pool(self, pool: Pool) -> None:
         """Count the records of a task type that is served from now on."""
+        counts = _by_priority(self.unserved_depths).get(pool.task_type, {})
+        for priority, of_tenants in counts.items():
+            pool.set_spilled(priority, of_tenants)
+        self.unserved_depths = {key: depth for key, depth in self.unserved_depths.items() if key[0] != pool.task_type}
+
+    def remove_pool(self, pool: Pool) -> None:
+        """Count the records of a task type that no worker here serves any more."""
+        self._spilled_at.pop(pool, None)
+        self._recount_after.discard(pool)
         for priority in Priority:
-            pool.set_spilled(priority, self.unserved_depths.pop((pool.task_type, priority), 0))
+            for tenant, count in pool.spilled.of(priority).items():
+                self.unserved_depths[pool.task_type, priority, tenant] = count
+
+    def _is_served(self, pool: Pool) -> bool:
+        return self._core.pools.by_type.get(pool.task_type) is pool
 
     async def recount(self, pools: Iterable[Pool], *, refilling: Pool | None = None) -> None:
         """Replace the counts of `pools` and of unserved types by those of the store, which other processes use too.
@@ -97,24 +113,30 @@ class Refiller:
         spills = self._spills
         self._set_depths(await self._stored.store.depths(), pools, spills, refilling)
 
-    def add_spilled(self, pool: Pool, priority: Priority) -> None:
-        """Count one more record of `pool` that waits in the store."""
+    def add_spilled(self, pool: Pool, task: Task) -> None:
+        """Count one more record of `pool` that waits in the store: that of `task`."""
+        if not self._is_served(pool):  # its last worker has gone meanwhile
+            key = (pool.task_type, task.priority, task.tenant)
+            self.unserved_depths[key] = self.unserved_depths.get(key, 0) + 1
+            return
         self._spills += 1
         self._spilled_at[pool] = self._spills
-        pool.add_spilled(priority)
+        pool.add_spilled(task.priority, task.tenant)
 
     def _set_depths(self, depths: _Depths, pools: Iterable[Pool], spills: int, refilling: Pool | None = None) -> None:
         """Set the counts of `pools` to those that the store made when `spills` records had been counted here.
 
         It may not have counted what was stored since. A count that is too high costs a lease that finds nothing.
         """
+        by_priority = _by_priority(depths)
         for pool in pools:
             if pool in self.refilling and pool is not refilling:
                 continue
             stored_since = self._spilled_at.get(pool, 0) > spills
             for priority in Priority:
-                depth = depths.get((pool.task_type, priority), 0)
-                pool.set_spilled(priority, max(depth, pool.spilled[priority]) if stored_since else depth)
+                counts = by_priority.get(pool.task_type, {}).get(priority, {})
+                known = pool.spilled.of(priority) if stored_since else {}
+                pool.set_spilled(priority, counts | {name: max(n, counts.get(name, 0)) for name, n in known.items()})
         served = self._core.pools.by_type
         self.unserved_depths = {key: depth for key, depth in depths.items() if key[0] not in served}
 
@@ -139,7 +161,7 @@ class Refiller:
         except StoreUnavailable:
             return  # the heartbeat counts again
         by_type = self._core.pools.by_type
-        types = dict.fromkeys([*filter(None, (task_type,)), *(waiting for waiting, _ in depths)])
+        types = dict.fromkeys([*filter(None, (task_type,)), *(waiting for waiting, _, _ in depths)])
         pools = [by_type[name] for name in types if name in by_type]
         self._recount_after.update(pool for pool in pools if pool in self.refilling)
         self._set_depths(depths, pools, spills)
@@ -158,16 +180,20 @@ class Refiller:
     def spilled_tasks(self) -> int:
         """The number of records that wait, those that are delayed included, as far as is known."""
         pools = self._core.pools.by_type.values()
-        waiting = sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
+        waiting = sum(self.unserved_depths.values()) + sum(sum(pool.spilled.totals.values()) for pool in pools)
         return waiting + self._dispatcher.conversations.parked_in_overflow + self._stored.delayed.count
 
     # --- back into the queue ---
 
     def refill(self, pool: Pool) -> None:
         """Lease records of `pool` if there is room for them."""
-        if not self._stored.refill_stopped and pool not in self.refilling and self._demand(pool) is not None:
+        if self._may_refill(pool) and pool not in self.refilling and pool.refill_demand(self._round_trip):
             self.refilling.add(pool)
+            pool.expect_records(expected=pool.takes_turns)
             self._core.run_in_background(self._refill(pool), if_cancelled=partial(self.resume, (pool,)))
+
+    def _may_refill(self, pool: Pool) -> bool:
+        return not (self._stored.refill_stopped or pool.paused) and self._is_served(pool)
 
     def pause(self, pools: Iterable[Pool]) -> set[Pool]:
         """Take nothing back into `pools`; return those of them that `resume` has to resume."""
@@ -178,66 +204,67 @@ class Refiller:
     def resume(self, pools: Iterable[Pool]) -> None:
         """Take tasks back into `pools` again."""
         for pool in pools:
-            self.refilling.discard(pool)
+            self._stop_refilling(pool)
             self.refill(pool)
 
-    def _demand(self, pool: Pool) -> tuple[Priority, int] | None:
-        """Return what to lease: a record for each free slot, and as many more as start within two round trips."""
-        if not any(pool.spilled.values()):
-            return None
-        rate = pool.service_times.drain_rate(pool.usable_slots) or 0.0
-        free = pool.usable_slots - pool.running
-        slots = max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.queue_bound)
-        queued, capacity = pool.queue.lengths, pool.queue_bound + free - pool.queued
-        if pool.nested_spilled:  # they are to be served before what is queued and has not begun, as in the store
-            slots, capacity = max(slots, pool.usable_slots), capacity + pool.queue_bound
-            queued = (pool.nested, 0, 0, 0)
-        return pool.refill_policy.next_batch(
-            slots=slots,
-            capacity=capacity,
-            queued=queued,
-            stored=pool.spilled,
-        )
-
     async def _refill(self, pool: Pool) -> None:
-        loop, store = self._core.loop, self._stored.store
+        loop, store, late = self._core.loop, self._stored.store, None
+        if pool.expects_records:  # a store that does not answer keeps no slot free for long
+            late = self._core.timers.at(loop.time() + _PATIENCE, self._expect_no_records, pool)
         try:
-            while not self._stored.refill_stopped:
-                demand = self._demand(pool)
+            while self._may_refill(pool):
+                demand = pool.refill_demand(self._round_trip)
                 if demand is None and pool in self._recount_after:
                     self._recount_after.discard(pool)
                     await self.recount([pool], refilling=pool)
-                    demand = self._demand(pool)
+                    demand = pool.refill_demand(self._round_trip)
                 if demand is None:
                     break
-                priority, room = demand
+                priority, shares = demand
+                room = sum(shares.values())
                 pool.reserve(room)
                 asked = loop.time()
                 try:
                     until = clock.wall_time() + self._lease
-                    leases = await store.lease(pool.task_type, room, until=until, priority=priority)
+                    leases = await store.lease(pool.task_type, room, until=until, priority=priority, shares=shares)
                 finally:
                     pool.unreserve(room)
-                if self._stored.refill_stopped:
+                if not self._may_refill(pool):
                     await store.release(leases)
                     break
                 self._round_trip += _ROUND_TRIP_GAIN * (loop.time() - asked - self._round_trip)
-                pool.refill_policy.record_fetch(priority, len(leases), pool.spilled)
-                for lease in leases:
+                pool.refill_policy.record_fetch(priority, len(leases), pool.spilled.totals)
+                for count, lease in enumerate(leases):
+                    if not self._is_served(pool):
+                        await store.release(leases[count:])
+                        break
                     await self._take_in(lease, pool)
+                pool.forget_returned()
+                self._dispatcher.serve(pool)
                 if len(leases) < room:
                     await self.recount([pool], refilling=pool)
         except StoreUnavailable:  # the heartbeat comes later, and not at all for a store that ends with the process
             self._core.timers.at(loop.time() + _RETRY_INTERVAL, self.refill, pool)
             raise
         finally:
-            self.refilling.discard(pool)
+            self._core.timers.cancel(late)
+            self._stop_refilling(pool)
+
+    def _stop_refilling(self, pool: Pool) -> None:
+        self.refilling.discard(pool)
+        pool.forget_returned()
+        self._expect_no_records(pool)
+
+    def _expect_no_records(self, pool: Pool) -> None:
+        """Start new tasks that have waited for the turns of records meanwhile."""
+        pool.expect_records(expected=False)
+        self._dispatcher.serve(pool)
 
     async def _take_in(self, lease: Lease, pool: Pool) -> None:
         record, stored, registry = lease.record, self._stored, self._registry
         ticket = registry.live.get(record.task_id) or registry.hold_strongly(record.task_id)
         if ticket is None or ticket.stored:  # otherwise it is still counted as on its way to the store
-            pool.remove_spilled(record.priority)
+            pool.remove_spilled(record.priority, record.tenant, returns=True)
             self._dispatcher.conversations.remove_stored(record.thread_id)
         pool.remove_nested_spilled(record.task_id)
         ended = registry.ended.get(record.task_id) if ticket is None else None
@@ -246,7 +273,7 @@ class Refiller:
         elif ticket is not None and self._is_inside(ticket):
             stored.adopt(ticket, lease)
         else:
-            if ticket is None or ticket.task.task_type != record.task_type:
+            if ticket is None or ticket.found:
                 ticket = await self._read_ticket(lease, ticket)
             if ticket is not None:
                 self._start_or_queue(ticket, lease, pool)
@@ -268,6 +295,7 @@ class Refiller:
         if ticket.done():  # it has ended meanwhile, and its completion is on its way to the store
             return
         self.refilled += 1
+        self._registry.add(ticket)  # even if it ends now: whoever looks for the task gets this ticket
         if core.bus.active or ticket.listeners is not None:
             event = TaskRefilled(at=core.loop.time(), task_id=record.task_id, task_type=record.task_type)
             self._registry.emit(ticket, event)
@@ -276,7 +304,8 @@ class Refiller:
         elif (error := dispatcher.expiry_reason(ticket, pool)) is not None:
             stored.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, error))
         else:
-            dispatcher.start_or_queue(ticket, pool, dispatcher.pick_worker(pool, ticket))
+            worker = None if pool.takes_turns else dispatcher.pick_worker(pool, ticket)  # else `serve` starts it
+            dispatcher.start_or_queue(ticket, pool, worker)
 
     async def _read_ticket(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
         """Return the ticket of a record that another process stored, or None if this one cannot read it."""
@@ -308,3 +337,11 @@ class Refiller:
             context.run(restore_context, carried)
             ticket.restore_context(context)
         return ticket
+
+
+def _by_priority(depths: _Depths) -> dict[str, dict[Priority, dict[str, int]]]:
+    """Return how many records wait by task type, then priority, then tenant."""
+    counts: dict[str, dict[Priority, dict[str, int]]] = {}
+    for (task_type, priority, tenant), depth in depths.items():
+        counts.setdefault(task_type, {}).setdefault(priority, {})[tenant] = depth
+    return counts

@@ -37,8 +37,8 @@ class SpillDispatcher(StoredTaskDispatcher, RefillDispatcher, Protocol):
 class Spill:
     """The task store of a supervisor: it puts tasks into it, and its parts take them back.
 
-    While records of a priority or a better one wait in the store, new tasks of that type and priority join them, so
-    that no task overtakes another.
+    While records of a better priority wait in the store, or of their own priority and tenant, new tasks of that type
+    join them, so that no task overtakes another. The records of other tenants take turns with new tasks.
 
     Attributes:
         stored: the tasks of this process that have a record in the store.
@@ -56,6 +56,7 @@ class Spill:
         runs: ActiveRuns,
         settings: SupervisorSettings,
     ) -> None:
+        self._core = core
         self.codecs: TaskCodecs = core.codecs
         # Seconds that a lease lasts unless renewed; infinity in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
@@ -64,6 +65,7 @@ class Spill:
         )
         self._max_payload_bytes = settings.max_payload_bytes
         self._store = store
+        self._pools: Mapping[str, Pool] = core.pools.by_type
         self._conversations: Conversations = dispatcher.conversations
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
         self.stored.on_change(self.refiller.count_waiting)
@@ -101,21 +103,22 @@ class Spill:
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> PutResult:
         """Store a task that was not admitted; once it is written, the ticket is SPILLED."""
-        priority, thread_id = ticket.task.priority, ticket.task.thread_id
+        task = ticket.task
+        thread_id = task.thread_id
         # Counted before the await, or new work would overtake it; unless it will be parked, where it delays nobody.
         counts = thread_id is None or not self._conversations.waits_in_overflow(thread_id)
         if counts:
-            pool.begin_spill(priority)
+            pool.spilled.begin_spill(task.priority, task.tenant)
         try:
             put = await self._put(ticket, records.record_of_ticket(ticket, envelope))
         finally:
             if counts:
-                pool.end_spill(priority)
+                pool.spilled.end_spill(task.priority, task.tenant)
         if put is PutResult.STORED and ticket.status is TaskStatus.SPILLED and not self.stored.stays_stored:
-            self.refiller.add_spilled(pool, priority)
+            self.refiller.add_spilled(pool, task)
         if put.written and ticket.status is TaskStatus.SPILLED:
             if ticket.nested:
-                pool.add_nested_spilled(ticket.task_id)
+                pool.add_nested_spilled(ticket)
             self._wait_in_store(ticket, pool)
         return put
 
@@ -180,12 +183,43 @@ class Spill:
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - it was recorded under it
         self.stored.drop_lease(ticket)
-        self.refiller.add_spilled(pool, ticket.task.priority)
+        self.refiller.add_spilled(pool, ticket.task)
         self._conversations.add_stored(ticket.task.thread_id)
         await self._store.release([lease])
         self.stored.conversation_moved(ticket.task)
         if not ticket.done() and ticket.lease is None:  # otherwise it has come back meanwhile
             self._wait_in_store(ticket, pool)
+
+    def return_to_store(self, ticket: Ticket) -> None:
+        """Return a task that came inside to the store, from where it comes back to this process or to another one.
+
+        It has left the queue, or its run was stopped. Its ticket stays: it gets the result whoever runs the task.
+        """
+        lease, task = ticket.lease, ticket.task
+        assert lease is not None  # noqa: S101 - the caller has checked
+        if self.stored.stays_stored:
+            self.stored.release(ticket)
+            return
+        ticket.move_to_store()
+        ticket.begin_store_call()
+        self.stored.drop_lease(ticket)
+        if (pool := self._pools.get(task.task_type)) is not None:
+            self.refiller.add_spilled(pool, task)
+        self._conversations.add_stored(task.thread_id)
+        self._core.run_in_background(self._return_to_store(ticket, lease))
+
+    async def _return_to_store(self, ticket: Ticket, lease: Lease) -> None:
+        try:
+            await self._store.release([lease])
+        finally:
+            ticket.end_store_call()
+        self.stored.conversation_moved(ticket.task)
+        if ticket.cancel_reason is not None:
+            ticket.cancel(ticket.cancel_reason)
+        elif not ticket.done() and ticket.lease is None:  # otherwise it has come back meanwhile
+            self.stored.wait_in_store(ticket)
+            if (pool := self._pools.get(ticket.task.task_type)) is not None:
+                self.refiller.refill(pool)
 
     def _wait_in_store(self, ticket: Ticket, pool: Pool) -> None:
         """Leave a spilled task in the store: to the next process if this one takes nothing back any more."""

@@ -376,7 +376,7 @@ class StoredTasks:
             self.release(ticket)
         elif delayed:
             if ticket.nested and (pool := self._core.pools.by_type.get(ticket.task.task_type)) is not None:
-                pool.add_nested_spilled(ticket.task_id)
+                pool.add_nested_spilled(ticket)
             self.wait_delayed(ticket, due_at=delay.due_here)
         else:
             self.leave_to_other_process(ticket)
@@ -467,8 +467,10 @@ class StoredTasks:
         self._dispatcher.conversations.remove_stored(task.thread_id)
         if ticket in self._delayed_tickets:  # it may have been woken since, or not
             self.delayed.recount()
-        elif pool is not None and task.thread_id is None:  # else those that wait are counted again
-            pool.remove_spilled(task.priority)
+        elif pool is None:
+            self.count_waiting(task.task_type)
+        elif task.thread_id is None:  # else those that wait are counted again
+            pool.remove_spilled(task.priority, task.tenant)
 
     def _left_overflow(self, ticket: Ticket) -> None:
         """Count a nested task no more as one that waits in the overflow and comes back here."""
@@ -517,6 +519,14 @@ class StoredTasks:
         ticket = known()
         if ticket is not None and ticket.status is TaskStatus.SPILLED and not ticket.done():
             self.complete(ticket, result)
+
+    def fail_waiting(self, task_type: str, error: str) -> None:
+        """End the tasks of a type that wait in the store for workers that will not come, unless it survives."""
+        if not self.survives():
+            for ticket in [*self._registry.all_unfinished()]:
+                waits = ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls
+                if waits and ticket.task.task_type == task_type:
+                    self.complete(ticket, unsuccessful_result(ticket, TaskStatus.FAILED, error))
 
     def requeue(self, ticket: Ticket) -> None:
         """Stop a stored task, so that the next process runs it again; its lease is returned when the spill closes."""

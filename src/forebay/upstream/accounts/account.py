@@ -25,7 +25,7 @@ from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.outage_detector import OutageDetector
 from forebay.upstream.accounts.refusals import RefusalControl
-from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence
 from forebay.upstream.call_request import (
     Admitted,
@@ -45,7 +45,6 @@ _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttle
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
-_REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
@@ -83,7 +82,7 @@ class Account:
         budgets: returns the budgets that a call spends from.
         upstream_budget: the budget that all its calls spend from, if there is one; `budgets` returns it too.
         max_wait: seconds of expected wait above which a call is rejected.
-        weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        weights: tenants' shares of turns; for a tenant that is not named, the weight of its call counts.
         has_key: its calls have an API key, which may be invented.
         draw: returns random numbers from [0, 1).
     """
@@ -214,18 +213,18 @@ class Account:
         if not fits and (quota := self.quotas.quota_too_small_for(now, request.charge)) is not None:
             reason = f"it is larger than {quota} will ever be: ask for less (max_tokens counts), or raise that quota"
             return Rejected(reason, quota, math.inf, None)
-        return self._provider_unavailable(now, free=request.free, failed=request.failed)
+        return self._provider_unavailable(now, request)
 
-    def _provider_unavailable(self, now: float, *, free: bool = False, failed: bool = False) -> Rejected | None:
+    def _provider_unavailable(self, now: float, request: CallRequest | None = None) -> Rejected | None:
         """Return a rejection if a call is not sent to the provider now.
 
         Args:
             now: the time.
-            free: it costs nothing there.
-            failed: it has failed there already; then it does not probe, since it may be the call that is at fault.
+            request: of the call; None for any. One that has failed there does not probe: it may be at fault itself.
         """
+        free, failed = (False, False) if request is None else (request.free, request.failed)
         probe = max(_PROBE_DURATION, self.durations.typical)
-        if not free and (left := self._suspension.time_left(now, probe_duration=probe)) is not None:
+        if not free and (left := self._suspension.time_left(now, request, probe_duration=probe)) is not None:
             reason = "its provider says that the account's money is spent"
             return Rejected(reason, "budget", 1.0, left)
         if not self.breaker.ready(now) or (failed and self.breaker.state(now) is not BreakerState.CLOSED):
@@ -525,7 +524,7 @@ class Account:
             permit.grant.in_flight,
             named=outcome.rate_limited,
             retry_after=outcome.retry_after,
-            repeated=permit.request.retries >= _REPEATED,
+            repeated=permit.request.is_suspect,
             quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
@@ -537,9 +536,9 @@ class Account:
         self.counts.unattributed -= permit.request.task_id is None
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
-    def confirm_spent(self, now: float, permit: Permit, *, certain: bool) -> float | None:
-        """Return since when no call was accepted, if a refusal means that money is spent. See `SpendSuspension`."""
-        return self._suspension.confirm(now, permit, certain=certain)
+    def confirm_spent(self, now: float, permit: Permit, seconds: float, *, certain: bool) -> Suspended | None:
+        """Return for how long no calls are to be sent if a refusal means that money is spent. See `SpendSuspension`."""
+        return self._suspension.confirm(now, permit, seconds, certain=certain)
 
     def suspend(self, now: float, seconds: float, *, since: float = math.inf) -> None:
         """Send no calls for `seconds`, and then one: by the provider's answer, the account's money there is spent.

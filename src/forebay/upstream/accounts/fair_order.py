@@ -22,7 +22,7 @@ class FairOrder:
     Source: P. Goyal, H. Vin, H. Cheng, "Start-time Fair Queueing", 1996, applied to runs instead of packets.
 
     Args:
-        weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        weights: tenants' shares of turns; for a tenant that is not named, the weight of its call counts.
     """
 
     __slots__ = ("_latest", "_tags", "_virtual", "_weights")
@@ -43,7 +43,7 @@ class FairOrder:
             return (_HEAD, request.asked_at)
         tag = self._tag(request)
         if tag is None:
-            tag = self._latest[request.tenant] = self._next(request.tenant)
+            tag = self._latest[request.tenant] = self._next(request)
             if request.task_id is not None:
                 self._set_tag(request.task_id, tag)
         return (tag, request.deadline)
@@ -53,7 +53,7 @@ class FairOrder:
         if request.goes_first:
             return (_HEAD, request.asked_at)
         tag = self._tag(request)
-        return (self._next(request.tenant) if tag is None else tag, request.deadline)
+        return (self._next(request) if tag is None else tag, request.deadline)
 
     def _tag(self, request: CallRequest) -> float | None:
         """Return the tag of the call's run, if it has one. A call outside of any task is a run of its own."""
@@ -80,11 +80,11 @@ class FairOrder:
             tenant: the tenant.
             waiting: rank and request of its calls whose turn is still to come, in order.
         """
-        step, tag, before = self._step(tenant), self._virtual, 0.0
+        tag, before = self._virtual, 0.0
         tags = []
         for (old, _), request in waiting:
             if old != before:  # calls of one run share their tag
-                before, tag = old, min(old, tag + step)
+                before, tag = old, min(old, tag + self._step(request))
             tags.append(tag)
             if request.task_id is not None:
                 self._set_tag(request.task_id, tag)
@@ -97,8 +97,8 @@ class FairOrder:
         if len(self._latest) > _REMEMBERED:
             self._latest = {tenant: last for tenant, last in self._latest.items() if last > self._virtual}
 
-    def _next(self, tenant: str) -> float:
-        return max(self._virtual, self._latest.get(tenant, 0.0)) + self._step(tenant)
+    def _next(self, request: CallRequest) -> float:
+        return max(self._virtual, self._latest.get(request.tenant, 0.0)) + self._step(request)
 
-    def _step(self, tenant: str) -> float:
-        return 1.0 / self._weights.get(tenant, 1.0)
+    def _step(self, request: CallRequest) -> float:
+        return 1.0 / self._weights.get(request.tenant, request.weight)

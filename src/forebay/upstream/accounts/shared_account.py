@@ -263,8 +263,8 @@ class SharedAccount:
     def record_spend_cap(self, permit: Permit, seconds: float, *, certain: bool) -> None:
         """Note that a call was refused because money at the provider is spent.
 
-        If that means the account, and not this call alone, no calls of its API key are sent for `seconds`, and those
-        that wait are rejected.
+        If that means the account, and not this call alone, no calls of its API key are sent for `seconds`, or fewer
+        while that is in doubt, and those that wait are rejected.
 
         Args:
             permit: of the call.
@@ -273,10 +273,10 @@ class SharedAccount:
         """
         now = clock.now()
         with self._lock:
-            since = self.account.confirm_spent(now, permit, certain=certain)
-        if since is not None:
-            self.suspend_alone(seconds)
-            self.suspend(seconds, since=since)
+            suspended = self.account.confirm_spent(now, permit, seconds, certain=certain)
+        if suspended is not None:
+            self.suspend_alone(suspended.seconds)
+            self.suspend(suspended.seconds, since=suspended.since)
 
     def suspend(self, seconds: float, *, since: float = math.inf) -> None:
         """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone.

@@ -147,7 +147,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             can_fall_back=True,
             counted_by=(
                 "account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h, and then one call at a "
-                "time until one succeeds; without an error code once every call was refused so for 2 s"
+                "time until one succeeds; without an error code once every call was refused so for 2 s, or "
+                "twice the longest time between two accepted ones of the last minutes, and for 2 s at first"
             ),
             caller_gets=f"{_PROVIDERS_RESPONSE}; the calls after it `Overloaded`, limited by `budget`",
         ),

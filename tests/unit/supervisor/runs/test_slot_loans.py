@@ -11,6 +11,7 @@ from tests.unit.supervisor.test_ticket import new_ticket
 
 from forebay.supervisor.runs.run import ActiveRuns, Run, RunOwner, SlotClaims
 from forebay.supervisor.runs.slot_loans import SlotLoan, active_runs
+from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, Task
@@ -21,6 +22,7 @@ class Core:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.tenants = Tenants({})
 
 
 class Owner:
@@ -36,14 +38,14 @@ class Owner:
 
     def take_slot(self, run: Run) -> None:
         run.take_slot()
-        run.worker.take_slot(probe=run.is_probe)
+        run.worker.take_slot(0.0, probe=run.is_probe)
 
     def lend_slot(self, run: Run) -> None:
         run.give_slot()
         self.return_slot(run)
 
     def return_slot(self, run: Run) -> None:
-        run.worker.return_slot(probe=run.is_probe)
+        run.worker.return_slot(0.0, probe=run.is_probe)
         self.slot_claims.grant(run.worker)
 
     def dispatch(self, worker: WorkerAgent) -> None:
@@ -57,7 +59,7 @@ def start(owner: Owner, agent: WorkerAgent, parent: Run | None = None) -> Run:
         ticket = Ticket(ticket._dispatcher, Task("a"), None, parent)
     run = Run(cast("RunOwner", owner), ticket, ticket.task, None, agent, 0, agent.breaker_phase, 0.0)
     ticket.start(run)
-    agent.take_slot(probe=False)
+    agent.take_slot(0.0, probe=False)
     return run
 
 

@@ -11,6 +11,7 @@ from forebay.quota import Budget, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.call_request import Admitted, CallBudget, CallOutcome, CallRequest, Permit, Rejected
 
 SUCCESS = CallOutcome(kind=Outcome.SUCCESS)
@@ -142,3 +143,66 @@ def test_a_call_that_was_sent_before_the_suspension_does_not_end_it() -> None:
     account.suspend(0.0, 60.0)
     account.settle(1.0, early.permit, SUCCESS)
     assert isinstance(account.try_acquire(1.0, CallRequest()), Rejected)
+
+
+class Doubtful:
+    """A suspension whose refusals do not say whose money they mean, with short names for the operations of a test."""
+
+    def __init__(self) -> None:
+        self.suspension = SpendSuspension()
+        self.account = account_of()
+
+    def permit(self, now: float, *, size: int = 100) -> Permit:
+        answer = self.account.try_acquire(now, CallRequest(size=size))
+        assert isinstance(answer, Admitted), answer
+        self.suspension.record_sent(answer.permit)
+        self.account.settle(now, answer.permit, SUCCESS)
+        return answer.permit
+
+    def accept(self, now: float) -> None:
+        self.suspension.record_accepted(self.permit(now))
+
+    def refuse(self, now: float, *, size: int = 100) -> float | None:
+        """Refuse a call; return the seconds for which calls are suspended then, or None."""
+        suspended = self.suspension.confirm(now, self.permit(now, size=size), 60.0, certain=False)
+        if suspended is None:
+            return None
+        self.suspension.begin(now, suspended.seconds)
+        return suspended.seconds
+
+    def time_left(self, now: float, *, size: int) -> float | None:
+        return self.suspension.time_left(now, CallRequest(size=size), probe_duration=1.0)
+
+
+def test_a_doubtful_suspension_is_short_at_first_and_grows_up_to_a_minute() -> None:
+    doubtful = Doubtful()
+    assert doubtful.refuse(0.0) is None
+    assert doubtful.refuse(2.0) == 2.0
+    assert doubtful.refuse(40.0) == 10.0
+    assert doubtful.refuse(1_000.0) == 60.0
+
+
+def test_refusals_are_believed_only_after_twice_the_longest_time_between_accepted_calls() -> None:
+    doubtful = Doubtful()
+    for at in (0.0, 1.0, 11.0, 12.0):
+        doubtful.accept(at)
+    assert [doubtful.refuse(at) for at in (13.0, 20.0, 32.9)] == [None] * 3
+    assert doubtful.refuse(33.1) is not None
+
+
+def test_the_longest_time_between_accepted_calls_is_forgotten_after_ten_minutes_at_most() -> None:
+    doubtful = Doubtful()
+    for at in (0.0, 30.0, *range(31, 640)):
+        doubtful.accept(at)
+    assert doubtful.refuse(640.0) is None
+    assert doubtful.refuse(642.5) is not None
+
+
+def test_a_request_of_the_size_that_was_refused_is_the_last_to_be_a_probe() -> None:
+    doubtful = Doubtful()
+    doubtful.refuse(0.0, size=100)
+    assert doubtful.refuse(40.0, size=100) == 10.0
+    assert doubtful.time_left(50.0, size=100) == 10.0
+    assert doubtful.time_left(50.0, size=101) is None
+    assert doubtful.time_left(50.0, size=0) is None  # its size is not known
+    assert doubtful.time_left(60.0, size=100) is None

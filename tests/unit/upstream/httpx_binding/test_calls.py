@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import gc
 import gzip
 import json
 import pickle
+import statistics
 import threading
 from types import ModuleType
 from typing import Any
@@ -408,10 +411,11 @@ async def test_a_free_request_does_not_change_the_typical_cost_of_a_call() -> No
 
 @virtual
 async def test_at_the_spend_cap_calls_are_rejected_for_an_hour_at_most() -> None:
-    client = Script(httpx2, *[Reply.error(402, "no", retry_after="9" * 40)] * 2, Reply()).client(upstream())
-    for _ in range(2):
-        assert (await ask(client)).status_code == 402
-        await asyncio.sleep(2.0)
+    body = b'{"error": {"message": "no", "code": "insufficient_quota"}}'
+    spent = Reply(status=429, body=[body], headers={"retry-after": "9" * 40})
+    client = Script(httpx2, spent, Reply()).client(upstream())
+    assert (await ask(client)).status_code == 429
+    await asyncio.sleep(2.0)
     with pytest.raises(Overloaded) as rejection:
         await ask(client)
     assert rejection.value.retry_after == approximately(3598.0)
@@ -461,6 +465,55 @@ async def test_a_request_that_the_account_cannot_afford_stops_no_others(refusal:
     assert all(other.result() == {200} for other in others)
 
 
+@pytest.mark.parametrize(("pause", "after"), [(3.0, 30.0), (10.0, 30.0), (10.0, 0.0)])
+@virtual
+async def test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few(
+    pause: float, after: float
+) -> None:
+    client = DearRequests(httpx2, Reply.error(402, "can only afford 41234")).client(upstream())
+
+    async def ask_often(pause: float, **body: Any) -> list[int]:
+        statuses = []
+        while now() < 1_800.0:
+            try:
+                statuses.append((await ask(client, **body)).status_code)
+            except Overloaded:
+                statuses.append(429)
+            await asyncio.sleep(pause)
+        return statuses
+
+    async with asyncio.TaskGroup() as group:
+        others = group.create_task(ask_often(pause))
+        await asyncio.sleep(after)
+        group.create_task(ask_often(1.0, max_tokens=65_536))
+    assert others.result().count(200) >= 0.97 * len(others.result())
+
+
+@virtual
+async def test_after_a_night_of_402s_for_one_request_others_are_soon_served() -> None:
+    client = DearRequests(httpx2, Reply.error(402, "can only afford 41234")).client(upstream())
+
+    async def loop() -> None:
+        while True:
+            with contextlib.suppress(Overloaded):
+                await ask(client, max_tokens=65_536)
+            await asyncio.sleep(1.0)
+
+    looping = asyncio.create_task(loop())
+    await asyncio.sleep(8 * 3600.0)
+    begun = now()
+    while True:
+        try:
+            response = await ask(client)
+        except Overloaded:
+            await asyncio.sleep(5.0)
+            continue
+        break
+    looping.cancel()
+    assert response.status_code == 200
+    assert now() - begun < 125.0
+
+
 @virtual
 async def test_a_probe_that_is_refused_stops_no_other_model() -> None:
     client = DearRequests(httpx2, Reply.error(402, "this model needs a plan")).client(upstream())
@@ -479,6 +532,56 @@ async def test_a_probe_that_is_refused_stops_no_other_model() -> None:
         group.create_task(ask_often(1.0, model="o3", max_tokens=65_536))
         others = [group.create_task(ask_often(pause)) for pause in (0.3, 0.7)]
     assert all(other.result() == {200} for other in others)
+
+
+class RefusedForItself(Script):
+    """A provider that refuses requests for many tokens for a rate, and answers others, all after half a second."""
+
+    def __init__(self, retry_after: int) -> None:
+        refusal = Reply.error(429, "Extra usage is required", retry_after=str(retry_after))
+        super().__init__(httpx2, dataclasses.replace(refusal, pause=0.5))
+
+    def next(self, request: Any) -> Reply:
+        body = json.loads(request.content)
+        return super().next(request) if body["max_tokens"] > 1_000 else Reply(pause=0.5)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "pause", "least", "median"),
+    # With a call in 0.9 s the others alone are more than the quota grants, so that it is used up most of the time.
+    [(1, 2.0, 0.97, 12.0), (5, 2.0, 0.97, 12.0), (20, 2.0, 0.97, 12.0), (5, 0.9, 0.9, 60.0)],
+)
+@virtual
+async def test_requests_that_are_refused_for_what_they_ask_use_up_no_quota_that_was_given(
+    retry_after: int, pause: float, least: float, median: float
+) -> None:
+    client = RefusedForItself(retry_after).client(upstream(quotas=[Quota(requests=60, per="minute")]))
+
+    async def ask_in_a_loop() -> None:
+        await asyncio.sleep(10.0)
+        while now() < 900.0:
+            with contextlib.suppress(Overloaded, TimeoutError):
+                async with asyncio.timeout(120.0):
+                    await ask(client, max_tokens=65_536)
+            await asyncio.sleep(1.0)
+
+    async def ask_once() -> tuple[int, float]:
+        begun = now()
+        try:
+            return (await ask(client)).status_code, now() - begun
+        except Overloaded:
+            return 429, now() - begun
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(ask_in_a_loop())
+        others = []
+        while now() < 900.0:
+            others.append(group.create_task(ask_once()))
+            await asyncio.sleep(pause)
+    results = [other.result() for other in others]
+    assert sum(status == 200 for status, _ in results) >= least * len(results)
+    assert statistics.median(seconds for _, seconds in results) < median
 
 
 @virtual

@@ -18,6 +18,8 @@ _MIN_SCORE: Final = -4.0
 _ENOUGH_DISPROVED: Final = 8.0  # ... where a learned rate was disproved
 _HALF_LIFE: Final = 10.0  # seconds of the evidence for a rate: one that is not kept to refuses again at once
 _MAX_REFUSALS: Final = 64  # that are remembered
+_KNOWN_AFTER: Final = 1.0  # seconds until most calls that were sent before and are refused have been refused
+_MAX_EARLY: Final = 256  # calls accepted earlier than that which are remembered until then
 
 
 class _Refusal(NamedTuple):
@@ -36,6 +38,7 @@ class RefusalCause:
 
     __slots__ = (
         "_earlier_peak",
+        "_early",
         "_enough",
         "_judged_at",
         "_limit_at",
@@ -50,6 +53,7 @@ class RefusalCause:
     def __init__(self) -> None:
         self._peak = self._earlier_peak = 0  # most calls in flight with an accepted one
         self._peak_sent_at = -math.inf
+        self._early: deque[tuple[float, int]] = deque(maxlen=_MAX_EARLY)  # accepted calls, as in `_count_accepted`
         self._window_start = -math.inf
         self._score = 0.0
         self._enough = _ENOUGH
@@ -83,12 +87,12 @@ class RefusalCause:
         """
         if not paused:
             self._move_window(now)
+        self._count_early(now)
         if in_flight > self._peak or self._open:
-            # Calls that were refused in the meantime never were in flight at the provider.
-            in_flight -= sum(refusal.sent_at < sent_at < refusal.at for refusal in self._refusals)
-            if in_flight > self._peak:
-                self._peak, self._peak_sent_at = in_flight, sent_at
-            self._contradict(sent_at, in_flight)
+            if now < sent_at + _KNOWN_AFTER:
+                self._early.append((sent_at, in_flight))
+            else:
+                self._count_accepted(sent_at, in_flight)
 
     def record_refused(
         self, now: float, sent_at: float, in_flight: int, *, rising: bool = False, paused: bool = False
@@ -104,9 +108,7 @@ class RefusalCause:
         """
         if not paused:
             self._move_window(now)
-        refusal = _Refusal(now, sent_at, in_flight)
-        self._refusals.append(refusal)
-        self._discount(sent_at)
+        refusal = self.record_unserved(now, sent_at, in_flight)
         if in_flight <= self.peak or rising or not self.peak:
             return False
         if sent_at >= self._judged_at:  # those sent at once are one piece of evidence
@@ -114,6 +116,14 @@ class RefusalCause:
             self._open.append(refusal)
             self._count(-1.0)
         return True
+
+    def record_unserved(self, now: float, sent_at: float, in_flight: int) -> _Refusal:
+        """Note that a call was refused, whatever the cause: it never was in flight at the provider."""
+        self._count_early(now)
+        refusal = _Refusal(now, sent_at, in_flight)
+        self._refusals.append(refusal)
+        self._discount(sent_at)
+        return refusal
 
     def leave_out(self, seconds: float) -> None:
         """Leave out a pause: what was known before it has not become older."""
@@ -139,6 +149,21 @@ class RefusalCause:
     def disprove_rate(self) -> None:
         """Note that a learned rate did not keep calls from being refused: it takes longer to learn one again."""
         self._score, self._enough = 0.0, _ENOUGH_DISPROVED
+
+    def _count_early(self, now: float) -> None:
+        """Count the calls whose acceptance was known before the refusals of others in flight with them."""
+        while self._early and now >= self._early[0][0] + _KNOWN_AFTER:
+            self._count_accepted(*self._early.popleft())
+
+    def _count_accepted(self, sent_at: float, in_flight: int) -> None:
+        """Count a call that was accepted; `in_flight`: calls in flight when it was sent, itself included."""
+        # Calls that were refused in the meantime never were in flight at the provider. Of those sent in the same
+        # moment the one that came first had fewer in flight.
+        order = (sent_at, in_flight)
+        in_flight -= sum((other.sent_at, other.in_flight) < order and sent_at < other.at for other in self._refusals)
+        if in_flight > self._peak:
+            self._peak, self._peak_sent_at = in_flight, sent_at
+        self._contradict(sent_at, in_flight)
 
     def _discount(self, sent_at: float) -> None:
         """Take a refused call out of those in flight with an accepted one: the provider did not have it."""

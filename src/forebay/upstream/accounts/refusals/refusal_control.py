@@ -136,6 +136,7 @@ class RefusalControl:
         """
         if repeated and not (self._pause.blocked or self.rate.known):
             self.rate.record_refused()
+            self._cause.record_unserved(now, sent_at, in_flight)
             return True
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
         late = now >= sent_at + RIGHT_AFTER
@@ -148,7 +149,7 @@ class RefusalControl:
             self._untried += 1
         if verdict is TrialVerdict.LIMIT:
             self._record_limit(now)
-        if self._pause.silent and not self._began_above and not late:
+        if self._pause.silent and not (self._began_above or late or repeated):
             self._cause.record_silent_refusal(in_flight)
         rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after

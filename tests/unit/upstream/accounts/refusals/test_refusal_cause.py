@@ -7,7 +7,7 @@ from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 
 def accept(cause: RefusalCause, at: float, in_flight: int, *, times: int = 1) -> None:
     for _ in range(times):
-        cause.record_accepted(at + 0.5, at, in_flight)
+        cause.record_accepted(at + 1.0, at, in_flight)
 
 
 def refuse(cause: RefusalCause, at: float, in_flight: int, *, rising: bool = False) -> bool:
@@ -134,8 +134,8 @@ def test_a_rate_that_was_disproved_needs_twice_the_evidence() -> None:
 
 def test_a_call_that_is_refused_after_a_later_one_was_accepted_was_not_in_flight_with_it() -> None:
     cause = RefusalCause()
-    cause.record_accepted(0.1, 0.05, 11)
-    cause.record_refused(0.12, 0.02, 10)
+    cause.record_accepted(1.05, 0.05, 11)
+    cause.record_refused(1.2, 0.02, 10)
     assert cause.peak == 10
     assert cause.record_refused(1.0, 0.9, 11)
 
@@ -150,3 +150,22 @@ def test_a_pause_makes_nothing_older() -> None:
     cause.record_limit(31.0)
     assert cause.peak == 40
     assert is_rate(cause)
+
+
+def test_a_call_that_is_accepted_at_once_contradicts_nothing_before_the_refusals_beside_it_are_known() -> None:
+    cause = RefusalCause()
+    cause.record_accepted(0.0, 0.0, 8)
+    for row in (1.0, 4.0, 7.0):
+        assert refuse(cause, row, 9)
+        cause.record_accepted(row + 1.0, row + 1.0, 9)  # beside a call that was refused, as is known later
+        refuse(cause, row + 0.95, 9, rising=True)
+    assert not is_rate(cause, named=True)
+
+
+def test_of_calls_sent_in_one_moment_a_refused_one_was_not_in_flight_with_the_next() -> None:
+    cause = RefusalCause()
+    cause.record_accepted(0.0, 0.0, 9)
+    cause.record_accepted(2.0, 2.0, 11)
+    refuse(cause, 2.0, 9, rising=True)
+    refuse(cause, 2.0, 10, rising=True)
+    assert refuse(cause, 4.0, 10)

@@ -101,3 +101,16 @@ def test_a_pause_is_over_when_the_clock_goes_back() -> None:
     burst(control, 1000.0, 1, named=True)
     assert control.wait(1000.3) > 0.0
     assert control.wait(0.0) == 0.0
+
+
+def test_a_call_that_is_refused_again_and_again_is_not_in_flight_with_those_that_are_accepted() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 8)
+    for row in (1.0, 5.0):
+        control.record_sent(row)
+        control.record_sent(row + 0.05)
+        control.record_refused(row + 0.1, row, 9, repeated=True)
+        control.record_accepted(row + 0.55, row + 0.05, 9)
+        rate = refuse(control, row + 1.5, 9, named=True)
+        accept(control, row + 3.7, 8)
+    assert not rate
