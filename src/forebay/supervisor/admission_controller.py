@@ -220,8 +220,7 @@ class AdmissionController:
 
     def _conversation_check(self, task: Task) -> Callable[[], bool] | None:
         """Return a function that returns whether the conversation of a task takes no more; None if it always does."""
-        may_spill = self._dispatcher.spill is not None and (task.spill or task.durable)
-        if task.thread_id is None or may_spill:  # in the overflow there is room for any message
+        if task.thread_id is None:
             return None
         pool, nested = self.pool_of(task.task_type), self._is_nested()
         return partial(self._is_conversation_full, task.thread_id, pool, nested=nested)
@@ -266,14 +265,9 @@ class AdmissionController:
         ready = asyncio.Event()
         turn: RoomTurn | None = None
         reclaim: Reclaim | None = None
-        is_full = self._conversation_check(task)
         try:
             while (left := min(until - self.loop.time(), _time_left(task, parent))) > 0:
-                if turn is None:
-                    is_blocked = is_full is not None and is_full()
-                    may_try = not (is_blocked or self.room.is_behind(task))
-                else:
-                    may_try = self.room.is_first(turn)
+                may_try = not self.room.is_behind(task) if turn is None else self.room.is_first(turn)
                 if may_try and ((ticket := await self._submit(task, in_line=True)) or not ticket.in_line):
                     return ticket
                 if turn is None:

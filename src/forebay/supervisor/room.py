@@ -26,7 +26,7 @@ class RoomQueue:
     does. Each tenant has a line of its own, since it has room of its own. Of many tenants some try at a time, in turn.
     So room for one task wakes few producers, however many wait. One that is blocked, whom room would not help now, lets
     those behind it pass: its conversation is full, which may wait for what they submit; or it is a fan-out that nobody
-    reads.
+    reads. The very first of a line tries though it is blocked, because the overflow may have room for its message.
 
     Args:
         loop: the event loop.
@@ -86,17 +86,23 @@ class RoomQueue:
 
     def pass_turn(self, turn: RoomTurn) -> None:
         """Have the next producer try, if one that is in line is blocked: there may be room for others."""
-        if turn.blocked:
-            self._wake_soon(self._lines[turn.task_type][turn.tenant])
+        if turn.blocked and (following := _first(self._lines[turn.task_type][turn.tenant])) is not None:
+            self._loop.call_soon(following.on_turn)
 
     def is_first(self, turn: RoomTurn) -> bool:
-        """Return whether nobody that room could help stands in line before a producer that is in line."""
-        return _first(self._lines[turn.task_type][turn.tenant]) is turn
+        """Return whether a producer that is in line is the very first, or nobody that is not blocked is before it."""
+        line = self._lines[turn.task_type][turn.tenant]
+        return turn is next(_in_order(line)) or turn is _first(line)
 
     def is_behind(self, task: Task) -> bool:
         """Return whether the producer of `task`, if it came now, would stand behind another one."""
         line = self._lines.get(task.task_type, {}).get(task.tenant)
-        return line is not None and _first(line[: task.priority + 1]) is not None
+        if line is None:
+            return False
+        ahead = line[: task.priority + 1]
+        if task.thread_id is not None and any(turn.thread_id == task.thread_id for turn in _in_order(ahead)):
+            return True
+        return _first(ahead) is not None
 
     def wake_all(self) -> None:
         """Have every producer try again, because the supervisor admits nothing any more."""
@@ -125,28 +131,29 @@ class RoomQueue:
 
     def _wake_soon(self, line: _Line) -> None:
         """Wake the first of a line soon."""
-        if (first := _first(line)) is not None:
-            self._loop.call_soon(first.on_turn)
+        for turn in _leading(line):
+            self._loop.call_soon(turn.on_turn)
 
     @staticmethod
     def _wake(lines: dict[str, _Line], count: int) -> None:
         """Wake the first producers of the next `count` lines, which go to the end."""
         for tenant in tuple(islice(lines, count)):
             line = lines[tenant] = lines.pop(tenant)
-            if (first := _first(line)) is not None:
-                first.on_turn()
+            for turn in _leading(line):
+                turn.on_turn()
 
 
 class RoomTurn:
     """The place of one producer in line."""
 
-    __slots__ = ("_is_blocked", "group", "on_turn", "priority", "task_type", "tenant")
+    __slots__ = ("_is_blocked", "group", "on_turn", "priority", "task_type", "tenant", "thread_id")
 
     def __init__(
         self, task: Task, on_turn: Callable[[], object], is_blocked: Callable[[], bool] | None, group: Hashable
     ) -> None:
         self.task_type = task.task_type
         self.tenant = task.tenant
+        self.thread_id = task.thread_id
         self.priority = task.priority
         self.on_turn = on_turn
         self.group = group
@@ -160,6 +167,12 @@ class RoomTurn:
 
 def _in_order(line: _Line) -> Iterator[RoomTurn]:
     return (turn for turns in line for turn in turns)
+
+
+def _leading(line: _Line) -> tuple[RoomTurn, ...]:
+    """Return the very first producer of a line, and the first that is not blocked if that is another one."""
+    very_first, first = next(_in_order(line), None), _first(line)
+    return tuple(dict.fromkeys(turn for turn in (very_first, first) if turn is not None))
 
 
 def _first(line: _Line) -> RoomTurn | None:
