@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 
 import pytest
@@ -223,3 +224,29 @@ async def test_a_worker_of_many_types_keeps_its_reserve() -> None:
         assert worker.current_tasks == 2
         await results([*tickets, *urgent])
     assert handler.most_low == 2
+
+
+@virtual
+@pytest.mark.parametrize("resized", [True, False])
+async def test_a_drain_does_not_wait_for_a_task_that_may_take_no_slot(*, resized: bool) -> None:
+    supervisor, released = BackpressureSupervisor(), asyncio.Event()
+
+    async def never_stops(_: Task) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    worker = supervisor.register_worker("worker", handler=never_stops, task_types=["work"], max_concurrent=3, reserve=2)
+    async with supervisor:
+        first, waiting = flood(supervisor, "work", 2)
+        await asyncio.sleep(1)
+        if resized:
+            released.set()
+            worker.resize(2)
+        else:  # a zombie holds the only slot that is not reserved
+            first.cancel()
+            await asyncio.sleep(10)
+        async with asyncio.timeout(100):
+            report = await supervisor.drain()
+        assert (report.cancelled, waiting.status) == (1, TaskStatus.CANCELLED)
+        released.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -474,3 +475,51 @@ async def test_a_supervisor_that_starts_again_counts_from_nothing() -> None:
             assert Counter(handler.order) == {"acme": 2, "other": 1}
             assert supervisor._running().core.tenants.blocked == {"acme"}
             await supervisor.drain(timeout=0.1)
+
+
+@virtual
+@pytest.mark.parametrize("end", ["unregistered", "not started"])
+async def test_what_waits_for_a_bound_ends_with_its_last_worker(end: str) -> None:
+    supervisor, handler = BackpressureSupervisor(tenants={"a": Tenant(max_running=1)}), Starts()
+    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    async with supervisor:
+        running = supervisor.submit_nowait(Task("work", 10.0, tenant="a"))
+        starting = asyncio.Event()
+
+        async def start() -> None:
+            await starting.wait()
+            raise OSError
+
+        supervisor.register_worker("other", handler=handler, task_types=["other"], start=start)
+        waiting = [supervisor.submit_nowait(Task("other", tenant="a")) for _ in range(3)]
+        if end == "unregistered":
+            await supervisor.unregister_worker("other")
+        else:
+            starting.set()
+        for ticket in waiting:
+            async with asyncio.timeout(1):
+                assert (await ticket).status is TaskStatus.FAILED
+        assert supervisor.statistics().waiting == 0
+        assert (await running).success
+
+
+@virtual
+async def test_a_drain_does_not_wait_for_a_tenant_whose_slots_are_held_by_zombies() -> None:
+    supervisor = BackpressureSupervisor(tenants={"a": Tenant(max_running=1)})
+    released = asyncio.Event()
+
+    async def never_stops(_: Task) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    supervisor.register_worker("worker", handler=never_stops, task_types=["work"], max_concurrent=3)
+    async with supervisor:
+        zombie, waiting = flood(supervisor, "work", 2, tenant="a")
+        await asyncio.sleep(1)
+        zombie.cancel()
+        await asyncio.sleep(10)
+        async with asyncio.timeout(100):
+            report = await supervisor.drain()
+        assert (report.cancelled, waiting.status) == (1, TaskStatus.CANCELLED)
+        released.set()
