@@ -542,7 +542,7 @@ class AdmissionController:
             return math.inf
         return conversation.retry_schedule.reserve(self.loop.time(), 1 / seconds, self._draw()) or math.inf
 
-    def _refusal(
+    def _refusal(  # noqa: PLR0913 - what it says, by name
         self, priority: Priority, pool: Pool, resource: str, load: float, *, may_spill: bool, slot_is_free: bool
     ) -> Refusal:
         """Return why a task is not admitted at a load of `resource`."""

@@ -96,7 +96,7 @@ class Pool(SlotCounts):
         self.takes_turns = False  # tasks of several tenants wait, here or in the overflow, or a tenant may be blocked
         # The only one whose tasks wait, here or in the overflow, unless it is a TenantQueue.
         self._sole_tenant: str | None = None
-        self.spilled = SpilledCounts()  # what waits in the overflow
+        self.spilled = SpilledCounts(tenants.weight)  # what waits in the overflow
         self._returned: list[tuple[Priority, str]] = []  # whose last record has come back, and takes its turn now
         if tenants.bounded:
             self._take_turns()
@@ -271,13 +271,14 @@ class Pool(SlotCounts):
     def delayed_load(self, tenant: str, *, nested: bool = False) -> float:
         """Return the tasks of a tenant that wait for their next attempt over those of it that fit.
 
-        A free slot is no room for more of them: tasks that fail at once would otherwise pile up without a bound.
+        A free slot is no room for more of them: tasks that fail at once would otherwise pile up without a bound. Of
+        all tenants there are at most twice as many as there is room for, slots included.
         """
-        others, own = self.delayed, self._delayed_of.get((tenant, True), 0)
+        own = self._delayed_of.get((tenant, True), 0)
         if not nested:
             own += self._delayed_of.get((tenant, False), 0)
-        room = self.slots + max(0.0, self.queue_bound - (others - own) / 2)
-        return own / room if room else 1.0
+        room = self.slots + self.queue_bound - (self.delayed - own) / 2
+        return own / room if room > 0 else 1.0
 
     # --- estimates ---
 
@@ -293,13 +294,15 @@ class Pool(SlotCounts):
         better = self.spilled.better(priority) if spilled else 0
         own = self.spilled.own(priority, tenant) if spilled else 0
         if self._turns is not None:
-            elsewhere = self.spilled.of(priority)
-            return better + self._turns.ahead_of(tenant, priority, NOT_NESTED, elsewhere=elsewhere, behind=own)
+            elsewhere, tenants = self.spilled.of(priority), self.spilled.tenants(priority)
+            return better + self._turns.ahead_of(
+                tenant, priority, NOT_NESTED, elsewhere=elsewhere, tenants_elsewhere=tenants, behind=own
+            )
         queued, here = self.queue.ahead(priority), self.queue.lengths[priority]
         if tenant == self._sole_tenant:
             return queued + better + own
-        turns = int(self._tenants.weight(self._sole_tenant or "") / self._tenants.weight(tenant) + 1)
-        return queued - here + better + min(here + self.spilled.totals[priority], self.nested + turns)
+        turns = self._tenants.weight(self._sole_tenant or "") / self._tenants.weight(tenant) + 1
+        return queued - here + better + int(min(here + self.spilled.totals[priority], self.nested + turns))
 
     def expected_wait(
         self, priority: Priority, tenant: str, *, nested: bool = False, spilled: bool = False
@@ -315,7 +318,23 @@ class Pool(SlotCounts):
         if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
         rate = self.service_times.drain_rate(max(0, self.usable_slots - reserved))
-        return None if rate is None else ahead / rate if rate else math.inf
+        wait = None if rate is None else ahead / rate if rate else math.inf
+        if wait is None or (most := self._max_rate(tenant)) == math.inf:
+            return wait
+        return max(wait, self._own_ahead(priority, tenant, nested=nested, spilled=spilled) / most)
+
+    def _max_rate(self, tenant: str) -> float:
+        """Return how many tasks of a tenant a second can leave at most, for its bound; infinity without one."""
+        bound = self._tenants.max_running(tenant) if self._bounded else None
+        return math.inf if bound is None else self.service_times.drain_rate(bound) or math.inf
+
+    def _own_ahead(self, priority: Priority, tenant: str, *, nested: bool, spilled: bool) -> int:
+        """Return how many tasks of a tenant would be served before a new one of it."""
+        if self._turns is None:
+            return 0
+        if nested:
+            return self._turns.length_in_group(tenant, NESTED)
+        return self._turns.length_of(tenant, priority) + (self.spilled.own(priority, tenant) if spilled else 0)
 
     def record_estimated(self, seconds: float, estimate: Estimate) -> None:
         """Record that a task with `estimate` succeeded after `seconds`."""
@@ -418,7 +437,7 @@ class Pool(SlotCounts):
         rate = self.service_times.drain_rate(max(0, self.usable_slots - self.reserved_slots(priority)[0]))
         if each:
             rate = min(1 / each, rate or math.inf)
-        slot = self.retry_schedules.reserve(tenant, now + early, rate, draw)
+        slot = self.retry_schedules.reserve(tenant, now + early, rate, draw, most=self._max_rate(tenant))
         return None if slot is None else early + slot
 
     def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
