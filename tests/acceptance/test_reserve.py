@@ -250,3 +250,20 @@ async def test_a_drain_does_not_wait_for_a_task_that_may_take_no_slot(*, resized
             report = await supervisor.drain()
         assert (report.cancelled, waiting.status) == (1, TaskStatus.CANCELLED)
         released.set()
+
+
+@virtual
+@pytest.mark.parametrize("types", [1, 2, 12])
+async def test_better_tasks_that_need_not_wait_starve_no_priority(types: int) -> None:
+    supervisor, handler = BackpressureSupervisor(), Slots()
+    kinds = [f"work {number}" for number in range(types)]
+    supervisor.register_worker("worker", handler=handler, task_types=kinds, max_concurrent=4, reserve=3)
+    async with supervisor:
+        urgent = [supervisor.submit_nowait(Task(kinds[0], priority=Priority.CRITICAL))]
+        low = flood(supervisor, kinds[-1], 5, priority=Priority.LOW)
+        for _ in range(300):  # two or three run at a time: a slot is always free, and never all of them
+            await asyncio.sleep(0.4)
+            urgent.append(supervisor.submit_nowait(Task(kinds[0], priority=Priority.CRITICAL)))
+            assert urgent[-1].status is TaskStatus.RUNNING
+        assert sum(ticket.done() for ticket in low) >= 4
+        await results([*urgent, *low])

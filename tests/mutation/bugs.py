@@ -67,7 +67,7 @@ from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
-from forebay.supervisor.pools import PoolGroup
+from forebay.supervisor.pools import FewPools, PoolGroup
 from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
@@ -587,6 +587,10 @@ def a_free_slot_is_room_for_tasks_that_fail_at_once() -> None:
 
 def the_bound_of_a_tenant_says_nothing_of_its_waits() -> None:
     always(Pool, Pool._max_rate, returns=math.inf)
+
+
+def better_tasks_that_need_not_wait_pass_over_nobody() -> None:
+    always(FewPools, FewPools.pass_over, returns=None)
 
 
 def normal_tasks_take_reserved_slots() -> None:

@@ -256,6 +256,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_bound_of_a_tenant_says_nothing_of_its_waits: (
         test_tenants.test_a_tenant_is_told_to_come_back_when_its_bound_allows
     ),
+    bugs.better_tasks_that_need_not_wait_pass_over_nobody: (
+        test_reserve.test_better_tasks_that_need_not_wait_starve_no_priority
+    ),
     bugs.normal_tasks_take_reserved_slots: test_reserve.test_a_normal_task_is_rejected_by_the_load_of_what_it_may_use,
     bugs.calls_of_all_tenants_weigh_the_same: test_tenants.test_calls_have_the_weight_of_their_tenant,
     bugs.waiting_tasks_are_moved_one_commit_each: (

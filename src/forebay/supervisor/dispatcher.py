@@ -247,6 +247,8 @@ class Dispatcher:
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
+            if worker.reserve and ticket.task.priority <= URGENT:  # others may wait, though a slot is free
+                self._served_by[worker].pass_over(ticket.task.priority)
             self.start(ticket, worker)
         else:
             self._enqueue(ticket, pool)
