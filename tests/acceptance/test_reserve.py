@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 
 import pytest
@@ -223,3 +224,46 @@ async def test_a_worker_of_many_types_keeps_its_reserve() -> None:
         assert worker.current_tasks == 2
         await results([*tickets, *urgent])
     assert handler.most_low == 2
+
+
+@virtual
+@pytest.mark.parametrize("resized", [True, False])
+async def test_a_drain_does_not_wait_for_a_task_that_may_take_no_slot(*, resized: bool) -> None:
+    supervisor, released = BackpressureSupervisor(), asyncio.Event()
+
+    async def never_stops(_: Task) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    worker = supervisor.register_worker("worker", handler=never_stops, task_types=["work"], max_concurrent=3, reserve=2)
+    async with supervisor:
+        first, waiting = flood(supervisor, "work", 2)
+        await asyncio.sleep(1)
+        if resized:
+            released.set()
+            worker.resize(2)
+        else:  # a zombie holds the only slot that is not reserved
+            first.cancel()
+            await asyncio.sleep(10)
+        async with asyncio.timeout(100):
+            report = await supervisor.drain()
+        assert (report.cancelled, waiting.status) == (1, TaskStatus.CANCELLED)
+        released.set()
+
+
+@virtual
+@pytest.mark.parametrize("types", [1, 2, 12])
+async def test_better_tasks_that_need_not_wait_starve_no_priority(types: int) -> None:
+    supervisor, handler = BackpressureSupervisor(), Slots()
+    kinds = [f"work {number}" for number in range(types)]
+    supervisor.register_worker("worker", handler=handler, task_types=kinds, max_concurrent=4, reserve=3)
+    async with supervisor:
+        urgent = [supervisor.submit_nowait(Task(kinds[0], priority=Priority.CRITICAL))]
+        low = flood(supervisor, kinds[-1], 5, priority=Priority.LOW)
+        for _ in range(300):  # two or three run at a time: a slot is always free, and never all of them
+            await asyncio.sleep(0.4)
+            urgent.append(supervisor.submit_nowait(Task(kinds[0], priority=Priority.CRITICAL)))
+            assert urgent[-1].status is TaskStatus.RUNNING
+        assert sum(ticket.done() for ticket in low) >= 4
+        await results([*urgent, *low])

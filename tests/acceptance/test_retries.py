@@ -395,8 +395,26 @@ async def test_tasks_that_wait_for_a_retry_count_as_if_they_were_queued() -> Non
         assert await supervisor.submit(Task("work", 3))  # a worker is free
         await run_ready()
         assert supervisor.system_load() == 1.0
-        low = await supervisor.submit(Task("work", 4))
-        assert low  # as for any queue, while a worker is free
+        assert not await supervisor.submit(Task("work", 4))  # a free worker is no room for one more that fails at once
+        await supervisor.close()
+
+
+@virtual
+async def test_tasks_that_fail_at_once_do_not_pile_up_beyond_the_room_of_the_queue() -> None:
+    async def work(task: Task) -> None:
+        if task.tenant == "bad":
+            await supervisor.run(Task("full"))  # it is rejected, which is no fault of the worker
+
+    async with BackpressureSupervisor(max_queue_size=20) as supervisor:
+        supervisor.register_worker("worker", handler=work, task_types=["work"], retry=SLOWLY)
+        supervisor.register_worker("full", handler=work, task_types=["full"], reserve=1)
+        for _ in range(20):
+            for task in flood(supervisor, "work", 5, tenant="bad"):
+                assert task or task.limited_by == "pool:work"
+            await run_ready()
+            assert await supervisor.submit(Task("work", tenant="good"))  # nor do they take the room of others
+            await run_ready()
+        assert supervisor.statistics().delayed <= 20
         await supervisor.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -53,6 +54,8 @@ def supervised(slots: int = 1, **options: Any) -> tuple[BackpressureSupervisor, 
         {"acme": -1.0},
         {"acme": "3"},
         {"acme": float("inf")},
+        {"acme": 1e-7},
+        {"acme": 1e7},
         {"": 1},
         {1: 1},
         {"a": True},
@@ -65,7 +68,15 @@ def test_tenants_are_checked(tenants: Any) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"weight": 0}, {"weight": "1"}, {"max_running": 0}, {"max_running": 1.5}, {"max_waiting": -1}],
+    [
+        {"weight": 0},
+        {"weight": "1"},
+        {"weight": 1e-200},
+        {"weight": 1e200},
+        {"max_running": 0},
+        {"max_running": 1.5},
+        {"max_waiting": -1},
+    ],
 )
 def test_the_settings_of_a_tenant_are_checked(settings: Any) -> None:
     with pytest.raises(InvalidSetting, match="Tenant"):
@@ -474,3 +485,90 @@ async def test_a_supervisor_that_starts_again_counts_from_nothing() -> None:
             assert Counter(handler.order) == {"acme": 2, "other": 1}
             assert supervisor._running().core.tenants.blocked == {"acme"}
             await supervisor.drain(timeout=0.1)
+
+
+@virtual
+@pytest.mark.parametrize("end", ["unregistered", "not started"])
+async def test_what_waits_for_a_bound_ends_with_its_last_worker(end: str) -> None:
+    supervisor, handler = BackpressureSupervisor(tenants={"a": Tenant(max_running=1)}), Starts()
+    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    async with supervisor:
+        running = supervisor.submit_nowait(Task("work", 10.0, tenant="a"))
+        starting = asyncio.Event()
+
+        async def start() -> None:
+            await starting.wait()
+            raise OSError
+
+        supervisor.register_worker("other", handler=handler, task_types=["other"], start=start)
+        waiting = [supervisor.submit_nowait(Task("other", tenant="a")) for _ in range(3)]
+        if end == "unregistered":
+            await supervisor.unregister_worker("other")
+        else:
+            starting.set()
+        for ticket in waiting:
+            async with asyncio.timeout(1):
+                assert (await ticket).status is TaskStatus.FAILED
+        assert supervisor.statistics().waiting == 0
+        assert (await running).success
+
+
+@virtual
+async def test_a_drain_does_not_wait_for_a_tenant_whose_slots_are_held_by_zombies() -> None:
+    supervisor = BackpressureSupervisor(tenants={"a": Tenant(max_running=1)})
+    released = asyncio.Event()
+
+    async def never_stops(_: Task) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    supervisor.register_worker("worker", handler=never_stops, task_types=["work"], max_concurrent=3)
+    async with supervisor:
+        zombie, waiting = flood(supervisor, "work", 2, tenant="a")
+        await asyncio.sleep(1)
+        zombie.cancel()
+        await asyncio.sleep(10)
+        async with asyncio.timeout(100):
+            report = await supervisor.drain()
+        assert (report.cancelled, waiting.status) == (1, TaskStatus.CANCELLED)
+        released.set()
+
+
+@virtual
+async def test_weights_that_differ_most_are_served_and_judged() -> None:
+    supervisor, handler = supervised(tenants={"big": 1e6, "small": 1e-6}, max_queue_size=100)
+    async with supervisor:
+        await results(flood(supervisor, "work", 10))
+        handler.order.clear()
+        tickets = [
+            supervisor.submit_nowait(Task("work", tenant=name, deadline=Deadline.within(1000)))
+            for name in ("small", "big", "other") * 10
+        ]
+        assert set(await statuses(tickets)) == {TaskStatus.SUCCEEDED}
+    assert handler.order == ["small"] + ["big"] * 10 + ["other"] * 10 + ["small"] * 9
+
+
+@virtual
+async def test_a_tenant_is_told_to_come_back_when_its_bound_allows() -> None:
+    supervisor, _ = supervised(slots=50, tenants={"acme": Tenant(max_running=1, max_waiting=10)})
+    async with supervisor:
+        await results(flood(supervisor, "work", 20))
+        tickets = flood(supervisor, "work", 12, tenant="acme")
+        refusals = rejected(tickets)
+        assert {refusal.limited_by for refusal in refusals} == {"tenant:acme"}
+        for number, refusal in enumerate(refusals, 1):
+            assert refusal.retry_after == pytest.approx(number, rel=0.2)
+        await results([ticket for ticket in tickets if ticket])
+
+
+@virtual
+async def test_a_deadline_is_judged_by_the_bound_of_its_tenant() -> None:
+    supervisor, _ = supervised(slots=50, tenants={"acme": Tenant(max_running=1)})
+    async with supervisor:
+        await results(flood(supervisor, "work", 20))
+        tickets = flood(supervisor, "work", 20, tenant="acme")
+        late = [supervisor.submit_nowait(Task("work", tenant="acme", deadline=Deadline.within(5))) for _ in range(2)]
+        assert rejected(late)  # all but one in ten seconds, which may correct the estimate
+        assert supervisor.submit_nowait(Task("work", tenant="other", deadline=Deadline.within(5)))
+        await results(tickets)

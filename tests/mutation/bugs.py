@@ -67,7 +67,7 @@ from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
 from forebay.supervisor.pool import Pool
-from forebay.supervisor.pools import PoolGroup
+from forebay.supervisor.pools import FewPools, PoolGroup
 from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
@@ -532,11 +532,17 @@ def new_tasks_take_the_slots_of_records_on_their_way_back() -> None:
 def all_tenants_come_back_by_one_schedule() -> None:
     original = TenantRetrySchedules.reserve
 
-    def reserve(
-        self: TenantRetrySchedules, tenant: str, now: float, drain_rate: float | None, draw: float
+    def reserve(  # noqa: PLR0913 - as the original
+        self: TenantRetrySchedules,
+        tenant: str,
+        now: float,
+        drain_rate: float | None,
+        draw: float,
+        *,
+        most: float = math.inf,
     ) -> float | None:
         del tenant
-        return original(self, "all", now, drain_rate, draw)
+        return original(self, "all", now, drain_rate, draw, most=most)
 
     replace(TenantRetrySchedules, original, reserve)
 
@@ -561,6 +567,30 @@ def records_of_a_blocked_tenant_come_back() -> None:
 
 def a_tenant_runs_as_much_as_it_likes() -> None:
     always(Tenants, Tenants.count_running, returns=False)
+
+
+def what_waits_for_a_bound_stays_without_a_worker() -> None:
+    def fail_queued(self: Dispatcher, pool: Pool, error: str, **more: Any) -> None:
+        while (entry := pool.queue.head()) is not None:
+            self.fail_waiting(entry[2], error, **more)
+
+    replace(Dispatcher, Dispatcher.fail_queued, fail_queued)
+
+
+def a_drain_waits_for_slots_that_are_reserved_for_others() -> None:
+    replace(WorkerAgent, WorkerAgent.slots_for, lambda self, _: self.max_concurrent)
+
+
+def a_free_slot_is_room_for_tasks_that_fail_at_once() -> None:
+    always(Pool, Pool.delayed_load, returns=0.0)
+
+
+def the_bound_of_a_tenant_says_nothing_of_its_waits() -> None:
+    always(Pool, Pool._max_rate, returns=math.inf)
+
+
+def better_tasks_that_need_not_wait_pass_over_nobody() -> None:
+    always(FewPools, FewPools.pass_over, returns=None)
 
 
 def normal_tasks_take_reserved_slots() -> None:

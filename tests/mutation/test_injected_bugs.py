@@ -244,6 +244,21 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_tenants_in_the_overflow.test_the_records_of_a_blocked_tenant_keep_those_of_no_other
     ),
     bugs.a_tenant_runs_as_much_as_it_likes: test_tenants.test_a_tenant_holds_no_more_slots_than_it_may,
+    bugs.what_waits_for_a_bound_stays_without_a_worker: (
+        test_tenants.test_what_waits_for_a_bound_ends_with_its_last_worker
+    ),
+    bugs.a_drain_waits_for_slots_that_are_reserved_for_others: (
+        test_reserve.test_a_drain_does_not_wait_for_a_task_that_may_take_no_slot
+    ),
+    bugs.a_free_slot_is_room_for_tasks_that_fail_at_once: (
+        test_retries.test_tasks_that_fail_at_once_do_not_pile_up_beyond_the_room_of_the_queue
+    ),
+    bugs.the_bound_of_a_tenant_says_nothing_of_its_waits: (
+        test_tenants.test_a_tenant_is_told_to_come_back_when_its_bound_allows
+    ),
+    bugs.better_tasks_that_need_not_wait_pass_over_nobody: (
+        test_reserve.test_better_tasks_that_need_not_wait_starve_no_priority
+    ),
     bugs.normal_tasks_take_reserved_slots: test_reserve.test_a_normal_task_is_rejected_by_the_load_of_what_it_may_use,
     bugs.calls_of_all_tenants_weigh_the_same: test_tenants.test_calls_have_the_weight_of_their_tenant,
     bugs.waiting_tasks_are_moved_one_commit_each: (

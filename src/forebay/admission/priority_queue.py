@@ -179,9 +179,13 @@ class PriorityQueue(Generic[T]):
         self._shorten(priority)
         self._passed_over[priority] = 0
         if self.length > self._lengths[priority]:
-            for lower in range((priority if joined_priority is None else joined_priority) + 1, len(Priority)):
-                if self._lengths[lower]:
-                    self._passed_over[lower] += 1
+            self.pass_over(priority if joined_priority is None else joined_priority)
+
+    def pass_over(self, priority: int) -> None:
+        """Count the lower priorities that wait as passed over by `priority`."""
+        for lower in range(priority + 1, len(Priority)):
+            if self._lengths[lower]:
+                self._passed_over[lower] += 1
 
     def _remove_first(self, head: QueueEntry) -> None:
         heap = self._heaps[head[_PRIORITY]]

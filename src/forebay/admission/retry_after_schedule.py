@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 _DRAIN_SHARE = 0.97  # of the drain rate that is promised: at the full rate the last callers would find no room
@@ -57,8 +58,10 @@ class TenantRetrySchedules:
         self._total = 0.0  # of their weights
         self._purge_at = 0.0
 
-    def reserve(self, tenant: str, now: float, drain_rate: float | None, draw: float) -> float | None:
-        """Reserve the next free slot of a tenant: see `RetryAfterSchedule.reserve`."""
+    def reserve(
+        self, tenant: str, now: float, drain_rate: float | None, draw: float, *, most: float = math.inf
+    ) -> float | None:
+        """Reserve the next free slot of a tenant, of whose tasks `most` leave a second: see `RetryAfterSchedule`."""
         if now >= self._purge_at:
             self._purge(now)
         if tenant not in self._by_tenant and len(self._by_tenant) >= _MAX_TENANTS:
@@ -67,7 +70,7 @@ class TenantRetrySchedules:
         if schedule is None:
             schedule = self._by_tenant[tenant] = RetryAfterSchedule()
             self._total += self._weight(tenant)
-        return schedule.reserve(now, drain_rate and drain_rate * self._weight(tenant) / self._total, draw)
+        return schedule.reserve(now, drain_rate and min(most, drain_rate * self._weight(tenant) / self._total), draw)
 
     def _purge(self, now: float) -> None:
         """Forget the schedules that are past."""

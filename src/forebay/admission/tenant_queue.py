@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 _RANK, _ITEM, _PRIORITY, _TENANT = 0, 2, 3, 4
 _NOTHING: Mapping[str, int] = MappingProxyType({})
+_NO_TENANTS: Mapping[tuple[float, int], int] = MappingProxyType({})
 
 
 class _Lanes:
@@ -181,9 +182,10 @@ class TenantQueue(PriorityQueue[T], Generic[T]):
             if tenant in lanes.lengths:
                 lanes.turns.join(tenant)
 
-    def length_of(self, tenant: str) -> int:
-        """Return the number of items of a tenant."""
-        return sum(lanes.lengths.get(tenant, 0) for lanes in self._all_lanes())
+    def length_of(self, tenant: str, priority: Priority = Priority.LOW) -> int:
+        """Return the number of items of a tenant, of a priority and the better ones."""
+        groups = self._lanes[: priority + 1]
+        return sum(lanes.lengths.get(tenant, 0) for by_rank in groups for lanes in by_rank.values())
 
     def length_in_group(self, tenant: str, group: int) -> int:
         """Return the number of items of a tenant whose rank begins with `group`."""
@@ -203,33 +205,44 @@ class TenantQueue(PriorityQueue[T], Generic[T]):
             for groups in self._lanes
         ]
 
-    def ahead_of(
-        self, tenant: str, priority: Priority, group: int, *, elsewhere: Mapping[str, int] = _NOTHING, behind: int = 0
+    def ahead_of(  # noqa: PLR0913 - the last three go together
+        self,
+        tenant: str,
+        priority: Priority,
+        group: int,
+        *,
+        elsewhere: Mapping[str, int] = _NOTHING,
+        tenants_elsewhere: Mapping[tuple[float, int], int] = _NO_TENANTS,
+        behind: int = 0,
     ) -> int:
         """Return how many items at most would be served before a new one of `tenant` whose rank begins with `group`.
+
+        It looks at each tenant that has items here, and at no other one.
 
         Args:
             tenant: whose it is.
             priority: its priority.
             group: the first part of its rank.
             elsewhere: items that take part in the turns of this priority and group, by tenant.
+            tenants_elsewhere: how many tenants these are, by weight and number of items.
             behind: how many of these, of its own tenant, go before it.
         """
         ahead = sum(self._lengths[:priority])
         groups = self._lanes[priority]
         ahead += sum(sum(lanes.lengths.values()) for other, lanes in groups.items() if other < group)
         lanes = self._group(priority, group)
-        own, turns = lanes.lengths.get(tenant, 0) + behind, lanes.turns.turns_before
-        others = {**elsewhere, **{name: count + elsewhere.get(name, 0) for name, count in lanes.lengths.items()}}
-        return (
-            ahead
-            + own
-            + sum(
-                min(count, turns(tenant, own + 1, name))
-                for name, count in others.items()
-                if name != tenant and name not in self._blocked
-            )
-        )
+        turns, weight = lanes.turns, lanes.turns.weight
+        own = lanes.lengths.get(tenant, 0) + behind
+        ahead += own
+        for (other, count), tenants in tenants_elsewhere.items():  # as if none of them had items here
+            ahead += tenants * turns.turns_before(tenant, own + 1, other, most=count)
+        for name in {*lanes.lengths, *self._blocked, tenant}:
+            here, there = lanes.lengths.get(name, 0), elsewhere.get(name, 0)
+            if there:
+                ahead -= turns.turns_before(tenant, own + 1, weight(name), most=there)
+            if name != tenant and name not in self._blocked:
+                ahead += turns.turns_before(tenant, own + 1, weight(name), most=here + there)
+        return ahead
 
     # --- items elsewhere, which will be pushed with the last group ---
 

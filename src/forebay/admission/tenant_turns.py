@@ -107,20 +107,21 @@ class TenantTurns:
             if count >= own:
                 shares[tenant] = shares.get(tenant, 0) + 1
             turns, number = turns - 1, number + 1
-            heapq.heappush(again, ((tag + 1.0 / self._weight(tenant), number), tenant))
+            heapq.heappush(again, ((tag + 1.0 / self.weight(tenant), number), tenant))
         return shares
 
-    def turns_before(self, tenant: str, turns: int, other: str) -> int:
-        """Return how many turns `other` gets, at most, before `tenant` has had `turns` more."""
-        return int(turns * self._weight(other) / self._weight(tenant) + 1)
+    def turns_before(self, tenant: str, turns: int, other: float, *, most: int) -> int:
+        """Return how many turns one of weight `other` gets before `tenant` has had `turns` more, but `most` of them."""
+        return int(min(most, turns * other / self.weight(tenant) + 1))
 
-    def _weight(self, tenant: str) -> float:
+    def weight(self, tenant: str) -> float:
+        """Return the weight of a tenant."""
         return self._weights.get(tenant, 1.0)
 
     def _tag(self, tenant: str, after: float) -> Tag:
         """Return the tag of a tenant for its next turn after `after`."""
         self._number += 1
-        return after + 1.0 / self._weight(tenant), self._number
+        return after + 1.0 / self.weight(tenant), self._number
 
     def _in_order(self) -> Iterator[tuple[Tag, str]]:
         """Iterate over the tenants, wherever their work is, by their next turns. They must not change meanwhile."""
@@ -171,6 +172,7 @@ class _Tags:
 
     def in_order(self) -> Iterator[tuple[Tag, str]]:
         """Iterate over the tenants with their tags, the lowest first."""
+        self.first()  # drops the items of tenants that have gone: they are the lowest, and would be passed every time
         before = None
         for item in heap_in_order(self._heap):
             if item != before and self.by_tenant.get(item[1]) == item[0]:  # a tag that came back is in it twice

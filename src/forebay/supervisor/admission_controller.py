@@ -444,14 +444,12 @@ class AdmissionController:
         load = path_load
         worker = self._free_worker(ticket, pool)
         if worker is not None:
-            load, resource = self._load.beyond_pool(pool, priority)
+            load, resource = self._load_at_free_slot(ticket, pool)
         elif pool.takes_turns and not ticket.nested and (own := self._tenants.load(tenant)) and own >= load:
             load, resource = own, RESOURCE_PREFIX + tenant
         if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
-            cause = self._load.limiting_resource(resource)
-            reason = self._refusal_reason(pool, resource, cause, load, priority)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
-            return Refusal(reason, cause, load, may_spill=worth)
+            return self._refusal(priority, pool, resource, load, may_spill=worth, slot_is_free=worker is not None)
         if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
             why = f"its deadline in {format_duration(remaining)} cannot be met"
             return Refusal(why, resource, load, may_spill=False, final=True)
@@ -463,6 +461,16 @@ class AdmissionController:
             self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
+
+    def _load_at_free_slot(self, ticket: Ticket, pool: Pool) -> tuple[float, str]:
+        """Return the load at which a task is judged that would start at once, and the resource that limits it.
+
+        Its pool counts only for tasks that wait for their next attempt.
+        """
+        load, resource = self._load.beyond_pool(pool, ticket.task.priority)
+        if pool.delayed and (own := pool.delayed_load(ticket.task.tenant, nested=ticket.nested)) > load:
+            return own, pool.resource
+        return load, resource
 
     def _finishes_a_run(self, ticket: Ticket, pool: Pool) -> bool:
         """Return whether a run needs a task to finish while the supervisor drains, or while its last worker leaves.
@@ -537,6 +545,16 @@ class AdmissionController:
         if conversation is None or not seconds:
             return math.inf
         return conversation.retry_schedule.reserve(self.loop.time(), 1 / seconds, self._draw()) or math.inf
+
+    def _refusal(  # noqa: PLR0913 - what it says, by name
+        self, priority: Priority, pool: Pool, resource: str, load: float, *, may_spill: bool, slot_is_free: bool
+    ) -> Refusal:
+        """Return why a task is not admitted at a load of `resource`."""
+        cause = self._load.limiting_resource(resource)
+        reason = self._refusal_reason(pool, resource, cause, load, priority)
+        # What waits for its next attempt does not leave at the rate of the slots.
+        retry_after = math.inf if slot_is_free and resource == pool.resource else None
+        return Refusal(reason, cause, load, may_spill=may_spill, retry_after=retry_after)
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
         if pool.paused:

@@ -247,6 +247,8 @@ class Dispatcher:
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
+            if worker.reserve and ticket.task.priority <= URGENT:  # others may wait, though a slot is free
+                self._served_by[worker].pass_over(ticket.task.priority)
             self.start(ticket, worker)
         else:
             self._enqueue(ticket, pool)
@@ -542,10 +544,18 @@ class Dispatcher:
             failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker_id, cause=cause)
             self.end_waiting(ticket, failed)
 
+    def fail_queued(
+        self, pool: Pool, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    ) -> None:
+        """End every task in the queue of a pool, those of tenants that run as much as they may included."""
+        while pool.queue.length:  # the end of one may queue the next of its conversation
+            for ticket in [*pool.queue.in_order()]:
+                if ticket.queue_entry is not None:
+                    self.fail_waiting(ticket, error, worker_id=worker_id, cause=cause)
+
     def fail_all_waiting(self, pool: Pool, error: str, *, worker_id: str | None = None) -> None:
         """End every task that waits in a pool whose workers will not come, as `fail_waiting` does."""
-        while (entry := pool.queue.head()) is not None:
-            self.fail_waiting(entry[2], error, worker_id=worker_id)
+        self.fail_queued(pool, error, worker_id=worker_id)
         if pool.parked or pool.delayed:
             for ticket in [*self._registry.live.values()]:
                 if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):

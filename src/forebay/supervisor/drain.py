@@ -337,23 +337,29 @@ class Drain:
         await self._progress.wait()
 
     def _may_run(self, ticket: Ticket, *, without_store: bool) -> bool:
-        """Return whether a worker could still take a task, or runs it.
+        """Return whether a worker could still take a task, or runs it, while no run is at work.
 
         Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
-        zombies, nor those for a type that is paused: waiting for them could take forever.
+        zombies, or all that are not reserved for others, nor those for a type that is paused. Zombies also hold what a
+        tenant may have running, if it is blocked. Waiting for any of these could take forever.
         """
         if without_store and self._awaits_store(ticket):
             return False
         if ticket.run is not None:
             return not ticket.run.zombie
-        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        priority, pool = ticket.task.priority, self._core.pools.by_type.get(ticket.task.task_type)
+        if ticket.task.tenant in self._core.tenants.blocked:
+            return False
         runs = self._dispatcher.runs
         are_stuck = runs.are_all_stuck if without_store else runs.are_all_zombies
         now = self._core.loop.time()
         return (
             pool is not None
             and not pool.paused
-            and any(worker.breaker.retry_after(now) is not None and not are_stuck(worker) for worker in pool.workers)
+            and any(
+                worker.breaker.retry_after(now) is not None and not are_stuck(worker, priority)
+                for worker in pool.workers
+            )
         )
 
     def _unfinished_tickets(self) -> list[Ticket]:

@@ -64,12 +64,12 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants", "_timeouts", "_turns",
-        "_watched", "calls_per_run", "delayed", "delayed_nested", "estimate_bypass", "estimated_times",
-        "expects_records", "finishing", "max_queue_size", "max_timeout", "nested", "nested_spilled",
-        "nested_supervisors", "parked", "paused", "queue", "refill_policy", "reserved", "resource", "retry_schedules",
-        "selector", "service_times", "source_paths", "spilled", "takes_turns", "task_type", "times_passed_over",
-        "workers",
+        "_bounded", "_delayed_of", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants",
+        "_timeouts", "_turns", "_watched", "calls_per_run", "delayed", "delayed_nested", "estimate_bypass",
+        "estimated_times", "expects_records", "finishing", "max_queue_size", "max_timeout", "nested",
+        "nested_spilled", "nested_supervisors", "parked", "paused", "queue", "refill_policy", "reserved", "resource",
+        "retry_schedules", "selector", "service_times", "source_paths", "spilled", "takes_turns", "task_type",
+        "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
@@ -96,7 +96,7 @@ class Pool(SlotCounts):
         self.takes_turns = False  # tasks of several tenants wait, here or in the overflow, or a tenant may be blocked
         # The only one whose tasks wait, here or in the overflow, unless it is a TenantQueue.
         self._sole_tenant: str | None = None
-        self.spilled = SpilledCounts()  # what waits in the overflow
+        self.spilled = SpilledCounts(tenants.weight)  # what waits in the overflow
         self._returned: list[tuple[Priority, str]] = []  # whose last record has come back, and takes its turn now
         if tenants.bounded:
             self._take_turns()
@@ -106,6 +106,7 @@ class Pool(SlotCounts):
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
         self.delayed = 0  # tasks that wait for their next attempt; they count as if they were queued
         self.delayed_nested = 0  # nested ones of them
+        self._delayed_of: dict[tuple[str, bool], int] = {}  # the same by tenant, and whether they are nested
         self.reserved = 0  # room kept for records that are being leased from the overflow
         self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
@@ -228,7 +229,7 @@ class Pool(SlotCounts):
         leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
         bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
-        same = tenant == self._sole_tenant or not waiting or tenant is None
+        same = not waiting or tenant is None or (tenant == self._sole_tenant and not self._delays_others(tenant))
         simple = not (self.own_blocked or self.own_reserved or self._groups or self.paused)
         slots = self.own_slots if simple else self.usable_slots
         if not (slots or self.slots or self.paused):
@@ -253,10 +254,31 @@ class Pool(SlotCounts):
         return inside / room if room else 1.0  # the start gate may keep every slot free of a pool without a queue
 
     def _waiting_of(self, tenant: str, *, nested: bool = False) -> int:
-        """Return how many tasks of a tenant that is not the sole one wait in the queue, or how many nested ones."""
+        """Return how many tasks of a tenant wait in the queue or for their next attempt, or how many nested ones."""
+        delayed = self._delayed_of.get((tenant, True), 0) if self.delayed else 0
         if self._turns is None:
-            return 0
-        return self._turns.length_in_group(tenant, NESTED) if nested else self._turns.length_of(tenant)
+            queued = (self.nested if nested else self.queue.length) if tenant == self._sole_tenant else 0
+        else:
+            queued = self._turns.length_in_group(tenant, NESTED) if nested else self._turns.length_of(tenant)
+        if not nested and self.delayed:
+            delayed += self._delayed_of.get((tenant, False), 0)
+        return queued + delayed
+
+    def _delays_others(self, tenant: str | None) -> bool:
+        """Return whether tasks of other tenants than `tenant` wait for their next attempt."""
+        return self.delayed > 0 and any(name != tenant for name, _ in self._delayed_of)
+
+    def delayed_load(self, tenant: str, *, nested: bool = False) -> float:
+        """Return the tasks of a tenant that wait for their next attempt over those of it that fit.
+
+        A free slot is no room for more of them: tasks that fail at once would otherwise pile up without a bound. Of
+        all tenants there are at most twice as many as there is room for, slots included.
+        """
+        own = self._delayed_of.get((tenant, True), 0)
+        if not nested:
+            own += self._delayed_of.get((tenant, False), 0)
+        room = self.slots + self.queue_bound - (self.delayed - own) / 2
+        return own / room if room > 0 else 1.0
 
     # --- estimates ---
 
@@ -272,13 +294,15 @@ class Pool(SlotCounts):
         better = self.spilled.better(priority) if spilled else 0
         own = self.spilled.own(priority, tenant) if spilled else 0
         if self._turns is not None:
-            elsewhere = self.spilled.of(priority)
-            return better + self._turns.ahead_of(tenant, priority, NOT_NESTED, elsewhere=elsewhere, behind=own)
+            elsewhere, tenants = self.spilled.of(priority), self.spilled.tenants(priority)
+            return better + self._turns.ahead_of(
+                tenant, priority, NOT_NESTED, elsewhere=elsewhere, tenants_elsewhere=tenants, behind=own
+            )
         queued, here = self.queue.ahead(priority), self.queue.lengths[priority]
         if tenant == self._sole_tenant:
             return queued + better + own
-        turns = int(self._tenants.weight(self._sole_tenant or "") / self._tenants.weight(tenant) + 1)
-        return queued - here + better + min(here + self.spilled.totals[priority], self.nested + turns)
+        turns = self._tenants.weight(self._sole_tenant or "") / self._tenants.weight(tenant) + 1
+        return queued - here + better + int(min(here + self.spilled.totals[priority], self.nested + turns))
 
     def expected_wait(
         self, priority: Priority, tenant: str, *, nested: bool = False, spilled: bool = False
@@ -294,7 +318,23 @@ class Pool(SlotCounts):
         if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
         rate = self.service_times.drain_rate(max(0, self.usable_slots - reserved))
-        return None if rate is None else ahead / rate if rate else math.inf
+        wait = None if rate is None else ahead / rate if rate else math.inf
+        if wait is None or (most := self._max_rate(tenant)) == math.inf:
+            return wait
+        return max(wait, self._own_ahead(priority, tenant, nested=nested, spilled=spilled) / most)
+
+    def _max_rate(self, tenant: str) -> float:
+        """Return how many tasks of a tenant a second can leave at most, for its bound; infinity without one."""
+        bound = self._tenants.max_running(tenant) if self._bounded else None
+        return math.inf if bound is None else self.service_times.drain_rate(bound) or math.inf
+
+    def _own_ahead(self, priority: Priority, tenant: str, *, nested: bool, spilled: bool) -> int:
+        """Return how many tasks of a tenant would be served before a new one of it."""
+        if self._turns is None:
+            return 0
+        if nested:
+            return self._turns.length_in_group(tenant, NESTED)
+        return self._turns.length_of(tenant, priority) + (self.spilled.own(priority, tenant) if spilled else 0)
 
     def record_estimated(self, seconds: float, estimate: Estimate) -> None:
         """Record that a task with `estimate` succeeded after `seconds`."""
@@ -397,7 +437,7 @@ class Pool(SlotCounts):
         rate = self.service_times.drain_rate(max(0, self.usable_slots - self.reserved_slots(priority)[0]))
         if each:
             rate = min(1 / each, rate or math.inf)
-        slot = self.retry_schedules.reserve(tenant, now + early, rate, draw)
+        slot = self.retry_schedules.reserve(tenant, now + early, rate, draw, most=self._max_rate(tenant))
         return None if slot is None else early + slot
 
     def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
@@ -604,6 +644,8 @@ class Pool(SlotCounts):
         """Count a task that waits for its next attempt."""
         self.delayed += 1
         self.delayed_nested += ticket.nested
+        whose = ticket.task.tenant, ticket.nested
+        self._delayed_of[whose] = self._delayed_of.get(whose, 0) + 1
         if self._bounded:
             self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
 
@@ -611,6 +653,10 @@ class Pool(SlotCounts):
         """Stop counting a task that waited for its next attempt."""
         self.delayed -= 1
         self.delayed_nested -= ticket.nested
+        whose = ticket.task.tenant, ticket.nested
+        self._delayed_of[whose] -= 1
+        if not self._delayed_of[whose]:
+            del self._delayed_of[whose]
         if self._bounded:
             self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
 

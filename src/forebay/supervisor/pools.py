@@ -12,6 +12,7 @@ from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
+from forebay.task import Priority
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
@@ -32,6 +33,9 @@ class ServedPools(Protocol):
 
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
         """Return the pool and the entry of the task that a worker may begin first: one with a reserve or many runs."""
+
+    def pass_over(self, priority: Priority) -> None:
+        """Count the lower priorities that wait as passed over, because a task of `priority` did not wait."""
 
     def with_spilled(self) -> Iterable[Pool]:
         """Return the pools for which records may wait in the overflow."""
@@ -67,6 +71,12 @@ class FewPools:
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
         """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
         return first_for(worker, self.pools)
+
+    def pass_over(self, priority: Priority) -> None:
+        """Count the lower priorities that wait as passed over, because a task of `priority` did not wait."""
+        for pool in self.pools:
+            if pool.queue.length:
+                pool.queue.pass_over(priority)
 
     def with_spilled(self) -> Iterable[Pool]:
         """Return the pools for which records may wait in the overflow."""
@@ -190,6 +200,12 @@ class PoolGroup(SlotCounts):
             return None, None
         self._serve(pool)
         return pool, entry
+
+    def pass_over(self, priority: Priority) -> None:
+        """Count the lower priorities that wait as passed over, because a task of `priority` did not wait."""
+        for pool in tuple(self._heads):
+            pool.queue.pass_over(priority)
+            self.head_changed(pool)
 
     def _most_urgent(self) -> tuple[Pool, QueueEntry]:
         """Return the waiting pool with the most urgent head, and that."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeGuard
 
 import msgspec
 
-from forebay._validate import check_positive, check_whole, is_positive, reject
+from forebay._validate import check_whole, is_positive, reject
 
 _OWNER: Final = "BackpressureSupervisor"
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e6  # beyond, the turns of others are lost to rounding
+_WEIGHTS: Final = f"a weight from {_MIN_WEIGHT:.6f} to {_MAX_WEIGHT:,.0f}"
 RESOURCE_PREFIX: Final = "tenant:"  # of the name of a tenant as a resource
 
 
@@ -17,7 +19,8 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     """The share and the bounds of one tenant: a customer, a user or a team.
 
     Attributes:
-        weight: its share of turns beside the others that have work waiting; 1.0 is that of a tenant that is not named.
+        weight: its share of turns beside the others that have work waiting, from a millionth to a million; 1.0 is that
+            of a tenant that is not named.
         max_running: slots that its tasks may hold at a time, nested ones included. None: no bound.
         max_waiting: tasks of it that may wait inside, of all types. They are a resource, of which each priority is
             rejected from a load of its own. None: as many as the queues have room for.
@@ -31,7 +34,8 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive("Tenant", "weight", self.weight, unit="turns")
+        if not _is_weight(self.weight):
+            reject("Tenant", "weight", self.weight, _WEIGHTS)
         check_whole("Tenant", "max_running", self.max_running, none="for no bound")
         check_whole("Tenant", "max_waiting", self.max_waiting, minimum=0, none="for no bound")
 
@@ -51,10 +55,14 @@ def tenant_settings(tenants: object) -> dict[str, Tenant]:
     for name, setting in tenants.items():
         if not isinstance(name, str) or not name:
             reject(_OWNER, "tenants", tenants, expected)
-        if not isinstance(setting, Tenant) and not is_positive(setting):
-            reject(_OWNER, f"tenants[{name!r}]", setting, "a positive weight or a Tenant")
+        if not isinstance(setting, Tenant) and not _is_weight(setting):
+            reject(_OWNER, f"tenants[{name!r}]", setting, f"{_WEIGHTS}, or a Tenant")
         found[name] = setting if isinstance(setting, Tenant) else Tenant(weight=float(setting))
     return found
+
+
+def _is_weight(value: object) -> TypeGuard[float]:
+    return is_positive(value) and _MIN_WEIGHT <= value <= _MAX_WEIGHT
 
 
 class _Use:
@@ -95,6 +103,11 @@ class Tenants:
     def weight(self, name: str) -> float:
         """Return the weight of a tenant."""
         return self.weights.get(name, 1.0)
+
+    def max_running(self, name: str) -> int | None:
+        """Return how many slots tasks of a tenant may hold at a time; None if it has no bound."""
+        use = self._uses.get(name)
+        return None if use is None else use.tenant.max_running
 
     def load(self, name: str) -> float:
         """Return what a tenant has waiting over what it may have; 0.0 if it has no bound."""

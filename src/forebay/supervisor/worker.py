@@ -180,10 +180,14 @@ class WorkerAgent:
         left = self.reserve - self.urgent_tasks if again else self.reserve
         return self._max_concurrent - self.current_tasks > left
 
+    def slots_for(self, priority: Priority) -> int:
+        """Return how many of its slots tasks of `priority` may take: all, or all but those that are reserved."""
+        return self._max_concurrent if priority <= URGENT else max(0, self._max_concurrent - self.reserve)
+
     @property
     def open_slots(self) -> int:
         """The number of `slots` that tasks of any priority may take."""
-        return min(self.counted_slots, max(0, self._max_concurrent - self.reserve))
+        return min(self.counted_slots, self.slots_for(Priority.NORMAL))
 
     def bars_new_runs(self, priority: Priority) -> bool:
         """Return whether it begins no run of `priority` but nested ones, because too many have begun and not ended.

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from forebay.admission import RANK_LAST, PriorityQueue, QueueEntry, TenantQueue, TenantTurns
+from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.task import Priority
 
 RANKS = [(0, 1.0), (1, 2.0), (2, 1.0), (2, 2.0), RANK_LAST, RANK_LAST]
@@ -285,3 +286,84 @@ def test_tenants_that_were_elsewhere_are_forgotten() -> None:
     assert len(turns._absent._heap) < 100
     assert not turns._absent.by_tenant
     assert list(turns) == ["stays"]
+
+
+class CountedName(str):
+    """A name that counts how often a table is asked for it."""
+
+    asked = 0
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        CountedName.asked += 1
+        return str.__hash__(self)
+
+
+def test_each_of_many_tenants_takes_as_little_time_as_of_few() -> None:
+    turns = TenantTurns({})
+    elsewhere: dict[str, int] = {CountedName(number): 1 for number in range(2000)}
+    for tenant in elsewhere:
+        turns.begin_elsewhere(tenant)
+    CountedName.asked = 0
+    while elsewhere:  # as they come back from the overflow, in the order of their turns
+        tenant = next(iter(turns.shares(1, here={}, elsewhere=elsewhere)))
+        turns.join(tenant)
+        turns.end_elsewhere(tenant)
+        turns.serve(tenant)
+        turns.leave(tenant)
+        del elsewhere[tenant]
+    assert CountedName.asked < 2000 * 50
+
+
+@given(
+    here=st.dictionaries(st.sampled_from("abcd"), st.integers(1, 20)),
+    elsewhere=st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 20)),
+    blocked=st.sets(st.sampled_from("abef")),
+    tenant=st.sampled_from("abg"),
+)
+def test_what_goes_ahead_counts_what_is_elsewhere(
+    here: dict[str, int], elsewhere: dict[str, int], blocked: set[str], tenant: str
+) -> None:
+    weights = {"a": 3.0, "e": 0.5}
+    queue: TenantQueue[str] = TenantQueue(str, weights, blocked=blocked)
+    for number, name in enumerate(sorted(Counter(here).elements())):
+        queue.push(name, Priority.NORMAL, RANK_LAST, number)
+    spilled = SpilledCounts(lambda name: weights.get(name, 1.0))
+    for name in (*elsewhere, *elsewhere):
+        spilled.set(Priority.NORMAL, name, 30)
+        spilled.set(Priority.NORMAL, name, elsewhere[name])
+    own = here.get(tenant, 0) + elsewhere.get(tenant, 0)
+    expected = own + sum(
+        min(
+            here.get(name, 0) + elsewhere.get(name, 0),
+            int((own + 1) * weights.get(name, 1.0) / weights.get(tenant, 1.0) + 1),
+        )
+        for name in {*here, *elsewhere} - {tenant} - blocked
+    )
+    assert expected == queue.ahead_of(
+        tenant,
+        Priority.NORMAL,
+        RANK_LAST[0],
+        elsewhere=spilled.of(Priority.NORMAL),
+        tenants_elsewhere=spilled.tenants(Priority.NORMAL),
+        behind=elsewhere.get(tenant, 0),
+    )
+    assert spilled.servable(blocked)[Priority.NORMAL] == sum(
+        count for name, count in elsewhere.items() if name not in blocked
+    )
+    for name in elsewhere:
+        spilled.set(Priority.NORMAL, name, 0)
+    assert not spilled.tenants(Priority.NORMAL)
+
+
+def test_what_goes_ahead_is_found_without_a_look_at_each_tenant_elsewhere() -> None:
+    queue: TenantQueue[str] = TenantQueue(str, {})
+    spilled = SpilledCounts(lambda _: 1.0)
+    for number in range(2000):
+        spilled.set(Priority.NORMAL, CountedName(number), 1)
+    of, tenants = spilled.of(Priority.NORMAL), spilled.tenants(Priority.NORMAL)
+    CountedName.asked = 0
+    ahead = queue.ahead_of("new", Priority.NORMAL, RANK_LAST[0], elsewhere=of, tenants_elsewhere=tenants)
+    assert (ahead, CountedName.asked) == (2000, 0)
+    assert spilled.servable({"new"})[Priority.NORMAL] == 2000
+    assert CountedName.asked == 0

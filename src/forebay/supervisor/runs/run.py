@@ -18,7 +18,7 @@ from forebay import clock
 from forebay._hooks import await_hook, call_hook, is_awaitable, is_interrupt
 from forebay.errors import Overloaded, fresh_copy
 from forebay.events import TaskProgress
-from forebay.task import Deadline, Task, TaskStatus
+from forebay.task import Deadline, Priority, Task, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.interfaces import LoadSource
@@ -465,19 +465,16 @@ class ActiveRuns:
         """Return the runs on a worker, in the order in which their handlers started."""
         return list(self._by_worker.get(worker, ()))
 
-    def are_all_zombies(self, worker: WorkerAgent) -> bool:
-        """Return whether zombies hold every slot of a worker."""
-        runs = self._by_worker.get(worker, ())
-        return (
-            len(runs) >= worker.max_concurrent
-            and sum(run.zombie and run.holds_slot for run in runs) >= worker.max_concurrent
-        )
+    def are_all_zombies(self, worker: WorkerAgent, priority: Priority = Priority.CRITICAL) -> bool:
+        """Return whether zombies hold every slot of a worker, or as many as a task of `priority` could take."""
+        runs, slots = self._by_worker.get(worker, ()), worker.slots_for(priority)
+        return len(runs) >= slots and sum(run.zombie and run.holds_slot for run in runs) >= slots
 
-    def are_all_stuck(self, worker: WorkerAgent) -> bool:
-        """Return whether zombies, and runs whose start the store has not recorded, hold every slot of a worker."""
+    def are_all_stuck(self, worker: WorkerAgent, priority: Priority) -> bool:
+        """Return the same, with runs whose start the store has not recorded counted as zombies."""
         runs = self._by_worker.get(worker, ())
         stuck = sum(run.holds_slot and (run.zombie or run.awaits_start) for run in runs)
-        return stuck >= worker.max_concurrent
+        return stuck >= worker.slots_for(priority)
 
     def __bool__(self) -> bool:
         return any(self._by_worker.values())
