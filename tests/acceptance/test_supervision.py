@@ -142,6 +142,30 @@ async def test_a_start_that_fails_at_a_restart_is_tried_again_and_counts_as_one(
         assert service.log.count("worker fails to start") == 2
 
 
+@virtual
+async def test_a_worker_that_does_not_start_again_keeps_no_other_from_it() -> None:
+    hangs = False
+
+    async def live(started: Callable[[], None]) -> None:
+        if hangs:
+            await asyncio.sleep(60.0)
+        started()
+        await lost
+
+    lost, service = asyncio.get_running_loop().create_future(), ScriptedLife()
+    async with BackpressureSupervisor(max_restarts=3, within=5.0) as supervisor:
+        stuck = supervisor.register_worker("stuck", handler=Agent(), task_types=["else"], start=live, start_timeout=2.0)
+        worker = register(supervisor, service)
+        await settle()
+        hangs = True
+        lost.set_exception(ValueError("lost"))
+        await settle()
+        service.crash()
+        await asyncio.sleep(100.0)
+        assert (stuck.restarts, worker.restarts) == (0, 1)
+        assert await supervisor.run(Task("work", 1)) == 1
+
+
 @pytest.mark.parametrize(
     ("restart", "end", "lives"),
     [

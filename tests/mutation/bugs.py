@@ -1771,6 +1771,44 @@ def a_worker_that_was_unregistered_while_it_started_lives_on() -> None:
     skip(Supervision._start, WorkerLife.stop)
 
 
+def a_restart_is_tried_again_before_the_ends_of_other_lives() -> None:
+    original = Supervision._start_or_try_again
+
+    async def _start_or_try_again(self: Supervision, workers: Sequence[WorkerAgent]) -> None:
+        await original(self, workers)
+        if self._jobs and getattr(self._jobs[-1], "func", None) == self._try_again:
+            self._jobs.rotate(1)
+
+    replace(Supervision, original, _start_or_try_again)
+
+
+# --- workers that go, and what waits for them ---
+
+
+def tasks_of_a_tenant_that_is_blocked_outlive_the_last_worker_of_their_type() -> None:
+    def fail_queued(self: Dispatcher, pool: Pool, error: str, **why: Any) -> None:
+        while (entry := pool.queue.head()) is not None:
+            self.fail_waiting(entry[2], error, **why)
+
+    replace(Dispatcher, Dispatcher.fail_queued, fail_queued)
+
+
+def a_record_comes_back_for_workers_that_are_gone() -> None:
+    replace(Refiller, Refiller._takes_records, Refiller._is_served)
+
+
+def a_task_goes_back_to_memory_for_workers_that_are_gone() -> None:
+    always(StoredTasks, StoredTasks._is_to_be_served, returns=True)
+
+
+def a_worker_of_no_run_is_revived() -> None:
+    def _revive(self: BackpressureSupervisor, worker: WorkerAgent) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.supervision.revive(worker)
+
+    replace(BackpressureSupervisor, BackpressureSupervisor._revive, _revive)
+
+
 # --- what a web app needs ---
 
 

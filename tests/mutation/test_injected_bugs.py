@@ -702,6 +702,20 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_worker_that_was_unregistered_while_it_started_lives_on: (
         test_supervision.test_a_worker_that_is_unregistered_while_it_starts_again_is_stopped_and_the_others_go_on
     ),
+    bugs.a_restart_is_tried_again_before_the_ends_of_other_lives: (
+        test_supervision.test_a_worker_that_does_not_start_again_keeps_no_other_from_it
+    ),
+    # --- workers that go, and what waits for them ---
+    bugs.tasks_of_a_tenant_that_is_blocked_outlive_the_last_worker_of_their_type: (
+        test_worker_changes.test_tasks_of_a_tenant_that_runs_as_much_as_it_may_end_with_the_last_worker_of_their_type
+    ),
+    bugs.a_record_comes_back_for_workers_that_are_gone: (
+        test_worker_changes.test_a_record_that_comes_back_while_a_zombie_keeps_its_type_waits_for_the_next_worker
+    ),
+    bugs.a_task_goes_back_to_memory_for_workers_that_are_gone: (
+        test_worker_changes.test_a_task_that_runs_on_the_last_worker_and_goes_back_to_an_overflow_in_memory_ends
+    ),
+    bugs.a_worker_of_no_run_is_revived: test_worker_changes.test_reviving_a_worker_that_is_gone_does_nothing,
     # --- what a web app needs ---
     bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
         test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted

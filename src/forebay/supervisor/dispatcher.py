@@ -538,10 +538,21 @@ class Dispatcher:
             failed = unsuccessful_result(ticket, TaskStatus.FAILED, error, worker_id=worker_id, cause=cause)
             self.end_waiting(ticket, failed)
 
+    def fail_queued(
+        self, pool: Pool, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    ) -> None:
+        """End every task in the queue of a pool whose workers will not come, as `fail_waiting` does.
+
+        Those of tenants that run as much as they may are among them. Each end may queue the next of a conversation.
+        """
+        while pool.queue.length:
+            for ticket in [*pool.queue]:
+                if ticket.queue_entry is not None:
+                    self.fail_waiting(ticket, error, worker_id=worker_id, cause=cause)
+
     def fail_all_waiting(self, pool: Pool, error: str, *, worker_id: str | None = None) -> None:
         """End every task that waits in a pool whose workers will not come, as `fail_waiting` does."""
-        while (entry := pool.queue.head()) is not None:
-            self.fail_waiting(entry[2], error, worker_id=worker_id)
+        self.fail_queued(pool, error, worker_id=worker_id)
         if pool.parked or pool.delayed:
             for ticket in [*self._registry.live.values()]:
                 if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):

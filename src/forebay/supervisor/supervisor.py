@@ -289,15 +289,18 @@ class BackpressureSupervisor:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
             UnknownWorker: there is no such worker.
             UnregisteredInside: it was called by a task that runs on the worker.
-            SupervisorClosed: the supervisor was closed before the worker had gone.
+            SupervisorClosed: the supervisor is being closed, or was before the worker had gone.
             WrongLoop: it runs on another event loop.
         """
         check_not_negative("unregister_worker", "timeout", timeout, unit="seconds", none="for no limit")
         await self.wait_until_started()
+        self._end_if_cut_off()
         worker = self._workers.get(name)
         if worker is None:
             raise UnknownWorker(name=name, known=", ".join(sorted(self._workers)) or "none")
-        if self._dispatcher is None:
+        if self._closing is not None and not self._closing.done():
+            raise SupervisorClosed(state="closing")
+        if self._dispatcher is None or self._closing is not None:  # between two runs
             self._unlist(worker)
             served = {task_type for other in self._workers.values() for task_type in other.task_types}
             self._codecs.remove_worker(worker, set(worker.task_types) - served)
@@ -381,8 +384,9 @@ class BackpressureSupervisor:
         return MappingProxyType(self._workers)
 
     def _revive(self, worker: WorkerAgent) -> None:
-        if self._dispatcher is not None:
-            self._dispatcher.supervision.revive(worker)
+        dispatcher = self._dispatcher
+        if dispatcher is not None and self.running and dispatcher.workers.get(worker.name) is worker:
+            dispatcher.supervision.revive(worker)  # otherwise it was unregistered, or begins its next run with nothing
 
     def _resized(self, worker: WorkerAgent, before: int) -> None:
         dispatcher = self._dispatcher

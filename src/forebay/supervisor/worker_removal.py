@@ -84,8 +84,7 @@ class WorkerRemoval:
             error = f"worker {worker.name!r} was unregistered, and it had not ended after {limit}"
             await self._stopper.stop(worker, TaskStatus.CANCELLED, error, limit=self._grace)
         await stop_handlers([worker], grace=self._grace)
-        for pool in self._pools(worker):
-            self.end_waiting(pool, f"worker {worker.name!r}, the last one for {pool.task_type!r}, was unregistered")
+        self._end_all_waiting(worker)
         self._dispatcher.unlist_worker(worker)
         self._core.bus.emit(WorkerUnregistered(at=self._core.loop.time(), worker_id=worker.name, cut=cut))
         if left := self._dispatcher.runs.on(worker):
@@ -97,7 +96,12 @@ class WorkerRemoval:
     async def forget(self, worker: WorkerAgent) -> Sequence[str]:
         """Forget a worker once its last zombie has stopped; return the task types that are not known any more."""
         await self._stopper.wait(worker, None)
+        self._end_all_waiting(worker)  # what has come since, such as a task that its store did not take back
         return [pool.task_type for pool in self._dispatcher.forget_worker(worker)]
+
+    def _end_all_waiting(self, worker: WorkerAgent) -> None:
+        for pool in self._pools(worker):
+            self.end_waiting(pool, f"worker {worker.name!r}, the last one for {pool.task_type!r}, was unregistered")
 
     def end_waiting(self, pool: Pool, error: str) -> None:
         """End the tasks of `pool` that wait, if no worker will take them and none is to come."""

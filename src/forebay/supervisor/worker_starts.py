@@ -12,8 +12,8 @@ from forebay.supervisor.tree.worker_life import MIN_STOP_TIME
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
+    from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.completion import RunCompletion
-    from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.tree.worker_life import Exit
     from forebay.supervisor.worker import WorkerAgent
 
@@ -36,10 +36,10 @@ class StartDispatcher(Protocol):
     def completion(self) -> RunCompletion:
         """The ends of its runs, and what they mean for the breakers of its workers."""
 
-    def fail_waiting(
-        self, ticket: Ticket, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
+    def fail_queued(
+        self, pool: Pool, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
     ) -> None:
-        """End a task that waits for a worker that will not come, or leave it to its store."""
+        """End every task in the queue of a pool whose workers will not come, or leave it to its store."""
 
     @property
     def supervision(self) -> ExitListener:
@@ -117,5 +117,5 @@ class WorkerStarts:
         """End the tasks that wait for a worker that could not be started, and for no other that works."""
         error = describe_error(cause)
         for pool in self._core.pools.by_worker[worker].pools:
-            while not (pool.slots or pool.paused) and (entry := pool.queue.head()) is not None:
-                self._dispatcher.fail_waiting(entry[2], error, worker_id=worker.name, cause=cause)
+            if not (pool.slots or pool.paused):
+                self._dispatcher.fail_queued(pool, error, worker_id=worker.name, cause=cause)

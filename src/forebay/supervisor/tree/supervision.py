@@ -54,9 +54,10 @@ class Supervision:
     """Handles the ends of lives one after the other, in a background task that runs while there are any.
 
     A restart stops the workers that the strategy names, in reverse order, with what runs on them, and starts them in
-    order. Tasks that wait keep waiting. A start that fails is followed by another restart. If there are too many of
-    them, a supervisor that is a worker of another one gives up, so that the other restarts it as a whole; any other
-    makes the workers FAILED until they are revived. No worker is FAILED but by its breaker.
+    order. Tasks that wait keep waiting. A start that fails is followed by another restart, once the ends that wait have
+    been handled. If there are too many of them, a supervisor that is a worker of another one gives up, so that the
+    other restarts it as a whole; any other makes the workers FAILED until they are revived. No worker is FAILED but by
+    its breaker.
 
     Args:
         core: the objects that the parts of the supervisor share.
@@ -92,6 +93,7 @@ class Supervision:
         self._active = False  # the workers were added, and it has neither halted nor closed
         self._halted = self._closed = False
         self._down: dict[WorkerAgent, list[WorkerAgent]] = {}  # FAILED for good, and those that are so with each
+        self._unstarted: dict[WorkerAgent, Sequence[WorkerAgent]] = {}  # by the one whose start is to be tried again
         self._watchers: list[asyncio.Future[None]] = []
 
     # --- its own start and end ---
@@ -114,6 +116,7 @@ class Supervision:
     def _interrupt(self) -> None:
         self._active = False
         self._jobs.clear()
+        self._unstarted.clear()
         if self._working is not None:
             self._working.cancel()
 
@@ -191,7 +194,7 @@ class Supervision:
             for other in group:
                 other.begin_restart()
                 self._dispatcher.completion.revive(other)
-            self._jobs.append(partial(self._start_again, group))
+            self._jobs.append(partial(self._start_or_try_again, group))
             self._work_on()
 
     def forget(self, worker: WorkerAgent) -> None:
@@ -242,25 +245,34 @@ class Supervision:
             self._fail([worker], f"{why}, after which a {restart} worker is not started again")
 
     async def _restart(self, failed: WorkerAgent, why: str) -> None:
-        """Stop and start `failed` and the workers that are restarted with it, until they run or it gives up."""
-        together: Sequence[WorkerAgent] = [failed]
-        while True:
-            if not failed.leaving:  # otherwise it was unregistered meanwhile, and the others are only to be started
-                together = self._strategy.restarted_with(failed, self._children())
-                if not self._intensity.allow(self._core.loop.time()):
-                    await self._give_up(failed, together, why)
-                    return
-                await self._stop(together, f"worker {failed.name!r} was restarted: {why}")
-            failure = await self._start(self._remove_temporary(together))
-            if failure is None:
-                return
+        """Stop `failed` and the workers that are restarted with it, and start them; or give up."""
+        together = self._strategy.restarted_with(failed, self._children())
+        self._unstarted = {other: left for other, left in self._unstarted.items() if not {*left} & {*together}}
+        if not self._intensity.allow(self._core.loop.time()):
+            await self._give_up(failed, together, why)
+            return
+        await self._stop(together, f"worker {failed.name!r} was restarted: {why}")
+        await self._start_or_try_again(self._remove_temporary(together))
+
+    async def _start_or_try_again(self, workers: Sequence[WorkerAgent]) -> None:
+        """Start workers that were stopped. If one cannot be, they are restarted after the ends of lives so far.
+
+        One that does not start again for hours must not keep the others from it.
+        """
+        if (failure := await self._start(workers)) is not None:
             failed, error = failure
             why = f"its start raised {describe_error(error)}"
+            self._unstarted[failed] = workers
+            self._jobs.append(partial(self._try_again, failed, why))
 
-    async def _start_again(self, group: Sequence[WorkerAgent]) -> None:
-        """Start workers that were FAILED, because one of them was revived."""
-        if (failure := await self._start(group)) is not None:
-            await self._restart(failure[0], f"its start raised {describe_error(failure[1])}")
+    async def _try_again(self, failed: WorkerAgent, why: str) -> None:
+        workers = self._unstarted.pop(failed, None)
+        if workers is None:  # it was stopped with another one meanwhile
+            return
+        if failed.leaving:  # it was unregistered meanwhile, and the others are only to be started
+            await self._start_or_try_again(workers)
+        else:
+            await self._restart(failed, why)
 
     async def _give_up(self, failed: WorkerAgent, together: Sequence[WorkerAgent], why: str) -> None:
         intensity = self._intensity
