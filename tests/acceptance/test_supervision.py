@@ -590,6 +590,38 @@ async def test_a_nested_supervisor_whose_workers_do_not_start_again_is_tried_aga
 
 
 @virtual
+async def test_a_nested_supervisor_whose_start_is_cancelled_is_not_left_half_started() -> None:
+    log: list[str] = []
+    first, second = ScriptedLife("first", log), ScriptedLife("second", log)
+    slow = False
+
+    async def live(started: Callable[[], None]) -> None:
+        if slow:
+            await asyncio.sleep(10.0)
+        started()
+        await second.start()
+
+    team, fleet = BackpressureSupervisor(max_restarts=0), BackpressureSupervisor(max_restarts=10)
+    register(team, first)
+    team.register_worker("second", handler=Agent(), task_types=["else"], start=live)
+    async with fleet:
+        fleet.register_worker("team", handler=team, task_types=["work", "else"], reset_timeout=5.0)
+        await settle()
+        slow = True
+        first.crash()
+        await asyncio.sleep(1.0)  # the team is restarted, and its second worker takes its time
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        slow = False
+        await asyncio.sleep(10.0)
+        assert (first.alive, second.alive) == (True, True)
+        assert await fleet.run(Task("else", 1)) == 1
+        first.crash()  # and what ends from now on is handled
+        await settle()
+        assert (first.alive, second.alive) == (True, True)
+
+
+@virtual
 async def test_a_nested_supervisor_is_stopped_and_started_with_others() -> None:
     tree = Tree()
     tree.outer = BackpressureSupervisor(strategy="one_for_all")
@@ -771,6 +803,24 @@ async def test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind
         assert worker.failed
         await asyncio.sleep(15.0)
         assert await supervisor.run(Task("work", 1)) == 1
+
+
+@virtual
+async def test_a_restart_that_is_cancelled_while_it_waits_for_handlers_is_not_forgotten() -> None:
+    service = ScriptedLife()
+    async with BackpressureSupervisor(zombie_grace=5.0) as supervisor:
+        worker = register(supervisor, service, UncancellableHandler(20.0))
+        await settle()
+        flood(supervisor, "work", 1)
+        await settle()
+        service.crash()
+        await asyncio.sleep(1.0)
+        assert worker.starting
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(30.0)
+        assert worker.state is WorkerState.IDLE
+        assert (service.alive, worker.restarts) == (True, 1)
 
 
 @virtual

@@ -296,6 +296,31 @@ async def test_workers_are_unregistered_and_revived_between_two_runs() -> None:
         assert await supervisor.run(Task("late", "x")) == "x"
 
 
+@pytest.mark.parametrize("when", [0.0, 1.0, 5.5])  # before its first step, while it waits, while it stops the handler
+@virtual
+async def test_a_program_that_cancels_every_asyncio_task_does_not_keep_a_worker_that_goes(when: float) -> None:
+    handler = UncancellableHandler(8.0)
+    async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
+        supervisor.register_worker("other", handler=Agent(), task_types=["work"], max_concurrent=2)
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        supervisor.pause("work")
+        flood(supervisor, "work", 3)
+        supervisor.resume("work")
+        await run_ready()
+        leaving = asyncio.create_task(supervisor.unregister_worker("worker", timeout=5.0))
+        await asyncio.sleep(0.0)
+        if when:
+            await asyncio.sleep(when)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), leaving}:
+            task.cancel()
+        async with asyncio.timeout(30.0):
+            await leaving
+        assert list(supervisor.workers) == ["other"]
+        await asyncio.sleep(30.0)  # until its zombie has ended
+        assert [pool.finishing for pool in supervisor._running().core.pools.by_type.values()] == [0]
+        assert await supervisor.run(Task("work", 1)) == 1
+
+
 @virtual
 async def test_reviving_a_worker_that_is_gone_does_nothing() -> None:
     async with BackpressureSupervisor() as supervisor:

@@ -75,6 +75,7 @@ from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
+from forebay.supervisor.runs.runner import Runner
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.slot import Slot
@@ -1807,6 +1808,19 @@ def a_worker_of_no_run_is_revived() -> None:
             self._dispatcher.supervision.revive(worker)
 
     replace(BackpressureSupervisor, BackpressureSupervisor._revive, _revive)
+
+
+def a_removal_that_is_cancelled_is_forgotten() -> None:
+    skip(BackpressureSupervisor._go_on_with_removal, asyncio.Future.add_done_callback)
+
+
+def a_restart_that_is_cancelled_is_forgotten() -> None:
+    original = Supervision._pick_up
+    replace(Supervision, original, lambda self, _: original(self, None))
+
+
+def a_run_that_is_cancelled_before_its_first_step_is_forgotten() -> None:
+    always(Runner, Runner._check_start, returns=None)
 
 
 # --- what a web app needs ---

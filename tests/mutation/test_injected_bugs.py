@@ -41,6 +41,7 @@ from tests.acceptance import (
     test_retries,
     test_room,
     test_routing,
+    test_runners,
     test_shared_overflow,
     test_silent_store,
     test_slot,
@@ -716,6 +717,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_worker_changes.test_a_task_that_runs_on_the_last_worker_and_goes_back_to_an_overflow_in_memory_ends
     ),
     bugs.a_worker_of_no_run_is_revived: test_worker_changes.test_reviving_a_worker_that_is_gone_does_nothing,
+    bugs.a_removal_that_is_cancelled_is_forgotten: (
+        test_worker_changes.test_a_program_that_cancels_every_asyncio_task_does_not_keep_a_worker_that_goes
+    ),
+    bugs.a_restart_that_is_cancelled_is_forgotten: (
+        test_supervision.test_a_restart_that_is_cancelled_while_it_waits_for_handlers_is_not_forgotten
+    ),
+    bugs.a_run_that_is_cancelled_before_its_first_step_is_forgotten: (
+        test_runners.test_a_run_that_a_program_cancels_before_its_first_step_ends
+    ),
     # --- what a web app needs ---
     bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (
         test_overflow.test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -310,31 +311,47 @@ class BackpressureSupervisor:
             if run.worker is worker:
                 raise UnregisteredInside(worker=name, task_id=run.task.task_id)
         self._begin_removal(worker, timeout)
-        removing = self._removals[worker]
-        await asyncio.wait((removing,))
+        removing: asyncio.Future[None] | None = None
+        while (latest := self._removals.get(worker, removing)) is not removing:
+            removing = latest
+            assert removing is not None  # noqa: S101 - it has begun
+            await asyncio.wait((removing,))
+        assert removing is not None  # noqa: S101 - as above
         if removing.cancelled():
             raise SupervisorClosed(state="closed")
         removing.result()
 
     def _begin_removal(self, worker: WorkerAgent, timeout: float | None = 0.0) -> None:
         if worker not in self._removals:
-            core = self._running().core
-            removal = WorkerRemoval(core, self._running(), grace=self._settings.zombie_grace)
+            removal = WorkerRemoval(self._running().core, self._running(), grace=self._settings.zombie_grace)
             removal.begin(worker)
-            self._removals[worker] = core.run_to_completion(self._remove(removal, worker, timeout))
+            self._go_on_with_removal(removal, worker, timeout)
+
+    def _go_on_with_removal(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:
+        core = self._running().core
+        removing = self._removals[worker] = core.run_to_completion(self._remove(removal, worker, timeout))
+
+        def ended(_: object) -> None:
+            if removing.cancelled() and not core.closed:  # as by a program that cancels every task of asyncio
+                self._go_on_with_removal(removal, worker, timeout)
+            elif self._removals.get(worker) is removing:
+                del self._removals[worker]
+
+        removing.add_done_callback(ended)
 
     async def _remove(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
-        try:
-            gone, types = await removal.finish(worker, timeout)
-            self._unlist(worker)
-        finally:
-            del self._removals[worker]
+        gone, types = await removal.finish(worker, timeout)
+        self._unlist(worker)
         if gone:
             self._codecs.remove_worker(worker, types)
         else:
-            self._running().core.run_in_background(self._forget_later(removal, worker))
+            self._forget_in_background(removal, worker)
 
-    async def _forget_later(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
+    def _forget_in_background(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
+        again = partial(self._forget_in_background, removal, worker)
+        self._running().core.run_in_background(self._forget(removal, worker), if_cancelled=again)
+
+    async def _forget(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
         self._codecs.remove_worker(worker, await removal.forget(worker))
 
     def _unlist(self, worker: WorkerAgent) -> None:
@@ -843,11 +860,13 @@ class BackpressureSupervisor:
 
     async def halt(self) -> None:
         """Stop its workers, in reverse order, to be started again; tasks that wait keep waiting."""
-        await self._running().supervision.halt()
+        if self._dispatcher is not None:  # otherwise its start has failed
+            await self._dispatcher.supervision.halt()
 
     def fail_workers(self, reason: str) -> None:
         """Make its workers, which are halted, FAILED."""
-        self._running().supervision.fail_workers(reason)
+        if self._dispatcher is not None:
+            self._dispatcher.supervision.fail_workers(reason)
 
     def uses(self, dispatcher: object) -> bool:
         """Return whether `dispatcher` is its own, or that of a supervisor below it."""

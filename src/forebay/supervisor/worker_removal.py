@@ -42,7 +42,7 @@ class RemovalDispatcher(StoppingDispatcher, Protocol):
 
 
 class WorkerRemoval:
-    """Removes workers, each in three steps: it begins nothing new, what runs there ends, it is forgotten.
+    """Removes one worker, in three steps: it begins nothing new, what runs there ends, it is forgotten.
 
     While runs there wait for nested tasks, these still begin there. A task that waits for no other worker ends once the
     worker is gone, unless its type is paused: then another worker is to come.
@@ -58,6 +58,7 @@ class WorkerRemoval:
         self._dispatcher = dispatcher
         self._stopper = RunStopper(core, dispatcher)
         self._grace = grace
+        self._accepts_nothing = False  # nested tasks neither
 
     def begin(self, worker: WorkerAgent) -> None:
         """Let nothing new begin on `worker`, but nested tasks for which its runs wait."""
@@ -69,15 +70,19 @@ class WorkerRemoval:
     async def finish(self, worker: WorkerAgent, timeout: float | None) -> tuple[bool, Sequence[str]]:  # noqa: ASYNC109 - it cuts off, not raises
         """Let what runs on `worker` finish for at most `timeout` seconds, cancel the rest, and stop its handler.
 
+        If this is cancelled, it may be called again.
+
         Returns:
             True if nothing runs there any more; and the task types that are not known any more. Otherwise `forget` is
             to be called next.
         """
         await self._dispatcher.starts.cancel(worker)
         await self._stopper.wait(worker, timeout)
-        worker.accept_nothing()
-        for pool in self._pools(worker):
-            pool.worker_left()
+        if not self._accepts_nothing:
+            self._accepts_nothing = True
+            worker.accept_nothing()
+            for pool in self._pools(worker):
+                pool.worker_left()
         cut = len(self._dispatcher.runs.on(worker))
         if cut:
             limit = format_duration(timeout or 0.0)

@@ -88,7 +88,8 @@ class Supervision:
         self._grace = grace
         self._max_attempts = max_attempts
         self._remove = remove
-        self._jobs: deque[Callable[[], Coroutine[Any, Any, None]]] = deque()
+        self._jobs: deque[partial[Coroutine[Any, Any, None]]] = deque()
+        self._job: partial[Coroutine[Any, Any, None]] | None = None  # that is being worked on
         self._working: asyncio.Future[None] | None = None
         self._active = False  # the workers were added, and it has neither halted nor closed
         self._halted = self._closed = False
@@ -148,7 +149,11 @@ class Supervision:
             return
         self._halted = False
         self._intensity.clear()
-        failure = await self._start(self._children())
+        try:
+            failure = await self._start(self._children())
+        except BaseException:  # such as the start_timeout of the worker that this supervisor is
+            await self.halt()
+            raise
         if failure is not None:
             await self.halt()
             raise failure[1]
@@ -208,21 +213,32 @@ class Supervision:
 
     async def _work(self) -> None:
         while self._jobs:
-            await self._jobs.popleft()()
+            self._job = self._jobs.popleft()
+            await self._job()
+            self._job = None
 
     def _worked(self, working: asyncio.Future[None]) -> None:
         self._working = None
+        job, self._job = self._job, None
         if not self._active:
             return
         error = None if working.cancelled() else working.exception()
         if error is not None:
             log.error("the restart of a worker failed", exc_info=error)
         if error is not None or working.cancelled():  # as by a program that cancels every task of asyncio
-            for worker in self._children():
-                if worker.starting and not worker.life.ended and not self._dispatcher.starts.is_starting(worker):
-                    worker.end_start(ready=False)
-                    self._dispatcher.completion.fail_start(worker)
+            self._pick_up(job if error is None else None)
         self._work_on()
+
+    def _pick_up(self, interrupted: partial[Coroutine[Any, Any, None]] | None) -> None:
+        """Go on with restarts that were cut off: with the `interrupted` one, unless it has stopped its workers."""
+        exits = [job for job in (interrupted, *self._jobs) if job is not None and job.func == self._handle_exit]
+        ended = {job.args[0] for job in exits if job.args[0].life.ended}  # and none of them has been stopped
+        if interrupted is not None and interrupted in exits and interrupted.args[0] in ended:
+            self._jobs.appendleft(interrupted)
+        for worker in self._children():
+            if worker.starting and worker not in ended and not self._dispatcher.starts.is_starting(worker):
+                worker.end_start(ready=False)
+                self._dispatcher.completion.fail_start(worker)
 
     def _children(self) -> list[WorkerAgent]:
         return [worker for worker in self._dispatcher.workers.values() if not worker.leaving]
