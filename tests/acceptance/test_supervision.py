@@ -312,6 +312,40 @@ async def test_a_start_that_fails_undoes_the_start_of_the_supervisor() -> None:
 
 
 @virtual
+async def test_a_close_while_a_failed_start_is_undone_leaves_no_life_behind() -> None:
+    async def live_on() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            await asyncio.sleep(3.0)
+            raise
+
+    first, broken = ScriptedLife("first"), ScriptedLife("broken", start_error="no")
+    supervisor = BackpressureSupervisor()
+    register(supervisor, first)
+    supervisor.register_worker("slow", handler=Agent(), task_types=["else"], start=live_on)
+    supervisor.register_worker("fails", handler=Agent(), task_types=["else"], start=later(broken.start))
+    starting = asyncio.create_task(supervisor.start())
+    await asyncio.sleep(2.0)  # the start has failed, and the slow one is being stopped
+    await supervisor.close()
+    await error_of(starting)
+    await asyncio.sleep(5.0)
+    assert not first.alive
+
+
+def later(start: Callable[[], Any]) -> Callable[[Callable[[], None]], Any]:
+    """Return a life that takes a second until it starts, or fails to."""
+
+    async def live(started: Callable[[], None]) -> None:
+        await asyncio.sleep(1.0)
+        life = start()
+        started()
+        await life
+
+    return live
+
+
+@virtual
 async def test_a_life_that_ends_while_others_start_is_restarted_once_all_have_started() -> None:
     log: list[str] = []
     first, last = ScriptedLife("first", log), ScriptedLife("last", log)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +59,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, fan_out, pools, room
+from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -1817,6 +1817,14 @@ def a_removal_that_is_cancelled_is_forgotten() -> None:
 def a_restart_that_is_cancelled_is_forgotten() -> None:
     original = Supervision._pick_up
     replace(Supervision, original, lambda self, _: original(self, None))
+
+
+def a_stop_that_is_cancelled_leaves_the_others_running() -> None:
+    async def stop_handlers(workers: Iterable[WorkerAgent], *, grace: float = 0.0) -> None:
+        for worker in reversed(list(workers)):
+            await worker.life.stop(grace=grace)
+
+    nested_supervisor.stop_handlers.__code__ = stop_handlers.__code__
 
 
 def a_run_that_is_cancelled_before_its_first_step_is_forgotten() -> None:

@@ -723,6 +723,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_restart_that_is_cancelled_is_forgotten: (
         test_supervision.test_a_restart_that_is_cancelled_while_it_waits_for_handlers_is_not_forgotten
     ),
+    bugs.a_stop_that_is_cancelled_leaves_the_others_running: (
+        test_supervision.test_a_close_while_a_failed_start_is_undone_leaves_no_life_behind
+    ),
     bugs.a_run_that_is_cancelled_before_its_first_step_is_forgotten: (
         test_runners.test_a_run_that_a_program_cancels_before_its_first_step_ends
     ),
