@@ -202,9 +202,10 @@ async def test_whoever_waits_does_not_ask_the_overflow_all_the_time(
         await asyncio.gather(*tickets, *waiting)
 
 
+@pytest.mark.parametrize("overflow", [None, "memory://?bound=2"])
 @virtual
-async def test_a_message_whose_conversation_is_full_lets_others_pass() -> None:
-    supervisor = BackpressureSupervisor(max_queue_size=2)
+async def test_a_message_whose_conversation_is_full_lets_others_pass(overflow: str | None) -> None:
+    supervisor = BackpressureSupervisor(max_queue_size=2, overflow=overflow)
 
     async def agent(task: Task) -> Any:
         if task.payload == "first":
@@ -218,7 +219,8 @@ async def test_a_message_whose_conversation_is_full_lets_others_pass() -> None:
         messages = [supervisor.run(Task("work", number, thread_id="one"), wait=math.inf) for number in range(6)]
         waiting = [asyncio.create_task(message) for message in messages]
         await run_ready()
-        assert await supervisor.run(Task("work", "other"), wait=0.5) == "other"
+        if overflow is None:  # else others of its type wait for the overflow
+            assert await supervisor.run(Task("work", "other"), wait=0.5) == "other"
         assert await first.value() == "nested"
         assert await asyncio.gather(*waiting) == list(range(6))
 

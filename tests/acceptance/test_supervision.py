@@ -1001,7 +1001,7 @@ async def test_a_life_that_is_cancelled_before_its_first_step_has_ended_by_a_shu
     async with BackpressureSupervisor() as supervisor:
         record = EventRecord(supervisor)
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], start=start)
-        await settle()
+        await asyncio.sleep(1.0)
         assert exits(record) == [("worker", "shutdown")]
         assert [life.cancelled() for life in lives] == [True, False]
         assert await supervisor.run(Task("work", 1)) == 1
@@ -1169,3 +1169,19 @@ async def test_a_nested_supervisor_that_its_program_has_closed_starts_again_with
         await settle()
         assert tree.log == ["first ends", "first starts", "a starts", "b starts"]
         assert await outer.run(Task("work", 5)) == 5
+
+
+def test_no_worker_is_restarted_in_a_loop_that_ends_without_a_close() -> None:
+    inner, outer = BackpressureSupervisor(), BackpressureSupervisor()
+    service = ScriptedLife()
+    register(inner, service)
+    outer.register_worker("inner", handler=inner, task_types=["work"])
+
+    async def main() -> None:
+        await outer.start()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    gc.collect()  # asyncio would report tasks that were destroyed pending
+    assert len(service.lives) == 1
+    assert service.lives[0].cancelled()

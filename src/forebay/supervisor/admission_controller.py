@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ABANDONED = "its submitter has gone"
-_ROOM_RECHECK = 1.0  # seconds after which a producer tries again in any case: the load of an upstream falls unannounced
 # Runs above a task that have not ended: each await costs time for each of them.
 _MAX_NESTING = 1000
 # Runs above a task, ended ones included, from which a nested submission gives the loop a turn. A handler that runs its
@@ -127,7 +126,7 @@ class AdmissionController:
         self.thresholds = PriorityThresholds(threshold)
         self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
-        self.room = RoomQueue(core.loop, core.registry)
+        self.room = RoomQueue(core.loop, core.timers, core.registry)
         self._keys = core.registry.by_key
         self._undecided: dict[str, _Undecided] = {}  # by key
         self._key_lookups: dict[str, int] = {}  # callers that wait until the store has looked for their key
@@ -210,16 +209,21 @@ class AdmissionController:
             on_turn: called whenever its submitter is to try again.
             is_waiting: returns whether it would then; None: it always would.
         """
-        may_spill = self._dispatcher.spill is not None and (task.spill or task.durable)
-        thread_id = None if may_spill else task.thread_id  # in the overflow there is room for any message
-        pool, nested = self.pool_of(task.task_type), self._is_nested()
+        is_full = self._conversation_check(task)
+        if is_full is None and is_waiting is None:
+            return self.room.enter(task, on_turn)
 
         def is_blocked() -> bool:
-            if is_waiting is not None and not is_waiting():
-                return True
-            return thread_id is not None and self._is_conversation_full(thread_id, pool, nested=nested)
+            return (is_waiting is not None and not is_waiting()) or (is_full is not None and is_full())
 
-        return self.room.enter(task, on_turn, is_blocked)
+        return self.room.enter(task, on_turn, is_blocked, group=(task.thread_id, is_waiting))
+
+    def _conversation_check(self, task: Task) -> Callable[[], bool] | None:
+        """Return a function that returns whether the conversation of a task takes no more; None if it always does."""
+        if task.thread_id is None:
+            return None
+        pool, nested = self.pool_of(task.task_type), self._is_nested()
+        return partial(self._is_conversation_full, task.thread_id, pool, nested=nested)
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task, or room for one."""
@@ -273,7 +277,7 @@ class AdmissionController:
                 elif may_try:
                     self.room.pass_turn(turn)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, _ROOM_RECHECK)):
+                    async with asyncio.timeout(left if left < math.inf else None):
                         await ready.wait()
                 ready.clear()
                 self._check_open(parent)

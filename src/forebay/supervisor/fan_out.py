@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _OWNER: Final = "fan_out"
 _LEFT: Final = "its fan-out was left"
 _ENOUGH: Final = "its fan-out has enough results"
-_RECHECK: Final = 1.0  # seconds after which a task without room is tried again: an upstream's load falls unannounced
+_RECHECK: Final = 1.0  # seconds after which it is looked again whether a second attempt may begin
 _TAIL: Final = 0.95
 _YIELD_INTERVAL: Final = 100  # tasks that are submitted without giving the loop a turn
 
@@ -234,13 +234,18 @@ class FanOut:
         if running is not None:
             reclaim = self._admission.lend_slots(running, self._awaited_by(running))
         try:
-            async with asyncio.timeout(None if self._turn is None else _RECHECK):
+            async with asyncio.timeout(self._time_left()):
                 await self._changed.wait()
         except TimeoutError:
             pass
         finally:
             if reclaim is not None:
                 await reclaim()
+
+    def _time_left(self) -> float | None:
+        """Return the seconds until the deadline of the task that waits for room; None if there is none."""
+        deadline = None if self._turn is None or self._next is None else self._next.deadline
+        return None if deadline is None else deadline.remaining()
 
     def _awaited_by(self, running: RunningTask) -> Ticket | None:
         """Return the ticket for which a run waits: one that may need a new run to begin, if there is any."""
@@ -256,9 +261,11 @@ class FanOut:
         while (task := self._next or self._take()) is not None:
             self._next = task
             if self._submission is None:
-                if self._is_window_full(task):
+                if self._is_window_full(task):  # it may have shrunk since the task was rejected
+                    self._leave_line()
                     return
                 if _is_late(task):
+                    self._leave_line()
                     self._next = None
                     self._expire(task)
                     continue

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.task import Priority, Task
 
+if TYPE_CHECKING:
+    from forebay.supervisor.runs.timers import Timer, Timers
+
+_RECHECK: Final = 1.0  # seconds after which the first try again in any case: an upstream's load falls unannounced
 _MAX_WOKEN: Final = 16  # lines of one task type whose first producer tries again when a task has ended
 
 _Line: TypeAlias = "tuple[dict[RoomTurn, None], ...]"  # the producers of one tenant by priority, as they came
@@ -18,33 +22,45 @@ _Line: TypeAlias = "tuple[dict[RoomTurn, None], ...]"  # the producers of one te
 class RoomQueue:
     """The producers that wait for room, by task type and tenant: by priority, then in the order in which they came.
 
-    When a task has ended, the first producer of each line tries again; once it has left, the next one does. Each tenant
-    has a line of its own, since it has room of its own. Of many tenants some try at a time, in turn. So room for one
-    task wakes few producers, however many wait. One that is blocked, whom room would not help now, lets those behind it
-    pass: its conversation is full, which may wait for what they submit; or it is a fan-out that nobody reads.
+    When a task has ended, and every second, the first producer of each line tries again; once it has left, the next one
+    does. Each tenant has a line of its own, since it has room of its own. Of many tenants some try at a time, in turn.
+    So room for one task wakes few producers, however many wait. One that is blocked, whom room would not help now, lets
+    those behind it pass: its conversation is full, which may wait for what they submit; or it is a fan-out that nobody
+    reads. The very first of a line tries though it is blocked, because the overflow may have room for its message.
 
     Args:
         loop: the event loop.
+        timers: the timers of the supervisor.
         registry: calls a listener whenever a task has ended.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, registry: TicketRegistry) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, timers: Timers, registry: TicketRegistry) -> None:
         self._loop = loop
+        self._timers = timers
+        self._timer: Timer | None = None
         self._registry = registry
         self._lines: dict[str, dict[str, _Line]] = {}  # by task type and tenant; the next to be woken is the first
         self._notified = False
 
-    def enter(self, task: Task, on_turn: Callable[[], object], is_blocked: Callable[[], bool]) -> RoomTurn:
+    def enter(
+        self,
+        task: Task,
+        on_turn: Callable[[], object],
+        is_blocked: Callable[[], bool] | None = None,
+        group: Hashable = None,
+    ) -> RoomTurn:
         """Put the producer of `task` in line.
 
         Args:
             task: its task.
             on_turn: called, not within another call, whenever it is to try again.
-            is_blocked: returns whether room would not help it now, so that those behind it pass.
+            is_blocked: returns whether room would not help it now, so that those behind it pass; None: it always would.
+            group: of those that are blocked at the same time.
         """
         if not self._lines:
             self._registry.add_listener(self._task_ended)
-        turn = RoomTurn(task, on_turn, is_blocked)
+            self._arm()
+        turn = RoomTurn(task, on_turn, is_blocked, group)
         lines = self._lines.setdefault(task.task_type, {})
         lines.setdefault(task.tenant, tuple({} for _ in Priority))[task.priority][turn] = None
         return turn
@@ -64,22 +80,29 @@ class RoomQueue:
             del self._lines[turn.task_type]
             if not self._lines:
                 self._registry.remove_listener(self._task_ended)
+                self._timers.cancel(self._timer)
         elif len(lines) > _MAX_WOKEN:  # otherwise all of them have been woken
             self._wake(lines, 1)
 
     def pass_turn(self, turn: RoomTurn) -> None:
         """Have the next producer try, if one that is in line is blocked: there may be room for others."""
-        if turn.is_blocked():
-            self._wake_soon(self._lines[turn.task_type][turn.tenant])
+        if turn.blocked and (following := _first(self._lines[turn.task_type][turn.tenant])) is not None:
+            self._loop.call_soon(following.on_turn)
 
     def is_first(self, turn: RoomTurn) -> bool:
-        """Return whether nobody that room could help stands in line before a producer that is in line."""
-        return _first(self._lines[turn.task_type][turn.tenant]) is turn
+        """Return whether a producer that is in line is the very first, or nobody that is not blocked is before it."""
+        line = self._lines[turn.task_type][turn.tenant]
+        return turn is next(_in_order(line)) or turn is _first(line)
 
     def is_behind(self, task: Task) -> bool:
         """Return whether the producer of `task`, if it came now, would stand behind another one."""
         line = self._lines.get(task.task_type, {}).get(task.tenant)
-        return line is not None and _first(line[: task.priority + 1]) is not None
+        if line is None:
+            return False
+        ahead = line[: task.priority + 1]
+        if task.thread_id is not None and any(turn.thread_id == task.thread_id for turn in _in_order(ahead)):
+            return True
+        return _first(ahead) is not None
 
     def wake_all(self) -> None:
         """Have every producer try again, because the supervisor admits nothing any more."""
@@ -94,6 +117,13 @@ class RoomQueue:
             self._notified = True
             self._loop.call_soon(self._wake_first)
 
+    def _arm(self) -> None:
+        self._timer = self._timers.at(self._loop.time() + _RECHECK, self._recheck)
+
+    def _recheck(self) -> None:
+        self._arm()
+        self._wake_first()
+
     def _wake_first(self) -> None:
         self._notified = False
         for lines in self._lines.values():
@@ -101,34 +131,55 @@ class RoomQueue:
 
     def _wake_soon(self, line: _Line) -> None:
         """Wake the first of a line soon."""
-        if (first := _first(line)) is not None:
-            self._loop.call_soon(first.on_turn)
+        for turn in _leading(line):
+            self._loop.call_soon(turn.on_turn)
 
     @staticmethod
     def _wake(lines: dict[str, _Line], count: int) -> None:
         """Wake the first producers of the next `count` lines, which go to the end."""
         for tenant in tuple(islice(lines, count)):
             line = lines[tenant] = lines.pop(tenant)
-            if (first := _first(line)) is not None:
-                first.on_turn()
+            for turn in _leading(line):
+                turn.on_turn()
 
 
 class RoomTurn:
     """The place of one producer in line."""
 
-    __slots__ = ("is_blocked", "on_turn", "priority", "task_type", "tenant")
+    __slots__ = ("_is_blocked", "group", "on_turn", "priority", "task_type", "tenant", "thread_id")
 
-    def __init__(self, task: Task, on_turn: Callable[[], object], is_blocked: Callable[[], bool]) -> None:
+    def __init__(
+        self, task: Task, on_turn: Callable[[], object], is_blocked: Callable[[], bool] | None, group: Hashable
+    ) -> None:
         self.task_type = task.task_type
         self.tenant = task.tenant
+        self.thread_id = task.thread_id
         self.priority = task.priority
         self.on_turn = on_turn
-        self.is_blocked = is_blocked
+        self.group = group
+        self._is_blocked = is_blocked
+
+    @property
+    def blocked(self) -> bool:
+        """True if room would not help the producer now."""
+        return self._is_blocked is not None and self._is_blocked()
 
 
 def _in_order(line: _Line) -> Iterator[RoomTurn]:
     return (turn for turns in line for turn in turns)
 
 
+def _leading(line: _Line) -> tuple[RoomTurn, ...]:
+    """Return the very first producer of a line, and the first that is not blocked if that is another one."""
+    very_first, first = next(_in_order(line), None), _first(line)
+    return tuple(dict.fromkeys(turn for turn in (very_first, first) if turn is not None))
+
+
 def _first(line: _Line) -> RoomTurn | None:
-    return next((turn for turn in _in_order(line) if not turn.is_blocked()), None)
+    blocked = set[Hashable]()  # groups: thousands of messages may wait for one conversation
+    for turn in _in_order(line):
+        if turn.group not in blocked:
+            if not turn.blocked:
+                return turn
+            blocked.add(turn.group)
+    return None

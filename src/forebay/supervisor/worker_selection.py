@@ -63,7 +63,9 @@ class WorkerSelector:
         if not worker.current_tasks and worker.can_accept():
             self._idle[worker] = None
         self._push(worker)
-        self._compact_if_needed()
+        timed, fresh = self._heaps
+        if len(timed) + len(fresh) > 2 * len(self._current) + 16:
+            self._compact()
 
     def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
         """Push `worker` again before the next pick, and tell `source` then that its score is known."""
@@ -74,7 +76,7 @@ class WorkerSelector:
         self._idle.pop(worker, None)
         self._expected.pop(worker, None)
         self._drop(worker)
-        self._compact_if_needed()
+        self._compact()
 
     def pick(
         self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, idle_first: bool = False
@@ -165,7 +167,8 @@ class WorkerSelector:
         return worker.score(self._task_type, 1.0)
 
     def _push(self, worker: WorkerAgent) -> None:
-        self._drop(worker)
+        if (stale := self._current.get(worker)) is not None:
+            stale[_WORKER] = None
         self._stamp += 1
         entry = self._current[worker] = _Entry((self._score(worker), self._stamp, worker))
         heapq.heappush(self._heaps[self._heap_index(worker)], entry)
@@ -174,8 +177,9 @@ class WorkerSelector:
         if (entry := self._current.pop(worker, None)) is not None:
             entry[_WORKER] = None
 
-    def _compact_if_needed(self) -> None:
-        if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
-            for heap in self._heaps:
+    def _compact(self) -> None:
+        """Remove the entries that do not count any more, so that there are no more than twice as many as workers."""
+        for heap in self._heaps:
+            if len(heap) > 2 * len(self._current):
                 heap[:] = [entry for entry in heap if entry[_WORKER] is not None]
                 heapq.heapify(heap)

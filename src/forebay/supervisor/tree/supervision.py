@@ -184,7 +184,10 @@ class Supervision:
         self._core.bus.emit(exited)
         worker.begin_restart()
         self._jobs.append(partial(self._handle_exit, worker, end.kind, why))
-        self._work_on()
+        if end.by_program:  # no task may be begun in a loop that ends now
+            self._core.timers.at(self._core.loop.time() + _RESTART_DELAY, self._work_on)
+        else:
+            self._work_on()
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close the breaker of a worker, and start it again if it was stopped, with those that were stopped with it."""
@@ -381,6 +384,7 @@ class Supervision:
         self._core.registry.notify_progress()
 
 
+_RESTART_DELAY = 0.1  # seconds after the program has cancelled every task of asyncio
 _EXITS = {
     ExitKind.NORMAL: "its life ended by returning",
     ExitKind.SHUTDOWN: "its life was cancelled",

@@ -33,10 +33,17 @@ class SupervisedSupervisor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The end of a worker's life, and the exception of an abnormal one."""
+    """The end of a worker's life, and the exception of an abnormal one.
+
+    Attributes:
+        kind: the way in which it ended.
+        error: the exception.
+        by_program: the program has cancelled every task of asyncio, as it does when its event loop ends.
+    """
 
     kind: ExitKind
     error: BaseException | None = None
+    by_program: bool = False
 
 
 class WorkerLife:
@@ -153,7 +160,7 @@ class WorkerLife:
             self._life = None
             if not self._stopping:
                 self._running, self.ended = False, True
-                on_exit(Exit(ExitKind.SHUTDOWN) if life.cancelled() else life.result())
+                on_exit(Exit(ExitKind.SHUTDOWN, by_program=True) if life.cancelled() else life.result())
 
     async def stop(self, *, grace: float, for_good: bool = True) -> None:
         """Stop the life, then the handler. Whatever they raise is logged.

@@ -484,7 +484,7 @@ class Account:
             used = request.charge if outcome.used is None else outcome.used
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
-            failed = kind is Outcome.FAULT
+            failed = kind in (Outcome.FAULT, Outcome.OVERLOAD)  # a refusal for another cause is not counted either
             self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:

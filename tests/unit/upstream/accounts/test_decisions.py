@@ -574,6 +574,23 @@ def test_the_load_counts_expected_calls() -> None:
     assert harness.account.load(0.0, CallRequest(), NORMAL)[0] == pytest.approx(5 * 6.0 / 60.0)
 
 
+# --- learned quotas ---
+
+
+@pytest.mark.parametrize("kind", [Outcome.FAULT, Outcome.OVERLOAD])
+def test_a_call_that_the_provider_has_not_served_uses_no_request_of_a_learned_quota(kind: Outcome) -> None:
+    harness = AccountHarness(10)
+    quotas = harness.account.quotas
+    headers = (RateLimitHeaders(unit="requests", limit=20, remaining=10, reset=50.0),)
+    first = harness.admit(0.0)
+    harness.settle(0.5, first, CallOutcome(kind=Outcome.SUCCESS, used=Charge(), rate_limit_headers=headers))
+    before = quotas.levels(1.0)[0].remaining
+    harness.settle(1.0, harness.admit(1.0), CallOutcome(kind=kind, used=Charge()))
+    assert quotas.levels(1.0)[0].remaining == before
+    harness.settle(1.0, harness.admit(1.0), CallOutcome(kind=Outcome.SUCCESS, used=Charge()))
+    assert quotas.levels(1.0)[0].remaining == before - 1
+
+
 # --- the breaker ---
 
 
