@@ -840,6 +840,22 @@ async def test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind
 
 
 @virtual
+async def test_a_close_that_a_program_has_cancelled_may_be_called_again() -> None:
+    supervisor = BackpressureSupervisor(zombie_grace=5.0)
+    supervisor.register_worker("worker", handler=UncancellableHandler(20.0), task_types=["work"])
+    await supervisor.start()
+    (ticket,) = flood(supervisor, "work", 1)
+    closing = asyncio.create_task(supervisor.close())
+    await asyncio.sleep(1.0)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    assert isinstance(await error_of(closing), asyncio.CancelledError)
+    await supervisor.close()
+    assert ticket.done()
+    await asyncio.sleep(30.0)  # until the handler has ended
+
+
+@virtual
 async def test_a_restart_that_is_cancelled_while_it_waits_for_handlers_is_not_forgotten() -> None:
     service = ScriptedLife()
     async with BackpressureSupervisor(zombie_grace=5.0) as supervisor:

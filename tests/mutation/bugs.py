@@ -78,6 +78,7 @@ from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import Runner
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
+from forebay.supervisor.runs.timers import Timers
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill import stored_tasks
 from forebay.supervisor.spill.delayed_records import DelayedRecords
@@ -1811,7 +1812,7 @@ def a_worker_of_no_run_is_revived() -> None:
 
 
 def a_removal_that_is_cancelled_is_forgotten() -> None:
-    skip(BackpressureSupervisor._go_on_with_removal, asyncio.Future.add_done_callback)
+    skip(BackpressureSupervisor._go_on_with_removal, Timers.at)
 
 
 def a_restart_that_is_cancelled_is_forgotten() -> None:

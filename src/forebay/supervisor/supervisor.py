@@ -35,7 +35,7 @@ from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
-from forebay.supervisor.core import Core
+from forebay.supervisor.core import RESUME_DELAY, Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
@@ -311,33 +311,35 @@ class BackpressureSupervisor:
             if run.worker is worker:
                 raise UnregisteredInside(worker=name, task_id=run.task.task_id)
         self._begin_removal(worker, timeout)
-        removing: asyncio.Future[None] | None = None
-        while (latest := self._removals.get(worker, removing)) is not removing:
-            removing = latest
-            assert removing is not None  # noqa: S101 - it has begun
-            await asyncio.wait((removing,))
-        assert removing is not None  # noqa: S101 - as above
-        if removing.cancelled():
+        gone = self._removals[worker]
+        await asyncio.wait((gone,))
+        if gone.cancelled():
             raise SupervisorClosed(state="closed")
-        removing.result()
+        gone.result()
 
     def _begin_removal(self, worker: WorkerAgent, timeout: float | None = 0.0) -> None:
         if worker not in self._removals:
-            removal = WorkerRemoval(self._running().core, self._running(), grace=self._settings.zombie_grace)
+            core = self._running().core
+            removal = WorkerRemoval(core, self._running(), grace=self._settings.zombie_grace)
             removal.begin(worker)
-            self._go_on_with_removal(removal, worker, timeout)
+            self._removals[worker] = core.loop.create_future()
+            self._go_on_with_removal(core, removal, worker, timeout)
 
-    def _go_on_with_removal(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:
-        core = self._running().core
-        removing = self._removals[worker] = core.run_to_completion(self._remove(removal, worker, timeout))
+    def _go_on_with_removal(
+        self, core: Core, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None
+    ) -> None:
+        def ended(removing: asyncio.Future[None]) -> None:
+            if removing.cancelled():
+                if not core.closed:  # as by a program that cancels every task of asyncio
+                    again = partial(self._go_on_with_removal, core, removal, worker, timeout)
+                    core.timers.at(core.loop.time() + RESUME_DELAY, again)
+            elif (gone := self._removals.pop(worker, None)) is not None:
+                if (error := removing.exception()) is not None:
+                    gone.set_exception(error)
+                else:
+                    gone.set_result(None)
 
-        def ended(_: object) -> None:
-            if removing.cancelled() and not core.closed:  # as by a program that cancels every task of asyncio
-                self._go_on_with_removal(removal, worker, timeout)
-            elif self._removals.get(worker) is removing:
-                del self._removals[worker]
-
-        removing.add_done_callback(ended)
+        core.run_to_completion(self._remove(removal, worker, timeout)).add_done_callback(ended)
 
     async def _remove(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
         gone, types = await removal.finish(worker, timeout)
@@ -787,7 +789,10 @@ class BackpressureSupervisor:
                 raise WrongLoop(what="The supervisor")
             self._closing = asyncio.ensure_future(self._close(self._dispatcher))
         if self._closing.get_loop() is asyncio.get_running_loop():
-            await asyncio.shield(self._closing)
+            closing = self._closing
+            await asyncio.wait((closing,))  # its own cancellation is none of the caller
+            if not closing.cancelled():
+                closing.result()
         else:
             await wait_until_done(self._closing)
 
@@ -816,6 +821,10 @@ class BackpressureSupervisor:
             self._loop_monitor.stop()
         if self._threads is not None:
             self._threads.shutdown()
+        removals, self._removals = self._removals, {}
+        for gone in removals.values():
+            if not gone.get_loop().is_closed():
+                gone.cancel()
         self._bus.close()
 
     async def __aenter__(self) -> Self:

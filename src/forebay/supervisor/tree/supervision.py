@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from forebay._hooks import raise_if_cancelled, report_failure
 from forebay._text import format_duration
 from forebay.events import WorkerExited, WorkerRestarted, log
+from forebay.supervisor.core import RESUME_DELAY, Core
 from forebay.supervisor.runs.completion import RunCompletion, describe_error
 from forebay.supervisor.runs.stopping import RunStopper, StoppingDispatcher
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
@@ -20,7 +21,6 @@ from forebay.task import TaskStatus
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.tree.worker_life import Exit
@@ -185,7 +185,7 @@ class Supervision:
         worker.begin_restart()
         self._jobs.append(partial(self._handle_exit, worker, end.kind, why))
         if end.by_program:  # no task may be begun in a loop that ends now
-            self._core.timers.at(self._core.loop.time() + _RESTART_DELAY, self._work_on)
+            self._core.timers.at(self._core.loop.time() + RESUME_DELAY, self._work_on)
         else:
             self._work_on()
 
@@ -230,7 +230,10 @@ class Supervision:
             log.error("the restart of a worker failed", exc_info=error)
         if error is not None or working.cancelled():  # as by a program that cancels every task of asyncio
             self._pick_up(job if error is None else None)
-        self._work_on()
+        if working.cancelled():
+            self._core.timers.at(self._core.loop.time() + RESUME_DELAY, self._work_on)
+        else:
+            self._work_on()
 
     def _pick_up(self, interrupted: partial[Coroutine[Any, Any, None]] | None) -> None:
         """Go on with restarts that were cut off: with the `interrupted` one, unless it has stopped its workers."""
@@ -384,7 +387,6 @@ class Supervision:
         self._core.registry.notify_progress()
 
 
-_RESTART_DELAY = 0.1  # seconds after the program has cancelled every task of asyncio
 _EXITS = {
     ExitKind.NORMAL: "its life ended by returning",
     ExitKind.SHUTDOWN: "its life was cancelled",
