@@ -575,3 +575,22 @@ async def test_a_retry_comes_in_time_though_the_wall_clock_is_set(
         monkeypatch.setattr(clock, "wall_time", lambda: real() + step)
         assert await ticket.value() == "a"
         assert now() < 9.0
+
+
+@virtual
+async def test_what_is_stored_comes_back_once_a_retry_that_waits_here_has_been_given_up() -> None:
+    handler = Failing(1, seconds=1.0)
+    budget = RetryBudget(share=0.0, extra=0)
+    supervisor = make_supervisor(MemoryTaskStore(), handler, max_queue_size=0, retry_budget=budget)
+    async with supervisor:
+        retry = Retry(max_attempts=2, base_delay=5.0, max_total_delay=20.0)
+        given_up = await supervisor.submit(Task("work", "fails", spill=False, retry=retry))
+        stored = await supervisor.submit(Task("work", "stored", retry=Retry(max_attempts=1)))
+        assert stored.status is TaskStatus.SPILLED
+        await until(lambda: "fails" in handler.payloads)
+        await asyncio.sleep(0.01)
+        assert stored.status is TaskStatus.SPILLED  # the one that waits for its retry has the only place
+        assert "retry budget" in ((await given_up).error or "")
+        ended = now()
+        await stored
+        assert now() <= ended + 3.0

@@ -141,6 +141,9 @@ class TaskStorm:
         self.rng = random.Random(f"storm {seed}")
         self.attempts = random.Random(f"attempts {seed}")  # apart, so that retries change nothing else of a seed
         self.tenancy = random.Random(f"tenants {seed}")  # apart, so that tenants change no other draw of a seed
+        self.changes = random.Random(f"changes {seed}")  # apart, so that resizes and fan-outs change no other draw
+        self.resizes = self.changes.random() < 0.3
+        self.fans_out = self.changes.random() < 0.3
         self.tenants = _draw_tenants(self.tenancy)
         self.script = StormScript.draw(self.rng, StormRetries.draw(self.attempts))
         self.happened: Counter[str] = Counter()
@@ -193,8 +196,12 @@ class TaskStorm:
     @contextlib.contextmanager
     def _working(self, process: StormProcess, worker: str) -> Iterator[None]:
         process.at_work[worker] += 1
-        if process.at_work[worker] > self._slots[worker] and not process.dead:
-            self._wrong(f"{process.at_work[worker]} tasks are at work on {worker!r} of {self._slots[worker]} slots")
+        slots = self._slots[worker]
+        if self.resizes:  # one that was made smaller goes on with what runs on it
+            agent = process.supervisor.workers[worker]
+            slots = max(agent.max_concurrent, agent.current_tasks)
+        if process.at_work[worker] > slots and not process.dead:
+            self._wrong(f"{process.at_work[worker]} tasks are at work on {worker!r} of {slots} slots")
         try:
             yield
         finally:
@@ -272,7 +279,16 @@ class TaskStorm:
         rng, supervisor = self.rng, process.supervisor
         impatient = rng.random() < self.script.impatient
         with contextlib.suppress(ForebayError, TimeoutError):
-            if len(children) > 1:
+            if len(children) > 1 and self.fans_out and self.changes.random() < 0.5:
+                self.happened["fan-out"] += 1
+                quorum = self.changes.choice((None, None, 1))
+                async with (
+                    asyncio.timeout(rng.uniform(0.0, 2.0) if impatient else None),
+                    supervisor.fan_out(children, limit=self.changes.choice((None, 1)), quorum=quorum) as results,
+                ):
+                    async for _ in results:
+                        pass
+            elif len(children) > 1:
                 async with asyncio.timeout(rng.uniform(0.0, 2.0) if impatient else None):
                     await asyncio.gather(*map(supervisor.run, children), return_exceptions=True)
             elif impatient:
@@ -417,6 +433,7 @@ class TaskStorm:
                 for plan in self.script.workers
                 if plan.late is not None
             ]
+            resizing = asyncio.ensure_future(self._resize(process))
             self.open.append(process)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(lifetime.ends):
@@ -424,6 +441,15 @@ class TaskStorm:
             self.open.remove(process)
             await asyncio.gather(*late)
             await self._end(process, lifetime)
+            resizing.cancel()
+
+    async def _resize(self, process: StormProcess) -> None:
+        """Give the workers other numbers of slots now and then, in some storms."""
+        while self.resizes:
+            await asyncio.sleep(self.changes.expovariate(0.5))
+            worker = self.changes.choice(list(process.supervisor.workers.values()))
+            worker.resize(self.changes.randint(1, 2 * self._slots[worker.name]))
+            self.happened["resize"] += 1
 
     async def _end(self, process: StormProcess, lifetime: StormLifetime) -> None:
         """End a process in the given way, and check how long that takes."""

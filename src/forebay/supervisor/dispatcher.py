@@ -379,6 +379,11 @@ class Dispatcher:
             for pool in served.with_spilled():
                 self.spill.refiller.refill(pool)
 
+    def refill(self, pool: Pool) -> None:
+        """Take tasks of `pool` back from the overflow, if there is room for them."""
+        if self.spill is not None:
+            self.spill.refiller.refill(pool)
+
     def _dispatch_if_known(self, worker: WorkerAgent) -> None:
         """Dispatch to a worker that may have been unregistered since somebody asked for this."""
         if worker in self._served_by:
@@ -388,8 +393,7 @@ class Dispatcher:
         """Fill the free slots of all workers of a pool, and refill it."""
         for worker in list(pool.workers):
             self._dispatch_if_known(worker)
-        if self.spill is not None:
-            self.spill.refiller.refill(pool)
+        self.refill(pool)
 
     def _may_still_start(self, ticket: Ticket, pool: Pool) -> bool:
         """Return whether a task whose turn has come may start; if not, it has ended or is left to another process.

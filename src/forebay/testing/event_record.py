@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
-from forebay.events import Event, TaskFinished, TaskStarted, TaskSubmitted
+from forebay.events import Event, TaskFinished, TaskStarted, TaskSubmitted, WorkerResized
 from forebay.supervisor import BackpressureSupervisor
 from forebay.task import Task, TaskResult, TaskStatus
 
@@ -30,7 +30,7 @@ class EventRecord:
         events: all events, in order.
         tasks: the submitted and refilled tasks, by id.
         nested: the ids of those that runs of this supervisor submitted.
-        excesses: moments at which a worker held more tasks than its limit.
+        excesses: moments at which a worker took more tasks than its limit.
         baseline: the supervisor's statistics at the start of the record.
     """
 
@@ -41,6 +41,7 @@ class EventRecord:
         self.nested: set[str] = set()
         self.excesses: list[LimitExcess] = []
         self.baseline = supervisor.statistics()
+        self._held: dict[str, int] = {}  # slots taken at the last event, by worker
         self._unseen_ids: list[str] = []  # ids in events, of tasks that are not in `tasks` yet
         # The public subscription is bounded and asynchronous; a record must not miss an event.
         supervisor._bus.add_observer(self._on_event)  # noqa: SLF001 - see above
@@ -91,8 +92,12 @@ class EventRecord:
         task_id = getattr(event, "task_id", None)
         if task_id is not None and task_id not in self.tasks:
             self._unseen_ids.append(task_id)
+        resized = event.worker_id if isinstance(event, WorkerResized) else None
         for worker in self.supervisor.workers.values():
-            if not 0 <= worker.current_tasks <= worker.max_concurrent:
+            before, held = self._held.get(worker.name, 0), worker.current_tasks
+            self._held[worker.name] = held
+            # A worker that was made smaller goes on with what runs on it, but begins nothing before that has ended.
+            if held < 0 or (held > worker.max_concurrent and held > before and worker.name != resized):
                 excess = LimitExcess(event.at, worker.name, worker.current_tasks, worker.max_concurrent, event)
                 self.excesses.append(excess)
 

@@ -50,6 +50,9 @@ class RetryDispatcher(Protocol):
     def end_waiting(self, ticket: Ticket, result: TaskResult) -> None:
         """End a ticket that waits inside."""
 
+    def refill(self, pool: Pool) -> None:
+        """Take tasks of `pool` back from the overflow, if there is room for them."""
+
     def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
         """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
 
@@ -224,8 +227,10 @@ class TaskRetries:
     def leave(self, ticket: Ticket) -> None:
         """Stop waiting for the next attempt, here."""
         if ticket.retries is not None and ticket.retries.waits_here:
+            pool = self._pools[ticket.task.task_type]
             self._timers.cancel(ticket.retries.stop_waiting())
-            self._pools[ticket.task.task_type].stop_delay(ticket)
+            pool.stop_delay(ticket)
+            self._loop.call_soon(self._dispatcher.refill, pool)  # its place is free, and no run may end for long
 
     def _end(self, ticket: Ticket, why: str) -> None:
         """End a task with the result of its last attempt."""
