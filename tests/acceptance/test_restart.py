@@ -363,6 +363,27 @@ def test_a_run_whose_loop_ended_without_a_close_is_over(closes: bool, overflow: 
     assert [asyncio.run(use(number)) for number in range(3)] == [0, 1, 2]
 
 
+def test_a_removal_that_was_cut_off_with_its_loop_is_no_obstacle() -> None:
+    supervisor = make_supervisor(echo_later)
+    supervisor.register_worker("other", handler=Agent(60.0), task_types=["other"])
+
+    async def begin_to_remove() -> None:
+        await supervisor.start()
+        supervisor.submit_nowait(Task("other"))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await supervisor.unregister_worker("other")  # it goes on in the background
+
+    asyncio.run(begin_to_remove())
+
+    async def remove() -> list[str]:
+        async with supervisor, asyncio.timeout(5.0):
+            await supervisor.unregister_worker("other")
+            return list(supervisor.workers)
+
+    assert asyncio.run(remove()) == ["worker"]
+
+
 def test_a_nested_supervisor_whose_loop_ended_starts_again_too() -> None:
     below, above = make_supervisor(echo_later), BackpressureSupervisor()
     above.register_worker("below", handler=below, task_types=["work"])

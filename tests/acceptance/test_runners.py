@@ -103,6 +103,21 @@ async def test_a_handler_that_swallows_its_cancellation_leaves_none_for_the_next
 
 
 @virtual
+async def test_a_run_that_a_program_cancels_before_its_first_step_ends() -> None:
+    async def handler(_: Task) -> None:
+        await asyncio.sleep(1.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        ticket = supervisor.submit_nowait(Task("work"))
+        for task in asyncio.all_tasks() - {current()}:
+            task.cancel()
+        async with asyncio.timeout(5.0):
+            assert (await ticket).status is TaskStatus.CANCELLED
+        assert worker.current_tasks == 0
+
+
+@virtual
 async def test_asyncios_own_tools_work_in_every_handler() -> None:
     async def handler(task: Task) -> str:
         with pytest.raises(TimeoutError):

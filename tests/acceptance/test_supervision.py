@@ -142,6 +142,30 @@ async def test_a_start_that_fails_at_a_restart_is_tried_again_and_counts_as_one(
         assert service.log.count("worker fails to start") == 2
 
 
+@virtual
+async def test_a_worker_that_does_not_start_again_keeps_no_other_from_it() -> None:
+    hangs = False
+
+    async def live(started: Callable[[], None]) -> None:
+        if hangs:
+            await asyncio.sleep(60.0)
+        started()
+        await lost
+
+    lost, service = asyncio.get_running_loop().create_future(), ScriptedLife()
+    async with BackpressureSupervisor(max_restarts=3, within=5.0) as supervisor:
+        stuck = supervisor.register_worker("stuck", handler=Agent(), task_types=["else"], start=live, start_timeout=2.0)
+        worker = register(supervisor, service)
+        await settle()
+        hangs = True
+        lost.set_exception(ValueError("lost"))
+        await settle()
+        service.crash()
+        await asyncio.sleep(100.0)
+        assert (stuck.restarts, worker.restarts) == (0, 1)
+        assert await supervisor.run(Task("work", 1)) == 1
+
+
 @pytest.mark.parametrize(
     ("restart", "end", "lives"),
     [
@@ -285,6 +309,40 @@ async def test_a_start_that_fails_undoes_the_start_of_the_supervisor() -> None:
     assert isinstance(await error_of(supervisor.start()), OSError)
     assert log[:3] == ["a starts", "b starts", "c fails to start"]
     await settle()
+
+
+@virtual
+async def test_a_close_while_a_failed_start_is_undone_leaves_no_life_behind() -> None:
+    async def live_on() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            await asyncio.sleep(3.0)
+            raise
+
+    first, broken = ScriptedLife("first"), ScriptedLife("broken", start_error="no")
+    supervisor = BackpressureSupervisor()
+    register(supervisor, first)
+    supervisor.register_worker("slow", handler=Agent(), task_types=["else"], start=live_on)
+    supervisor.register_worker("fails", handler=Agent(), task_types=["else"], start=later(broken.start))
+    starting = asyncio.create_task(supervisor.start())
+    await asyncio.sleep(2.0)  # the start has failed, and the slow one is being stopped
+    await supervisor.close()
+    await error_of(starting)
+    await asyncio.sleep(5.0)
+    assert not first.alive
+
+
+def later(start: Callable[[], Any]) -> Callable[[Callable[[], None]], Any]:
+    """Return a life that takes a second until it starts, or fails to."""
+
+    async def live(started: Callable[[], None]) -> None:
+        await asyncio.sleep(1.0)
+        life = start()
+        started()
+        await life
+
+    return live
 
 
 @virtual
@@ -566,6 +624,38 @@ async def test_a_nested_supervisor_whose_workers_do_not_start_again_is_tried_aga
 
 
 @virtual
+async def test_a_nested_supervisor_whose_start_is_cancelled_is_not_left_half_started() -> None:
+    log: list[str] = []
+    first, second = ScriptedLife("first", log), ScriptedLife("second", log)
+    slow = False
+
+    async def live(started: Callable[[], None]) -> None:
+        if slow:
+            await asyncio.sleep(10.0)
+        started()
+        await second.start()
+
+    team, fleet = BackpressureSupervisor(max_restarts=0), BackpressureSupervisor(max_restarts=10)
+    register(team, first)
+    team.register_worker("second", handler=Agent(), task_types=["else"], start=live)
+    async with fleet:
+        fleet.register_worker("team", handler=team, task_types=["work", "else"], reset_timeout=5.0)
+        await settle()
+        slow = True
+        first.crash()
+        await asyncio.sleep(1.0)  # the team is restarted, and its second worker takes its time
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        slow = False
+        await asyncio.sleep(10.0)
+        assert (first.alive, second.alive) == (True, True)
+        assert await fleet.run(Task("else", 1)) == 1
+        first.crash()  # and what ends from now on is handled
+        await settle()
+        assert (first.alive, second.alive) == (True, True)
+
+
+@virtual
 async def test_a_nested_supervisor_is_stopped_and_started_with_others() -> None:
     tree = Tree()
     tree.outer = BackpressureSupervisor(strategy="one_for_all")
@@ -747,6 +837,40 @@ async def test_a_program_that_cancels_every_asyncio_task_leaves_no_worker_behind
         assert worker.failed
         await asyncio.sleep(15.0)
         assert await supervisor.run(Task("work", 1)) == 1
+
+
+@virtual
+async def test_a_close_that_a_program_has_cancelled_may_be_called_again() -> None:
+    supervisor = BackpressureSupervisor(zombie_grace=5.0)
+    supervisor.register_worker("worker", handler=UncancellableHandler(20.0), task_types=["work"])
+    await supervisor.start()
+    (ticket,) = flood(supervisor, "work", 1)
+    closing = asyncio.create_task(supervisor.close())
+    await asyncio.sleep(1.0)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    assert isinstance(await error_of(closing), asyncio.CancelledError)
+    await supervisor.close()
+    assert ticket.done()
+    await asyncio.sleep(30.0)  # until the handler has ended
+
+
+@virtual
+async def test_a_restart_that_is_cancelled_while_it_waits_for_handlers_is_not_forgotten() -> None:
+    service = ScriptedLife()
+    async with BackpressureSupervisor(zombie_grace=5.0) as supervisor:
+        worker = register(supervisor, service, UncancellableHandler(20.0))
+        await settle()
+        flood(supervisor, "work", 1)
+        await settle()
+        service.crash()
+        await asyncio.sleep(1.0)
+        assert worker.starting
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(30.0)
+        assert worker.state is WorkerState.IDLE
+        assert (service.alive, worker.restarts) == (True, 1)
 
 
 @virtual

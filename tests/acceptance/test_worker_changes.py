@@ -25,17 +25,31 @@ from tests.support.task_plane import (
     virtual,
 )
 
-from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Retry, Task, TaskFailed, TaskStatus, Verdict
+from forebay import (
+    BackpressureSupervisor,
+    Deadline,
+    Overloaded,
+    Priority,
+    Retry,
+    Task,
+    TaskFailed,
+    TaskStatus,
+    Tenant,
+    Verdict,
+)
+from forebay.adapters import Handler
 from forebay.errors import (
     InvalidSetting,
     NotStarted,
+    StoreUnavailable,
     SupervisorClosed,
     UnknownTaskType,
     UnknownWorker,
     UnregisteredInside,
 )
 from forebay.events import TaskTypePaused, TaskTypeResumed, WorkerResized, WorkerUnregistered
-from forebay.testing import EventRecord, HeldHandler
+from forebay.overflow import SqliteTaskStore
+from forebay.testing import EventRecord, FlakyHandler, HeldHandler
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -263,6 +277,59 @@ async def test_a_worker_may_be_unregistered_before_the_start() -> None:
     await supervisor.unregister_worker("first")
     async with supervisor:
         assert list(supervisor.workers) == ["second"]
+        assert await supervisor.run(Task("work", 1)) == 1
+
+
+@virtual
+async def test_workers_are_unregistered_and_revived_between_two_runs() -> None:
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("old", handler=Agent(), task_types=["work"], payload=int)
+    async with supervisor:
+        pass
+    late = supervisor.register_worker("late", handler=Agent(), task_types=["late"])
+    late.revive()
+    await supervisor.unregister_worker("late")
+    await supervisor.unregister_worker("old")
+    assert list(supervisor.workers) == []
+    supervisor.register_worker("new", handler=Agent(), task_types=["work", "late"], payload=str)
+    async with supervisor:
+        assert await supervisor.run(Task("late", "x")) == "x"
+
+
+@pytest.mark.parametrize("when", [0.0, 1.0, 5.5])  # before its first step, while it waits, while it stops the handler
+@virtual
+async def test_a_program_that_cancels_every_asyncio_task_does_not_keep_a_worker_that_goes(when: float) -> None:
+    handler = UncancellableHandler(8.0)
+    async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
+        supervisor.register_worker("other", handler=Agent(), task_types=["work"], max_concurrent=2)
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        supervisor.pause("work")
+        flood(supervisor, "work", 3)
+        supervisor.resume("work")
+        await run_ready()
+        leaving = asyncio.create_task(supervisor.unregister_worker("worker", timeout=5.0))
+        await asyncio.sleep(0.0)
+        if when:
+            await asyncio.sleep(when)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), leaving}:
+            task.cancel()
+        async with asyncio.timeout(30.0):
+            await leaving
+        assert list(supervisor.workers) == ["other"]
+        await asyncio.sleep(30.0)  # until its zombie has ended
+        assert [pool.finishing for pool in supervisor._running().core.pools.by_type.values()] == [0]
+        assert await supervisor.run(Task("work", 1)) == 1
+
+
+@virtual
+async def test_reviving_a_worker_that_is_gone_does_nothing() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        await supervisor.unregister_worker("worker")
+        worker.revive()
+        again = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        worker.revive()
+        assert supervisor.workers["worker"] is again
         assert await supervisor.run(Task("work", 1)) == 1
 
 
@@ -671,7 +738,126 @@ async def test_what_waits_in_an_overflow_in_memory_for_the_last_worker_of_a_type
         assert supervisor.statistics().outside == 0
 
 
+@virtual
+async def test_a_task_that_runs_on_the_last_worker_and_goes_back_to_an_overflow_in_memory_ends() -> None:
+    async with BackpressureSupervisor(overflow="memory://", max_queue_size=0) as supervisor:
+        supervisor.register_worker("only", handler=Agent(10.0), task_types=["work"])
+        tickets = [await supervisor.submit(Task("work")) for _ in range(2)]
+        await tickets[0]
+        await run_ready()
+        assert tickets[1].status is TaskStatus.RUNNING
+        await supervisor.unregister_worker("only", timeout=0)
+        async with asyncio.timeout(1.0):
+            assert await statuses(tickets) == [SUCCEEDED, FAILED]
+        assert "no worker is registered for 'work' any more" in str((await tickets[1]).error)
+        await run_ready()
+        assert supervisor.statistics().outside == 0
+
+
+class GatedStore(SqliteTaskStore):
+    """A store that holds back the leases that it has made until `answers` is set."""
+
+    answers: asyncio.Event
+
+    async def open(self) -> None:
+        self.answers = asyncio.Event()
+        await super().open()
+
+    async def lease(self, *args: Any, **options: Any) -> Any:
+        leases = await super().lease(*args, **options)
+        if leases:
+            await self.answers.wait()
+        return leases
+
+
+@virtual
+async def test_a_record_that_comes_back_while_a_zombie_keeps_its_type_waits_for_the_next_worker(tmp_path: Path) -> None:
+    store = GatedStore(tmp_path / "spill.db")
+    async with BackpressureSupervisor(overflow=store, max_queue_size=0, zombie_grace=1.0) as supervisor:
+        stubborn, agent = UncancellableHandler(50.0), Agent(1.0)
+
+        async def handle(task: Task) -> Any:
+            return await (stubborn if task.payload == "stubborn" else agent)(task)
+
+        supervisor.register_worker("old", handler=handle, task_types=["work"], max_concurrent=2)
+        tickets = [await supervisor.submit(Task("work", payload)) for payload in ("stubborn", "short", "stored")]
+        await tickets[1]
+        await run_ready()  # now the record of the third one is being leased
+        await supervisor.unregister_worker("old", timeout=0)
+        store.answers.set()
+        await asyncio.sleep(1.0)
+        assert tickets[2].status is TaskStatus.SPILLED
+        await asyncio.sleep(100.0)  # until the zombie has ended, and its type is not known any more
+        assert tickets[2].status is TaskStatus.SPILLED
+        supervisor.register_worker("new", handler=agent, task_types=["work"])
+        async with asyncio.timeout(60.0):
+            assert (await tickets[2]).worker_id == "new"
+
+
+class UndelayedStore(SqliteTaskStore):
+    """A store that cannot delay."""
+
+    async def delay(self, *_: Any, **__: Any) -> bool:
+        raise StoreUnavailable(where="the overflow", why="it is full", advice="")
+
+
+@virtual
+async def test_a_task_that_its_store_could_not_delay_goes_to_the_next_worker_of_its_type(tmp_path: Path) -> None:
+    store = UndelayedStore(tmp_path / "spill.db")
+    async with BackpressureSupervisor(overflow=store, lease=10.0) as supervisor:
+        retry = Retry(max_attempts=3, base_delay=5.0)
+        supervisor.register_worker("old", handler=FlakyHandler(1), task_types=["work"], retry=retry)
+        ticket = await supervisor.submit(Task("work", 1, durable=True))
+        await asyncio.sleep(0.01)
+        await supervisor.unregister_worker("old")
+        await asyncio.sleep(60.0)
+        supervisor.register_worker("new", handler=Agent(1.0), task_types=["work"])
+        async with asyncio.timeout(60.0):
+            assert (await ticket).worker_id == "new"
+
+
 # --- with tenants and reserved slots ---------------------------------------------------------------------------------
+
+
+@virtual
+async def test_tasks_of_a_tenant_that_runs_as_much_as_it_may_end_with_the_last_worker_of_their_type() -> None:
+    async with BackpressureSupervisor(tenants={"a": Tenant(max_running=1)}) as supervisor:
+        supervisor.register_worker("other", handler=Agent(10.0), task_types=["else"])
+        supervisor.register_worker("only", handler=Agent(), task_types=["work"])
+        running = supervisor.submit_nowait(Task("else", tenant="a"))
+        waiting = flood(supervisor, "work", 2, tenant="a")
+        waiting.append(supervisor.submit_nowait(Task("work", tenant="a", thread_id="talk")))
+        await supervisor.unregister_worker("only")
+        async with asyncio.timeout(1.0):
+            assert await statuses(waiting) == [FAILED] * 3
+        assert supervisor.statistics().waiting == 0
+        assert (await running).status is SUCCEEDED
+
+
+@virtual
+async def test_tasks_of_a_tenant_that_runs_as_much_as_it_may_end_with_the_failed_start_of_their_worker() -> None:
+    async def fail() -> None:
+        await asyncio.sleep(1.0)
+        raise OSError
+
+    handler = Handler(call=Agent(), start=fail)
+    async with BackpressureSupervisor(tenants={"a": Tenant(max_running=1)}) as supervisor:
+        supervisor.register_worker("other", handler=Agent(10.0), task_types=["else"])
+        supervisor.submit_nowait(Task("else", tenant="a"))
+        supervisor.register_worker("only", handler=SelfMade(handler), task_types=["work"])
+        waiting = flood(supervisor, "work", 2, tenant="a")
+        async with asyncio.timeout(5.0):
+            assert await statuses(waiting) == [FAILED] * 2
+
+
+class SelfMade:
+    """An agent that says itself how it is run."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def __forebay_handler__(self) -> Handler:
+        return self._handler
 
 
 @pytest.mark.parametrize("overflow", [None, "memory://", "sqlite"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +59,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, fan_out, pools, room
+from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -75,8 +75,10 @@ from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
+from forebay.supervisor.runs.runner import Runner
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
+from forebay.supervisor.runs.timers import Timers
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill import stored_tasks
 from forebay.supervisor.spill.delayed_records import DelayedRecords
@@ -1799,6 +1801,65 @@ def a_restart_that_is_cut_off_leaves_its_workers_behind() -> None:
 
 def a_worker_that_was_unregistered_while_it_started_lives_on() -> None:
     skip(Supervision._start, WorkerLife.stop)
+
+
+def a_restart_is_tried_again_before_the_ends_of_other_lives() -> None:
+    original = Supervision._start_or_try_again
+
+    async def _start_or_try_again(self: Supervision, workers: Sequence[WorkerAgent]) -> None:
+        await original(self, workers)
+        if self._jobs and getattr(self._jobs[-1], "func", None) == self._try_again:
+            self._jobs.rotate(1)
+
+    replace(Supervision, original, _start_or_try_again)
+
+
+# --- workers that go, and what waits for them ---
+
+
+def tasks_of_a_tenant_that_is_blocked_outlive_the_last_worker_of_their_type() -> None:
+    def fail_queued(self: Dispatcher, pool: Pool, error: str, **why: Any) -> None:
+        while (entry := pool.queue.head()) is not None:
+            self.fail_waiting(entry[2], error, **why)
+
+    replace(Dispatcher, Dispatcher.fail_queued, fail_queued)
+
+
+def a_record_comes_back_for_workers_that_are_gone() -> None:
+    replace(Refiller, Refiller._takes_records, Refiller._is_served)
+
+
+def a_task_goes_back_to_memory_for_workers_that_are_gone() -> None:
+    always(StoredTasks, StoredTasks._is_to_be_served, returns=True)
+
+
+def a_worker_of_no_run_is_revived() -> None:
+    def _revive(self: BackpressureSupervisor, worker: WorkerAgent) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.supervision.revive(worker)
+
+    replace(BackpressureSupervisor, BackpressureSupervisor._revive, _revive)
+
+
+def a_removal_that_is_cancelled_is_forgotten() -> None:
+    skip(BackpressureSupervisor._go_on_with_removal, Timers.at)
+
+
+def a_restart_that_is_cancelled_is_forgotten() -> None:
+    original = Supervision._pick_up
+    replace(Supervision, original, lambda self, _: original(self, None))
+
+
+def a_stop_that_is_cancelled_leaves_the_others_running() -> None:
+    async def stop_handlers(workers: Iterable[WorkerAgent], *, grace: float = 0.0) -> None:
+        for worker in reversed(list(workers)):
+            await worker.life.stop(grace=grace)
+
+    nested_supervisor.stop_handlers.__code__ = stop_handlers.__code__
+
+
+def a_run_that_is_cancelled_before_its_first_step_is_forgotten() -> None:
+    always(Runner, Runner._check_start, returns=None)
 
 
 # --- what a web app needs ---

@@ -41,6 +41,7 @@ from tests.acceptance import (
     test_retries,
     test_room,
     test_routing,
+    test_runners,
     test_shared_overflow,
     test_silent_store,
     test_slot,
@@ -716,6 +717,32 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_worker_that_was_unregistered_while_it_started_lives_on: (
         test_supervision.test_a_worker_that_is_unregistered_while_it_starts_again_is_stopped_and_the_others_go_on
+    ),
+    bugs.a_restart_is_tried_again_before_the_ends_of_other_lives: (
+        test_supervision.test_a_worker_that_does_not_start_again_keeps_no_other_from_it
+    ),
+    # --- workers that go, and what waits for them ---
+    bugs.tasks_of_a_tenant_that_is_blocked_outlive_the_last_worker_of_their_type: (
+        test_worker_changes.test_tasks_of_a_tenant_that_runs_as_much_as_it_may_end_with_the_last_worker_of_their_type
+    ),
+    bugs.a_record_comes_back_for_workers_that_are_gone: (
+        test_worker_changes.test_a_record_that_comes_back_while_a_zombie_keeps_its_type_waits_for_the_next_worker
+    ),
+    bugs.a_task_goes_back_to_memory_for_workers_that_are_gone: (
+        test_worker_changes.test_a_task_that_runs_on_the_last_worker_and_goes_back_to_an_overflow_in_memory_ends
+    ),
+    bugs.a_worker_of_no_run_is_revived: test_worker_changes.test_reviving_a_worker_that_is_gone_does_nothing,
+    bugs.a_removal_that_is_cancelled_is_forgotten: (
+        test_worker_changes.test_a_program_that_cancels_every_asyncio_task_does_not_keep_a_worker_that_goes
+    ),
+    bugs.a_restart_that_is_cancelled_is_forgotten: (
+        test_supervision.test_a_restart_that_is_cancelled_while_it_waits_for_handlers_is_not_forgotten
+    ),
+    bugs.a_stop_that_is_cancelled_leaves_the_others_running: (
+        test_supervision.test_a_close_while_a_failed_start_is_undone_leaves_no_life_behind
+    ),
+    bugs.a_run_that_is_cancelled_before_its_first_step_is_forgotten: (
+        test_runners.test_a_run_that_a_program_cancels_before_its_first_step_ends
     ),
     # --- what a web app needs ---
     bugs.a_task_that_expires_as_it_comes_back_cannot_be_found: (

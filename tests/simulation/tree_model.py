@@ -5,8 +5,9 @@ It knows no code of Forebay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 NORMAL, SHUTDOWN, ABNORMAL = "normal", "shutdown", "abnormal"
 
@@ -19,6 +20,7 @@ class ModelWorker:
     restart: str
     below: ModelSupervisor | None = None
     alive: bool = False
+    ended: bool = False  # its life has, and it was neither stopped nor started since
     failed: bool = False  # until it is revived
     restarts: int = 0
     failing_starts: int = 0
@@ -41,6 +43,9 @@ class ModelSupervisor:
     worker: ModelWorker | None = None
     halted: bool = False
     restarts: list[float] = field(default_factory=list)
+    jobs: list[Callable[[], None]] = field(default_factory=list)
+    working: bool = False
+    unstarted: dict[ModelWorker, Sequence[ModelWorker]] = field(default_factory=dict)
 
     def child(self, name: str) -> ModelWorker:
         return next(child for child in self.children if child.name == name)
@@ -59,7 +64,7 @@ class ModelSupervisor:
                 return worker
             else:
                 self.log.append(f"{worker.name} starts")
-            worker.alive, worker.failed = True, False
+            worker.alive, worker.ended, worker.failed = True, False, False
             worker.restarts += again
         return None
 
@@ -70,7 +75,7 @@ class ModelSupervisor:
                 worker.below.stop(worker.below.children)
             elif worker.alive:
                 self.log.append(f"{worker.name} ends")
-            worker.alive = False
+            worker.alive = worker.ended = False
 
     def start_all(self, *, again: bool) -> bool:
         self.restarts = []
@@ -87,12 +92,23 @@ class ModelSupervisor:
         """End some lives at the same moment."""
         for worker, _ in ends:
             self.log.append(f"{worker.name} ends")
-            worker.alive = False
-        for worker, end in ends:
-            self.handle(worker, end, now)
+            worker.alive, worker.ended = False, True
+        self.jobs += [partial(self.handle_now, worker, end, now) for worker, end in ends]
+        self.work()
 
     def handle(self, worker: ModelWorker, end: str, now: float) -> None:
-        if self.halted or worker.alive or worker.failed or worker not in self.children:
+        self.jobs.append(partial(self.handle_now, worker, end, now))
+        self.work()
+
+    def work(self) -> None:
+        if not self.working:
+            self.working = True
+            while self.jobs:
+                self.jobs.pop(0)()
+            self.working = False
+
+    def handle_now(self, worker: ModelWorker, end: str, now: float) -> None:
+        if self.halted or not worker.ended or worker not in self.children:
             return
         if worker.is_restarted_after(end):
             self.restart(worker, now)
@@ -104,22 +120,30 @@ class ModelSupervisor:
             self.fail([worker])
 
     def restart(self, failed: ModelWorker, now: float) -> None:
-        while True:
-            index = self.children.index(failed)
-            together = {
-                "one_for_one": [failed],
-                "one_for_all": self.children[:],
-                "rest_for_one": self.children[index:],
-            }[self.strategy]
-            self.restarts.append(now)
-            if sum(now - time <= self.within for time in self.restarts) > self.max_restarts:
-                self.give_up(failed, together, now)
-                return
-            self.stop(together)
-            again = self.start(self.without_temporary(together))
-            if again is None:
-                return
-            failed = again
+        """Restart a worker. If a start fails, that is tried again behind the ends of other lives."""
+        index = self.children.index(failed)
+        together = {
+            "one_for_one": [failed],
+            "one_for_all": self.children[:],
+            "rest_for_one": self.children[index:],
+        }[self.strategy]
+        self.unstarted = {other: left for other, left in self.unstarted.items() if not {*left} & {*together}}
+        self.restarts.append(now)
+        if sum(now - time <= self.within for time in self.restarts) > self.max_restarts:
+            self.give_up(failed, together, now)
+            return
+        self.stop(together)
+        self.start_or_try_again(self.without_temporary(together), now)
+
+    def start_or_try_again(self, workers: Sequence[ModelWorker], now: float) -> None:
+        failed = self.start(workers)
+        if failed is not None:
+            self.unstarted[failed] = workers
+            self.jobs.append(partial(self.try_again, failed, now))
+
+    def try_again(self, failed: ModelWorker, now: float) -> None:
+        if self.unstarted.pop(failed, None) is not None:  # otherwise it was stopped with another one
+            self.restart(failed, now)
 
     def without_temporary(self, workers: Sequence[ModelWorker]) -> list[ModelWorker]:
         self.children = [child for child in self.children if child not in workers or child.restart != "temporary"]
@@ -128,9 +152,11 @@ class ModelSupervisor:
     def give_up(self, failed: ModelWorker, together: Sequence[ModelWorker], now: float) -> None:
         if self.above is not None and self.worker is not None:
             self.halted = True
+            self.jobs.clear()
+            self.unstarted.clear()
             failed.failed, failed.alive = True, False
             failed.failed_with = [failed]
-            self.worker.alive = False
+            self.worker.alive, self.worker.ended = False, True
             self.above.handle(self.worker, SHUTDOWN, now)
             return
         self.stop(together)
@@ -151,9 +177,8 @@ class ModelSupervisor:
         group = [other for other in worker.failed_with if other.failed and other in self.children]
         for other in group:
             other.failed = False
-        again = self.start(group)
-        if again is not None:
-            self.restart(again, now)
+        self.start_or_try_again(group, now)
+        self.work()
 
     def unregister(self, worker: ModelWorker) -> None:
         self.stop([worker])

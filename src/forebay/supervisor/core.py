@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from forebay.events import EventBus, log
 from forebay.supervisor.codecs import TaskCodecs
@@ -16,6 +16,7 @@ from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket_registry import TicketRegistry
 
 T = TypeVar("T")
+RESUME_DELAY: Final = 0.1  # seconds after the program has cancelled every task of asyncio, perhaps as its loop ends
 
 
 class Core:

@@ -547,8 +547,11 @@ class Dispatcher:
     def fail_queued(
         self, pool: Pool, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
     ) -> None:
-        """End every task in the queue of a pool, those of tenants that run as much as they may included."""
-        while pool.queue.length:  # the end of one may queue the next of its conversation
+        """End every task in the queue of a pool whose workers will not come, as `fail_waiting` does.
+
+        Those of tenants that run as much as they may are among them. Each end may queue the next of a conversation.
+        """
+        while pool.queue.length:
             for ticket in [*pool.queue.in_order()]:
                 if ticket.queue_entry is not None:
                     self.fail_waiting(ticket, error, worker_id=worker_id, cause=cause)

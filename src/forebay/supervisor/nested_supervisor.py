@@ -112,7 +112,13 @@ async def stop_handlers(workers: Iterable[WorkerAgent], *, grace: float = 0.0) -
     """Stop the workers that need it, in reverse order. If one fails, the others are still stopped.
 
     Each handler has `grace` seconds, and ten at least; a supervisor has a bound of its own, and takes as long as it
-    needs.
+    needs. If this is cancelled, one stop goes on in the background, and the others are still made.
     """
+    cancelled: asyncio.CancelledError | None = None
     for worker in reversed(list(workers)):
-        await worker.life.stop(grace=grace)
+        try:
+            await worker.life.stop(grace=grace)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -480,6 +480,11 @@ class Pool(SlotCounts):
         return not all(worker.leaving for worker in self.workers)
 
     @property
+    def is_to_be_served(self) -> bool:
+        """True if its tasks may begin, now or later: none that comes waits for workers that are gone."""
+        return self.is_served or self.paused or self.finishing > 0
+
+    @property
     def is_known(self) -> bool:
         """True if its task type is known: it has a worker, or is to have one again when it is resumed."""
         return bool(self.workers) or self.paused

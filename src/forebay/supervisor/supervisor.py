@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -34,7 +35,7 @@ from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
-from forebay.supervisor.core import Core
+from forebay.supervisor.core import RESUME_DELAY, Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
@@ -289,15 +290,18 @@ class BackpressureSupervisor:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
             UnknownWorker: there is no such worker.
             UnregisteredInside: it was called by a task that runs on the worker.
-            SupervisorClosed: the supervisor was closed before the worker had gone.
+            SupervisorClosed: the supervisor is being closed, or was before the worker had gone.
             WrongLoop: it runs on another event loop.
         """
         check_not_negative("unregister_worker", "timeout", timeout, unit="seconds", none="for no limit")
         await self.wait_until_started()
+        self._end_if_cut_off()
         worker = self._workers.get(name)
         if worker is None:
             raise UnknownWorker(name=name, known=", ".join(sorted(self._workers)) or "none")
-        if self._dispatcher is None:
+        if self._closing is not None and not self._closing.done():
+            raise SupervisorClosed(state="closing")
+        if self._dispatcher is None or self._closing is not None:  # between two runs
             self._unlist(worker)
             served = {task_type for other in self._workers.values() for task_type in other.task_types}
             self._codecs.remove_worker(worker, set(worker.task_types) - served)
@@ -307,31 +311,49 @@ class BackpressureSupervisor:
             if run.worker is worker:
                 raise UnregisteredInside(worker=name, task_id=run.task.task_id)
         self._begin_removal(worker, timeout)
-        removing = self._removals[worker]
-        await asyncio.wait((removing,))
-        if removing.cancelled():
+        gone = self._removals[worker]
+        await asyncio.wait((gone,))
+        if gone.cancelled():
             raise SupervisorClosed(state="closed")
-        removing.result()
+        gone.result()
 
     def _begin_removal(self, worker: WorkerAgent, timeout: float | None = 0.0) -> None:
         if worker not in self._removals:
             core = self._running().core
             removal = WorkerRemoval(core, self._running(), grace=self._settings.zombie_grace)
             removal.begin(worker)
-            self._removals[worker] = core.run_to_completion(self._remove(removal, worker, timeout))
+            self._removals[worker] = core.loop.create_future()
+            self._go_on_with_removal(core, removal, worker, timeout)
+
+    def _go_on_with_removal(
+        self, core: Core, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None
+    ) -> None:
+        def ended(removing: asyncio.Future[None]) -> None:
+            if removing.cancelled():
+                if not core.closed:  # as by a program that cancels every task of asyncio
+                    again = partial(self._go_on_with_removal, core, removal, worker, timeout)
+                    core.timers.at(core.loop.time() + RESUME_DELAY, again)
+            elif (gone := self._removals.pop(worker, None)) is not None:
+                if (error := removing.exception()) is not None:
+                    gone.set_exception(error)
+                else:
+                    gone.set_result(None)
+
+        core.run_to_completion(self._remove(removal, worker, timeout)).add_done_callback(ended)
 
     async def _remove(self, removal: WorkerRemoval, worker: WorkerAgent, timeout: float | None) -> None:  # noqa: ASYNC109 - as above
-        try:
-            gone, types = await removal.finish(worker, timeout)
-            self._unlist(worker)
-        finally:
-            del self._removals[worker]
+        gone, types = await removal.finish(worker, timeout)
+        self._unlist(worker)
         if gone:
             self._codecs.remove_worker(worker, types)
         else:
-            self._running().core.run_in_background(self._forget_later(removal, worker))
+            self._forget_in_background(removal, worker)
 
-    async def _forget_later(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
+    def _forget_in_background(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
+        again = partial(self._forget_in_background, removal, worker)
+        self._running().core.run_in_background(self._forget(removal, worker), if_cancelled=again)
+
+    async def _forget(self, removal: WorkerRemoval, worker: WorkerAgent) -> None:
         self._codecs.remove_worker(worker, await removal.forget(worker))
 
     def _unlist(self, worker: WorkerAgent) -> None:
@@ -381,8 +403,9 @@ class BackpressureSupervisor:
         return MappingProxyType(self._workers)
 
     def _revive(self, worker: WorkerAgent) -> None:
-        if self._dispatcher is not None:
-            self._dispatcher.supervision.revive(worker)
+        dispatcher = self._dispatcher
+        if dispatcher is not None and self.running and dispatcher.workers.get(worker.name) is worker:
+            dispatcher.supervision.revive(worker)  # otherwise it was unregistered, or begins its next run with nothing
 
     def _resized(self, worker: WorkerAgent, before: int) -> None:
         dispatcher = self._dispatcher
@@ -766,7 +789,10 @@ class BackpressureSupervisor:
                 raise WrongLoop(what="The supervisor")
             self._closing = asyncio.ensure_future(self._close(self._dispatcher))
         if self._closing.get_loop() is asyncio.get_running_loop():
-            await asyncio.shield(self._closing)
+            closing = self._closing
+            await asyncio.wait((closing,))  # its own cancellation is none of the caller
+            if not closing.cancelled():
+                closing.result()
         else:
             await wait_until_done(self._closing)
 
@@ -795,6 +821,10 @@ class BackpressureSupervisor:
             self._loop_monitor.stop()
         if self._threads is not None:
             self._threads.shutdown()
+        removals, self._removals = self._removals, {}
+        for gone in removals.values():
+            if not gone.get_loop().is_closed():
+                gone.cancel()
         self._bus.close()
 
     async def __aenter__(self) -> Self:
@@ -839,11 +869,13 @@ class BackpressureSupervisor:
 
     async def halt(self) -> None:
         """Stop its workers, in reverse order, to be started again; tasks that wait keep waiting."""
-        await self._running().supervision.halt()
+        if self._dispatcher is not None:  # otherwise its start has failed
+            await self._dispatcher.supervision.halt()
 
     def fail_workers(self, reason: str) -> None:
         """Make its workers, which are halted, FAILED."""
-        self._running().supervision.fail_workers(reason)
+        if self._dispatcher is not None:
+            self._dispatcher.supervision.fail_workers(reason)
 
     def uses(self, dispatcher: object) -> bool:
         """Return whether `dispatcher` is its own, or that of a supervisor below it."""

@@ -42,7 +42,7 @@ class RemovalDispatcher(StoppingDispatcher, Protocol):
 
 
 class WorkerRemoval:
-    """Removes workers, each in three steps: it begins nothing new, what runs there ends, it is forgotten.
+    """Removes one worker, in three steps: it begins nothing new, what runs there ends, it is forgotten.
 
     While runs there wait for nested tasks, these still begin there. A task that waits for no other worker ends once the
     worker is gone, unless its type is paused: then another worker is to come.
@@ -58,6 +58,7 @@ class WorkerRemoval:
         self._dispatcher = dispatcher
         self._stopper = RunStopper(core, dispatcher)
         self._grace = grace
+        self._accepts_nothing = False  # nested tasks neither
 
     def begin(self, worker: WorkerAgent) -> None:
         """Let nothing new begin on `worker`, but nested tasks for which its runs wait."""
@@ -69,23 +70,26 @@ class WorkerRemoval:
     async def finish(self, worker: WorkerAgent, timeout: float | None) -> tuple[bool, Sequence[str]]:  # noqa: ASYNC109 - it cuts off, not raises
         """Let what runs on `worker` finish for at most `timeout` seconds, cancel the rest, and stop its handler.
 
+        If this is cancelled, it may be called again.
+
         Returns:
             True if nothing runs there any more; and the task types that are not known any more. Otherwise `forget` is
             to be called next.
         """
         await self._dispatcher.starts.cancel(worker)
         await self._stopper.wait(worker, timeout)
-        worker.accept_nothing()
-        for pool in self._pools(worker):
-            pool.worker_left()
+        if not self._accepts_nothing:
+            self._accepts_nothing = True
+            worker.accept_nothing()
+            for pool in self._pools(worker):
+                pool.worker_left()
         cut = len(self._dispatcher.runs.on(worker))
         if cut:
             limit = format_duration(timeout or 0.0)
             error = f"worker {worker.name!r} was unregistered, and it had not ended after {limit}"
             await self._stopper.stop(worker, TaskStatus.CANCELLED, error, limit=self._grace)
         await stop_handlers([worker], grace=self._grace)
-        for pool in self._pools(worker):
-            self.end_waiting(pool, f"worker {worker.name!r}, the last one for {pool.task_type!r}, was unregistered")
+        self._end_all_waiting(worker)
         self._dispatcher.unlist_worker(worker)
         self._core.bus.emit(WorkerUnregistered(at=self._core.loop.time(), worker_id=worker.name, cut=cut))
         if left := self._dispatcher.runs.on(worker):
@@ -97,7 +101,12 @@ class WorkerRemoval:
     async def forget(self, worker: WorkerAgent) -> Sequence[str]:
         """Forget a worker once its last zombie has stopped; return the task types that are not known any more."""
         await self._stopper.wait(worker, None)
+        self._end_all_waiting(worker)  # what has come since, such as a task that its store did not take back
         return [pool.task_type for pool in self._dispatcher.forget_worker(worker)]
+
+    def _end_all_waiting(self, worker: WorkerAgent) -> None:
+        for pool in self._pools(worker):
+            self.end_waiting(pool, f"worker {worker.name!r}, the last one for {pool.task_type!r}, was unregistered")
 
     def end_waiting(self, pool: Pool, error: str) -> None:
         """End the tasks of `pool` that wait, if no worker will take them and none is to come."""

@@ -39,7 +39,7 @@ class StartDispatcher(Protocol):
     def fail_queued(
         self, pool: Pool, error: str, *, worker_id: str | None = None, cause: BaseException | None = None
     ) -> None:
-        """End every task in the queue of a pool, or leave it to its store."""
+        """End every task in the queue of a pool whose workers will not come, or leave it to its store."""
 
     @property
     def supervision(self) -> ExitListener:

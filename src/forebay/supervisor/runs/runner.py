@@ -76,6 +76,13 @@ class Runner:
         self.run: Run | None = None  # its handler is running
         self.aio: asyncio.Task[None] | None = None
         self.aio = pool.loop.create_task(self._main(), context=pool.base_context.copy())
+        pool.loop.call_soon(self._check_start)  # after its first step
+
+    def _check_start(self) -> None:
+        """End the run if a program that cancels every task of asyncio did so before the first step."""
+        if (run := self.next_run) is not None and self.aio is not None and self.aio.done():
+            self.next_run = None
+            self._pool.on_end(run, None, asyncio.CancelledError())
 
     def wake(self) -> None:
         """Wake it, because it has a handler to run or may end."""

@@ -187,13 +187,17 @@ class Refiller:
 
     def refill(self, pool: Pool) -> None:
         """Lease records of `pool` if there is room for them."""
-        if self._may_refill(pool) and pool not in self.refilling and pool.refill_demand(self._round_trip):
+        if pool not in self.refilling and self._may_refill(pool) and pool.refill_demand(self._round_trip):
             self.refilling.add(pool)
             pool.expect_records(expected=pool.takes_turns)
             self._core.run_in_background(self._refill(pool), if_cancelled=partial(self.resume, (pool,)))
 
     def _may_refill(self, pool: Pool) -> bool:
-        return not (self._stored.refill_stopped or pool.paused) and self._is_served(pool)
+        return not (self._stored.refill_stopped or pool.paused) and self._takes_records(pool)
+
+    def _takes_records(self, pool: Pool) -> bool:
+        """Return whether a record that comes back into `pool` finds a worker: zombies keep it without one."""
+        return self._is_served(pool) and pool.is_to_be_served
 
     def pause(self, pools: Iterable[Pool]) -> set[Pool]:
         """Take nothing back into `pools`; return those of them that `resume` has to resume."""
@@ -235,7 +239,7 @@ class Refiller:
                 self._round_trip += _ROUND_TRIP_GAIN * (loop.time() - asked - self._round_trip)
                 pool.refill_policy.record_fetch(priority, len(leases), pool.spilled.totals)
                 for count, lease in enumerate(leases):
-                    if not self._is_served(pool):
+                    if not self._takes_records(pool):
                         await store.release(leases[count:])
                         break
                     await self._take_in(lease, pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
@@ -206,13 +207,18 @@ class Spill:
         if (pool := self._pools.get(task.task_type)) is not None:
             self.refiller.add_spilled(pool, task)
         self._conversations.add_stored(task.thread_id)
-        self._core.run_in_background(self._return_to_store(ticket, lease))
+        self._return_in_background(ticket, lease)
+
+    def _return_in_background(self, ticket: Ticket, lease: Lease) -> None:
+        again = partial(self._return_in_background, ticket, lease)
+        self._core.run_in_background(self._return_to_store(ticket, lease), if_cancelled=again)
 
     async def _return_to_store(self, ticket: Ticket, lease: Lease) -> None:
         try:
             await self._store.release([lease])
-        finally:
-            ticket.end_store_call()
+        except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the lease lapses
+            log.error("the lease on task %r could not be returned, and lapses: %s", ticket.task_id, exc)
+        ticket.end_store_call()
         self.stored.conversation_moved(ticket.task)
         if ticket.cancel_reason is not None:
             ticket.cancel(ticket.cancel_reason)

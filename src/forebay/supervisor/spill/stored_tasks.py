@@ -163,7 +163,14 @@ class StoredTasks:
     # --- tickets of tasks that wait in the store ---
 
     def wait_in_store(self, ticket: Ticket) -> None:
-        """Watch the deadline of a task that waits in the store, and hold its ticket no longer than needed."""
+        """Watch the deadline of a task that waits in the store, and hold its ticket no longer than needed.
+
+        If its workers were unregistered meanwhile and the store ends with this process, the task ends.
+        """
+        if not self.durable and not self._is_to_be_served(ticket.task.task_type):
+            error = f"no worker is registered for {ticket.task.task_type!r} any more"
+            self.complete(ticket, unsuccessful_result(ticket, TaskStatus.FAILED, error))
+            return
         if ticket.deadline is not None and ticket.expiry_timer is None:
             due = self._core.loop.time() + ticket.deadline.remaining()
             error = "its deadline passed while it waited in the overflow"
@@ -171,6 +178,10 @@ class StoredTasks:
             # A weak reference: the timer must not keep the ticket alive.
             ticket.set_expiry(self._core.timers.at(due, self._end_spilled, ref(ticket), expired))
         self._hold_weakly(ticket)
+
+    def _is_to_be_served(self, task_type: str) -> bool:
+        pool = self._core.pools.by_type.get(task_type)
+        return pool is not None and pool.is_to_be_served
 
     def _hold_weakly(self, ticket: Ticket) -> None:
         """Hold the ticket of a spilled task weakly, if the store can restore it.
@@ -359,11 +370,14 @@ class StoredTasks:
         """Start or queue a task here that could not be delayed in the store, and whose lease is held."""
         task = ticket.task
         self._dispatcher.conversations.remove_stored(task.thread_id)
-        pool = self._core.pools.by_type[task.task_type]
+        pool = self._core.pools.by_type.get(task.task_type)
         if ticket.cancel_reason is not None:
             self.complete(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, ticket.cancel_reason))
         elif self.stays_stored:
             self.release(ticket)
+        elif pool is None or not pool.is_to_be_served:  # its lease lapses, and the next worker of its type takes it
+            self.drop_lease(ticket)
+            self.leave_to_other_process(ticket)
         elif (late := self._dispatcher.expiry_reason(ticket, pool)) is not None:
             self.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, late))
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from forebay._hooks import raise_if_cancelled, report_failure
 from forebay._text import format_duration
 from forebay.events import WorkerExited, WorkerRestarted, log
+from forebay.supervisor.core import RESUME_DELAY, Core
 from forebay.supervisor.runs.completion import RunCompletion, describe_error
 from forebay.supervisor.runs.stopping import RunStopper, StoppingDispatcher
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
@@ -20,7 +21,6 @@ from forebay.task import TaskStatus
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.tree.worker_life import Exit
@@ -54,9 +54,10 @@ class Supervision:
     """Handles the ends of lives one after the other, in a background task that runs while there are any.
 
     A restart stops the workers that the strategy names, in reverse order, with what runs on them, and starts them in
-    order. Tasks that wait keep waiting. A start that fails is followed by another restart. If there are too many of
-    them, a supervisor that is a worker of another one gives up, so that the other restarts it as a whole; any other
-    makes the workers FAILED until they are revived. No worker is FAILED but by its breaker.
+    order. Tasks that wait keep waiting. A start that fails is followed by another restart, once the ends that wait have
+    been handled. If there are too many of them, a supervisor that is a worker of another one gives up, so that the
+    other restarts it as a whole; any other makes the workers FAILED until they are revived. No worker is FAILED but by
+    its breaker.
 
     Args:
         core: the objects that the parts of the supervisor share.
@@ -87,11 +88,13 @@ class Supervision:
         self._grace = grace
         self._max_attempts = max_attempts
         self._remove = remove
-        self._jobs: deque[Callable[[], Coroutine[Any, Any, None]]] = deque()
+        self._jobs: deque[partial[Coroutine[Any, Any, None]]] = deque()
+        self._job: partial[Coroutine[Any, Any, None]] | None = None  # that is being worked on
         self._working: asyncio.Future[None] | None = None
         self._active = False  # the workers were added, and it has neither halted nor closed
         self._halted = self._closed = False
         self._down: dict[WorkerAgent, list[WorkerAgent]] = {}  # FAILED for good, and those that are so with each
+        self._unstarted: dict[WorkerAgent, Sequence[WorkerAgent]] = {}  # by the one whose start is to be tried again
         self._watchers: list[asyncio.Future[None]] = []
 
     # --- its own start and end ---
@@ -114,6 +117,7 @@ class Supervision:
     def _interrupt(self) -> None:
         self._active = False
         self._jobs.clear()
+        self._unstarted.clear()
         if self._working is not None:
             self._working.cancel()
 
@@ -145,7 +149,11 @@ class Supervision:
             return
         self._halted = False
         self._intensity.clear()
-        failure = await self._start(self._children())
+        try:
+            failure = await self._start(self._children())
+        except BaseException:  # such as the start_timeout of the worker that this supervisor is
+            await self.halt()
+            raise
         if failure is not None:
             await self.halt()
             raise failure[1]
@@ -177,7 +185,7 @@ class Supervision:
         worker.begin_restart()
         self._jobs.append(partial(self._handle_exit, worker, end.kind, why))
         if end.by_program:  # no task may be begun in a loop that ends now
-            self._core.timers.at(self._core.loop.time() + _RESTART_DELAY, self._work_on)
+            self._core.timers.at(self._core.loop.time() + RESUME_DELAY, self._work_on)
         else:
             self._work_on()
 
@@ -194,7 +202,7 @@ class Supervision:
             for other in group:
                 other.begin_restart()
                 self._dispatcher.completion.revive(other)
-            self._jobs.append(partial(self._start_again, group))
+            self._jobs.append(partial(self._start_or_try_again, group))
             self._work_on()
 
     def forget(self, worker: WorkerAgent) -> None:
@@ -208,21 +216,35 @@ class Supervision:
 
     async def _work(self) -> None:
         while self._jobs:
-            await self._jobs.popleft()()
+            self._job = self._jobs.popleft()
+            await self._job()
+            self._job = None
 
     def _worked(self, working: asyncio.Future[None]) -> None:
         self._working = None
+        job, self._job = self._job, None
         if not self._active:
             return
         error = None if working.cancelled() else working.exception()
         if error is not None:
             log.error("the restart of a worker failed", exc_info=error)
         if error is not None or working.cancelled():  # as by a program that cancels every task of asyncio
-            for worker in self._children():
-                if worker.starting and not worker.life.ended and not self._dispatcher.starts.is_starting(worker):
-                    worker.end_start(ready=False)
-                    self._dispatcher.completion.fail_start(worker)
-        self._work_on()
+            self._pick_up(job if error is None else None)
+        if working.cancelled():
+            self._core.timers.at(self._core.loop.time() + RESUME_DELAY, self._work_on)
+        else:
+            self._work_on()
+
+    def _pick_up(self, interrupted: partial[Coroutine[Any, Any, None]] | None) -> None:
+        """Go on with restarts that were cut off: with the `interrupted` one, unless it has stopped its workers."""
+        exits = [job for job in (interrupted, *self._jobs) if job is not None and job.func == self._handle_exit]
+        ended = {job.args[0] for job in exits if job.args[0].life.ended}  # and none of them has been stopped
+        if interrupted is not None and interrupted in exits and interrupted.args[0] in ended:
+            self._jobs.appendleft(interrupted)
+        for worker in self._children():
+            if worker.starting and worker not in ended and not self._dispatcher.starts.is_starting(worker):
+                worker.end_start(ready=False)
+                self._dispatcher.completion.fail_start(worker)
 
     def _children(self) -> list[WorkerAgent]:
         return [worker for worker in self._dispatcher.workers.values() if not worker.leaving]
@@ -245,25 +267,34 @@ class Supervision:
             self._fail([worker], f"{why}, after which a {restart} worker is not started again")
 
     async def _restart(self, failed: WorkerAgent, why: str) -> None:
-        """Stop and start `failed` and the workers that are restarted with it, until they run or it gives up."""
-        together: Sequence[WorkerAgent] = [failed]
-        while True:
-            if not failed.leaving:  # otherwise it was unregistered meanwhile, and the others are only to be started
-                together = self._strategy.restarted_with(failed, self._children())
-                if not self._intensity.allow(self._core.loop.time()):
-                    await self._give_up(failed, together, why)
-                    return
-                await self._stop(together, f"worker {failed.name!r} was restarted: {why}")
-            failure = await self._start(self._remove_temporary(together))
-            if failure is None:
-                return
+        """Stop `failed` and the workers that are restarted with it, and start them; or give up."""
+        together = self._strategy.restarted_with(failed, self._children())
+        self._unstarted = {other: left for other, left in self._unstarted.items() if not {*left} & {*together}}
+        if not self._intensity.allow(self._core.loop.time()):
+            await self._give_up(failed, together, why)
+            return
+        await self._stop(together, f"worker {failed.name!r} was restarted: {why}")
+        await self._start_or_try_again(self._remove_temporary(together))
+
+    async def _start_or_try_again(self, workers: Sequence[WorkerAgent]) -> None:
+        """Start workers that were stopped. If one cannot be, they are restarted after the ends of lives so far.
+
+        One that does not start again for hours must not keep the others from it.
+        """
+        if (failure := await self._start(workers)) is not None:
             failed, error = failure
             why = f"its start raised {describe_error(error)}"
+            self._unstarted[failed] = workers
+            self._jobs.append(partial(self._try_again, failed, why))
 
-    async def _start_again(self, group: Sequence[WorkerAgent]) -> None:
-        """Start workers that were FAILED, because one of them was revived."""
-        if (failure := await self._start(group)) is not None:
-            await self._restart(failure[0], f"its start raised {describe_error(failure[1])}")
+    async def _try_again(self, failed: WorkerAgent, why: str) -> None:
+        workers = self._unstarted.pop(failed, None)
+        if workers is None:  # it was stopped with another one meanwhile
+            return
+        if failed.leaving:  # it was unregistered meanwhile, and the others are only to be started
+            await self._start_or_try_again(workers)
+        else:
+            await self._restart(failed, why)
 
     async def _give_up(self, failed: WorkerAgent, together: Sequence[WorkerAgent], why: str) -> None:
         intensity = self._intensity
@@ -356,7 +387,6 @@ class Supervision:
         self._core.registry.notify_progress()
 
 
-_RESTART_DELAY = 0.1  # seconds after the program has cancelled every task of asyncio
 _EXITS = {
     ExitKind.NORMAL: "its life ended by returning",
     ExitKind.SHUTDOWN: "its life was cancelled",

@@ -111,7 +111,9 @@ class WorkerLife:
             BaseException: whatever a start raises. In any case nothing is left running.
         """
         await self._wait_for_stop()
-        self._life = None  # a former one that did not end
+        if self._life is not None:  # a former one that did not end, or whose stop was cut off
+            self._life.cancel()
+            self._life = None
         self.ended = self._stopping = self._handler_stopped = False
         handler_started = False
         try:
