@@ -158,12 +158,12 @@ def reviving(fleet: Fleet) -> None:
 
 def draining(fleet: Fleet) -> None:
     """Drain the supervisor."""
-    asyncio.ensure_future(fleet.supervisor.drain()).add_done_callback(lambda done: done.exception())
+    asyncio.ensure_future(fleet.supervisor.drain()).add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def closing(fleet: Fleet) -> None:
     """Close the supervisor."""
-    asyncio.ensure_future(fleet.supervisor.close()).add_done_callback(lambda done: done.exception())
+    asyncio.ensure_future(fleet.supervisor.close()).add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 BEHAVIOURS = [

@@ -148,7 +148,7 @@ async def main():
         print("ready", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)  # all others are dead
         with open(f"{folder}/acknowledged") as known:
-            tickets = [supervisor.ticket(task_id) for task_id in known.read().split()]
+            tickets = [await supervisor.find(task_id) for task_id in known.read().split()]
         results = await asyncio.gather(*tickets)
         print("ended", {result.status.value for result in results}, flush=True)
 

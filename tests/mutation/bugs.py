@@ -359,8 +359,8 @@ def a_conversation_parks_without_bound() -> None:
 def parked_messages_count_as_load() -> None:
     original = Pool.load
 
-    def load(self: Pool, *, nested: bool = False) -> float:
-        return original(self, nested=nested) + self.parked / max(1, self.queue_bound)
+    def load(self: Pool, *priority: Priority, **of: Any) -> float:
+        return original(self, *priority, **of) + self.parked / max(1, self.queue_bound)
 
     replace(Pool, original, load)
 
@@ -386,8 +386,8 @@ def runs_of_low_priority_keep_better_ones_from_beginning() -> None:
 def work_that_has_not_begun_takes_the_room_of_nested_tasks() -> None:
     original = Pool.load
 
-    def load(self: Pool, *, nested: bool = False) -> float:
-        return original(self, nested=nested and not self.task_type)
+    def load(self: Pool, *priority: Priority, nested: bool = False, **of: Any) -> float:
+        return original(self, *priority, nested=nested and not self.task_type, **of)
 
     replace(Pool, original, load)
 
@@ -425,8 +425,8 @@ def a_worker_of_many_types_never_serves_the_pool_that_it_passes_over() -> None:
 def a_child_does_not_inherit_its_parents_deadline() -> None:
     original = AdmissionController._new_ticket
 
-    def _new_ticket(self: AdmissionController, task: Any, parent: Any) -> Any:
-        ticket = original(self, task, None)
+    def _new_ticket(self: AdmissionController, task: Any, parent: Any, **how: Any) -> Any:
+        ticket = original(self, task, None, **how)
         ticket.parent = parent
         return ticket
 
@@ -1491,8 +1491,8 @@ def a_start_that_is_cancelled_is_not_tried_again() -> None:
 def a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key() -> None:
     original = AdmissionController._new_ticket
 
-    def _new_ticket(self: AdmissionController, task: Any, parent: Any) -> Ticket:
-        ticket = original(self, task, parent)
+    def _new_ticket(self: AdmissionController, task: Any, parent: Any, **how: Any) -> Ticket:
+        ticket = original(self, task, parent, **how)
         ticket.shared = False
         return ticket
 
@@ -1664,9 +1664,9 @@ def a_record_is_leased_for_a_type_that_is_paused() -> None:
 def a_paused_type_has_the_room_of_its_slots() -> None:
     original = Pool.load
 
-    def load(self: Pool, *, nested: bool = False) -> float:
+    def load(self: Pool, *priority: Priority, **of: Any) -> float:
         paused, self.paused = self.paused, False
-        value = original(self, nested=nested)
+        value = original(self, *priority, **of)
         self.paused = paused
         return value
 
