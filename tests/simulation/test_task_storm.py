@@ -37,7 +37,7 @@ def test_busy_conversations_and_nested_tasks_starve_nobody(seed: int) -> None:
 
 def test_the_storms_cover_all_faults() -> None:
     """Otherwise they would prove nothing."""
-    happened = sum((task_storm.run(seed).happened for seed in range(30)), Counter[str]())
+    happened = sum((task_storm.run(seed).happened for seed in range(50)), Counter[str]())
     assert {
         "admitted", "spilled", "rejected", "crash", "drain within", "close", "fail", "clock step", "file lost",
         "looked up", "keyed", "moved by a drain", "hook: raise", "hook: submit", "hook: cancel", "hook: drain",
