@@ -129,7 +129,10 @@ class TaskFinished(Event, frozen=True, kw_only=True):
 
 
 class WorkerFailed(Event, frozen=True, kw_only=True):
-    """A worker's breaker opened. `retry_in` is in seconds; None: it stays open until the worker is revived."""
+    """A worker takes no tasks: its breaker opened, it did not start, or its life ended and is not started again.
+
+    It is tried again in `retry_in` seconds; None: not until it is revived.
+    """
 
     kind = "worker_failed"
     worker_id: str

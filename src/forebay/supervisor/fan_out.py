@@ -59,7 +59,7 @@ class FanOutProgress(msgspec.Struct, frozen=True, kw_only=True):
         total: how many tasks there are, or None if that is not known before the last one.
         submitted: tasks that have been submitted.
         succeeded: tasks that have succeeded.
-        failed: tasks that have ended in any other way, or were rejected.
+        failed: tasks that have ended in any other way, or were rejected; not those that a quorum has cancelled.
     """
 
     total: int | None

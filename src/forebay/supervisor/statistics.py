@@ -62,7 +62,8 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
     Attributes:
         submitted, admitted, spilled, rejected: verdicts since the start. Tasks that were in the overflow at the start
             do not count.
-        refilled: spilled tasks that came back inside.
+        refilled: how often a task came back from the overflow: one that was spilled, a stored one for its next attempt,
+            or one that an earlier run left there.
         started: starts of handlers.
         retries: how many retries the retry budget has allowed.
         succeeded, failed, timed_out, cancelled, expired: how many tasks ended in each way.
@@ -77,7 +78,7 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
             upstream; None if every load is 0.
         utilization: slots taken over slots.
-        workers: each worker; one that is being unregistered is `leaving`.
+        workers: each worker that is registered now; one that is being unregistered is `leaving`.
         paused: the task types that are paused.
     """
 

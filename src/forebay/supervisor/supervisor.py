@@ -213,9 +213,11 @@ class BackpressureSupervisor:
             start: called in the event loop when the supervisor starts, and at each restart. If it returns an awaitable,
                 such as a coroutine, that is the worker's life: its return is a normal end, its cancellation a shutdown,
                 another exception an abnormal end. The worker takes tasks as soon as `start` has returned; if it takes
-                an argument, a function, once its life has called that.
+                an argument, a function, once its life has called that. A coroutine that returns once it has connected
+                is a life that has ended.
             start_timeout: seconds that a start may take, that of its handler included. None: no limit.
-            stop: called before the life is cancelled, so that it can end by itself. It may be async.
+            stop: called before the life is cancelled, so that it can end by itself. It may be async. It is not called
+                for a life that has ended by itself.
             stop_timeout: seconds that `stop` and the life have for that, and the life once it is cancelled.
 
         Raises:
@@ -493,7 +495,8 @@ class BackpressureSupervisor:
                 free and the retry budget allows it; the first success counts. ``"p95"``: longer than 95 % of the latest
                 tasks of its type ran. Tasks with a `key`, with a `thread_id` and durable ones are not hedged.
             ordered: yield the results in the order of the tasks.
-            progress: called with a `FanOutProgress` after each change, such as ``forebay.progress_bar()``.
+            progress: a plain function, called with a `FanOutProgress` after each change, such as
+                ``forebay.progress_bar()``. What it raises is logged.
 
         Raises:
             InvalidSetting, NotStarted, SupervisorClosed: at once.

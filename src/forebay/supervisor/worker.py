@@ -198,7 +198,7 @@ class WorkerAgent:
         return self.leaving or self.current_tasks + sum(self.suspended_open[: priority + 1]) >= self.max_open
 
     def revive(self) -> None:
-        """Close the circuit breaker now, whatever opened it."""
+        """Close the circuit breaker now, whatever opened it, and start the worker if it has stopped."""
         self._on_revive(self)
 
     def resize(self, max_concurrent: int) -> None:
