@@ -283,3 +283,18 @@ async def test_nested_records_go_before_the_turns_of_others(make: Make, order: l
         await supervisor.run(Task("parent", tenant="nests"))
         assert Counter(order)["big"] <= 2
         await results(big)
+
+
+@virtual
+async def test_the_tenant_of_a_task_that_has_ended_is_known_after_a_restart(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db"
+    for _ in range(2):
+        supervisor = BackpressureSupervisor(overflow=url)
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        async with supervisor:
+            if await supervisor.find("t1") is None:
+                await (await supervisor.submit(Task("work", task_id="t1", key="k", tenant="acme", durable=True)))
+            found = await supervisor.find("t1")
+            assert found is not None
+            assert found.task.tenant == "acme"
+            assert (await found).success

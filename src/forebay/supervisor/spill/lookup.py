@@ -96,5 +96,6 @@ class StoreLookup:
                 task_id=record.task_id,
                 priority=record.priority,
                 key=record.key,
+                tenant=record.tenant,
                 thread_id=record.thread_id,
             )
