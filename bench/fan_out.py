@@ -140,9 +140,13 @@ async def run_by_hand(branches: Branches) -> None:
 def one(case: Case) -> Branches:
     """Simulate one run."""
     side, kind, seed = case
-    logging.getLogger("forebay").setLevel(logging.ERROR)  # each task that the budget refuses is a warning
-    branches = Branches(seed, FAILURES[kind])
-    simulate(lambda: (run_forebay if side == "forebay" else run_by_hand)(branches), seed=seed)
+    branches, logger = Branches(seed, FAILURES[kind]), logging.getLogger("forebay")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # each task that the budget refuses is a warning
+    try:
+        simulate(lambda: (run_forebay if side == "forebay" else run_by_hand)(branches), seed=seed)
+    finally:
+        logger.setLevel(before)
     return branches
 
 

@@ -388,7 +388,6 @@ class FanOut:
         """Take note that an attempt of a branch has ended."""
         if branch.index in self._branches:
             self._ended.append(branch)
-            self._collect()  # now, however slowly the results are read: a quorum cancels the rest
             self._changed.set()
 
     def _collect(self) -> None:
