@@ -1,4 +1,4 @@
-"""How much flaky branches delay the healthy ones of a fan-out, and the retries that they cost.
+"""The delay of a fan-out's healthy branches by flaky ones, and the retries that these cost.
 
 A fan-out of 200 tasks on two workers with ten slots each, in virtual time; a task takes two seconds on average. A tenth
 of them is flaky: its first two attempts fail after all their work, or all of them do. Each ratio is the time of the

@@ -49,7 +49,7 @@ PRIORITIES: Final[dict[str, tuple[Priority, ...]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is offered to the worker, and what becomes of the tasks that wait."""
+    """The tasks that are offered to the worker, and the rule for those that wait."""
 
     policy: str
     load: float  # times the capacity
@@ -64,7 +64,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of the tasks that arrived after the first minute.
+    """The ends of the tasks that arrived after the first minute.
 
     Attributes:
         work: seconds of work of those that ended in time, a second and slot.

@@ -34,7 +34,7 @@ _may_start: Final = SharedAccount.may_start
 
 @dataclass(frozen=True)
 class GateCase:
-    """What is offered, and whether the gate judges a run by its own first call or by a typical one."""
+    """The runs that are offered, and by which call the gate judges them: their own first one, or a typical one."""
 
     reads: bool
     load: float  # times what the quota serves

@@ -1,4 +1,4 @@
-"""What may become of tasks with deadlines that wait: the supervisor's own rules, and others put in their place."""
+"""Rules for tasks with deadlines that wait: the supervisor's own, and others put in their place."""
 
 from __future__ import annotations
 

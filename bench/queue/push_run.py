@@ -24,7 +24,7 @@ _try_admit: Final = AdmissionController._try_admit  # noqa: SLF001 - what is com
 
 @dataclass(frozen=True)
 class PushCase:
-    """What is offered, and whether a rejected task pushes a worse one out of the queue."""
+    """The tasks that are offered, and whether a rejected one pushes a worse one out of the queue."""
 
     burst: int  # CRITICAL tasks at once
     load: float  # NORMAL and LOW tasks, times the capacity

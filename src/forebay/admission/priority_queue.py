@@ -72,7 +72,7 @@ class PriorityQueue(Generic[T]):
 
     @property
     def passed_over(self) -> Sequence[int]:
-        """How often each priority was passed over while it waited."""
+        """The number of times that each priority was passed over while it waited."""
         return self._passed_over
 
     @property

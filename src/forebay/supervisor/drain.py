@@ -53,7 +53,7 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
 
     @property
     def started(self) -> int:
-        """How many runs have been started."""
+        """The number of runs that have been started."""
 
     @property
     def runs(self) -> ActiveRuns:

@@ -53,7 +53,7 @@ class TaskOptions(TypedDict, total=False):
 
 
 class FanOutProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a fan-out is.
+    """The progress of a fan-out.
 
     Attributes:
         total: how many tasks there are, or None if that is not known before the last one.

@@ -216,7 +216,7 @@ class PortalEvents:
 
     @property
     def dropped(self) -> int:
-        """How many events were dropped, because too many were unread."""
+        """The number of events that were dropped, because too many were unread."""
         return 0 if self._subscription is None else self._subscription.dropped
 
     def __iter__(self) -> Iterator[Event]:

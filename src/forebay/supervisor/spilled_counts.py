@@ -1,4 +1,4 @@
-"""How many tasks of a pool wait in the overflow, by priority and tenant."""
+"""Counts of the tasks of a pool that wait in the overflow, by priority and tenant."""
 
 from __future__ import annotations
 

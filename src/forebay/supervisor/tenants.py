@@ -66,7 +66,7 @@ def _is_weight(value: object) -> TypeGuard[float]:
 
 
 class _Use:
-    """What a tenant with a bound has running and waiting.
+    """The running and the waiting work of a tenant with a bound.
 
     Attributes:
         running: slots that its tasks hold.

@@ -1,4 +1,4 @@
-"""What Erlang/OTP documents of its supervisors, as a table: each row is run by a supervisor in virtual time.
+"""The documented rules of Erlang/OTP's supervisors, as a table: each row is run by a supervisor in virtual time.
 
 Source: Erlang/OTP, "Supervisor Behaviour" (design principles), and the reference manual of the module `supervisor`.
 """

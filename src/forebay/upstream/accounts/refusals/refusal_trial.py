@@ -16,7 +16,7 @@ _MAX_CALLS: Final = 64  # whose times are remembered
 
 
 class TrialVerdict(enum.Enum):
-    """What the calls right after a refusal have shown."""
+    """The answer that the calls right after a refusal give."""
 
     LIMIT = enum.auto()  # they were refused, too: by a rate, or by a limit on the calls in flight
     CHANCE = enum.auto()  # more were accepted than any limit lets through in that time: no load of ours is the cause
