@@ -7,7 +7,9 @@ from typing import Any
 
 
 class ScriptedLife:
-    """A life, as the `start` of a worker returns it, that a test ends. Starts and ends are logged, as ``"name starts"``.
+    """A life, as the `start` of a worker returns it, that a test ends.
+
+    Starts and ends are logged, as ``"name starts"``.
 
     Attributes:
         name: of the worker.
