@@ -571,6 +571,10 @@ def a_tenant_runs_as_much_as_it_likes() -> None:
     always(Tenants, Tenants.count_running, returns=False)
 
 
+def new_tasks_of_a_tenant_go_before_what_has_begun() -> None:
+    always(Tenants, Tenants.count_claims, returns=False)
+
+
 def what_waits_for_a_bound_stays_without_a_worker() -> None:
     def fail_queued(self: Dispatcher, pool: Pool, error: str, **more: Any) -> None:
         while (entry := pool.queue.head()) is not None:

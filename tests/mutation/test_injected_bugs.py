@@ -241,6 +241,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_store_that_is_silent_keeps_slots_free: (
         test_tenants_in_the_overflow.test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others
     ),
+    bugs.new_tasks_of_a_tenant_go_before_what_has_begun: (
+        test_tenants.test_a_run_that_has_begun_goes_on_before_new_tasks_of_its_tenant
+    ),
     bugs.records_of_a_blocked_tenant_come_back: (
         test_tenants_in_the_overflow.test_the_records_of_a_blocked_tenant_keep_those_of_no_other
     ),
