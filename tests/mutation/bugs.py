@@ -465,9 +465,9 @@ def a_record_is_acknowledged_before_its_commit() -> None:
     original = SqliteTaskStore.put
 
     async def put(
-        self: SqliteTaskStore, record: TaskRecord, *, fence: str | None = None, until: float = 0.0
+        self: SqliteTaskStore, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult:
-        self._writer.run_batched(self._put, (record, fence, until))
+        self._writer.run_batched(self._put, (record, fence, until, now))
         return PutResult.STORED
 
     replace(SqliteTaskStore, original, put)

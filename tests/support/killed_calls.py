@@ -167,9 +167,9 @@ class PostponingWriter(SqliteWriter):
             connection.execute("BEGIN IMMEDIATE")
             return sqlite_writer._run_batches(connection, works)
 
-    def run_now(self, op: Callable[[sqlite3.Connection], Any]) -> Any:
+    def run_now(self, op: Callable[[sqlite3.Connection], Any], *, writes: bool = True) -> Any:
         assert self._connection is not None
-        (value,) = self._commit(self._connection, [(sqlite_writer._run_each, op, True)])
+        (value,) = self._commit(self._connection, [(sqlite_writer._run_each, op, writes)])
         return value
 
 

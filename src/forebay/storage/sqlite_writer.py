@@ -159,6 +159,11 @@ class SqliteWriter:
                 self._loop.run_in_executor(executor, opening.result()[0].close)
         executor.shutdown(wait=False)  # jobs that were already submitted still run
 
+    @property
+    def is_open(self) -> bool:
+        """True between `open` and `close`."""
+        return self._connection is not None and self._closed is None
+
     async def close(self) -> None:
         """Finish the pending operations and close the file. Idempotent."""
         if self._connection is None:
@@ -184,7 +189,7 @@ class SqliteWriter:
         """Do as `run` does, for an operation that is cheaper for many items at once: it gets all that are pending."""
         return self._submit(op, item, writes=True)
 
-    def run_now(self, op: Callable[[sqlite3.Connection], _T]) -> _T:
+    def run_now(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> _T:
         """Run `op` in a transaction of its own and return its value after the commit. Blocks; from any thread.
 
         Raises:
@@ -195,7 +200,7 @@ class SqliteWriter:
             if (connection := self._connection) is None or self._closed is not None:
                 raise self._not_open()
             try:
-                (value,) = self._run_transaction(connection, [(_run_each, op, True)])
+                (value,) = self._run_transaction(connection, [(_run_each, op, writes)])
             except BaseException as error:
                 raise diagnose(error, self._path) from error
         if isinstance(value, _OperationError):
