@@ -57,7 +57,7 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.storage import SqliteWriter, sqlite_file
+from forebay.storage import OperationQueue, SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
@@ -1886,7 +1886,7 @@ def a_run_outlives_its_event_loop() -> None:
 
 
 def a_store_waits_for_a_loop_that_has_ended() -> None:
-    skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+    skip(OperationQueue.open, OperationQueue._abandon_connection)
 
 
 def a_log_of_events_has_what_handlers_report() -> None:

@@ -160,7 +160,8 @@ KILLED_CALLS = {
 class PostponingWriter(SqliteWriter):
     """A writer that answers before it commits: a transaction is committed when the next one begins."""
 
-    def _commit(self, connection: sqlite3.Connection, works: Sequence[Any]) -> Sequence[Any]:
+    def _commit(self, file: sqlite_writer._OpenFile, works: Sequence[Any]) -> Sequence[Any]:
+        connection = file.connection
         with self._connection_lock:
             if connection.in_transaction:
                 connection.execute("COMMIT")
@@ -168,8 +169,7 @@ class PostponingWriter(SqliteWriter):
             return sqlite_writer._run_batches(connection, works)
 
     def run_now(self, op: Callable[[sqlite3.Connection], Any], *, writes: bool = True) -> Any:
-        assert self._connection is not None
-        (value,) = self._commit(self._connection, [(sqlite_writer._run_each, op, writes)])
+        (value,) = self._commit(self._queue.check_open(), [(sqlite_writer._run_each, op, writes)])
         return value
 
 
