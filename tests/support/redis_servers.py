@@ -326,13 +326,17 @@ class SentinelRedis(RedisSetup):
             sentinel.spawn()
         for sentinel in self.sentinels:
             sentinel.wait()
-            sentinel.ask(  # milliseconds; a promotion is noticed after up to 1000, and reverted after 4 publish periods
-                *("SENTINEL", "DEBUG", "INFO-PERIOD", 100, "PUBLISH-PERIOD", 500, "PING-PERIOD", 100),
+            # In milliseconds. A promotion is noticed after up to 1000, and reverted after 4 publish periods; a replica
+            # is promoted only if it has answered a PING within 5 periods, and INFO within 3.
+            sentinel.ask(
+                *("SENTINEL", "DEBUG", "INFO-PERIOD", 300, "PUBLISH-PERIOD", 500, "PING-PERIOD", 400),
                 *("ASK-PERIOD", 100, "ELECTION-TIMEOUT", 1000, "SLAVE-RECONF-TIMEOUT", 1000),
             )
-            sentinel.ask("SENTINEL", "MONITOR", SERVICE, HOST, master.announced, 2)
-            sentinel.ask("SENTINEL", "SET", SERVICE, "DOWN-AFTER-MILLISECONDS", round(1000 * down_after))
-            sentinel.ask("SENTINEL", "SET", SERVICE, "FAILOVER-TIMEOUT", 2000)  # of which a second try waits for two
+            # The first finds the master down before the others, so that they do not stand against it.
+            silence = down_after + 2.0 * self.sentinels.index(sentinel)
+            sentinel.ask("SENTINEL", "MONITOR", SERVICE, HOST, master.announced, 1)
+            sentinel.ask("SENTINEL", "SET", SERVICE, "DOWN-AFTER-MILLISECONDS", round(1000 * silence))
+            sentinel.ask("SENTINEL", "SET", SERVICE, "FAILOVER-TIMEOUT", 2000)  # a second try waits for two of them
         for sentinel in self.sentinels:
             until(lambda sentinel=sentinel: self._knows_all(sentinel), "the Sentinels know each other")  # type: ignore[misc]
         self.url = "redis+sentinel://" + ",".join(map(str, self.sentinels)) + f"/{SERVICE}/0"
@@ -363,7 +367,17 @@ class SentinelRedis(RedisSetup):
         until(lambda: self._address() not in {0, before.announced}, "the Sentinels have another master")
         master = self.master(name)
         until(lambda: master.info("replication")["role"] == "master", f"{master} takes writes")
+        replicas = {server.announced for server in self._running()} - {master.announced}
+        for sentinel in self.sentinels:  # else they would not promote one of them if the new master died at once
+            until(lambda sentinel=sentinel: self._followers(sentinel) == replicas, "the replicas follow the new master")  # type: ignore[misc]
         return master
+
+    @staticmethod
+    def _followers(sentinel: RedisServer) -> set[int]:
+        """Return the replicas that a Sentinel would promote."""
+        with sentinel.client() as client:
+            known = client.sentinel_slaves(SERVICE)
+        return {each["port"] for each in known if each["flags"] == "slave" and each["master-link-status"] == "ok"}
 
 
 class ClusterRedis(RedisSetup):
