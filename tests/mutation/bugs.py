@@ -30,7 +30,7 @@ from forebay.admission import (
     TenantTurns,
     feasibility,
 )
-from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
+from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
@@ -59,7 +59,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, room
+from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, registration, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -1050,6 +1050,20 @@ def a_few_faults_open_a_breaker() -> None:
         return calls >= self.min_calls and faults >= self.min_faults
 
     replace(MinimumSampleTrigger, MinimumSampleTrigger.should_open, should_open)
+
+
+def the_rules_of_a_workers_breaker_are_dropped() -> None:
+    def _with_time(rules: BreakerRules, timeout: float) -> BreakerRules:
+        return registration._default_rules(10.0, timeout)
+
+    registration._with_time = _with_time
+
+
+def a_trigger_that_raises_loses_its_run() -> None:
+    def call_hook(what: str, hook: Any, *arguments: Any) -> Any:
+        return hook(*arguments)
+
+    _hooks.call_hook.__code__ = call_hook.__code__
 
 
 def a_call_that_has_failed_probes() -> None:
