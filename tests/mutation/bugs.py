@@ -1059,13 +1059,6 @@ def the_rules_of_a_workers_breaker_are_dropped() -> None:
     registration._with_time = _with_time
 
 
-def a_trigger_that_raises_loses_its_run() -> None:
-    def call_hook(what: str, hook: Any, *arguments: Any) -> Any:
-        return hook(*arguments)
-
-    _hooks.call_hook.__code__ = call_hook.__code__
-
-
 def a_call_that_has_failed_probes() -> None:
     original = Account._provider_unavailable
 

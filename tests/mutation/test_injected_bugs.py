@@ -397,7 +397,6 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_rules_of_a_workers_breaker_are_dropped: (
         test_workers.test_a_worker_may_have_a_breaker_with_rules_of_its_own
     ),
-    bugs.a_trigger_that_raises_loses_its_run: test_workers.test_a_trigger_that_raises_costs_no_slot,
     bugs.a_call_that_has_failed_probes: test_decisions.test_a_call_that_has_failed_does_not_probe,
     bugs.calls_that_fail_again_and_again_take_all_retries: (
         test_account_retries.test_calls_that_fail_again_and_again_leave_retries_for_the_first_failures_of_others
