@@ -1966,6 +1966,20 @@ def tasks_of_a_declared_type_outlive_their_fan_out() -> None:
     fan_out._is_own.__code__ = _is_own.__code__
 
 
+def a_quorum_waits_for_its_reader() -> None:
+    always(FanOut, FanOut._cancel_if_decided, returns=None)
+
+
+def a_task_that_is_left_in_the_overflow_is_an_error_of_a_callback() -> None:
+    original = FanOut.branch_ended
+
+    def branch_ended(self: FanOut, branch: Any) -> None:
+        fan_out._result_of(branch)
+        original(self, branch)
+
+    replace(FanOut, original, branch_ended)
+
+
 def second_attempts_run_in_the_context_of_a_timer() -> None:
     original = AdmissionController.submit_hedge
 

@@ -794,6 +794,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.tasks_of_a_declared_type_outlive_their_fan_out: (
         test_fan_out.test_leaving_cancels_tasks_whose_payload_was_made_of_the_declared_type
     ),
+    bugs.a_quorum_waits_for_its_reader: (
+        test_fan_out.test_a_quorum_cancels_the_rest_however_slowly_the_results_are_read
+    ),
+    bugs.a_task_that_is_left_in_the_overflow_is_an_error_of_a_callback: (
+        test_fan_out.test_tasks_that_are_left_in_the_overflow_end_the_iteration_unless_a_quorum_was_made
+    ),
     bugs.second_attempts_run_in_the_context_of_a_timer: (
         test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
     ),

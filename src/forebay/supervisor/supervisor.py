@@ -495,8 +495,8 @@ class BackpressureSupervisor:
             retry: the policy for failed tasks that have none of their own.
             limit: how many tasks may be outstanding, results that were not read included; by default as many as can be
                 inside for their type.
-            quorum: once so many successes have been read, the other tasks are cancelled, and the iteration ends with
-                the results of those that have succeeded by then.
+            quorum: as soon as so many tasks have succeeded, the others are cancelled, however slowly the results are
+                read, and the iteration ends with them. The results of tasks that had failed before are among them.
             hedge: seconds that a task may run before a second attempt at it is started on another worker, if one is
                 free and the retry budget allows it; the first success counts. ``"p95"``: longer than 95 % of the latest
                 tasks of its type ran. Tasks with a `key`, with a `thread_id` and durable ones are not hedged.
