@@ -2030,6 +2030,10 @@ def a_key_remembers_a_task_that_failed() -> None:
     skip(TicketRegistry.settle, TicketRegistry.forget_key)
 
 
+def a_ticket_that_is_looked_up_knows_no_attempts() -> None:
+    always(Ticket, Ticket.read_attempts, returns=None)
+
+
 def a_restart_forgets_the_attempts_that_failed() -> None:
     always(TaskRetries, TaskRetries.resume, returns=None)
 

@@ -815,6 +815,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_restart_forgets_the_attempts_that_failed: (
         test_delayed_tasks.test_another_process_makes_the_next_attempt_and_counts_those_before
     ),
+    bugs.a_ticket_that_is_looked_up_knows_no_attempts: (
+        test_delayed_tasks.test_a_task_that_is_cancelled_where_it_was_looked_up_has_the_attempts_of_its_record
+    ),
     bugs.a_stored_task_that_failed_for_good_is_no_dead_letter: (
         test_stored_retries.test_a_spilled_task_is_retried_until_it_is_a_dead_letter
     ),
