@@ -1,7 +1,7 @@
 """The URL that names a store, and what stores share.
 
 `url` and `operation_queue` are for every store. `sqlite_file` opens and migrates a file, `sqlite_writer` is its single
-writer, `commit_watch` tells of the commits of other processes, and `batch_statement` is a statement for many rows.
+writer, `commit_watch` notices the commits of other processes, and `batch_statement` is a statement for many rows.
 """
 
 from forebay.storage.batch_statement import BatchStatement
