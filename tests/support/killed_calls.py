@@ -168,8 +168,8 @@ class PostponingWriter(SqliteWriter):
             connection.execute("BEGIN IMMEDIATE")
             return sqlite_writer._run_batches(connection, works)
 
-    def run_now(self, op: Callable[[sqlite3.Connection], Any]) -> Any:
-        (value,) = self._commit(self._queue.check_open(), [(sqlite_writer._run_each, op, True)])
+    def run_now(self, op: Callable[[sqlite3.Connection], Any], *, writes: bool = True) -> Any:
+        (value,) = self._commit(self._queue.check_open(), [(sqlite_writer._run_each, op, writes)])
         return value
 
 

@@ -1,8 +1,8 @@
 """The URL that names a store, and what stores share.
 
 `url` and `operation_queue` are for every store. `sqlite_file` opens and migrates a file, `sqlite_writer` is its single
-writer, and `batch_statement` a statement for many rows. `redis_master` finds a Redis master and talks to it; its module
-is imported by those who have installed its library.
+writer, `commit_watch` notices the commits of other processes, and `batch_statement` is a statement for many rows.
+`redis_master` finds a Redis master and talks to it; its module is for those who have installed its library.
 """
 
 from forebay.storage.batch_statement import BatchStatement

@@ -135,6 +135,11 @@ class OperationQueue(Generic[_C, _O]):
         return self._connection
 
     @property
+    def is_open(self) -> bool:
+        """True between `open` and `close`."""
+        return self._connection is not None and self._closed is None
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop that opened the store."""
         return self._loop

@@ -128,6 +128,11 @@ class SqliteWriter:
             why, advice = "the disk is nearly full", "Free some space, or move the file to a larger disk."
             raise StoreUnavailable(where=str(self._path), why=why, advice=advice)
 
+    @property
+    def is_open(self) -> bool:
+        """True between `open` and `close`."""
+        return self._queue.is_open
+
     def run(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> asyncio.Future[_T]:
         """Run `op` in the next transaction; the future gets its value once that is committed.
 
@@ -144,7 +149,7 @@ class SqliteWriter:
         """Do as `run` does, for an operation that is cheaper for many items at once: it gets all that are pending."""
         return self._queue.submit((op, item, True))
 
-    def run_now(self, op: Callable[[sqlite3.Connection], _T]) -> _T:
+    def run_now(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> _T:
         """Run `op` in a transaction of its own and return its value after the commit. Blocks; from any thread.
 
         Raises:
@@ -154,7 +159,7 @@ class SqliteWriter:
         with self._connection_lock:
             file = self._queue.check_open()  # again: it may have been closed meanwhile
             try:
-                (value,) = self._run_transaction(file, [(_run_each, op, True)])
+                (value,) = self._run_transaction(file, [(_run_each, op, writes)])
             except BaseException as error:
                 raise diagnose(error, self._path) from error
         if isinstance(value, OperationError):
