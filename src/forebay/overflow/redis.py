@@ -26,9 +26,19 @@ import msgspec
 from forebay._text import is_unicode
 from forebay.clock import new_id
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, WakeResult
+from forebay.interfaces import (
+    Completion,
+    DeadRecord,
+    Lease,
+    PutResult,
+    RecordState,
+    StoredRecord,
+    TaskRecord,
+    WakeResult,
+)
 from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.redis_listener import RedisListener
 from forebay.storage.redis_master import RedisMaster
 from forebay.storage.redis_url import RedisUrl
 from forebay.storage.url import DEFAULT_BOUND
@@ -40,6 +50,8 @@ _KEYS = (
     "ids", "keys", "tasks", "envelopes", "completions", "unfinished", "waiting", "parked", "leased", "delayed", "done",
     "dead", "heads", "threads", "depths", "sequence",
 )  # fmt: skip
+
+_FORMAT = b"1"  # how the records are laid out
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
 _MAX_BYTES = 8 << 20  # of payloads and results in one run, unless a single one is larger
@@ -67,6 +79,7 @@ class _Stored(msgspec.Struct, array_like=True, frozen=True):
     failures: int
     total_delay: str
     last_error: str | bool
+    not_before: str | bool
 
 
 _decode_stored = msgspec.json.Decoder(_Stored).decode
@@ -118,6 +131,9 @@ class RedisTaskStore:
         self._url = url
         self._bound = bound
         self._prefix = f"{{{url.name}}}:"
+        self._channel = f"{self._prefix}news"
+        self._notify: Callable[[], None] | None = None
+        self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
         self._client_id = new_id()
         self._numbers = itertools.count(1)
         self._queue: OperationQueue[_Connections, _Operation] = OperationQueue(
@@ -135,13 +151,35 @@ class RedisTaskStore:
     async def open(self) -> None:
         """Find the master and connect."""
         await self._queue.open()
+        self._listen()
 
     async def close(self) -> None:
         """Finish the pending operations and disconnect."""
+        self._stop_listening()
         await self._queue.close()
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    def subscribe(self, notify: Callable[[], None]) -> None:
+        """Call `notify` soon after another client has made records WAITING or ended some."""
+        self._notify = notify
+        if self._queue.is_open:
+            self._listen()
+
+    def _listen(self) -> None:
+        self._stop_listening()
+        if self._notify is not None:
+            url = self._url
+            self._listener = RedisListener(url, url.name, self._channel, own=self._client_id, notify=self._notify)
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         """Store `record`, where another process finds it."""
+        not_before = record.not_before
         arguments = (
             record.task_id,
             _queue_of(record.task_type, record.priority, record.tenant),
@@ -155,6 +193,8 @@ class RedisTaskStore:
             record.failures,
             repr(record.total_delay),
             _or_false(record.last_error),
+            not_before is not None and repr(not_before),
+            fence is None and not_before is not None and not_before > now,
         )
         result: PutResult = await self._submit(_PUT, arguments, _decode_put, record.envelope, (record.task_id, fence))
         return result
@@ -287,27 +327,19 @@ class RedisTaskStore:
             if count < _BATCH:
                 return total
 
-    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """Return a page of the DEAD records."""
-        found = await self._list(RecordState.DEAD, limit, after)
-        return [
-            DeadRecord(record=_record(stored, b""), completion=completion)
-            for stored, completion in found
-            if completion is not None
-        ]
-
-    async def _list(
-        self, state: RecordState, limit: int, after: tuple[float, str] | None
-    ) -> Sequence[tuple[_Stored, Completion | None]]:
-        found = list[tuple[_Stored, Completion | None]]()
-        time, task_id = (repr(-float_info.max), "") if after is None else (repr(after[0]), after[1])
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        """Return a page of the records in `state`."""
+        found = list[StoredRecord]()
+        time, task_id = (-inf, "") if after is None else after
         while len(found) < limit:
-            more, time, task_id = await self._submit(
-                "list", (state.value, limit - len(found), time, task_id), _decode_list
-            )
+            arguments = (state.value, limit - len(found), repr(max(time, -float_info.max)), task_id)
+            more, end = await self._submit("list", arguments, _decode_list)
             found += more
-            if not time:
+            if end is None:
                 break
+            time, task_id = end
         return found
 
     async def requeue(self, task_id: str) -> PutResult | None:
@@ -362,8 +394,20 @@ class RedisTaskStore:
     def _connect(self) -> _Connections:
         load = [("SCRIPT", "LOAD", _SCRIPT)]
         groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
-        groups.call(("PING",))
+        self._check_format(groups)
         return _Connections(groups, renewals)
+
+    def _check_format(self, master: RedisMaster) -> None:
+        """Check that the records there are laid out as this release knows; those of a new overflow will be.
+
+        Raises:
+            StoreUnavailable: a newer release has written them.
+        """
+        key = f"{self._prefix}format"
+        _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
+        if found != _FORMAT:
+            why = f"a newer Forebay wrote {self._prefix} (format {found.decode()}; this one knows {_FORMAT.decode()})"
+            raise StoreUnavailable(where=str(self._url), why=why, advice="Upgrade Forebay here, or give another ?name=")
 
     def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
         """Run a group of operations, in parts that are not too large, and return their values."""
@@ -426,7 +470,7 @@ class RedisTaskStore:
     def _script_call(
         self, ops: Sequence[bytes], blobs: Sequence[bytes] = (), number: int | None = None
     ) -> Sequence[Any]:
-        group = {"bound": self._bound, "client": self._client_id, "channel": f"{self._prefix}waiting"}
+        group = {"bound": self._bound, "client": self._client_id, "channel": self._channel}
         if number is not None:
             group |= {"number": number, "id": f"{self._client_id}:{number}"}
         text = b'%s,"ops":[%s]}' % (_encode(group)[:-1], b",".join(ops))
@@ -545,6 +589,7 @@ def _record(stored: _Stored, envelope: bytes) -> TaskRecord:
         total_delay=float(stored.total_delay),
         last_error=_or_none(stored.last_error),
         tenant=tenant,
+        not_before=float(stored.not_before) if isinstance(stored.not_before, str) else None,
     )
 
 
@@ -565,13 +610,18 @@ def _decode_expired(reply: Sequence[bytes]) -> Sequence[tuple[str, _Stored]]:
     return [(reply[index].decode(), _decode_stored(reply[index + 1])) for index in range(0, len(reply), 2)]
 
 
-def _decode_list(reply: Sequence[Any]) -> tuple[Sequence[tuple[_Stored, Completion | None]], str, str]:
+def _decode_list(reply: Sequence[Any]) -> tuple[Sequence[StoredRecord], tuple[float, str] | None]:
+    """Return the records of a part of a page, and where the next one goes on; None: there are no more."""
     items, time, task_id = reply
     found = [
-        (_decode_stored(items[index]), None if items[index + 1] is None else _decode_completion(items[index + 1]))
-        for index in range(0, len(items), 2)
+        StoredRecord(
+            record=_record(_decode_stored(text), b""),
+            completion=None if completion is None else _decode_completion(completion),
+            until=None if until is None else float(until),
+        )
+        for text, completion, until in zip(*[iter(items)] * 3, strict=True)
     ]
-    return found, (time or b"").decode(), (task_id or b"").decode()
+    return found, None if time is None else (float(time), task_id.decode())
 
 
 def _decode_put(reply: bytes) -> PutResult:

@@ -10,7 +10,7 @@
 -- A record has a number, its sequence, in 15 digits, which sort. `tasks` holds it as an array in JSON:
 
 local ID, QUEUE, RANK, ENQUEUED, KEY, THREAD, STATE, FENCE = 1, 2, 3, 4, 5, 6, 7, 8
-local ATTEMPTS, FAILURES, TOTAL_DELAY, LAST_ERROR, ORIGIN = 9, 10, 11, 12, 13
+local ATTEMPTS, FAILURES, TOTAL_DELAY, LAST_ERROR, NOT_BEFORE, ORIGIN = 9, 10, 11, 12, 13, 14
 -- QUEUE is "type|priority|tenant|", and sorts with RANK (the deadline and the time of submission, in 32 digits) and the
 -- sequence the members of `waiting`. FENCE is the lease, or the one that ended it. ORIGIN is the group that put it.
 
@@ -33,7 +33,7 @@ local packed = {} -- records in JSON, read in advance
 local loaded = {} -- records by sequence; false: there is none
 local changed = {} -- sequences of loaded records that are to be written
 local depth_changes, thread_changes = {}, {}
-local awoken = false -- a record became waiting
+local is_news = false -- a record has become waiting, or has ended
 
 local function in_chunks(command, key, arguments, each)
   for first = 1, #arguments, CHUNK do
@@ -121,7 +121,7 @@ local function enqueue(seq, record)
   become(seq, record, 'waiting', false)
   call('ZADD', waiting, 0, record[QUEUE] .. record[RANK] .. seq)
   count(depth_changes, record[QUEUE], 1)
-  awoken = true
+  is_news = true
 end
 
 -- Take a record out of the index of its state.
@@ -215,6 +215,7 @@ local function finish(seq, record, state, at, completion, keeps_key)
   become(seq, record, state, record[FENCE])
   call('ZREM', unfinished, record[ID])
   call('ZADD', ended[state], at, record[ID])
+  is_news = true
   call('HSET', completions, seq, completion)
   if record[KEY] and not keeps_key then
     call('HDEL', keys, record[KEY])
@@ -242,6 +243,7 @@ local writes = {}
 
 function writes.put(op, envelope)
   local _, id, queue, rank, enqueued, key, thread, fence, until_, attempts, failures, total_delay, error = unpack(op)
+  local not_before, is_early = op[14], op[15]
   local seq, record = find_record(id)
   local makes_way = false
   if record then
@@ -269,7 +271,8 @@ function writes.put(op, envelope)
   capacity = capacity - 1
   seq = string.format('%015d', next_sequence)
   next_sequence = next_sequence + 1
-  record = { id, queue, rank, enqueued, key, thread, 'parked', false, attempts, failures, total_delay, error, group.id }
+  record = { id, queue, rank, enqueued, key, thread, 'parked', false, attempts, failures, total_delay, error, false, false }
+  record[NOT_BEFORE], record[ORIGIN] = not_before, group.id
   known[id], loaded[seq], changed[seq] = seq, record, true
   call('HSET', ids, id, seq)
   call('HSET', envelopes, seq, envelope)
@@ -279,6 +282,11 @@ function writes.put(op, envelope)
   end
   if thread then
     count(thread_changes, thread, 1)
+  end
+  if is_early then -- it joins its conversation when it wakes
+    become(seq, record, 'delayed', false)
+    call('ZADD', delayed, not_before, seq)
+    return 'stored'
   end
   if thread or not fence then
     wait(seq, record)
@@ -596,6 +604,7 @@ end
 function reads.list(op)
   local _, state, limit, after, after_id = unpack(op)
   local index = ended[state] or unfinished
+  local times = state == 'leased' and leased or state == 'delayed' and delayed
   local found, first, scanned = {}, call('ZCOUNT', index, '-inf', '(' .. after), 0
   while true do
     local page = call('ZRANGE', index, first, first + 199, 'WITHSCORES')
@@ -610,9 +619,10 @@ function reads.list(op)
         if index ~= unfinished or cjson.decode(text)[STATE] == state then
           found[#found + 1] = text
           found[#found + 1] = index ~= unfinished and call('HGET', completions, seq)
+          found[#found + 1] = times and call('ZSCORE', times, seq)
         end
         scanned = scanned + 1
-        if #found >= 2 * limit or scanned >= SCANNED then
+        if #found >= 3 * limit or scanned >= SCANNED then
           return { found, score, id }
         end
       end
@@ -679,7 +689,7 @@ local function write_group()
   if group.number then
     call('SET', last, cjson.encode({ group.number, replies }), 'EX', REMEMBERED)
   end
-  if awoken then
+  if is_news then
     call('PUBLISH', group.channel, group.client)
   end
   return replies

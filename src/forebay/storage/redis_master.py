@@ -99,7 +99,7 @@ class RedisMaster:
 
     def _try_call(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         if self._client is None:
-            self._client = self._connect()
+            self._client = connect(self._url, self._tag, self._prepare)
         return _send(self._client, commands)
 
     def _disconnect(self) -> None:
@@ -107,38 +107,45 @@ class RedisMaster:
             self._client.close()
             self._client = None
 
-    def _connect(self) -> redis.Redis:
-        """Return a client of the first master that is found and answers as one."""
-        last: Exception = redis.ConnectionError("nobody names a master")
-        for host, port in _FINDERS[self._url.topology](self._url, self._tag):
-            client = _client(self._url, host, port)
-            try:
-                self._check(_info(client))
-                _send(client, self._prepare)
-            except (redis.RedisError, OSError) as error:
-                client.close()
-                last = error
-            except BaseException:
-                client.close()
-                raise
-            else:
-                return client
-        raise last
 
-    def _check(self, info: Mapping[str, Any]) -> None:
-        """Check what a server says about itself.
+def connect(url: RedisUrl, tag: str, prepare: Sequence[Sequence[Any]] = ()) -> redis.Redis:
+    """Return a client of the first master that is found for `tag` and answers as one. Blocks.
 
-        Raises:
-            StoreUnavailable: it may drop records to make room.
-            ReadOnlyError: it is a replica.
-        """
-        if info.get("role", "master") != "master":
-            raise redis.ReadOnlyError("it is a replica")
-        policy = str(info.get("maxmemory_policy", ""))
-        if int(info.get("maxmemory", 0)) and policy.startswith("allkeys-"):
-            why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
-            advice = "Set maxmemory-policy noeviction, or use another Redis server."
-            raise StoreUnavailable(where=str(self._url), why=why, advice=advice)
+    Raises:
+        StoreUnavailable: it may drop records to make room.
+        RedisError, OSError: none is found.
+    """
+    last: Exception = redis.ConnectionError("nobody names a master")
+    for host, port in _FINDERS[url.topology](url, tag):
+        client = _client(url, host, port)
+        try:
+            _check(_info(client), url)
+            _send(client, prepare)
+        except (redis.RedisError, OSError) as error:
+            client.close()
+            last = error
+        except BaseException:
+            client.close()
+            raise
+        else:
+            return client
+    raise last
+
+
+def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
+    """Check what a server says about itself.
+
+    Raises:
+        StoreUnavailable: it may drop records to make room.
+        ReadOnlyError: it is a replica.
+    """
+    if info.get("role", "master") != "master":
+        raise redis.ReadOnlyError("it is a replica")
+    policy = str(info.get("maxmemory_policy", ""))
+    if int(info.get("maxmemory", 0)) and policy.startswith("allkeys-"):
+        why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
+        advice = "Set maxmemory-policy noeviction, or use another Redis server."
+        raise StoreUnavailable(where=str(url), why=why, advice=advice)
 
 
 def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:
