@@ -241,9 +241,10 @@ async def survives(url: str, call: KilledCall) -> bool:
 def kill_processes(opener: str, urls: Mapping[str, str]) -> None:
     """Do each call in a forked process, which ends by killing itself."""
     for name, url in urls.items():
+        store = OPENERS[opener](url)  # in the parent, which so imports its library once
         if (child := os.fork()) == 0:
             try:
-                asyncio.run(call_and_die(OPENERS[opener](url), KILLED_CALLS[name]))
+                asyncio.run(call_and_die(store, KILLED_CALLS[name]))
             except BaseException:  # noqa: BLE001 - the copy of this process must not go on
                 traceback.print_exc()
             os._exit(1)

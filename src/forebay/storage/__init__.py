@@ -2,6 +2,7 @@
 
 `url` and `operation_queue` are for every store. `sqlite_file` opens and migrates a file, `sqlite_writer` is its single
 writer, `commit_watch` notices the commits of other processes, and `batch_statement` is a statement for many rows.
+`redis_master` finds a Redis master and talks to it; its module is for those who have installed its library.
 """
 
 from forebay.storage.batch_statement import BatchStatement
