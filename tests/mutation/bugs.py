@@ -746,6 +746,10 @@ def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
     skip(QueueSpill._write, StoredTasks.complete_again)
 
 
+def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
+    always(StoredTasks, StoredTasks._may_finish_later, returns=False)
+
+
 # --- spend and quotas ---
 
 

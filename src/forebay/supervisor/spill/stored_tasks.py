@@ -433,8 +433,8 @@ class StoredTasks:
         except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
             stored = failed = True
-            if not self.durable and ticket.task.thread_id is not None:
-                self._core.run_in_background(self._finish_later(ticket, result.status, completion, lease))
+            if self._may_finish_later(ticket, lease):
+                self._finish_later_in_background(ticket, result.status, completion, lease)
         ticket.end_store_call()
         task = ticket.task
         self._left_overflow(ticket)
@@ -463,14 +463,35 @@ class StoredTasks:
             return dead
         return await self.store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
 
+    def _may_finish_later(self, ticket: Ticket, lease: Lease | None) -> bool:
+        """Return whether the end of a task that could not be stored is kept here until it can be.
+
+        In a store that survives the process the fence says whether the record is still the same: without a lease, the
+        end may have been stored, and its id be another task's. In any other store no lease lapses, and so the
+        conversation of the task would stand still.
+        """
+        return lease is not None if self.durable else ticket.task.thread_id is not None
+
+    def _finish_later_in_background(
+        self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None
+    ) -> None:
+        again = partial(self._finish_later_in_background, ticket, status, completion, lease)
+        self._core.run_in_background(self._finish_later(ticket, status, completion, lease), if_cancelled=again)
+
     async def _finish_later(
         self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None
     ) -> None:
-        """Store the end of a task that could not be stored: no lease lapses, so its conversation would stand still."""
-        while not self.refill_stopped:
+        """Store the end of a task that could not be stored, once the store answers again.
+
+        It is stored unless another process has taken the task meanwhile. Closing the supervisor waits for it, as for
+        all answers of the store; if nothing survives the process, no longer than it takes tasks back.
+        """
+        while self.durable or not self.refill_stopped:
             await asyncio.sleep(_RETRY_INTERVAL)
             with contextlib.suppress(StoreUnavailable):
-                await self._store_end(ticket, status, completion, lease)
+                stored = await self._store_end(ticket, status, completion, lease)
+                if stored and _is_dead(status, lease):
+                    self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way
                 self.conversation_moved(ticket.task)
                 return
 
