@@ -81,7 +81,7 @@ async def test_a_ticket_found_by_key_ends_as_the_task_that_another_process_store
         assert (await (await first)).result == "theirs"
 
 
-# --- an end that cannot be stored ---------------------------------------------------------------------------------------
+# --- an end that cannot be stored -------------------------------------------------------------------------------------
 
 
 @virtual
@@ -136,6 +136,60 @@ async def test_an_end_that_another_process_has_overtaken_is_not_stored(file: str
             await asyncio.sleep(40.0)
             found = await find_result(other, "taken")
         assert (mine.started, theirs.started, found.attempts) == (["twice"], ["twice"], 2)
+
+
+# --- a slow store: its load climbs ------------------------------------------------------------------------------------
+
+
+def load_of_overflow(supervisor: BackpressureSupervisor) -> float:
+    [load] = [reading.load for reading in supervisor.readings() if reading.resource == "overflow"]
+    return load
+
+
+@virtual
+async def test_the_load_of_a_slow_store_climbs_and_falls_again(file: str) -> None:
+    store = unreliable_store(file)
+    async with make_supervisor(Agent(100.0), store, lease=9.0, max_queue_size=0) as supervisor:
+        await supervisor.submit(Task("work"))
+        assert load_of_overflow(supervisor) < 0.1
+        store.slow_down(4.0)  # longer than a third of a lease
+        submitting = asyncio.ensure_future(supervisor.submit(Task("work")))
+        await asyncio.sleep(1.5)
+        assert 0.45 < load_of_overflow(supervisor) < 0.55  # while it has not answered yet, too
+        assert (await submitting).verdict is Verdict.SPILLED
+        assert load_of_overflow(supervisor) > 1.0
+        assert supervisor.statistics().limited_by == "overflow"
+        store.repair()
+        await asyncio.sleep(20.0)
+        assert load_of_overflow(supervisor) < 0.1
+
+
+@virtual
+async def test_a_slow_store_gets_no_more_work_until_it_is_faster(file: str) -> None:
+    store = unreliable_store(file)
+    async with make_supervisor(Agent(100.0), store, lease=9.0, max_queue_size=0) as supervisor:
+        await supervisor.submit(Task("work"))
+        store.slow_down(4.0)
+        await supervisor.submit(Task("work"))
+        since = now()
+        ticket = await supervisor.submit(Task("work"))
+        assert now() == approximately(since)  # nobody waits for it
+        assert (ticket.verdict, ticket.limited_by) == (Verdict.REJECTED, "overflow")
+        assert "and the overflow is slow" in str(ticket.reason)
+        store.repair()
+        await asyncio.sleep(10.0)
+        assert (await supervisor.submit(Task("work"))).verdict is Verdict.SPILLED
+
+
+@virtual
+async def test_the_load_of_a_store_that_fails_is_full_and_nothing_else_is(file: str) -> None:
+    store = unreliable_store(file, outages=((5.0, 10.0),))
+    async with make_supervisor(Agent(1.0), store, lease=3.0) as supervisor:
+        await asyncio.sleep(7.0)
+        assert load_of_overflow(supervisor) == 1.0
+        assert await supervisor.run(Task("work", "needs no store")) == "needs no store"
+        await asyncio.sleep(5.0)
+        assert load_of_overflow(supervisor) < 0.1
 
 
 # --- a lease that lapsed ---------------------------------------------------------------------------------------------

@@ -130,9 +130,9 @@ class Spill:
         put = None
         try:
             if lease is None:
-                put = await self._store.put(record)
+                put = await self.stored.load.measure(self._store.put(record))
             else:
-                put = await self._store.put(record, fence=lease.fence, until=lease.until)
+                put = await self.stored.load.measure(self._store.put(record, fence=lease.fence, until=lease.until))
         except StoreUnavailable:
             if not ticket.stored:
                 raise

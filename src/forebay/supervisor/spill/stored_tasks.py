@@ -17,6 +17,7 @@ from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import Task, TaskResult, TaskStatus
 
@@ -86,6 +87,7 @@ class StoredTasks:
     Attributes:
         store: the task store.
         durable: whether it survives its process.
+        load: how long the store takes to answer, over a third of a lease.
         leases: the leases on records that this process holds.
         delayed: the records that wait in the store for their next attempt.
         leased_elsewhere: tickets whose records another process holds, by task id.
@@ -110,6 +112,7 @@ class StoredTasks:
         self.store = store
         self.durable = store.durable
         self._survives = store.durable
+        self.load = StoreLoad(core.loop, lease / 3)
         self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
@@ -275,7 +278,7 @@ class StoredTasks:
     async def _record_start(self, run: Run, lease: Lease) -> None:
         ticket = run.ticket
         try:
-            held = await self.store.begin_attempt(lease)
+            held = await self.load.measure(self.store.begin_attempt(lease))
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
             log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
             held = True
@@ -458,10 +461,11 @@ class StoredTasks:
     async def _store_end(self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None) -> bool:
         """Store the end of a task: one that has failed for good becomes a dead letter."""
         if lease is not None and _is_dead(status, lease):
-            if dead := await self.store.mark_dead(lease, completion):
+            if dead := await self.load.measure(self.store.mark_dead(lease, completion)):
                 self.report_dead(lease.record, completion)
             return dead
-        return await self.store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
+        fence = None if lease is None else lease.fence
+        return await self.load.measure(self.store.finish(ticket.task_id, completion, fence=fence))
 
     def _may_finish_later(self, ticket: Ticket, lease: Lease | None) -> bool:
         """Return whether the end of a task that could not be stored is kept here until it can be.
