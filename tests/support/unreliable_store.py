@@ -6,12 +6,22 @@ import asyncio
 import math
 import random
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
+from forebay.interfaces import (
+    Completion,
+    DeadRecord,
+    Lease,
+    PutResult,
+    RecordState,
+    StoredRecord,
+    TaskRecord,
+    TaskStore,
+    WakeResult,
+)
 from forebay.task import Priority
 
 T = TypeVar("T")
@@ -116,8 +126,13 @@ class UnreliableStore:
     async def close(self) -> None:
         await self._inner.close()
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        put = await self._call(self._inner.put(record, fence=fence, until=until), record.task_id)
+    def subscribe(self, notify: Callable[[], None]) -> None:
+        self._inner.subscribe(notify)
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
+        put = await self._call(self._inner.put(record, fence=fence, until=until, now=now), record.task_id)
         if put.written:
             self._acknowledged.stored.add(record.task_id)
         return put
@@ -189,8 +204,10 @@ class UnreliableStore:
         self._acknowledged.ended[lease.record.task_id] += marked
         return marked
 
-    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        return await self._call(self._inner.list_dead(limit, after=after))
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        return await self._call(self._inner.list_records(state, limit, after=after))
 
     async def requeue(self, task_id: str) -> PutResult | None:
         return await self._call(self._inner.requeue(task_id))

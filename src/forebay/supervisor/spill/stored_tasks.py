@@ -249,9 +249,13 @@ class StoredTasks:
             self._core.timers.cancel(ticket.clear_expiry())
             self._registry.hold_strongly(task_id)
             self.apply_stored_completion(ticket, found[0], found[1], found[2])
-        elif found[0] is not RecordState.LEASED and task_id in self.leased_elsewhere:  # that process has left it again
-            self._forget_other_process(task_id)
-            self.wait_in_store(ticket)
+        else:
+            ticket.read_attempts(found[1].attempts)
+            if (
+                found[0] is not RecordState.LEASED and task_id in self.leased_elsewhere
+            ):  # that process has left it again
+                self._forget_other_process(task_id)
+                self.wait_in_store(ticket)
 
     def adopt(self, ticket: Ticket, lease: Lease) -> None:
         """Take a new lease on a task that still waits or runs here, though the lease on it was lost."""
@@ -522,6 +526,7 @@ class StoredTasks:
     ) -> None:
         """End a ticket with the result in the store."""
         self._left_overflow(ticket)
+        ticket.read_attempts(completion.attempts)
         self._registry.settle(ticket, records.result_of_record(record, completion, self._core.codecs))
         if state is RecordState.DEAD:
             self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way
