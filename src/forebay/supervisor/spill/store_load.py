@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable
 from typing import Final, TypeVar
@@ -78,7 +79,7 @@ class StoreLoad:
         return max(self.slowness(), 1.0 if self._failed else 0.0)
 
     def _decayed_peak(self, now: float) -> float:
-        return self._peak * 0.5 ** ((now - self._peak_at) / self._allowed)
+        return self._peak * math.pow(0.5, (now - self._peak_at) / self._allowed)
 
     def _drop_answered(self) -> None:
         while self._pending and self._pending[0].answered:
