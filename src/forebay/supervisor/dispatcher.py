@@ -79,6 +79,8 @@ class Dispatcher:
         )
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
+        if self.spill is not None:
+            self.load.add_overflow(self.spill.stored.load)
         self.starts = WorkerStarts(core, self)
         self.supervision = Supervision(
             core,
