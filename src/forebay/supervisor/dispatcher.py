@@ -311,7 +311,7 @@ class Dispatcher:
         """Set the timer that ends a waiting task at its deadline."""
         if ticket.deadline is not None and ticket.expiry_timer is None:
             due = self.loop.time() + ticket.deadline.remaining()
-            ticket.set_expiry(self._timers.at(due, self._expire, ticket))
+            ticket.set_expiry(self._timers.at(due, Dispatcher._expire, self, ticket))
 
     def _expire(self, ticket: Ticket) -> None:
         self._end_waiting(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited")
