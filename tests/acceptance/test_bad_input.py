@@ -12,6 +12,7 @@ import pytest
 from tests.support.task_plane import Agent, error_of, flood, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, TaskStatus
+from forebay.breaker import consecutive_faults
 from forebay.errors import (
     DeadlinePassed,
     DuplicateTask,
@@ -509,6 +510,9 @@ def test_a_handler_and_a_factory() -> None:
         ("reset_timeout", 0),
         ("reset_timeout", -1),
         ("reset_timeout", "ten"),
+        ("breaker", 5),
+        ("breaker", consecutive_faults(5)),
+        ("breaker", False),
         ("on_cancel", 5),
         ("config", {"a": 1}),
     ],

@@ -468,7 +468,7 @@ def test_random_operations_give_the_answers_of_the_model(backend: StoreBackend) 
         store_backend = backend
 
     profile = settings()
-    if "{path}" in backend.template:  # a file is slow
+    if backend.slow:
         run_state_machine_as_test(
             Machine, settings=settings(max_examples=profile.max_examples // 5, stateful_step_count=30)
         )

@@ -34,6 +34,7 @@ from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill import store_load
 from forebay.supervisor.tenants import RESOURCE_PREFIX
 from forebay.supervisor.ticket import Reclaim, Refusal, Ticket, TicketOwner
 from forebay.supervisor.worker import URGENT, WorkerAgent
@@ -751,13 +752,16 @@ class AdmissionController:
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
         ticket.explain(refusal)
+        if self.thresholds.rejects(ticket.task.priority, load := spill.stored.load.slowness()):
+            refusal = Refusal(f"{refusal.reason}, and the overflow is slow", store_load.RESOURCE, load, may_spill=False)
+            return self._reject(ticket, pool, refusal)
         # Behind tasks of its conversation that only this process knows, it is held here, or another would run it now.
         held = not ticket.task.starts_in() and self._dispatcher.conversations.get(ticket.task.thread_id) is not None
         try:
             put = await (spill.record(ticket, envelope, pool) if held else spill.spill(ticket, envelope, pool))
         except StoreUnavailable as exc:
             log.error("task %r could not be spilled: %s", ticket.task_id, exc)
-            refusal = Refusal("the overflow cannot store it", "overflow", 1.0, may_spill=False)
+            refusal = Refusal("the overflow cannot store it", store_load.RESOURCE, 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)
@@ -809,7 +813,7 @@ class AdmissionController:
 
     async def _not_stored(self, ticket: Ticket, put: PutResult, pool: Pool, spill: Spill) -> Ticket:
         if put is PutResult.FULL:
-            refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
+            refusal = Refusal("the overflow is full", store_load.RESOURCE, 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
         self._registry.forget_key(ticket)
         if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:

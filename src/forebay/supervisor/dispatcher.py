@@ -79,6 +79,8 @@ class Dispatcher:
         )
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
+        if self.spill is not None:
+            self.load.add_overflow(self.spill.stored.load)
         self.starts = WorkerStarts(core, self)
         self.supervision = Supervision(
             core,
@@ -202,9 +204,21 @@ class Dispatcher:
                 counts.count_reserve(worker)
         if task.priority <= URGENT:
             worker.count_urgent(by)
-        tenant = task.tenant
-        if not self._tenants.count_running(tenant, by):
-            return
+        if self._tenants.count_running(task.tenant, by):
+            self._tenant_changed(task.tenant)
+        elif by < 0 and self._tenants.has_claims(task.tenant):
+            self.loop.call_soon(self._serve_tenant, task.tenant)
+
+    def count_claims(self, tenant: str, by: int) -> None:
+        """Count `by` more runs that have begun and that only the bound of `tenant` keeps from a slot.
+
+        New tasks of the tenant do not take the slots that these may have next, on whatever worker.
+        """
+        if self._tenants.count_claims(tenant, by):
+            self._tenant_changed(tenant)
+
+    def _tenant_changed(self, tenant: str) -> None:
+        """Serve a tenant no more because its bound is reached, or again."""
         blocked = tenant in self._tenants.blocked
         for task_type in self._tenants.waiting_types(tenant):
             self._pools[task_type].tenant_blocked(tenant, blocked=blocked)
@@ -212,7 +226,7 @@ class Dispatcher:
             self.loop.call_soon(self._serve_tenant, tenant)  # not now: its run is still ending
 
     def _serve_tenant(self, tenant: str) -> None:
-        """Start what waits of a tenant that was blocked, on workers that have a free slot."""
+        """Give slots to runs of a tenant that claim them, and start what waits of it, where a slot is free."""
         for worker in self.slot_claims.waiting():
             self.dispatch(worker)
         pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
@@ -297,7 +311,7 @@ class Dispatcher:
         """Set the timer that ends a waiting task at its deadline."""
         if ticket.deadline is not None and ticket.expiry_timer is None:
             due = self.loop.time() + ticket.deadline.remaining()
-            ticket.set_expiry(self._timers.at(due, self._expire, ticket))
+            ticket.set_expiry(self._timers.at(due, Dispatcher._expire, self, ticket))
 
     def _expire(self, ticket: Ticket) -> None:
         self._end_waiting(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from forebay._text import is_unicode
@@ -48,6 +49,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     engine: str | Engine | None,
     on_cancel: Callable[[Task], object] | None,
     reset_timeout: float | None,
+    breaker: BreakerRules | None,
     upstreams: Any,
     restart: str,
     start: Callable[..., Any] | None,
@@ -74,6 +76,10 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
     check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
+    check_instance(owner, "breaker", breaker, BreakerRules, example="BreakerRules(reset_timeout=30)", optional=True)
+    if breaker is not None and reset_timeout not in (WORKER_RULES.reset_timeout, breaker.reset_timeout):
+        expected = "left out where breaker= is given: write breaker=BreakerRules(..., reset_timeout=...)"
+        reject(owner, "reset_timeout", reset_timeout, expected)
     where = resolve_engine(engine)
     if where is None:
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
@@ -100,7 +106,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         stop_timeout=float(stop_timeout),
         restart=RestartType(restart),
     )
-    rules = _breaker_rules(reset_timeout, float(timeout))
+    rules = _default_rules(reset_timeout, float(timeout)) if breaker is None else _with_time(breaker, float(timeout))
     return WorkerAgent(
         name,
         built,
@@ -120,18 +126,17 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
 
 
 @functools.lru_cache(maxsize=100)
-def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
+def _default_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
     """Return the rules of a worker's breaker; equal workers share them, because there may be ten thousand."""
     longest = WORKER_RULES.max_reset_timeout
     if reset_timeout is not None:
         longest = max(longest, reset_timeout)
-    # A probe is a whole run, so it cannot be overdue before its timeout, which is a fault anyway.
-    return BreakerRules(
-        triggers=WORKER_RULES.triggers,
-        reset_timeout=reset_timeout,
-        max_reset_timeout=longest,
-        probe_timeout=2 * timeout,
-    )
+    return replace(WORKER_RULES, reset_timeout=reset_timeout, max_reset_timeout=longest, probe_timeout=2 * timeout)
+
+
+def _with_time(rules: BreakerRules, timeout: float) -> BreakerRules:
+    """Return rules by which a probe has time for a whole run: it is not overdue before its timeout, a fault anyway."""
+    return rules if rules.probe_timeout >= 2 * timeout else replace(rules, probe_timeout=2 * timeout)
 
 
 def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[DeclaredUpstream, ...]:

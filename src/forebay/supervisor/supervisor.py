@@ -15,6 +15,7 @@ from forebay._renamed import renamed_arguments
 from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_not_negative, reject
 from forebay.adapters import Config, Handler
+from forebay.breaker import BreakerRules
 from forebay.engine import Engine
 from forebay.errors import (
     AlreadyStarted,
@@ -143,6 +144,12 @@ class BackpressureSupervisor:
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
         self._draw: Callable[[], float] = clock.new_random().random
+        self._make_worker = partial(  # once, because ten thousand workers then share what it passes
+            make_worker,
+            draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
+            on_revive=self._revive,
+            on_resize=self._resized,
+        )
         self._workers: dict[str, WorkerAgent] = {}
         self._codecs = TaskCodecs()
         self._dispatcher: Dispatcher | None = None
@@ -176,6 +183,7 @@ class BackpressureSupervisor:
         engine: str | Engine | None = None,
         on_cancel: Callable[[Task], object] | None = None,
         reset_timeout: float | None = 10.0,
+        breaker: BreakerRules | None = None,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
         restart: str = "permanent",
         start: Callable[..., Any] | None = None,
@@ -206,6 +214,8 @@ class BackpressureSupervisor:
             on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
             reset_timeout: seconds for which it stays FAILED after five failures in a row (or 5 % of a thousand tasks)
                 before it is tried again; longer each time that it fails again. None: until ``revive()``.
+            breaker: the rules by which it becomes FAILED and is tried again, instead of these; with ``triggers=()`` no
+                failed task makes it FAILED. Their `probe_timeout` is at least twice `timeout`.
             upstreams: the upstreams that its calls use, so that their load counts before the first call; each an
                 Upstream, or a pair of an Upstream and a model.
             restart: ``"permanent"``: it is started again whenever its life has ended; ``"transient"``: only if that was
@@ -227,7 +237,7 @@ class BackpressureSupervisor:
             raise SupervisorClosed(state="closing")
         if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would contain itself")
-        worker = make_worker(
+        worker = self._make_worker(
             name,
             handler=handler,
             factory=factory,
@@ -241,15 +251,13 @@ class BackpressureSupervisor:
             engine=engine,
             on_cancel=on_cancel,
             reset_timeout=reset_timeout,
+            breaker=breaker,
             upstreams=upstreams,
             restart=restart,
             start=start,
             start_timeout=start_timeout,
             stop=stop,
             stop_timeout=stop_timeout,
-            draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
-            on_revive=self._revive,
-            on_resize=self._resized,
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)
@@ -490,8 +498,8 @@ class BackpressureSupervisor:
             retry: the policy for failed tasks that have none of their own.
             limit: how many tasks may be outstanding, results that were not read included; by default as many as can be
                 inside for their type.
-            quorum: once so many successes have been read, the other tasks are cancelled, and the iteration ends with
-                the results of those that have succeeded by then.
+            quorum: as soon as so many tasks have succeeded, the others are cancelled, however slowly the results are
+                read, and the iteration ends with them. The results of tasks that had failed before are among them.
             hedge: seconds that a task may run before a second attempt at it is started on another worker, if one is
                 free and the retry budget allows it; the first success counts. ``"p95"``: longer than 95 % of the latest
                 tasks of its type ran. Tasks with a `key`, with a `thread_id` and durable ones are not hedged.

@@ -160,9 +160,9 @@ class Spill:
         put = None
         try:
             if lease is None:
-                put = await self._store.put(record, now=clock.wall_time())
+                put = await self.stored.load.measure(self._store.put(record, now=clock.wall_time()))
             else:
-                put = await self._store.put(record, fence=lease.fence, until=lease.until)
+                put = await self.stored.load.measure(self._store.put(record, fence=lease.fence, until=lease.until))
         except StoreUnavailable:
             if not ticket.stored:
                 raise
