@@ -86,6 +86,7 @@ from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.spill import Spill
+from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.tenants import Tenants
@@ -748,6 +749,14 @@ def draining_does_not_wait_for_the_end_of_a_task_in_the_overflow() -> None:
 
 def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
     skip(QueueSpill._write, StoredTasks.complete_again)
+
+
+def a_slow_overflow_gets_more_and_more_work() -> None:
+    always(StoreLoad, StoreLoad.slowness, returns=0.0)
+
+
+def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
+    always(StoredTasks, StoredTasks._may_finish_later, returns=False)
 
 
 # --- spend and quotas ---
@@ -1663,7 +1672,7 @@ def a_stored_task_of_a_stopped_worker_is_lost() -> None:
 
 def a_selection_keeps_workers_that_are_gone() -> None:
     def _drop(self: WorkerSelector, worker: WorkerAgent) -> None:
-        self._current.pop(worker, None)
+        self._stamps.pop(worker, None)
 
     replace(WorkerSelector, WorkerSelector._drop, _drop)
 

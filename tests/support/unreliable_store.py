@@ -43,6 +43,7 @@ class StoreFaults:
 
     Attributes:
         slow: maximum seconds of an operation.
+        slow_by: seconds that every operation takes.
         hangs: probability that an operation takes up to `hang` seconds.
         hang: seconds; longer than a lease.
         loses_reply: probability that an operation succeeds and reports an error.
@@ -50,6 +51,7 @@ class StoreFaults:
     """
 
     slow: float = 0.0
+    slow_by: float = 0.0
     hangs: float = 0.0
     hang: float = 0.0
     loses_reply: float = 0.0
@@ -78,6 +80,10 @@ class UnreliableStore:
         """Remove all faults."""
         self._faults = StoreFaults()
 
+    def slow_down(self, seconds: float) -> None:
+        """Let every operation take `seconds` from now on."""
+        self._faults = StoreFaults(slow_by=seconds)
+
     def _fail(self, why: str) -> StoreUnavailable:
         return StoreUnavailable(where="the simulated disk", why=why, advice="It is part of the surge.")
 
@@ -100,7 +106,7 @@ class UnreliableStore:
 
     async def _wait(self) -> None:
         faults = self._faults
-        delay = self._rng.uniform(0, faults.slow) if faults.slow else 0.0
+        delay = self._rng.uniform(0, faults.slow) if faults.slow else faults.slow_by
         if self._rng.random() < faults.hangs:
             delay = self._rng.uniform(0, faults.hang)
         if delay:
@@ -120,8 +126,8 @@ class UnreliableStore:
     async def close(self) -> None:
         await self._inner.close()
 
-    def subscribe(self, notify: Callable[[], None]) -> None:
-        self._inner.subscribe(notify)
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended)
 
     async def put(
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
