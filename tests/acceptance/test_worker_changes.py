@@ -270,6 +270,18 @@ async def test_unregistering_is_checked() -> None:
 
 
 @virtual
+async def test_a_worker_may_be_unregistered_by_itself_and_not_by_another_one_of_its_name() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        first = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        await supervisor.unregister_worker(first)
+        assert list(supervisor.workers) == []
+        second = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        with pytest.raises(UnknownWorker, match="another worker"):
+            await supervisor.unregister_worker(first)
+        assert list(supervisor.workers.values()) == [second]
+
+
+@virtual
 async def test_a_worker_may_be_unregistered_before_the_start() -> None:
     supervisor = BackpressureSupervisor()
     supervisor.register_worker("first", handler=Agent(), task_types=["work"], payload=int)
