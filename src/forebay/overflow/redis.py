@@ -39,7 +39,7 @@ from forebay.interfaces import (
 from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.redis_listener import RedisListener
-from forebay.storage.redis_master import RedisMaster
+from forebay.storage.redis_master import FULL, RedisMaster
 from forebay.storage.redis_url import RedisUrl
 from forebay.storage.url import DEFAULT_BOUND
 from forebay.task import Priority, TaskStatus
@@ -108,6 +108,7 @@ _ENDS_LEASE = frozenset({_FINISH, _MARK_DEAD, _DELAY})
 # Operations that are answered once as many replicas, or disks, have them as the URL asks for. A lease is not among
 # them: if it is lost with its master, another holder gets the record and the fence rejects the first.
 _ACKNOWLEDGED = frozenset({*_ENDS_LEASE, _PUT, "requeue", "delete_dead", "expire", "find", "find_key"})
+_READS = frozenset({"expired", "envelope", "find", "find_key", "depths", "conversations", "list"})
 
 
 class _Connections(NamedTuple):
@@ -186,7 +187,7 @@ class RedisTaskStore:
             _sortable(inf if record.deadline is None else record.deadline) + _sortable(record.enqueued_at),
             repr(record.enqueued_at),
             _or_false(record.key),
-            record.thread_id is not None and _quoted(record.thread_id),
+            record.thread_id is not None and quote(record.thread_id, safe=_SAFE),
             _or_false(fence),
             repr(until),
             record.attempts,
@@ -417,36 +418,37 @@ class RedisTaskStore:
         return values
 
     def _run_part(self, master: RedisMaster, part: Sequence[_Operation]) -> Sequence[Any]:
-        number = next(self._numbers)
         # Records that are put go first: Redis rejects only the first write if its memory is full.
         order = sorted(range(len(part)), key=lambda index: part[index].name != _PUT)
         ops = [part[index] for index in order]
+        names = {op.name for op in ops}
+        acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
+        # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
+        number = next(self._numbers) if acknowledgement or names - _READS else None
+        script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
         try:
             self._take_back(master)
-            replies = self._call_script(master, number, ops)
+            if acknowledgement is None:
+                (replies,), had = master.call(script), None
+            else:
+                replies, had = master.call(script, acknowledgement)
         except StoreUnavailable as error:
-            self._remember(part, number)
+            self._remember(ops, number)
             return [OperationError(error)] * len(part)
+        shortage = None if had is None else self._shortage(had)
         values: list[Any] = [None] * len(part)
         for index, op, reply in zip(order, ops, replies, strict=True):
-            values[index] = OperationError(self._full()) if reply == b"oom" else op.decode(reply)
+            if reply == b"oom":
+                values[index] = OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
+            elif shortage is not None and op.name in _ACKNOWLEDGED:
+                values[index] = OperationError(shortage)
+            else:
+                values[index] = op.decode(reply)
+        if shortage is not None:
+            self._remember(ops, number)
+            with suppress(StoreUnavailable):  # later then, before the next operations
+                self._take_back(master)
         return values
-
-    def _call_script(self, master: RedisMaster, number: int, ops: Sequence[_Operation]) -> Sequence[Any]:
-        """Run the script, and return its replies once as many replicas and disks have its writes as the URL asks for.
-
-        Raises:
-            StoreUnavailable: too few have them.
-        """
-        is_acknowledged = any(op.name in _ACKNOWLEDGED for op in ops)
-        wanted = self._acknowledgement() if is_acknowledged else None
-        blobs = [op.blob for op in ops if op.blob is not None]
-        script = self._script_call([op.text for op in ops], blobs, number)
-        if wanted is None:
-            return master.call(script)[0]  # type: ignore[no-any-return]
-        replies, had = master.call(script, wanted)
-        self._check_acknowledged(had)
-        return replies  # type: ignore[no-any-return]
 
     def _acknowledgement(self) -> Sequence[Any] | None:
         """Return the command that waits for the replicas and disks that the URL asks for."""
@@ -456,16 +458,17 @@ class RedisTaskStore:
             return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
         return None
 
-    def _check_acknowledged(self, had: Any) -> None:
+    def _shortage(self, had: Any) -> StoreUnavailable | None:
+        """Return the error of operations that only so many replicas and disks have as the master has answered."""
         local, replicas = had if self._url.fsync else (1, had)
         if local and replicas >= self._url.replicas:
-            return
-        of = "disks" if self._url.fsync else "replicas"
+            return None
+        of = "disks of replicas" if self._url.fsync else "replicas"
         why = f"only {replicas} of {self._url.replicas} {of} had the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
         if not local:
             why = f"its own disk did not have the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
-        advice = "Start the replicas, or ask for fewer in the URL: ?replicas="
-        raise StoreUnavailable(where=str(self._url), why=why, advice=advice)
+        advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
+        return StoreUnavailable(where=str(self._url), why=why, advice=advice)
 
     def _script_call(
         self, ops: Sequence[bytes], blobs: Sequence[bytes] = (), number: int | None = None
@@ -477,9 +480,9 @@ class RedisTaskStore:
         keys = [f"{self._prefix}{name}" for name in (*_KEYS, f"last:{self._client_id}")]
         return ("EVALSHA", _SHA, len(keys), *keys, text, *blobs)
 
-    def _remember(self, part: Sequence[_Operation], number: int) -> None:
-        """Remember what operations have perhaps done, whose answer was lost."""
-        for op in part:
+    def _remember(self, ops: Sequence[_Operation], number: int | None) -> None:
+        """Remember what operations have perhaps done whose callers get an error."""
+        for op in ops:
             if op.name == _PUT:
                 task_id, fence = op.identity
                 arguments = (task_id, f"{self._client_id}:{number}", _or_false(fence))
@@ -496,10 +499,6 @@ class RedisTaskStore:
             master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
             for _ in some:
                 self._to_take_back.popleft()
-
-    def _full(self) -> StoreUnavailable:
-        advice = "Raise its maxmemory, or wait until tasks have ended."
-        return StoreUnavailable(where=str(self._url), why="its memory is full", advice=advice)
 
 
 def _disconnect(connections: _Connections) -> None:
@@ -535,10 +534,13 @@ def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
 # --- what sorts, and what has a separator -----------------------------------------------------------------------------
 
 
+_SAFE = " :/@"  # besides letters, digits and _.-~
+
+
 @lru_cache(maxsize=1_000)
 def _quoted(text: str) -> str:
     """Return `text` without the separators that the script knows."""
-    return quote(text, safe=" :/@")
+    return quote(text, safe=_SAFE)
 
 
 @lru_cache(maxsize=1_000)

@@ -23,13 +23,16 @@ from forebay.storage.redis_url import RedisTopology, RedisUrl
 _CONNECT_TIMEOUT = 1.0  # seconds
 _ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas and its disk
 _PATIENCE = 5.0  # seconds in which a master is looked for
+_CHECK_INTERVAL = 15  # seconds after which an idle connection is checked before it is used, or while it listens
 _RETRY_INTERVAL = 0.1  # seconds between two attempts
+
+FULL = ("its memory is full", "Raise its maxmemory, or wait until tasks have ended.")  # why, and what to do
 
 # By the class of the error, or the code of the answer: why the master cannot be used, and what to do.
 _ADVICE = {
     "AuthenticationError": ("it rejected the user or the password", "Correct them in the URL: redis://user:pass@host"),
     "NoPermissionError": ("the user lacks the right to a command", "Grant it; the guide to the overflow has a list."),
-    "OutOfMemoryError": ("its memory is full", "Raise its maxmemory, or wait until tasks have ended."),
+    "OutOfMemoryError": FULL,
     "ReadOnlyError": ("it is a replica", "Name the master, or let Sentinels find it: redis+sentinel://"),
     "MISCONF": ("it cannot write to its disk, and so accepts nothing", "Free space on the disk of the Redis server."),
     "NOREPLICAS": ("it has too few replicas, and so accepts nothing", "Start its replicas."),
@@ -186,19 +189,22 @@ def _info(client: redis.Redis) -> Mapping[str, Any]:
     return info  # type: ignore[no-any-return]
 
 
-def _client(url: RedisUrl, host: str, port: int, *, database: int | None = None) -> redis.Redis:
+def _client(url: RedisUrl, host: str, port: int) -> redis.Redis:
+    return _plain_client(url, host, port, db=url.database, username=url.username, password=url.password)
+
+
+def _plain_client(url: RedisUrl, host: str, port: int, **login: Any) -> redis.Redis:
     return redis.Redis(
         host=host,
         port=port,
-        db=url.database if database is None else database,
-        username=url.username,
-        password=url.password,
         ssl=url.tls,
         socket_timeout=_ANSWER_TIMEOUT,
         socket_connect_timeout=_CONNECT_TIMEOUT,
         socket_keepalive=True,
+        health_check_interval=_CHECK_INTERVAL,
         retry=Retry(NoBackoff(), 0),
         protocol=2,
+        **login,
     )
 
 
@@ -207,8 +213,9 @@ def _named(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:  # noqa: ARG00
 
 
 def _known_to_sentinels(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:  # noqa: ARG001 - one master has all tags
-    """Yield the master that each Sentinel names."""
-    for _, answer in _ask_each(url, ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.service)):
+    """Yield the master that each Sentinel names. A Sentinel may have no password, and then rejects any."""
+    logins: list[dict[str, Any]] = [{}, {"username": url.username, "password": url.password}]
+    for _, answer in _ask_each(url, ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.service), logins):
         if answer:
             yield answer[0].decode(), int(answer[1])
 
@@ -216,25 +223,31 @@ def _known_to_sentinels(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:  
 def _with_slot(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:
     """Yield the master that each node of a cluster names for the slot of `tag`."""
     slot = key_slot(f"{{{tag}}}".encode())
-    for asked, answer in _ask_each(url, ("CLUSTER", "SLOTS")):
+    for asked, answer in _ask_each(url, ("CLUSTER", "SLOTS"), [{"username": url.username, "password": url.password}]):
         for first, last, (host, port, *_), *_ in answer:
             if first <= slot <= last:
                 yield (host or b"").decode() or asked, int(port)
 
 
-def _ask_each(url: RedisUrl, command: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the hosts that answer `command`, with their answers; if none does, raise the last error."""
+def _ask_each(url: RedisUrl, command: Sequence[str], logins: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the hosts that answer `command`, by one of `logins`, with their answers; if none does, raise an error."""
     last: Exception | None = None
+    answered = False
     for host, port in url.hosts:
-        with closing(_client(url, host, port, database=0)) as client:
-            try:
-                (answer,) = _send(client, [command])
-            except (redis.RedisError, OSError) as error:
-                last = error
-                continue
-        last = None
-        yield host, answer
-    if last is not None:
+        for login in logins:
+            with closing(_plain_client(url, host, port, **login)) as client:
+                try:
+                    (answer,) = _send(client, [command])
+                except redis.AuthenticationError as error:
+                    last = error
+                    continue
+                except (redis.RedisError, OSError) as error:
+                    last = error
+                    break
+            answered = True
+            yield host, answer
+            break
+    if last is not None and not answered:
         raise last
 
 
