@@ -171,8 +171,9 @@ async def count_commands(server: StandaloneRedis, proxy: CuttingProxy) -> tuple[
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
 async def test_a_cut_at_any_command_makes_no_difference(
-    server: StandaloneRedis, proxy: CuttingProxy, lost: Side
+    server: StandaloneRedis, proxy: CuttingProxy, lost: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(redis_master, "_RETRY_INTERVAL", 0.001)
     commands, expected, stored = await count_commands(server, proxy)
     assert commands > 40
     for number in range(1, commands + 1):

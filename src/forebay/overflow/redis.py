@@ -423,11 +423,14 @@ class RedisTaskStore:
         ops = [part[index] for index in order]
         names = {op.name for op in ops}
         acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
+        try:
+            self._take_back(master)
+        except StoreUnavailable as error:
+            return [OperationError(error)] * len(part)
         # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
         number = next(self._numbers) if acknowledgement or names - _READS else None
         script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
         try:
-            self._take_back(master)
             if acknowledgement is None:
                 (replies,), had = master.call(script), None
             else:
