@@ -8,11 +8,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 
 import pytest
-from tests.support.redis_servers import RedisSetup, StandaloneRedis, redis_cluster, redis_replicated, redis_sentinels
+from tests.support.redis_servers import (
+    RedisServer,
+    RedisSetup,
+    StandaloneRedis,
+    redis_cluster,
+    redis_replicated,
+    redis_sentinels,
+)
 
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, PutResult, RecordState, TaskRecord, TaskStore
-from forebay.overflow import open_task_store, redis as redis_store
+from forebay.overflow import open_task_store
+from forebay.overflow import redis as redis_store
 from forebay.task import Priority
 
 NAMES = itertools.count()
@@ -20,9 +28,7 @@ FOR_EVER = 1e6  # seconds
 
 
 def record(task_id: str, at: float = 0.0) -> TaskRecord:
-    return TaskRecord(
-        task_id=task_id, task_type="t", priority=Priority.NORMAL, envelope=b"envelope", enqueued_at=at
-    )
+    return TaskRecord(task_id=task_id, task_type="t", priority=Priority.NORMAL, envelope=b"envelope", enqueued_at=at)
 
 
 @asynccontextmanager
@@ -65,7 +71,7 @@ async def test_without_a_replica_that_has_them_acknowledged_writes_are_lost_with
     """The control: what the other tests hold does not hold by itself."""
     async with opened(pair.url) as store:
         assert await store.put(record("before")) is PutResult.STORED
-        await in_thread(lambda: pair.wait_for_replicas())
+        await in_thread(pair.wait_for_replicas)
         pair.proxies[0].lag(FOR_EVER)
         assert await store.put(record("after")) is PutResult.STORED
     async with opened(lose_master(pair)) as store:
@@ -115,3 +121,85 @@ async def test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it(pair:
     async with opened(lose_master(pair)) as store:
         assert await store.find("before") is not None
         assert await store.find("after") is None
+
+
+# --- a master of Sentinels, or of a cluster, killed while it works ----------------------------------------------------
+
+SETUPS: list[Callable[..., AbstractContextManager[RedisSetup]]] = [redis_sentinels, redis_cluster]
+LAG = 0.05  # seconds that replicas are behind
+PUTTERS = 10
+
+
+class Load:
+    """Callers that put records into one store all the time.
+
+    Attributes:
+        acknowledged: the ids of those that the store acknowledged, in order.
+        rejected: the ids of those that it rejected.
+    """
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+        self._numbers = itertools.count()
+        self._changed = asyncio.Event()
+        self.acknowledged: list[str] = []
+        self.rejected: list[str] = []
+
+    async def put_for_ever(self) -> None:
+        while True:
+            task_id = f"{next(self._numbers)}"
+            try:
+                assert await self._store.put(record(task_id)) is PutResult.STORED
+                self.acknowledged.append(task_id)
+            except StoreUnavailable:
+                self.rejected.append(task_id)
+            self._changed.set()
+
+    async def more(self, count: int) -> None:
+        """Return when so many more have been acknowledged."""
+        wanted = len(self.acknowledged) + count
+        while len(self.acknowledged) < wanted:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+async def lose_master_under_load(setup: RedisSetup, options: str) -> tuple[Load, set[str]]:
+    """Kill the master of an overflow that works; return what was acknowledged, and what is stored afterwards."""
+    for proxy in setup.proxies:
+        proxy.lag(LAG)
+    async with opened(setup.url + options) as store:
+        load = Load(store)
+        callers = [asyncio.ensure_future(load.put_for_ever()) for _ in range(PUTTERS)]
+        await load.more(100)
+        killed: list[RedisServer] = []
+        await in_thread(lambda: killed.append(setup.kill_master()))
+        await in_thread(setup.promote)
+        await in_thread(killed[0].start)  # a replica now
+        await load.more(100)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.wait(callers)
+    async with opened(setup.url) as store:
+        stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
+    return load, stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", SETUPS, ids=lambda start: start.__name__)
+async def test_no_acknowledged_task_is_lost_with_a_master_that_is_killed_under_load(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    with start(proxied=True) as setup:
+        load, stored = await lose_master_under_load(setup, "?replicas=1")
+    assert not set(load.acknowledged) - stored
+    assert not set(load.rejected) & stored  # nor was anybody told that a task is not stored that is
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", SETUPS, ids=lambda start: start.__name__)
+async def test_without_replicas_that_have_them_the_newest_tasks_are_lost(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    with start(proxied=True) as setup:
+        load, stored = await lose_master_under_load(setup, "")
+    assert set(load.acknowledged) - stored
