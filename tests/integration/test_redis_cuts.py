@@ -119,7 +119,7 @@ class Script:
         await self._end(last, "succeeded")
         await self._do("delete", lambda: store.delete_dead("plain 1"))
         await self._do("reap", lambda: store.reap(now=150.0, max_attempts=3))
-        message, *_ = await self._lease(20)
+        await self._lease(20)
         await self._do("find", lambda: store.find("plain 0"))
         await self._do("find key", lambda: store.find_key("the key"))
         await self._do("depths", store.depths)
