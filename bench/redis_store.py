@@ -79,7 +79,7 @@ async def news_seconds(url: str) -> list[float]:
     await putter.open()
     await leaser.open()
     news = asyncio.Event()
-    leaser.subscribe(news.set)
+    leaser.subscribe(on_waiting=news.set, on_ended=lambda: None)
     delays = []
     for record in new_records()[:SPILLED]:
         news.clear()

@@ -1,6 +1,6 @@
 """The baseline of the task store on Redis: a stream with a consumer group, whose commands are sent in batches.
 
-It keeps less than a task store does: no order by priority, deadline or tenant, no keys, results, delays or dead letters.
+It keeps less than a task store: no order by priority, deadline or tenant, no keys, results, delays or dead letters.
 """
 
 from __future__ import annotations

@@ -411,12 +411,12 @@ class TaskStore(Protocol):
         may be opened again, and then has its records, even if it is not durable.
         """
 
-    def subscribe(self, notify: Callable[[], None]) -> None:
-        """Call `notify` when another process may have made records WAITING, or ended some.
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Call `on_waiting` when another process may have made records WAITING, and `on_ended` when it has ended some.
 
-        It is called on the event loop that opened the store, at most about once in 20 ms, and never while the store is
-        closed. A later call replaces `notify`. A store that cannot hear of other processes never calls it: whoever
-        subscribes must also ask from time to time.
+        They are called on the event loop that opened the store, each at most about once in 20 ms, and never while the
+        store is closed. A later call replaces both. A call may be in vain, and a store that cannot hear of other
+        processes makes none: whoever subscribes must also ask from time to time.
         """
 
     async def put(

@@ -1271,29 +1271,21 @@ async def test_two_openings_of_a_shared_store_agree(
 # --- tenants ---------------------------------------------------------------------------------------------------------
 
 
-async def test_what_another_process_stores_or_ends_is_noticed(
-    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
-) -> None:
-    backend.needs(SHARED)
-    store, other = await open_store(), await open_store()
-    notified = asyncio.Event()
-    store.subscribe(notified.set)
-    await other.put(record("a"))
-    assert await is_set_within(notified, 5.0)
-    await settled(notified)
-    (lease,) = await other.lease("research", 1, until=100.0)
-    await other.finish("a", DONE, fence=lease.fence)
-    assert await is_set_within(notified, 5.0)
-    await settled(notified)
-    await store.put(record("b"))
-    assert not await is_set_within(notified, 0.2)
+class Notified:
+    """Counts what a store notices."""
 
+    def __init__(self, store: TaskStore) -> None:
+        self.waiting = asyncio.Event()
+        self.ended = asyncio.Event()
+        store.subscribe(on_waiting=self.waiting.set, on_ended=self.ended.set)
 
-async def settled(notified: asyncio.Event) -> None:
-    """Wait until the store has noticed everything that has happened."""
-    notified.clear()
-    while await is_set_within(notified, 0.2):
-        notified.clear()
+    async def settle(self) -> None:
+        """Wait until the store has noticed everything that has happened."""
+        self.waiting.clear()
+        self.ended.clear()
+        while await is_set_within(self.waiting, 0.2) or self.ended.is_set():
+            self.waiting.clear()
+            self.ended.clear()
 
 
 async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
@@ -1303,20 +1295,67 @@ async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
     return False
 
 
+async def test_what_another_process_stores_or_ends_is_noticed(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
+) -> None:
+    backend.needs(SHARED)
+    store, other = await open_store(), await open_store()
+    notified = Notified(store)
+    await notified.settle()
+    await other.put(record("a"))
+    assert await is_set_within(notified.waiting, 5.0)
+    (lease,) = await other.lease("research", 1, until=100.0)
+    await notified.settle()
+    await other.finish("a", DONE, fence=lease.fence)
+    assert await is_set_within(notified.ended, 5.0)
+    await other.put(record("b"))
+    (lease,) = await other.lease("research", 1, until=100.0)
+    await notified.settle()
+    await other.release([lease])
+    assert await is_set_within(notified.waiting, 5.0)
+    (lease,) = await other.lease("research", 1, until=100.0)
+    await notified.settle()
+    await other.mark_dead(lease, UNREADABLE)
+    assert await is_set_within(notified.ended, 5.0)
+
+
+async def test_what_this_process_does_is_not_noticed(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
+) -> None:
+    backend.needs(SHARED)
+    store = await open_store()
+    await open_store()
+    notified = Notified(store)
+    await notified.settle()
+    await store.put(record("a"))
+    assert not await is_set_within(notified.waiting, 0.2)
+
+
+async def test_every_end_is_noticed_though_as_many_are_kept_as_may_be(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
+) -> None:
+    backend.needs(SHARED)
+    store, other = await open_store(bound=2), await open_store(bound=2)
+    notified = Notified(store)
+    for number in range(5):
+        await other.put(record(f"{number}"))
+        await notified.settle()
+        await other.finish(f"{number}", msgspec.structs.replace(DONE, finished_at=50.0 + number), fence=None)
+        assert await is_set_within(notified.ended, 5.0)
+
+
 async def test_a_closed_store_notices_nothing_and_one_opened_again_does(
     backend: StoreBackend, open_store: OpenStore, record: MakeRecord
 ) -> None:
     backend.needs(SHARED)
     store, other = await open_store(), await open_store()
-    notified = asyncio.Event()
-    store.subscribe(notified.set)
+    notified = Notified(store)
+    await notified.settle()
     await store.close()
-    notified.clear()
     await other.put(record("a"))
-    assert not await is_set_within(notified, 0.2)
+    assert not await is_set_within(notified.waiting, 0.2)
     await store.open()
-    await other.put(record("b"))
-    assert await is_set_within(notified, 5.0)
+    assert await is_set_within(notified.waiting, 5.0)
 
 
 async def test_each_tenant_has_a_share_of_what_is_leased(store: TaskStore, record: MakeRecord) -> None:

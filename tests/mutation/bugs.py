@@ -1672,7 +1672,7 @@ def a_stored_task_of_a_stopped_worker_is_lost() -> None:
 
 def a_selection_keeps_workers_that_are_gone() -> None:
     def _drop(self: WorkerSelector, worker: WorkerAgent) -> None:
-        self._current.pop(worker, None)
+        self._stamps.pop(worker, None)
 
     replace(WorkerSelector, WorkerSelector._drop, _drop)
 

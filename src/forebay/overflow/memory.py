@@ -117,7 +117,7 @@ class MemoryTaskStore:
         """Reject further operations."""
         self._is_open = False
 
-    def subscribe(self, notify: Callable[[], None]) -> None:
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
         """Do nothing: no other process has these records."""
 
     async def put(

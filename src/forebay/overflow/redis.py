@@ -133,7 +133,7 @@ class RedisTaskStore:
         self._bound = bound
         self._prefix = f"{{{url.name}}}:"
         self._channel = f"{self._prefix}news"
-        self._notify: Callable[[], None] | None = None
+        self._callbacks: dict[str, Callable[[], None]] = {}  # by the letter that the script publishes
         self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
         self._client_id = new_id()
         self._numbers = itertools.count(1)
@@ -159,17 +159,17 @@ class RedisTaskStore:
         self._stop_listening()
         await self._queue.close()
 
-    def subscribe(self, notify: Callable[[], None]) -> None:
-        """Call `notify` soon after another client has made records WAITING or ended some."""
-        self._notify = notify
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Call back soon after another client has made records WAITING, or ended some."""
+        self._callbacks = {"w": on_waiting, "e": on_ended}
         if self._queue.is_open:
             self._listen()
 
     def _listen(self) -> None:
         self._stop_listening()
-        if self._notify is not None:
-            url = self._url
-            self._listener = RedisListener(url, url.name, self._channel, own=self._client_id, notify=self._notify)
+        if self._callbacks:
+            url, callbacks = self._url, self._callbacks
+            self._listener = RedisListener(url, url.name, self._channel, own=self._client_id, callbacks=callbacks)
 
     def _stop_listening(self) -> None:
         if self._listener is not None:
@@ -437,10 +437,7 @@ class RedisTaskStore:
         number = next(self._numbers) if acknowledgement or names - _READS else None
         script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
         try:
-            if acknowledgement is None:
-                (replies,), had = master.call(script), None
-            else:
-                replies, had = master.call(script, acknowledgement)
+            replies, had = master.call(script, acknowledgement) if acknowledgement else (*master.call(script), None)
         except StoreUnavailable as error:
             self._remember(ops, number)
             return [OperationError(error)] * len(part)

@@ -33,7 +33,7 @@ local packed = {} -- records in JSON, read in advance
 local loaded = {} -- records by sequence; false: there is none
 local changed = {} -- sequences of loaded records that are to be written
 local depth_changes, thread_changes = {}, {}
-local is_news = false -- a record has become waiting, or has ended
+local any_waits, any_ended = false, false -- a record has become waiting, or has ended
 
 local function in_chunks(command, key, arguments, each)
   for first = 1, #arguments, CHUNK do
@@ -121,7 +121,7 @@ local function enqueue(seq, record)
   become(seq, record, 'waiting', false)
   call('ZADD', waiting, 0, record[QUEUE] .. record[RANK] .. seq)
   count(depth_changes, record[QUEUE], 1)
-  is_news = true
+  any_waits = true
 end
 
 -- Take a record out of the index of its state.
@@ -215,7 +215,7 @@ local function finish(seq, record, state, at, completion, keeps_key)
   become(seq, record, state, record[FENCE])
   call('ZREM', unfinished, record[ID])
   call('ZADD', ended[state], at, record[ID])
-  is_news = true
+  any_ended = true
   call('HSET', completions, seq, completion)
   if record[KEY] and not keeps_key then
     call('HDEL', keys, record[KEY])
@@ -689,8 +689,8 @@ local function write_group()
   if group.number then
     call('SET', last, cjson.encode({ group.number, replies }), 'EX', REMEMBERED)
   end
-  if is_news then
-    call('PUBLISH', group.channel, group.client)
+  if any_waits or any_ended then
+    call('PUBLISH', group.channel, (any_waits and 'w' or '') .. (any_ended and 'e' or '') .. ':' .. group.client)
   end
   return replies
 end

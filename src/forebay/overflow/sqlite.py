@@ -167,6 +167,15 @@ _PutItem: TypeAlias = tuple[TaskRecord, str | None, float, float]
 # Task id, fence, epoch seconds, encoded completion, whether it keeps its key.
 _FinishItem: TypeAlias = tuple[str, str | None, float, bytes, bool]
 
+_ANY_WAITING = "SELECT EXISTS (SELECT 1 FROM depth WHERE waiting > 0)"
+# Changes with the end of any record: their number alone is always that of the bound, once it is reached.
+_ENDED = """
+SELECT (SELECT sum(tasks) FROM size WHERE kind > 0), (SELECT max(finished_at) FROM task WHERE state = 2),
+    (SELECT max(finished_at) FROM task WHERE state = 3)
+"""
+_Ended: TypeAlias = tuple[int, float | None, float | None]
+_Changes: TypeAlias = tuple[bool, _Ended]
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_completion = msgspec.msgpack.Decoder(Completion).decode
 
@@ -184,8 +193,9 @@ class SqliteTaskStore:
         self._bound = bound
         self._path = path
         self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
-        self._notify: Callable[[], None] | None = None
-        self._watch: CommitWatch | None = None  # while the file is open and somebody has subscribed
+        self._listeners: tuple[Callable[[], None], Callable[[], None]] | None = None  # of waiting and of ended records
+        self._watch: CommitWatch[_Changes] | None = None  # while the file is open and somebody has subscribed
+        self._ended: _Ended | None = None  # the records that had ended at the last look
         self._put = partial(_put, bound, self._writer.check_growth)
         self._requeue = partial(_requeue, bound, self._writer.check_growth)
         self._finish = partial(_finish, bound)
@@ -209,16 +219,29 @@ class SqliteTaskStore:
         self._stop_watching()
         await self._writer.close()
 
-    def subscribe(self, notify: Callable[[], None]) -> None:
-        """Call `notify` within about 20 ms of a commit of another process, whatever it has committed."""
-        self._notify = notify
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Call back within about 20 ms of a commit of another process.
+
+        On waiting records while there are any, whether or not it was this commit that stored them.
+        """
+        self._listeners = on_waiting, on_ended
         if self._writer.is_open:
             self._watch_commits()
 
     def _watch_commits(self) -> None:
         self._stop_watching()
-        if self._notify is not None:
-            self._watch = CommitWatch(self._path, self._writer, self._notify)
+        if self._listeners is not None:
+            self._watch = CommitWatch(self._path, self._writer, _changes, self._on_commit)
+
+    def _on_commit(self, changes: _Changes) -> None:
+        assert self._listeners is not None  # noqa: S101 - nobody watches otherwise
+        on_waiting, on_ended = self._listeners
+        waiting, ended = changes
+        before, self._ended = self._ended, ended
+        if waiting:
+            on_waiting()
+        if ended != before:
+            on_ended()
 
     def _stop_watching(self) -> None:
         if self._watch is not None:
@@ -342,6 +365,11 @@ class SqliteTaskStore:
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by thread id."""
         return await self._writer.run(_conversations, writes=False)
+
+
+def _changes(connection: sqlite3.Connection) -> _Changes:
+    (waiting,) = connection.execute(_ANY_WAITING).fetchone()
+    return bool(waiting), connection.execute(_ENDED).fetchone()
 
 
 _DUPLICATE_OR_STORED = (PutResult.DUPLICATE, PutResult.STORED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
 
 import redis
@@ -20,32 +20,35 @@ _RETRY_INTERVAL = 1.0  # seconds between two attempts to connect
 
 
 class RedisListener:
-    """Calls `notify` in the event loop when another client has published to a channel.
+    """Calls callbacks in the event loop when another client has published to a channel.
 
-    What is published while the connection is away is lost, so `notify` is called whenever it is back. In virtual time
-    nobody listens: no thread may take part in that.
+    A message is letters, a colon, and the client that has sent it; each letter has a callback. What is published while
+    the connection is away is lost, so all callbacks are called whenever it is back. In virtual time nobody listens: no
+    thread may take part in that.
 
     Args:
         url: where the master is.
         tag: the hash tag of the overflow, by which a cluster has the master.
         channel: the name of the channel.
-        own: what this client publishes itself: it is ignored.
-        notify: the callback, called at most once in 20 ms.
+        own: the name of this client, whose messages are ignored.
+        callbacks: by letter; each is called at most once in 20 ms.
     """
 
-    def __init__(self, url: RedisUrl, tag: str, channel: str, *, own: str, notify: Callable[[], None]) -> None:
+    def __init__(
+        self, url: RedisUrl, tag: str, channel: str, *, own: str, callbacks: Mapping[str, Callable[[], None]]
+    ) -> None:
         self._url = url
         self._tag = tag
         self._channel = channel
         self._own = own.encode()
-        self._notify = notify
+        self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
         self._stopped = threading.Event()
         if not clock.is_virtual(self._loop):
             threading.Thread(target=self._run, name=f"forebay-redis-{tag}-listener", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop listening. `notify` is not called any more."""
+        """Stop listening. No callback is called any more."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -61,15 +64,20 @@ class RedisListener:
             channel.subscribe(self._channel)
             while not self._stopped.is_set() and not self._loop.is_closed():
                 message = channel.get_message(timeout=_POLL)
-                is_news = False
+                news = set[str]()
                 while message is not None:
-                    is_news |= message["type"] == "subscribe" or message["data"] != self._own
+                    news.update(self._callbacks if message["type"] == "subscribe" else self._letters(message["data"]))
                     message = channel.get_message(timeout=0.0)
-                if is_news:
+                if news:
                     with suppress(RuntimeError):  # the loop is closed
-                        self._loop.call_soon_threadsafe(self._heard)
+                        self._loop.call_soon_threadsafe(self._call_back, news)
                     self._stopped.wait(_INTERVAL)
 
-    def _heard(self) -> None:
-        if not self._stopped.is_set():
-            self._notify()
+    def _letters(self, message: bytes) -> str:
+        letters, _, client = message.partition(b":")
+        return "" if client == self._own else letters.decode(errors="replace")
+
+    def _call_back(self, letters: Iterable[str]) -> None:
+        for letter, callback in self._callbacks.items():
+            if letter in letters and not self._stopped.is_set():
+                callback()

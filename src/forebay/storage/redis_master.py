@@ -139,7 +139,7 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
     """Check what a server says about itself.
 
     Raises:
-        StoreUnavailable: it may drop records to make room.
+        StoreUnavailable: it may drop records to make room, or has no file to write to though the URL asks for it.
         ReadOnlyError: it is a replica.
     """
     if info.get("role", "master") != "master":
@@ -149,6 +149,9 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
         why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
         advice = "Set maxmemory-policy noeviction, or use another Redis server."
         raise StoreUnavailable(where=str(url), why=why, advice=advice)
+    if url.fsync and not int(info.get("aof_enabled", 1)):
+        why = "it writes no append-only file, which fsync=yes waits for"
+        raise StoreUnavailable(where=str(url), why=why, advice="Set appendonly yes, or leave fsync=yes out of the URL.")
 
 
 def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:

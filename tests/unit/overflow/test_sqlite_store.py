@@ -43,6 +43,7 @@ def sql() -> dict[str, str]:
 
 # The statements that scan a whole table or index, and why that is acceptable.
 SCANS = {
+    "_ANY_WAITING": "as many rows as types, priorities and tenants with tasks that have waited lately",
     "_DEPTHS": "as many rows as types, priorities and tenants with tasks that wait",
     "_DELETE_EMPTY_DEPTHS": "as many rows as types, priorities and tenants with tasks that have waited lately",
     "_PARKED": "an index alone, once in a third of a lease",
