@@ -24,7 +24,7 @@ from forebay.overflow import redis as redis_store
 from forebay.task import Priority
 
 NAMES = itertools.count()
-FOR_EVER = 1e6  # seconds
+ENDLESS = 1e6  # seconds
 
 
 def record(task_id: str, at: float = 0.0) -> TaskRecord:
@@ -72,7 +72,7 @@ async def test_without_a_replica_that_has_them_acknowledged_writes_are_lost_with
     async with opened(pair.url) as store:
         assert await store.put(record("before")) is PutResult.STORED
         await in_thread(pair.wait_for_replicas)
-        pair.proxies[0].lag(FOR_EVER)
+        pair.proxies[0].lag(ENDLESS)
         assert await store.put(record("after")) is PutResult.STORED
     async with opened(lose_master(pair)) as store:
         assert await store.find("before") is not None
@@ -83,7 +83,7 @@ async def test_what_a_replica_does_not_have_is_not_acknowledged_and_not_stored(p
     url = f"{pair.url}?replicas=1"
     async with opened(url) as store:
         assert await store.put(record("before")) is PutResult.STORED
-        pair.proxies[0].lag(FOR_EVER)
+        pair.proxies[0].lag(ENDLESS)
         with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas had the write"):
             await store.put(record("after"))
     async with opened(pair.url) as store:
@@ -97,7 +97,7 @@ async def test_an_end_that_a_replica_does_not_have_is_not_acknowledged(pair: Sta
         for task_id in ("acknowledged", "lost"):
             assert await store.put(record(task_id), fence="mine", until=10.0) is PutResult.STORED
         assert await store.finish("acknowledged", end, fence="mine")
-        pair.proxies[0].lag(FOR_EVER)
+        pair.proxies[0].lag(ENDLESS)
         with pytest.raises(StoreUnavailable):
             await store.finish("lost", end, fence="mine")
         with pytest.raises(StoreUnavailable):  # nor does anybody read it before it is as durable
@@ -113,7 +113,7 @@ async def test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it(pair:
     url, proxy = f"{pair.url}?replicas=1", pair.proxies[0]
     async with opened(url) as store:
         assert await store.put(record("before")) is PutResult.STORED
-        proxy.lag(FOR_EVER)
+        proxy.lag(ENDLESS)
         proxy.cut_at(1, "answer")
         with pytest.raises(StoreUnavailable):
             await store.put(record("after"))
@@ -145,7 +145,7 @@ class Load:
         self.acknowledged: list[str] = []
         self.rejected: list[str] = []
 
-    async def put_for_ever(self) -> None:
+    async def put_all_the_time(self) -> None:
         while True:
             task_id = f"{next(self._numbers)}"
             try:
@@ -169,7 +169,7 @@ async def lose_master_under_load(setup: RedisSetup, options: str) -> tuple[Load,
         proxy.lag(LAG)
     async with opened(setup.url + options) as store:
         load = Load(store)
-        callers = [asyncio.ensure_future(load.put_for_ever()) for _ in range(PUTTERS)]
+        callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
         await load.more(100)
         killed: list[RedisServer] = []
         await in_thread(lambda: killed.append(setup.kill_master()))
