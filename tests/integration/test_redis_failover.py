@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 
 import pytest
 from tests.support.redis_servers import (
@@ -16,7 +16,9 @@ from tests.support.redis_servers import (
     redis_replicated,
     redis_sentinels,
 )
+from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
+from forebay import BackpressureSupervisor, Task, clock
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, PutResult, RecordState, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
@@ -203,3 +205,75 @@ async def test_without_replicas_that_have_them_the_newest_tasks_are_lost(
     with start(proxied=True) as setup:
         load, stored = await lose_master_under_load(setup, "")
     assert set(load.acknowledged) - stored
+
+
+class Submitter:
+    """A caller that submits one durable task after the other, and knows which were accepted."""
+
+    def __init__(self, supervisor: BackpressureSupervisor, name: str) -> None:
+        self._supervisor = supervisor
+        self._name = name
+        self._changed = asyncio.Event()
+        self.accepted: list[str] = []
+
+    async def submit_all_the_time(self) -> None:
+        for number in itertools.count():
+            task_id = f"{self._name}-{number}"
+            try:
+                ticket = await self._supervisor.submit(Task("work", task_id=task_id, durable=True))
+            except StoreUnavailable:
+                continue
+            if ticket:
+                self.accepted.append(task_id)
+                self._changed.set()
+            await asyncio.sleep(0.002)
+
+    async def more(self, count: int) -> None:
+        """Return when so many more have been accepted."""
+        wanted = len(self.accepted) + count
+        while len(self.accepted) < wanted:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", SETUPS, ids=lambda start: start.__name__)
+async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_none_twice(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    writes, ended = AcknowledgedWrites(), dict[str, str]()
+
+    async def work(_: Task) -> None:
+        await asyncio.sleep(0.01)
+
+    with start(proxied=True) as setup:
+        for proxy in setup.proxies:
+            proxy.lag(LAG)
+        async with AsyncExitStack() as stack:
+            submitters = []
+            for number in range(2):
+                inner = open_task_store(f"{setup.url}?replicas=1")
+                store = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
+                supervisor = BackpressureSupervisor(overflow=store, lease=3.0, max_queue_size=20, max_attempts=100)
+                supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=4)
+                submitters.append(Submitter(await stack.enter_async_context(supervisor), f"{number}"))
+            callers = [asyncio.ensure_future(each.submit_all_the_time()) for each in submitters]
+            await asyncio.gather(*(each.more(50) for each in submitters))
+            killed: list[RedisServer] = []
+            await in_thread(lambda: killed.append(setup.kill_master()))
+            await in_thread(setup.promote)
+            await in_thread(killed[0].start)
+            await asyncio.gather(*(each.more(50) for each in submitters))
+            for caller in callers:
+                caller.cancel()
+            await asyncio.wait(callers)
+            accepted = {task_id for each in submitters for task_id in each.accepted}
+            async with opened(setup.url) as store:
+                async with asyncio.timeout(60.0):
+                    while accepted - ended.keys():
+                        for each in await store.list_records(RecordState.DONE, 1_000_000):
+                            assert each.completion is not None
+                            ended[each.record.task_id] = each.completion.status
+                        await asyncio.sleep(0.1)
+    assert {ended[task_id] for task_id in accepted} == {"succeeded"}
+    assert max(writes.ended.values()) == 1, writes.ended.most_common(3)
