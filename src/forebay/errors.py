@@ -310,6 +310,10 @@ class StoreUnavailable(ForebayError):
     """The store at {where} cannot be used: {why}. {advice}"""
 
 
+class StoreNotInstalled(ForebayError, ImportError):
+    """The overflow {where} needs the library {library}, which is not installed: pip install 'forebay[{extra}]'."""
+
+
 class NotStarted(ForebayError, RuntimeError):
     """The supervisor has not been started: use `async with BackpressureSupervisor(...) as supervisor:`, or await
     supervisor.start() first.

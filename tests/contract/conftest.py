@@ -67,6 +67,7 @@ class MakeRecord:
         thread: str | None = None,
         enqueued_at: float | None = None,
         tenant: str = "default",
+        not_before: float | None = None,
     ) -> TaskRecord:
         number = next(self.count)
         return TaskRecord(
@@ -79,6 +80,7 @@ class MakeRecord:
             key=key,
             thread_id=thread,
             tenant=tenant,
+            not_before=not_before,
         )
 
 

@@ -57,7 +57,7 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.storage import SqliteWriter, sqlite_file
+from forebay.storage import OperationQueue, SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, registration, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
@@ -86,6 +86,7 @@ from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.spill import Spill
+from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.tenants import Tenants
@@ -465,9 +466,9 @@ def a_record_is_acknowledged_before_its_commit() -> None:
     original = SqliteTaskStore.put
 
     async def put(
-        self: SqliteTaskStore, record: TaskRecord, *, fence: str | None = None, until: float = 0.0
+        self: SqliteTaskStore, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult:
-        self._writer.run_batched(self._put, (record, fence, until))
+        self._writer.run_batched(self._put, (record, fence, until, now))
         return PutResult.STORED
 
     replace(SqliteTaskStore, original, put)
@@ -569,6 +570,10 @@ def records_of_a_blocked_tenant_come_back() -> None:
 
 def a_tenant_runs_as_much_as_it_likes() -> None:
     always(Tenants, Tenants.count_running, returns=False)
+
+
+def new_tasks_of_a_tenant_go_before_what_has_begun() -> None:
+    always(Tenants, Tenants.count_claims, returns=False)
 
 
 def what_waits_for_a_bound_stays_without_a_worker() -> None:
@@ -744,6 +749,14 @@ def draining_does_not_wait_for_the_end_of_a_task_in_the_overflow() -> None:
 
 def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
     skip(QueueSpill._write, StoredTasks.complete_again)
+
+
+def a_slow_overflow_gets_more_and_more_work() -> None:
+    always(StoreLoad, StoreLoad.slowness, returns=0.0)
+
+
+def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
+    always(StoredTasks, StoredTasks._may_finish_later, returns=False)
 
 
 # --- spend and quotas ---
@@ -1659,7 +1672,7 @@ def a_stored_task_of_a_stopped_worker_is_lost() -> None:
 
 def a_selection_keeps_workers_that_are_gone() -> None:
     def _drop(self: WorkerSelector, worker: WorkerAgent) -> None:
-        self._current.pop(worker, None)
+        self._stamps.pop(worker, None)
 
     replace(WorkerSelector, WorkerSelector._drop, _drop)
 
@@ -1893,7 +1906,7 @@ def a_run_outlives_its_event_loop() -> None:
 
 
 def a_store_waits_for_a_loop_that_has_ended() -> None:
-    skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+    skip(OperationQueue.open, OperationQueue._abandon_connection)
 
 
 def a_log_of_events_has_what_handlers_report() -> None:

@@ -241,6 +241,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_store_that_is_silent_keeps_slots_free: (
         test_tenants_in_the_overflow.test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others
     ),
+    bugs.new_tasks_of_a_tenant_go_before_what_has_begun: (
+        test_tenants.test_a_run_that_has_begun_goes_on_before_new_tasks_of_its_tenant
+    ),
     bugs.records_of_a_blocked_tenant_come_back: (
         test_tenants_in_the_overflow.test_the_records_of_a_blocked_tenant_keep_those_of_no_other
     ),
@@ -590,6 +593,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_task_that_is_stored_after_its_ticket_has_ended_runs_again: (
         test_silent_store.test_a_task_that_is_stored_after_its_ticket_has_ended_does_not_run_again
+    ),
+    bugs.a_slow_overflow_gets_more_and_more_work: (
+        test_shared_overflow.test_a_slow_store_gets_no_more_work_until_it_is_faster
+    ),
+    bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
+        test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
     ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer

@@ -79,9 +79,11 @@ class StormStore(UnreliableStore):
     lost = False
     acknowledged_into_lost_file: list[str]
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         lost = self.lost
-        put = await super().put(record, fence=fence, until=until)
+        put = await super().put(record, fence=fence, until=until, now=now)
         if lost and put.written:
             self.acknowledged_into_lost_file.append(record.task_id)
         return put

@@ -51,6 +51,7 @@ class TaskOptions(TypedDict, total=False):
     tenant: str
     thread_id: str | None
     estimate: Estimate | None
+    not_before: float | None
 
 
 class FanOutProgress(msgspec.Struct, frozen=True, kw_only=True):

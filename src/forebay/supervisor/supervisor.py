@@ -158,6 +158,12 @@ class BackpressureSupervisor:
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
         self._draw: Callable[[], float] = clock.new_random().random
+        self._make_worker = partial(  # once, because ten thousand workers then share what it passes
+            make_worker,
+            draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
+            on_revive=self._revive,
+            on_resize=self._resized,
+        )
         self._workers = _Workers()
         self._codecs = TaskCodecs()
         self._dispatcher: Dispatcher | None = None
@@ -245,7 +251,7 @@ class BackpressureSupervisor:
             raise SupervisorClosed(state="closing")
         if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would contain itself")
-        worker = make_worker(
+        worker = self._make_worker(
             name,
             handler=handler,
             factory=factory,
@@ -266,9 +272,6 @@ class BackpressureSupervisor:
             start_timeout=start_timeout,
             stop=stop,
             stop_timeout=stop_timeout,
-            draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
-            on_revive=self._revive,
-            on_resize=self._resized,
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)

@@ -216,6 +216,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
             "key": task.key,
             "thread_id": task.thread_id,
             "deadline": None if self.deadline is None else self.deadline.at,
+            "not_before": task.not_before,
             "verdict": self.verdict,
             "status": self.status,
             "reason": self.reason,

@@ -145,7 +145,7 @@ class Refiller:
         conversations = self._dispatcher.conversations
         conversations.begin_recount()
         try:
-            unfinished = await self._stored.store.conversations()
+            unfinished = await self._stored.load.measure(self._stored.store.conversations())
             conversations.recount(unfinished, self._stored.leases.conversations())
         finally:
             conversations.end_recount()

@@ -103,8 +103,10 @@ class Spill:
         return encode_task(task, payload, bound=self._max_payload_bytes, context=carried)
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> PutResult:
-        """Store a task that was not admitted; once it is written, the ticket is SPILLED."""
+        """Store a task that was not admitted, or that waits for its time; once it is written, the ticket is SPILLED."""
         task = ticket.task
+        if seconds := task.starts_in():
+            return await self._schedule(ticket, envelope, pool, seconds)
         thread_id = task.thread_id
         # Counted before the await, or new work would overtake it; unless it will be parked, where it delays nobody.
         counts = thread_id is None or not self._conversations.waits_in_overflow(thread_id)
@@ -123,6 +125,21 @@ class Spill:
             self._wait_in_store(ticket, pool)
         return put
 
+    async def _schedule(self, ticket: Ticket, envelope: bytes, pool: Pool, seconds: float) -> PutResult:
+        """Store a task that waits there for its `not_before`, `seconds` from now."""
+        due_at = self._core.loop.time() + seconds
+        put = await self._put(ticket, records.record_of_ticket(ticket, envelope))
+        if put is PutResult.STORED:
+            self.stored.delayed.add(ticket.task.not_before or 0.0, due_at - self._core.loop.time())
+        if put is PutResult.STORED and ticket.status is TaskStatus.SPILLED:
+            if self.stored.stays_stored:
+                self.stored.release(ticket)
+            else:
+                if ticket.nested:
+                    pool.add_nested_spilled(ticket)
+                self.stored.wait_delayed(ticket, due_at=due_at)
+        return put
+
     async def _put(self, ticket: Ticket, record: TaskRecord, lease: Lease | None = None) -> PutResult:
         """Store a record, under `lease` if it is given; without a lease of its own, the ticket is SPILLED then."""
         thread_id = ticket.task.thread_id
@@ -130,9 +147,9 @@ class Spill:
         put = None
         try:
             if lease is None:
-                put = await self._store.put(record)
+                put = await self.stored.load.measure(self._store.put(record, now=clock.wall_time()))
             else:
-                put = await self._store.put(record, fence=lease.fence, until=lease.until)
+                put = await self.stored.load.measure(self._store.put(record, fence=lease.fence, until=lease.until))
         except StoreUnavailable:
             if not ticket.stored:
                 raise
@@ -269,10 +286,13 @@ class Spill:
         return failure
 
     async def _put_waiting(self, ticket: Ticket, envelope: bytes) -> PutResult:
-        """Store a task; behind one of its conversation that still runs here, leased until this supervisor closes."""
+        """Store a task; behind one of its conversation that still runs here, leased until this supervisor closes.
+
+        One that waits for its time has not joined its conversation.
+        """
         record = records.record_of_ticket(ticket, envelope)
-        if self._conversations.get(ticket.task.thread_id) is None:
-            return await self._store.put(record)
+        if self._conversations.get(ticket.task.thread_id) is None or ticket.task.starts_in():
+            return await self._store.put(record, now=clock.wall_time())
         lease = Lease(record=record, fence=clock.new_id(), until=clock.wall_time() + self._lease)
         put = await self._store.put(record, fence=lease.fence, until=lease.until)
         if put is PutResult.STORED:

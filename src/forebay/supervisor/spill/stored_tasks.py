@@ -17,6 +17,7 @@ from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import Task, TaskResult, TaskStatus
 
@@ -86,6 +87,7 @@ class StoredTasks:
     Attributes:
         store: the task store.
         durable: whether it survives its process.
+        load: how long the store takes to answer, over a third of a lease.
         leases: the leases on records that this process holds.
         delayed: the records that wait in the store for their next attempt.
         leased_elsewhere: tickets whose records another process holds, by task id.
@@ -110,6 +112,7 @@ class StoredTasks:
         self.store = store
         self.durable = store.durable
         self._survives = store.durable
+        self.load = StoreLoad(core.loop, lease / 3)
         self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
@@ -279,7 +282,7 @@ class StoredTasks:
     async def _record_start(self, run: Run, lease: Lease) -> None:
         ticket = run.ticket
         try:
-            held = await self.store.begin_attempt(lease)
+            held = await self.load.measure(self.store.begin_attempt(lease))
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
             log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
             held = True
@@ -437,8 +440,8 @@ class StoredTasks:
         except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
             stored = failed = True
-            if not self.durable and ticket.task.thread_id is not None:
-                self._core.run_in_background(self._finish_later(ticket, result.status, completion, lease))
+            if self._may_finish_later(ticket, lease):
+                self._finish_later_in_background(ticket, result.status, completion, lease)
         ticket.end_store_call()
         task = ticket.task
         self._left_overflow(ticket)
@@ -462,19 +465,41 @@ class StoredTasks:
     async def _store_end(self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None) -> bool:
         """Store the end of a task: one that has failed for good becomes a dead letter."""
         if lease is not None and _is_dead(status, lease):
-            if dead := await self.store.mark_dead(lease, completion):
+            if dead := await self.load.measure(self.store.mark_dead(lease, completion)):
                 self.report_dead(lease.record, completion)
             return dead
-        return await self.store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
+        fence = None if lease is None else lease.fence
+        return await self.load.measure(self.store.finish(ticket.task_id, completion, fence=fence))
+
+    def _may_finish_later(self, ticket: Ticket, lease: Lease | None) -> bool:
+        """Return whether the end of a task that could not be stored is kept here until it can be.
+
+        In a store that survives the process the fence says whether the record is still the same: without a lease, the
+        end may have been stored, and its id be another task's. In any other store no lease lapses, and so the
+        conversation of the task would stand still.
+        """
+        return lease is not None if self.durable else ticket.task.thread_id is not None
+
+    def _finish_later_in_background(
+        self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None
+    ) -> None:
+        again = partial(self._finish_later_in_background, ticket, status, completion, lease)
+        self._core.run_in_background(self._finish_later(ticket, status, completion, lease), if_cancelled=again)
 
     async def _finish_later(
         self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None
     ) -> None:
-        """Store the end of a task that could not be stored: no lease lapses, so its conversation would stand still."""
-        while not self.refill_stopped:
+        """Store the end of a task that could not be stored, once the store answers again.
+
+        It is stored unless another process has taken the task meanwhile. Closing the supervisor waits for it, as for
+        all answers of the store; if nothing survives the process, no longer than it takes tasks back.
+        """
+        while self.durable or not self.refill_stopped:
             await asyncio.sleep(_RETRY_INTERVAL)
             with contextlib.suppress(StoreUnavailable):
-                await self._store_end(ticket, status, completion, lease)
+                stored = await self._store_end(ticket, status, completion, lease)
+                if stored and _is_dead(status, lease):
+                    self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way
                 self.conversation_moved(ticket.task)
                 return
 
