@@ -143,7 +143,7 @@ class RedisTaskStore:
             max_group=_MAX_GROUP,
             connect=self._connect,
             run=self._run_group,
-            disconnect=_disconnect,
+            disconnect=self._disconnect,
             diagnose=_same,
         )
         self._unconfirmed: dict[tuple[str, str, str | None], None] = {}  # ends of leases whose answer was lost
@@ -398,6 +398,12 @@ class RedisTaskStore:
         self._check_format(groups)
         return _Connections(groups, renewals)
 
+    def _disconnect(self, connections: _Connections) -> None:
+        with suppress(StoreUnavailable):  # otherwise they run, though their submitters were told otherwise
+            self._take_back(connections.groups)
+        for master in connections:
+            master.close()
+
     def _check_format(self, master: RedisMaster) -> None:
         """Check that the records there are laid out as this release knows; those of a new overflow will be.
 
@@ -496,11 +502,6 @@ class RedisTaskStore:
             master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
             for _ in some:
                 self._to_take_back.popleft()
-
-
-def _disconnect(connections: _Connections) -> None:
-    for master in connections:
-        master.close()
 
 
 def _same(value: Any) -> Any:
