@@ -254,8 +254,8 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
             submitters = []
             for number in range(2):
                 inner = open_task_store(f"{setup.url}?replicas=1")
-                store = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
-                supervisor = BackpressureSupervisor(overflow=store, lease=3.0, max_queue_size=20, max_attempts=100)
+                recorded = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
+                supervisor = BackpressureSupervisor(overflow=recorded, lease=3.0, max_queue_size=20, max_attempts=100)
                 supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=4)
                 submitters.append(Submitter(await stack.enter_async_context(supervisor), f"{number}"))
             callers = [asyncio.ensure_future(each.submit_all_the_time()) for each in submitters]
