@@ -18,7 +18,8 @@ from forebay.task import Priority
 
 RECORDS = 20_000
 PAYLOAD = b"x" * 500
-AT_ONCE = 500  # calls in flight, records in one lease, and commands in a batch of the baseline
+AT_ONCE = 1_000  # calls in flight
+BATCH = 500  # commands of the baseline in a round trip, as the store has at most; records in one lease
 ROUNDS = 5
 STAGES = ("put", "lease", "finish")
 SPILLED = 300  # tasks that are put one by one into an idle store, to see how soon each is leased
@@ -63,7 +64,7 @@ async def store_seconds(url: str, records: list[TaskRecord]) -> tuple[float, flo
     putting = await for_each(store.put, records, PutResult.STORED)
     leases: list[Lease] = []
     started = time.perf_counter()
-    while batch := await store.lease("work", AT_ONCE, until=time.time() + 1e6):
+    while batch := await store.lease("work", BATCH, until=time.time() + 1e6):
         leases += batch
     leasing = time.perf_counter() - started
     assert len(leases) == len(records)
@@ -109,7 +110,7 @@ def run() -> dict[str, Any]:
         for _ in range(ROUNDS):
             records = new_records()
             gc.collect()
-            streams.append(stream_seconds(server.url, records, batch=AT_ONCE))
+            streams.append(stream_seconds(server.url, records, batch=BATCH))
             gc.collect()
             stores.append(asyncio.run(store_seconds(f"{server.url}?bound={2 * RECORDS}", records)))
         delays = asyncio.run(news_seconds(f"{server.url}?name=news"))

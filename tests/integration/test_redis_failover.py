@@ -269,10 +269,10 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
                 caller.cancel()
             await asyncio.wait(callers)
             accepted = {task_id for each in submitters for task_id in each.accepted}
-            async with opened(setup.url) as store:
+            async with opened(setup.url) as direct:
                 async with asyncio.timeout(60.0):
                     while accepted - ended.keys():
-                        for each in await store.list_records(RecordState.DONE, 1_000_000):
+                        for each in await direct.list_records(RecordState.DONE, 1_000_000):
                             assert each.completion is not None
                             ended[each.record.task_id] = each.completion.status
                         await asyncio.sleep(0.1)

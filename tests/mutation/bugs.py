@@ -92,7 +92,7 @@ from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
-from forebay.supervisor.tree import worker_life
+from forebay.supervisor.tree import supervision, worker_life
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
 from forebay.supervisor.tree.restart_policy import RestartType
 from forebay.supervisor.tree.supervision import Supervision
@@ -1727,6 +1727,10 @@ def a_fan_out_has_no_limit() -> None:
 
 
 # --- supervision: lives, restarts, trees -----------------------------------------------------------------------------
+
+
+def a_start_that_only_connects_is_not_told_what_a_life_is() -> None:
+    supervision._RETURNED = ""
 
 
 def a_worker_whose_life_has_ended_is_not_started_again() -> None:

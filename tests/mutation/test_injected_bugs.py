@@ -684,6 +684,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_drain_waits_for_a_type_that_is_paused: (test_worker_changes.test_draining_does_not_wait_for_what_is_paused),
     bugs.a_larger_worker_waits_for_the_next_event: test_worker_changes.test_more_slots_take_waiting_tasks_at_once,
     # supervision
+    bugs.a_start_that_only_connects_is_not_told_what_a_life_is: (
+        test_supervision.test_an_async_start_that_only_connects_is_told_what_a_life_is
+    ),
     bugs.a_worker_whose_life_has_ended_is_not_started_again: (
         test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
     ),

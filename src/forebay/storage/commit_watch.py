@@ -92,7 +92,7 @@ class CommitWatch(Generic[T]):
         # Once more after a change: the time of the log may be that of a commit which we have seen and of one after it.
         was_changed, self._changed = self._changed, stamp != self._stamp
         self._stamp = stamp
-        if not (was_changed or self._changed):
+        if not (was_changed or self._changed or self._timer is not None):  # virtual time is ahead of the log's
             return ()
         try:
             return self._writer.run_now(self._read_if_changed, writes=False)

@@ -409,8 +409,7 @@ class Dispatcher:
             else:
                 self.next_in_conversation(ticket)
         if self.spill is not None:
-            for pool in served.with_spilled():
-                self.spill.refiller.refill(pool)
+            self.spill.slot_freed(worker, served.with_spilled())
 
     def refill(self, pool: Pool) -> None:
         """Take tasks of `pool` back from the overflow, if there is room for them."""
@@ -638,4 +637,7 @@ class Dispatcher:
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because it is awaited."""
-        return self._registry.hold_strongly(task_id)
+        ticket = self._registry.hold_strongly(task_id)
+        if self.spill is not None and (known := ticket or self._registry.live.get(task_id)) is not None:
+            self.spill.stored.watch(known)
+        return ticket

@@ -416,7 +416,7 @@ async def test_a_listener_whose_connection_breaks_listens_again_and_looks_for_wh
 ) -> None:
     monkeypatch.setattr(redis_listener, "_RETRY_INTERVAL", 0.01)
     notified = asyncio.Event()
-    remote.subscribe(notified.set)
+    remote.subscribe(on_waiting=notified.set, on_ended=notified.set)
     for _ in range(3):
         async with asyncio.timeout(10):
             await notified.wait()
@@ -626,7 +626,7 @@ async def test_a_listing_goes_on_through_many_records_of_other_states_and_of_one
 def test_it_works_in_virtual_time(server: StandaloneRedis, name: str) -> None:
     async def main() -> list[str]:
         async with opened(f"{server.url}?name={name}") as store:
-            store.subscribe(lambda: None)
+            store.subscribe(on_waiting=lambda: None, on_ended=lambda: None)
             await store.put(record())
             await asyncio.sleep(3_600.0)
             return [lease.record.task_id for lease in await store.lease("t", 1, until=9.0)]

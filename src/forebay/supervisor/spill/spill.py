@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +18,7 @@ from forebay.supervisor.spill import records
 from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import RefillDispatcher, Refiller
+from forebay.supervisor.spill.store_changes import AwaitedResults, WaitingRecords
 from forebay.supervisor.spill.stored_tasks import StoredTaskDispatcher, StoredTasks
 from forebay.task import Task, TaskStatus
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.worker import WorkerAgent
 
 
 class SpillDispatcher(StoredTaskDispatcher, RefillDispatcher, Protocol):
@@ -45,6 +47,7 @@ class Spill:
         stored: the tasks of this process that have a record in the store.
         refiller: takes tasks back.
         lookup: makes tickets for tasks that only the store may know.
+        changes: counts the records that other processes store.
         codecs: the declared types of payloads and results.
     """
 
@@ -71,6 +74,8 @@ class Spill:
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
         self.stored.on_change(self.refiller.count_waiting)
         self.lookup = StoreLookup(core, dispatcher, self.stored)
+        self.changes = WaitingRecords(core, self.stored, self.refiller)
+        self._results = AwaitedResults(core, self.stored)
         self._maintenance = StoreMaintenance(core, self.stored, self.refiller, settings=settings)
         self._last_submitted_at = 0.0
 
@@ -87,6 +92,14 @@ class Spill:
         await self.refiller.recount_conversations()
         if self.stored.durable:
             self._maintenance.start()
+            self._store.subscribe(on_waiting=self.changes.notice, on_ended=self._results.notice)
+
+    def slot_freed(self, worker: WorkerAgent, pools: Iterable[Pool]) -> None:
+        """Take records of `pools` back, of which some are known to wait, and look for others if `worker` has a slot."""
+        for pool in pools:
+            self.refiller.refill(pool)
+        if self.changes.stale and worker.can_accept():
+            self.changes.room_appeared()
 
     def submission_time(self) -> float:
         """Return epoch seconds for a task that is submitted now. They order the store, so no two are the same."""
@@ -303,7 +316,7 @@ class Spill:
 
     async def close(self) -> None:
         """Return every lease, and close the store."""
-        self._maintenance.stop()
+        self._stop()
         leases = [*self.stored.leases.take_all(), *self.refiller.unreadable.values()]
         try:
             if leases:
@@ -313,5 +326,10 @@ class Spill:
 
     def end_tickets(self) -> None:
         """End every ticket that is left."""
-        self._maintenance.stop()
+        self._stop()
         self.stored.end_tickets()
+
+    def _stop(self) -> None:
+        self._maintenance.stop()
+        self.changes.stop()
+        self._results.stop()

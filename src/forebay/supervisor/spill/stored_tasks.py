@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from forebay import clock
 from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
@@ -91,6 +92,8 @@ class StoredTasks:
         leases: the leases on records that this process holds.
         delayed: the records that wait in the store for their next attempt.
         leased_elsewhere: tickets whose records another process holds, by task id.
+        awaited: tickets that are awaited here while their tasks wait in the store or are with another process, by id;
+            some may have ended since, or come back.
         refill_stopped: whether this process takes no more tasks from the store.
     """
 
@@ -115,6 +118,7 @@ class StoredTasks:
         self.load = StoreLoad(core.loop, lease / 3)
         self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
+        self.awaited: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
         self.refill_stopped = False
         self.delayed = DelayedRecords(core, store, on_woken=self._count_waiting)
         # Those whose records were delayed, and may have been woken since; loop time of their next attempt, if known.
@@ -181,6 +185,8 @@ class StoredTasks:
             # A weak reference: the timer must not keep the ticket alive.
             ticket.set_expiry(self._core.timers.at(due, self._end_spilled, ref(ticket), expired))
         self._hold_weakly(ticket)
+        if ticket.is_observed:
+            self.watch(ticket)
 
     def _is_to_be_served(self, task_type: str) -> bool:
         pool = self._core.pools.by_type.get(task_type)
@@ -222,11 +228,28 @@ class StoredTasks:
         """Let another process end a task; `StoreMaintenance` looks up the result."""
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
+        if ticket.is_observed:
+            self.watch(ticket)
         self._registry.notify_progress()
 
     def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
         self.leased_elsewhere.pop(task_id, None)
+
+    def watch(self, ticket: Ticket) -> None:
+        """Look up the task of a ticket, which is awaited, soon after other processes have ended tasks."""
+        if self.durable:
+            self.awaited[ticket.task_id] = ticket
+
+    def next_awaited(self, limit: int) -> list[str]:
+        """Return the ids of up to `limit` awaited tickets whose tasks only the store knows; each in its turn."""
+        chosen: list[str] = []
+        for task_id in list(islice(self.awaited, limit)):
+            ticket = self.awaited.pop(task_id, None)
+            if ticket is not None and _is_stored_only(ticket) and ticket.is_observed:
+                self.awaited[task_id] = ticket
+                chosen.append(task_id)
+        return chosen
 
     def stored_ids(self) -> list[str]:
         """Return the ids of the tasks whose tickets are held here, by anybody, while they wait in the store."""
