@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from aiohttp.client_proto import ResponseHandler
 from tests.mutation.injection import always, pause_before, replace, skip, swap
+from tests.mutation.redis_script import change_script
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
@@ -44,6 +45,7 @@ from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
+from forebay.overflow.redis import RedisTaskStore
 from forebay.quota import (
     BilledUsage,
     BudgetReservation,
@@ -757,6 +759,29 @@ def a_slow_overflow_gets_more_and_more_work() -> None:
 
 def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
     always(StoredTasks, StoredTasks._may_finish_later, returns=False)
+
+
+# --- the overflow on Redis: what a lost answer or a lost master may not change ---
+
+
+def a_repeated_group_on_redis_is_done_again() -> None:
+    change_script("remembered[1] == group.number", "false")
+
+
+def a_repeated_write_on_redis_waits_for_no_replica() -> None:
+    change_script("call('EXPIRE', last, REMEMBERED)", "")
+
+
+def redis_acknowledges_what_no_replica_has() -> None:
+    always(RedisTaskStore, RedisTaskStore._shortage, returns=None)
+
+
+def what_redis_did_not_acknowledge_stays_stored() -> None:
+    always(RedisTaskStore, RedisTaskStore._take_back, returns=None)
+
+
+def an_end_whose_answer_redis_lost_is_rejected_when_it_is_repeated() -> None:
+    always(RedisTaskStore, RedisTaskStore._remember, returns=None)
 
 
 # --- spend and quotas ---

@@ -61,7 +61,7 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
-from tests.integration import test_dropped_streams
+from tests.integration import test_dropped_streams, test_redis_away, test_redis_cuts, test_redis_failover
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
@@ -599,6 +599,19 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
         test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
+    ),
+    bugs.a_repeated_group_on_redis_is_done_again: test_redis_cuts.test_a_cut_at_any_command_makes_no_difference,
+    bugs.a_repeated_write_on_redis_waits_for_no_replica: (
+        test_redis_failover.test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it
+    ),
+    bugs.redis_acknowledges_what_no_replica_has: (
+        test_redis_failover.test_what_a_replica_does_not_have_is_not_acknowledged_and_not_stored
+    ),
+    bugs.what_redis_did_not_acknowledge_stays_stored: (
+        test_redis_away.test_a_rejected_task_is_not_stored_though_its_supervisor_closes_next
+    ),
+    bugs.an_end_whose_answer_redis_lost_is_rejected_when_it_is_repeated: (
+        test_redis_cuts.test_a_store_that_is_away_after_a_cut_loses_nothing_and_does_nothing_twice
     ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
