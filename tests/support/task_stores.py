@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.support.fakeredis_server import shared_fakeredis
+from tests.support.redis_servers import redis_cluster, redis_sentinels, redis_server, shared
 
 DURABLE = "durable"  # an acknowledged write survives the process
 SHARED = "shared"  # several processes may have it open at once
@@ -17,15 +21,20 @@ class StoreBackend:
 
     Attributes:
         name: as it appears in the ids of tests.
-        template: its URL; ``{path}`` is a directory of the test, ``{bound}`` how many tasks may wait or be leased.
+        template: its URL; ``{path}`` is a directory of the test, ``{name}`` a name that only this directory has,
+            ``{bound}`` how many tasks may wait or be leased, ``{server}`` what `server` returns.
         can: DURABLE, SHARED.
         options: appended to the URL, one for each way to write; the last is the fastest.
+        server: starts the server that the store needs, unless it runs, and returns its URL; None: it needs none.
+        slow: an operation takes a millisecond, so that tests of many random ones do fewer.
     """
 
     name: str
     template: str
     can: frozenset[str] = frozenset()
     options: tuple[str, ...] = ("",)
+    server: Callable[[], str] | None = None
+    slow: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -37,13 +46,16 @@ class StoreBackend:
 
     def url(self, directory: Path, *, bound: int = 10_000, options: str = "") -> str:
         """Return the URL of the store that this backend has in `directory`."""
-        return self.template.format(path=directory, bound=bound) + options
+        name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+        server = "" if self.server is None else self.server()
+        return self.template.format(path=directory, bound=bound, name=name, server=server) + options
 
     def fast_url(self, directory: Path, *, bound: int = 10_000) -> str:
         """Return the same URL, for a store that need not survive a loss of power."""
         return self.url(directory, bound=bound, options=self.options[-1])
 
 
+REDIS = "{server}?name={name}&bound={bound}"
 STORES = [
     StoreBackend("memory", "memory://?bound={bound}"),
     StoreBackend(
@@ -51,7 +63,16 @@ STORES = [
         "sqlite:///{path}/store.db?bound={bound}",
         can=frozenset({DURABLE, SHARED}),
         options=("&synchronous=full", "&synchronous=normal", "&synchronous=off"),
+        slow=True,
     ),
+    StoreBackend("redis", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_server).url),
+]
+# Further ways to run a store, for the contract alone: a supervisor sees no more of it than the contract.
+ALL_STORES = [
+    *STORES,
+    StoreBackend("fakeredis", REDIS, can=frozenset({DURABLE, SHARED}), server=shared_fakeredis, slow=True),
+    StoreBackend("sentinel", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_sentinels).url),
+    StoreBackend("cluster", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_cluster).url),
 ]
 DURABLE_STORES = [backend for backend in STORES if DURABLE in backend.can]
 SHARED_STORES = [backend for backend in DURABLE_STORES if SHARED in backend.can]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
-from forebay.errors import InvalidOverflowUrl
+from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
 from forebay.interfaces import TaskStore
 from forebay.overflow.envelope import (
     EnvelopeDamaged,
@@ -18,7 +19,11 @@ from forebay.overflow.envelope import (
 from forebay.overflow.memory import MemoryTaskStore
 from forebay.overflow.refill_policy import RefillPolicy
 from forebay.overflow.sqlite import SqliteTaskStore
+from forebay.storage.redis_url import RedisUrl
 from forebay.storage.url import StoreUrl, known_forms, parse_url
+
+if TYPE_CHECKING:
+    from forebay.overflow.redis import RedisTaskStore
 
 __all__ = [
     "EnvelopeDamaged",
@@ -39,11 +44,14 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
     """Return the task store that a URL names, not opened yet; a task store is returned as it is.
 
     Args:
-        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``) or
-            ``memory://``, each with ``?bound=TASKS`` for how many tasks may wait or run in it (100,000 by default).
+        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``),
+            ``redis://host:port/0``, ``redis+sentinel://host:port,.../service/0``, ``redis+cluster://host:port,...``
+            (with ``?name=NAME``, ``?replicas=N``, ``?fsync=yes``) or ``memory://``, each with ``?bound=TASKS`` for how
+            many tasks may wait or run in it (100,000 by default).
 
     Raises:
         InvalidOverflowUrl: it is neither a known URL nor a task store.
+        StoreNotInstalled: the library that the store needs is not installed.
     """
     if not isinstance(overflow, str):
         if not hasattr(overflow, "lease"):
@@ -57,6 +65,18 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
             return MemoryTaskStore(bound=bound)
         case StoreUrl(scheme="sqlite", path=Path() as path, bound=bound, synchronous=synchronous):
             return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case StoreUrl(redis=RedisUrl() as redis, bound=bound):
+            return _redis_store_class(redis)(redis, bound=bound)
         case store:
             why = f"no task store is known for {store.scheme}://"
             raise InvalidOverflowUrl(url=f"{store.scheme}://", why=why, forms=known_forms())
+
+
+def _redis_store_class(url: RedisUrl) -> type[RedisTaskStore]:
+    try:
+        from forebay.overflow.redis import RedisTaskStore  # noqa: PLC0415 - it needs a library
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise StoreNotInstalled(where=str(url), library="redis", extra="redis") from None
+    return RedisTaskStore

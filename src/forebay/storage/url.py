@@ -10,11 +10,12 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from forebay.errors import InvalidOverflowUrl
+from forebay.storage.redis_url import REDIS_FORM, REDIS_SCHEMES, RedisUrl, parse_redis_url
 
 DEFAULT_BOUND = 100_000  # tasks
 
 _COUNT = re.compile(r"[1-9][0-9]{0,17}")  # within SQLite's integers
-_PASSWORD = re.compile(r"://[^/?#]*@")  # a mistyped scheme must not put a password into a log
+_PASSWORD = re.compile(r"://(?!/).*@")  # a mistyped URL must not put a password into a log; a path follows ///
 
 
 class Synchronous(Enum):
@@ -45,12 +46,14 @@ class StoreUrl:
         path: the file, absolute; None if the store has none.
         bound: how many tasks may wait or be leased in it.
         synchronous: what a committed write survives; only SQLite has it.
+        redis: the master; None for other stores.
     """
 
     scheme: str
     path: Path | None = None
     bound: int = DEFAULT_BOUND
     synchronous: Synchronous = Synchronous.FULL
+    redis: RedisUrl | None = None
 
 
 def parse_url(url: str) -> StoreUrl:
@@ -60,15 +63,24 @@ def parse_url(url: str) -> StoreUrl:
         InvalidOverflowUrl: the URL has none of the known forms, or an option is unknown or out of range.
     """
     try:
-        return _parse(urlsplit(url))
+        return _parse(_split(url))
     except ValueError as error:
         raise InvalidOverflowUrl(url=_PASSWORD.sub("://***@", url), why=str(error), forms=known_forms()) from None
 
 
 def known_forms() -> str:
     """Return the forms of all URLs of stores, for a message."""
-    forms = ", ".join(kind.form for kind in _KINDS.values())
+    forms = ", ".join(dict.fromkeys(kind.form for kind in _KINDS.values()))
     return f"{forms}, each with ?bound=TASKS for how many tasks may wait or run in it (by default {DEFAULT_BOUND:,})"
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        if "@" in url:  # the message may have the password
+            raise ValueError("its host is malformed") from None
+        raise
 
 
 def _parse(parts: SplitResult) -> StoreUrl:
@@ -109,6 +121,10 @@ def _path(parts: SplitResult) -> Path:
     return Path(path).absolute()
 
 
+def _redis(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
+    return StoreUrl(scheme=parts.scheme, bound=bound, redis=parse_redis_url(parts, options))
+
+
 def _bound(options: dict[str, str]) -> int:
     text = options.pop("bound", str(DEFAULT_BOUND))
     if not _COUNT.fullmatch(text):
@@ -138,4 +154,5 @@ class _Kind:
 _KINDS = {
     "sqlite": _Kind("sqlite:///relative.db, sqlite:////absolute.db (?synchronous=full, normal or off)", _sqlite),
     "memory": _Kind("memory://", _memory),
+    **dict.fromkeys(REDIS_SCHEMES, _Kind(REDIS_FORM, _redis)),
 }
