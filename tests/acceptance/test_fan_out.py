@@ -765,6 +765,8 @@ async def test_the_progress_bar_shows_what_has_failed() -> None:
         ({"quorum": 5}, "quorum=5; it must be at most the number of tasks, 2"),
         ({"hedge": "p99"}, "hedge='p99'; it must be a positive number of seconds, \"p95\""),
         ({"retry": 3}, r"retry=3; it must be a Retry"),
+        ({"progress": 3}, r"progress=3; it must be a plain function that takes a FanOutProgress"),
+        ({"progress": sleep_for_payload}, r"progress='an async function'; it must be a plain function: it is called"),
     ],
 )
 @virtual

@@ -277,7 +277,10 @@ async def test_a_pool_without_slots_reads_full_and_says_why_it_rejects() -> None
         assert supervisor.utilization() == 0.0
         ticket = supervisor.submit_nowait(Task("work"))
         assert ticket.verdict is Verdict.REJECTED
-        assert ticket.reason == "every worker for 'work' is FAILED"
+        assert ticket.reason == (
+            "every worker for 'work' is FAILED until it is revived,"
+            " by supervisor.workers['worker'].revive(); the log says why"
+        )
         assert ticket.retry_after is None  # only revive() can help
 
 

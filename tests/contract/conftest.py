@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
-from tests.support.task_stores import STORES, StoreBackend
+from tests.support.task_stores import ALL_STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, WorkerAgent
 from forebay.engine import Engine, ProcessEngine
@@ -19,7 +19,7 @@ from forebay.overflow import open_task_store
 from forebay.task import Priority
 
 
-@pytest.fixture(params=STORES, ids=str)
+@pytest.fixture(params=ALL_STORES, ids=str)
 def backend(request: pytest.FixtureRequest) -> StoreBackend:
     chosen: StoreBackend = request.param
     return chosen

@@ -112,7 +112,7 @@ class CuttingProxy:
         self._target = port
         self._cut: tuple[int, Side] | None = None
         self._delay = self._lag = 0.0
-        self._refusing = False
+        self._refusing = self._then_refuse = False
         self._passes: asyncio.Event
         self._connections: set[_Connection] = set()
         self._has_cut = threading.Event()
@@ -138,14 +138,15 @@ class CuttingProxy:
 
     # --- what tests do ---
 
-    def cut_at(self, number: int, lost: Side) -> None:
+    def cut_at(self, number: int, lost: Side, *, then_refuse: bool = False) -> None:
         """Forget the commands so far, and cut the connection of the `number`-th from now, once.
 
         Args:
             number: of the command; the next is 1.
             lost: "request": it does not reach the server; "answer": the server executes it, and the client cannot know.
+            then_refuse: `refuse` clients from then on.
         """
-        self._do(lambda: self._plan(number, lost))
+        self._do(lambda: self._plan(number, lost, then_refuse=then_refuse))
 
     def forget(self) -> None:
         """Forget the commands so far, and a cut that has not happened."""
@@ -216,8 +217,9 @@ class CuttingProxy:
             server.close()
             self._refuse(refusing=True)
 
-    def _plan(self, number: int | None, lost: Side) -> None:
+    def _plan(self, number: int | None, lost: Side, *, then_refuse: bool = False) -> None:
         self.commands.clear()
+        self._then_refuse = then_refuse
         self._has_cut.clear()
         self._cut = None if number is None else (number, lost)
 
@@ -295,6 +297,8 @@ class CuttingProxy:
 
     def _finish_cut(self, connection: _Connection) -> None:
         connection.close()
+        if self._then_refuse:
+            self._refuse(refusing=True)
         self._has_cut.set()
 
     async def _answers(self, reader: asyncio.StreamReader, connection: _Connection) -> None:

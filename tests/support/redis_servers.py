@@ -265,6 +265,13 @@ class RedisSetup:
         master.kill()
         return master
 
+    def wait_for_replicas(self, name: str = "forebay") -> None:
+        """Return when each replica has all that the master of `name` has now."""
+        master, replicas = self.master(name), self.replicas(name)
+        offset = master.info("replication")["master_repl_offset"]
+        for replica in replicas:
+            until(lambda replica=replica: _has(replica, offset), f"{replica} has what {master} has")  # type: ignore[misc]
+
     def _running(self) -> list[RedisServer]:
         return [server for server in self.servers if server.running]
 
@@ -272,6 +279,10 @@ class RedisSetup:
         """Return when each replica has the data of its master and follows it."""
         for server in self._running():
             until(lambda server=server: _is_linked(server), f"{server} follows its master")  # type: ignore[misc]
+
+
+def _has(replica: RedisServer, offset: int) -> bool:
+    return bool(replica.info("replication")["slave_repl_offset"] >= offset)
 
 
 def _is_linked(server: RedisServer) -> bool:

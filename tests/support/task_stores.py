@@ -65,8 +65,12 @@ STORES = [
         options=("&synchronous=full", "&synchronous=normal", "&synchronous=off"),
         slow=True,
     ),
-    StoreBackend("fakeredis", REDIS, can=frozenset({DURABLE, SHARED}), server=shared_fakeredis, slow=True),
     StoreBackend("redis", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_server).url),
+]
+# Further ways to run a store, for the contract alone: a supervisor sees no more of it than the contract.
+ALL_STORES = [
+    *STORES,
+    StoreBackend("fakeredis", REDIS, can=frozenset({DURABLE, SHARED}), server=shared_fakeredis, slow=True),
     StoreBackend("sentinel", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_sentinels).url),
     StoreBackend("cluster", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_cluster).url),
 ]

@@ -143,7 +143,7 @@ class RedisTaskStore:
             max_group=_MAX_GROUP,
             connect=self._connect,
             run=self._run_group,
-            disconnect=_disconnect,
+            disconnect=self._disconnect,
             diagnose=_same,
         )
         self._unconfirmed: dict[tuple[str, str, str | None], None] = {}  # ends of leases whose answer was lost
@@ -398,6 +398,12 @@ class RedisTaskStore:
         self._check_format(groups)
         return _Connections(groups, renewals)
 
+    def _disconnect(self, connections: _Connections) -> None:
+        with suppress(StoreUnavailable):  # otherwise they run, though their submitters were told otherwise
+            self._take_back(connections.groups)
+        for master in connections:
+            master.close()
+
     def _check_format(self, master: RedisMaster) -> None:
         """Check that the records there are laid out as this release knows; those of a new overflow will be.
 
@@ -417,33 +423,30 @@ class RedisTaskStore:
             values += self._run_part(connections.groups, part)
         return values
 
-    def _run_part(self, master: RedisMaster, part: Sequence[_Operation]) -> Sequence[Any]:
-        # Records that are put go first: Redis rejects only the first write if its memory is full.
-        order = sorted(range(len(part)), key=lambda index: part[index].name != _PUT)
-        ops = [part[index] for index in order]
+    def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
         names = {op.name for op in ops}
         acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
+        try:
+            self._take_back(master)
+        except StoreUnavailable as error:
+            return [OperationError(error)] * len(ops)
         # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
         number = next(self._numbers) if acknowledgement or names - _READS else None
         script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
         try:
-            self._take_back(master)
-            if acknowledgement is None:
-                (replies,), had = master.call(script), None
-            else:
-                replies, had = master.call(script, acknowledgement)
+            replies, had = master.call(script, acknowledgement) if acknowledgement else (*master.call(script), None)
         except StoreUnavailable as error:
             self._remember(ops, number)
-            return [OperationError(error)] * len(part)
+            return [OperationError(error)] * len(ops)
         shortage = None if had is None else self._shortage(had)
-        values: list[Any] = [None] * len(part)
-        for index, op, reply in zip(order, ops, replies, strict=True):
+        values = list[Any]()
+        for op, reply in zip(ops, replies, strict=True):
             if reply == b"oom":
-                values[index] = OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
+                values.append(OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1])))
             elif shortage is not None and op.name in _ACKNOWLEDGED:
-                values[index] = OperationError(shortage)
+                values.append(OperationError(shortage))
             else:
-                values[index] = op.decode(reply)
+                values.append(op.decode(reply))
         if shortage is not None:
             self._remember(ops, number)
             with suppress(StoreUnavailable):  # later then, before the next operations
@@ -499,11 +502,6 @@ class RedisTaskStore:
             master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
             for _ in some:
                 self._to_take_back.popleft()
-
-
-def _disconnect(connections: _Connections) -> None:
-    for master in connections:
-        master.close()
 
 
 def _same(value: Any) -> Any:

@@ -701,6 +701,8 @@ remembered = remembered and cjson.decode(remembered)
 if remembered and remembered[1] > group.number then
   return redis.error_reply('STALE the client has gone on since')
 elseif remembered and remembered[1] == group.number then
+  -- A write, on the connection that waits for replicas and disks: they wait for the last write of their own.
+  call('EXPIRE', last, REMEMBERED)
   replies = remembered[2]
 else
   replies = write_group()

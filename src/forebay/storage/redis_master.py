@@ -34,6 +34,7 @@ _ADVICE = {
     "NoPermissionError": ("the user lacks the right to a command", "Grant it; the guide to the overflow has a list."),
     "OutOfMemoryError": FULL,
     "ReadOnlyError": ("it is a replica", "Name the master, or let Sentinels find it: redis+sentinel://"),
+    "MovedError": ("it is a node of a cluster that has other keys", "Let the nodes tell: redis+cluster://"),
     "MISCONF": ("it cannot write to its disk, and so accepts nothing", "Free space on the disk of the Redis server."),
     "NOREPLICAS": ("it has too few replicas, and so accepts nothing", "Start its replicas."),
     "WRONGTYPE": ("another program has a key of Forebay's", "Choose another ?name= or another database."),
@@ -139,7 +140,7 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
     """Check what a server says about itself.
 
     Raises:
-        StoreUnavailable: it may drop records to make room.
+        StoreUnavailable: it may drop records to make room, or has no file to write to though the URL asks for it.
         ReadOnlyError: it is a replica.
     """
     if info.get("role", "master") != "master":
@@ -149,13 +150,16 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
         why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
         advice = "Set maxmemory-policy noeviction, or use another Redis server."
         raise StoreUnavailable(where=str(url), why=why, advice=advice)
+    if url.fsync and not int(info.get("aof_enabled", 1)):
+        why = "it writes no append-only file, which fsync=yes waits for"
+        raise StoreUnavailable(where=str(url), why=why, advice="Set appendonly yes, or leave fsync=yes out of the URL.")
 
 
 def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:
     """Return the error to raise for what Redis has answered, or for an answer that did not come."""
     text = str(error)
     known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0])
-    why, advice = known or (text, "Check that the Redis server runs and can be reached; look into its log.")
+    why, advice = known or (text.rstrip("."), "Check that the Redis server runs and can be reached; look into its log.")
     return StoreUnavailable(where=str(url), why=why, advice=advice)
 
 

@@ -610,8 +610,7 @@ class AdmissionController:
         if pool.paused:
             return f"{pool.task_type!r} is paused, and {resource} is at {load:.0%}"
         if not pool.slots:
-            what = "is FAILED" if pool.is_served else "was unregistered"
-            return f"every worker for {pool.task_type!r} {what}"
+            return self._no_slots(pool)
         if pool.reserved_slots(priority)[0] >= pool.slots:
             others = "all its slots are" if not pool.ever_serves(priority) else "all slots that are not FAILED are"
             return f"{priority.name} has no slot for {pool.task_type!r}: {others} reserved for CRITICAL and HIGH"
@@ -619,6 +618,17 @@ class AdmissionController:
         if cause != resource:
             full += f" because of {cause}"
         return f"{full}, and {priority.name} is rejected from {self.thresholds.threshold_for(priority):.0%}"
+
+    def _no_slots(self, pool: Pool) -> str:
+        """Return why a pool has no slots."""
+        workers = f"every worker for {pool.task_type!r}"
+        if not pool.is_served:
+            return f"{workers} was unregistered"
+        now = self.loop.time()
+        if any(worker.breaker.retry_after(now) is not None for worker in pool.workers):
+            return f"{workers} is FAILED"
+        name = next(iter(pool.workers)).name
+        return f"{workers} is FAILED until it is revived, by supervisor.workers[{name!r}].revive(); the log says why"
 
     def _worth_storing(self, ticket: Ticket, pool: Pool, remaining: float) -> bool:
         """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""

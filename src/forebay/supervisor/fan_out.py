@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias
 import msgspec
 
 from forebay import clock, context
-from forebay._hooks import call_hook
+from forebay._hooks import call_plain_hook, is_async
 from forebay._validate import check_whole, is_positive, reject
 from forebay.context import RunningTask
 from forebay.errors import ForebayError, InvalidTask, QuorumNotReached, WrongLoop
@@ -137,7 +137,7 @@ class FanOut:
         ordered: bool = False,
         progress: OnProgress | None = None,
     ) -> None:
-        _check(tasks, retry, limit, quorum, hedge)
+        _check(tasks, retry=retry, limit=limit, quorum=quorum, hedge=hedge, progress=progress)
         self._admission = admission
         self._timers = timers
         self._tasks: Iterator[Task] | None = iter(tasks)  # None: all have been submitted
@@ -439,7 +439,7 @@ class FanOut:
             state = FanOutProgress(
                 total=self._total, submitted=self._submitted, succeeded=self._succeeded, failed=self._failed
             )
-            call_hook("progress of a fan-out", self._on_progress, state)
+            call_plain_hook("progress of a fan-out", self._on_progress, state)
 
     # --- hedges ---
 
@@ -571,7 +571,7 @@ def _is_late(task: Task) -> bool:
     return task.deadline is not None and task.deadline.remaining() <= 0
 
 
-def _check(tasks: Any, retry: Any, limit: Any, quorum: Any, hedge: Any) -> None:
+def _check(tasks: Any, *, retry: Any, limit: Any, quorum: Any, hedge: Any, progress: Any) -> None:  # noqa: PLR0913
     """Check the arguments of a fan-out.
 
     Raises:
@@ -585,6 +585,11 @@ def _check(tasks: Any, retry: Any, limit: Any, quorum: Any, hedge: Any) -> None:
     check_whole(_OWNER, "quorum", quorum, none="for all results")
     if hedge is not None and hedge != "p95" and not is_positive(hedge):
         reject(_OWNER, "hedge", hedge, 'a positive number of seconds, "p95", or None for no second attempts')
+    if progress is not None and not callable(progress):
+        expected = "a plain function that takes a FanOutProgress, such as forebay.progress_bar(), or None"
+        reject(_OWNER, "progress", progress, expected)
+    if is_async(progress):
+        reject(_OWNER, "progress", "an async function", "a plain function: it is called, not awaited")
     if quorum is not None and isinstance(tasks, Sized) and len(tasks) < quorum:
         reject(_OWNER, "quorum", quorum, f"at most the number of tasks, {len(tasks)}")
 

@@ -72,8 +72,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     check_whole(owner, "reserve", reserve, minimum=0)
     if reserve > max_concurrent:
         reject(owner, "reserve", reserve, f"at most its slots, max_concurrent={max_concurrent}")
-    if on_cancel is not None and not callable(on_cancel):
-        reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
+    _check_hook(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
     check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
     check_instance(owner, "breaker", breaker, BreakerRules, example="BreakerRules(reset_timeout=30)", optional=True)
@@ -86,9 +85,8 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         reject(owner, "engine", engine, expected)
     declared = _declared_upstreams(owner, upstreams, where)
     check_choice(owner, "restart", restart, [kind.value for kind in RestartType])
-    for setting, hook in (("start", start), ("stop", stop)):
-        if hook is not None and not callable(hook):
-            reject(owner, setting, hook, "a callable")
+    _check_hook(owner, "start", start, "a callable, such as an async function")
+    _check_hook(owner, "stop", stop, "a callable, such as an async function")
     reports_start = start is not None and _takes_started(owner, start)
     check_positive(owner, "start_timeout", start_timeout, unit="seconds", none="for no limit")
     check_positive(owner, "stop_timeout", stop_timeout, unit="seconds")
@@ -137,6 +135,20 @@ def _default_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
 def _with_time(rules: BreakerRules, timeout: float) -> BreakerRules:
     """Return rules by which a probe has time for a whole run: it is not overdue before its timeout, a fault anyway."""
     return rules if rules.probe_timeout >= 2 * timeout else replace(rules, probe_timeout=2 * timeout)
+
+
+def _check_hook(owner: str, setting: str, hook: object, expected: str) -> None:
+    """Check that a hook is None or can be called.
+
+    Raises:
+        InvalidSetting: it cannot; often because it was called already.
+    """
+    if hook is None or callable(hook):
+        return
+    if inspect.iscoroutine(hook):
+        hook.close()  # else Python would also warn that it was never awaited
+        expected = f"the function itself, without parentheses, {setting}={hook.__name__}: the supervisor calls it"
+    reject(owner, setting, hook, expected)
 
 
 def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[DeclaredUpstream, ...]:
@@ -204,7 +216,10 @@ def _check(name: object, task_types: object, max_concurrent: object, timeout: ob
     check_name("register_worker", "name", name)
     if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
         reject(owner, "task_types", task_types, 'a list, such as ["research"]')
-    if not task_types or not all(isinstance(kind, str) and kind and is_unicode(kind) for kind in task_types):
+    if not task_types:
+        expected = 'not empty: a list of the task types that it takes, such as ["research"]'
+        reject(owner, "task_types", task_types, expected)
+    if not all(isinstance(kind, str) and kind and is_unicode(kind) for kind in task_types):
         reject(owner, "task_types", task_types, "a list of non-empty strings of valid Unicode")
     check_whole(owner, "max_concurrent", max_concurrent)
     if not is_positive(timeout):

@@ -656,7 +656,7 @@ def value_of(result: TaskResult) -> Any:
 
 def as_error(result: TaskResult) -> ForebayError:
     """Return the exception that `Ticket.value` raises for a result without success."""
-    facts = {"task_id": result.task_id, "worker_id": result.worker_id, "error": result.error}
+    facts: dict[str, Any] = {"task_id": result.task_id, "worker_id": result.worker_id, "error": result.error}
     match result.status:
         case TaskStatus.TIMED_OUT:
             return TaskTimedOut(**facts)
