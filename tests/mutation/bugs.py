@@ -44,7 +44,6 @@ from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, sqlite
-from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.overflow.redis import RedisTaskStore
 from forebay.quota import (
     BilledUsage,
