@@ -322,7 +322,7 @@ class Dispatcher:
         self._end_waiting(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited")
 
     def is_waiting(self, ticket: Ticket) -> bool:
-        """Return whether a task waits in the queue, behind another one of its conversation, or for its next attempt."""
+        """Return whether a task waits in the queue, behind another one of its conversation, or for a time."""
         if ticket.queue_entry is not None or self.conversations.is_parked(ticket):
             return True
         if ticket.retries is not None and ticket.retries.waits_here:

@@ -104,7 +104,7 @@ class Pool(SlotCounts):
         self.nested_spilled: dict[str, str] = {}  # nested tasks that wait in the overflow: the tenant of each by its id
         self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
-        self.delayed = 0  # tasks that wait for their next attempt; they count as if they were queued
+        self.delayed = 0  # tasks that wait for a time, as for their next attempt; they count as if they were queued
         self.delayed_nested = 0  # nested ones of them
         self._delayed_of: dict[tuple[str, bool], int] = {}  # the same by tenant, and whether they are nested
         self.reserved = 0  # room kept for records that are being leased from the overflow
@@ -169,7 +169,7 @@ class Pool(SlotCounts):
 
     @property
     def queued(self) -> int:
-        """Tasks in the queue, being leased from the overflow, or waiting for their next attempt."""
+        """Tasks in the queue, being leased from the overflow, or waiting here for a time."""
         return self.queue.length + self.reserved + self.delayed
 
     @property
@@ -646,7 +646,7 @@ class Pool(SlotCounts):
             self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
 
     def delay(self, ticket: Ticket) -> None:
-        """Count a task that waits for its next attempt."""
+        """Count a task that waits here for its next attempt, or for its `not_before`."""
         self.delayed += 1
         self.delayed_nested += ticket.nested
         whose = ticket.task.tenant, ticket.nested
@@ -655,7 +655,7 @@ class Pool(SlotCounts):
             self._tenants.count_waiting(ticket.task.tenant, self.task_type, 1)
 
     def stop_delay(self, ticket: Ticket) -> None:
-        """Stop counting a task that waited for its next attempt."""
+        """Stop counting a task that waited for a time."""
         self.delayed -= 1
         self.delayed_nested -= ticket.nested
         whose = ticket.task.tenant, ticket.nested

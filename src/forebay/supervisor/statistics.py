@@ -72,7 +72,7 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
         running: slots taken now.
         suspended: runs that have lent their slot now, because they wait for tasks.
         waiting: tasks in the queues now, those parked behind their conversation inside, and `delayed`.
-        delayed: tasks that wait here now for their next attempt, without a slot.
+        delayed: tasks that wait here now for their next attempt, or for their `not_before`, without a slot.
         outside: tasks in the overflow now, as far as this process knows.
         load: `system_load()`.
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the

@@ -89,7 +89,7 @@ class StoredTasks:
         durable: whether it survives its process.
         load: how long the store takes to answer, over a third of a lease.
         leases: the leases on records that this process holds.
-        delayed: the records that wait in the store for their next attempt.
+        delayed: the records that wait in the store for a time.
         leased_elsewhere: tickets whose records another process holds, by task id.
         awaited: tickets that are awaited here while their tasks wait in the store or are with another process, by id;
             some may have ended since, or come back.
@@ -425,12 +425,12 @@ class StoredTasks:
             ticket.cancel(ticket.cancel_reason)
 
     def wait_delayed(self, ticket: Ticket, *, due_at: float = 0.0) -> None:
-        """Watch a task that waits in the store for its next attempt, until the loop time `due_at` if that is known."""
+        """Watch a task that waits in the store for a time, until the loop time `due_at` if that is known."""
         self._delayed_tickets[ticket] = due_at
         self.wait_in_store(ticket)
 
     def is_delayed(self, ticket: Ticket) -> bool:
-        """Return whether a task is known to wait in the store for the time of its next attempt."""
+        """Return whether a task is known to wait in the store for a time that has not come."""
         return self._delayed_tickets.get(ticket, 0.0) > self._core.loop.time()
 
     # --- ends ---
