@@ -29,7 +29,8 @@ async def run_workers(work: Callable[[Any], Awaitable[None]], *, tasks: int, wor
         while True:
             ended, payload = await queue.get()
             async with asyncio.timeout(300):
-                ended.set_result(await work(payload))
+                await work(payload)
+            ended.set_result(None)
 
     fleet = [asyncio.create_task(worker()) for _ in range(workers)]
     under_way: list[asyncio.Future[None]] = []

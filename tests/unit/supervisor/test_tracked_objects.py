@@ -1,4 +1,4 @@
-"""How many objects the garbage collector walks through for each worker: with ten thousand of them it is half the time."""
+"""How many objects the garbage collector walks through for each worker, which is what ten thousand of them cost."""
 
 from __future__ import annotations
 
