@@ -423,16 +423,13 @@ class RedisTaskStore:
             values += self._run_part(connections.groups, part)
         return values
 
-    def _run_part(self, master: RedisMaster, part: Sequence[_Operation]) -> Sequence[Any]:
-        # Records that are put go first: Redis rejects only the first write if its memory is full.
-        order = sorted(range(len(part)), key=lambda index: part[index].name != _PUT)
-        ops = [part[index] for index in order]
+    def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
         names = {op.name for op in ops}
         acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
         try:
             self._take_back(master)
         except StoreUnavailable as error:
-            return [OperationError(error)] * len(part)
+            return [OperationError(error)] * len(ops)
         # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
         number = next(self._numbers) if acknowledgement or names - _READS else None
         script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
@@ -440,16 +437,16 @@ class RedisTaskStore:
             replies, had = master.call(script, acknowledgement) if acknowledgement else (*master.call(script), None)
         except StoreUnavailable as error:
             self._remember(ops, number)
-            return [OperationError(error)] * len(part)
+            return [OperationError(error)] * len(ops)
         shortage = None if had is None else self._shortage(had)
-        values: list[Any] = [None] * len(part)
-        for index, op, reply in zip(order, ops, replies, strict=True):
+        values = list[Any]()
+        for op, reply in zip(ops, replies, strict=True):
             if reply == b"oom":
-                values[index] = OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
+                values.append(OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1])))
             elif shortage is not None and op.name in _ACKNOWLEDGED:
-                values[index] = OperationError(shortage)
+                values.append(OperationError(shortage))
             else:
-                values[index] = op.decode(reply)
+                values.append(op.decode(reply))
         if shortage is not None:
             self._remember(ops, number)
             with suppress(StoreUnavailable):  # later then, before the next operations

@@ -34,6 +34,7 @@ _ADVICE = {
     "NoPermissionError": ("the user lacks the right to a command", "Grant it; the guide to the overflow has a list."),
     "OutOfMemoryError": FULL,
     "ReadOnlyError": ("it is a replica", "Name the master, or let Sentinels find it: redis+sentinel://"),
+    "MovedError": ("it is a node of a cluster that has other keys", "Let the nodes tell: redis+cluster://"),
     "MISCONF": ("it cannot write to its disk, and so accepts nothing", "Free space on the disk of the Redis server."),
     "NOREPLICAS": ("it has too few replicas, and so accepts nothing", "Start its replicas."),
     "WRONGTYPE": ("another program has a key of Forebay's", "Choose another ?name= or another database."),
@@ -158,7 +159,7 @@ def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:
     """Return the error to raise for what Redis has answered, or for an answer that did not come."""
     text = str(error)
     known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0])
-    why, advice = known or (text, "Check that the Redis server runs and can be reached; look into its log.")
+    why, advice = known or (text.rstrip("."), "Check that the Redis server runs and can be reached; look into its log.")
     return StoreUnavailable(where=str(url), why=why, advice=advice)
 
 
