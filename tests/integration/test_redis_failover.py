@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 
 import pytest
+from redis.crc import key_slot
 from tests.support.redis_servers import (
     RedisServer,
     RedisSetup,
@@ -253,8 +254,8 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
             submitters = []
             for number in range(2):
                 inner = open_task_store(f"{setup.url}?replicas=1")
-                store = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
-                supervisor = BackpressureSupervisor(overflow=store, lease=3.0, max_queue_size=20, max_attempts=100)
+                recorded = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
+                supervisor = BackpressureSupervisor(overflow=recorded, lease=3.0, max_queue_size=20, max_attempts=100)
                 supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=4)
                 submitters.append(Submitter(await stack.enter_async_context(supervisor), f"{number}"))
             callers = [asyncio.ensure_future(each.submit_all_the_time()) for each in submitters]
@@ -277,3 +278,40 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
                         await asyncio.sleep(0.1)
     assert {ended[task_id] for task_id in accepted} == {"succeeded"}
     assert max(writes.ended.values()) == 1, writes.ended.most_common(3)
+
+
+# --- a slot of a cluster moves to another master ---------------------------------------------------------------------
+
+
+def move_slot(cluster: RedisSetup, name: str) -> None:
+    """Move the slot of an overflow to another master, as a resharding does."""
+    source = cluster.master(name)
+    target = next(each for each in cluster.servers[:3] if each is not source)
+    slot = key_slot(f"{{{name}}}".encode())
+    source_id, target_id = (each.ask("CLUSTER MYID") for each in (source, target))
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+    while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):
+        source.ask("MIGRATE", "127.0.0.1", target.announced, "", 0, 5000, "KEYS", *keys)
+    for each in (target, source):
+        each.ask("CLUSTER", "SETSLOT", slot, "NODE", target_id)
+
+
+@pytest.mark.slow
+async def test_an_overflow_moves_to_another_master_of_its_cluster_while_it_works() -> None:
+    with redis_cluster() as cluster:
+        before = cluster.master()
+        async with opened(cluster.url) as store:
+            load = Load(store)
+            callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
+            await load.more(100)
+            await in_thread(lambda: move_slot(cluster, "forebay"))
+            await load.more(100)
+            for caller in callers:
+                caller.cancel()
+            await asyncio.wait(callers)
+        assert cluster.master() is not before
+        async with opened(cluster.url) as store:
+            stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
+    assert not set(load.acknowledged) - stored
+    assert not set(load.rejected) & stored

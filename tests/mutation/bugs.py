@@ -761,6 +761,13 @@ def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
     always(StoredTasks, StoredTasks._may_finish_later, returns=False)
 
 
+# --- the overflow on Redis: what a lost answer or a lost master may not change ---
+
+
+def a_repeated_write_on_redis_waits_for_no_replica() -> None:
+    edit_redis_script("call('EXPIRE', last, REMEMBERED)", "")
+
+
 # --- spend and quotas ---
 
 

@@ -61,7 +61,7 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
-from tests.integration import test_dropped_streams
+from tests.integration import test_dropped_streams, test_redis_failover
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
@@ -599,6 +599,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
         test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
+    ),
+    bugs.a_repeated_write_on_redis_waits_for_no_replica: (
+        test_redis_failover.test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it
     ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
