@@ -1,4 +1,4 @@
-"""How many objects the garbage collector walks through for each worker: with ten thousand of them it is half the time."""
+"""How many objects the garbage collector walks through for each worker: half the time with ten thousand of them."""
 
 from __future__ import annotations
 
