@@ -54,7 +54,7 @@ _KEYS = (
 _FORMAT = b"1"  # how the records are laid out
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
-_MAX_BYTES = 8 << 20  # of payloads and results in one run, unless a single one is larger
+_MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
 _BATCH = 500  # records that reap, wake and prune take at once
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
 _MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back
