@@ -16,8 +16,7 @@ from typing import Any
 
 import msgspec
 from aiohttp.client_proto import ResponseHandler
-from tests.mutation.injection import always, pause_before, replace, skip, swap
-from tests.mutation.redis_script import change_script
+from tests.mutation.injection import always, edit_redis_script, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
@@ -59,8 +58,9 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.storage import OperationQueue, SqliteWriter, sqlite_file
+from forebay.storage import OperationQueue, SqliteWriter, redis_master, sqlite_file
 from forebay.storage.file_watch import FileWatch
+from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, registration, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
@@ -759,29 +759,6 @@ def a_slow_overflow_gets_more_and_more_work() -> None:
 
 def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
     always(StoredTasks, StoredTasks._may_finish_later, returns=False)
-
-
-# --- the overflow on Redis: what a lost answer or a lost master may not change ---
-
-
-def a_repeated_group_on_redis_is_done_again() -> None:
-    change_script("remembered[1] == group.number", "false")
-
-
-def a_repeated_write_on_redis_waits_for_no_replica() -> None:
-    change_script("call('EXPIRE', last, REMEMBERED)", "")
-
-
-def redis_acknowledges_what_no_replica_has() -> None:
-    always(RedisTaskStore, RedisTaskStore._shortage, returns=None)
-
-
-def what_redis_did_not_acknowledge_stays_stored() -> None:
-    always(RedisTaskStore, RedisTaskStore._take_back, returns=None)
-
-
-def an_end_whose_answer_redis_lost_is_rejected_when_it_is_repeated() -> None:
-    always(RedisTaskStore, RedisTaskStore._remember, returns=None)
 
 
 # --- spend and quotas ---
@@ -2100,3 +2077,59 @@ def the_store_does_not_count_the_attempts_that_failed() -> None:
         return await original(self, lease, due=due, wait=wait, error=error)
 
     replace(MemoryTaskStore, original, delay)
+
+
+# --- the store on Redis: each call is done once, and what is acknowledged is there ---
+
+
+def a_call_whose_answer_was_lost_is_done_again() -> None:
+    edit_redis_script("remembered and remembered[1] == group.number", "false")
+
+
+def a_call_that_arrives_after_later_ones_is_done() -> None:
+    edit_redis_script("remembered and remembered[1] > group.number", "false")
+
+
+def a_record_that_redis_did_not_acknowledge_stays() -> None:
+    always(RedisTaskStore, RedisTaskStore._take_back, returns=None)
+
+
+def a_record_is_taken_back_that_another_process_runs() -> None:
+    edit_redis_script("if record[STATE] == 'leased' and record[FENCE] ~= fence then", "if false then")
+
+
+def a_record_is_taken_back_that_another_call_has_put() -> None:
+    edit_redis_script("record[ORIGIN] ~= origin", "false")
+
+
+def the_end_of_a_lease_whose_answer_was_lost_is_rejected() -> None:
+    always(RedisTaskStore, RedisTaskStore._remember, returns=None)
+
+
+def a_repeated_write_is_acknowledged_before_the_replicas_have_it() -> None:
+    edit_redis_script("call('EXPIRE', last, REMEMBERED)", "")
+
+
+def a_write_is_acknowledged_before_the_replicas_have_it() -> None:
+    always(RedisTaskStore, RedisTaskStore._shortage, returns=None)
+
+
+def a_full_redis_lets_no_task_end() -> None:
+    edit_redis_script("call('ZREM', waiting, '')", "")
+
+
+def a_redis_that_drops_keys_is_opened() -> None:
+    def _check(info: Any, url: Any) -> None:
+        return None
+
+    redis_master._check.__code__ = _check.__code__
+
+
+def a_redis_that_was_away_is_waited_for_by_each_call() -> None:
+    original = RedisMaster.call
+
+    def call(self: RedisMaster, *commands: Any) -> Any:
+        self._is_away = False
+        return original(self, *commands)
+
+    replace(RedisMaster, original, call)

@@ -61,13 +61,13 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
-from tests.integration import test_dropped_streams, test_redis_away, test_redis_cuts, test_redis_failover
+from tests.integration import test_dropped_streams, test_redis_failover
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
-from tests.unit.overflow import test_sqlite_store
+from tests.unit.overflow import test_redis_store, test_sqlite_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
@@ -600,18 +600,8 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
         test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
     ),
-    bugs.a_repeated_group_on_redis_is_done_again: test_redis_cuts.test_a_cut_at_any_command_makes_no_difference,
-    bugs.a_repeated_write_on_redis_waits_for_no_replica: (
+    bugs.a_repeated_write_is_acknowledged_before_the_replicas_have_it: (
         test_redis_failover.test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it
-    ),
-    bugs.redis_acknowledges_what_no_replica_has: (
-        test_redis_failover.test_what_a_replica_does_not_have_is_not_acknowledged_and_not_stored
-    ),
-    bugs.what_redis_did_not_acknowledge_stays_stored: (
-        test_redis_away.test_a_rejected_task_is_not_stored_though_its_supervisor_closes_next
-    ),
-    bugs.an_end_whose_answer_redis_lost_is_rejected_when_it_is_repeated: (
-        test_redis_cuts.test_a_store_that_is_away_after_a_cut_loses_nothing_and_does_nothing_twice
     ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
@@ -850,6 +840,32 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_delayed_tasks.test_a_retry_in_the_store_does_not_wait_for_maintenance
     ),
     bugs.the_store_does_not_count_the_attempts_that_failed: test_task_store.test_failures_and_delays_add_up,
+    bugs.a_call_whose_answer_was_lost_is_done_again: (
+        test_redis_store.test_a_call_whose_connection_breaks_is_done_once
+    ),
+    bugs.a_call_that_arrives_after_later_ones_is_done: (
+        test_redis_store.test_a_group_that_arrives_after_the_client_has_gone_on_is_not_done
+    ),
+    bugs.a_record_that_redis_did_not_acknowledge_stays: (
+        test_redis_store.test_a_record_whose_storing_was_reported_as_failed_is_taken_back
+    ),
+    bugs.a_record_is_taken_back_that_another_process_runs: (
+        test_redis_store.test_a_record_that_another_process_runs_is_not_taken_back
+    ),
+    bugs.a_record_is_taken_back_that_another_call_has_put: (
+        test_redis_store.test_what_is_taken_back_was_put_by_that_call
+    ),
+    bugs.the_end_of_a_lease_whose_answer_was_lost_is_rejected: (
+        test_redis_store.test_the_end_of_a_lease_that_was_reported_as_failed_succeeds_when_it_is_tried_again
+    ),
+    bugs.a_write_is_acknowledged_before_the_replicas_have_it: (
+        test_redis_store.test_a_record_that_too_few_replicas_have_is_rejected_and_taken_back
+    ),
+    bugs.a_full_redis_lets_no_task_end: (test_redis_store.test_a_full_server_rejects_records_and_lets_those_it_has_end),
+    bugs.a_redis_that_drops_keys_is_opened: test_redis_store.test_a_server_that_drops_keys_is_not_opened,
+    bugs.a_redis_that_was_away_is_waited_for_by_each_call: (
+        test_redis_store.test_a_store_that_is_away_answers_within_its_patience_and_then_at_once
+    ),
 }
 
 

@@ -56,7 +56,10 @@ _FORMAT = b"1"  # how the records are laid out
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
 _MAX_BYTES = 8 << 20  # of payloads and results in one run, unless a single one is larger
 _BATCH = 500  # records that reap, wake and prune take at once
-_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
+_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
+# How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
+# next, and two more while the disk is busy.
+_DISKS_TIMEOUT_MS = 4_000
 _MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back
 
 _encode = msgspec.json.Encoder().encode
@@ -423,16 +426,13 @@ class RedisTaskStore:
             values += self._run_part(connections.groups, part)
         return values
 
-    def _run_part(self, master: RedisMaster, part: Sequence[_Operation]) -> Sequence[Any]:
-        # Records that are put go first: Redis rejects only the first write if its memory is full.
-        order = sorted(range(len(part)), key=lambda index: part[index].name != _PUT)
-        ops = [part[index] for index in order]
+    def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
         names = {op.name for op in ops}
         acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
         try:
             self._take_back(master)
         except StoreUnavailable as error:
-            return [OperationError(error)] * len(part)
+            return [OperationError(error)] * len(ops)
         # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
         number = next(self._numbers) if acknowledgement or names - _READS else None
         script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
@@ -440,16 +440,16 @@ class RedisTaskStore:
             replies, had = master.call(script, acknowledgement) if acknowledgement else (*master.call(script), None)
         except StoreUnavailable as error:
             self._remember(ops, number)
-            return [OperationError(error)] * len(part)
+            return [OperationError(error)] * len(ops)
         shortage = None if had is None else self._shortage(had)
-        values: list[Any] = [None] * len(part)
-        for index, op, reply in zip(order, ops, replies, strict=True):
+        values = list[Any]()
+        for op, reply in zip(ops, replies, strict=True):
             if reply == b"oom":
-                values[index] = OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
+                values.append(OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1])))
             elif shortage is not None and op.name in _ACKNOWLEDGED:
-                values[index] = OperationError(shortage)
+                values.append(OperationError(shortage))
             else:
-                values[index] = op.decode(reply)
+                values.append(op.decode(reply))
         if shortage is not None:
             self._remember(ops, number)
             with suppress(StoreUnavailable):  # later then, before the next operations
@@ -459,10 +459,15 @@ class RedisTaskStore:
     def _acknowledgement(self) -> Sequence[Any] | None:
         """Return the command that waits for the replicas and disks that the URL asks for."""
         if self._url.fsync:
-            return ("WAITAOF", 1, self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAITAOF", 1, self._url.replicas, self._acknowledge_timeout)
         if self._url.replicas:
-            return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAIT", self._url.replicas, self._acknowledge_timeout)
         return None
+
+    @property
+    def _acknowledge_timeout(self) -> int:
+        """Milliseconds in which those replicas and disks must have a write."""
+        return _DISKS_TIMEOUT_MS if self._url.fsync else _ACKNOWLEDGE_TIMEOUT_MS
 
     def _shortage(self, had: Any) -> StoreUnavailable | None:
         """Return the error of operations that only so many replicas and disks have as the master has answered."""
@@ -470,9 +475,9 @@ class RedisTaskStore:
         if local and replicas >= self._url.replicas:
             return None
         of = "disks of replicas" if self._url.fsync else "replicas"
-        why = f"only {replicas} of {self._url.replicas} {of} had the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+        why = f"only {replicas} of {self._url.replicas} {of} had the write within {self._acknowledge_timeout} ms"
         if not local:
-            why = f"its own disk did not have the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+            why = f"its own disk did not have the write within {self._acknowledge_timeout} ms"
         advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
         return StoreUnavailable(where=str(self._url), why=why, advice=advice)
 

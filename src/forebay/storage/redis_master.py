@@ -21,7 +21,8 @@ from forebay.errors import StoreUnavailable
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 
 _CONNECT_TIMEOUT = 1.0  # seconds
-_ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas and its disk
+_ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas
+_DISKS_TIMEOUT = 3.0  # seconds more, if it waits for its disk
 _PATIENCE = 5.0  # seconds in which a master is looked for
 _CHECK_INTERVAL = 15  # seconds after which an idle connection is checked before it is used, or while it listens
 _RETRY_INTERVAL = 0.1  # seconds between two attempts
@@ -34,6 +35,7 @@ _ADVICE = {
     "NoPermissionError": ("the user lacks the right to a command", "Grant it; the guide to the overflow has a list."),
     "OutOfMemoryError": FULL,
     "ReadOnlyError": ("it is a replica", "Name the master, or let Sentinels find it: redis+sentinel://"),
+    "MovedError": ("it is a node of a cluster that has other keys", "Let the nodes tell: redis+cluster://"),
     "MISCONF": ("it cannot write to its disk, and so accepts nothing", "Free space on the disk of the Redis server."),
     "NOREPLICAS": ("it has too few replicas, and so accepts nothing", "Start its replicas."),
     "WRONGTYPE": ("another program has a key of Forebay's", "Choose another ?name= or another database."),
@@ -158,7 +160,7 @@ def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:
     """Return the error to raise for what Redis has answered, or for an answer that did not come."""
     text = str(error)
     known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0])
-    why, advice = known or (text, "Check that the Redis server runs and can be reached; look into its log.")
+    why, advice = known or (text.rstrip("."), "Check that the Redis server runs and can be reached; look into its log.")
     return StoreUnavailable(where=str(url), why=why, advice=advice)
 
 
@@ -201,7 +203,7 @@ def _plain_client(url: RedisUrl, host: str, port: int, **login: Any) -> redis.Re
         host=host,
         port=port,
         ssl=url.tls,
-        socket_timeout=_ANSWER_TIMEOUT,
+        socket_timeout=_ANSWER_TIMEOUT + (_DISKS_TIMEOUT if url.fsync else 0.0),
         socket_connect_timeout=_CONNECT_TIMEOUT,
         socket_keepalive=True,
         health_check_interval=_CHECK_INTERVAL,

@@ -518,9 +518,9 @@ async def test_a_full_server_rejects_records_and_lets_those_it_has_end() -> None
             assert await store.begin_attempt(lease)
             assert await store.finish("first", DONE, fence=lease.fence)
             leases = await store.lease("t", len(stored) // 2, until=9.0)
-            rejected, *finished = await asyncio.gather(
-                store.put(record("late", envelope=b"x" * 100_000)),
+            *finished, rejected = await asyncio.gather(
                 *(store.finish(lease.record.task_id, DONE, fence=lease.fence) for lease in leases),
+                store.put(record("late", envelope=b"x" * 100_000)),
                 return_exceptions=True,
             )
             assert isinstance(rejected, StoreUnavailable)
