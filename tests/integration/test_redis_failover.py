@@ -322,7 +322,7 @@ async def test_an_fsync_each_second_is_waited_for() -> None:
 
 @pytest.mark.slow
 async def test_a_server_that_is_killed_again_and_again_loses_nothing_that_was_on_its_disk() -> None:
-    with redis_server(appendonly="yes", appendfsync="everysec") as durable:
+    with redis_server(appendonly="yes", appendfsync="always") as durable:
         [server] = durable.servers
         async with opened(f"{durable.url}?fsync=yes") as store:
             load = Load(store)
