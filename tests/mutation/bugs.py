@@ -764,13 +764,6 @@ def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
     always(StoredTasks, StoredTasks._may_finish_later, returns=False)
 
 
-# --- the overflow on Redis: what a lost answer or a lost master may not change ---
-
-
-def a_repeated_write_on_redis_waits_for_no_replica() -> None:
-    edit_redis_script("call('EXPIRE', last, REMEMBERED)", "")
-
-
 # --- spend and quotas ---
 
 
@@ -2168,6 +2161,10 @@ def a_record_is_taken_back_that_another_call_has_put() -> None:
 
 def the_end_of_a_lease_whose_answer_was_lost_is_rejected() -> None:
     always(RedisTaskStore, RedisTaskStore._remember, returns=None)
+
+
+def a_repeated_write_is_acknowledged_before_the_replicas_have_it() -> None:
+    edit_redis_script("call('EXPIRE', last, REMEMBERED)", "")
 
 
 def a_write_is_acknowledged_before_the_replicas_have_it() -> None:

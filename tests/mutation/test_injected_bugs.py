@@ -602,7 +602,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
         test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
     ),
-    bugs.a_repeated_write_on_redis_waits_for_no_replica: (
+    bugs.a_repeated_write_is_acknowledged_before_the_replicas_have_it: (
         test_redis_failover.test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it
     ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
