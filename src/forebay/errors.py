@@ -285,6 +285,14 @@ class PayloadTooLarge(ForebayError, ValueError):
     bound: int
 
 
+class MessageTooLarge(PayloadTooLarge):
+    """Task {task_id!r} takes {size} bytes as a message, and {where} takes {bound} at most: store its payload
+    elsewhere, in an object store for example, and submit a reference to it.
+    """
+
+    where: str
+
+
 class OverflowRequired(ForebayError, ValueError):
     """Task {task_id!r} is durable, but {why}: {advice}."""
 

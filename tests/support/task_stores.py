@@ -1,14 +1,23 @@
-"""The task stores that the tests run on. A new one adds a line to STORES, and is tested for every promise."""
+"""The task stores that the tests run on. A new one adds a line to STORES, and is tested for every promise.
+
+One that cannot run in virtual time adds it to CONTRACT_STORES.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.support import moto_server
 
 DURABLE = "durable"  # an acknowledged write survives the process
 SHARED = "shared"  # several processes may have it open at once
+HISTORY = "history"  # so do attempts, keys, delays and what has ended: it is durable in all that it knows
+ORDER = "order"  # the records that are leased are the best of all that wait
+ENVELOPE = "envelope"  # `find` returns the envelope of a record that waits or runs
+FAST = "fast"  # an operation takes well below a millisecond
 
 
 @dataclass(frozen=True)
@@ -17,8 +26,9 @@ class StoreBackend:
 
     Attributes:
         name: as it appears in the ids of tests.
-        template: its URL; ``{path}`` is a directory of the test, ``{bound}`` how many tasks may wait or be leased.
-        can: DURABLE, SHARED.
+        template: its URL; ``{path}`` is a directory of the test, ``{bound}`` how many tasks may wait or be leased,
+            ``{queue}`` a name that no other directory has, ``{aws}`` the address of a simulated AWS.
+        can: DURABLE, SHARED, HISTORY, ORDER, ENVELOPE, FAST.
         options: appended to the URL, one for each way to write; the last is the fastest.
     """
 
@@ -35,9 +45,16 @@ class StoreBackend:
         if capability not in self.can:
             pytest.skip(f"{self.name} is not {capability}")
 
+    def start_server(self) -> None:
+        """Start what the store needs, outside of an event loop. Skip the test where that is not installed."""
+        if "{aws}" in self.template:
+            moto_server.endpoint()
+
     def url(self, directory: Path, *, bound: int = 10_000, options: str = "") -> str:
         """Return the URL of the store that this backend has in `directory`."""
-        return self.template.format(path=directory, bound=bound) + options
+        queue = "q" + hashlib.sha256(bytes(directory)).hexdigest()[:20]
+        aws = moto_server.endpoint() if "{aws}" in self.template else ""
+        return self.template.format(path=directory, bound=bound, queue=queue, aws=aws) + options
 
     def fast_url(self, directory: Path, *, bound: int = 10_000) -> str:
         """Return the same URL, for a store that need not survive a loss of power."""
@@ -45,14 +62,23 @@ class StoreBackend:
 
 
 STORES = [
-    StoreBackend("memory", "memory://?bound={bound}"),
+    StoreBackend("memory", "memory://?bound={bound}", can=frozenset({ORDER, ENVELOPE, FAST})),
     StoreBackend(
         "sqlite",
         "sqlite:///{path}/store.db?bound={bound}",
-        can=frozenset({DURABLE, SHARED}),
+        can=frozenset({DURABLE, SHARED, HISTORY, ORDER, ENVELOPE, FAST}),
         options=("&synchronous=full", "&synchronous=normal", "&synchronous=off"),
     ),
 ]
+INDEXES = list(STORES)  # those that may be the index of a queue service
+_SQS = "?endpoint={aws}&region=eu-west-1&bound={bound}"
+_SQS_RESULTS = "&results=sqlite:///{path}/index.db?synchronous=off"
+SQS_STORES = [
+    StoreBackend("sqs", "sqs://{queue}" + _SQS + _SQS_RESULTS, can=frozenset({DURABLE, SHARED, HISTORY})),
+    StoreBackend("sqs fifo", "sqs://{queue}.fifo" + _SQS + _SQS_RESULTS, can=frozenset({DURABLE, SHARED, HISTORY})),
+    StoreBackend("sqs alone", "sqs://{queue}" + _SQS, can=frozenset({DURABLE})),
+]
+CONTRACT_STORES = [*STORES, *SQS_STORES]
 DURABLE_STORES = [backend for backend in STORES if DURABLE in backend.can]
 SHARED_STORES = [backend for backend in DURABLE_STORES if SHARED in backend.can]
 OVERFLOWS: list[StoreBackend | None] = [None, *STORES]  # what a supervisor may have

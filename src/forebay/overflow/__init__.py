@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 
 from forebay.errors import InvalidOverflowUrl
-from forebay.interfaces import TaskStore
+from forebay.interfaces import TaskIndex, TaskStore
 from forebay.overflow.envelope import (
     EnvelopeDamaged,
     EnvelopeTooNew,
@@ -18,7 +18,7 @@ from forebay.overflow.envelope import (
 from forebay.overflow.memory import MemoryTaskStore
 from forebay.overflow.refill_policy import RefillPolicy
 from forebay.overflow.sqlite import SqliteTaskStore
-from forebay.storage.url import StoreUrl, known_forms, parse_url
+from forebay.storage.url import SqsUrl, StoreUrl, known_forms, parse_url
 
 __all__ = [
     "EnvelopeDamaged",
@@ -39,11 +39,12 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
     """Return the task store that a URL names, not opened yet; a task store is returned as it is.
 
     Args:
-        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``) or
-            ``memory://``, each with ``?bound=TASKS`` for how many tasks may wait or run in it (100,000 by default).
+        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``),
+            ``memory://`` or ``sqs://queue`` (with ``?endpoint=``, ``region=``, ``create=yes|no``, ``results=URL``), each
+            with ``?bound=TASKS`` for how many tasks may wait or run in it (100,000 by default).
 
     Raises:
-        InvalidOverflowUrl: it is neither a known URL nor a task store.
+        InvalidOverflowUrl: it is neither a known URL nor a task store, or its libraries are not installed.
     """
     if not isinstance(overflow, str):
         if not hasattr(overflow, "lease"):
@@ -57,6 +58,29 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
             return MemoryTaskStore(bound=bound)
         case StoreUrl(scheme="sqlite", path=Path() as path, bound=bound, synchronous=synchronous):
             return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case StoreUrl(scheme="sqs", sqs=SqsUrl() as sqs, bound=bound):
+            return _sqs_store(sqs, bound)
         case store:
             why = f"no task store is known for {store.scheme}://"
             raise InvalidOverflowUrl(url=f"{store.scheme}://", why=why, forms=known_forms())
+
+
+def _sqs_store(sqs: SqsUrl, bound: int) -> TaskStore:
+    try:
+        from forebay.overflow.sqs import SqsTaskStore  # noqa: PLC0415 - its libraries are an extra
+        from forebay.overflow.sqs_queues import SqsQueues  # noqa: PLC0415
+    except ImportError as error:
+        why = f'it needs {error.name}. To install: pip install "forebay[sqs]"'
+        raise InvalidOverflowUrl(url=f"sqs://{sqs.queue}", why=why, forms=known_forms()) from None
+    return SqsTaskStore(SqsQueues(sqs), _index(sqs.results, bound))
+
+
+def _index(results: StoreUrl | None, bound: int) -> TaskIndex:
+    match results:
+        case None | StoreUrl(scheme="memory"):
+            return MemoryTaskStore(bound=bound)
+        case StoreUrl(scheme="sqlite", path=Path() as path, synchronous=synchronous):
+            return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case _:
+            why = f"{results.scheme}:// cannot hold the results of a queue"
+            raise InvalidOverflowUrl(url=f"results={results.scheme}://", why=why, forms=known_forms())

@@ -7,6 +7,15 @@
 from forebay.storage.batch_statement import BatchStatement
 from forebay.storage.sqlite_file import Schema
 from forebay.storage.sqlite_writer import SqliteWriter
-from forebay.storage.url import DEFAULT_BOUND, StoreUrl, Synchronous, parse_url
+from forebay.storage.url import DEFAULT_BOUND, SqsUrl, StoreUrl, Synchronous, parse_url
 
-__all__ = ["DEFAULT_BOUND", "BatchStatement", "Schema", "SqliteWriter", "StoreUrl", "Synchronous", "parse_url"]
+__all__ = [
+    "DEFAULT_BOUND",
+    "BatchStatement",
+    "Schema",
+    "SqliteWriter",
+    "SqsUrl",
+    "StoreUrl",
+    "Synchronous",
+    "parse_url",
+]
