@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
-from tests.support.task_stores import CONTRACT_STORES, StoreBackend
+from tests.support.task_stores import CONTRACT_STORES, PROMPT, StoreBackend
 
 from forebay import BackpressureSupervisor, WorkerAgent
 from forebay.engine import Engine, ProcessEngine
@@ -92,11 +92,17 @@ Take = Callable[..., Awaitable[list[Lease]]]
 
 
 @pytest.fixture
-def take(store: TaskStore) -> Take:
-    """Return a function that leases from the store; by default all records of type research, until 100."""
+def take(store: TaskStore, backend: StoreBackend) -> Take:
+    """Return a function that leases from the store; by default all records of type research, until 100.
+
+    A store that is not PROMPT is asked again while records wait, as a supervisor does.
+    """
 
     async def lease(limit: int = 10_000, *, of: str = "research", until: float = 100.0) -> list[Lease]:
-        return list(await store.lease(of, limit, until=until))
+        leases = list(await store.lease(of, limit, until=until))
+        while PROMPT not in backend.can and len(leases) < limit and any(key[0] == of for key in await store.depths()):
+            leases += await store.lease(of, limit - len(leases), until=until)
+        return leases
 
     return lease
 

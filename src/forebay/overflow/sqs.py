@@ -40,7 +40,9 @@ _MAX_GROUP = 200  # puts that are sent together
 
 _MIN_HIDDEN = 5.0  # seconds
 _HIDDEN = 30.0  # seconds, if nothing is known about when the task may be leased
-_PARKED = 2.0  # seconds after which the message of a parked task is looked at again
+_PARKED = 1.0  # seconds after which the message of a parked task is looked at again, times how often it was received
+_MAX_PARKED = 10.0  # seconds
+_POLL = 1  # seconds for which a call of `lease` waits for a message of a record that waits
 _IN_HAND = 2.0  # seconds for which a message is kept that was received and not leased
 _MAX_IN_HAND = 200  # such messages of each priority
 _CLEANUP_INTERVAL = 60.0  # seconds
@@ -318,10 +320,10 @@ class SqsTaskStore:
         leases: list[Lease] = []
         for each in Priority if priority is None else (priority,):
             wanted = _Wanted(task_type, each, shares)
-            known = sum(depth for key, depth in depths.items() if wanted.fits(*key))
+            known = sum(min(depth, wanted.share(*key)) for key, depth in depths.items())
             if known or self._alone:
-                room = limit - len(leases) if self._alone else min(limit - len(leases), known)
-                leases += await self._lease_wanted(wanted, room, until, wait=1 if known else 0)
+                room = limit - len(leases) if self._alone else int(min(limit - len(leases), known))
+                leases += await self._lease_wanted(wanted, room, until, wait=_POLL if known else 0)
         return leases
 
     async def _lease_wanted(self, wanted: _Wanted, room: int, until: float, *, wait: int) -> list[Lease]:
@@ -331,32 +333,42 @@ class SqsTaskStore:
         a message is there. So a record that becomes visible meanwhile starts at once.
         """
         leases: list[Lease] = []
-        in_hand, is_empty = self._in_hand[wanted.priority], False
-        hidden = max(until - clock.wall_time(), _MIN_HIDDEN)
-        while len(leases) < room:
-            while not is_empty:
-                chosen = wanted.choose(in_hand.values(), room - len(leases))
+        messages: dict[str, Message] = {}  # whose records may be leased by this call, by task id
+        hidden, is_empty = max(until - clock.wall_time(), _MIN_HIDDEN), False
+        try:
+            while len(leases) < room:
+                messages |= self._take_from_hand(wanted)
+                chosen = wanted.choose(messages.values(), room - len(leases))
                 missing = room - len(leases) - len(chosen)
-                if missing <= 0 or len(in_hand) - len(chosen) >= _MAX_IN_HAND:
+                if missing and not is_empty and len(self._in_hand[wanted.priority]) < _MAX_IN_HAND:
+                    poll = wait if not leases and not chosen else 0
+                    received = await self._queues.receive(wanted.priority, missing, hidden=hidden, wait=poll)
+                    is_empty = not received
+                    for message in received:
+                        self._take_in_hand(message)
+                elif chosen:
+                    for message in chosen:
+                        del messages[message.record.task_id]
+                    leased = await self._lease_messages(chosen, until)
+                    wanted.count_leased(leased)
+                    leases += leased
+                else:
                     break
-                poll = wait if not leases and not chosen else 0
-                is_empty = not await self._receive(wanted.priority, missing, hidden, poll)
-            chosen = wanted.choose(in_hand.values(), room - len(leases))
-            if not chosen:
-                break
-            for message in chosen:
-                del in_hand[message.record.task_id]
-            leases += await self._lease_messages(chosen, until)
+        finally:
+            for message in messages.values():
+                self._take_in_hand(message)
         return leases
 
-    async def _receive(self, priority: Priority, count: int, hidden: float, wait: int) -> int:
-        """Take messages in hand, and return how many were received."""
-        messages = await self._queues.receive(priority, count, hidden=hidden, wait=wait)
-        for message in messages:
-            self._take_in_hand(message)
-        return len(messages)
+    def _take_from_hand(self, wanted: _Wanted) -> Mapping[str, Message]:
+        """Take the messages out of hand whose records may be leased."""
+        in_hand = self._in_hand[wanted.priority]
+        taken = {task_id: message for task_id, message in in_hand.items() if wanted.fits(message)}
+        for task_id in taken:
+            del in_hand[task_id]
+        return taken
 
     def _take_in_hand(self, message: Message) -> None:
+        """Keep a message for a moment: the next call may lease its record."""
         in_hand = self._in_hand[message.priority]
         in_hand[message.record.task_id] = message
         loop = asyncio.get_running_loop()
@@ -424,7 +436,7 @@ class SqsTaskStore:
             case RecordState.WAITING:
                 return _Action.LEASE
             case RecordState.PARKED:
-                return _PARKED
+                return min(_PARKED * message.receives, _MAX_PARKED)
             case RecordState.DELAYED:
                 return await self._until_next_due()
             case RecordState.LEASED:
@@ -580,7 +592,8 @@ class SqsTaskStore:
         record = dead.record
         held = self._held.pop(record.task_id, None)
         if held is None or not _is_stub(record):
-            return DeadRecord(record=_without_stub(record), completion=dead.completion)
+            shown = replace(record, envelope=b"") if _is_stub(record) else record
+            return DeadRecord(record=shown, completion=dead.completion)
         await self._keep_dead(record.task_id, held.message)
         return DeadRecord(record=replace(record, envelope=held.message.record.envelope), completion=dead.completion)
 
@@ -692,7 +705,9 @@ class SqsTaskStore:
         if found is None or found[1].task_type == _RESERVED:
             return None
         state, record, completion = found
-        return state, _without_stub(record), completion
+        if state is not RecordState.DEAD or _is_stub(record):
+            record = replace(record, envelope=b"")
+        return state, record, completion
 
     async def find_key(self, key: str) -> str | None:
         """Return the task id stored under a key."""
@@ -740,23 +755,33 @@ class _Wanted:
     def __init__(self, task_type: str, priority: Priority, shares: Mapping[str, int] | None) -> None:
         self._task_type = task_type
         self.priority = priority
-        self._shares = shares
+        self._shares = None if shares is None else dict(shares)
 
-    def fits(self, task_type: str, priority: Priority, tenant: str) -> bool:
-        """Return whether records of that kind are wanted."""
-        wanted = self._shares is None or self._shares.get(tenant, 0) > 0
-        return wanted and task_type == self._task_type and priority is self.priority
+    def share(self, task_type: str, priority: Priority, tenant: str) -> float:
+        """Return how many records of that kind are wanted at most."""
+        if task_type != self._task_type or priority is not self.priority:
+            return 0
+        return inf if self._shares is None else max(0, self._shares.get(tenant, 0))
+
+    def fits(self, message: Message) -> bool:
+        """Return whether the record of a message is wanted."""
+        return self.share(message.record.task_type, message.record.priority, message.record.tenant) > 0
 
     def choose(self, messages: Iterable[Message], room: int) -> Sequence[Message]:
-        """Return up to `room` messages, in the order of the contract."""
-        fitting = [each for each in messages if each.record.task_type == self._task_type]
-        fitting.sort(key=_order)
+        """Return up to `room` of the messages that fit, in the order of the contract."""
+        fitting = sorted(messages, key=_order)
         if self._shares is None:
             return fitting[:room]
         chosen: list[Message] = []
         for tenant, share in self._shares.items():
             chosen += [each for each in fitting if each.record.tenant == tenant][: max(0, share)]
         return chosen[:room]
+
+    def count_leased(self, leases: Sequence[Lease]) -> None:
+        """Reduce the shares by what was leased."""
+        if self._shares is not None:
+            for lease in leases:
+                self._shares[lease.record.tenant] -= 1
 
 
 def _order(message: Message) -> tuple[float, float, float]:
@@ -790,10 +815,6 @@ def _is_stub(record: TaskRecord) -> bool:
 def _is_stale(message: Message, record: TaskRecord) -> bool:
     """Return whether a message was sent for an earlier record of its task id."""
     return _is_stub(record) and record.envelope != _stub_envelope(message.nonce)
-
-
-def _without_stub(record: TaskRecord) -> TaskRecord:
-    return replace(record, envelope=b"") if _is_stub(record) else record
 
 
 def _answer(future: asyncio.Future[PutResult], outcome: PutResult | BaseException) -> None:

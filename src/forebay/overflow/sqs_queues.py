@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import botocore.exceptions
+import botocore.loaders
 import botocore.session
 import msgspec
 from botocore.config import Config
@@ -163,6 +165,7 @@ class SqsQueues:
             retries={"total_max_attempts": _ATTEMPTS, "mode": "standard"},
         )
         session = botocore.session.get_session()
+        session.register_component("data_loader", _loader())
         return session.create_client(
             "sqs", region_name=self._url.region, endpoint_url=self._url.endpoint, config=config
         )
@@ -403,6 +406,12 @@ class SqsQueues:
                 why = f"it does not answer ({type(error).__name__})"
                 advice = "Check the endpoint, the region and the network."
         return StoreUnavailable(where=self.where, why=why, advice=advice)
+
+
+@functools.cache
+def _loader() -> Any:
+    """Return the loader of the client's descriptions, which takes a second to read them and keeps what it has read."""
+    return botocore.loaders.create_loader()
 
 
 def _read(text: str, priority: Priority) -> _Body | None:
