@@ -572,8 +572,8 @@ class SqsTaskStore:
         await asyncio.sleep(0)  # ends of this turn of the loop are deleted together
         while self._unwanted:
             messages, self._unwanted = self._unwanted, []
-            if await self._queues.delete(messages):
-                return
+            with suppress(StoreUnavailable):
+                await self._queues.delete(messages)
 
     async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
         """Release expired leases, and return the records that became DEAD: without an envelope that is in the queue."""
