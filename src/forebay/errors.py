@@ -286,11 +286,9 @@ class PayloadTooLarge(ForebayError, ValueError):
 
 
 class MessageTooLarge(PayloadTooLarge):
-    """Task {task_id!r} takes {size} bytes as a message, and {where} takes {bound} at most: store its payload
-    elsewhere, in an object store for example, and submit a reference to it.
+    """Task {task_id!r} takes {size} bytes encoded, and a message of the overflow's queue holds {bound}: store its
+    payload elsewhere, in an object store for example, and submit a reference to it.
     """
-
-    where: str
 
 
 class OverflowRequired(ForebayError, ValueError):

@@ -1,4 +1,7 @@
-"""The implementations of each interface. A new one is added to CONTRACT_STORES or ENGINES, and is tested for every promise."""
+"""The implementations of each interface.
+
+A new one is added to CONTRACT_STORES or ENGINES, and is tested for every promise.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
-from tests.support.task_stores import CONTRACT_STORES, PROMPT, StoreBackend
+from tests.support.task_stores import CONTRACT_STORES, PROMPT, SLOW_STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, WorkerAgent
 from forebay.engine import Engine, ProcessEngine
@@ -19,7 +22,10 @@ from forebay.overflow import open_task_store
 from forebay.task import Priority
 
 
-@pytest.fixture(params=CONTRACT_STORES, ids=str)
+@pytest.fixture(
+    params=[pytest.param(each, marks=pytest.mark.slow if each in SLOW_STORES else ()) for each in CONTRACT_STORES],
+    ids=str,
+)
 def backend(request: pytest.FixtureRequest) -> StoreBackend:
     chosen: StoreBackend = request.param
     chosen.start_server()

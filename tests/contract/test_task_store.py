@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 from tests.support.killed_calls import lost_calls
-from tests.support.task_stores import DURABLE, FAST, HISTORY, ORDER, SHARED, StoreBackend
+from tests.support.task_stores import DURABLE, FAST, HISTORY, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult

@@ -52,7 +52,7 @@ class SimulatedQueues:
         return [None] * len(messages)
 
     async def receive(self, priority: Priority, count: int, *, hidden: float, wait: int = 0) -> Sequence[Message]:  # noqa: ARG002
-        received = []
+        received: list[Message] = []
         for queued in self.messages:
             record = queued.outgoing.record
             if len(received) < count and record.priority is priority and queued.visible_at <= self.now:
@@ -85,7 +85,6 @@ class SimulatedQueues:
         self.messages = [queued for queued in self.messages if queued.handle not in handles]
         return []
 
-    async def visible(self, priority: Priority) -> int:
-        return sum(
-            queued.outgoing.record.priority is priority and queued.visible_at <= self.now for queued in self.messages
-        )
+    async def count(self, priority: Priority) -> tuple[int, int]:
+        there = [queued for queued in self.messages if queued.outgoing.record.priority is priority]
+        return sum(queued.visible_at <= self.now for queued in there), len(there)

@@ -87,6 +87,7 @@ SQS_STORES = [
     StoreBackend("sqs alone", "sqs://{queue}" + _SQS, can=frozenset({DURABLE})),
 ]
 CONTRACT_STORES = [*STORES, *SQS_STORES]
+SLOW_STORES = SQS_STORES[1:]  # whose tests are left out of `make test-quick`
 DURABLE_STORES = [backend for backend in STORES if DURABLE in backend.can]
 SHARED_STORES = [backend for backend in DURABLE_STORES if SHARED in backend.can]
 OVERFLOWS: list[StoreBackend | None] = [None, *STORES]  # what a supervisor may have

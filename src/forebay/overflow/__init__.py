@@ -40,8 +40,8 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
 
     Args:
         overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``),
-            ``memory://`` or ``sqs://queue`` (with ``?endpoint=``, ``region=``, ``create=yes|no``, ``results=URL``), each
-            with ``?bound=TASKS`` for how many tasks may wait or run in it (100,000 by default).
+            ``memory://`` or ``sqs://queue`` (with ``?endpoint=``, ``region=``, ``create=yes|no``, ``results=URL``),
+            each with ``?bound=TASKS`` for how many tasks may wait or run in it (100,000 by default).
 
     Raises:
         InvalidOverflowUrl: it is neither a known URL nor a task store, or its libraries are not installed.

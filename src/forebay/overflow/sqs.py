@@ -53,7 +53,7 @@ _T = TypeVar("_T")
 
 
 class _Action(Enum):
-    """What is to be done with a message that was received and not leased, unless it is hidden."""
+    """The next step for a message that was received, and whose record is not leased by its receiver."""
 
     LEASE = "lease"
     DELETE = "delete"
@@ -61,7 +61,7 @@ class _Action(Enum):
 
 @dataclass(slots=True)
 class _Held:
-    """The message of a leased record, and when its lease ends."""
+    """The message of a leased record, and the end of its lease."""
 
     message: Message
     until: float
@@ -81,11 +81,11 @@ class SqsTaskStore:
     """A task store on SQS, with an index beside it.
 
     A message holds the whole record. The index is another task store and holds the record without its envelope, and
-    everything that SQS cannot do: states, keys, fences, attempts, delays, conversations, results, dead letters. It
-    decides. A message only says that a record may be leased, and is deleted once the record has ended. So a message that
-    is delivered twice, early or late does no harm, and the visibility timeout is no lock: it keeps a message from being
-    received in vain while its task runs, and `renew` extends it. After 12 hours, the most that SQS allows, a message is
-    seen again, found LEASED, and hidden again.
+    everything that SQS cannot do: states, keys, fences, attempts, delays, conversations, results, dead letters. The
+    index decides. A message only says that a record may be leased, and is deleted once the record has ended. So a
+    message that is delivered twice, early or late does no harm, and the visibility timeout is no lock: it keeps a
+    message from being received in vain while its task runs, and `renew` extends it. After 12 hours, the most that SQS
+    allows, a message is seen again, found LEASED, and hidden again.
 
     **Crash points.** Each call writes to the index and to the queue, and may stop between any two of its writes.
 
@@ -98,8 +98,8 @@ class SqsTaskStore:
                                                                    adopted (it runs), or deleted as sent in vain.
                 3 index: put the record in its place               (Acknowledged.)
     lease       1 queue: receive                                   The message is seen again after its timeout.
-                2 index: lease by id                               The lease lapses, `reap` makes the record WAITING, and
-                                                                   the message is seen again at about the same time.
+                2 index: lease by id                               The lease lapses, `reap` makes the record WAITING,
+                                                                   and the message is seen again at about that time.
     release     1 index: release                                   WAITING; the message is seen after its timeout.
                 2 queue: show the message                          (Complete.)
     delay       1 index: delay                                     DELAYED; the message is seen after its timeout, found
@@ -118,10 +118,10 @@ class SqsTaskStore:
     ==========  =================================================  ===================================================
 
     A record whose message is lost (the queue was purged, or the task has waited for longer than the 14 days for which
-    SQS keeps a message) waits until its deadline or its cancellation.
+    SQS keeps a message) becomes a dead letter, without its envelope, once the queue has been empty for a minute.
 
-    A message without a record is adopted: its index was lost, or replaced. If it is older than a day, its record may have
-    ended and been pruned: it becomes a dead letter, so that it is neither lost nor run twice.
+    A message without a record is adopted: its index was lost, or replaced. If it is older than a day, its record may
+    have ended and been pruned: it becomes a dead letter, so that it is neither lost nor run twice.
 
     **Without a shared index** (in memory) one process uses the queues at a time. The next one adopts every message. It
     knows no keys, results, delays or attempts of the one before, and tries its dead letters again.
@@ -144,10 +144,11 @@ class SqsTaskStore:
         self._sending: asyncio.Future[None] | None = None
         self._in_hand: dict[Priority, dict[str, Message]] = {priority: {} for priority in Priority}  # by task id
         self._held: dict[str, _Held] = {}  # by task id
-        self._buried: dict[str, Message] = {}  # without a shared index: the messages of dead letters, by task id
+        self._dead_messages: dict[str, Message] = {}  # without a shared index: the messages of dead letters, by task id
         self._unwanted: list[Message] = []  # to delete
         self._deleting: asyncio.Future[None] | None = None
         self._cleaned_at = self._discovered_at = -inf
+        self._was_empty = dict.fromkeys(Priority, False)  # the queue of each priority, when it was counted
         self._strangers: Counter[Priority] = Counter()  # without a shared index: messages that nobody here has seen
 
     @property
@@ -157,7 +158,7 @@ class SqsTaskStore:
 
     @property
     def max_envelope_bytes(self) -> int:
-        """How large an envelope may be, so that it fits into a message with the rest of its record."""
+        """The most bytes of an envelope that fit into a message with the rest of its record."""
         return self._queues.max_envelope_bytes
 
     # --- opening and closing ---
@@ -209,7 +210,7 @@ class SqsTaskStore:
 
     def _spawn(self, work: Any) -> asyncio.Future[Any]:
         """Run `work` in the background; `close` waits for it."""
-        task = asyncio.ensure_future(work)
+        task: asyncio.Future[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -235,9 +236,7 @@ class SqsTaskStore:
         message = encode_message(record, clock.new_id().encode(), delay)
         size = len(message.body)
         if size > self._queues.max_bytes:
-            raise MessageTooLarge(
-                task_id=record.task_id, size=size, bound=self._queues.max_bytes, where=self._queues.where
-            )
+            raise MessageTooLarge(task_id=record.task_id, size=size, bound=self._queues.max_bytes)
         return message
 
     async def _send_puts(self) -> None:
@@ -261,19 +260,23 @@ class SqsTaskStore:
         )
         sent = [index for index, outcome in enumerate(outcomes) if outcome is PutResult.STORED]
         failures = await self._queues.send([puts[index].message for index in sent])
-        calls = []
-        for index, failure in zip(sent, failures, strict=True):
-            put, lease = puts[index], reserved[index]
-            if failure is None:
-                stub = _stub(put.message)
-                calls.append(self._index.replace(lease, stub, fence=put.fence, until=put.until))
-            else:
-                outcomes[index] = failure
-                calls.append(self._index.finish(lease.record.task_id, _not_sent(), fence=fence))
-        for index, failure, ended in zip(sent, failures, await _gather(calls), strict=True):
-            if failure is None:
-                outcomes[index] = self._too_slow() if ended is None else ended
+        writes = (
+            self._write_sent(puts[index], reserved[index], failure)
+            for index, failure in zip(sent, failures, strict=True)
+        )
+        for index, outcome in zip(sent, await _gather(writes), strict=True):
+            outcomes[index] = outcome
         return outcomes
+
+    async def _write_sent(self, put: _Put, reserved: Lease, failure: StoreUnavailable | None) -> PutResult:
+        """Put the record of a message that was sent in the place of its reservation, or end that."""
+        if failure is not None:
+            await self._index.finish(reserved.record.task_id, _not_sent(), fence=reserved.fence)
+            raise failure
+        stored = await self._index.replace(reserved, _stub(put.message), fence=put.fence, until=put.until)
+        if stored is None:
+            raise self._too_slow()
+        return stored
 
     def _too_slow(self) -> StoreUnavailable:
         why = f"a message took more than {_SENDING:.0f} s to send"
@@ -329,8 +332,8 @@ class SqsTaskStore:
     async def _lease_wanted(self, wanted: _Wanted, room: int, until: float, *, wait: int) -> list[Lease]:
         """Lease up to `room` records.
 
-        A poll waits for the first of them, for a second at most: it asks all servers of the queue, and returns as soon as
-        a message is there. So a record that becomes visible meanwhile starts at once.
+        A poll waits for the first of them, for a second at most: it asks all servers of the queue, and returns as soon
+        as a message is there. So a record whose message becomes visible meanwhile starts at once.
         """
         leases: list[Lease] = []
         messages: dict[str, Message] = {}  # whose records may be leased by this call, by task id
@@ -421,40 +424,33 @@ class SqsTaskStore:
                 hidden.append((message, action))
         await self._hide(hidden)
 
-    async def _action(self, message: Message) -> _Action | float:
+    async def _action(self, message: Message) -> _Action | float:  # noqa: PLR0911 - one for each state
         """Return what to do with a message; a number: hide it for so many seconds."""
-        task_id = message.record.task_id
-        found = await self._index.find(task_id)
+        found = await self._index.find(message.record.task_id)
         if found is None:
             return await self._adopt(message)
         state, record, _ = found
         if _is_stale(message, record):
             return _Action.DELETE
-        if record.task_type == _RESERVED and state is RecordState.LEASED:
-            return _MIN_HIDDEN
-        match state:
-            case RecordState.WAITING:
-                return _Action.LEASE
-            case RecordState.PARKED:
-                return min(_PARKED * message.receives, _MAX_PARKED)
-            case RecordState.DELAYED:
-                return await self._until_next_due()
-            case RecordState.LEASED:
-                if (held := self._held.get(task_id)) is not None:
-                    held.message = message  # the newest handle is the one that counts
-                return _HIDDEN
-            case RecordState.DONE:
-                return _Action.DELETE
-            case RecordState.DEAD:
-                return await self._action_of_dead(message, record)
+        if state is RecordState.DEAD:
+            return await self._action_of_dead(message, record)
+        if state is RecordState.DELAYED:
+            return await self._until_next_due()
+        if state is RecordState.LEASED:
+            if (held := self._held.get(record.task_id)) is not None:
+                held.message = message  # the newest handle is the one that counts
+            return _MIN_HIDDEN if record.task_type == _RESERVED else _HIDDEN
+        if state is RecordState.PARKED:
+            return min(_PARKED * message.receives, _MAX_PARKED)
+        return _Action.LEASE if state is RecordState.WAITING else _Action.DELETE
 
     async def _action_of_dead(self, message: Message, record: TaskRecord) -> _Action | float:
-        if self._buried.get(record.task_id) is not None:
-            self._buried[record.task_id] = message
+        if self._dead_messages.get(record.task_id) is not None:
+            self._dead_messages[record.task_id] = message
             return inf
         if _is_stub(record):
             await self._index.set_envelope(record.task_id, message.record.envelope)
-            return self._bury(message)
+            return self._action_of_whole(message)
         # Its envelope is in the index: either it is being requeued, or a message of before has come back.
         return self._if_old(message)
 
@@ -563,7 +559,7 @@ class SqsTaskStore:
         return finished
 
     def _delete(self, message: Message) -> None:
-        """Delete a message in the background. If that fails, it is seen again, and its record says that it has ended."""
+        """Delete a message in the background. If that fails, it is seen again, and its record says it has ended."""
         self._unwanted.append(message)
         if self._deleting is None or self._deleting.done():
             self._deleting = self._spawn(self._delete_unwanted())
@@ -600,17 +596,19 @@ class SqsTaskStore:
     async def _keep_dead(self, task_id: str, message: Message) -> None:
         """Move the envelope of a dead letter from the queue into the index."""
         await self._index.set_envelope(task_id, message.record.envelope)
-        action = self._bury(message)
+        action = self._action_of_whole(message)
         if action is _Action.DELETE:
             self._delete(message)
         else:
             await self._hide([(message, inf)])
 
-    def _bury(self, message: Message) -> _Action | float:
+    def _action_of_whole(self, message: Message) -> _Action | float:
         """Return what to do with the message of a dead letter whose envelope is in the index."""
         if not self._alone:
             return _Action.DELETE
-        self._buried[message.record.task_id] = message  # the index ends with the process, and the message does not
+        self._dead_messages[message.record.task_id] = (
+            message  # the index ends with the process, and the message does not
+        )
         return inf
 
     async def _remove_reservations(self) -> None:
@@ -624,10 +622,29 @@ class SqsTaskStore:
         depths = await self._index.depths()
         for priority in Priority:
             waiting = sum(depth for (_, each, _), depth in depths.items() if each is priority)
-            surplus = await self._queues.visible(priority) - waiting
-            if surplus > 0:
-                messages = await self._queues.receive(priority, min(surplus, _MAX_IN_HAND), hidden=_HIDDEN)
+            visible, total = await self._queues.count(priority)
+            was_empty, self._was_empty[priority] = self._was_empty[priority], total == 0
+            if visible > waiting:
+                messages = await self._queues.receive(priority, min(visible - waiting, _MAX_IN_HAND), hidden=_HIDDEN)
                 await self._settle(messages)
+            elif total == 0 and was_empty:  # the service may be a minute late with its counts
+                await self._mark_lost_dead([key for key in depths if key[1] is priority])
+
+    async def _mark_lost_dead(self, kinds: Iterable[tuple[str, Priority, str]]) -> None:
+        """Mark records dead that wait although their queue is empty: it was purged, or kept them for too long.
+
+        If their message is there after all, it brings the envelope, and the dead letter can be requeued.
+        """
+        for task_type, priority, tenant in kinds:
+            until, shares = clock.wall_time() + _SENDING, {tenant: _MAX_GROUP}
+            for lease in await self._index.lease(task_type, _MAX_GROUP, until=until, priority=priority, shares=shares):
+                if clock.wall_time() - lease.record.enqueued_at < _YOUNG:
+                    await self._index.release([lease])
+                    continue
+                error = "its message is not in the queue any more: it was purged, or waited for too long"
+                completion = Completion(status=TaskStatus.FAILED.value, error=error, finished_at=clock.wall_time())
+                if await self._index.mark_dead(lease, completion):
+                    log.error("task %r is a dead letter: %s", lease.record.task_id, error)
 
     async def prune(self, *, before: float) -> int:
         """Drop DONE records that ended before `before`."""
@@ -673,7 +690,7 @@ class SqsTaskStore:
         if failure is not None:
             raise failure
         requeued = await self._index.requeue(task_id)
-        if requeued is PutResult.STORED and (message := self._buried.pop(task_id, None)) is not None:
+        if requeued is PutResult.STORED and (message := self._dead_messages.pop(task_id, None)) is not None:
             self._delete(message)
         return requeued
 
@@ -692,7 +709,7 @@ class SqsTaskStore:
         if found is not None and found[0] is RecordState.DEAD and _is_stub(found[1]):
             raise self._not_back()
         deleted = await self._index.delete_dead(task_id)
-        if deleted and (message := self._buried.pop(task_id, None)) is not None:
+        if deleted and (message := self._dead_messages.pop(task_id, None)) is not None:
             self._delete(message)
         return deleted
 
@@ -717,8 +734,8 @@ class SqsTaskStore:
     async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         """Return how many records are WAITING.
 
-        Without a shared index, messages are looked at that an earlier process has left; the rest of them is counted with
-        the type and tenant of most of what waits in their priority.
+        Without a shared index, messages are looked at that an earlier process has left; the rest of them is counted
+        with the type and tenant of most of what waits in their priority.
         """
         self._check_open()
         if self._alone and clock.now() - self._discovered_at >= _DISCOVERY_INTERVAL:
@@ -740,8 +757,8 @@ class SqsTaskStore:
             if self._strangers[priority]:  # `_adopt` has counted some
                 known = await self._index.depths()
                 waiting = sum(depth for (_, each, _), depth in known.items() if each is priority)
-                visible = await self._queues.visible(priority) + len(self._in_hand[priority])
-                self._strangers[priority] = max(0, visible - waiting)
+                visible, _ = await self._queues.count(priority)
+                self._strangers[priority] = max(0, visible + len(self._in_hand[priority]) - waiting)
 
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by thread id."""

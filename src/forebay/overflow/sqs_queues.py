@@ -139,7 +139,7 @@ class SqsQueues:
 
     @property
     def max_envelope_bytes(self) -> int:
-        """How large an envelope may be."""
+        """The most bytes that an envelope may have."""
         return self.max_bytes // 4 * 3 - _HEADER_BYTES
 
     async def open(self) -> None:
@@ -379,12 +379,13 @@ class SqsQueues:
         await _run_all([_bind(delete_batch, batch) for batch in batches])
         return failed
 
-    async def visible(self, priority: Priority) -> int:
-        """Return about how many messages of a priority may be received now."""
-        names = ["ApproximateNumberOfMessages"]
+    async def count(self, priority: Priority) -> tuple[int, int]:
+        """Return about how many messages of a priority may be received now, and how many there are in all."""
+        names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
         queue = self._queues[priority]
         answer = await self._call("get_queue_attributes", QueueUrl=queue, AttributeNames=names)
-        return int(answer["Attributes"]["ApproximateNumberOfMessages"])
+        counts = [int(answer["Attributes"][name]) for name in names]
+        return counts[0], sum(counts)
 
     # --- errors ---
 

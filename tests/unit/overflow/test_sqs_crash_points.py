@@ -91,7 +91,8 @@ class Process:
             raise StoreUnavailable(where="the test", why="the process has died", advice="Start another.")
 
     def store(self) -> SqsTaskStore:
-        return SqsTaskStore(Calls(self.queues, self), Calls(self.index, self))
+        queues: Any = Calls(self.queues, self)
+        return SqsTaskStore(queues, Calls(self.index, self))
 
     async def put(self, store: SqsTaskStore, task: TaskRecord, **lease: Any) -> None:
         if (await store.put(task, **lease)).written:
