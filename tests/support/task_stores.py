@@ -90,6 +90,7 @@ CONTRACT_STORES = [*STORES, *SQS_STORES]
 SLOW_STORES = SQS_STORES[1:]  # whose tests are left out of `make test-quick`
 DURABLE_STORES = [backend for backend in STORES if DURABLE in backend.can]
 SHARED_STORES = [backend for backend in DURABLE_STORES if SHARED in backend.can]
+SHARED_SERVICES = [*SHARED_STORES, SQS_STORES[0]]  # also those that cannot run in virtual time
 OVERFLOWS: list[StoreBackend | None] = [None, *STORES]  # what a supervisor may have
 
 
