@@ -21,7 +21,7 @@ packages: ## install the Debian and npm packages that tests use, where that is a
 	@scripts/apt.sh $$(sed 's/#.*//' requirements/apt.txt) || echo 'tests that need them say so'
 	@scripts/npm.sh build/npm $$(sed 's/#.*//' requirements/npm.txt) || echo 'tests that need them say so'
 
-demo: install ## the surge: SEED=7, PROVIDER_URL=... and the like reach it by the environment
+demo: install ## the surge: SEED=7, OVERFLOW=redis://..., PROVIDER_URL=... reach it by the environment
 	@$(RUN) demo $(ARGS)
 
 test: install packages ## every test, on each of Python 3.11 and 3.13 that is found

@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def surge(  # noqa: PLR0913 - one parameter for each option
     *,
-    resume: Annotated[bool, typer.Option("--resume", help="Run what the last demo left on disk.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Run what the last demo left in the overflow.")] = False,
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Size of the surge: 10,000; 60 with a real provider.")
     ] = None,
@@ -44,7 +44,8 @@ def surge(  # noqa: PLR0913 - one parameter for each option
     """Run the surge: fifty agents, one key, ten thousand tasks; a classic supervisor, one with semaphores, and Forebay.
 
     PROVIDER_URL, a key in PROVIDER_API_KEY or OPENAI_API_KEY, and PROVIDER_MODEL point it at a real OpenAI-compatible
-    server instead of the simulated one.
+    server instead of the simulated one. OVERFLOW is the URL of a store for what Forebay spills, such as
+    redis://localhost:6379/0, instead of a file in the demo's directory.
     """
     console = Console()
     try:

@@ -1,4 +1,4 @@
-"""Forebay's side: the same agents behind a BackpressureSupervisor, with an overflow on disk."""
+"""Forebay's side: the same agents behind a BackpressureSupervisor, with an overflow."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from demo.agent import agent, connect
 from demo.meter import Meter
 from demo.sample import Instructions, Side
 from demo.settings import Settings
-from demo.stored_tasks import StoredTasks, count_stored_tasks
+from demo.stored_tasks import StoredTasks, count_overflow
 from demo.workload import Job, surge
+from forebay.errors import StoreUnavailable
 from forebay.events import Event, TaskFinished
 from forebay.interfaces import WorkerState
 from forebay.supervisor import BackpressureSupervisor
@@ -27,7 +28,7 @@ _MARGIN: Final = 0.5  # seconds of the drain that are left for requeuing what is
 
 
 async def run(instructions: Instructions, meter: Meter, stop: asyncio.Event) -> None:
-    """Run the surge, or what is on disk, until all is done, time is up, or `stop` is set."""
+    """Run the surge, or what the overflow holds, until all is done, time is up, or `stop` is set."""
     settings = instructions.settings
     started: dict[str, tuple[float, Job]] = {}
 
@@ -44,7 +45,7 @@ async def run(instructions: Instructions, meter: Meter, stop: asyncio.Event) -> 
     client = key.bind(connect(instructions.provider, meter, retries=settings.sdk_retries))
     jobs = surge(settings.tasks, settings.seed) if instructions.side is Side.FOREBAY else []
     supervisor = BackpressureSupervisor(
-        overflow=f"sqlite:///{settings.store_path}", lease=settings.lease, on_event=on_event, keep_results=0
+        overflow=settings.overflow, lease=settings.lease, on_event=on_event, keep_results=0
     )
     for number in range(1, settings.workers + 1):
         graph = agent(client, instructions.provider, meter)
@@ -68,7 +69,7 @@ async def run(instructions: Instructions, meter: Meter, stop: asyncio.Event) -> 
         _record(supervisor, key, meter)
         await supervisor.close()
     meter.waiting = meter.running = meter.queued = 0
-    meter.spilled = (await asyncio.to_thread(count_stored_tasks, settings.store_path)).to_do
+    meter.spilled = (await asyncio.to_thread(count_overflow, settings.overflow)).to_do
 
 
 async def _submit(supervisor: BackpressureSupervisor, job: Job, started: dict[str, tuple[float, Job]]) -> None:
@@ -81,7 +82,7 @@ async def _submit(supervisor: BackpressureSupervisor, job: Job, started: dict[st
 async def _until_over(settings: Settings, meter: Meter, stop: asyncio.Event) -> None:
     """Wait until all is done, the time before the drain is up, or `stop` is set."""
     while not stop.is_set() and meter.seconds < settings.seconds - settings.drain:
-        if meter.inside == 0 and (await _on_disk(settings)).to_do == 0:
+        if meter.inside == 0 and (await _stored(settings)).to_do == 0:
             return
         try:
             async with asyncio.timeout(min(1.0, max(0.0, settings.seconds - settings.drain - meter.seconds))):
@@ -90,11 +91,11 @@ async def _until_over(settings: Settings, meter: Meter, stop: asyncio.Event) -> 
             pass
 
 
-async def _on_disk(settings: Settings) -> StoredTasks:
-    """Return the counts of the task store, read from its file."""
+async def _stored(settings: Settings) -> StoredTasks:
+    """Return the counts of the task store, read from the store itself."""
     try:
-        return await asyncio.to_thread(count_stored_tasks, settings.store_path)
-    except sqlite3.OperationalError:  # its writer is busy: count again later
+        return await asyncio.to_thread(count_overflow, settings.overflow)
+    except (sqlite3.OperationalError, StoreUnavailable):  # it is busy, or away: count again later
         return StoredTasks(waiting=1)
 
 

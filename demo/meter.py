@@ -123,7 +123,7 @@ class Meter:
         """Write a sample now."""
         with self._lock:
             self.observe()
-            with suppress(BrokenPipeError):  # the parent is gone; what is on disk still counts
+            with suppress(BrokenPipeError):  # the parent is gone; what is in the store still counts
                 self._write(msgspec.json.encode(self.sample()) + b"\n")
 
     def sample(self) -> Sample:

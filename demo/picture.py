@@ -91,7 +91,7 @@ def _subtitle(report: Report) -> str:
     classic, semaphore, forebay = report.classic, report.semaphore, report.forebay
     killed = f" and ran out of memory after {classic.ended_at_s:.0f} s" if classic.out_of_memory else ""
     return (
-        f"In {report.seconds:g} s Forebay did {forebay.done:,} tasks and keeps {forebay.spilled:,} on disk. A"
+        f"In {report.seconds:g} s Forebay did {forebay.done:,} tasks and keeps {forebay.spilled:,} in its overflow. A"
         f" supervisor with semaphores did {semaphore.done:,} and lost {semaphore.lost:,}; a classic one did"
         f" {classic.done:,} and lost {classic.lost:,}{killed}."
     )
@@ -115,7 +115,7 @@ def _queue(axes: Axes, runs: Runs) -> None:
         _line(axes, points, COLOURS[side], f"{NAMES[side]}, in memory", ending=runs[side].ending)
         highest = max([highest, *points[1]])
     disk = _positive(runs[Side.FOREBAY], lambda s: s.spilled)
-    _line(axes, disk, _DISK, "Forebay, on disk", style=(0, (4, 2)))
+    _line(axes, disk, _DISK, "Forebay, spilled", style=(0, (4, 2)))
     axes.set_ylim(1, max([10, 4 * highest, *(4 * value for value in disk[1])]))
 
 

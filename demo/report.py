@@ -56,7 +56,7 @@ class SideReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         done, failed, spilled, lost: they add up to the tasks. A failed task is reported as such; a lost one is neither
-            done nor failed nor on disk: it was in memory when the process ended.
+            done nor failed nor spilled: it was in memory when the process ended.
         done_per_minute: over the time that the side was given, or that it needed if it did all.
         done_by: tasks done, by priority.
         peak_rss_mb: resident memory of its process.

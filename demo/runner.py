@@ -21,7 +21,7 @@ from demo.sample import SIDES, Instructions, Side
 from demo.screen import LiveScreen, PlainScreen, Screen
 from demo.settings import Settings
 from demo.side_process import Ending, SideProcess
-from demo.stored_tasks import count_stored_tasks
+from demo.stored_tasks import count_overflow, count_stored_tasks
 from demo.table import summary
 from forebay.errors import ForebayError
 
@@ -45,9 +45,19 @@ class DemoBusy(ForebayError, RuntimeError):
 
 
 class NothingStored(ForebayError, LookupError):
-    """There are no tasks to resume in {folder}: run `make demo` first."""
+    """There are no tasks to resume in {where}: run `make demo` first."""
 
-    folder: str
+    where: str
+
+
+class OverflowInUse(ForebayError, RuntimeError):
+    """The store that OVERFLOW names holds {records:,} records already, and the demo needs an empty one.
+
+    Resume them with `make demo OVERFLOW=... ARGS=--resume`, delete them with `forebay overflow purge`, or give the demo
+    a store of its own, such as another ?name= on the same server.
+    """
+
+    records: int
 
 
 def run(settings: Settings, console: Console, *, real: tuple[Provider, str] | None = None) -> int:
@@ -59,7 +69,8 @@ def run(settings: Settings, console: Console, *, real: tuple[Provider, str] | No
         real: a provider to call instead of the simulated one, and its key.
 
     Raises:
-        DemoFailed, DemoBusy: see each.
+        DemoFailed, DemoBusy, OverflowInUse: see each.
+        StoreUnavailable: the store that OVERFLOW names cannot be reached.
     """
     with _folder(settings), _terminable():
         _clear(settings, console)
@@ -81,7 +92,7 @@ def run(settings: Settings, console: Console, *, real: tuple[Provider, str] | No
 
 
 def resume(settings: Settings, console: Console, *, real: tuple[Provider, str] | None = None) -> int:
-    """Run the tasks on disk until all are done, time is up, or Ctrl-C, and return the exit status.
+    """Run the tasks in the overflow until all are done, time is up, or Ctrl-C, and return the exit status.
 
     Args:
         settings: those that concern Forebay.
@@ -92,11 +103,14 @@ def resume(settings: Settings, console: Console, *, real: tuple[Provider, str] |
         NothingStored: no demo has been run there.
         DemoFailed, DemoBusy: see each.
     """
-    if not settings.store_path.exists():
-        raise NothingStored(folder=settings.folder)
+    if not (settings.own_overflow or settings.store_path.exists()):
+        raise NothingStored(where=settings.folder)
     status = 0
     with _folder(settings), _terminable():
-        if count_stored_tasks(settings.store_path).to_do:
+        left = count_overflow(settings.overflow)
+        if settings.own_overflow and not left.total:
+            raise NothingStored(where=settings.overflow_name)
+        if left.to_do:
             with _screen(settings, console, real, resumed=True) as screen:
                 resumed = _Runner(settings, screen, real).run(Side.RESUME)
             status = INTERRUPTED if resumed.ending is Ending.STOPPED else 0
@@ -136,7 +150,7 @@ class _Runner:
                 peak_rss_mb=child.peak_rss_mb,
                 ending=child.ending,
                 ended_at=child.seconds,
-                stored=count_stored_tasks(self.settings.store_path) if side.stores_tasks else None,
+                stored=count_overflow(self.settings.overflow) if side.stores_tasks else None,
                 # Ctrl-C in a terminal has ended the simulated provider too
                 bill=None if process is None or child.ending is Ending.STOPPED else process.statistics(),
             )
@@ -182,7 +196,9 @@ def _terminable() -> Iterator[None]:
 
 
 def _clear(settings: Settings, console: Console) -> None:
-    """Delete what the last demo left, and print how much that was."""
+    """Delete what the last demo left, and print how much that was; a store of the user's own must be empty."""
+    if settings.own_overflow and (records := count_overflow(settings.overflow).total):
+        raise OverflowInUse(records=records)
     with suppress(Exception):  # an unreadable file is deleted too
         if left := count_stored_tasks(settings.store_path).to_do:
             console.print(f"The {left:,} tasks that the last demo left on disk are dropped.")
@@ -203,12 +219,14 @@ def _conclude(runs: Mapping[Side, SideRun], settings: Settings, console: Console
 
 
 def _print_stored(settings: Settings, console: Console) -> None:
-    """Print how many tasks are on disk, and how to run them."""
-    left = count_stored_tasks(settings.store_path)
+    """Print how many tasks are in the overflow, and how to run them."""
+    left = count_overflow(settings.overflow)
     if left.to_do:
         out = "" if settings.folder == Settings().folder else f" --out {settings.folder}"
+        overflow = " OVERFLOW=..." if settings.own_overflow else ""
         console.print(
-            f'{left.to_do:,} tasks are kept in {settings.store_path}. Run them with: make demo ARGS="--resume{out}"',
+            f"{left.to_do:,} tasks are kept in {settings.overflow_name}."
+            f' Run them with: make demo{overflow} ARGS="--resume{out}"',
             soft_wrap=True,
         )
     elif left.total:

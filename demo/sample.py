@@ -26,7 +26,7 @@ class Side(StrEnum):
     CLASSIC = "classic"
     SEMAPHORE = "semaphore"
     FOREBAY = "forebay"
-    RESUME = "resume"  # Forebay again, with the tasks that are on disk
+    RESUME = "resume"  # Forebay again, with the tasks in the overflow
 
     @property
     def stores_tasks(self) -> bool:
@@ -62,7 +62,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         running: runs that have started and not ended; without Forebay also those between two attempts.
         queued: calls of these runs that wait for a permit; 0 without Forebay.
         waiting: tasks in memory that have not started.
-        spilled: tasks on disk.
+        spilled: tasks in the overflow.
         done, failed: tasks that ended so.
         done_by: tasks done, by priority, CRITICAL first.
         latencies: seconds from submission to done, of the tasks done since the last sample.

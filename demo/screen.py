@@ -103,7 +103,7 @@ def line(side: SideProcess) -> str:
     load = "" if now.load is None else f", load {now.load:.2f} ({now.limited_by or 'no limit'})"
     return (
         f"{side.side:9} {clock(side.seconds)}  {now.done:,} done ({pace(side.samples):.0f}/min), {now.running:,}"
-        f" running, {now.waiting:,} waiting, {now.spilled:,} on disk, {now.failed:,} failed, {now.calls:,} calls"
+        f" running, {now.waiting:,} waiting, {now.spilled:,} spilled, {now.failed:,} failed, {now.calls:,} calls"
         f" ({now.calls_429:,} x 429),{money} {percent(now.useless)} wasted so far, {resident(side):.0f} MB{load}:"
         f" {side.ending or now.stage}"
     )
@@ -155,7 +155,7 @@ def column(process: SideProcess | None, settings: Settings, side: Side) -> list[
         Text.assemble((f"{now.done:,}", f"bold {colour}"), _urgent(now)),
         Text.assemble((f"{pace(process.samples):.0f}", "bold"), " a minute  ", (spark(process.samples), colour)),
         f"{now.running:,} " + ("unfinished" if side is Side.CLASSIC else f"of {settings.agents} agents{_queued(now)}"),
-        f"{now.waiting:,} in memory, " + (f"{now.spilled:,} on disk" if side.stores_tasks else "none on disk"),
+        f"{now.waiting:,} in memory, " + (f"{now.spilled:,} spilled" if side.stores_tasks else "none spilled"),
         _failed(now),
         f"{now.calls:,}  {now.answered:,} answered",
         _refused(process, now),
@@ -266,8 +266,8 @@ def _note(sides: Sequence[SideProcess]) -> str:
         eta = f", {clock(60 * left / rate)} at this pace" if rate else ""
         return f"{left:,} left{eta}. Ctrl-C ends it at any time: nothing is lost, and --resume continues."
     if now.stage == "draining":
-        return "Time is nearly up: it starts nothing, lets the agents finish, and puts the rest back on disk."
+        return "Time is nearly up: it starts nothing, lets the agents finish, and puts the rest back into the overflow."
     return (
-        "It starts what the agents and the key can take. The rest waits on disk, by priority; most of it still will"
-        " when time is up, by design."
+        "It starts what the agents and the key can take. The rest waits in the overflow, by priority; most of it still"
+        " will when time is up, by design."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +10,7 @@ import msgspec
 
 ENDLESS: Final = 30 * 86_400.0
 """Seconds: a month, for a run that goes on until all tasks are done."""
+OVERFLOW: Final = "OVERFLOW"  # in the environment, not on a side's command line: its URL may hold a password
 _DRAIN: Final = 16.0  # seconds: nearly every run of an agent ends within; one takes twelve on average
 
 
@@ -57,3 +59,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def store_path(self) -> Path:
         """Path of the database of spilled tasks."""
         return self.file("spill.db")
+
+    @property
+    def overflow(self) -> str:
+        """URL of the store of spilled tasks: the one that the environment names, else a file in the demo's folder."""
+        return os.environ.get(OVERFLOW) or f"sqlite:///{self.store_path}"
+
+    @property
+    def overflow_name(self) -> str:
+        """The store of spilled tasks, for a message."""
+        return "the store that OVERFLOW names" if self.own_overflow else str(self.store_path)
+
+    @property
+    def own_overflow(self) -> bool:
+        """True if the environment names a store, which the demo does not clear."""
+        return bool(os.environ.get(OVERFLOW))

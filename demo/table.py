@@ -38,7 +38,7 @@ _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
     ("done a minute", lambda s: f"{s.done_per_minute:g}"),
     ("failed", lambda s: _count(s.failed)),
     ("lost from memory", lambda s: _count(s.lost)),
-    ("kept on disk", lambda s: _count(s.spilled)),
+    ("kept in overflow", lambda s: _count(s.spilled)),
     ("latency, p50", lambda s: _seconds(s.p50_s)),
     ("  p99", lambda s: _seconds(s.p99_s)),
     ("HTTP attempts", lambda s: _count(s.calls)),

@@ -196,10 +196,11 @@ class DuplicateWorker(ForebayError, ValueError):
     name: str
 
 
-class UnknownWorker(ForebayError, LookupError):
+class UnknownWorker(ForebayError, KeyError):
     """No worker is named {name!r} (there are: {known}): it was never registered, or is unregistered already."""
 
     name: str
+    __str__ = Exception.__str__  # that of a KeyError would put the message in quotes
 
 
 class UnregisteredInside(ForebayError, RuntimeError):
@@ -254,14 +255,26 @@ class UnknownTask(ForebayError, LookupError):
 
 
 class NotSerializable(ForebayError, TypeError):
-    """The payload of task {task_id!r} cannot be stored: at {path} it holds a {type}. With an overflow, payloads are
-    encoded at submit; use None, booleans, numbers, strings, bytes, lists, tuples and dicts with string keys, declare
-    its type by register_worker(..., payload=TYPE), or submit with spill=False and durable=False.
+    """Task {task_id!r} cannot be stored: at {path} it holds a {type}. {advice}, or submit with spill=False and
+    durable=False.
     """
 
     task_id: str
     path: str
     type: str
+
+    def __init__(self, *, task_id: str, path: str, type: str) -> None:  # noqa: A002 - the word for it
+        advice = (
+            "With an overflow, payloads are encoded at submit; use None, booleans, numbers, strings, bytes, lists,"
+            " tuples and dicts with string keys, declare its type by register_worker(..., payload=TYPE)"
+        )
+        if path == "retry.on":
+            advice = "What is stored names no code: let its worker say it, by register_worker(..., retry=Retry(on=...))"
+        super().__init__(task_id=task_id, path=path, type=type, advice=advice)
+
+    @classmethod
+    def _from(cls, facts: dict[str, Any]) -> Self:
+        return cls(**{name: facts[name] for name in ("task_id", "path", "type")})
 
 
 class InvalidPayload(ForebayError, ValueError):
@@ -303,6 +316,10 @@ class StoreUnavailable(ForebayError):
     """The store at {where} cannot be used: {why}. {advice}"""
 
 
+class StoreNotInstalled(ForebayError, ImportError):
+    """The overflow {where} needs the library {library}, which is not installed: pip install 'forebay[{extra}]'."""
+
+
 class NotStarted(ForebayError, RuntimeError):
     """The supervisor has not been started: use `async with BackpressureSupervisor(...) as supervisor:`, or await
     supervisor.start() first.
@@ -314,7 +331,9 @@ class AlreadyStarted(ForebayError, RuntimeError):
 
 
 class SupervisorClosed(ForebayError, RuntimeError):
-    """The supervisor is {state} and takes no more work: submit before drain() or close(), or to another one."""
+    """The supervisor is {state} and takes no more work: submit before drain() or close(), or to another one, or start
+    it again once it has closed, by `async with supervisor:` or `await supervisor.start()`.
+    """
 
 
 class DrainInside(ForebayError, RuntimeError):
@@ -504,11 +523,19 @@ class Overloaded(ForebayError):
 
 
 class TaskFailed(ForebayError):
-    """Task {task_id!r} failed on worker {worker_id!r}: {error}."""
+    """Task {task_id!r} failed{where}: {error}."""
 
     task_id: str
     worker_id: str | None
     error: str | None
+
+    def __init__(self, *, task_id: str, worker_id: str | None, error: str | None) -> None:
+        where = "" if worker_id is None else f" on worker {worker_id!r}"
+        super().__init__(task_id=task_id, worker_id=worker_id, error=error, where=where)
+
+    @classmethod
+    def _from(cls, facts: dict[str, Any]) -> Self:
+        return cls(**{name: facts[name] for name in ("task_id", "worker_id", "error")})
 
 
 class QuorumNotReached(ForebayError):

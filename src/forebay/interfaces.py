@@ -215,8 +215,8 @@ class LoadSource(Protocol):
 class RecordState(Enum):
     """The state of a stored task: WAITING when spilled, LEASED when running or durable, then DONE or DEAD.
 
-    PARKED is a task that waits behind another one of its conversation, DELAYED one whose attempt has failed, until it
-    is time for its retry.
+    PARKED is a task that waits behind another one of its conversation, DELAYED one that waits for a time: that of its
+    retry after an attempt has failed, or the `not_before` that it was stored with.
     """
 
     WAITING = "waiting"
@@ -246,6 +246,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
         total_delay: seconds of all its delays so far.
         last_error: what the last of those attempts ended with; None if there is none.
         tenant: whose it is. The tenants of one task type and priority take turns.
+        not_before: epoch seconds before which it is not to run, or None. `TaskStore.put` reads it, and nothing later.
     """
 
     task_id: str
@@ -261,6 +262,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     total_delay: float = 0.0
     last_error: str | None = None
     tenant: str = DEFAULT_TENANT
+    not_before: float | None = None
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -303,12 +305,32 @@ class DeadRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A record that is DEAD.
 
     Attributes:
-        record: the task; in a listing without its envelope, which `TaskStore.find` returns.
+        record: the task.
         completion: the reason and the time of its end.
     """
 
     record: TaskRecord
     completion: Completion
+
+
+class StoredRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A record in a listing.
+
+    Attributes:
+        record: the task without its envelope, which `TaskStore.find` returns.
+        completion: its end if it is DONE or DEAD, else None.
+        until: epoch seconds at which its lease expires if it is LEASED, or it is due if it is DELAYED; else None.
+    """
+
+    record: TaskRecord
+    completion: Completion | None = None
+    until: float | None = None
+
+    @property
+    def position(self) -> tuple[float, str]:
+        """Its place in the listing: the time of its end, else its `enqueued_at`; and its task id."""
+        time = self.record.enqueued_at if self.completion is None else self.completion.finished_at
+        return time, self.record.task_id
 
 
 class PutResult(Enum):
@@ -348,7 +370,8 @@ class TaskStore(Protocol):
     **Conversations.** Of the records of one `thread_id` that have not ended, one is WAITING, LEASED or DELAYED, and the
     others are PARKED behind it. Once it has ended, the oldest of them becomes WAITING: by `enqueued_at`, then order of
     insertion. So no two tasks of a conversation are leased at a time, by whatever processes. While it is WAITING, an
-    older record that is stored or comes back takes its place.
+    older record that is stored or comes back takes its place. A record that is DELAYED by its `not_before` has not
+    joined its conversation: nothing waits behind it, and when `wake` wakes it, it joins in the order of `enqueued_at`.
 
     **Writes.** When a call returns, its write has happened, as durably as the store promises. If it raised
     StoreUnavailable or was cancelled, the write may have happened. A read may return a write whose call has not
@@ -388,16 +411,29 @@ class TaskStore(Protocol):
         may be opened again, and then has its records, even if it is not durable.
         """
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Call `on_waiting` when another process may have made records WAITING, and `on_ended` when it has ended some.
+
+        They are called on the event loop that opened the store, each at most about once in 20 ms, and never while the
+        store is closed. A later call replaces both. A call may be in vain, and a store that cannot hear of other
+        processes makes none: whoever subscribes must also ask from time to time.
+        """
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         """Store `record`: WAITING, behind its equals; or, if a fence is given, LEASED under it until `until`.
+
+        Without a fence, a record whose `not_before` is after `now` is DELAYED until then. Only `put` looks at
+        `not_before`: a record that comes back, by whatever method, does not wait for it again.
 
         Calls that run at once insert their records in the order of the calls. Its key is taken by a record with that
         key that has not ended or has succeeded. Its task id is taken by any record but two kinds that make way: a DONE
         one without a key, and a DEAD one with this key.
 
         Returns:
-            STORED; PARKED if other records of its conversation are older or LEASED, so that it has no lease;
-            DUPLICATE, also if the store is full; or FULL.
+            STORED, also if DELAYED; PARKED if other records of its conversation are older or LEASED, so that it has no
+            lease; DUPLICATE, also if the store is full; or FULL.
         """
 
     async def lease(
@@ -492,12 +528,17 @@ class TaskStore(Protocol):
             False if the lease is lost, and nothing was written.
         """
 
-    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """Return up to `limit` DEAD records, ordered by the time of their end, then by task id.
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        """Return up to `limit` records in `state`: DONE and DEAD by the time of their end, others by `enqueued_at`.
+
+        Records of the same time are ordered by task id. One that is in `state` throughout is on exactly one page.
 
         Args:
+            state: the state of the records.
             limit: the size of the page.
-            after: the end time and task id of the last record of the page before; None: the first page.
+            after: the `position` of the last record of the page before; None: the first page.
         """
 
     async def requeue(self, task_id: str) -> PutResult | None:
@@ -536,7 +577,7 @@ class TaskIndex(TaskStore, Protocol):
         """
 
     async def replace(
-        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult | None:
         """Put `record` as `put` does, in place of the record of `lease`, which has its id and key and no conversation.
 

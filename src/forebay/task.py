@@ -145,7 +145,12 @@ _OTHER_NAMES = {
     "type": "task_type",
     "id": "task_id",
     "data": "payload",
+    "eta": "not_before",
+    "countdown": "pass not_before=time.time() + seconds",
+    "delay": "pass not_before=time.time() + seconds",
 }
+
+_EARLIEST = 1e9  # epoch seconds, in 2001; a smaller not_before was meant as seconds from now
 
 
 _make_struct = msgspec.StructMeta.__call__
@@ -196,6 +201,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     thread_id: str | None = None
     estimate: Estimate | None = None
     retry: Retry | None = None
+    not_before: float | None = None
 
 
 class Task(_Options, Generic[ResultT_co], frozen=True):
@@ -223,6 +229,9 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             of its size then, and not by all of its type.
         retry: how failed attempts at it are retried, instead of the worker's `retry`. With an overflow, a task that may
             wait there cannot have a policy with `on`, which cannot be stored: give that to the worker.
+        not_before: epoch seconds before which it does not start, for example ``time.time() + 60``. Until then it waits
+            in the overflow, where it outlives its process if the overflow does; or, without one, in the supervisor,
+            where it counts towards the bound of the queue and is cancelled when the supervisor drains.
 
     Raises:
         InvalidTask, InvalidTimeout, DeadlinePassed: an argument is invalid.
@@ -250,6 +259,7 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             or self.thread_id is not None
             or self.estimate is not None
             or self.retry is not None
+            or self.not_before is not None
         ):
             self._check_names()
 
@@ -280,6 +290,20 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             raise InvalidTask(field="estimate", value=self.estimate, expected="an Estimate")
         if self.retry is not None and not isinstance(self.retry, Retry):
             raise InvalidTask(field="retry", value=self.retry, expected="a Retry, for example Retry(max_attempts=3)")
+        if self.not_before is not None:
+            self._check_not_before(self.not_before)
+
+    def _check_not_before(self, not_before: float) -> None:
+        if not is_positive(not_before) or not_before < _EARLIEST:
+            expected = "epoch seconds, for example time.time() + 60, or .timestamp() of a datetime"
+            raise InvalidTask(field="not_before", value=not_before, expected=expected)
+        if self.deadline is not None and not_before >= self.deadline.at:
+            expected = f"before its deadline, which is {self.deadline.at!r}"
+            raise InvalidTask(field="not_before", value=not_before, expected=expected)
+
+    def starts_in(self) -> float:
+        """Return the seconds until its `not_before`; 0 if that has passed, or there is none."""
+        return 0.0 if self.not_before is None else max(0.0, self.not_before - clock.wall_time())
 
     def __repr__(self) -> str:  # never the payload
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"

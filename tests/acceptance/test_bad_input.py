@@ -12,6 +12,7 @@ import pytest
 from tests.support.task_plane import Agent, error_of, flood, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, TaskStatus
+from forebay.breaker import consecutive_faults
 from forebay.errors import (
     DeadlinePassed,
     DuplicateTask,
@@ -33,6 +34,7 @@ from forebay.errors import (
     SupervisorClosed,
     UnknownTask,
     UnknownTaskType,
+    UnknownWorker,
     WrongLoop,
 )
 
@@ -395,6 +397,7 @@ async def test_after_the_end(call: Callable[[BackpressureSupervisor], Any]) -> N
     error = await made(lambda: call(supervisor))
     assert isinstance(error, SupervisorClosed)
     assert "closed and takes no more work" in str(error)
+    assert "start it again once it has closed" in str(error)
 
 
 @virtual
@@ -467,7 +470,7 @@ async def yields(_: Task) -> Any:
     [
         (None, "pass handler=, or factory="),
         (7, "an async or plain callable that takes the Task"),
-        ("research", "an async or plain callable that takes the Task"),
+        ("research", "it is a name: import what it names"),
         (Agent, "it is a class: pass an instance"),
         (yields, "it is a generator"),
     ],
@@ -477,6 +480,63 @@ def test_a_handler_that_cannot_be_called(handler: Any, advice: str) -> None:
     with pytest.raises(InvalidHandler, match=f"'w' has a handler of type .*{advice}") as caught:
         BackpressureSupervisor().register_worker("w", handler=handler, task_types=["work"])
     assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize("setting", ["start", "stop", "on_cancel"])
+def test_a_hook_that_was_called_by_mistake(setting: str) -> None:
+    supervisor = BackpressureSupervisor()
+    mistake: dict[str, Any] = {setting: a_coroutine()}
+    with pytest.raises(InvalidSetting, match=f"without parentheses, {setting}=a_coroutine: the supervisor calls it"):
+        supervisor.register_worker("w", handler=Agent(), task_types=["work"], **mistake)
+
+
+def test_a_factory_that_is_a_name() -> None:
+    with pytest.raises(InvalidHandler, match="such as 'json:JSONDecoder'"):
+        BackpressureSupervisor().register_worker("w", factory="json.JSONDecoder", task_types=["work"])
+
+
+def test_a_worker_without_task_types() -> None:
+    supervisor = BackpressureSupervisor()
+    with pytest.raises(InvalidSetting, match="it must be not empty: a list of the task types that it takes"):
+        supervisor.register_worker("w", handler=Agent(), task_types=[])
+    with pytest.raises(InvalidSetting, match="it must be not empty"):
+        supervisor.worker()(Agent())
+
+
+@pytest.mark.parametrize("call", ["submit", "run", "submit_nowait"])
+@virtual
+async def test_a_field_of_the_task_that_is_given_to_the_call(call: str) -> None:
+    async def made(**arguments: Any) -> Any:
+        answer = getattr(supervisor, call)(Task("work"), **arguments)
+        return answer if call == "submit_nowait" else await answer
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("w", handler=Agent(), task_types=["work"])
+        expected = (
+            rf"takes no argument 'priority'; it is a field of the task: {call}\(Task\(\.\.\., priority=\.\.\.\)\)"
+        )
+        with pytest.raises(TypeError, match=expected):
+            await made(priority=Priority.LOW)
+        with pytest.raises(TypeError, match=rf"supervisor.{call}\(\) takes no argument 'colour'$"):
+            await made(colour="red")
+        assert supervisor.statistics().submitted == 0
+
+
+@virtual
+async def test_a_worker_that_does_not_exist_is_named_with_those_that_do() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("writer", handler=Agent(), task_types=["work"])
+        assert supervisor.workers["writer"] is worker
+        for kind in (UnknownWorker, KeyError):
+            with pytest.raises(kind) as caught:
+                supervisor.workers["wroter"]
+            assert str(caught.value).startswith("No worker is named 'wroter' (there are: writer): ")
+        assert "wroter" not in supervisor.workers
+        assert supervisor.workers.get("wroter") is None
+        for number in range(100):
+            supervisor.register_worker(f"w{number:02}", handler=Agent(), task_types=["work"])
+        with pytest.raises(UnknownWorker, match="w19 and 81 more"):
+            supervisor.workers["wroter"]
 
 
 def test_a_handler_that_was_called_by_mistake() -> None:
@@ -509,6 +569,9 @@ def test_a_handler_and_a_factory() -> None:
         ("reset_timeout", 0),
         ("reset_timeout", -1),
         ("reset_timeout", "ten"),
+        ("breaker", 5),
+        ("breaker", consecutive_faults(5)),
+        ("breaker", False),
         ("on_cancel", 5),
         ("config", {"a": 1}),
     ],

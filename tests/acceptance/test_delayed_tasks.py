@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.task_plane import Agent, UncancellableHandler, error_of, find_result, now, virtual
+from tests.support.task_plane import Agent, UncancellableHandler, error_of, find_result, find_ticket, now, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Retry, Task, TaskStatus, Ticket, Verdict, clock
 from forebay.errors import StillSpilled, StoreUnavailable, TaskFailed
@@ -219,6 +219,43 @@ async def test_a_ticket_in_another_process_follows_the_retries_of_a_task(path: P
         async with watcher:
             result = await find_result(watcher, "a")
             assert (result.status, result.result, result.attempts) == (TaskStatus.SUCCEEDED, "a", 3)
+
+
+@virtual
+async def test_a_ticket_in_another_process_knows_the_attempts_of_a_task(path: Path) -> None:
+    handler = Failing(99)
+    retry = Retry(max_attempts=3, base_delay=1000.0, max_delay=1000.0, max_total_delay=1e6)
+    async with make_supervisor(path, handler, retry=retry) as first:
+        await first.submit(Task("work", "a", task_id="a", durable=True))
+        await asyncio.sleep(0.1)
+        watcher = BackpressureSupervisor(overflow=f"sqlite:///{path}")
+        watcher.register_worker("other", handler=Agent(), task_types=["other"])
+        async with watcher:
+            ticket = await find_ticket(watcher, "a")
+            assert (ticket.verdict, ticket.status, ticket.attempts) == (Verdict.SPILLED, TaskStatus.SPILLED, 1)
+            await until(lambda: len(handler.attempts) == 2)
+            await asyncio.sleep(60.0)  # it asks now and then
+            assert (ticket.status, ticket.attempts) == (TaskStatus.SPILLED, 2)
+            assert (await ticket).attempts == ticket.attempts == 3
+    async with watcher:
+        letter = await find_ticket(watcher, "a")
+        assert (letter.status, letter.attempts, letter.as_dict()["attempts"]) == (TaskStatus.FAILED, 3, 3)
+
+
+@virtual
+async def test_a_task_that_is_cancelled_where_it_was_looked_up_has_the_attempts_of_its_record(path: Path) -> None:
+    first = make_supervisor(path, Failing(99), retry=LONG)
+    await first.start()
+    await first.submit(Task("work", "a", task_id="a", durable=True))
+    await asyncio.sleep(0.1)
+    await first.close()
+    watcher = BackpressureSupervisor(overflow=f"sqlite:///{path}")
+    watcher.register_worker("other", handler=Agent(), task_types=["other"])
+    async with watcher:
+        ticket = await find_ticket(watcher, "a")
+        assert ticket.cancel()
+        result = await ticket
+        assert (result.status, result.attempts) == (TaskStatus.CANCELLED, 1)
 
 
 @virtual

@@ -39,11 +39,13 @@ class SlowStore(MemoryTaskStore):
         self.seconds = seconds
         self.fails_until = fails_until
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         await asyncio.sleep(self.seconds)
-        if now() < self.fails_until:
+        if asyncio.get_running_loop().time() < self.fails_until:
             raise StoreUnavailable(where="disk", why="it is full", advice="None.")
-        return await super().put(record, fence=fence, until=until)
+        return await super().put(record, fence=fence, until=until, now=now)
 
 
 def make_supervisor(handler: Any, store: Any, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
@@ -423,10 +425,12 @@ class PartlyFailingStore(SlowStore):
         self.failing = set(payloads)
         self.until = until
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        if now() < self.until and decode_task(record.envelope).payload in self.failing:
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
+        if asyncio.get_running_loop().time() < self.until and decode_task(record.envelope).payload in self.failing:
             raise StoreUnavailable(where="disk", why="it is busy", advice="None.")
-        return await super().put(record, fence=fence, until=until)
+        return await super().put(record, fence=fence, until=until, now=now)
 
 
 async def drain_a_conversation(store: SlowStore) -> tuple[list[int], list[Ticket], list[int]]:

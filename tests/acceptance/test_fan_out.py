@@ -29,7 +29,14 @@ from forebay import (
     progress_bar,
 )
 from forebay.context import running_task
-from forebay.errors import InvalidSetting, InvalidTask, QuorumNotReached, SupervisorClosed, UnknownTaskType
+from forebay.errors import (
+    InvalidSetting,
+    InvalidTask,
+    QuorumNotReached,
+    StillSpilled,
+    SupervisorClosed,
+    UnknownTaskType,
+)
 from forebay.retry import RetryBudget
 from forebay.supervisor.fan_out import FanOut, FanOutProgress
 
@@ -226,6 +233,79 @@ async def test_a_quorum_that_cannot_be_reached_is_an_error_after_the_results() -
             await anext(results)
         await run_ready()
         assert supervisor.statistics().running == 0
+
+
+@virtual
+async def test_a_quorum_cancels_the_rest_however_slowly_the_results_are_read() -> None:
+    agent = Agent(1.0)
+    async with supervisor_of(agent, max_concurrent=2) as supervisor:
+        read = []
+        async for result in supervisor.fan_out(tasks(40), quorum=3):
+            read.append(result.success)
+            await asyncio.sleep(10.0)
+    assert read == [True] * 3
+    assert len(agent.started) == 3 + 2  # when the third one ends, two slots are taken
+
+
+@virtual
+async def test_successes_at_the_same_moment_are_no_more_than_the_quorum() -> None:
+    async with supervisor_of(Agent(1.0), max_concurrent=10) as supervisor:
+        assert len(await collected(supervisor.fan_out(tasks(10), quorum=3))) == 3
+
+
+@virtual
+async def test_a_quorum_of_work_that_has_been_done_already_begins_no_more() -> None:
+    agent = Agent(1.0)
+    async with supervisor_of(agent) as supervisor:
+        for key in "ab":
+            await supervisor.run(Task("work", key=key))
+        work = [Task("work", key=key) for key in "abcdefgh"]
+        assert len(await collected(supervisor.fan_out(work, quorum=2))) == 2
+    assert len(agent.started) == 2
+
+
+@virtual
+async def test_a_quorum_that_is_out_of_reach_cancels_the_rest_however_slowly_the_results_are_read() -> None:
+    agent = Agent(1.0, error=ValueError())
+    async with supervisor_of(agent, max_concurrent=2) as supervisor:
+        results = supervisor.fan_out(tasks(40), quorum=38)
+        read = [await anext(results)]
+        await asyncio.sleep(100.0)
+        assert len(agent.started) == 3 + 2  # the third failure decides, while two slots are taken
+        read += [await anext(results) for _ in range(2)]
+        with pytest.raises(QuorumNotReached, match="needs 38 successes, and 3 of its 40 tasks have not succeeded"):
+            await anext(results)
+    assert [result.status for result in read] == [TaskStatus.FAILED] * 3
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+@virtual
+async def test_a_quorum_is_missed_by_tasks_whose_number_is_known_only_at_their_end(limit: int | None) -> None:
+    agent = Agent(1.0, error=ValueError())
+    async with supervisor_of(agent) as supervisor:
+        with pytest.raises(QuorumNotReached, match=r"needs 2 successes, and . of its 3 tasks have not succeeded"):
+            await collected(supervisor.fan_out(iter(tasks(3)), quorum=2, limit=limit))
+        with pytest.raises(QuorumNotReached, match="needs 2 successes, and 0 of its 0 tasks have not succeeded"):
+            await collected(supervisor.fan_out(iter(()), quorum=2))
+
+
+@pytest.mark.blocks  # in virtual time the thread of SQLite is the loop's own
+@pytest.mark.parametrize("quorum", [None, 1, 3])
+@virtual
+async def test_tasks_that_are_left_in_the_overflow_end_the_iteration_unless_a_quorum_was_made(
+    quorum: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overflow = f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    async with supervisor_of(Agent(5.0), max_concurrent=1, overflow=overflow, max_queue_size=1) as supervisor:
+        results = supervisor.fan_out(tasks(6), quorum=quorum, limit=6)
+        assert (await anext(results)).success
+        await supervisor.drain(7.0)  # one more ends within it
+        if quorum == 1:
+            assert await collected(results) == []
+        else:
+            with pytest.raises(StillSpilled):
+                await collected(results)
+    assert "callback" not in caplog.text
 
 
 # --- leaving ---
@@ -685,6 +765,8 @@ async def test_the_progress_bar_shows_what_has_failed() -> None:
         ({"quorum": 5}, "quorum=5; it must be at most the number of tasks, 2"),
         ({"hedge": "p99"}, "hedge='p99'; it must be a positive number of seconds, \"p95\""),
         ({"retry": 3}, r"retry=3; it must be a Retry"),
+        ({"progress": 3}, r"progress=3; it must be a plain function that takes a FanOutProgress"),
+        ({"progress": sleep_for_payload}, r"progress='an async function'; it must be a plain function: it is called"),
     ],
 )
 @virtual

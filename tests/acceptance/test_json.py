@@ -148,6 +148,7 @@ async def test_a_ticket_through_its_life() -> None:
             "key": "k",
             "thread_id": "t",
             "deadline": deadline.at,
+            "not_before": None,
             "verdict": "admitted",
             "status": "running",
             "reason": None,

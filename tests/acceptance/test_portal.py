@@ -24,6 +24,7 @@ from forebay.errors import (
     WouldDeadlock,
 )
 from forebay.supervisor import Portal
+from forebay.supervisor.fan_out import FanOutProgress
 
 PATIENCE = 20.0  # seconds; nothing here takes as long
 
@@ -73,6 +74,29 @@ def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
 
 
 # --- tickets ---------------------------------------------------------------------------------------------------------
+
+
+def test_many_tasks_are_mapped_from_a_thread(portal: Portal) -> None:
+    states: list[FanOutProgress] = []
+    values = portal.map("echo", (number for number in range(300)), progress=states.append, priority=Priority.LOW)
+    assert values == list(range(300))
+    assert states[-1].succeeded == 300
+    with pytest.raises(UnknownTaskType):
+        portal.map("unknown", [1])
+
+
+def test_a_map_from_a_thread_that_takes_too_long_cancels_its_tasks(latch: Latch) -> None:
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("latch", handler=latch, task_types=["latch"])
+    with supervisor.portal() as portal:
+        with pytest.raises(TimeoutError, match="the tasks have not all ended within 2 s; the others were cancelled"):
+            portal.map("latch", range(3), wait_timeout=2.0)
+        assert latch.started.is_set()
+        latch.open.set()
+        portal.drain(PATIENCE)
+        assert supervisor.statistics().cancelled == 3
+        with pytest.raises(InvalidSetting, match="map was given wait_timeout='soon'"):
+            portal.map("latch", range(3), wait_timeout="soon")  # type: ignore[arg-type]
 
 
 def test_a_ticket_is_found_by_its_id_and_by_its_key(portal: Portal) -> None:

@@ -33,6 +33,7 @@ from forebay import (
     Upstream,
     progress,
 )
+from forebay.breaker import BreakerRules
 from forebay.context import running_task
 from forebay.errors import (
     InvalidSetting,
@@ -42,7 +43,7 @@ from forebay.errors import (
     UnusableTask,
     WouldDeadlock,
 )
-from forebay.events import TaskFinished, TaskProgress, TaskRetried, TaskStarted
+from forebay.events import TaskFinished, TaskProgress, TaskRetried, TaskStarted, WorkerFailed
 from forebay.retry import RetryBudget
 from forebay.testing import EventRecord, FlakyHandler, PassthroughSupervisor, ScriptedHandler
 
@@ -544,6 +545,24 @@ async def test_first_attempts_that_fail_make_their_worker_failed_and_its_probes_
 
 
 @virtual
+async def test_a_worker_whose_breaker_allows_it_fails_a_fifth_of_its_attempts_without_a_pause() -> None:
+    async with BackpressureSupervisor(retry_budget=RetryBudget(share=0.5)) as supervisor:
+        record = EventRecord(supervisor)
+        agent = FlakyHandler(chance=0.2, seconds=0.1)
+        supervisor.register_worker(
+            "worker",
+            handler=agent,
+            task_types=["work"],
+            max_concurrent=5,
+            retry=Retry(max_attempts=10, base_delay=0.1),
+            breaker=BreakerRules(),
+        )
+        assert await supervisor.map("work", range(2_000)) == list(range(2_000))
+        assert record.of_type(WorkerFailed) == []
+        assert now() < 2_000 * 0.1 / 5 * 1.5  # a quarter more attempts than tasks, and the last retries
+
+
+@virtual
 async def test_a_retry_goes_to_another_worker_than_the_one_that_failed() -> None:
     async with BackpressureSupervisor() as supervisor:
         record = EventRecord(supervisor)
@@ -910,7 +929,7 @@ async def test_a_task_that_may_be_stored_cannot_have_errors_of_its_own() -> None
     task = Task("work", retry=Retry(on=ConnectionError))
     async with BackpressureSupervisor(overflow="memory://") as supervisor:
         supervisor.register_worker("worker", handler=fail, task_types=["work"])
-        with pytest.raises(NotSerializable, match=r"at retry\.on it holds a type"):
+        with pytest.raises(NotSerializable, match=r"at retry\.on it holds a type\. .* let its worker say it"):
             await supervisor.submit(task)
         with pytest.raises(NotSerializable):
             supervisor.submit_nowait(task)

@@ -11,7 +11,7 @@ from tests.support.task_plane import Agent, approximately, error_of, find_result
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, clock
-from forebay.interfaces import Lease
+from forebay.interfaces import Lease, RecordState
 from forebay.overflow import open_task_store
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -79,6 +79,117 @@ async def test_a_ticket_found_by_key_ends_as_the_task_that_another_process_store
         early = here.submit_nowait(Task("work", "ours", key="k"))
         assert (await early).result == "theirs"
         assert (await (await first)).result == "theirs"
+
+
+# --- an end that cannot be stored -------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_the_end_of_a_task_is_kept_until_the_store_is_back(file: str) -> None:
+    agent = Agent(2.0)
+    async with make_supervisor(agent, unreliable_store(file, outages=((1.0, 5.0),)), lease=9.0) as here:
+        async with make_supervisor(agent, file, lease=9.0) as other:
+            assert await here.run(Task("work", "once", task_id="kept", durable=True)) == "once"
+            assert now() < 3.0  # who waits here need not wait for the store
+            found = await find_result(other, "kept")
+            assert (found.result, found.worker_id) == ("once", "worker")
+            assert now() < 9.0  # before its lease would have lapsed
+        assert agent.started == ["once"]
+
+
+@virtual
+async def test_a_task_that_failed_while_the_store_was_away_is_a_dead_letter_once_it_is_back(file: str) -> None:
+    async def fail(_: Task) -> None:
+        await asyncio.sleep(2.0)
+        raise ValueError("wrong")
+
+    async with make_supervisor(fail, unreliable_store(file, outages=((1.0, 5.0),)), lease=9.0) as here:
+        result = await (await here.submit(Task("work", task_id="dead", durable=True)))
+        assert result.status is TaskStatus.FAILED
+        assert now() < 3.0
+        await asyncio.sleep(5.0)
+        assert [letter.task_id for letter in await here.dead_letters.page()] == ["dead"]
+        await here.dead_letters.requeue("dead")  # so it is not known as one that has ended
+        assert (await find_result(here, "dead")).status is TaskStatus.FAILED
+
+
+@virtual
+async def test_closing_waits_for_a_store_that_comes_back_with_the_ends_that_it_lacks(file: str) -> None:
+    agent = Agent(1.5)
+    async with make_supervisor(agent, unreliable_store(file, outages=((1.0, 3.0),)), lease=9.0) as here:
+        assert await here.run(Task("work", "once", task_id="kept", durable=True)) == "once"
+    assert 3.0 <= now() <= 5.0
+    store = open_task_store(file)
+    await store.open()
+    found = await store.find("kept")
+    await store.close()
+    assert found is not None
+    assert found[0] is RecordState.DONE
+
+
+@virtual
+async def test_an_end_that_another_process_has_overtaken_is_not_stored(file: str) -> None:
+    mine, theirs = Agent(2.0), Agent(0.5)
+    async with make_supervisor(mine, unreliable_store(file, outages=((1.0, 30.0),)), lease=3.0) as here:
+        async with make_supervisor(theirs, file, lease=3.0) as other:
+            await here.run(Task("work", "twice", task_id="taken", durable=True))
+            await asyncio.sleep(40.0)
+            found = await find_result(other, "taken")
+        assert (mine.started, theirs.started, found.attempts) == (["twice"], ["twice"], 2)
+
+
+# --- a slow store: its load climbs ------------------------------------------------------------------------------------
+
+
+def load_of_overflow(supervisor: BackpressureSupervisor) -> float:
+    [load] = [reading.load for reading in supervisor.readings() if reading.resource == "overflow"]
+    return load
+
+
+@virtual
+async def test_the_load_of_a_slow_store_climbs_and_falls_again(file: str) -> None:
+    store = unreliable_store(file)
+    async with make_supervisor(Agent(100.0), store, lease=9.0, max_queue_size=0) as supervisor:
+        await supervisor.submit(Task("work"))
+        assert load_of_overflow(supervisor) < 0.1
+        store.slow_down(4.0)  # longer than a third of a lease
+        submitting = asyncio.ensure_future(supervisor.submit(Task("work")))
+        await asyncio.sleep(1.5)
+        assert 0.45 < load_of_overflow(supervisor) < 0.55  # while it has not answered yet, too
+        assert (await submitting).verdict is Verdict.SPILLED
+        assert load_of_overflow(supervisor) > 1.0
+        assert supervisor.statistics().limited_by == "overflow"
+        store.repair()
+        await asyncio.sleep(20.0)
+        assert load_of_overflow(supervisor) < 0.1
+
+
+@virtual
+async def test_a_slow_store_gets_no_more_work_until_it_is_faster(file: str) -> None:
+    store = unreliable_store(file)
+    async with make_supervisor(Agent(100.0), store, lease=9.0, max_queue_size=0) as supervisor:
+        await supervisor.submit(Task("work"))
+        store.slow_down(4.0)
+        await supervisor.submit(Task("work"))
+        since = now()
+        ticket = await supervisor.submit(Task("work"))
+        assert now() == approximately(since)  # nobody waits for it
+        assert (ticket.verdict, ticket.limited_by) == (Verdict.REJECTED, "overflow")
+        assert "and the overflow is slow" in str(ticket.reason)
+        store.repair()
+        await asyncio.sleep(10.0)
+        assert (await supervisor.submit(Task("work"))).verdict is Verdict.SPILLED
+
+
+@virtual
+async def test_the_load_of_a_store_that_fails_is_full_and_nothing_else_is(file: str) -> None:
+    store = unreliable_store(file, outages=((5.0, 10.0),))
+    async with make_supervisor(Agent(1.0), store, lease=3.0) as supervisor:
+        await asyncio.sleep(7.0)
+        assert load_of_overflow(supervisor) == 1.0
+        assert await supervisor.run(Task("work", "needs no store")) == "needs no store"
+        await asyncio.sleep(5.0)
+        assert load_of_overflow(supervisor) < 0.1
 
 
 # --- a lease that lapsed ---------------------------------------------------------------------------------------------

@@ -45,9 +45,11 @@ class SilentStore(MemoryTaskStore):
         if method in self.silent:
             await self.answers.wait()
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         await self._answer("put")
-        return await super().put(record, fence=fence, until=until)
+        return await super().put(record, fence=fence, until=until, now=now)
 
     async def find_key(self, key: str) -> str | None:
         await self._answer("find_key")
@@ -325,9 +327,11 @@ async def test_a_slot_whose_task_the_silent_overflow_does_not_end_does_not_keep_
 @virtual
 async def test_a_slow_overflow_that_answers_is_waited_for() -> None:
     class VerySlowStore(SilentStore):
-        async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+        async def put(
+            self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+        ) -> PutResult:
             await asyncio.sleep(0.9 * MAX_STORE_SILENCE)
-            return await super().put(record, fence=fence, until=until)
+            return await super().put(record, fence=fence, until=until, now=now)
 
         async def finish(self, task_id: str, completion: Completion, *, fence: str | None = None) -> bool:
             await asyncio.sleep(0.9 * MAX_STORE_SILENCE)

@@ -96,19 +96,38 @@ async def test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived() 
         service.crash()
         with pytest.raises(TaskFailed, match="'worker' is not restarted any more: its life raised ValueError: broken"):
             await running.value()
-        with pytest.raises(TaskFailed, match="at most 2 within 10 s"):
+        with pytest.raises(
+            TaskFailed, match=r"no worker takes it before supervisor.workers\['worker'\]\.revive\(\): its life"
+        ):
             await waiting.value()
         assert str(worker) == "WorkerAgent('worker', FAILED, 0/1)"
         assert [event.retry_in for event in record.of_type(WorkerFailed)] == [None]
         await asyncio.sleep(1000.0)
         assert str(worker) == "WorkerAgent('worker', FAILED, 0/1)"
-        with pytest.raises(Overloaded):
+        with pytest.raises(
+            Overloaded, match=r"FAILED until it is revived, by supervisor.workers\['worker'\]\.revive\(\)"
+        ):
             await supervisor.run(Task("work"))
         worker.revive()
         assert worker.state is WorkerState.IDLE
         assert await supervisor.run(Task("work", 5)) == 5
         assert len(record.of_type(WorkerRecovered)) == 1
         assert len(service.lives) == 4
+
+
+@virtual
+async def test_an_async_start_that_only_connects_is_told_what_a_life_is() -> None:
+    async def connect() -> None:
+        await asyncio.sleep(0)
+
+    async with BackpressureSupervisor() as supervisor:
+        record = EventRecord(supervisor)
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"], start=connect)
+        await settle()
+        (event,) = record.of_type(WorkerFailed)
+        assert event.reason.startswith("its life ended by returning; it would be one restart too many")
+        assert "await asyncio.Event().wait()" in event.reason
+        assert "a plain function that returns nothing" in event.reason
 
 
 @virtual

@@ -334,6 +334,30 @@ async def test_a_run_that_awaits_a_nested_task_cannot_block_its_tenant() -> None
 
 
 @virtual
+@pytest.mark.parametrize("agents", [1, 2, 4])
+async def test_a_run_that_has_begun_goes_on_before_new_tasks_of_its_tenant(agents: int) -> None:
+    async def agent(_: Task) -> None:
+        await supervisor.run(Task("child", tenant="acme"))
+        went_on.append(now())
+
+    async def child(_: Task) -> None:
+        await asyncio.sleep(1.0)
+
+    went_on: list[float] = []
+    supervisor = BackpressureSupervisor(tenants={"acme": Tenant(max_running=2)})
+    supervisor.register_worker("agents", handler=agent, task_types=["agent"], max_concurrent=4)
+    supervisor.register_worker("children", handler=child, task_types=["child"], max_concurrent=2)
+    async with supervisor:
+        tickets = [supervisor.submit_nowait(Task("agent", tenant="acme")) for _ in range(agents)]
+        await asyncio.sleep(0.5)
+        tickets += [supervisor.submit_nowait(Task("child", tenant="acme")) for _ in range(60)]
+        await results(tickets)
+    # Two run at a time; when the nested tasks end, newer tasks already hold the slots that they leave over.
+    assert max(went_on) <= agents // 2 + 2.0
+    assert now() == pytest.approx((60 + agents) / 2, abs=1.0)
+
+
+@virtual
 async def test_a_run_that_may_not_have_its_slot_back_keeps_no_other_tenant_waiting() -> None:
     async def handler(task: Task) -> None:
         if task.payload == "nests":

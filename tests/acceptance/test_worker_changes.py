@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import sys
 import weakref
 from pathlib import Path
@@ -116,8 +117,11 @@ async def test_what_waits_for_the_last_worker_of_a_type_fails_once_that_is_gone(
             await supervisor.run(Task("work"))
         await leaving
         assert (await running).status is SUCCEEDED
-        with pytest.raises(TaskFailed, match="worker 'only', the last one for 'work', was unregistered"):
+        with pytest.raises(
+            TaskFailed, match="' failed: worker 'only', the last one for 'work', was unregistered"
+        ) as caught:
             await waiting.value()
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301 - ours
         with pytest.raises(UnknownTaskType):
             supervisor.submit_nowait(Task("work"))
         assert await supervisor.run(Task("else", 3)) == 3
@@ -267,6 +271,18 @@ async def test_unregistering_is_checked() -> None:
         await supervisor.unregister_worker("worker")
         with pytest.raises(UnknownWorker, match="there are: none"):
             await supervisor.unregister_worker("worker")
+
+
+@virtual
+async def test_a_worker_may_be_unregistered_by_itself_and_not_by_another_one_of_its_name() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        first = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        await supervisor.unregister_worker(first)
+        assert list(supervisor.workers) == []
+        second = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        with pytest.raises(UnknownWorker, match="another worker"):
+            await supervisor.unregister_worker(first)
+        assert list(supervisor.workers.values()) == [second]
 
 
 @virtual

@@ -22,7 +22,8 @@ from tests.support.task_plane import (
 )
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, WorkerAgent, WorkerState
-from forebay.errors import RemoteError, UnusableTask
+from forebay.breaker import BreakerRules, FaultWindow, consecutive_faults
+from forebay.errors import InvalidSetting, RemoteError, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered
 
 
@@ -276,7 +277,10 @@ async def test_a_pool_without_slots_reads_full_and_says_why_it_rejects() -> None
         assert supervisor.utilization() == 0.0
         ticket = supervisor.submit_nowait(Task("work"))
         assert ticket.verdict is Verdict.REJECTED
-        assert ticket.reason == "every worker for 'work' is FAILED"
+        assert ticket.reason == (
+            "every worker for 'work' is FAILED until it is revived,"
+            " by supervisor.workers['worker'].revive(); the log says why"
+        )
         assert ticket.retry_after is None  # only revive() can help
 
 
@@ -395,6 +399,112 @@ async def test_without_a_reset_timeout_a_worker_stays_failed_until_it_is_revived
         worker.revive()
         assert worker.state.value == "idle"
         assert await supervisor.run(Task("work", 7)) == 7
+
+
+@virtual
+async def test_a_worker_may_have_a_breaker_with_rules_of_its_own() -> None:
+    agent = Agent(0.1)
+    rules = BreakerRules(triggers=(consecutive_faults(2),), reset_timeout=1.0, successes=1)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], breaker=rules)
+        await fail(supervisor, agent, 2)
+        assert worker.failed
+        await asyncio.sleep(1.01)
+        assert not worker.failed
+        assert await supervisor.run(Task("work", 7)) == 7
+        await fail(supervisor, agent, 1)
+        assert not worker.failed  # closed, no longer half-open
+
+
+@virtual
+async def test_a_worker_without_triggers_is_not_made_failed_by_its_tasks() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker(
+            "worker", handler=agent, task_types=["work"], breaker=BreakerRules(triggers=())
+        )
+        await fail(supervisor, agent, 1_100)
+        assert not worker.failed
+        assert await supervisor.run(Task("work", 7)) == 7
+
+
+@virtual
+async def test_zombies_in_every_slot_make_a_worker_without_triggers_failed() -> None:
+    async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
+        worker = supervisor.register_worker(
+            "worker",
+            handler=UncancellableHandler(10.0),
+            task_types=["work"],
+            timeout=1.0,
+            breaker=BreakerRules(triggers=()),
+        )
+        await supervisor.submit_nowait(Task("work"))
+        await asyncio.sleep(2.0)
+        assert worker.failed
+        await asyncio.sleep(10.0)
+        assert not worker.failed
+
+
+@virtual
+async def test_as_many_probes_run_at_a_time_as_the_rules_allow() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        rules = BreakerRules(triggers=(consecutive_faults(5),), probes=3, successes=4)
+        worker = supervisor.register_worker(
+            "worker", handler=agent, task_types=["work"], max_concurrent=5, breaker=rules
+        )
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(10.01)
+        agent.seconds, agent.peak = 1.0, 0
+        tickets = flood(supervisor, "work", 10)
+        await asyncio.sleep(1.5)
+        assert agent.peak == 3  # three have succeeded, and one more is needed
+        await asyncio.sleep(1.0)
+        assert agent.running == 4  # all that are left
+        assert all(result.success for result in await results(tickets))
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_a_probe_of_a_worker_with_rules_of_its_own_has_time_for_a_whole_run() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        rules = BreakerRules(triggers=(consecutive_faults(5),), successes=1, probe_timeout=1.0)
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], timeout=300.0, breaker=rules)
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(10.01)
+        agent.seconds = 200.0
+        probe = supervisor.submit_nowait(Task("work"))
+        await asyncio.sleep(100.0)
+        assert worker.state is WorkerState.OVERLOADED  # not FAILED, because its probe is late
+        assert (await probe).success
+
+
+@virtual
+async def test_a_trigger_that_raises_costs_no_slot(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        seconds, calls = 0, 10
+
+        def should_open(self, _: FaultWindow) -> bool:
+            raise KeyError
+
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        rules = BreakerRules(triggers=(Broken(), consecutive_faults(2)))
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], breaker=rules)
+        await fail(supervisor, agent, 1)
+        assert (worker.current_tasks, worker.state) == (0, WorkerState.IDLE)
+        await fail(supervisor, agent, 1)
+        assert (worker.current_tasks, worker.state) == (0, WorkerState.FAILED)
+    assert "a trigger of a circuit breaker raised KeyError" in caplog.text
+
+
+def test_the_reset_timeout_of_rules_is_not_said_twice() -> None:
+    supervisor = BackpressureSupervisor()
+    with pytest.raises(InvalidSetting, match=r"reset_timeout=1\.0; it must be left out where breaker= is given"):
+        supervisor.register_worker(
+            "worker", handler=Agent(), task_types=["work"], breaker=BreakerRules(), reset_timeout=1.0
+        )
 
 
 @virtual

@@ -1,6 +1,6 @@
 """The implementations of each interface.
 
-A new one is added to CONTRACT_STORES or ENGINES, and is tested for every promise.
+A new one is added to ALL_STORES or ENGINES, and is tested for every promise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
-from tests.support.task_stores import CONTRACT_STORES, PROMPT, SLOW_STORES, StoreBackend
+from tests.support.task_stores import ALL_STORES, PROMPT, SLOW_STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, WorkerAgent
 from forebay.engine import Engine, ProcessEngine
@@ -23,7 +23,7 @@ from forebay.task import Priority
 
 
 @pytest.fixture(
-    params=[pytest.param(each, marks=pytest.mark.slow if each in SLOW_STORES else ()) for each in CONTRACT_STORES],
+    params=[pytest.param(each, marks=pytest.mark.slow if each in SLOW_STORES else ()) for each in ALL_STORES],
     ids=str,
 )
 def backend(request: pytest.FixtureRequest) -> StoreBackend:
@@ -74,6 +74,7 @@ class MakeRecord:
         thread: str | None = None,
         enqueued_at: float | None = None,
         tenant: str = "default",
+        not_before: float | None = None,
     ) -> TaskRecord:
         number = next(self.count)
         return TaskRecord(
@@ -86,6 +87,7 @@ class MakeRecord:
             key=key,
             thread_id=thread,
             tenant=tenant,
+            not_before=not_before,
         )
 
 

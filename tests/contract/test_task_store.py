@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 from tests.support.killed_calls import lost_calls
-from tests.support.task_stores import DURABLE, FAST, HISTORY, SHARED, StoreBackend
+from tests.support.task_stores import DURABLE, FAST, HISTORY, ORDER, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
@@ -707,6 +708,112 @@ async def test_a_conversation_goes_on_after_its_delayed_record_is_cancelled(
     assert ids(await take()) == ["c"]
 
 
+# --- not before a time -----------------------------------------------------------------------------------------------
+
+
+async def test_a_record_is_not_leased_before_its_time(
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
+) -> None:
+    scheduled = record("a", key="k", not_before=10.0)
+    assert await store.put(scheduled, now=9.0) is PutResult.STORED
+    assert await store.find("a") == (RecordState.DELAYED, backend.as_found(scheduled), None)
+    assert await depths(store) == {}
+    assert await store.put(record(key="k")) is PutResult.DUPLICATE
+    assert await store.wake(now=9.9) == WakeResult(woken=0, delayed=1, next_due=10.0)
+    assert await take() == []
+    assert await store.wake(now=10.0) == WakeResult(woken=1, delayed=0, next_due=None)
+    (lease,) = await take()
+    assert lease.record == scheduled
+
+
+@pytest.mark.parametrize("not_before", [9.0, 8.0, 0.0, -5.0, None])
+async def test_a_record_whose_time_has_come_waits(
+    store: TaskStore, record: MakeRecord, take: Take, not_before: float | None
+) -> None:
+    scheduled = record("a", not_before=not_before)
+    assert await store.put(scheduled, now=9.0) is PutResult.STORED
+    assert await store.wake(now=9.0) == WakeResult(woken=0, delayed=0, next_due=None)
+    assert [lease.record for lease in await take()] == [scheduled]
+
+
+async def test_a_record_wakes_in_the_order_of_its_submission(
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
+) -> None:
+    backend.needs(ORDER)
+    await store.put(record("a", not_before=10.0))
+    await store.put(record("b", not_before=5.0))
+    await put_all(store, [record("c"), record("d", deadline=50.0)])
+    await store.wake(now=10.0)
+    assert ids(await take()) == ["d", "a", "b", "c"]
+
+
+async def test_a_record_that_comes_back_does_not_wait_for_its_time_again(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a", not_before=10.0), now=9.0)
+    await store.wake(now=10.0)
+    (lease,) = await take()
+    await store.release([lease])
+    (lease,) = await take(until=20.0)
+    await store.reap(now=21.0, max_attempts=3)
+    (lease,) = await take()
+    await store.delay(lease, due=3.0, wait=1.0, error="no")  # a clock that was set back
+    assert await store.wake(now=3.0) == WakeResult(woken=1, delayed=0, next_due=None)
+    (lease,) = await take()
+    await store.mark_dead(lease, UNREADABLE)
+    assert await store.requeue("a") is PutResult.STORED
+    assert ids(await take()) == ["a"]
+
+
+async def test_a_record_put_leased_does_not_wait_for_its_time(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    assert await store.put(record("a", not_before=10.0), fence="mine", until=5.0, now=1.0) is PutResult.STORED
+    assert await state(store, "a") is RecordState.LEASED
+    await store.reap(now=6.0, max_attempts=3)
+    assert ids(await take()) == ["a"]
+
+
+async def test_a_record_joins_its_conversation_at_its_time(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("first", thread="t", not_before=10.0))
+    await store.put(record("second", thread="t", not_before=10.0))
+    assert await store.put(record("now", thread="t")) is PutResult.STORED
+    assert await store.conversations() == {"t": 3}
+    (running,) = await take()
+    assert running.record.task_id == "now"
+    assert await store.wake(now=10.0) == WakeResult(woken=2, delayed=0, next_due=None)
+    assert await take() == []
+    assert await state(store, "first") is RecordState.PARKED
+    assert await store.put(record("later", thread="t")) is PutResult.PARKED
+    await store.finish("now", DONE, fence=running.fence)
+    for name in ("first", "second", "later"):
+        (lease,) = await take()
+        assert lease.record.task_id == name
+        await store.finish(name, DONE, fence=lease.fence)
+    assert await store.conversations() == {}
+
+
+async def test_a_scheduled_record_can_be_cancelled(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a", thread="t", key="k", not_before=10.0))
+    await store.put(record("b", thread="t"))
+    assert await store.finish("a", Completion(status="cancelled", finished_at=5.0), fence=None)
+    assert await store.conversations() == {"t": 1}
+    assert await store.find_key("k") is None
+    assert await store.wake(now=10.0) == WakeResult(woken=0, delayed=0, next_due=None)
+    assert ids(await take()) == ["b"]
+
+
+async def test_a_scheduled_record_is_bounded_and_kept(open_store: OpenStore, record: MakeRecord) -> None:
+    store = await open_store(bound=2)
+    await store.put(record("a", not_before=10.0))
+    await store.put(record("b", not_before=10.0, thread="t"))
+    assert await store.put(record()) is PutResult.FULL
+    await store.close()
+    await store.open()
+    assert await store.wake(now=9.0) == WakeResult(woken=0, delayed=2, next_due=10.0)
+
+
+# --- retries and lost leases -----------------------------------------------------------------------------------------
+
+
 async def test_attempts_that_ended_with_an_error_are_no_lost_leases(
     store: TaskStore, record: MakeRecord, take: Take
 ) -> None:
@@ -911,19 +1018,44 @@ async def test_dead_records_are_listed_in_pages_without_their_envelopes(
     await put_all(store, [record(f"dead {number}") for number in range(5)])
     await kill_waiting(store, take, 5.0, 4.0, 4.0, 2.0, 1.0)
     await store.put(record("alive"))
-    first = await store.list_dead(3)
-    assert [(dead.record.task_id, dead.completion.finished_at) for dead in first] == [
-        ("dead 4", 1.0),
-        ("dead 3", 2.0),
-        ("dead 1", 4.0),
-    ]
+    first = await store.list_records(RecordState.DEAD, 3)
+    assert [dead.position for dead in first] == [(1.0, "dead 4"), (2.0, "dead 3"), (4.0, "dead 1")]
     assert {dead.record.envelope for dead in first} == {b""}
+    assert first[0].completion is not None
     assert first[0].completion.error == "it cannot be read"
+    assert first[0].until is None
     await store.delete_dead("dead 1")  # the last of the page
-    second = await store.list_dead(3, after=(4.0, "dead 1"))
+    second = await store.list_records(RecordState.DEAD, 3, after=(4.0, "dead 1"))
     assert [dead.record.task_id for dead in second] == ["dead 2", "dead 0"]
-    assert list(await store.list_dead(3, after=(5.0, "dead 0"))) == []
-    assert list(await store.list_dead(0)) == []
+    assert list(await store.list_records(RecordState.DEAD, 3, after=(5.0, "dead 0"))) == []
+    assert list(await store.list_records(RecordState.DEAD, 0)) == []
+
+
+async def test_records_of_every_state_are_listed(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("held", thread="t"), record("delayed"), record("done"), record("dead")])
+    leases = {lease.record.task_id: lease for lease in await take(until=70.0)}
+    await store.delay(leases["delayed"], due=10.0, wait=1.0, error="no")
+    await store.finish("done", DONE, fence=leases["done"].fence)
+    await store.mark_dead(leases["dead"], UNREADABLE)
+    await store.put(record("scheduled", not_before=20.0))
+    await store.put(record("parked", thread="t"))
+    await put_all(store, [record("b", enqueued_at=1.0), record("a", enqueued_at=1.0), record("waiting")])
+    found = {
+        state: [(each.record.task_id, each.until, each.completion) for each in await store.list_records(state, 9)]
+        for state in RecordState
+    }
+    assert found == {
+        RecordState.WAITING: [("a", None, None), ("b", None, None), ("waiting", None, None)],
+        RecordState.PARKED: [("parked", None, None)],
+        RecordState.LEASED: [("held", 70.0, None)],
+        RecordState.DELAYED: [("delayed", 10.0, None), ("scheduled", 20.0, None)],
+        RecordState.DONE: [("done", None, DONE)],
+        RecordState.DEAD: [("dead", None, UNREADABLE)],
+    }
+    page = await store.list_records(RecordState.WAITING, 2)
+    assert {each.record.envelope for each in page} == {b""}
+    rest = await store.list_records(RecordState.WAITING, 2, after=page[-1].position)
+    assert [each.record.task_id for each in rest] == ["waiting"]
 
 
 async def test_a_requeued_record_keeps_its_order_and_starts_with_no_attempts(
@@ -934,7 +1066,7 @@ async def test_a_requeued_record_keeps_its_order_and_starts_with_no_attempts(
     await store.begin_attempt(lease)
     await store.reap(now=11.0, max_attempts=1)
     assert await store.requeue("a") is PutResult.STORED
-    assert list(await store.list_dead(9)) == []
+    assert list(await store.list_records(RecordState.DEAD, 9)) == []
     assert await depths(store) == {("research", Priority.NORMAL): 2}
     again, _ = await take()
     assert (again.record.task_id, again.record.attempts, again.record.envelope) == ("a", 0, b"whole")
@@ -968,7 +1100,7 @@ async def test_a_dead_record_makes_way_for_the_same_id_and_key(
     again = record("a", key="k", envelope=b"again")
     assert await store.put(again) is PutResult.STORED
     assert await store.find("a") == (RecordState.WAITING, backend.as_found(again), None)
-    assert list(await store.list_dead(9)) == []
+    assert list(await store.list_records(RecordState.DEAD, 9)) == []
     assert await store.put(record()) is PutResult.FULL
 
 
@@ -1019,7 +1151,7 @@ async def test_dead_records_are_bounded_apart_from_results(open_store: OpenStore
         for _ in range(3):
             await store.put(record(done := f"done {number}"))
             await store.finish(done, DONE, fence=None)
-    assert [dead.record.task_id for dead in await store.list_dead(9)] == ["dead 3", "dead 4"]
+    assert [dead.record.task_id for dead in await store.list_records(RecordState.DEAD, 9)] == ["dead 3", "dead 4"]
     assert await state(store, "dead 0") is None
     assert await state(store, "done 4") is RecordState.DONE
 
@@ -1148,6 +1280,93 @@ async def test_two_openings_of_a_shared_store_agree(
 
 
 # --- tenants ---------------------------------------------------------------------------------------------------------
+
+
+class Notified:
+    """Counts what a store notices."""
+
+    def __init__(self, store: TaskStore) -> None:
+        self.waiting = asyncio.Event()
+        self.ended = asyncio.Event()
+        store.subscribe(on_waiting=self.waiting.set, on_ended=self.ended.set)
+
+    async def settle(self) -> None:
+        """Wait until the store has noticed everything that has happened."""
+        self.waiting.clear()
+        self.ended.clear()
+        while await is_set_within(self.waiting, 0.2) or self.ended.is_set():
+            self.waiting.clear()
+            self.ended.clear()
+
+
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    return False
+
+
+async def test_what_another_process_stores_or_ends_is_noticed(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
+) -> None:
+    backend.needs(SHARED)
+    store, other = await open_store(), await open_store()
+    notified = Notified(store)
+    await notified.settle()
+    await other.put(record("a"))
+    assert await is_set_within(notified.waiting, 5.0)
+    (lease,) = await other.lease("research", 1, until=100.0)
+    await notified.settle()
+    await other.finish("a", DONE, fence=lease.fence)
+    assert await is_set_within(notified.ended, 5.0)
+    await other.put(record("b"))
+    (lease,) = await other.lease("research", 1, until=100.0)
+    await notified.settle()
+    await other.release([lease])
+    assert await is_set_within(notified.waiting, 5.0)
+    (lease,) = await other.lease("research", 1, until=100.0)
+    await notified.settle()
+    await other.mark_dead(lease, UNREADABLE)
+    assert await is_set_within(notified.ended, 5.0)
+
+
+async def test_what_this_process_does_is_not_noticed(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
+) -> None:
+    backend.needs(SHARED)
+    store = await open_store()
+    await open_store()
+    notified = Notified(store)
+    await notified.settle()
+    await store.put(record("a"))
+    assert not await is_set_within(notified.waiting, 0.2)
+
+
+async def test_every_end_is_noticed_though_as_many_are_kept_as_may_be(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
+) -> None:
+    backend.needs(SHARED)
+    store, other = await open_store(bound=2), await open_store(bound=2)
+    notified = Notified(store)
+    for number in range(5):
+        await other.put(record(f"{number}"))
+        await notified.settle()
+        await other.finish(f"{number}", msgspec.structs.replace(DONE, finished_at=50.0 + number), fence=None)
+        assert await is_set_within(notified.ended, 5.0)
+
+
+async def test_a_closed_store_notices_nothing_and_one_opened_again_does(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord
+) -> None:
+    backend.needs(SHARED)
+    store, other = await open_store(), await open_store()
+    notified = Notified(store)
+    await notified.settle()
+    await store.close()
+    await other.put(record("a"))
+    assert not await is_set_within(notified.waiting, 0.2)
+    await store.open()
+    assert await is_set_within(notified.waiting, 5.0)
 
 
 async def test_each_tenant_has_a_share_of_what_is_leased(store: TaskStore, record: MakeRecord) -> None:

@@ -91,7 +91,7 @@ def test_it_shows_the_limit_and_where_tasks_wait() -> None:
     text = "\n".join(drawn(board([process(Side.FOREBAY)], Settings(), "a key", resumed=False), width=100, height=30))
     for words in (
         "upstream:key:875cc6fc",
-        "100 in memory, 9,850 on disk",
+        "100 in memory, 9,850 spilled",
         "12 calls wait",
         "requests per minute",
         "78,901 with 429",
@@ -145,7 +145,7 @@ def test_the_summary_has_all_sides_and_the_verdict() -> None:
     found = compared(classic(), forebay())
     text = " ".join(" ".join(drawn(summary(found), width=80, height=60)).split())
     assert "Forebay 10 times as many" in text
-    assert "kept on disk 0 0 800" in text
+    assert "kept in overflow 0 0 800" in text
     assert "over the least 20.00 x 1.40 x 1.05 x" in text
     assert "refused with 429 4,000 (80 %) 600 (60 %) 7 (1.0 %)" in text
     assert "limited by unknown unknown upstream:key short of - - requests per minute" in text

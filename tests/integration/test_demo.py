@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from demo.stored_tasks import StoredTasks, count_stored_tasks
+from demo.stored_tasks import StoredTasks, count_overflow, count_stored_tasks
 from demo.workload import surge
 from forebay.clock import monotonic
 from forebay.simulation.provider.provider_config import ProviderConfig
@@ -34,7 +34,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    ours = ("PROVIDER_URL", "PROVIDER_API_KEY", "PROVIDER_MODEL", "OPENAI_API_KEY", "SEED")
+    ours = ("PROVIDER_URL", "PROVIDER_API_KEY", "PROVIDER_MODEL", "OPENAI_API_KEY", "SEED", "OVERFLOW")
     return {name: value for name, value in os.environ.items() if name not in ours} | more
 
 
@@ -144,6 +144,24 @@ def test_without_a_demo_there_is_nothing_to_resume(tmp_path: Path) -> None:
     done = demo(tmp_path / "none", "--resume")
     assert done.returncode == 1
     assert "run `make demo` first" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_spills_into_the_store_that_is_named_and_clears_none_that_is_in_use(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/own.db"
+    done = demo(tmp_path / "demo", *SMALL, OVERFLOW=url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = count_overflow(url)
+    report = msgspec.json.decode((tmp_path / "demo" / "report.json").read_bytes())
+    assert (left.total, left.to_do) == (TASKS, report["forebay"]["spilled"])
+    assert "in the store that OVERFLOW names" in done.stdout
+    again = demo(tmp_path / "demo", *SMALL, OVERFLOW=url)
+    assert again.returncode == 1
+    assert "holds 60 records already" in again.stderr
+    assert count_overflow(url) == left
+    nothing = demo(tmp_path / "demo", "--resume", *SMALL[2:], OVERFLOW=f"sqlite:///{tmp_path}/empty.db")
+    assert nothing.returncode == 1
+    assert "no tasks to resume in the store that OVERFLOW names" in nothing.stderr
 
 
 # --- ended from outside ---------------------------------------------------------------------------------------------

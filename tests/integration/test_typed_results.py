@@ -55,6 +55,9 @@ def in_a_thread(portal: Portal, task: Task[int]) -> None:
     reveal_type(portal.run(task))  # int
     reveal_type(portal.submit(task).value(timeout=1))  # int
     reveal_type(portal.run(Task("work")))  # Any
+    reveal_type(portal.map("work", [1]))  # list[Any]
+    portal.map("work", [1], prio=1)  # E: call-arg
+    portal.submit(task, priority=1)  # E: call-arg
 
 async def variance(supervisor: BackpressureSupervisor) -> None:
     task: Task[Animal] = Task[Dog]("walk")
@@ -64,6 +67,8 @@ async def mistakes(supervisor: BackpressureSupervisor) -> None:
     text: str = await supervisor.run(Task[int]("work"))  # E: arg-type
     dog: Task[Dog] = Task[Animal]("walk")  # E: assignment
     Task[int]("work", typo=1)  # E: call-arg
+    await supervisor.submit(Task("work"), priority=1)  # E: arg-type
+    await supervisor.map("work", [1], prio=1)  # E: call-arg
 """
 
 

@@ -30,7 +30,7 @@ from forebay.admission import (
     TenantTurns,
     feasibility,
 )
-from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
+from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
@@ -57,9 +57,9 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.storage import SqliteWriter, sqlite_file
+from forebay.storage import OperationQueue, SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, room
+from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, registration, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -86,12 +86,13 @@ from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.spill import Spill
+from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
-from forebay.supervisor.tree import worker_life
+from forebay.supervisor.tree import supervision, worker_life
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
 from forebay.supervisor.tree.restart_policy import RestartType
 from forebay.supervisor.tree.supervision import Supervision
@@ -465,9 +466,9 @@ def a_record_is_acknowledged_before_its_commit() -> None:
     original = SqliteTaskStore.put
 
     async def put(
-        self: SqliteTaskStore, record: TaskRecord, *, fence: str | None = None, until: float = 0.0
+        self: SqliteTaskStore, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult:
-        self._writer.run_batched(self._put, (record, fence, until))
+        self._writer.run_batched(self._put, (record, fence, until, now))
         return PutResult.STORED
 
     replace(SqliteTaskStore, original, put)
@@ -569,6 +570,10 @@ def records_of_a_blocked_tenant_come_back() -> None:
 
 def a_tenant_runs_as_much_as_it_likes() -> None:
     always(Tenants, Tenants.count_running, returns=False)
+
+
+def new_tasks_of_a_tenant_go_before_what_has_begun() -> None:
+    always(Tenants, Tenants.count_claims, returns=False)
 
 
 def what_waits_for_a_bound_stays_without_a_worker() -> None:
@@ -744,6 +749,14 @@ def draining_does_not_wait_for_the_end_of_a_task_in_the_overflow() -> None:
 
 def a_task_that_is_stored_after_its_ticket_has_ended_runs_again() -> None:
     skip(QueueSpill._write, StoredTasks.complete_again)
+
+
+def a_slow_overflow_gets_more_and_more_work() -> None:
+    always(StoreLoad, StoreLoad.slowness, returns=0.0)
+
+
+def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
+    always(StoredTasks, StoredTasks._may_finish_later, returns=False)
 
 
 # --- spend and quotas ---
@@ -1050,6 +1063,13 @@ def a_few_faults_open_a_breaker() -> None:
         return calls >= self.min_calls and faults >= self.min_faults
 
     replace(MinimumSampleTrigger, MinimumSampleTrigger.should_open, should_open)
+
+
+def the_rules_of_a_workers_breaker_are_dropped() -> None:
+    def _with_time(rules: BreakerRules, timeout: float) -> BreakerRules:
+        return registration._default_rules(10.0, timeout)
+
+    registration._with_time = _with_time
 
 
 def a_call_that_has_failed_probes() -> None:
@@ -1652,7 +1672,7 @@ def a_stored_task_of_a_stopped_worker_is_lost() -> None:
 
 def a_selection_keeps_workers_that_are_gone() -> None:
     def _drop(self: WorkerSelector, worker: WorkerAgent) -> None:
-        self._current.pop(worker, None)
+        self._stamps.pop(worker, None)
 
     replace(WorkerSelector, WorkerSelector._drop, _drop)
 
@@ -1707,6 +1727,10 @@ def a_fan_out_has_no_limit() -> None:
 
 
 # --- supervision: lives, restarts, trees -----------------------------------------------------------------------------
+
+
+def a_start_that_only_connects_is_not_told_what_a_life_is() -> None:
+    supervision._RETURNED = ""
 
 
 def a_worker_whose_life_has_ended_is_not_started_again() -> None:
@@ -1882,7 +1906,7 @@ def a_run_outlives_its_event_loop() -> None:
 
 
 def a_store_waits_for_a_loop_that_has_ended() -> None:
-    skip(SqliteWriter.open, SqliteWriter._abandon_connection)
+    skip(OperationQueue.open, OperationQueue._abandon_connection)
 
 
 def a_log_of_events_has_what_handlers_report() -> None:
@@ -1959,6 +1983,20 @@ def tasks_of_a_declared_type_outlive_their_fan_out() -> None:
     fan_out._is_own.__code__ = _is_own.__code__
 
 
+def a_quorum_waits_for_its_reader() -> None:
+    always(FanOut, FanOut._cancel_if_decided, returns=None)
+
+
+def a_task_that_is_left_in_the_overflow_is_an_error_of_a_callback() -> None:
+    original = FanOut.branch_ended
+
+    def branch_ended(self: FanOut, branch: Any) -> None:
+        fan_out._result_of(branch)
+        original(self, branch)
+
+    replace(FanOut, original, branch_ended)
+
+
 def second_attempts_run_in_the_context_of_a_timer() -> None:
     original = AdmissionController.submit_hedge
 
@@ -2007,6 +2045,10 @@ def a_retry_goes_before_all_that_wait() -> None:
 
 def a_key_remembers_a_task_that_failed() -> None:
     skip(TicketRegistry.settle, TicketRegistry.forget_key)
+
+
+def a_ticket_that_is_looked_up_knows_no_attempts() -> None:
+    always(Ticket, Ticket.read_attempts, returns=None)
 
 
 def a_restart_forgets_the_attempts_that_failed() -> None:

@@ -241,6 +241,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_store_that_is_silent_keeps_slots_free: (
         test_tenants_in_the_overflow.test_a_store_that_does_not_answer_keeps_no_slot_from_the_new_tasks_of_others
     ),
+    bugs.new_tasks_of_a_tenant_go_before_what_has_begun: (
+        test_tenants.test_a_run_that_has_begun_goes_on_before_new_tasks_of_its_tenant
+    ),
     bugs.records_of_a_blocked_tenant_come_back: (
         test_tenants_in_the_overflow.test_the_records_of_a_blocked_tenant_keep_those_of_no_other
     ),
@@ -393,6 +396,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.all_models_share_an_account: (test_blame.test_a_model_that_is_down_does_not_shut_the_account_for_the_others),
     bugs.a_few_faults_open_a_breaker: (
         test_blame.test_poisoned_requests_neither_open_the_breaker_nor_use_up_the_retries_of_the_others
+    ),
+    bugs.the_rules_of_a_workers_breaker_are_dropped: (
+        test_workers.test_a_worker_may_have_a_breaker_with_rules_of_its_own
     ),
     bugs.a_call_that_has_failed_probes: test_decisions.test_a_call_that_has_failed_does_not_probe,
     bugs.calls_that_fail_again_and_again_take_all_retries: (
@@ -588,6 +594,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_task_that_is_stored_after_its_ticket_has_ended_runs_again: (
         test_silent_store.test_a_task_that_is_stored_after_its_ticket_has_ended_does_not_run_again
     ),
+    bugs.a_slow_overflow_gets_more_and_more_work: (
+        test_shared_overflow.test_a_slow_store_gets_no_more_work_until_it_is_faster
+    ),
+    bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
+        test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
+    ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
     ),
@@ -672,6 +684,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_drain_waits_for_a_type_that_is_paused: (test_worker_changes.test_draining_does_not_wait_for_what_is_paused),
     bugs.a_larger_worker_waits_for_the_next_event: test_worker_changes.test_more_slots_take_waiting_tasks_at_once,
     # supervision
+    bugs.a_start_that_only_connects_is_not_told_what_a_life_is: (
+        test_supervision.test_an_async_start_that_only_connects_is_told_what_a_life_is
+    ),
     bugs.a_worker_whose_life_has_ended_is_not_started_again: (
         test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
     ),
@@ -791,6 +806,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.tasks_of_a_declared_type_outlive_their_fan_out: (
         test_fan_out.test_leaving_cancels_tasks_whose_payload_was_made_of_the_declared_type
     ),
+    bugs.a_quorum_waits_for_its_reader: (
+        test_fan_out.test_a_quorum_cancels_the_rest_however_slowly_the_results_are_read
+    ),
+    bugs.a_task_that_is_left_in_the_overflow_is_an_error_of_a_callback: (
+        test_fan_out.test_tasks_that_are_left_in_the_overflow_end_the_iteration_unless_a_quorum_was_made
+    ),
     bugs.second_attempts_run_in_the_context_of_a_timer: (
         test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
     ),
@@ -805,6 +826,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_key_remembers_a_task_that_failed: test_retries.test_a_key_remembers_success_only,
     bugs.a_restart_forgets_the_attempts_that_failed: (
         test_delayed_tasks.test_another_process_makes_the_next_attempt_and_counts_those_before
+    ),
+    bugs.a_ticket_that_is_looked_up_knows_no_attempts: (
+        test_delayed_tasks.test_a_task_that_is_cancelled_where_it_was_looked_up_has_the_attempts_of_its_record
     ),
     bugs.a_stored_task_that_failed_for_good_is_no_dead_letter: (
         test_stored_retries.test_a_spilled_task_is_retried_until_it_is_a_dead_letter

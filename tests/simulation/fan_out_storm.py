@@ -194,7 +194,7 @@ class FanOutStorm:
             self.violations.append(f"{len(got)} results for {len(ids)} tasks")
         if plan.leaves_after is None and plan.quorum is not None:
             self.happened["quorum reached"] += 1
-            if successes < plan.quorum:
+            if successes != plan.quorum:
                 self.violations.append(f"{successes} successes, and a quorum of {plan.quorum}")
 
     # --- the whole storm ---

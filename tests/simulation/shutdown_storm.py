@@ -57,9 +57,11 @@ class SlowStore(MemoryTaskStore):
         if self.seconds:
             await asyncio.sleep(self.seconds)
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         await self._commit()
-        return await super().put(record, fence=fence, until=until)
+        return await super().put(record, fence=fence, until=until, now=now)
 
     async def release(self, leases: Sequence[Lease]) -> None:
         await self._commit()

@@ -79,9 +79,11 @@ class StormStore(UnreliableStore):
     lost = False
     acknowledged_into_lost_file: list[str]
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         lost = self.lost
-        put = await super().put(record, fence=fence, until=until)
+        put = await super().put(record, fence=fence, until=until, now=now)
         if lost and put.written:
             self.acknowledged_into_lost_file.append(record.task_id)
         return put
@@ -132,12 +134,17 @@ class ProcessSink:
 class TaskStorm:
     """One storm.
 
+    Args:
+        seed: draws it.
+        path: the file of its overflow in SQLite, if it has a durable one.
+        url: another durable overflow, which no other storm uses. It has no file that could be lost.
+
     Attributes:
         happened: how often each thing happened.
         violations: what handlers and callers saw that must not be.
     """
 
-    def __init__(self, seed: int, path: Path) -> None:
+    def __init__(self, seed: int, path: Path, url: str | None = None) -> None:
         self.rng = random.Random(f"storm {seed}")
         self.attempts = random.Random(f"attempts {seed}")  # apart, so that retries change nothing else of a seed
         self.tenancy = random.Random(f"tenants {seed}")  # apart, so that tenants change no other draw of a seed
@@ -145,7 +152,8 @@ class TaskStorm:
         self.resizes = self.changes.random() < 0.3
         self.fans_out = self.changes.random() < 0.3
         self.tenants = _draw_tenants(self.tenancy)
-        self.script = StormScript.draw(self.rng, StormRetries.draw(self.attempts))
+        script = StormScript.draw(self.rng, StormRetries.draw(self.attempts))
+        self.script = script if url is None else dataclasses.replace(script, file_lost=None)
         self.happened: Counter[str] = Counter()
         self.violations: list[str] = []
         self.acknowledged = AcknowledgedWrites()
@@ -156,6 +164,7 @@ class TaskStorm:
         self.due: dict[str, float] = {}  # loop time of the deadlines, by task id
         self.order: dict[str, list[int]] = defaultdict(list)  # by conversation, the first starts of its messages
         self._path = path
+        self._url = url or f"sqlite:///{path}?synchronous=off"
         self._actions = 0  # of hooks
         self._slots = {worker.name: worker.slots for worker in self.script.workers}
         self._over: asyncio.Event
@@ -379,7 +388,7 @@ class TaskStorm:
     def _overflow(self, faults: StoreFaults) -> TaskStore | str | None:
         if self.script.overflow != "sqlite":
             return self.script.overflow
-        store = open_task_store(f"sqlite:///{self._path}?synchronous=off")
+        store = open_task_store(self._url)
         unreliable = StormStore(store, faults, self.acknowledged, random.Random(self.rng.random()))
         unreliable.acknowledged_into_lost_file = self.acknowledged_into_lost_file
         return unreliable
@@ -753,13 +762,23 @@ def _forget(work: asyncio.Future[Any]) -> None:
     work.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-def run(seed: int) -> TaskStorm:
-    """Run the storm of one seed; raise if an invariant is violated, or at a deadlock or an unhandled error."""
+def has_durable_store(seed: int) -> bool:
+    """Return whether the processes of a storm share an overflow that survives them."""
+    return TaskStorm(seed, Path()).script.overflow == "sqlite"
+
+
+def run(seed: int, url: str | None = None) -> TaskStorm:
+    """Run the storm of one seed; raise if an invariant is violated, or at a deadlock or an unhandled error.
+
+    Args:
+        seed: draws it.
+        url: a new durable overflow; None: a file.
+    """
     storms: list[TaskStorm] = []
     with tempfile.TemporaryDirectory() as directory:
 
         async def main() -> None:
-            storms.append(TaskStorm(seed, Path(directory, "spill.db")))
+            storms.append(TaskStorm(seed, Path(directory, "spill.db"), url))
             await storms[0].run()
 
         simulate(main, seed=seed, max_time=1e6)
@@ -770,7 +789,11 @@ if __name__ == "__main__":
     import logging
     import sys
 
+    from tests.support.redis_servers import redis_server
+
     logging.disable()
-    for argument in sys.argv[1:]:
-        outcome = run(int(argument))
+    on_redis = "--redis" in sys.argv
+    for argument in sys.argv[1 + on_redis :]:
+        with redis_server() if on_redis else contextlib.nullcontext() as redis:
+            outcome = run(int(argument), None if redis is None else redis.url)
         print(argument, outcome.script, outcome.happened, sep="\n")

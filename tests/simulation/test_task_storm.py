@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.mutation import bugs
 from tests.simulation import fair_share, task_storm
+from tests.support.redis_servers import redis_server, shared
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite runs in the loop's own thread
 
@@ -25,6 +27,21 @@ def test_no_cancellation_kill_or_stop_of_a_storm_breaks_a_promise(seed: int) -> 
         task_storm.run(seed)
     except BaseException as failure:
         failure.add_note(f"Repeat it with: .venv/bin/python -m tests.simulation.task_storm {seed}")
+        raise
+
+
+ON_REDIS = [seed for seed in range(150) if task_storm.has_durable_store(seed)]
+
+
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 20 else pytest.param(seed, marks=pytest.mark.slow) for seed in ON_REDIS]
+)
+def test_a_storm_breaks_no_promise_on_redis(seed: int) -> None:
+    url = f"{shared(redis_server).url}?name=storm-{uuid.uuid4().hex}"
+    try:
+        task_storm.run(seed, url)
+    except BaseException as failure:
+        failure.add_note(f"Repeat it with: .venv/bin/python -m tests.simulation.task_storm --redis {seed}")
         raise
 
 

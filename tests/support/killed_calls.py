@@ -160,16 +160,16 @@ KILLED_CALLS = {
 class PostponingWriter(SqliteWriter):
     """A writer that answers before it commits: a transaction is committed when the next one begins."""
 
-    def _commit(self, connection: sqlite3.Connection, works: Sequence[Any]) -> Sequence[Any]:
+    def _commit(self, file: sqlite_writer._OpenFile, works: Sequence[Any]) -> Sequence[Any]:
+        connection = file.connection
         with self._connection_lock:
             if connection.in_transaction:
                 connection.execute("COMMIT")
             connection.execute("BEGIN IMMEDIATE")
             return sqlite_writer._run_batches(connection, works)
 
-    def run_now(self, op: Callable[[sqlite3.Connection], Any]) -> Any:
-        assert self._connection is not None
-        (value,) = self._commit(self._connection, [(sqlite_writer._run_each, op, True)])
+    def run_now(self, op: Callable[[sqlite3.Connection], Any], *, writes: bool = True) -> Any:
+        (value,) = self._commit(self._queue.check_open(), [(sqlite_writer._run_each, op, writes)])
         return value
 
 
@@ -241,9 +241,10 @@ async def survives(backend: StoreBackend, url: str, call: KilledCall) -> bool:
 def kill_processes(opener: str, urls: Mapping[str, str]) -> None:
     """Do each call in a forked process, which ends by killing itself."""
     for name, url in urls.items():
+        store = OPENERS[opener](url)  # in the parent, which so imports its library once
         if (child := os.fork()) == 0:
             try:
-                asyncio.run(call_and_die(OPENERS[opener](url), KILLED_CALLS[name]))
+                asyncio.run(call_and_die(store, KILLED_CALLS[name]))
             except BaseException:  # noqa: BLE001 - the copy of this process must not go on
                 traceback.print_exc()
             os._exit(1)

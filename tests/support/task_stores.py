@@ -1,17 +1,20 @@
 """The task stores that the tests run on. A new one adds a line to STORES, and is tested for every promise.
 
-One that cannot run in virtual time adds it to CONTRACT_STORES.
+One that cannot run in virtual time adds it to ALL_STORES.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import pytest
 from tests.support import moto_server
+from tests.support.fakeredis_server import shared_fakeredis
+from tests.support.redis_servers import redis_cluster, redis_sentinels, redis_server, shared
 
 from forebay.interfaces import TaskRecord
 
@@ -30,16 +33,20 @@ class StoreBackend:
 
     Attributes:
         name: as it appears in the ids of tests.
-        template: its URL; ``{path}`` is a directory of the test, ``{bound}`` how many tasks may wait or be leased,
-            ``{queue}`` a name that no other directory has, ``{aws}`` the address of a simulated AWS.
+        template: its URL; ``{path}`` is a directory of the test, ``{name}`` a name that only this directory has,
+            ``{bound}`` how many tasks may wait or be leased, ``{server}`` what `server` returns.
         can: DURABLE, SHARED, HISTORY, ORDER, PROMPT, ENVELOPE, FAST.
         options: appended to the URL, one for each way to write; the last is the fastest.
+        server: starts the server that the store needs, unless it runs, and returns its URL; None: it needs none.
+        slow: an operation takes a millisecond, so that tests of many random ones do fewer.
     """
 
     name: str
     template: str
     can: frozenset[str] = frozenset()
     options: tuple[str, ...] = ("",)
+    server: Callable[[], str] | None = None
+    slow: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -55,39 +62,51 @@ class StoreBackend:
 
     def start_server(self) -> None:
         """Start what the store needs, outside of an event loop. Skip the test where that is not installed."""
-        if "{aws}" in self.template:
-            moto_server.endpoint()
+        if self.server is not None:
+            self.server()
 
     def url(self, directory: Path, *, bound: int = 10_000, options: str = "") -> str:
         """Return the URL of the store that this backend has in `directory`."""
-        queue = "q" + hashlib.sha256(bytes(directory)).hexdigest()[:20]
-        aws = moto_server.endpoint() if "{aws}" in self.template else ""
-        return self.template.format(path=directory, bound=bound, queue=queue, aws=aws) + options
+        name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+        server = "" if self.server is None else self.server()
+        return self.template.format(path=directory, bound=bound, name=name, server=server) + options
 
     def fast_url(self, directory: Path, *, bound: int = 10_000) -> str:
         """Return the same URL, for a store that need not survive a loss of power."""
         return self.url(directory, bound=bound, options=self.options[-1])
 
 
+LASTING = frozenset({DURABLE, SHARED, HISTORY, ORDER, PROMPT, ENVELOPE, FAST})
+REDIS = "{server}?name={name}&bound={bound}"
 STORES = [
     StoreBackend("memory", "memory://?bound={bound}", can=frozenset({ORDER, PROMPT, ENVELOPE, FAST})),
     StoreBackend(
         "sqlite",
         "sqlite:///{path}/store.db?bound={bound}",
-        can=frozenset({DURABLE, SHARED, HISTORY, ORDER, PROMPT, ENVELOPE, FAST}),
+        can=LASTING,
         options=("&synchronous=full", "&synchronous=normal", "&synchronous=off"),
+        slow=True,
     ),
+    StoreBackend("redis", REDIS, can=LASTING, server=lambda: shared(redis_server).url),
 ]
-INDEXES = list(STORES)  # those that may be the index of a queue service
-_SQS = "?endpoint={aws}&region=eu-west-1&bound={bound}"
-_SQS_RESULTS = "&results=sqlite:///{path}/index.db?synchronous=off"
+INDEXES = STORES[:2]  # those that may be the index of a queue service
+_SQS = "?endpoint={server}&region=eu-west-1&bound={bound}"
+_INDEXED = _SQS + "&results=sqlite:///{path}/index.db?synchronous=off"
+_ON_SQS = frozenset({DURABLE, SHARED, HISTORY})
 SQS_STORES = [
-    StoreBackend("sqs", "sqs://{queue}" + _SQS + _SQS_RESULTS, can=frozenset({DURABLE, SHARED, HISTORY})),
-    StoreBackend("sqs fifo", "sqs://{queue}.fifo" + _SQS + _SQS_RESULTS, can=frozenset({DURABLE, SHARED, HISTORY})),
-    StoreBackend("sqs alone", "sqs://{queue}" + _SQS, can=frozenset({DURABLE})),
+    StoreBackend("sqs", "sqs://{name}" + _INDEXED, can=_ON_SQS, server=moto_server.endpoint, slow=True),
+    StoreBackend("sqs fifo", "sqs://{name}.fifo" + _INDEXED, can=_ON_SQS, server=moto_server.endpoint, slow=True),
+    StoreBackend("sqs alone", "sqs://{name}" + _SQS, can=frozenset({DURABLE}), server=moto_server.endpoint, slow=True),
 ]
-CONTRACT_STORES = [*STORES, *SQS_STORES]
 SLOW_STORES = SQS_STORES[1:]  # whose tests are left out of `make test-quick`
+# Further ways to run a store, for the contract alone: a supervisor sees no more of it than the contract.
+ALL_STORES = [
+    *STORES,
+    StoreBackend("fakeredis", REDIS, can=LASTING, server=shared_fakeredis, slow=True),
+    StoreBackend("sentinel", REDIS, can=LASTING, server=lambda: shared(redis_sentinels).url),
+    StoreBackend("cluster", REDIS, can=LASTING, server=lambda: shared(redis_cluster).url),
+    *SQS_STORES,
+]
 DURABLE_STORES = [backend for backend in STORES if DURABLE in backend.can]
 SHARED_STORES = [backend for backend in DURABLE_STORES if SHARED in backend.can]
 SHARED_SERVICES = [*SHARED_STORES, SQS_STORES[0]]  # also those that cannot run in virtual time

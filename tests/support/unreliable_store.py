@@ -6,12 +6,22 @@ import asyncio
 import math
 import random
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
+from forebay.interfaces import (
+    Completion,
+    DeadRecord,
+    Lease,
+    PutResult,
+    RecordState,
+    StoredRecord,
+    TaskRecord,
+    TaskStore,
+    WakeResult,
+)
 from forebay.task import Priority
 
 T = TypeVar("T")
@@ -33,6 +43,7 @@ class StoreFaults:
 
     Attributes:
         slow: maximum seconds of an operation.
+        slow_by: seconds that every operation takes.
         hangs: probability that an operation takes up to `hang` seconds.
         hang: seconds; longer than a lease.
         loses_reply: probability that an operation succeeds and reports an error.
@@ -40,6 +51,7 @@ class StoreFaults:
     """
 
     slow: float = 0.0
+    slow_by: float = 0.0
     hangs: float = 0.0
     hang: float = 0.0
     loses_reply: float = 0.0
@@ -68,6 +80,10 @@ class UnreliableStore:
         """Remove all faults."""
         self._faults = StoreFaults()
 
+    def slow_down(self, seconds: float) -> None:
+        """Let every operation take `seconds` from now on."""
+        self._faults = StoreFaults(slow_by=seconds)
+
     def _fail(self, why: str) -> StoreUnavailable:
         return StoreUnavailable(where="the simulated disk", why=why, advice="It is part of the surge.")
 
@@ -90,7 +106,7 @@ class UnreliableStore:
 
     async def _wait(self) -> None:
         faults = self._faults
-        delay = self._rng.uniform(0, faults.slow) if faults.slow else 0.0
+        delay = self._rng.uniform(0, faults.slow) if faults.slow else faults.slow_by
         if self._rng.random() < faults.hangs:
             delay = self._rng.uniform(0, faults.hang)
         if delay:
@@ -110,8 +126,13 @@ class UnreliableStore:
     async def close(self) -> None:
         await self._inner.close()
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        put = await self._call(self._inner.put(record, fence=fence, until=until), record.task_id)
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended)
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
+        put = await self._call(self._inner.put(record, fence=fence, until=until, now=now), record.task_id)
         if put.written:
             self._acknowledged.stored.add(record.task_id)
         return put
@@ -183,8 +204,10 @@ class UnreliableStore:
         self._acknowledged.ended[lease.record.task_id] += marked
         return marked
 
-    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        return await self._call(self._inner.list_dead(limit, after=after))
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        return await self._call(self._inner.list_records(state, limit, after=after))
 
     async def requeue(self, task_id: str) -> PutResult | None:
         return await self._call(self._inner.requeue(task_id))

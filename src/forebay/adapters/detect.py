@@ -83,10 +83,12 @@ def _check_config(config: Config | None, worker: str) -> None:
     raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
 
 
-def _mistake(obj: Any) -> str | None:
+def _mistake(obj: Any) -> str | None:  # noqa: PLR0911 - one for each
     """Return what to do about an object that is often passed by mistake; None for any other. Some are callable."""
     if obj is None:
         return "pass handler=, or factory= to have one made for each task"
+    if isinstance(obj, str):
+        return advice_on_name(obj)
     if inspect.isclass(obj):
         return "it is a class: pass an instance of it, or factory= to have one made for each task"
     if inspect.iscoroutine(obj):
@@ -100,6 +102,13 @@ def _mistake(obj: Any) -> str | None:
             " the result"
         )
     return None
+
+
+def advice_on_name(name: str) -> str:
+    """Return what to pass instead of a name that is no import path."""
+    module, _, attribute = name.rpartition(".")
+    path = f"{module or 'package.module'}:{attribute or 'name'}"
+    return f"it is a name: import what it names and pass that, or give its import path, with a colon, such as {path!r}"
 
 
 def _check_takes_task(obj: Any, worker: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from forebay.adapters.detect import as_handler
+from forebay.adapters.detect import advice_on_name, as_handler
 from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidHandler
 from forebay.task import Task
@@ -19,6 +19,8 @@ def check_factory(factory: Any, worker: str) -> None:
     """
     if not callable(factory):
         hint = "factory= takes a callable without arguments that makes an agent"
+        if isinstance(factory, str):
+            hint = advice_on_name(factory)
         raise InvalidHandler(worker=worker, type=type(factory).__name__, hint=hint)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from forebay._hooks import call_hook
 from forebay._renamed import renamed_arguments
 from forebay._validate import check_positive, check_whole, is_number, reject
 from forebay.breaker.fault_window import FaultWindow
@@ -36,6 +37,7 @@ class BreakerRules:
     Attributes:
         triggers: the breaker opens as soon as one of these says so. By default it opens once chance does not explain
             that half of the calls or more fail: it would refuse more good calls than it spares bad ones otherwise.
+            Without any, ``()``, no fault opens it while it is closed.
         reset_timeout: seconds that the first opening lasts at most; None keeps it open until `Breaker.reset`.
         max_reset_timeout: seconds that any opening lasts at most. A recovery is noticed with up to this delay.
         probes: calls let through at a time while half-open.
@@ -55,9 +57,10 @@ class BreakerRules:
     probe_timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.triggers:
-            reject("BreakerRules", "triggers", self.triggers, "at least one trigger, such as consecutive_faults(5)")
         owner, longest = "BreakerRules", self.max_reset_timeout
+        if not isinstance(self.triggers, tuple) or not all(hasattr(each, "should_open") for each in self.triggers):
+            expected = "a tuple of triggers, such as (consecutive_faults(5),), or () for a breaker that no fault opens"
+            reject(owner, "triggers", self.triggers, expected)
         check_positive(owner, "reset_timeout", self.reset_timeout, unit="seconds", none="to stay open until reset")
         if not is_number(longest) or not (self.reset_timeout or 0.0) <= longest < math.inf:
             reject(owner, "max_reset_timeout", longest, "a finite number of seconds, not below reset_timeout")
@@ -113,7 +116,8 @@ class Breaker:
         self._draw = draw
         triggers = rules.triggers
         self._window = FaultWindow(
-            seconds=max(trigger.seconds for trigger in triggers), span=max(trigger.calls for trigger in triggers)
+            seconds=max((trigger.seconds for trigger in triggers), default=0),
+            span=max((trigger.calls for trigger in triggers), default=0),
         )
         self._epoch = 0
         self.reset()
@@ -140,8 +144,9 @@ class Breaker:
                 window.calls += 1
             elif outcome is _FAULT and epoch:  # epoch 0 is a rejected call: it counts for nothing
                 window.add_fault(now)
-                if any(trigger.should_open(window) for trigger in self._rules.triggers):
-                    return self._open(now)
+                for trigger in self._rules.triggers:  # a user's own may raise, and what ended has ended all the same
+                    if call_hook("a trigger of a circuit breaker", trigger.should_open, window):
+                        return self._open(now)
             return None
         return self._record_late_or_probe(now, outcome, epoch)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
+import msgspec
 
-class FaultWindow:
+
+class FaultWindow(msgspec.Struct, gc=False, eq=False, kw_only=True):  # it holds only numbers: nothing to collect
     """Counts of calls and faults, by the second and by the call.
 
     A success costs one comparison and one addition: calls are only numbered, a bucket notes the number at which its
@@ -17,20 +19,23 @@ class FaultWindow:
         span: calls for which faults are remembered; 0 if `faults_among` is not used.
     """
 
-    __slots__ = ("_buckets", "_faulty", "_seconds", "_span", "bucket_ends", "calls", "faults")
+    seconds: int
+    span: int
+    calls: int = 0
+    faults: int = 0
+    bucket_ends: float = math.inf
+    _buckets: list[tuple[int, int, int]] | tuple[()] = ()  # a second, and the calls and faults before it
+    _faulty: list[int] | tuple[()] = ()  # the numbers of the faulty calls, within the span
 
-    def __init__(self, *, seconds: int, span: int) -> None:
-        self._seconds = seconds
-        self._span = span
+    def __post_init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self.calls = 0
         self.faults = 0
-        self.bucket_ends = -math.inf if self._seconds else math.inf
-        self._buckets: list[tuple[int, int, int]] = []  # a second, and the calls and faults before it
-        self._faulty: list[int] = []  # the numbers of the faulty calls, within the span
+        self.bucket_ends = -math.inf if self.seconds else math.inf
+        self._buckets = self._faulty = ()  # lists are made when they are needed: of most breakers never
 
     def add_success(self, now: float) -> None:
         """Count a call that succeeded at `now`."""
@@ -44,17 +49,21 @@ class FaultWindow:
             self.begin_bucket(now)
         self.calls += 1
         self.faults += 1
-        if self._span:
+        if self.span:
+            if not self._faulty:
+                self._faulty = []
             self._faulty.append(self.calls)
-            if self._faulty[0] <= self.calls - self._span:
-                del self._faulty[: bisect_right(self._faulty, self.calls - self._span)]
+            if self._faulty[0] <= self.calls - self.span:
+                del self._faulty[: bisect_right(self._faulty, self.calls - self.span)]
 
     def begin_bucket(self, now: float) -> None:
         """Begin the bucket of `now`, and drop those that have left the window."""
         second = math.floor(now)
         self.bucket_ends = second + 1.0
+        if not self._buckets:
+            self._buckets = []
         self._buckets.append((second, self.calls, self.faults))
-        oldest = second - self._seconds + 1
+        oldest = second - self.seconds + 1
         if self._buckets[0][0] < oldest:
             del self._buckets[: bisect_right(self._buckets, oldest - 1, key=lambda bucket: bucket[0])]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
-from forebay.errors import InvalidOverflowUrl
+from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
 from forebay.interfaces import TaskIndex, TaskStore
 from forebay.overflow.envelope import (
     EnvelopeDamaged,
@@ -18,7 +19,11 @@ from forebay.overflow.envelope import (
 from forebay.overflow.memory import MemoryTaskStore
 from forebay.overflow.refill_policy import RefillPolicy
 from forebay.overflow.sqlite import SqliteTaskStore
+from forebay.storage.redis_url import RedisUrl
 from forebay.storage.url import SqsUrl, StoreUrl, known_forms, parse_url
+
+if TYPE_CHECKING:
+    from forebay.overflow.redis import RedisTaskStore
 
 __all__ = [
     "EnvelopeDamaged",
@@ -40,11 +45,14 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
 
     Args:
         overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``),
-            ``memory://`` or ``sqs://queue`` (with ``?endpoint=``, ``region=``, ``create=yes|no``, ``results=URL``),
-            each with ``?bound=TASKS`` for how many tasks may wait or run in it (100,000 by default).
+            ``redis://host:port/0``, ``redis+sentinel://host:port,.../service/0``, ``redis+cluster://host:port,...``
+            (with ``?name=NAME``, ``?replicas=N``, ``?fsync=yes``), ``sqs://queue`` (with ``?endpoint=``, ``region=``,
+            ``create=yes|no``, ``results=URL``) or ``memory://``, each with ``?bound=TASKS`` for how many tasks may wait
+            or run in it (100,000 by default).
 
     Raises:
-        InvalidOverflowUrl: it is neither a known URL nor a task store, or its libraries are not installed.
+        InvalidOverflowUrl: it is neither a known URL nor a task store.
+        StoreNotInstalled: the library that the store needs is not installed.
     """
     if not isinstance(overflow, str):
         if not hasattr(overflow, "lease"):
@@ -60,18 +68,31 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
             return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
         case StoreUrl(scheme="sqs", sqs=SqsUrl() as sqs, bound=bound):
             return _sqs_store(sqs, bound)
+        case StoreUrl(redis=RedisUrl() as redis, bound=bound):
+            return _redis_store_class(redis)(redis, bound=bound)
         case store:
             why = f"no task store is known for {store.scheme}://"
             raise InvalidOverflowUrl(url=f"{store.scheme}://", why=why, forms=known_forms())
+
+
+def _redis_store_class(url: RedisUrl) -> type[RedisTaskStore]:
+    try:
+        from forebay.overflow.redis import RedisTaskStore  # noqa: PLC0415 - it needs a library
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise StoreNotInstalled(where=str(url), library="redis", extra="redis") from None
+    return RedisTaskStore
 
 
 def _sqs_store(sqs: SqsUrl, bound: int) -> TaskStore:
     try:
         from forebay.overflow.sqs import SqsTaskStore  # noqa: PLC0415 - its libraries are an extra
         from forebay.overflow.sqs_queues import SqsQueues  # noqa: PLC0415
-    except ImportError as error:
-        why = f'it needs {error.name}. To install: pip install "forebay[sqs]"'
-        raise InvalidOverflowUrl(url=f"sqs://{sqs.queue}", why=why, forms=known_forms()) from None
+    except ModuleNotFoundError as error:
+        if error.name != "botocore":
+            raise
+        raise StoreNotInstalled(where=f"sqs://{sqs.queue}", library="botocore", extra="sqs") from None
     return SqsTaskStore(SqsQueues(sqs), _index(sqs.results, bound))
 
 

@@ -61,6 +61,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     estimate: tuple[int, int, int] | None
     context: dict[str, Any] | None = None  # see `forebay.carried_context`
     retry: tuple[int, float, float, float] | None = None
+    not_before: float | None = None
 
 
 class _Result(msgspec.Struct, frozen=True, array_like=True):
@@ -126,6 +127,7 @@ def encode_task(task: Task, payload: Any, *, bound: int, context: Mapping[str, A
         estimate=None if estimate is None else (estimate.calls, estimate.input_tokens, estimate.output_tokens),
         context=carried,
         retry=None if retry is None else _numbers(retry),
+        not_before=None if task.not_before is None else float(task.not_before),
     )
     try:
         return _encode(envelope)
@@ -160,6 +162,7 @@ def decode_envelope(envelope: bytes) -> tuple[Task, dict[str, Any] | None]:
             thread_id=stored.thread_id,
             estimate=stored.estimate and _estimate(stored.estimate),
             retry=stored.retry and _retry(stored.retry),
+            not_before=stored.not_before,
         )
         if stored.deadline is not None:  # a Task rejects a deadline in the past, but a stored one has to end EXPIRED
             msgspec.structs.force_setattr(task, "deadline", Deadline(stored.deadline))

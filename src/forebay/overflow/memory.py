@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -14,7 +14,16 @@ import msgspec
 
 from forebay.clock import new_id
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, WakeResult
+from forebay.interfaces import (
+    Completion,
+    DeadRecord,
+    Lease,
+    PutResult,
+    RecordState,
+    StoredRecord,
+    TaskRecord,
+    WakeResult,
+)
 from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.storage.url import DEFAULT_BOUND
 from forebay.task import Priority, TaskStatus
@@ -31,7 +40,7 @@ class _Entry:
     version: int = 0  # changes with the state: an item of a heap with an older version is stale
     state: RecordState = RecordState.WAITING
     fence: str | None = None
-    until: float = 0.0
+    until: float = 0.0  # while LEASED or DELAYED
     completion: Completion | None = None
 
 
@@ -93,7 +102,7 @@ class MemoryTaskStore:
         self._parked: dict[str, _Heap] = {}  # by thread id
         self._delayed = _Heap()  # by when they are due
         self._delayed_count = 0
-        self._heads: dict[str, _Entry] = {}  # by thread id: the entry that is WAITING, LEASED or DELAYED
+        self._heads: dict[str, _Entry] = {}  # by thread id: the entry that is WAITING, LEASED or DELAYED by a retry
         self._unfinished: Counter[str] = Counter()  # entries by thread id
         self._ended = {RecordState.DONE: _Heap(), RecordState.DEAD: _Heap()}
         self._sizes = Counter[RecordState]()  # of the ended records
@@ -108,7 +117,12 @@ class MemoryTaskStore:
         """Reject further operations."""
         self._is_open = False
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Do nothing: no other process has these records."""
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         """Store `record`."""
         self._check_open()
         known = self._entries.get(record.task_id)
@@ -125,14 +139,25 @@ class MemoryTaskStore:
             self._keys[record.key] = record.task_id
         if record.thread_id is not None:
             self._unfinished[record.thread_id] += 1
-        if fence is None or record.thread_id is not None:
+        if fence is not None:
+            self._put_leased(entry, fence, until)
+        elif record.not_before is not None and record.not_before > now:
+            self._delay(entry, record.not_before)
+        else:
             self._wait(entry)
-        if fence is not None and entry.state is not RecordState.PARKED:
-            queue = None if record.thread_id is None else self._leave(entry)
-            self._lease(entry, fence, until)
-            if queue is not None:
-                queue.mark_stale()
         return PutResult.PARKED if entry.state is RecordState.PARKED else PutResult.STORED
+
+    def _put_leased(self, entry: _Entry, fence: str, until: float) -> None:
+        """Make a new entry LEASED, unless others of its conversation go before it."""
+        queue = None
+        if entry.record.thread_id is not None:
+            self._wait(entry)
+            if entry.state is RecordState.PARKED:
+                return
+            queue = self._leave(entry)
+        self._lease(entry, fence, until)
+        if queue is not None:
+            queue.mark_stale()
 
     async def lease(
         self,
@@ -186,7 +211,7 @@ class MemoryTaskStore:
         return leases
 
     async def replace(
-        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult | None:
         """Put a record in place of a leased one."""
         self._check_open()
@@ -198,7 +223,7 @@ class MemoryTaskStore:
         del self._entries[record.task_id]
         if entry.record.key is not None:
             del self._keys[entry.record.key]
-        return await self.put(record, fence=fence, until=until)
+        return await self.put(record, fence=fence, until=until, now=now)
 
     async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
         """Replace the envelope of a record that is not DONE."""
@@ -253,11 +278,15 @@ class MemoryTaskStore:
         entry.record = msgspec.structs.replace(
             record, failures=record.failures + 1, total_delay=record.total_delay + wait, last_error=error
         )
-        entry.state, entry.fence, entry.version = RecordState.DELAYED, None, self._next_number()
+        self._delay(entry, due)
         self._leased.mark_stale()
+        return True
+
+    def _delay(self, entry: _Entry, due: float) -> None:
+        entry.state, entry.fence, entry.until = RecordState.DELAYED, None, due
+        entry.version = self._next_number()
         self._delayed.push(due, entry)
         self._delayed_count += 1
-        return True
 
     async def wake(self, *, now: float) -> WakeResult:
         """Make the DELAYED records that are due WAITING again."""
@@ -325,15 +354,21 @@ class MemoryTaskStore:
         self._leased.mark_stale()
         return True
 
-    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """Return a page of the DEAD records."""
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        """Return a page of the records in a state."""
         self._check_open()
-        behind = (item for item in self._ended[RecordState.DEAD].live() if after is None or item[0] > after)
-        page = heapq.nsmallest(limit, behind, key=lambda item: item[0])
+        entries = (entry for entry in self._entries.values() if entry.state is state)
+        timed = state in (RecordState.LEASED, RecordState.DELAYED)
+        listed = (
+            StoredRecord(record=entry.record, completion=entry.completion, until=entry.until if timed else None)
+            for entry in entries
+        )
+        behind = (each for each in listed if after is None or each.position > after)
+        page = heapq.nsmallest(limit, behind, key=lambda each: each.position)
         return [
-            DeadRecord(record=msgspec.structs.replace(entry.record, envelope=b""), completion=entry.completion)
-            for _, entry in page
-            if entry.completion is not None
+            msgspec.structs.replace(each, record=msgspec.structs.replace(each.record, envelope=b"")) for each in page
         ]
 
     async def requeue(self, task_id: str) -> PutResult | None:

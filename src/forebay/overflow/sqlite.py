@@ -19,10 +19,20 @@ import msgspec
 from forebay._text import is_unicode
 from forebay.clock import new_id, wall_time
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord, WakeResult
+from forebay.interfaces import (
+    Completion,
+    DeadRecord,
+    Lease,
+    PutResult,
+    RecordState,
+    StoredRecord,
+    TaskRecord,
+    WakeResult,
+)
 from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.overflow.sqlite_schema import SCHEMA, STATES
 from forebay.storage.batch_statement import BatchStatement
+from forebay.storage.commit_watch import CommitWatch
 from forebay.storage.sqlite_writer import SqliteWriter
 from forebay.storage.url import DEFAULT_BOUND, Synchronous
 from forebay.task import Priority, TaskStatus
@@ -33,9 +43,9 @@ _MIN_RETENTION = 600.0  # seconds for which results are kept though the disk is 
 
 _ROW = (
     "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id,"
-    " failures, total_delay, last_error, tenant"
+    " failures, total_delay, last_error, not_before, tenant"
 )
-_COLUMNS = 13  # of _ROW
+_COLUMNS = 14  # of _ROW
 
 # Not INSERT OR IGNORE: that would also apply to the statements of the triggers.
 _PUT = BatchStatement(
@@ -43,9 +53,9 @@ _PUT = BatchStatement(
     INSERT INTO task ({_ROW}, state, fence, until)
     SELECT * FROM (VALUES {{rows}}) AS given WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
     """,
-    16,
+    17,
 )
-_STATE_PARKED = -1
+_STATE_SCHEDULED, _STATE_PARKED, _STATE_WAITING, _STATE_LEASED = -3, -1, 0, 1
 _STATE = "SELECT state FROM task WHERE task_id = ?"
 # A conversation in which no record is leased or delayed has its oldest waiting: see `_settle`.
 _DEMOTE = """
@@ -64,6 +74,7 @@ UPDATE task SET state = 0 WHERE sequence = (
 _LEASE_ONE = "UPDATE task SET state = 1, fence = ?, until = ? WHERE task_id = ? AND state = 0"
 _HEADS = "SELECT thread_id FROM task WHERE thread_id IS NOT NULL AND state IN (-2, 0, 1)"
 _PARKED = "SELECT thread_id, count(*) FROM task WHERE state = -1 GROUP BY thread_id"
+_SCHEDULED = "SELECT thread_id, count(*) FROM task WHERE thread_id IS NOT NULL AND state = -3 GROUP BY thread_id"
 _REUSABLE = "iif(state = 3, coalesce(key = ?, 0), state = 2 AND key IS NULL)"  # its id may be given to a new record
 _KEY_TAKEN = "EXISTS (SELECT 1 FROM task WHERE key = ? AND state < 3)"
 _TAKEN = f"SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ? AND NOT {_REUSABLE}) OR {_KEY_TAKEN}"
@@ -104,9 +115,9 @@ UPDATE task SET state = -2, fence = NULL, until = ?, total_delay = total_delay +
     last_error = ?
 WHERE task_id = ? AND fence = ? AND state = 1
 """
-_DUE = "SELECT sequence, thread_id FROM task WHERE state = -2 AND until <= ? ORDER BY until LIMIT ?"
+_DUE = "SELECT sequence, thread_id FROM task WHERE state < -1 AND until <= ? ORDER BY until LIMIT ?"
 _WAKE = "UPDATE task SET state = iif(thread_id IS NULL, 0, -1), until = NULL WHERE sequence = ?"
-_DELAYED = "SELECT count(*), min(until) FROM task WHERE state = -2"
+_DELAYED = "SELECT count(*), min(until) FROM task WHERE state < -1"
 _MARK_DEAD = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE sequence = ?"
 _EXPIRED = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
 _TOO_LATE = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until > ? ORDER BY until LIMIT ?"
@@ -128,10 +139,20 @@ _MARK_LEASED_DEAD = """
 UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ?
 WHERE task_id = ? AND fence = ? AND state = 1
 """
-_LIST_DEAD = f"""
-SELECT {_ROW.replace("envelope", "x''")}, completion FROM task
-WHERE state = 3 AND (finished_at, task_id) > (?, ?) ORDER BY finished_at, task_id LIMIT ?
-"""
+_LIST = {
+    state: f"""
+    SELECT {_ROW.replace("envelope", "x''")}, until, completion FROM task
+    WHERE {condition} AND ({time}, task_id) > (?, ?) ORDER BY {time}, task_id LIMIT ?
+    """
+    for state, condition, time in (
+        (RecordState.WAITING, "state = 0", "enqueued_at"),
+        (RecordState.PARKED, "state = -1", "enqueued_at"),
+        (RecordState.LEASED, "state = 1", "enqueued_at"),
+        (RecordState.DELAYED, "state < -1", "enqueued_at"),
+        (RecordState.DONE, "state = 2", "finished_at"),
+        (RecordState.DEAD, "state = 3", "finished_at"),
+    )
+}
 _IS_DEAD = "SELECT 1 FROM task WHERE task_id = ? AND state = 3"
 _DEAD_KEY_TAKEN = """
 SELECT 1 FROM task AS dead JOIN task AS other ON other.key = dead.key AND other.state < 3 WHERE dead.task_id = ?
@@ -147,9 +168,19 @@ _FIND_KEY = "SELECT task_id FROM task WHERE key = ? AND state < 3"
 _DEPTHS = "SELECT task_type, priority, tenant, waiting FROM depth WHERE waiting > 0"
 _DELETE_EMPTY_DEPTHS = "DELETE FROM depth WHERE waiting = 0"
 
-_PutItem: TypeAlias = tuple[TaskRecord, str | None, float]  # a record; its fence and until when, if it is put LEASED
+# A record; its fence and until when, if it is put LEASED; the present time.
+_PutItem: TypeAlias = tuple[TaskRecord, str | None, float, float]
 # Task id, fence, epoch seconds, encoded completion, whether it keeps its key.
 _FinishItem: TypeAlias = tuple[str, str | None, float, bytes, bool]
+
+_ANY_WAITING = "SELECT EXISTS (SELECT 1 FROM depth WHERE waiting > 0)"
+# Changes with the end of any record: their number alone is always that of the bound, once it is reached.
+_ENDED = """
+SELECT (SELECT sum(tasks) FROM size WHERE kind > 0), (SELECT max(finished_at) FROM task WHERE state = 2),
+    (SELECT max(finished_at) FROM task WHERE state = 3)
+"""
+_Ended: TypeAlias = tuple[int, float | None, float | None]
+_Changes: TypeAlias = tuple[bool, _Ended]
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_completion = msgspec.msgpack.Decoder(Completion).decode
@@ -166,7 +197,11 @@ class SqliteTaskStore:
 
     def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, synchronous: Synchronous = Synchronous.FULL) -> None:
         self._bound = bound
+        self._path = path
         self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
+        self._listeners: tuple[Callable[[], None], Callable[[], None]] | None = None  # of waiting and of ended records
+        self._watch: CommitWatch[_Changes] | None = None  # while the file is open and somebody has subscribed
+        self._ended: _Ended | None = None  # the records that had ended at the last look
         self._put = partial(_put, bound, self._writer.check_growth)
         self._requeue = partial(_requeue, bound, self._writer.check_growth)
         self._finish = partial(_finish, bound)
@@ -183,14 +218,47 @@ class SqliteTaskStore:
     async def open(self) -> None:
         """Open the file."""
         await self._writer.open()
+        self._watch_commits()
 
     async def close(self) -> None:
         """Finish the pending operations and close the file."""
+        self._stop_watching()
         await self._writer.close()
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Call back within about 20 ms of a commit of another process.
+
+        On waiting records while there are any, whether or not it was this commit that stored them.
+        """
+        self._listeners = on_waiting, on_ended
+        if self._writer.is_open:
+            self._watch_commits()
+
+    def _watch_commits(self) -> None:
+        self._stop_watching()
+        if self._listeners is not None:
+            self._watch = CommitWatch(self._path, self._writer, _changes, self._on_commit)
+
+    def _on_commit(self, changes: _Changes) -> None:
+        assert self._listeners is not None  # noqa: S101 - nobody watches otherwise
+        on_waiting, on_ended = self._listeners
+        waiting, ended = changes
+        before, self._ended = self._ended, ended
+        if waiting:
+            on_waiting()
+        if ended != before:
+            on_ended()
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         """Store `record`, where another process finds it."""
-        put = await self._writer.run_batched(self._put, (record, fence, until))
+        put = await self._writer.run_batched(self._put, (record, fence, until, now))
         self._writer.check_file()
         return put
 
@@ -281,9 +349,11 @@ class SqliteTaskStore:
         """Mark a leased record DEAD."""
         return await self._writer.run(partial(_mark_dead, self._bound, lease, completion))
 
-    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """Return a page of the DEAD records."""
-        return await self._writer.run(partial(_list_dead, limit, after), writes=False)
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        """Return a page of the records in a state."""
+        return await self._writer.run(partial(_list_records, state, limit, after), writes=False)
 
     async def requeue(self, task_id: str) -> PutResult | None:
         """Make a DEAD record WAITING again."""
@@ -294,10 +364,10 @@ class SqliteTaskStore:
         return is_unicode(task_id) and await self._writer.run(partial(_delete_dead, task_id))
 
     async def replace(
-        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult | None:
         """Put a record in place of a leased one."""
-        return await self._writer.run(partial(_replace, self._put, lease, (record, fence, until)))
+        return await self._writer.run(partial(_replace, self._put, lease, (record, fence, until, now)))
 
     async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
         """Replace the envelope of a record that is not DONE."""
@@ -321,6 +391,11 @@ class SqliteTaskStore:
         return await self._writer.run(_conversations, writes=False)
 
 
+def _changes(connection: sqlite3.Connection) -> _Changes:
+    (waiting,) = connection.execute(_ANY_WAITING).fetchone()
+    return bool(waiting), connection.execute(_ENDED).fetchone()
+
+
 _DUPLICATE_OR_STORED = (PutResult.DUPLICATE, PutResult.STORED)
 
 
@@ -333,27 +408,7 @@ def _put(
     check_growth(connection)
     (held,) = connection.execute(_HELD).fetchone()
     capacity = bound - held
-    rows = [
-        (
-            record.task_id,
-            record.task_type,
-            int(record.priority),  # sqlite3 is slow to find out that it is an int
-            record.envelope,
-            record.enqueued_at,
-            inf if record.deadline is None else record.deadline,
-            record.key,
-            record.attempts,
-            record.thread_id,
-            record.failures,
-            record.total_delay,
-            record.last_error,
-            record.tenant,
-            _STATE_PARKED if record.thread_id is not None else 0 if fence is None else 1,
-            None if record.thread_id is not None else fence,
-            None if fence is None or record.thread_id is not None else until,
-        )
-        for record, fence, until in items
-    ]
+    rows = [_row(*item) for item in items]
     if len(rows) <= capacity:
         results = [_DUPLICATE_OR_STORED[stored] for stored in _insert(connection, rows)]
     else:
@@ -363,8 +418,40 @@ def _put(
     waiting = Counter([(*values[1:3], values[_COLUMNS - 1]) for values in inserted if not values[_COLUMNS]])
     connection.executemany(_ENTERED, [(*queue, count) for queue, count in waiting.items()])
     connection.execute(_STORED, (len(inserted),))
-    talking = [index for index, item in enumerate(items) if item[0].thread_id is not None]
+    talking = [index for index, row in enumerate(rows) if row[_COLUMNS] == _STATE_PARKED]
     return _enter_conversations(connection, items, results, talking) if talking else results
+
+
+def _row(record: TaskRecord, fence: str | None, until: float, now: float) -> tuple[Any, ...]:
+    """Return the values of a new row: those of _ROW, state, fence and until."""
+    not_before = record.not_before
+    if fence is None and not_before is not None and not_before > now:
+        state, until_column = _STATE_SCHEDULED, not_before
+    elif record.thread_id is not None:  # until it has its place in its conversation
+        state, fence, until_column = _STATE_PARKED, None, None
+    elif fence is None:
+        state, until_column = _STATE_WAITING, None
+    else:
+        state, until_column = _STATE_LEASED, until
+    return (
+        record.task_id,
+        record.task_type,
+        int(record.priority),  # sqlite3 is slow to find out that it is an int
+        record.envelope,
+        record.enqueued_at,
+        inf if record.deadline is None else record.deadline,
+        record.key,
+        record.attempts,
+        record.thread_id,
+        record.failures,
+        record.total_delay,
+        record.last_error,
+        not_before,
+        record.tenant,
+        state,
+        fence,
+        until_column,
+    )
 
 
 def _enter_conversations(
@@ -373,7 +460,7 @@ def _enter_conversations(
     """Give the records at the indexes `talking`, which were put parked, their place in their conversation."""
     stored = [index for index in talking if results[index] is PutResult.STORED]
     for index in stored:
-        record, fence, until = items[index]
+        record, fence, until, _ = items[index]
         _settle(connection, record.thread_id)
         if fence is not None:
             connection.execute(_LEASE_ONE, (fence, until, record.task_id))
@@ -510,9 +597,11 @@ def _mark_dead(bound: int, lease: Lease, completion: Completion, connection: sql
     return marked
 
 
-def _list_dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.Connection) -> Sequence[DeadRecord]:
-    rows = connection.execute(_LIST_DEAD, (*(after or (-inf, "")), max(0, limit))).fetchall()
-    return [DeadRecord(record=_record(row), completion=_decode_completion(row[-1])) for row in rows]
+def _list_records(
+    state: RecordState, limit: int, after: tuple[float, str] | None, connection: sqlite3.Connection
+) -> Sequence[StoredRecord]:
+    rows = connection.execute(_LIST[state], (*(after or (-inf, "")), max(0, limit))).fetchall()
+    return [StoredRecord(record=_record(row), completion=_completion(row[-1]), until=row[-2]) for row in rows]
 
 
 def _requeue(
@@ -564,7 +653,11 @@ def _find(task_id: str, connection: sqlite3.Connection) -> tuple[RecordState, Ta
     if row is None:
         return None
     *_, state, completion = row
-    return STATES[state], _record(row), None if completion is None else _decode_completion(completion)
+    return STATES[state], _record(row), _completion(completion)
+
+
+def _completion(encoded: bytes | None) -> Completion | None:
+    return None if encoded is None else _decode_completion(encoded)
 
 
 def _find_key(key: str, connection: sqlite3.Connection) -> str | None:
@@ -579,13 +672,14 @@ def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority, str]
 
 def _conversations(connection: sqlite3.Connection) -> Mapping[str, int]:
     found = Counter(dict(connection.execute(_PARKED).fetchall()))
+    found.update(dict(connection.execute(_SCHEDULED).fetchall()))
     found.update(thread_id for (thread_id,) in connection.execute(_HEADS).fetchall())
     return found
 
 
 def _record(row: Sequence[Any]) -> TaskRecord:
     task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id, *further = row[:_COLUMNS]
-    failures, total_delay, last_error, tenant = further
+    failures, total_delay, last_error, not_before, tenant = further
     return TaskRecord(
         task_id=task_id,
         task_type=task_type,
@@ -600,4 +694,5 @@ def _record(row: Sequence[Any]) -> TaskRecord:
         total_delay=total_delay,
         last_error=last_error,
         tenant=tenant,
+        not_before=not_before,
     )

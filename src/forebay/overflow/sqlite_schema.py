@@ -13,7 +13,8 @@ from forebay.task import DEFAULT_TENANT
 
 # By stored number. Those below 2 count towards the bound, the others have ended.
 STATES = {
-    -2: RecordState.DELAYED,
+    -3: RecordState.DELAYED,  # until its `not_before`: it has not joined its conversation
+    -2: RecordState.DELAYED,  # until its retry
     -1: RecordState.PARKED,
     0: RecordState.WAITING,
     1: RecordState.LEASED,
@@ -160,7 +161,14 @@ _TENANTS = (
     ),
 )
 
+_SCHEDULED = (
+    "ALTER TABLE task ADD COLUMN not_before REAL",
+    "DROP INDEX task_delayed",
+    "CREATE INDEX task_delayed ON task (until) WHERE state < -1",
+    "CREATE INDEX task_scheduled ON task (thread_id) WHERE thread_id IS NOT NULL AND state = -3",
+)
+
 SCHEMA = Schema(
     application_id=0x464F5242,  # "FORB"
-    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES, _TENANTS),
+    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES, _TENANTS, _SCHEDULED),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +22,7 @@ from forebay.interfaces import (
     Lease,
     PutResult,
     RecordState,
+    StoredRecord,
     TaskIndex,
     TaskRecord,
     WakeResult,
@@ -74,6 +75,7 @@ class _Put:
     message: OutgoingMessage
     fence: str | None
     until: float
+    now: float
     done: asyncio.Future[PutResult]
 
 
@@ -217,16 +219,23 @@ class SqsTaskStore:
 
     # --- putting ---
 
-    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Call back when another process has changed the index, if the index can hear of that."""
+        self._index.subscribe(on_waiting=on_waiting, on_ended=on_ended)
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
         """Store `record`: reserve it in the index, send its message, and write it into the index.
 
         Raises:
             MessageTooLarge: it does not fit into a message.
         """
         self._check_open()
-        delay = 0.0 if fence is None else until - clock.wall_time()  # a message that may not be leased yet
+        # Before that, its message would be received in vain.
+        delay = until - clock.wall_time() if fence is not None else (record.not_before or 0.0) - now
         message = self._encode(record, delay)
-        put = _Put(message, fence, until, asyncio.get_running_loop().create_future())
+        put = _Put(message, fence, until, now, asyncio.get_running_loop().create_future())
         self._puts.append(put)
         if self._sending is None or self._sending.done():
             self._sending = self._spawn(self._send_puts())
@@ -273,7 +282,8 @@ class SqsTaskStore:
         if failure is not None:
             await self._index.finish(reserved.record.task_id, _not_sent(), fence=reserved.fence)
             raise failure
-        stored = await self._index.replace(reserved, _stub(put.message), fence=put.fence, until=put.until)
+        stub = _stub(put.message)
+        stored = await self._index.replace(reserved, stub, fence=put.fence, until=put.until, now=put.now)
         if stored is None:
             raise self._too_slow()
         return stored
@@ -474,7 +484,7 @@ class SqsTaskStore:
             return await self._adopt_dead(message, record)
         else:
             log.warning("task %r was in %s and not in its index: it is taken in", record.task_id, self._queues.where)
-        put = await self._index.put(record)
+        put = await self._index.put(record, now=clock.wall_time())
         if put is PutResult.STORED:
             self._strangers[record.priority] += 1
             return _Action.LEASE
@@ -665,10 +675,19 @@ class SqsTaskStore:
             await self._index.set_envelope(task_id, lease.record.envelope)
         return marked
 
-    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """Return a page of the DEAD records."""
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        """Return a page of the records in `state`."""
         self._check_open()
-        return await self._index.list_dead(limit, after=after)
+        listed: list[StoredRecord] = []
+        while len(listed) < limit:
+            page = await self._index.list_records(state, limit - len(listed), after=after)
+            listed += [each for each in page if each.record.task_type != _RESERVED]
+            if not page:
+                break
+            after = page[-1].position
+        return listed
 
     async def requeue(self, task_id: str) -> PutResult | None:
         """Send the message of a DEAD record again, and make the record WAITING, or PARKED.

@@ -1,10 +1,12 @@
-"""The URL that names a store, and what stores in a SQLite file share.
+"""The URL that names a store, and what stores share.
 
-`url` is for every store. `sqlite_file` opens and migrates a file, `sqlite_writer` is its single writer, and
-`batch_statement` a statement for many rows.
+`url` and `operation_queue` are for every store. `sqlite_file` opens and migrates a file, `sqlite_writer` is its single
+writer, `commit_watch` notices the commits of other processes, and `batch_statement` is a statement for many rows.
+`redis_master` finds a Redis master and talks to it; its module is for those who have installed its library.
 """
 
 from forebay.storage.batch_statement import BatchStatement
+from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.sqlite_file import Schema
 from forebay.storage.sqlite_writer import SqliteWriter
 from forebay.storage.url import DEFAULT_BOUND, SqsUrl, StoreUrl, Synchronous, parse_url
@@ -12,6 +14,8 @@ from forebay.storage.url import DEFAULT_BOUND, SqsUrl, StoreUrl, Synchronous, pa
 __all__ = [
     "DEFAULT_BOUND",
     "BatchStatement",
+    "OperationError",
+    "OperationQueue",
     "Schema",
     "SqliteWriter",
     "SqsUrl",

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from forebay._threads import DaemonThreadExecutor
 from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
 from forebay.storage.file_watch import FileWatch
+from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.sqlite_file import Schema, diagnose, has_free_pages, is_busy, open_file
 from forebay.storage.url import Synchronous
 
@@ -28,13 +26,13 @@ _T = TypeVar("_T")
 
 _Operation: TypeAlias = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 _Work: TypeAlias = tuple[_Operation, Any, bool]  # the operation, its item, whether it writes
-_Pending: TypeAlias = tuple[asyncio.Future[Any], _Work]  # the caller's future, and its work
 
 
-class _OperationError(NamedTuple):
-    """The exception that an operation raised, in place of its value."""
+class _OpenFile(NamedTuple):
+    """An open file, and the watch over it."""
 
-    error: BaseException
+    connection: sqlite3.Connection
+    watch: FileWatch
 
 
 class SqliteWriter:
@@ -61,15 +59,16 @@ class SqliteWriter:
         self._schema = schema
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
-        self._loop: asyncio.AbstractEventLoop  # set by open()
-        self._connection: sqlite3.Connection | None = None
-        self._watch: FileWatch | None = None  # while the file is open
-        self._process: int | None = None  # that opened it
         self._connection_lock = threading.Lock()  # held by the thread that uses the connection
-        self._pending: deque[_Pending] = deque()
-        self._flushing = False
-        self._opening: asyncio.Future[None] | None = None  # done once the last call of open() has ended
-        self._closed: asyncio.Future[None] | None = None  # set by close(), done once the file is closed
+        self._queue: OperationQueue[_OpenFile, _Work] = OperationQueue(
+            where=str(path),
+            thread_name=f"forebay-{path.name}",
+            max_group=_MAX_GROUP,
+            connect=self._open_file,
+            run=self._commit,
+            disconnect=self._close_file,
+            diagnose=partial(diagnose, path=path),
+        )
 
     async def open(self) -> None:
         """Open the file and bring its schema up to date. Idempotent.
@@ -77,45 +76,24 @@ class SqliteWriter:
         Raises:
             StoreUnavailable: the file cannot be opened; the message says why and what to do.
         """
-        if self._connection is not None and self._loop.is_closed():
-            self._abandon_connection(self._connection)
-        while others := [each for each in (self._closed, self._opening) if each is not None and not each.done()]:
-            await asyncio.wait(others)
-        if self._connection is not None:
-            return
-        self._loop = asyncio.get_running_loop()
-        self._process = os.getpid()
-        ended = self._opening = self._loop.create_future()
-        try:
-            await self._open()
-        finally:
-            ended.set_result(None)
+        await self._queue.open()
 
-    async def _open(self) -> None:
-        executor = self._executor = DaemonThreadExecutor(f"forebay-{self._path.name}", max_threads=1)
-        opening = self._run_in_thread(self._open_file)
-        try:
-            self._connection, self._watch = await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(partial(self._close_late_connection, executor))
-            raise
-        except BaseException:
-            executor.shutdown(wait=False)
-            raise
-        self._closed = None
+    async def close(self) -> None:
+        """Finish the pending operations and close the file. Idempotent."""
+        await self._queue.close()
 
-    def _abandon_connection(self, connection: sqlite3.Connection) -> None:
-        """Close the connection of an event loop that ended before the file was closed: nobody waits for it."""
-        self._connection = self._watch = self._opening = self._closed = None
-        self._pending.clear()
-        self._flushing = False
-        with suppress(RuntimeError):  # its thread has ended already
-            self._executor.submit(self._close_connection, connection)
-        self._executor.shutdown(wait=False)
-
-    def _open_file(self) -> tuple[sqlite3.Connection, FileWatch]:
+    def _open_file(self) -> _OpenFile:
         connection = open_file(self._path, self._schema, self._synchronous, self._busy_timeout)
-        return connection, FileWatch(self._path)
+        return _OpenFile(connection, FileWatch(self._path))
+
+    def _close_file(self, file: _OpenFile) -> None:
+        with self._connection_lock:
+            file.connection.close()
+
+    @property
+    def _watch(self) -> FileWatch | None:
+        """The watch over the file while it is open."""
+        return None if (file := self._queue.connection) is None else file.watch
 
     def check_file(self) -> None:
         """Check that the file was where it was opened after the last transaction.
@@ -150,23 +128,10 @@ class SqliteWriter:
             why, advice = "the disk is nearly full", "Free some space, or move the file to a larger disk."
             raise StoreUnavailable(where=str(self._path), why=why, advice=advice)
 
-    def _close_late_connection(
-        self, executor: DaemonThreadExecutor, opening: asyncio.Future[tuple[sqlite3.Connection, FileWatch]]
-    ) -> None:
-        """Close a file that was opened after `open` had been cancelled; by now another `open` may have succeeded."""
-        if not opening.cancelled() and opening.exception() is None:
-            with suppress(RuntimeError):  # the interpreter is shutting down and starts no more threads
-                self._loop.run_in_executor(executor, opening.result()[0].close)
-        executor.shutdown(wait=False)  # jobs that were already submitted still run
-
-    async def close(self) -> None:
-        """Finish the pending operations and close the file. Idempotent."""
-        if self._connection is None:
-            return
-        if self._closed is None:
-            self._closed = self._loop.create_future()
-            self._schedule_flush()
-        await asyncio.shield(self._closed)
+    @property
+    def is_open(self) -> bool:
+        """True between `open` and `close`."""
+        return self._queue.is_open
 
     def run(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> asyncio.Future[_T]:
         """Run `op` in the next transaction; the future gets its value once that is committed.
@@ -176,145 +141,59 @@ class SqliteWriter:
         Raises:
             StoreUnavailable: the file is not open; or, through the future, the file failed and nothing was written.
         """
-        return self._submit(_run_each, op, writes=writes)
+        return self._queue.submit((_run_each, op, writes))
 
     def run_batched(
         self, op: Callable[[sqlite3.Connection, Sequence[_I]], Sequence[_T]], item: _I
     ) -> asyncio.Future[_T]:
         """Do as `run` does, for an operation that is cheaper for many items at once: it gets all that are pending."""
-        return self._submit(op, item, writes=True)
+        return self._queue.submit((op, item, True))
 
-    def run_now(self, op: Callable[[sqlite3.Connection], _T]) -> _T:
+    def run_now(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> _T:
         """Run `op` in a transaction of its own and return its value after the commit. Blocks; from any thread.
 
         Raises:
             StoreUnavailable: the file is not open, or it failed and nothing was written.
         """
-        self._check_process()
+        self._queue.check_open()
         with self._connection_lock:
-            if (connection := self._connection) is None or self._closed is not None:
-                raise self._not_open()
+            file = self._queue.check_open()  # again: it may have been closed meanwhile
             try:
-                (value,) = self._run_transaction(connection, [(_run_each, op, True)])
+                (value,) = self._run_transaction(file, [(_run_each, op, writes)])
             except BaseException as error:
                 raise diagnose(error, self._path) from error
-        if isinstance(value, _OperationError):
+        if isinstance(value, OperationError):
             raise diagnose(value.error, self._path)
         done: _T = value
         return done
 
-    def _not_open(self) -> StoreUnavailable:
-        advice = "Use it between open() and close()."
-        return StoreUnavailable(where=str(self._path), why="it is not open", advice=advice)
-
-    def _check_process(self) -> None:
-        """Check that this is the process that has opened the file: a forked child has neither its thread nor its loop.
-
-        Raises:
-            StoreUnavailable: it is not.
-        """
-        if self._process not in (None, os.getpid()):
-            why = f"it was opened in process {self._process}, and this is a child that was forked from it"
-            raise StoreUnavailable(where=str(self._path), why=why, advice="Open a store of its own here.")
-
-    def _submit(self, op: _Operation, item: Any, *, writes: bool) -> asyncio.Future[Any]:
-        self._check_process()
-        if self._connection is None or self._closed is not None:
-            raise self._not_open()
-        future: asyncio.Future[Any] = self._loop.create_future()
-        self._pending.append((future, (op, item, writes)))
-        self._schedule_flush()
-        return future
-
-    def _schedule_flush(self) -> None:
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)  # not at once: callers that run in this turn of the loop join the group
-
-    def _flush(self) -> None:
-        pending, group = self._pending, list[_Pending]()
-        while pending and not group:
-            some = [pending.popleft() for _ in range(min(_MAX_GROUP, len(pending)))]
-            group = [each for each in some if not each[0].cancelled()]
-        if self._connection is None or not (group or self._closed):
-            self._flushing = False
-        elif group:
-            works = [work for _, work in group]
-            committing = self._run_in_thread(self._commit, self._connection, works)
-            committing.add_done_callback(partial(self._deliver, group))
-        else:
-            self._run_in_thread(self._close_connection, self._connection).add_done_callback(self._on_closed)
-
-    def _commit(self, connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
+    def _commit(self, file: _OpenFile, works: Sequence[_Work]) -> Sequence[Any]:
         with self._connection_lock:
-            return self._run_transaction(connection, works)
+            return self._run_transaction(file, works)
 
-    def _run_transaction(self, connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
+    def _run_transaction(self, file: _OpenFile, works: Sequence[_Work]) -> Sequence[Any]:
         give_up = monotonic() + self._busy_timeout
         try:
             while True:
                 try:
-                    return _run_transaction(connection, works)
+                    return _run_transaction(file.connection, works)
                 except sqlite3.OperationalError as error:
                     if not is_busy(error) or monotonic() >= give_up:
                         raise
         finally:
-            self._look(connection)
+            self._look(file)
 
-    def _look(self, connection: sqlite3.Connection) -> None:
+    def _look(self, file: _OpenFile) -> None:
         """Look at the file and its disk, and shorten a log that takes up much of the disk while there is room for that.
 
         SQLite writes the log into the database once it has 4 MB. On a small disk, or a full one, that is too late:
         without room the log cannot be written there, and nothing can be written to the log.
         """
-        if (watch := self._watch) is not None:
-            watch.look()
-            if watch.log_bytes and watch.free_bytes < 2 * watch.log_bytes + _RESERVED:
-                with suppress(sqlite3.Error):  # another process reads or writes: again after the next transaction
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def _close_connection(self, connection: sqlite3.Connection) -> None:
-        with self._connection_lock:
-            connection.close()
-
-    def _run_in_thread(self, work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
-        try:
-            return self._loop.run_in_executor(self._executor, work, *args)
-        except RuntimeError as error:  # the interpreter is shutting down and starts no more threads
-            job = self._loop.create_future()
-            job.set_exception(error)
-            return job
-
-    def _deliver(self, group: Sequence[_Pending], job: asyncio.Future[Sequence[Any]]) -> None:
-        """Give each caller its value or its error, and start the next group."""
-        outcomes = _outcomes(job, len(group))
-        for (future, _), outcome in zip(group, outcomes, strict=True):
-            if future.done():  # its caller was cancelled
-                continue
-            if isinstance(outcome, _OperationError):
-                future.set_exception(diagnose(outcome.error, self._path))
-            else:
-                future.set_result(outcome)
-        self._loop.call_soon(self._flush)  # after the callers just woken, so that their next operations join the group
-
-    def _on_closed(self, closing: asyncio.Future[None]) -> None:
-        self._connection = self._watch = None
-        self._flushing = False
-        self._executor.shutdown(wait=False)
-        if self._closed is None or self._closed.done():
-            return
-        if not closing.cancelled() and (error := closing.exception()) is not None:
-            self._closed.set_exception(error)
-        else:
-            self._closed.set_result(None)
-
-
-def _outcomes(job: asyncio.Future[Sequence[Any]], count: int) -> Sequence[Any]:
-    """Return the value or the error of each of the `count` operations of a group."""
-    if job.cancelled():
-        return [_OperationError(RuntimeError("the event loop cancelled the write before it was done"))] * count
-    error = job.exception()
-    return job.result() if error is None else [_OperationError(error)] * count
+        watch = file.watch
+        watch.look()
+        if watch.log_bytes and watch.free_bytes < 2 * watch.log_bytes + _RESERVED:
+            with suppress(sqlite3.Error):  # another process reads or writes: again after the next transaction
+                file.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _run_each(connection: sqlite3.Connection, ops: Sequence[Callable[[sqlite3.Connection], _T]]) -> Sequence[_T]:
@@ -365,6 +244,6 @@ def _run_in_savepoint(connection: sqlite3.Connection, op: _Operation, item: Any)
             raise  # SQLite rolled back the whole transaction, the other operations included
         connection.execute("ROLLBACK TO one")
         # A future cannot carry a StopIteration.
-        value = _OperationError(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
+        value = OperationError(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
     connection.execute("RELEASE one")
     return value

@@ -10,11 +10,12 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from forebay.errors import InvalidOverflowUrl
+from forebay.storage.redis_url import REDIS_FORM, REDIS_SCHEMES, RedisUrl, parse_redis_url
 
 DEFAULT_BOUND = 100_000  # tasks
 
 _COUNT = re.compile(r"[1-9][0-9]{0,17}")  # within SQLite's integers
-_PASSWORD = re.compile(r"://[^/?#]*@")  # a mistyped scheme must not put a password into a log
+_PASSWORD = re.compile(r"://(?!/).*@")  # a mistyped URL must not put a password into a log; a path follows ///
 _ENCODED_PASSWORD = re.compile(r"\?.*%40.*", re.DOTALL | re.IGNORECASE)  # of a URL within the options of another
 _QUEUE_NAME = re.compile(r"([A-Za-z0-9_-]+)(\.fifo)?")
 _MAX_QUEUE_NAME = 80 - len("-critical")  # characters, ".fifo" included; each priority has a queue of its own
@@ -70,6 +71,7 @@ class StoreUrl:
         bound: how many tasks may wait or be leased in it.
         synchronous: what a committed write survives; only SQLite has it.
         sqs: only SQS has it.
+        redis: the master; None for other stores.
     """
 
     scheme: str
@@ -77,6 +79,7 @@ class StoreUrl:
     bound: int = DEFAULT_BOUND
     synchronous: Synchronous = Synchronous.FULL
     sqs: SqsUrl | None = None
+    redis: RedisUrl | None = None
 
 
 def parse_url(url: str) -> StoreUrl:
@@ -86,7 +89,7 @@ def parse_url(url: str) -> StoreUrl:
         InvalidOverflowUrl: the URL has none of the known forms, or an option is unknown or out of range.
     """
     try:
-        return _parse(urlsplit(url))
+        return _parse(_split(url))
     except ValueError as error:
         shown = _ENCODED_PASSWORD.sub("?***", _PASSWORD.sub("://***@", url))
         raise InvalidOverflowUrl(url=shown, why=str(error), forms=known_forms()) from None
@@ -94,8 +97,17 @@ def parse_url(url: str) -> StoreUrl:
 
 def known_forms() -> str:
     """Return the forms of all URLs of stores, for a message."""
-    forms = ", ".join(kind.form for kind in _KINDS.values())
+    forms = ", ".join(dict.fromkeys(kind.form for kind in _KINDS.values()))
     return f"{forms}, each with ?bound=TASKS for how many tasks may wait or run in it (by default {DEFAULT_BOUND:,})"
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        if "@" in url:  # the message may have the password
+            raise ValueError("its host is malformed") from None
+        raise
 
 
 def _parse(parts: SplitResult) -> StoreUrl:
@@ -173,6 +185,10 @@ def _path(parts: SplitResult) -> Path:
     return Path(path).absolute()
 
 
+def _redis(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
+    return StoreUrl(scheme=parts.scheme, bound=bound, redis=parse_redis_url(parts, options))
+
+
 def _bound(options: dict[str, str]) -> int:
     text = options.pop("bound", str(DEFAULT_BOUND))
     if not _COUNT.fullmatch(text):
@@ -203,4 +219,5 @@ _KINDS = {
     "sqlite": _Kind("sqlite:///relative.db, sqlite:////absolute.db (?synchronous=full, normal or off)", _sqlite),
     "memory": _Kind("memory://", _memory),
     "sqs": _Kind("sqs://queue (?endpoint=, region=, create=yes or no, results=URL of another store)", _sqs),
+    **dict.fromkeys(REDIS_SCHEMES, _Kind(REDIS_FORM, _redis)),
 }

@@ -34,6 +34,7 @@ from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs, depth, run_and_ancestors
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill import store_load
 from forebay.supervisor.tenants import RESOURCE_PREFIX
 from forebay.supervisor.ticket import Reclaim, Refusal, Ticket, TicketOwner
 from forebay.supervisor.worker import URGENT, WorkerAgent
@@ -312,9 +313,8 @@ class AdmissionController:
             return ticket if refusal is None else self._reject(ticket, pool, refusal)
         envelope = spill.encode(task)
         ticket = self._new_ticket(task, parent, in_line=in_line)
-        if task.durable:
-            deciding = self._admit_durable(ticket, envelope, pool, spill)
-        else:
+        deciding = self._store_first(ticket, envelope, pool, spill)
+        if deciding is None:
             refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, spill))
             if refusal is None:
                 return ticket
@@ -322,6 +322,24 @@ class AdmissionController:
                 return self._reject(ticket, pool, refusal)
             deciding = self._spill(ticket, refusal, envelope, pool, spill)
         return await self._answer_in_time(task, ticket.deadline, pool, self._await_store(ticket, deciding))
+
+    def _store_first(
+        self, ticket: Ticket, envelope: bytes, pool: Pool, spill: Spill
+    ) -> Coroutine[Any, Any, Ticket] | None:
+        """Return what decides about a task that is stored before it may be admitted; None if it is not."""
+        if ticket.task.not_before is not None and self._waits_in_overflow(ticket, spill):
+            return self._schedule(ticket, envelope, pool, spill)
+        return self._admit_durable(ticket, envelope, pool, spill) if ticket.task.durable else None
+
+    def _waits_in_overflow(self, ticket: Ticket, spill: Spill) -> bool:
+        """Return whether a task waits in the overflow for its `not_before`.
+
+        It waits here if tasks of its conversation are here: another process would not know of them. A durable one is to
+        survive this process all the same.
+        """
+        task = ticket.task
+        is_alone = self._dispatcher.conversations.get(task.thread_id) is None
+        return task.starts_in() > 0 and (task.durable or is_alone) and _may_spill(ticket, spill)
 
     # --- checks ---
 
@@ -430,6 +448,8 @@ class AdmissionController:
     def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         priority = ticket.task.priority
+        if ticket.task.not_before is not None and ticket.task.starts_in():
+            return self._try_hold(ticket, pool)
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
         tenant = ticket.task.tenant
         path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested, tenant=tenant)
@@ -453,13 +473,32 @@ class AdmissionController:
         if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
             why = f"its deadline in {format_duration(remaining)} cannot be met"
             return Refusal(why, resource, load, may_spill=False, final=True)
-        ticket.admit(path_load)
+        self._admit(ticket, pool, worker, path_load)
+        return None
+
+    def _admit(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, load: float) -> None:
+        ticket.admit(load)
         if ticket.in_line:
             ticket.stand_in_line(waits=False)
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
+
+    def _try_hold(self, ticket: Ticket, pool: Pool) -> Refusal | None:
+        """Hold a task here until its `not_before`, or return why it is not admitted.
+
+        The load of now says nothing about then. It is judged by how many wait so.
+        """
+        if (late := self._misses_deadline_after_start(ticket, pool)) is not None:
+            return late
+        priority, tenant, resource = ticket.task.priority, ticket.task.tenant, pool.resource
+        load = pool.delayed_load(tenant, nested=ticket.nested) if pool.is_served else 1.0
+        if not ticket.nested and (own := self._tenants.load(tenant)) and own >= load:
+            load, resource = own, RESOURCE_PREFIX + tenant
+        if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
+            return self._refusal(priority, pool, resource, load, may_spill=False, slot_is_free=True)
+        self._admit(ticket, pool, None, load)
         return None
 
     def _load_at_free_slot(self, ticket: Ticket, pool: Pool) -> tuple[float, str]:
@@ -511,6 +550,17 @@ class AdmissionController:
             return pool.cannot_meet_deadline(now, remaining, estimate=estimate)
         return pool.would_wait_too_long(now, wait, remaining, task.priority, estimate=estimate)
 
+    def _misses_deadline_after_start(self, ticket: Ticket, pool: Pool) -> Refusal | None:
+        """Return why a task that starts at its `not_before` would miss its deadline, or None if it would not."""
+        if ticket.deadline is None:
+            return None
+        remaining = ticket.deadline.remaining() - ticket.task.starts_in()
+        if remaining > 0 and not pool.cannot_meet_deadline(self.loop.time(), remaining, estimate=ticket.task.estimate):
+            return None
+        how = f"{format_duration(abs(remaining))} {'after' if remaining > 0 else 'before'} its not_before"
+        load = self._load.on_path(pool, ticket.task.priority)[0]
+        return Refusal(f"its deadline, {how}, cannot be met", None, load, may_spill=False, final=True)
+
     def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
         thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
@@ -560,8 +610,7 @@ class AdmissionController:
         if pool.paused:
             return f"{pool.task_type!r} is paused, and {resource} is at {load:.0%}"
         if not pool.slots:
-            what = "is FAILED" if pool.is_served else "was unregistered"
-            return f"every worker for {pool.task_type!r} {what}"
+            return self._no_slots(pool)
         if pool.reserved_slots(priority)[0] >= pool.slots:
             others = "all its slots are" if not pool.ever_serves(priority) else "all slots that are not FAILED are"
             return f"{priority.name} has no slot for {pool.task_type!r}: {others} reserved for CRITICAL and HIGH"
@@ -569,6 +618,17 @@ class AdmissionController:
         if cause != resource:
             full += f" because of {cause}"
         return f"{full}, and {priority.name} is rejected from {self.thresholds.threshold_for(priority):.0%}"
+
+    def _no_slots(self, pool: Pool) -> str:
+        """Return why a pool has no slots."""
+        workers = f"every worker for {pool.task_type!r}"
+        if not pool.is_served:
+            return f"{workers} was unregistered"
+        now = self.loop.time()
+        if any(worker.breaker.retry_after(now) is not None for worker in pool.workers):
+            return f"{workers} is FAILED"
+        name = next(iter(pool.workers)).name
+        return f"{workers} is FAILED until it is revived, by supervisor.workers[{name!r}].revive(); the log says why"
 
     def _worth_storing(self, ticket: Ticket, pool: Pool, remaining: float) -> bool:
         """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""
@@ -693,15 +753,25 @@ class AdmissionController:
             cancelled = partial(ticket.resolve, _store_failed(asyncio.CancelledError()))
             self._core.run_in_background(ticket.follow(other), if_cancelled=cancelled)
 
+    async def _schedule(self, ticket: Ticket, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
+        if (late := self._misses_deadline_after_start(ticket, pool)) is not None:
+            return self._reject(ticket, pool, late)
+        why = "it waits in the overflow for its not_before"
+        refusal = Refusal(why, None, self._load.on_path(pool, ticket.task.priority)[0], may_spill=True)
+        return await self._spill(ticket, refusal, envelope, pool, spill)
+
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
         ticket.explain(refusal)
+        if self.thresholds.rejects(ticket.task.priority, load := spill.stored.load.slowness()):
+            refusal = Refusal(f"{refusal.reason}, and the overflow is slow", store_load.RESOURCE, load, may_spill=False)
+            return self._reject(ticket, pool, refusal)
         # Behind tasks of its conversation that only this process knows, it is held here, or another would run it now.
-        held = self._dispatcher.conversations.get(ticket.task.thread_id) is not None
+        held = not ticket.task.starts_in() and self._dispatcher.conversations.get(ticket.task.thread_id) is not None
         try:
             put = await (spill.record(ticket, envelope, pool) if held else spill.spill(ticket, envelope, pool))
         except StoreUnavailable as exc:
             log.error("task %r could not be spilled: %s", ticket.task_id, exc)
-            refusal = Refusal("the overflow cannot store it", "overflow", 1.0, may_spill=False)
+            refusal = Refusal("the overflow cannot store it", store_load.RESOURCE, 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)
@@ -753,7 +823,7 @@ class AdmissionController:
 
     async def _not_stored(self, ticket: Ticket, put: PutResult, pool: Pool, spill: Spill) -> Ticket:
         if put is PutResult.FULL:
-            refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
+            refusal = Refusal("the overflow is full", store_load.RESOURCE, 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
         self._registry.forget_key(ticket)
         if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:

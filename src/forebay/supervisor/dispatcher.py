@@ -18,6 +18,7 @@ from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
+from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
@@ -43,6 +44,7 @@ class Dispatcher:
     Attributes:
         started: how many handlers have been started.
         retries: the tasks that wait for their next attempt.
+        scheduled: the tasks that wait here for their `not_before`.
         wait_listeners: called whenever a task begins to wait, or a run to await one.
     """
 
@@ -66,6 +68,7 @@ class Dispatcher:
         self.load = SystemLoad(core.pools.by_type, self.workers)
         self.start_gate = StartGate(core, dispatch=self._dispatch_if_known, runs=self.runs)
         self.retries = TaskRetries(core, self, budget=settings.retry_budget, draw=draw)
+        self.scheduled = ScheduledTasks(core, self)
         self.completion = RunCompletion(
             core,
             self,
@@ -76,6 +79,8 @@ class Dispatcher:
         )
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended, core.base_context)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
+        if self.spill is not None:
+            self.load.add_overflow(self.spill.stored.load)
         self.starts = WorkerStarts(core, self)
         self.supervision = Supervision(
             core,
@@ -199,9 +204,21 @@ class Dispatcher:
                 counts.count_reserve(worker)
         if task.priority <= URGENT:
             worker.count_urgent(by)
-        tenant = task.tenant
-        if not self._tenants.count_running(tenant, by):
-            return
+        if self._tenants.count_running(task.tenant, by):
+            self._tenant_changed(task.tenant)
+        elif by < 0 and self._tenants.has_claims(task.tenant):
+            self.loop.call_soon(self._serve_tenant, task.tenant)
+
+    def count_claims(self, tenant: str, by: int) -> None:
+        """Count `by` more runs that have begun and that only the bound of `tenant` keeps from a slot.
+
+        New tasks of the tenant do not take the slots that these may have next, on whatever worker.
+        """
+        if self._tenants.count_claims(tenant, by):
+            self._tenant_changed(tenant)
+
+    def _tenant_changed(self, tenant: str) -> None:
+        """Serve a tenant no more because its bound is reached, or again."""
         blocked = tenant in self._tenants.blocked
         for task_type in self._tenants.waiting_types(tenant):
             self._pools[task_type].tenant_blocked(tenant, blocked=blocked)
@@ -209,7 +226,7 @@ class Dispatcher:
             self.loop.call_soon(self._serve_tenant, tenant)  # not now: its run is still ending
 
     def _serve_tenant(self, tenant: str) -> None:
-        """Start what waits of a tenant that was blocked, on workers that have a free slot."""
+        """Give slots to runs of a tenant that claim them, and start what waits of it, where a slot is free."""
         for worker in self.slot_claims.waiting():
             self.dispatch(worker)
         pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
@@ -237,8 +254,19 @@ class Dispatcher:
     # --- into the queue, and out of it ---
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
-        """Park an admitted task behind its conversation, start it on `worker`, or queue it."""
+        """Hold an admitted task for its time, park it behind its conversation, start it on `worker`, or queue it."""
         self._registry.add(ticket)
+        if ticket.task.not_before is not None and ticket.lease is None and self.scheduled.hold(ticket):
+            self._tell_drains()
+        else:
+            self._start_or_queue(ticket, pool, worker)
+
+    def join_queue(self, ticket: Ticket) -> None:
+        """Start or queue a task whose time has come, behind its conversation."""
+        pool = self._pools[ticket.task.task_type]
+        self._start_or_queue(ticket, pool, self.pick_worker(pool, ticket))
+
+    def _start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
             ticket.wait()
             pool.park(ticket)
@@ -283,7 +311,7 @@ class Dispatcher:
         """Set the timer that ends a waiting task at its deadline."""
         if ticket.deadline is not None and ticket.expiry_timer is None:
             due = self.loop.time() + ticket.deadline.remaining()
-            ticket.set_expiry(self._timers.at(due, self._expire, ticket))
+            ticket.set_expiry(self._timers.at(due, Dispatcher._expire, self, ticket))
 
     def _expire(self, ticket: Ticket) -> None:
         self._end_waiting(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited")
@@ -292,7 +320,9 @@ class Dispatcher:
         """Return whether a task waits in the queue, behind another one of its conversation, or for its next attempt."""
         if ticket.queue_entry is not None or self.conversations.is_parked(ticket):
             return True
-        return ticket.retries is not None and ticket.retries.waits_here
+        if ticket.retries is not None and ticket.retries.waits_here:
+            return True
+        return ticket.task.not_before is not None and self.scheduled.is_waiting(ticket)
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue or of its conversation, whose next task may then start."""
@@ -304,6 +334,7 @@ class Dispatcher:
         pool = self._pools[ticket.task.task_type]
         self._timers.cancel(ticket.clear_expiry())
         self.retries.leave(ticket)
+        self.scheduled.leave(ticket)
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
             pool.unpark(ticket)
@@ -378,8 +409,7 @@ class Dispatcher:
             else:
                 self.next_in_conversation(ticket)
         if self.spill is not None:
-            for pool in served.with_spilled():
-                self.spill.refiller.refill(pool)
+            self.spill.slot_freed(worker, served.with_spilled())
 
     def refill(self, pool: Pool) -> None:
         """Take tasks of `pool` back from the overflow, if there is room for them."""
@@ -607,4 +637,7 @@ class Dispatcher:
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because it is awaited."""
-        return self._registry.hold_strongly(task_id)
+        ticket = self._registry.hold_strongly(task_id)
+        if self.spill is not None and (known := ticket or self._registry.live.get(task_id)) is not None:
+            self.spill.stored.watch(known)
+        return ticket

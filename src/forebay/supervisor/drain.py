@@ -341,8 +341,11 @@ class Drain:
 
         Workers that stay FAILED until they are revived do not count, and neither do those whose slots are all held by
         zombies, or all that are not reserved for others, nor those for a type that is paused. Zombies also hold what a
-        tenant may have running, if it is blocked. Waiting for any of these could take forever.
+        tenant may have running, if it is blocked. Waiting for any of these could take forever. So could waiting for a
+        task whose `not_before` has not come, unless a run here may await it.
         """
+        if ticket.run is None and ticket.task.starts_in() and not (ticket.attempts or _is_awaited_inside(ticket)):
+            return False
         if without_store and self._awaits_store(ticket):
             return False
         if ticket.run is not None:

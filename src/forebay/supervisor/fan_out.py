@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import Context, copy_context
 from functools import partial
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias
 import msgspec
 
 from forebay import clock, context
-from forebay._hooks import call_hook
+from forebay._hooks import call_plain_hook, is_async
 from forebay._validate import check_whole, is_positive, reject
 from forebay.context import RunningTask
-from forebay.errors import InvalidTask, QuorumNotReached, WrongLoop
+from forebay.errors import ForebayError, InvalidTask, QuorumNotReached, WrongLoop
 from forebay.retry import Retry
 from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.slot_loans import is_own_nested
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _OWNER: Final = "fan_out"
 _LEFT: Final = "its fan-out was left"
 _ENOUGH: Final = "its fan-out has enough results"
+_TOO_FEW: Final = "its fan-out cannot reach its quorum any more"
 _RECHECK: Final = 1.0  # seconds after which it is looked again whether a second attempt may begin
 _TAIL: Final = 0.95
 _YIELD_INTERVAL: Final = 100  # tasks that are submitted without giving the loop a turn
@@ -50,6 +51,7 @@ class TaskOptions(TypedDict, total=False):
     tenant: str
     thread_id: str | None
     estimate: Estimate | None
+    not_before: float | None
 
 
 class FanOutProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +137,7 @@ class FanOut:
         ordered: bool = False,
         progress: OnProgress | None = None,
     ) -> None:
-        _check(tasks, retry, limit, quorum, hedge)
+        _check(tasks, retry=retry, limit=limit, quorum=quorum, hedge=hedge, progress=progress)
         self._admission = admission
         self._timers = timers
         self._tasks: Iterator[Task] | None = iter(tasks)  # None: all have been submitted
@@ -153,7 +155,7 @@ class FanOut:
         self._turn: RoomTurn | None = None
         self._branches: dict[int, _Branch] = {}  # that have not ended, by index
         self._inside: Counter[str] = Counter()  # results not yet read, and branches that have not ended, by task type
-        self._ended: deque[_Branch] = deque()  # whose result has not been read
+        self._error: ForebayError | None = None  # to be raised: a ticket has ended without a result
         self._results: dict[int, tuple[Task, TaskResult]] = {}  # not yielded yet, by index
         self._changed = asyncio.Event()
         self._reading = asyncio.Lock()
@@ -196,15 +198,17 @@ class FanOut:
     async def _read(self) -> tuple[int, TaskResult]:
         while True:
             self._changed.clear()
-            self._collect()
+            if self._error is not None:
+                raise self._error
             found = self._next_result()
             if found is not None:
                 return found
             self._check_quorum()
             await self._feed()
-            if self._ended or self._next_index() is not None:
+            if self._error is not None or self._next_index() is not None:
                 continue
             if not (self._branches or self._next):
+                self._check_quorum()  # the number of tasks may be known only now
                 raise StopAsyncIteration
             await self._wait()
 
@@ -258,7 +262,7 @@ class FanOut:
 
     async def _feed(self) -> None:
         """Submit tasks as long as there is room."""
-        while (task := self._next or self._take()) is not None:
+        while self._error is None and (task := self._next or self._take()) is not None:
             self._next = task
             if self._submission is None:
                 if self._is_window_full(task):  # it may have shrunk since the task was rejected
@@ -308,6 +312,7 @@ class FanOut:
         if task is None:
             self._tasks = None
             self._total = self._submitted
+            self._cancel_if_decided()
             return None
         if not isinstance(task, Task):
             raise InvalidTask(
@@ -359,23 +364,21 @@ class FanOut:
         self._inside[task.task_type] += 1
         self._branches[branch.index] = branch
         if ticket.done():
-            self._ended.append(branch)
-            self._changed.set()
-        else:
-            self._watch(branch, ticket)
-            if may_hedge:
-                self._arm_hedge(branch)
+            self.branch_ended(branch)
+            return
+        self._watch(branch, ticket)
+        if may_hedge:
+            self._arm_hedge(branch)
         self._report()
 
     def _expire(self, task: Task) -> None:
         """End a task whose deadline has passed before there was room for it."""
         error = "its deadline passed before there was room for it"
         result = TaskResult(task_id=task.task_id, worker_id=None, success=False, status=TaskStatus.EXPIRED, error=error)
-        self._results[self._submitted] = (task, result)
+        index = self._submitted
         self._submitted += 1
         self._inside[task.task_type] += 1
-        self._failed += 1
-        self._report()
+        self._keep_result(index, task, result)
 
     # --- results ---
 
@@ -385,41 +388,50 @@ class FanOut:
         done.add_done_callback(partial(_ticket_ended, weakref.ref(self), branch))
 
     def branch_ended(self, branch: _Branch) -> None:
-        """Take note that an attempt of a branch has ended."""
-        if branch.index in self._branches:
-            self._ended.append(branch)
-            self._changed.set()
-
-    def _collect(self) -> None:
-        """Take the results of the tasks that have ended."""
-        while self._ended:
-            branch = self._ended.popleft()
-            if branch.index not in self._branches:  # both of its attempts had ended
-                continue
+        """Take the result of a branch one of whose attempts has ended, whether or not anybody reads it by now."""
+        if branch.index not in self._branches:  # both of its attempts had ended, or it was cancelled
+            return
+        try:
             result = _result_of(branch)
-            if result is None:  # the other attempt goes on
-                continue
-            del self._branches[branch.index]
-            self._stop(branch, _ENOUGH)
-            if result.success:
-                self._succeeded += 1
-            else:
-                self._failed += 1
-            self._results[branch.index] = (branch.task, result)
-            self._report()
-        if self._has_quorum and (self._branches or self._next or self._tasks):
+        except ForebayError as error:  # it is left in the overflow, for example
+            self._error = error.with_traceback(None)  # which refers to this fan-out
+            self._changed.set()
+            return
+        if result is None:  # the other attempt goes on
+            return
+        del self._branches[branch.index]
+        self._stop(branch, _ENOUGH)
+        self._keep_result(branch.index, branch.task, result)
+
+    def _keep_result(self, index: int, task: Task, result: TaskResult) -> None:
+        """Keep the result of a task until it is read."""
+        if result.success:
+            self._succeeded += 1
+        else:
+            self._failed += 1
+        self._results[index] = (task, result)
+        self._changed.set()
+        self._cancel_if_decided()
+        self._report()
+
+    def _cancel_if_decided(self) -> None:
+        """Cancel the rest once the quorum is made, or out of reach, however slowly the results are read."""
+        if self._quorum is not None and self._succeeded == self._quorum:
+            self._error = None  # of a task that is not needed
             self._cancel(_ENOUGH)
+        elif self._is_quorum_out_of_reach:
+            self._cancel(_TOO_FEW)
 
     @property
-    def _has_quorum(self) -> bool:
-        return self._quorum is not None and self._succeeded >= self._quorum
+    def _is_quorum_out_of_reach(self) -> bool:
+        """True once the tasks that are left cannot make the quorum any more."""
+        return self._quorum is not None and self._total is not None and self._total - self._failed < self._quorum
 
     def _check_quorum(self) -> None:
-        """Raise QuorumNotReached once the tasks that are left cannot make the quorum any more."""
-        if self._quorum is None or self._total is None:
-            return
-        left = self._total - self._succeeded - self._failed
-        if not self._has_quorum and self._succeeded + left < self._quorum:
+        """Raise QuorumNotReached if the quorum is out of reach."""
+        if self._is_quorum_out_of_reach:
+            assert self._quorum is not None  # noqa: S101 - it is out of reach
+            assert self._total is not None  # noqa: S101 - as above
             raise QuorumNotReached(quorum=self._quorum, total=self._total, failed=self._failed)
 
     def _report(self) -> None:
@@ -427,7 +439,7 @@ class FanOut:
             state = FanOutProgress(
                 total=self._total, submitted=self._submitted, succeeded=self._succeeded, failed=self._failed
             )
-            call_hook("progress of a fan-out", self._on_progress, state)
+            call_plain_hook("progress of a fan-out", self._on_progress, state)
 
     # --- hedges ---
 
@@ -472,7 +484,7 @@ class FanOut:
     def cancel(self) -> None:
         """Submit nothing more, and cancel the tasks that have not ended. Results that were not read are dropped."""
         self._cancel(_LEFT)
-        self._ended.clear()
+        self._error = None
         self._results.clear()
 
     def _cancel(self, reason: str) -> None:
@@ -559,7 +571,7 @@ def _is_late(task: Task) -> bool:
     return task.deadline is not None and task.deadline.remaining() <= 0
 
 
-def _check(tasks: Any, retry: Any, limit: Any, quorum: Any, hedge: Any) -> None:
+def _check(tasks: Any, *, retry: Any, limit: Any, quorum: Any, hedge: Any, progress: Any) -> None:  # noqa: PLR0913
     """Check the arguments of a fan-out.
 
     Raises:
@@ -573,6 +585,11 @@ def _check(tasks: Any, retry: Any, limit: Any, quorum: Any, hedge: Any) -> None:
     check_whole(_OWNER, "quorum", quorum, none="for all results")
     if hedge is not None and hedge != "p95" and not is_positive(hedge):
         reject(_OWNER, "hedge", hedge, 'a positive number of seconds, "p95", or None for no second attempts')
+    if progress is not None and not callable(progress):
+        expected = "a plain function that takes a FanOutProgress, such as forebay.progress_bar(), or None"
+        reject(_OWNER, "progress", progress, expected)
+    if is_async(progress):
+        reject(_OWNER, "progress", "an async function", "a plain function: it is called, not awaited")
     if quorum is not None and isinstance(tasks, Sized) and len(tasks) < quorum:
         reject(_OWNER, "quorum", quorum, f"at most the number of tasks, {len(tasks)}")
 

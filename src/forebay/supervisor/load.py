@@ -9,10 +9,12 @@ from forebay._hooks import call_hook
 from forebay._validate import is_number
 from forebay.interfaces import LoadSource, Reading
 from forebay.supervisor.pool import POOL_PREFIX
+from forebay.supervisor.spill import store_load
 from forebay.task import Priority
 
 if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.spill.store_load import StoreLoad
     from forebay.supervisor.worker import WorkerAgent
 
 
@@ -23,12 +25,17 @@ class SystemLoad:
         host: the lag of the event loop over the lag that is allowed, as the loop monitor measured it.
     """
 
-    __slots__ = ("_pools", "_workers", "host")
+    __slots__ = ("_overflow", "_pools", "_workers", "host")
 
     def __init__(self, pools: Mapping[str, Pool], workers: Mapping[str, WorkerAgent]) -> None:
         self._pools = pools
         self._workers = workers
+        self._overflow: StoreLoad | None = None
         self.host = 0.0
+
+    def add_overflow(self, load: StoreLoad) -> None:
+        """Show the load of the overflow among the others. It limits nothing but what goes there."""
+        self._overflow = load
 
     def record_host(self, load: float) -> None:
         """Record the lag of the event loop over the lag that is allowed. Callable from any thread."""
@@ -84,7 +91,7 @@ class SystemLoad:
         return next((name for name in blocked if name is not None), resource) if None not in blocked else resource
 
     def readings(self) -> tuple[Reading, ...]:
-        """Return every reading: of each pool, each nested supervisor, each load source, and the host."""
+        """Return every reading: of each pool, each nested supervisor, each load source, the overflow, and the host."""
         pools = [Reading(pool.resource, pool.load()) for pool in self._pools.values()]
         nested = [
             Reading(f"worker:{worker.name}", max(_nested_load(worker, task_type) for task_type in worker.task_types))
@@ -98,7 +105,8 @@ class SystemLoad:
             for account in source.accounts
         }
         sources = [Reading(account.name, account.load()[0]) for account in accounts]
-        return (*pools, *nested, *sources, Reading("host", self.host))
+        overflow = [] if self._overflow is None else [Reading(store_load.RESOURCE, self._overflow.load())]
+        return (*pools, *nested, *sources, *overflow, Reading("host", self.host))
 
 
 def _highest_reading(path: tuple[LoadSource, ...], priority: Priority) -> tuple[float, str]:

@@ -70,10 +70,11 @@ def as_handler(nested: NestedSupervisor) -> Handler:
         await nested.start_workers()
 
     async def call(task: Task) -> Any:
-        # A durable task is recorded where it was submitted, and its own policy of retries counts there alone.
-        if task.durable or task.retry is not None:
+        # A durable task is recorded where it was submitted, and has waited there for its time. Its own policy of
+        # retries counts there alone.
+        if task.durable or task.retry is not None or task.not_before is not None:
             retry = None if task.retry is None else _NO_RETRY
-            task = msgspec.structs.replace(task, durable=False, retry=retry)
+            task = msgspec.structs.replace(task, durable=False, retry=retry, not_before=None)
         return await nested.run(task)
 
     return Handler(call=call, nested_supervisor=nested, load=nested.load_of, start=start, stop=nested.close)

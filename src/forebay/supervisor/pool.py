@@ -739,8 +739,9 @@ class Pool(SlotCounts):
     def refill_demand(self, round_trip: float) -> tuple[Priority, Mapping[str, int]] | None:
         """Return the priority of the records to take back now, and how many of each tenant; None if none.
 
-        That is one for each free slot, and as many more as start within two times the `round_trip` to the store. If
-        several tenants wait, they are those whose turns come meanwhile.
+        That is one for each free slot, and as many more as start within two times the `round_trip` to the store. While
+        the upstreams would have their calls wait, it is one at a time: the others stay where a process with more room
+        may take them. If several tenants wait, they are those whose turns come meanwhile.
         """
         blocked = self._tenants.blocked
         stored = self.spilled.servable(blocked)
@@ -748,7 +749,10 @@ class Pool(SlotCounts):
         if best is None:
             return None
         rate, free = self.service_times.drain_rate(self.usable_slots) or 0.0, self.free_slots(best)
-        slots, bound = max(0, free) + min(math.ceil(2 * round_trip * rate), self.queue_bound), self.queue_bound
+        bound, startable = self.queue_bound, max(0, free)
+        if self.source_paths and self._calls_wait(best):
+            startable = min(1, startable)
+        slots = startable + min(math.ceil(2 * round_trip * rate), bound)
         queued = [*(self.queue.lengths if self._turns is None else self._turns.lengths_without_blocked())]
         capacity = bound + free - self.queued
         if self._turns is not None:  # which also say how many of this priority go first
@@ -763,6 +767,10 @@ class Pool(SlotCounts):
         priority, count = batch
         shares = self._shares(priority, count, overdue=priority is not best)
         return (priority, shares) if shares else None
+
+    def _calls_wait(self, priority: Priority) -> bool:
+        """Return whether the next call of a run of `priority` would have to wait, on whatever worker."""
+        return all(any(source.load(priority)[0] > 0.0 for source in path) for path in self.source_paths)
 
     def _shares(self, priority: Priority, count: int, *, overdue: bool) -> Mapping[str, int]:
         """Return how many of `count` records of a priority to take back of each tenant."""

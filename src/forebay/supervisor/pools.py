@@ -6,6 +6,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.slot_counts import SlotCounts
@@ -42,9 +43,9 @@ class ServedPools(Protocol):
 
 
 class FewPools:
-    """The pools that a worker of few task types serves: they are searched."""
+    """The pools that workers of the same few task types serve: they are searched."""
 
-    __slots__ = ("pools",)
+    __slots__ = ("__weakref__", "pools")
 
     def __init__(self, pools: Sequence[Pool]) -> None:
         self.pools = pools
@@ -245,6 +246,9 @@ class Pools:
         self._max_queue_size = max_queue_size
         self._tenants = tenants
         self._groups: dict[frozenset[str], PoolGroup] = {}
+        self._few: WeakValueDictionary[tuple[Pool, ...], FewPools] = (
+            WeakValueDictionary()
+        )  # as long as workers serve them
         self.by_type: dict[str, Pool] = {}
         self.by_worker: dict[WorkerAgent, ServedPools] = {}
         self.counts_of: dict[WorkerAgent, Sequence[SlotCounts]] = {}
@@ -255,11 +259,14 @@ class Pools:
             Pool(kind, self._max_queue_size, self._tenants) for kind in worker.task_types if kind not in self.by_type
         ]
         self.by_type.update((pool.task_type, pool) for pool in added)
-        pools = [self.by_type[task_type] for task_type in worker.task_types]
+        pools = tuple(self.by_type[task_type] for task_type in worker.task_types)
         for pool in pools:
             pool.add_worker(worker)
         if len(pools) <= _MANY:
-            self.by_worker[worker], self.counts_of[worker] = FewPools(pools), pools
+            few = self._few.get(pools)
+            if few is None:
+                few = self._few[pools] = FewPools(pools)
+            self.by_worker[worker], self.counts_of[worker] = few, few.pools
         else:
             kinds = frozenset(worker.task_types)
             group = self._groups.get(kinds)

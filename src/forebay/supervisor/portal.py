@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, Unpack
 
 from forebay import clock, context
 from forebay._text import format_duration
@@ -27,7 +27,9 @@ from forebay.task import Deadline, Priority, ResultT_co, Task, TaskResult, TaskS
 if TYPE_CHECKING:
     from forebay.context import RunningTask
     from forebay.events import Event, Subscription
+    from forebay.retry import Retry
     from forebay.supervisor.drain import DrainReport
+    from forebay.supervisor.fan_out import Hedge, OnProgress, TaskOptions
     from forebay.supervisor.slot import Slot
     from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
@@ -59,6 +61,20 @@ class PortalSupervisor(Protocol):
 
     async def submit(self, task: Task[ResultT], *, wait: float | None = None) -> Ticket[ResultT]:
         """Submit a task."""
+
+    async def map(  # noqa: PLR0913 - as the supervisor's
+        self,
+        task_type: str,
+        payloads: Iterable[Any],
+        *,
+        retry: Retry | None = None,
+        limit: int | None = None,
+        hedge: Hedge | None = None,
+        progress: OnProgress | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[TaskOptions],
+    ) -> list[Any]:
+        """Run a task for each payload, and return their values."""
 
     async def find(self, task_id: str | None = None, *, key: str | None = None) -> Ticket | None:
         """Return the ticket of a task."""
@@ -377,9 +393,10 @@ class Portal:
     If the supervisor runs, the portal is ready at once. If it has not been started, the portal is a context manager: it
     runs an event loop in a thread of its own, starts the supervisor there, and drains it on leaving.
 
-    Whatever waits takes a `timeout` in seconds, after which it raises TimeoutError; None: as long as it takes. Besides
-    what it says, each method raises WouldDeadlock on the supervisor's own loop, LoopStopped if that loop does not run,
-    and NotStarted or SupervisorClosed if the supervisor does not.
+    Whatever waits takes a `timeout` in seconds, or a `wait_timeout` where the task has a `timeout` of its own. After it
+    TimeoutError is raised; None: as long as it takes. Besides what it says, each method raises WouldDeadlock on the
+    supervisor's own loop, LoopStopped if that loop does not run, and NotStarted or SupervisorClosed if the supervisor
+    does not.
     """
 
     def __init__(self, supervisor: PortalSupervisor) -> None:
@@ -403,6 +420,46 @@ class Portal:
         late, after = "the task was not submitted, or the overflow has not answered", "it may be stored"
         work = self._supervisor.submit(task, wait=wait)
         return PortalTicket(self, self.call("submit", work, timeout=timeout, late=late, after=after))
+
+    def map(  # noqa: PLR0913 - as the supervisor's
+        self,
+        task_type: str,
+        payloads: Iterable[Any],
+        *,
+        retry: Retry | None = None,
+        limit: int | None = None,
+        hedge: Hedge | None = None,
+        progress: OnProgress | None = None,
+        return_exceptions: bool = False,
+        wait_timeout: float | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> list[Any]:
+        """Run a task for each payload, and return their values in the order of the payloads: see ``supervisor.map``.
+
+        Args:
+            task_type: as ``supervisor.map``, and so are the others but `wait_timeout`.
+            payloads: see there. A generator is read in the supervisor's loop, so it must not block.
+            retry: see there.
+            limit: see there.
+            hedge: see there.
+            progress: see there; it is called in the supervisor's loop.
+            return_exceptions: see there.
+            wait_timeout: seconds for all of it. Then the tasks that have not ended are cancelled.
+            options: fields of all tasks, such as `timeout`, which is for each attempt.
+        """
+        check_timeout("map", wait_timeout, name="wait_timeout")
+        work = self._supervisor.map(
+            task_type,
+            payloads,
+            retry=retry,
+            limit=limit,
+            hedge=hedge,
+            progress=progress,
+            return_exceptions=return_exceptions,
+            **options,
+        )
+        late, after = "the tasks have not all ended", "the others were cancelled"
+        return self.call("map", work, timeout=wait_timeout, late=late, after=after)
 
     def find(
         self, task_id: str | None = None, *, key: str | None = None, timeout: float | None = None

@@ -214,18 +214,24 @@ class QueueSpill:
             self._cancel(ticket)
         elif self._keeps_out:
             self._hold(ticket)
-        elif ticket.task.thread_id in self._moved:
+        elif ticket.task.thread_id in self._moved or ticket.task.starts_in():  # it may not start here
             if failed and self._retries < _MAX_RETRIES:
                 self._hold(ticket)
+            elif ticket.task.starts_in():
+                self._cancel(ticket, "its not_before had not come")
             else:
                 self._cancel(ticket, "earlier tasks of its conversation are left to the next process")
-        elif (pool := self._core.pools.by_type.get(ticket.task.task_type)) is None:
-            self._cancel(ticket, "its last worker was unregistered")
         else:
-            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
-            self._dispatcher.start_or_queue(ticket, pool, worker)
-            if failed:
-                self._queue(ticket)
+            self._return_to_queue(ticket, failed=failed)
+
+    def _return_to_queue(self, ticket: Ticket, *, failed: bool) -> None:
+        if (pool := self._core.pools.by_type.get(ticket.task.task_type)) is None:
+            self._cancel(ticket, "its last worker was unregistered")
+            return
+        worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
+        self._dispatcher.start_or_queue(ticket, pool, worker)
+        if failed:
+            self._queue(ticket)
 
     def _hold(self, ticket: Ticket) -> None:
         ticket.move_to_store()

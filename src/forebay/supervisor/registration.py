@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from forebay._text import is_unicode
@@ -48,6 +49,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     engine: str | Engine | None,
     on_cancel: Callable[[Task], object] | None,
     reset_timeout: float | None,
+    breaker: BreakerRules | None,
     upstreams: Any,
     restart: str,
     start: Callable[..., Any] | None,
@@ -70,19 +72,21 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     check_whole(owner, "reserve", reserve, minimum=0)
     if reserve > max_concurrent:
         reject(owner, "reserve", reserve, f"at most its slots, max_concurrent={max_concurrent}")
-    if on_cancel is not None and not callable(on_cancel):
-        reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
+    _check_hook(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
     check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
+    check_instance(owner, "breaker", breaker, BreakerRules, example="BreakerRules(reset_timeout=30)", optional=True)
+    if breaker is not None and reset_timeout not in (WORKER_RULES.reset_timeout, breaker.reset_timeout):
+        expected = "left out where breaker= is given: write breaker=BreakerRules(..., reset_timeout=...)"
+        reject(owner, "reset_timeout", reset_timeout, expected)
     where = resolve_engine(engine)
     if where is None:
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
         reject(owner, "engine", engine, expected)
     declared = _declared_upstreams(owner, upstreams, where)
     check_choice(owner, "restart", restart, [kind.value for kind in RestartType])
-    for setting, hook in (("start", start), ("stop", stop)):
-        if hook is not None and not callable(hook):
-            reject(owner, setting, hook, "a callable")
+    _check_hook(owner, "start", start, "a callable, such as an async function")
+    _check_hook(owner, "stop", stop, "a callable, such as an async function")
     reports_start = start is not None and _takes_started(owner, start)
     check_positive(owner, "start_timeout", start_timeout, unit="seconds", none="for no limit")
     check_positive(owner, "stop_timeout", stop_timeout, unit="seconds")
@@ -100,7 +104,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         stop_timeout=float(stop_timeout),
         restart=RestartType(restart),
     )
-    rules = _breaker_rules(reset_timeout, float(timeout))
+    rules = _default_rules(reset_timeout, float(timeout)) if breaker is None else _with_time(breaker, float(timeout))
     return WorkerAgent(
         name,
         built,
@@ -120,18 +124,31 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
 
 
 @functools.lru_cache(maxsize=100)
-def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
+def _default_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
     """Return the rules of a worker's breaker; equal workers share them, because there may be ten thousand."""
     longest = WORKER_RULES.max_reset_timeout
     if reset_timeout is not None:
         longest = max(longest, reset_timeout)
-    # A probe is a whole run, so it cannot be overdue before its timeout, which is a fault anyway.
-    return BreakerRules(
-        triggers=WORKER_RULES.triggers,
-        reset_timeout=reset_timeout,
-        max_reset_timeout=longest,
-        probe_timeout=2 * timeout,
-    )
+    return replace(WORKER_RULES, reset_timeout=reset_timeout, max_reset_timeout=longest, probe_timeout=2 * timeout)
+
+
+def _with_time(rules: BreakerRules, timeout: float) -> BreakerRules:
+    """Return rules by which a probe has time for a whole run: it is not overdue before its timeout, a fault anyway."""
+    return rules if rules.probe_timeout >= 2 * timeout else replace(rules, probe_timeout=2 * timeout)
+
+
+def _check_hook(owner: str, setting: str, hook: object, expected: str) -> None:
+    """Check that a hook is None or can be called.
+
+    Raises:
+        InvalidSetting: it cannot; often because it was called already.
+    """
+    if hook is None or callable(hook):
+        return
+    if inspect.iscoroutine(hook):
+        hook.close()  # else Python would also warn that it was never awaited
+        expected = f"the function itself, without parentheses, {setting}={hook.__name__}: the supervisor calls it"
+    reject(owner, setting, hook, expected)
 
 
 def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[DeclaredUpstream, ...]:
@@ -199,7 +216,10 @@ def _check(name: object, task_types: object, max_concurrent: object, timeout: ob
     check_name("register_worker", "name", name)
     if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
         reject(owner, "task_types", task_types, 'a list, such as ["research"]')
-    if not task_types or not all(isinstance(kind, str) and kind and is_unicode(kind) for kind in task_types):
+    if not task_types:
+        expected = 'not empty: a list of the task types that it takes, such as ["research"]'
+        reject(owner, "task_types", task_types, expected)
+    if not all(isinstance(kind, str) and kind and is_unicode(kind) for kind in task_types):
         reject(owner, "task_types", task_types, "a list of non-empty strings of valid Unicode")
     check_whole(owner, "max_concurrent", max_concurrent)
     if not is_positive(timeout):

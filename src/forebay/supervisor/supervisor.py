@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Never, NoReturn, Self, TypeVar, Unpack
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
 from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_not_negative, reject
 from forebay.adapters import Config, Handler
+from forebay.breaker import BreakerRules
 from forebay.engine import Engine
 from forebay.errors import (
     AlreadyStarted,
@@ -60,6 +61,20 @@ from forebay.upstream import Upstream
 
 ResultT = TypeVar("ResultT")
 F = TypeVar("F", bound=Callable[..., Any])
+_MAX_NAMES = 20  # of workers, in a message
+
+
+class _Workers(dict[str, WorkerAgent]):
+    """The workers of a supervisor, by name."""
+
+    def __missing__(self, name: object) -> NoReturn:
+        raise UnknownWorker(name=name, known=self.known)
+
+    @property
+    def known(self) -> str:
+        """The names, for a message."""
+        names = ", ".join(sorted(self)[:_MAX_NAMES]) or "none"
+        return names if len(self) <= _MAX_NAMES else f"{names} and {len(self) - _MAX_NAMES} more"
 
 
 class BackpressureSupervisor:
@@ -143,7 +158,13 @@ class BackpressureSupervisor:
         self._store = None if overflow is None else open_task_store(overflow)
         self._bus = EventBus(event_sinks(on_event))
         self._draw: Callable[[], float] = clock.new_random().random
-        self._workers: dict[str, WorkerAgent] = {}
+        self._make_worker = partial(  # once, because ten thousand workers then share what it passes
+            make_worker,
+            draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
+            on_revive=self._revive,
+            on_resize=self._resized,
+        )
+        self._workers = _Workers()
         self._codecs = TaskCodecs()
         self._dispatcher: Dispatcher | None = None
         self._admission: AdmissionController | None = None
@@ -176,6 +197,7 @@ class BackpressureSupervisor:
         engine: str | Engine | None = None,
         on_cancel: Callable[[Task], object] | None = None,
         reset_timeout: float | None = 10.0,
+        breaker: BreakerRules | None = None,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
         restart: str = "permanent",
         start: Callable[..., Any] | None = None,
@@ -206,6 +228,8 @@ class BackpressureSupervisor:
             on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
             reset_timeout: seconds for which it stays FAILED after five failures in a row (or 5 % of a thousand tasks)
                 before it is tried again; longer each time that it fails again. None: until ``revive()``.
+            breaker: the rules by which it becomes FAILED and is tried again, instead of these; with ``triggers=()`` no
+                failed task makes it FAILED. Their `probe_timeout` is at least twice `timeout`.
             upstreams: the upstreams that its calls use, so that their load counts before the first call; each an
                 Upstream, or a pair of an Upstream and a model.
             restart: ``"permanent"``: it is started again whenever its life has ended; ``"transient"``: only if that was
@@ -227,7 +251,7 @@ class BackpressureSupervisor:
             raise SupervisorClosed(state="closing")
         if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would contain itself")
-        worker = make_worker(
+        worker = self._make_worker(
             name,
             handler=handler,
             factory=factory,
@@ -241,15 +265,13 @@ class BackpressureSupervisor:
             engine=engine,
             on_cancel=on_cancel,
             reset_timeout=reset_timeout,
+            breaker=breaker,
             upstreams=upstreams,
             restart=restart,
             start=start,
             start_timeout=start_timeout,
             stop=stop,
             stop_timeout=stop_timeout,
-            draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
-            on_revive=self._revive,
-            on_resize=self._resized,
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)
@@ -273,7 +295,7 @@ class BackpressureSupervisor:
 
         return register
 
-    async def unregister_worker(self, name: str, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - it cuts off, not raises
+    async def unregister_worker(self, name: str | WorkerAgent, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - it cuts off, not raises
         """Remove a worker: it begins nothing new, what runs there may finish, then its handler is stopped.
 
         While a run there waits for a nested task of a type of this worker, that may still begin there. A task that
@@ -284,7 +306,7 @@ class BackpressureSupervisor:
         If this is cancelled, the removal goes on in the background.
 
         Args:
-            name: of the worker.
+            name: of the worker, or what `register_worker` returned.
             timeout: seconds that what runs there may take. Then it ends CANCELLED, or goes back to its store; its
                 handler has `zombie_grace` seconds to stop. None: no limit.
 
@@ -298,9 +320,9 @@ class BackpressureSupervisor:
         check_not_negative("unregister_worker", "timeout", timeout, unit="seconds", none="for no limit")
         await self.wait_until_started()
         self._end_if_cut_off()
-        worker = self._workers.get(name)
-        if worker is None:
-            raise UnknownWorker(name=name, known=", ".join(sorted(self._workers)) or "none")
+        worker = self._workers[name.name if isinstance(name, WorkerAgent) else name]
+        if isinstance(name, WorkerAgent) and name is not worker:
+            raise UnknownWorker(name=f"{name.name} (it is another worker)", known=self._workers.known)
         if self._closing is not None and not self._closing.done():
             raise SupervisorClosed(state="closing")
         if self._dispatcher is None or self._closing is not None:  # between two runs
@@ -311,7 +333,7 @@ class BackpressureSupervisor:
         dispatcher = self._dispatcher_here()
         for run in active_runs(context.running_task(), dispatcher):
             if run.worker is worker:
-                raise UnregisteredInside(worker=name, task_id=run.task.task_id)
+                raise UnregisteredInside(worker=worker.name, task_id=run.task.task_id)
         self._begin_removal(worker, timeout)
         gone = self._removals[worker]
         await asyncio.wait((gone,))
@@ -401,7 +423,7 @@ class BackpressureSupervisor:
 
     @property
     def workers(self) -> Mapping[str, WorkerAgent]:
-        """The workers by name."""
+        """The workers by name. One that there is not is an `UnknownWorker`, which is a KeyError."""
         return MappingProxyType(self._workers)
 
     def _revive(self, worker: WorkerAgent) -> None:
@@ -421,7 +443,7 @@ class BackpressureSupervisor:
 
     # --- work ---
 
-    async def submit(self, task: Task[ResultT], *, wait: float | None = None) -> Ticket[ResultT]:
+    async def submit(self, task: Task[ResultT], *, wait: float | None = None, **misplaced: Never) -> Ticket[ResultT]:
         """Submit a task to admission control.
 
         Args:
@@ -429,6 +451,7 @@ class BackpressureSupervisor:
             wait: seconds to wait for room while the task would be rejected, so that a producer is slowed down instead;
                 ``math.inf`` for as long as it takes, at most to the deadline. Those that wait are admitted by priority,
                 then in the order in which they came. None: it is rejected at once.
+            misplaced: nothing; fields of the task, such as `priority`, are arguments of `Task`.
 
         Returns:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload raises nothing here.
@@ -441,20 +464,24 @@ class BackpressureSupervisor:
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """
+        if misplaced:
+            _reject_misplaced("submit", misplaced)
         if wait is not None:
             _check_wait(wait)
         return await self._admission_here().submit(task, wait=wait)
 
-    def submit_nowait(self, task: Task[ResultT]) -> Ticket[ResultT]:
+    def submit_nowait(self, task: Task[ResultT], **misplaced: Never) -> Ticket[ResultT]:
         """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
 
         Raises:
             OverflowRequired: the task is durable, and a record takes time: use `submit`.
             Others: as `submit`.
         """
+        if misplaced:
+            _reject_misplaced("submit_nowait", misplaced)
         return self._admission_here().submit_nowait(task)
 
-    async def run(self, task: Task[ResultT], *, wait: float | None = None) -> ResultT:
+    async def run(self, task: Task[ResultT], *, wait: float | None = None, **misplaced: Never) -> ResultT:
         """Submit a task and return its value; wait for a spilled one until its deadline.
 
         Cancelling this cancels the task, unless others wait for the same work by its key. `wait` is as in `submit`.
@@ -464,6 +491,8 @@ class BackpressureSupervisor:
             TaskFailed, TaskTimedOut: it ended that way (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
+        if misplaced:
+            _reject_misplaced("run", misplaced)
         if wait is not None:
             _check_wait(wait)
         value: ResultT = await self._admission_here().run(task, wait=wait)
@@ -490,8 +519,8 @@ class BackpressureSupervisor:
             retry: the policy for failed tasks that have none of their own.
             limit: how many tasks may be outstanding, results that were not read included; by default as many as can be
                 inside for their type.
-            quorum: once so many successes have been read, the other tasks are cancelled, and the iteration ends with
-                the results of those that have succeeded by then.
+            quorum: as soon as so many tasks have succeeded, the others are cancelled, however slowly the results are
+                read, and the iteration ends with them. The results of tasks that had failed before are among them.
             hedge: seconds that a task may run before a second attempt at it is started on another worker, if one is
                 free and the retry budget allows it; the first success counts. ``"p95"``: longer than 95 % of the latest
                 tasks of its type ran. Tasks with a `key`, with a `thread_id` and durable ones are not hedged.
@@ -500,7 +529,7 @@ class BackpressureSupervisor:
                 ``forebay.progress_bar()``. What it raises is logged.
 
         Raises:
-            InvalidSetting, NotStarted, SupervisorClosed: at once.
+            InvalidSetting, NotStarted: at once.
             QuorumNotReached: from the iteration: too many tasks have failed.
             Others: from the iteration, as `submit`; the tasks that have not ended are cancelled.
         """
@@ -919,6 +948,13 @@ class BackpressureSupervisor:
     def _dispatcher_here(self) -> Dispatcher:
         self._admission_here()
         return self._running()
+
+
+def _reject_misplaced(call: str, arguments: Iterable[str]) -> NoReturn:
+    """Raise a TypeError that says where the fields of a task belong."""
+    name = next(iter(arguments))
+    advice = f"; it is a field of the task: {call}(Task(..., {name}=...))" if name in Task.__struct_fields__ else ""
+    raise TypeError(f"supervisor.{call}() takes no argument {name!r}{advice}")
 
 
 def _check_wait(wait: float) -> None:

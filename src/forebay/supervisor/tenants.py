@@ -70,14 +70,16 @@ class _Use:
 
     Attributes:
         running: slots that its tasks hold.
+        claims: its runs that have begun and that only its bound keeps from a free slot. They go before new tasks.
         waiting: how many of its tasks wait, by task type.
     """
 
-    __slots__ = ("running", "tenant", "waiting")
+    __slots__ = ("claims", "running", "tenant", "waiting")
 
     def __init__(self, tenant: Tenant) -> None:
         self.tenant = tenant
         self.running = 0
+        self.claims = 0
         self.waiting: dict[str, int] = {}
 
 
@@ -86,7 +88,8 @@ class Tenants:
 
     Attributes:
         weights: the weight of each.
-        blocked: those whose tasks hold as many slots as they may.
+        blocked: those of which no new task may begin. Their tasks hold as many slots as they may, or runs that have
+            begun claim the rest.
         bounded: True if any tenant has a bound.
     """
 
@@ -134,7 +137,26 @@ class Tenants:
         if use is None or use.tenant.max_running is None:
             return False
         use.running += by
-        if (use.running >= use.tenant.max_running) is (name in self.blocked):
+        return self._update_blocked(name, use, use.tenant.max_running)
+
+    def count_claims(self, name: str, by: int) -> bool:
+        """Count `by` more runs that only the bound keeps from a slot; return whether that changed if it is blocked."""
+        use = self._uses[name]
+        use.claims += by
+        return use.tenant.max_running is not None and self._update_blocked(name, use, use.tenant.max_running)
+
+    def may_resume(self, name: str) -> bool:
+        """Return whether a run of a tenant that has begun may take a slot, by the bound of the tenant."""
+        use = self._uses.get(name)
+        return use is None or use.tenant.max_running is None or use.running < use.tenant.max_running
+
+    def has_claims(self, name: str) -> bool:
+        """Return whether only the bound of a tenant keeps a run of it that has begun from a slot."""
+        use = self._uses.get(name)
+        return use is not None and use.claims > 0
+
+    def _update_blocked(self, name: str, use: _Use, max_running: int) -> bool:
+        if (use.running + use.claims >= max_running) is (name in self.blocked):
             return False
         if name in self.blocked:
             self.blocked.remove(name)

@@ -216,6 +216,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
             "key": task.key,
             "thread_id": task.thread_id,
             "deadline": None if self.deadline is None else self.deadline.at,
+            "not_before": task.not_before,
             "verdict": self.verdict,
             "status": self.status,
             "reason": self.reason,
@@ -545,6 +546,10 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         self.hold_lease(lease)
         self.attempts = lease.record.attempts
 
+    def read_attempts(self, attempts: int) -> None:
+        """Set the number of its attempts to what the store says: other processes made them."""
+        self.attempts = attempts
+
     def adopt(self, lease: Lease) -> None:
         """Take back the right to a task that still waits or runs here."""
         self.hold_lease(lease)
@@ -651,7 +656,7 @@ def value_of(result: TaskResult) -> Any:
 
 def as_error(result: TaskResult) -> ForebayError:
     """Return the exception that `Ticket.value` raises for a result without success."""
-    facts = {"task_id": result.task_id, "worker_id": result.worker_id, "error": result.error}
+    facts: dict[str, Any] = {"task_id": result.task_id, "worker_id": result.worker_id, "error": result.error}
     match result.status:
         case TaskStatus.TIMED_OUT:
             return TaskTimedOut(**facts)
@@ -673,11 +678,12 @@ def spilled_ticket(dispatcher: TicketOwner, task: Task, *, submitted_at: float |
 
 
 def found_ticket(
-    dispatcher: TicketOwner, task: Task, deadline: Deadline | None, *, submitted_at: float | None
+    dispatcher: TicketOwner, task: Task, deadline: Deadline | None, *, submitted_at: float | None, attempts: int
 ) -> Ticket:
     """Return a ticket for a record that somebody has asked for, and that this process does not hold."""
     ticket = spilled_ticket(dispatcher, task, submitted_at=submitted_at)
     ticket.restore(task, deadline)
+    ticket.read_attempts(attempts)
     ticket.move_to_store()
     ticket.mark_found()
     return ticket

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 from forebay._validate import check_whole, reject
 from forebay.adapters import Handler
@@ -23,9 +23,23 @@ _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
 _OTHER_ENDS = (TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
 
+# What most of ten thousand workers share. None is changed: a worker that has something to record makes its own.
+_NO_SOURCES: Final[Mapping[LoadSource, None]] = {}
+_NO_OTHER_ENDS: Final[Mapping[TaskStatus, int]] = dict.fromkeys(_OTHER_ENDS, 0)
+
 
 def _do_nothing(*_: object) -> None:
     """Do nothing: the worker belongs to no supervisor."""
+
+
+class _Orphans:
+    """The runs on a worker whose supervisor has closed: whether each holds a slot, and is a zombie."""
+
+    __slots__ = ("lock", "runs")
+
+    def __init__(self) -> None:
+        self.runs: dict[object, tuple[bool, bool]] = {}
+        self.lock = Lock()  # the supervisor may start again in another thread, before they have stopped
 
 
 class WorkerAgent:
@@ -34,6 +48,16 @@ class WorkerAgent:
     Its state is FAILED while its circuit breaker is open, otherwise OVERLOADED when every slot is taken, BUSY when some
     are, IDLE when none is. ``supervisor.register_worker`` makes it; read it, `resize` it and `revive` it.
     """
+
+    __slots__ = (
+        "__weakref__", "_busy_seconds", "_declared", "_durations", "_max_concurrent", "_max_open", "_max_probes",
+        "_on_resize", "_on_revive", "_orphans", "_probes_in_flight", "accepting", "breaker", "breaker_phase",
+        "claims_held_back", "counted_slots", "counts_tasks", "current_tasks", "declared", "failed", "handler",
+        "leaving", "life", "max_open", "name", "other_ends", "penalty", "pending_claims", "probes", "probing",
+        "ready", "reserve", "restarts", "retry", "sources", "start_failed", "started", "starting", "stuck",
+        "succeeded", "suspended", "suspended_open", "task_types", "timeout", "urgent_tasks", "zombies",
+        "zombies_found",
+    )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - the arguments of register_worker, checked in `registration`
         self,
@@ -69,14 +93,17 @@ class WorkerAgent:
         self.life = WorkerLife(name, handler) if life is None else life
         self._on_revive = on_revive
         self._on_resize = on_resize
-        self._orphans: dict[object, tuple[bool, bool]] = {}  # see `add_orphan`
-        self._orphans_lock = Lock()  # the supervisor may start again in another thread, before they have stopped
+        self._orphans: _Orphans | None = None  # made for the first one; see `add_orphan`
         self._reset()
 
     def begin_run(self) -> None:
         """Forget what has happened to it, because a run of its supervisor begins."""
-        with self._orphans_lock:
-            self._orphans.clear()
+        orphans = self._orphans
+        if orphans is None:
+            self._reset()
+            return
+        with orphans.lock:
+            orphans.runs.clear()
             self._reset()
 
     def _reset(self) -> None:
@@ -85,7 +112,8 @@ class WorkerAgent:
         self.urgent_tasks = 0  # those that CRITICAL and HIGH tasks hold; counted only if there is a reserve
         self.counts_tasks = False  # whether it matters whose tasks hold its slots: for a reserve, or tenants' bounds
         self.suspended = 0  # runs that have lent their slot and wait for tasks
-        self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
+        # Those of them that count towards `max_open`, by priority; made when there is one.
+        self.suspended_open: list[int] | tuple[()] = ()
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
         self.start_failed = False  # FAILED because its start failed
@@ -95,8 +123,9 @@ class WorkerAgent:
         self.counted_slots = 0  # the slots that its pools count for it
         self.pending_claims = 0  # runs that lent their slot and wait to have it back
         self.claims_held_back = False  # none of them may take a slot that is free, by the reserve or a tenant's bound
-        self.sources: dict[LoadSource, None] = dict.fromkeys(self._declared)  # what the calls of its runs use
-        self.declared = list(self._declared)  # those sources that no call has used yet
+        # What the calls of its runs use.
+        self.sources: Mapping[LoadSource, None] = dict.fromkeys(self._declared) if self._declared else _NO_SOURCES
+        self.declared = self._declared  # those sources that no call has used yet
         self.penalty = 1.0
         self.restarts = 0  # how often it was started again
         self.life.begin_run()
@@ -106,7 +135,7 @@ class WorkerAgent:
         self.starting = False  # its handler is being started
         self.started = 0  # starts of its handler
         self.succeeded = 0  # attempts that did
-        self.other_ends = dict.fromkeys(_OTHER_ENDS, 0)  # attempts that ended in another way
+        self.other_ends = _NO_OTHER_ENDS  # attempts that ended in another way
         self.zombies_found = 0  # handlers that outlived their end and the grace
         self._busy_seconds = 0.0  # times of the returns of slots, less those at which they were taken
         self._probes_in_flight = 0  # probes that hold their slot
@@ -227,12 +256,15 @@ class WorkerAgent:
 
     def add_orphan(self, run: object, *, holds_slot: bool, zombie: bool) -> None:
         """Count a run whose supervisor has closed until it stops, but not in the supervisor's next run."""
-        self._orphans[run] = holds_slot, zombie
+        if self._orphans is None:
+            self._orphans = _Orphans()
+        self._orphans.runs[run] = holds_slot, zombie
 
     def orphan_stopped(self, run: object, now: float) -> None:
         """Stop counting a run whose supervisor has closed."""
-        with self._orphans_lock:
-            holds_slot, zombie = self._orphans.pop(run, (False, False))
+        assert self._orphans is not None  # noqa: S101 - `add_orphan` was called for the run
+        with self._orphans.lock:
+            holds_slot, zombie = self._orphans.runs.pop(run, (False, False))
             if holds_slot:
                 self.return_slot(now, probe=False)
             self.zombies -= zombie
@@ -325,7 +357,7 @@ class WorkerAgent:
         """Count a run that has lent its slot; it is `exempt` from `max_open` if a new run must begin first."""
         self.suspended += 1
         if not exempt:
-            self.suspended_open[priority] += 1
+            self._count_open(priority, 1)
         if self.leaving:
             self._update_accepting()
 
@@ -333,13 +365,18 @@ class WorkerAgent:
         """Stop counting a run that had lent its slot."""
         self.suspended -= 1
         if not exempt:
-            self.suspended_open[priority] -= 1
+            self._count_open(priority, -1)
         if self.leaving:
             self._update_accepting()
 
     def change_exempt(self, priority: Priority, by: int) -> None:
         """Count `by` more of the suspended runs of a priority as exempt."""
-        self.suspended_open[priority] -= by
+        self._count_open(priority, -by)
+
+    def _count_open(self, priority: Priority, by: int) -> None:
+        if not self.suspended_open:
+            self.suspended_open = [0] * len(Priority)
+        self.suspended_open[priority] += by
 
     def add_claim(self) -> None:
         """Count a run that waits to have its slot back."""
@@ -380,7 +417,7 @@ class WorkerAgent:
 
     def record_other_end(self, status: TaskStatus) -> None:
         """Count an attempt that has ended without success."""
-        self.other_ends[status] += 1
+        self.other_ends = {**self.other_ends, status: self.other_ends[status] + 1}
 
     def raise_penalty(self) -> None:
         """Raise the score by half, up to a bound."""
@@ -433,12 +470,12 @@ class WorkerAgent:
 
     def add_source(self, source: LoadSource) -> None:
         """Add a source that the calls of its runs use."""
-        self.sources[source] = None
+        self.sources = {**self.sources, source: None}
 
     def remove_declared(self, declared: DeclaredUpstream) -> None:
         """Remove a declared upstream, because a run has called the real one."""
-        self.declared.remove(declared)
-        del self.sources[declared]
+        self.declared = tuple(other for other in self.declared if other is not declared)
+        self.sources = {source: None for source in self.sources if source is not declared}
 
     def replace_call(self, call: Any) -> None:
         """Replace the callable of its handler."""

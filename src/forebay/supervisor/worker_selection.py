@@ -9,19 +9,9 @@ from typing import Protocol
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority
 
-_WORKER = 2  # index in an entry
-
-
-class _Entry(list):  # type: ignore[type-arg]
-    """An entry of a heap: [score, stamp, worker]. Its worker is None once another entry, or none, counts for it.
-
-    So a heap holds no worker that is gone.
-    """
-
-    __slots__ = ()
-
-
-_Heap = list[_Entry]
+# Scores with stamps. They hold no worker: neither one that is gone, nor anything for the garbage collector to follow.
+_Heap = list[tuple[float, int]]
+_STAMP = 1  # index in an entry
 
 
 class ScoreSource(Protocol):
@@ -45,16 +35,17 @@ class WorkerSelector:
         typical: returns the pool's typical seconds for a task.
     """
 
-    __slots__ = ("_current", "_expected", "_heaps", "_idle", "_stamp", "_task_type", "_typical")
+    __slots__ = ("_expected", "_heaps", "_idle", "_last_stamp", "_stamps", "_task_type", "_typical", "_workers")
 
     def __init__(self, task_type: str, typical: Callable[[], float]) -> None:
         self._task_type = task_type
         self._typical = typical
         self._heaps: tuple[_Heap, _Heap] = ([], [])  # workers with a duration of their own; workers without
-        # The entry that counts. A worker without one is in neither heap.
-        self._current: dict[WorkerAgent, _Entry] = {}
+        # The stamp of the entry that counts for a worker, and the worker by it; other entries are stale.
+        self._stamps: dict[WorkerAgent, int] = {}
+        self._workers: dict[int, WorkerAgent] = {}
+        self._last_stamp = 0
         self._idle: dict[WorkerAgent, None] = {}  # in the order in which they became idle
-        self._stamp = 0
         self._expected: dict[WorkerAgent, ScoreSource] = {}  # to be pushed again before the next pick
 
     def update(self, worker: WorkerAgent) -> None:
@@ -64,7 +55,7 @@ class WorkerSelector:
             self._idle[worker] = None
         self._push(worker)
         timed, fresh = self._heaps
-        if len(timed) + len(fresh) > 2 * len(self._current) + 16:
+        if len(timed) + len(fresh) > 2 * len(self._stamps) + 16:
             self._compact()
 
     def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
@@ -101,7 +92,7 @@ class WorkerSelector:
         """Return the best worker but `avoid` that can accept a task, or None: a search of all."""
         able = [
             worker
-            for worker in self._current
+            for worker in self._stamps
             if worker is not avoid and worker.can_accept() and worker.may_begin(priority, nested=nested)
         ]
         return self._least_score(able)
@@ -133,7 +124,7 @@ class WorkerSelector:
     def _best_for_new_run(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
         """Return the best worker that may begin a new run: a search of all, since the best one may not."""
         return self._least_score(
-            worker for worker in self._current if worker.can_accept() and worker.may_begin(priority, nested=nested)
+            worker for worker in self._stamps if worker.can_accept() and worker.may_begin(priority, nested=nested)
         )
 
     def _best(self) -> WorkerAgent | None:
@@ -146,7 +137,8 @@ class WorkerSelector:
     def _top(self, which: int) -> WorkerAgent | None:
         heap = self._heaps[which]
         while heap:
-            score, _, worker = heap[0]
+            score, stamp = heap[0]
+            worker = self._workers.get(stamp)
             if worker is None:
                 heapq.heappop(heap)
             elif not worker.can_accept():
@@ -156,8 +148,7 @@ class WorkerSelector:
                 heapq.heappop(heap)
                 self._push(worker)
             else:
-                found: WorkerAgent = worker
-                return found
+                return worker
         return None
 
     def _heap_index(self, worker: WorkerAgent) -> int:
@@ -167,19 +158,21 @@ class WorkerSelector:
         return worker.score(self._task_type, 1.0)
 
     def _push(self, worker: WorkerAgent) -> None:
-        if (stale := self._current.get(worker)) is not None:
-            stale[_WORKER] = None
-        self._stamp += 1
-        entry = self._current[worker] = _Entry((self._score(worker), self._stamp, worker))
-        heapq.heappush(self._heaps[self._heap_index(worker)], entry)
+        if (stale := self._stamps.get(worker)) is not None:
+            del self._workers[stale]
+        self._last_stamp += 1
+        self._stamps[worker] = self._last_stamp
+        self._workers[self._last_stamp] = worker
+        heapq.heappush(self._heaps[self._heap_index(worker)], (self._score(worker), self._last_stamp))
 
     def _drop(self, worker: WorkerAgent) -> None:
-        if (entry := self._current.pop(worker, None)) is not None:
-            entry[_WORKER] = None
+        """Make the entry of a worker stale, if it has one."""
+        if (stamp := self._stamps.pop(worker, None)) is not None:
+            del self._workers[stamp]
 
     def _compact(self) -> None:
         """Remove the entries that do not count any more, so that there are no more than twice as many as workers."""
         for heap in self._heaps:
-            if len(heap) > 2 * len(self._current):
-                heap[:] = [entry for entry in heap if entry[_WORKER] is not None]
+            if len(heap) > 2 * len(self._stamps):
+                heap[:] = [entry for entry in heap if entry[_STAMP] in self._workers]
                 heapq.heapify(heap)

@@ -148,8 +148,11 @@ class Streams:
         (some, "function", "progress()"),
         (Streams(), "Streams", "progress()"),
         (functools.partial(many), "partial", "progress()"),
-        ("researcher", "str", "a supported framework (langgraph)"),
+        ("researcher", "str", "with a colon, such as 'package.module:researcher'"),
+        ("agents.team.researcher", "str", "import what it names and pass that"),
+        ("agents.team.researcher", "str", "with a colon, such as 'agents.team:researcher'"),
         (object(), "object", "takes the Task"),
+        (object(), "object", "a supported framework (langgraph)"),
     ],
 )
 def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:

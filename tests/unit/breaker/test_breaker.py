@@ -15,6 +15,7 @@ from forebay.breaker import (
     BreakerRules,
     BreakerState,
     FaultCountTrigger,
+    FaultWindow,
     MinimumSampleTrigger,
     consecutive_faults,
 )
@@ -409,13 +410,36 @@ def test_epochs_are_never_zero_and_never_repeat() -> None:
     assert all(earlier < later for earlier, later in pairwise(epochs))
 
 
+def test_without_triggers_no_fault_opens_it() -> None:
+    breaker = Breaker(BreakerRules(triggers=()), draw=lambda: 0.5)
+    for second in range(2_000):
+        breaker.record(second, Outcome.FAULT, breaker.allow(second))
+    assert breaker.state(2_000.0) is BreakerState.CLOSED
+    assert breaker.trip(2_000.0) is BreakerState.OPEN
+
+
+def test_a_trigger_that_raises_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        seconds, calls = 0, 0
+
+        def should_open(self, _: FaultWindow) -> bool:
+            raise KeyError
+
+    breaker = Breaker(BreakerRules(triggers=(Broken(), consecutive_faults(2))), draw=lambda: 0.5)
+    states = [breaker.record(0.0, Outcome.FAULT, breaker.allow(0.0)) for _ in range(2)]
+    assert states == [None, BreakerState.OPEN]
+    assert "a trigger of a circuit breaker raised KeyError" in caplog.text
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"triggers": ()},
+        {"triggers": consecutive_faults(5)},
+        {"triggers": [consecutive_faults(5)]},
+        {"triggers": (5,)},
         {"reset_timeout": 0.0},
         {"reset_timeout": -1.0},
         {"reset_timeout": math.inf},

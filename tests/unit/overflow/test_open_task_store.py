@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from forebay import overflow
-from forebay.errors import InvalidOverflowUrl
+from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
 from forebay.interfaces import TaskStore
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, open_task_store
+from forebay.overflow.redis import RedisTaskStore
 from forebay.storage import StoreUrl
 
 
@@ -32,9 +34,26 @@ def test_any_other_value_is_rejected(value: object) -> None:
 
 
 def test_a_kind_of_url_without_a_task_store_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overflow, "parse_url", lambda _: StoreUrl(scheme="redis"))
-    with pytest.raises(InvalidOverflowUrl, match="no task store is known for redis://"):
-        open_task_store("redis://host")
+    monkeypatch.setattr(overflow, "parse_url", lambda _: StoreUrl(scheme="other"))
+    with pytest.raises(InvalidOverflowUrl, match="no task store is known for other://"):
+        open_task_store("other://host")
+
+
+@pytest.mark.parametrize("url", ["redis://host", "rediss://host", "redis+sentinel://a,b/s", "redis+cluster://a,b"])
+def test_a_url_of_redis_selects_the_store_on_redis(url: str) -> None:
+    assert isinstance(open_task_store(url), RedisTaskStore)
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "forebay.overflow.redis", raising=False)
+    monkeypatch.delitem(sys.modules, "forebay.storage.redis_master", raising=False)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(
+        StoreNotInstalled, match=r"redis://host:6379/0 needs the library redis.*'forebay\[redis\]'"
+    ) as caught:
+        open_task_store("redis://user:secret@host")
+    assert "secret" not in str(caught.value)
+    assert isinstance(open_task_store("memory://"), MemoryTaskStore)
 
 
 @pytest.mark.parametrize("value", [Path("spill.db"), "sqlite://spill.db"])

@@ -38,14 +38,16 @@ def sql() -> dict[str, str]:
             found |= {f"{name} of {size}": statement for size, statement in value._statements.items()}
         elif isinstance(value, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)", value):
             found[name] = value
-    return found
+    return found | {f"_LIST of {state.value}": statement for state, statement in statements._LIST.items()}
 
 
 # The statements that scan a whole table or index, and why that is acceptable.
 SCANS = {
+    "_ANY_WAITING": "as many rows as types, priorities and tenants with tasks that have waited lately",
     "_DEPTHS": "as many rows as types, priorities and tenants with tasks that wait",
     "_DELETE_EMPTY_DEPTHS": "as many rows as types, priorities and tenants with tasks that have waited lately",
     "_PARKED": "an index alone, once in a third of a lease",
+    **dict.fromkeys((f"_LIST of {state}" for state in ("waiting", "parked", "leased", "delayed")), "for a person"),
     "_DELAYED": "an index alone, once in a third of a lease and where a retry is due",
     "_OLDEST_DONE": "a part of _TRIM_DONE, and not run by itself",
     "_OLDEST_DEAD": "a part of _TRIM_DEAD, and not run by itself",
@@ -54,7 +56,12 @@ SCANS = {
 }
 
 # The statements that sort rows, and why that is acceptable.
-SORTS = {"_LEASE": "a supervisor says how many of each tenant it leases"}
+SORTS = {
+    "_LEASE": "a supervisor says how many of each tenant it leases",
+    **dict.fromkeys(
+        (f"_LIST of {state}" for state in ("waiting", "parked", "leased", "delayed", "done")), "for a person"
+    ),
+}
 
 
 @pytest.mark.parametrize("name", sql())

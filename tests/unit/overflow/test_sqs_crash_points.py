@@ -188,7 +188,7 @@ async def recover(process: Process, store: SqsTaskStore) -> None:
         process.queues.now += 3600.0
         await store.reap(now=LATE, max_attempts=9)
         await store.wake(now=LATE)
-        for dead in await store.list_dead(99):
+        for dead in await store.list_records(RecordState.DEAD, 99):
             found = await store.find(dead.record.task_id)
             if found is not None and found[1].envelope:
                 assert await store.requeue(dead.record.task_id) in (PutResult.STORED, PutResult.DUPLICATE)

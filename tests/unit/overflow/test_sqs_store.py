@@ -72,7 +72,7 @@ async def test_an_old_message_without_a_record_becomes_a_dead_letter_since_its_t
     after = await opened(queues)
     await after.reap(now=clock.wall_time(), max_attempts=3)
     assert await after.lease("t", 9, until=clock.wall_time() + 30.0) == []
-    (dead,) = await after.list_dead(9)
+    (dead,) = await after.list_records(RecordState.DEAD, 9)
     assert "its record is missing" in str(dead.completion.error)
     assert "its record is missing" in caplog.text
     assert await after.requeue("a") is PutResult.STORED
@@ -90,9 +90,9 @@ async def test_a_record_without_a_message_becomes_a_dead_letter_since_the_queue_
     await store.put(record("next", thread_id="t", enqueued_at=2.0))
     queues.messages.clear()
     await store.reap(now=clock.wall_time(), max_attempts=3)
-    assert await store.list_dead(9) == []  # the service may count late
+    assert await store.list_records(RecordState.DEAD, 9) == []  # the service may count late
     await store.reap(now=clock.wall_time(), max_attempts=3)
-    (dead,) = await store.list_dead(9)
+    (dead,) = await store.list_records(RecordState.DEAD, 9)
     assert dead.record.task_id == "old"
     assert "purged" in str(dead.completion.error)
     with pytest.raises(StoreUnavailable, match="message of that dead letter"):

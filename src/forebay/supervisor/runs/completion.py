@@ -128,7 +128,9 @@ class RunCompletion:
         if run.task.timeout is not None or run.deadline is not None:
             run.set_timer(timers.at(run.ends_at(), self.time_out, run))
         elif worker not in self.timed_workers:
-            self.timed_workers[worker] = timers.at(run.started_at + worker.timeout, self._check_timeouts, worker)
+            self.timed_workers[worker] = timers.at(
+                run.started_at + worker.timeout, RunCompletion._check_timeouts, self, worker
+            )
 
     def _check_timeouts(self, worker: WorkerAgent) -> None:
         self.timed_workers.pop(worker, None)
@@ -138,7 +140,7 @@ class RunCompletion:
                 continue
             if (due := run.started_at + worker.timeout) > now:
                 if worker not in self.timed_workers:  # otherwise another run has started, since one of these ended
-                    self.timed_workers[worker] = self._timers.at(due, self._check_timeouts, worker)
+                    self.timed_workers[worker] = self._timers.at(due, RunCompletion._check_timeouts, self, worker)
                 break
             self.time_out(run)
 

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVarTuple
 
 import msgspec
 
@@ -86,6 +86,9 @@ class RunOwner(Protocol):
 
     def lend_slot(self, run: Run) -> None:
         """Lend the slot of a run, and start what comes next."""
+
+    def count_claims(self, tenant: str, by: int) -> None:
+        """Count `by` more runs that have begun and that only the bound of `tenant` keeps from a slot."""
 
     def dispatch(self, worker: WorkerAgent) -> None:
         """Start as many waiting tasks on `worker` as it has slots for."""
@@ -404,9 +407,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
 def _may_resume(run: Run) -> bool:
     """Return whether a run that has lent its slot may take a free one: by the reserve, and the bound of its tenant."""
-    if run.worker.reserve and not run.worker.may_take_slot(run.task.priority, again=True):
-        return False
-    return run.task.tenant not in run.dispatcher.core.tenants.blocked
+    return _reserve_allows(run) and run.dispatcher.core.tenants.may_resume(run.task.tenant)
+
+
+def _reserve_allows(run: Run) -> bool:
+    return not run.worker.reserve or run.worker.may_take_slot(run.task.priority, again=True)
 
 
 def was_interrupted(run: Run, cause: BaseException | None) -> bool:
@@ -483,11 +488,19 @@ class ActiveRuns:
         return itertools.chain.from_iterable(self._by_worker.values())
 
 
+_Claim: TypeAlias = tuple[Run, asyncio.Future[None]]  # a run, and the future that is done when it has a slot
+
+
 class SlotClaims:
-    """The runs that lent their slot and wait to have it back, by worker, in the order of their claims."""
+    """The runs that lent their slot and wait to have it back, by worker, in the order of their claims.
+
+    A claim on a free slot that only the bound of the run's tenant forbids counts towards that bound as if the run had
+    the slot: what has begun goes before what has not, also where new tasks wait on another worker.
+    """
 
     def __init__(self) -> None:
-        self._claims: dict[WorkerAgent, deque[tuple[Run, asyncio.Future[None]]]] = {}
+        self._claims: dict[WorkerAgent, deque[_Claim]] = {}
+        self._counted: dict[WorkerAgent, set[_Claim]] = {}  # those that count towards the bound of their tenant
 
     def claim(self, run: Run) -> asyncio.Future[None] | None:
         """Take a slot for `run` if one is free, else the next one that is.
@@ -506,6 +519,7 @@ class SlotClaims:
         worker.hold_back_claims(worker.has_free_slot() and not self._is_behind(worker))
         self._claims.setdefault(worker, deque()).append((run, granted))
         worker.add_claim()
+        self._count_for_tenants(worker)
         return None if run.abandoned_at is not None else granted
 
     def withdraw(self, run: Run, granted: asyncio.Future[None]) -> None:
@@ -518,6 +532,7 @@ class SlotClaims:
             run = next((run for run, _ in self._claims[worker] if _may_resume(run)), None)
             worker.hold_back_claims(run is None)
             if run is None:
+                self._count_for_tenants(worker)
                 return
             if run.lacks_slot:
                 run.dispatcher.take_slot(run)
@@ -526,6 +541,23 @@ class SlotClaims:
             for _, granted in answered:
                 if not granted.done():
                     granted.set_result(None)
+
+    def _count_for_tenants(self, worker: WorkerAgent) -> None:
+        """Count claims on the free slots of `worker` towards the bounds of their tenants, which alone forbid them."""
+        counted = self._counted.get(worker, set())
+        free = worker.max_concurrent - worker.current_tasks - len(counted)
+        for claim in self._claims[worker]:
+            if free <= 0:
+                break
+            run = claim[0]
+            if (
+                claim not in counted
+                and _reserve_allows(run)
+                and not run.dispatcher.core.tenants.may_resume(run.task.tenant)
+            ):
+                self._counted.setdefault(worker, counted).add(claim)
+                run.dispatcher.count_claims(run.task.tenant, 1)
+                free -= 1
 
     def waiting(self) -> list[WorkerAgent]:
         """Return the workers of which a slot is claimed."""
@@ -547,7 +579,13 @@ class SlotClaims:
                 if not claim[1].done():
                     claim[1].set_result(None)
 
-    def _remove(self, worker: WorkerAgent, claims: Iterable[tuple[Run, asyncio.Future[None]]]) -> None:
+    def _remove(self, worker: WorkerAgent, claims: Iterable[_Claim]) -> None:
         for claim in claims:
             self._claims[worker].remove(claim)
             worker.remove_claim()
+            counted = self._counted.get(worker)
+            if counted is not None and claim in counted:
+                counted.remove(claim)
+                if not counted:
+                    del self._counted[worker]
+                claim[0].dispatcher.count_claims(claim[0].task.tenant, -1)

@@ -10,7 +10,7 @@ from typing import TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
 
-# [due, order, callback, arguments]: a list, so that cancelling is one assignment; the heap drops the timer later
+# [due, order, callback, *arguments]: a list, so that cancelling changes it in place; the heap drops the timer later
 _CALLBACK, _ARGUMENTS = 2, 3
 _MAX_LATENESS = 0.1  # seconds; a timer that fires later than that shows that the loop was blocked
 _MIN_CANCELLED = 64  # fewer cancelled timers than that are not worth a sweep
@@ -39,9 +39,13 @@ class Timers:
         self._context = copy_context()  # not that of whoever sets a timer, which may hold anything
 
     def at(self, when: float, callback: Callable[[*Ts], object], *arguments: *Ts) -> Timer:
-        """Call ``callback(*arguments)`` at loop time `when`."""
+        """Call ``callback(*arguments)`` at loop time `when`.
+
+        A method of a class is best passed with its object as the first argument where there may be thousands of timers:
+        a bound one would be one more object for each.
+        """
         self._order += 1
-        timer = Timer((when, self._order, callback, arguments))
+        timer = Timer((when, self._order, callback, *arguments))
         heapq.heappush(self._heap, timer)
         if self._armed is None or when < self._armed_for:
             self._arm(when)
@@ -50,7 +54,8 @@ class Timers:
     def cancel(self, timer: Timer | None) -> None:
         """Cancel `timer`; None, or one that has fired or was cancelled, is ignored."""
         if timer is not None and timer[_CALLBACK] is not None:
-            timer[_CALLBACK] = timer[_ARGUMENTS] = None
+            timer[_CALLBACK] = None
+            del timer[_ARGUMENTS:]
             self._cancelled += 1
             if self._cancelled > _MIN_CANCELLED and 2 * self._cancelled > len(self._heap):
                 self._heap = [live for live in self._heap if live[_CALLBACK] is not None]
@@ -93,7 +98,7 @@ class Timers:
                     self._cancelled -= 1
                 else:
                     timer[_CALLBACK] = None
-                    callback(*timer[_ARGUMENTS])
+                    callback(*timer[_ARGUMENTS:])
                 heap = self._heap  # a callback that cancels a timer may have replaced it
         finally:
             # A callback may have set a timer and armed the loop for it, though other timers are due sooner.

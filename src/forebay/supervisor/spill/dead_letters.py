@@ -14,7 +14,7 @@ from forebay.supervisor.spill import records
 from forebay.task import Priority, Task
 
 if TYPE_CHECKING:
-    from forebay.interfaces import DeadRecord
+    from forebay.interfaces import StoredRecord
     from forebay.supervisor.spill.spill import Spill
 
 _MAX_PAGE = 1000
@@ -71,7 +71,7 @@ class DeadLetters:
         if spill is None:
             return ()
         last = None if after is None else (after.died_at, after.task_id)
-        return tuple(map(_letter, await spill.stored.store.list_dead(limit, after=last)))
+        return tuple(map(_letter, await spill.stored.store.list_records(RecordState.DEAD, limit, after=last)))
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
         """Yield every letter, read page by page."""
@@ -134,8 +134,9 @@ class DeadLetters:
         return spill
 
 
-def _letter(dead: DeadRecord) -> DeadLetter:
+def _letter(dead: StoredRecord) -> DeadLetter:
     record, completion = dead.record, dead.completion
+    assert completion is not None  # noqa: S101 - it is DEAD
     return DeadLetter(
         task_id=record.task_id,
         task_type=record.task_type,

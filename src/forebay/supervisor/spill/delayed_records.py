@@ -1,4 +1,4 @@
-"""Delayed records: stored tasks that wait in the store for their next attempt, and are woken in time."""
+"""Delayed records: stored tasks that wait in the store for a time, and are woken then."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.timers import Timer
 
 _RETRY_INTERVAL = 1.0  # seconds until a store that failed is asked again
+_MAX_STALE = 64  # times of records that have gone, which are kept beside those of as many as there are
 _LATENESS = 1e-3  # seconds after its time at which a record is woken: the clocks differ by fractions of that
 
 
 class DelayedRecords:
-    """The records in the store that wait for their next attempt.
+    """The records in the store that wait for their next attempt, or for their `not_before`.
 
     Those that this process has delayed are woken by its own clock, however the wall clock is set meanwhile; those of a
     process that is gone, when they are due by the wall clock.
@@ -42,6 +43,7 @@ class DelayedRecords:
         self._timer: Timer | None = None
         self._timer_at = 0.0  # loop time
         self._waking = False
+        self._recounts = 0  # asked for while one is under way
         self.count = 0
 
     def add(self, due: float, seconds: float) -> None:
@@ -66,6 +68,8 @@ class DelayedRecords:
                 self._arm(now + _RETRY_INTERVAL)
             raise
         self.count = result.delayed
+        if len(self._own) > 2 * result.delayed + _MAX_STALE:  # most have been cancelled; the rest go by the wall clock
+            self._own.clear()
         if result.next_due is not None:
             left = max(0.0, result.next_due - clock.wall_time())
             self._arm(self._core.loop.time() + left + _LATENESS)
@@ -97,12 +101,24 @@ class DelayedRecords:
 
     def recount(self) -> None:
         """Count the records again, and those that wait: a record of one of both kinds has ended."""
-        self._core.run_in_background(self._recount(), if_cancelled=self.recount)
+        self._recounts += 1
+        if self._recounts == 1:  # otherwise the one under way counts once more
+            self._core.run_in_background(self._recount(), if_cancelled=self._recount_again)
+
+    def _recount_again(self) -> None:
+        self._recounts = 0
+        self.recount()
 
     async def _recount(self) -> None:
-        with contextlib.suppress(StoreUnavailable):  # they are counted when the next one is due
-            await self.wake()
-        await self._on_woken()
+        asked = 0
+        try:
+            while asked != self._recounts:
+                asked = self._recounts
+                with contextlib.suppress(StoreUnavailable):  # they are counted when the next one is due
+                    await self.wake()
+                await self._on_woken()
+        finally:
+            self._recounts = 0
 
     def _woken(self) -> None:
         self._waking = False

@@ -72,7 +72,13 @@ class StoreLookup:
 
     def _new_ticket(self, state: RecordState, record: TaskRecord, completion: Completion | None) -> Ticket:
         deadline = None if record.deadline is None else Deadline(record.deadline)
-        ticket = found_ticket(self._dispatcher, self._task(record), deadline, submitted_at=record.enqueued_at)
+        ticket = found_ticket(
+            self._dispatcher,
+            self._task(record),
+            deadline,
+            submitted_at=record.enqueued_at,
+            attempts=record.attempts,
+        )
         self._registry.add(ticket)
         if completion is not None:
             self._stored.apply_stored_completion(ticket, state, record, completion)

@@ -110,7 +110,8 @@ class StoreMaintenance:
         if now < self._reaps_from:
             return
         latest = wall + _LONGEST_AHEAD if now >= self._judges_from else math.inf
-        for dead in await self._stored.store.reap(now=wall, max_attempts=self._max_attempts, latest=latest):
+        reaped = self._stored.store.reap(now=wall, max_attempts=self._max_attempts, latest=latest)
+        for dead in await self._stored.load.measure(reaped):
             self._stored.report_dead(dead.record, dead.completion)
 
     def _watch_clock(self, now: float, wall: float) -> None:

@@ -38,6 +38,7 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         total_delay=0.0 if retries is None else retries.state.total_delay,
         last_error=None if retries is None or retries.result is None else retries.result.error,
         tenant=task.tenant,
+        not_before=task.not_before,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -14,6 +15,7 @@ from forebay.interfaces import Completion, Lease, TaskRecord
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
 from forebay.supervisor.runs.completion import describe_error
 from forebay.supervisor.spill import records
+from forebay.supervisor.spill.ask_jitter import AskJitter
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket, unsuccessful_result
 from forebay.task import Deadline, Priority, Task, TaskStatus
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 _Depths: TypeAlias = Mapping[tuple[str, Priority, str], int]  # how many records wait, by task type, priority, tenant
 _RETRY_INTERVAL = 1.0  # seconds until a store that failed is asked for records again
 _PATIENCE = 0.1  # seconds for which new tasks wait for the turns of records that are being leased
+_MIN_WINDOW = 0.002  # seconds within which a store is asked for records that another process may have stored
+_MAX_WINDOW = 0.05  # seconds, after many questions in vain
 _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
 
 
@@ -67,6 +71,7 @@ class Refiller:
         unreadable: leases on records that a newer version stored, by task id. They are held until the end, so that no
             process of this version leases the records again.
         unserved_depths: how many records wait of types that no worker here serves.
+        jitter: how long to wait before asking the store for records that other processes may take too.
     """
 
     def __init__(self, core: Core, dispatcher: RefillDispatcher, stored: StoredTasks, *, lease: float) -> None:
@@ -79,6 +84,7 @@ class Refiller:
         self.refilled = 0
         self.unreadable: dict[str, Lease] = {}
         self.unserved_depths: dict[tuple[str, Priority, str], int] = {}  # by task type, priority and tenant
+        self.jitter = AskJitter(min_window=_MIN_WINDOW, max_window=_MAX_WINDOW)
         self._round_trip = 0.0  # average seconds that leasing takes
         self._spills = 0  # records that were stored from here, so far
         self._spilled_at: dict[Pool, int] = {}  # how many there were with the latest of each pool
@@ -145,7 +151,7 @@ class Refiller:
         conversations = self._dispatcher.conversations
         conversations.begin_recount()
         try:
-            unfinished = await self._stored.store.conversations()
+            unfinished = await self._stored.load.measure(self._stored.store.conversations())
             conversations.recount(unfinished, self._stored.leases.conversations())
         finally:
             conversations.end_recount()
@@ -237,6 +243,7 @@ class Refiller:
                     await store.release(leases)
                     break
                 self._round_trip += _ROUND_TRIP_GAIN * (loop.time() - asked - self._round_trip)
+                self.jitter.record(found=bool(leases))
                 pool.refill_policy.record_fetch(priority, len(leases), pool.spilled.totals)
                 for count, lease in enumerate(leases):
                     if not self._takes_records(pool):
@@ -246,13 +253,19 @@ class Refiller:
                 pool.forget_returned()
                 self._dispatcher.serve(pool)
                 if len(leases) < room:
-                    await self.recount([pool], refilling=pool)
+                    await self._recount_after_lease(pool, found=bool(leases))
         except StoreUnavailable:  # the heartbeat comes later, and not at all for a store that ends with the process
             self._core.timers.at(loop.time() + _RETRY_INTERVAL, self.refill, pool)
             raise
         finally:
             self._core.timers.cancel(late)
             self._stop_refilling(pool)
+
+    async def _recount_after_lease(self, pool: Pool, *, found: bool) -> None:
+        """Count the records of `pool` again, of which there are fewer than were known."""
+        if self._stored.durable and not found:  # others were faster: not all processes should ask again at once
+            await asyncio.sleep(self.jitter.delay(clock.draw()))
+        await self.recount([pool], refilling=pool)
 
     def _stop_refilling(self, pool: Pool) -> None:
         self.refilling.discard(pool)

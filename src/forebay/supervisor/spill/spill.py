@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +18,7 @@ from forebay.supervisor.spill import records
 from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import RefillDispatcher, Refiller
+from forebay.supervisor.spill.store_changes import AwaitedResults, WaitingRecords
 from forebay.supervisor.spill.stored_tasks import StoredTaskDispatcher, StoredTasks
 from forebay.task import Task, TaskStatus
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.worker import WorkerAgent
 
 
 class SpillDispatcher(StoredTaskDispatcher, RefillDispatcher, Protocol):
@@ -45,6 +47,7 @@ class Spill:
         stored: the tasks of this process that have a record in the store.
         refiller: takes tasks back.
         lookup: makes tickets for tasks that only the store may know.
+        changes: counts the records that other processes store.
         codecs: the declared types of payloads and results.
     """
 
@@ -72,6 +75,8 @@ class Spill:
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
         self.stored.on_change(self.refiller.count_waiting)
         self.lookup = StoreLookup(core, dispatcher, self.stored)
+        self.changes = WaitingRecords(core, self.stored, self.refiller)
+        self._results = AwaitedResults(core, self.stored)
         self._maintenance = StoreMaintenance(core, self.stored, self.refiller, settings=settings)
         self._last_submitted_at = 0.0
 
@@ -89,6 +94,14 @@ class Spill:
         await self.refiller.recount_conversations()
         if self.stored.durable:
             self._maintenance.start()
+            self._store.subscribe(on_waiting=self.changes.notice, on_ended=self._results.notice)
+
+    def slot_freed(self, worker: WorkerAgent, pools: Iterable[Pool]) -> None:
+        """Take records of `pools` back, of which some are known to wait, and look for others if `worker` has a slot."""
+        for pool in pools:
+            self.refiller.refill(pool)
+        if self.changes.stale and worker.can_accept():
+            self.changes.room_appeared()
 
     def submission_time(self) -> float:
         """Return epoch seconds for a task that is submitted now. They order the store, so no two are the same."""
@@ -108,8 +121,10 @@ class Spill:
         return envelope
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> PutResult:
-        """Store a task that was not admitted; once it is written, the ticket is SPILLED."""
+        """Store a task that was not admitted, or that waits for its time; once it is written, the ticket is SPILLED."""
         task = ticket.task
+        if seconds := task.starts_in():
+            return await self._schedule(ticket, envelope, pool, seconds)
         thread_id = task.thread_id
         # Counted before the await, or new work would overtake it; unless it will be parked, where it delays nobody.
         counts = thread_id is None or not self._conversations.waits_in_overflow(thread_id)
@@ -128,6 +143,21 @@ class Spill:
             self._wait_in_store(ticket, pool)
         return put
 
+    async def _schedule(self, ticket: Ticket, envelope: bytes, pool: Pool, seconds: float) -> PutResult:
+        """Store a task that waits there for its `not_before`, `seconds` from now."""
+        due_at = self._core.loop.time() + seconds
+        put = await self._put(ticket, records.record_of_ticket(ticket, envelope))
+        if put is PutResult.STORED:
+            self.stored.delayed.add(ticket.task.not_before or 0.0, due_at - self._core.loop.time())
+        if put is PutResult.STORED and ticket.status is TaskStatus.SPILLED:
+            if self.stored.stays_stored:
+                self.stored.release(ticket)
+            else:
+                if ticket.nested:
+                    pool.add_nested_spilled(ticket)
+                self.stored.wait_delayed(ticket, due_at=due_at)
+        return put
+
     async def _put(self, ticket: Ticket, record: TaskRecord, lease: Lease | None = None) -> PutResult:
         """Store a record, under `lease` if it is given; without a lease of its own, the ticket is SPILLED then."""
         thread_id = ticket.task.thread_id
@@ -135,9 +165,9 @@ class Spill:
         put = None
         try:
             if lease is None:
-                put = await self._store.put(record)
+                put = await self.stored.load.measure(self._store.put(record, now=clock.wall_time()))
             else:
-                put = await self._store.put(record, fence=lease.fence, until=lease.until)
+                put = await self.stored.load.measure(self._store.put(record, fence=lease.fence, until=lease.until))
         except StoreUnavailable:
             if not ticket.stored:
                 raise
@@ -274,10 +304,13 @@ class Spill:
         return failure
 
     async def _put_waiting(self, ticket: Ticket, envelope: bytes) -> PutResult:
-        """Store a task; behind one of its conversation that still runs here, leased until this supervisor closes."""
+        """Store a task; behind one of its conversation that still runs here, leased until this supervisor closes.
+
+        One that waits for its time has not joined its conversation.
+        """
         record = records.record_of_ticket(ticket, envelope)
-        if self._conversations.get(ticket.task.thread_id) is None:
-            return await self._store.put(record)
+        if self._conversations.get(ticket.task.thread_id) is None or ticket.task.starts_in():
+            return await self._store.put(record, now=clock.wall_time())
         lease = Lease(record=record, fence=clock.new_id(), until=clock.wall_time() + self._lease)
         put = await self._store.put(record, fence=lease.fence, until=lease.until)
         if put is PutResult.STORED:
@@ -288,7 +321,7 @@ class Spill:
 
     async def close(self) -> None:
         """Return every lease, and close the store."""
-        self._maintenance.stop()
+        self._stop()
         leases = [*self.stored.leases.take_all(), *self.refiller.unreadable.values()]
         try:
             if leases:
@@ -298,5 +331,10 @@ class Spill:
 
     def end_tickets(self) -> None:
         """End every ticket that is left."""
-        self._maintenance.stop()
+        self._stop()
         self.stored.end_tickets()
+
+    def _stop(self) -> None:
+        self._maintenance.stop()
+        self.changes.stop()
+        self._results.stop()

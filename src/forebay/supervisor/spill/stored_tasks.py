@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from forebay import clock
 from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
@@ -17,6 +18,7 @@ from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import Task, TaskResult, TaskStatus
 
@@ -86,9 +88,12 @@ class StoredTasks:
     Attributes:
         store: the task store.
         durable: whether it survives its process.
+        load: how long the store takes to answer, over a third of a lease.
         leases: the leases on records that this process holds.
         delayed: the records that wait in the store for their next attempt.
         leased_elsewhere: tickets whose records another process holds, by task id.
+        awaited: tickets that are awaited here while their tasks wait in the store or are with another process, by id;
+            some may have ended since, or come back.
         refill_stopped: whether this process takes no more tasks from the store.
     """
 
@@ -110,8 +115,10 @@ class StoredTasks:
         self.store = store
         self.durable = store.durable
         self._survives = store.durable
+        self.load = StoreLoad(core.loop, lease / 3)
         self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
+        self.awaited: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
         self.refill_stopped = False
         self.delayed = DelayedRecords(core, store, on_woken=self._count_waiting)
         # Those whose records were delayed, and may have been woken since; loop time of their next attempt, if known.
@@ -178,6 +185,8 @@ class StoredTasks:
             # A weak reference: the timer must not keep the ticket alive.
             ticket.set_expiry(self._core.timers.at(due, self._end_spilled, ref(ticket), expired))
         self._hold_weakly(ticket)
+        if ticket.is_observed:
+            self.watch(ticket)
 
     def _is_to_be_served(self, task_type: str) -> bool:
         pool = self._core.pools.by_type.get(task_type)
@@ -219,11 +228,28 @@ class StoredTasks:
         """Let another process end a task; `StoreMaintenance` looks up the result."""
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
+        if ticket.is_observed:
+            self.watch(ticket)
         self._registry.notify_progress()
 
     def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
         self.leased_elsewhere.pop(task_id, None)
+
+    def watch(self, ticket: Ticket) -> None:
+        """Look up the task of a ticket, which is awaited, soon after other processes have ended tasks."""
+        if self.durable:
+            self.awaited[ticket.task_id] = ticket
+
+    def next_awaited(self, limit: int) -> list[str]:
+        """Return the ids of up to `limit` awaited tickets whose tasks only the store knows; each in its turn."""
+        chosen: list[str] = []
+        for task_id in list(islice(self.awaited, limit)):
+            ticket = self.awaited.pop(task_id, None)
+            if ticket is not None and _is_stored_only(ticket) and ticket.is_observed:
+                self.awaited[task_id] = ticket
+                chosen.append(task_id)
+        return chosen
 
     def stored_ids(self) -> list[str]:
         """Return the ids of the tasks whose tickets are held here, by anybody, while they wait in the store."""
@@ -246,9 +272,13 @@ class StoredTasks:
             self._core.timers.cancel(ticket.clear_expiry())
             self._registry.hold_strongly(task_id)
             self.apply_stored_completion(ticket, found[0], found[1], found[2])
-        elif found[0] is not RecordState.LEASED and task_id in self.leased_elsewhere:  # that process has left it again
-            self._forget_other_process(task_id)
-            self.wait_in_store(ticket)
+        else:
+            ticket.read_attempts(found[1].attempts)
+            if (
+                found[0] is not RecordState.LEASED and task_id in self.leased_elsewhere
+            ):  # that process has left it again
+                self._forget_other_process(task_id)
+                self.wait_in_store(ticket)
 
     def adopt(self, ticket: Ticket, lease: Lease) -> None:
         """Take a new lease on a task that still waits or runs here, though the lease on it was lost."""
@@ -275,7 +305,7 @@ class StoredTasks:
     async def _record_start(self, run: Run, lease: Lease) -> None:
         ticket = run.ticket
         try:
-            held = await self.store.begin_attempt(lease)
+            held = await self.load.measure(self.store.begin_attempt(lease))
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
             log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
             held = True
@@ -433,8 +463,8 @@ class StoredTasks:
         except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
             stored = failed = True
-            if not self.durable and ticket.task.thread_id is not None:
-                self._core.run_in_background(self._finish_later(ticket, result.status, completion, lease))
+            if self._may_finish_later(ticket, lease):
+                self._finish_later_in_background(ticket, result.status, completion, lease)
         ticket.end_store_call()
         task = ticket.task
         self._left_overflow(ticket)
@@ -458,19 +488,41 @@ class StoredTasks:
     async def _store_end(self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None) -> bool:
         """Store the end of a task: one that has failed for good becomes a dead letter."""
         if lease is not None and _is_dead(status, lease):
-            if dead := await self.store.mark_dead(lease, completion):
+            if dead := await self.load.measure(self.store.mark_dead(lease, completion)):
                 self.report_dead(lease.record, completion)
             return dead
-        return await self.store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
+        fence = None if lease is None else lease.fence
+        return await self.load.measure(self.store.finish(ticket.task_id, completion, fence=fence))
+
+    def _may_finish_later(self, ticket: Ticket, lease: Lease | None) -> bool:
+        """Return whether the end of a task that could not be stored is kept here until it can be.
+
+        In a store that survives the process the fence says whether the record is still the same: without a lease, the
+        end may have been stored, and its id be another task's. In any other store no lease lapses, and so the
+        conversation of the task would stand still.
+        """
+        return lease is not None if self.durable else ticket.task.thread_id is not None
+
+    def _finish_later_in_background(
+        self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None
+    ) -> None:
+        again = partial(self._finish_later_in_background, ticket, status, completion, lease)
+        self._core.run_in_background(self._finish_later(ticket, status, completion, lease), if_cancelled=again)
 
     async def _finish_later(
         self, ticket: Ticket, status: TaskStatus, completion: Completion, lease: Lease | None
     ) -> None:
-        """Store the end of a task that could not be stored: no lease lapses, so its conversation would stand still."""
-        while not self.refill_stopped:
+        """Store the end of a task that could not be stored, once the store answers again.
+
+        It is stored unless another process has taken the task meanwhile. Closing the supervisor waits for it, as for
+        all answers of the store; if nothing survives the process, no longer than it takes tasks back.
+        """
+        while self.durable or not self.refill_stopped:
             await asyncio.sleep(_RETRY_INTERVAL)
             with contextlib.suppress(StoreUnavailable):
-                await self._store_end(ticket, status, completion, lease)
+                stored = await self._store_end(ticket, status, completion, lease)
+                if stored and _is_dead(status, lease):
+                    self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way
                 self.conversation_moved(ticket.task)
                 return
 
@@ -497,6 +549,7 @@ class StoredTasks:
     ) -> None:
         """End a ticket with the result in the store."""
         self._left_overflow(ticket)
+        ticket.read_attempts(completion.attempts)
         self._registry.settle(ticket, records.result_of_record(record, completion, self._core.codecs))
         if state is RecordState.DEAD:
             self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way

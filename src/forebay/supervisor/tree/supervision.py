@@ -255,7 +255,7 @@ class Supervision:
         if worker.leaving or not worker.life.ended:  # it was stopped with another worker meanwhile
             return
         if worker.life.restart.restarts_after(kind):
-            await self._restart(worker, why)
+            await self._restart(worker, why, advice=_RETURNED if kind is ExitKind.NORMAL else "")
             return
         await self._stop([worker], f"it has stopped: {why}")
         if worker.leaving:
@@ -266,12 +266,12 @@ class Supervision:
             restart = worker.life.restart.value
             self._fail([worker], f"{why}, after which a {restart} worker is not started again")
 
-    async def _restart(self, failed: WorkerAgent, why: str) -> None:
+    async def _restart(self, failed: WorkerAgent, why: str, *, advice: str = "") -> None:
         """Stop `failed` and the workers that are restarted with it, and start them; or give up."""
         together = self._strategy.restarted_with(failed, self._children())
         self._unstarted = {other: left for other, left in self._unstarted.items() if not {*left} & {*together}}
         if not self._intensity.allow(self._core.loop.time()):
-            await self._give_up(failed, together, why)
+            await self._give_up(failed, together, why, advice)
             return
         await self._stop(together, f"worker {failed.name!r} was restarted: {why}")
         await self._start_or_try_again(self._remove_temporary(together))
@@ -296,11 +296,11 @@ class Supervision:
         else:
             await self._restart(failed, why)
 
-    async def _give_up(self, failed: WorkerAgent, together: Sequence[WorkerAgent], why: str) -> None:
+    async def _give_up(self, failed: WorkerAgent, together: Sequence[WorkerAgent], why: str, advice: str) -> None:
         intensity = self._intensity
         reason = (
             f"{why}; it would be one restart too many: at most {intensity.max_restarts}"
-            f" within {format_duration(intensity.within)}"
+            f" within {format_duration(intensity.within)}{advice}"
         )
         watchers = [watcher for watcher in self._watchers if not watcher.done()]
         if watchers:
@@ -345,7 +345,9 @@ class Supervision:
             for worker in workers:
                 for pool in self._core.pools.by_worker[worker].pools:
                     if not (pool.slots or pool.paused):
-                        self._dispatcher.fail_all_waiting(pool, reason, worker_id=worker.name)
+                        revival = f"supervisor.workers[{worker.name!r}].revive()"
+                        error = f"it waited, and no worker takes it before {revival}: {reason}"
+                        self._dispatcher.fail_all_waiting(pool, error, worker_id=worker.name)
 
     async def _stop(self, workers: Sequence[WorkerAgent], error: str) -> None:
         """Stop workers in reverse order: each ends what runs on it, FAILED unless it is stored, then its life."""
@@ -387,6 +389,10 @@ class Supervision:
         self._core.registry.notify_progress()
 
 
+_RETURNED = (
+    "; what an async start awaits is the life of its worker, which ends when it returns: have it wait for the end of"
+    " what it has opened, or await asyncio.Event().wait(), or make it a plain function that returns nothing"
+)
 _EXITS = {
     ExitKind.NORMAL: "its life ended by returning",
     ExitKind.SHUTDOWN: "its life was cancelled",

@@ -1,0 +1,654 @@
+"""The task store on Redis: tasks survive their process, and processes on any machines share them.
+
+The records are in hashes and sorted sets, all under one hash tag, which one Lua script changes: `redis_script.lua` says
+how they are laid out. A group of operations is one run of it, and so one round trip. Each group has a number, by which
+Redis tells a group that is sent again, because its answer was lost, from a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import struct
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
+from importlib.resources import files
+from math import inf
+from sys import float_info
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
+
+import msgspec
+
+from forebay._text import is_unicode
+from forebay.clock import new_id
+from forebay.errors import StoreUnavailable
+from forebay.interfaces import (
+    Completion,
+    DeadRecord,
+    Lease,
+    PutResult,
+    RecordState,
+    StoredRecord,
+    TaskRecord,
+    WakeResult,
+)
+from forebay.overflow.lease_expiry import completion_after_expiry
+from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.redis_listener import RedisListener
+from forebay.storage.redis_master import FULL, RedisMaster
+from forebay.storage.redis_url import RedisUrl
+from forebay.storage.url import DEFAULT_BOUND
+from forebay.task import Priority, TaskStatus
+
+_SCRIPT = files(__package__).joinpath("redis_script.lua").read_text()
+_SHA = hashlib.sha1(_SCRIPT.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
+_KEYS = (
+    "ids", "keys", "tasks", "envelopes", "completions", "unfinished", "waiting", "parked", "leased", "delayed", "done",
+    "dead", "heads", "threads", "depths", "sequence",
+)  # fmt: skip
+
+_FORMAT = b"1"  # how the records are laid out
+
+_MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
+_MAX_BYTES = 8 << 20  # of payloads and results in one run, unless a single one is larger
+_BATCH = 500  # records that reap, wake and prune take at once
+_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
+_MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back
+
+_encode = msgspec.json.Encoder().encode
+_encode_completion = msgspec.msgpack.Encoder().encode
+_decode_completion = msgspec.msgpack.Decoder(Completion).decode
+
+
+class _Stored(msgspec.Struct, array_like=True, frozen=True):
+    """A record as the script has it; False stands for None. The envelope is elsewhere."""
+
+    task_id: str
+    queue: str
+    rank: str
+    enqueued_at: str
+    key: str | bool
+    thread: str | bool
+    state: str
+    fence: str | bool
+    attempts: int
+    failures: int
+    total_delay: str
+    last_error: str | bool
+    not_before: str | bool
+
+
+_decode_stored = msgspec.json.Decoder(_Stored).decode
+
+
+class _Operation(NamedTuple):
+    """An operation of the script.
+
+    Attributes:
+        name: as the script has it.
+        text: its array in JSON.
+        decode: turns the reply of Redis into the value for the caller.
+        blob: an envelope or a completion that goes with it.
+        identity: the task id and fence of an operation whose answer matters if it was lost.
+    """
+
+    name: str
+    text: bytes
+    decode: Callable[[Any], Any]
+    blob: bytes | None = None
+    identity: tuple[str, str | None] = ("", None)
+
+
+_PUT, _FINISH, _MARK_DEAD, _DELAY = "put", "finish", "mark_dead", "delay"
+_ENDS_LEASE = frozenset({_FINISH, _MARK_DEAD, _DELAY})
+# Operations that are answered once as many replicas, or disks, have them as the URL asks for. A lease is not among
+# them: if it is lost with its master, another holder gets the record and the fence rejects the first.
+_ACKNOWLEDGED = frozenset({*_ENDS_LEASE, _PUT, "requeue", "delete_dead", "expire", "find", "find_key"})
+_READS = frozenset({"expired", "envelope", "find", "find_key", "depths", "conversations", "list"})
+
+
+class _Connections(NamedTuple):
+    """The connections of an open store: renewals do not wait for a group that is on its way."""
+
+    groups: RedisMaster
+    renewals: RedisMaster
+
+
+class RedisTaskStore:
+    """A task store on a Redis master, which is named or found by Sentinels or a cluster's nodes.
+
+    Args:
+        url: where the master is, the name of the overflow there, and what an acknowledged write survives.
+        bound: tasks that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
+    """
+
+    durable = True
+
+    def __init__(self, url: RedisUrl, *, bound: int = DEFAULT_BOUND) -> None:
+        self._url = url
+        self._bound = bound
+        self._prefix = f"{{{url.name}}}:"
+        self._channel = f"{self._prefix}news"
+        self._callbacks: dict[str, Callable[[], None]] = {}  # by the letter that the script publishes
+        self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
+        self._client_id = new_id()
+        self._numbers = itertools.count(1)
+        self._queue: OperationQueue[_Connections, _Operation] = OperationQueue(
+            where=str(url),
+            thread_name=f"forebay-redis-{url.name}",
+            max_group=_MAX_GROUP,
+            connect=self._connect,
+            run=self._run_group,
+            disconnect=self._disconnect,
+            diagnose=_same,
+        )
+        self._unconfirmed: dict[tuple[str, str, str | None], None] = {}  # ends of leases whose answer was lost
+        self._to_take_back: deque[_Operation] = deque(maxlen=_MAX_UNCONFIRMED)  # records put without acknowledgement
+
+    async def open(self) -> None:
+        """Find the master and connect."""
+        await self._queue.open()
+        self._listen()
+
+    async def close(self) -> None:
+        """Finish the pending operations and disconnect."""
+        self._stop_listening()
+        await self._queue.close()
+
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+        """Call back soon after another client has made records WAITING, or ended some."""
+        self._callbacks = {"w": on_waiting, "e": on_ended}
+        if self._queue.is_open:
+            self._listen()
+
+    def _listen(self) -> None:
+        self._stop_listening()
+        if self._callbacks:
+            url, callbacks = self._url, self._callbacks
+            self._listener = RedisListener(url, url.name, self._channel, own=self._client_id, callbacks=callbacks)
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
+
+    async def put(
+        self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult:
+        """Store `record`, where another process finds it."""
+        not_before = record.not_before
+        arguments = (
+            record.task_id,
+            _queue_of(record.task_type, record.priority, record.tenant),
+            _sortable(inf if record.deadline is None else record.deadline) + _sortable(record.enqueued_at),
+            repr(record.enqueued_at),
+            _or_false(record.key),
+            record.thread_id is not None and quote(record.thread_id, safe=_SAFE),
+            _or_false(fence),
+            repr(until),
+            record.attempts,
+            record.failures,
+            repr(record.total_delay),
+            _or_false(record.last_error),
+            not_before is not None and repr(not_before),
+            fence is None and not_before is not None and not_before > now,
+        )
+        result: PutResult = await self._submit(_PUT, arguments, _decode_put, record.envelope, (record.task_id, fence))
+        return result
+
+    async def lease(
+        self,
+        task_type: str,
+        limit: int,
+        *,
+        until: float,
+        priority: Priority | None = None,
+        shares: Mapping[str, int] | None = None,
+    ) -> Sequence[Lease]:
+        """Lease the best waiting records of a task type. Cancelled, release what was leased after all."""
+        if limit <= 0:
+            self._queue.check_open()
+            return []
+        priorities = [int(each) for each in (Priority if priority is None else (priority,))]
+        tenants = shares is not None and [(_quoted(tenant), share) for tenant, share in shares.items()]
+        arguments = (_quoted(task_type), priorities, limit, repr(until), new_id(), tenants)
+        leasing = self._submit("lease", arguments, partial(_decode_leases, until=until))
+        try:
+            leases: Sequence[Lease] = await asyncio.shield(leasing)
+        except asyncio.CancelledError:
+            leasing.add_done_callback(self._release_late_leases)
+            raise
+        return leases
+
+    def _release_late_leases(self, leasing: asyncio.Future[Sequence[Lease]]) -> None:
+        if leasing.cancelled() or leasing.exception() is not None:
+            return
+        with suppress(StoreUnavailable):  # closed in the meantime: the leases expire
+            self._release(leasing.result())
+
+    async def begin_attempt(self, lease: Lease) -> bool:
+        """Count a start of the handler."""
+        began: bool = await self._submit("begin_attempt", (lease.record.task_id, lease.fence), bool)
+        return began
+
+    def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+        """Extend leases, and return the lost ones. Blocks; from any thread."""
+        master = self._queue.check_open().renewals
+        lost = list[Lease]()
+        for first in range(0, len(leases), _MAX_GROUP):
+            some = leases[first : first + _MAX_GROUP]
+            ops = [_encode(("renew", lease.record.task_id, lease.fence, repr(until))) for lease in some]
+            (renewed,) = master.call(self._script_call(ops))
+            lost += [lease for lease, done in zip(some, renewed, strict=True) if not done]
+        return lost
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Make leased records WAITING again, in their old order."""
+        self._queue.check_open()
+        await asyncio.gather(*self._release(leases))
+
+    def _release(self, leases: Sequence[Lease]) -> Sequence[asyncio.Future[Any]]:
+        return [
+            self._submit("release", (lease.record.task_id, lease.fence, lease.record.attempts), bool)
+            for lease in leases
+        ]
+
+    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+        """Make a leased record DELAYED until `due`."""
+        return await self._end_lease(_DELAY, lease.record.task_id, lease.fence, repr(due), repr(wait), error)
+
+    async def wake(self, *, now: float) -> WakeResult:
+        """Make the DELAYED records that are due WAITING again."""
+        woken = 0
+        while True:
+            result: WakeResult = await self._submit("wake", (repr(now), _BATCH), _decode_wake)
+            woken += result.woken
+            if result.woken < _BATCH:
+                return msgspec.structs.replace(result, woken=woken)
+
+    async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
+        """Mark a record DONE."""
+        succeeded = completion.status == TaskStatus.SUCCEEDED.value
+        return await self._end_lease(
+            _FINISH, task_id, fence, repr(completion.finished_at), succeeded, blob=_encode_completion(completion)
+        )
+
+    async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
+        """Mark a record DEAD."""
+        task_id, blob = lease.record.task_id, _encode_completion(completion)
+        return await self._end_lease(_MARK_DEAD, task_id, lease.fence, repr(completion.finished_at), blob=blob)
+
+    async def _end_lease(
+        self, name: str, task_id: str, fence: str | None, *further: Any, blob: bytes | None = None
+    ) -> bool:
+        """Do an operation that ends a lease; if an earlier call did it whose answer was lost, it has succeeded."""
+        identity = (name, task_id, fence)
+        is_repeated = identity in self._unconfirmed
+        arguments = (task_id, _or_false(fence), *further, is_repeated)
+        done: bool = await self._submit(name, arguments, bool, blob, (task_id, fence))
+        if is_repeated:
+            self._unconfirmed.pop(identity, None)
+        return done
+
+    async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
+        """Release expired leases, and return the records that became DEAD."""
+        dead = list[DeadRecord]()
+        span = (repr(now), repr(min(latest, float_info.max)))
+        while True:
+            expired: Sequence[tuple[str, _Stored]] = await self._submit("expired", (*span, _BATCH), _decode_expired)
+            expiring = [self._expire(sequence, stored, span, now, max_attempts) for sequence, stored in expired]
+            dead += [each for each in await asyncio.gather(*expiring) if each is not None]
+            if len(expired) < _BATCH:
+                return dead
+
+    async def _expire(
+        self, sequence: str, stored: _Stored, span: tuple[str, str], now: float, max_attempts: int
+    ) -> DeadRecord | None:
+        """End an expired lease, unless it was renewed or ended meanwhile; return the record if it became DEAD."""
+        completion = completion_after_expiry(_record(stored, b""), now=now, max_attempts=max_attempts)
+        arguments = (sequence, stored.fence, *span, completion is not None and repr(completion.finished_at))
+        if completion is None:
+            await self._submit("expire", arguments, bool, b"")
+            return None
+        envelope: bytes = await self._submit("envelope", (sequence,), _same)
+        if not await self._submit("expire", arguments, bool, _encode_completion(completion)):
+            return None
+        return DeadRecord(record=_record(stored, envelope), completion=completion)
+
+    async def prune(self, *, before: float) -> int:
+        """Drop DONE records that ended before `before`."""
+        total = 0
+        while True:
+            count: int = await self._submit("prune", (repr(before), _BATCH), int)
+            total += count
+            if count < _BATCH:
+                return total
+
+    async def list_records(
+        self, state: RecordState, limit: int, *, after: tuple[float, str] | None = None
+    ) -> Sequence[StoredRecord]:
+        """Return a page of the records in `state`."""
+        found = list[StoredRecord]()
+        time, task_id = (-inf, "") if after is None else after
+        while len(found) < limit:
+            arguments = (state.value, limit - len(found), repr(max(time, -float_info.max)), task_id)
+            more, end = await self._submit("list", arguments, _decode_list)
+            found += more
+            if end is None:
+                break
+            time, task_id = end
+        return found
+
+    async def requeue(self, task_id: str) -> PutResult | None:
+        """Make a DEAD record WAITING again."""
+        if not is_unicode(task_id):
+            return None
+        result: PutResult | None = await self._submit("requeue", (task_id,), _decode_requeue)
+        return result
+
+    async def delete_dead(self, task_id: str) -> bool:
+        """Delete a DEAD record."""
+        return is_unicode(task_id) and await self._submit("delete_dead", (task_id,), bool)
+
+    async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
+        """Return a record by its task id."""
+        if not is_unicode(task_id):
+            return None
+        found: tuple[RecordState, TaskRecord, Completion | None] | None = await self._submit(
+            "find", (task_id,), _decode_find
+        )
+        return found
+
+    async def find_key(self, key: str) -> str | None:
+        """Return the task id stored under a key."""
+        if not is_unicode(key):
+            return None
+        found: str | None = await self._submit("find_key", (key,), _decode_text)
+        return found
+
+    async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
+        """Return how many records are WAITING."""
+        counts: Mapping[str, int] = await self._submit("depths", (), _decode_counts)
+        return {_parse_queue(queue): count for queue, count in counts.items()}
+
+    async def conversations(self) -> Mapping[str, int]:
+        """Return how many records have not ended, by thread id."""
+        counts: Mapping[str, int] = await self._submit("conversations", (), _decode_counts)
+        return {unquote(thread): count for thread, count in counts.items()}
+
+    # --- groups ---
+
+    def _submit(
+        self,
+        name: str,
+        arguments: Sequence[Any],
+        decode: Callable[[Any], Any],
+        blob: bytes | None = None,
+        identity: tuple[str, str | None] = ("", None),
+    ) -> asyncio.Future[Any]:
+        return self._queue.submit(_Operation(name, _encode((name, *arguments)), decode, blob, identity))
+
+    def _connect(self) -> _Connections:
+        load = [("SCRIPT", "LOAD", _SCRIPT)]
+        groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
+        self._check_format(groups)
+        return _Connections(groups, renewals)
+
+    def _disconnect(self, connections: _Connections) -> None:
+        with suppress(StoreUnavailable):  # otherwise they run, though their submitters were told otherwise
+            self._take_back(connections.groups)
+        for master in connections:
+            master.close()
+
+    def _check_format(self, master: RedisMaster) -> None:
+        """Check that the records there are laid out as this release knows; those of a new overflow will be.
+
+        Raises:
+            StoreUnavailable: a newer release has written them.
+        """
+        key = f"{self._prefix}format"
+        _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
+        if found != _FORMAT:
+            why = f"a newer Forebay wrote {self._prefix} (format {found.decode()}; this one knows {_FORMAT.decode()})"
+            raise StoreUnavailable(where=str(self._url), why=why, advice="Upgrade Forebay here, or give another ?name=")
+
+    def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
+        """Run a group of operations, in parts that are not too large, and return their values."""
+        values = list[Any]()
+        for part in _parts(group):
+            values += self._run_part(connections.groups, part)
+        return values
+
+    def _run_part(self, master: RedisMaster, part: Sequence[_Operation]) -> Sequence[Any]:
+        # Records that are put go first: Redis rejects only the first write if its memory is full.
+        order = sorted(range(len(part)), key=lambda index: part[index].name != _PUT)
+        ops = [part[index] for index in order]
+        names = {op.name for op in ops}
+        acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
+        try:
+            self._take_back(master)
+        except StoreUnavailable as error:
+            return [OperationError(error)] * len(part)
+        # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
+        number = next(self._numbers) if acknowledgement or names - _READS else None
+        script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
+        try:
+            replies, had = master.call(script, acknowledgement) if acknowledgement else (*master.call(script), None)
+        except StoreUnavailable as error:
+            self._remember(ops, number)
+            return [OperationError(error)] * len(part)
+        shortage = None if had is None else self._shortage(had)
+        values: list[Any] = [None] * len(part)
+        for index, op, reply in zip(order, ops, replies, strict=True):
+            if reply == b"oom":
+                values[index] = OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
+            elif shortage is not None and op.name in _ACKNOWLEDGED:
+                values[index] = OperationError(shortage)
+            else:
+                values[index] = op.decode(reply)
+        if shortage is not None:
+            self._remember(ops, number)
+            with suppress(StoreUnavailable):  # later then, before the next operations
+                self._take_back(master)
+        return values
+
+    def _acknowledgement(self) -> Sequence[Any] | None:
+        """Return the command that waits for the replicas and disks that the URL asks for."""
+        if self._url.fsync:
+            return ("WAITAOF", 1, self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+        if self._url.replicas:
+            return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+        return None
+
+    def _shortage(self, had: Any) -> StoreUnavailable | None:
+        """Return the error of operations that only so many replicas and disks have as the master has answered."""
+        local, replicas = had if self._url.fsync else (1, had)
+        if local and replicas >= self._url.replicas:
+            return None
+        of = "disks of replicas" if self._url.fsync else "replicas"
+        why = f"only {replicas} of {self._url.replicas} {of} had the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+        if not local:
+            why = f"its own disk did not have the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+        advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
+        return StoreUnavailable(where=str(self._url), why=why, advice=advice)
+
+    def _script_call(
+        self, ops: Sequence[bytes], blobs: Sequence[bytes] = (), number: int | None = None
+    ) -> Sequence[Any]:
+        group = {"bound": self._bound, "client": self._client_id, "channel": self._channel}
+        if number is not None:
+            group |= {"number": number, "id": f"{self._client_id}:{number}"}
+        text = b'%s,"ops":[%s]}' % (_encode(group)[:-1], b",".join(ops))
+        keys = [f"{self._prefix}{name}" for name in (*_KEYS, f"last:{self._client_id}")]
+        return ("EVALSHA", _SHA, len(keys), *keys, text, *blobs)
+
+    def _remember(self, ops: Sequence[_Operation], number: int | None) -> None:
+        """Remember what operations have perhaps done whose callers get an error."""
+        for op in ops:
+            if op.name == _PUT:
+                task_id, fence = op.identity
+                arguments = (task_id, f"{self._client_id}:{number}", _or_false(fence))
+                self._to_take_back.append(_Operation("take_back", _encode(("take_back", *arguments)), bool))
+            elif op.name in _ENDS_LEASE:
+                self._unconfirmed[op.name, *op.identity] = None
+        while len(self._unconfirmed) > _MAX_UNCONFIRMED:
+            del self._unconfirmed[next(iter(self._unconfirmed))]
+
+    def _take_back(self, master: RedisMaster) -> None:
+        """Remove the records whose submitters were told that they are not stored."""
+        while self._to_take_back:
+            some = list(itertools.islice(self._to_take_back, _MAX_GROUP))
+            master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
+            for _ in some:
+                self._to_take_back.popleft()
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _or_false(value: str | None) -> str | bool:
+    return False if value is None else value
+
+
+def _or_none(value: str | bool) -> str | None:  # noqa: FBT001 - it stands for None
+    return value if isinstance(value, str) else None
+
+
+def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
+    """Return `group` in parts whose blobs are not too large together."""
+    parts, size = [list[_Operation]()], 0
+    for op in group:
+        length = len(op.blob or b"")
+        if size + length > _MAX_BYTES and parts[-1]:
+            parts.append([])
+            size = 0
+        parts[-1].append(op)
+        size += length
+    return parts
+
+
+# --- what sorts, and what has a separator -----------------------------------------------------------------------------
+
+
+_SAFE = " :/@"  # besides letters, digits and _.-~
+
+
+@lru_cache(maxsize=1_000)
+def _quoted(text: str) -> str:
+    """Return `text` without the separators that the script knows."""
+    return quote(text, safe=_SAFE)
+
+
+@lru_cache(maxsize=1_000)
+def _queue_of(task_type: str, priority: Priority, tenant: str) -> str:
+    return f"{_quoted(task_type)}|{int(priority)}|{_quoted(tenant)}|"
+
+
+@lru_cache(maxsize=1_000)
+def _parse_queue(queue: str) -> tuple[str, Priority, str]:
+    task_type, priority, tenant, _ = queue.split("|")
+    return unquote(task_type), Priority(int(priority)), unquote(tenant)
+
+
+_SIGN = 1 << 63
+
+
+def _sortable(number: float) -> str:
+    """Return 16 hexadecimal digits that sort as the numbers do."""
+    (bits,) = struct.unpack(">Q", struct.pack(">d", number + 0.0))
+    return f"{bits ^ (2 * _SIGN - 1) if bits & _SIGN else bits | _SIGN:016x}"
+
+
+def _from_sortable(digits: str) -> float:
+    bits = int(digits, 16)
+    bits = bits ^ _SIGN if bits & _SIGN else bits ^ (2 * _SIGN - 1)
+    (number,) = struct.unpack(">d", struct.pack(">Q", bits))
+    return float(number)
+
+
+# --- replies of the script -------------------------------------------------------------------------------------------
+
+
+def _record(stored: _Stored, envelope: bytes) -> TaskRecord:
+    task_type, priority, tenant = _parse_queue(stored.queue)
+    deadline = _from_sortable(stored.rank[:16])
+    thread = _or_none(stored.thread)
+    return TaskRecord(
+        task_id=stored.task_id,
+        task_type=task_type,
+        priority=priority,
+        envelope=envelope,
+        enqueued_at=float(stored.enqueued_at),
+        deadline=None if deadline == inf else deadline,
+        key=_or_none(stored.key),
+        attempts=stored.attempts,
+        thread_id=None if thread is None else unquote(thread),
+        failures=stored.failures,
+        total_delay=float(stored.total_delay),
+        last_error=_or_none(stored.last_error),
+        tenant=tenant,
+        not_before=float(stored.not_before) if isinstance(stored.not_before, str) else None,
+    )
+
+
+def _decode_leases(reply: Sequence[bytes], *, until: float) -> Sequence[Lease]:
+    leases = []
+    for text, envelope in zip(reply[::2], reply[1::2], strict=True):
+        stored = _decode_stored(text)
+        leases.append(Lease(record=_record(stored, envelope), fence=str(stored.fence), until=until))
+    return leases
+
+
+def _decode_wake(reply: Sequence[Any]) -> WakeResult:
+    woken, delayed, next_due = reply
+    return WakeResult(woken=woken, delayed=delayed, next_due=None if next_due is None else float(next_due))
+
+
+def _decode_expired(reply: Sequence[bytes]) -> Sequence[tuple[str, _Stored]]:
+    return [(reply[index].decode(), _decode_stored(reply[index + 1])) for index in range(0, len(reply), 2)]
+
+
+def _decode_list(reply: Sequence[Any]) -> tuple[Sequence[StoredRecord], tuple[float, str] | None]:
+    """Return the records of a part of a page, and where the next one goes on; None: there are no more."""
+    items, time, task_id = reply
+    found = [
+        StoredRecord(
+            record=_record(_decode_stored(text), b""),
+            completion=None if completion is None else _decode_completion(completion),
+            until=None if until is None else float(until),
+        )
+        for text, completion, until in zip(*[iter(items)] * 3, strict=True)
+    ]
+    return found, None if time is None else (float(time), task_id.decode())
+
+
+def _decode_put(reply: bytes) -> PutResult:
+    return PutResult(reply.decode())
+
+
+def _decode_requeue(reply: bytes | None) -> PutResult | None:
+    return None if reply is None else PutResult(reply.decode())
+
+
+def _decode_find(
+    reply: Sequence[bytes | None] | None,
+) -> tuple[RecordState, TaskRecord, Completion | None] | None:
+    if not reply:
+        return None
+    text, envelope, completion = reply
+    stored = _decode_stored(text or b"")
+    done = None if completion is None else _decode_completion(completion)
+    return RecordState(stored.state), _record(stored, envelope or b""), done
+
+
+def _decode_text(reply: bytes | None) -> str | None:
+    return None if reply is None else reply.decode()
+
+
+def _decode_counts(reply: Sequence[bytes]) -> Mapping[str, int]:
+    return {reply[index].decode(): int(reply[index + 1]) for index in range(0, len(reply), 2)}

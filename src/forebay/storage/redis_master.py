@@ -1,0 +1,261 @@
+"""A connection to the Redis master that holds the keys of one hash tag, found again when it moves or restarts.
+
+A master that is named, that Sentinels know, or that has the tag's slot in a cluster differ only in how it is found.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import redis
+import redis.exceptions
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
+from redis.retry import Retry
+
+from forebay.clock import monotonic
+from forebay.errors import StoreUnavailable
+from forebay.storage.redis_url import RedisTopology, RedisUrl
+
+_CONNECT_TIMEOUT = 1.0  # seconds
+_ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas and its disk
+_PATIENCE = 5.0  # seconds in which a master is looked for
+_CHECK_INTERVAL = 15  # seconds after which an idle connection is checked before it is used, or while it listens
+_RETRY_INTERVAL = 0.1  # seconds between two attempts
+
+FULL = ("its memory is full", "Raise its maxmemory, or wait until tasks have ended.")  # why, and what to do
+
+# By the class of the error, or the code of the answer: why the master cannot be used, and what to do.
+_ADVICE = {
+    "AuthenticationError": ("it rejected the user or the password", "Correct them in the URL: redis://user:pass@host"),
+    "NoPermissionError": ("the user lacks the right to a command", "Grant it; the guide to the overflow has a list."),
+    "OutOfMemoryError": FULL,
+    "ReadOnlyError": ("it is a replica", "Name the master, or let Sentinels find it: redis+sentinel://"),
+    "MISCONF": ("it cannot write to its disk, and so accepts nothing", "Free space on the disk of the Redis server."),
+    "NOREPLICAS": ("it has too few replicas, and so accepts nothing", "Start its replicas."),
+    "WRONGTYPE": ("another program has a key of Forebay's", "Choose another ?name= or another database."),
+}
+
+# What the next attempt, perhaps with another master, may not meet.
+_PASSING = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.ReadOnlyError,
+    redis.exceptions.MovedError,
+    redis.exceptions.AskError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.NoScriptError,
+)
+_PASSING_CODES = ("UNBLOCKED", "BUSY")
+_LASTING = (redis.AuthenticationError, redis.exceptions.AuthorizationError)  # although they are ConnectionErrors
+
+
+class RedisMaster:
+    """A connection to one master. What it is sent must be safe to repeat: an answer may be lost with the connection.
+
+    It blocks, and may be used by any thread, one at a time.
+
+    Args:
+        url: where to find the master.
+        tag: the hash tag that all keys have in braces.
+        prepare: commands for each new connection, such as SCRIPT LOAD.
+    """
+
+    def __init__(self, url: RedisUrl, tag: str, *, prepare: Sequence[Sequence[Any]] = ()) -> None:
+        self._url = url
+        self._tag = tag
+        self._prepare = prepare
+        self._client: redis.Redis | None = None
+        self._lock = threading.Lock()  # held by the thread that uses the client
+        self._is_away = False  # the last call found no master: one attempt is enough until it is back
+
+    def call(self, *commands: Sequence[Any]) -> list[Any]:
+        """Send `commands` together, and return the answers to all of them, of the same master.
+
+        Raises:
+            StoreUnavailable: no master answered in time, or it rejected a command.
+        """
+        with self._lock:
+            give_up = monotonic() + (0.0 if self._is_away else _PATIENCE)
+            while True:
+                try:
+                    answers = self._try_call(commands)
+                except (redis.RedisError, OSError) as error:
+                    self._disconnect()
+                    self._is_away = _may_pass(error)
+                    if not self._is_away or monotonic() >= give_up:
+                        raise unavailable(error, self._url) from error
+                    threading.Event().wait(_RETRY_INTERVAL)
+                else:
+                    self._is_away = False
+                    return answers
+
+    def close(self) -> None:
+        """Disconnect. The next call connects again."""
+        with self._lock:
+            self._disconnect()
+
+    def _try_call(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        if self._client is None:
+            self._client = connect(self._url, self._tag, self._prepare)
+        return _send(self._client, commands)
+
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+def connect(url: RedisUrl, tag: str, prepare: Sequence[Sequence[Any]] = ()) -> redis.Redis:
+    """Return a client of the first master that is found for `tag` and answers as one. Blocks.
+
+    Raises:
+        StoreUnavailable: it may drop records to make room.
+        RedisError, OSError: none is found.
+    """
+    last: Exception = redis.ConnectionError("nobody names a master")
+    for host, port in _FINDERS[url.topology](url, tag):
+        client = _client(url, host, port)
+        try:
+            _check(_info(client), url)
+            _send(client, prepare)
+        except (redis.RedisError, OSError) as error:
+            client.close()
+            last = error
+        except BaseException:
+            client.close()
+            raise
+        else:
+            return client
+    raise last
+
+
+def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
+    """Check what a server says about itself.
+
+    Raises:
+        StoreUnavailable: it may drop records to make room, or has no file to write to though the URL asks for it.
+        ReadOnlyError: it is a replica.
+    """
+    if info.get("role", "master") != "master":
+        raise redis.ReadOnlyError("it is a replica")
+    policy = str(info.get("maxmemory_policy", ""))
+    if int(info.get("maxmemory", 0)) and policy.startswith("allkeys-"):
+        why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
+        advice = "Set maxmemory-policy noeviction, or use another Redis server."
+        raise StoreUnavailable(where=str(url), why=why, advice=advice)
+    if url.fsync and not int(info.get("aof_enabled", 1)):
+        why = "it writes no append-only file, which fsync=yes waits for"
+        raise StoreUnavailable(where=str(url), why=why, advice="Set appendonly yes, or leave fsync=yes out of the URL.")
+
+
+def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:
+    """Return the error to raise for what Redis has answered, or for an answer that did not come."""
+    text = str(error)
+    known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0])
+    why, advice = known or (text, "Check that the Redis server runs and can be reached; look into its log.")
+    return StoreUnavailable(where=str(url), why=why, advice=advice)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt, perhaps with another master, may succeed."""
+    if isinstance(error, _LASTING):
+        return False
+    return isinstance(error, (*_PASSING, OSError)) or str(error).startswith(_PASSING_CODES)
+
+
+def _send(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    """Send `commands` in one round trip, and return the answers; if one is an error, raise it."""
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+    answers: list[Any] = pipeline.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def _info(client: redis.Redis) -> Mapping[str, Any]:
+    """Return what a server says about itself: nothing, if the user may not ask for it."""
+    try:
+        (info,) = _send(client, [("INFO",)])
+    except redis.ResponseError as error:
+        if _may_pass(error):
+            raise
+        return {}
+    return info  # type: ignore[no-any-return]
+
+
+def _client(url: RedisUrl, host: str, port: int) -> redis.Redis:
+    return _plain_client(url, host, port, db=url.database, username=url.username, password=url.password)
+
+
+def _plain_client(url: RedisUrl, host: str, port: int, **login: Any) -> redis.Redis:
+    return redis.Redis(
+        host=host,
+        port=port,
+        ssl=url.tls,
+        socket_timeout=_ANSWER_TIMEOUT,
+        socket_connect_timeout=_CONNECT_TIMEOUT,
+        socket_keepalive=True,
+        health_check_interval=_CHECK_INTERVAL,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+        **login,
+    )
+
+
+def _named(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:  # noqa: ARG001 - one master has all tags
+    yield from url.hosts
+
+
+def _known_to_sentinels(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:  # noqa: ARG001 - one master has all tags
+    """Yield the master that each Sentinel names. A Sentinel may have no password, and then rejects any."""
+    logins: list[dict[str, Any]] = [{}, {"username": url.username, "password": url.password}]
+    for _, answer in _ask_each(url, ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.service), logins):
+        if answer:
+            yield answer[0].decode(), int(answer[1])
+
+
+def _with_slot(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:
+    """Yield the master that each node of a cluster names for the slot of `tag`."""
+    slot = key_slot(f"{{{tag}}}".encode())
+    for asked, answer in _ask_each(url, ("CLUSTER", "SLOTS"), [{"username": url.username, "password": url.password}]):
+        for first, last, (host, port, *_), *_ in answer:
+            if first <= slot <= last:
+                yield (host or b"").decode() or asked, int(port)
+
+
+def _ask_each(url: RedisUrl, command: Sequence[str], logins: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the hosts that answer `command`, by one of `logins`, with their answers; if none does, raise an error."""
+    last: Exception | None = None
+    answered = False
+    for host, port in url.hosts:
+        for login in logins:
+            with closing(_plain_client(url, host, port, **login)) as client:
+                try:
+                    (answer,) = _send(client, [command])
+                except redis.AuthenticationError as error:
+                    last = error
+                    continue
+                except (redis.RedisError, OSError) as error:
+                    last = error
+                    break
+            answered = True
+            yield host, answer
+            break
+    if last is not None and not answered:
+        raise last
+
+
+_FINDERS: Mapping[RedisTopology, Callable[[RedisUrl, str], Iterator[tuple[str, int]]]] = {
+    RedisTopology.SINGLE: _named,
+    RedisTopology.SENTINEL: _known_to_sentinels,
+    RedisTopology.CLUSTER: _with_slot,
+}

@@ -1,0 +1,279 @@
+"""The Redis master is lost: with ?replicas=1 no acknowledged write goes with it, without it the newest ones do."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+
+import pytest
+from tests.support.redis_servers import (
+    RedisServer,
+    RedisSetup,
+    StandaloneRedis,
+    redis_cluster,
+    redis_replicated,
+    redis_sentinels,
+)
+from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
+
+from forebay import BackpressureSupervisor, Task, clock
+from forebay.errors import StoreUnavailable
+from forebay.interfaces import Completion, PutResult, RecordState, TaskRecord, TaskStore
+from forebay.overflow import open_task_store
+from forebay.overflow import redis as redis_store
+from forebay.task import Priority
+
+NAMES = itertools.count()
+ENDLESS = 1e6  # seconds
+
+
+def record(task_id: str, at: float = 0.0) -> TaskRecord:
+    return TaskRecord(task_id=task_id, task_type="t", priority=Priority.NORMAL, envelope=b"envelope", enqueued_at=at)
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[TaskStore]:
+    store = open_task_store(url)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def in_thread(work: Callable[[], object]) -> None:
+    """Run what blocks, while the event loop goes on."""
+    await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+# --- one master and one replica, which lags --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandaloneRedis]:
+    """Return a master with a replica, both behind proxies; the store waits for replicas for a tenth of a second."""
+    monkeypatch.setattr(redis_store, "_ACKNOWLEDGE_TIMEOUT_MS", 100)
+    with redis_replicated(proxied=True) as started:
+        yield started
+
+
+def lose_master(pair: StandaloneRedis) -> str:
+    """Kill the master with all that its replica has not got, and return the URL of what was its replica."""
+    pair.kill_master()
+    pair.proxies[0].cut()
+    replica = pair.promote()
+    return f"redis://127.0.0.1:{replica.port}/0"
+
+
+async def test_without_a_replica_that_has_them_acknowledged_writes_are_lost_with_the_master(
+    pair: StandaloneRedis,
+) -> None:
+    """The control: what the other tests hold does not hold by itself."""
+    async with opened(pair.url) as store:
+        assert await store.put(record("before")) is PutResult.STORED
+        await in_thread(pair.wait_for_replicas)
+        pair.proxies[0].lag(ENDLESS)
+        assert await store.put(record("after")) is PutResult.STORED
+    async with opened(lose_master(pair)) as store:
+        assert await store.find("before") is not None
+        assert await store.find("after") is None
+
+
+async def test_what_a_replica_does_not_have_is_not_acknowledged_and_not_stored(pair: StandaloneRedis) -> None:
+    url = f"{pair.url}?replicas=1"
+    async with opened(url) as store:
+        assert await store.put(record("before")) is PutResult.STORED
+        pair.proxies[0].lag(ENDLESS)
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas had the write"):
+            await store.put(record("after"))
+    async with opened(pair.url) as store:
+        assert await store.find("after") is None
+        assert [lease.record.task_id for lease in await store.lease("t", 10, until=1.0)] == ["before"]
+
+
+async def test_an_end_that_a_replica_does_not_have_is_not_acknowledged(pair: StandaloneRedis) -> None:
+    url, end = f"{pair.url}?replicas=1", Completion(status="succeeded", result=b"result", finished_at=1.0)
+    async with opened(url) as store:
+        for task_id in ("acknowledged", "lost"):
+            assert await store.put(record(task_id), fence="mine", until=10.0) is PutResult.STORED
+        assert await store.finish("acknowledged", end, fence="mine")
+        pair.proxies[0].lag(ENDLESS)
+        with pytest.raises(StoreUnavailable):
+            await store.finish("lost", end, fence="mine")
+        with pytest.raises(StoreUnavailable):  # nor does anybody read it before it is as durable
+            await store.find("lost")
+    async with opened(lose_master(pair)) as store:
+        states = [(await store.find(task_id) or [None])[0] for task_id in ("acknowledged", "lost")]
+        assert states == [RecordState.DONE, RecordState.LEASED]
+        assert await store.finish("lost", end, fence="mine")  # as its holder does until it is stored
+
+
+async def test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it(pair: StandaloneRedis) -> None:
+    """The master has done it already, so that the new connection has nothing to wait for by itself."""
+    url, proxy = f"{pair.url}?replicas=1", pair.proxies[0]
+    async with opened(url) as store:
+        assert await store.put(record("before")) is PutResult.STORED
+        proxy.lag(ENDLESS)
+        proxy.cut_at(1, "answer")
+        with pytest.raises(StoreUnavailable):
+            await store.put(record("after"))
+        assert proxy.has_cut
+    async with opened(lose_master(pair)) as store:
+        assert await store.find("before") is not None
+        assert await store.find("after") is None
+
+
+# --- a master of Sentinels, or of a cluster, killed while it works ----------------------------------------------------
+
+SETUPS: list[Callable[..., AbstractContextManager[RedisSetup]]] = [redis_sentinels, redis_cluster]
+LAG = 0.05  # seconds that replicas are behind
+PUTTERS = 10
+
+
+class Load:
+    """Callers that put records into one store all the time.
+
+    Attributes:
+        acknowledged: the ids of those that the store acknowledged, in order.
+        rejected: the ids of those that it rejected.
+    """
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+        self._numbers = itertools.count()
+        self._changed = asyncio.Event()
+        self.acknowledged: list[str] = []
+        self.rejected: list[str] = []
+
+    async def put_all_the_time(self) -> None:
+        while True:
+            task_id = f"{next(self._numbers)}"
+            try:
+                assert await self._store.put(record(task_id)) is PutResult.STORED
+                self.acknowledged.append(task_id)
+            except StoreUnavailable:
+                self.rejected.append(task_id)
+            self._changed.set()
+
+    async def more(self, count: int) -> None:
+        """Return when so many more have been acknowledged."""
+        wanted = len(self.acknowledged) + count
+        while len(self.acknowledged) < wanted:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+async def lose_master_under_load(setup: RedisSetup, options: str) -> tuple[Load, set[str]]:
+    """Kill the master of an overflow that works; return what was acknowledged, and what is stored afterwards."""
+    for proxy in setup.proxies:
+        proxy.lag(LAG)
+    async with opened(setup.url + options) as store:
+        load = Load(store)
+        callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
+        await load.more(100)
+        killed: list[RedisServer] = []
+        await in_thread(lambda: killed.append(setup.kill_master()))
+        await in_thread(setup.promote)
+        await in_thread(killed[0].start)  # a replica now
+        await load.more(100)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.wait(callers)
+    async with opened(setup.url) as store:
+        stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
+    return load, stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", SETUPS, ids=lambda start: start.__name__)
+async def test_no_acknowledged_task_is_lost_with_a_master_that_is_killed_under_load(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    with start(proxied=True) as setup:
+        load, stored = await lose_master_under_load(setup, "?replicas=1")
+    assert not set(load.acknowledged) - stored
+    assert not set(load.rejected) & stored  # nor was anybody told that a task is not stored that is
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", SETUPS, ids=lambda start: start.__name__)
+async def test_without_replicas_that_have_them_the_newest_tasks_are_lost(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    with start(proxied=True) as setup:
+        load, stored = await lose_master_under_load(setup, "")
+    assert set(load.acknowledged) - stored
+
+
+class Submitter:
+    """A caller that submits one durable task after the other, and knows which were accepted."""
+
+    def __init__(self, supervisor: BackpressureSupervisor, name: str) -> None:
+        self._supervisor = supervisor
+        self._name = name
+        self._changed = asyncio.Event()
+        self.accepted: list[str] = []
+
+    async def submit_all_the_time(self) -> None:
+        for number in itertools.count():
+            task_id = f"{self._name}-{number}"
+            try:
+                ticket = await self._supervisor.submit(Task("work", task_id=task_id, durable=True))
+            except StoreUnavailable:
+                continue
+            if ticket:
+                self.accepted.append(task_id)
+                self._changed.set()
+            await asyncio.sleep(0.002)
+
+    async def more(self, count: int) -> None:
+        """Return when so many more have been accepted."""
+        wanted = len(self.accepted) + count
+        while len(self.accepted) < wanted:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", SETUPS, ids=lambda start: start.__name__)
+async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_none_twice(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    writes, ended = AcknowledgedWrites(), dict[str, str]()
+
+    async def work(_: Task) -> None:
+        await asyncio.sleep(0.01)
+
+    with start(proxied=True) as setup:
+        for proxy in setup.proxies:
+            proxy.lag(LAG)
+        async with AsyncExitStack() as stack:
+            submitters = []
+            for number in range(2):
+                inner = open_task_store(f"{setup.url}?replicas=1")
+                store = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
+                supervisor = BackpressureSupervisor(overflow=store, lease=3.0, max_queue_size=20, max_attempts=100)
+                supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=4)
+                submitters.append(Submitter(await stack.enter_async_context(supervisor), f"{number}"))
+            callers = [asyncio.ensure_future(each.submit_all_the_time()) for each in submitters]
+            await asyncio.gather(*(each.more(50) for each in submitters))
+            killed: list[RedisServer] = []
+            await in_thread(lambda: killed.append(setup.kill_master()))
+            await in_thread(setup.promote)
+            await in_thread(killed[0].start)
+            await asyncio.gather(*(each.more(50) for each in submitters))
+            for caller in callers:
+                caller.cancel()
+            await asyncio.wait(callers)
+            accepted = {task_id for each in submitters for task_id in each.accepted}
+            async with opened(setup.url) as direct:
+                async with asyncio.timeout(60.0):
+                    while accepted - ended.keys():
+                        for each in await direct.list_records(RecordState.DONE, 1_000_000):
+                            assert each.completion is not None
+                            ended[each.record.task_id] = each.completion.status
+                        await asyncio.sleep(0.1)
+    assert {ended[task_id] for task_id in accepted} == {"succeeded"}
+    assert max(writes.ended.values()) == 1, writes.ended.most_common(3)

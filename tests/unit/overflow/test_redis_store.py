@@ -1,0 +1,634 @@
+"""The task store on Redis: what it does when answers are lost, replicas are behind, and memory is full."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from tests.support.cutting_proxy import CuttingProxy, Side
+from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server, shared, until
+
+from forebay.errors import StoreUnavailable
+from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
+from forebay.overflow import open_task_store, redis
+from forebay.overflow.redis import RedisTaskStore
+from forebay.simulation import simulate
+from forebay.storage import redis_listener, redis_master
+from forebay.task import Priority
+
+DONE = Completion(status="succeeded", result=b"result", finished_at=50.0)
+DEAD = Completion(status="failed", error="it cannot be read", finished_at=50.0)
+HOSTILE = ["a\0b", "a\nb\r\n", "{other}", "}{", "a|b|}", "%7C", "'\"\\", "é☃\U0001f600", "x" * 5_000, " "]
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """Return the name of an overflow that only this test has."""
+    return hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+
+
+@pytest.fixture
+def server() -> StandaloneRedis:
+    return shared(redis_server)
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[RedisTaskStore]:
+    store = open_task_store(url)
+    assert isinstance(store, RedisTaskStore)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def store(server: StandaloneRedis, name: str) -> AsyncIterator[RedisTaskStore]:
+    async with opened(f"{server.url}?name={name}") as store:
+        yield store
+
+
+def record(task_id: str = "a", **fields: Any) -> TaskRecord:
+    given = {"task_type": "t", "priority": Priority.NORMAL, "envelope": b"envelope", "enqueued_at": 1.0, **fields}
+    return TaskRecord(task_id=task_id, **given)
+
+
+async def renew(store: TaskStore, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+    return await asyncio.get_running_loop().run_in_executor(None, partial(store.renew, leases, until=until))
+
+
+async def state(store: TaskStore, task_id: str = "a") -> RecordState | None:
+    found = await store.find(task_id)
+    return None if found is None else found[0]
+
+
+# --- texts and numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+async def test_any_text_may_be_an_id_a_key_a_type_a_tenant_and_a_thread(
+    store: RedisTaskStore, name: str, server: StandaloneRedis, text: str
+) -> None:
+    fields = {"key": text, "task_type": text, "tenant": text, "thread_id": text, "last_error": text}
+    one, other = record(text, **fields), record(text + "|", **{**fields, "key": None, "tenant": text + "|"})
+    assert await store.put(one) is PutResult.STORED
+    assert await store.put(other) is PutResult.PARKED
+    assert await store.find(text) == (RecordState.WAITING, one, None)
+    assert await store.find_key(text) == text
+    assert await store.depths() == {(text, Priority.NORMAL, text): 1}
+    assert await store.conversations() == {text: 2}
+    assert await store.lease(text, 1, until=9.0, shares={text + "|": 1}) == []
+    (lease,) = await store.lease(text, 1, until=9.0, shares={text: 1})
+    assert lease.record == one
+    assert await renew(store, [lease], until=10.0) == []
+    assert await store.delay(lease, due=1.0, wait=1.0, error=text)
+    await store.wake(now=2.0)
+    (lease,) = await store.lease(text, 1, until=9.0)
+    assert lease.record.last_error == text
+    assert await store.finish(text, DONE, fence=lease.fence)
+    (lease,) = await store.lease(text, 1, until=9.0)
+    assert lease.record == other
+    assert await store.mark_dead(lease, DEAD)
+    assert [each.record.task_id for each in await store.list_records(RecordState.DEAD, 9)] == [text + "|"]
+    with server.servers[0].client() as client:
+        keys = [key for key in client.scan_iter() if name in key]
+    assert keys
+    assert all(key.startswith(f"{{{name}}}:") and len(key) < 100 for key in keys)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff"])
+async def test_text_that_is_no_unicode_is_rejected_alone(store: RedisTaskStore, text: str) -> None:
+    bad, good = await asyncio.gather(store.put(record(text)), store.put(record("a")), return_exceptions=True)
+    assert isinstance(bad, UnicodeEncodeError)
+    assert good is PutResult.STORED
+
+
+NUMBERS = [0.0, 1e-300, 0.1, 1.0, 2.0**53 + 2, 1.7e9 + 0.123456789, 1e300]
+
+
+@pytest.mark.parametrize("number", NUMBERS + [-each for each in NUMBERS])
+def test_a_number_is_the_same_after_it_was_made_to_sort(number: float) -> None:
+    assert redis._from_sortable(redis._sortable(number)) == number
+
+
+def test_numbers_sort_as_their_texts_do() -> None:
+    numbers = sorted([*NUMBERS, *(-each for each in NUMBERS), float("inf"), float("-inf")])
+    texts = [redis._sortable(number) for number in numbers]
+    assert texts == sorted(texts)
+    assert len(set(texts)) == len(set(numbers))
+
+
+@pytest.mark.parametrize("number", [0.1, 1.7e9 + 0.123456789, 2.0**53 + 2])
+async def test_times_are_kept_to_the_last_digit(store: RedisTaskStore, number: float) -> None:
+    kept = record(enqueued_at=number, deadline=number, total_delay=number, not_before=number)
+    await store.put(kept, now=number)
+    (lease,) = await store.lease("t", 1, until=number)
+    assert lease.record == kept
+    (listed,) = await store.list_records(RecordState.LEASED, 1)
+    assert listed.until == number
+    await store.delay(lease, due=number, wait=0.2, error="no")
+    assert (await store.wake(now=0.0)).next_due == number
+    await store.wake(now=number)
+    (lease,) = await store.lease("t", 1, until=number)
+    assert lease.record.total_delay == number + 0.2
+
+
+# --- lost answers ----------------------------------------------------------------------------------------------------
+
+
+def behind_proxy() -> AbstractContextManager[StandaloneRedis]:
+    return redis_server(proxied=True)
+
+
+@pytest.fixture
+def proxy() -> CuttingProxy:
+    proxy = shared(behind_proxy).proxies[0]
+    proxy.forget()
+    return proxy
+
+
+@pytest.fixture
+async def remote(proxy: CuttingProxy, name: str) -> AsyncIterator[RedisTaskStore]:  # noqa: ARG001 - it is before the server
+    """Return a store behind the proxy."""
+    async with opened(f"{shared(behind_proxy).url}?name={name}") as store:
+        yield store
+
+
+@pytest.fixture
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a call fail with its first connection."""
+    monkeypatch.setattr(redis_master, "_PATIENCE", 0.0)
+
+
+async def put(store: TaskStore) -> None:
+    await store.put(record(key="k"))
+
+
+async def put_and_lease(store: TaskStore) -> Lease:
+    await put(store)
+    (lease,) = await store.lease("t", 1, until=9.0)
+    return lease
+
+
+async def put_and_delay(store: TaskStore) -> None:
+    await store.delay(await put_and_lease(store), due=5.0, wait=1.0, error="no")
+
+
+async def put_and_kill(store: TaskStore) -> None:
+    await store.mark_dead(await put_and_lease(store), DEAD)
+
+
+async def put_and_finish(store: TaskStore) -> None:
+    await store.finish("a", DONE, fence=(await put_and_lease(store)).fence)
+
+
+@dataclass(frozen=True)
+class LostCall:
+    """A call whose command is lost, or its answer.
+
+    Attributes:
+        before: prepares the store, and returns what `call` takes.
+        call: the call.
+        value: what it returns; for several values, the state of the record too.
+        state: of the record afterwards.
+    """
+
+    before: Callable[[TaskStore], Awaitable[Any]]
+    call: Callable[[TaskStore, Any], Awaitable[Any]]
+    value: Any
+    state: RecordState | None
+    attempts: int = 0
+    failures: int = 0
+
+
+async def nothing(_: TaskStore) -> None: ...
+
+
+async def lease_one(store: TaskStore, _: None) -> bool:
+    (lease,) = await store.lease("t", 1, until=9.0)
+    return await store.finish("b", DONE, fence=lease.fence) or lease.record == record(key="k")
+
+
+async def reap_dead(store: TaskStore, _: Lease) -> list[str]:
+    return [dead.record.task_id for dead in await store.reap(now=20.0, max_attempts=0)]
+
+
+CALLS = {
+    "put": LostCall(nothing, lambda store, _: store.put(record(key="k")), PutResult.STORED, RecordState.WAITING),
+    "lease": LostCall(put, lease_one, True, RecordState.LEASED),
+    "begin_attempt": LostCall(
+        put_and_lease, lambda store, lease: store.begin_attempt(lease), True, RecordState.LEASED, attempts=1
+    ),
+    "release": LostCall(put_and_lease, lambda store, lease: store.release([lease]), None, RecordState.WAITING),
+    "delay": LostCall(
+        put_and_lease,
+        lambda store, lease: store.delay(lease, due=5.0, wait=1.0, error="no"),
+        True,
+        RecordState.DELAYED,
+        failures=1,
+    ),
+    "wake": LostCall(
+        put_and_delay,
+        lambda store, _: store.wake(now=6.0),
+        WakeResult(woken=1, delayed=0, next_due=None),
+        RecordState.WAITING,
+        failures=1,
+    ),
+    "finish": LostCall(
+        put_and_lease, lambda store, lease: store.finish("a", DONE, fence=lease.fence), True, RecordState.DONE
+    ),
+    "cancel": LostCall(put, lambda store, _: store.finish("a", DONE, fence=None), True, RecordState.DONE),
+    "mark_dead": LostCall(put_and_lease, lambda store, lease: store.mark_dead(lease, DEAD), True, RecordState.DEAD),
+    "requeue": LostCall(put_and_kill, lambda store, _: store.requeue("a"), PutResult.STORED, RecordState.WAITING),
+    "delete_dead": LostCall(put_and_kill, lambda store, _: store.delete_dead("a"), True, None),
+    "prune": LostCall(put_and_finish, lambda store, _: store.prune(before=60.0), 1, None),
+}
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+async def test_a_call_whose_connection_breaks_is_done_once(
+    remote: RedisTaskStore, proxy: CuttingProxy, call: LostCall, lost: Side
+) -> None:
+    given = await call.before(remote)
+    proxy.cut_at(1, lost)
+    assert await call.call(remote, given) == call.value
+    assert proxy.has_cut
+    found = await remote.find("a")
+    if call.state is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found[0], found[1].attempts, found[1].failures) == (call.state, call.attempts, call.failures)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("lost", ["request", "answer"])
+async def test_a_record_dies_once_whichever_part_of_reaping_is_lost(
+    remote: RedisTaskStore, proxy: CuttingProxy, number: int, lost: Side
+) -> None:
+    await put_and_lease(remote)
+    proxy.cut_at(number, lost)
+    (dead,) = await remote.reap(now=20.0, max_attempts=0)
+    assert proxy.has_cut
+    assert dead.record == record(key="k")
+    assert await state(remote) is RecordState.DEAD
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+async def test_leases_are_renewed_although_the_connection_breaks(
+    remote: RedisTaskStore, proxy: CuttingProxy, lost: Side
+) -> None:
+    lease = await put_and_lease(remote)
+    await renew(remote, [lease], until=10.0)  # so that the connection is there
+    proxy.cut_at(1, lost)
+    assert await renew(remote, [lease], until=30.0) == []
+    assert proxy.has_cut
+    assert list(await remote.reap(now=20.0, max_attempts=0)) == []
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_a_record_whose_storing_was_reported_as_failed_is_taken_back(
+    remote: RedisTaskStore, proxy: CuttingProxy
+) -> None:
+    proxy.cut_at(1, "answer")
+    with pytest.raises(StoreUnavailable):
+        await remote.put(record(key="k", thread_id="t"))
+    assert await remote.find("a") is None
+    assert await remote.find_key("k") is None
+    assert await remote.depths() == {}
+    assert await remote.conversations() == {}
+    assert await remote.put(record(key="k", thread_id="t")) is PutResult.STORED
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_what_is_taken_back_was_put_by_that_call(remote: RedisTaskStore, proxy: CuttingProxy, name: str) -> None:
+    proxy.cut_at(1, "request")
+    with pytest.raises(StoreUnavailable):
+        await remote.put(record())
+    async with opened(f"redis://{shared(behind_proxy).servers[0]}?name={name}") as other:
+        assert await other.put(record()) is PutResult.STORED
+    assert await state(remote) is RecordState.WAITING
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_a_record_that_another_process_runs_is_not_taken_back(
+    remote: RedisTaskStore, proxy: CuttingProxy, name: str
+) -> None:
+    proxy.cut_at(1, "answer")
+    with pytest.raises(StoreUnavailable):
+        await remote.put(record())
+    async with opened(f"redis://{shared(behind_proxy).servers[0]}?name={name}") as other:
+        (lease,) = await other.lease("t", 1, until=9.0)
+        assert await state(remote) is RecordState.LEASED
+        assert await other.finish("a", DONE, fence=lease.fence)
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_a_record_put_leased_is_taken_back_from_its_own_holder(
+    remote: RedisTaskStore, proxy: CuttingProxy
+) -> None:
+    proxy.cut_at(1, "answer")
+    with pytest.raises(StoreUnavailable):
+        await remote.put(record(), fence="mine", until=9.0)
+    assert await state(remote) is None
+
+
+ENDS: dict[str, Callable[[TaskStore, Lease], Awaitable[bool]]] = {
+    "finish": lambda store, lease: store.finish("a", DONE, fence=lease.fence),
+    "delay": lambda store, lease: store.delay(lease, due=5.0, wait=1.0, error="no"),
+    "mark_dead": lambda store, lease: store.mark_dead(lease, DEAD),
+}
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize("lost", ["request", "answer"])
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_the_end_of_a_lease_that_was_reported_as_failed_succeeds_when_it_is_tried_again(
+    remote: RedisTaskStore,
+    proxy: CuttingProxy,
+    end: Callable[[TaskStore, Lease], Awaitable[bool]],
+    lost: Side,
+) -> None:
+    lease = await put_and_lease(remote)
+    proxy.cut_at(1, lost)
+    with pytest.raises(StoreUnavailable):
+        await end(remote, lease)
+    assert await end(remote, lease)
+    assert not await end(remote, lease)  # once
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_the_end_of_a_lease_that_was_lost_meanwhile_fails_when_it_is_tried_again(
+    remote: RedisTaskStore, proxy: CuttingProxy, end: Callable[[TaskStore, Lease], Awaitable[bool]]
+) -> None:
+    lease = await put_and_lease(remote)
+    proxy.cut_at(1, "request")
+    with pytest.raises(StoreUnavailable):
+        await end(remote, lease)
+    await remote.reap(now=20.0, max_attempts=3)
+    (held,) = await remote.lease("t", 1, until=9.0)
+    assert await remote.finish("a", DONE, fence=held.fence)
+    assert not await end(remote, lease)
+
+
+@pytest.mark.blocks
+async def test_a_group_that_arrives_after_the_client_has_gone_on_is_not_done(remote: RedisTaskStore, name: str) -> None:
+    master = redis_master.RedisMaster(remote._url, name, prepare=[("SCRIPT", "LOAD", redis._SCRIPT)])
+    late = remote._script_call([redis._encode(("prune", "1e9", 9))], (), next(remote._numbers))
+    await put_and_finish(remote)
+    with closing(master), pytest.raises(StoreUnavailable, match="STALE"):
+        master.call(late)
+    assert await state(remote) is RecordState.DONE
+
+
+async def test_a_server_that_has_forgotten_the_script_gets_it_again(
+    store: RedisTaskStore, server: StandaloneRedis
+) -> None:
+    server.servers[0].ask("SCRIPT", "FLUSH")
+    assert await store.put(record()) is PutResult.STORED
+
+
+async def test_a_store_that_is_away_answers_within_its_patience_and_then_at_once(
+    remote: RedisTaskStore, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_master, "_PATIENCE", 0.3)
+    proxy.refuse()
+    for least, most in ((0.3, 2.0), (0.0, 0.2)):
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(StoreUnavailable):
+            await remote.put(record())
+        assert least <= asyncio.get_running_loop().time() - started < most
+    proxy.accept()
+    assert await remote.put(record()) is PutResult.STORED
+
+
+async def test_a_listener_whose_connection_breaks_listens_again_and_looks_for_what_it_has_missed(
+    remote: RedisTaskStore, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_listener, "_RETRY_INTERVAL", 0.01)
+    notified = asyncio.Event()
+    remote.subscribe(on_waiting=notified.set, on_ended=notified.set)
+    for _ in range(3):
+        async with asyncio.timeout(10):
+            await notified.wait()
+        notified.clear()
+        proxy.cut()
+
+
+# --- what is acknowledged --------------------------------------------------------------------------------------------
+
+
+def with_replica() -> AbstractContextManager[StandaloneRedis]:
+    return redis_replicated(proxied=True)
+
+
+@pytest.fixture
+def replicated(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandaloneRedis]:
+    """Return a master with a replica, which the test may let lag, and let a store wait for it for 50 ms."""
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 50)
+    setup = shared(with_replica)
+    yield setup
+    catch_up(setup)
+
+
+def catch_up(setup: StandaloneRedis) -> None:
+    """Let the replica have all that its master has."""
+    setup.proxies[0].lag(0.0)
+    master, replica = setup.servers[0], setup.replicas()[0]
+    offsets = [lambda: master.info("replication")["master_repl_offset"]]
+    offsets.append(lambda: replica.info("replication")["slave_repl_offset"])
+    until(lambda: offsets[0]() == offsets[1](), "the replica has caught up")
+
+
+async def test_a_write_is_acknowledged_once_the_replicas_have_it(replicated: StandaloneRedis, name: str) -> None:
+    async with opened(f"{replicated.url}?name={name}&replicas=1") as store:
+        assert await store.put(record()) is PutResult.STORED
+        (replica,) = replicated.replicas()
+        with replica.client() as client:
+            assert client.hexists(f"{{{name}}}:ids", "a")
+
+
+async def test_a_record_that_too_few_replicas_have_is_rejected_and_taken_back(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicated.proxies[0].lag(0.5)
+    url = f"{replicated.url}?name={name}"
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            await store.put(record(key="k"))
+        assert await other.find("a") is None
+        assert await other.find_key("k") is None
+        await other.put(record())
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            await store.find("a")  # it may be lost yet
+        (lease,) = await store.lease("t", 1, until=9.0)
+        assert await store.begin_attempt(lease)
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            await store.finish("a", DONE, fence=lease.fence)
+        catch_up(replicated)
+        monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 1_000)
+        assert await store.finish("a", DONE, fence=lease.fence)
+        assert await state(store) is RecordState.DONE
+
+
+async def test_a_write_is_acknowledged_once_it_is_on_disk(name: str) -> None:
+    with redis_server(appendonly="yes", appendfsync="always") as server:
+        async with opened(f"{server.url}?name={name}&fsync=yes") as store:
+            assert await store.put(record()) is PutResult.STORED
+        async with opened(f"{server.url}?name={name}&fsync=yes&replicas=1") as store:
+            with pytest.raises(StoreUnavailable, match="only 0 of 1 disks of replicas"):
+                await store.put(record("b"))
+
+
+# --- what is checked before ------------------------------------------------------------------------------------------
+
+
+async def test_a_server_without_a_file_is_not_opened_with_fsync(server: StandaloneRedis) -> None:
+    with pytest.raises(StoreUnavailable, match=r"no append-only file.*Set appendonly yes"):
+        await open_task_store(f"{server.url}?fsync=yes").open()
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
+async def test_a_server_that_drops_keys_is_not_opened(policy: str) -> None:
+    with redis_server(maxmemory="100mb", maxmemory_policy=policy) as server:
+        with pytest.raises(StoreUnavailable, match=f"{policy}.*noeviction"):
+            await open_task_store(server.url).open()
+        server.servers[0].ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        async with opened(server.url) as store:
+            assert await store.put(record()) is PutResult.STORED
+
+
+async def test_a_full_server_rejects_records_and_lets_those_it_has_end() -> None:
+    with redis_server(maxmemory="4mb") as server:
+        async with opened(server.url) as store:
+            await store.put(record("first", enqueued_at=0.0))
+            stored = [put for put in range(100) if await stores(store, record(f"{put}", envelope=b"x" * 100_000))]
+            assert 1 < len(stored) < 60
+            (lease,) = await store.lease("t", 1, until=9.0)
+            assert lease.record.task_id == "first"
+            assert await store.begin_attempt(lease)
+            assert await store.finish("first", DONE, fence=lease.fence)
+            leases = await store.lease("t", len(stored) // 2, until=9.0)
+            rejected, *finished = await asyncio.gather(
+                store.put(record("late", envelope=b"x" * 100_000)),
+                *(store.finish(lease.record.task_id, DONE, fence=lease.fence) for lease in leases),
+                return_exceptions=True,
+            )
+            assert isinstance(rejected, StoreUnavailable)
+            assert "memory is full" in str(rejected)
+            assert finished == [True] * len(leases)
+            assert await store.put(record("late", envelope=b"x" * 100_000)) is PutResult.STORED
+
+
+async def stores(store: TaskStore, record: TaskRecord) -> bool:
+    try:
+        return await store.put(record) is PutResult.STORED
+    except StoreUnavailable:
+        return False
+
+
+async def test_an_overflow_of_a_newer_release_is_not_opened(server: StandaloneRedis, name: str) -> None:
+    server.servers[0].ask("SET", f"{{{name}}}:format", "2")
+    with pytest.raises(StoreUnavailable, match=r"format 2; this one knows 1.*\?name="):
+        await open_task_store(f"{server.url}?name={name}").open()
+
+
+async def test_the_key_of_another_program_is_reported(
+    store: RedisTaskStore, server: StandaloneRedis, name: str
+) -> None:
+    server.servers[0].ask("SET", f"{{{name}}}:ids", "mine")
+    with pytest.raises(StoreUnavailable, match=r"another program.*\?name="):
+        await store.put(record())
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_a_rejected_password_is_reported_at_once_and_not_shown() -> None:
+    with redis_server(requirepass="right") as server:
+        async with opened(server.url) as store:
+            assert await store.put(record()) is PutResult.STORED
+        for login in ("", ":secret@", "user:secret@"):
+            url = f"redis://{login}{server.servers[0]}"
+            with pytest.raises(StoreUnavailable, match="rejected the user or the password") as caught:
+                await open_task_store(url).open()
+            assert "secret" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_a_replica_is_not_opened(replicated: StandaloneRedis) -> None:
+    (replica,) = replicated.replicas()
+    with pytest.raises(StoreUnavailable, match=r"it is a replica.*redis\+sentinel"):
+        await open_task_store(f"redis://{replica}").open()
+    async with opened(f"redis://{replica},{replicated.servers[0]}") as store:  # of several hosts, the master
+        assert await store.lease("t", 1, until=9.0) == []
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_a_server_that_is_not_there_is_reported_with_its_address() -> None:
+    with pytest.raises(StoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*Connection refused.*server runs"):
+        await open_task_store("redis://user:secret@127.0.0.1:1").open()
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_large_payloads_are_sent_in_several_parts() -> None:
+    sizes = [3, 3, 3, 20, 1, 1]
+    group = [redis._Operation("put", b"", bool, b"x" * (size << 20)) for size in sizes]
+    group.append(redis._Operation("depths", b"", bool))
+    assert [[len(op.blob or b"") >> 20 for op in part] for part in redis._parts(group)] == [
+        [3, 3],
+        [3],
+        [20],
+        [1, 1, 0],
+    ]
+
+
+async def test_calls_at_once_are_one_round_trip(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
+    proxy.forget()
+    await asyncio.gather(*(remote.put(record(f"{number}")) for number in range(100)), remote.depths())
+    assert proxy.commands == ["EVALSHA"]
+
+
+async def test_reading_writes_nothing(store: RedisTaskStore, server: StandaloneRedis) -> None:
+    await store.put(record())
+    before = server.servers[0].info("replication")["master_repl_offset"], server.servers[0].ask("LASTSAVE")
+    changes = server.servers[0].info("persistence")["rdb_changes_since_last_save"]
+    await asyncio.gather(store.find("a"), store.find_key("k"), store.depths(), store.conversations())
+    await store.list_records(RecordState.WAITING, 9)
+    assert server.servers[0].info("persistence")["rdb_changes_since_last_save"] == changes
+    assert before[0] == server.servers[0].info("replication")["master_repl_offset"]
+
+
+async def test_a_listing_goes_on_through_many_records_of_other_states_and_of_one_time(store: RedisTaskStore) -> None:
+    ids = [f"{number:04}" for number in range(2_500)]
+    await asyncio.gather(*(store.put(record(each)) for each in ids))
+    leases = await store.lease("t", 2_499, until=9.0)
+    (listed,) = await store.list_records(RecordState.WAITING, 9)
+    assert listed.record.task_id == "2499"
+    pages, after = list[str](), None
+    while page := await store.list_records(RecordState.LEASED, 700, after=after):
+        pages += [each.record.task_id for each in page]
+        after = page[-1].position
+        await store.finish(page[-1].record.task_id, DONE, fence=leases[int(page[-1].record.task_id)].fence)
+    assert pages == ids[:-1]
+
+
+@pytest.mark.blocks
+def test_it_works_in_virtual_time(server: StandaloneRedis, name: str) -> None:
+    async def main() -> list[str]:
+        async with opened(f"{server.url}?name={name}") as store:
+            store.subscribe(on_waiting=lambda: None, on_ended=lambda: None)
+            await store.put(record())
+            await asyncio.sleep(3_600.0)
+            return [lease.record.task_id for lease in await store.lease("t", 1, until=9.0)]
+
+    assert simulate(main()) == ["a"]
