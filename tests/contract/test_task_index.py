@@ -23,6 +23,7 @@ DONE = Completion(status="succeeded", finished_at=50.0)
 @pytest.fixture(params=INDEXES, ids=str)
 async def index(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TaskIndex]:
     backend: StoreBackend = request.param
+    backend.start_server()
     store = open_task_store(backend.url(tmp_path, bound=5))
     await store.open()
     yield cast("TaskIndex", store)

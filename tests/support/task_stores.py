@@ -89,13 +89,20 @@ STORES = [
     ),
     StoreBackend("redis", REDIS, can=LASTING, server=lambda: shared(redis_server).url),
 ]
-INDEXES = STORES[:2]  # those that may be the index of a queue service
+INDEXES = list(STORES)  # those that may be the index of a queue service
 _SQS = "?endpoint={server}&region=eu-west-1&bound={bound}"
 _INDEXED = _SQS + "&results=sqlite:///{path}/index.db?synchronous=off"
 _ON_SQS = frozenset({DURABLE, SHARED, HISTORY})
 SQS_STORES = [
     StoreBackend("sqs", "sqs://{name}" + _INDEXED, can=_ON_SQS, server=moto_server.endpoint, slow=True),
     StoreBackend("sqs fifo", "sqs://{name}.fifo" + _INDEXED, can=_ON_SQS, server=moto_server.endpoint, slow=True),
+    StoreBackend(
+        "sqs redis",
+        "sqs://{name}?region=eu-west-1&bound={bound}&endpoint={server}?name={name}",
+        can=_ON_SQS,
+        server=lambda: f"{moto_server.endpoint()}&results={shared(redis_server).url}",
+        slow=True,
+    ),
     StoreBackend("sqs alone", "sqs://{name}" + _SQS, can=frozenset({DURABLE}), server=moto_server.endpoint, slow=True),
 ]
 SLOW_STORES = SQS_STORES[1:]  # whose tests are left out of `make test-quick`

@@ -102,6 +102,8 @@ def _index(results: StoreUrl | None, bound: int) -> TaskIndex:
             return MemoryTaskStore(bound=bound)
         case StoreUrl(scheme="sqlite", path=Path() as path, synchronous=synchronous):
             return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case StoreUrl(redis=RedisUrl() as redis):
+            return _redis_store_class(redis)(redis, bound=bound)
         case _:
             why = f"{results.scheme}:// cannot hold the results of a queue"
             raise InvalidOverflowUrl(url=f"results={results.scheme}://", why=why, forms=known_forms())

@@ -46,6 +46,7 @@ _MAX_PARKED = 10.0  # seconds
 _POLL = 1  # seconds for which a call of `lease` waits for a message of a record that waits
 _IN_HAND = 2.0  # seconds for which a message is kept that was received and not leased
 _MAX_IN_HAND = 200  # such messages of each priority
+_MAX_ASIDE = 200  # messages that are remembered while they are hidden
 _CLEANUP_INTERVAL = 60.0  # seconds
 _DISCOVERY_INTERVAL = 1.0  # seconds
 _RECEIVES_AN_ATTEMPT = 10  # receives that count as one lost attempt, where no index has counted the attempts
@@ -146,6 +147,7 @@ class SqsTaskStore:
         self._sending: asyncio.Future[None] | None = None
         self._in_hand: dict[Priority, dict[str, Message]] = {priority: {} for priority in Priority}  # by task id
         self._held: dict[str, _Held] = {}  # by task id
+        self._aside: dict[str, Message] = {}  # by task id: hidden, because their record is parked or delayed
         self._dead_messages: dict[str, Message] = {}  # without a shared index: the messages of dead letters, by task id
         self._unwanted: list[Message] = []  # to delete
         self._deleting: asyncio.Future[None] | None = None
@@ -201,6 +203,7 @@ class SqsTaskStore:
             for messages in self._in_hand.values():
                 messages.clear()
             self._held.clear()
+            self._aside.clear()
             await self._queues.close()
         finally:
             await self._index.close()
@@ -346,6 +349,7 @@ class SqsTaskStore:
         as a message is there. So a record whose message becomes visible meanwhile starts at once.
         """
         leases: list[Lease] = []
+        await self._take_back(wanted)
         messages: dict[str, Message] = {}  # whose records may be leased by this call, by task id
         hidden, is_empty = max(until - clock.wall_time(), _MIN_HIDDEN), False
         try:
@@ -371,6 +375,23 @@ class SqsTaskStore:
             for message in messages.values():
                 self._take_in_hand(message)
         return leases
+
+    def _set_aside(self, message: Message) -> None:
+        """Remember a message that is hidden until its record waits: this process need not wait to see it again."""
+        self._aside.pop(message.record.task_id, None)
+        self._aside[message.record.task_id] = message
+        if len(self._aside) > _MAX_ASIDE:
+            del self._aside[next(iter(self._aside))]
+
+    async def _take_back(self, wanted: _Wanted) -> None:
+        """Take messages in hand that were set aside, and whose records wait by now."""
+        ids = [task_id for task_id, message in self._aside.items() if wanted.fits(message)]
+        for task_id, found in zip(ids, await asyncio.gather(*map(self._index.find, ids)), strict=True):
+            if found is not None and found[0] in (RecordState.PARKED, RecordState.DELAYED):
+                continue
+            message = self._aside.pop(task_id, None)
+            if message is not None and found is not None and found[0] is RecordState.WAITING:
+                self._take_in_hand(message)
 
     def _take_from_hand(self, wanted: _Wanted) -> Mapping[str, Message]:
         """Take the messages out of hand whose records may be leased."""
@@ -445,12 +466,14 @@ class SqsTaskStore:
         if state is RecordState.DEAD:
             return await self._action_of_dead(message, record)
         if state is RecordState.DELAYED:
+            self._set_aside(message)
             return await self._until_next_due()
         if state is RecordState.LEASED:
             if (held := self._held.get(record.task_id)) is not None:
                 held.message = message  # the newest handle is the one that counts
             return _MIN_HIDDEN if record.task_type == _RESERVED else _HIDDEN
         if state is RecordState.PARKED:
+            self._set_aside(message)
             return min(_PARKED * message.receives, _MAX_PARKED)
         return _Action.LEASE if state is RecordState.WAITING else _Action.DELETE
 
@@ -546,6 +569,7 @@ class SqsTaskStore:
         delayed = await self._index.delay(lease, due=due, wait=wait, error=error)
         held = self._held.pop(lease.record.task_id, None)
         if delayed and held is not None:
+            self._set_aside(held.message)
             await self._hide([(held.message, max(0.0, due - clock.wall_time()))])
         return delayed
 
