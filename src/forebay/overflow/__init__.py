@@ -90,7 +90,7 @@ def _sqs_store(sqs: SqsUrl, bound: int) -> TaskStore:
         from forebay.overflow.sqs import SqsTaskStore  # noqa: PLC0415 - its libraries are an extra
         from forebay.overflow.sqs_queues import SqsQueues  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        if error.name != "botocore":
+        if (error.name or "").partition(".")[0] != "botocore":
             raise
         raise StoreNotInstalled(where=f"sqs://{sqs.queue}", library="botocore", extra="sqs") from None
     return SqsTaskStore(SqsQueues(sqs), _index(sqs.results, bound))

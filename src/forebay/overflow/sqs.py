@@ -46,7 +46,7 @@ _MAX_PARKED = 10.0  # seconds
 _POLL = 1  # seconds for which a call of `lease` waits for a message of a record that waits
 _IN_HAND = 2.0  # seconds for which a message is kept that was received and not leased
 _MAX_IN_HAND = 200  # such messages of each priority
-_MAX_ASIDE = 200  # messages that are remembered while they are hidden
+_MAX_HIDDEN = 200  # messages that are remembered while they are hidden
 _CLEANUP_INTERVAL = 60.0  # seconds
 _DISCOVERY_INTERVAL = 1.0  # seconds
 _RECEIVES_AN_ATTEMPT = 10  # receives that count as one lost attempt, where no index has counted the attempts
@@ -147,7 +147,7 @@ class SqsTaskStore:
         self._sending: asyncio.Future[None] | None = None
         self._in_hand: dict[Priority, dict[str, Message]] = {priority: {} for priority in Priority}  # by task id
         self._held: dict[str, _Held] = {}  # by task id
-        self._aside: dict[str, Message] = {}  # by task id: hidden, because their record is parked or delayed
+        self._hidden: dict[str, Message] = {}  # by task id: hidden, because their record is parked or delayed
         self._dead_messages: dict[str, Message] = {}  # without a shared index: the messages of dead letters, by task id
         self._unwanted: list[Message] = []  # to delete
         self._deleting: asyncio.Future[None] | None = None
@@ -203,7 +203,7 @@ class SqsTaskStore:
             for messages in self._in_hand.values():
                 messages.clear()
             self._held.clear()
-            self._aside.clear()
+            self._hidden.clear()
             await self._queues.close()
         finally:
             await self._index.close()
@@ -376,20 +376,20 @@ class SqsTaskStore:
                 self._take_in_hand(message)
         return leases
 
-    def _set_aside(self, message: Message) -> None:
+    def _remember_hidden(self, message: Message) -> None:
         """Remember a message that is hidden until its record waits: this process need not wait to see it again."""
-        self._aside.pop(message.record.task_id, None)
-        self._aside[message.record.task_id] = message
-        if len(self._aside) > _MAX_ASIDE:
-            del self._aside[next(iter(self._aside))]
+        self._hidden.pop(message.record.task_id, None)
+        self._hidden[message.record.task_id] = message
+        if len(self._hidden) > _MAX_HIDDEN:
+            del self._hidden[next(iter(self._hidden))]
 
     async def _take_back(self, wanted: _Wanted) -> None:
-        """Take messages in hand that were set aside, and whose records wait by now."""
-        ids = [task_id for task_id, message in self._aside.items() if wanted.fits(message)]
+        """Take hidden messages in hand whose records wait by now."""
+        ids = [task_id for task_id, message in self._hidden.items() if wanted.fits(message)]
         for task_id, found in zip(ids, await asyncio.gather(*map(self._index.find, ids)), strict=True):
             if found is not None and found[0] in (RecordState.PARKED, RecordState.DELAYED):
                 continue
-            message = self._aside.pop(task_id, None)
+            message = self._hidden.pop(task_id, None)
             if message is not None and found is not None and found[0] is RecordState.WAITING:
                 self._take_in_hand(message)
 
@@ -466,14 +466,14 @@ class SqsTaskStore:
         if state is RecordState.DEAD:
             return await self._action_of_dead(message, record)
         if state is RecordState.DELAYED:
-            self._set_aside(message)
+            self._remember_hidden(message)
             return await self._until_next_due()
         if state is RecordState.LEASED:
             if (held := self._held.get(record.task_id)) is not None:
                 held.message = message  # the newest handle is the one that counts
             return _MIN_HIDDEN if record.task_type == _RESERVED else _HIDDEN
         if state is RecordState.PARKED:
-            self._set_aside(message)
+            self._remember_hidden(message)
             return min(_PARKED * message.receives, _MAX_PARKED)
         return _Action.LEASE if state is RecordState.WAITING else _Action.DELETE
 
@@ -569,7 +569,7 @@ class SqsTaskStore:
         delayed = await self._index.delay(lease, due=due, wait=wait, error=error)
         held = self._held.pop(lease.record.task_id, None)
         if delayed and held is not None:
-            self._set_aside(held.message)
+            self._remember_hidden(held.message)
             await self._hide([(held.message, max(0.0, due - clock.wall_time()))])
         return delayed
 

@@ -25,8 +25,10 @@ from forebay.storage import SqsUrl, StoreUrl, Synchronous, parse_url
         ),
         ("sqs://queue", StoreUrl(scheme="sqs", sqs=SqsUrl(queue="queue"))),
         (
-            "sqs://a_B-1.fifo?endpoint=http://127.0.0.1:5000&region=eu-west-1&create=no&bound=7"
-            "&results=sqlite:////s.db?synchronous=off",
+            (
+                "sqs://a_B-1.fifo?endpoint=http://127.0.0.1:5000&region=eu-west-1&create=no&bound=7"
+                "&results=sqlite:////s.db?synchronous=off"
+            ),
             StoreUrl(
                 scheme="sqs",
                 bound=7,
