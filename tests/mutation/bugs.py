@@ -45,6 +45,7 @@ from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, sqlite
 from forebay.overflow.redis import RedisTaskStore
+from forebay.overflow.sqs import SqsTaskStore
 from forebay.quota import (
     BilledUsage,
     BudgetReservation,
@@ -673,6 +674,32 @@ def a_clock_that_was_set_is_not_noticed() -> None:
     always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
 
 
+# --- tasks in a queue service ---
+
+
+def a_reservation_is_never_ended() -> None:
+    always(SqsTaskStore, SqsTaskStore._remove_reservations, returns=None)
+
+
+def a_dead_letter_loses_its_envelope() -> None:
+    always(SqsTaskStore, SqsTaskStore._keep_dead, returns=None)
+
+
+def a_message_without_a_record_is_ignored() -> None:
+    always(SqsTaskStore, SqsTaskStore._adopt, returns=3600.0)
+
+
+def a_message_is_deleted_before_the_end_of_its_task_is_stored() -> None:
+    original = SqsTaskStore.finish
+
+    async def finish(self: SqsTaskStore, task_id: str, completion: Completion, *, fence: str | None) -> bool:
+        if (held := self._held.get(task_id)) is not None:
+            await self._queues.delete([held.message])
+        return await original(self, task_id, completion, fence=fence)
+
+    replace(SqsTaskStore, original, finish)
+
+
 def a_process_waits_long_between_its_attempts_to_write() -> None:
     sqlite_file._POLL_INTERVAL_MS = 5_000
 
@@ -762,13 +789,6 @@ def a_slow_overflow_gets_more_and_more_work() -> None:
 
 def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
     always(StoredTasks, StoredTasks._may_finish_later, returns=False)
-
-
-# --- the overflow on Redis: what a lost answer or a lost master may not change ---
-
-
-def a_repeated_write_on_redis_waits_for_no_replica() -> None:
-    edit_redis_script("call('EXPIRE', last, REMEMBERED)", "")
 
 
 # --- spend and quotas ---
@@ -2168,6 +2188,10 @@ def a_record_is_taken_back_that_another_call_has_put() -> None:
 
 def the_end_of_a_lease_whose_answer_was_lost_is_rejected() -> None:
     always(RedisTaskStore, RedisTaskStore._remember, returns=None)
+
+
+def a_repeated_write_is_acknowledged_before_the_replicas_have_it() -> None:
+    edit_redis_script("call('EXPIRE', last, REMEMBERED)", "")
 
 
 def a_write_is_acknowledged_before_the_replicas_have_it() -> None:

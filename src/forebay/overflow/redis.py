@@ -54,9 +54,12 @@ _KEYS = (
 _FORMAT = b"1"  # how the records are laid out
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
-_MAX_BYTES = 8 << 20  # of payloads and results in one run, unless a single one is larger
+_MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
 _BATCH = 500  # records that reap, wake and prune take at once
-_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
+_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
+# How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
+# next, and two more while the disk is busy.
+_DISKS_TIMEOUT_MS = 4_000
 _MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back
 
 _encode = msgspec.json.Encoder().encode
@@ -103,11 +106,14 @@ class _Operation(NamedTuple):
     identity: tuple[str, str | None] = ("", None)
 
 
-_PUT, _FINISH, _MARK_DEAD, _DELAY = "put", "finish", "mark_dead", "delay"
+_PUT, _REPLACE, _FINISH, _MARK_DEAD, _DELAY = "put", "replace", "finish", "mark_dead", "delay"
+_PUTS = frozenset({_PUT, _REPLACE})
 _ENDS_LEASE = frozenset({_FINISH, _MARK_DEAD, _DELAY})
 # Operations that are answered once as many replicas, or disks, have them as the URL asks for. A lease is not among
 # them: if it is lost with its master, another holder gets the record and the fence rejects the first.
-_ACKNOWLEDGED = frozenset({*_ENDS_LEASE, _PUT, "requeue", "delete_dead", "expire", "find", "find_key"})
+_ACKNOWLEDGED = frozenset(
+    {*_ENDS_LEASE, *_PUTS, "set_envelope", "requeue", "delete_dead", "expire", "find", "find_key"}
+)
 _READS = frozenset({"expired", "envelope", "find", "find_key", "depths", "conversations", "list"})
 
 
@@ -135,7 +141,7 @@ class RedisTaskStore:
         self._channel = f"{self._prefix}news"
         self._callbacks: dict[str, Callable[[], None]] = {}  # by the letter that the script publishes
         self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
-        self._client_id = new_id()
+        self._client_id = ""  # of this opening: a copy in a forked process has another
         self._numbers = itertools.count(1)
         self._queue: OperationQueue[_Connections, _Operation] = OperationQueue(
             where=str(url),
@@ -180,8 +186,14 @@ class RedisTaskStore:
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult:
         """Store `record`, where another process finds it."""
+        arguments = self._put_arguments(record, fence, until, now)
+        result: PutResult = await self._submit(_PUT, arguments, _decode_put, record.envelope, (record.task_id, fence))
+        return result
+
+    @staticmethod
+    def _put_arguments(record: TaskRecord, fence: str | None, until: float, now: float) -> tuple[Any, ...]:
         not_before = record.not_before
-        arguments = (
+        return (
             record.task_id,
             _queue_of(record.task_type, record.priority, record.tenant),
             _sortable(inf if record.deadline is None else record.deadline) + _sortable(record.enqueued_at),
@@ -197,8 +209,6 @@ class RedisTaskStore:
             not_before is not None and repr(not_before),
             fence is None and not_before is not None and not_before > now,
         )
-        result: PutResult = await self._submit(_PUT, arguments, _decode_put, record.envelope, (record.task_id, fence))
-        return result
 
     async def lease(
         self,
@@ -216,7 +226,19 @@ class RedisTaskStore:
         priorities = [int(each) for each in (Priority if priority is None else (priority,))]
         tenants = shares is not None and [(_quoted(tenant), share) for tenant, share in shares.items()]
         arguments = (_quoted(task_type), priorities, limit, repr(until), new_id(), tenants)
-        leasing = self._submit("lease", arguments, partial(_decode_leases, until=until))
+        return await self._hold(self._submit("lease", arguments, partial(_decode_leases, until=until)))
+
+    async def lease_ids(self, task_ids: Sequence[str], *, until: float) -> Sequence[Lease]:
+        """Lease the waiting ones of given records. Cancelled, release what was leased after all."""
+        known = [task_id for task_id in task_ids if is_unicode(task_id)]
+        if not known:
+            self._queue.check_open()
+            return []
+        arguments = (known, repr(until), new_id())
+        return await self._hold(self._submit("lease_ids", arguments, partial(_decode_leases, until=until)))
+
+    async def _hold(self, leasing: asyncio.Future[Sequence[Lease]]) -> Sequence[Lease]:
+        """Return the leases that are being made; if cancelled, release them once they are made."""
         try:
             leases: Sequence[Lease] = await asyncio.shield(leasing)
         except asyncio.CancelledError:
@@ -350,6 +372,19 @@ class RedisTaskStore:
         result: PutResult | None = await self._submit("requeue", (task_id,), _decode_requeue)
         return result
 
+    async def replace(
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult | None:
+        """Put a record in place of a leased one."""
+        arguments = (*self._put_arguments(record, fence, until, now), lease.fence)
+        identity = (record.task_id, fence)
+        result: PutResult | None = await self._submit(_REPLACE, arguments, _decode_requeue, record.envelope, identity)
+        return result
+
+    async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
+        """Replace the envelope of a record that is not DONE."""
+        return is_unicode(task_id) and await self._submit("set_envelope", (task_id,), bool, envelope)
+
     async def delete_dead(self, task_id: str) -> bool:
         """Delete a DEAD record."""
         return is_unicode(task_id) and await self._submit("delete_dead", (task_id,), bool)
@@ -393,6 +428,7 @@ class RedisTaskStore:
         return self._queue.submit(_Operation(name, _encode((name, *arguments)), decode, blob, identity))
 
     def _connect(self) -> _Connections:
+        self._client_id, self._numbers = new_id(), itertools.count(1)
         load = [("SCRIPT", "LOAD", _SCRIPT)]
         groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
         self._check_format(groups)
@@ -411,7 +447,9 @@ class RedisTaskStore:
             StoreUnavailable: a newer release has written them.
         """
         key = f"{self._prefix}format"
-        _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
+        (found,) = master.call(("GET", key))
+        if found is None:  # else nothing is written: its memory may be full, and what it has is to end
+            _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
         if found != _FORMAT:
             why = f"a newer Forebay wrote {self._prefix} (format {found.decode()}; this one knows {_FORMAT.decode()})"
             raise StoreUnavailable(where=str(self._url), why=why, advice="Upgrade Forebay here, or give another ?name=")
@@ -446,7 +484,7 @@ class RedisTaskStore:
             elif shortage is not None and op.name in _ACKNOWLEDGED:
                 values.append(OperationError(shortage))
             else:
-                values.append(op.decode(reply))
+                values.append(_decode(op, reply))
         if shortage is not None:
             self._remember(ops, number)
             with suppress(StoreUnavailable):  # later then, before the next operations
@@ -456,10 +494,15 @@ class RedisTaskStore:
     def _acknowledgement(self) -> Sequence[Any] | None:
         """Return the command that waits for the replicas and disks that the URL asks for."""
         if self._url.fsync:
-            return ("WAITAOF", 1, self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAITAOF", 1, self._url.replicas, self._acknowledge_timeout)
         if self._url.replicas:
-            return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAIT", self._url.replicas, self._acknowledge_timeout)
         return None
+
+    @property
+    def _acknowledge_timeout(self) -> int:
+        """Milliseconds in which those replicas and disks must have a write."""
+        return _DISKS_TIMEOUT_MS if self._url.fsync else _ACKNOWLEDGE_TIMEOUT_MS
 
     def _shortage(self, had: Any) -> StoreUnavailable | None:
         """Return the error of operations that only so many replicas and disks have as the master has answered."""
@@ -467,9 +510,9 @@ class RedisTaskStore:
         if local and replicas >= self._url.replicas:
             return None
         of = "disks of replicas" if self._url.fsync else "replicas"
-        why = f"only {replicas} of {self._url.replicas} {of} had the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+        why = f"only {replicas} of {self._url.replicas} {of} had the write within {self._acknowledge_timeout} ms"
         if not local:
-            why = f"its own disk did not have the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+            why = f"its own disk did not have the write within {self._acknowledge_timeout} ms"
         advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
         return StoreUnavailable(where=str(self._url), why=why, advice=advice)
 
@@ -486,7 +529,7 @@ class RedisTaskStore:
     def _remember(self, ops: Sequence[_Operation], number: int | None) -> None:
         """Remember what operations have perhaps done whose callers get an error."""
         for op in ops:
-            if op.name == _PUT:
+            if op.name in _PUTS:
                 task_id, fence = op.identity
                 arguments = (task_id, f"{self._client_id}:{number}", _or_false(fence))
                 self._to_take_back.append(_Operation("take_back", _encode(("take_back", *arguments)), bool))
@@ -502,6 +545,13 @@ class RedisTaskStore:
             master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
             for _ in some:
                 self._to_take_back.popleft()
+
+
+def _decode(op: _Operation, reply: Any) -> Any:
+    try:
+        return op.decode(reply)
+    except Exception as error:  # noqa: BLE001 - a record that somebody else has changed must not fail other operations
+        return OperationError(error)
 
 
 def _same(value: Any) -> Any:
