@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import pytest
-from tests.support.task_stores import SHARED, StoreBackend
+from tests.support.task_stores import ENVELOPE, SHARED, StoreBackend
 from typer.testing import CliRunner, Result
 
 from forebay import clock
@@ -139,7 +139,7 @@ def test_a_listing_is_limited_and_says_so(filled: Command) -> None:
     assert len(filled.json("ls", "--type", "research", "--limit", "1")) == 1
 
 
-def test_one_record_is_shown_and_its_payload_only_on_request(filled: Command) -> None:
+def test_one_record_is_shown_and_its_payload_only_on_request(filled: Command, backend: StoreBackend) -> None:
     done = filled("show", "dead")
     assert done.exit_code == 0
     assert PAYLOAD not in done.output
@@ -147,6 +147,12 @@ def test_one_record_is_shown_and_its_payload_only_on_request(filled: Command) ->
     assert (shown["state"], shown["key"], shown["error"]) == ("dead", "key of dead", "ConnectionError: no answer")
     assert "h ago" in shown["finished_at"]
     assert filled.json("show", "dead", "--payload")["payload"] == PAYLOAD
+    waiting = filled.json("show", "waits", "--payload")
+    assert (waiting["payload"], waiting.get("payload_error")) == (
+        (PAYLOAD, None)
+        if ENVELOPE in backend.can
+        else (None, "this overflow does not show it before the task has ended")
+    )
     assert "result" not in filled.json("show", "done")
     assert filled.json("show", "done", "--payload")["result"] == "an answer"
 

@@ -264,11 +264,19 @@ def _run(url: str, action: Callable[[TaskStore], Awaitable[T]]) -> T:
 
 
 def _find_store(url: str) -> TaskStore:
+    """Return the store that `url` names, if another process may have records in it; nothing is made by opening it."""
     named = parse_url(url)
-    if named.scheme == "memory":
+    index = named if named.sqs is None else named.sqs.results
+    if index is None:
+        _fail(
+            "without results= the index of a queue is seen by its process alone; give the URL that it has", _USAGE_ERROR
+        )
+    if index.scheme == "memory":
         _fail("an overflow in memory is seen by its process alone; name one in a file or on a server", _USAGE_ERROR)
-    if named.path is not None and not named.path.is_file():  # opening it would make it
-        _fail(f"there is no file {one_line(str(named.path))}")
+    if index.path is not None and not index.path.is_file():
+        _fail(f"there is no file {one_line(str(index.path))}")
+    if named.sqs is not None and named.sqs.create and "create=" not in url:
+        url += "&create=no"
     return open_task_store(url)
 
 
@@ -352,6 +360,8 @@ def _content(record: TaskRecord, completion: Completion | None) -> dict[str, Any
             content |= plain_value("payload", decode_task(record.envelope).payload)
         except (EnvelopeDamaged, EnvelopeTooNew) as error:
             content |= {"payload": None, "payload_error": str(error)}
+    elif completion is None:
+        content |= {"payload": None, "payload_error": "this overflow does not show it before the task has ended"}
     if completion is not None and completion.result is not None:
         try:
             content |= plain_value("result", decode_result(completion.result))

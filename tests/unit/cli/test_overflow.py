@@ -18,6 +18,9 @@ from forebay.cli.text_table import one_line, text_table
         ("mysql://host/db", 2, "there is no store 'mysql'"),
         ("memory://", 2, "an overflow in memory is seen by its process alone"),
         ("sqlite:///no/such/file.db", 1, "there is no file"),
+        ("sqs://tasks", 2, "without results= the index of a queue is seen by its process alone"),
+        ("sqs://tasks?results=memory://", 2, "an overflow in memory is seen by its process alone"),
+        ("sqs://tasks?results=sqlite:///no/such/file.db", 1, "there is no file"),
     ],
 )
 @pytest.mark.parametrize(
