@@ -384,3 +384,19 @@ async def test_cancelling_many_keeps_no_times_of_them() -> None:
         spill = supervisor._dispatcher_here().spill
         assert spill is not None
         assert len(spill.stored.delayed._own) < 200
+
+
+@virtual
+async def test_a_durable_task_that_a_run_awaits_while_draining_waits_here_for_its_time(file: str) -> None:
+    async def parent(task: Task) -> Any:
+        if task.payload == "parent":
+            await asyncio.sleep(1.0)
+            return await supervisor.run(Task("work", "child", durable=True, not_before=after(10.0)))
+        return now()
+
+    supervisor = make_supervisor(parent, file)
+    async with supervisor:
+        ticket = await supervisor.submit(Task("work", "parent"))
+        await run_ready()
+        await supervisor.drain()
+        assert await ticket.value() == about(11.0)

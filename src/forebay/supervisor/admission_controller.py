@@ -454,8 +454,8 @@ class AdmissionController:
         tenant = ticket.task.tenant
         path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested, tenant=tenant)
         if ticket.task.thread_id is not None and ticket.lease is None:  # one with a lease is the first of those stored
-            worth = may_spill and self._worth_storing(ticket, pool, remaining)
-            if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
+            refusal = self._conversation_refusal(ticket, pool, path_load, remaining, may_spill=may_spill)
+            if refusal is not None:
                 return refusal
         if may_spill and not ticket.nested and pool.spilled_ahead(priority, tenant):
             worth = self._worth_storing(ticket, pool, remaining)
@@ -561,11 +561,14 @@ class AdmissionController:
         load = self._load.on_path(pool, ticket.task.priority)[0]
         return Refusal(f"its deadline, {how}, cannot be met", None, load, may_spill=False, final=True)
 
-    def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
+    def _conversation_refusal(
+        self, ticket: Ticket, pool: Pool, load: float, remaining: float, *, may_spill: bool
+    ) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
         thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
         if not self._is_conversation_full(thread_id, pool, nested=ticket.nested):
             return None
+        may_spill = may_spill and self._worth_storing(ticket, pool, remaining)
         conversation = conversations.get(thread_id)
         if not ticket.nested and conversations.waits_in_overflow(thread_id):
             reason = "earlier tasks of its conversation wait in the overflow"

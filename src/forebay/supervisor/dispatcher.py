@@ -253,13 +253,28 @@ class Dispatcher:
 
     # --- into the queue, and out of it ---
 
-    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
-        """Hold an admitted task for its time, park it behind its conversation, start it on `worker`, or queue it."""
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, *, is_due: bool = False) -> None:
+        """Hold an admitted task for its time, park it behind its conversation, start it on `worker`, or queue it.
+
+        With `is_due`, its time has come, whatever the wall clock says.
+        """
+        task = ticket.task
         self._registry.add(ticket)
-        if ticket.task.not_before is not None and ticket.lease is None and self.scheduled.hold(ticket):
+        if task.not_before is not None and not is_due and self.scheduled.hold(ticket):
             self._tell_drains()
+        elif task.thread_id is not None and not self.conversations.enter(ticket):
+            ticket.wait()
+            pool.park(ticket)
+            self.arm_expiry(ticket)
+            self._tell_drains()
+        elif ticket.retries is not None and not self.retries.allow(ticket):
+            pass  # it waits for the retry budget, or has ended
+        elif worker is not None and not (self._tenants.bounded and task.tenant in self._tenants.blocked):
+            if worker.reserve and task.priority <= URGENT:  # others may wait, though a slot is free
+                self._served_by[worker].pass_over(task.priority)
+            self.start(ticket, worker)
         else:
-            self._start_or_queue(ticket, pool, worker)
+            self._enqueue(ticket, pool)
 
     def recount_conversations(self) -> None:
         """Ask the overflow, in the background, which conversations have tasks in it."""
@@ -269,22 +284,7 @@ class Dispatcher:
     def join_queue(self, ticket: Ticket) -> None:
         """Start or queue a task whose time has come, behind its conversation."""
         pool = self._pools[ticket.task.task_type]
-        self._start_or_queue(ticket, pool, self.pick_worker(pool, ticket))
-
-    def _start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
-        if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
-            ticket.wait()
-            pool.park(ticket)
-            self.arm_expiry(ticket)
-            self._tell_drains()
-        elif ticket.retries is not None and not self.retries.allow(ticket):
-            pass  # it waits for the retry budget, or has ended
-        elif worker is not None and not (self._tenants.bounded and ticket.task.tenant in self._tenants.blocked):
-            if worker.reserve and ticket.task.priority <= URGENT:  # others may wait, though a slot is free
-                self._served_by[worker].pass_over(ticket.task.priority)
-            self.start(ticket, worker)
-        else:
-            self._enqueue(ticket, pool)
+        self.start_or_queue(ticket, pool, self.pick_worker(pool, ticket), is_due=True)
 
     def _enqueue(self, ticket: Ticket, pool: Pool) -> None:
         rank = RANK_LAST
@@ -339,7 +339,8 @@ class Dispatcher:
         pool = self._pools[ticket.task.task_type]
         self._timers.cancel(ticket.clear_expiry())
         self.retries.leave(ticket)
-        self.scheduled.leave(ticket)
+        if ticket.task.not_before is not None:
+            self.scheduled.leave(ticket)
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
             pool.unpark(ticket)

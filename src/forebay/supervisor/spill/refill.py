@@ -54,8 +54,8 @@ class RefillDispatcher(TicketOwner, Protocol):
     def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
 
-    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
-        """Start a task on `worker`, or queue it."""
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, *, is_due: bool = False) -> None:
+        """Start a task on `worker`, or queue it; unless `is_due`, hold it until its time."""
 
     def serve(self, pool: Pool) -> None:
         """Start what waits in the queue of `pool`, on workers that have a free slot."""
@@ -332,7 +332,7 @@ class Refiller:
             stored.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, error))
         else:
             worker = None if pool.takes_turns else dispatcher.pick_worker(pool, ticket)  # else `serve` starts it
-            dispatcher.start_or_queue(ticket, pool, worker)
+            dispatcher.start_or_queue(ticket, pool, worker, is_due=True)
 
     async def _read_ticket(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
         """Return the ticket of a record that another process stored, or None if this one cannot read it."""

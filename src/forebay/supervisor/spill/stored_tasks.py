@@ -53,8 +53,8 @@ class StoredTaskDispatcher(Protocol):
     def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
 
-    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
-        """Start a task on `worker`, or queue it."""
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, *, is_due: bool = False) -> None:
+        """Start a task on `worker`, or queue it; unless `is_due`, hold it until its time."""
 
 
 def _is_dead(status: TaskStatus, lease: Lease | None) -> bool:
@@ -408,7 +408,8 @@ class StoredTasks:
         elif (late := self._dispatcher.expiry_reason(ticket, pool)) is not None:
             self.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, late))
         else:
-            self._dispatcher.start_or_queue(ticket, pool, self._dispatcher.pick_worker(pool, ticket))
+            worker = self._dispatcher.pick_worker(pool, ticket)
+            self._dispatcher.start_or_queue(ticket, pool, worker, is_due=True)
 
     def _leave_delayed(self, ticket: Ticket, delay: _Delay, *, delayed: bool) -> None:
         """Leave a task whose record is `delayed`, or else leased by another process."""
