@@ -56,7 +56,10 @@ _FORMAT = b"1"  # how the records are laid out
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
 _MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
 _BATCH = 500  # records that reap, wake and prune take at once
-_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
+_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
+# How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
+# next, and two more while the disk is busy.
+_DISKS_TIMEOUT_MS = 4_000
 _MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back
 
 _encode = msgspec.json.Encoder().encode
@@ -473,10 +476,15 @@ class RedisTaskStore:
     def _acknowledgement(self) -> tuple[Any, ...]:
         """Return the command that waits for the replicas and disks that the URL asks for; empty if it asks for none."""
         if self._url.fsync:
-            return ("WAITAOF", 1, self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAITAOF", 1, self._url.replicas, self._acknowledge_timeout)
         if self._url.replicas:
-            return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAIT", self._url.replicas, self._acknowledge_timeout)
         return ()
+
+    @property
+    def _acknowledge_timeout(self) -> int:
+        """Milliseconds in which those replicas and disks must have a write."""
+        return _DISKS_TIMEOUT_MS if self._url.fsync else _ACKNOWLEDGE_TIMEOUT_MS
 
     def _shortage(self, had: Any) -> StoreUnavailable | None:
         """Return the error of operations that only so many replicas and disks have as the master has answered."""
@@ -484,9 +492,9 @@ class RedisTaskStore:
         if local and replicas >= self._url.replicas:
             return None
         of = "disks of replicas" if self._url.fsync else "replicas"
-        why = f"only {replicas} of {self._url.replicas} {of} had the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+        why = f"only {replicas} of {self._url.replicas} {of} had the write within {self._acknowledge_timeout} ms"
         if not local:
-            why = f"its own disk did not have the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+            why = f"its own disk did not have the write within {self._acknowledge_timeout} ms"
         advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
         return StoreUnavailable(where=str(self._url), why=why, advice=advice)
 

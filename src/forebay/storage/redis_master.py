@@ -24,7 +24,8 @@ _MIN_VERSION = (7, 0)
 _MIN_VERSION_FOR_FSYNC = (7, 2)  # WAITAOF
 
 _CONNECT_TIMEOUT = 1.0  # seconds
-_ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas and its disk
+_ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas
+_DISKS_TIMEOUT = 3.0  # seconds more, if it waits for its disk
 _PATIENCE = 5.0  # seconds in which a master is looked for
 _CHECK_INTERVAL = 15  # seconds after which an idle connection is checked before it is used, or while it listens
 _RETRY_INTERVAL = 0.1  # seconds between two attempts
@@ -212,7 +213,7 @@ def _plain_client(url: RedisUrl, host: str, port: int, **login: Any) -> redis.Re
         host=host,
         port=port,
         ssl=url.tls,
-        socket_timeout=_ANSWER_TIMEOUT,
+        socket_timeout=_ANSWER_TIMEOUT + (_DISKS_TIMEOUT if url.fsync else 0.0),
         socket_connect_timeout=_CONNECT_TIMEOUT,
         socket_keepalive=True,
         health_check_interval=_CHECK_INTERVAL,
