@@ -32,7 +32,9 @@ from tests.acceptance import (
     test_leases,
     test_lifecycle,
     test_lost_file,
+    test_many_supervisors,
     test_nested,
+    test_not_before,
     test_open_runs,
     test_overflow,
     test_portal,
@@ -843,6 +845,31 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_delayed_tasks.test_a_retry_in_the_store_does_not_wait_for_maintenance
     ),
     bugs.the_store_does_not_count_the_attempts_that_failed: test_task_store.test_failures_and_delays_add_up,
+    # tasks that wait for their time, and overflows that processes share
+    bugs.a_task_does_not_wait_for_its_time: test_not_before.test_a_task_starts_at_its_time,
+    bugs.a_drain_waits_for_a_task_of_tomorrow: test_not_before.test_draining_cancels_what_nothing_keeps,
+    bugs.a_conversation_waits_behind_one_that_waits_for_its_time: (
+        test_task_store.test_a_record_joins_its_conversation_at_its_time
+    ),
+    bugs.a_task_that_waits_here_passes_its_conversation_in_the_overflow: (
+        test_not_before.test_one_that_may_not_spill_waits_here_and_not_ahead_of_its_conversation_in_the_overflow
+    ),
+    bugs.a_cancelled_task_leaves_its_time_behind: test_not_before.test_cancelling_many_keeps_no_times_of_them,
+    bugs.a_task_that_another_process_has_stored_waits_for_the_heartbeat: (
+        test_many_supervisors.test_a_task_starts_soon_in_an_idle_process
+    ),
+    bugs.a_busy_process_overlooks_what_others_have_stored: (
+        test_many_supervisors.test_a_record_that_waits_for_nothing_but_a_slot_starts_when_one_is_free
+    ),
+    bugs.the_result_of_another_process_waits_for_the_heartbeat: (
+        test_many_supervisors.test_a_result_of_another_process_is_noticed_by_all_who_await_it
+    ),
+    bugs.all_processes_ask_for_a_record_at_once: (
+        test_many_supervisors.test_idle_supervisors_do_not_all_ask_for_the_same_record
+    ),
+    bugs.a_process_takes_records_that_its_upstream_cannot_serve: (
+        test_many_supervisors.test_records_are_left_to_others_while_an_upstream_is_under_pressure
+    ),
     bugs.a_call_whose_answer_was_lost_is_done_again: (
         test_redis_store.test_a_call_whose_connection_breaks_is_done_once
     ),

@@ -26,7 +26,7 @@ class StoreBackend:
         can: DURABLE, SHARED.
         options: appended to the URL, one for each way to write; the last is the fastest.
         server: starts the server that the store needs, unless it runs, and returns its URL; None: it needs none.
-        slow: an operation takes a millisecond, so that tests of many random ones do fewer.
+        slow: tests of many random operations do fewer: one takes a millisecond, or another backend has the same code.
     """
 
     name: str
@@ -56,6 +56,12 @@ class StoreBackend:
 
 
 REDIS = "{server}?name={name}&bound={bound}"
+
+
+def on_redis(name: str, server: Callable[[], str], *, slow: bool = False) -> StoreBackend:
+    return StoreBackend(name, REDIS, can=frozenset({DURABLE, SHARED}), server=server, slow=slow)
+
+
 STORES = [
     StoreBackend("memory", "memory://?bound={bound}"),
     StoreBackend(
@@ -65,14 +71,14 @@ STORES = [
         options=("&synchronous=full", "&synchronous=normal", "&synchronous=off"),
         slow=True,
     ),
-    StoreBackend("redis", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_server).url),
+    on_redis("redis", lambda: shared(redis_server).url),
 ]
 # Further ways to run a store, for the contract alone: a supervisor sees no more of it than the contract.
 ALL_STORES = [
     *STORES,
-    StoreBackend("fakeredis", REDIS, can=frozenset({DURABLE, SHARED}), server=shared_fakeredis, slow=True),
-    StoreBackend("sentinel", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_sentinels).url),
-    StoreBackend("cluster", REDIS, can=frozenset({DURABLE, SHARED}), server=lambda: shared(redis_cluster).url),
+    on_redis("fakeredis", shared_fakeredis, slow=True),
+    on_redis("sentinel", lambda: shared(redis_sentinels).url, slow=True),
+    on_redis("cluster", lambda: shared(redis_cluster).url, slow=True),
 ]
 DURABLE_STORES = [backend for backend in STORES if DURABLE in backend.can]
 SHARED_STORES = [backend for backend in DURABLE_STORES if SHARED in backend.can]

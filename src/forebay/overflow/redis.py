@@ -54,7 +54,7 @@ _KEYS = (
 _FORMAT = b"1"  # how the records are laid out
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
-_MAX_BYTES = 8 << 20  # of payloads and results in one run, unless a single one is larger
+_MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
 _BATCH = 500  # records that reap, wake and prune take at once
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
 # How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
@@ -138,7 +138,7 @@ class RedisTaskStore:
         self._channel = f"{self._prefix}news"
         self._callbacks: dict[str, Callable[[], None]] = {}  # by the letter that the script publishes
         self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
-        self._client_id = new_id()
+        self._client_id = ""  # of this opening: a copy in a forked process has another
         self._numbers = itertools.count(1)
         self._queue: OperationQueue[_Connections, _Operation] = OperationQueue(
             where=str(url),
@@ -396,6 +396,7 @@ class RedisTaskStore:
         return self._queue.submit(_Operation(name, _encode((name, *arguments)), decode, blob, identity))
 
     def _connect(self) -> _Connections:
+        self._client_id, self._numbers = new_id(), itertools.count(1)
         load = [("SCRIPT", "LOAD", _SCRIPT)]
         groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
         self._check_format(groups)
@@ -414,7 +415,9 @@ class RedisTaskStore:
             StoreUnavailable: a newer release has written them.
         """
         key = f"{self._prefix}format"
-        _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
+        (found,) = master.call(("GET", key))
+        if found is None:  # else nothing is written: its memory may be full, and what it has is to end
+            _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
         if found != _FORMAT:
             why = f"a newer Forebay wrote {self._prefix} (format {found.decode()}; this one knows {_FORMAT.decode()})"
             raise StoreUnavailable(where=str(self._url), why=why, advice="Upgrade Forebay here, or give another ?name=")
@@ -449,7 +452,7 @@ class RedisTaskStore:
             elif shortage is not None and op.name in _ACKNOWLEDGED:
                 values.append(OperationError(shortage))
             else:
-                values.append(op.decode(reply))
+                values.append(_decode(op, reply))
         if shortage is not None:
             self._remember(ops, number)
             with suppress(StoreUnavailable):  # later then, before the next operations
@@ -510,6 +513,13 @@ class RedisTaskStore:
             master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
             for _ in some:
                 self._to_take_back.popleft()
+
+
+def _decode(op: _Operation, reply: Any) -> Any:
+    try:
+        return op.decode(reply)
+    except Exception as error:  # noqa: BLE001 - a record that somebody else has changed must not fail other operations
+        return OperationError(error)
 
 
 def _same(value: Any) -> Any:

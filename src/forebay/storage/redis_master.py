@@ -20,6 +20,9 @@ from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 
+_MIN_VERSION = (7, 0)
+_MIN_VERSION_FOR_FSYNC = (7, 2)  # WAITAOF
+
 _CONNECT_TIMEOUT = 1.0  # seconds
 _ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas
 _DISKS_TIMEOUT = 3.0  # seconds more, if it waits for its disk
@@ -141,11 +144,18 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
     """Check what a server says about itself.
 
     Raises:
-        StoreUnavailable: it may drop records to make room, or has no file to write to though the URL asks for it.
+        StoreUnavailable: it is too old, may drop records to make room, or has no file to write to as the URL asks.
         ReadOnlyError: it is a replica.
     """
     if info.get("role", "master") != "master":
         raise redis.ReadOnlyError("it is a replica")
+    version = tuple(map(int, str(info.get("redis_version", "8.0")).split(".")[:2]))
+    needed = _MIN_VERSION_FOR_FSYNC if url.fsync else _MIN_VERSION
+    if version < needed:
+        why = "it is Redis {}.{}, and {}.{} is needed{}".format(
+            *version, *needed, " for fsync=yes" if url.fsync else ""
+        )
+        raise StoreUnavailable(where=str(url), why=why, advice="Use a newer server.")
     policy = str(info.get("maxmemory_policy", ""))
     if int(info.get("maxmemory", 0)) and policy.startswith("allkeys-"):
         why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
@@ -231,7 +241,7 @@ def _with_slot(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:
     for asked, answer in _ask_each(url, ("CLUSTER", "SLOTS"), [{"username": url.username, "password": url.password}]):
         for first, last, (host, port, *_), *_ in answer:
             if first <= slot <= last:
-                yield (host or b"").decode() or asked, int(port)
+                yield asked if host in {None, b"", b"?"} else host.decode(), int(port)
 
 
 def _ask_each(url: RedisUrl, command: Sequence[str], logins: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
