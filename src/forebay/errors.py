@@ -298,6 +298,12 @@ class PayloadTooLarge(ForebayError, ValueError):
     bound: int
 
 
+class MessageTooLarge(PayloadTooLarge):
+    """Task {task_id!r} takes {size} bytes encoded, and a message of the overflow's queue holds {bound}: store its
+    payload elsewhere, in an object store for example, and submit a reference to it.
+    """
+
+
 class OverflowRequired(ForebayError, ValueError):
     """Task {task_id!r} is durable, but {why}: {advice}."""
 

@@ -562,3 +562,28 @@ class TaskStore(Protocol):
 
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by `thread_id`; those without one are left out."""
+
+
+class TaskIndex(TaskStore, Protocol):
+    """A task store that may be the index of a queue service: the envelopes are in the queue, the rest is in the index.
+
+    The queue chooses the record that comes next, so the index leases by id.
+    """
+
+    async def lease_ids(self, task_ids: Sequence[str], *, until: float) -> Sequence[Lease]:
+        """Lease those of the records `task_ids` that are WAITING, in this order, until `until`. Others are left out.
+
+        If the call is cancelled, it holds no lease: what was leased after all is released.
+        """
+
+    async def replace(
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult | None:
+        """Put `record` as `put` does, in place of the record of `lease`, which has its id and key and no conversation.
+
+        Returns:
+            STORED or PARKED, as `put`; None if the lease is lost, and nothing was written.
+        """
+
+    async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
+        """Replace the envelope of a record that is not DONE. Return False if there is none, and nothing was written."""

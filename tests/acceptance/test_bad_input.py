@@ -25,6 +25,7 @@ from forebay.errors import (
     InvalidTask,
     InvalidThreshold,
     InvalidTimeout,
+    MessageTooLarge,
     NotSerializable,
     NotStarted,
     OverflowRequired,
@@ -37,6 +38,7 @@ from forebay.errors import (
     UnknownWorker,
     WrongLoop,
 )
+from forebay.overflow import MemoryTaskStore
 
 BOTH = pytest.mark.parametrize("nowait", [False, True], ids=["submit", "submit_nowait"])
 
@@ -273,6 +275,19 @@ async def test_a_payload_over_the_bound(*, nowait: bool) -> None:
         await offer(supervisor, Task("work", b"x" * 900), nowait=nowait)
         with pytest.raises(PayloadTooLarge, match=r"the bound is 1000.*a reference, or raise max_payload_bytes"):
             await offer(supervisor, Task("work", b"x" * 1100), nowait=nowait)
+
+
+@BOTH
+@virtual
+async def test_a_payload_that_fits_into_no_message_of_the_overflow(*, nowait: bool) -> None:
+    class SmallMessages(MemoryTaskStore):
+        max_envelope_bytes = 1000
+
+    async with make_supervisor(overflow=SmallMessages()) as supervisor:
+        await offer(supervisor, Task("work", b"x" * 500), nowait=nowait)
+        with pytest.raises(MessageTooLarge, match=r"holds 1000: store its\s+payload elsewhere"):
+            await offer(supervisor, Task("work", b"x" * 1100), nowait=nowait)
+        await offer(supervisor, Task("work", b"x" * 1100, spill=False), nowait=nowait)
 
 
 @virtual

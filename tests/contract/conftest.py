@@ -1,4 +1,7 @@
-"""The implementations of each interface. A new one is added to STORES or ENGINES, and is tested for every promise."""
+"""The implementations of each interface.
+
+A new one is added to ALL_STORES or ENGINES, and is tested for every promise.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
-from tests.support.task_stores import ALL_STORES, StoreBackend
+from tests.support.task_stores import ALL_STORES, PROMPT, SLOW_STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, WorkerAgent
 from forebay.engine import Engine, ProcessEngine
@@ -19,9 +22,13 @@ from forebay.overflow import open_task_store
 from forebay.task import Priority
 
 
-@pytest.fixture(params=ALL_STORES, ids=str)
+@pytest.fixture(
+    params=[pytest.param(each, marks=pytest.mark.slow if each in SLOW_STORES else ()) for each in ALL_STORES],
+    ids=str,
+)
 def backend(request: pytest.FixtureRequest) -> StoreBackend:
     chosen: StoreBackend = request.param
+    chosen.start_server()
     return chosen
 
 
@@ -93,11 +100,17 @@ Take = Callable[..., Awaitable[list[Lease]]]
 
 
 @pytest.fixture
-def take(store: TaskStore) -> Take:
-    """Return a function that leases from the store; by default all records of type research, until 100."""
+def take(store: TaskStore, backend: StoreBackend) -> Take:
+    """Return a function that leases from the store; by default all records of type research, until 100.
+
+    A store that is not PROMPT is asked again while records wait, as a supervisor does.
+    """
 
     async def lease(limit: int = 10_000, *, of: str = "research", until: float = 100.0) -> list[Lease]:
-        return list(await store.lease(of, limit, until=until))
+        leases = list(await store.lease(of, limit, until=until))
+        while PROMPT not in backend.can and len(leases) < limit and any(key[0] == of for key in await store.depths()):
+            leases += await store.lease(of, limit - len(leases), until=until)
+        return leases
 
     return lease
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 from tests.support.killed_calls import lost_calls
-from tests.support.task_stores import DURABLE, SHARED, StoreBackend
+from tests.support.task_stores import DURABLE, FAST, HISTORY, ORDER, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
@@ -49,12 +49,14 @@ async def put_all(store: TaskStore, records: list[TaskRecord]) -> None:
 # --- putting ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_stored_record_is_found_as_it_was_put(store: TaskStore, record: MakeRecord) -> None:
+async def test_a_stored_record_is_found_as_it_was_put(
+    store: TaskStore, backend: StoreBackend, record: MakeRecord
+) -> None:
     stored = record(
         "tâche", of="écrire", priority=Priority.CRITICAL, deadline=123.5, key="schlüssel", envelope=b"\0\xff" * 99
     )
     assert await store.put(stored) is PutResult.STORED
-    assert await store.find("tâche") == (RecordState.WAITING, stored, None)
+    assert await store.find("tâche") == (RecordState.WAITING, backend.as_found(stored), None)
     assert await store.find_key("schlüssel") == "tâche"
 
 
@@ -63,12 +65,10 @@ async def test_an_unknown_id_or_key_is_not_found(store: TaskStore) -> None:
     assert await store.find_key("nothing") is None
 
 
-async def test_an_id_is_stored_once(store: TaskStore, record: MakeRecord) -> None:
+async def test_an_id_is_stored_once(store: TaskStore, record: MakeRecord, take: Take) -> None:
     await store.put(record("a", envelope=b"first"))
     assert await store.put(record("a", envelope=b"second")) is PutResult.DUPLICATE
-    found = await store.find("a")
-    assert found is not None
-    assert found[1].envelope == b"first"
+    assert [lease.record.envelope for lease in await take()] == [b"first"]
 
 
 async def test_a_key_is_stored_once(store: TaskStore, record: MakeRecord) -> None:
@@ -300,8 +300,9 @@ async def test_a_lease_may_be_restricted_to_one_priority(store: TaskStore, recor
 
 
 async def test_records_put_at_once_are_leased_in_the_order_of_the_calls(
-    store: TaskStore, record: MakeRecord, take: Take
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
 ) -> None:
+    backend.needs(FAST)
     records = [record() for _ in range(1_100)]  # more than fit into one statement, or one transaction
     await put_all(store, records)
     assert ids(await take()) == [task.task_id for task in records]
@@ -498,16 +499,15 @@ async def test_with_a_fence_a_waiting_record_does_not_end(store: TaskStore, reco
 
 @pytest.mark.parametrize("bound", [1, 100])
 async def test_the_id_of_a_record_that_is_done_may_be_used_again(
-    open_store: OpenStore, record: MakeRecord, bound: int
+    open_store: OpenStore, backend: StoreBackend, record: MakeRecord, bound: int
 ) -> None:
     store = await open_store(bound=bound)
     for envelope in (b"first", b"second", b"third"):
-        assert await store.put(record("a", envelope=envelope)) is PutResult.STORED
+        task = record("a", envelope=envelope)
+        assert await store.put(task) is PutResult.STORED
         assert await depths(store) == {("research", Priority.NORMAL): 1}
         assert await store.put(record("a")) is PutResult.DUPLICATE
-        found = await store.find("a")
-        assert found is not None
-        assert (found[1].envelope, found[2]) == (envelope, None)
+        assert await store.find("a") == (RecordState.WAITING, backend.as_found(task), None)
         await store.finish("a", DONE, fence=None)
     assert await store.prune(before=DONE.finished_at + 1) == 1
 
@@ -711,10 +711,12 @@ async def test_a_conversation_goes_on_after_its_delayed_record_is_cancelled(
 # --- not before a time -----------------------------------------------------------------------------------------------
 
 
-async def test_a_record_is_not_leased_before_its_time(store: TaskStore, record: MakeRecord, take: Take) -> None:
+async def test_a_record_is_not_leased_before_its_time(
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
+) -> None:
     scheduled = record("a", key="k", not_before=10.0)
     assert await store.put(scheduled, now=9.0) is PutResult.STORED
-    assert await store.find("a") == (RecordState.DELAYED, scheduled, None)
+    assert await store.find("a") == (RecordState.DELAYED, backend.as_found(scheduled), None)
     assert await depths(store) == {}
     assert await store.put(record(key="k")) is PutResult.DUPLICATE
     assert await store.wake(now=9.9) == WakeResult(woken=0, delayed=1, next_due=10.0)
@@ -734,7 +736,10 @@ async def test_a_record_whose_time_has_come_waits(
     assert [lease.record for lease in await take()] == [scheduled]
 
 
-async def test_a_record_wakes_in_the_order_of_its_submission(store: TaskStore, record: MakeRecord, take: Take) -> None:
+async def test_a_record_wakes_in_the_order_of_its_submission(
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
+) -> None:
+    backend.needs(ORDER)
     await store.put(record("a", not_before=10.0))
     await store.put(record("b", not_before=5.0))
     await put_all(store, [record("c"), record("d", deadline=50.0)])
@@ -840,13 +845,16 @@ async def test_a_requeued_dead_letter_has_no_failures(store: TaskStore, record: 
     assert [lease.record for lease in await take()] == [fresh]
 
 
-async def test_a_record_is_put_with_its_failures(store: TaskStore, record: MakeRecord) -> None:
+async def test_a_record_is_put_with_its_failures(store: TaskStore, backend: StoreBackend, record: MakeRecord) -> None:
     failed = msgspec.structs.replace(record("a"), attempts=3, failures=2, total_delay=1.5, last_error="no")
     await store.put(failed)
-    assert await store.find("a") == (RecordState.WAITING, failed, None)
+    assert await store.find("a") == (RecordState.WAITING, backend.as_found(failed), None)
 
 
-async def test_thousands_of_delayed_records_wake_like_a_few(store: TaskStore, record: MakeRecord, take: Take) -> None:
+async def test_thousands_of_delayed_records_wake_like_a_few(
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
+) -> None:
+    backend.needs(FAST)
     await put_all(store, [record() for _ in range(1_200)])
     delays = [store.delay(lease, due=10.0, wait=1.0, error="no") for lease in await take()]
     assert all(await asyncio.gather(*delays))
@@ -963,8 +971,9 @@ async def test_a_record_put_leased_expires_like_any_other(store: TaskStore, reco
 
 
 async def test_thousands_of_records_expire_and_are_pruned_like_a_few(
-    store: TaskStore, record: MakeRecord, take: Take
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
 ) -> None:
+    backend.needs(FAST)
     await put_all(store, [record() for _ in range(1_200)])
     leases = await take(until=10.0)
     await asyncio.gather(*(store.begin_attempt(lease) for lease in leases[::2]))
@@ -1079,7 +1088,9 @@ async def test_a_dead_record_is_not_requeued_while_another_has_its_key(
     assert await store.put(record("c", key="k")) is PutResult.DUPLICATE
 
 
-async def test_a_dead_record_makes_way_for_the_same_id_and_key(open_store: OpenStore, record: MakeRecord) -> None:
+async def test_a_dead_record_makes_way_for_the_same_id_and_key(
+    open_store: OpenStore, backend: StoreBackend, record: MakeRecord
+) -> None:
     store = await open_store(bound=1)
     await store.put(record("a", key="k"))
     (lease,) = await store.lease("research", 1, until=10.0)
@@ -1088,7 +1099,7 @@ async def test_a_dead_record_makes_way_for_the_same_id_and_key(open_store: OpenS
     assert await store.put(record("a", key="l")) is PutResult.DUPLICATE
     again = record("a", key="k", envelope=b"again")
     assert await store.put(again) is PutResult.STORED
-    assert await store.find("a") == (RecordState.WAITING, again, None)
+    assert await store.find("a") == (RecordState.WAITING, backend.as_found(again), None)
     assert list(await store.list_records(RecordState.DEAD, 9)) == []
     assert await store.put(record()) is PutResult.FULL
 
@@ -1230,7 +1241,7 @@ async def test_a_lease_is_held_past_its_time_until_it_is_reaped(
 async def test_a_durable_store_has_its_records_when_opened_again(
     store: TaskStore, backend: StoreBackend, open_store: OpenStore, record: MakeRecord, take: Take
 ) -> None:
-    backend.needs(DURABLE)
+    backend.needs(HISTORY)
     await put_all(store, [record("held", priority=Priority.HIGH), record("a"), record("b"), record("done", key="k")])
     (held,) = await take(1)
     await store.begin_attempt(held)
@@ -1247,7 +1258,7 @@ async def test_a_durable_store_has_its_records_when_opened_again(
 
 
 def test_an_acknowledged_write_survives_the_death_of_its_process(backend: StoreBackend, tmp_path: Path) -> None:
-    backend.needs(DURABLE)
+    backend.needs(HISTORY)
     assert lost_calls(backend, tmp_path) == []
 
 

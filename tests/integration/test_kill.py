@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.support.task_stores import SHARED_STORES, StoreBackend
+from tests.support.task_stores import SHARED_SERVICES, StoreBackend
 
 KILLS = 20
 
@@ -77,7 +77,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", SHARED_STORES, ids=str)
+@pytest.mark.parametrize("backend", SHARED_SERVICES, ids=str)
 def test_acknowledged_tasks_survive_twenty_kills_and_are_completed_once(backend: StoreBackend, tmp_path: Path) -> None:
     url = backend.url(tmp_path)
     with start(tmp_path, "survivor", url) as survivor:
@@ -157,7 +157,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", SHARED_STORES, ids=str)
+@pytest.mark.parametrize("backend", SHARED_SERVICES, ids=str)
 def test_kills_between_attempts_forget_no_retry_and_no_attempt(backend: StoreBackend, tmp_path: Path) -> None:
     url = backend.url(tmp_path)
     with start(tmp_path, "survivor", url, RETRYING_WORKER) as survivor:

@@ -45,6 +45,7 @@ from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, sqlite
 from forebay.overflow.redis import RedisTaskStore
+from forebay.overflow.sqs import SqsTaskStore
 from forebay.quota import (
     BilledUsage,
     BudgetReservation,
@@ -671,6 +672,32 @@ def leases_are_valid_by_the_wall_clock() -> None:
 
 def a_clock_that_was_set_is_not_noticed() -> None:
     always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
+
+
+# --- tasks in a queue service ---
+
+
+def a_reservation_is_never_ended() -> None:
+    always(SqsTaskStore, SqsTaskStore._remove_reservations, returns=None)
+
+
+def a_dead_letter_loses_its_envelope() -> None:
+    always(SqsTaskStore, SqsTaskStore._keep_dead, returns=None)
+
+
+def a_message_without_a_record_is_ignored() -> None:
+    always(SqsTaskStore, SqsTaskStore._adopt, returns=3600.0)
+
+
+def a_message_is_deleted_before_the_end_of_its_task_is_stored() -> None:
+    original = SqsTaskStore.finish
+
+    async def finish(self: SqsTaskStore, task_id: str, completion: Completion, *, fence: str | None) -> bool:
+        if (held := self._held.get(task_id)) is not None:
+            await self._queues.delete([held.message])
+        return await original(self, task_id, completion, fence=fence)
+
+    replace(SqsTaskStore, original, finish)
 
 
 def a_process_waits_long_between_its_attempts_to_write() -> None:

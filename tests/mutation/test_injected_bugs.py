@@ -69,7 +69,7 @@ from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
-from tests.unit.overflow import test_redis_store, test_sqlite_store
+from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
@@ -218,6 +218,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_record_is_acknowledged_before_its_commit: test_sqlite_store.test_an_acknowledged_write_is_committed,
     bugs.a_task_starts_although_its_lease_has_lapsed: (
         test_shared_overflow.test_a_task_that_waits_for_its_thread_does_not_start_once_its_lease_has_lapsed
+    ),
+    bugs.a_reservation_is_never_ended: (
+        test_sqs_crash_points.test_nothing_acknowledged_is_lost_or_completed_twice_wherever_a_process_dies
+    ),
+    bugs.a_dead_letter_loses_its_envelope: (
+        test_sqs_crash_points.test_nothing_acknowledged_is_lost_or_completed_twice_wherever_a_process_dies
+    ),
+    bugs.a_message_is_deleted_before_the_end_of_its_task_is_stored: (
+        test_sqs_crash_points.test_nothing_acknowledged_is_lost_or_completed_twice_wherever_a_process_dies
+    ),
+    bugs.a_message_without_a_record_is_ignored: (
+        test_sqs_store.test_messages_without_a_record_are_taken_in_since_the_index_was_lost
     ),
     bugs.a_start_is_not_recorded: test_leases.test_a_start_is_on_record_before_its_handler_runs,
     bugs.new_work_overtakes_spilled_work: test_overflow.test_no_new_task_overtakes_spilled_ones,

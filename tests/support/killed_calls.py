@@ -212,10 +212,10 @@ def lost_calls(backend: StoreBackend, directory: Path, *, opener: str = "as it i
         own.mkdir()
         urls[name] = backend.url(own)
     subprocess.run([sys.executable, "-m", __name__, opener, json.dumps(urls)], cwd=ROOT, check=True)
-    return [name for name, url in urls.items() if not asyncio.run(survives(url, KILLED_CALLS[name]))]
+    return [name for name, url in urls.items() if not asyncio.run(survives(backend, url, KILLED_CALLS[name]))]
 
 
-async def survives(url: str, call: KilledCall) -> bool:
+async def survives(backend: StoreBackend, url: str, call: KilledCall) -> bool:
     """Return True if the record is as `call` left it."""
     store = open_task_store(url)
     await store.open()
@@ -225,11 +225,11 @@ async def survives(url: str, call: KilledCall) -> bool:
     if found is None:
         return call.state is None and key is None
     state, record, completion = found
-    envelope = b"" if state is RecordState.DONE else RECORD.envelope
+    kept = RECORD if state is RecordState.DEAD else backend.as_found(RECORD)
     expected = msgspec.structs.replace(
         RECORD,
         attempts=call.attempts,
-        envelope=envelope,
+        envelope=b"" if state is RecordState.DONE else kept.envelope,
         failures=call.delays,
         total_delay=call.delays,
         last_error="no" if call.delays else None,

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
-from forebay.interfaces import TaskStore
+from forebay.interfaces import TaskIndex, TaskStore
 from forebay.overflow.envelope import (
     EnvelopeDamaged,
     EnvelopeTooNew,
@@ -20,7 +20,7 @@ from forebay.overflow.memory import MemoryTaskStore
 from forebay.overflow.refill_policy import RefillPolicy
 from forebay.overflow.sqlite import SqliteTaskStore
 from forebay.storage.redis_url import RedisUrl
-from forebay.storage.url import StoreUrl, known_forms, parse_url
+from forebay.storage.url import SqsUrl, StoreUrl, known_forms, parse_url
 
 if TYPE_CHECKING:
     from forebay.overflow.redis import RedisTaskStore
@@ -46,8 +46,9 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
     Args:
         overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``),
             ``redis://host:port/0``, ``redis+sentinel://host:port,.../service/0``, ``redis+cluster://host:port,...``
-            (with ``?name=NAME``, ``?replicas=N``, ``?fsync=yes``) or ``memory://``, each with ``?bound=TASKS`` for how
-            many tasks may wait or run in it (100,000 by default).
+            (with ``?name=NAME``, ``?replicas=N``, ``?fsync=yes``), ``sqs://queue`` (with ``?endpoint=``, ``region=``,
+            ``create=yes|no``, ``results=URL``) or ``memory://``, each with ``?bound=TASKS`` for how many tasks may wait
+            or run in it (100,000 by default).
 
     Raises:
         InvalidOverflowUrl: it is neither a known URL nor a task store.
@@ -65,6 +66,8 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
             return MemoryTaskStore(bound=bound)
         case StoreUrl(scheme="sqlite", path=Path() as path, bound=bound, synchronous=synchronous):
             return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case StoreUrl(scheme="sqs", sqs=SqsUrl() as sqs, bound=bound):
+            return _sqs_store(sqs, bound)
         case StoreUrl(redis=RedisUrl() as redis, bound=bound):
             return _redis_store_class(redis)(redis, bound=bound)
         case store:
@@ -80,3 +83,27 @@ def _redis_store_class(url: RedisUrl) -> type[RedisTaskStore]:
             raise
         raise StoreNotInstalled(where=str(url), library="redis", extra="redis") from None
     return RedisTaskStore
+
+
+def _sqs_store(sqs: SqsUrl, bound: int) -> TaskStore:
+    try:
+        from forebay.overflow.sqs import SqsTaskStore  # noqa: PLC0415 - its libraries are an extra
+        from forebay.overflow.sqs_queues import SqsQueues  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "botocore":
+            raise
+        raise StoreNotInstalled(where=f"sqs://{sqs.queue}", library="botocore", extra="sqs") from None
+    return SqsTaskStore(SqsQueues(sqs), _index(sqs.results, bound))
+
+
+def _index(results: StoreUrl | None, bound: int) -> TaskIndex:
+    match results:
+        case None | StoreUrl(scheme="memory"):
+            return MemoryTaskStore(bound=bound)
+        case StoreUrl(scheme="sqlite", path=Path() as path, synchronous=synchronous):
+            return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case StoreUrl(redis=RedisUrl() as redis):
+            return _redis_store_class(redis)(redis, bound=bound)
+        case _:
+            why = f"{results.scheme}:// cannot hold the results of a queue"
+            raise InvalidOverflowUrl(url=f"results={results.scheme}://", why=why, forms=known_forms())

@@ -197,6 +197,43 @@ class MemoryTaskStore:
             leases.append(Lease(record=entry.record, fence=str(entry.fence), until=until))
         return leases
 
+    async def lease_ids(self, task_ids: Sequence[str], *, until: float) -> Sequence[Lease]:
+        """Lease the waiting ones of given records."""
+        self._check_open()
+        leases: list[Lease] = []
+        for task_id in task_ids:
+            entry = self._entries.get(task_id)
+            if entry is not None and entry.state is RecordState.WAITING:
+                queue = self._leave(entry)
+                self._lease(entry, new_id(), until)
+                queue.mark_stale()
+                leases.append(Lease(record=entry.record, fence=str(entry.fence), until=until))
+        return leases
+
+    async def replace(
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult | None:
+        """Put a record in place of a leased one."""
+        self._check_open()
+        entry = self._leased_entry(lease)
+        if entry is None:
+            return None
+        entry.version = self._next_number()
+        self._leased.mark_stale()
+        del self._entries[record.task_id]
+        if entry.record.key is not None:
+            del self._keys[entry.record.key]
+        return await self.put(record, fence=fence, until=until, now=now)
+
+    async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
+        """Replace the envelope of a record that is not DONE."""
+        self._check_open()
+        entry = self._entries.get(task_id)
+        if entry is None or entry.state is RecordState.DONE:
+            return False
+        entry.record = msgspec.structs.replace(entry.record, envelope=envelope)
+        return True
+
     async def begin_attempt(self, lease: Lease) -> bool:
         """Count a start of the handler."""
         self._check_open()
@@ -227,7 +264,7 @@ class MemoryTaskStore:
         for lease in leases:
             entry = self._leased_entry(lease)
             if entry is not None:
-                entry.record = lease.record
+                entry.record = msgspec.structs.replace(entry.record, attempts=lease.record.attempts)
                 self._leased.mark_stale()
                 self._wait(entry)
 

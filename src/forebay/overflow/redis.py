@@ -106,11 +106,14 @@ class _Operation(NamedTuple):
     identity: tuple[str, str | None] = ("", None)
 
 
-_PUT, _FINISH, _MARK_DEAD, _DELAY = "put", "finish", "mark_dead", "delay"
+_PUT, _REPLACE, _FINISH, _MARK_DEAD, _DELAY = "put", "replace", "finish", "mark_dead", "delay"
+_PUTS = frozenset({_PUT, _REPLACE})
 _ENDS_LEASE = frozenset({_FINISH, _MARK_DEAD, _DELAY})
 # Operations that are answered once as many replicas, or disks, have them as the URL asks for. A lease is not among
 # them: if it is lost with its master, another holder gets the record and the fence rejects the first.
-_ACKNOWLEDGED = frozenset({*_ENDS_LEASE, _PUT, "requeue", "delete_dead", "expire", "find", "find_key"})
+_ACKNOWLEDGED = frozenset(
+    {*_ENDS_LEASE, *_PUTS, "set_envelope", "requeue", "delete_dead", "expire", "find", "find_key"}
+)
 _READS = frozenset({"expired", "envelope", "find", "find_key", "list", "depths", "threads"})
 _COUNTS = frozenset({"depths", "threads"})  # hashes that are read by a command of their own
 
@@ -184,8 +187,14 @@ class RedisTaskStore:
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult:
         """Store `record`, where another process finds it."""
+        arguments = self._put_arguments(record, fence, until, now)
+        result: PutResult = await self._submit(_PUT, arguments, _decode_put, record.envelope, (record.task_id, fence))
+        return result
+
+    @staticmethod
+    def _put_arguments(record: TaskRecord, fence: str | None, until: float, now: float) -> tuple[Any, ...]:
         not_before = record.not_before
-        arguments = (
+        return (
             record.task_id,
             _queue_of(record.task_type, record.priority, record.tenant),
             _sortable(inf if record.deadline is None else record.deadline) + _sortable(record.enqueued_at),
@@ -201,8 +210,6 @@ class RedisTaskStore:
             not_before is not None and repr(not_before),
             fence is None and not_before is not None and not_before > now,
         )
-        result: PutResult = await self._submit(_PUT, arguments, _decode_put, record.envelope, (record.task_id, fence))
-        return result
 
     async def lease(
         self,
@@ -220,7 +227,19 @@ class RedisTaskStore:
         priorities = [int(each) for each in (Priority if priority is None else (priority,))]
         tenants = shares is not None and [(_quoted(tenant), share) for tenant, share in shares.items()]
         arguments = (_quoted(task_type), priorities, limit, repr(until), new_id(), tenants)
-        leasing = self._submit("lease", arguments, partial(_decode_leases, until=until))
+        return await self._hold(self._submit("lease", arguments, partial(_decode_leases, until=until)))
+
+    async def lease_ids(self, task_ids: Sequence[str], *, until: float) -> Sequence[Lease]:
+        """Lease the waiting ones of given records. Cancelled, release what was leased after all."""
+        known = [task_id for task_id in task_ids if is_unicode(task_id)]
+        if not known:
+            self._queue.check_open()
+            return []
+        arguments = (known, repr(until), new_id())
+        return await self._hold(self._submit("lease_ids", arguments, partial(_decode_leases, until=until)))
+
+    async def _hold(self, leasing: asyncio.Future[Sequence[Lease]]) -> Sequence[Lease]:
+        """Return the leases that are being made; if cancelled, release them once they are made."""
         try:
             leases: Sequence[Lease] = await asyncio.shield(leasing)
         except asyncio.CancelledError:
@@ -353,6 +372,19 @@ class RedisTaskStore:
             return None
         result: PutResult | None = await self._submit("requeue", (task_id,), _decode_requeue)
         return result
+
+    async def replace(
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult | None:
+        """Put a record in place of a leased one."""
+        arguments = (*self._put_arguments(record, fence, until, now), lease.fence)
+        identity = (record.task_id, fence)
+        result: PutResult | None = await self._submit(_REPLACE, arguments, _decode_requeue, record.envelope, identity)
+        return result
+
+    async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
+        """Replace the envelope of a record that is not DONE."""
+        return is_unicode(task_id) and await self._submit("set_envelope", (task_id,), bool, envelope)
 
     async def delete_dead(self, task_id: str) -> bool:
         """Delete a DEAD record."""
@@ -511,7 +543,7 @@ class RedisTaskStore:
     def _remember(self, ops: Sequence[_Operation], number: int | None) -> None:
         """Remember what operations have perhaps done whose callers get an error."""
         for op in ops:
-            if op.name == _PUT:
+            if op.name in _PUTS:
                 task_id, fence = op.identity
                 arguments = (task_id, f"{self._client_id}:{number}", _or_false(fence))
                 self._to_take_back.append(_Operation("take_back", _encode(("take_back", *arguments)), bool))

@@ -305,6 +305,43 @@ function writes.put(op, envelope)
   return 'stored'
 end
 
+-- Remove a record that has not ended, and make room for another one.
+local function remove(seq, record)
+  leave(seq, record)
+  call('ZREM', unfinished, record[ID])
+  call('HDEL', ids, record[ID])
+  call('HDEL', tasks, seq)
+  call('HDEL', envelopes, seq)
+  if record[KEY] then
+    call('HDEL', keys, record[KEY])
+  end
+  known[record[ID]], loaded[seq], changed[seq] = false, false, nil
+  leave_conversation(seq, record)
+end
+
+-- Put a record in place of one that is leased; the fence of that is behind what `put` takes.
+function writes.replace(op, envelope)
+  local seq, record = find_record(op[2])
+  if not is_held(record, op[16]) then
+    return false
+  end
+  if not next_sequence then
+    return 'oom'
+  end
+  remove(seq, record)
+  capacity = capacity + 1
+  return writes.put(op, envelope)
+end
+
+function writes.set_envelope(op, envelope)
+  local seq, record = find_record(op[2])
+  if not record or record[STATE] == 'done' then
+    return false
+  end
+  call('HSET', envelopes, seq, envelope)
+  return true
+end
+
 -- Take back a record whose storing was not acknowledged, unless somebody has begun to run it.
 function writes.take_back(op)
   local _, id, origin, fence = unpack(op)
@@ -315,16 +352,7 @@ function writes.take_back(op)
   if record[STATE] == 'leased' and record[FENCE] ~= fence then
     return false
   end
-  leave(seq, record)
-  call('ZREM', unfinished, id)
-  call('HDEL', ids, id)
-  call('HDEL', tasks, seq)
-  call('HDEL', envelopes, seq)
-  if record[KEY] then
-    call('HDEL', keys, record[KEY])
-  end
-  known[id], loaded[seq], changed[seq] = false, false, nil
-  leave_conversation(seq, record)
+  remove(seq, record)
   return true
 end
 
@@ -412,6 +440,21 @@ function writes.lease(op)
     local record = load(seq)
     become(seq, record, 'leased', fence .. '-' .. seq)
     count(depth_changes, record[QUEUE], -1)
+  end
+  return sequences
+end
+
+function writes.lease_ids(op)
+  local _, given, until_, fence = unpack(op)
+  local sequences = {}
+  for _, id in ipairs(given) do
+    local seq, record = find_record(id)
+    if record and record[STATE] == 'waiting' then
+      leave(seq, record)
+      become(seq, record, 'leased', fence .. '-' .. seq)
+      call('ZADD', leased, until_, seq)
+      sequences[#sequences + 1] = seq
+    end
   end
   return sequences
 end
@@ -573,6 +616,8 @@ function reads.lease(_, sequences)
   return leases
 end
 
+reads.lease_ids = reads.lease
+
 function reads.expired(op)
   local _, now, latest, limit = unpack(op)
   local sequences = call('ZRANGEBYSCORE', leased, '-inf', '(' .. now, 'LIMIT', 0, limit)
@@ -644,10 +689,12 @@ end
 
 -- The group ------------------------------------------------------------------------------------------------------
 
-local TAKES_BLOB = { put = true, finish = true, mark_dead = true, expire = true }
+local TAKES_BLOB = { put = true, replace = true, set_envelope = true, finish = true, mark_dead = true, expire = true }
 
 local BY_ID = {
   put = true,
+  replace = true,
+  set_envelope = true,
   take_back = true,
   begin_attempt = true,
   renew = true,
@@ -665,7 +712,7 @@ local function write_group()
     if BY_ID[op[1]] then
       names[#names + 1] = op[2]
     end
-    if op[1] == 'put' then
+    if op[1] == 'put' or op[1] == 'replace' then
       puts = puts + 1
     end
   end

@@ -91,6 +91,12 @@ WHERE sequence IN (
 RETURNING {_ROW}, fence, sequence
 """
 _LEASE_SHARE = _LEASE.replace("priority BETWEEN ? AND ?", "priority = ? AND tenant = ?")
+_LEASE_ID = f"""
+UPDATE task SET state = 1, until = ?, fence = ? || '-' || sequence WHERE task_id = ? AND state = 0
+RETURNING {_ROW}, fence
+"""
+_DELETE_LEASED = "DELETE FROM task WHERE task_id = ? AND fence = ? AND state = 1"
+_SET_ENVELOPE = "UPDATE task SET envelope = ? WHERE task_id = ? AND state <> 2"
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
 _RENEW = BatchStatement(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
@@ -269,7 +275,15 @@ class SqliteTaskStore:
         if limit <= 0:
             return ()
         priorities = (min(Priority), max(Priority)) if priority is None else (priority, priority)
-        leasing = self._writer.run(partial(_lease, task_type, priorities, limit, shares, until))
+        return await self._hold(self._writer.run(partial(_lease, task_type, priorities, limit, shares, until)))
+
+    async def lease_ids(self, task_ids: Sequence[str], *, until: float) -> Sequence[Lease]:
+        """Lease the waiting ones of given records. Cancelled, release what was leased after all."""
+        known = [task_id for task_id in task_ids if is_unicode(task_id)]
+        return await self._hold(self._writer.run(partial(_lease_ids, known, until))) if known else ()
+
+    async def _hold(self, leasing: asyncio.Future[Sequence[Lease]]) -> Sequence[Lease]:
+        """Return the leases that are being made; if cancelled, release them once they are made."""
         try:
             return await asyncio.shield(leasing)
         except asyncio.CancelledError:
@@ -348,6 +362,16 @@ class SqliteTaskStore:
     async def delete_dead(self, task_id: str) -> bool:
         """Delete a DEAD record."""
         return is_unicode(task_id) and await self._writer.run(partial(_delete_dead, task_id))
+
+    async def replace(
+        self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
+    ) -> PutResult | None:
+        """Put a record in place of a leased one."""
+        return await self._writer.run(partial(_replace, self._put, lease, (record, fence, until, now)))
+
+    async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
+        """Replace the envelope of a record that is not DONE."""
+        return is_unicode(task_id) and await self._writer.run(partial(_set_envelope, task_id, envelope))
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
         """Return a record by its task id."""
@@ -594,6 +618,30 @@ def _requeue(
     for (thread_id,) in connection.execute(_REQUEUE, (task_id,)).fetchall():
         _settle(connection, thread_id)
     return PutResult.STORED
+
+
+def _lease_ids(task_ids: Sequence[str], until: float, connection: sqlite3.Connection) -> Sequence[Lease]:
+    base, leases = new_id(), list[Lease]()
+    for task_id in task_ids:
+        for row in connection.execute(_LEASE_ID, (until, base, task_id)).fetchall():
+            leases.append(Lease(record=_record(row), fence=row[_COLUMNS], until=until))
+    return leases
+
+
+def _replace(
+    put: Callable[[sqlite3.Connection, Sequence[_PutItem]], Sequence[PutResult]],
+    lease: Lease,
+    item: _PutItem,
+    connection: sqlite3.Connection,
+) -> PutResult | None:
+    if not connection.execute(_DELETE_LEASED, (lease.record.task_id, lease.fence)).rowcount:
+        return None
+    (result,) = put(connection, [item])
+    return result
+
+
+def _set_envelope(task_id: str, envelope: bytes, connection: sqlite3.Connection) -> bool:
+    return connection.execute(_SET_ENVELOPE, (envelope, task_id)).rowcount > 0
 
 
 def _delete_dead(task_id: str, connection: sqlite3.Connection) -> bool:

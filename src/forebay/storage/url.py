@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -16,6 +16,9 @@ DEFAULT_BOUND = 100_000  # tasks
 
 _COUNT = re.compile(r"[1-9][0-9]{0,17}")  # within SQLite's integers
 _PASSWORD = re.compile(r"://(?!/).*@")  # a mistyped URL must not put a password into a log; a path follows ///
+_ENCODED_PASSWORD = re.compile(r"\?.*%40.*", re.DOTALL | re.IGNORECASE)  # of a URL within the options of another
+_QUEUE_NAME = re.compile(r"([A-Za-z0-9_-]+)(\.fifo)?")
+_MAX_QUEUE_NAME = 80 - len("-critical")  # characters, ".fifo" included; each priority has a queue of its own
 
 
 class Synchronous(Enum):
@@ -38,6 +41,27 @@ class Synchronous(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SqsUrl:
+    """The queues of an overflow on SQS, and its index.
+
+    Attributes:
+        queue: the name of the queues, without that of the priority, which is appended.
+        fifo: True if they are FIFO queues.
+        endpoint: the address of the service; None: that of the region.
+        region: None: by the environment or the configuration file of the service.
+        create: True if queues that are missing are made.
+        results: the store that holds the index; None: it is in memory.
+    """
+
+    queue: str
+    fifo: bool = False
+    endpoint: str | None = None
+    region: str | None = None
+    create: bool = True
+    results: StoreUrl | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreUrl:
     """A store as a user named it.
 
@@ -46,6 +70,7 @@ class StoreUrl:
         path: the file, absolute; None if the store has none.
         bound: how many tasks may wait or be leased in it.
         synchronous: what a committed write survives; only SQLite has it.
+        sqs: only SQS has it.
         redis: the master; None for other stores.
     """
 
@@ -53,6 +78,7 @@ class StoreUrl:
     path: Path | None = None
     bound: int = DEFAULT_BOUND
     synchronous: Synchronous = Synchronous.FULL
+    sqs: SqsUrl | None = None
     redis: RedisUrl | None = None
 
 
@@ -65,7 +91,8 @@ def parse_url(url: str) -> StoreUrl:
     try:
         return _parse(_split(url))
     except ValueError as error:
-        raise InvalidOverflowUrl(url=_PASSWORD.sub("://***@", url), why=str(error), forms=known_forms()) from None
+        shown = _ENCODED_PASSWORD.sub("?***", _PASSWORD.sub("://***@", url))
+        raise InvalidOverflowUrl(url=shown, why=str(error), forms=known_forms()) from None
 
 
 def known_forms() -> str:
@@ -106,6 +133,43 @@ def _memory(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl
 
 def _sqlite(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
     return StoreUrl(scheme="sqlite", path=_path(parts), bound=bound, synchronous=_synchronous(options))
+
+
+def _sqs(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
+    name = _QUEUE_NAME.fullmatch(parts.netloc)
+    if name is None or parts.path.strip("/") or parts.fragment or len(parts.netloc) > _MAX_QUEUE_NAME:
+        allowed = f'letters, digits, "-" and "_", at most {_MAX_QUEUE_NAME} with the ".fifo" of a FIFO queue'
+        raise ValueError(f"it names no queue ({allowed}); credentials are taken from the environment")
+    endpoint, create = options.pop("endpoint", None), options.pop("create", "yes")
+    if endpoint is not None and not _is_endpoint(endpoint):
+        raise ValueError("its endpoint is not an address such as https://host:port, without credentials")
+    if create not in {"yes", "no"}:
+        raise ValueError("its option create is neither yes nor no")
+    results = options.pop("results", None)
+    sqs = SqsUrl(
+        queue=name[1],
+        fifo=name[2] is not None,
+        endpoint=endpoint,
+        region=options.pop("region", None),
+        create=create == "yes",
+        results=None if results is None else _index(results, bound),
+    )
+    return StoreUrl(scheme="sqs", bound=bound, sqs=sqs)
+
+
+def _is_endpoint(text: str) -> bool:
+    parts = urlsplit(text)
+    return parts.scheme in {"http", "https"} and bool(parts.hostname) and "@" not in parts.netloc
+
+
+def _index(url: str, bound: int) -> StoreUrl:
+    """Return the store that holds the index of a queue service, with the bound of the whole."""
+    store = _parse(urlsplit(url))
+    if store.sqs is not None:
+        raise ValueError("its option results names a queue, and must name a store with results")
+    if store.bound != DEFAULT_BOUND:
+        raise ValueError("bound is an option of the overflow, and not of its results")
+    return replace(store, bound=bound)
 
 
 def _path(parts: SplitResult) -> Path:
@@ -154,5 +218,6 @@ class _Kind:
 _KINDS = {
     "sqlite": _Kind("sqlite:///relative.db, sqlite:////absolute.db (?synchronous=full, normal or off)", _sqlite),
     "memory": _Kind("memory://", _memory),
+    "sqs": _Kind("sqs://queue (?endpoint=, region=, create=yes or no, results=URL of another store)", _sqs),
     **dict.fromkeys(REDIS_SCHEMES, _Kind(REDIS_FORM, _redis)),
 }

@@ -67,3 +67,18 @@ def test_what_is_no_path_gets_no_advice_about_paths(value: object) -> None:
     with pytest.raises(InvalidOverflowUrl) as caught:
         open_task_store(cast("TaskStore", value))
     assert "str(path)" not in str(caught.value)
+
+
+@pytest.mark.parametrize("results", ["", "&results=memory://", "&results=sqlite:///i.db", "&results=redis://host"])
+def test_a_url_of_sqs_selects_the_store_on_sqs(results: str) -> None:
+    sqs = pytest.importorskip("forebay.overflow.sqs")
+    assert isinstance(open_task_store(f"sqs://queue?region=eu-west-1{results}"), sqs.SqsTaskStore)
+
+
+def test_sqs_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("forebay.overflow.sqs", "forebay.overflow.sqs_queues"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in ("botocore", "botocore.exceptions"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(StoreNotInstalled, match=r"sqs://queue needs the library botocore.*'forebay\[sqs\]'"):
+        open_task_store("sqs://queue?results=redis://user:secret@host")

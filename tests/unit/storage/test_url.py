@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from forebay.errors import InvalidOverflowUrl
-from forebay.storage import StoreUrl, Synchronous, parse_url
+from forebay.storage import SqsUrl, StoreUrl, Synchronous, parse_url
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,25 @@ from forebay.storage import StoreUrl, Synchronous, parse_url
         (
             "sqlite:////s.db?bound=1000000&synchronous=normal",
             StoreUrl(scheme="sqlite", path=Path("/s.db"), bound=1_000_000, synchronous=Synchronous.NORMAL),
+        ),
+        ("sqs://queue", StoreUrl(scheme="sqs", sqs=SqsUrl(queue="queue"))),
+        (
+            (
+                "sqs://a_B-1.fifo?endpoint=http://127.0.0.1:5000&region=eu-west-1&create=no&bound=7"
+                "&results=sqlite:////s.db?synchronous=off"
+            ),
+            StoreUrl(
+                scheme="sqs",
+                bound=7,
+                sqs=SqsUrl(
+                    queue="a_B-1",
+                    fifo=True,
+                    endpoint="http://127.0.0.1:5000",
+                    region="eu-west-1",
+                    create=False,
+                    results=StoreUrl(scheme="sqlite", path=Path("/s.db"), bound=7, synchronous=Synchronous.OFF),
+                ),
+            ),
         ),
         (
             "sqlite:////s.db?synchronous=OFF",
@@ -51,6 +70,20 @@ def test_a_known_form_is_parsed(url: str, store: StoreUrl) -> None:
         ("memory:///path", "no name or path"),
         ("memory://?synchronous=off", "no option 'synchronous'"),
         ("sqlite:///a.db?bund=1", "no option 'bund'"),
+        ("sqs://", "it names no queue"),
+        ("sqs:///queue", "it names no queue"),
+        ("sqs://queue/other", "it names no queue"),
+        ("sqs://key:secret@queue", "credentials are taken from the environment"),
+        ("sqs://queue:5000", "it names no queue"),
+        ("sqs://a.b", "it names no queue"),
+        (f"sqs://{'a' * 72}", "at most 71"),
+        ("sqs://queue?endpoint=localhost:5000", "its endpoint is not an address"),
+        ("sqs://queue?endpoint=http://key:secret@host", "without credentials"),
+        ("sqs://queue?create=maybe", "neither yes nor no"),
+        ("sqs://queue?results=sqs://other", "must name a store with results"),
+        ("sqs://queue?results=postgres://host", "no store 'postgres'"),
+        ("sqs://queue?results=memory://?bound=5", "bound is an option of the overflow"),
+        ("sqs://queue?fifo=yes", "no option 'fifo'"),
         ("sqlite:///a.db?bound=1&bound=2", "twice"),
         ("sqlite:///a.db?bound=0", "bound=0"),
         ("sqlite:///a.db?bound=-1", "bound=-1"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
 from forebay.carried_context import capture_context
-from forebay.errors import NotSerializable, PayloadTooLarge, StoreUnavailable
+from forebay.errors import MessageTooLarge, NotSerializable, PayloadTooLarge, StoreUnavailable
 from forebay.events import log
 from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
 from forebay.overflow import encode_task
@@ -69,6 +69,7 @@ class Spill:
             core, dispatcher, store, runs=runs, lease=self._lease, max_payload_bytes=settings.max_payload_bytes
         )
         self._max_payload_bytes = settings.max_payload_bytes
+        self._max_envelope_bytes: int | None = None  # a store on a queue has one, which it knows once it is open
         self._store = store
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._conversations: Conversations = dispatcher.conversations
@@ -87,6 +88,7 @@ class Spill:
             StoreUnavailable: the store cannot be opened.
         """
         await self._store.open()
+        self._max_envelope_bytes = getattr(self._store, "max_envelope_bytes", None)
         await self._maintenance.reap()
         await self.stored.delayed.wake()
         await self.refiller.recount([])
@@ -114,7 +116,10 @@ class Spill:
             NotSerializable, PayloadTooLarge: it cannot be.
         """
         payload, carried = self.codecs.dump_payload(task), capture_context()
-        return encode_task(task, payload, bound=self._max_payload_bytes, context=carried)
+        envelope = encode_task(task, payload, bound=self._max_payload_bytes, context=carried)
+        if self._max_envelope_bytes is not None and len(envelope) > self._max_envelope_bytes:
+            raise MessageTooLarge(task_id=task.task_id, size=len(envelope), bound=self._max_envelope_bytes)
+        return envelope
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> PutResult:
         """Store a task that was not admitted, or that waits for its time; once it is written, the ticket is SPILLED."""
