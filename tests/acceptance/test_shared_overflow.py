@@ -150,6 +150,18 @@ async def test_closing_while_the_store_is_away_is_no_error(file: str) -> None:
         assert (await find_result(successor, "left")).result == "once"
 
 
+@virtual
+async def test_leases_that_nobody_could_renew_are_not_taken_back_at_once(file: str) -> None:
+    """Even by a process that holds none, and so had nothing to renew."""
+    away = ((2.5, 11.9),)  # for longer than a lease lasts
+    mine, theirs = Agent(20.0), Agent(1.0)
+    async with make_supervisor(theirs, unreliable_store(file, outages=away), lease=9.0):
+        await asyncio.sleep(2.0)  # so that its turn is before the other's when the store is back
+        async with make_supervisor(mine, unreliable_store(file, outages=away), lease=9.0) as here:
+            assert await here.run(Task("work", "once", durable=True)) == "once"
+    assert (mine.started, theirs.started) == (["once"], [])
+
+
 # --- a slow store: its load climbs ------------------------------------------------------------------------------------
 
 

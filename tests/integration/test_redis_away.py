@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import pytest
-from tests.support.cutting_proxy import CuttingProxy
+from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.redis_servers import RedisServer, StandaloneRedis, redis_server, until
+from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
-from forebay import BackpressureSupervisor, Task, TaskStatus, Verdict
+from forebay import BackpressureSupervisor, Task, TaskStatus, Verdict, clock
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import RecordState
 from forebay.overflow import open_task_store
@@ -324,3 +325,70 @@ async def test_a_full_disk_rejects_until_there_is_room() -> None:
                 assert found is not None
                 assert (await found).result == "result of running"
         assert handler.started == ["running", "next"]
+
+
+# --- now away and now back, all the time -----------------------------------------------------------------------------
+
+
+async def trouble(proxy: CuttingProxy, seed: int) -> None:
+    """Let the server be away, in one way or another, and be back for a moment."""
+    rng = clock.new_random(seed)
+    while True:
+        match rng.choice(("is away", "hangs", "cuts", "cuts and is away")):
+            case "is away":
+                proxy.refuse()
+            case "hangs":
+                proxy.hold()
+            case "cuts":
+                proxy.cut()
+            case _:
+                lost: Side = rng.choice(("request", "answer"))
+                proxy.cut_at(rng.randint(1, 8), lost, then_refuse=True)
+        await asyncio.sleep(rng.uniform(0.1, 1.5))  # longer than the store has patience, and than a lease lasts
+        proxy.forget()
+        proxy.go_on()
+        proxy.accept()
+        await asyncio.sleep(rng.uniform(0.1, 1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("impatient")
+async def test_supervisors_whose_server_comes_and_goes_complete_each_accepted_task_once(
+    seed: int, proxy: CuttingProxy, urls: tuple[str, str]
+) -> None:
+    writes, accepted = AcknowledgedWrites(), set[str]()
+
+    async def work(_: Task) -> None:
+        await asyncio.sleep(0.05)
+
+    async def submit(caller: int, supervisor: BackpressureSupervisor) -> None:
+        for number in range(40):
+            task = Task("work", task_id=f"{caller}-{number}", durable=number % 2 == 0)
+            with suppress(StoreUnavailable):
+                ticket = await supervisor.submit(task)
+                if ticket and (task.durable or ticket.verdict is Verdict.SPILLED):
+                    accepted.add(task.task_id)
+            await asyncio.sleep(0.02)
+
+    async with AsyncExitStack() as stack:
+        supervisors = []
+        for number in range(3):
+            recorded = UnreliableStore(open_task_store(urls[0]), StoreFaults(), writes, clock.new_random(number))
+            supervisor = BackpressureSupervisor(overflow=recorded, lease=1.0, max_queue_size=0, max_attempts=100)
+            supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=3)
+            supervisors.append(await stack.enter_async_context(supervisor))
+        troubling = asyncio.ensure_future(trouble(proxy, seed))
+        await asyncio.gather(*(submit(caller, supervisors[caller % 3]) for caller in range(9)))
+        troubling.cancel()
+        await asyncio.wait([troubling])
+        proxy.forget()
+        proxy.go_on()
+        proxy.accept()
+        async with asyncio.timeout(60.0):
+            for task_id in accepted:
+                found = await supervisors[0].find(task_id)
+                assert found is not None, task_id
+                assert (await found).status is TaskStatus.SUCCEEDED
+    assert len(accepted) > 50
+    assert max(writes.ended.values()) == 1, writes.ended.most_common(3)

@@ -787,6 +787,16 @@ def a_slow_overflow_gets_more_and_more_work() -> None:
     always(StoreLoad, StoreLoad.slowness, returns=0.0)
 
 
+def leases_that_nobody_could_renew_are_taken_back_at_once() -> None:
+    original = StoreMaintenance.reap
+
+    async def reap(self: StoreMaintenance) -> None:
+        self._store_failed = False
+        await original(self)
+
+    replace(StoreMaintenance, original, reap)
+
+
 def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
     always(StoredTasks, StoredTasks._may_finish_later, returns=False)
 

@@ -611,6 +611,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_slow_overflow_gets_more_and_more_work: (
         test_shared_overflow.test_a_slow_store_gets_no_more_work_until_it_is_faster
     ),
+    bugs.leases_that_nobody_could_renew_are_taken_back_at_once: (
+        test_shared_overflow.test_leases_that_nobody_could_renew_are_not_taken_back_at_once
+    ),
     bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
         test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
     ),

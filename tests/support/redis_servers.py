@@ -51,7 +51,7 @@ _END_WITH_PARENT: Final = '"$@" & echo $!; read -r _; kill -9 $!; wait'
 def missing() -> str | None:
     """Return what must be installed, or None."""
     if shutil.which("redis-server") is None:
-        return "redis-server is missing: `apt-get install redis-server`, as root"
+        return "redis-server is missing: `make packages`, or `apt-get install redis-server` as root"
     return None
 
 

@@ -49,7 +49,7 @@ class StoreMaintenance:
         self._retention = settings.result_retention
         self._running = False
         self._stopped = False
-        self._renewal_failed = False
+        self._store_failed = False
         self._to_look_up: list[str] = []  # ids
         self._clock_offset: float | None = None  # seconds from `clock.now` to the wall clock, when leases were reaped
         self._reaps_from = 0.0  # by `clock.now`: before that, live leases may look expired
@@ -71,7 +71,7 @@ class StoreMaintenance:
         try:
             self._stored.leases.renew(self._stored.store)
         except StoreUnavailable:
-            self._renewal_failed = True  # written by the heartbeat's thread, read by the loop
+            self._store_failed = True  # written by the heartbeat's thread, read by the loop
             raise
 
     def _on_heartbeat(self) -> None:
@@ -93,6 +93,7 @@ class StoreMaintenance:
             await self._look_up_tickets()
             await self._stored.store.prune(before=clock.wall_time() - self._retention)
         except StoreUnavailable:
+            self._store_failed = True
             if not self._stopped:  # otherwise the store was closed meanwhile
                 raise
         finally:
@@ -104,8 +105,8 @@ class StoreMaintenance:
         """Take back records whose holder has let its lease lapse, and report those that are dead."""
         now, wall = clock.now(), clock.wall_time()
         self._watch_clock(now, wall)
-        if self._renewal_failed:  # others could not renew theirs either
-            self._renewal_failed = False
+        if self._store_failed:  # others could not renew their leases, or store the ends of their tasks
+            self._store_failed = False
             self._reaps_from = max(self._reaps_from, now + self._lease / 2)
         if now < self._reaps_from:
             return
