@@ -147,7 +147,7 @@ class SqsTaskStore:
         self._sending: asyncio.Future[None] | None = None
         self._in_hand: dict[Priority, dict[str, Message]] = {priority: {} for priority in Priority}  # by task id
         self._held: dict[str, _Held] = {}  # by task id
-        self._hidden: dict[str, Message] = {}  # by task id: hidden, because their record is parked or delayed
+        self._hidden: dict[str, Message] = {}  # by task id: hidden, because their record does not wait
         self._dead_messages: dict[str, Message] = {}  # without a shared index: the messages of dead letters, by task id
         self._unwanted: list[Message] = []  # to delete
         self._deleting: asyncio.Future[None] | None = None
@@ -387,7 +387,7 @@ class SqsTaskStore:
         """Take hidden messages in hand whose records wait by now."""
         ids = [task_id for task_id, message in self._hidden.items() if wanted.fits(message)]
         for task_id, found in zip(ids, await asyncio.gather(*map(self._index.find, ids)), strict=True):
-            if found is not None and found[0] in (RecordState.PARKED, RecordState.DELAYED):
+            if found is not None and found[0] in (RecordState.PARKED, RecordState.DELAYED, RecordState.LEASED):
                 continue
             message = self._hidden.pop(task_id, None)
             if message is not None and found is not None and found[0] is RecordState.WAITING:
@@ -471,6 +471,8 @@ class SqsTaskStore:
         if state is RecordState.LEASED:
             if (held := self._held.get(record.task_id)) is not None:
                 held.message = message  # the newest handle is the one that counts
+            else:  # its holder may have died
+                self._remember_hidden(message)
             return _MIN_HIDDEN if record.task_type == _RESERVED else _HIDDEN
         if state is RecordState.PARKED:
             self._remember_hidden(message)

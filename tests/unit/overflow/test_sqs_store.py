@@ -163,6 +163,45 @@ async def test_a_message_that_was_delivered_twice_runs_once(queues: SimulatedQue
     assert [lease.record.task_id for lease in leases] == ["b"]
 
 
+async def test_a_task_whose_process_died_comes_back_as_soon_as_its_lease_has_lapsed(queues: SimulatedQueues) -> None:
+    index = LastingIndex()
+    store, other = await opened(queues, index), await opened(queues, index)
+    await store.put(record())
+    now = clock.wall_time()
+    assert len(await store.lease("t", 1, until=now + 5.0)) == 1
+    queues.now += 6.0
+    await other.put(record("b"))
+    assert [lease.record.task_id for lease in await other.lease("t", 9, until=now + 60.0)] == ["b"]
+    assert queues.messages[0].visible_at > queues.now + 10.0  # it was seen, found leased, and hidden
+    await other.reap(now=now + 6.0, max_attempts=3)
+    assert [lease.record.task_id for lease in await other.lease("t", 9, until=now + 60.0)] == ["a"]
+
+
+async def test_a_conversation_goes_on_at_once_where_its_next_message_was_seen(queues: SimulatedQueues) -> None:
+    store = await opened(queues)
+    until = clock.wall_time() + 60.0
+    for name in ("a", "b", "c"):
+        await store.put(record(name, thread_id="t"))
+    await store.put(record("other"))
+    leases = await store.lease("t", 9, until=until)
+    assert sorted(lease.record.task_id for lease in leases) == ["a", "other"]
+    for name in ("b", "c"):
+        (ended,) = [lease for lease in leases if lease.record.thread_id]
+        assert await store.finish(ended.record.task_id, DONE, fence=ended.fence)
+        leases = await store.lease("t", 9, until=until)
+        assert [lease.record.task_id for lease in leases] == [name]
+
+
+async def test_a_retry_starts_at_once_where_its_attempt_has_failed(queues: SimulatedQueues) -> None:
+    store = await opened(queues)
+    until = clock.wall_time() + 60.0
+    await store.put(record())
+    (lease,) = await store.lease("t", 9, until=until)
+    await store.delay(lease, due=clock.wall_time() + 5.0, wait=5.0, error="no")
+    await store.wake(now=clock.wall_time() + 5.0)
+    assert [lease.record.task_id for lease in await store.lease("t", 9, until=until)] == ["a"]
+
+
 async def test_a_task_that_kills_its_process_is_dead_at_last_even_without_a_shared_index(
     queues: SimulatedQueues,
 ) -> None:
