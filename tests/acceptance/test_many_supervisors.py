@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from tests.support.counting_store import CountingStore
+from tests.support.counting_store import ChannelStore, CountingStore
 from tests.support.task_plane import Agent, find_result, now, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, Upstream, Verdict
@@ -133,6 +133,18 @@ async def test_a_result_of_another_process_is_noticed_by_all_who_await_it(file: 
 
 
 @virtual
+async def test_a_result_is_noticed_though_nobody_awaited_it_when_another_process_ended_the_task(file: str) -> None:
+    agent = Agent(seconds=1.0)
+    async with submitter(file, max_queue_size=0) as here, fleet(1, agent, file):
+        (ticket,) = await spill(here, Task("work"))
+        await asyncio.sleep(10.0)
+        assert agent.finished
+        started = now()
+        assert (await ticket).success
+        assert now() - started < 0.1
+
+
+@virtual
 async def test_a_task_that_expires_in_the_overflow_is_not_run_by_whoever_takes_it(file: str) -> None:
     agent = Agent(seconds=0.0)
     async with submitter(file, max_queue_size=0) as here:
@@ -171,14 +183,24 @@ async def test_ten_supervisors_are_ten_times_as_fast_with_as_many_calls_for_each
 @virtual
 async def test_idle_supervisors_do_not_all_ask_for_the_same_record(file: str) -> None:
     calls, agent, tasks = Counter[str](), Agent(seconds=0.05), 200
-    async with submitter(file, max_queue_size=0) as here, fleet(10, agent, file, calls, slots=2):
+    channel: list[Callable[[], None]] = []
+
+    def store() -> Any:
+        return ChannelStore(open_task_store(file), calls, channel)
+
+    async with contextlib.AsyncExitStack() as stack:
+        here = await stack.enter_async_context(make_supervisor(agent, store(), max_queue_size=0))
+        here.pause("work")
+        for _ in range(10):
+            await stack.enter_async_context(make_supervisor(agent, store(), slots=2))
+        await asyncio.sleep(1.0)
         calls.clear()
         for number in range(tasks):
-            await spill(here, Task("work", number))
+            await spill(here, Task("work", number))  # all ten notice it at the same moment
             await asyncio.sleep(0.05)
         await agent.wait_for_calls(tasks)
-        assert calls["lease"] < 2.0 * tasks  # of ten that could ask for each
-        assert calls["depths"] < 8.0 * tasks
+        assert calls["lease"] < 2.5 * tasks
+        assert calls["depths"] < 12.0 * tasks
 
 
 @virtual

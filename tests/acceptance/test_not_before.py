@@ -285,12 +285,17 @@ async def test_a_task_waits_here_for_its_time_while_its_conversation_is_here(fil
 @virtual
 async def test_one_that_may_not_spill_waits_here_and_not_ahead_of_its_conversation_in_the_overflow(file: str) -> None:
     agent = Agent(seconds=3.0)
-    async with make_supervisor(agent, file, slots=4) as supervisor:
-        stays = await supervisor.submit(Task("work", "stays", thread_id="t", spill=False, not_before=after(1.0)))
+    async with make_supervisor(agent, file, lease=300.0) as other, make_supervisor(agent, file, lease=300.0) as here:
+        here.pause("work")
+        stays = await here.submit(Task("work", "stays", thread_id="t", spill=False, not_before=after(1.0)))
         assert stays.status is TaskStatus.WAITING
-        stored = await supervisor.submit(Task("work", "stored", thread_id="t", not_before=after(0.5)))
+        stored = await here.submit(Task("work", "stored", thread_id="t", not_before=after(0.5)))
         assert stored.status is TaskStatus.SPILLED
+        await agent.wait_for_calls(1)
+        assert other.statistics().running == 1
+        here.resume("work")
         await results([stays, stored])
+        assert now() < 10.0  # and not at the next heartbeat
     assert (agent.peak, agent.started) == (1, ["stored", "stays"])
 
 

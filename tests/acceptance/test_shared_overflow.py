@@ -138,6 +138,18 @@ async def test_an_end_that_another_process_has_overtaken_is_not_stored(file: str
         assert (mine.started, theirs.started, found.attempts) == (["twice"], ["twice"], 2)
 
 
+@virtual
+async def test_closing_while_the_store_is_away_is_no_error(file: str) -> None:
+    async with make_supervisor(Agent(60.0), unreliable_store(file, outages=((1.0, 90.0),)), lease=9.0) as supervisor:
+        await supervisor.submit(Task("work", "once", task_id="left", durable=True))
+        await asyncio.sleep(2.0)
+        await supervisor.close()
+        assert now() < 10.0
+    agent = Agent()
+    async with make_supervisor(agent, file, lease=9.0) as successor:  # once its lease has lapsed
+        assert (await find_result(successor, "left")).result == "once"
+
+
 # --- a slow store: its load climbs ------------------------------------------------------------------------------------
 
 

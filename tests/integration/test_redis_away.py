@@ -169,6 +169,24 @@ async def test_a_rejected_task_is_not_stored_though_its_supervisor_closes_next(
     assert await state_of(urls[1], "rejected") is None
 
 
+@pytest.mark.slow
+async def test_a_server_that_hangs_lets_nobody_wait_for_a_start_or_a_close(
+    server: StandaloneRedis, urls: tuple[str, str]
+) -> None:
+    handler = Handler()
+    async with asyncio.timeout(2 * BOUND + 5.0):
+        async with supervisor_on(urls[1], handler) as supervisor:
+            await supervisor.submit(Task("work", "running", durable=True))
+            server.servers[0].stop()
+            closing = asyncio.ensure_future(supervisor.close())
+            try:
+                with pytest.raises(StoreUnavailable):
+                    await BackpressureSupervisor(overflow=urls[1]).start()
+                await closing
+            finally:
+                server.servers[0].go_on()
+
+
 # --- while tasks run, and at their ends ------------------------------------------------------------------------------
 
 

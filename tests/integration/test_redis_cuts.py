@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.redis_servers import StandaloneRedis, redis_server
 
+from forebay import BackpressureSupervisor, Task, clock
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
@@ -236,3 +238,46 @@ async def test_a_store_that_is_away_after_a_cut_loses_nothing_and_does_nothing_t
 
 def known(script: Script) -> list[Any]:
     return [(what, answer) for what, answer in script.said if what not in ONCE_ONLY]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+async def test_supervisors_whose_connections_are_cut_all_the_time_run_each_task_once(
+    seed: int, server: StandaloneRedis, proxy: CuttingProxy
+) -> None:
+    url, direct = new_name(server)
+    started, rng = Counter[str](), clock.new_random(seed)
+
+    async def work(task: Task) -> str:
+        started[task.task_id] += 1
+        await asyncio.sleep(0.002)
+        return f"result of {task.task_id}"
+
+    async with AsyncExitStack() as stack:
+        supervisors = []
+        for number in range(3):
+            supervisor = BackpressureSupervisor(overflow=url, max_queue_size=5)
+            supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=2)
+            supervisors.append(await stack.enter_async_context(supervisor))
+
+        async def submit(number: int) -> str:
+            task = Task("work", task_id=f"{number}", durable=number % 2 == 0)
+            return str(await supervisors[number % 3].run(task))
+
+        async def cut() -> None:
+            while True:
+                proxy.cut_at(rng.randint(1, 20), rng.choice(("request", "answer")))
+                while not await asyncio.get_running_loop().run_in_executor(None, proxy.cuts, 0.1):
+                    pass
+                if rng.random() < 0.2:
+                    server.servers[0].ask("SCRIPT", "FLUSH")
+
+        cutting = asyncio.ensure_future(cut())
+        results = [await asyncio.gather(*map(submit, range(first, first + 20))) for first in range(0, 200, 20)]
+        cutting.cancel()
+        proxy.forget()
+        await asyncio.wait([cutting])
+    assert [result for each in results for result in each] == [f"result of {number}" for number in range(200)]
+    assert max(started.values()) == 1
+    done = [stored for state, stored in await contents(direct) if state is RecordState.DONE]
+    assert len(done) >= 100

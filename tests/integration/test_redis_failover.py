@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 
 import pytest
+from redis.crc import key_slot
 from tests.support.redis_servers import (
     RedisServer,
     RedisSetup,
@@ -15,6 +16,8 @@ from tests.support.redis_servers import (
     redis_cluster,
     redis_replicated,
     redis_sentinels,
+    redis_server,
+    until,
 )
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
@@ -253,8 +256,8 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
             submitters = []
             for number in range(2):
                 inner = open_task_store(f"{setup.url}?replicas=1")
-                store = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
-                supervisor = BackpressureSupervisor(overflow=store, lease=3.0, max_queue_size=20, max_attempts=100)
+                recorded = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
+                supervisor = BackpressureSupervisor(overflow=recorded, lease=3.0, max_queue_size=20, max_attempts=100)
                 supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=4)
                 submitters.append(Submitter(await stack.enter_async_context(supervisor), f"{number}"))
             callers = [asyncio.ensure_future(each.submit_all_the_time()) for each in submitters]
@@ -277,3 +280,99 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
                         await asyncio.sleep(0.1)
     assert {ended[task_id] for task_id in accepted} == {"succeeded"}
     assert max(writes.ended.values()) == 1, writes.ended.most_common(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", SETUPS, ids=lambda start: start.__name__)
+async def test_a_master_that_was_replaced_while_it_hung_acknowledges_nothing(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    """A client that had nothing to do meanwhile is still connected to it."""
+    with start() as setup:
+        async with opened(f"{setup.url}?replicas=1") as store:
+            assert await store.put(record("before")) is PutResult.STORED
+            await in_thread(setup.wait_for_replicas)
+            hung = setup.master()
+            hung.stop()
+            await in_thread(setup.promote)
+            hung.go_on()
+            acknowledged, rejected = ["before"], []
+            for number in range(100):
+                try:
+                    assert await store.put(record(f"{number}")) is PutResult.STORED
+                    acknowledged.append(f"{number}")
+                except StoreUnavailable:
+                    rejected.append(f"{number}")
+                if len(acknowledged) > 20:
+                    break
+        await in_thread(lambda: until(lambda: hung in setup.replicas(), "the old master follows the new one"))
+        async with opened(setup.url) as store:
+            stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
+    assert stored == set(acknowledged), rejected
+
+
+@pytest.mark.slow
+async def test_an_fsync_each_second_is_waited_for() -> None:
+    """Redis does so by default; a writer that comes just after one waits longest."""
+    with redis_server(appendonly="yes", appendfsync="everysec") as durable:
+        async with opened(f"{durable.url}?fsync=yes") as store:
+            for number in range(5):
+                assert await store.put(record(f"{number}")) is PutResult.STORED
+
+
+@pytest.mark.slow
+async def test_a_server_that_is_killed_again_and_again_loses_nothing_that_was_on_its_disk() -> None:
+    with redis_server(appendonly="yes", appendfsync="always") as durable:
+        [server] = durable.servers
+        async with opened(f"{durable.url}?fsync=yes") as store:
+            load = Load(store)
+            callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
+            for _ in range(5):
+                await load.more(50)
+                await in_thread(server.kill)
+                await in_thread(server.start)
+            await load.more(50)
+            for caller in callers:
+                caller.cancel()
+            await asyncio.wait(callers)
+        async with opened(durable.url) as store:
+            stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
+    assert not set(load.acknowledged) - stored
+    assert not set(load.rejected) & stored
+
+
+# --- a slot of a cluster moves to another master ---------------------------------------------------------------------
+
+
+def move_slot(cluster: RedisSetup, name: str) -> None:
+    """Move the slot of an overflow to another master, as a resharding does."""
+    source = cluster.master(name)
+    target = next(each for each in cluster.servers[:3] if each is not source)
+    slot = key_slot(f"{{{name}}}".encode())
+    source_id, target_id = (each.ask("CLUSTER MYID") for each in (source, target))
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+    while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):
+        source.ask("MIGRATE", "127.0.0.1", target.announced, "", 0, 5000, "KEYS", *keys)
+    for each in (target, source):
+        each.ask("CLUSTER", "SETSLOT", slot, "NODE", target_id)
+
+
+@pytest.mark.slow
+async def test_an_overflow_moves_to_another_master_of_its_cluster_while_it_works() -> None:
+    with redis_cluster() as cluster:
+        before = cluster.master()
+        async with opened(cluster.url) as store:
+            load = Load(store)
+            callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
+            await load.more(100)
+            await in_thread(lambda: move_slot(cluster, "forebay"))
+            await load.more(100)
+            for caller in callers:
+                caller.cancel()
+            await asyncio.wait(callers)
+        assert cluster.master() is not before
+        async with opened(cluster.url) as store:
+            stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
+    assert not set(load.acknowledged) - stored
+    assert not set(load.rejected) & stored

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 from aiohttp.client_proto import ResponseHandler
-from tests.mutation.injection import always, pause_before, replace, skip, swap
+from tests.mutation.injection import always, edit_redis_script, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
@@ -43,7 +43,8 @@ from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
-from forebay.overflow import MemoryTaskStore, SqliteTaskStore
+from forebay.overflow import MemoryTaskStore, SqliteTaskStore, sqlite
+from forebay.overflow.redis import RedisTaskStore
 from forebay.overflow.sqs import SqsTaskStore
 from forebay.quota import (
     BilledUsage,
@@ -58,8 +59,9 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.storage import OperationQueue, SqliteWriter, sqlite_file
+from forebay.storage import OperationQueue, SqliteWriter, redis_master, sqlite_file
 from forebay.storage.file_watch import FileWatch
+from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, registration, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
@@ -77,16 +79,19 @@ from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import Runner
+from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.runs.timers import Timers
 from forebay.supervisor.slot import Slot
-from forebay.supervisor.spill import stored_tasks
+from forebay.supervisor.spill import delayed_records, stored_tasks
+from forebay.supervisor.spill.ask_jitter import AskJitter
 from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.spill import Spill
+from forebay.supervisor.spill.store_changes import AwaitedResults, WaitingRecords
 from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
@@ -2102,3 +2107,113 @@ def the_store_does_not_count_the_attempts_that_failed() -> None:
         return await original(self, lease, due=due, wait=wait, error=error)
 
     replace(MemoryTaskStore, original, delay)
+
+
+# --- tasks that wait for their time, and overflows that processes share ---
+
+
+def a_task_does_not_wait_for_its_time() -> None:
+    always(ScheduledTasks, ScheduledTasks.hold, returns=False)
+
+
+def a_drain_waits_for_a_task_of_tomorrow() -> None:
+    original = Drain._may_run
+
+    def _may_run(self: Drain, ticket: Ticket, *, without_store: bool) -> bool:
+        return bool(ticket.run is None and ticket.task.starts_in()) or original(
+            self, ticket, without_store=without_store
+        )
+
+    replace(Drain, original, _may_run)
+
+
+def a_conversation_waits_behind_one_that_waits_for_its_time() -> None:
+    sqlite._STATE_SCHEDULED = -2
+
+
+def a_task_that_waits_here_passes_its_conversation_in_the_overflow() -> None:
+    def _on_due(self: ScheduledTasks, ticket: Ticket) -> None:
+        self.leave(ticket)
+        self._dispatcher.join_queue(ticket)
+
+    replace(ScheduledTasks, ScheduledTasks._on_due, _on_due)
+
+
+def a_cancelled_task_leaves_its_time_behind() -> None:
+    delayed_records._MAX_STALE = 1_000_000
+
+
+def a_task_that_another_process_has_stored_waits_for_the_heartbeat() -> None:
+    always(WaitingRecords, WaitingRecords.notice, returns=None)
+
+
+def a_busy_process_overlooks_what_others_have_stored() -> None:
+    always(WaitingRecords, WaitingRecords.room_appeared, returns=None)
+
+
+def the_result_of_another_process_waits_for_the_heartbeat() -> None:
+    always(AwaitedResults, AwaitedResults.notice, returns=None)
+
+
+def all_processes_ask_for_a_record_at_once() -> None:
+    always(AskJitter, AskJitter.delay, returns=0.0)
+
+
+def a_process_takes_records_that_its_upstream_cannot_serve() -> None:
+    always(Pool, Pool._calls_wait, returns=False)
+
+
+# --- the store on Redis: each call is done once, and what is acknowledged is there ---
+
+
+def a_call_whose_answer_was_lost_is_done_again() -> None:
+    edit_redis_script("remembered and remembered[1] == group.number", "false")
+
+
+def a_call_that_arrives_after_later_ones_is_done() -> None:
+    edit_redis_script("remembered and remembered[1] > group.number", "false")
+
+
+def a_record_that_redis_did_not_acknowledge_stays() -> None:
+    always(RedisTaskStore, RedisTaskStore._take_back, returns=None)
+
+
+def a_record_is_taken_back_that_another_process_runs() -> None:
+    edit_redis_script("if record[STATE] == 'leased' and record[FENCE] ~= fence then", "if false then")
+
+
+def a_record_is_taken_back_that_another_call_has_put() -> None:
+    edit_redis_script("record[ORIGIN] ~= origin", "false")
+
+
+def the_end_of_a_lease_whose_answer_was_lost_is_rejected() -> None:
+    always(RedisTaskStore, RedisTaskStore._remember, returns=None)
+
+
+def a_repeated_write_is_acknowledged_before_the_replicas_have_it() -> None:
+    edit_redis_script("call('EXPIRE', last, REMEMBERED)", "")
+
+
+def a_write_is_acknowledged_before_the_replicas_have_it() -> None:
+    always(RedisTaskStore, RedisTaskStore._shortage, returns=None)
+
+
+def a_full_redis_lets_no_task_end() -> None:
+    edit_redis_script("call('ZREM', waiting, '')", "")
+
+
+def a_redis_that_drops_keys_is_opened() -> None:
+    def _check(info: Any, url: Any) -> None:
+        return None
+
+    redis_master._check.__code__ = _check.__code__
+
+
+def a_redis_that_was_away_is_waited_for_by_each_call() -> None:
+    original = RedisMaster.call
+
+    def call(self: RedisMaster, *commands: Any) -> Any:
+        self._is_away = False
+        return original(self, *commands)
+
+    replace(RedisMaster, original, call)

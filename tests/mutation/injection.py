@@ -1,17 +1,21 @@
 """Ways to inject a bug into a class or a function, named by symbol: type checkers and rename tools see each name.
 
 A bug either replaces a method, or makes a small change to the syntax tree of a function, which is compiled again.
-Nothing here knows source text, so a bug survives a rename, and says so when its place is gone.
+Nothing here knows source text, so a bug survives a rename, and says so when its place is gone. Only the script of the
+task store on Redis, which is no Python, is changed by its text.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
+
+from forebay.overflow import redis
 
 Function = Callable[..., Any]
 Change = Callable[[ast.AST], ast.AST | list[ast.stmt] | None]  # None: this node stays as it is
@@ -59,6 +63,14 @@ def skip(function: Function, callee: Function) -> None:
         return ast.Pass() if value is not None and _calls(value, callee) else None
 
     _rewrite(function, change)
+
+
+def edit_redis_script(old: str, new: str) -> None:
+    """Put `new` in the only place of the script of the task store on Redis that has `old`."""
+    if redis._SCRIPT.count(old) != 1:
+        raise NothingToChange(f"the script has {old!r} not once")
+    redis._SCRIPT = redis._SCRIPT.replace(old, new)
+    redis._SHA = hashlib.sha1(redis._SCRIPT.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
 
 
 def pause_before(function: Function, callee: Function) -> None:

@@ -32,7 +32,9 @@ from tests.acceptance import (
     test_leases,
     test_lifecycle,
     test_lost_file,
+    test_many_supervisors,
     test_nested,
+    test_not_before,
     test_open_runs,
     test_overflow,
     test_portal,
@@ -61,13 +63,13 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
-from tests.integration import test_dropped_streams
+from tests.integration import test_dropped_streams, test_redis_failover
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
-from tests.unit.overflow import test_sqlite_store, test_sqs_crash_points, test_sqs_store
+from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor import test_pool, test_pools
@@ -612,6 +614,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_end_that_the_overflow_did_not_take_is_forgotten: (
         test_shared_overflow.test_the_end_of_a_task_is_kept_until_the_store_is_back
     ),
+    bugs.a_repeated_write_is_acknowledged_before_the_replicas_have_it: (
+        test_redis_failover.test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it
+    ),
     bugs.closing_leaves_a_submission_to_a_store_that_does_not_answer: (
         test_drain.test_closing_ends_a_submission_that_the_store_does_not_answer
     ),
@@ -849,6 +854,57 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_delayed_tasks.test_a_retry_in_the_store_does_not_wait_for_maintenance
     ),
     bugs.the_store_does_not_count_the_attempts_that_failed: test_task_store.test_failures_and_delays_add_up,
+    # tasks that wait for their time, and overflows that processes share
+    bugs.a_task_does_not_wait_for_its_time: test_not_before.test_a_task_starts_at_its_time,
+    bugs.a_drain_waits_for_a_task_of_tomorrow: test_not_before.test_draining_cancels_what_nothing_keeps,
+    bugs.a_conversation_waits_behind_one_that_waits_for_its_time: (
+        test_task_store.test_a_record_joins_its_conversation_at_its_time
+    ),
+    bugs.a_task_that_waits_here_passes_its_conversation_in_the_overflow: (
+        test_not_before.test_one_that_may_not_spill_waits_here_and_not_ahead_of_its_conversation_in_the_overflow
+    ),
+    bugs.a_cancelled_task_leaves_its_time_behind: test_not_before.test_cancelling_many_keeps_no_times_of_them,
+    bugs.a_task_that_another_process_has_stored_waits_for_the_heartbeat: (
+        test_many_supervisors.test_a_task_starts_soon_in_an_idle_process
+    ),
+    bugs.a_busy_process_overlooks_what_others_have_stored: (
+        test_many_supervisors.test_a_record_that_waits_for_nothing_but_a_slot_starts_when_one_is_free
+    ),
+    bugs.the_result_of_another_process_waits_for_the_heartbeat: (
+        test_many_supervisors.test_a_result_of_another_process_is_noticed_by_all_who_await_it
+    ),
+    bugs.all_processes_ask_for_a_record_at_once: (
+        test_many_supervisors.test_idle_supervisors_do_not_all_ask_for_the_same_record
+    ),
+    bugs.a_process_takes_records_that_its_upstream_cannot_serve: (
+        test_many_supervisors.test_records_are_left_to_others_while_an_upstream_is_under_pressure
+    ),
+    bugs.a_call_whose_answer_was_lost_is_done_again: (
+        test_redis_store.test_a_call_whose_connection_breaks_is_done_once
+    ),
+    bugs.a_call_that_arrives_after_later_ones_is_done: (
+        test_redis_store.test_a_group_that_arrives_after_the_client_has_gone_on_is_not_done
+    ),
+    bugs.a_record_that_redis_did_not_acknowledge_stays: (
+        test_redis_store.test_a_record_whose_storing_was_reported_as_failed_is_taken_back
+    ),
+    bugs.a_record_is_taken_back_that_another_process_runs: (
+        test_redis_store.test_a_record_that_another_process_runs_is_not_taken_back
+    ),
+    bugs.a_record_is_taken_back_that_another_call_has_put: (
+        test_redis_store.test_what_is_taken_back_was_put_by_that_call
+    ),
+    bugs.the_end_of_a_lease_whose_answer_was_lost_is_rejected: (
+        test_redis_store.test_the_end_of_a_lease_that_was_reported_as_failed_succeeds_when_it_is_tried_again
+    ),
+    bugs.a_write_is_acknowledged_before_the_replicas_have_it: (
+        test_redis_store.test_a_record_that_too_few_replicas_have_is_rejected_and_taken_back
+    ),
+    bugs.a_full_redis_lets_no_task_end: (test_redis_store.test_a_full_server_rejects_records_and_lets_those_it_has_end),
+    bugs.a_redis_that_drops_keys_is_opened: test_redis_store.test_a_server_that_drops_keys_is_not_opened,
+    bugs.a_redis_that_was_away_is_waited_for_by_each_call: (
+        test_redis_store.test_a_store_that_is_away_answers_within_its_patience_and_then_at_once
+    ),
 }
 
 

@@ -15,7 +15,6 @@ import random
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -81,7 +80,7 @@ class Surge:
         self.happened: Counter[str] = Counter()
         self.provider: SimulatedProvider
         self.lengths = Traffic.conversation()
-        self.path = ""
+        self.url = ""  # of the durable overflow
         self.over: asyncio.Event
 
     # --- handlers ---
@@ -151,7 +150,7 @@ class Surge:
         """Return the overflow of a new process."""
         if self.script.overflow != "sqlite":
             return self.script.overflow
-        store = open_task_store(f"sqlite:///{self.path}?synchronous=off")
+        store = open_task_store(self.url)
         return UnreliableStore(store, faults, self.acknowledged, random.Random(self.rng.random()))
 
     async def start(self, faults: StoreFaults, *, lease: float = LEASE) -> SurgeProcess:
@@ -349,11 +348,21 @@ class Surge:
 SEEDS = [seed if seed < 50 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(300)]
 
 
-def run(seed: int) -> Surge:
-    """Run the surge of one seed; raise if an invariant is violated, or at a deadlock or an unhandled error."""
+def has_durable_store(seed: int) -> bool:
+    """Return whether the processes of a surge share an overflow that survives them."""
+    return Surge(seed).script.overflow == "sqlite"
+
+
+def run(seed: int, url: str | None = None) -> Surge:
+    """Run the surge of one seed; raise if an invariant is violated, or at a deadlock or an unhandled error.
+
+    Args:
+        seed: draws it.
+        url: a new durable overflow; None: a file.
+    """
     surge = Surge(seed)
     with tempfile.TemporaryDirectory() as directory, run_checks.fail_on_logged_errors():
-        surge.path = str(Path(directory, "spill.db"))
+        surge.url = url or f"sqlite:///{directory}/spill.db?synchronous=off"
         simulate(surge.main, seed=seed, max_time=36_000.0)
     return surge
 

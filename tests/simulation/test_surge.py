@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 from tests.simulation import surge
 from tests.simulation.surge_script import ENDS
+from tests.support.redis_servers import redis_server, shared
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite runs in the loop's own thread
 
@@ -16,6 +19,18 @@ def test_every_task_of_a_surge_ends_once_and_no_limit_is_exceeded(seed: int) -> 
     except BaseException as failure:
         failure.add_note(f"Repeat it with: .venv/bin/python -m tests.simulation.surge {seed}")
         raise
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        seed if seed < 15 else pytest.param(seed, marks=pytest.mark.slow)
+        for seed in range(150)
+        if surge.has_durable_store(seed)
+    ],
+)
+def test_every_task_of_a_surge_on_redis_ends_once(seed: int) -> None:
+    surge.run(seed, f"{shared(redis_server).url}?name=surge-{uuid.uuid4().hex}")
 
 
 def test_the_surges_cover_all_outcomes() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from forebay.interfaces import TaskStore
+from forebay.interfaces import PutResult, TaskStore
 
 
 class CountingStore:
@@ -25,3 +26,22 @@ class CountingStore:
             return attribute(*args, **kwargs)
 
         return call
+
+
+class ChannelStore(CountingStore):
+    """A counting store that tells all of one `channel`, at the same moment, what it has put, as a server may."""
+
+    def __init__(self, inner: TaskStore, calls: Counter[str], channel: list[Callable[[], None]]) -> None:
+        super().__init__(inner, calls)
+        self._channel = channel
+
+    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:  # noqa: ARG002
+        """Notice what others put."""
+        self._channel.append(on_waiting)
+
+    async def put(self, *args: Any, **kwargs: Any) -> PutResult:
+        """Put a record, and tell all of it."""
+        put = await self._inner.put(*args, **kwargs)
+        for notify in self._channel:
+            notify()
+        return put

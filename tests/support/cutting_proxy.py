@@ -159,7 +159,11 @@ class CuttingProxy:
 
     def wait_for_cut(self, within: float = 30.0) -> None:
         """Return when the planned cut has happened."""
-        assert self._has_cut.wait(within), f"no cut: the commands were {self.commands}"
+        assert self.cuts(within), f"no cut: the commands were {self.commands}"
+
+    def cuts(self, within: float) -> bool:
+        """Return whether the planned cut has happened, once it has, or after `within` seconds."""
+        return self._has_cut.wait(within)
 
     def cut(self) -> None:
         """Cut all connections now. What has not been passed on is lost."""

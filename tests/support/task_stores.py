@@ -38,7 +38,7 @@ class StoreBackend:
         can: DURABLE, SHARED, HISTORY, ORDER, PROMPT, ENVELOPE, FAST.
         options: appended to the URL, one for each way to write; the last is the fastest.
         server: starts the server that the store needs, unless it runs, and returns its URL; None: it needs none.
-        slow: an operation takes a millisecond, so that tests of many random ones do fewer.
+        slow: tests of many random operations do fewer: one takes a millisecond, or another backend has the same code.
     """
 
     name: str
@@ -78,6 +78,12 @@ class StoreBackend:
 
 LASTING = frozenset({DURABLE, SHARED, HISTORY, ORDER, PROMPT, ENVELOPE, FAST})
 REDIS = "{server}?name={name}&bound={bound}"
+
+
+def on_redis(name: str, server: Callable[[], str], *, slow: bool = False) -> StoreBackend:
+    return StoreBackend(name, REDIS, can=LASTING, server=server, slow=slow)
+
+
 STORES = [
     StoreBackend("memory", "memory://?bound={bound}", can=frozenset({ORDER, PROMPT, ENVELOPE, FAST})),
     StoreBackend(
@@ -87,7 +93,7 @@ STORES = [
         options=("&synchronous=full", "&synchronous=normal", "&synchronous=off"),
         slow=True,
     ),
-    StoreBackend("redis", REDIS, can=LASTING, server=lambda: shared(redis_server).url),
+    on_redis("redis", lambda: shared(redis_server).url),
 ]
 INDEXES = list(STORES)  # those that may be the index of a queue service
 _SQS = "?endpoint={server}&region=eu-west-1&bound={bound}"
@@ -109,9 +115,9 @@ SLOW_STORES = SQS_STORES[1:]  # whose tests are left out of `make test-quick`
 # Further ways to run a store, for the contract alone: a supervisor sees no more of it than the contract.
 ALL_STORES = [
     *STORES,
-    StoreBackend("fakeredis", REDIS, can=LASTING, server=shared_fakeredis, slow=True),
-    StoreBackend("sentinel", REDIS, can=LASTING, server=lambda: shared(redis_sentinels).url),
-    StoreBackend("cluster", REDIS, can=LASTING, server=lambda: shared(redis_cluster).url),
+    on_redis("fakeredis", shared_fakeredis, slow=True),
+    on_redis("sentinel", lambda: shared(redis_sentinels).url, slow=True),
+    on_redis("cluster", lambda: shared(redis_cluster).url, slow=True),
     *SQS_STORES,
 ]
 DURABLE_STORES = [backend for backend in STORES if DURABLE in backend.can]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from forebay.cli.gateway import gateway
+from forebay.cli.overflow import overflow
 
 app = typer.Typer(
     help="Backpressure for fleets of AI agents.",
@@ -34,3 +35,4 @@ def _forebay(
 
 
 app.command()(gateway)
+app.add_typer(overflow, name="overflow")

@@ -54,9 +54,12 @@ _KEYS = (
 _FORMAT = b"1"  # how the records are laid out
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
-_MAX_BYTES = 8 << 20  # of payloads and results in one run, unless a single one is larger
+_MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
 _BATCH = 500  # records that reap, wake and prune take at once
-_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
+_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
+# How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
+# next, and two more while the disk is busy.
+_DISKS_TIMEOUT_MS = 4_000
 _MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back
 
 _encode = msgspec.json.Encoder().encode
@@ -138,7 +141,7 @@ class RedisTaskStore:
         self._channel = f"{self._prefix}news"
         self._callbacks: dict[str, Callable[[], None]] = {}  # by the letter that the script publishes
         self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
-        self._client_id = new_id()
+        self._client_id = ""  # of this opening: a copy in a forked process has another
         self._numbers = itertools.count(1)
         self._queue: OperationQueue[_Connections, _Operation] = OperationQueue(
             where=str(url),
@@ -425,6 +428,7 @@ class RedisTaskStore:
         return self._queue.submit(_Operation(name, _encode((name, *arguments)), decode, blob, identity))
 
     def _connect(self) -> _Connections:
+        self._client_id, self._numbers = new_id(), itertools.count(1)
         load = [("SCRIPT", "LOAD", _SCRIPT)]
         groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
         self._check_format(groups)
@@ -443,7 +447,9 @@ class RedisTaskStore:
             StoreUnavailable: a newer release has written them.
         """
         key = f"{self._prefix}format"
-        _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
+        (found,) = master.call(("GET", key))
+        if found is None:  # else nothing is written: its memory may be full, and what it has is to end
+            _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
         if found != _FORMAT:
             why = f"a newer Forebay wrote {self._prefix} (format {found.decode()}; this one knows {_FORMAT.decode()})"
             raise StoreUnavailable(where=str(self._url), why=why, advice="Upgrade Forebay here, or give another ?name=")
@@ -455,16 +461,13 @@ class RedisTaskStore:
             values += self._run_part(connections.groups, part)
         return values
 
-    def _run_part(self, master: RedisMaster, part: Sequence[_Operation]) -> Sequence[Any]:
-        # Records that are put go first: Redis rejects only the first write if its memory is full.
-        order = sorted(range(len(part)), key=lambda index: part[index].name not in _PUTS)
-        ops = [part[index] for index in order]
+    def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
         names = {op.name for op in ops}
         acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
         try:
             self._take_back(master)
         except StoreUnavailable as error:
-            return [OperationError(error)] * len(part)
+            return [OperationError(error)] * len(ops)
         # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
         number = next(self._numbers) if acknowledgement or names - _READS else None
         script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
@@ -472,16 +475,16 @@ class RedisTaskStore:
             replies, had = master.call(script, acknowledgement) if acknowledgement else (*master.call(script), None)
         except StoreUnavailable as error:
             self._remember(ops, number)
-            return [OperationError(error)] * len(part)
+            return [OperationError(error)] * len(ops)
         shortage = None if had is None else self._shortage(had)
-        values: list[Any] = [None] * len(part)
-        for index, op, reply in zip(order, ops, replies, strict=True):
+        values = list[Any]()
+        for op, reply in zip(ops, replies, strict=True):
             if reply == b"oom":
-                values[index] = OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
+                values.append(OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1])))
             elif shortage is not None and op.name in _ACKNOWLEDGED:
-                values[index] = OperationError(shortage)
+                values.append(OperationError(shortage))
             else:
-                values[index] = op.decode(reply)
+                values.append(_decode(op, reply))
         if shortage is not None:
             self._remember(ops, number)
             with suppress(StoreUnavailable):  # later then, before the next operations
@@ -491,10 +494,15 @@ class RedisTaskStore:
     def _acknowledgement(self) -> Sequence[Any] | None:
         """Return the command that waits for the replicas and disks that the URL asks for."""
         if self._url.fsync:
-            return ("WAITAOF", 1, self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAITAOF", 1, self._url.replicas, self._acknowledge_timeout)
         if self._url.replicas:
-            return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+            return ("WAIT", self._url.replicas, self._acknowledge_timeout)
         return None
+
+    @property
+    def _acknowledge_timeout(self) -> int:
+        """Milliseconds in which those replicas and disks must have a write."""
+        return _DISKS_TIMEOUT_MS if self._url.fsync else _ACKNOWLEDGE_TIMEOUT_MS
 
     def _shortage(self, had: Any) -> StoreUnavailable | None:
         """Return the error of operations that only so many replicas and disks have as the master has answered."""
@@ -502,9 +510,9 @@ class RedisTaskStore:
         if local and replicas >= self._url.replicas:
             return None
         of = "disks of replicas" if self._url.fsync else "replicas"
-        why = f"only {replicas} of {self._url.replicas} {of} had the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+        why = f"only {replicas} of {self._url.replicas} {of} had the write within {self._acknowledge_timeout} ms"
         if not local:
-            why = f"its own disk did not have the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+            why = f"its own disk did not have the write within {self._acknowledge_timeout} ms"
         advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
         return StoreUnavailable(where=str(self._url), why=why, advice=advice)
 
@@ -537,6 +545,13 @@ class RedisTaskStore:
             master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
             for _ in some:
                 self._to_take_back.popleft()
+
+
+def _decode(op: _Operation, reply: Any) -> Any:
+    try:
+        return op.decode(reply)
+    except Exception as error:  # noqa: BLE001 - a record that somebody else has changed must not fail other operations
+        return OperationError(error)
 
 
 def _same(value: Any) -> Any:

@@ -15,6 +15,7 @@ from forebay.storage.redis_master import connect
 from forebay.storage.redis_url import RedisUrl
 
 _INTERVAL = 0.02  # seconds between two calls of the callback
+_MAX_MESSAGES = 1_000  # that are read before the callbacks are called
 _POLL = 0.5  # seconds after which the thread looks whether it was stopped
 _RETRY_INTERVAL = 1.0  # seconds between two attempts to connect
 
@@ -64,8 +65,9 @@ class RedisListener:
             channel.subscribe(self._channel)
             while not self._stopped.is_set() and not self._loop.is_closed():
                 message = channel.get_message(timeout=_POLL)
-                news = set[str]()
-                while message is not None:
+                news, received = set[str](), 0
+                while message is not None and received < _MAX_MESSAGES:
+                    received += 1
                     news.update(self._callbacks if message["type"] == "subscribe" else self._letters(message["data"]))
                     message = channel.get_message(timeout=0.0)
                 if news:

@@ -20,8 +20,12 @@ from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 
+_MIN_VERSION = (7, 0)
+_MIN_VERSION_FOR_FSYNC = (7, 2)  # WAITAOF
+
 _CONNECT_TIMEOUT = 1.0  # seconds
-_ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas and its disk
+_ANSWER_TIMEOUT = 2.0  # seconds: more than the master waits for its replicas
+_DISKS_TIMEOUT = 3.0  # seconds more, if it waits for its disk
 _PATIENCE = 5.0  # seconds in which a master is looked for
 _CHECK_INTERVAL = 15  # seconds after which an idle connection is checked before it is used, or while it listens
 _RETRY_INTERVAL = 0.1  # seconds between two attempts
@@ -34,6 +38,7 @@ _ADVICE = {
     "NoPermissionError": ("the user lacks the right to a command", "Grant it; the guide to the overflow has a list."),
     "OutOfMemoryError": FULL,
     "ReadOnlyError": ("it is a replica", "Name the master, or let Sentinels find it: redis+sentinel://"),
+    "MovedError": ("it is a node of a cluster that has other keys", "Let the nodes tell: redis+cluster://"),
     "MISCONF": ("it cannot write to its disk, and so accepts nothing", "Free space on the disk of the Redis server."),
     "NOREPLICAS": ("it has too few replicas, and so accepts nothing", "Start its replicas."),
     "WRONGTYPE": ("another program has a key of Forebay's", "Choose another ?name= or another database."),
@@ -139,11 +144,18 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
     """Check what a server says about itself.
 
     Raises:
-        StoreUnavailable: it may drop records to make room, or has no file to write to though the URL asks for it.
+        StoreUnavailable: it is too old, may drop records to make room, or has no file to write to as the URL asks.
         ReadOnlyError: it is a replica.
     """
     if info.get("role", "master") != "master":
         raise redis.ReadOnlyError("it is a replica")
+    version = tuple(map(int, str(info.get("redis_version", "8.0")).split(".")[:2]))
+    needed = _MIN_VERSION_FOR_FSYNC if url.fsync else _MIN_VERSION
+    if version < needed:
+        why = "it is Redis {}.{}, and {}.{} is needed{}".format(
+            *version, *needed, " for fsync=yes" if url.fsync else ""
+        )
+        raise StoreUnavailable(where=str(url), why=why, advice="Use a newer server.")
     policy = str(info.get("maxmemory_policy", ""))
     if int(info.get("maxmemory", 0)) and policy.startswith("allkeys-"):
         why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
@@ -158,7 +170,7 @@ def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:
     """Return the error to raise for what Redis has answered, or for an answer that did not come."""
     text = str(error)
     known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0])
-    why, advice = known or (text, "Check that the Redis server runs and can be reached; look into its log.")
+    why, advice = known or (text.rstrip("."), "Check that the Redis server runs and can be reached; look into its log.")
     return StoreUnavailable(where=str(url), why=why, advice=advice)
 
 
@@ -201,7 +213,7 @@ def _plain_client(url: RedisUrl, host: str, port: int, **login: Any) -> redis.Re
         host=host,
         port=port,
         ssl=url.tls,
-        socket_timeout=_ANSWER_TIMEOUT,
+        socket_timeout=_ANSWER_TIMEOUT + (_DISKS_TIMEOUT if url.fsync else 0.0),
         socket_connect_timeout=_CONNECT_TIMEOUT,
         socket_keepalive=True,
         health_check_interval=_CHECK_INTERVAL,
@@ -229,7 +241,7 @@ def _with_slot(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:
     for asked, answer in _ask_each(url, ("CLUSTER", "SLOTS"), [{"username": url.username, "password": url.password}]):
         for first, last, (host, port, *_), *_ in answer:
             if first <= slot <= last:
-                yield (host or b"").decode() or asked, int(port)
+                yield asked if host in {None, b"", b"?"} else host.decode(), int(port)
 
 
 def _ask_each(url: RedisUrl, command: Sequence[str], logins: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

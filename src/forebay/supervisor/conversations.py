@@ -140,6 +140,11 @@ class Conversations:
         if thread_id is not None and thread_id in self._stored:
             _decrement(self._stored, thread_id)
 
+    @property
+    def recounting(self) -> bool:
+        """True while the store counts its records."""
+        return self._recounts > 0
+
     def begin_recount(self) -> None:
         """Note that the store counts its records: its answer may miss those that are stored before it comes."""
         self._recounts += 1

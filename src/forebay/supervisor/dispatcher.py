@@ -261,6 +261,11 @@ class Dispatcher:
         else:
             self._start_or_queue(ticket, pool, worker)
 
+    def recount_conversations(self) -> None:
+        """Ask the overflow, in the background, which conversations have tasks in it."""
+        if self.spill is not None:
+            self.spill.refiller.recount_conversations_soon()
+
     def join_queue(self, ticket: Ticket) -> None:
         """Start or queue a task whose time has come, behind its conversation."""
         pool = self._pools[ticket.task.task_type]
@@ -639,5 +644,5 @@ class Dispatcher:
         """Hold the ticket of a spilled task, because it is awaited."""
         ticket = self._registry.hold_strongly(task_id)
         if self.spill is not None and (known := ticket or self._registry.live.get(task_id)) is not None:
-            self.spill.stored.watch(known)
+            self.spill.results.watch(known)
         return ticket

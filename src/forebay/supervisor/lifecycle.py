@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from forebay.errors import StoreUnavailable
 from forebay.events import log
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.nested_supervisor import start_handlers, stop_handlers
@@ -85,7 +86,10 @@ async def _close_spill(spill: Spill) -> None:
     finally:
         if not closing.done():  # a store that stands still may not even notice that it is cancelled
             closing.cancel()
-    if closing.done():
-        closing.result()
-    else:
+    if not closing.done():
         log.error("the overflow did not close within %.0f s; tasks leased here run elsewhere later", MAX_STORE_SILENCE)
+        return
+    try:
+        closing.result()
+    except StoreUnavailable as error:  # nothing can be done about it here, and whoever closes has other things to do
+        log.error("leases could not be returned to the overflow; tasks leased here run elsewhere later: %s", error)

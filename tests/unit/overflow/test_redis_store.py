@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server, shared, until
@@ -20,6 +21,7 @@ from forebay.overflow import open_task_store, redis
 from forebay.overflow.redis import RedisTaskStore
 from forebay.simulation import simulate
 from forebay.storage import redis_listener, redis_master
+from forebay.storage.redis_url import RedisTopology, RedisUrl
 from forebay.task import Priority
 
 DONE = Completion(status="succeeded", result=b"result", finished_at=50.0)
@@ -516,11 +518,12 @@ async def test_a_full_server_rejects_records_and_lets_those_it_has_end() -> None
             (lease,) = await store.lease("t", 1, until=9.0)
             assert lease.record.task_id == "first"
             assert await store.begin_attempt(lease)
+        async with opened(server.url) as store:  # by a process that starts now
             assert await store.finish("first", DONE, fence=lease.fence)
             leases = await store.lease("t", len(stored) // 2, until=9.0)
-            rejected, *finished = await asyncio.gather(
-                store.put(record("late", envelope=b"x" * 100_000)),
+            *finished, rejected = await asyncio.gather(
                 *(store.finish(lease.record.task_id, DONE, fence=lease.fence) for lease in leases),
+                store.put(record("late", envelope=b"x" * 100_000)),
                 return_exceptions=True,
             )
             assert isinstance(rejected, StoreUnavailable)
@@ -534,6 +537,37 @@ async def stores(store: TaskStore, record: TaskRecord) -> bool:
         return await store.put(record) is PutResult.STORED
     except StoreUnavailable:
         return False
+
+
+async def test_each_opening_is_a_client_of_its_own(server: StandaloneRedis, name: str) -> None:
+    store = open_task_store(f"{server.url}?name={name}")  # which a forked process may have a copy of
+    assert isinstance(store, RedisTaskStore)
+    clients = set()
+    for task_id in "ab":
+        await store.open()
+        clients.add(store._client_id)
+        assert await store.put(record(task_id)) is PutResult.STORED
+        await store.close()
+    assert len(clients) == 2
+
+
+async def test_a_record_that_another_program_has_changed_fails_alone(
+    store: RedisTaskStore, server: StandaloneRedis, name: str
+) -> None:
+    await store.put(record("a"))
+    await store.put(record("b"))
+    server.servers[0].ask("HSET", f"{{{name}}}:tasks", "000000000000001", "[]")
+    bad, good = await asyncio.gather(store.find("a"), store.find("b"), return_exceptions=True)
+    assert isinstance(bad, msgspec.ValidationError)
+    assert good == (RecordState.WAITING, record("b"), None)
+
+
+@pytest.mark.parametrize(("version", "fsync", "why"), [("6.2.14", False, "7.0"), ("7.0.15", True, "7.2.*fsync=yes")])
+def test_a_server_that_is_too_old_is_not_opened(version: str, *, fsync: bool, why: str) -> None:
+    url = RedisUrl(topology=RedisTopology.SINGLE, hosts=(("host", 1),), fsync=fsync)
+    with pytest.raises(StoreUnavailable, match=why):
+        redis_master._check({"redis_version": version}, url)
+    redis_master._check({"redis_version": "7.2.0"}, url)
 
 
 async def test_an_overflow_of_a_newer_release_is_not_opened(server: StandaloneRedis, name: str) -> None:
@@ -580,16 +614,11 @@ async def test_a_server_that_is_not_there_is_reported_with_its_address() -> None
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
-def test_large_payloads_are_sent_in_several_parts() -> None:
-    sizes = [3, 3, 3, 20, 1, 1]
-    group = [redis._Operation("put", b"", bool, b"x" * (size << 20)) for size in sizes]
+def test_large_payloads_are_sent_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis, "_MAX_BYTES", 8)
+    group = [redis._Operation("put", b"", bool, b"x" * size) for size in (3, 3, 3, 20, 1, 1)]
     group.append(redis._Operation("depths", b"", bool))
-    assert [[len(op.blob or b"") >> 20 for op in part] for part in redis._parts(group)] == [
-        [3, 3],
-        [3],
-        [20],
-        [1, 1, 0],
-    ]
+    assert [[len(op.blob or b"") for op in part] for part in redis._parts(group)] == [[3, 3], [3], [20], [1, 1, 0]]
 
 
 async def test_calls_at_once_are_one_round_trip(remote: RedisTaskStore, proxy: CuttingProxy) -> None:

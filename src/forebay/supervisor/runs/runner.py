@@ -75,7 +75,7 @@ class Runner:
         self.next_run: Run | None = None
         self.run: Run | None = None  # its handler is running
         self.aio: asyncio.Task[None] | None = None
-        self.aio = pool.loop.create_task(self._main(), context=pool.base_context.copy())
+        self.aio = pool.loop.create_task(self._work(), context=pool.base_context.copy())
         pool.loop.call_soon(self._check_start)  # after its first step
 
     def _check_start(self) -> None:
@@ -98,59 +98,61 @@ class Runner:
         """Return whether the handler of `run` is running, in `aio`."""
         return self.run is run and self.aio is not None and self.aio is aio
 
-    async def _main(self) -> None:
-        try:
-            await self._work()
-        finally:
-            if self in self._pool.idle:
-                self._pool.idle.remove(self)
-            if (run := self.next_run) is not None:  # the loop is being shut down
-                self._pool.on_end(run, None, asyncio.CancelledError())
-
-    @types.coroutine
-    def _work(self) -> Generator[Any, None, None]:
+    async def _work(self) -> None:
         """Run one handler after another, until this asyncio task cannot be reused."""
-        pool, in_a_row = self._pool, 0
-        loop, on_end = pool.loop, pool.on_end
-        if self.aio is None:
-            yield  # an eager task factory starts this before `create_task` has returned
-        aio: Any = self.aio
-        references = _reference_count(aio) if isinstance(aio, asyncio.Task) else -1  # unknown for another kind of task
-        while (run := self.next_run) is not None:
-            self.next_run = None
-            self.run = run
-            if run.abandoned_at is None:
-                value, cause, waited = yield from _step(run, pool.base_context)
-            else:
-                value, cause, waited = None, asyncio.CancelledError(), False
-            self.run = None
-            reusable = (
-                _reference_count(aio) == references
-                and not (aio.cancelling() or aio._must_cancel or aio._callbacks)  # noqa: SLF001 - no public way to ask
-                and not pool.closed
-            )
-            if reusable:
-                pool.reusable = self
-            try:
-                on_end(run, value, cause)
-            except BaseException:  # noqa: BLE001 - the runner goes on with other handlers
-                log.exception("the end of task %r could not be processed", run.task.task_id)
-            if cause is not None and was_interrupted(run, cause):
-                raise_again_if_interrupt(cause)
-            pool.reusable = run = value = cause = None
-            if not reusable:
-                return
-            in_a_row = 0 if waited else in_a_row + 1
-            if self.next_run is None:
-                pool.idle.append(self)
-                self._wakeup = loop.create_future()
-                yield from self._wakeup
-                in_a_row = 0
-            elif in_a_row >= _MAX_BURST:
-                yield
-                in_a_row = 0
+        try:
+            pool, in_a_row = self._pool, 0
+            loop, on_end = pool.loop, pool.on_end
+            if self.aio is None:
+                await asyncio.sleep(0)  # an eager task factory starts this before `create_task` has returned
+            aio: Any = self.aio
+            references = _reference_count(aio) if isinstance(aio, asyncio.Task) else -1  # unknown for other kinds
+            while (run := self.next_run) is not None:
+                self.next_run = None
+                self.run = run
+                if run.abandoned_at is None:
+                    value, cause, waited = await _step(run, pool.base_context)
+                else:
+                    value, cause, waited = None, asyncio.CancelledError(), False
+                self.run = None
+                reusable = (
+                    _reference_count(aio) == references
+                    and not (aio.cancelling() or aio._must_cancel or aio._callbacks)  # noqa: SLF001 - no public way to ask
+                    and not pool.closed
+                )
+                if reusable:
+                    pool.reusable = self
+                try:
+                    on_end(run, value, cause)
+                except BaseException:  # noqa: BLE001 - the runner goes on with other handlers
+                    log.exception("the end of task %r could not be processed", run.task.task_id)
+                if cause is not None and was_interrupted(run, cause):
+                    raise_again_if_interrupt(cause)
+                pool.reusable = run = value = cause = None
+                if not reusable:
+                    return
+                in_a_row = 0 if waited else in_a_row + 1
+                if self.next_run is None:
+                    pool.idle.append(self)
+                    self._wakeup = loop.create_future()
+                    await self._wakeup
+                    self._wakeup = None
+                    in_a_row = 0
+                elif in_a_row >= _MAX_BURST:
+                    await asyncio.sleep(0)
+                    in_a_row = 0
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Leave the pool, because this asyncio task ends."""
+        if self in self._pool.idle:
+            self._pool.idle.remove(self)
+        if (run := self.next_run) is not None:  # the loop is being shut down
+            self._pool.on_end(run, None, asyncio.CancelledError())
 
 
+@types.coroutine
 def _step(run: Run, base: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
     """Run a handler to its end, in the context of its submitter, or in a copy of `base` if there is none.
 

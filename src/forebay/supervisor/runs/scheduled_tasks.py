@@ -25,6 +25,9 @@ class ScheduleDispatcher(Protocol):
     def arm_expiry(self, ticket: Ticket) -> None:
         """Set the timer that ends a waiting task at its deadline."""
 
+    def recount_conversations(self) -> None:
+        """Ask the overflow, in the background, which conversations have tasks in it."""
+
     def join_queue(self, ticket: Ticket) -> None:
         """Start or queue a task whose time has come, behind its conversation."""
 
@@ -82,6 +85,7 @@ class ScheduledTasks:
         thread_id = ticket.task.thread_id
         if thread_id is not None and self._dispatcher.conversations.waits_in_overflow(thread_id):
             self._arm(ticket, _RECHECK)  # another process may be running one of its conversation
+            self._dispatcher.recount_conversations()
             return
         self.leave(ticket)
         self._dispatcher.join_queue(ticket)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -145,6 +146,15 @@ class Refiller:
                 pool.set_spilled(priority, counts | {name: max(n, counts.get(name, 0)) for name, n in known.items()})
         served = self._core.pools.by_type
         self.unserved_depths = {key: depth for key, depth in depths.items() if key[0] not in served}
+
+    def recount_conversations_soon(self) -> None:
+        """Do as `recount_conversations` does, in the background, unless that is under way."""
+        if not self._dispatcher.conversations.recounting:
+            self._core.run_in_background(self._try_recount_conversations())
+
+    async def _try_recount_conversations(self) -> None:
+        with contextlib.suppress(StoreUnavailable):  # the heartbeat counts again
+            await self.recount_conversations()
 
     async def recount_conversations(self) -> None:
         """Replace the counts of conversations by those of the store."""

@@ -48,6 +48,7 @@ class Spill:
         refiller: takes tasks back.
         lookup: makes tickets for tasks that only the store may know.
         changes: counts the records that other processes store.
+        results: looks up the tasks that other processes end.
         codecs: the declared types of payloads and results.
     """
 
@@ -76,7 +77,7 @@ class Spill:
         self.stored.on_change(self.refiller.count_waiting)
         self.lookup = StoreLookup(core, dispatcher, self.stored)
         self.changes = WaitingRecords(core, self.stored, self.refiller)
-        self._results = AwaitedResults(core, self.stored)
+        self.results = AwaitedResults(core, self.stored)
         self._maintenance = StoreMaintenance(core, self.stored, self.refiller, settings=settings)
         self._last_submitted_at = 0.0
 
@@ -94,7 +95,7 @@ class Spill:
         await self.refiller.recount_conversations()
         if self.stored.durable:
             self._maintenance.start()
-            self._store.subscribe(on_waiting=self.changes.notice, on_ended=self._results.notice)
+            self._store.subscribe(on_waiting=self.changes.notice, on_ended=self.results.notice)
 
     def slot_freed(self, worker: WorkerAgent, pools: Iterable[Pool]) -> None:
         """Take records of `pools` back, of which some are known to wait, and look for others if `worker` has a slot."""
@@ -337,4 +338,4 @@ class Spill:
     def _stop(self) -> None:
         self._maintenance.stop()
         self.changes.stop()
-        self._results.stop()
+        self.results.stop()

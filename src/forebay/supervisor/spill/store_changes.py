@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from forebay import clock
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.spill.refill import Refiller
     from forebay.supervisor.spill.stored_tasks import StoredTasks
+    from forebay.supervisor.ticket import Ticket
 
 _BUSY_WINDOW = 0.5  # seconds within which the records are counted for which no slot is free
 _MIN_LOOKUP_WINDOW = 0.002  # seconds
@@ -99,7 +102,7 @@ class WaitingRecords:
 
 
 class AwaitedResults:
-    """Looks up the tasks that somebody awaits here when other processes have ended tasks."""
+    """Looks up the tasks that somebody awaits here, after other processes have ended tasks."""
 
     def __init__(self, core: Core, stored: StoredTasks) -> None:
         self._core = core
@@ -109,7 +112,9 @@ class AwaitedResults:
         self._not_before = 0.0  # loop time of the next lookup, at the earliest
         self._looking = False
         self._stopped = False
-        self._left = 0  # tickets that have not been looked up since a task ended
+        self._ended_at = -math.inf  # epoch seconds when another process was last known to have ended a task
+        self._due: dict[str, None] = {}  # ids to be looked up
+        self._again = False  # all are to be looked up after those
 
     def stop(self) -> None:
         """Look up no more."""
@@ -118,11 +123,21 @@ class AwaitedResults:
 
     def notice(self) -> None:
         """Notice that another process has ended tasks."""
-        self._left = len(self._stored.awaited)
+        self._ended_at = clock.wall_time()
+        self._again = True
         self._arm()
 
+    def watch(self, ticket: Ticket) -> None:
+        """Follow a ticket that is awaited from now on; its task may have ended already."""
+        self._stored.watch(ticket)
+        if ticket.submitted_at is None or ticket.submitted_at <= self._ended_at:
+            self._due[ticket.task_id] = None
+            self._arm()
+
     def _arm(self) -> None:
-        if self._left > 0 and self._timer is None and not self._looking and not self._stopped:
+        if not (self._timer is not None or self._looking or self._stopped) and (
+            self._due or (self._again and self._stored.awaited)
+        ):
             at = max(self._core.loop.time(), self._not_before) + self._jitter.delay(clock.draw())
             self._timer = self._core.timers.at(at, self._look_up_soon)
 
@@ -132,8 +147,12 @@ class AwaitedResults:
         self._core.run_in_background(self._look_up(), if_cancelled=self._looked_up)
 
     async def _look_up(self) -> None:
-        batch = self._stored.next_awaited(_MAX_LOOKUPS)
-        self._left = self._left - len(batch) if batch else 0
+        if not self._due:
+            self._due, self._again = dict.fromkeys(self._stored.awaited), False
+        batch = list(islice(self._due, _MAX_LOOKUPS))
+        for task_id in batch:
+            del self._due[task_id]
+        batch = list(filter(self._stored.is_awaited, batch))
         self._not_before = self._core.loop.time() + _LOOKUP_PAUSE * len(batch)
         try:
             found = await asyncio.gather(*map(self._stored.store.find, batch))
@@ -143,7 +162,8 @@ class AwaitedResults:
             self._looked_up()
         for task_id, each in zip(batch, found, strict=True):
             self._stored.found(task_id, each)
-        self._jitter.record(found=any(each is None or each[2] is not None for each in found))
+        if batch:
+            self._jitter.record(found=any(each is None or each[2] is not None for each in found))
 
     def _looked_up(self) -> None:
         self._looking = False

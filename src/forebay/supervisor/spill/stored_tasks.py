@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -241,15 +240,13 @@ class StoredTasks:
         if self.durable:
             self.awaited[ticket.task_id] = ticket
 
-    def next_awaited(self, limit: int) -> list[str]:
-        """Return the ids of up to `limit` awaited tickets whose tasks only the store knows; each in its turn."""
-        chosen: list[str] = []
-        for task_id in list(islice(self.awaited, limit)):
-            ticket = self.awaited.pop(task_id, None)
-            if ticket is not None and _is_stored_only(ticket) and ticket.is_observed:
-                self.awaited[task_id] = ticket
-                chosen.append(task_id)
-        return chosen
+    def is_awaited(self, task_id: str) -> bool:
+        """Return whether a ticket is awaited here of whose task only the store knows; forget it if not."""
+        ticket = self.awaited.get(task_id)
+        if ticket is not None and _is_stored_only(ticket) and ticket.is_observed:
+            return True
+        self.awaited.pop(task_id, None)
+        return False
 
     def stored_ids(self) -> list[str]:
         """Return the ids of the tasks whose tickets are held here, by anybody, while they wait in the store."""
