@@ -139,6 +139,7 @@ class SqsTaskStore:
         self._index = index
         self._alone = not index.durable  # then the index knows nothing of other processes, present or past
         self._is_open = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # that opened it
         self._opening = asyncio.Lock()
         self._closing: asyncio.Future[None] | None = None
         self._puts: list[_Put] = []
@@ -169,7 +170,10 @@ class SqsTaskStore:
 
     async def open(self) -> None:
         """Open the index, connect, and find or make the queues."""
-        if self._closing is not None:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop and (self._loop is None or self._loop.is_closed()):
+            await self._abandon(loop)
+        if self._closing is not None and not self._closing.done():
             await asyncio.wait([self._closing])
         async with self._opening:
             if self._is_open:
@@ -182,6 +186,18 @@ class SqsTaskStore:
                 raise
             self._closing = None
             self._is_open = True
+
+    async def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin again on another event loop: the one before ended, and nobody waits for what it left."""
+        self._loop, self._opening, self._closing = loop, asyncio.Lock(), None
+        if self._is_open:
+            self._is_open = False
+            self._tasks.clear()
+            self._late.clear()
+            self._puts.clear()
+            self._sending = self._deleting = None
+            self._forget_messages()
+            await self._queues.close()
 
     async def close(self) -> None:
         """Finish the pending operations, return what was not leased, and disconnect."""
@@ -200,13 +216,16 @@ class SqsTaskStore:
                 await self._queues.hide(
                     [(message, 0.0) for each in self._in_hand.values() for message in each.values()]
                 )
-            for messages in self._in_hand.values():
-                messages.clear()
-            self._held.clear()
-            self._hidden.clear()
+            self._forget_messages()
             await self._queues.close()
         finally:
             await self._index.close()
+
+    def _forget_messages(self) -> None:
+        for messages in self._in_hand.values():
+            messages.clear()
+        self._held.clear()
+        self._hidden.clear()
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -217,6 +218,21 @@ async def test_a_task_that_kills_its_process_is_dead_at_last_even_without_a_shar
         if dead:
             break
     assert [each.record.task_id for each in dead] == ["a"]
+
+
+def test_a_store_whose_event_loop_has_ended_opens_again_on_the_next_one(queues: SimulatedQueues) -> None:
+    store = SqsTaskStore(queues, LastingIndex())  # type: ignore[arg-type]
+
+    async def use(name: str) -> list[str]:
+        await store.open()
+        await store.put(record(name))
+        queues.now += 60.0
+        leases = await store.lease("t", 9, until=clock.wall_time() + 30.0)
+        await store.release(leases)
+        return sorted(lease.record.task_id for lease in leases)
+
+    assert asyncio.run(use("a")) == ["a"]
+    assert asyncio.run(use("b")) == ["a", "b"]
 
 
 async def test_a_task_that_is_too_large_for_a_message_is_rejected_with_what_to_do(queues: SimulatedQueues) -> None:
