@@ -48,6 +48,7 @@ _IN_HAND = 2.0  # seconds for which a message is kept that was received and not 
 _MAX_IN_HAND = 200  # such messages of each priority
 _MAX_HIDDEN = 200  # messages that are remembered while they are hidden
 _CLEANUP_INTERVAL = 60.0  # seconds
+_MAX_CLEANUP = 1000  # messages of each priority at once
 _DISCOVERY_INTERVAL = 1.0  # seconds
 _RECEIVES_AN_ATTEMPT = 10  # receives that count as one lost attempt, where no index has counted the attempts
 
@@ -154,6 +155,7 @@ class SqsTaskStore:
         self._deleting: asyncio.Future[None] | None = None
         self._cleaned_at = self._discovered_at = -inf
         self._was_empty = dict.fromkeys(Priority, False)  # the queue of each priority, when it was counted
+        self._adopted = 0  # messages whose record the index did not have
         self._strangers: Counter[Priority] = Counter()  # without a shared index: messages that nobody here has seen
 
     @property
@@ -463,7 +465,10 @@ class SqsTaskStore:
 
     async def _settle(self, messages: Sequence[Message]) -> None:
         """Do with each message what the state of its record says."""
+        adopted = self._adopted
         actions = await asyncio.gather(*(self._action(message) for message in messages))
+        if (count := self._adopted - adopted) > 0 and not self._alone:
+            log.warning("%d tasks were in %s and not in its index: they are taken in", count, self._queues.where)
         hidden: list[tuple[Message, float]] = []
         for message, action in zip(messages, actions, strict=True):
             if action is _Action.LEASE:
@@ -526,11 +531,10 @@ class SqsTaskStore:
             record = replace(record, attempts=(message.receives - 1) // _RECEIVES_AN_ATTEMPT)
         elif clock.wall_time() - message.sent_at > _MAX_AGE:
             return await self._adopt_dead(message, record)
-        else:
-            log.warning("task %r was in %s and not in its index: it is taken in", record.task_id, self._queues.where)
         put = await self._index.put(record, now=clock.wall_time())
+        if put.written:
+            self._adopted += 1
         if put is PutResult.STORED:
-            self._strangers[record.priority] += 1
             return _Action.LEASE
         if put is PutResult.PARKED:
             return _PARKED
@@ -679,11 +683,20 @@ class SqsTaskStore:
             waiting = sum(depth for (_, each, _), depth in depths.items() if each is priority)
             visible, total = await self._queues.count(priority)
             was_empty, self._was_empty[priority] = self._was_empty[priority], total == 0
-            if visible > waiting:
-                messages = await self._queues.receive(priority, min(visible - waiting, _MAX_IN_HAND), hidden=_HIDDEN)
-                await self._settle(messages)
+            surplus = visible + len(self._in_hand[priority]) - waiting
+            if surplus > 0:
+                await self._look_through(priority, surplus)
             elif total == 0 and was_empty:  # the service may be a minute late with its counts
                 await self._mark_lost_dead([key for key in depths if key[1] is priority])
+
+    async def _look_through(self, priority: Priority, surplus: int) -> None:
+        """Receive about as many messages as have no record that waits, and do what their records say."""
+        if surplus > _MAX_CLEANUP:
+            self._cleaned_at = -inf  # the rest when leases are reaped next
+        left = min(surplus, _MAX_CLEANUP)
+        while left > 0 and (messages := await self._queues.receive(priority, left, hidden=_HIDDEN)):
+            await self._settle(messages)
+            left -= len(messages)
 
     async def _mark_lost_dead(self, kinds: Iterable[tuple[str, Priority, str]]) -> None:
         """Mark records dead that wait although their queue is empty: it was purged, or kept them for too long.
@@ -814,11 +827,11 @@ class SqsTaskStore:
     async def _discover(self) -> None:
         """Take in a few messages that the index does not know, and estimate how many more there are."""
         for priority in Priority:
-            self._strangers[priority] = 0
+            self._strangers[priority], adopted = 0, self._adopted
             if not self._in_hand[priority]:
                 messages = await self._queues.receive(priority, _RECEIVES_AN_ATTEMPT, hidden=_HIDDEN)
                 await self._settle(messages)
-            if self._strangers[priority]:  # `_adopt` has counted some
+            if self._adopted > adopted:  # then there may be more
                 known = await self._index.depths()
                 waiting = sum(depth for (_, each, _), depth in known.items() if each is priority)
                 visible, _ = await self._queues.count(priority)

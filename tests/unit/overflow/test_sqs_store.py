@@ -64,6 +64,16 @@ async def test_messages_without_a_record_are_taken_in_since_the_index_was_lost(q
     assert await after.find_key("k") == "a"
 
 
+async def test_a_long_backlog_is_taken_in_within_a_few_heartbeats(queues: SimulatedQueues) -> None:
+    before = await opened(queues)
+    for number in range(2_500):
+        await before.put(record(f"{number}"))
+    after = await opened(queues)
+    for _ in range(3):
+        await after.reap(now=clock.wall_time(), max_attempts=3)
+    assert await after.depths() == {("t", Priority.NORMAL, "default"): 2_500}
+
+
 async def test_an_old_message_without_a_record_becomes_a_dead_letter_since_its_task_may_have_ended(
     queues: SimulatedQueues, caplog: pytest.LogCaptureFixture
 ) -> None:
