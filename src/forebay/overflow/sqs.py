@@ -50,6 +50,7 @@ _MAX_HIDDEN = 200  # messages that are remembered while they are hidden
 _CLEANUP_INTERVAL = 60.0  # seconds
 _MAX_CLEANUP = 1000  # messages of each priority at once
 _DISCOVERY_INTERVAL = 1.0  # seconds
+_DISCOVERED = 10  # messages of each priority that are looked at to learn of others
 _RECEIVES_AN_ATTEMPT = 10  # receives that count as one lost attempt, where no index has counted the attempts
 
 _T = TypeVar("_T")
@@ -829,7 +830,7 @@ class SqsTaskStore:
         for priority in Priority:
             self._strangers[priority], adopted = 0, self._adopted
             if not self._in_hand[priority]:
-                messages = await self._queues.receive(priority, _RECEIVES_AN_ATTEMPT, hidden=_HIDDEN)
+                messages = await self._queues.receive(priority, _DISCOVERED, hidden=_HIDDEN)
                 await self._settle(messages)
             if self._adopted > adopted:  # then there may be more
                 known = await self._index.depths()

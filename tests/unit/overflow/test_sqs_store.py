@@ -74,6 +74,23 @@ async def test_a_long_backlog_is_taken_in_within_a_few_heartbeats(queues: Simula
     assert await after.depths() == {("t", Priority.NORMAL, "default"): 2_500}
 
 
+async def test_without_a_shared_index_the_next_process_finds_what_the_one_before_has_left(
+    queues: SimulatedQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.overflow.sqs._DISCOVERY_INTERVAL", 0.0)
+    before = await opened(queues, MemoryTaskStore())
+    for number in range(50):
+        await before.put(record(f"{number}", tenant="acme"))
+    await before.lease("t", 5, until=clock.wall_time() + 30.0)  # which it does not live to end
+    queues.now += 60.0
+    after = await opened(queues, MemoryTaskStore())
+    assert await after.depths() == {("t", Priority.NORMAL, "acme"): 50}
+    leases = await after.lease("t", 30, until=clock.wall_time() + 30.0)
+    leases += await after.lease("t", 99, until=clock.wall_time() + 30.0)
+    assert len({lease.record.task_id for lease in leases}) == 50
+    assert await after.depths() == {}
+
+
 async def test_an_old_message_without_a_record_becomes_a_dead_letter_since_its_task_may_have_ended(
     queues: SimulatedQueues, caplog: pytest.LogCaptureFixture
 ) -> None:
