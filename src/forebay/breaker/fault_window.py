@@ -14,9 +14,12 @@ class FaultWindow(msgspec.Struct, gc=False, eq=False, kw_only=True):  # it holds
     A success costs one comparison and one addition: calls are only numbered, a bucket notes the number at which its
     second began, and a fault is the number of its call. So nothing is kept per call.
 
-    Args:
+    Attributes:
         seconds: one-second buckets to keep; 0 if `recent` is not used.
         span: calls for which faults are remembered; 0 if `faults_among` is not used.
+        calls: how many there have been.
+        faults: how many of them failed.
+        bucket_ends: seconds at which the newest bucket is over.
     """
 
     seconds: int

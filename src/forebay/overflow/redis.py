@@ -89,10 +89,10 @@ _decode_stored = msgspec.json.Decoder(_Stored).decode
 
 
 class _Operation(NamedTuple):
-    """An operation of the script.
+    """An operation of the script, or a command of its own.
 
     Attributes:
-        name: as the script has it.
+        name: as the script has it; of a command, the key that it reads.
         text: its array in JSON.
         decode: turns the reply of Redis into the value for the caller.
         blob: an envelope or a completion that goes with it.
@@ -114,7 +114,8 @@ _ENDS_LEASE = frozenset({_FINISH, _MARK_DEAD, _DELAY})
 _ACKNOWLEDGED = frozenset(
     {*_ENDS_LEASE, *_PUTS, "set_envelope", "requeue", "delete_dead", "expire", "find", "find_key"}
 )
-_READS = frozenset({"expired", "envelope", "find", "find_key", "depths", "conversations", "list"})
+_READS = frozenset({"expired", "envelope", "find", "find_key", "list", "depths", "threads"})
+_COUNTS = frozenset({"depths", "threads"})  # hashes that are read by a command of their own
 
 
 class _Connections(NamedTuple):
@@ -407,13 +408,17 @@ class RedisTaskStore:
 
     async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         """Return how many records are WAITING."""
-        counts: Mapping[str, int] = await self._submit("depths", (), _decode_counts)
+        counts: Mapping[str, int] = await self._read_counts("depths")
         return {_parse_queue(queue): count for queue, count in counts.items()}
 
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by thread id."""
-        counts: Mapping[str, int] = await self._submit("conversations", (), _decode_counts)
+        counts: Mapping[str, int] = await self._read_counts("threads")
         return {unquote(thread): count for thread, count in counts.items()}
+
+    def _read_counts(self, key: str) -> asyncio.Future[Any]:
+        """Read a hash that may have as many fields as there are tasks, without the script: it would take ten times."""
+        return self._queue.submit(_Operation(key, b"", _decode_counts))
 
     # --- groups ---
 
@@ -463,22 +468,31 @@ class RedisTaskStore:
 
     def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
         names = {op.name for op in ops}
-        acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else None
+        acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else ()
         try:
             self._take_back(master)
         except StoreUnavailable as error:
             return [OperationError(error)] * len(ops)
         # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
         number = next(self._numbers) if acknowledgement or names - _READS else None
-        script = self._script_call([op.text for op in ops], [op.blob for op in ops if op.blob is not None], number)
+        scripted = [op for op in ops if op.name not in _COUNTS]
+        commands = [("HGETALL", f"{self._prefix}{op.name}") for op in ops if op.name in _COUNTS]
+        if scripted:
+            blobs = [op.blob for op in scripted if op.blob is not None]
+            commands.insert(0, self._script_call([op.text for op in scripted], blobs, number))
+        if acknowledgement:
+            commands.append(acknowledgement)
         try:
-            replies, had = master.call(script, acknowledgement) if acknowledgement else (*master.call(script), None)
+            answers = master.call(*commands)
         except StoreUnavailable as error:
             self._remember(ops, number)
             return [OperationError(error)] * len(ops)
-        shortage = None if had is None else self._shortage(had)
+        shortage = self._shortage(answers.pop()) if acknowledgement else None
+        replies = iter(answers.pop(0) if scripted else ())
+        counts = iter(answers)
         values = list[Any]()
-        for op, reply in zip(ops, replies, strict=True):
+        for op in ops:
+            reply = next(counts if op.name in _COUNTS else replies)
             if reply == b"oom":
                 values.append(OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1])))
             elif shortage is not None and op.name in _ACKNOWLEDGED:
@@ -491,13 +505,13 @@ class RedisTaskStore:
                 self._take_back(master)
         return values
 
-    def _acknowledgement(self) -> Sequence[Any] | None:
-        """Return the command that waits for the replicas and disks that the URL asks for."""
+    def _acknowledgement(self) -> tuple[Any, ...]:
+        """Return the command that waits for the replicas and disks that the URL asks for; empty if it asks for none."""
         if self._url.fsync:
             return ("WAITAOF", 1, self._url.replicas, self._acknowledge_timeout)
         if self._url.replicas:
             return ("WAIT", self._url.replicas, self._acknowledge_timeout)
-        return None
+        return ()
 
     @property
     def _acknowledge_timeout(self) -> int:
@@ -518,7 +532,7 @@ class RedisTaskStore:
 
     def _script_call(
         self, ops: Sequence[bytes], blobs: Sequence[bytes] = (), number: int | None = None
-    ) -> Sequence[Any]:
+    ) -> tuple[Any, ...]:
         group = {"bound": self._bound, "client": self._client_id, "channel": self._channel}
         if number is not None:
             group |= {"number": number, "id": f"{self._client_id}:{number}"}
@@ -697,5 +711,5 @@ def _decode_text(reply: bytes | None) -> str | None:
     return None if reply is None else reply.decode()
 
 
-def _decode_counts(reply: Sequence[bytes]) -> Mapping[str, int]:
-    return {reply[index].decode(): int(reply[index + 1]) for index in range(0, len(reply), 2)}
+def _decode_counts(reply: Mapping[bytes, bytes]) -> Mapping[str, int]:
+    return {name.decode(): int(count) for name, count in reply.items()}

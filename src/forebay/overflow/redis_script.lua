@@ -356,30 +356,51 @@ function writes.take_back(op)
   return true
 end
 
--- Return the members of the first `limit` waiting records of a task type and priority, whosever they are.
-local function best_of_all(prefix, limit)
-  local queues, bound = {}, '(' .. string.sub(prefix, 1, -2) .. '}'
-  local from = '[' .. prefix
+-- What the records of one priority are ordered by.
+local function place(member)
+  return string.sub(member, -47)
+end
+
+-- Return the first waiting record of each tenant, of a task type and priority.
+local function first_of_each(prefix)
+  local firsts, from, upto = {}, '[' .. prefix, '(' .. string.sub(prefix, 1, -2) .. '}'
   while true do
-    local first = call('ZRANGEBYLEX', waiting, from, bound, 'LIMIT', 0, 1)[1]
+    local first = call('ZRANGEBYLEX', waiting, from, upto, 'LIMIT', 0, 1)[1]
     if not first then
-      break
+      return firsts
     end
-    local queue = string.sub(first, 1, -48)
-    queues[#queues + 1] = queue
-    from = '(' .. string.sub(queue, 1, -2) .. '}'
+    firsts[#firsts + 1] = first
+    from = '(' .. string.sub(first, 1, -49) .. '}'
   end
+end
+
+-- Return the first `limit` waiting records of a task type and priority, whosever they are.
+local function best_of_all(prefix, limit)
+  local heads = first_of_each(prefix)
+  if #heads == 1 then
+    return call('ZRANGEBYLEX', waiting, '[' .. heads[1], '(' .. string.sub(prefix, 1, -2) .. '}', 'LIMIT', 0, limit)
+  end
+  table.sort(heads, function(one, other)
+    return place(one) < place(other)
+  end)
   local found = {}
-  for _, queue in ipairs(queues) do
-    local upto = '(' .. string.sub(queue, 1, -2) .. '}'
-    for _, member in ipairs(call('ZRANGEBYLEX', waiting, '[' .. queue, upto, 'LIMIT', 0, limit)) do
-      found[#found + 1] = member
+  while #heads > 0 and #found < limit do
+    local best = table.remove(heads, 1)
+    found[#found + 1] = best
+    local upto = '(' .. string.sub(best, 1, -49) .. '}'
+    local following = call('ZRANGEBYLEX', waiting, '(' .. best, upto, 'LIMIT', 0, 1)[1]
+    if following then -- it takes its place among the others
+      local low, high = 1, #heads + 1
+      while low < high do
+        local middle = math.floor((low + high) / 2)
+        if place(heads[middle]) < place(following) then
+          low = middle + 1
+        else
+          high = middle
+        end
+      end
+      table.insert(heads, low, following)
     end
-  end
-  if #queues > 1 then
-    table.sort(found, function(one, other)
-      return string.sub(one, -47) < string.sub(other, -47)
-    end)
   end
   return found
 end
@@ -389,22 +410,20 @@ function writes.lease(op)
   local members = {}
   for _, priority in ipairs(priorities) do
     local prefix = task_type .. '|' .. priority .. '|'
-    local parts = {}
     if shares then
       for _, share in ipairs(shares) do
         local queue = prefix .. share[1]
         local most = math.min(share[2], limit - #members)
         if most > 0 then
-          parts = call('ZRANGEBYLEX', waiting, '[' .. queue .. '|', '(' .. queue .. '}', 'LIMIT', 0, most)
-          for _, member in ipairs(parts) do
+          local found = call('ZRANGEBYLEX', waiting, '[' .. queue .. '|', '(' .. queue .. '}', 'LIMIT', 0, most)
+          for _, member in ipairs(found) do
             members[#members + 1] = member
           end
         end
       end
     elseif limit > #members then
-      parts = best_of_all(prefix, limit - #members)
-      for index = 1, math.min(#parts, limit - #members) do
-        members[#members + 1] = parts[index]
+      for _, member in ipairs(best_of_all(prefix, limit - #members)) do
+        members[#members + 1] = member
       end
     end
   end
@@ -624,14 +643,6 @@ end
 
 function reads.find_key(op)
   return call('HGET', keys, op[2])
-end
-
-function reads.depths()
-  return call('HGETALL', depths)
-end
-
-function reads.conversations()
-  return call('HGETALL', threads)
 end
 
 -- Return whether a member of a sorted set follows another one of its score: by bytes, while < knows the locale.
