@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.task_stores import SHARED_STORES, StoreBackend
+from tests.support.task_stores import SHARED_SERVICES, StoreBackend
 
 from forebay.interfaces import RecordState
 from forebay.overflow import decode_result, open_task_store
@@ -54,7 +54,7 @@ def start(code: str, url: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("backend", SHARED_STORES, ids=str)
+@pytest.mark.parametrize("backend", SHARED_SERVICES, ids=str)
 def test_the_late_completion_of_a_stopped_process_is_rejected(backend: StoreBackend, tmp_path: Path) -> None:
     url = backend.url(tmp_path)
     with start(HOLDER, url) as holder:

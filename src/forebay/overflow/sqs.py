@@ -48,7 +48,9 @@ _IN_HAND = 2.0  # seconds for which a message is kept that was received and not 
 _MAX_IN_HAND = 200  # such messages of each priority
 _MAX_HIDDEN = 200  # messages that are remembered while they are hidden
 _CLEANUP_INTERVAL = 60.0  # seconds
+_MAX_CLEANUP = 1000  # messages of each priority at once
 _DISCOVERY_INTERVAL = 1.0  # seconds
+_DISCOVERED = 10  # messages of each priority that are looked at to learn of others
 _RECEIVES_AN_ATTEMPT = 10  # receives that count as one lost attempt, where no index has counted the attempts
 
 _T = TypeVar("_T")
@@ -139,6 +141,7 @@ class SqsTaskStore:
         self._index = index
         self._alone = not index.durable  # then the index knows nothing of other processes, present or past
         self._is_open = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # that opened it
         self._opening = asyncio.Lock()
         self._closing: asyncio.Future[None] | None = None
         self._puts: list[_Put] = []
@@ -147,12 +150,13 @@ class SqsTaskStore:
         self._sending: asyncio.Future[None] | None = None
         self._in_hand: dict[Priority, dict[str, Message]] = {priority: {} for priority in Priority}  # by task id
         self._held: dict[str, _Held] = {}  # by task id
-        self._hidden: dict[str, Message] = {}  # by task id: hidden, because their record is parked or delayed
+        self._hidden: dict[str, Message] = {}  # by task id: hidden, because their record does not wait
         self._dead_messages: dict[str, Message] = {}  # without a shared index: the messages of dead letters, by task id
         self._unwanted: list[Message] = []  # to delete
         self._deleting: asyncio.Future[None] | None = None
         self._cleaned_at = self._discovered_at = -inf
         self._was_empty = dict.fromkeys(Priority, False)  # the queue of each priority, when it was counted
+        self._adopted = 0  # messages whose record the index did not have
         self._strangers: Counter[Priority] = Counter()  # without a shared index: messages that nobody here has seen
 
     @property
@@ -169,7 +173,10 @@ class SqsTaskStore:
 
     async def open(self) -> None:
         """Open the index, connect, and find or make the queues."""
-        if self._closing is not None:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop and (self._loop is None or self._loop.is_closed()):
+            await self._abandon(loop)
+        if self._closing is not None and not self._closing.done():
             await asyncio.wait([self._closing])
         async with self._opening:
             if self._is_open:
@@ -182,6 +189,18 @@ class SqsTaskStore:
                 raise
             self._closing = None
             self._is_open = True
+
+    async def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin again on another event loop: the one before ended, and nobody waits for what it left."""
+        self._loop, self._opening, self._closing = loop, asyncio.Lock(), None
+        if self._is_open:
+            self._is_open = False
+            self._tasks.clear()
+            self._late.clear()
+            self._puts.clear()
+            self._sending = self._deleting = None
+            self._forget_messages()
+            await self._queues.close()
 
     async def close(self) -> None:
         """Finish the pending operations, return what was not leased, and disconnect."""
@@ -200,13 +219,16 @@ class SqsTaskStore:
                 await self._queues.hide(
                     [(message, 0.0) for each in self._in_hand.values() for message in each.values()]
                 )
-            for messages in self._in_hand.values():
-                messages.clear()
-            self._held.clear()
-            self._hidden.clear()
+            self._forget_messages()
             await self._queues.close()
         finally:
             await self._index.close()
+
+    def _forget_messages(self) -> None:
+        for messages in self._in_hand.values():
+            messages.clear()
+        self._held.clear()
+        self._hidden.clear()
 
     def _check_open(self) -> None:
         if not self._is_open:
@@ -387,7 +409,7 @@ class SqsTaskStore:
         """Take hidden messages in hand whose records wait by now."""
         ids = [task_id for task_id, message in self._hidden.items() if wanted.fits(message)]
         for task_id, found in zip(ids, await asyncio.gather(*map(self._index.find, ids)), strict=True):
-            if found is not None and found[0] in (RecordState.PARKED, RecordState.DELAYED):
+            if found is not None and found[0] in (RecordState.PARKED, RecordState.DELAYED, RecordState.LEASED):
                 continue
             message = self._hidden.pop(task_id, None)
             if message is not None and found is not None and found[0] is RecordState.WAITING:
@@ -444,7 +466,10 @@ class SqsTaskStore:
 
     async def _settle(self, messages: Sequence[Message]) -> None:
         """Do with each message what the state of its record says."""
+        adopted = self._adopted
         actions = await asyncio.gather(*(self._action(message) for message in messages))
+        if (count := self._adopted - adopted) > 0 and not self._alone:
+            log.warning("%d tasks were in %s and not in its index: they are taken in", count, self._queues.where)
         hidden: list[tuple[Message, float]] = []
         for message, action in zip(messages, actions, strict=True):
             if action is _Action.LEASE:
@@ -471,6 +496,8 @@ class SqsTaskStore:
         if state is RecordState.LEASED:
             if (held := self._held.get(record.task_id)) is not None:
                 held.message = message  # the newest handle is the one that counts
+            else:  # its holder may have died
+                self._remember_hidden(message)
             return _MIN_HIDDEN if record.task_type == _RESERVED else _HIDDEN
         if state is RecordState.PARKED:
             self._remember_hidden(message)
@@ -505,11 +532,10 @@ class SqsTaskStore:
             record = replace(record, attempts=(message.receives - 1) // _RECEIVES_AN_ATTEMPT)
         elif clock.wall_time() - message.sent_at > _MAX_AGE:
             return await self._adopt_dead(message, record)
-        else:
-            log.warning("task %r was in %s and not in its index: it is taken in", record.task_id, self._queues.where)
         put = await self._index.put(record, now=clock.wall_time())
+        if put.written:
+            self._adopted += 1
         if put is PutResult.STORED:
-            self._strangers[record.priority] += 1
             return _Action.LEASE
         if put is PutResult.PARKED:
             return _PARKED
@@ -658,11 +684,20 @@ class SqsTaskStore:
             waiting = sum(depth for (_, each, _), depth in depths.items() if each is priority)
             visible, total = await self._queues.count(priority)
             was_empty, self._was_empty[priority] = self._was_empty[priority], total == 0
-            if visible > waiting:
-                messages = await self._queues.receive(priority, min(visible - waiting, _MAX_IN_HAND), hidden=_HIDDEN)
-                await self._settle(messages)
+            surplus = visible + len(self._in_hand[priority]) - waiting
+            if surplus > 0:
+                await self._look_through(priority, surplus)
             elif total == 0 and was_empty:  # the service may be a minute late with its counts
                 await self._mark_lost_dead([key for key in depths if key[1] is priority])
+
+    async def _look_through(self, priority: Priority, surplus: int) -> None:
+        """Receive about as many messages as have no record that waits, and do what their records say."""
+        if surplus > _MAX_CLEANUP:
+            self._cleaned_at = -inf  # the rest when leases are reaped next
+        left = min(surplus, _MAX_CLEANUP)
+        while left > 0 and (messages := await self._queues.receive(priority, left, hidden=_HIDDEN)):
+            await self._settle(messages)
+            left -= len(messages)
 
     async def _mark_lost_dead(self, kinds: Iterable[tuple[str, Priority, str]]) -> None:
         """Mark records dead that wait although their queue is empty: it was purged, or kept them for too long.
@@ -793,11 +828,11 @@ class SqsTaskStore:
     async def _discover(self) -> None:
         """Take in a few messages that the index does not know, and estimate how many more there are."""
         for priority in Priority:
-            self._strangers[priority] = 0
+            self._strangers[priority], adopted = 0, self._adopted
             if not self._in_hand[priority]:
-                messages = await self._queues.receive(priority, _RECEIVES_AN_ATTEMPT, hidden=_HIDDEN)
+                messages = await self._queues.receive(priority, _DISCOVERED, hidden=_HIDDEN)
                 await self._settle(messages)
-            if self._strangers[priority]:  # `_adopt` has counted some
+            if self._adopted > adopted:  # then there may be more
                 known = await self._index.depths()
                 waiting = sum(depth for (_, each, _), depth in known.items() if each is priority)
                 visible, _ = await self._queues.count(priority)

@@ -347,10 +347,12 @@ class SqsQueues:
         by_priority: dict[Priority, list[tuple[str, int]]] = {}
         for message, seconds in messages:
             by_priority.setdefault(message.priority, []).append((message.handle, self._allowed(message, seconds)))
+        client = self._client
         try:
             for priority, items in by_priority.items():
                 for entries in _visibility_entries(items):
-                    self._client.change_message_visibility_batch(QueueUrl=self._queues[priority], Entries=entries)
+                    if client is not None:  # closed meanwhile
+                        client.change_message_visibility_batch(QueueUrl=self._queues[priority], Entries=entries)
         except _FAILURES as error:
             raise self._unavailable(error) from None
 

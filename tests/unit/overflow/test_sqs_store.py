@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -61,6 +62,33 @@ async def test_messages_without_a_record_are_taken_in_since_the_index_was_lost(q
     assert sorted(lease.record.task_id for lease in leases) == ["a", "b"]
     assert {lease.record.envelope for lease in leases} == {b"envelope"}
     assert await after.find_key("k") == "a"
+
+
+async def test_a_long_backlog_is_taken_in_within_a_few_heartbeats(queues: SimulatedQueues) -> None:
+    before = await opened(queues)
+    for number in range(2_500):
+        await before.put(record(f"{number}"))
+    after = await opened(queues)
+    for _ in range(3):
+        await after.reap(now=clock.wall_time(), max_attempts=3)
+    assert await after.depths() == {("t", Priority.NORMAL, "default"): 2_500}
+
+
+async def test_without_a_shared_index_the_next_process_finds_what_the_one_before_has_left(
+    queues: SimulatedQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.overflow.sqs._DISCOVERY_INTERVAL", 0.0)
+    before = await opened(queues, MemoryTaskStore())
+    for number in range(50):
+        await before.put(record(f"{number}", tenant="acme"))
+    await before.lease("t", 5, until=clock.wall_time() + 30.0)  # which it does not live to end
+    queues.now += 60.0
+    after = await opened(queues, MemoryTaskStore())
+    assert await after.depths() == {("t", Priority.NORMAL, "acme"): 50}
+    leases = await after.lease("t", 30, until=clock.wall_time() + 30.0)
+    leases += await after.lease("t", 99, until=clock.wall_time() + 30.0)
+    assert len({lease.record.task_id for lease in leases}) == 50
+    assert await after.depths() == {}
 
 
 async def test_an_old_message_without_a_record_becomes_a_dead_letter_since_its_task_may_have_ended(
@@ -163,6 +191,45 @@ async def test_a_message_that_was_delivered_twice_runs_once(queues: SimulatedQue
     assert [lease.record.task_id for lease in leases] == ["b"]
 
 
+async def test_a_task_whose_process_died_comes_back_as_soon_as_its_lease_has_lapsed(queues: SimulatedQueues) -> None:
+    index = LastingIndex()
+    store, other = await opened(queues, index), await opened(queues, index)
+    await store.put(record())
+    now = clock.wall_time()
+    assert len(await store.lease("t", 1, until=now + 5.0)) == 1
+    queues.now += 6.0
+    await other.put(record("b"))
+    assert [lease.record.task_id for lease in await other.lease("t", 9, until=now + 60.0)] == ["b"]
+    assert queues.messages[0].visible_at > queues.now + 10.0  # it was seen, found leased, and hidden
+    await other.reap(now=now + 6.0, max_attempts=3)
+    assert [lease.record.task_id for lease in await other.lease("t", 9, until=now + 60.0)] == ["a"]
+
+
+async def test_a_conversation_goes_on_at_once_where_its_next_message_was_seen(queues: SimulatedQueues) -> None:
+    store = await opened(queues)
+    until = clock.wall_time() + 60.0
+    for name in ("a", "b", "c"):
+        await store.put(record(name, thread_id="t"))
+    await store.put(record("other"))
+    leases = await store.lease("t", 9, until=until)
+    assert sorted(lease.record.task_id for lease in leases) == ["a", "other"]
+    for name in ("b", "c"):
+        (ended,) = [lease for lease in leases if lease.record.thread_id]
+        assert await store.finish(ended.record.task_id, DONE, fence=ended.fence)
+        leases = await store.lease("t", 9, until=until)
+        assert [lease.record.task_id for lease in leases] == [name]
+
+
+async def test_a_retry_starts_at_once_where_its_attempt_has_failed(queues: SimulatedQueues) -> None:
+    store = await opened(queues)
+    until = clock.wall_time() + 60.0
+    await store.put(record())
+    (lease,) = await store.lease("t", 9, until=until)
+    await store.delay(lease, due=clock.wall_time() + 5.0, wait=5.0, error="no")
+    await store.wake(now=clock.wall_time() + 5.0)
+    assert [lease.record.task_id for lease in await store.lease("t", 9, until=until)] == ["a"]
+
+
 async def test_a_task_that_kills_its_process_is_dead_at_last_even_without_a_shared_index(
     queues: SimulatedQueues,
 ) -> None:
@@ -178,6 +245,21 @@ async def test_a_task_that_kills_its_process_is_dead_at_last_even_without_a_shar
         if dead:
             break
     assert [each.record.task_id for each in dead] == ["a"]
+
+
+def test_a_store_whose_event_loop_has_ended_opens_again_on_the_next_one(queues: SimulatedQueues) -> None:
+    store = SqsTaskStore(queues, LastingIndex())  # type: ignore[arg-type]
+
+    async def use(name: str) -> list[str]:
+        await store.open()
+        await store.put(record(name))
+        queues.now += 60.0
+        leases = await store.lease("t", 9, until=clock.wall_time() + 30.0)
+        await store.release(leases)
+        return sorted(lease.record.task_id for lease in leases)
+
+    assert asyncio.run(use("a")) == ["a"]
+    assert asyncio.run(use("b")) == ["a", "b"]
 
 
 async def test_a_task_that_is_too_large_for_a_message_is_rejected_with_what_to_do(queues: SimulatedQueues) -> None:
