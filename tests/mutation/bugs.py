@@ -1191,6 +1191,14 @@ def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
 
 
+def a_refusal_makes_a_made_up_remaining_amount_credible() -> None:
+    always(ObservedLimit, ObservedLimit._is_repetition_explained, returns=True)
+
+
+def what_headers_took_off_one_window_is_returned_to_another() -> None:
+    always(ObservedLimit, ObservedLimit._forget_earlier_windows, returns=None)
+
+
 def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> None:
     original = call_flow._Retrying._waits_for_quota
 

@@ -461,6 +461,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_remaining_amount_that_never_changes_is_believed: (
         test_observed.test_a_remaining_amount_that_never_changes_while_calls_are_accepted_is_not_believed
     ),
+    bugs.a_refusal_makes_a_made_up_remaining_amount_credible: (
+        test_observed.test_a_refusal_does_not_make_a_made_up_remaining_amount_credible_in_the_next_window
+    ),
+    bugs.what_headers_took_off_one_window_is_returned_to_another: (
+        test_observed.test_what_headers_took_off_a_window_is_not_returned_in_the_next
+    ),
     bugs.a_quota_that_headers_show_is_never_doubted: (
         test_observed.test_a_call_that_a_learned_quota_does_not_allow_goes_as_a_trial_now_and_then
     ),
