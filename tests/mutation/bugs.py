@@ -1171,6 +1171,10 @@ def a_learned_rate_is_believed_however_far_it_falls() -> None:
     always(LearnedRate, LearnedRate.is_disproved, returns=False)
 
 
+def a_refused_call_waits_for_a_retry_after_that_was_too_long_before() -> None:
+    always(Account, Account.disbelieves_retry_after, returns=False)
+
+
 def a_penalty_is_tried_again_at_once() -> None:
     original = RefusalControl.limit
 

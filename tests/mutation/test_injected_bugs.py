@@ -63,7 +63,7 @@ from tests.acceptance import (
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
 from tests.mutation import bugs
-from tests.simulation import test_blame, test_quota_debt
+from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
@@ -451,6 +451,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.no_rate_is_learned: test_learned_rate.test_the_calls_accepted_between_two_refusals_are_the_rate,
     bugs.a_learned_rate_is_believed_however_far_it_falls: (
         test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
+    ),
+    bugs.a_refused_call_waits_for_a_retry_after_that_was_too_long_before: (
+        test_misleading_headers.test_a_retry_after_is_not_waited_for_once_one_was_too_long
     ),
     bugs.a_penalty_is_tried_again_at_once: (
         test_refusal_control.test_after_a_penalty_for_calls_in_flight_their_number_stays_below_for_a_time
