@@ -114,7 +114,7 @@ from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
-from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
+from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
@@ -1169,6 +1169,16 @@ def no_rate_is_learned() -> None:
 
 def a_learned_rate_is_believed_however_far_it_falls() -> None:
     always(LearnedRate, LearnedRate.is_disproved, returns=False)
+
+
+def a_raised_rate_that_is_refused_at_once_is_guessed_again() -> None:
+    original = LearnedRate.learn
+
+    def learn(self: LearnedRate, now: float, block: Block, *, guess: bool) -> None:
+        self._before_rise = 0.0
+        original(self, now, block, guess=guess)
+
+    replace(LearnedRate, original, learn)
 
 
 def a_refused_call_waits_for_a_retry_after_that_was_too_long_before() -> None:

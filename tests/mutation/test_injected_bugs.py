@@ -452,6 +452,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_learned_rate_is_believed_however_far_it_falls: (
         test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
     ),
+    bugs.a_raised_rate_that_is_refused_at_once_is_guessed_again: (
+        test_learned_rate.test_a_raised_rate_that_is_refused_twice_at_once_falls_to_the_one_before_it_rose
+    ),
     bugs.a_refused_call_waits_for_a_retry_after_that_was_too_long_before: (
         test_misleading_headers.test_a_retry_after_is_not_waited_for_once_one_was_too_long
     ),
