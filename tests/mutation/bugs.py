@@ -121,7 +121,7 @@ from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
-from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
+from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
@@ -129,7 +129,7 @@ from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspende
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
-from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
+from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
@@ -1229,6 +1229,30 @@ def a_learned_rate_is_believed_however_far_it_falls() -> None:
     always(LearnedRate, LearnedRate.is_disproved, returns=False)
 
 
+def a_call_that_is_rejected_earns_retries() -> None:
+    original = SharedAccount._overloaded
+
+    def _overloaded(self: SharedAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
+        self.retries.record_first_attempt()
+        return original(self, rejected, sole_account=sole_account)
+
+    replace(SharedAccount, original, _overloaded)
+
+
+def a_raised_rate_that_is_refused_at_once_is_guessed_again() -> None:
+    original = LearnedRate.learn
+
+    def learn(self: LearnedRate, now: float, block: Block, *, guess: bool) -> None:
+        self._before_rise = 0.0
+        original(self, now, block, guess=guess)
+
+    replace(LearnedRate, original, learn)
+
+
+def a_refused_call_waits_for_a_retry_after_that_was_too_long_before() -> None:
+    always(Account, Account.disbelieves_retry_after, returns=False)
+
+
 def a_penalty_is_tried_again_at_once() -> None:
     original = RefusalControl.limit
 
@@ -1247,6 +1271,14 @@ def a_refusal_empties_the_quota_of_a_day() -> None:
 
 def a_remaining_amount_that_never_changes_is_believed() -> None:
     always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
+
+
+def a_refusal_makes_a_made_up_remaining_amount_credible() -> None:
+    always(ObservedLimit, ObservedLimit._is_repetition_explained, returns=True)
+
+
+def what_headers_took_off_one_window_is_returned_to_another() -> None:
+    always(ObservedLimit, ObservedLimit._forget_earlier_windows, returns=None)
 
 
 def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> None:

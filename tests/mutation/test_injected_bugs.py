@@ -65,7 +65,7 @@ from tests.acceptance import (
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams, test_redis_failover
 from tests.mutation import bugs
-from tests.simulation import test_blame, test_quota_debt
+from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
@@ -469,6 +469,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_learned_rate_is_believed_however_far_it_falls: (
         test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
     ),
+    bugs.a_call_that_is_rejected_earns_retries: (
+        test_call_flow.test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does
+    ),
+    bugs.a_raised_rate_that_is_refused_at_once_is_guessed_again: (
+        test_learned_rate.test_a_raised_rate_that_is_refused_twice_at_once_falls_to_the_one_before_it_rose
+    ),
+    bugs.a_refused_call_waits_for_a_retry_after_that_was_too_long_before: (
+        test_misleading_headers.test_a_retry_after_is_not_waited_for_once_one_was_too_long
+    ),
     bugs.a_penalty_is_tried_again_at_once: (
         test_refusal_control.test_after_a_penalty_for_calls_in_flight_their_number_stays_below_for_a_time
     ),
@@ -477,6 +486,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_remaining_amount_that_never_changes_is_believed: (
         test_observed.test_a_remaining_amount_that_never_changes_while_calls_are_accepted_is_not_believed
+    ),
+    bugs.a_refusal_makes_a_made_up_remaining_amount_credible: (
+        test_observed.test_a_refusal_does_not_make_a_made_up_remaining_amount_credible_in_the_next_window
+    ),
+    bugs.what_headers_took_off_one_window_is_returned_to_another: (
+        test_observed.test_what_headers_took_off_a_window_is_not_returned_in_the_next
     ),
     bugs.a_quota_that_headers_show_is_never_doubted: (
         test_observed.test_a_call_that_a_learned_quota_does_not_allow_goes_as_a_trial_now_and_then

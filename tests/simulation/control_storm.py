@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -58,6 +59,8 @@ class Case:
         config: the provider.
         capacity: calls a second.
         goodput: the least share of the capacity that must be used.
+        busy: the least share of the callers whose calls must be in flight, on average, where nothing limits them. How
+            many calls end in a time is chance there: where latency varies much, by 2 % in three minutes.
         refused: the largest share of the calls of any minute that may be refused.
         outage: when it begins and ends.
         callers: those who call; None for two to four times as many as the provider can serve.
@@ -69,6 +72,7 @@ class Case:
     config: ProviderConfig
     capacity: float
     goodput: float = 0.85
+    busy: float = 0.0
     refused: float = 0.1
     outage: tuple[float, float] | None = None
     callers: int | None = None
@@ -77,7 +81,7 @@ class Case:
     gap: float = SHUT
 
 
-LIMITS: Final = ("goodput", "refused", "outage", "callers", "max_concurrent", "quotas", "gap")
+LIMITS: Final = ("goodput", "busy", "refused", "outage", "callers", "max_concurrent", "quotas", "gap")
 
 
 def _config(**fields: Any) -> ProviderConfig:
@@ -192,7 +196,7 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     ),
     "window, remaining 0": lambda rng: _rate(rng, ReportedLimits(remaining=0), fixed_window=True, gap=EMPTY),
     "no limit, stray refusals": lambda rng: _no_limit(rng, noise=0.1, faults=Faults(stray=0.05), goodput=0.95),
-    "no limit, noise": lambda rng: _no_limit(rng, noise=0.8, goodput=0.97),
+    "no limit, noise": lambda rng: _no_limit(rng, noise=0.8, goodput=0.9, busy=0.97),
     "rate, quota of a day": lambda rng: _rate(
         rng, ReportedLimits(rate_limit_headers=False), quotas=(Quota(requests=100_000, per="day"),)
     ),
@@ -209,6 +213,7 @@ class ControlStorm:
         happened: how often each thing happened.
         full_at: times, to the second, at which calls in flight held as many slots as the provider has when it is
             well: in an outage they may go on for as long as it lasts, and none can be sent beside them.
+        in_flight: calls in flight, each second.
     """
 
     def __init__(self, seed: int) -> None:
@@ -222,6 +227,7 @@ class ControlStorm:
         self.stream = seed // len(names) % 2 == 1
         self.served: list[float] = []
         self.full_at: list[float] = []
+        self.in_flight: list[int] = []
         self.happened: Counter[str] = Counter()
         self.transport: SimulatedTransport
 
@@ -237,6 +243,7 @@ class ControlStorm:
                 group.create_task(self._caller(client, number))
             while clock.now() < 60.0 * MINUTES + 200.0:
                 await asyncio.sleep(1.0)
+                self.in_flight.append(self.transport.in_flight)
                 if self.transport.in_flight >= self.case.config.slots:
                     self.full_at.append(clock.now())
         check_upstream(upstream)
@@ -268,6 +275,10 @@ class ControlStorm:
         """Return the share of the capacity that served calls in a time."""
         return sum(since <= at < until for at in self.served) / (until - since) / self.case.capacity
 
+    def busy(self, since: float, until: float) -> float:
+        """Return the share of the callers whose calls were in flight, on average of a time."""
+        return statistics.fmean(self.in_flight[round(since) : round(until)]) / self.callers
+
     def refused(self, since: float) -> tuple[int, int]:
         """Return the calls of a minute that were refused, and all of that minute."""
         calls = [call.status for call in self.transport.sent if since <= call.at < since + 60.0]
@@ -286,6 +297,8 @@ class ControlStorm:
         start = WARM_UP if case.outage is None else case.outage[1] + RECOVERY
         if (share := self.goodput(start, end)) < case.goodput:
             raise InvariantViolation(f"{self.name}: {share:.2f} of the capacity is used after {start:.0f} s")
+        if (share := self.busy(start, end)) < case.busy:
+            raise InvariantViolation(f"{self.name}: {share:.2f} of the callers' calls are sent after {start:.0f} s")
         for since in range(120, 60 * MINUTES, 60):
             refused, calls = self.refused(since)
             down = case.outage is not None and case.outage[0] < since + 60.0 and since < case.outage[1]

@@ -17,13 +17,8 @@ def run(storm: ModuleType, seed: int) -> None:
         raise
 
 
-SHORT_OF_IT = 14  # a Retry-After that is half a minute too long: 37 of 200 calls are refused
-
-
 @pytest.mark.parametrize("seed", seeds(len(control_storm.CASES), 1))
-def test_what_a_provider_can_serve_is_used_and_nobody_hammers_it(seed: int, request: pytest.FixtureRequest) -> None:
-    if seed == SHORT_OF_IT:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="a weak spot of docs/limits.md"))
+def test_what_a_provider_can_serve_is_used_and_nobody_hammers_it(seed: int) -> None:
     run(control_storm, seed)
 
 

@@ -17,6 +17,7 @@ from forebay.upstream import HttpRequest, HttpResponse
 CALLERS = 40
 REQUEST_HEADERS = {"Authorization": "Bearer sk-1", "Content-Type": "application/json"}
 BODY = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"}], "max_tokens": 100}
+USAGE = {"prompt_tokens": 9, "completion_tokens": 9}
 
 Answer = Callable[[str], HttpResponse]
 
@@ -30,7 +31,7 @@ def answer(limit: int, remaining: int, reset: float, *, status: int = 200, retry
     }
     if retry_after:
         headers["retry-after"] = f"{retry_after:.0f}"
-    body = {"usage": {"prompt_tokens": 9, "completion_tokens": 9}} if status == 200 else {"error": {"message": "slow"}}
+    body = {"usage": USAGE} if status == 200 else {"error": {"message": "slow"}}
     return HttpResponse(status, headers, json.dumps(body).encode())
 
 
@@ -166,3 +167,36 @@ async def test_a_limit_that_is_right_is_used_fully_and_costs_few_refused_trial_c
     await fleet.run(shape(limit, period), minutes=20)
     assert fleet.served["many"] >= 0.97 * max(limit, 20 * 60 * limit / period)
     assert fleet.refused <= 0.01 * fleet.sent
+
+
+@pytest.mark.parametrize(("asked", "waited"), [(30.0, 1.0), (90.0, None)])
+@virtual
+async def test_a_retry_after_is_not_waited_for_once_one_was_too_long(asked: float, waited: float | None) -> None:
+    upstream, refused_at = Upstream("llm", provider="openai"), list[float]()
+
+    async def call(refusals: int, retry_after: float = 30.0) -> HttpResponse:
+        """Make a call that is refused so many times."""
+        statuses = iter([429] * refusals + [200])
+
+        async def transport(_: HttpRequest) -> HttpResponse:
+            await asyncio.sleep(0.05)
+            status = next(statuses)
+            if status == 429:
+                refused_at.append(now())
+            body = {"usage": USAGE} if status == 200 else {"error": {"message": "slow"}}
+            return HttpResponse(status, {"retry-after": f"{retry_after:.0f}"}, json.dumps(body).encode())
+
+        url = "https://provider.test/v1/chat/completions"
+        return await upstream.send(HttpRequest("POST", url, REQUEST_HEADERS, json.dumps(BODY).encode()), transport)
+
+    first = asyncio.create_task(call(refusals=1))
+    await asyncio.sleep(3.0)
+    await call(refusals=0)  # so 30 s was too long
+    await first
+    assert now() - refused_at[-1] >= 30.0
+    response = await call(refusals=1, retry_after=asked)
+    if waited is None:
+        assert response.status == 429
+    else:
+        assert response.status == 200
+        assert now() - refused_at[-1] <= waited

@@ -79,6 +79,7 @@ class ObservedLimit:
         "_last_limit",
         "_latest",
         "_longest_reset",
+        "_made_up",
         "_remaining",
         "_repeated",
         "_repeated_since",
@@ -87,6 +88,8 @@ class ObservedLimit:
         "_rose_at",
         "_steady",
         "_taken_off",
+        "_taken_off_in",
+        "_used",
         "bucket",
         "corrected",
         "doubt",
@@ -121,7 +124,10 @@ class ObservedLimit:
         self._remaining = int(level)  # as the latest header said
         self._repeated = -1  # how often it was repeated since; the first header comes once more, as an update
         self._repeated_since = now
-        self._taken_off = limit - self.bucket.level  # since the first header with this `remaining`
+        self._used = 0  # by the calls that repeated it, at least
+        self._made_up = False  # what comes back does not explain that it was repeated: it is the same at any time
+        self._taken_off = limit - self.bucket.level  # by accepted calls' headers, since the first with this `remaining`
+        self._taken_off_in = 0  # number of the window in which that was
 
     def _is_stale(self, now: float) -> bool:
         """Return whether the last headers are so old that the limit may have changed."""
@@ -150,13 +156,14 @@ class ObservedLimit:
         """Return the present state, to be kept with a call that is sent now and has been taken off."""
         return QuotaSnapshot(self.bucket.level, self.corrected, self.bucket.window_number, reserved)
 
-    def update_from_headers(
+    def update_from_headers(  # noqa: PLR0913 - what an answer says
         self,
         now: float,
         headers: RateLimitHeaders,
         *,
         sent: float,
         snapshot: QuotaSnapshot | None,
+        used: int = 0,
         returned: float = 0.0,
     ) -> None:
         """Correct the limit by the headers of one answer.
@@ -166,6 +173,7 @@ class ObservedLimit:
             headers: what they say, without impossible values.
             sent: when the call was sent.
             snapshot: from that moment; None if this limit was not known yet.
+            used: by the call when its headers were made, at least.
             returned: what was taken for this call and has been refunded, if it was throttled and so not counted.
         """
         bucket = self.bucket
@@ -179,7 +187,7 @@ class ObservedLimit:
         if headers.remaining is None or (snapshot is not None and snapshot.window_number != bucket.window_number):
             return  # of a window that is over
         self.full_at = now + headers.reset if headers.reset else math.inf
-        if self._is_stuck(now, sent, headers.remaining, throttled=returned > 0):
+        if self._is_stuck(now, sent, headers.remaining, used=used, throttled=returned > 0):
             return
         remaining = min(float(headers.remaining), bucket.amount)
         if bucket.window_end is not None and not headers.reset and remaining < bucket.amount:
@@ -196,25 +204,45 @@ class ObservedLimit:
         if snapshot.window_number != bucket.window_number:  # the reset showed that another window began before the call
             bucket.level = remaining - max(0.0, since)
         else:
-            self._correct(now - sent, remaining, bucket.level + since, snapshot.reserved)
+            level_then = bucket.level + since
+            self._correct(now - sent, remaining, level_then, snapshot.reserved, throttled=returned > 0)
 
-    def _is_stuck(self, now: float, sent: float, remaining: int, *, throttled: bool) -> bool:
+    def _is_stuck(self, now: float, sent: float, remaining: int, *, used: int, throttled: bool) -> bool:
         """Return whether `remaining` is not believed, because it is the same after each call, and calls are accepted.
 
-        What it has taken off wrongly is returned.
+        What it has taken off wrongly is returned. A refusal is believed, and shows that what was taken off before it
+        was right. So are the headers after it, unless `remaining` is made up: the first of them would leave nothing of
+        the next window.
         """
-        if throttled or remaining != self._remaining:
-            self._remaining, self._repeated, self._taken_off = remaining, 0, 0.0
-            self._repeated_since = sent
+        if throttled:
+            self._taken_off = 0.0
+        if remaining != self._remaining or (throttled and not self._made_up):
+            self._remaining, self._repeated, self._used, self._taken_off = remaining, 0, 0, 0.0
+            self._repeated_since, self._made_up = sent, False
+            return False
+        if throttled:
             return False
         self._repeated += 1
-        if self._repeated == _STUCK:
-            come_back = (self.latest_sent - self._repeated_since) * self.bucket.rate
-            if self._exact and come_back < _STUCK / 2:  # half, since calls reach the provider in bunches
+        self._used += used
+        if self._repeated >= _STUCK and not (self._made_up or self._is_repetition_explained()):
+            self._made_up = True
+            if self._exact:
                 self.doubt.suspect(now)
+        if self._repeated == _STUCK:
+            self._forget_earlier_windows()
             self.bucket.level = min(self.bucket.capacity, self.bucket.level + self._taken_off)
             self.corrected += self._taken_off
         return self._repeated >= _STUCK
+
+    def _is_repetition_explained(self) -> bool:
+        """Return whether so much has come back that `remaining` may have stayed the same."""
+        come_back = (self.latest_sent - self._repeated_since) * self.bucket.rate
+        return come_back >= self._used / 2  # half, since calls reach the provider in bunches
+
+    def _forget_earlier_windows(self) -> None:
+        """Forget what headers took off windows that are over: the present one began with its whole amount."""
+        if self._taken_off_in != self.bucket.window_number:
+            self._taken_off, self._taken_off_in = 0.0, self.bucket.window_number
 
     def trial_wait(self, now: float, amount: float) -> float:
         """Return the seconds until a call of `amount` may be sent although too little is left; infinity for never."""
@@ -255,9 +283,8 @@ class ObservedLimit:
         before = self.bucket.level
         self.bucket.level = max(before - by, self.bucket.lowest)
         self.corrected += self.bucket.level - before
-        self._taken_off += before - self.bucket.level
 
-    def _correct(self, age: float, remaining: float, level_then: float, reserved: float) -> None:
+    def _correct(self, age: float, remaining: float, level_then: float, reserved: float, *, throttled: bool) -> None:
         """Move the level to the nearest one that explains `remaining`.
 
         Args:
@@ -265,6 +292,7 @@ class ObservedLimit:
             remaining: what the header said.
             level_then: our level when the call was sent.
             reserved: what open calls had reserved at that time, and the provider need not have counted.
+            throttled: the call was refused.
         """
         bucket = self.bucket
         refills = bucket.window_end is None
@@ -272,7 +300,11 @@ class ObservedLimit:
         lowest = min(level_then, bucket.level) - (_ROUNDING if refills else 0.0)
         highest = max(level_then + refilled, bucket.level) + reserved
         if remaining < lowest:
-            self.lower(min(level_then, bucket.level) - remaining)
+            before = bucket.level
+            self.lower(min(level_then, before) - remaining)
+            if not throttled:
+                self._forget_earlier_windows()
+                self._taken_off += before - bucket.level
         elif remaining > highest:
             raised = min(bucket.capacity - bucket.level, remaining - highest)
             bucket.level += raised

@@ -356,7 +356,8 @@ class RateLimiter:
             if observed is not None:
                 returned = amount if throttled else 0.0
                 snapshot = reservation.snapshots.get(unit)
-                observed.update_from_headers(now, header, sent=sent, snapshot=snapshot, returned=returned)
+                used = _used_as_it_begins(unit, reservation.charge)
+                observed.update_from_headers(now, header, sent=sent, snapshot=snapshot, used=used, returned=returned)
                 if unit in reservation.trial_of:
                     observed.record_trial_accepted(now, amount, header)
                     reservation.trial_of = tuple(other for other in reservation.trial_of if other != unit)
@@ -501,6 +502,13 @@ def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> b
 
 def _name(unit: str, seconds: float) -> str:
     return f"{unit_of(unit).replace('_', ' ')} per {_NAMES[seconds]}"
+
+
+def _used_as_it_begins(unit: str, charge: Charge) -> int:
+    """Return what an accepted call has used of a unit when its answer begins, at least: no output."""
+    if unit == "requests":
+        return charge.requests
+    return charge.input_tokens if unit != "output_tokens" else 0
 
 
 def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> float:

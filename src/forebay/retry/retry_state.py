@@ -38,7 +38,13 @@ class RetryState:
         self._retry = retry
 
     def next_delay(
-        self, *, uses_attempt: bool, draw: float, retry_after: float | None = None, time_left: float = math.inf
+        self,
+        *,
+        uses_attempt: bool,
+        draw: float,
+        retry_after: float | None = None,
+        believed: bool = True,
+        time_left: float = math.inf,
     ) -> float | None:
         """Count a failed attempt; return the seconds to wait before the next one, or None to give up.
 
@@ -46,6 +52,8 @@ class RetryState:
             uses_attempt: whether it uses up an attempt; False for a throttled one.
             draw: a random number in [0, 1).
             retry_after: seconds that the provider asked for, or None.
+            believed: False if earlier ones were too long: it is not waited for, but if there is no time for it the call
+                gives up all the same.
             time_left: seconds until the result is worthless.
         """
         if uses_attempt:
@@ -57,6 +65,8 @@ class RetryState:
         number = self.failed if uses_attempt else self.throttled
         left = min(time_left, self._retry.max_total_delay - self.total_delay)
         delay = self._retry.delay(number, draw=draw, retry_after=retry_after, time_left=left)
+        if delay is not None and not believed:
+            delay = self._retry.delay(number, draw=draw, time_left=left)
         if delay is not None:
             self.total_delay += delay
         return delay

@@ -208,9 +208,9 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
     """
     account, request, retries = route.account, route.call_request, route.account.retries
     request.retried = retried
-    if retried:
-        retries.record_first_attempt()
     permit: Permit | None = yield Acquire(account, request, chain is None)
+    if retried:  # not if it was rejected: who calls again and again while nothing is sent must earn no retries
+        retries.record_first_attempt()
     retrying: _Retrying | None = None
     while True:
         assert permit is not None  # noqa: S101 - the loop ends without one
@@ -271,7 +271,10 @@ class _Retrying:
         account, request = self._route.account, self._route.call_request
         failed_at = clock.now()
         throttled = not result.uses_attempt
-        delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=request.deadline)
+        believed = not account.disbelieves_retry_after(result.outcome)
+        delay = self._retries.next_delay(
+            self._state, result, now=failed_at, deadline=request.deadline, believed=believed
+        )
         if delay is None:
             yield Release(account, permit, result.outcome)
             return None
@@ -283,7 +286,7 @@ class _Retrying:
                 request.retries += 1
                 request.failed = request.failed or not throttled
                 self.withdrawn = (None, None)
-                if throttled and self._waits_for_quota(result.retry_after or 0.0):
+                if throttled and self._waits_for_quota((result.retry_after or 0.0) if believed else 0.0):
                     retry = yield self._acquire  # its quota lets it go no earlier, and there it keeps its place
                 else:
                     retry = yield from (self._wait_for_permission if throttled else self._wait)(delay, failed_at)

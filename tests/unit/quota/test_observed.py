@@ -544,3 +544,60 @@ def test_a_refusal_makes_an_unchanged_remaining_amount_credible() -> None:
         limiter.update_from_headers(5.0, requests_headers(remaining=0, reset=55.0), held)
     limiter.record_throttled(6.0, limiter.reserve(6.0, ONE), None, requests_headers(remaining=0, reset=54.0))
     assert limiter.wait(6.0, ONE).seconds > 0.5
+
+
+def limiter_with_a_made_up_remaining() -> RateLimiter:
+    """Return a limiter in a window of 60 that ends at second 60. Its headers have shown 0 after nine calls."""
+    limiter = limiter_with_window()
+    for held in [limiter.reserve(19.0, ONE) for _ in range(9)]:
+        limiter.update_from_headers(20.0, requests_headers(remaining=0, reset=40.0), held)
+        limiter.settle(20.0, held, ONE)
+    return limiter
+
+
+def test_a_refusal_does_not_make_a_made_up_remaining_amount_credible_in_the_next_window() -> None:
+    limiter = limiter_with_a_made_up_remaining()
+    limiter.record_throttled(30.0, limiter.reserve(30.0, ONE), None, requests_headers(remaining=0, reset=30.0))
+    assert limiter.wait(30.0, ONE).seconds == pytest.approx(30, abs=1)
+    call(limiter, 61.0, requests_headers(remaining=0, reset=59.0))
+    assert learned_level(limiter, 61.0) == 59
+
+
+def test_input_tokens_that_are_left_may_be_made_up_too() -> None:
+    def headers(remaining: int, reset: float) -> list[RateLimitHeaders]:
+        return [RateLimitHeaders(unit="input_tokens", limit=6000, remaining=remaining, reset=reset)]
+
+    limiter, charge = RateLimiter(), Charge(input_tokens=100, output_tokens=10)
+    for at in (0.0, 10.0):
+        limiter.update_from_headers(at, headers(5000, 60 - at), limiter.reserve(at, charge))
+    for held in [limiter.reserve(19.0, charge) for _ in range(9)]:
+        limiter.update_from_headers(20.0, headers(0, 40.0), held)
+    limiter.record_throttled(30.0, limiter.reserve(30.0, charge), None, headers(0, 30.0))
+    limiter.update_from_headers(61.0, headers(0, 59.0), limiter.reserve(61.0, charge))
+    assert learned_level(limiter, 61.0) == 5900
+
+
+def test_a_remaining_amount_that_changes_is_believed_again_after_a_refusal() -> None:
+    limiter = limiter_with_a_made_up_remaining()
+    limiter.record_throttled(30.0, limiter.reserve(30.0, ONE), None, requests_headers(remaining=0, reset=30.0))
+    call(limiter, 61.0, requests_headers(remaining=5, reset=59.0))
+    assert learned_level(limiter, 61.0) == 5
+
+
+def test_what_a_refusal_took_off_is_not_returned_in_the_next_window() -> None:
+    limiter = limiter_with_window(remaining=50)
+    limiter.record_throttled(30.0, limiter.reserve(30.0, ONE), None, requests_headers(remaining=0, reset=30.0))
+    under_way = [limiter.reserve(61.0, ONE) for _ in range(40)]
+    for held in under_way[:9]:
+        limiter.update_from_headers(62.0, requests_headers(remaining=0, reset=58.0), held)
+    assert learned_level(limiter, 62.0) == 20
+
+
+def test_what_headers_took_off_a_window_is_not_returned_in_the_next() -> None:
+    limiter = limiter_with_window(remaining=50)
+    for held in [limiter.reserve(20.0, ONE) for _ in range(5)]:
+        limiter.update_from_headers(21.0, requests_headers(remaining=0, reset=39.0), held)
+    under_way = [limiter.reserve(61.0, ONE) for _ in range(40)]
+    for held in under_way[:9]:
+        limiter.update_from_headers(62.0, requests_headers(remaining=0, reset=58.0), held)
+    assert learned_level(limiter, 62.0) == 20

@@ -94,6 +94,12 @@ def test_throttled_attempts_use_up_no_attempt_and_are_bounded_by_the_total_delay
     assert [state.next_delay(uses_attempt=True, draw=0.0) for _ in range(6)] == [0.0] * 5 + [None]
 
 
+def test_a_retry_after_that_is_not_believed_is_not_waited_for_but_still_ends_the_call() -> None:
+    state = RetryState(Retry())
+    assert state.next_delay(uses_attempt=False, draw=0.5, retry_after=50.0, believed=False) == 0.25
+    assert state.next_delay(uses_attempt=False, draw=0.5, retry_after=70.0, believed=False) is None
+
+
 def test_a_throttled_attempt_after_faults_backs_off_like_a_first_one() -> None:
     state = RetryState(Retry())
     for _ in range(4):

@@ -529,6 +529,10 @@ class Account:
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
 
+    def disbelieves_retry_after(self, outcome: CallOutcome) -> bool:
+        """Return whether a refused call need not wait for its Retry-After: the latest of its kind was too long."""
+        return outcome.refused_by_limit and self._refusals.disbelieves_retry_after
+
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""
         self.counts.sent -= 1

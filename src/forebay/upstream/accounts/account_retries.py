@@ -37,7 +37,7 @@ class AccountRetries:
         self._lock = threading.Lock()
 
     def record_first_attempt(self) -> None:
-        """Count the first attempt of a call: retries are a share of these."""
+        """Count the first attempt of a call, which is sent: retries are a share of these."""
         with self._lock:
             self._budgets.deposit(clock.now())
 
@@ -56,8 +56,10 @@ class AccountRetries:
             if failed_at is not None:
                 self._budgets.faults.refund(failed_at)
 
-    def next_delay(self, state: RetryState, result: AttemptResult, *, now: float, deadline: float) -> float | None:
-        """Return the seconds to wait before the next attempt; None to give up.
+    def next_delay(
+        self, state: RetryState, result: AttemptResult, *, now: float, deadline: float, believed: bool = True
+    ) -> float | None:
+        """Return the seconds to wait before the next attempt; None to give up. `believed`: its Retry-After is.
 
         A call that failed takes its retry from the budget of faults here: its first one from all of it, and any other
         from three quarters. So calls that fail however often they are sent leave retries for those that a retry helps.
@@ -65,7 +67,11 @@ class AccountRetries:
         """
         time_left = deadline - now if deadline < math.inf else math.inf
         delay = state.next_delay(
-            uses_attempt=result.uses_attempt, draw=self.draw(), retry_after=result.retry_after, time_left=time_left
+            uses_attempt=result.uses_attempt,
+            draw=self.draw(),
+            retry_after=result.retry_after,
+            believed=believed,
+            time_left=time_left,
         )
         if delay is None or not result.uses_attempt:
             return delay

@@ -235,6 +235,11 @@ class SharedAccount:
         with self._lock:
             return self.account.quotas.wait(clock.now(), request.charge).seconds
 
+    def disbelieves_retry_after(self, outcome: CallOutcome) -> bool:
+        """Return whether a refused call need not wait for its Retry-After. See `Account`."""
+        with self._lock:
+            return self.account.disbelieves_retry_after(outcome)
+
     def keep_place(self, request: CallRequest, back_at: float) -> None:
         """Keep the place of a call that comes back at `back_at`, to be retried. See `KeptPlaces`."""
         with self._lock:

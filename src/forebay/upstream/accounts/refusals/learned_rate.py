@@ -66,6 +66,7 @@ class LearnedRate:
 
     __slots__ = (
         "_before",
+        "_before_rise",
         "_blocks",
         "_count",
         "_earlier_mark",
@@ -95,6 +96,7 @@ class LearnedRate:
         self._held = math.inf  # the highest rate that was not refused for a whole step, since the latest block
         self._learned = math.inf  # the rate after the latest block, before it rose
         self._before = math.inf  # the rate before the first block
+        self._before_rise = 0.0  # the rate before its latest rise, until the raised rate has been corrected
         self._falls = 0  # of a measured rate, since it last rose
         self._count = 0  # calls sent and not refused
         self._mark = self._earlier_mark = _BlockEnd(-math.inf, 0)
@@ -186,7 +188,8 @@ class LearnedRate:
         if self._is_tolerated(block):
             self._refused_at, self._next_at = now, now + 1.0 / self.rate
             if self.rising:
-                self.rate = self._learned = self._held
+                self._before_rise, self.rate = self._learned, self._held
+                self._learned = self.rate
                 self._begin_wait(now, block, certain=True)
             return
         fallen, long = self.measured and guess and not self.rising, not self._is_short(block)
@@ -197,14 +200,17 @@ class LearnedRate:
         self._refused_at, self._learned = now, self.rate
         self._refusals, self._learned_count = 0, count
         near = refused_rate if self._is_short(block) else learned
-        self._begin_wait(now, block, certain=self.measured and near <= _CERTAIN * self.rate)
+        certain = self.rate <= self._before_rise or near <= _CERTAIN * self.rate
+        self._before_rise = 0.0
+        self._begin_wait(now, block, certain=self.measured and certain)
 
     def _correct(self, block: Block, *, guess: bool) -> bool:
         """Set the rate by the calls accepted until the end of a block; return False if they do not tell it."""
         if self._is_far_too_fast():
             last = self._blocks[-2]
             accepted = (self._count - last.accepted + 2) / (block.ended - last.at)
-            self.rate = self._held = min(_FALL * self.rate, max(accepted, self.rate / _MAX_FALL))
+            least = max(self.rate / _MAX_FALL, self._before_rise)
+            self.rate = self._held = min(_FALL * self.rate, max(accepted, least))
         elif (measured := self._measure(self._count - 1, block.refused)) is not None:
             if self._held < self.rate and self._is_short(block):
                 measured = max(measured, self._held)  # a small bucket was full while the rate was lower

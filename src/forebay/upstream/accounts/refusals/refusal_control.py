@@ -62,6 +62,11 @@ class RefusalControl:
         """True from a refusal until a call is accepted that was sent after it: a call sent now is a trial call."""
         return self._pause.blocked
 
+    @property
+    def disbelieves_retry_after(self) -> bool:
+        """True if the latest Retry-After that could be checked was too long."""
+        return self._pause.disbelieves_retry_after
+
     def paused(self, now: float) -> bool:
         """Return whether calls are refused, and not even a trial call may be sent now."""
         return self._pause.wait(now) > 0.0

@@ -102,6 +102,11 @@ class RefusalPause:
         """True from the beginning of a silence until a call is accepted: all calls wait for the trial calls."""
         return self._silence > 0.0
 
+    @property
+    def disbelieves_retry_after(self) -> bool:
+        """True if the latest Retry-After that could be checked was too long: a call was accepted long before."""
+        return self._trusted is False
+
     def wait(self, now: float) -> float:
         """Return the seconds until a call may be sent; 0 for now."""
         if not self._silence:

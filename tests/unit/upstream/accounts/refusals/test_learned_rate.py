@@ -265,3 +265,17 @@ def test_the_refused_calls_of_a_trial_do_not_delay_the_next_rise() -> None:
     learned = rate.rate
     send(rate, 27.3, 150.0, per_second=1000.0)
     assert rate.rate > learned
+
+
+def test_a_raised_rate_that_is_refused_twice_at_once_falls_to_the_one_before_it_rose() -> None:
+    rate = measured(4.0)
+    learned, now = rate.rate, 20.5
+    while rate.rate < 1.4 * learned:  # a large bucket has saved what the rate left of it
+        rate.record_sent(now, blocked=False)
+        now += rate.wait(now)
+    block(rate, now, now + 0.25)
+    assert rate.rate > 1.2 * learned
+    block(rate, now + 1.0, now + 2.0, refusals=8)
+    assert rate.rate == learned
+    send(rate, now + 2.0, now + 30.0, per_second=100.0)
+    assert rate.rate == learned, "as after any step that was refused"
