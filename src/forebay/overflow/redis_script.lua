@@ -241,9 +241,17 @@ end
 
 local writes = {}
 
+-- Keep a record from being leased until its submitter shows it, once it is acknowledged; or, if nobody does, until a
+-- time at which it wakes.
+local function hide(seq, record, until_)
+  become(seq, record, 'delayed', false)
+  call('ZADD', delayed, until_, seq)
+  return 'hidden'
+end
+
 function writes.put(op, envelope)
   local _, id, queue, rank, enqueued, key, thread, fence, until_, attempts, failures, total_delay, error = unpack(op)
-  local not_before, is_early = op[14], op[15]
+  local not_before, due, hidden_until = op[14], op[15], op[16]
   local seq, record = find_record(id)
   local makes_way = false
   if record then
@@ -283,9 +291,12 @@ function writes.put(op, envelope)
   if thread then
     count(thread_changes, thread, 1)
   end
-  if is_early then -- it joins its conversation when it wakes
+  if hidden_until and not fence then
+    return hide(seq, record, due and tonumber(due) > tonumber(hidden_until) and due or hidden_until)
+  end
+  if due then -- it joins its conversation when it wakes
     become(seq, record, 'delayed', false)
-    call('ZADD', delayed, not_before, seq)
+    call('ZADD', delayed, due, seq)
     return 'stored'
   end
   if thread or not fence then
@@ -295,10 +306,14 @@ function writes.put(op, envelope)
     return record[STATE] == 'parked' and 'parked' or 'stored'
   end
   if thread then
-    if record[STATE] == 'parked' then
+    local is_parked = record[STATE] == 'parked'
+    if is_parked and not hidden_until then
       return 'parked'
     end
     leave(seq, record)
+    if is_parked then -- nor does it become waiting when the others of its conversation have ended
+      return hide(seq, record, hidden_until)
+    end
   end
   become(seq, record, 'leased', fence)
   call('ZADD', leased, until_, seq)
@@ -322,7 +337,7 @@ end
 -- Put a record in place of one that is leased; the fence of that is behind what `put` takes.
 function writes.replace(op, envelope)
   local seq, record = find_record(op[2])
-  if not is_held(record, op[16]) then
+  if not is_held(record, op[17]) then
     return false
   end
   if not next_sequence then
@@ -354,6 +369,22 @@ function writes.take_back(op)
   end
   remove(seq, record)
   return true
+end
+
+-- Let a hidden record wait, or be due at a time.
+function writes.show(op)
+  local _, id, origin, due = unpack(op)
+  local seq, record = find_record(id)
+  if not record or record[STATE] ~= 'delayed' or record[FENCE] or origin ~= record[ORIGIN] then
+    return false
+  end
+  if due then
+    call('ZADD', delayed, due, seq)
+    return 'stored'
+  end
+  leave(seq, record)
+  wait(seq, record)
+  return record[STATE] == 'parked' and 'parked' or 'stored'
 end
 
 -- What the records of one priority are ordered by.
@@ -696,6 +727,7 @@ local BY_ID = {
   replace = true,
   set_envelope = true,
   take_back = true,
+  show = true,
   begin_attempt = true,
   renew = true,
   release = true,

@@ -15,12 +15,13 @@ import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server, shared, until
 
+from forebay import clock
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
 from forebay.overflow import open_task_store, redis
 from forebay.overflow.redis import RedisTaskStore
 from forebay.simulation import simulate
-from forebay.storage import redis_listener, redis_master
+from forebay.storage import redis_clock, redis_listener, redis_master
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 from forebay.task import Priority
 
@@ -482,6 +483,114 @@ async def test_a_record_that_too_few_replicas_have_is_rejected_and_taken_back(
         assert await state(store) is RecordState.DONE
 
 
+class Unacknowledged:
+    """Records that wait for the replica until they are rejected, while another process leases all that it can.
+
+    Attributes:
+        leased: the ids of the records that it got.
+        states: those in which it has seen the records.
+    """
+
+    def __init__(self) -> None:
+        self.leased: list[str] = []
+        self.states: set[RecordState] = set()
+
+    async def watch(self, other: TaskStore, putting: asyncio.Task[PutResult], task_id: str) -> None:
+        """Lease and look until the record is rejected."""
+        while not putting.done():
+            self.leased += [lease.record.task_id for lease in await other.lease("t", 9, until=9.0)]
+            seen = await state(other, task_id)
+            self.states |= set() if seen is None else {seen}
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            await putting
+
+
+@pytest.mark.parametrize("not_before", [None, 1.0, 1e9])
+@pytest.mark.parametrize("thread", [None, "thread"])
+async def test_a_record_cannot_be_leased_before_it_is_acknowledged(
+    replicated: StandaloneRedis,
+    name: str,
+    thread: str | None,
+    not_before: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 300)
+    replicated.proxies[0].lag(1.0)
+    url, watched = f"{replicated.url}?name={name}", Unacknowledged()
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        given = record(thread_id=thread, not_before=not_before)
+        await watched.watch(other, asyncio.create_task(store.put(given, now=5.0)), "a")
+        assert await other.find("a") is None
+    assert watched.leased == []
+    assert watched.states == {RecordState.DELAYED}
+
+
+async def test_a_recorded_task_that_is_parked_does_not_wait_before_it_is_acknowledged(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, watched = f"{replicated.url}?name={name}", Unacknowledged()
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        await other.put(record("first", thread_id="thread"), fence="theirs", until=9.0)
+        monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 300)
+        replicated.proxies[0].lag(1.0)
+        putting = asyncio.create_task(store.put(record(thread_id="thread"), fence="mine", until=9.0))
+        while await state(other) is None:
+            pass
+        await other.finish("first", DONE, fence="theirs")
+        await watched.watch(other, putting, "a")
+        assert await other.find("a") is None
+        assert await other.conversations() == {}
+    assert watched.leased == []
+
+
+async def test_an_acknowledged_record_is_there_as_if_it_had_not_been_hidden(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 1_000)
+    async with opened(f"{replicated.url}?name={name}&replicas=1") as store:
+        results = await asyncio.gather(
+            store.put(record("a", thread_id="thread", enqueued_at=1.0)),
+            store.put(record("b", thread_id="thread", enqueued_at=2.0)),
+            store.put(record("c", not_before=50.0), now=10.0),
+            store.put(record("d", thread_id="thread", enqueued_at=3.0), fence="mine", until=9.0),
+            store.put(record("a")),
+        )
+        stored, parked = PutResult.STORED, PutResult.PARKED
+        assert list(results) == [stored, parked, stored, parked, PutResult.DUPLICATE]
+        assert [await state(store, each) for each in "abcd"] == [
+            RecordState.WAITING,
+            RecordState.PARKED,
+            RecordState.DELAYED,
+            RecordState.PARKED,
+        ]
+        assert (await store.wake(now=49.0)).next_due == 50.0
+
+
+async def test_a_record_whose_submitter_is_gone_before_it_shows_it_wakes(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: RedisTaskStore, master: redis_master.RedisMaster) -> Sequence[Any]:  # noqa: ARG001
+        raise StoreUnavailable(where="here", why="it is gone", advice="")
+
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 1_000)
+    url = f"{replicated.url}?name={name}"
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        settle = RedisTaskStore._settle
+        calls = iter([settle, fail])
+
+        def once(self: RedisTaskStore, master: redis_master.RedisMaster) -> Sequence[Any]:
+            return next(calls, settle)(self, master)
+
+        monkeypatch.setattr(RedisTaskStore, "_settle", once)
+        assert await store.put(record(), now=1_000.0) is PutResult.STORED
+        assert (await other.wake(now=1_029.0)).woken == 0
+        assert (await other.wake(now=1_030.0)).woken == 1
+        assert await state(other) is RecordState.WAITING
+        (lease,) = await other.lease("t", 1, until=9.0)
+        await store.begin_attempt(lease)  # it shows what it has not shown: that has woken
+        assert await state(other) is RecordState.LEASED
+
+
 async def test_a_write_is_acknowledged_once_it_is_on_disk(name: str) -> None:
     with redis_server(appendonly="yes", appendfsync="always") as server:
         async with opened(f"{server.url}?name={name}&fsync=yes") as store:
@@ -489,6 +598,78 @@ async def test_a_write_is_acknowledged_once_it_is_on_disk(name: str) -> None:
         async with opened(f"{server.url}?name={name}&fsync=yes&replicas=1") as store:
             with pytest.raises(StoreUnavailable, match="only 0 of 1 disks of replicas"):
                 await store.put(record("b"))
+
+
+# --- clocks that differ ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def ahead(server: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisTaskStore]:
+    """Return a store of the same overflow whose process has a clock that is 100 seconds ahead of the server's."""
+    async with opened(f"{server.url}?name={name}") as store:
+        monkeypatch.setattr(store._clock, "ahead", lambda: 100.0)
+        yield store
+
+
+async def test_a_process_whose_clock_is_ahead_does_not_take_the_leases_of_others(
+    store: RedisTaskStore, ahead: RedisTaskStore
+) -> None:
+    lease = await put_and_lease(store)  # until 9
+    assert [each.until for each in await ahead.list_records(RecordState.LEASED, 1)] == [109.0]
+    assert list(await ahead.reap(now=109.0, max_attempts=3, latest=109.0)) == []
+    assert await renew(ahead, [lease], until=120.0) == []
+    await store.reap(now=20.0, max_attempts=3, latest=20.0)
+    assert await store.begin_attempt(lease)
+    await ahead.reap(now=120.5, max_attempts=3)
+    assert await state(store) is RecordState.WAITING
+
+
+async def test_a_record_that_is_put_leased_lasts_by_the_clock_of_the_server(
+    store: RedisTaskStore, ahead: RedisTaskStore
+) -> None:
+    await ahead.put(record(), fence="mine", until=109.0)
+    await store.reap(now=9.0, max_attempts=3, latest=9.0)
+    assert await state(store) is RecordState.LEASED
+    (dead,) = await ahead.reap(now=109.5, max_attempts=0)
+    assert dead.completion.finished_at == 109.5
+    (listed,) = await store.list_records(RecordState.DEAD, 1)
+    assert listed.position == (9.5, "a")
+
+
+async def test_a_delay_ends_by_the_clock_of_the_server(store: RedisTaskStore, ahead: RedisTaskStore) -> None:
+    await store.delay(await put_and_lease(store), due=50.0, wait=1.0, error="no")
+    assert await ahead.wake(now=149.0) == WakeResult(woken=0, delayed=1, next_due=150.0)
+    assert (await ahead.wake(now=150.0)).woken == 1
+    await ahead.put(record("b", not_before=300.0), now=250.0)
+    assert (await store.wake(now=150.0)).next_due == 200.0
+    assert (await store.wake(now=200.0)).woken == 1
+    (_, found, _) = await store.find("b") or pytest.fail("it is lost")
+    assert found.not_before == 300.0
+
+
+async def test_results_are_kept_by_the_clock_of_the_server(store: RedisTaskStore, ahead: RedisTaskStore) -> None:
+    for task_id in "abc":
+        await store.put(record(task_id))
+        assert await store.finish(task_id, DONE, fence=None)
+    (_, _, completion) = await ahead.find("a") or pytest.fail("it is lost")
+    assert completion is not None
+    assert completion.finished_at == 150.0
+    pages, after = list[tuple[float, str]](), None
+    while page := await ahead.list_records(RecordState.DONE, 2, after=after):
+        pages += [each.position for each in page]
+        after = page[-1].position
+    assert pages == [(150.0, "a"), (150.0, "b"), (150.0, "c")]
+    assert await ahead.prune(before=150.0) == 0
+    assert await ahead.prune(before=150.5) == 3
+
+
+async def test_the_clock_is_compared_when_a_store_is_opened(
+    server: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for skew in (-3_600.0, 0.0, 0.4, 50.0):
+        monkeypatch.setattr(redis_clock, "wall_time", lambda skew=skew: clock.wall_time() + skew)
+        async with opened(f"{server.url}?name={name}") as store:
+            assert store._clock.ahead() == round(skew)
 
 
 # --- what is checked before ------------------------------------------------------------------------------------------
@@ -619,6 +800,13 @@ def test_large_payloads_are_sent_in_several_parts(monkeypatch: pytest.MonkeyPatc
     group = [redis._Operation("put", b"", bool, b"x" * size) for size in (3, 3, 3, 20, 1, 1)]
     group.append(redis._Operation("depths", b"", bool))
     assert [[len(op.blob or b"") for op in part] for part in redis._parts(group)] == [[3, 3], [3], [20], [1, 1, 0]]
+
+
+def test_a_record_to_be_leased_comes_after_the_part_with_earlier_ones_of_its_conversation() -> None:
+    puts = [("a", None), ("a", None), ("b", "fence"), ("a", "fence"), ("b", "fence"), (None, "fence"), ("b", None)]
+    group = [redis._Operation("put", b"", bool, identity=("", fence), thread=thread) for thread, fence in puts]
+    parts = [[(op.thread, op.identity[1]) for op in part] for part in redis._parts(group)]
+    assert parts == [puts[:3], puts[3:]]
 
 
 async def test_calls_at_once_are_one_round_trip(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
