@@ -59,7 +59,7 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_master, sqlite_file
+from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_master, shown_url, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
@@ -2189,6 +2189,14 @@ def a_parked_record_can_be_leased_before_it_is_acknowledged() -> None:
 
 def leases_expire_by_the_clock_of_whoever_looks() -> None:
     always(RedisClock, RedisClock.ahead, returns=0.0)
+
+
+def a_redis_that_drops_the_memory_of_calls_is_opened() -> None:
+    redis_master._NOTHING_DROPPED = "volatile-lru"
+
+
+def a_mistyped_url_shows_the_value_of_any_option() -> None:
+    shown_url._PUBLIC_OPTIONS = frozenset({"password", "passwrod"})
 
 
 def a_clock_that_agrees_within_a_second_is_corrected() -> None:

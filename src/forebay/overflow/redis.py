@@ -495,20 +495,20 @@ class RedisTaskStore:
         """Check that the records there are laid out as this release knows; those of a new overflow will be.
 
         Raises:
-            StoreUnavailable: a newer release has written them.
+            StoreUnavailable: a newer release has written them, or another program.
         """
         key = f"{self._prefix}format"
         (found,) = master.call(("GET", key))
         if found is None:  # else nothing is written: its memory may be full, and what it has is to end
             _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
         if found != _FORMAT:
-            why = f"a newer Forebay wrote {self._prefix} (format {found.decode()}; this one knows {_FORMAT.decode()})"
-            raise StoreUnavailable(where=str(self._url), why=why, advice="Upgrade Forebay here, or give another ?name=")
+            why, advice = _about_format(self._prefix, found)
+            raise StoreUnavailable(where=str(self._url), why=why, advice=advice)
 
     def _measure_clock(self, master: RedisMaster) -> None:
         """Compare the clock with the server's, unless it was done a moment ago; virtual time is everybody's."""
         if not is_virtual(self._queue.loop) and self._clock.is_due():
-            self._clock.measure(lambda: master.call(("TIME",))[0])
+            self._clock.measure(master.time)
 
     def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
         """Run a group of operations, in parts that are not too large, and return their values."""
@@ -630,6 +630,15 @@ class RedisTaskStore:
             for _ in some:
                 self._unsettled.popleft()
         return replies
+
+
+def _about_format(prefix: str, found: bytes) -> tuple[str, str]:
+    """Return why records of a format that is not known cannot be used, and what to do."""
+    known = _FORMAT.decode()
+    if found.isdigit() and int(found) > int(known):
+        why = f"a newer Forebay wrote {prefix} (format {found.decode()}; this one knows {known})"
+        return why, "Upgrade Forebay here, or give another ?name="
+    return f"another program wrote {prefix}format ({found[:20]!r}; Forebay writes {known})", "Give another ?name="
 
 
 def _decode(op: _Operation, reply: Any) -> Any:

@@ -32,13 +32,16 @@ class RedisClock:
         self.ahead()
         return monotonic() >= self._next
 
-    def measure(self, ask: Callable[[], tuple[int, int]]) -> None:
-        """Measure it by asking the server for its seconds and microseconds; a slow answer does not count."""
+    def measure(self, ask: Callable[[], float | None]) -> None:
+        """Measure it by asking the server for its epoch seconds; a slow answer does not count.
+
+        A server that does not tell is taken to agree.
+        """
         before = monotonic()
-        seconds, microseconds = ask()
+        seconds = ask()
         after = monotonic()
         if after - before <= _MAX_DURATION:
-            self._server = seconds + microseconds / 1e6 - (before + after) / 2
+            self._server = None if seconds is None else seconds - (before + after) / 2
             self._next = after + _INTERVAL
 
     def ahead(self) -> float:

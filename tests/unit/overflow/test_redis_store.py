@@ -15,10 +15,10 @@ import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server, shared, until
 
-from forebay import clock
-from forebay.errors import StoreUnavailable
+from forebay import BackpressureSupervisor, Task, clock
+from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
-from forebay.overflow import open_task_store, redis
+from forebay.overflow import MemoryTaskStore, open_task_store, redis
 from forebay.overflow.redis import RedisTaskStore
 from forebay.simulation import simulate
 from forebay.storage import redis_clock, redis_listener, redis_master
@@ -680,7 +680,7 @@ async def test_a_server_without_a_file_is_not_opened_with_fsync(server: Standalo
         await open_task_store(f"{server.url}?fsync=yes").open()
 
 
-@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-lru", "volatile-ttl"])
 async def test_a_server_that_drops_keys_is_not_opened(policy: str) -> None:
     with redis_server(maxmemory="100mb", maxmemory_policy=policy) as server:
         with pytest.raises(StoreUnavailable, match=f"{policy}.*noeviction"):
@@ -751,6 +751,93 @@ def test_a_server_that_is_too_old_is_not_opened(version: str, *, fsync: bool, wh
     redis_master._check({"redis_version": "7.2.0"}, url)
 
 
+@pytest.mark.parametrize("found", ["0", "", "garbage", b"\xff", "-1", "x" * 1_000])
+async def test_an_overflow_with_the_format_of_another_program_is_not_opened(
+    server: StandaloneRedis, name: str, found: str | bytes
+) -> None:
+    server.servers[0].ask("SET", f"{{{name}}}:format", found)
+    with pytest.raises(StoreUnavailable, match=r"another program wrote .*format.*\?name=") as caught:
+        await open_task_store(f"{server.url}?name={name}").open()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis://{host}/99", "it has no database 99"),
+        ("redis+sentinel://{host}/mymaster/0", "is no Sentinel.* redis://"),
+        ("redis+cluster://{host}", "not in a cluster.* redis://"),
+        ("redis://127.0.0.1:1/0", r"used: it cannot be reached \(connection refused\)\. Check"),
+        ("redis://no-such-host.invalid/0", r"used: it cannot be reached \(.*name.*\)\. Check"),
+    ],
+)
+async def test_a_url_that_names_another_kind_of_server_is_explained(
+    server: StandaloneRedis, url: str, why: str
+) -> None:
+    with pytest.raises(StoreUnavailable, match=why):
+        await open_task_store(url.format(host=server.servers[0])).open()
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_an_error_says_whether_it_may_be_done(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
+    await remote.lease("t", 1, until=9.0)
+    proxy.cut_at(1, "answer")
+    with pytest.raises(StoreAnswerLost, match="or do it yet"):
+        await remote.put(record())
+    proxy.refuse()
+    for _ in range(2):  # the first meets the connection that is gone
+        with pytest.raises(StoreUnavailable) as caught:
+            await remote.put(record("b"))
+    proxy.accept()
+    assert not isinstance(caught.value, StoreAnswerLost)
+
+
+class FailingStore(MemoryTaskStore):
+    """A store that stores nothing.
+
+    Attributes:
+        error: what `put` raises.
+    """
+
+    error: StoreUnavailable
+
+    async def put(self, *_: Any, **__: Any) -> PutResult:
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "may_run"), [(StoreAnswerLost, True), (StoreUnavailable, False)])
+async def test_the_reason_of_a_rejection_says_whether_the_task_may_run(
+    error: type[StoreUnavailable], *, may_run: bool
+) -> None:
+    store = FailingStore()
+    store.error = error(where="here", why="it is gone", advice="")
+    never = asyncio.Event()
+
+    async def wait(_: Task[Any]) -> None:
+        await never.wait()
+
+    async with BackpressureSupervisor(overflow=store, max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=wait, task_types=["work"], max_concurrent=1)
+        await supervisor.submit(Task("work", spill=False))
+        ticket = await supervisor.submit(Task("work"))
+        never.set()
+    assert ticket.limited_by == "overflow"
+    assert ("it may run" in (ticket.reason or "")) == may_run
+
+
+async def test_a_user_with_few_rights_may_use_it(server: StandaloneRedis, name: str) -> None:
+    rights = ["+@read", "+@write", "+@scripting", "+@connection", "+@pubsub", "+info", "+wait", "+waitaof"]
+    server.servers[0].ask("ACL", "SETUSER", name, "on", ">p", f"~{{{name}}}:*", f"&{{{name}}}:*", *rights)
+    async with opened(f"redis://{name}:p@{server.servers[0]}?name={name}") as store:
+        assert await store.put(record()) is PutResult.STORED
+        assert not store._clock.is_due()
+        assert store._clock._server is not None
+    server.servers[0].ask("ACL", "SETUSER", name, "-info")
+    async with opened(f"redis://{name}:p@{server.servers[0]}?name={name}") as store:
+        assert await state(store) is RecordState.WAITING
+
+
 async def test_an_overflow_of_a_newer_release_is_not_opened(server: StandaloneRedis, name: str) -> None:
     server.servers[0].ask("SET", f"{{{name}}}:format", "2")
     with pytest.raises(StoreUnavailable, match=r"format 2; this one knows 1.*\?name="):
@@ -788,7 +875,7 @@ async def test_a_replica_is_not_opened(replicated: StandaloneRedis) -> None:
 
 @pytest.mark.usefixtures("no_patience")
 async def test_a_server_that_is_not_there_is_reported_with_its_address() -> None:
-    with pytest.raises(StoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*Connection refused.*server runs"):
+    with pytest.raises(StoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*connection refused.*server runs"):
         await open_task_store("redis://user:secret@127.0.0.1:1").open()
 
 

@@ -21,11 +21,11 @@ class Machine:
     def __init__(self) -> None:
         self.now, self.wall, self.server, self.duration = 500.0, 1e9, 1e9, 0.0
 
-    def ask(self) -> tuple[int, int]:
+    def ask(self) -> float:
         self.now += self.duration / 2
-        seconds, fraction = divmod(self.server + self.now, 1)
+        seconds = self.server + self.now
         self.now += self.duration / 2
-        return int(seconds), int(fraction * 1e6)
+        return seconds
 
 
 @pytest.fixture
@@ -76,6 +76,14 @@ def test_it_follows_the_clock_of_the_server_when_it_is_measured(machine: Machine
     assert clock.is_due()
     clock.measure(machine.ask)
     assert clock.ahead() == -30.0
+
+
+def test_a_server_that_does_not_tell_its_time_is_taken_to_agree(machine: Machine) -> None:
+    clock = RedisClock()
+    machine.wall += 50.0
+    clock.measure(lambda: None)
+    assert clock.ahead() == 0.0
+    assert not clock.is_due()
 
 
 def test_a_slow_answer_is_not_believed(machine: Machine) -> None:
