@@ -2199,6 +2199,10 @@ def a_mistyped_url_shows_the_value_of_any_option() -> None:
     shown_url._PUBLIC_OPTIONS = frozenset({"password", "passwrod"})
 
 
+def the_smallest_bound_says_what_redis_keeps() -> None:
+    edit_redis_script("math.max(group.bound, tonumber(call('GET', bound) or 0))", "group.bound")
+
+
 def a_clock_that_agrees_within_a_second_is_corrected() -> None:
     redis_clock._STEP = 0.0
 

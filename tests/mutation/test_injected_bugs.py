@@ -913,6 +913,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_mistyped_url_shows_the_value_of_any_option: (
         test_url.test_a_rejection_shows_nothing_that_could_be_a_password
     ),
+    bugs.the_smallest_bound_says_what_redis_keeps: (
+        test_task_store.test_a_process_with_a_smaller_bound_drops_nothing_of_the_others
+    ),
     bugs.a_clock_that_agrees_within_a_second_is_corrected: (
         test_redis_clock.test_it_is_in_whole_seconds_and_zero_for_clocks_that_agree
     ),

@@ -49,7 +49,7 @@ _SCRIPT = files(__package__).joinpath("redis_script.lua").read_text()
 _SHA = hashlib.sha1(_SCRIPT.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
 _KEYS = (
     "ids", "keys", "tasks", "envelopes", "completions", "unfinished", "waiting", "parked", "leased", "delayed", "done",
-    "dead", "heads", "threads", "depths", "sequence",
+    "dead", "heads", "threads", "depths", "sequence", "bound",
 )  # fmt: skip
 
 _FORMAT = b"1"  # how the records are laid out
@@ -139,7 +139,8 @@ class RedisTaskStore:
 
     Args:
         url: where the master is, the name of the overflow there, and what an acknowledged write survives.
-        bound: tasks that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
+        bound: tasks that may wait or be leased when this process puts one. As many DONE and as many DEAD are kept, the
+            oldest dropped first; of several processes, by the largest bound.
     """
 
     durable = True

@@ -17,7 +17,7 @@ local ATTEMPTS, FAILURES, TOTAL_DELAY, LAST_ERROR, NOT_BEFORE, ORIGIN = 9, 10, 1
 local ids, keys, tasks, envelopes, completions = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local unfinished, waiting, parked, leased, delayed = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local ended = { done = KEYS[11], dead = KEYS[12] }
-local heads, threads, depths, sequence, last = KEYS[13], KEYS[14], KEYS[15], KEYS[16], KEYS[17]
+local heads, threads, depths, sequence, bound, last = KEYS[13], KEYS[14], KEYS[15], KEYS[16], KEYS[17], KEYS[18]
 
 local CHUNK = 1000 -- arguments of one command: the stack of Lua is bounded
 local SCANNED = 2000 -- records that one listing looks at, so that no other client waits long
@@ -203,9 +203,17 @@ local function drop(seq, record)
   known[record[ID]], loaded[seq], changed[seq] = false, false, nil
 end
 
+-- How many ended records of a state are kept: by the largest bound under which one was put, so that a client with a
+-- smaller one drops none of the others'.
+local kept
+
 local function drop_oldest(state)
-  for _, id in ipairs(call('ZRANGE', ended[state], 0, call('ZCARD', ended[state]) - group.bound - 1)) do
-    drop(find_record(id))
+  kept = kept or math.max(group.bound, tonumber(call('GET', bound) or 0))
+  local excess = call('ZCARD', ended[state]) - kept
+  if excess > 0 then
+    for _, id in ipairs(call('ZRANGE', ended[state], 0, excess - 1)) do
+      drop(find_record(id))
+    end
   end
 end
 
@@ -767,6 +775,9 @@ local function write_group()
     end
   end
   call('ZREM', waiting, '') -- there is none: a first write that adds nothing, so that a full memory can be emptied
+  if puts > 0 and group.bound > tonumber(call('GET', bound) or 0) then
+    call('SET', bound, string.format('%.0f', group.bound))
+  end
   local replies, blob = {}, 1
   for index, op in ipairs(group.ops) do
     local write = writes[op[1]]

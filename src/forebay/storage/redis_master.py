@@ -115,9 +115,10 @@ class RedisMaster:
         try:
             (info,) = self.call(("INFO", "server"))  # TIME is another right
         except StoreUnavailable as error:
-            if isinstance(error.__cause__, redis.exceptions.NoPermissionError):
-                return None
-            raise
+            cause = error.__cause__
+            if not isinstance(cause, redis.ResponseError) or _may_pass(cause):
+                raise
+            return None
         microseconds = info.get("server_time_usec")
         return None if microseconds is None else int(microseconds) / 1e6
 
