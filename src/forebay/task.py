@@ -291,7 +291,7 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             if not isinstance(value, str) or not value:
                 raise InvalidTask(field=field, value=value, expected="a non-empty string")
             if len(value) > _MAX_NAME:
-                expected = f"at most {_MAX_NAME:,} characters long, and not {len(value):,}: it is kept beside the payload"
+                expected = f"at most {_MAX_NAME:,} characters, and not {len(value):,}: it is kept beside the payload"
                 raise InvalidTask(field=field, value=f"{value[:20]}...", expected=expected)
         if self.estimate is not None and not isinstance(self.estimate, Estimate):
             raise InvalidTask(field="estimate", value=self.estimate, expected="an Estimate")

@@ -82,7 +82,7 @@ def test_a_rejection_as_headers(limited_by: str | None, retry_after: float | Non
 
 @pytest.mark.parametrize("field", ["task_type", "task_id", "key", "tenant", "thread_id"])
 def test_the_texts_that_name_a_task_are_bounded(field: str) -> None:
-    given = {"task_type": "t", field: "x" * 1_024}
+    given: dict[str, Any] = {"task_type": "t", field: "x" * 1_024}
     assert getattr(Task(**given), field) == "x" * 1_024
     with pytest.raises(InvalidTask, match=f"Task {field} is 'x{{20}}...'; it must be at most 1,024.*not 1,025"):
         Task(**given | {field: "x" * 1_025})
