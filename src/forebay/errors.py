@@ -316,6 +316,10 @@ class StoreUnavailable(ForebayError):
     """The store at {where} cannot be used: {why}. {advice}"""
 
 
+class StoreAnswerLost(StoreUnavailable):
+    """The store at {where} cannot be used: {why}. It may have done what it was asked, or do it yet. {advice}"""
+
+
 class StoreNotInstalled(ForebayError, ImportError):
     """The overflow {where} needs the library {library}, which is not installed: pip install 'forebay[{extra}]'."""
 

@@ -135,6 +135,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidEstimate(field=field, value=value)
 
 
+_MAX_NAME = 1_024  # characters of each text that names the task, its type, key, tenant or conversation
 _POSITIONAL = 2  # task_type and payload
 
 # Names of arguments in an earlier Forebay and in other supervisors, and what to pass instead.
@@ -210,6 +211,8 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
     To a type checker, ``Task[Answer]("research", question)`` is a task whose handler returns an Answer: `run` returns
     that, and its ticket's `value` too. What a handler really returns is checked by ``register_worker(result=Answer)``.
 
+    The texts `task_type`, `task_id`, `key`, `tenant` and `thread_id` have 1 to 1,024 characters.
+
     Attributes:
         task_type: selects the workers that may run it.
         payload: the input of the handler; an agent of a framework gets it as its own input.
@@ -255,6 +258,7 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             or not self.task_id
             or type(self.tenant) is not str
             or not self.tenant
+            or len(self.task_type) + len(self.task_id) + len(self.tenant) > _MAX_NAME
             or self.key is not None
             or self.thread_id is not None
             or self.estimate is not None
@@ -286,6 +290,9 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
                 continue
             if not isinstance(value, str) or not value:
                 raise InvalidTask(field=field, value=value, expected="a non-empty string")
+            if len(value) > _MAX_NAME:
+                expected = f"at most {_MAX_NAME:,} characters, and not {len(value):,}: it is kept beside the payload"
+                raise InvalidTask(field=field, value=f"{value[:20]}...", expected=expected)
         if self.estimate is not None and not isinstance(self.estimate, Estimate):
             raise InvalidTask(field="estimate", value=self.estimate, expected="an Estimate")
         if self.retry is not None and not isinstance(self.retry, Retry):

@@ -1279,6 +1279,28 @@ async def test_two_openings_of_a_shared_store_agree(
     assert await other.put(leased[0].record) is PutResult.DUPLICATE
 
 
+@pytest.mark.parametrize("end", ["finish", "mark_dead", "reap"])
+async def test_a_process_with_a_smaller_bound_drops_nothing_of_the_others(
+    backend: StoreBackend, open_store: OpenStore, record: MakeRecord, end: str
+) -> None:
+    backend.needs(SHARED)
+    large, small = await open_store(bound=5), await open_store(bound=1)
+    await put_all(large, [record() for _ in range(5)])
+    assert await small.put(record("late")) is PutResult.FULL
+    leases = list(await small.lease("research", 9, until=100.0))
+    for lease in leases:
+        if end == "finish":
+            await small.finish(lease.record.task_id, DONE, fence=lease.fence)
+        elif end == "mark_dead":
+            await small.mark_dead(lease, UNREADABLE)
+    await small.reap(now=101.0, max_attempts=0)
+    assert await small.put(record("last")) is PutResult.STORED
+    (lease,) = await small.lease("research", 9, until=100.0)
+    await (small.finish("last", DONE, fence=lease.fence) if end == "finish" else small.mark_dead(lease, UNREADABLE))
+    ended = RecordState.DONE if end == "finish" else RecordState.DEAD
+    assert len(await large.list_records(ended, 9)) == 5
+
+
 # --- tenants ---------------------------------------------------------------------------------------------------------
 
 

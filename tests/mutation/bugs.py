@@ -59,8 +59,9 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.storage import OperationQueue, SqliteWriter, redis_master, sqlite_file
+from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_master, shown_url, sqlite_file
 from forebay.storage.file_watch import FileWatch
+from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, registration, room
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
@@ -2217,7 +2218,35 @@ def a_call_that_arrives_after_later_ones_is_done() -> None:
 
 
 def a_record_that_redis_did_not_acknowledge_stays() -> None:
-    always(RedisTaskStore, RedisTaskStore._take_back, returns=None)
+    always(RedisTaskStore, RedisTaskStore._settle, returns=())
+
+
+def a_record_can_be_leased_before_it_is_acknowledged() -> None:
+    edit_redis_script("if hidden_until and not fence then", "if false then")
+
+
+def a_parked_record_can_be_leased_before_it_is_acknowledged() -> None:
+    edit_redis_script("if is_parked and not hidden_until then", "if is_parked then")
+
+
+def leases_expire_by_the_clock_of_whoever_looks() -> None:
+    always(RedisClock, RedisClock.ahead, returns=0.0)
+
+
+def a_redis_that_drops_the_memory_of_calls_is_opened() -> None:
+    redis_master._NOTHING_DROPPED = "volatile-lru"
+
+
+def a_mistyped_url_shows_the_value_of_any_option() -> None:
+    shown_url._PUBLIC_OPTIONS = frozenset({"password", "passwrod"})
+
+
+def the_smallest_bound_says_what_redis_keeps() -> None:
+    edit_redis_script("math.max(group.bound, tonumber(call('GET', bound) or 0))", "group.bound")
+
+
+def a_clock_that_agrees_within_a_second_is_corrected() -> None:
+    redis_clock._STEP = 0.0
 
 
 def a_record_is_taken_back_that_another_process_runs() -> None:

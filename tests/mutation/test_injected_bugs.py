@@ -71,7 +71,7 @@ from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.storage import test_sqlite_writer
+from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_call_flow, test_core
@@ -917,6 +917,25 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_write_is_acknowledged_before_the_replicas_have_it: (
         test_redis_store.test_a_record_that_too_few_replicas_have_is_rejected_and_taken_back
+    ),
+    bugs.a_record_can_be_leased_before_it_is_acknowledged: (
+        test_redis_store.test_a_record_cannot_be_leased_before_it_is_acknowledged
+    ),
+    bugs.a_parked_record_can_be_leased_before_it_is_acknowledged: (
+        test_redis_store.test_a_recorded_task_that_is_parked_does_not_wait_before_it_is_acknowledged
+    ),
+    bugs.leases_expire_by_the_clock_of_whoever_looks: (
+        test_redis_store.test_the_clock_is_compared_when_a_store_is_opened
+    ),
+    bugs.a_redis_that_drops_the_memory_of_calls_is_opened: test_redis_store.test_a_server_that_drops_keys_is_not_opened,
+    bugs.a_mistyped_url_shows_the_value_of_any_option: (
+        test_url.test_a_rejection_shows_nothing_that_could_be_a_password
+    ),
+    bugs.the_smallest_bound_says_what_redis_keeps: (
+        test_task_store.test_a_process_with_a_smaller_bound_drops_nothing_of_the_others
+    ),
+    bugs.a_clock_that_agrees_within_a_second_is_corrected: (
+        test_redis_clock.test_it_is_in_whole_seconds_and_zero_for_clocks_that_agree
     ),
     bugs.a_full_redis_lets_no_task_end: (test_redis_store.test_a_full_server_rejects_records_and_lets_those_it_has_end),
     bugs.a_redis_that_drops_keys_is_opened: test_redis_store.test_a_server_that_drops_keys_is_not_opened,

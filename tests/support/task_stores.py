@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from tests.support import moto_server
 from tests.support.fakeredis_server import shared_fakeredis
-from tests.support.redis_servers import redis_cluster, redis_sentinels, redis_server, shared
+from tests.support.redis_servers import redis_cluster, redis_replicated, redis_sentinels, redis_server, shared
 
 from forebay.interfaces import TaskRecord
 
@@ -80,8 +80,8 @@ LASTING = frozenset({DURABLE, SHARED, HISTORY, ORDER, PROMPT, ENVELOPE, FAST})
 REDIS = "{server}?name={name}&bound={bound}"
 
 
-def on_redis(name: str, server: Callable[[], str], *, slow: bool = False) -> StoreBackend:
-    return StoreBackend(name, REDIS, can=LASTING, server=server, slow=slow)
+def on_redis(name: str, server: Callable[[], str], *, slow: bool = False, further: str = "") -> StoreBackend:
+    return StoreBackend(name, REDIS + further, can=LASTING, server=server, slow=slow)
 
 
 STORES = [
@@ -116,6 +116,7 @@ SLOW_STORES = SQS_STORES[1:]  # whose tests are left out of `make test-quick`
 ALL_STORES = [
     *STORES,
     on_redis("fakeredis", shared_fakeredis, slow=True),
+    on_redis("replicated", lambda: shared(redis_replicated).url, slow=True, further="&replicas=1"),
     on_redis("sentinel", lambda: shared(redis_sentinels).url, slow=True),
     on_redis("cluster", lambda: shared(redis_cluster).url, slow=True),
     *SQS_STORES,

@@ -78,3 +78,11 @@ def test_the_old_attribute_of_overloaded_gives_the_new_one() -> None:
 )
 def test_a_rejection_as_headers(limited_by: str | None, retry_after: float | None, headers: dict[str, str]) -> None:
     assert Overloaded("full", limited_by=limited_by, retry_after=retry_after).headers() == headers
+
+
+@pytest.mark.parametrize("field", ["task_type", "task_id", "key", "tenant", "thread_id"])
+def test_the_texts_that_name_a_task_are_bounded(field: str) -> None:
+    given: dict[str, Any] = {"task_type": "t", field: "x" * 1_024}
+    assert getattr(Task(**given), field) == "x" * 1_024
+    with pytest.raises(InvalidTask, match=f"Task {field} is 'x{{20}}...'; it must be at most 1,024.*not 1,025"):
+        Task(**given | {field: "x" * 1_025})

@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from forebay._text import is_unicode
-from forebay.clock import new_id
+from forebay.clock import is_virtual, new_id
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import (
     Completion,
@@ -38,6 +38,7 @@ from forebay.interfaces import (
 )
 from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_listener import RedisListener
 from forebay.storage.redis_master import FULL, RedisMaster
 from forebay.storage.redis_url import RedisUrl
@@ -48,7 +49,7 @@ _SCRIPT = files(__package__).joinpath("redis_script.lua").read_text()
 _SHA = hashlib.sha1(_SCRIPT.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
 _KEYS = (
     "ids", "keys", "tasks", "envelopes", "completions", "unfinished", "waiting", "parked", "leased", "delayed", "done",
-    "dead", "heads", "threads", "depths", "sequence",
+    "dead", "heads", "threads", "depths", "sequence", "bound",
 )  # fmt: skip
 
 _FORMAT = b"1"  # how the records are laid out
@@ -60,7 +61,10 @@ _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
 # How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
 # next, and two more while the disk is busy.
 _DISKS_TIMEOUT_MS = 4_000
-_MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back
+_MAX_UNCONFIRMED = 10_000  # ends whose answer was lost, and records to take back or to show
+# How long a record stays hidden whose submitter has neither shown it nor taken it back: it may have crashed, or look
+# for a master that Sentinels are about to promote.
+_HIDDEN = 30.0  # seconds
 
 _encode = msgspec.json.Encoder().encode
 _encode_completion = msgspec.msgpack.Encoder().encode
@@ -97,6 +101,8 @@ class _Operation(NamedTuple):
         decode: turns the reply of Redis into the value for the caller.
         blob: an envelope or a completion that goes with it.
         identity: the task id and fence of an operation whose answer matters if it was lost.
+        due: epoch seconds of the server at which a record that is put becomes WAITING; None: once it is shown.
+        thread: the conversation of a record that is put, if it may be hidden.
     """
 
     name: str
@@ -104,6 +110,8 @@ class _Operation(NamedTuple):
     decode: Callable[[Any], Any]
     blob: bytes | None = None
     identity: tuple[str, str | None] = ("", None)
+    due: str | None = None
+    thread: str | None = None
 
 
 _PUT, _REPLACE, _FINISH, _MARK_DEAD, _DELAY = "put", "replace", "finish", "mark_dead", "delay"
@@ -115,6 +123,7 @@ _ACKNOWLEDGED = frozenset(
     {*_ENDS_LEASE, *_PUTS, "set_envelope", "requeue", "delete_dead", "expire", "find", "find_key"}
 )
 _READS = frozenset({"expired", "envelope", "find", "find_key", "list", "depths", "threads"})
+_ENDED = frozenset({RecordState.DONE, RecordState.DEAD})
 _COUNTS = frozenset({"depths", "threads"})  # hashes that are read by a command of their own
 
 
@@ -130,7 +139,8 @@ class RedisTaskStore:
 
     Args:
         url: where the master is, the name of the overflow there, and what an acknowledged write survives.
-        bound: tasks that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
+        bound: tasks that may wait or be leased when this process puts one. As many DONE and as many DEAD are kept, the
+            oldest dropped first; of several processes, by the largest bound.
     """
 
     durable = True
@@ -154,7 +164,10 @@ class RedisTaskStore:
             diagnose=_same,
         )
         self._unconfirmed: dict[tuple[str, str, str | None], None] = {}  # ends of leases whose answer was lost
-        self._to_take_back: deque[_Operation] = deque(maxlen=_MAX_UNCONFIRMED)  # records put without acknowledgement
+        # What is to be done before anything else: records that were put are taken back, or shown if they were
+        # acknowledged.
+        self._unsettled: deque[_Operation] = deque(maxlen=_MAX_UNCONFIRMED)
+        self._clock = RedisClock()
 
     async def open(self) -> None:
         """Find the master and connect."""
@@ -187,14 +200,16 @@ class RedisTaskStore:
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult:
         """Store `record`, where another process finds it."""
-        arguments = self._put_arguments(record, fence, until, now)
-        result: PutResult = await self._submit(_PUT, arguments, _decode_put, record.envelope, (record.task_id, fence))
+        result: PutResult = await self._submit_put(_PUT, record, fence, until, now, _decode_put)
         return result
 
-    @staticmethod
-    def _put_arguments(record: TaskRecord, fence: str | None, until: float, now: float) -> tuple[Any, ...]:
-        not_before = record.not_before
-        return (
+    def _submit_put(  # noqa: PLR0913, PLR0917 - what `put` takes
+        self, name: str, record: TaskRecord, fence: str | None, until: float, now: float, decode: Callable[[Any], Any],
+        *further: Any,
+    ) -> asyncio.Future[Any]:  # fmt: skip
+        ahead, not_before = self._clock.ahead(), record.not_before
+        due = repr(not_before - ahead) if fence is None and not_before is not None and not_before > now else None
+        arguments = (
             record.task_id,
             _queue_of(record.task_type, record.priority, record.tenant),
             _sortable(inf if record.deadline is None else record.deadline) + _sortable(record.enqueued_at),
@@ -202,13 +217,26 @@ class RedisTaskStore:
             _or_false(record.key),
             record.thread_id is not None and quote(record.thread_id, safe=_SAFE),
             _or_false(fence),
-            repr(until),
+            repr(until - ahead),
             record.attempts,
             record.failures,
             repr(record.total_delay),
             _or_false(record.last_error),
             not_before is not None and repr(not_before),
-            fence is None and not_before is not None and not_before > now,
+            _or_false(due),
+            self._is_acknowledged and repr((now if fence is None else until) + _HIDDEN - ahead),
+            *further,
+        )
+        return self._queue.submit(
+            _Operation(
+                name,
+                _encode((name, *arguments)),
+                decode,
+                record.envelope,
+                (record.task_id, fence),
+                due,
+                record.thread_id if self._is_acknowledged else None,
+            )
         )
 
     async def lease(
@@ -226,7 +254,7 @@ class RedisTaskStore:
             return []
         priorities = [int(each) for each in (Priority if priority is None else (priority,))]
         tenants = shares is not None and [(_quoted(tenant), share) for tenant, share in shares.items()]
-        arguments = (_quoted(task_type), priorities, limit, repr(until), new_id(), tenants)
+        arguments = (_quoted(task_type), priorities, limit, self._by_server(until), new_id(), tenants)
         return await self._hold(self._submit("lease", arguments, partial(_decode_leases, until=until)))
 
     async def lease_ids(self, task_ids: Sequence[str], *, until: float) -> Sequence[Lease]:
@@ -235,7 +263,7 @@ class RedisTaskStore:
         if not known:
             self._queue.check_open()
             return []
-        arguments = (known, repr(until), new_id())
+        arguments = (known, self._by_server(until), new_id())
         return await self._hold(self._submit("lease_ids", arguments, partial(_decode_leases, until=until)))
 
     async def _hold(self, leasing: asyncio.Future[Sequence[Lease]]) -> Sequence[Lease]:
@@ -264,7 +292,9 @@ class RedisTaskStore:
         lost = list[Lease]()
         for first in range(0, len(leases), _MAX_GROUP):
             some = leases[first : first + _MAX_GROUP]
-            ops = [_encode(("renew", lease.record.task_id, lease.fence, repr(until))) for lease in some]
+            self._measure_clock(master)
+            by_server = self._by_server(until)
+            ops = [_encode(("renew", lease.record.task_id, lease.fence, by_server)) for lease in some]
             (renewed,) = master.call(self._script_call(ops))
             lost += [lease for lease, done in zip(some, renewed, strict=True) if not done]
         return lost
@@ -282,13 +312,15 @@ class RedisTaskStore:
 
     async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
         """Make a leased record DELAYED until `due`."""
-        return await self._end_lease(_DELAY, lease.record.task_id, lease.fence, repr(due), repr(wait), error)
+        return await self._end_lease(_DELAY, lease.record.task_id, lease.fence, self._by_server(due), repr(wait), error)
 
     async def wake(self, *, now: float) -> WakeResult:
         """Make the DELAYED records that are due WAITING again."""
         woken = 0
         while True:
-            result: WakeResult = await self._submit("wake", (repr(now), _BATCH), _decode_wake)
+            ahead = self._clock.ahead()
+            decode = partial(_decode_wake, ahead=ahead)
+            result: WakeResult = await self._submit("wake", (repr(now - ahead), _BATCH), decode)
             woken += result.woken
             if result.woken < _BATCH:
                 return msgspec.structs.replace(result, woken=woken)
@@ -296,14 +328,23 @@ class RedisTaskStore:
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         """Mark a record DONE."""
         succeeded = completion.status == TaskStatus.SUCCEEDED.value
-        return await self._end_lease(
-            _FINISH, task_id, fence, repr(completion.finished_at), succeeded, blob=_encode_completion(completion)
-        )
+        at, blob = self._ending(completion)
+        return await self._end_lease(_FINISH, task_id, fence, at, succeeded, blob=blob)
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
         """Mark a record DEAD."""
-        task_id, blob = lease.record.task_id, _encode_completion(completion)
-        return await self._end_lease(_MARK_DEAD, task_id, lease.fence, repr(completion.finished_at), blob=blob)
+        at, blob = self._ending(completion)
+        return await self._end_lease(_MARK_DEAD, lease.record.task_id, lease.fence, at, blob=blob)
+
+    def _ending(self, completion: Completion) -> tuple[str, bytes]:
+        """Return when a record has ended, and its completion, by the clock of the server."""
+        if ahead := self._clock.ahead():
+            completion = msgspec.structs.replace(completion, finished_at=completion.finished_at - ahead)
+        return repr(completion.finished_at), _encode_completion(completion)
+
+    def _by_server(self, time: float) -> str:
+        """Return a time of this process by the clock of the server."""
+        return repr(time - self._clock.ahead())
 
     async def _end_lease(
         self, name: str, task_id: str, fence: str | None, *further: Any, blob: bytes | None = None
@@ -320,7 +361,8 @@ class RedisTaskStore:
     async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
         """Release expired leases, and return the records that became DEAD."""
         dead = list[DeadRecord]()
-        span = (repr(now), repr(min(latest, float_info.max)))
+        ahead = self._clock.ahead()
+        span = (repr(now - ahead), repr(min(latest - ahead, float_info.max)))
         while True:
             expired: Sequence[tuple[str, _Stored]] = await self._submit("expired", (*span, _BATCH), _decode_expired)
             expiring = [self._expire(sequence, stored, span, now, max_attempts) for sequence, stored in expired]
@@ -333,12 +375,12 @@ class RedisTaskStore:
     ) -> DeadRecord | None:
         """End an expired lease, unless it was renewed or ended meanwhile; return the record if it became DEAD."""
         completion = completion_after_expiry(_record(stored, b""), now=now, max_attempts=max_attempts)
-        arguments = (sequence, stored.fence, *span, completion is not None and repr(completion.finished_at))
         if completion is None:
-            await self._submit("expire", arguments, bool, b"")
+            await self._submit("expire", (sequence, stored.fence, *span, False), bool, b"")
             return None
+        at, blob = self._ending(completion)
         envelope: bytes = await self._submit("envelope", (sequence,), _same)
-        if not await self._submit("expire", arguments, bool, _encode_completion(completion)):
+        if not await self._submit("expire", (sequence, stored.fence, *span, at), bool, blob):
             return None
         return DeadRecord(record=_record(stored, envelope), completion=completion)
 
@@ -346,7 +388,7 @@ class RedisTaskStore:
         """Drop DONE records that ended before `before`."""
         total = 0
         while True:
-            count: int = await self._submit("prune", (repr(before), _BATCH), int)
+            count: int = await self._submit("prune", (self._by_server(before), _BATCH), int)
             total += count
             if count < _BATCH:
                 return total
@@ -356,10 +398,14 @@ class RedisTaskStore:
     ) -> Sequence[StoredRecord]:
         """Return a page of the records in `state`."""
         found = list[StoredRecord]()
+        ahead = self._clock.ahead()
         time, task_id = (-inf, "") if after is None else after
+        if state in _ENDED:
+            time -= ahead
+        decode = partial(_decode_list, ahead=ahead)
         while len(found) < limit:
             arguments = (state.value, limit - len(found), repr(max(time, -float_info.max)), task_id)
-            more, end = await self._submit("list", arguments, _decode_list)
+            more, end = await self._submit("list", arguments, decode)
             found += more
             if end is None:
                 break
@@ -377,9 +423,9 @@ class RedisTaskStore:
         self, lease: Lease, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0
     ) -> PutResult | None:
         """Put a record in place of a leased one."""
-        arguments = (*self._put_arguments(record, fence, until, now), lease.fence)
-        identity = (record.task_id, fence)
-        result: PutResult | None = await self._submit(_REPLACE, arguments, _decode_requeue, record.envelope, identity)
+        result: PutResult | None = await self._submit_put(
+            _REPLACE, record, fence, until, now, _decode_requeue, lease.fence
+        )
         return result
 
     async def set_envelope(self, task_id: str, envelope: bytes) -> bool:
@@ -395,7 +441,7 @@ class RedisTaskStore:
         if not is_unicode(task_id):
             return None
         found: tuple[RecordState, TaskRecord, Completion | None] | None = await self._submit(
-            "find", (task_id,), _decode_find
+            "find", (task_id,), partial(_decode_find, ahead=self._clock.ahead())
         )
         return found
 
@@ -437,11 +483,12 @@ class RedisTaskStore:
         load = [("SCRIPT", "LOAD", _SCRIPT)]
         groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
         self._check_format(groups)
+        self._measure_clock(groups)
         return _Connections(groups, renewals)
 
     def _disconnect(self, connections: _Connections) -> None:
         with suppress(StoreUnavailable):  # otherwise they run, though their submitters were told otherwise
-            self._take_back(connections.groups)
+            self._settle(connections.groups)
         for master in connections:
             master.close()
 
@@ -449,15 +496,20 @@ class RedisTaskStore:
         """Check that the records there are laid out as this release knows; those of a new overflow will be.
 
         Raises:
-            StoreUnavailable: a newer release has written them.
+            StoreUnavailable: a newer release has written them, or another program.
         """
         key = f"{self._prefix}format"
         (found,) = master.call(("GET", key))
         if found is None:  # else nothing is written: its memory may be full, and what it has is to end
             _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
         if found != _FORMAT:
-            why = f"a newer Forebay wrote {self._prefix} (format {found.decode()}; this one knows {_FORMAT.decode()})"
-            raise StoreUnavailable(where=str(self._url), why=why, advice="Upgrade Forebay here, or give another ?name=")
+            why, advice = _about_format(self._prefix, found)
+            raise StoreUnavailable(where=str(self._url), why=why, advice=advice)
+
+    def _measure_clock(self, master: RedisMaster) -> None:
+        """Compare the clock with the server's, unless it was done a moment ago; virtual time is everybody's."""
+        if not is_virtual(self._queue.loop) and self._clock.is_due():
+            self._clock.measure(master.time)
 
     def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
         """Run a group of operations, in parts that are not too large, and return their values."""
@@ -470,7 +522,8 @@ class RedisTaskStore:
         names = {op.name for op in ops}
         acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else ()
         try:
-            self._take_back(master)
+            self._measure_clock(master)
+            self._settle(master)
         except StoreUnavailable as error:
             return [OperationError(error)] * len(ops)
         # Reads alone have no number, unless they are to be as durable: to wait for the replicas is to wait for a write.
@@ -490,20 +543,31 @@ class RedisTaskStore:
         shortage = self._shortage(answers.pop()) if acknowledgement else None
         replies = iter(answers.pop(0) if scripted else ())
         counts = iter(answers)
-        values = list[Any]()
-        for op in ops:
-            reply = next(counts if op.name in _COUNTS else replies)
-            if reply == b"oom":
-                values.append(OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1])))
-            elif shortage is not None and op.name in _ACKNOWLEDGED:
-                values.append(OperationError(shortage))
-            else:
-                values.append(_decode(op, reply))
+        in_order = [next(counts if op.name in _COUNTS else replies) for op in ops]
+        values = [self._value(op, reply, shortage) for op, reply in zip(ops, in_order, strict=True)]
+        hidden = [index for index, reply in enumerate(in_order) if reply == b"hidden"]
         if shortage is not None:
             self._remember(ops, number)
-            with suppress(StoreUnavailable):  # later then, before the next operations
-                self._take_back(master)
+        else:
+            self._unsettled += [self._about(ops[index], "show", number, _or_false(ops[index].due)) for index in hidden]
+        with suppress(StoreUnavailable):  # later then, before the next operations
+            shown = self._settle(master)
+            if shortage is None:
+                for index, reply in zip(hidden, shown, strict=True):
+                    values[index] = _result_of_showing(ops[index], reply)
         return values
+
+    def _value(self, op: _Operation, reply: Any, shortage: StoreUnavailable | None) -> Any:
+        if reply == b"oom":
+            return OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
+        if shortage is not None and op.name in _ACKNOWLEDGED:
+            return OperationError(shortage)
+        return _result_of_showing(op, None) if reply == b"hidden" else _decode(op, reply)
+
+    @property
+    def _is_acknowledged(self) -> bool:
+        """True if a write is to be on replicas or disks before its caller has the answer."""
+        return self._url.fsync or self._url.replicas > 0
 
     def _acknowledgement(self) -> tuple[Any, ...]:
         """Return the command that waits for the replicas and disks that the URL asks for; empty if it asks for none."""
@@ -544,21 +608,38 @@ class RedisTaskStore:
         """Remember what operations have perhaps done whose callers get an error."""
         for op in ops:
             if op.name in _PUTS:
-                task_id, fence = op.identity
-                arguments = (task_id, f"{self._client_id}:{number}", _or_false(fence))
-                self._to_take_back.append(_Operation("take_back", _encode(("take_back", *arguments)), bool))
+                self._unsettled.append(self._about(op, "take_back", number, _or_false(op.identity[1])))
             elif op.name in _ENDS_LEASE:
                 self._unconfirmed[op.name, *op.identity] = None
         while len(self._unconfirmed) > _MAX_UNCONFIRMED:
             del self._unconfirmed[next(iter(self._unconfirmed))]
 
-    def _take_back(self, master: RedisMaster) -> None:
-        """Remove the records whose submitters were told that they are not stored."""
-        while self._to_take_back:
-            some = list(itertools.islice(self._to_take_back, _MAX_GROUP))
-            master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
+    def _about(self, put: _Operation, name: str, number: int | None, further: str | bool) -> _Operation:  # noqa: FBT001
+        """Return an operation on the record that an operation of a group has put."""
+        origin = f"{self._client_id}:{number}"
+        return _Operation(name, _encode((name, put.identity[0], origin, further)), _same)
+
+    def _settle(self, master: RedisMaster) -> Sequence[Any]:
+        """Remove the records whose submitters were told that they are not stored, and show those that are stored.
+
+        That waits for no replica: a record whose showing is lost with its master wakes by itself.
+        """
+        replies = list[Any]()
+        while self._unsettled:
+            some = list(itertools.islice(self._unsettled, _MAX_GROUP))
+            replies += master.call(self._script_call([op.text for op in some], (), next(self._numbers)))[0]
             for _ in some:
-                self._to_take_back.popleft()
+                self._unsettled.popleft()
+        return replies
+
+
+def _about_format(prefix: str, found: bytes) -> tuple[str, str]:
+    """Return why records of a format that is not known cannot be used, and what to do."""
+    known = _FORMAT.decode()
+    if found.isdigit() and int(found) > int(known):
+        why = f"a newer Forebay wrote {prefix} (format {found.decode()}; this one knows {known})"
+        return why, "Upgrade Forebay here, or give another ?name="
+    return f"another program wrote {prefix}format ({found[:20]!r}; Forebay writes {known})", "Give another ?name="
 
 
 def _decode(op: _Operation, reply: Any) -> Any:
@@ -581,15 +662,23 @@ def _or_none(value: str | bool) -> str | None:  # noqa: FBT001 - it stands for N
 
 
 def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
-    """Return `group` in parts whose blobs are not too large together."""
-    parts, size = [list[_Operation]()], 0
+    """Return `group` in parts whose blobs are not too large together.
+
+    A record that is to be leased at once comes after the part that has earlier ones of its conversation, because a
+    hidden record has not joined it.
+    """
+    parts, size, threads = [list[_Operation]()], 0, set[str]()
     for op in group:
         length = len(op.blob or b"")
-        if size + length > _MAX_BYTES and parts[-1]:
+        is_behind = op.thread in threads and op.identity[1] is not None
+        if is_behind or (size + length > _MAX_BYTES and parts[-1]):
             parts.append([])
             size = 0
+            threads.clear()
         parts[-1].append(op)
         size += length
+        if op.thread is not None:
+            threads.add(op.thread)
     return parts
 
 
@@ -665,23 +754,31 @@ def _decode_leases(reply: Sequence[bytes], *, until: float) -> Sequence[Lease]:
     return leases
 
 
-def _decode_wake(reply: Sequence[Any]) -> WakeResult:
+def _decode_wake(reply: Sequence[Any], *, ahead: float) -> WakeResult:
     woken, delayed, next_due = reply
-    return WakeResult(woken=woken, delayed=delayed, next_due=None if next_due is None else float(next_due))
+    return WakeResult(woken=woken, delayed=delayed, next_due=None if next_due is None else float(next_due) + ahead)
 
 
 def _decode_expired(reply: Sequence[bytes]) -> Sequence[tuple[str, _Stored]]:
     return [(reply[index].decode(), _decode_stored(reply[index + 1])) for index in range(0, len(reply), 2)]
 
 
-def _decode_list(reply: Sequence[Any]) -> tuple[Sequence[StoredRecord], tuple[float, str] | None]:
+def _decode_completion_of(blob: bytes | None, ahead: float) -> Completion | None:
+    """Return a completion by the clock of this process, which is `ahead` of the server's."""
+    if blob is None:
+        return None
+    completion = _decode_completion(blob)
+    return msgspec.structs.replace(completion, finished_at=completion.finished_at + ahead) if ahead else completion
+
+
+def _decode_list(reply: Sequence[Any], *, ahead: float) -> tuple[Sequence[StoredRecord], tuple[float, str] | None]:
     """Return the records of a part of a page, and where the next one goes on; None: there are no more."""
     items, time, task_id = reply
     found = [
         StoredRecord(
             record=_record(_decode_stored(text), b""),
-            completion=None if completion is None else _decode_completion(completion),
-            until=None if until is None else float(until),
+            completion=_decode_completion_of(completion, ahead),
+            until=None if until is None else float(until) + ahead,
         )
         for text, completion, until in zip(*[iter(items)] * 3, strict=True)
     ]
@@ -692,19 +789,25 @@ def _decode_put(reply: bytes) -> PutResult:
     return PutResult(reply.decode())
 
 
+def _result_of_showing(put: _Operation, reply: bytes | None) -> PutResult:
+    """Return the result of `put` for a record that has been shown; None: it has woken, or was cancelled, before."""
+    if put.identity[1] is not None:  # it has no lease
+        return PutResult.PARKED
+    return PutResult.STORED if reply is None else PutResult(reply.decode())
+
+
 def _decode_requeue(reply: bytes | None) -> PutResult | None:
     return None if reply is None else PutResult(reply.decode())
 
 
 def _decode_find(
-    reply: Sequence[bytes | None] | None,
+    reply: Sequence[bytes | None] | None, *, ahead: float
 ) -> tuple[RecordState, TaskRecord, Completion | None] | None:
     if not reply:
         return None
     text, envelope, completion = reply
     stored = _decode_stored(text or b"")
-    done = None if completion is None else _decode_completion(completion)
-    return RecordState(stored.state), _record(stored, envelope or b""), done
+    return RecordState(stored.state), _record(stored, envelope or b""), _decode_completion_of(completion, ahead)
 
 
 def _decode_text(reply: bytes | None) -> str | None:

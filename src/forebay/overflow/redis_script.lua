@@ -17,7 +17,7 @@ local ATTEMPTS, FAILURES, TOTAL_DELAY, LAST_ERROR, NOT_BEFORE, ORIGIN = 9, 10, 1
 local ids, keys, tasks, envelopes, completions = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local unfinished, waiting, parked, leased, delayed = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local ended = { done = KEYS[11], dead = KEYS[12] }
-local heads, threads, depths, sequence, last = KEYS[13], KEYS[14], KEYS[15], KEYS[16], KEYS[17]
+local heads, threads, depths, sequence, bound, last = KEYS[13], KEYS[14], KEYS[15], KEYS[16], KEYS[17], KEYS[18]
 
 local CHUNK = 1000 -- arguments of one command: the stack of Lua is bounded
 local SCANNED = 2000 -- records that one listing looks at, so that no other client waits long
@@ -203,9 +203,17 @@ local function drop(seq, record)
   known[record[ID]], loaded[seq], changed[seq] = false, false, nil
 end
 
+-- How many ended records of a state are kept: by the largest bound under which one was put, so that a client with a
+-- smaller one drops none of the others'.
+local kept
+
 local function drop_oldest(state)
-  for _, id in ipairs(call('ZRANGE', ended[state], 0, call('ZCARD', ended[state]) - group.bound - 1)) do
-    drop(find_record(id))
+  kept = kept or math.max(group.bound, tonumber(call('GET', bound) or 0))
+  local excess = call('ZCARD', ended[state]) - kept
+  if excess > 0 then
+    for _, id in ipairs(call('ZRANGE', ended[state], 0, excess - 1)) do
+      drop(find_record(id))
+    end
   end
 end
 
@@ -241,9 +249,17 @@ end
 
 local writes = {}
 
+-- Keep a record from being leased until its submitter shows it, once it is acknowledged; or, if nobody does, until a
+-- time at which it wakes.
+local function hide(seq, record, until_)
+  become(seq, record, 'delayed', false)
+  call('ZADD', delayed, until_, seq)
+  return 'hidden'
+end
+
 function writes.put(op, envelope)
   local _, id, queue, rank, enqueued, key, thread, fence, until_, attempts, failures, total_delay, error = unpack(op)
-  local not_before, is_early = op[14], op[15]
+  local not_before, due, hidden_until = op[14], op[15], op[16]
   local seq, record = find_record(id)
   local makes_way = false
   if record then
@@ -283,9 +299,12 @@ function writes.put(op, envelope)
   if thread then
     count(thread_changes, thread, 1)
   end
-  if is_early then -- it joins its conversation when it wakes
+  if hidden_until and not fence then
+    return hide(seq, record, due and tonumber(due) > tonumber(hidden_until) and due or hidden_until)
+  end
+  if due then -- it joins its conversation when it wakes
     become(seq, record, 'delayed', false)
-    call('ZADD', delayed, not_before, seq)
+    call('ZADD', delayed, due, seq)
     return 'stored'
   end
   if thread or not fence then
@@ -295,10 +314,14 @@ function writes.put(op, envelope)
     return record[STATE] == 'parked' and 'parked' or 'stored'
   end
   if thread then
-    if record[STATE] == 'parked' then
+    local is_parked = record[STATE] == 'parked'
+    if is_parked and not hidden_until then
       return 'parked'
     end
     leave(seq, record)
+    if is_parked then -- nor does it become waiting when the others of its conversation have ended
+      return hide(seq, record, hidden_until)
+    end
   end
   become(seq, record, 'leased', fence)
   call('ZADD', leased, until_, seq)
@@ -322,7 +345,7 @@ end
 -- Put a record in place of one that is leased; the fence of that is behind what `put` takes.
 function writes.replace(op, envelope)
   local seq, record = find_record(op[2])
-  if not is_held(record, op[16]) then
+  if not is_held(record, op[17]) then
     return false
   end
   if not next_sequence then
@@ -354,6 +377,22 @@ function writes.take_back(op)
   end
   remove(seq, record)
   return true
+end
+
+-- Let a hidden record wait, or be due at a time.
+function writes.show(op)
+  local _, id, origin, due = unpack(op)
+  local seq, record = find_record(id)
+  if not record or record[STATE] ~= 'delayed' or record[FENCE] or origin ~= record[ORIGIN] then
+    return false
+  end
+  if due then
+    call('ZADD', delayed, due, seq)
+    return 'stored'
+  end
+  leave(seq, record)
+  wait(seq, record)
+  return record[STATE] == 'parked' and 'parked' or 'stored'
 end
 
 -- What the records of one priority are ordered by.
@@ -696,6 +735,7 @@ local BY_ID = {
   replace = true,
   set_envelope = true,
   take_back = true,
+  show = true,
   begin_attempt = true,
   renew = true,
   release = true,
@@ -735,6 +775,9 @@ local function write_group()
     end
   end
   call('ZREM', waiting, '') -- there is none: a first write that adds nothing, so that a full memory can be emptied
+  if puts > 0 and group.bound > tonumber(call('GET', bound) or 0) then
+    call('SET', bound, string.format('%.0f', group.bound))
+  end
   local replies, blob = {}, 1
   for index, op in ipairs(group.ops) do
     local write = writes[op[1]]

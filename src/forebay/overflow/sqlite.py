@@ -80,6 +80,7 @@ _KEY_TAKEN = "EXISTS (SELECT 1 FROM task WHERE key = ? AND state < 3)"
 _TAKEN = f"SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ? AND NOT {_REUSABLE}) OR {_KEY_TAKEN}"
 _MAKE_WAY = f"DELETE FROM task WHERE task_id = ? AND {_REUSABLE} AND NOT {_KEY_TAKEN}"
 _HELD = "SELECT tasks FROM size WHERE kind = 0"
+_RAISE_BOUND = "UPDATE bound SET tasks = ? WHERE id = 0 AND tasks < ?"
 _STORED = "UPDATE size SET tasks = tasks + ? WHERE kind = 0"
 _ENTERED = "INSERT INTO depth VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
 _LEASE = f"""
@@ -122,14 +123,14 @@ _MARK_DEAD = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at
 _EXPIRED = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
 _TOO_LATE = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until > ? ORDER BY until LIMIT ?"
 _REQUEUE_EXPIRED = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE sequence = ?"
+# Not fewer than another process keeps.
+_KEPT = "max(?, (SELECT tasks FROM bound WHERE id = 0))"
 _OLDEST_DONE = "SELECT sequence FROM task WHERE state = 2 ORDER BY finished_at, sequence"
 _OLDEST_DEAD = "SELECT sequence FROM task WHERE state = 3 ORDER BY finished_at, task_id"
-_TRIM_DONE = (
-    f"DELETE FROM task WHERE sequence IN ({_OLDEST_DONE} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 1) - ?))"
-)
-_TRIM_DEAD = (
-    f"DELETE FROM task WHERE sequence IN ({_OLDEST_DEAD} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 2) - ?))"
-)
+_EXCESS_DONE = f"max(0, (SELECT tasks FROM size WHERE kind = 1) - {_KEPT})"
+_EXCESS_DEAD = f"max(0, (SELECT tasks FROM size WHERE kind = 2) - {_KEPT})"
+_TRIM_DONE = f"DELETE FROM task WHERE sequence IN ({_OLDEST_DONE} LIMIT {_EXCESS_DONE})"
+_TRIM_DEAD = f"DELETE FROM task WHERE sequence IN ({_OLDEST_DEAD} LIMIT {_EXCESS_DEAD})"
 _PRUNE = """
 DELETE FROM task WHERE sequence IN (
     SELECT sequence FROM task WHERE state = 2 AND finished_at < ? ORDER BY finished_at LIMIT ?
@@ -191,7 +192,8 @@ class SqliteTaskStore:
 
     Args:
         path: the file; it is created if missing.
-        bound: tasks that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
+        bound: tasks that may wait or be leased when this process puts one. As many DONE and as many DEAD are kept, the
+            oldest dropped first; of several processes, by the largest bound.
         synchronous: what an acknowledged write survives, see `Synchronous`.
     """
 
@@ -418,6 +420,7 @@ def _put(
     waiting = Counter([(*values[1:3], values[_COLUMNS - 1]) for values in inserted if not values[_COLUMNS]])
     connection.executemany(_ENTERED, [(*queue, count) for queue, count in waiting.items()])
     connection.execute(_STORED, (len(inserted),))
+    connection.execute(_RAISE_BOUND, (bound, bound))
     talking = [index for index, row in enumerate(rows) if row[_COLUMNS] == _STATE_PARKED]
     return _enter_conversations(connection, items, results, talking) if talking else results
 

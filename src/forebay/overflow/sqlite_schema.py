@@ -168,7 +168,13 @@ _SCHEDULED = (
     "CREATE INDEX task_scheduled ON task (thread_id) WHERE thread_id IS NOT NULL AND state = -3",
 )
 
+# The largest bound of the processes that have stored tasks.
+_BOUND = (
+    "CREATE TABLE bound (id INTEGER PRIMARY KEY, tasks INTEGER NOT NULL)",
+    "INSERT INTO bound VALUES (0, 0)",
+)
+
 SCHEMA = Schema(
     application_id=0x464F5242,  # "FORB"
-    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES, _TENANTS, _SCHEDULED),
+    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES, _TENANTS, _SCHEDULED, _BOUND),
 )

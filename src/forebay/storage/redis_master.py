@@ -5,6 +5,7 @@ A master that is named, that Sentinels know, or that has the tag's slot in a clu
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -17,9 +18,10 @@ from redis.crc import key_slot
 from redis.retry import Retry
 
 from forebay.clock import monotonic
-from forebay.errors import StoreUnavailable
+from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 
+_NOTHING_DROPPED = "noeviction"
 _MIN_VERSION = (7, 0)
 _MIN_VERSION_FOR_FSYNC = (7, 2)  # WAITAOF
 
@@ -84,21 +86,41 @@ class RedisMaster:
 
         Raises:
             StoreUnavailable: no master answered in time, or it rejected a command.
+            StoreAnswerLost: one may have done them, or do them yet.
         """
         with self._lock:
             give_up = monotonic() + (0.0 if self._is_away else _PATIENCE)
+            may_be_done = False
             while True:
                 try:
                     answers = self._try_call(commands)
                 except (redis.RedisError, OSError) as error:
+                    # Of an answer it is known what was done; a connection that never was had no command.
+                    may_be_done |= self._client is not None and not isinstance(error, redis.ResponseError)
                     self._disconnect()
                     self._is_away = _may_pass(error)
                     if not self._is_away or monotonic() >= give_up:
-                        raise unavailable(error, self._url) from error
+                        raise unavailable(error, self._url, may_be_done=may_be_done) from error
                     threading.Event().wait(_RETRY_INTERVAL)
                 else:
                     self._is_away = False
                     return answers
+
+    def time(self) -> float | None:
+        """Return the epoch seconds of the master's clock; None if it does not tell, or not this user.
+
+        Raises:
+            StoreUnavailable: no master answered in time.
+        """
+        try:
+            (info,) = self.call(("INFO", "server"))  # TIME is another right
+        except StoreUnavailable as error:
+            cause = error.__cause__
+            if not isinstance(cause, redis.ResponseError) or _may_pass(cause):
+                raise
+            return None
+        microseconds = info.get("server_time_usec")
+        return None if microseconds is None else int(microseconds) / 1e6
 
     def close(self) -> None:
         """Disconnect. The next call connects again."""
@@ -156,9 +178,10 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
             *version, *needed, " for fsync=yes" if url.fsync else ""
         )
         raise StoreUnavailable(where=str(url), why=why, advice="Use a newer server.")
-    policy = str(info.get("maxmemory_policy", ""))
-    if int(info.get("maxmemory", 0)) and policy.startswith("allkeys-"):
-        why = f"it drops keys when its memory is full (maxmemory-policy {policy}), so that tasks would be lost"
+    policy = str(info.get("maxmemory_policy", _NOTHING_DROPPED))
+    # With volatile-* it keeps the records, and drops the memory of which calls it has done.
+    if int(info.get("maxmemory", 0)) and policy != _NOTHING_DROPPED:
+        why = f"it drops keys when its memory is full (maxmemory-policy {policy}): tasks would be lost, or done twice"
         advice = "Set maxmemory-policy noeviction, or use another Redis server."
         raise StoreUnavailable(where=str(url), why=why, advice=advice)
     if url.fsync and not int(info.get("aof_enabled", 1)):
@@ -166,12 +189,53 @@ def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
         raise StoreUnavailable(where=str(url), why=why, advice="Set appendonly yes, or leave fsync=yes out of the URL.")
 
 
-def unavailable(error: BaseException, url: RedisUrl) -> StoreUnavailable:
-    """Return the error to raise for what Redis has answered, or for an answer that did not come."""
+def unavailable(error: BaseException, url: RedisUrl, *, may_be_done: bool = False) -> StoreUnavailable:
+    """Return the error to raise for what Redis has answered, or for an answer that did not come.
+
+    Args:
+        error: what the client has raised.
+        url: where the master is.
+        may_be_done: whether it was sent something whose answer did not come.
+    """
     text = str(error)
-    known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0])
-    why, advice = known or (text.rstrip("."), "Check that the Redis server runs and can be reached; look into its log.")
-    return StoreUnavailable(where=str(url), why=why, advice=advice)
+    known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0]) or _known_by_text(text, url)
+    why, advice = known or (_plain(error), "Check that the Redis server runs and can be reached; look into its log.")
+    kind = StoreAnswerLost if may_be_done else StoreUnavailable
+    return kind(where=str(url), why=why, advice=advice)
+
+
+def _known_by_text(text: str, url: RedisUrl) -> tuple[str, str] | None:
+    if text.startswith("DB index is out of range"):
+        return f"it has no database {url.database}", "Name a lower one in the URL, or raise `databases` of the server."
+    is_unknown = text.startswith(("unknown command", "ERR unknown command"))
+    if url.topology is RedisTopology.SENTINEL and is_unknown:
+        return (
+            "what it names is no Sentinel",
+            f"Name the Sentinels, or write {_plain_scheme(url)}:// for a server itself.",
+        )
+    if url.topology is RedisTopology.CLUSTER and "cluster support disabled" in text.lower():
+        return "what it names is not in a cluster", f"Write {_plain_scheme(url)}:// for a server that is in none."
+    return None
+
+
+def _plain_scheme(url: RedisUrl) -> str:
+    return "rediss" if url.tls else "redis"
+
+
+def _plain(error: BaseException) -> str:
+    """Return what a system error means, without the words of the client and its place, which the message has."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TimeoutError):
+            return "it did not answer in time"
+        if isinstance(cause, ssl.SSLError):
+            return f"the TLS connection failed ({cause.reason or cause}); is it a port for TLS?"
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"it cannot be reached ({cause.strerror.lower()})"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, redis.TimeoutError):
+        return "it did not answer in time"
+    return str(error).rstrip(".") or type(error).__name__
 
 
 def _may_pass(error: Exception) -> bool:

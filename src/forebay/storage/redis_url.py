@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from urllib.parse import SplitResult, unquote
 
+from forebay.storage.shown_url import shown_value
+
 REDIS_FORM = (
     "redis://user:password@host:6379/0, redis+sentinel://host:26379,host:26379/service/0,"
     " redis+cluster://host:6379,host:6379 (rediss for TLS; ?name=, replicas=, fsync=yes)"
@@ -15,6 +17,7 @@ REDIS_FORM = (
 _DEFAULT_NAME = "forebay"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # part of every key, within the braces of the hash tag
 _HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+))(?::(?P<port>[0-9]{1,5}))?")
+_LOGIN_OPTIONS = frozenset({"user", "username", "password", "pass", "passwd", "auth"})
 _MAX_DATABASE = 10_000
 _MAX_REPLICAS = 100
 
@@ -69,6 +72,10 @@ def parse_redis_url(parts: SplitResult, options: dict[str, str]) -> RedisUrl:
         ValueError: the URL names none; the message says why.
     """
     topology = RedisTopology(parts.scheme.replace("rediss", "redis"))
+    if not parts.netloc:
+        raise ValueError(f"it names no host: write {parts.scheme}://user:password@host:port, with two slashes")
+    if options.keys() & _LOGIN_OPTIONS:
+        raise ValueError(f"a user and a password are before the host: {parts.scheme}://user:password@host:port")
     if "@" in parts.path + parts.query + parts.fragment:
         raise ValueError("a '/', '?' or '#' in a password is written %2F, %3F or %23")
     if parts.fragment:
@@ -127,14 +134,14 @@ def _overflow_name(options: dict[str, str]) -> str:
 def _replicas(options: dict[str, str]) -> int:
     text = options.pop("replicas", "0")
     if not (text.isdecimal() and text.isascii() and int(text) <= _MAX_REPLICAS):
-        raise ValueError(f"replicas={text} is not a number of replicas, 0 to {_MAX_REPLICAS}")
+        raise ValueError(f"replicas={shown_value(text)} is not a number of replicas, 0 to {_MAX_REPLICAS}")
     return int(text)
 
 
 def _fsync(options: dict[str, str]) -> bool:
     text = options.pop("fsync", "no")
     if text not in {"yes", "no"}:
-        raise ValueError(f"fsync={text} is neither yes nor no")
+        raise ValueError(f"fsync={shown_value(text)} is neither yes nor no")
     return text == "yes"
 
 

@@ -11,12 +11,12 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from forebay.errors import InvalidOverflowUrl
 from forebay.storage.redis_url import REDIS_FORM, REDIS_SCHEMES, RedisUrl, parse_redis_url
+from forebay.storage.shown_url import shown_option, shown_url, shown_value
 
 DEFAULT_BOUND = 100_000  # tasks
 
 _COUNT = re.compile(r"[1-9][0-9]{0,17}")  # within SQLite's integers
-_PASSWORD = re.compile(r"://(?!/).*@")  # a mistyped URL must not put a password into a log; a path follows ///
-_ENCODED_PASSWORD = re.compile(r"\?.*%40.*", re.DOTALL | re.IGNORECASE)  # of a URL within the options of another
+_STORE = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 _QUEUE_NAME = re.compile(r"([A-Za-z0-9_-]+)(\.fifo)?")
 _MAX_QUEUE_NAME = 80 - len("-critical")  # characters, ".fifo" included; each priority has a queue of its own
 
@@ -91,8 +91,7 @@ def parse_url(url: str) -> StoreUrl:
     try:
         return _parse(_split(url))
     except ValueError as error:
-        shown = _ENCODED_PASSWORD.sub("?***", _PASSWORD.sub("://***@", url))
-        raise InvalidOverflowUrl(url=shown, why=str(error), forms=known_forms()) from None
+        raise InvalidOverflowUrl(url=shown_url(url), why=str(error), forms=known_forms()) from None
 
 
 def known_forms() -> str:
@@ -102,12 +101,12 @@ def known_forms() -> str:
 
 
 def _split(url: str) -> SplitResult:
+    if not _STORE.match(url):
+        raise ValueError("it does not begin with the name of a store and ://")
     try:
         return urlsplit(url)
-    except ValueError:
-        if "@" in url:  # the message may have the password
-            raise ValueError("its host is malformed") from None
-        raise
+    except ValueError:  # whose message may have the password
+        raise ValueError("its host is malformed") from None
 
 
 def _parse(parts: SplitResult) -> StoreUrl:
@@ -115,13 +114,11 @@ def _parse(parts: SplitResult) -> StoreUrl:
     options = dict(pairs)
     if len(options) < len(pairs):
         raise ValueError("an option is given twice")
-    if not parts.scheme:
-        raise ValueError("it does not begin with the name of a store and ://")
     if (kind := _KINDS.get(parts.scheme)) is None:
         raise ValueError(f"there is no store {parts.scheme!r}")
     store = kind.parse(parts, options, _bound(options))
     if options:
-        raise ValueError(f"it has no option {min(options)!r}")
+        raise ValueError(f"it has no option {shown_option(min(options))!r}")
     return store
 
 
@@ -158,13 +155,16 @@ def _sqs(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
 
 
 def _is_endpoint(text: str) -> bool:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
     return parts.scheme in {"http", "https"} and bool(parts.hostname) and "@" not in parts.netloc
 
 
 def _index(url: str, bound: int) -> StoreUrl:
     """Return the store that holds the index of a queue service, with the bound of the whole."""
-    store = _parse(urlsplit(url))
+    store = _parse(_split(url))
     if store.sqs is not None:
         raise ValueError("its option results names a queue, and must name a store with results")
     if store.bound != DEFAULT_BOUND:
@@ -192,7 +192,7 @@ def _redis(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
 def _bound(options: dict[str, str]) -> int:
     text = options.pop("bound", str(DEFAULT_BOUND))
     if not _COUNT.fullmatch(text):
-        raise ValueError(f"bound={text} is not a whole number of tasks of at least 1")
+        raise ValueError(f"bound={shown_value(text)} is not a whole number of tasks of at least 1")
     return int(text)
 
 
@@ -201,7 +201,7 @@ def _synchronous(options: dict[str, str]) -> Synchronous:
     try:
         return Synchronous(text.lower())
     except ValueError:
-        raise ValueError(f"synchronous={text} is none of full, normal, off") from None
+        raise ValueError(f"synchronous={shown_value(text)} is none of full, normal, off") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from forebay.errors import (
     InvalidTask,
     NestedTooDeep,
     OverflowRequired,
+    StoreAnswerLost,
     StoreUnavailable,
     SupervisorClosed,
     UnknownTaskType,
@@ -774,7 +775,10 @@ class AdmissionController:
             put = await (spill.record(ticket, envelope, pool) if held else spill.spill(ticket, envelope, pool))
         except StoreUnavailable as exc:
             log.error("task %r could not be spilled: %s", ticket.task_id, exc)
-            refusal = Refusal("the overflow cannot store it", store_load.RESOURCE, 1.0, may_spill=False)
+            why = "the overflow cannot store it"
+            if isinstance(exc, StoreAnswerLost):
+                why += ", or has it although it gave no answer: then it may run"
+            refusal = Refusal(why, store_load.RESOURCE, 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)

@@ -89,8 +89,8 @@ class BackpressureSupervisor:
             it, HIGH from half way between it and 1, CRITICAL at 1.
         max_queue_size: tasks of each type that may wait inside; by default 100, or the slots of the type if these are
             more.
-        overflow: where tasks that are not admitted wait: ``sqlite:///spill.db``, ``memory://`` or a TaskStore. None:
-            they are rejected.
+        overflow: where tasks that are not admitted wait: ``sqlite:///spill.db``, ``redis://host:6379/0``, ``sqs://queue``,
+            ``memory://`` or a TaskStore. None: they are rejected.
         lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.

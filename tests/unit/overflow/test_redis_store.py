@@ -15,12 +15,13 @@ import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server, shared, until
 
-from forebay.errors import StoreUnavailable
+from forebay import BackpressureSupervisor, Task, clock
+from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
-from forebay.overflow import open_task_store, redis
+from forebay.overflow import MemoryTaskStore, open_task_store, redis
 from forebay.overflow.redis import RedisTaskStore
 from forebay.simulation import simulate
-from forebay.storage import redis_listener, redis_master
+from forebay.storage import redis_clock, redis_listener, redis_master
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 from forebay.task import Priority
 
@@ -482,6 +483,114 @@ async def test_a_record_that_too_few_replicas_have_is_rejected_and_taken_back(
         assert await state(store) is RecordState.DONE
 
 
+class Unacknowledged:
+    """Records that wait for the replica until they are rejected, while another process leases all that it can.
+
+    Attributes:
+        leased: the ids of the records that it got.
+        states: those in which it has seen the records.
+    """
+
+    def __init__(self) -> None:
+        self.leased: list[str] = []
+        self.states: set[RecordState] = set()
+
+    async def watch(self, other: TaskStore, putting: asyncio.Task[PutResult], task_id: str) -> None:
+        """Lease and look until the record is rejected."""
+        while not putting.done():
+            self.leased += [lease.record.task_id for lease in await other.lease("t", 9, until=9.0)]
+            seen = await state(other, task_id)
+            self.states |= set() if seen is None else {seen}
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            await putting
+
+
+@pytest.mark.parametrize("not_before", [None, 1.0, 1e9])
+@pytest.mark.parametrize("thread", [None, "thread"])
+async def test_a_record_cannot_be_leased_before_it_is_acknowledged(
+    replicated: StandaloneRedis,
+    name: str,
+    thread: str | None,
+    not_before: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 300)
+    replicated.proxies[0].lag(1.0)
+    url, watched = f"{replicated.url}?name={name}", Unacknowledged()
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        given = record(thread_id=thread, not_before=not_before)
+        await watched.watch(other, asyncio.create_task(store.put(given, now=5.0)), "a")
+        assert await other.find("a") is None
+    assert watched.leased == []
+    assert watched.states == {RecordState.DELAYED}
+
+
+async def test_a_recorded_task_that_is_parked_does_not_wait_before_it_is_acknowledged(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, watched = f"{replicated.url}?name={name}", Unacknowledged()
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        await other.put(record("first", thread_id="thread"), fence="theirs", until=9.0)
+        monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 300)
+        replicated.proxies[0].lag(1.0)
+        putting = asyncio.create_task(store.put(record(thread_id="thread"), fence="mine", until=9.0))
+        while await state(other) is None:
+            pass
+        await other.finish("first", DONE, fence="theirs")
+        await watched.watch(other, putting, "a")
+        assert await other.find("a") is None
+        assert await other.conversations() == {}
+    assert watched.leased == []
+
+
+async def test_an_acknowledged_record_is_there_as_if_it_had_not_been_hidden(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 1_000)
+    async with opened(f"{replicated.url}?name={name}&replicas=1") as store:
+        results = await asyncio.gather(
+            store.put(record("a", thread_id="thread", enqueued_at=1.0)),
+            store.put(record("b", thread_id="thread", enqueued_at=2.0)),
+            store.put(record("c", not_before=50.0), now=10.0),
+            store.put(record("d", thread_id="thread", enqueued_at=3.0), fence="mine", until=9.0),
+            store.put(record("a")),
+        )
+        stored, parked = PutResult.STORED, PutResult.PARKED
+        assert list(results) == [stored, parked, stored, parked, PutResult.DUPLICATE]
+        assert [await state(store, each) for each in "abcd"] == [
+            RecordState.WAITING,
+            RecordState.PARKED,
+            RecordState.DELAYED,
+            RecordState.PARKED,
+        ]
+        assert (await store.wake(now=49.0)).next_due == 50.0
+
+
+async def test_a_record_whose_submitter_is_gone_before_it_shows_it_wakes(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: RedisTaskStore, master: redis_master.RedisMaster) -> Sequence[Any]:  # noqa: ARG001
+        raise StoreUnavailable(where="here", why="it is gone", advice="")
+
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 1_000)
+    url = f"{replicated.url}?name={name}"
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        settle = RedisTaskStore._settle
+        calls = iter([settle, fail])
+
+        def once(self: RedisTaskStore, master: redis_master.RedisMaster) -> Sequence[Any]:
+            return next(calls, settle)(self, master)
+
+        monkeypatch.setattr(RedisTaskStore, "_settle", once)
+        assert await store.put(record(), now=1_000.0) is PutResult.STORED
+        assert (await other.wake(now=1_029.0)).woken == 0
+        assert (await other.wake(now=1_030.0)).woken == 1
+        assert await state(other) is RecordState.WAITING
+        (lease,) = await other.lease("t", 1, until=9.0)
+        await store.begin_attempt(lease)  # it shows what it has not shown: that has woken
+        assert await state(other) is RecordState.LEASED
+
+
 async def test_a_write_is_acknowledged_once_it_is_on_disk(name: str) -> None:
     with redis_server(appendonly="yes", appendfsync="always") as server:
         async with opened(f"{server.url}?name={name}&fsync=yes") as store:
@@ -489,6 +598,78 @@ async def test_a_write_is_acknowledged_once_it_is_on_disk(name: str) -> None:
         async with opened(f"{server.url}?name={name}&fsync=yes&replicas=1") as store:
             with pytest.raises(StoreUnavailable, match="only 0 of 1 disks of replicas"):
                 await store.put(record("b"))
+
+
+# --- clocks that differ ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def ahead(server: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisTaskStore]:
+    """Return a store of the same overflow whose process has a clock that is 100 seconds ahead of the server's."""
+    async with opened(f"{server.url}?name={name}") as store:
+        monkeypatch.setattr(store._clock, "ahead", lambda: 100.0)
+        yield store
+
+
+async def test_a_process_whose_clock_is_ahead_does_not_take_the_leases_of_others(
+    store: RedisTaskStore, ahead: RedisTaskStore
+) -> None:
+    lease = await put_and_lease(store)  # until 9
+    assert [each.until for each in await ahead.list_records(RecordState.LEASED, 1)] == [109.0]
+    assert list(await ahead.reap(now=109.0, max_attempts=3, latest=109.0)) == []
+    assert await renew(ahead, [lease], until=120.0) == []
+    await store.reap(now=20.0, max_attempts=3, latest=20.0)
+    assert await store.begin_attempt(lease)
+    await ahead.reap(now=120.5, max_attempts=3)
+    assert await state(store) is RecordState.WAITING
+
+
+async def test_a_record_that_is_put_leased_lasts_by_the_clock_of_the_server(
+    store: RedisTaskStore, ahead: RedisTaskStore
+) -> None:
+    await ahead.put(record(), fence="mine", until=109.0)
+    await store.reap(now=9.0, max_attempts=3, latest=9.0)
+    assert await state(store) is RecordState.LEASED
+    (dead,) = await ahead.reap(now=109.5, max_attempts=0)
+    assert dead.completion.finished_at == 109.5
+    (listed,) = await store.list_records(RecordState.DEAD, 1)
+    assert listed.position == (9.5, "a")
+
+
+async def test_a_delay_ends_by_the_clock_of_the_server(store: RedisTaskStore, ahead: RedisTaskStore) -> None:
+    await store.delay(await put_and_lease(store), due=50.0, wait=1.0, error="no")
+    assert await ahead.wake(now=149.0) == WakeResult(woken=0, delayed=1, next_due=150.0)
+    assert (await ahead.wake(now=150.0)).woken == 1
+    await ahead.put(record("b", not_before=300.0), now=250.0)
+    assert (await store.wake(now=150.0)).next_due == 200.0
+    assert (await store.wake(now=200.0)).woken == 1
+    (_, found, _) = await store.find("b") or pytest.fail("it is lost")
+    assert found.not_before == 300.0
+
+
+async def test_results_are_kept_by_the_clock_of_the_server(store: RedisTaskStore, ahead: RedisTaskStore) -> None:
+    for task_id in "abc":
+        await store.put(record(task_id))
+        assert await store.finish(task_id, DONE, fence=None)
+    (_, _, completion) = await ahead.find("a") or pytest.fail("it is lost")
+    assert completion is not None
+    assert completion.finished_at == 150.0
+    pages, after = list[tuple[float, str]](), None
+    while page := await ahead.list_records(RecordState.DONE, 2, after=after):
+        pages += [each.position for each in page]
+        after = page[-1].position
+    assert pages == [(150.0, "a"), (150.0, "b"), (150.0, "c")]
+    assert await ahead.prune(before=150.0) == 0
+    assert await ahead.prune(before=150.5) == 3
+
+
+async def test_the_clock_is_compared_when_a_store_is_opened(
+    server: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for skew in (-3_600.0, 0.0, 0.4, 50.0):
+        monkeypatch.setattr(redis_clock, "wall_time", lambda skew=skew: clock.wall_time() + skew)
+        async with opened(f"{server.url}?name={name}") as store:
+            assert store._clock.ahead() == round(skew)
 
 
 # --- what is checked before ------------------------------------------------------------------------------------------
@@ -499,7 +680,7 @@ async def test_a_server_without_a_file_is_not_opened_with_fsync(server: Standalo
         await open_task_store(f"{server.url}?fsync=yes").open()
 
 
-@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-lru", "volatile-ttl"])
 async def test_a_server_that_drops_keys_is_not_opened(policy: str) -> None:
     with redis_server(maxmemory="100mb", maxmemory_policy=policy) as server:
         with pytest.raises(StoreUnavailable, match=f"{policy}.*noeviction"):
@@ -570,6 +751,93 @@ def test_a_server_that_is_too_old_is_not_opened(version: str, *, fsync: bool, wh
     redis_master._check({"redis_version": "7.2.0"}, url)
 
 
+@pytest.mark.parametrize("found", ["0", "", "garbage", b"\xff", "-1", "x" * 1_000])
+async def test_an_overflow_with_the_format_of_another_program_is_not_opened(
+    server: StandaloneRedis, name: str, found: str | bytes
+) -> None:
+    server.servers[0].ask("SET", f"{{{name}}}:format", found)
+    with pytest.raises(StoreUnavailable, match=r"another program wrote .*format.*\?name=") as caught:
+        await open_task_store(f"{server.url}?name={name}").open()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis://{host}/99", "it has no database 99"),
+        ("redis+sentinel://{host}/mymaster/0", "is no Sentinel.* redis://"),
+        ("redis+cluster://{host}", "not in a cluster.* redis://"),
+        ("redis://127.0.0.1:1/0", r"used: it cannot be reached \(connection refused\)\. Check"),
+        ("redis://no-such-host.invalid/0", r"used: it cannot be reached \(.*name.*\)\. Check"),
+    ],
+)
+async def test_a_url_that_names_another_kind_of_server_is_explained(
+    server: StandaloneRedis, url: str, why: str
+) -> None:
+    with pytest.raises(StoreUnavailable, match=why):
+        await open_task_store(url.format(host=server.servers[0])).open()
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_an_error_says_whether_it_may_be_done(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
+    await remote.lease("t", 1, until=9.0)
+    proxy.cut_at(1, "answer")
+    with pytest.raises(StoreAnswerLost, match="or do it yet"):
+        await remote.put(record())
+    proxy.refuse()
+    for _ in range(2):  # the first meets the connection that is gone
+        with pytest.raises(StoreUnavailable) as caught:
+            await remote.put(record("b"))
+    proxy.accept()
+    assert not isinstance(caught.value, StoreAnswerLost)
+
+
+class FailingStore(MemoryTaskStore):
+    """A store that stores nothing.
+
+    Attributes:
+        error: what `put` raises.
+    """
+
+    error: StoreUnavailable
+
+    async def put(self, *_: Any, **__: Any) -> PutResult:
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "may_run"), [(StoreAnswerLost, True), (StoreUnavailable, False)])
+async def test_the_reason_of_a_rejection_says_whether_the_task_may_run(
+    error: type[StoreUnavailable], *, may_run: bool
+) -> None:
+    store = FailingStore()
+    store.error = error(where="here", why="it is gone", advice="")
+    never = asyncio.Event()
+
+    async def wait(_: Task[Any]) -> None:
+        await never.wait()
+
+    async with BackpressureSupervisor(overflow=store, max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=wait, task_types=["work"], max_concurrent=1)
+        await supervisor.submit(Task("work", spill=False))
+        ticket = await supervisor.submit(Task("work"))
+        never.set()
+    assert ticket.limited_by == "overflow"
+    assert ("it may run" in (ticket.reason or "")) == may_run
+
+
+async def test_a_user_with_few_rights_may_use_it(server: StandaloneRedis, name: str) -> None:
+    rights = ["+@read", "+@write", "+@scripting", "+@connection", "+@pubsub", "+info", "+wait", "+waitaof"]
+    server.servers[0].ask("ACL", "SETUSER", name, "on", ">p", f"~{{{name}}}:*", f"&{{{name}}}:*", *rights)
+    async with opened(f"redis://{name}:p@{server.servers[0]}?name={name}") as store:
+        assert await store.put(record()) is PutResult.STORED
+        assert not store._clock.is_due()
+        assert store._clock._server is not None
+    server.servers[0].ask("ACL", "SETUSER", name, "-info")
+    async with opened(f"redis://{name}:p@{server.servers[0]}?name={name}") as store:
+        assert await state(store) is RecordState.WAITING
+
+
 async def test_an_overflow_of_a_newer_release_is_not_opened(server: StandaloneRedis, name: str) -> None:
     server.servers[0].ask("SET", f"{{{name}}}:format", "2")
     with pytest.raises(StoreUnavailable, match=r"format 2; this one knows 1.*\?name="):
@@ -607,7 +875,7 @@ async def test_a_replica_is_not_opened(replicated: StandaloneRedis) -> None:
 
 @pytest.mark.usefixtures("no_patience")
 async def test_a_server_that_is_not_there_is_reported_with_its_address() -> None:
-    with pytest.raises(StoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*Connection refused.*server runs"):
+    with pytest.raises(StoreUnavailable, match=r"redis://127\.0\.0\.1:1/0.*connection refused.*server runs"):
         await open_task_store("redis://user:secret@127.0.0.1:1").open()
 
 
@@ -619,6 +887,13 @@ def test_large_payloads_are_sent_in_several_parts(monkeypatch: pytest.MonkeyPatc
     group = [redis._Operation("put", b"", bool, b"x" * size) for size in (3, 3, 3, 20, 1, 1)]
     group.append(redis._Operation("depths", b"", bool))
     assert [[len(op.blob or b"") for op in part] for part in redis._parts(group)] == [[3, 3], [3], [20], [1, 1, 0]]
+
+
+def test_a_record_to_be_leased_comes_after_the_part_with_earlier_ones_of_its_conversation() -> None:
+    puts = [("a", None), ("a", None), ("b", "fence"), ("a", "fence"), ("b", "fence"), (None, "fence"), ("b", None)]
+    group = [redis._Operation("put", b"", bool, identity=("", fence), thread=thread) for thread, fence in puts]
+    parts = [[(op.thread, op.identity[1]) for op in part] for part in redis._parts(group)]
+    assert parts == [puts[:3], puts[3:]]
 
 
 async def test_calls_at_once_are_one_round_trip(remote: RedisTaskStore, proxy: CuttingProxy) -> None:

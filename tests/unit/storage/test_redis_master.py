@@ -87,7 +87,7 @@ def test_a_service_that_no_sentinel_knows_is_reported() -> None:
 
 
 def test_sentinels_that_are_away_are_reported() -> None:
-    with pytest.raises(StoreUnavailable, match="Connection refused"):
+    with pytest.raises(StoreUnavailable, match="connection refused"):
         ask(f"redis+sentinel://{NOBODY}/{SERVICE}", "PING")
 
 
@@ -126,10 +126,10 @@ def test_a_node_that_has_other_keys_is_reported_with_the_form_to_use() -> None:
 
 
 def test_a_server_that_is_no_cluster_is_reported() -> None:
-    with pytest.raises(StoreUnavailable, match="cluster support disabled"):
+    with pytest.raises(StoreUnavailable, match="not in a cluster"):
         ask(f"redis+cluster://{shared(redis_server).servers[0]}", "PING")
 
 
 def test_a_port_where_nothing_listens_is_reported_at_once() -> None:
-    with pytest.raises(StoreUnavailable, match="Connection refused"):
+    with pytest.raises(StoreUnavailable, match="connection refused"):
         ask(f"redis://{HOST}:{free_port()}", "PING")
