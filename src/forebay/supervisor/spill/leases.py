@@ -60,6 +60,23 @@ class HeldLeases:
         held = self._held.get(task_id)
         return held is not None and clock.now() < held.until
 
+    def held(self) -> Sequence[Lease]:
+        """Return every lease."""
+        return [each.lease for each in self._held.values()]
+
+    def holds(self, lease: Lease) -> bool:
+        """Return whether a lease is held, though it may have lapsed."""
+        held = self._held.get(lease.record.task_id)
+        return held is not None and held.lease is lease
+
+    def extend(self, lease: Lease, until: float) -> bool:
+        """Make a lease last until `until`, in epoch seconds, though it was lost; return whether it is held."""
+        held = self._held.get(lease.record.task_id)
+        if held is None or held.lease is not lease:
+            return False
+        held.extend(clock.now() + until - clock.wall_time())
+        return True
+
     def take(self, task_ids: Iterable[str]) -> Sequence[Lease]:
         """Return the leases on tasks, and forget them."""
         held = [self._held.pop(task_id, None) for task_id in task_ids]
