@@ -255,7 +255,8 @@ class Spill:
         try:
             await self.stored.lost.release([lease])
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the lease lapses
-            log.error("the lease on task %r could not be returned, and lapses: %s", ticket.task_id, exc)
+            message = "the lease on task %r could not be returned, and lapses"
+            self._core.failures.report(message, ticket.task_id, error=exc)
         ticket.end_store_call()
         self.stored.conversation_moved(ticket.task)
         if ticket.cancel_reason is not None:

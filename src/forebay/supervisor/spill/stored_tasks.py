@@ -320,7 +320,8 @@ class StoredTasks:
         try:
             held = await self.load.measure(self.store.begin_attempt(lease))
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
-            log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
+            message = "the start of task %r could not be recorded; it runs anyway"
+            self._core.failures.report(message, ticket.task_id, error=exc)
             held = True
         if run.abandoned_at is None:
             self._core.timers.cancel(run.clear_timer())
@@ -401,7 +402,8 @@ class StoredTasks:
                 return await self.store.delay(delay.lease, due=delay.due, wait=delay.seconds, error=delay.error)
             except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the task must go on
                 if not failed:
-                    log.error("task %r could not be delayed in the overflow: %s", ticket.task_id, exc)
+                    message = "task %r could not be delayed in the overflow"
+                    self._core.failures.report(message, ticket.task_id, error=exc)
                 failed = True
             left = delay.due_here - self._core.loop.time()
             if left <= 0 or ticket.cancel_reason is not None or ticket.done() or ticket.lease is not delay.lease:
@@ -472,10 +474,11 @@ class StoredTasks:
         failed = False
         try:
             stored = await self._store_end(ticket, result.status, completion, lease)
-            if not stored and lease is not None and await self.store.find(ticket.task_id) is None:
-                stored = failed = True  # no other process has it or has ended it: this is its result
-        except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
-            log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
+            if not stored and lease is not None and await self._is_gone(ticket.task_id):
+                stored = failed = True  # this is its result
+        except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
+            message = "the end of task %r could not be stored; it may be run again"
+            self._core.failures.report(message, ticket.task_id, error=exc)
             stored = failed = True
             if self._may_finish_later(ticket, lease):
                 self._finish_later_in_background(ticket, result.status, completion, lease)
@@ -507,6 +510,10 @@ class StoredTasks:
             return dead
         fence = None if lease is None else lease.fence
         return await self.load.measure(self.store.finish(ticket.task_id, completion, fence=fence))
+
+    async def _is_gone(self, task_id: str) -> bool:
+        """Return whether a task has no record any more: then no other process has it, or can say how it ended."""
+        return await self.store.find(task_id) is None
 
     def _may_finish_later(self, ticket: Ticket, lease: Lease | None) -> bool:
         """Return whether the end of a task that could not be stored is kept here until it can be.
