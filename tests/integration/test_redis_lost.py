@@ -17,6 +17,7 @@ from forebay.errors import StoreUnavailable, UnknownTask
 from forebay.interfaces import PutResult, RecordState, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
 from forebay.storage import redis_master
+from forebay.supervisor.spill.spill import Spill
 from forebay.task import Priority, TaskStatus, Verdict
 
 pytestmark = pytest.mark.blocks  # it asks the server from the loop
@@ -67,9 +68,11 @@ class Handler:
 
 
 @asynccontextmanager
-async def supervisor_on(url: str, handler: Handler, **settings: Any) -> AsyncIterator[BackpressureSupervisor]:
+async def supervisor_on(
+    url: str, handler: Handler, *, max_concurrent: int = 1, **settings: Any
+) -> AsyncIterator[BackpressureSupervisor]:
     async with BackpressureSupervisor(overflow=url, **{"lease": LEASE, **settings}) as supervisor:
-        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=max_concurrent)
         yield supervisor
 
 
@@ -91,6 +94,12 @@ async def states_of(url: str, *task_ids: str) -> list[RecordState | None]:
     async with opened(url) as store:
         found = [await store.find(task_id) for task_id in task_ids]
     return [None if each is None else each[0] for each in found]
+
+
+def spill_of(supervisor: BackpressureSupervisor) -> Spill:
+    spill = supervisor._dispatcher_here().spill
+    assert spill is not None
+    return spill
 
 
 async def until_restored(url: str, *task_ids: str) -> None:
@@ -173,21 +182,27 @@ async def test_a_task_whose_lease_lapsed_while_the_server_was_away_runs_once_it_
 async def test_what_another_process_runs_is_not_run_again_after_the_loss(
     url: str, empty: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def cannot_renew(*_: Any, **__: Any) -> None:
+        raise StoreUnavailable(where="the store", why="it is away", advice="Wait.")
+
     here, elsewhere = Handler(), Handler()
     async with supervisor_on(url, here) as first, asyncio.timeout(60.0):
         _, waits = await submit(first, "runs", "waits")
         await here.at_work.wait()
-        with monkeypatch.context() as patch:  # it cannot renew
-            patch.setattr(first._dispatcher.spill._store, "renew", lambda *_, **__: [])  # type: ignore[union-attr]
-            async with supervisor_on(url, elsewhere, max_queue_size=0):
-                async with asyncio.timeout(BOUND):
-                    await elsewhere.at_work.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(spill_of(first).stored.store, "renew", cannot_renew)
+            async with supervisor_on(url, elsewhere, max_concurrent=2) as second:
+                while "waits" not in elsewhere.started:  # noqa: ASYNC110 - both leases have to lapse
+                    await asyncio.sleep(0.05)
                 here.may_end.set()
+                lost = spill_of(second).stored.lost
+                restore, loop = lost._restore_in_background, asyncio.get_running_loop()
+                patch.setattr(lost, "_restore_in_background", lambda lease: loop.call_later(LEASE / 2, restore, lease))
                 empty()
                 await asyncio.sleep(2.5 * LEASE)
                 elsewhere.may_end.set()
                 assert (await waits).success
-    assert sorted(here.started + elsewhere.started).count("waits") == 1
+    assert (here.started + elsewhere.started).count("waits") == 1
 
 
 async def test_closing_leaves_what_waits_to_the_next_process_though_the_loss_was_not_noticed(

@@ -28,7 +28,7 @@ from forebay.errors import (
     WouldDeadlock,
     fresh_copy,
 )
-from forebay.events import TaskSubmitted, log
+from forebay.events import TaskSubmitted
 from forebay.interfaces import PutResult
 from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
@@ -773,7 +773,7 @@ class AdmissionController:
         try:
             put = await (spill.record(ticket, envelope, pool) if held else spill.spill(ticket, envelope, pool))
         except StoreUnavailable as exc:
-            log.error("task %r could not be spilled: %s", ticket.task_id, exc)
+            self._core.failures.report("task %r could not be spilled", ticket.task_id, error=exc)
             refusal = Refusal("the overflow cannot store it", store_load.RESOURCE, 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
         if not put.written:
