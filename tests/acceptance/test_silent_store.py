@@ -480,7 +480,8 @@ async def test_finding_a_task_that_became_known_meanwhile_tells_its_ticket_how_i
         await store.finish("a", done, fence="theirs")
         store.lookups[1].set()
         assert await finding[1] is ticket
-        assert ticket.status is TaskStatus.SUCCEEDED
+        assert ticket.done()
+        assert (await ticket).success
 
 
 @virtual

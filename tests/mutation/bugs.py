@@ -2215,6 +2215,13 @@ def a_process_takes_records_that_its_upstream_cannot_serve() -> None:
     always(Pool, Pool._calls_wait, returns=False)
 
 
+def producers_wait_for_workers_that_are_given_up() -> None:
+    def is_given_up(_: Pool) -> bool:
+        return False
+
+    Pool.is_given_up = property(is_given_up)  # type: ignore[assignment,method-assign]
+
+
 # --- records that the store has lost ---
 
 

@@ -900,6 +900,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_whose_answer_was_lost_is_done_again: (
         test_redis_store.test_a_call_whose_connection_breaks_is_done_once
     ),
+    bugs.producers_wait_for_workers_that_are_given_up: (
+        test_supervision.test_nobody_waits_for_room_at_workers_that_are_given_up
+    ),
     bugs.a_client_goes_on_with_records_that_are_gone: (
         test_redis_lost.test_a_store_says_once_that_its_records_are_gone_and_goes_on
     ),

@@ -607,7 +607,8 @@ class AdmissionController:
         reason = self._refusal_reason(pool, resource, cause, load, priority)
         # What waits for its next attempt does not leave at the rate of the slots.
         retry_after = math.inf if slot_is_free and resource == pool.resource else None
-        return Refusal(reason, cause, load, may_spill=may_spill, retry_after=retry_after)
+        final = pool.is_given_up
+        return Refusal(reason, cause, load, may_spill=may_spill, retry_after=retry_after, final=final)
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
         if pool.paused:
