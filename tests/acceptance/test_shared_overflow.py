@@ -114,6 +114,18 @@ async def test_a_task_that_failed_while_the_store_was_away_is_a_dead_letter_once
 
 
 @virtual
+async def test_a_store_that_is_away_is_logged_in_few_lines(file: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = unreliable_store(file, outages=((1.0, 61.0),))
+    async with make_supervisor(Agent(1.5), store, lease=9.0, max_queue_size=0) as here:
+        tickets = [await here.submit(Task("work", number, durable=True)) for number in range(10)]
+        for ticket in tickets:
+            assert (await ticket).success
+        failures = [record for record in caplog.records if "cannot be used" in record.getMessage()]
+        assert 1 <= len(failures) <= 30  # of some hundred
+        assert all(record.exc_info is None for record in caplog.records)
+
+
+@virtual
 async def test_closing_waits_for_a_store_that_comes_back_with_the_ends_that_it_lacks(file: str) -> None:
     agent = Agent(1.5)
     async with make_supervisor(agent, unreliable_store(file, outages=((1.0, 3.0),)), lease=9.0) as here:

@@ -18,7 +18,7 @@ from tests.support.task_plane import (
     virtual,
 )
 
-from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus
+from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskStatus, clock
 from forebay.errors import StillSpilled, StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord
 from forebay.overflow import MemoryTaskStore
@@ -445,6 +445,43 @@ async def test_draining_waits_for_the_end_of_a_cancelled_task_that_waits_in_the_
     store.answers.set()
     assert [(await ticket).status for ticket in cancelled] == [TaskStatus.CANCELLED] * 2
     await supervisor.close()
+
+
+class LookupsInTurn(MemoryTaskStore):
+    """A store that survives the process, as far as a supervisor can tell, and answers each lookup once it may."""
+
+    durable = True
+
+    def __init__(self) -> None:
+        super().__init__(bound=10)
+        self.lookups: list[asyncio.Event] = []
+
+    async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
+        self.lookups.append(asyncio.Event())
+        await self.lookups[-1].wait()
+        return await super().find(task_id)
+
+
+@virtual
+async def test_finding_a_task_that_became_known_meanwhile_tells_its_ticket_how_it_has_ended() -> None:
+    store = LookupsInTurn()
+    async with BackpressureSupervisor(overflow=store) as supervisor:
+        record = TaskRecord(
+            task_id="a", task_type="elsewhere", priority=Priority.NORMAL, envelope=b"", enqueued_at=clock.wall_time()
+        )
+        await store.put(record, fence="theirs", until=clock.wall_time() + 60.0)
+        finding = [asyncio.ensure_future(supervisor.find("a")) for _ in range(2)]
+        await run_ready()
+        store.lookups[0].set()
+        ticket = await finding[0]
+        assert ticket is not None
+        assert ticket.status is TaskStatus.SPILLED
+        done = Completion(status=TaskStatus.SUCCEEDED.value, finished_at=clock.wall_time())
+        await store.finish("a", done, fence="theirs")
+        store.lookups[1].set()
+        assert await finding[1] is ticket
+        assert ticket.done()
+        assert (await ticket).success
 
 
 @virtual

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tests.support.scripted_life import ScriptedLife, settle
 from tests.support.task_plane import Agent, UncancellableHandler, approximately, error_of, flood, now, statuses, virtual
 
-from forebay import BackpressureSupervisor, Overloaded, Retry, Task, TaskFailed, TaskStatus, WorkerState
+from forebay import BackpressureSupervisor, Overloaded, Retry, Task, TaskFailed, TaskStatus, Verdict, WorkerState
 from forebay.adapters import Handler
 from forebay.errors import InvalidSetting, UnknownTaskType, WorkerNotStarted, WorkerStopped
 from forebay.events import TaskRetried, WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
@@ -113,6 +114,38 @@ async def test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived() 
         assert await supervisor.run(Task("work", 5)) == 5
         assert len(record.of_type(WorkerRecovered)) == 1
         assert len(service.lives) == 4
+
+
+@virtual
+async def test_nobody_waits_for_room_at_workers_that_are_given_up() -> None:
+    service = ScriptedLife()
+    async with BackpressureSupervisor(max_restarts=0, max_queue_size=1) as supervisor:
+        worker = register(supervisor, service, Agent(100.0))
+        await settle()
+        inside = flood(supervisor, "work", 2)
+        in_line = [asyncio.ensure_future(supervisor.submit(Task("work"), wait=math.inf)) for _ in range(3)]
+        mapping = asyncio.ensure_future(error_of(supervisor.map("work", range(3))))
+        await settle()
+        fan_out = asyncio.ensure_future(collect(supervisor.fan_out([Task("work")] * 3)))
+        await settle()
+        service.crash()
+        assert {(await ticket).status for ticket in inside} == {FAILED}
+        async with asyncio.timeout(2.0):
+            first, *others = [await each for each in in_line]
+            assert (await first).status is FAILED  # the room of the task that ran was its own until the worker stopped
+            assert {ticket.verdict for ticket in others} == {Verdict.REJECTED}
+            assert all("FAILED until it is revived" in str(ticket.reason) for ticket in others)
+            assert isinstance(await mapping, Overloaded)
+            assert [result.status for result in await fan_out] == [TaskStatus.REJECTED] * 3
+        later = await supervisor.submit(Task("work"), wait=math.inf)
+        assert later.verdict is Verdict.REJECTED
+        worker.revive()
+        await settle()
+        assert (await supervisor.submit(Task("work"), wait=math.inf)).verdict is Verdict.ADMITTED
+
+
+async def collect(results: Any) -> list[Any]:
+    return [result async for result in results]
 
 
 @virtual

@@ -63,7 +63,16 @@ from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_mas
 from forebay.storage.file_watch import FileWatch
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
-from forebay.supervisor import admission_controller, drain, fan_out, nested_supervisor, pools, registration, room
+from forebay.supervisor import (
+    admission_controller,
+    drain,
+    failure_log,
+    fan_out,
+    nested_supervisor,
+    pools,
+    registration,
+    room,
+)
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
@@ -89,6 +98,7 @@ from forebay.supervisor.spill import delayed_records, stored_tasks
 from forebay.supervisor.spill.ask_jitter import AskJitter
 from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.lost_records import LostRecords
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.spill import Spill
@@ -2204,6 +2214,47 @@ def all_processes_ask_for_a_record_at_once() -> None:
 
 def a_process_takes_records_that_its_upstream_cannot_serve() -> None:
     always(Pool, Pool._calls_wait, returns=False)
+
+
+def producers_wait_for_workers_that_are_given_up() -> None:
+    def is_given_up(_: Pool) -> bool:
+        return False
+
+    Pool.is_given_up = property(is_given_up)  # type: ignore[assignment,method-assign]
+
+
+# --- records that the store has lost ---
+
+
+def a_client_goes_on_with_records_that_are_gone() -> None:
+    edit_redis_script("call('GET', store_id) ~= group.store", "false")
+
+
+def what_runs_here_is_not_stored_again_after_its_record_was_lost() -> None:
+    always(LostRecords, LostRecords._restore_in_background, returns=None)
+
+
+def what_waited_here_is_not_stored_again_after_its_lease_lapsed_and_its_record_was_lost() -> None:
+    always(LostRecords, LostRecords.lapsed, returns=None)
+
+
+def what_another_process_runs_is_stored_again_at_once() -> None:
+    def is_settling(_: LostRecords) -> bool:
+        return False
+
+    LostRecords.settling = property(is_settling)  # type: ignore[assignment]
+
+
+def what_is_returned_to_a_store_that_loses_its_records_is_lost() -> None:
+    always(LostRecords, LostRecords.store_again, returns=False)
+
+
+def the_result_of_a_handler_whose_record_has_gone_is_dropped() -> None:
+    always(StoredTasks, StoredTasks._is_gone, returns=False)
+
+
+def a_store_that_is_away_is_logged_for_each_task() -> None:
+    failure_log._INTERVAL = 0.0
 
 
 # --- the store on Redis: each call is done once, and what is acknowledged is there ---

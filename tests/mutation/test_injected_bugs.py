@@ -63,7 +63,7 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
-from tests.integration import test_dropped_streams, test_redis_failover
+from tests.integration import test_dropped_streams, test_redis_failover, test_redis_lost
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
@@ -72,7 +72,7 @@ from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
-from tests.unit.supervisor import test_pool, test_pools
+from tests.unit.supervisor import test_failure_log, test_pool, test_pools
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_call_flow, test_core
 from tests.unit.upstream.accounts import (
@@ -899,6 +899,30 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_call_whose_answer_was_lost_is_done_again: (
         test_redis_store.test_a_call_whose_connection_breaks_is_done_once
+    ),
+    bugs.producers_wait_for_workers_that_are_given_up: (
+        test_supervision.test_nobody_waits_for_room_at_workers_that_are_given_up
+    ),
+    bugs.a_client_goes_on_with_records_that_are_gone: (
+        test_redis_lost.test_a_store_says_once_that_its_records_are_gone_and_goes_on
+    ),
+    bugs.what_runs_here_is_not_stored_again_after_its_record_was_lost: (
+        test_redis_lost.test_what_runs_and_waits_in_a_live_process_is_stored_again_and_ends
+    ),
+    bugs.what_waited_here_is_not_stored_again_after_its_lease_lapsed_and_its_record_was_lost: (
+        test_redis_lost.test_a_task_whose_lease_lapsed_while_the_server_was_away_runs_once_it_is_back_without_records
+    ),
+    bugs.what_another_process_runs_is_stored_again_at_once: (
+        test_redis_lost.test_what_another_process_runs_is_not_run_again_after_the_loss
+    ),
+    bugs.what_is_returned_to_a_store_that_loses_its_records_is_lost: (
+        test_redis_lost.test_closing_leaves_what_waits_to_the_next_process_though_the_loss_was_not_noticed
+    ),
+    bugs.the_result_of_a_handler_whose_record_has_gone_is_dropped: (
+        test_redis_lost.test_a_handler_whose_record_has_gone_delivers_its_result
+    ),
+    bugs.a_store_that_is_away_is_logged_for_each_task: (
+        test_failure_log.test_a_store_that_is_away_is_logged_in_one_line_now_and_then
     ),
     bugs.a_call_that_arrives_after_later_ones_is_done: (
         test_redis_store.test_a_group_that_arrives_after_the_client_has_gone_on_is_not_done

@@ -35,7 +35,13 @@ class ChannelStore(CountingStore):
         super().__init__(inner, calls)
         self._channel = channel
 
-    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:  # noqa: ARG002
+    def subscribe(
+        self,
+        *,
+        on_waiting: Callable[[], None],
+        on_ended: Callable[[], None],  # noqa: ARG002
+        on_lost: Callable[[], None] | None = None,  # noqa: ARG002
+    ) -> None:
         """Notice what others put."""
         self._channel.append(on_waiting)
 

@@ -126,8 +126,14 @@ class UnreliableStore:
     async def close(self) -> None:
         await self._inner.close()
 
-    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
-        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended)
+    def subscribe(
+        self,
+        *,
+        on_waiting: Callable[[], None],
+        on_ended: Callable[[], None],
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
+        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended, on_lost=on_lost)
 
     async def put(
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0

@@ -117,7 +117,13 @@ class MemoryTaskStore:
         """Reject further operations."""
         self._is_open = False
 
-    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+    def subscribe(
+        self,
+        *,
+        on_waiting: Callable[[], None],
+        on_ended: Callable[[], None],
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
         """Do nothing: no other process has these records."""
 
     async def put(

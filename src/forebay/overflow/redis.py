@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -53,6 +54,7 @@ _KEYS = (
 )  # fmt: skip
 
 _FORMAT = b"1"  # how the records are laid out
+_LOST = b"lost"  # the answer to a client that knows records which are gone
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
 _MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
@@ -152,6 +154,9 @@ class RedisTaskStore:
         self._channel = f"{self._prefix}news"
         self._callbacks: dict[str, Callable[[], None]] = {}  # by the letter that the script publishes
         self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
+        self._on_lost: Callable[[], None] | None = None
+        self._store_id = ""  # of the records that were found or begun there: others have another
+        self._store_id_lock = threading.Lock()  # held by the thread that changes it
         self._client_id = ""  # of this opening: a copy in a forked process has another
         self._numbers = itertools.count(1)
         self._queue: OperationQueue[_Connections, _Operation] = OperationQueue(
@@ -179,9 +184,16 @@ class RedisTaskStore:
         self._stop_listening()
         await self._queue.close()
 
-    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
-        """Call back soon after another client has made records WAITING, or ended some."""
+    def subscribe(
+        self,
+        *,
+        on_waiting: Callable[[], None],
+        on_ended: Callable[[], None],
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
+        """Call back soon after another client has made records WAITING, or ended some, and once all are gone."""
         self._callbacks = {"w": on_waiting, "e": on_ended}
+        self._on_lost = on_lost
         if self._queue.is_open:
             self._listen()
 
@@ -296,6 +308,8 @@ class RedisTaskStore:
             by_server = self._by_server(until)
             ops = [_encode(("renew", lease.record.task_id, lease.fence, by_server)) for lease in some]
             (renewed,) = master.call(self._script_call(ops))
+            if renewed == _LOST:
+                raise self._lost(master)
             lost += [lease for lease, done in zip(some, renewed, strict=True) if not done]
         return lost
 
@@ -482,7 +496,7 @@ class RedisTaskStore:
         self._client_id, self._numbers = new_id(), itertools.count(1)
         load = [("SCRIPT", "LOAD", _SCRIPT)]
         groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
-        self._check_format(groups)
+        self._store_id = self._identify(groups)
         self._measure_clock(groups)
         return _Connections(groups, renewals)
 
@@ -492,24 +506,47 @@ class RedisTaskStore:
         for master in connections:
             master.close()
 
-    def _check_format(self, master: RedisMaster) -> None:
-        """Check that the records there are laid out as this release knows; those of a new overflow will be.
+    def _identify(self, master: RedisMaster) -> str:
+        """Return the id of the records there; for a new overflow, write one, and how its records are laid out.
 
         Raises:
             StoreUnavailable: a newer release has written them, or another program.
         """
-        key = f"{self._prefix}format"
-        (found,) = master.call(("GET", key))
-        if found is None:  # else nothing is written: its memory may be full, and what it has is to end
-            _, found = master.call(("SET", key, _FORMAT, "NX"), ("GET", key))
-        if found != _FORMAT:
-            why, advice = _about_format(self._prefix, found)
+        keys = [f"{self._prefix}{name}" for name in ("format", "id")]
+        found = master.call(*(("GET", key) for key in keys))
+        if None in found:  # else nothing is written: its memory may be full, and what it has is to end
+            new = zip(keys, (_FORMAT, new_id()), strict=True)
+            found = master.call(*(("SET", key, value, "NX") for key, value in new), *(("GET", key) for key in keys))[2:]
+        layout, store_id = found
+        if layout != _FORMAT:
+            why, advice = _about_format(self._prefix, layout)
             raise StoreUnavailable(where=str(self._url), why=why, advice=advice)
+        return str(store_id.decode())
 
     def _measure_clock(self, master: RedisMaster) -> None:
         """Compare the clock with the server's, unless it was done a moment ago; virtual time is everybody's."""
         if not is_virtual(self._queue.loop) and self._clock.is_due():
             self._clock.measure(master.time)
+
+    def _lost(self, master: RedisMaster) -> StoreUnavailable:
+        """Go on with new records, and return the error of the operations that have met no others."""
+        try:
+            with self._store_id_lock:
+                store_id, known = self._identify(master), self._store_id
+                self._store_id = store_id
+        except StoreUnavailable as error:
+            return error
+        if store_id != known:  # otherwise the other thread has noticed it first
+            with suppress(RuntimeError):  # the loop is closed
+                self._queue.loop.call_soon_threadsafe(self._call_on_lost)
+        why = "its records are gone: it was emptied, or restarted without them"
+        return StoreUnavailable(
+            where=str(self._url), why=why, advice="Try again; let the server keep its data on disk."
+        )
+
+    def _call_on_lost(self) -> None:
+        if self._on_lost is not None:
+            self._on_lost()
 
     def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
         """Run a group of operations, in parts that are not too large, and return their values."""
@@ -540,6 +577,8 @@ class RedisTaskStore:
         except StoreUnavailable as error:
             self._remember(ops, number)
             return [OperationError(error)] * len(ops)
+        if scripted and answers[0] == _LOST:
+            return [OperationError(self._lost(master))] * len(ops)
         shortage = self._shortage(answers.pop()) if acknowledgement else None
         replies = iter(answers.pop(0) if scripted else ())
         counts = iter(answers)
@@ -597,11 +636,11 @@ class RedisTaskStore:
     def _script_call(
         self, ops: Sequence[bytes], blobs: Sequence[bytes] = (), number: int | None = None
     ) -> tuple[Any, ...]:
-        group = {"bound": self._bound, "client": self._client_id, "channel": self._channel}
+        group = {"bound": self._bound, "client": self._client_id, "channel": self._channel, "store": self._store_id}
         if number is not None:
             group |= {"number": number, "id": f"{self._client_id}:{number}"}
         text = b'%s,"ops":[%s]}' % (_encode(group)[:-1], b",".join(ops))
-        keys = [f"{self._prefix}{name}" for name in (*_KEYS, f"last:{self._client_id}")]
+        keys = [f"{self._prefix}{name}" for name in (*_KEYS, f"last:{self._client_id}", "id")]
         return ("EVALSHA", _SHA, len(keys), *keys, text, *blobs)
 
     def _remember(self, ops: Sequence[_Operation], number: int | None) -> None:

@@ -18,6 +18,7 @@ local ids, keys, tasks, envelopes, completions = KEYS[1], KEYS[2], KEYS[3], KEYS
 local unfinished, waiting, parked, leased, delayed = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local ended = { done = KEYS[11], dead = KEYS[12] }
 local heads, threads, depths, sequence, bound, last = KEYS[13], KEYS[14], KEYS[15], KEYS[16], KEYS[17], KEYS[18]
+local store_id = KEYS[19]
 
 local CHUNK = 1000 -- arguments of one command: the stack of Lua is bounded
 local SCANNED = 2000 -- records that one listing looks at, so that no other client waits long
@@ -796,6 +797,9 @@ local function write_group()
   return replies
 end
 
+if call('GET', store_id) ~= group.store then
+  return 'lost' -- the records that the client knows are gone
+end
 local replies
 local remembered = group.number and call('GET', last)
 remembered = remembered and cjson.decode(remembered)

@@ -227,7 +227,13 @@ class SqliteTaskStore:
         self._stop_watching()
         await self._writer.close()
 
-    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+    def subscribe(
+        self,
+        *,
+        on_waiting: Callable[[], None],
+        on_ended: Callable[[], None],
+        on_lost: Callable[[], None] | None = None,  # noqa: ARG002
+    ) -> None:
         """Call back within about 20 ms of a commit of another process.
 
         On waiting records while there are any, whether or not it was this commit that stored them.

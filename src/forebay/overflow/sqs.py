@@ -244,7 +244,13 @@ class SqsTaskStore:
 
     # --- putting ---
 
-    def subscribe(self, *, on_waiting: Callable[[], None], on_ended: Callable[[], None]) -> None:
+    def subscribe(
+        self,
+        *,
+        on_waiting: Callable[[], None],
+        on_ended: Callable[[], None],
+        on_lost: Callable[[], None] | None = None,  # noqa: ARG002
+    ) -> None:
         """Call back when another process has changed the index, if the index can hear of that."""
         self._index.subscribe(on_waiting=on_waiting, on_ended=on_ended)
 

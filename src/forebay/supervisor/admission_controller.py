@@ -29,7 +29,7 @@ from forebay.errors import (
     WouldDeadlock,
     fresh_copy,
 )
-from forebay.events import TaskSubmitted, log
+from forebay.events import TaskSubmitted
 from forebay.interfaces import PutResult
 from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.run import Run
@@ -608,7 +608,8 @@ class AdmissionController:
         reason = self._refusal_reason(pool, resource, cause, load, priority)
         # What waits for its next attempt does not leave at the rate of the slots.
         retry_after = math.inf if slot_is_free and resource == pool.resource else None
-        return Refusal(reason, cause, load, may_spill=may_spill, retry_after=retry_after)
+        final = pool.is_given_up
+        return Refusal(reason, cause, load, may_spill=may_spill, retry_after=retry_after, final=final)
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
         if pool.paused:
@@ -774,7 +775,7 @@ class AdmissionController:
         try:
             put = await (spill.record(ticket, envelope, pool) if held else spill.spill(ticket, envelope, pool))
         except StoreUnavailable as exc:
-            log.error("task %r could not be spilled: %s", ticket.task_id, exc)
+            self._core.failures.report("task %r could not be spilled", ticket.task_id, error=exc)
             why = "the overflow cannot store it"
             if isinstance(exc, StoreAnswerLost):
                 why += ", or has it although it gave no answer: then it may run"

@@ -8,8 +8,9 @@ from concurrent.futures import Executor
 from contextvars import copy_context
 from typing import Any, Final, TypeVar
 
-from forebay.events import EventBus, log
+from forebay.events import EventBus
 from forebay.supervisor.codecs import TaskCodecs
+from forebay.supervisor.failure_log import FailureLog
 from forebay.supervisor.pools import Pools
 from forebay.supervisor.runs.timers import Timers
 from forebay.supervisor.tenants import Tenants
@@ -28,6 +29,7 @@ class Core:
         bus: where it sends events.
         codecs: the declared types of payloads and results.
         timers: its timers.
+        failures: logs what fails in the background.
         registry: its tickets.
         tenants: the tenants that have settings.
         pools: its pools.
@@ -54,6 +56,7 @@ class Core:
         bus.start(loop)
         self.codecs = codecs
         self.timers = Timers(loop)
+        self.failures = FailureLog()
         self.registry = TicketRegistry(loop, bus, keep=keep_results, keep_bytes=keep_results_bytes)
         self.tenants = tenants
         self.pools = Pools(max_queue_size, tenants)
@@ -69,7 +72,7 @@ class Core:
         first step, so that no `finally` of its own can return what it was given.
         """
         future = self.run_to_completion(work)
-        future.add_done_callback(_log_failure)
+        future.add_done_callback(self._log_failure)
         if if_cancelled is not None:
             future.add_done_callback(lambda _: if_cancelled() if future.cancelled() and not self.closed else None)
 
@@ -93,12 +96,11 @@ class Core:
         for listener in self.background_listeners:
             listener()
 
+    def _log_failure(self, future: asyncio.Future[Any]) -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self.failures.report("a background task of the supervisor failed", error=error)
+
     @property
     def background_tasks(self) -> frozenset[asyncio.Future[Any]]:
         """The background work that has not ended."""
         return frozenset(self._background_tasks)
-
-
-def _log_failure(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled() and future.exception() is not None:
-        log.error("a background task of the supervisor failed", exc_info=future.exception())

@@ -485,6 +485,13 @@ class Pool(SlotCounts):
         return self.is_served or self.paused or self.finishing > 0
 
     @property
+    def is_given_up(self) -> bool:
+        """True if nothing may wait for a slot: its workers are FAILED until one is revived, and so is what waited."""
+        if self.slots or self.paused or not self.is_served:
+            return False
+        return all(worker.given_up or worker.leaving for worker in self.workers)
+
+    @property
     def is_known(self) -> bool:
         """True if its task type is known: it has a worker, or is to have one again when it is resumed."""
         return bool(self.workers) or self.paused

@@ -52,9 +52,9 @@ class WorkerAgent:
     __slots__ = (
         "__weakref__", "_busy_seconds", "_declared", "_durations", "_max_concurrent", "_max_open", "_max_probes",
         "_on_resize", "_on_revive", "_orphans", "_probes_in_flight", "accepting", "breaker", "breaker_phase",
-        "claims_held_back", "counted_slots", "counts_tasks", "current_tasks", "declared", "failed", "handler",
-        "leaving", "life", "max_open", "name", "other_ends", "penalty", "pending_claims", "probes", "probing",
-        "ready", "reserve", "restarts", "retry", "sources", "start_failed", "started", "starting", "stuck",
+        "claims_held_back", "counted_slots", "counts_tasks", "current_tasks", "declared", "failed", "given_up",
+        "handler", "leaving", "life", "max_open", "name", "other_ends", "penalty", "pending_claims", "probes",
+        "probing", "ready", "reserve", "restarts", "retry", "sources", "start_failed", "started", "starting", "stuck",
         "succeeded", "suspended", "suspended_open", "task_types", "timeout", "urgent_tasks", "zombies",
         "zombies_found",
     )  # fmt: skip
@@ -117,6 +117,7 @@ class WorkerAgent:
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
         self.start_failed = False  # FAILED because its start failed
+        self.given_up = False  # FAILED until it is revived, as what waited for it
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
         self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
@@ -461,9 +462,13 @@ class WorkerAgent:
         """Remember that the worker is FAILED because its start failed."""
         self.start_failed = True
 
+    def give_up(self) -> None:
+        """Remember that nothing waits for it until it is revived."""
+        self.given_up = True
+
     def close_breaker(self) -> None:
         """Close the breaker. `update_from_breaker` is to be called next."""
-        self.stuck = self.start_failed = False
+        self.stuck = self.start_failed = self.given_up = False
         self.breaker.reset()
 
     # --- the sources that its runs call ---

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from forebay import clock
 from forebay.events import log
 from forebay.interfaces import Lease, TaskStore
+from forebay.supervisor.failure_log import FailureLog
 
 
 class _HeldLease:
@@ -29,9 +30,10 @@ class _HeldLease:
         """Make it last until `until`."""
         self.until = until
 
-    def lose(self) -> None:
-        """End it: another process has the task."""
-        self.until = -math.inf
+    def lose(self) -> bool:
+        """End it, because another process has the task; return whether it had not been lost before."""
+        had, self.until = self.until, -math.inf
+        return had > self.until
 
 
 class HeldLeases:
@@ -60,6 +62,23 @@ class HeldLeases:
         held = self._held.get(task_id)
         return held is not None and clock.now() < held.until
 
+    def held(self) -> Sequence[Lease]:
+        """Return every lease."""
+        return [each.lease for each in self._held.values()]
+
+    def holds(self, lease: Lease) -> bool:
+        """Return whether a lease is held, though it may have lapsed."""
+        held = self._held.get(lease.record.task_id)
+        return held is not None and held.lease is lease
+
+    def extend(self, lease: Lease, until: float) -> bool:
+        """Make a lease last until `until`, in epoch seconds, though it was lost; return whether it is held."""
+        held = self._held.get(lease.record.task_id)
+        if held is None or held.lease is not lease:
+            return False
+        held.extend(clock.now() + until - clock.wall_time())
+        return True
+
     def take(self, task_ids: Iterable[str]) -> Sequence[Lease]:
         """Return the leases on tasks, and forget them."""
         held = [self._held.pop(task_id, None) for task_id in task_ids]
@@ -84,8 +103,7 @@ class HeldLeases:
         for each in held:
             if each.lease.fence not in lost:
                 each.extend(until)
-            elif self._held.get(each.lease.record.task_id) is each:  # otherwise it was dropped meanwhile
-                each.lose()
+            elif self._held.get(each.lease.record.task_id) is each and each.lose():  # else it was dropped meanwhile
                 task_id = each.lease.record.task_id
                 log.warning("the lease on task %r was lost: the result of its handler will not be stored", task_id)
 
@@ -103,11 +121,13 @@ class Heartbeat:
         interval: float,
         beat: Callable[[], None],
         after_beat: Callable[[], None],
+        failures: FailureLog,
     ) -> None:
         self._loop = loop
         self._interval = interval
         self._beat = beat
         self._after_beat = after_beat
+        self._failures = failures
         self._stopped = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -144,9 +164,9 @@ class Heartbeat:
     def _try_beat(self) -> None:
         try:
             self._beat()
-        except Exception:  # noqa: BLE001 - the next beat may succeed; until then leases are lost at worst
+        except Exception as error:  # noqa: BLE001 - the next beat may succeed; until then leases are lost at worst
             if not self._stopped.is_set():
-                log.exception("leases on stored tasks could not be renewed")
+                self._failures.report("leases on stored tasks could not be renewed", error=error)
 
     def _beat_done(self) -> None:
         if not self._stopped.is_set():

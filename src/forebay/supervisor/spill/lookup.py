@@ -37,6 +37,8 @@ class StoreLookup:
         """
         found = await self._ask(self._stored.store.find(task_id))
         if (known := self._registry.find(task_id)) is not None:  # it was submitted or came back meanwhile
+            if found is not None:  # otherwise it may have been stored since
+                self._stored.found(task_id, found)
             return known
         return None if found is None else self._new_ticket(*found)
 

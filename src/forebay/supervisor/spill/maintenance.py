@@ -55,7 +55,11 @@ class StoreMaintenance:
         self._reaps_from = 0.0  # by `clock.now`: before that, live leases may look expired
         self._judges_from = 0.0  # by `clock.now`: before that, live leases may look longer than any can be
         self._heartbeat = Heartbeat(
-            core.loop, interval=self._lease / 3, beat=self._renew_leases, after_beat=self._on_heartbeat
+            core.loop,
+            interval=self._lease / 3,
+            beat=self._renew_leases,
+            after_beat=self._on_heartbeat,
+            failures=core.failures,
         )
 
     def start(self) -> None:

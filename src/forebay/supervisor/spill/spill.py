@@ -95,7 +95,9 @@ class Spill:
         await self.refiller.recount_conversations()
         if self.stored.durable:
             self._maintenance.start()
-            self._store.subscribe(on_waiting=self.changes.notice, on_ended=self.results.notice)
+            self._store.subscribe(
+                on_waiting=self.changes.notice, on_ended=self.results.notice, on_lost=self.stored.lost.notice
+            )
 
     def slot_freed(self, worker: WorkerAgent, pools: Iterable[Pool]) -> None:
         """Take records of `pools` back, of which some are known to wait, and look for others if `worker` has a slot."""
@@ -222,7 +224,7 @@ class Spill:
         self.stored.drop_lease(ticket)
         self.refiller.add_spilled(pool, ticket.task)
         self._conversations.add_stored(ticket.task.thread_id)
-        await self._store.release([lease])
+        await self.stored.lost.release([lease])
         self.stored.conversation_moved(ticket.task)
         if not ticket.done() and ticket.lease is None:  # otherwise it has come back meanwhile
             self._wait_in_store(ticket, pool)
@@ -251,9 +253,10 @@ class Spill:
 
     async def _return_to_store(self, ticket: Ticket, lease: Lease) -> None:
         try:
-            await self._store.release([lease])
+            await self.stored.lost.release([lease])
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the lease lapses
-            log.error("the lease on task %r could not be returned, and lapses: %s", ticket.task_id, exc)
+            message = "the lease on task %r could not be returned, and lapses"
+            self._core.failures.report(message, ticket.task_id, error=exc)
         ticket.end_store_call()
         self.stored.conversation_moved(ticket.task)
         if ticket.cancel_reason is not None:
@@ -326,7 +329,7 @@ class Spill:
         leases = [*self.stored.leases.take_all(), *self.refiller.unreadable.values()]
         try:
             if leases:
-                await self._store.release(leases)
+                await self.stored.lost.release(leases)
         finally:
             await self._store.close()
 

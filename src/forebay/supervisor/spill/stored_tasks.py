@@ -17,6 +17,7 @@ from forebay.supervisor.runs.slot_loans import run_and_ancestors
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.delayed_records import DelayedRecords
 from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.lost_records import LostRecords
 from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import Task, TaskResult, TaskStatus
@@ -90,6 +91,7 @@ class StoredTasks:
         load: how long the store takes to answer, over a third of a lease.
         leases: the leases on records that this process holds.
         delayed: the records that wait in the store for a time.
+        lost: stores what this process has again, after the store has lost its records.
         leased_elsewhere: tickets whose records another process holds, by task id.
         awaited: tickets that are awaited here while their tasks wait in the store or are with another process, by id;
             some may have ended since, or come back.
@@ -116,6 +118,7 @@ class StoredTasks:
         self._survives = store.durable
         self.load = StoreLoad(core.loop, lease / 3)
         self.leases = HeldLeases(lease)
+        self.lost = LostRecords(core, store, self.leases, lease=lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.awaited: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
         self.refill_stopped = False
@@ -220,11 +223,12 @@ class StoredTasks:
     def lease_lapsed(self, ticket: Ticket) -> None:
         """Leave a task to another process, because its lease lapsed before its turn came."""
         ticket.leave_queue()
-        self.drop_lease(ticket)
-        self.leave_to_other_process(ticket)
+        self.leave_to_other_process(ticket, self.drop_lease(ticket))
 
-    def leave_to_other_process(self, ticket: Ticket) -> None:
-        """Let another process end a task; `StoreMaintenance` looks up the result."""
+    def leave_to_other_process(self, ticket: Ticket, lease: Lease | None = None) -> None:
+        """Let another process end a task, on which this one had `lease`; `StoreMaintenance` looks up the result."""
+        if lease is not None:
+            self.lost.keep_lapsed(lease)
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
         if ticket.is_observed:
@@ -234,6 +238,7 @@ class StoredTasks:
     def _forget_other_process(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
         self.leased_elsewhere.pop(task_id, None)
+        self.lost.forget_lapsed(task_id)
 
     def watch(self, ticket: Ticket) -> None:
         """Look up the task of a ticket, which is awaited, soon after other processes have ended tasks."""
@@ -258,7 +263,11 @@ class StoredTasks:
         ticket = self._registry.live.get(task_id) or self._registry.weak.get(task_id)
         if ticket is None or not _is_stored_only(ticket):
             return  # it has come back, or ended, meanwhile
-        if found is None:  # it has ended, and its result is not kept any more
+        if found is None and self.lost.settling:
+            return  # another process may have it, and store its record again
+        if found is None and (lease := self.lost.lapsed(task_id)) is not None:
+            self._core.run_in_background(self._store_again(ticket, lease))
+        elif found is None:  # it has ended, and its result is not kept any more
             self._forget_other_process(task_id)
             self._core.timers.cancel(ticket.clear_expiry())
             self._registry.discard(ticket)
@@ -276,6 +285,13 @@ class StoredTasks:
             ):  # that process has left it again
                 self._forget_other_process(task_id)
                 self.wait_in_store(ticket)
+
+    async def _store_again(self, ticket: Ticket, lease: Lease) -> None:
+        """Let a task wait in the store whose record was lost, and which no process has."""
+        if await self.lost.store_again(lease) and _is_stored_only(ticket):
+            self._forget_other_process(ticket.task_id)
+            self.wait_in_store(ticket)
+            self.count_waiting(ticket.task.task_type)
 
     def adopt(self, ticket: Ticket, lease: Lease) -> None:
         """Take a new lease on a task that still waits or runs here, though the lease on it was lost."""
@@ -304,7 +320,8 @@ class StoredTasks:
         try:
             held = await self.load.measure(self.store.begin_attempt(lease))
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
-            log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
+            message = "the start of task %r could not be recorded; it runs anyway"
+            self._core.failures.report(message, ticket.task_id, error=exc)
             held = True
         if run.abandoned_at is None:
             self._core.timers.cancel(run.clear_timer())
@@ -316,8 +333,7 @@ class StoredTasks:
         if run.abandoned_at is None:  # another process has it
             ticket.take_back_attempt()
             run.abandon()
-            self.drop_lease(ticket)
-            self.leave_to_other_process(ticket)
+            self.leave_to_other_process(ticket, self.drop_lease(ticket))
         run.handler_ended(None, asyncio.CancelledError())
 
     # --- retries ---
@@ -386,7 +402,8 @@ class StoredTasks:
                 return await self.store.delay(delay.lease, due=delay.due, wait=delay.seconds, error=delay.error)
             except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the task must go on
                 if not failed:
-                    log.error("task %r could not be delayed in the overflow: %s", ticket.task_id, exc)
+                    message = "task %r could not be delayed in the overflow"
+                    self._core.failures.report(message, ticket.task_id, error=exc)
                 failed = True
             left = delay.due_here - self._core.loop.time()
             if left <= 0 or ticket.cancel_reason is not None or ticket.done() or ticket.lease is not delay.lease:
@@ -403,8 +420,7 @@ class StoredTasks:
         elif self.stays_stored:
             self.release(ticket)
         elif pool is None or not pool.is_to_be_served:  # its lease lapses, and the next worker of its type takes it
-            self.drop_lease(ticket)
-            self.leave_to_other_process(ticket)
+            self.leave_to_other_process(ticket, self.drop_lease(ticket))
         elif (late := self._dispatcher.expiry_reason(ticket, pool)) is not None:
             self.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, late))
         else:
@@ -413,7 +429,7 @@ class StoredTasks:
 
     def _leave_delayed(self, ticket: Ticket, delay: _Delay, *, delayed: bool) -> None:
         """Leave a task whose record is `delayed`, or else leased by another process."""
-        self.drop_lease(ticket)
+        lease = self.drop_lease(ticket)
         if self.stays_stored:
             self.release(ticket)
         elif delayed:
@@ -421,7 +437,7 @@ class StoredTasks:
                 pool.add_nested_spilled(ticket)
             self.wait_delayed(ticket, due_at=delay.due_here)
         else:
-            self.leave_to_other_process(ticket)
+            self.leave_to_other_process(ticket, lease)
         if ticket.cancel_reason is not None and not ticket.done():
             ticket.cancel(ticket.cancel_reason)
 
@@ -458,8 +474,11 @@ class StoredTasks:
         failed = False
         try:
             stored = await self._store_end(ticket, result.status, completion, lease)
-        except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
-            log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
+            if not stored and lease is not None and await self._is_gone(ticket.task_id):
+                stored = failed = True  # this is its result
+        except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
+            message = "the end of task %r could not be stored; it may be run again"
+            self._core.failures.report(message, ticket.task_id, error=exc)
             stored = failed = True
             if self._may_finish_later(ticket, lease):
                 self._finish_later_in_background(ticket, result.status, completion, lease)
@@ -491,6 +510,10 @@ class StoredTasks:
             return dead
         fence = None if lease is None else lease.fence
         return await self.load.measure(self.store.finish(ticket.task_id, completion, fence=fence))
+
+    async def _is_gone(self, task_id: str) -> bool:
+        """Return whether a task has no record any more: then no other process has it, or can say how it ended."""
+        return await self.store.find(task_id) is None
 
     def _may_finish_later(self, ticket: Ticket, lease: Lease | None) -> bool:
         """Return whether the end of a task that could not be stored is kept here until it can be.
@@ -616,7 +639,7 @@ class StoredTasks:
         """Return the leases on released tasks that were not started here, so that another process need not wait."""
         leases = self.leases.take(task_ids)
         if leases:
-            await self.store.release(leases)
+            await self.lost.release(leases)
 
     def stop_refilling(self) -> None:
         """Take no more tasks from the store, and release those that wait there if it survives this process."""

@@ -343,6 +343,8 @@ class Supervision:
                 cast("NestedSupervisor", worker.handler.nested_supervisor).fail_workers(reason)
         if final:
             for worker in workers:
+                worker.give_up()
+            for worker in workers:
                 for pool in self._core.pools.by_worker[worker].pools:
                     if not (pool.slots or pool.paused):
                         revival = f"supervisor.workers[{worker.name!r}].revive()"

@@ -100,3 +100,27 @@ def test_taking_all_leaves_none() -> None:
         held.hold(lease(task_id))
     assert [each.record.task_id for each in held.take_all()] == ["a", "b"]
     assert held.take_all() == []
+
+
+@virtual
+async def test_a_lease_that_is_lost_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    held = HeldLeases(30.0)
+    held.hold(lease("a"))
+    for _ in range(3):
+        held.renew(store("a"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the lease on task 'a' was lost: the result of its handler will not be stored"
+    ]
+
+
+@virtual
+async def test_a_lease_that_was_lost_is_valid_again_once_it_is_extended() -> None:
+    held, one = HeldLeases(30.0), lease("a")
+    held.hold(one)
+    held.renew(store("a"))
+    assert held.extend(one, clock.wall_time() + 5.0)
+    await asyncio.sleep(4.9)
+    assert held.is_valid("a")
+    await asyncio.sleep(0.2)
+    assert not held.is_valid("a")
+    assert not held.extend(lease("a"), clock.wall_time() + 5.0)
