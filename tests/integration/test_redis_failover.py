@@ -185,7 +185,9 @@ async def lose_master_under_load(setup: RedisSetup, options: str) -> tuple[Load,
             caller.cancel()
         await asyncio.wait(callers)
     async with opened(setup.url) as store:
-        stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
+        # A record whose master was lost before it was shown is DELAYED for a while.
+        states = (RecordState.WAITING, RecordState.DELAYED)
+        stored = {each.record.task_id for state in states for each in await store.list_records(state, 1_000_000)}
     return load, stored
 
 
