@@ -780,6 +780,21 @@ async def test_a_url_that_names_another_kind_of_server_is_explained(
 
 
 @pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize(
+    ("scheme", "why"), [("redis", "what answers there is no Redis server"), ("rediss", "port for TLS")]
+)
+async def test_a_server_of_another_protocol_is_explained(scheme: str, why: str) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"<html>")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(StoreUnavailable, match=why):
+            await open_task_store(f"{scheme}://127.0.0.1:{port}").open()
+
+
+@pytest.mark.usefixtures("no_patience")
 async def test_an_error_says_whether_it_may_be_done(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
     await remote.lease("t", 1, until=9.0)
     proxy.cut_at(1, "answer")
