@@ -2273,11 +2273,11 @@ def a_record_that_redis_did_not_acknowledge_stays() -> None:
 
 
 def a_record_can_be_leased_before_it_is_acknowledged() -> None:
-    edit_redis_script("if hidden_until and not fence then", "if false then")
+    edit_redis_script("if hidden_until then", "if false then")
 
 
 def a_parked_record_can_be_leased_before_it_is_acknowledged() -> None:
-    edit_redis_script("if is_parked and not hidden_until then", "if is_parked then")
+    edit_redis_script("if hidden_until then", "if hidden_until and not fence then")
 
 
 def leases_expire_by_the_clock_of_whoever_looks() -> None:

@@ -103,8 +103,7 @@ class _Operation(NamedTuple):
         decode: turns the reply of Redis into the value for the caller.
         blob: an envelope or a completion that goes with it.
         identity: the task id and fence of an operation whose answer matters if it was lost.
-        due: epoch seconds of the server at which a record that is put becomes WAITING; None: once it is shown.
-        thread: the conversation of a record that is put, if it may be hidden.
+        showing: of a record that is put, what the script needs to show it.
     """
 
     name: str
@@ -112,8 +111,7 @@ class _Operation(NamedTuple):
     decode: Callable[[Any], Any]
     blob: bytes | None = None
     identity: tuple[str, str | None] = ("", None)
-    due: str | None = None
-    thread: str | None = None
+    showing: tuple[str | bool, ...] = ()
 
 
 _PUT, _REPLACE, _FINISH, _MARK_DEAD, _DELAY = "put", "replace", "finish", "mark_dead", "delay"
@@ -221,6 +219,7 @@ class RedisTaskStore:
     ) -> asyncio.Future[Any]:  # fmt: skip
         ahead, not_before = self._clock.ahead(), record.not_before
         due = repr(not_before - ahead) if fence is None and not_before is not None and not_before > now else None
+        lasts = repr(until - ahead)
         arguments = (
             record.task_id,
             _queue_of(record.task_type, record.priority, record.tenant),
@@ -229,7 +228,7 @@ class RedisTaskStore:
             _or_false(record.key),
             record.thread_id is not None and quote(record.thread_id, safe=_SAFE),
             _or_false(fence),
-            repr(until - ahead),
+            lasts,
             record.attempts,
             record.failures,
             repr(record.total_delay),
@@ -246,8 +245,7 @@ class RedisTaskStore:
                 decode,
                 record.envelope,
                 (record.task_id, fence),
-                due,
-                record.thread_id if self._is_acknowledged else None,
+                (_or_false(due), _or_false(fence), lasts),
             )
         )
 
@@ -588,7 +586,7 @@ class RedisTaskStore:
         if shortage is not None:
             self._remember(ops, number)
         else:
-            self._unsettled += [self._about(ops[index], "show", number, _or_false(ops[index].due)) for index in hidden]
+            self._unsettled += [self._about(ops[index], "show", number, *ops[index].showing) for index in hidden]
         with suppress(StoreUnavailable):  # later then, before the next operations
             shown = self._settle(master)
             if shortage is None:
@@ -653,10 +651,10 @@ class RedisTaskStore:
         while len(self._unconfirmed) > _MAX_UNCONFIRMED:
             del self._unconfirmed[next(iter(self._unconfirmed))]
 
-    def _about(self, put: _Operation, name: str, number: int | None, further: str | bool) -> _Operation:  # noqa: FBT001
+    def _about(self, put: _Operation, name: str, number: int | None, *further: str | bool) -> _Operation:
         """Return an operation on the record that an operation of a group has put."""
         origin = f"{self._client_id}:{number}"
-        return _Operation(name, _encode((name, put.identity[0], origin, further)), _same)
+        return _Operation(name, _encode((name, put.identity[0], origin, *further)), _same)
 
     def _settle(self, master: RedisMaster) -> Sequence[Any]:
         """Remove the records whose submitters were told that they are not stored, and show those that are stored.
@@ -701,23 +699,15 @@ def _or_none(value: str | bool) -> str | None:  # noqa: FBT001 - it stands for N
 
 
 def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
-    """Return `group` in parts whose blobs are not too large together.
-
-    A record that is to be leased at once comes after the part that has earlier ones of its conversation, because a
-    hidden record has not joined it.
-    """
-    parts, size, threads = [list[_Operation]()], 0, set[str]()
+    """Return `group` in parts whose blobs are not too large together."""
+    parts, size = [list[_Operation]()], 0
     for op in group:
         length = len(op.blob or b"")
-        is_behind = op.thread in threads and op.identity[1] is not None
-        if is_behind or (size + length > _MAX_BYTES and parts[-1]):
+        if size + length > _MAX_BYTES and parts[-1]:
             parts.append([])
             size = 0
-            threads.clear()
         parts[-1].append(op)
         size += length
-        if op.thread is not None:
-            threads.add(op.thread)
     return parts
 
 
@@ -830,9 +820,9 @@ def _decode_put(reply: bytes) -> PutResult:
 
 def _result_of_showing(put: _Operation, reply: bytes | None) -> PutResult:
     """Return the result of `put` for a record that has been shown; None: it has woken, or was cancelled, before."""
-    if put.identity[1] is not None:  # it has no lease
-        return PutResult.PARKED
-    return PutResult.STORED if reply is None else PutResult(reply.decode())
+    if reply is None:
+        return PutResult.STORED if put.identity[1] is None else PutResult.PARKED  # it has no lease
+    return PutResult(reply.decode())
 
 
 def _decode_requeue(reply: bytes | None) -> PutResult | None:

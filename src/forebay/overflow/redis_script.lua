@@ -258,6 +258,26 @@ local function hide(seq, record, until_)
   return 'hidden'
 end
 
+-- Let a record that is in no index wait; or lease it, if none of its conversation is before it.
+local function enter(seq, record, fence, until_)
+  local thread = record[THREAD]
+  if thread or not fence then
+    wait(seq, record)
+  end
+  if not fence then
+    return record[STATE] == 'parked' and 'parked' or 'stored'
+  end
+  if thread then
+    if record[STATE] == 'parked' then
+      return 'parked'
+    end
+    leave(seq, record)
+  end
+  become(seq, record, 'leased', fence)
+  call('ZADD', leased, until_, seq)
+  return 'stored'
+end
+
 function writes.put(op, envelope)
   local _, id, queue, rank, enqueued, key, thread, fence, until_, attempts, failures, total_delay, error = unpack(op)
   local not_before, due, hidden_until = op[14], op[15], op[16]
@@ -300,7 +320,7 @@ function writes.put(op, envelope)
   if thread then
     count(thread_changes, thread, 1)
   end
-  if hidden_until and not fence then
+  if hidden_until then
     return hide(seq, record, due and tonumber(due) > tonumber(hidden_until) and due or hidden_until)
   end
   if due then -- it joins its conversation when it wakes
@@ -308,25 +328,7 @@ function writes.put(op, envelope)
     call('ZADD', delayed, due, seq)
     return 'stored'
   end
-  if thread or not fence then
-    wait(seq, record)
-  end
-  if not fence then
-    return record[STATE] == 'parked' and 'parked' or 'stored'
-  end
-  if thread then
-    local is_parked = record[STATE] == 'parked'
-    if is_parked and not hidden_until then
-      return 'parked'
-    end
-    leave(seq, record)
-    if is_parked then -- nor does it become waiting when the others of its conversation have ended
-      return hide(seq, record, hidden_until)
-    end
-  end
-  become(seq, record, 'leased', fence)
-  call('ZADD', leased, until_, seq)
-  return 'stored'
+  return enter(seq, record, fence, until_)
 end
 
 -- Remove a record that has not ended, and make room for another one.
@@ -380,9 +382,9 @@ function writes.take_back(op)
   return true
 end
 
--- Let a hidden record wait, or be due at a time.
+-- Do with a hidden record what it was put for.
 function writes.show(op)
-  local _, id, origin, due = unpack(op)
+  local _, id, origin, due, fence, until_ = unpack(op)
   local seq, record = find_record(id)
   if not record or record[STATE] ~= 'delayed' or record[FENCE] or origin ~= record[ORIGIN] then
     return false
@@ -392,8 +394,7 @@ function writes.show(op)
     return 'stored'
   end
   leave(seq, record)
-  wait(seq, record)
-  return record[STATE] == 'parked' and 'parked' or 'stored'
+  return enter(seq, record, fence, until_)
 end
 
 -- What the records of one priority are ordered by.

@@ -199,7 +199,10 @@ def unavailable(error: BaseException, url: RedisUrl, *, may_be_done: bool = Fals
     """
     text = str(error)
     known = _ADVICE.get(type(error).__name__) or _ADVICE.get(text.partition(" ")[0]) or _known_by_text(text, url)
-    why, advice = known or (_plain(error), "Check that the Redis server runs and can be reached; look into its log.")
+    why, advice = known or (
+        _plain(error, url),
+        "Check that the Redis server runs and can be reached; look into its log.",
+    )
     kind = StoreAnswerLost if may_be_done else StoreUnavailable
     return kind(where=str(url), why=why, advice=advice)
 
@@ -222,19 +225,22 @@ def _plain_scheme(url: RedisUrl) -> str:
     return "rediss" if url.tls else "redis"
 
 
-def _plain(error: BaseException) -> str:
+def _plain(error: BaseException, url: RedisUrl) -> str:
     """Return what a system error means, without the words of the client and its place, which the message has."""
     cause: BaseException | None = error
+    late = "it did not answer in time" + (": is that its port for TLS?" if url.tls else "")
     while cause is not None:
         if isinstance(cause, TimeoutError):
-            return "it did not answer in time"
+            return late
         if isinstance(cause, ssl.SSLError):
-            return f"the TLS connection failed ({cause.reason or cause}); is it a port for TLS?"
+            return f"the TLS connection failed ({cause.reason or cause}): is that its port for TLS?"
         if isinstance(cause, OSError) and cause.strerror:
             return f"it cannot be reached ({cause.strerror.lower()})"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, redis.TimeoutError):
-        return "it did not answer in time"
+        return late
+    if isinstance(error, redis.exceptions.InvalidResponse):
+        return "what answers there is no Redis server"
     return str(error).rstrip(".") or type(error).__name__
 
 

@@ -543,6 +543,23 @@ async def test_a_recorded_task_that_is_parked_does_not_wait_before_it_is_acknowl
     assert watched.leased == []
 
 
+async def test_a_recorded_task_is_not_released_before_it_is_acknowledged(
+    replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis, "_ACKNOWLEDGE_TIMEOUT_MS", 300)
+    replicated.proxies[0].lag(1.0)
+    url, watched = f"{replicated.url}?name={name}", Unacknowledged()
+    async with opened(url) as other, opened(f"{url}&replicas=1") as store:
+        putting = asyncio.create_task(store.put(record(), fence="mine", until=9.0))
+        while await state(other) is None:
+            pass
+        await other.reap(now=20.0, max_attempts=3)  # its lease is over before the answer
+        await other.wake(now=20.0)
+        await watched.watch(other, putting, "a")
+        assert await other.find("a") is None
+    assert watched.leased == []
+
+
 async def test_an_acknowledged_record_is_there_as_if_it_had_not_been_hidden(
     replicated: StandaloneRedis, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,16 +570,20 @@ async def test_an_acknowledged_record_is_there_as_if_it_had_not_been_hidden(
             store.put(record("b", thread_id="thread", enqueued_at=2.0)),
             store.put(record("c", not_before=50.0), now=10.0),
             store.put(record("d", thread_id="thread", enqueued_at=3.0), fence="mine", until=9.0),
+            store.put(record("e"), fence="mine", until=9.0),
             store.put(record("a")),
         )
         stored, parked = PutResult.STORED, PutResult.PARKED
-        assert list(results) == [stored, parked, stored, parked, PutResult.DUPLICATE]
-        assert [await state(store, each) for each in "abcd"] == [
+        assert list(results) == [stored, parked, stored, parked, stored, PutResult.DUPLICATE]
+        assert [await state(store, each) for each in "abcde"] == [
             RecordState.WAITING,
             RecordState.PARKED,
             RecordState.DELAYED,
             RecordState.PARKED,
+            RecordState.LEASED,
         ]
+        await store.reap(now=9.5, max_attempts=3)
+        assert await state(store, "e") is RecordState.WAITING
         assert (await store.wake(now=49.0)).next_due == 50.0
 
 
@@ -780,6 +801,21 @@ async def test_a_url_that_names_another_kind_of_server_is_explained(
 
 
 @pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize(
+    ("scheme", "why"), [("redis", "what answers there is no Redis server"), ("rediss", "port for TLS")]
+)
+async def test_a_server_of_another_protocol_is_explained(scheme: str, why: str) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"<html>")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(StoreUnavailable, match=why):
+            await open_task_store(f"{scheme}://127.0.0.1:{port}").open()
+
+
+@pytest.mark.usefixtures("no_patience")
 async def test_an_error_says_whether_it_may_be_done(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
     await remote.lease("t", 1, until=9.0)
     proxy.cut_at(1, "answer")
@@ -887,13 +923,6 @@ def test_large_payloads_are_sent_in_several_parts(monkeypatch: pytest.MonkeyPatc
     group = [redis._Operation("put", b"", bool, b"x" * size) for size in (3, 3, 3, 20, 1, 1)]
     group.append(redis._Operation("depths", b"", bool))
     assert [[len(op.blob or b"") for op in part] for part in redis._parts(group)] == [[3, 3], [3], [20], [1, 1, 0]]
-
-
-def test_a_record_to_be_leased_comes_after_the_part_with_earlier_ones_of_its_conversation() -> None:
-    puts = [("a", None), ("a", None), ("b", "fence"), ("a", "fence"), ("b", "fence"), (None, "fence"), ("b", None)]
-    group = [redis._Operation("put", b"", bool, identity=("", fence), thread=thread) for thread, fence in puts]
-    parts = [[(op.thread, op.identity[1]) for op in part] for part in redis._parts(group)]
-    assert parts == [puts[:3], puts[3:]]
 
 
 async def test_calls_at_once_are_one_round_trip(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
