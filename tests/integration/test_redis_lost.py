@@ -16,7 +16,9 @@ from forebay import BackpressureSupervisor, Task, Ticket
 from forebay.errors import StoreUnavailable, UnknownTask
 from forebay.interfaces import PutResult, RecordState, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
+from forebay.overflow.redis import RedisTaskStore
 from forebay.storage import redis_master
+from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor.spill.spill import Spill
 from forebay.task import Priority, TaskStatus, Verdict
 
@@ -286,3 +288,28 @@ async def test_a_store_whose_layout_has_become_another_is_not_written_to(
         for _ in range(2):
             with pytest.raises(StoreUnavailable, match="a newer Forebay"):
                 await store.put(RECORD)
+
+
+async def test_a_store_whose_records_go_between_their_writing_and_their_showing_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = list[str]()
+
+    def nothing() -> None: ...
+
+    settle = RedisTaskStore._settle
+    with redis_server(appendonly="yes", appendfsync="always") as own:
+
+        def empty_and_settle(store: RedisTaskStore, master: RedisMaster) -> Any:
+            if store._unsettled and not losses:
+                own.servers[0].ask("FLUSHALL")
+            return settle(store, master)
+
+        monkeypatch.setattr(RedisTaskStore, "_settle", empty_and_settle)
+        async with opened(f"{own.url}?fsync=yes") as store:
+            store.subscribe(on_waiting=nothing, on_ended=nothing, on_lost=lambda: losses.append("lost"))
+            assert await store.put(RECORD) is PutResult.STORED  # it was, and is lost since
+            assert losses == ["lost"]
+            assert await store.find("a") is None
+            assert await store.put(RECORD) is PutResult.STORED
+            assert await store.find("a") is not None

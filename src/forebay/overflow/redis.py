@@ -664,7 +664,11 @@ class RedisTaskStore:
         replies = list[Any]()
         while self._unsettled:
             some = list(itertools.islice(self._unsettled, _MAX_GROUP))
-            replies += master.call(self._script_call([op.text for op in some], (), next(self._numbers)))[0]
+            (settled,) = master.call(self._script_call([op.text for op in some], (), next(self._numbers)))
+            if settled == _LOST:
+                self._unsettled.clear()
+                raise self._lost(master)
+            replies += settled
             for _ in some:
                 self._unsettled.popleft()
         return replies
