@@ -142,7 +142,7 @@ async def test_a_rejected_task_is_not_stored_and_the_next_is(
         elif fault == "is away":
             proxy.refuse()
         else:
-            proxy.cut_at(1, "answer", then_refuse=True)
+            proxy.cut_at(1, "answer", having=b"rejected", then_refuse=True)
         await check_rejected(supervisor, "rejected")
         proxy.go_on()
         proxy.accept()
@@ -162,7 +162,7 @@ async def test_a_rejected_task_is_not_stored_though_its_supervisor_closes_next(
     handler = Handler()
     async with supervisor_on(urls[0], handler) as supervisor:
         await supervisor.submit(Task("work", "running"))
-        proxy.cut_at(1, "answer", then_refuse=True)
+        proxy.cut_at(1, "answer", having=b"rejected", then_refuse=True)
         await check_rejected(supervisor, "rejected")
         assert await state_of(urls[1], "rejected") is RecordState.WAITING
         proxy.accept()
@@ -205,7 +205,7 @@ async def test_a_result_is_kept_while_the_server_is_away_and_delivered_when_it_i
         elif fault == "is away":
             proxy.refuse()
         else:
-            proxy.cut_at(1, "answer", then_refuse=True)
+            proxy.cut_at(1, "answer", having=b"once", then_refuse=True)
         here.may_end.set()
         async with asyncio.timeout(BOUND):
             assert (await ticket).result == "result of once"

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 HOST: Final = "127.0.0.1"
-SETS_UP: Final = frozenset({"HELLO", "AUTH", "CLIENT", "SELECT", "READONLY"})  # each new connection sends these
+# Each new connection sends these; INFO is also how a store reads the clock of its server, every now and then.
+SETS_UP: Final = frozenset({"HELLO", "AUTH", "CLIENT", "SELECT", "READONLY", "INFO"})
 STREAMS: Final = frozenset({"PSYNC", "SYNC", "SUBSCRIBE", "SSUBSCRIBE", "PSUBSCRIBE", "MONITOR"})
 
 Side = Literal["request", "answer"]  # what is lost
@@ -109,6 +110,7 @@ class CuttingProxy:
     def __init__(self, port: int) -> None:
         self.port = 0
         self.commands: list[str] = []
+        self._having = b""
         self._target = port
         self._cut: tuple[int, Side] | None = None
         self._delay = self._lag = 0.0
@@ -138,15 +140,16 @@ class CuttingProxy:
 
     # --- what tests do ---
 
-    def cut_at(self, number: int, lost: Side, *, then_refuse: bool = False) -> None:
+    def cut_at(self, number: int, lost: Side, *, having: bytes = b"", then_refuse: bool = False) -> None:
         """Forget the commands so far, and cut the connection of the `number`-th from now, once.
 
         Args:
             number: of the command; the next is 1.
+            having: what a command must contain to be numbered, such as a task id: a heartbeat sends others.
             lost: "request": it does not reach the server; "answer": the server executes it, and the client cannot know.
             then_refuse: `refuse` clients from then on.
         """
-        self._do(lambda: self._plan(number, lost, then_refuse=then_refuse))
+        self._do(lambda: self._plan(number, lost, having=having, then_refuse=then_refuse))
 
     def forget(self) -> None:
         """Forget the commands so far, and a cut that has not happened."""
@@ -221,8 +224,9 @@ class CuttingProxy:
             server.close()
             self._refuse(refusing=True)
 
-    def _plan(self, number: int | None, lost: Side, *, then_refuse: bool = False) -> None:
+    def _plan(self, number: int | None, lost: Side, *, having: bytes = b"", then_refuse: bool = False) -> None:
         self.commands.clear()
+        self._having = having
         self._then_refuse = then_refuse
         self._has_cut.clear()
         self._cut = None if number is None else (number, lost)
@@ -280,7 +284,7 @@ class CuttingProxy:
         """Pass one command on, unless it is cut. Return False if nothing may follow it on this connection."""
         name = _words(command)[0].decode().upper()
         is_cut = False
-        if name not in SETS_UP:
+        if name not in SETS_UP and self._having in command:
             self.commands.append(name)
             is_cut = self._cut is not None and self._cut[0] == len(self.commands)
         if is_cut:
