@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from forebay import clock
 from forebay.errors import StoreUnavailable
-from forebay.storage.sqlite_writer import SqliteWriter
+from forebay.storage.sqlite_writer import SqliteWriter, watches_in_virtual_time
 
 _INTERVAL = 0.02  # seconds between two looks
 
@@ -24,7 +24,7 @@ class CommitWatch(Generic[T]):
 
     SQLite tells nobody of a commit, so a thread looks at the write-ahead log 50 times a second; that takes less than
     0.5 % of a core. Only after the log has changed does it ask SQLite whether another connection has changed it. In
-    virtual time, the loop itself looks.
+    virtual time, the loop looks after each commit of this process.
 
     Args:
         path: the file.
@@ -40,6 +40,7 @@ class CommitWatch(Generic[T]):
         read: Callable[[sqlite3.Connection], T],
         on_commit: Callable[[T], None],
     ) -> None:
+        self._path = path
         self._log = f"{path}-wal"
         self._writer = writer
         self._read = read
@@ -50,7 +51,9 @@ class CommitWatch(Generic[T]):
         self._stamp: tuple[int, int] | None = None  # when the log was written last, and its size
         self._changed = True
         self._version: int | None = None  # changes with each commit of another connection
-        if clock.is_virtual(self._loop):
+        self._virtual = clock.is_virtual(self._loop)
+        if self._virtual:
+            watches_in_virtual_time.setdefault(path, set()).add(self._arm)
             self._arm()
         else:
             threading.Thread(target=self._run, name=f"forebay-{path.name}-watch", daemon=True).start()
@@ -58,8 +61,10 @@ class CommitWatch(Generic[T]):
     def stop(self) -> None:
         """Stop looking. `on_commit` is not called any more."""
         self._stopped.set()
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._virtual:
+            self._stop_in_virtual_time()
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _run(self) -> None:
         while not self._stopped.wait(_INTERVAL):
@@ -72,10 +77,20 @@ class CommitWatch(Generic[T]):
                     return
 
     def _arm(self) -> None:
-        self._timer = self._loop.call_later(_INTERVAL, self._look_in_loop)
+        """Look soon, in virtual time."""
+        if self._loop.is_closed():
+            self._stop_in_virtual_time()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(_INTERVAL, self._look_in_loop)
+
+    def _stop_in_virtual_time(self) -> None:
+        watches = watches_in_virtual_time.get(self._path, set())
+        watches.discard(self._arm)
+        if not watches:
+            watches_in_virtual_time.pop(self._path, None)
 
     def _look_in_loop(self) -> None:
-        self._arm()
+        self._timer = None
         self._loop.run_in_executor(None, self._look).add_done_callback(self._looked)
 
     def _looked(self, look: asyncio.Future[tuple[T, ...]]) -> None:
@@ -92,12 +107,12 @@ class CommitWatch(Generic[T]):
         # Once more after a change: the time of the log may be that of a commit which we have seen and of one after it.
         was_changed, self._changed = self._changed, stamp != self._stamp
         self._stamp = stamp
-        if not (was_changed or self._changed or self._timer is not None):  # virtual time is ahead of the log's
+        if not (was_changed or self._changed or self._virtual):  # virtual time is ahead of the log's
             return ()
         try:
             return self._writer.run_now(self._read_if_changed, writes=False)
         except (StoreUnavailable, sqlite3.Error):
-            self._changed = True  # ask again
+            self._changed = True  # ask again; in virtual time, after the next commit
             return ()
 
     def _read_if_changed(self, connection: sqlite3.Connection) -> tuple[T, ...]:

@@ -25,6 +25,10 @@ _I = TypeVar("_I")
 _T = TypeVar("_T")
 
 _Operation: TypeAlias = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
+# In virtual time all writers of a file are in this process, and a watch over its commits is called: to look 50 times in
+# each second that passes at once would take longer than the simulation itself.
+watches_in_virtual_time: dict[Path, set[Callable[[], None]]] = {}
+
 _Work: TypeAlias = tuple[_Operation, Any, bool]  # the operation, its item, whether it writes
 
 
@@ -176,12 +180,20 @@ class SqliteWriter:
         try:
             while True:
                 try:
-                    return _run_transaction(file.connection, works)
+                    values = _run_transaction(file.connection, works)
                 except sqlite3.OperationalError as error:
                     if not is_busy(error) or monotonic() >= give_up:
                         raise
+                else:
+                    self._tell_watches(works)
+                    return values
         finally:
             self._look(file)
+
+    def _tell_watches(self, works: Sequence[_Work]) -> None:
+        if (watches := watches_in_virtual_time.get(self._path)) and any(writes for *_, writes in works):
+            for look in list(watches):
+                look()
 
     def _look(self, file: _OpenFile) -> None:
         """Look at the file and its disk, and shorten a log that takes up much of the disk while there is room for that.
