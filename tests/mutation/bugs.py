@@ -719,12 +719,6 @@ def the_log_grows_until_the_disk_is_full() -> None:
     always(SqliteWriter, SqliteWriter._look, returns=None)
 
 
-def a_renewal_that_failed_is_not_noticed() -> None:
-    replace(
-        StoreMaintenance, StoreMaintenance._renew_leases, lambda self: self._stored.leases.renew(self._stored.store)
-    )
-
-
 def nobody_looks_whether_the_file_is_still_there() -> None:
     always(FileWatch, FileWatch._find_change, returns=None)
 

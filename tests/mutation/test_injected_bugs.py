@@ -311,9 +311,6 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_log_grows_until_the_disk_is_full: (
         test_sqlite_writer.test_the_log_is_shortened_before_it_fills_a_small_disk
     ),
-    bugs.a_renewal_that_failed_is_not_noticed: (
-        test_leases.test_after_an_interruption_of_the_store_no_process_takes_what_another_still_runs
-    ),
     bugs.nobody_looks_whether_the_file_is_still_there: (
         test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
     ),

@@ -40,7 +40,7 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
     bugs.a_run_that_awaits_its_child_keeps_its_slot: (fair_share, 0),
     bugs.a_message_stored_while_draining_overtakes_those_that_move: (shutdown_storm, 672),
     bugs.stored_messages_are_free_while_those_before_them_run_here: (shutdown_storm, 59),
-    bugs.the_first_caller_of_a_key_takes_the_task_with_it: (task_storm, 78),
+    bugs.the_first_caller_of_a_key_takes_the_task_with_it: (task_storm, 4),
     bugs.a_worker_takes_tasks_before_its_handler_has_started: (task_storm, 8),
     bugs.an_orderly_stop_counts_as_a_crash: (task_storm, 50),
     bugs.zombies_keep_a_drain_from_ending: (fair_share, 0),

@@ -174,7 +174,7 @@ class TaskStorm:
 
     # --- hooks ---
 
-    def _hook(self, process: StormProcess) -> Any:
+    def _hook(self, process: StormProcess, *, within: Task | None = None) -> Any:
         if self._actions >= MAX_ACTIONS:
             return
         self._actions += 1
@@ -187,8 +187,11 @@ class TaskStorm:
             case "raise":
                 raise self.rng.choice(ERRORS)
             case "submit":
+                task = self._draw_task(0, self.script.conversations)
+                if within is not None:
+                    self._inherit_deadline(task, within)
                 with contextlib.suppress(ForebayError):
-                    self._keep(process, supervisor.submit_nowait(self._draw_task(0, self.script.conversations)))
+                    self._keep(process, supervisor.submit_nowait(task))
             case "cancel" if process.tickets:
                 self.rng.choice(process.tickets).cancel()
             case "revive":
@@ -273,15 +276,17 @@ class TaskStorm:
             with self._working(process, worker):
                 await asyncio.sleep(task.payload["work"])
                 if self.script.wild and rng.random() < 0.05:
-                    self._hook(process)
+                    self._hook(process, within=task)
             if depth:
                 children = [self._draw_task(depth - 1, lowest) for _ in range(rng.choice((1, 1, 2, 4)))]
-                for child in children:  # they inherit the deadline
-                    dues = (self.due.get(each.task_id, math.inf) for each in (task, child))
-                    self.due[child.task_id] = min(dues)
+                for child in children:
+                    self._inherit_deadline(child, task)
                 await self._nest(process, children)
         with self._working(process, worker):
             await asyncio.sleep(task.payload["work"])
+
+    def _inherit_deadline(self, child: Task, parent: Task) -> None:
+        self.due[child.task_id] = min(self.due.get(each.task_id, math.inf) for each in (parent, child))
 
     async def _nest(self, process: StormProcess, children: list[Task]) -> None:
         """Run nested tasks: some parents are impatient, cancel, or look at several at once."""
