@@ -140,7 +140,7 @@ from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspende
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
-from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
@@ -1232,16 +1232,6 @@ def no_rate_is_learned() -> None:
 
 def a_learned_rate_is_believed_however_far_it_falls() -> None:
     always(LearnedRate, LearnedRate.is_disproved, returns=False)
-
-
-def a_call_that_is_rejected_earns_retries() -> None:
-    original = SharedAccount._overloaded
-
-    def _overloaded(self: SharedAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
-        self.retries.record_first_attempt()
-        return original(self, rejected, sole_account=sole_account)
-
-    replace(SharedAccount, original, _overloaded)
 
 
 def a_raised_rate_that_is_refused_at_once_is_guessed_again() -> None:
