@@ -17,10 +17,12 @@ for minor in 3.11 3.13; do
     esac
 done
 
-# Tests that take minutes and do not depend on the version of Python run on one only: injected bugs, and earlier SDKs.
+# Tests that take minutes and do not depend on the version of Python run on one only: injected bugs, earlier SDKs, and
+# task stores on SQS, Sentinels and a cluster.
 others=()
 for python in "${pythons[@]}"; do
     echo "== tests on $("$python" --version) =="
     "$python" -m pytest --numprocesses "${JOBS:-2}" "${others[@]}" "$@"
     others=(--ignore tests/mutation --ignore tests/integration/test_older_sdks.py)
+    others+=(-k "not sqs and not sentinel and not cluster")
 done
