@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
+from tests.support.held_handler import HeldHandler
 from tests.support.redis_servers import RedisServer, StandaloneRedis, redis_server, until
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
@@ -53,25 +54,6 @@ def urls(server: StandaloneRedis) -> tuple[str, str]:
     return f"{server.url}?name={name}", f"redis://127.0.0.1:{server.servers[0].port}/0?name={name}"
 
 
-class Handler:
-    """A handler that works until it is told to end.
-
-    Attributes:
-        started: the payloads of its runs.
-    """
-
-    def __init__(self) -> None:
-        self.started: list[Any] = []
-        self.at_work = asyncio.Event()
-        self.may_end = asyncio.Event()
-
-    async def __call__(self, task: Task) -> Any:
-        self.started.append(task.payload)
-        self.at_work.set()
-        await self.may_end.wait()
-        return f"result of {task.payload}"
-
-
 @asynccontextmanager
 async def supervisor_on(
     url: str, handler: Callable[[Task], Any], **settings: Any
@@ -112,7 +94,7 @@ async def test_a_server_that_hangs_at_submit_rejects_within_a_bound(
     server: StandaloneRedis, urls: tuple[str, str]
 ) -> None:
     """With the real timeouts, and a server that is stopped: its connections stay open."""
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(urls[1], handler) as supervisor:
         await supervisor.submit(Task("work", "running"))
         server.servers[0].stop()
@@ -134,7 +116,7 @@ async def test_a_server_that_hangs_at_submit_rejects_within_a_bound(
 async def test_a_rejected_task_is_not_stored_and_the_next_is(
     fault: str, proxy: CuttingProxy, urls: tuple[str, str]
 ) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(urls[0], handler) as supervisor:
         await supervisor.submit(Task("work", "running"))
         if fault == "hangs":
@@ -159,7 +141,7 @@ async def test_a_rejected_task_is_not_stored_and_the_next_is(
 async def test_a_rejected_task_is_not_stored_though_its_supervisor_closes_next(
     proxy: CuttingProxy, urls: tuple[str, str]
 ) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(urls[0], handler) as supervisor:
         await supervisor.submit(Task("work", "running"))
         proxy.cut_at(1, "answer", having=b"rejected", then_refuse=True)
@@ -174,7 +156,7 @@ async def test_a_rejected_task_is_not_stored_though_its_supervisor_closes_next(
 async def test_a_server_that_hangs_lets_nobody_wait_for_a_start_or_a_close(
     server: StandaloneRedis, urls: tuple[str, str]
 ) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with asyncio.timeout(2 * BOUND + 5.0):
         async with supervisor_on(urls[1], handler) as supervisor:
             await supervisor.submit(Task("work", "running", durable=True))
@@ -196,7 +178,7 @@ async def test_a_server_that_hangs_lets_nobody_wait_for_a_start_or_a_close(
 async def test_a_result_is_kept_while_the_server_is_away_and_delivered_when_it_is_back(
     fault: str, proxy: CuttingProxy, urls: tuple[str, str]
 ) -> None:
-    here, elsewhere = Handler(), Handler()
+    here, elsewhere = HeldHandler(), HeldHandler()
     async with supervisor_on(urls[0], here) as first, supervisor_on(urls[1], elsewhere, lease=3.0) as second:
         ticket = await first.submit(Task("work", "once", task_id="once", durable=True))
         await here.at_work.wait()
@@ -224,7 +206,7 @@ async def test_a_result_is_kept_while_the_server_is_away_and_delivered_when_it_i
 async def test_a_server_that_is_killed_and_comes_back_with_its_disk_loses_nothing() -> None:
     with redis_server(appendonly="yes", appendfsync="always") as durable:
         url = f"{durable.url}?fsync=yes"
-        handler = Handler()
+        handler = HeldHandler()
         async with supervisor_on(url, handler) as supervisor:
             running = await supervisor.submit(Task("work", "running", durable=True))
             await handler.at_work.wait()
@@ -246,7 +228,7 @@ async def test_a_server_that_is_killed_and_comes_back_with_its_disk_loses_nothin
 
 
 async def test_the_load_of_a_slow_server_climbs(proxy: CuttingProxy, urls: tuple[str, str]) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(urls[0], handler, lease=3.0) as supervisor:
         await supervisor.submit(Task("work", "running"))
         assert (await supervisor.submit(Task("work"))).verdict is Verdict.SPILLED
@@ -270,7 +252,7 @@ def overflow_load(supervisor: BackpressureSupervisor) -> float:
 async def test_a_full_memory_rejects_and_what_is_stored_ends() -> None:
     with redis_server() as small:
         [server] = small.servers
-        handler = Handler()
+        handler = HeldHandler()
         async with supervisor_on(small.url, handler, lease=2.0) as supervisor:
             running = await supervisor.submit(Task("work", "running", durable=True))
             server.ask("CONFIG", "SET", "maxmemory", server.info("memory")["used_memory"] + 500_000)
@@ -302,7 +284,7 @@ def save(server: RedisServer, status: str) -> None:
 async def test_a_full_disk_rejects_until_there_is_room() -> None:
     with redis_server(enable_protected_configs="yes") as small:
         [server] = small.servers
-        handler = Handler()
+        handler = HeldHandler()
         async with supervisor_on(small.url, handler, lease=2.0) as supervisor:
             running = await supervisor.submit(Task("work", "running", task_id="running", durable=True))
             await handler.at_work.wait()

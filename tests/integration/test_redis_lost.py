@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from tests.support.held_handler import HeldHandler
 from tests.support.redis_servers import StandaloneRedis, redis_server
 
 from forebay import BackpressureSupervisor, Task, Ticket
@@ -50,28 +51,9 @@ def empty(server: StandaloneRedis) -> Callable[[], object]:
     return partial(server.servers[0].ask, "FLUSHALL")
 
 
-class Handler:
-    """A handler that works until it is told to end.
-
-    Attributes:
-        started: the payloads of its runs.
-    """
-
-    def __init__(self) -> None:
-        self.started: list[Any] = []
-        self.at_work = asyncio.Event()
-        self.may_end = asyncio.Event()
-
-    async def __call__(self, task: Task) -> Any:
-        self.started.append(task.payload)
-        self.at_work.set()
-        await self.may_end.wait()
-        return f"result of {task.payload}"
-
-
 @asynccontextmanager
 async def supervisor_on(
-    url: str, handler: Handler, *, max_concurrent: int = 1, **settings: Any
+    url: str, handler: HeldHandler, *, max_concurrent: int = 1, **settings: Any
 ) -> AsyncIterator[BackpressureSupervisor]:
     async with BackpressureSupervisor(overflow=url, **{"lease": LEASE, **settings}) as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=max_concurrent)
@@ -113,7 +95,7 @@ async def until_restored(url: str, *task_ids: str) -> None:
 async def test_what_runs_and_waits_in_a_live_process_is_stored_again_and_ends(
     url: str, empty: Callable[[], object]
 ) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(url, handler) as supervisor, asyncio.timeout(BOUND):
         tickets = await submit(supervisor, "runs", "waits")
         await handler.at_work.wait()
@@ -150,7 +132,7 @@ async def test_a_handler_that_ends_before_the_loss_is_noticed_delivers_its_resul
 
 async def test_a_handler_whose_record_has_gone_delivers_its_result(url: str) -> None:
     """Also if the loss is not noticed at all."""
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(url, handler, lease=60.0) as supervisor, asyncio.timeout(BOUND):
         (ticket,) = await submit(supervisor, "runs")
         await handler.at_work.wait()
@@ -167,7 +149,7 @@ async def test_a_task_whose_lease_lapsed_while_the_server_was_away_runs_once_it_
 ) -> None:
     monkeypatch.setattr(redis_master, "_PATIENCE", 0.2)
     with redis_server() as own:
-        handler = Handler()
+        handler = HeldHandler()
         async with supervisor_on(own.url, handler) as supervisor, asyncio.timeout(60.0):
             first, second = await submit(supervisor, "runs", "waits")
             await handler.at_work.wait()
@@ -187,7 +169,7 @@ async def test_what_another_process_runs_is_not_run_again_after_the_loss(
     def cannot_renew(*_: Any, **__: Any) -> None:
         raise StoreUnavailable(where="the store", why="it is away", advice="Wait.")
 
-    here, elsewhere = Handler(), Handler()
+    here, elsewhere = HeldHandler(), HeldHandler()
     async with supervisor_on(url, here) as first, asyncio.timeout(60.0):
         _, waits = await submit(first, "runs", "waits")
         await here.at_work.wait()
@@ -210,7 +192,7 @@ async def test_what_another_process_runs_is_not_run_again_after_the_loss(
 async def test_closing_leaves_what_waits_to_the_next_process_though_the_loss_was_not_noticed(
     url: str, empty: Callable[[], object]
 ) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(url, handler, lease=60.0) as supervisor:
         await submit(supervisor, "runs", "waits")
         await handler.at_work.wait()
@@ -225,7 +207,7 @@ async def test_closing_leaves_what_waits_to_the_next_process_though_the_loss_was
 
 
 async def test_a_conversation_goes_on_after_the_loss(url: str, empty: Callable[[], object]) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(url, handler) as supervisor, asyncio.timeout(BOUND):
         (first,) = await submit(supervisor, "first", thread_id="chat")
         await handler.at_work.wait()
@@ -238,7 +220,7 @@ async def test_a_conversation_goes_on_after_the_loss(url: str, empty: Callable[[
 
 
 async def test_what_only_waited_on_the_server_is_unknown_after_the_loss(url: str, empty: Callable[[], object]) -> None:
-    handler = Handler()
+    handler = HeldHandler()
     async with supervisor_on(url, handler, max_queue_size=0) as supervisor, asyncio.timeout(BOUND):
         await supervisor.submit(Task("work", "runs"))
         spilled = await supervisor.submit(Task("work", "waits"))
