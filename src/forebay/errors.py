@@ -311,9 +311,15 @@ class OverflowRequired(ForebayError, ValueError):
 class InvalidOverflowUrl(ForebayError, ValueError):
     """The overflow {url!r} cannot be opened: {why}. Known forms: {forms}."""
 
+    why: str
+
 
 class StoreUnavailable(ForebayError):
     """The store at {where} cannot be used: {why}. {advice}"""
+
+    where: str
+    why: str
+    advice: str
 
 
 class StoreAnswerLost(StoreUnavailable):
@@ -322,6 +328,36 @@ class StoreAnswerLost(StoreUnavailable):
 
 class StoreNotInstalled(ForebayError, ImportError):
     """The overflow {where} needs the library {library}, which is not installed: pip install 'forebay[{extra}]'."""
+
+
+class InvalidShardUrl(ForebayError, ValueError):
+    """The shard {url!r} cannot be opened: {why}. Known forms: {forms}."""
+
+
+class ShardUnavailable(StoreUnavailable):
+    """The shard {where} cannot be used: {why}. The keys of other shards are not affected. {advice}"""
+
+
+class ShardAnswerLost(ShardUnavailable):
+    """The shard {where} cannot be used: {why}. It may have done what it was asked, or do it yet. {advice}"""
+
+
+class InvalidStateKey(ForebayError, ValueError):
+    """A {what} is {why}; it must be {expected}."""
+
+
+class InvalidStateValue(ForebayError, ValueError):
+    """The value for key {key!r} cannot be stored: {why}. Give it {expected}."""
+
+
+class Conflict(ForebayError):
+    """Key {key!r} has version {found}, not {expected}: another writer has changed it (version 0: there is no such key).
+    Read it again, and decide by its new value; or use update(), which does.
+    """
+
+    key: str
+    expected: int
+    found: int
 
 
 class NotStarted(ForebayError, RuntimeError):

@@ -9,12 +9,13 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import redis
 import redis.exceptions
 from redis.backoff import NoBackoff
-from redis.crc import key_slot
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.retry import Retry
 
 from forebay.clock import monotonic
@@ -71,12 +72,16 @@ class RedisMaster:
         url: where to find the master.
         tag: the hash tag that all keys have in braces.
         prepare: commands for each new connection, such as SCRIPT LOAD.
+        patience: seconds in which it is looked for once a call has found none.
     """
 
-    def __init__(self, url: RedisUrl, tag: str, *, prepare: Sequence[Sequence[Any]] = ()) -> None:
+    def __init__(
+        self, url: RedisUrl, tag: str, *, prepare: Sequence[Sequence[Any]] = (), patience: float = _PATIENCE
+    ) -> None:
         self._url = url
         self._tag = tag
         self._prepare = prepare
+        self._patience = patience
         self._client: redis.Redis | None = None
         self._lock = threading.Lock()  # held by the thread that uses the client
         self._is_away = False  # the last call found no master: one attempt is enough until it is back
@@ -88,17 +93,49 @@ class RedisMaster:
             StoreUnavailable: no master answered in time, or it rejected a command.
             StoreAnswerLost: one may have done them, or do them yet.
         """
+        return self._call(commands, _send)
+
+    def call_each(self, *commands: Sequence[Any]) -> list[Any]:
+        """Do as `call` does; but the answer to a command that is rejected is a StoreUnavailable, which is not raised.
+
+        All commands are sent again while one of them is rejected for what may pass.
+
+        Raises:
+            StoreUnavailable, StoreAnswerLost: as `call`, of all commands.
+        """
+        latest = list[Any]()
+
+        def send(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:
+            latest[:] = _send_each(client, commands)
+            for answer in latest:
+                if isinstance(answer, Exception) and may_pass(answer):
+                    raise answer
+            return latest
+
+        try:
+            answers = self._call(commands, send)
+        except StoreUnavailable as error:
+            if not isinstance(error.__cause__, redis.ResponseError) or len(latest) < len(commands):
+                raise
+            answers = latest
+        return [_caused(each, self._url) if isinstance(each, Exception) else each for each in answers]
+
+    def _call(
+        self, commands: Sequence[Sequence[Any]], send: Callable[[redis.Redis, Sequence[Sequence[Any]]], list[Any]]
+    ) -> list[Any]:
         with self._lock:
-            give_up = monotonic() + (0.0 if self._is_away else _PATIENCE)
+            give_up = monotonic() + (0.0 if self._is_away else self._patience)
             may_be_done = False
             while True:
                 try:
-                    answers = self._try_call(commands)
+                    if self._client is None:
+                        self._client = connect(self._url, self._tag, self._prepare)
+                    answers = send(self._client, commands)
                 except (redis.RedisError, OSError) as error:
                     # Of an answer it is known what was done; a connection that never was had no command.
                     may_be_done |= self._client is not None and not isinstance(error, redis.ResponseError)
                     self._disconnect()
-                    self._is_away = _may_pass(error)
+                    self._is_away = may_pass(error)
                     if not self._is_away or monotonic() >= give_up:
                         raise unavailable(error, self._url, may_be_done=may_be_done) from error
                     threading.Event().wait(_RETRY_INTERVAL)
@@ -116,7 +153,7 @@ class RedisMaster:
             (info,) = self.call(("INFO", "server"))  # TIME is another right
         except StoreUnavailable as error:
             cause = error.__cause__
-            if not isinstance(cause, redis.ResponseError) or _may_pass(cause):
+            if not isinstance(cause, redis.ResponseError) or may_pass(cause):
                 raise
             return None
         microseconds = info.get("server_time_usec")
@@ -126,11 +163,6 @@ class RedisMaster:
         """Disconnect. The next call connects again."""
         with self._lock:
             self._disconnect()
-
-    def _try_call(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        if self._client is None:
-            self._client = connect(self._url, self._tag, self._prepare)
-        return _send(self._client, commands)
 
     def _disconnect(self) -> None:
         if self._client is not None:
@@ -207,6 +239,13 @@ def unavailable(error: BaseException, url: RedisUrl, *, may_be_done: bool = Fals
     return kind(where=str(url), why=why, advice=advice)
 
 
+def _caused(error: Exception, url: RedisUrl) -> StoreUnavailable:
+    """Return the error to raise, with what the client has raised as its cause."""
+    result = unavailable(error, url)
+    result.__cause__ = error
+    return result
+
+
 def _known_by_text(text: str, url: RedisUrl) -> tuple[str, str] | None:
     if text.startswith("DB index is out of range"):
         return f"it has no database {url.database}", "Name a lower one in the URL, or raise `databases` of the server."
@@ -244,7 +283,7 @@ def _plain(error: BaseException, url: RedisUrl) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: BaseException | None) -> bool:
     """Return whether another attempt, perhaps with another master, may succeed."""
     if isinstance(error, _LASTING):
         return False
@@ -253,13 +292,19 @@ def _may_pass(error: Exception) -> bool:
 
 def _send(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:
     """Send `commands` in one round trip, and return the answers; if one is an error, raise it."""
+    answers = _send_each(client, commands)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def _send_each(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    """Send `commands` in one round trip, and return the answers, some of which may be errors."""
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
     answers: list[Any] = pipeline.execute(raise_on_error=False)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
     return answers
 
 
@@ -268,7 +313,7 @@ def _info(client: redis.Redis) -> Mapping[str, Any]:
     try:
         (info,) = _send(client, [("INFO",)])
     except redis.ResponseError as error:
-        if _may_pass(error):
+        if may_pass(error):
             raise
         return {}
     return info  # type: ignore[no-any-return]
@@ -308,10 +353,37 @@ def _known_to_sentinels(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:  
 def _with_slot(url: RedisUrl, tag: str) -> Iterator[tuple[str, int]]:
     """Yield the master that each node of a cluster names for the slot of `tag`."""
     slot = key_slot(f"{{{tag}}}".encode())
-    for asked, answer in _ask_each(url, ("CLUSTER", "SLOTS"), [{"username": url.username, "password": url.password}]):
-        for first, last, (host, port, *_), *_ in answer:
+    for masters in _slots_by_nodes(url):
+        for first, last, address in masters:
             if first <= slot <= last:
-                yield asked if host in {None, b"", b"?"} else host.decode(), int(port)
+                yield address
+
+
+def _slots_by_nodes(url: RedisUrl) -> Iterator[Sequence[tuple[int, int, tuple[str, int]]]]:
+    """Yield, for each node that answers, the first and the last slot of each master by its word, and its address."""
+    for asked, answer in _ask_each(url, ("CLUSTER", "SLOTS"), [{"username": url.username, "password": url.password}]):
+        yield [
+            (first, last, (asked if host in {None, b"", b"?"} else host.decode(), int(port)))
+            for first, last, (host, port, *_), *_ in answer
+        ]
+
+
+def masters_of_slots(url: RedisUrl) -> list[RedisUrl]:
+    """Return the URL of the node of each slot of a cluster. Blocks.
+
+    Raises:
+        StoreUnavailable: no node answers, or none knows a master for each slot.
+    """
+    try:
+        for masters in _slots_by_nodes(url):
+            by_slot = {slot: address for first, last, address in masters for slot in range(first, last + 1)}
+            if len(by_slot) == REDIS_CLUSTER_HASH_SLOTS:
+                named = {each: replace(url, topology=RedisTopology.SINGLE, hosts=(each,)) for each in by_slot.values()}
+                return [named[by_slot[slot]] for slot in range(REDIS_CLUSTER_HASH_SLOTS)]
+    except (redis.RedisError, OSError) as error:
+        raise unavailable(error, url) from error
+    why, advice = "some of its slots have no master", "Look after its nodes: redis-cli --cluster check HOST:PORT"
+    raise StoreUnavailable(where=str(url), why=why, advice=advice)
 
 
 def _ask_each(url: RedisUrl, command: Sequence[str], logins: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,8 @@
+"""State that agents share, sharded over Redis servers, a Redis Cluster, SQLite files or memory."""
+
+from forebay.state.entry import Entry, Versioned
+from forebay.state.memory import MemoryShard
+from forebay.state.shard import Shard
+from forebay.state.sharded import Namespace, ShardedState
+
+__all__ = ["Entry", "MemoryShard", "Namespace", "Shard", "ShardedState", "Versioned"]

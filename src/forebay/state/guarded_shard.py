@@ -1,0 +1,117 @@
+"""A shard whose failures do not spread: once it is down, calls of it fail at once, until it answers again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable
+from forebay.state.shard import OperationRejected, Shard
+
+_T = TypeVar("_T")
+
+_PROBE_INTERVAL = 0.5  # seconds between two attempts to reach a shard that is down
+
+
+class GuardedShard:
+    """A shard with a time limit for each call.
+
+    A shard that has not answered in time, or could not be reached, is *down*. While it is down, a ping is sent to it
+    twice a second, and all calls fail without being sent.
+
+    Args:
+        shard: the shard.
+        timeout: seconds that a call may take.
+    """
+
+    def __init__(self, shard: Shard, *, timeout: float) -> None:
+        self.shard = shard
+        self.url = shard.url
+        self._timeout = timeout
+        self._error: ShardUnavailable | None = None  # why it is down
+        self._probing: asyncio.Task[None] | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """True while calls of it fail."""
+        return self._error is not None
+
+    @property
+    def why_down(self) -> str:
+        """The reason for which calls of it fail; empty if they do not."""
+        return "" if self._error is None else self._error.why
+
+    async def open(self) -> None:
+        """Connect. If it cannot be reached, it is down."""
+        await self._connect()
+
+    async def close(self) -> None:
+        """Stop the probes and close the shard, within the time of two calls."""
+        if self._probing is not None:
+            self._probing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._probing
+            self._probing = None
+        with suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(2 * self._timeout):
+                await self.shard.close()
+
+    async def call(self, method: Callable[[], Awaitable[_T]]) -> _T:
+        """Return what `method` of the shard returns.
+
+        Raises:
+            ShardUnavailable: the shard is down.
+            ShardAnswerLost: it may have done what it was asked.
+        """
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        try:
+            async with asyncio.timeout(self._timeout) as limit:
+                return await method()
+        except OperationRejected as rejected:
+            raise _named(rejected.error, self.url) from rejected.error
+        except StoreUnavailable as error:
+            raise self._fail(error) from error
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise self._fail(self._late(StoreAnswerLost)) from error
+
+    def _late(self, kind: type[StoreUnavailable]) -> StoreUnavailable:
+        why, advice = f"it has not answered within {self._timeout:g} s", "Check that it runs and can be reached."
+        return kind(where=self.url, why=why, advice=advice)
+
+    def _fail(self, error: StoreUnavailable) -> ShardUnavailable:
+        self._go_down(ShardUnavailable(where=self.url, why=error.why, advice=error.advice))
+        return _named(error, self.url)
+
+    def _go_down(self, error: ShardUnavailable) -> None:
+        self._error = error
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe(), name=f"forebay-state-probe-{self.url}")
+
+    async def _connect(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self.shard.open()
+        except StoreUnavailable as error:
+            self._fail(error)
+        except TimeoutError:
+            self._fail(self._late(StoreUnavailable))
+
+    async def _probe(self) -> None:
+        """Ask for an answer until there is one."""
+        while self._error is not None:
+            await asyncio.sleep(_PROBE_INTERVAL)
+            with suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(self._timeout):
+                    await self.shard.open()
+                    await self.shard.ping()
+                self._error = None
+
+
+def _named(error: StoreUnavailable, url: str) -> ShardUnavailable:
+    kind = ShardAnswerLost if isinstance(error, StoreAnswerLost) else ShardUnavailable
+    return kind(where=url, why=error.why, advice=error.advice)

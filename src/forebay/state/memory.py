@@ -1,0 +1,132 @@
+"""A shard in memory: entries live as long as the state that opened it, in this process only."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from math import inf
+from typing import NamedTuple
+
+from forebay.clock import monotonic, wall_time
+from forebay.errors import StoreUnavailable
+from forebay.state.entry import StoredEntry
+from forebay.state.shard import ANY_VERSION, OperationRejected, Page, WriteRefused
+from forebay.state.version import next_version
+
+_MAX_BYTES = 1 << 30  # of keys and values
+_OVERHEAD = 200  # bytes that an entry takes besides its key and value
+_SWEPT = 10  # expired entries that a write drops
+
+
+class _Kept(NamedTuple):
+    entry: StoredEntry
+    expires: float  # monotonic
+
+
+class MemoryShard:
+    """A shard in memory.
+
+    Args:
+        url: what identifies it.
+        max_bytes: of all keys and values; a write beyond it is rejected.
+    """
+
+    def __init__(self, url: str = "memory://", *, max_bytes: int = _MAX_BYTES) -> None:
+        self.url = url
+        self._max_bytes = max_bytes
+        self._size = 0
+        self._version = 0
+        self._entries: dict[str, dict[bytes, _Kept]] = {}
+        self._keys: dict[str, list[bytes]] = {}  # sorted, those of expired entries included
+        self._expiring: list[tuple[float, str, bytes]] = []  # sorted; of entries that were replaced, too
+
+    async def open(self) -> None:
+        """Do nothing: it is always open."""
+
+    async def close(self) -> None:
+        """Drop all entries."""
+        self._entries.clear()
+        self._keys.clear()
+        self._expiring.clear()
+        self._size = 0
+
+    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
+        """Return an entry."""
+        return self._find(namespace, key)
+
+    def _find(self, namespace: str, key: bytes) -> StoredEntry | None:
+        kept = self._entries.get(namespace, {}).get(key)
+        if kept is None:
+            return None
+        if kept.expires <= monotonic():
+            self._drop(namespace, key)
+            return None
+        return kept.entry
+
+    async def put(
+        self, namespace: str, key: bytes, data: bytes, ttl: float | None = None, if_version: int = ANY_VERSION
+    ) -> int:
+        """Write an entry."""
+        self._sweep()
+        found = self._check(namespace, key, if_version)
+        size = len(key) + len(data) + _OVERHEAD
+        freed = 0 if found is None else len(key) + len(found.data) + _OVERHEAD
+        if self._size + size - freed > self._max_bytes:
+            advice = "Delete entries, or give them a ttl."
+            raise OperationRejected(StoreUnavailable(where=self.url, why="its memory is full", advice=advice))
+        version = self._version = next_version(self._version, wall_time())
+        expires = inf if ttl is None else monotonic() + ttl
+        self._entries.setdefault(namespace, {})[key] = _Kept(StoredEntry(key, data, version), expires)
+        if found is None:
+            insort(self._keys.setdefault(namespace, []), key)
+        if ttl is not None:
+            insort(self._expiring, (expires, namespace, key))
+        self._size += size - freed
+        return version
+
+    async def delete(self, namespace: str, key: bytes, if_version: int = ANY_VERSION) -> bool:
+        """Delete an entry."""
+        found = self._check(namespace, key, if_version)
+        if found is None:
+            return False
+        self._drop(namespace, key)
+        return True
+
+    def _check(self, namespace: str, key: bytes, if_version: int) -> StoredEntry | None:
+        found = self._find(namespace, key)
+        version = 0 if found is None else found.version
+        if if_version not in {ANY_VERSION, version}:
+            raise WriteRefused(version)
+        return found
+
+    def _drop(self, namespace: str, key: bytes) -> None:
+        kept = self._entries[namespace].pop(key)
+        self._size -= len(key) + len(kept.entry.data) + _OVERHEAD
+        keys = self._keys[namespace]
+        del keys[bisect_left(keys, key)]
+        if not keys:
+            del self._keys[namespace], self._entries[namespace]
+
+    def _sweep(self) -> None:
+        now = monotonic()
+        for _ in range(_SWEPT):
+            if not self._expiring or self._expiring[0][0] > now:
+                return
+            _, namespace, key = self._expiring.pop(0)
+            self._find(namespace, key)
+
+    async def scan(
+        self, namespace: str, prefix: bytes, after: bytes | None = None, limit: int = 100, *, reverse: bool = False
+    ) -> Page:
+        """Return entries by the order of their keys."""
+        keys = self._keys.get(namespace, [])
+        first, last = bisect_left(keys, prefix), bisect_left(keys, prefix + b"\xff")  # no key in UTF-8 has that byte
+        if after is not None and reverse:
+            last = min(last, bisect_left(keys, after))
+        elif after is not None:
+            first = max(first, bisect_right(keys, after))
+        chosen = keys[max(first, last - limit) : last][::-1] if reverse else keys[first : min(last, first + limit)]
+        found = [self._find(namespace, key) for key in chosen]
+        return Page([each for each in found if each is not None], chosen[-1] if last - first > limit else None)
+
+    async def ping(self) -> None:
+        """Do nothing: it always answers."""

@@ -1,0 +1,393 @@
+"""A shard on Redis: a master, named or found by Sentinels, or a whole cluster. It needs core commands only.
+
+Each entry is a string of its own; `redis_write.lua` says how entries and their indexes are laid out. Operations that
+arrive while others are on their way share the next round trip: one MGET for what is read, and one run of the script for
+what is written. On a cluster, the keys of a namespace share a hash tag and so a node; the keys outside of a namespace
+are spread over buckets, each with a tag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from heapq import merge
+from importlib.resources import files
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import msgspec
+from redis.crc import key_slot
+
+from forebay.clock import monotonic, new_id
+from forebay.errors import StoreAnswerLost, StoreUnavailable
+from forebay.state.entry import StoredEntry
+from forebay.state.shard import ANY_VERSION, OperationRejected, Page, WriteRefused
+from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.redis_master import FULL, RedisMaster, masters_of_slots, may_pass
+from forebay.storage.redis_url import RedisTopology, RedisUrl
+
+_WRITE, _SCAN = (files(__package__).joinpath(f"redis_{name}.lua").read_text() for name in ("write", "scan"))
+_WRITE_SHA, _SCAN_SHA = (hashlib.sha1(script.encode()).hexdigest() for script in (_WRITE, _SCAN))  # noqa: S324
+
+_MAX_GROUP = 500  # operations in one round trip, in which Redis serves few others
+_MAX_BYTES = 2 << 20  # of values that one group writes, unless one is larger
+_BUCKETS = 256  # of the keys outside of a namespace, on a cluster
+_PATIENCE = 1.0  # seconds in which a master is looked for: longer than a node of a cluster is on the move
+_ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
+_DELETED = -1  # in place of the milliseconds of a write, for the script
+
+_encode = msgspec.json.Encoder().encode
+
+
+class _Get(NamedTuple):
+    prefix: str
+    key: bytes
+
+
+class _Write(NamedTuple):
+    prefix: str
+    key: bytes
+    data: bytes | None  # None: it is deleted
+    milliseconds: int  # after which it expires; 0: it does not
+    if_version: int
+
+
+class _Scan(NamedTuple):
+    prefix: str
+    first: bytes  # as ZRANGEBYLEX takes them
+    last: bytes
+    limit: int
+    reverse: bool
+
+
+class _Ping(NamedTuple):
+    prefix: str
+
+
+_Operation = _Get | _Write | _Scan | _Ping
+
+
+class RedisShard:
+    """A shard on Redis.
+
+    Args:
+        url: where it is, the name under which it keeps its keys, and what an acknowledged write survives.
+    """
+
+    def __init__(self, url: RedisUrl) -> None:
+        self.url = f"{url}?name={url.name}"
+        self._redis_url = url
+        self._is_cluster = url.topology is RedisTopology.CLUSTER
+        self._lanes: dict[RedisUrl, _Lane] = {}
+        self._slots: list[RedisUrl] = []  # on a cluster, the node of each slot
+        self._refreshing: asyncio.Future[None] | None = None
+
+    async def open(self) -> None:
+        """Find the masters and connect to one of them."""
+        if self._is_cluster:
+            await self._refresh()
+        await self._lane("").open()
+
+    async def close(self) -> None:
+        """Finish the pending operations and disconnect."""
+        lanes = list(self._lanes.values())
+        self._lanes.clear()
+        await asyncio.gather(*(lane.close() for lane in lanes))
+
+    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
+        """Return an entry."""
+        found: StoredEntry | None = await self._run(_Get(self._prefix(namespace, key), key))
+        return found
+
+    async def put(
+        self, namespace: str, key: bytes, data: bytes, ttl: float | None = None, if_version: int = ANY_VERSION
+    ) -> int:
+        """Write an entry."""
+        milliseconds = 0 if ttl is None else max(1, round(ttl * 1_000))
+        version: int = await self._run(_Write(self._prefix(namespace, key), key, data, milliseconds, if_version))
+        return version
+
+    async def delete(self, namespace: str, key: bytes, if_version: int = ANY_VERSION) -> bool:
+        """Delete an entry."""
+        found: int = await self._run(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version))
+        return found > 0
+
+    async def scan(
+        self, namespace: str, prefix: bytes, after: bytes | None = None, limit: int = 100, *, reverse: bool = False
+    ) -> Page:
+        """Return entries by the order of their keys."""
+        bounds = [b"[" + prefix, b"(" + prefix + b"\xff"]  # no key in UTF-8 has that byte
+        if after is not None:
+            bounds[reverse] = b"(" + after
+        first, last = reversed(bounds) if reverse else bounds
+        prefixes = self._prefixes(namespace)
+        each = limit if len(prefixes) == 1 else max(1, 4 * limit // len(prefixes))
+        pages: list[Page] = await asyncio.gather(
+            *(self._run(_Scan(name, first, last, each, reverse)) for name in prefixes)
+        )
+        return pages[0] if len(pages) == 1 else _merge(pages, limit, reverse=reverse)
+
+    async def ping(self) -> None:
+        """Ask for an answer."""
+        await self._run(_Ping(self._prefixes("")[0]))
+
+    def _prefix(self, namespace: str, key: bytes) -> str:
+        if namespace or not self._is_cluster:
+            return _prefix_of(self._redis_url.name, namespace)
+        return _bucket_prefix(self._redis_url.name, zlib.crc32(key) % _BUCKETS)
+
+    def _prefixes(self, namespace: str) -> Sequence[str]:
+        if namespace or not self._is_cluster:
+            return [_prefix_of(self._redis_url.name, namespace)]
+        return [_bucket_prefix(self._redis_url.name, bucket) for bucket in range(_BUCKETS)]
+
+    # --- lanes ---
+
+    async def _run(self, op: _Operation) -> Any:
+        give_up = monotonic() + _PATIENCE
+        while True:
+            lane = self._lane(op.prefix)
+            try:
+                await lane.open()
+                return await lane.submit(op)
+            except StoreUnavailable as error:
+                if not self._is_cluster or isinstance(error, StoreAnswerLost) or monotonic() >= give_up:
+                    raise
+                await self._refresh()
+
+    def _lane(self, prefix: str) -> _Lane:
+        url = self._slots[key_slot(prefix.encode())] if self._is_cluster else self._redis_url
+        lane = self._lanes.get(url)
+        if lane is None:
+            lane = self._lanes[url] = _Lane(url, str(self._redis_url), tag_scripts=self._is_cluster)
+        return lane
+
+    async def _refresh(self) -> None:
+        """Ask the nodes of the cluster which of them has which slots, once for all who want to know."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.ensure_future(self._ask_for_slots())
+        await asyncio.shield(self._refreshing)
+
+    async def _ask_for_slots(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._slots = await loop.run_in_executor(None, masters_of_slots, self._redis_url)
+        gone = [url for url in self._lanes if url not in set(self._slots)]
+        for url in gone:
+            with suppress(StoreUnavailable):
+                await self._lanes.pop(url).close()
+
+
+class _Lane:
+    """The connection to one master, its thread, and the operations that wait for it."""
+
+    def __init__(self, url: RedisUrl, where: str, *, tag_scripts: bool) -> None:
+        self._url = url
+        self._where = where
+        self._tag_scripts = tag_scripts  # the keys of one run of a script have one tag
+        self._client_id = ""
+        self._numbers = itertools.count(1)
+        self._queue: OperationQueue[RedisMaster, _Operation] = OperationQueue(
+            where=where,
+            thread_name=f"forebay-state-{url.name}",
+            max_group=_MAX_GROUP,
+            connect=self._connect,
+            run=self._run_group,
+            disconnect=RedisMaster.close,
+            diagnose=lambda error: error,
+        )
+
+    async def open(self) -> None:
+        if not self._queue.is_open:
+            await self._queue.open()
+
+    async def close(self) -> None:
+        await self._queue.close()
+
+    def submit(self, op: _Operation) -> asyncio.Future[Any]:
+        return self._queue.submit(op)
+
+    def _connect(self) -> RedisMaster:
+        self._client_id, self._numbers = new_id(), itertools.count(1)
+        patience = 0.0 if self._tag_scripts else _PATIENCE
+        scripts = [("SCRIPT", "LOAD", script) for script in (_WRITE, _SCAN)]
+        master = RedisMaster(self._url, self._url.name, prepare=scripts, patience=patience)
+        master.call(("PING",))
+        return master
+
+    def _run_group(self, master: RedisMaster, group: Sequence[_Operation]) -> Sequence[Any]:
+        values = list[Any]()
+        for part in _parts(group):
+            values += self._run_part(master, part)
+        return values
+
+    def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
+        """Run operations in one round trip, and return their values."""
+        batches = dict[tuple[type, str], list[int]]()  # of those that share a command
+        for index, op in enumerate(ops):
+            shared = isinstance(op, _Get | _Write)
+            tag = op.prefix if self._tag_scripts else ""
+            batches.setdefault((type(op), tag if shared else f"{index}"), []).append(index)
+        number = next(self._numbers)
+        commands = [
+            self._command(kind, [ops[index] for index in batch], number) for (kind, _), batch in batches.items()
+        ]
+        any_write = any(kind is _Write for kind, _ in batches)
+        if any_write and (wait := self._acknowledgement()):
+            commands.append(wait)
+        try:
+            answers = master.call_each(*commands)
+        except StoreUnavailable as error:
+            return [OperationError(error)] * len(ops)
+        answers = [_rejection(each) if isinstance(each, StoreUnavailable) else each for each in answers]
+        shortage = self._shortage(answers.pop()) if len(answers) > len(batches) else None
+        values: list[Any] = [None] * len(ops)
+        for ((kind, _), batch), answer in zip(batches.items(), answers, strict=True):
+            failed = answer if isinstance(answer, BaseException) else shortage if kind is _Write else None
+            if failed is not None:
+                replies: Sequence[Any] = [OperationError(failed)] * len(batch)
+            else:
+                each = answer if kind in {_Get, _Write} else [answer]
+                replies = [self._value(ops[index], reply) for index, reply in zip(batch, each, strict=True)]
+            for index, value in zip(batch, replies, strict=True):
+                values[index] = value
+        return values
+
+    def _command(self, kind: type, ops: Sequence[Any], number: int) -> Sequence[Any]:
+        if kind is _Get:
+            return ("MGET", *(_entry(op) for op in ops))
+        if kind is _Write:
+            return self._write_command(ops, number)
+        (op,) = ops
+        if kind is _Scan:
+            arguments = (f"{op.prefix}=", op.first, op.last, op.limit, "REV" if op.reverse else "")
+            return ("EVALSHA", _SCAN_SHA, 1, f"{op.prefix}k", *arguments)
+        return ("PING",)
+
+    def _write_command(self, ops: Sequence[_Write], number: int) -> Sequence[Any]:
+        places = {prefix: place for place, prefix in enumerate(dict.fromkeys(op.prefix for op in ops), start=1)}
+        own = ops[0].prefix if self._tag_scripts else _prefix_of(self._url.name, "")
+        keys: list[Any] = [f"{own}v", f"{own}l:{self._client_id}"]
+        for prefix in places:
+            keys += (f"{prefix}k", f"{prefix}x")
+        keys += (_entry(op) for op in ops)
+        lengths = [len(prefix) + 1 for prefix in places]
+        described = [(places[op.prefix], op.if_version, op.milliseconds) for op in ops]
+        data = [op.data for op in ops if op.data is not None]
+        return ("EVALSHA", _WRITE_SHA, len(keys), *keys, _encode((number, lengths, described)), *data)
+
+    def _value(self, op: _Operation, reply: Any) -> Any:
+        try:
+            return _DECODERS[type(op)](op, reply)
+        except WriteRefused as refused:
+            return OperationError(refused)
+        except _Full:
+            advice = "Delete entries, or raise its maxmemory."
+            return self._rejected(FULL[0], advice)
+        except (ValueError, TypeError):
+            why = f"an entry under {op.prefix!r} is none of Forebay's"
+            return self._rejected(why, "Another program has written it: choose another ?name= or another database.")
+
+    def _rejected(self, why: str, advice: str) -> OperationError:
+        return OperationError(OperationRejected(StoreUnavailable(where=self._where, why=why, advice=advice)))
+
+    def _acknowledgement(self) -> Sequence[Any]:
+        if self._url.fsync:
+            return ("WAITAOF", 1, self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
+        return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS) if self._url.replicas else ()
+
+    def _shortage(self, had: Any) -> BaseException | None:
+        if isinstance(had, BaseException):
+            return had
+        local, replicas = had if self._url.fsync else (1, had)
+        if local and replicas >= self._url.replicas:
+            return None
+        who = f"{replicas} of {self._url.replicas} replicas" if local else "not even its own disk"
+        why = f"{who} had the write within {_ACKNOWLEDGE_TIMEOUT_MS} ms"
+        advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
+        return OperationRejected(StoreAnswerLost(where=self._where, why=why, advice=advice))
+
+
+def _rejection(error: StoreUnavailable) -> BaseException:
+    """Return the error of an operation whose command was rejected: if that may pass, the shard cannot be used now."""
+    return error if may_pass(error.__cause__) else OperationRejected(error)
+
+
+class _Full(Exception):
+    """The server has answered that its memory is full."""
+
+
+def _entry(op: _Get | _Write) -> bytes:
+    """Return the name of the string that holds an entry."""
+    return op.prefix.encode() + b"=" + op.key
+
+
+@lru_cache(maxsize=10_000)
+def _prefix_of(name: str, namespace: str) -> str:
+    return f"{{{name}:state/{quote(namespace, safe=' :/@')}}}" if namespace else f"{{{name}:state}}"
+
+
+@lru_cache(maxsize=_BUCKETS)
+def _bucket_prefix(name: str, bucket: int) -> str:
+    return f"{{{name}:state#{bucket}}}"
+
+
+def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
+    """Return `group` in parts whose values are not too large together."""
+    parts, size = [list[_Operation]()], 0
+    for op in group:
+        length = len(op.data or b"") if isinstance(op, _Write) else 0
+        if size + length > _MAX_BYTES and parts[-1]:
+            parts.append([])
+            size = 0
+        parts[-1].append(op)
+        size += length
+    return parts
+
+
+def _merge(pages: Sequence[Page], limit: int, *, reverse: bool) -> Page:
+    """Return the first entries of several pages, which are each in order, as one page."""
+    ends = [page.after for page in pages if page.after is not None]
+    entries = list(merge(*(page.entries for page in pages), key=lambda each: each.key, reverse=reverse))
+    if ends:
+        end = max(ends) if reverse else min(ends)  # beyond it, a page may have more
+        entries = [each for each in entries if (each.key >= end if reverse else each.key <= end)]
+    if len(entries) > limit:
+        return Page(entries[:limit], entries[limit - 1].key)
+    return Page(entries, (max(ends) if reverse else min(ends)) if ends else None)
+
+
+def _parse(key: bytes, text: bytes) -> StoredEntry:
+    version, _, data = text.partition(b":")
+    return StoredEntry(key, data, int(version))
+
+
+def _decode_get(op: _Get, reply: bytes | None) -> StoredEntry | None:
+    return None if reply is None else _parse(op.key, reply)
+
+
+def _decode_write(_: _Write, reply: bytes) -> int:
+    if reply == b"full":
+        raise _Full
+    number = int(reply)
+    if number < 0:
+        raise WriteRefused(-1 - number)
+    return number
+
+
+def _decode_page(_: _Scan, reply: Sequence[bytes]) -> Page:
+    count = len(reply) // 2
+    entries = [_parse(reply[2 * index], reply[2 * index + 1]) for index in range(count)]
+    return Page(entries, reply[-1] if len(reply) % 2 else None)
+
+
+_DECODERS: dict[type, Callable[[Any, Any], Any]] = {
+    _Get: _decode_get,
+    _Write: _decode_write,
+    _Scan: _decode_page,
+    _Ping: lambda _op, _reply: None,
+}

@@ -1,0 +1,103 @@
+-- Writes of entries on Redis: one run of this script does a group of them, each of them or not.
+--
+-- An entry is a string: its version in decimal, a colon, and its data. An index has the keys of a namespace, as a sorted
+-- set whose scores are 0, so that they sort; another one has the keys that expire, by the milliseconds since the epoch.
+--
+-- KEYS: the last version, the replies to the last group of this client, then for each namespace its index and its index
+-- of expiries, then for each operation its entry. ARGV[1] is the group, in JSON: the number of the group, the lengths of
+-- the prefixes of the namespaces, and for each operation its namespace, the version that it depends on (-1: any), the
+-- milliseconds after which it expires (0: it does not; -1: the entry is deleted). Then the data of those that write, in
+-- their order. The reply has for each operation the version that it wrote; 1 or 0, if it deleted an entry or found none;
+-- or -1 minus the version that it found, if it depends on another one; or "full". All are strings: a number of Lua has too few
+-- digits in JSON.
+--
+-- A client numbers its groups. The replies to its last one are kept, so that a group that is sent again, because its
+-- answer was lost, is done once.
+
+local REMEMBERED = 600 -- seconds for which a group is told from its repetition
+local KEPT = 30 * 24 * 3600 -- seconds after the last write for which its version is kept; the clock is ahead by then
+local SWEPT = 10 -- expired keys that a group takes out of the index of each namespace
+
+local call = redis.call
+local group = cjson.decode(ARGV[1])
+local number, lengths, ops = group[1], group[2], group[3]
+local last_version, last_group = KEYS[1], KEYS[2]
+local first_entry = 2 + 2 * #lengths
+
+local remembered = call('GET', last_group)
+remembered = remembered and cjson.decode(remembered)
+if remembered and remembered[1] == number then
+  call('EXPIRE', last_group, REMEMBERED) -- a write: replicas and disks are waited for up to the last one of a client
+  return remembered[2]
+elseif remembered and remembered[1] > number then
+  return redis.error_reply('STALE the client has gone on since')
+end
+
+local now = call('TIME')
+local milliseconds = now[1] * 1000 + math.floor(now[2] / 1000)
+local version = math.max(tonumber(call('GET', last_version) or 0), now[1] * 1000000 + now[2] - 1)
+
+local function text(integer)
+  return string.format('%.0f', integer)
+end
+
+-- The first write: with its memory full, Redis refuses it, and after any other one it refuses none.
+local reserved = redis.pcall('SET', last_version, text(version), 'EX', KEPT)
+local is_full = type(reserved) == 'table' and reserved.err ~= nil
+if is_full and string.sub(reserved.err, 1, 3) ~= 'OOM' then
+  return reserved
+end
+
+local function find(entry)
+  local head = call('GETRANGE', entry, 0, 20)
+  return tonumber(string.match(head, '^(%d+):') or 0)
+end
+
+for space = 1, #lengths do
+  local index, expiries = KEYS[1 + 2 * space], KEYS[2 + 2 * space]
+  for _, key in ipairs(call('ZRANGEBYSCORE', expiries, '-inf', milliseconds - 1, 'LIMIT', 0, SWEPT)) do
+    call('ZREM', expiries, key)
+    call('ZREM', index, key)
+  end
+end
+
+local replies, data = {}, 1
+for number_, op in ipairs(ops) do
+  local entry, index, expiries = KEYS[first_entry + number_], KEYS[1 + 2 * op[1]], KEYS[2 + 2 * op[1]]
+  local expected, ttl = op[2], op[3]
+  if ttl >= 0 then
+    data = data + 1
+  end
+  local found = find(entry)
+  if expected >= 0 and expected ~= found then
+    replies[number_] = text(-1 - found)
+  elseif ttl >= 0 and is_full then
+    replies[number_] = 'full'
+  else
+    local key = string.sub(entry, lengths[op[1]] + 1)
+    if ttl < 0 then
+      call('DEL', entry)
+      call('ZREM', index, key)
+      call('ZREM', expiries, key)
+      replies[number_] = found > 0 and '1' or '0'
+    else
+      version = math.max(version, found) + 1
+      replies[number_] = text(version)
+      local value = text(version) .. ':' .. ARGV[data]
+      if ttl > 0 then
+        call('SET', entry, value, 'PX', ttl)
+        call('ZADD', expiries, milliseconds + ttl, key)
+      else
+        call('SET', entry, value)
+        call('ZREM', expiries, key)
+      end
+      if found == 0 then
+        call('ZADD', index, 0, key)
+      end
+    end
+  end
+end
+
+call('SET', last_version, text(version), 'EX', KEPT)
+call('SET', last_group, cjson.encode({ number, replies }), 'EX', REMEMBERED)
+return replies

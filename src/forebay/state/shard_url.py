@@ -1,0 +1,91 @@
+"""The URL by which a user names a shard."""
+
+from __future__ import annotations
+
+import re
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+from forebay.errors import InvalidOverflowUrl, InvalidShardUrl, StoreNotInstalled
+from forebay.state.memory import MemoryShard
+from forebay.state.sqlite import SqliteShard
+from forebay.storage import StoreUrl, parse_url
+from forebay.storage.redis_url import REDIS_FORM, RedisUrl
+from forebay.storage.shown_url import shown_url
+
+if TYPE_CHECKING:
+    from forebay.state.shard import Shard
+
+_FORMS = (
+    f"{REDIS_FORM}, sqlite:///relative.db, sqlite:////absolute.db (?fsync=), memory://, each with ?weight= for its"
+    " share of the keys (by default 1)"
+)
+_WEIGHT = re.compile(r"[?&]weight=([^&]*)")
+
+
+class WeightedShard(NamedTuple):
+    """A shard, not opened yet, and its share of the keys compared with the others'."""
+
+    shard: Shard
+    weight: float
+
+
+def open_shard(url: str | Shard) -> WeightedShard:
+    """Return the shard that a URL names; a shard is returned as it is.
+
+    Raises:
+        InvalidShardUrl: the URL has none of the known forms.
+        StoreNotInstalled: the library that it needs is not installed.
+    """
+    if not isinstance(url, str):
+        if not hasattr(url, "scan"):
+            raise InvalidShardUrl(url=url, why=f"it is a {type(url).__name__}, not a URL or a shard", forms=_FORMS)
+        return WeightedShard(url, 1.0)
+    try:
+        return _open(url)
+    except ValueError as error:
+        why = error.why if isinstance(error, InvalidOverflowUrl) else str(error)
+        raise InvalidShardUrl(url=shown_url(url), why=why, forms=_FORMS) from None
+
+
+def _open(url: str) -> WeightedShard:
+    rest, weight = _weight(url)
+    store = parse_url(rest)
+    if "bound" in dict(parse_qsl(urlsplit(rest).query)):
+        raise ValueError("bound is an option of an overflow, and not of a shard")
+    match store:
+        case StoreUrl(scheme="memory"):
+            return WeightedShard(MemoryShard(), weight)
+        case StoreUrl(scheme="sqlite", path=Path() as path, synchronous=synchronous):
+            return WeightedShard(SqliteShard(path, synchronous=synchronous), weight)
+        case StoreUrl(redis=RedisUrl() as redis):
+            return WeightedShard(_redis_shard(redis), weight)
+        case _:
+            raise ValueError(f"{store.scheme}:// keeps no state")
+
+
+def _weight(url: str) -> tuple[str, float]:
+    """Return `url` without its weight, and the weight."""
+    given = _WEIGHT.findall(url)
+    if not given:
+        return url, 1.0
+    try:
+        weight = float(given[0])
+    except ValueError:
+        weight = 0.0
+    if len(given) > 1 or not (isfinite(weight) and weight > 0):
+        raise ValueError("weight= is given twice, or is not a positive number")
+    rest = _WEIGHT.sub("", url, count=1)
+    return rest if "?" in rest else rest.replace("&", "?", 1), weight
+
+
+def _redis_shard(url: RedisUrl) -> Shard:
+    try:
+        from forebay.state.redis import RedisShard  # noqa: PLC0415 - it needs a library
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise StoreNotInstalled(where=str(url), library="redis", extra="redis") from None
+    return RedisShard(url)

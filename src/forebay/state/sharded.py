@@ -1,0 +1,342 @@
+"""State that agents share, spread over shards: keys with values and versions, and compare-and-set."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from forebay import _validate
+from forebay._text import is_unicode
+from forebay.clock import draw
+from forebay.errors import Conflict, InvalidShardUrl, InvalidStateKey, InvalidStateValue
+from forebay.state.entry import Entry, StoredEntry, Versioned
+from forebay.state.guarded_shard import GuardedShard
+from forebay.state.placement import Placement
+from forebay.state.shard import ANY_VERSION, WriteRefused
+from forebay.state.shard_url import open_shard
+
+if TYPE_CHECKING:
+    from forebay.state.shard import Shard
+
+_MAX_KEY = 1_024  # bytes in UTF-8; a namespace may have as many
+_MAX_VALUE = 8 << 20  # bytes, encoded
+_MAX_TTL = 10 * 365 * 86_400.0  # seconds
+_PAGE = 100  # entries that a scan asks a shard for
+_MAX_BACKOFF = 0.1  # seconds that an update waits after a conflict
+_BASE_BACKOFF = 0.001  # seconds, doubled after each conflict
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
+
+class Namespace:
+    """The keys of one name: those of other namespaces are apart, and may be the same.
+
+    The keys of a namespace are on one shard, in one node of a cluster. `ShardedState` itself is the namespace without a
+    name: its keys are spread over all shards.
+    """
+
+    def __init__(self, state: _Shards, name: str) -> None:
+        self._state = state
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """The whole name, with those of the namespaces that it is in; empty for the state itself."""
+        return self._name
+
+    def namespace(self, name: str) -> Namespace:
+        """Return a namespace within this one. Nothing is made by that: namespaces need not be created.
+
+        Raises:
+            InvalidStateKey: the name is empty, too long, or no text.
+        """
+        _check_text("namespace", name)
+        # Of two names, one with a slash and one within another, the same must not come out.
+        inner = name.replace("%", "%25").replace("/", "%2F")
+        whole = f"{self._name}/{inner}" if self._name else inner
+        _check_text("namespace", whole)
+        return Namespace(self._state, whole)
+
+    async def get(self, key: str) -> Versioned | None:
+        """Return the value of `key` with its version; None if there is none, or it has expired.
+
+        Raises:
+            InvalidStateKey: it is no key.
+            ShardUnavailable: its shard is down; the message names it.
+        """
+        encoded = _check_text("key", key)
+        shard = self._state.place(self._name, encoded)
+        found = await shard.call(partial(shard.shard.get, self._name, encoded))
+        return None if found is None else Versioned(_decode(found.data), found.version)
+
+    async def put(self, key: str, value: Any, ttl: float | None = None, if_version: int | None = None) -> int:
+        """Write `value`, and return its version.
+
+        Args:
+            key: 1 to 1,024 bytes in UTF-8; any characters.
+            value: plain data, up to 8 MiB: None, bool, numbers, str, bytes, lists, dicts, aware datetimes. A tuple
+                comes back as a list.
+            ttl: seconds after which it expires; None: it does not, even if the value before it would have.
+            if_version: write only if the key has this version; 0: only if there is none.
+
+        Raises:
+            Conflict: the key has another version.
+            InvalidStateKey, InvalidStateValue, InvalidSetting: an argument is invalid.
+            ShardUnavailable: its shard is down; the message names it.
+            ShardAnswerLost: so is it, and it may have written the value, or do it yet.
+        """
+        encoded, data = _check_text("key", key), _encode_value(key, value)
+        _check_ttl(ttl)
+        expected = _check_version(if_version)
+        shard = self._state.place(self._name, encoded)
+        write = partial(shard.shard.put, self._name, encoded, data, ttl, expected)
+        version: int = await _write(key, shard, write, expected)
+        return version
+
+    async def update(
+        self, key: str, change: Callable[[Any], Any | Awaitable[Any]], ttl: float | None = None
+    ) -> Versioned:
+        """Replace the value of `key` by what `change` makes of it, and return that with its version.
+
+        `change` is called again with the new value if another writer was faster; so it must do nothing but compute. It
+        gets None for a key that there is not, and may be async.
+
+        Raises:
+            Exception: what `change` raises; nothing was written.
+            ShardUnavailable, ShardAnswerLost, InvalidStateKey, InvalidStateValue, InvalidSetting: as `put`.
+        """
+        conflicts = 0
+        while True:
+            found = await self.get(key)
+            value, version = (None, 0) if found is None else found
+            new = change(value)
+            if inspect.isawaitable(new):
+                new = await new
+            try:
+                return Versioned(new, await self.put(key, new, ttl=ttl, if_version=version))
+            except Conflict:
+                conflicts += 1
+                await asyncio.sleep(draw() * min(_MAX_BACKOFF, _BASE_BACKOFF * 2.0 ** min(conflicts, 10)))
+
+    async def delete(self, key: str, if_version: int | None = None) -> bool:
+        """Delete `key`, and return whether it was there.
+
+        Raises:
+            Conflict: the key has another version than `if_version`.
+            InvalidStateKey, InvalidSetting: an argument is invalid.
+            ShardUnavailable, ShardAnswerLost: as `put`.
+        """
+        encoded = _check_text("key", key)
+        expected = _check_version(if_version)
+        shard = self._state.place(self._name, encoded)
+        deleted: bool = await _write(key, shard, partial(shard.shard.delete, self._name, encoded, expected), expected)
+        return deleted
+
+    async def scan(self, prefix: str = "", *, reverse: bool = False) -> AsyncIterator[Entry]:
+        """Yield the entries whose keys begin with `prefix`, by the order of their code points.
+
+        An entry that is written or deleted meanwhile is yielded or not; all others are, once each.
+
+        Args:
+            prefix: a plain text, with no characters that match others.
+            reverse: the last ones first.
+
+        Raises:
+            InvalidStateKey: the prefix is no text.
+            ShardUnavailable: a shard is down that may have such keys.
+        """
+        encoded = _check_text("prefix", prefix, minimum=0)
+        shards = self._state.places(self._name)
+        streams = [_entries(shard, self._name, encoded, reverse=reverse) for shard in shards]
+        if len(streams) == 1:
+            async for each in streams[0]:
+                yield _entry(each)
+            return
+        async for each in _merge(streams, reverse=reverse):
+            yield _entry(each)
+
+    def shard_of(self, key: str) -> str:
+        """Return the URL of the shard that has `key`, without user and password.
+
+        Raises:
+            InvalidStateKey: it is no key.
+        """
+        return self._state.place(self._name, _check_text("key", key)).url
+
+
+class ShardedState(Namespace):
+    """State that agents share, spread over shards. Use it in the event loop that connected it.
+
+    ::
+
+        state = await ShardedState.connect("redis://a", "redis://b", "redis://c")
+        async with state:
+            await state.put("topic", "rivers")
+            value, version = await state.get("topic")
+            await state.namespace("agent-7").update("calls", lambda calls: (calls or 0) + 1)
+    """
+
+    @classmethod
+    async def connect(cls, *shards: str | Shard, timeout: float = 5.0) -> Self:  # noqa: ASYNC109 - of each later call
+        """Connect to the shards, and return the state on them.
+
+        A shard that cannot be reached is down: its keys fail until it is back.
+
+        Args:
+            shards: the URLs of the shards: ``redis://host:port/0``, ``redis+sentinel://host:port,.../service/0``,
+                ``redis+cluster://host:port,...`` (with ``?name=``, ``replicas=``, ``fsync=``), ``sqlite:///file.db``,
+                or ``memory://``; each with ``?weight=`` for its share of the keys. Keys are placed by the URL, so the
+                order is free, and a shard whose URL changes is another one.
+            timeout: seconds that a shard may take to answer before it is down.
+
+        Raises:
+            InvalidShardUrl: a URL is malformed or given twice.
+            InvalidSetting: the timeout is no positive number.
+            StoreNotInstalled: a library is missing.
+        """
+        _validate.check_positive("ShardedState.connect", "timeout", timeout, unit="seconds")
+        state = cls(_Shards(shards, timeout), "")
+        await state._state.open()
+        return state
+
+    async def close(self) -> None:
+        """Finish what is pending and disconnect. Idempotent."""
+        await self._state.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def down(self) -> Mapping[str, str]:
+        """The shards that are down, by their URLs, and why."""
+        return self._state.down
+
+
+class _Shards:
+    """The shards of a state, and the placement of keys among them."""
+
+    def __init__(self, urls: tuple[str | Shard, ...], timeout: float) -> None:
+        opened = [open_shard(url) for url in urls]
+        if not opened:
+            raise InvalidShardUrl(url="", why="no shard is given", forms="at least one URL")
+        self._by_url = {each.shard.url: GuardedShard(each.shard, timeout=timeout) for each in opened}
+        if len(self._by_url) < len(opened):
+            urls_ = [each.shard.url for each in opened]
+            twice = next(url for url in urls_ if urls_.count(url) > 1)
+            raise InvalidShardUrl(url=twice, why="it is given twice", forms="each shard once")
+        self._placement = Placement({each.shard.url: each.weight for each in opened})
+
+    async def open(self) -> None:
+        await asyncio.gather(*(shard.open() for shard in self._by_url.values()))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(shard.close() for shard in self._by_url.values()))
+
+    @property
+    def down(self) -> Mapping[str, str]:
+        return {url: shard.why_down for url, shard in self._by_url.items() if shard.is_down}
+
+    def place(self, namespace: str, key: bytes) -> GuardedShard:
+        """Return the shard of a key."""
+        unit = b"n" + namespace.encode() if namespace else b"k" + key
+        return self._by_url[self._placement.shard_of(unit)]
+
+    def places(self, namespace: str) -> list[GuardedShard]:
+        """Return the shards that may have keys of a namespace."""
+        return [self.place(namespace, b"")] if namespace else list(self._by_url.values())
+
+
+async def _write(key: str, shard: GuardedShard, write: Callable[[], Awaitable[Any]], expected: int) -> Any:
+    try:
+        return await shard.call(write)
+    except WriteRefused as refused:
+        raise Conflict(key=key, expected=expected, found=refused.found) from None
+
+
+def _entry(stored: StoredEntry) -> Entry:
+    return Entry(stored.key.decode(), _decode(stored.data), stored.version)
+
+
+async def _entries(shard: GuardedShard, namespace: str, prefix: bytes, *, reverse: bool) -> AsyncIterator[StoredEntry]:
+    after: bytes | None = None
+    while True:
+        page = await shard.call(partial(shard.shard.scan, namespace, prefix, after, _PAGE, reverse=reverse))
+        for entry in page.entries:
+            yield entry
+        after = page.after
+        if after is None:
+            return
+
+
+async def _merge(streams: list[AsyncIterator[StoredEntry]], *, reverse: bool) -> AsyncIterator[StoredEntry]:
+    """Yield the entries of several streams, each of which is in order, in order."""
+    heads = dict[int, StoredEntry]()
+
+    async def advance(index: int) -> None:
+        head = await anext(streams[index], None)
+        if head is None:
+            heads.pop(index, None)
+        else:
+            heads[index] = head
+
+    await asyncio.gather(*(advance(index) for index in range(len(streams))))
+    choose = max if reverse else min
+    while heads:
+        index = choose(heads, key=lambda each: heads[each].key)
+        yield heads[index]
+        await advance(index)
+
+
+def _check_text(what: str, text: object, *, minimum: int = 1) -> bytes:
+    """Return a key, a prefix or the name of a namespace in UTF-8.
+
+    Raises:
+        InvalidStateKey: it is invalid.
+    """
+    expected = f"a str of {minimum} to {_MAX_KEY:,} bytes in UTF-8"
+    if not isinstance(text, str):
+        raise InvalidStateKey(what=what, why=f"a {type(text).__name__}", expected=expected)
+    if not is_unicode(text):
+        raise InvalidStateKey(what=what, why="a str with half of a surrogate pair, which is no text", expected=expected)
+    encoded = text.encode()
+    if not minimum <= len(encoded) <= _MAX_KEY:
+        raise InvalidStateKey(what=what, why=f"{len(encoded):,} bytes long", expected=expected)
+    return encoded
+
+
+def _encode_value(key: str, value: object) -> bytes:
+    try:
+        data = _encode(value)
+    except (TypeError, OverflowError, ValueError, RecursionError) as error:
+        why = (
+            str(error)
+            if isinstance(error, TypeError)
+            else f"a {type(value).__name__} does not fit ({type(error).__name__})"
+        )
+        expected = "plain data: None, bool, numbers within 64 bits, str, bytes, lists, dicts or aware datetimes"
+        raise InvalidStateValue(key=key, why=why, expected=expected) from None
+    if len(data) > _MAX_VALUE:
+        why = f"it has {len(data):,} bytes"
+        raise InvalidStateValue(key=key, why=why, expected=f"at most {_MAX_VALUE:,} bytes, or store it in parts")
+    return data
+
+
+def _check_ttl(ttl: object) -> None:
+    if ttl is not None:
+        _validate.check_between("put", "ttl", ttl, 0.001, _MAX_TTL)
+
+
+def _check_version(if_version: object) -> int:
+    if if_version is None:
+        return ANY_VERSION
+    _validate.check_whole("put", "if_version", if_version, minimum=0)
+    return if_version  # type: ignore[return-value]
