@@ -48,8 +48,7 @@ async def run_script(server: StandaloneRedis) -> list[Any]:
         said.append(await state.delete("key", if_version=(await state.get("key") or ("", 0))[1]))
         said.append(await state.delete("key"))
         await agent.put("short", 1, ttl=1_000)
-        for each in (state, agent):
-            said.append([(entry.key, entry.value) async for entry in each.scan()])
+        said += [[(entry.key, entry.value) async for entry in each.scan()] for each in (state, agent)]
     return said
 
 
