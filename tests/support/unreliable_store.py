@@ -132,8 +132,9 @@ class UnreliableStore:
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,
+        on_interrupted: Callable[[], None] | None = None,
     ) -> None:
-        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended, on_lost=on_lost)
+        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended, on_lost=on_lost, on_interrupted=on_interrupted)
 
     async def put(
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0

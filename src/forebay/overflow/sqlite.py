@@ -233,6 +233,7 @@ class SqliteTaskStore:
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,  # noqa: ARG002
+        on_interrupted: Callable[[], None] | None = None,  # noqa: ARG002
     ) -> None:
         """Call back within about 20 ms of a commit of another process.
 

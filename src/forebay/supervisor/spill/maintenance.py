@@ -71,6 +71,10 @@ class StoreMaintenance:
         self._stopped = True
         self._heartbeat.stop()
 
+    def notice_interruption(self) -> None:
+        """Notice that the store was away: leases may have lapsed that their holders will renew."""
+        self._store_failed = True
+
     def _renew_leases(self) -> None:
         try:
             self._stored.leases.renew(self._stored.store)
