@@ -18,7 +18,7 @@ from forebay import BackpressureSupervisor, Task
 from forebay.events import Event, TaskFinished
 from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
 from forebay.overflow import encode_task, open_task_store
-from forebay.storage.url import Synchronous
+from forebay.storage.url import Fsync
 from forebay.task import DEFAULT_TENANT, Priority
 
 RECORDS = 20_000
@@ -91,26 +91,26 @@ async def lease_all(store: TaskStore, limit: int = BOUND) -> tuple[list[Lease], 
 
 def rates() -> Iterator[tuple[str, float]]:
     """Yield the operations per second of each store, and the median ratio of its puts to raw inserts."""
-    kinds = {"memory": "memory://?", **{f"sqlite_{how}": f"synchronous={how}&" for how in ("full", "normal", "off")}}
+    kinds = {"memory": "memory://?", **{f"sqlite_fsync_{how.value}": f"fsync={how.value}&" for how in Fsync}}
     seconds: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
-    raw: dict[str, list[float]] = {how: [] for how in ("full", "normal", "off")}
+    raw: dict[str, list[float]] = {how.value: [] for how in Fsync}
     for _ in range(ROUNDS):
         records = new_records(RECORDS)
         for kind, url in kinds.items():
             with tempfile.TemporaryDirectory() as folder:
                 gc.collect()
                 if kind != "memory":
-                    how = kind.removeprefix("sqlite_")
-                    raw[how].append(insert_seconds(Path(folder, "raw.db"), Synchronous(how), records, batch=AT_ONCE))
+                    how = kind.removeprefix("sqlite_fsync_")
+                    raw[how].append(insert_seconds(Path(folder, "raw.db"), Fsync(how), records, batch=AT_ONCE))
                     url = f"sqlite:///{folder}/tasks.db?{url}"  # noqa: PLW2901
                 seconds[kind].append(asyncio.run(store_seconds(f"{url}bound={BOUND}", records)))
     for how, samples in raw.items():
-        yield f"raw_{how}_inserts_per_s", RECORDS / statistics.median(samples)
+        yield f"raw_fsync_{how}_inserts_per_s", RECORDS / statistics.median(samples)
     for kind, runs in seconds.items():
         for index, operation in enumerate(("puts", "leases", "completions")):
             yield f"{kind}_{operation}_per_s", RECORDS / statistics.median(run[index] for run in runs)
         if kind != "memory":
-            baseline = raw[kind.removeprefix("sqlite_")]
+            baseline = raw[kind.removeprefix("sqlite_fsync_")]
             ratios = [hand / puts for hand, (puts, _, _) in zip(baseline, runs, strict=True)]
             yield f"{kind}_put_ratio", statistics.median(ratios)
 
@@ -141,7 +141,7 @@ async def spill_and_refill(folder: str, tasks: int) -> dict[str, Any]:
         return bool(ticket)
 
     supervisor = BackpressureSupervisor(
-        overflow=f"sqlite:///{folder}/tasks.db?synchronous=normal&bound={BOUND}",
+        overflow=f"sqlite:///{folder}/tasks.db?fsync=checkpoint&bound={BOUND}",
         max_queue_size=SLOTS,
         on_event=count_finished,
     )
@@ -167,7 +167,7 @@ async def spill_and_refill(folder: str, tasks: int) -> dict[str, Any]:
 
 async def leases_per_second(folder: str, waiting: int) -> float:
     """Return the leases per second while `waiting` records wait."""
-    store = open_task_store(f"sqlite:///{folder}/tasks.db?synchronous=off&bound={BOUND}")
+    store = open_task_store(f"sqlite:///{folder}/tasks.db?fsync=no&bound={BOUND}")
     await store.open()
     await for_each(store.put, new_records(waiting), PutResult.STORED)
     leases, seconds = await lease_all(store, limit=min(waiting, RECORDS) // 2)
