@@ -378,19 +378,12 @@ class RedisTaskStore:
         return done
 
     async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
-        """Release expired leases, and return the records that became DEAD.
-
-        It releases none that it has met right after the master was away: nobody could renew them.
-        """
+        """Release expired leases, and return the records that became DEAD."""
         dead = list[DeadRecord]()
-        master = self._queue.check_open().groups
-        interruptions = master.interruptions
         ahead = self._clock.ahead()
         span = (repr(now - ahead), repr(min(latest - ahead, float_info.max)))
         while True:
             expired: Sequence[tuple[str, _Stored]] = await self._submit("expired", (*span, _BATCH), _decode_expired)
-            if master.interruptions != interruptions:
-                return dead
             expiring = [self._expire(sequence, stored, span, now, max_attempts) for sequence, stored in expired]
             dead += [each for each in await asyncio.gather(*expiring) if each is not None]
             if len(expired) < _BATCH:

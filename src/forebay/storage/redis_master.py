@@ -74,9 +74,6 @@ class RedisMaster:
         prepare: commands for each new connection, such as SCRIPT LOAD.
         on_interrupted: called, in the thread of a call and before it returns, when its master has answered after it was
             away for a while or gave no answer to the last call, or is another one than before.
-
-    Attributes:
-        interruptions: how often that was.
     """
 
     def __init__(
@@ -91,7 +88,6 @@ class RedisMaster:
         self._tag = tag
         self._prepare = prepare
         self._on_interrupted = on_interrupted
-        self.interruptions = 0
         self._client: redis.Redis | None = None
         self._server = ""  # the id of its server's run; empty before the first, or if the user may not ask
         self._lock = threading.Lock()  # held by the thread that uses the client
@@ -154,7 +150,6 @@ class RedisMaster:
         return _send(self._client, commands)
 
     def _notice_interruption(self) -> None:
-        self.interruptions += 1
         if self._on_interrupted is not None:
             self._on_interrupted()
 

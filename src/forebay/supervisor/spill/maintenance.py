@@ -95,7 +95,7 @@ class StoreMaintenance:
         pools = self._core.pools.by_type
         self._stored.check_store()
         try:
-            await self._refiller.recount_conversations()
+            await self._refiller.recount_conversations()  # before leases are judged: it notices an interruption
             await self.reap()
             await self._stored.delayed.wake()
             await self._refiller.recount(list(pools.values()))
