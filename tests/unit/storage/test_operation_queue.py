@@ -104,7 +104,7 @@ async def test_operations_that_come_while_a_group_is_on_its_way_share_the_next(s
     second = store.queue.submit("c")
     assert store.groups == [["a"]]
     store.goes_on.set()
-    assert await asyncio.gather(held, first, second) == ["a", "b", "c"]
+    assert list(await asyncio.gather(held, first, second)) == ["a", "b", "c"]
     assert store.groups == [["a"], ["b", "c"]]
 
 
