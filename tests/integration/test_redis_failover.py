@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 from redis.crc import key_slot
@@ -24,9 +25,11 @@ from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, Unre
 
 from forebay import BackpressureSupervisor, Task, clock
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, PutResult, RecordState, TaskRecord, TaskStore
+from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
 from forebay.overflow import redis as redis_store
+from forebay.overflow.redis import RedisTaskStore
+from forebay.storage.redis_master import RedisMaster
 from forebay.task import Priority
 
 NAMES = itertools.count()
@@ -130,6 +133,33 @@ async def test_a_start_that_a_replica_does_not_have_is_not_acknowledged(pair: St
         end = Completion(status="succeeded", result=b"result", finished_at=1.0)
         assert await store.finish("acknowledged", end, fence=begun.fence)
         assert not await store.finish("lost", end, fence=lost.fence)
+
+
+async def test_a_recorded_task_whose_lease_is_lost_with_the_master_does_not_start(
+    pair: StandaloneRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record is leased to its submitter once it is acknowledged, and so in a second write.
+
+    The new master has too few replicas, too. That must not hide that it does not know the lease.
+    """
+    settle = RedisTaskStore._settle
+
+    def settle_unseen(self: RedisTaskStore, master: RedisMaster) -> Sequence[Any]:
+        if self._unsettled:
+            pair.proxies[0].lag(ENDLESS)
+        return settle(self, master)
+
+    monkeypatch.setattr(RedisTaskStore, "_settle", settle_unseen)
+    now = clock.wall_time()
+    lease = Lease(record=record("a"), fence="mine", until=now + 10.0)
+    async with opened(f"{pair.url}?replicas=1") as store:
+        assert await store.put(lease.record, fence=lease.fence, until=lease.until, now=now) is PutResult.STORED
+        assert [each.record.task_id for each in await store.list_records(RecordState.LEASED, 9)] == ["a"]
+    async with opened(f"{lose_master(pair)}?replicas=1") as store:
+        assert not await store.begin_attempt(lease)
+        assert await store.lease("t", 1, until=now + 10.0) == []  # nor does it anywhere else, for a while
+        assert (await store.wake(now=now + 41.0)).woken == 1
+        assert [each.fence != lease.fence for each in await store.lease("t", 1, until=now + 99.0)] == [True]
 
 
 async def test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it(pair: StandaloneRedis) -> None:

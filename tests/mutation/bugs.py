@@ -2308,6 +2308,13 @@ def a_handler_starts_before_the_replicas_know_its_lease() -> None:
     redis._REPLICATED = frozenset()
 
 
+def a_lost_lease_is_hidden_by_replicas_that_are_missing() -> None:
+    def _is_refused_start(op: Any, reply: Any) -> bool:
+        return False
+
+    redis._is_refused_start.__code__ = _is_refused_start.__code__
+
+
 def leases_that_lapsed_while_redis_was_away_are_taken_at_once() -> None:
     always(StoreMaintenance, StoreMaintenance.notice_interruption, returns=None)
 

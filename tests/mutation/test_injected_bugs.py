@@ -958,6 +958,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_handler_starts_before_the_replicas_know_its_lease: (
         test_redis_failover.test_a_start_that_a_replica_does_not_have_is_not_acknowledged
     ),
+    bugs.a_lost_lease_is_hidden_by_replicas_that_are_missing: (
+        test_redis_failover.test_a_recorded_task_whose_lease_is_lost_with_the_master_does_not_start
+    ),
     bugs.leases_that_lapsed_while_redis_was_away_are_taken_at_once: (
         test_redis_away.test_after_the_server_was_away_for_a_lease_no_process_takes_what_another_runs
     ),

@@ -611,7 +611,7 @@ class RedisTaskStore:
     def _value(self, op: _Operation, reply: Any, shortage: StoreUnavailable | None) -> Any:
         if reply == b"oom":
             return OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
-        if shortage is not None and op.name in self._acknowledged:
+        if shortage is not None and op.name in self._acknowledged and not _is_refused_start(op, reply):
             return OperationError(shortage)
         return _result_of_showing(op, None) if reply == b"hidden" else _decode(op, reply)
 
@@ -685,6 +685,11 @@ class RedisTaskStore:
             for _ in some:
                 self._unsettled.popleft()
         return replies
+
+
+def _is_refused_start(op: _Operation, reply: Any) -> bool:
+    """Return whether a handler may not start, because its lease is lost: that needs no replica to be true."""
+    return op.name in _REPLICATED and not reply
 
 
 def _about_format(prefix: str, found: bytes) -> tuple[str, str]:
