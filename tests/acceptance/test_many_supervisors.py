@@ -88,10 +88,10 @@ async def test_a_task_starts_soon_in_an_idle_process(file: str) -> None:
 @virtual
 async def test_a_record_that_waits_for_nothing_but_a_slot_starts_when_one_is_free(file: str) -> None:
     """A busy process counts again when a slot becomes free, though it has known of no record."""
-    agent = Agent(seconds=100.0)
+    agent = Agent(seconds=LEASE / 2)  # between two heartbeats, so that none of them counts
     async with submitter(file, max_queue_size=0) as here, make_supervisor(agent, file) as other:
         running = other.submit_nowait(Task("work", "running"))
-        await asyncio.sleep(99.7)
+        await asyncio.sleep(LEASE / 2 - 0.3)
         await spill(here, Task("work", "stored"))
         await running
         ended = now()
