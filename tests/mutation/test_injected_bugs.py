@@ -1,12 +1,16 @@
-"""The suite catches the bugs that matter most: each is injected in a process of its own, and its test fails there."""
+"""The suite catches the bugs that matter most: each is injected in a process of its own, and its test fails there.
+
+That these tests pass without a bug is seen where the suite runs them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,7 @@ from tests.acceptance import (
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams, test_redis_failover, test_redis_lost
 from tests.mutation import bugs
+from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
@@ -970,11 +975,49 @@ def node_id(test: Callable[..., Any]) -> str:
     return f"{Path(path).relative_to(ROOT)}::{test.__name__}"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run tests in a process of its own."""
-    command = [sys.executable, "-m", "pytest", *OPTIONS, *INJECTION, *arguments]
-    environment = {**os.environ, "COLUMNS": "400"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+class ForkServer:
+    """A process that has collected the tests of all bugs, and forks for each bug: `tests.mutation.plugin`."""
+
+    def __init__(self) -> None:
+        requests, mine = os.pipe()
+        tests = dict.fromkeys(map(node_id, CAUGHT_BY.values()))
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *INJECTION, "--bugs-from", str(requests), *tests]
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "400"},
+            pass_fds=[requests],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        os.close(requests)
+        self._requests = os.fdopen(mine, "w", encoding="utf-8")
+
+    def run(self, bug: Callable[[], None], test: str) -> tuple[int, str]:
+        """Return the exit status of pytest for `test` with `bug` injected, and what it wrote."""
+        self._requests.write(f"{bug.__name__} {test}\n")
+        self._requests.flush()
+        written: list[str] = []
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ENDED):
+                return int(line.removeprefix(ENDED)), "".join(written)
+            written.append(line)
+        raise EOFError("the process that forks has ended:\n" + "".join(written))
+
+    def close(self) -> None:
+        """End the process."""
+        self._requests.close()
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    with contextlib.closing(ForkServer()) as server:
+        yield server
 
 
 def test_every_bug_has_a_test() -> None:
@@ -984,14 +1027,8 @@ def test_every_bug_has_a_test() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", CAUGHT_BY, ids=lambda bug: bug.__name__)
-def test_an_injected_bug_is_caught(bug: Callable[[], None]) -> None:
-    outcome = run("--inject", bug.__name__, node_id(CAUGHT_BY[bug]))
-    assert outcome.returncode == 1, f"it is not caught:\n{outcome.stdout[-2000:]}{outcome.stderr[-2000:]}"
-    (failure,) = re.findall(r"^FAILED .*$", outcome.stdout, re.MULTILINE)
+def test_an_injected_bug_is_caught(fork_server: ForkServer, bug: Callable[[], None]) -> None:
+    status, output = fork_server.run(bug, node_id(CAUGHT_BY[bug]))
+    assert status == 1, f"it is not caught:\n{output[-4000:]}"
+    (failure,) = re.findall(r"^FAILED .*$", output, re.MULTILINE)
     assert not failure.partition(" - ")[2].startswith(SLIPS), f"it fails for another reason: {failure}"
-
-
-@pytest.mark.slow
-def test_without_a_bug_these_tests_pass() -> None:
-    outcome = run(*dict.fromkeys(map(node_id, CAUGHT_BY.values())))
-    assert outcome.returncode == 0, outcome.stdout[-3000:]

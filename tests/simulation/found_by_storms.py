@@ -98,21 +98,20 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
 """By bug, the storm and the first seed known that finds it."""
 
 
-def run(bug: Bug) -> BaseException | None:
-    """Return what the storm of a bug finds in this process; None if it finds nothing."""
+def find(bug: Bug) -> str:
+    """Inject a bug into this process, for good, and return what its storm finds: "nothing" or an error."""
+    logging.disable()
     storm, seed = FOUND[bug]
+    bug()
     try:
         storm.run(seed)
     except BaseException as failure:  # noqa: BLE001 - whatever it is
-        return failure
-    return None
+        found = failure
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        return f"{type(found).__name__}: {found}"
+    return "nothing"
 
 
 if __name__ == "__main__":
-    logging.disable()
-    (chosen,) = (bug for bug in FOUND if bug.__name__ == sys.argv[1])
-    chosen()
-    found = run(chosen)
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    print("nothing" if found is None else f"{type(found).__name__}: {found}")
+    print(find(next(bug for bug in FOUND if bug.__name__ == sys.argv[1])))
