@@ -42,6 +42,4 @@ def blockbuster(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
         for function in watch.functions.values():
             # An import reads files: allow it, because an optional library is imported on first use.
             function.can_block_in("<frozen importlib._bootstrap>", "_find_and_load")
-            # The kernel answers from memory, and a kill cannot wait for a thread: later a child has another parent.
-            function.can_block_in("forebay/engine/process_tree.py", "descendants")
         yield watch
