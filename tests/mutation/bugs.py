@@ -31,6 +31,7 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
+from forebay.engine.child_process import ChildProcess
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
@@ -2323,3 +2324,10 @@ def a_redis_that_was_away_is_waited_for_by_each_call() -> None:
         return original(self, *commands)
 
     replace(RedisMaster, original, call)
+
+
+# --- workers' processes ---
+
+
+def the_event_loop_lists_what_a_process_has_started() -> None:
+    replace(ChildProcess, ChildProcess.kill, lambda self: self._kill_tree())

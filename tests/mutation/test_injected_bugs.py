@@ -73,6 +73,7 @@ from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
+from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
@@ -104,7 +105,7 @@ from tests.unit.upstream.providers import test_credentials, test_endpoints, test
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
-OPTIONS = ("-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=20")
+OPTIONS = ("-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=10")
 INJECTION = ("--hypothesis-profile=mutation", "-p", "tests.mutation.plugin")
 
 CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
@@ -964,6 +965,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_redis_that_drops_keys_is_opened: test_redis_store.test_a_server_that_drops_keys_is_not_opened,
     bugs.a_redis_that_was_away_is_waited_for_by_each_call: (
         test_redis_store.test_a_store_that_is_away_answers_within_its_patience_and_then_at_once
+    ),
+    bugs.the_event_loop_lists_what_a_process_has_started: (
+        test_process_engine.test_what_a_process_has_started_is_not_listed_in_the_event_loop
     ),
 }
 
