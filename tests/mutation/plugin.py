@@ -7,7 +7,6 @@ follows. To import what a bug and its test need takes over a second; to fork, so
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 
@@ -26,8 +25,6 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     descriptor = session.config.getoption("--bugs-from")
     if descriptor is None:
         return None
-    gc.collect()
-    gc.freeze()  # no collection of a child visits, and so copies, what all share
     with os.fdopen(descriptor, encoding="utf-8") as requests:
         for request in requests:
             bug, test = request.split()
