@@ -84,7 +84,7 @@ from forebay.supervisor.pools import FewPools, PoolGroup
 from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
-from forebay.supervisor.runs import completion, slot_loans
+from forebay.supervisor.runs import completion, runner, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -2077,6 +2077,13 @@ def second_attempts_run_in_the_context_of_a_timer() -> None:
 
 def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:
     skip(FanOut._cancel, asyncio.Event.set)
+
+
+# --- the context of handlers ---
+
+
+def tasks_without_variables_run_in_one_context() -> None:
+    runner.NO_VARIABLES = Context()
 
 
 # --- retries of tasks ---

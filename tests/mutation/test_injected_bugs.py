@@ -27,6 +27,7 @@ from tests.acceptance import (
     test_gateway_connections,
     test_gateway_end,
     test_gateway_responses,
+    test_handler_context,
     test_hooks,
     test_json,
     test_leases,
@@ -843,6 +844,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.second_attempts_run_in_the_context_of_a_timer: (
         test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
+    ),
+    bugs.tasks_without_variables_run_in_one_context: (
+        test_handler_context.test_what_a_handler_sets_is_seen_by_no_other_task_of_a_submitter_without_variables
     ),
     bugs.the_reader_of_a_fan_out_that_is_left_waits_on: (
         test_fan_out.test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from forebay import clock, context
 from forebay._text import format_duration
 from forebay.admission import PriorityThresholds
-from forebay.context import RunningTask
+from forebay.context import NO_VARIABLES, RunningTask
 from forebay.errors import (
     DeadlinePassed,
     DuplicateTask,
@@ -233,7 +233,8 @@ class AdmissionController:
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
-        task = self._codecs.fit_payload(task)
+        if self._codecs.active:
+            task = self._codecs.fit_payload(task)
         pool, parent = self._check(task)
         if task.durable:
             advice = "use `await submit(...)`"
@@ -433,7 +434,8 @@ class AdmissionController:
         submitted_at = clock.wall_time() if deadline is not None and spill is None else None
         if spill is not None:
             submitted_at = spill.submission_time()
-        ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, copy_context())
+        own = copy_context() or NO_VARIABLES
+        ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, own)
         if in_line:
             ticket.stand_in_line(waits=True)
         if parent is not None:
@@ -526,11 +528,12 @@ class AdmissionController:
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
-        if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
+        task = ticket.task
+        if task.thread_id is not None and self._dispatcher.conversations.get(task.thread_id) is not None:
             return None
-        priority = ticket.task.priority
+        priority = task.priority
         if pool.takes_turns:
-            if pool.must_wait(priority, ticket.task.tenant):
+            if pool.must_wait(priority, task.tenant):
                 return None
         elif pool.queue.ahead(priority) if priority <= URGENT else pool.queue.length:
             return None

@@ -295,7 +295,8 @@ class Dispatcher:
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self.arm_expiry(ticket)
-        self._tell_drains()
+        if self.wait_listeners:
+            self._tell_drains()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
         if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
@@ -473,7 +474,7 @@ class Dispatcher:
         if ticket.retries is not None or worker.retry is not None or ticket.task.retry is not None:
             self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
-        worker.start_run(now, probe=worker.probing)
+        worker.start_run(now)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
         if worker.counts_tasks:

@@ -229,7 +229,9 @@ class Pool(SlotCounts):
         leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
         bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
-        same = not waiting or tenant is None or (tenant == self._sole_tenant and not self._delays_others(tenant))
+        same = not waiting or tenant is None
+        if not same and tenant == self._sole_tenant:
+            same = not self.delayed or not self._delays_others(tenant)
         simple = not (self.own_blocked or self.own_reserved or self._groups or self.paused)
         slots = self.own_slots if simple else self.usable_slots
         if not (slots or self.slots or self.paused):
@@ -266,7 +268,7 @@ class Pool(SlotCounts):
 
     def _delays_others(self, tenant: str | None) -> bool:
         """Return whether tasks of other tenants than `tenant` wait for their next attempt."""
-        return self.delayed > 0 and any(name != tenant for name, _ in self._delayed_of)
+        return any(name != tenant for name, _ in self._delayed_of)
 
     def delayed_load(self, tenant: str, *, nested: bool = False) -> float:
         """Return the tasks of a tenant that wait for their next attempt over those of it that fit.
@@ -603,7 +605,8 @@ class Pool(SlotCounts):
     def pop(self) -> Ticket:
         """Return the head of the queue, and remove it."""
         ticket = self.queue.pop()
-        self._removed(ticket)
+        if ticket.nested or self._watched:
+            self._removed(ticket)
         return ticket
 
     def remove(self, ticket: Ticket, entry: QueueEntry) -> None:
