@@ -55,6 +55,24 @@ async def test_a_task_with_hardly_any_time_left_is_not_started_before_others_wit
         assert (await other).success
 
 
+@pytest.mark.parametrize("overflow", [None, "memory://"], ids=["without", "with an overflow"])
+@pytest.mark.parametrize("others", [0, 5])
+@virtual
+async def test_a_task_that_may_be_cut_off_gives_way_only_while_others_are_not_admitted(
+    overflow: str | None, others: int
+) -> None:
+    async with make_supervisor(overflow) as supervisor:
+        holder = await supervisor.submit(task(9.0))
+        late = await supervisor.submit(task(1.0, within=15.0))
+        other = await supervisor.submit(task(1.0))
+        hurried = [await supervisor.submit(task(1.0, within=11.0)) for _ in range(others)]
+        assert all(ticket.verdict is Verdict.REJECTED for ticket in hurried[2:])  # one in ten seconds is tried anyway
+        await holder
+        # Six of its fifteen seconds are left, as three quarters need, but not nearly all.
+        assert (await late).status is (TaskStatus.EXPIRED if others else TaskStatus.SUCCEEDED)
+        assert (await other).success
+
+
 @virtual
 async def test_a_task_with_hardly_any_time_left_is_started_if_no_other_waits() -> None:
     async with make_supervisor() as supervisor:

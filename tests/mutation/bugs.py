@@ -2020,6 +2020,10 @@ def no_queue_stands() -> None:
     always(StandingQueue, StandingQueue.stands, returns=False)
 
 
+def a_task_that_may_be_cut_off_takes_the_slot_of_those_not_admitted() -> None:
+    always(Pool, Pool.is_crowded, returns=False)
+
+
 def answers_of_the_overflow_wake_who_waits_for_room() -> None:
     original = Core._background_task_done
 

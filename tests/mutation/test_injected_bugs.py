@@ -824,6 +824,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
     ),
     bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
+    bugs.a_task_that_may_be_cut_off_takes_the_slot_of_those_not_admitted: (
+        test_start_deadlines.test_a_task_that_may_be_cut_off_gives_way_only_while_others_are_not_admitted
+    ),
     bugs.answers_of_the_overflow_wake_who_waits_for_room: (
         test_room.test_whoever_waits_does_not_ask_the_overflow_all_the_time
     ),

@@ -461,6 +461,7 @@ class AdmissionController:
             if refusal is not None:
                 return refusal
         if may_spill and not ticket.nested and pool.spilled_ahead(priority, tenant):
+            pool.record_not_admitted(self.loop.time(), ticket.task, remaining)
             worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
@@ -471,9 +472,11 @@ class AdmissionController:
         elif pool.takes_turns and not ticket.nested and (own := self._tenants.load(tenant)) and own >= load:
             load, resource = own, RESOURCE_PREFIX + tenant
         if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
+            pool.record_not_admitted(self.loop.time(), ticket.task, remaining)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             return self._refusal(priority, pool, resource, load, may_spill=worth, slot_is_free=worker is not None)
         if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
+            pool.record_not_admitted(self.loop.time(), ticket.task, remaining)
             why = f"its deadline in {format_duration(remaining)} cannot be met"
             return Refusal(why, resource, load, may_spill=False, final=True)
         self._admit(ticket, pool, worker, path_load)

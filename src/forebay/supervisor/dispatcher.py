@@ -455,7 +455,10 @@ class Dispatcher:
         remaining = deadline.remaining()
         time = deadline.at - ticket.submitted_at if ticket.submitted_at is not None and pool.has_waiting else None
         now, estimate = self.loop.time(), ticket.task.estimate
-        if remaining > 0 and not pool.cannot_meet_deadline(now, remaining, time=time, estimate=estimate):
+        crowded = time is not None and pool.is_crowded(now, ticket)
+        if remaining > 0 and not pool.cannot_meet_deadline(
+            now, remaining, time=time, estimate=estimate, crowded=crowded
+        ):
             return None
         if remaining <= 0:
             return f"its turn came {format_duration(-remaining)} after its deadline"
