@@ -78,11 +78,11 @@ class ServiceTimes:
 
         Three quarters of all tasks need no more; where it is `crowded`, nearly all: others are not admitted that would
         make better use of the slot. If `time`, the seconds that the task had in all, was short from the start, the
-        optimistic estimate is enough, as if nobody waited.
+        optimistic estimate is enough, as if nobody waited. An eighth of `time` may pass in any case: see `max_wait`.
         """
-        if time < self._ample():
-            return self.optimistic()
-        return self.nearly_all() if crowded else self.likely()
+        if crowded and time >= (needed := self.nearly_all()):
+            return min(needed, (1.0 - _MIN_WAIT_SHARE) * time)
+        return self.likely() if time >= self._ample() else self.optimistic()
 
     def likely(self) -> float:
         """Return the seconds that three quarters of the latest did not exceed; 0 while there are fewer than 8."""

@@ -433,7 +433,9 @@ class Pool(SlotCounts):
         if self.takes_turns or ticket.nested or ticket.retries is not None:
             return False
         rate = self.service_times.drain_rate(self.usable_slots)
-        return rate is not None and rate > 0 and now - self._not_admitted_at[ticket.task.priority] <= _CROWDED_FOR / rate
+        return (
+            rate is not None and rate > 0 and now - self._not_admitted_at[ticket.task.priority] <= _CROWDED_FOR / rate
+        )
 
     def turn_came(self, now: float, ticket: Ticket, remaining: float) -> None:
         """Record how long a task has waited whose turn came `remaining` seconds before its deadline."""
