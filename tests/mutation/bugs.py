@@ -2087,7 +2087,7 @@ def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:
 
 
 def tasks_without_variables_run_in_one_context() -> None:
-    runner.NO_VARIABLES = Context()
+    vars(runner).update(NO_VARIABLES=Context())
 
 
 # --- retries of tasks ---
