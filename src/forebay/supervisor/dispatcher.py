@@ -287,13 +287,13 @@ class Dispatcher:
         self.start_or_queue(ticket, pool, self.pick_worker(pool, ticket), is_due=True)
 
     def _enqueue(self, ticket: Ticket, pool: Pool) -> None:
-        rank = RANK_LAST
-        if ticket.deadline is not None or ticket.parent is not None or ticket.nested:  # its parent may have ended
+        rank, deadline = RANK_LAST, ticket.deadline
+        if deadline is not None or ticket.parent is not None or ticket.nested:  # its parent may have ended
             whose = NESTED if ticket.nested else NOT_NESTED if ticket.parent is None else NESTED_ELSEWHERE
-            rank = (whose, RANK_LAST[1] if ticket.deadline is None else ticket.deadline.at)
+            rank = (whose, RANK_LAST[1] if deadline is None else deadline.at)
         self._sequence_number += 1
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
-        if ticket.deadline is not None:
+        if deadline is not None:
             self.arm_expiry(ticket)
         if self.wait_listeners:
             self._tell_drains()
