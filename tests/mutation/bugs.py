@@ -85,7 +85,7 @@ from forebay.supervisor.pools import FewPools, PoolGroup
 from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
-from forebay.supervisor.runs import completion, slot_loans
+from forebay.supervisor.runs import completion, runner, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -2021,6 +2021,10 @@ def no_queue_stands() -> None:
     always(StandingQueue, StandingQueue.stands, returns=False)
 
 
+def a_task_that_may_be_cut_off_takes_the_slot_of_those_not_admitted() -> None:
+    always(Pool, Pool.is_crowded, returns=False)
+
+
 def answers_of_the_overflow_wake_who_waits_for_room() -> None:
     original = Core._background_task_done
 
@@ -2078,6 +2082,13 @@ def second_attempts_run_in_the_context_of_a_timer() -> None:
 
 def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:
     skip(FanOut._cancel, asyncio.Event.set)
+
+
+# --- the context of handlers ---
+
+
+def tasks_without_variables_run_in_one_context() -> None:
+    vars(runner).update(NO_VARIABLES=Context())
 
 
 # --- retries of tasks ---

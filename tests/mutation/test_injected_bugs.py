@@ -31,6 +31,7 @@ from tests.acceptance import (
     test_gateway_connections,
     test_gateway_end,
     test_gateway_responses,
+    test_handler_context,
     test_hooks,
     test_json,
     test_leases,
@@ -829,6 +830,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
     ),
     bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
+    bugs.a_task_that_may_be_cut_off_takes_the_slot_of_those_not_admitted: (
+        test_start_deadlines.test_a_task_that_may_be_cut_off_gives_way_only_while_others_are_not_admitted
+    ),
     bugs.answers_of_the_overflow_wake_who_waits_for_room: (
         test_room.test_whoever_waits_does_not_ask_the_overflow_all_the_time
     ),
@@ -849,6 +853,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.second_attempts_run_in_the_context_of_a_timer: (
         test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
+    ),
+    bugs.tasks_without_variables_run_in_one_context: (
+        test_handler_context.test_what_a_handler_sets_is_seen_by_no_other_task_of_a_submitter_without_variables
     ),
     bugs.the_reader_of_a_fan_out_that_is_left_waits_on: (
         test_fan_out.test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends

@@ -935,7 +935,7 @@ class BackpressureSupervisor:
         return self._dispatcher
 
     def _admission_here(self) -> AdmissionController:
-        if (admission := self._admission) is None or self._is_starting:
+        if (admission := self._admission) is None or (self._starting is not None and not self._starting.done()):
             raise NotStarted
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
             if (parent := self.forked_from) is not None:

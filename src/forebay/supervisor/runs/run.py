@@ -398,10 +398,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def end(self) -> bool:
         """Record that its handler has really ended; return whether it held a slot, which the caller now returns."""
-        if self.is_suspended:
+        held = self.holds_slot
+        if not (held or self.ended):  # suspended
             self.worker.resume(self.task.priority, exempt=self.exemptions > 0)
-        self.ended = True
-        held, self.holds_slot = self.holds_slot, False
+        self.ended, self.holds_slot = True, False
         return held
 
 
