@@ -1834,6 +1834,37 @@ def what_runs_on_a_worker_that_is_restarted_goes_on() -> None:
     always(RunStopper, RunStopper.stop, returns=None)
 
 
+def what_runs_on_a_worker_that_is_restarted_is_forgotten() -> None:
+    async def stop(self: RunStopper, worker: WorkerAgent, *_: object, limit: float, **__: object) -> None:
+        for run in self._dispatcher.runs.on(worker):
+            run.abandon()
+        await self.wait(worker, limit)
+
+    replace(RunStopper, RunStopper.stop, stop)
+
+
+def what_runs_on_a_worker_goes_on_until_it_is_restarted() -> None:
+    always(Supervision, Supervision._begin_to_end_runs, returns=None)
+
+
+def a_worker_is_given_tasks_after_the_end_of_its_life() -> None:
+    always(WorkerAgent, WorkerAgent.begin_restart, returns=None)
+
+
+def background_work_that_a_close_cuts_off_sets_timers() -> None:
+    original = Timers.close
+
+    def close(self: Timers) -> None:
+        original(self)
+        self._closed = False
+
+    replace(Timers, original, close)
+
+
+def a_task_of_a_nested_supervisor_is_over_before_its_handler_has_stopped() -> None:
+    always(BackpressureSupervisor, BackpressureSupervisor.when_stopped, returns=None)
+
+
 def an_end_that_was_dealt_with_is_handled_again() -> None:
     original = WorkerLife.stop
 

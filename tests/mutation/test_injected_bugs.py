@@ -80,6 +80,7 @@ from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_cr
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
+from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_call_flow, test_core
 from tests.unit.upstream.accounts import (
@@ -738,6 +739,19 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.what_runs_on_a_worker_that_is_restarted_goes_on: (
         test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
+    ),
+    bugs.what_runs_on_a_worker_that_is_restarted_is_forgotten: (
+        test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
+    ),
+    bugs.what_runs_on_a_worker_goes_on_until_it_is_restarted: (
+        test_supervision.test_what_runs_on_a_worker_ends_with_its_life_although_another_one_is_being_restarted
+    ),
+    bugs.a_worker_is_given_tasks_after_the_end_of_its_life: (
+        test_supervision.test_workers_without_a_life_are_restarted_with_others_too
+    ),
+    bugs.background_work_that_a_close_cuts_off_sets_timers: test_timers.test_closed_timers_do_not_fire,
+    bugs.a_task_of_a_nested_supervisor_is_over_before_its_handler_has_stopped: (
+        test_nested.test_a_retry_waits_for_the_last_attempt_to_stop_in_a_nested_supervisor
     ),
     bugs.an_end_that_was_dealt_with_is_handled_again: (
         test_supervision.test_lives_that_end_at_once_beyond_the_intensity_are_failed_together

@@ -64,7 +64,9 @@ def test_the_storms_cover_all_faults() -> None:
     seen = sum(map(happened, range(50)), Counter[str]())
     assert {
         "admitted", "spilled", "rejected", "crash", "drain within", "close", "fail", "clock step", "file lost",
-        "looked up", "keyed", "moved by a drain", "hook: raise", "hook: submit", "hook: cancel", "hook: drain",
+        "looked up", "keyed", "moved by a drain", "life ends", "start fails", "start hangs", "worker restarted",
+        "worker given up", "revived", "unregister", "registered again", "pause", "cut", "calmed down", "hook: raise",
+        "hook: submit", "hook: cancel", "hook: drain",
     } <= set(seen)  # fmt: skip
 
 
