@@ -24,16 +24,16 @@ packages: ## install the Debian and npm packages that tests use, where that is a
 demo: install ## the surge: SEED=7, OVERFLOW=redis://..., PROVIDER_URL=... reach it by the environment
 	@$(RUN) demo $(ARGS)
 
-test: install packages ## every test, on each of Python 3.11 and 3.13 that is found
+test: install packages ## every test on one Python, and the quick ones on the other of 3.11 and 3.13 if it is found
 	@scripts/test.sh $(ARGS)
 
 test-quick: install ## the inner loop: one Python, few examples, nothing slow
-	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
+	@$(RUN) pytest --quiet --numprocesses $(JOBS) --dist worksteal -m 'not slow' --hypothesis-profile=quick $(ARGS)
 
 mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then inject the bugs that matter most
 	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python --constraint requirements/dev.txt --requirement requirements/mutation.txt
 	@$(RUN) tests.mutation $(ARGS)
-	@$(RUN) pytest --quiet --numprocesses $(JOBS) tests/mutation
+	@$(RUN) pytest --quiet --numprocesses $(JOBS) --dist worksteal tests/mutation
 
 sim: install ## run thousands of random surges and storms with faults, one for each seed: ARGS="--seeds 0:5000 --failures 1"
 	@$(RUN) tests.simulation.explore $(ARGS)

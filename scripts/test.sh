@@ -17,12 +17,15 @@ for minor in 3.11 3.13; do
     esac
 done
 
-# Tests that take minutes and do not depend on the version of Python run on one only: injected bugs, earlier SDKs, and
-# task stores on SQS, Sentinels and a cluster.
+# What depends on the version of Python is asyncio, sqlite3, the libraries and the language, and the quick tests of
+# everything meet these. The others take the same Forebay through more random runs, more stores and earlier SDKs: they
+# run on one Python only.
+#
+# A worker has half of the tests, in their order, so that most fixtures and servers of a module are started once; who is
+# done first takes from the other.
 others=()
 for python in "${pythons[@]}"; do
     echo "== tests on $("$python" --version) =="
-    "$python" -m pytest --numprocesses "${JOBS:-2}" "${others[@]}" "$@"
-    others=(--ignore tests/mutation --ignore tests/integration/test_older_sdks.py)
-    others+=(-k "not sqs and not sentinel and not cluster")
+    "$python" -m pytest --numprocesses "${JOBS:-2}" --dist worksteal "${others[@]}" "$@"
+    others=(-m "not slow" --hypothesis-profile quick)
 done

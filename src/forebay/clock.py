@@ -84,11 +84,11 @@ class _IdGenerator:
         self.reset()
 
     def reset(self) -> None:
-        self._prefix = os.urandom(8).hex()
+        self._prefix = os.urandom(8).hex() + "-"
         self._next = itertools.count().__next__
 
     def new(self) -> str:
-        return f"{self._prefix}-{self._next():x}"
+        return f"{self._prefix}{self._next()}"
 
 
 _ids = _IdGenerator()

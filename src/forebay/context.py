@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from contextvars import Context, ContextVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from forebay.task import Deadline, Task
 
 if TYPE_CHECKING:
     from forebay.errors import Overloaded
     from forebay.interfaces import LoadSource
+
+
+# The context of all tasks whose submitters have no variables: one object less for each task that waits. Nothing runs in
+# it, only in copies of it.
+NO_VARIABLES: Final = Context()
 
 
 class CallObserver(Protocol):

@@ -251,14 +251,15 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             raise InvalidTimeout(value=self.timeout)
         if type(self.priority) is not Priority:
             self._set_priority()
+        task_type, task_id, tenant = self.task_type, self.task_id, self.tenant  # each is read once: a hot path
         if (
-            not self.task_type
-            or type(self.task_type) is not str
-            or type(self.task_id) is not str
-            or not self.task_id
-            or type(self.tenant) is not str
-            or not self.tenant
-            or len(self.task_type) + len(self.task_id) + len(self.tenant) > _MAX_NAME
+            not task_type
+            or type(task_type) is not str
+            or type(task_id) is not str
+            or not task_id
+            or type(tenant) is not str
+            or not tenant
+            or len(task_type) + len(task_id) + len(tenant) > _MAX_NAME
             or self.key is not None
             or self.thread_id is not None
             or self.estimate is not None

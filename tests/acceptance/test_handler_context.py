@@ -70,6 +70,19 @@ async def test_a_task_that_waits_sees_the_context_of_the_moment_of_its_submissio
 
 
 @virtual
+async def test_what_a_handler_sets_is_seen_by_no_other_task_of_a_submitter_without_variables() -> None:
+    async def swap(task: Task) -> Any:
+        seen = note.get()
+        note.set(task.payload)
+        return seen
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=swap, task_types=["work"])
+        tickets = [contextvars.Context().run(supervisor.submit_nowait, Task("work", value)) for value in "abc"]
+        assert [await ticket.value() for ticket in tickets] == ["blank", "blank", "blank"]
+
+
+@virtual
 async def test_nested_tasks_see_what_their_parent_has_set() -> None:
     async with BackpressureSupervisor() as supervisor:
 

@@ -25,6 +25,7 @@ from forebay import (
     Deadline,
     Overloaded,
     Priority,
+    Retry,
     Task,
     TaskCancelled,
     TaskStatus,
@@ -655,6 +656,84 @@ async def test_cancelling_at_the_top_stops_the_handler_at_the_bottom() -> None:
         await run_ready()
         assert agent.running == 0
         assert inner.statistics().running == 0
+
+
+class Stubborn:
+    """A handler that goes on for some seconds after its cancellation; `spans` are the times at which it ran."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.spans: list[tuple[float, float]] = []
+
+    async def __call__(self, task: Task) -> None:
+        begun = now()
+        try:
+            await asyncio.sleep(10.0)
+        except asyncio.CancelledError:
+            await asyncio.sleep(self.seconds)
+        self.spans.append((begun - task.payload, now() - task.payload))
+
+
+@virtual
+async def test_the_next_message_waits_for_the_handler_of_one_that_timed_out_in_a_nested_supervisor() -> None:
+    agent, others = Stubborn(3.0), Agent()
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=agent, task_types=["work"], timeout=1.0)
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        outer.register_worker("other", handler=others, task_types=["other"])
+        begun = now()
+        first = outer.submit_nowait(Task("work", begun, thread_id="c"))
+        second = outer.submit_nowait(Task("other", thread_id="c"))
+        assert (await first).status is TaskStatus.FAILED
+        assert now() - begun == approximately(1.0)  # its caller does not wait for the handler
+        assert outer.workers["inner"].current_tasks == 1
+        await second
+        assert agent.spans == [(approximately(0.0), approximately(4.0))]
+        assert outer.workers["inner"].current_tasks == 0
+
+
+@virtual
+async def test_the_next_message_waits_for_the_handler_of_one_that_was_cancelled_above_a_nested_supervisor() -> None:
+    agent = Stubborn(3.0)
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=agent, task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        outer.register_worker("other", handler=Agent(), task_types=["other"])
+        first = outer.submit_nowait(Task("work", now(), thread_id="c"))
+        second = outer.submit_nowait(Task("other", thread_id="c"))
+        await asyncio.sleep(1.0)
+        first.cancel()
+        await second
+        assert agent.spans == [(approximately(0.0), approximately(4.0))]
+
+
+@virtual
+async def test_a_retry_waits_for_the_last_attempt_to_stop_in_a_nested_supervisor() -> None:
+    agent = Stubborn(3.0)
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2, timeout=1.0)
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer, max_concurrent=2, retry=Retry(max_attempts=2, base_delay=0.01))
+        await outer.submit_nowait(Task("work", now()))
+        await asyncio.sleep(4.0)
+    (first, second) = agent.spans
+    assert first == (approximately(0.0), approximately(4.0))
+    assert second[0] >= first[1]
+
+
+@virtual
+async def test_a_handler_that_does_not_stop_in_a_nested_supervisor_is_a_zombie_above_it_too() -> None:
+    inner = BackpressureSupervisor(zombie_grace=0.5)
+    inner.register_worker("worker", handler=Stubborn(3.0), task_types=["work"], timeout=1.0)
+    async with BackpressureSupervisor(zombie_grace=0.5) as outer:
+        nest(inner, outer)
+        await outer.submit_nowait(Task("work", now()))
+        await asyncio.sleep(1.0)
+        assert (outer.statistics().zombies, outer.workers["inner"].current_tasks) == (1, 1)
+        await asyncio.sleep(3.0)
+        assert outer.workers["inner"].current_tasks == 0
 
 
 @virtual

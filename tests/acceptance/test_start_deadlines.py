@@ -55,6 +55,25 @@ async def test_a_task_with_hardly_any_time_left_is_not_started_before_others_wit
         assert (await other).success
 
 
+@pytest.mark.parametrize("overflow", [None, "memory://"], ids=["without", "with an overflow"])
+@pytest.mark.parametrize("rejected", [0, 1])
+@virtual
+async def test_a_task_that_may_be_cut_off_gives_way_only_while_others_are_not_admitted(
+    overflow: str | None, rejected: int
+) -> None:
+    async with make_supervisor(overflow) as supervisor:
+        holder = await supervisor.submit(task(9.0))
+        late = await supervisor.submit(task(1.0, within=15.0))
+        waiting = [await supervisor.submit(task(1.0)) for _ in range(6)]
+        tried, *others = [await supervisor.submit(task(1.0, within=16.0)) for _ in range(1 + rejected)]
+        assert tried  # one in ten seconds is admitted whatever the estimate
+        assert all(ticket.verdict is Verdict.REJECTED for ticket in others)
+        await holder
+        # Six of its fifteen seconds are left, as three quarters need, but not nearly all.
+        assert (await late).status is (TaskStatus.EXPIRED if rejected else TaskStatus.SUCCEEDED)
+        assert all([(await ticket).success for ticket in waiting])
+
+
 @virtual
 async def test_a_task_with_hardly_any_time_left_is_started_if_no_other_waits() -> None:
     async with make_supervisor() as supervisor:

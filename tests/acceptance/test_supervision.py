@@ -19,7 +19,7 @@ from tests.support.task_plane import Agent, UncancellableHandler, approximately,
 from forebay import BackpressureSupervisor, Overloaded, Retry, Task, TaskFailed, TaskStatus, Verdict, WorkerState
 from forebay.adapters import Handler
 from forebay.errors import InvalidSetting, UnknownTaskType, WorkerNotStarted, WorkerStopped
-from forebay.events import TaskRetried, WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
+from forebay.events import TaskFinished, TaskRetried, WorkerExited, WorkerFailed, WorkerRecovered, WorkerRestarted
 from forebay.supervisor import TreeNode
 from forebay.testing import EventRecord
 
@@ -55,7 +55,7 @@ async def test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_wha
         result = await running
         assert now() == approximately(1.0)
         assert result.status is FAILED
-        assert result.error == "worker 'worker' was restarted: its life raised ValueError: broken"
+        assert result.error == "worker 'worker' has stopped: its life raised ValueError: broken"
         assert (await waiting).status is SUCCEEDED
         assert now() == approximately(11.0)
         assert worker.restarts == 1
@@ -95,7 +95,7 @@ async def test_one_restart_too_many_makes_a_worker_failed_until_it_is_revived() 
         assert worker.restarts == 2
         running, waiting = flood(supervisor, "work", 2)
         service.crash()
-        with pytest.raises(TaskFailed, match="'worker' is not restarted any more: its life raised ValueError: broken"):
+        with pytest.raises(TaskFailed, match="'worker' has stopped: its life raised ValueError: broken"):
             await running.value()
         with pytest.raises(
             TaskFailed, match=r"no worker takes it before supervisor.workers\['worker'\]\.revive\(\): its life"
@@ -216,6 +216,38 @@ async def test_a_worker_that_does_not_start_again_keeps_no_other_from_it() -> No
         await asyncio.sleep(100.0)
         assert (stuck.restarts, worker.restarts) == (0, 1)
         assert await supervisor.run(Task("work", 1)) == 1
+
+
+@virtual
+@pytest.mark.parametrize("durable", [False, True])
+async def test_what_runs_on_a_worker_ends_with_its_life_although_another_one_is_being_restarted(
+    tmp_path: Path, *, durable: bool
+) -> None:
+    hangs = False
+
+    async def live(started: Callable[[], None]) -> None:
+        if hangs:
+            await asyncio.sleep(60.0)
+        started()
+        await lost
+
+    lost, service, agent = asyncio.get_running_loop().create_future(), ScriptedLife(), Agent(10.0)
+    async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        supervisor.register_worker("slow", handler=Agent(), task_types=["else"], start=live)
+        register(supervisor, service, agent)
+        record = EventRecord(supervisor)
+        ticket = await supervisor.submit(Task("work", durable=durable))
+        await asyncio.sleep(1.0)
+        hangs = True
+        lost.set_exception(ValueError("lost"))
+        await settle()
+        service.crash()
+        await settle()
+        assert agent.running == 0
+        (ended,) = record.of_type(TaskRetried if durable else TaskFinished)
+        assert ended.at < 1.1
+        assert (await ticket).status is (SUCCEEDED if durable else FAILED)
+        assert now() < 1.1 if not durable else 71.0 < now() < 71.1
 
 
 @pytest.mark.parametrize(
@@ -600,8 +632,8 @@ async def test_a_nested_supervisor_that_gives_up_is_restarted_as_a_whole() -> No
         record, inside = EventRecord(outer), EventRecord(tree.inner)
         await settle()
         tickets = flood(outer, "work", 6)
-        direct = flood(tree.inner, "work", 20)[-1]
         await settle()
+        direct = flood(tree.inner, "work", 20)[-1]
         tree.log.clear()
         await tree.exceed()
         assert tree.log == ["a ends", "a starts"] * 3 + ["a ends", "b ends", "a starts", "b starts"]
@@ -609,7 +641,7 @@ async def test_a_nested_supervisor_that_gives_up_is_restarted_as_a_whole() -> No
         assert tree.worker.restarts == 1
         assert tree.worker.state is WorkerState.IDLE
         errors = {(await ticket).error for ticket in tickets}
-        assert "worker 'inner' was restarted: its life was cancelled" in errors
+        assert "worker 'inner' has stopped: its life was cancelled" in errors
         assert (await direct).status is SUCCEEDED  # it waited inside
         assert [event.worker_id for event in inside.of_type(WorkerFailed)] == ["a"]
         assert await outer.run(Task("work", 5)) == 5

@@ -31,6 +31,7 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
+from forebay.engine.child_process import ChildProcess
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
@@ -84,7 +85,7 @@ from forebay.supervisor.pools import FewPools, PoolGroup
 from forebay.supervisor.portal import PortalSlot
 from forebay.supervisor.queue_spill import QueueSpill, is_movable
 from forebay.supervisor.room import RoomQueue
-from forebay.supervisor.runs import completion, slot_loans
+from forebay.supervisor.runs import completion, runner, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
@@ -1833,6 +1834,37 @@ def what_runs_on_a_worker_that_is_restarted_goes_on() -> None:
     always(RunStopper, RunStopper.stop, returns=None)
 
 
+def what_runs_on_a_worker_that_is_restarted_is_forgotten() -> None:
+    async def stop(self: RunStopper, worker: WorkerAgent, *_: object, limit: float, **__: object) -> None:
+        for run in self._dispatcher.runs.on(worker):
+            run.abandon()
+        await self.wait(worker, limit)
+
+    replace(RunStopper, RunStopper.stop, stop)
+
+
+def what_runs_on_a_worker_goes_on_until_it_is_restarted() -> None:
+    always(Supervision, Supervision._begin_to_end_runs, returns=None)
+
+
+def a_worker_is_given_tasks_after_the_end_of_its_life() -> None:
+    always(WorkerAgent, WorkerAgent.begin_restart, returns=None)
+
+
+def background_work_that_a_close_cuts_off_sets_timers() -> None:
+    original = Timers.close
+
+    def close(self: Timers) -> None:
+        original(self)
+        self._closed = False
+
+    replace(Timers, original, close)
+
+
+def a_task_of_a_nested_supervisor_is_over_before_its_handler_has_stopped() -> None:
+    always(BackpressureSupervisor, BackpressureSupervisor.when_stopped, returns=None)
+
+
 def an_end_that_was_dealt_with_is_handled_again() -> None:
     original = WorkerLife.stop
 
@@ -2020,6 +2052,10 @@ def no_queue_stands() -> None:
     always(StandingQueue, StandingQueue.stands, returns=False)
 
 
+def a_task_that_may_be_cut_off_takes_the_slot_of_those_not_admitted() -> None:
+    always(Pool, Pool.is_crowded, returns=False)
+
+
 def answers_of_the_overflow_wake_who_waits_for_room() -> None:
     original = Core._background_task_done
 
@@ -2077,6 +2113,13 @@ def second_attempts_run_in_the_context_of_a_timer() -> None:
 
 def the_reader_of_a_fan_out_that_is_left_waits_on() -> None:
     skip(FanOut._cancel, asyncio.Event.set)
+
+
+# --- the context of handlers ---
+
+
+def tasks_without_variables_run_in_one_context() -> None:
+    vars(runner).update(NO_VARIABLES=Context())
 
 
 # --- retries of tasks ---
@@ -2342,3 +2385,10 @@ def a_redis_that_was_away_is_waited_for_by_each_call() -> None:
         return original(self, *commands)
 
     replace(RedisMaster, original, call)
+
+
+# --- workers' processes ---
+
+
+def the_event_loop_lists_what_a_process_has_started() -> None:
+    replace(ChildProcess, ChildProcess.kill, lambda self: self._kill_tree())

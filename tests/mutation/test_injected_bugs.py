@@ -1,12 +1,16 @@
-"""The suite catches the bugs that matter most: each is injected in a process of its own, and its test fails there."""
+"""The suite catches the bugs that matter most: each is injected in a process of its own, and its test fails there.
+
+That these tests pass without a bug is seen where the suite runs them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from tests.acceptance import (
     test_gateway_connections,
     test_gateway_end,
     test_gateway_responses,
+    test_handler_context,
     test_hooks,
     test_json,
     test_leases,
@@ -65,14 +70,17 @@ from tests.acceptance import (
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams, test_redis_away, test_redis_failover, test_redis_lost
 from tests.mutation import bugs
+from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
+from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
+from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_call_flow, test_core
 from tests.unit.upstream.accounts import (
@@ -99,7 +107,7 @@ from tests.unit.upstream.providers import test_credentials, test_endpoints, test
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
-OPTIONS = ("-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=20")
+OPTIONS = ("-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=10")
 INJECTION = ("--hypothesis-profile=mutation", "-p", "tests.mutation.plugin")
 
 CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
@@ -732,6 +740,19 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_runs_on_a_worker_that_is_restarted_goes_on: (
         test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
     ),
+    bugs.what_runs_on_a_worker_that_is_restarted_is_forgotten: (
+        test_supervision.test_a_worker_whose_life_crashed_is_started_again_and_goes_on_with_what_waits
+    ),
+    bugs.what_runs_on_a_worker_goes_on_until_it_is_restarted: (
+        test_supervision.test_what_runs_on_a_worker_ends_with_its_life_although_another_one_is_being_restarted
+    ),
+    bugs.a_worker_is_given_tasks_after_the_end_of_its_life: (
+        test_supervision.test_workers_without_a_life_are_restarted_with_others_too
+    ),
+    bugs.background_work_that_a_close_cuts_off_sets_timers: test_timers.test_closed_timers_do_not_fire,
+    bugs.a_task_of_a_nested_supervisor_is_over_before_its_handler_has_stopped: (
+        test_nested.test_a_retry_waits_for_the_last_attempt_to_stop_in_a_nested_supervisor
+    ),
     bugs.an_end_that_was_dealt_with_is_handled_again: (
         test_supervision.test_lives_that_end_at_once_beyond_the_intensity_are_failed_together
     ),
@@ -823,6 +844,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_deadlines.test_a_task_is_rejected_if_the_wait_leaves_too_little_time_for_most_tasks
     ),
     bugs.no_queue_stands: (test_pool.test_a_task_may_not_wait_that_long_while_the_queue_of_its_priority_stands),
+    bugs.a_task_that_may_be_cut_off_takes_the_slot_of_those_not_admitted: (
+        test_start_deadlines.test_a_task_that_may_be_cut_off_gives_way_only_while_others_are_not_admitted
+    ),
     bugs.answers_of_the_overflow_wake_who_waits_for_room: (
         test_room.test_whoever_waits_does_not_ask_the_overflow_all_the_time
     ),
@@ -843,6 +867,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.second_attempts_run_in_the_context_of_a_timer: (
         test_fan_out.test_a_second_attempt_is_nested_in_the_run_that_reads_the_fan_out
+    ),
+    bugs.tasks_without_variables_run_in_one_context: (
+        test_handler_context.test_what_a_handler_sets_is_seen_by_no_other_task_of_a_submitter_without_variables
     ),
     bugs.the_reader_of_a_fan_out_that_is_left_waits_on: (
         test_fan_out.test_the_reader_of_a_fan_out_that_is_left_meanwhile_ends
@@ -970,6 +997,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_redis_that_was_away_is_waited_for_by_each_call: (
         test_redis_store.test_a_store_that_is_away_answers_within_its_patience_and_then_at_once
     ),
+    bugs.the_event_loop_lists_what_a_process_has_started: (
+        test_process_engine.test_what_a_process_has_started_is_not_listed_in_the_event_loop
+    ),
 }
 
 
@@ -980,11 +1010,49 @@ def node_id(test: Callable[..., Any]) -> str:
     return f"{Path(path).relative_to(ROOT)}::{test.__name__}"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run tests in a process of its own."""
-    command = [sys.executable, "-m", "pytest", *OPTIONS, *INJECTION, *arguments]
-    environment = {**os.environ, "COLUMNS": "400"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+class ForkServer:
+    """A process that has collected the tests of all bugs, and forks for each bug: `tests.mutation.plugin`."""
+
+    def __init__(self) -> None:
+        requests, mine = os.pipe()
+        tests = dict.fromkeys(map(node_id, CAUGHT_BY.values()))
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *INJECTION, "--bugs-from", str(requests), *tests]
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "400"},
+            pass_fds=[requests],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        os.close(requests)
+        self._requests = os.fdopen(mine, "w", encoding="utf-8")
+
+    def run(self, bug: Callable[[], None], test: str) -> tuple[int, str]:
+        """Return the exit status of pytest for `test` with `bug` injected, and what it wrote."""
+        self._requests.write(f"{bug.__name__} {test}\n")
+        self._requests.flush()
+        written: list[str] = []
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ENDED):
+                return int(line.removeprefix(ENDED)), "".join(written)
+            written.append(line)
+        raise EOFError("the process that forks has ended:\n" + "".join(written))
+
+    def close(self) -> None:
+        """End the process."""
+        self._requests.close()
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    with contextlib.closing(ForkServer()) as server:
+        yield server
 
 
 def test_every_bug_has_a_test() -> None:
@@ -994,14 +1062,8 @@ def test_every_bug_has_a_test() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", CAUGHT_BY, ids=lambda bug: bug.__name__)
-def test_an_injected_bug_is_caught(bug: Callable[[], None]) -> None:
-    outcome = run("--inject", bug.__name__, node_id(CAUGHT_BY[bug]))
-    assert outcome.returncode == 1, f"it is not caught:\n{outcome.stdout[-2000:]}{outcome.stderr[-2000:]}"
-    (failure,) = re.findall(r"^FAILED .*$", outcome.stdout, re.MULTILINE)
+def test_an_injected_bug_is_caught(fork_server: ForkServer, bug: Callable[[], None]) -> None:
+    status, output = fork_server.run(bug, node_id(CAUGHT_BY[bug]))
+    assert status == 1, f"it is not caught:\n{output[-4000:]}"
+    (failure,) = re.findall(r"^FAILED .*$", output, re.MULTILINE)
     assert not failure.partition(" - ")[2].startswith(SLIPS), f"it fails for another reason: {failure}"
-
-
-@pytest.mark.slow
-def test_without_a_bug_these_tests_pass() -> None:
-    outcome = run(*dict.fromkeys(map(node_id, CAUGHT_BY.values())))
-    assert outcome.returncode == 0, outcome.stdout[-3000:]

@@ -2,8 +2,10 @@
 
 Processes share a store that is slow, fails or vanishes; they drain and close within limits, or crash, and others take
 over. Conversations are busy, handlers run nested tasks several levels deep and leave them by timeouts, the wall clock
-is set, workers start late or not at all, and hooks raise anything and call the supervisor. Handlers and callers watch
-what they see themselves; the other checks use the record of events and the writes that the store acknowledged.
+is set, workers start late or not at all, and hooks raise anything and call the supervisor. The lives of workers end
+while tasks run on them, and are started again or given up, some in supervisors below; workers are unregistered and come
+back, and types are paused. Handlers and callers watch what they see themselves; the other checks use the record of
+events and the writes that the store acknowledged.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from tests.simulation.storm_lives import CHANGES, LivesScript, Trouble, WorkerLives
 from tests.simulation.storm_script import (
     GRACE,
     LATE_TYPE,
@@ -35,14 +38,24 @@ from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation, fail_if_any
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
-from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, Tenant, Ticket
+from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, Tenant, Ticket, Verdict
 from forebay.adapters import Handler
-from forebay.errors import StoreUnavailable, SupervisorClosed, TaskCancelled
-from forebay.events import Event, TaskDeadLettered, TaskFinished, TaskRetried, TaskStarted, WorkerFailed
+from forebay.errors import StoreUnavailable, SupervisorClosed, TaskCancelled, UnknownTaskType, WorkerNotStarted
+from forebay.events import (
+    Event,
+    TaskDeadLettered,
+    TaskFinished,
+    TaskRetried,
+    TaskStarted,
+    WorkerExited,
+    WorkerFailed,
+    WorkerRestarted,
+)
 from forebay.interfaces import PutResult, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
 from forebay.retry import RetryBudget
 from forebay.simulation import simulate, virtual_loop
+from forebay.supervisor import WorkerAgent
 from forebay.testing import EventRecord
 
 PATIENCE: Final = 10_000.0  # seconds in which everything must have ended: many times the work of a storm
@@ -50,6 +63,7 @@ HURRY: Final = 2.0  # seconds: four of the slowest writes
 MAX_DELAY: Final = 2 * LEASE + GRACE + 10.0  # seconds until a process sees what another one did, or failed to do
 TAKE_OVER: Final = 400.0  # seconds in which a process knows that a lease is another clock's, and takes the task over
 MAX_ACTIONS: Final = 200  # of all hooks of one storm
+MAX_ATTEMPTS: Final = 3  # of a stored task without a policy under which the lives of its workers end
 TENANTS: Final = ("big", "big", "big", "small", "default")
 
 
@@ -97,6 +111,11 @@ class StormProcess:
         at_work: by worker, how many handlers work now: those that await a nested task do not.
         talking: by conversation, how many of its handlers have begun and not ended.
         stopping: True from the beginning of its end.
+        lives: by worker, those whose lives end.
+        agents: all workers that were registered, those below others included.
+        below: the records of supervisors that are workers.
+        removals: the workers that are being unregistered.
+        cut: the tasks whose handler was stopped with the life of its worker, and when.
     """
 
     number: int
@@ -109,8 +128,13 @@ class StormProcess:
     limit: float | None = None  # of its drain
     started_at: float = 0.0
     closing_from: float = math.inf  # the number of its events before it was closed without a drain
-    at_work: Counter[str] = field(default_factory=Counter)
+    at_work: Counter[WorkerAgent] = field(default_factory=Counter)
     talking: Counter[str] = field(default_factory=Counter)
+    lives: dict[str, WorkerLives] = field(default_factory=dict)
+    agents: list[WorkerAgent] = field(default_factory=list)
+    below: list[EventRecord] = field(default_factory=list)
+    removals: list[asyncio.Future[None]] = field(default_factory=list)
+    cut: list[tuple[str, float]] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
     callers: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -153,8 +177,11 @@ class TaskStorm:
         self.fans_out = self.changes.random() < 0.3
         self.tenants = _draw_tenants(self.tenancy)
         script = StormScript.draw(self.rng, StormRetries.draw(self.attempts))
+        lives = random.Random(f"lives {seed}")  # apart, so that restarts change no other draw of a seed
+        self.lives = LivesScript.draw(lives, [worker.name for worker in script.workers])
         self.script = script if url is None else dataclasses.replace(script, file_lost=None)
         self.happened: Counter[str] = Counter()
+        self.trouble = Trouble(lives, self.happened)
         self.violations: list[str] = []
         self.acknowledged = AcknowledgedWrites()
         self.acknowledged_into_lost_file: list[str] = []
@@ -167,6 +194,9 @@ class TaskStorm:
         self._url = url or f"sqlite:///{path}?fsync=no"
         self._actions = 0  # of hooks
         self._slots = {worker.name: worker.slots for worker in self.script.workers}
+        late = [worker for worker in self.script.workers if worker.late is not None]
+        # Otherwise a stored task of that type may wait without end.
+        self._serves_late = any(worker.start_time is None or worker.start_fails < 1.0 for worker in late)
         self._over: asyncio.Event
 
     def _wrong(self, what: str) -> None:
@@ -194,7 +224,7 @@ class TaskStorm:
                     self._keep(process, supervisor.submit_nowait(task))
             case "cancel" if process.tickets:
                 self.rng.choice(process.tickets).cancel()
-            case "revive":
+            case "revive" if supervisor.workers:
                 self.rng.choice(list(supervisor.workers.values())).revive()
             case "drain":
                 process.stopping = True
@@ -206,14 +236,13 @@ class TaskStorm:
     # --- handlers ---
 
     @contextlib.contextmanager
-    def _working(self, process: StormProcess, worker: str) -> Iterator[None]:
+    def _working(self, process: StormProcess, worker: WorkerAgent) -> Iterator[None]:
         process.at_work[worker] += 1
-        slots = self._slots[worker]
+        slots = self._slots[worker.name]
         if self.resizes:  # one that was made smaller goes on with what runs on it
-            agent = process.supervisor.workers[worker]
-            slots = max(agent.max_concurrent, agent.current_tasks)
+            slots = max(worker.max_concurrent, worker.current_tasks)
         if process.at_work[worker] > slots and not process.dead:
-            self._wrong(f"{process.at_work[worker]} tasks are at work on {worker!r} of {slots} slots")
+            self._wrong(f"{process.at_work[worker]} tasks are at work on {worker.name!r} of {slots} slots")
         try:
             yield
         finally:
@@ -251,7 +280,7 @@ class TaskStorm:
         finally:
             others.remove(process)
 
-    async def _handle(self, process: StormProcess, worker: str, task: Task) -> Any:
+    async def _handle(self, process: StormProcess, worker: WorkerAgent, task: Task) -> Any:
         with self._talking(process, task), self._running(process, task):
             mood = task.payload["mood"]
             try:
@@ -270,7 +299,7 @@ class TaskStorm:
                 raise self.rng.choice(ERRORS)
             return task.task_id
 
-    async def _work(self, process: StormProcess, worker: str, task: Task) -> None:
+    async def _work(self, process: StormProcess, worker: WorkerAgent, task: Task) -> None:
         rng, depth, lowest = self.rng, task.payload["depth"], task.payload["lowest"]
         for _ in range(rng.randint(1, 2)):
             with self._working(process, worker):
@@ -353,10 +382,13 @@ class TaskStorm:
                 raise ConnectionError(message)
             ready = True
 
+        lives = self._lives_of(plan)
+
         async def call(task: Task) -> Any:
-            if not ready and not process.dead:
+            if not (ready or process.dead):
                 self._wrong(f"worker {plan.name!r} was given {task.task_id!r} before its handler had started")
-            return await self._handle(process, plan.name, task)
+            with self._in_one_life(process, plan, lives, task):
+                return await self._handle(process, agent, task)
 
         def hook(*_: object) -> Any:
             return self._hook(process)
@@ -365,28 +397,119 @@ class TaskStorm:
             await asyncio.sleep(0.1)
             self._hook(process)
 
-        process.supervisor.register_worker(
-            plan.name,
-            handler=HookedAgent(
-                Handler(
-                    call=call,
-                    start=None if plan.start_time is None else start,
-                    on_end=hook if "on_end" in plan.hooks else None,
-                    on_cancel=async_hook
-                    if "async on_cancel" in plan.hooks
-                    else hook
-                    if "on_cancel" in plan.hooks
-                    else None,
-                    stop=async_hook if "stop" in plan.hooks else None,
-                )
-            ),
-            task_types=plan.kinds,
-            max_concurrent=plan.slots,
-            max_open=plan.max_open,
-            timeout=plan.timeout,
-            reset_timeout=1.0,
-            retry=None if self.script.retries is None else self.script.retries.policy,
+        handler = HookedAgent(
+            Handler(
+                call=call,
+                start=None if plan.start_time is None else start,
+                on_end=hook if "on_end" in plan.hooks else None,
+                on_cancel=async_hook
+                if "async on_cancel" in plan.hooks
+                else hook
+                if "on_cancel" in plan.hooks
+                else None,
+                stop=async_hook if "stop" in plan.hooks else None,
+            )
         )
+        options: dict[str, Any] = {"task_types": plan.kinds, "timeout": plan.timeout, "reset_timeout": 1.0}
+        outer: dict[str, Any] = {
+            "max_open": plan.max_open,
+            "retry": None if self.script.retries is None else self.script.retries.policy,
+        }
+        supervisor, life = process.supervisor, {} if lives is None else lives.options(plan.start_time or 0.0)
+        if self.lives is not None and self.lives.workers[plan.name].nested:
+            below = BackpressureSupervisor(max_queue_size=100, zombie_grace=GRACE, **self._supervision(self.lives))
+            agent = below.register_worker(plan.name, handler=handler, max_concurrent=plan.slots, **options, **life)
+            process.below.append(EventRecord(below))
+            process.agents.append(agent)
+            restart = self.lives.workers[plan.name].restart
+            process.agents.append(
+                supervisor.register_worker(
+                    plan.name, handler=below, max_concurrent=plan.slots, restart=restart, **options, **outer
+                )
+            )
+        else:
+            agent = supervisor.register_worker(
+                plan.name, handler=handler, max_concurrent=plan.slots, **options, **outer, **life
+            )
+            process.agents.append(agent)
+        if lives is not None:
+            process.lives[plan.name] = lives
+
+    # --- the lives of workers ---
+
+    def _supervision(self, lives: LivesScript | None) -> dict[str, Any]:
+        """Return settings of a supervisor."""
+        if lives is None:
+            return {}
+        return {"strategy": lives.strategy, "max_restarts": lives.max_restarts, "within": lives.within}
+
+    def _lives_of(self, plan: StormWorker) -> WorkerLives | None:
+        if self.lives is None:
+            return None
+        errors = (ConnectionError, StrangeError, MemoryError) if self.script.wild else (ConnectionError,)
+        return WorkerLives(plan.name, self.lives.workers[plan.name], self.trouble, errors)
+
+    @contextlib.contextmanager
+    def _in_one_life(
+        self, process: StormProcess, plan: StormWorker, lives: WorkerLives | None, task: Task
+    ) -> Iterator[None]:
+        """Check that a task begins while its worker is up, and does not go on in the next life of it."""
+        if lives is None or process.dead:
+            yield
+            return
+        if lives.is_down:
+            self._wrong(f"{task.task_id!r} began on worker {plan.name!r}, which is down")
+        number = lives.number
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not lives.up or lives.number != number:
+                process.cut.append((task.task_id, virtual_loop().time()))
+            raise
+        if lives.number != number and not self.script.wild and not process.dead:
+            self._wrong(f"{task.task_id!r} began in life {number} of {plan.name!r}, and ended in its {lives.number}th")
+
+    async def _change_lives(self, process: StormProcess, lives: LivesScript) -> None:
+        """Unregister and revive workers, and pause types, now and then."""
+        rng, supervisor = self.trouble.rng, process.supervisor
+        while lives.changes_every is not None:
+            await asyncio.sleep(rng.expovariate(1 / lives.changes_every))
+            if not supervisor.workers or not self.trouble.draw(what := rng.choice(CHANGES), 1.0):
+                continue
+            worker = rng.choice(list(supervisor.workers.values()))
+            with contextlib.suppress(SupervisorClosed, UnknownTaskType):
+                match what:
+                    case "unregister":
+                        gone = supervisor.unregister_worker(worker.name, timeout=rng.choice((None, 0.0, 1.0)))
+                        process.removals.append(asyncio.ensure_future(gone))
+                    case "pause":
+                        supervisor.pause(rng.choice(worker.task_types))
+                    case "revive":
+                        worker.revive()
+
+    async def _restore_lives(self, process: StormProcess, lives: LivesScript) -> None:
+        """Bring back what is down for good, again and again."""
+        while True:
+            await asyncio.sleep(self.trouble.rng.uniform(0.1, lives.restores_after))
+            self._restore(process)
+
+    def _restore(self, process: StormProcess) -> None:
+        supervisor = process.supervisor
+        for plan in self.script.workers:
+            if plan.name not in process.lives:  # it is registered later
+                continue
+            with contextlib.suppress(SupervisorClosed):
+                if plan.name not in supervisor.workers:
+                    self.happened["registered again"] += 1
+                    self._register(process, plan)
+        for record in (process.record, *process.below):
+            for worker in list(record.supervisor.workers.values()):
+                if worker.failed and worker.breaker.retry_after(virtual_loop().time()) is None:
+                    self.happened["revived"] += 1
+                    worker.revive()
+        for kind in (*TYPES, LATE_TYPE):
+            with contextlib.suppress(SupervisorClosed, UnknownTaskType):
+                supervisor.resume(kind)
 
     # --- processes ---
 
@@ -409,9 +532,11 @@ class TaskStorm:
                 lease=lease,
                 zombie_grace=GRACE,
                 keep_results=self.script.keep_results,
-                on_event=[sink] if self.script.sinks else [],
+                on_event=self._sinks(sink),
                 retry_budget=self._retry_budget(),
                 tenants=self.tenants,
+                max_attempts=MAX_ATTEMPTS,
+                **self._supervision(self.lives),
             )
             store = overflow if isinstance(overflow, StormStore) else None
             process = StormProcess(len(self.processes), supervisor, EventRecord(supervisor), store)
@@ -421,12 +546,24 @@ class TaskStorm:
                     self._register(process, plan)
             try:
                 await supervisor.start()
-            except StoreUnavailable:
+            except (StoreUnavailable, WorkerNotStarted, OSError) as error:
+                left = [name for name, lives in process.lives.items() if lives.up]
+                if left and not isinstance(error, StoreUnavailable):
+                    self._wrong(f"after a start that failed, {left} live")
                 await asyncio.sleep(1.0)
                 continue
             process.started_at = virtual_loop().time()
             self.processes.append(process)
             return process
+
+    def _sinks(self, sink: ProcessSink) -> list[Callable[[Event], None]]:
+        def revive(event: Event) -> None:
+            supervisor = sink.process.supervisor
+            if isinstance(event, WorkerFailed) and event.retry_in is None and event.worker_id in supervisor.workers:
+                supervisor.workers[event.worker_id].revive()
+
+        by_sink = self.lives is not None and self.lives.revived_by_sink
+        return [*([sink] if self.script.sinks else []), *([revive] if by_sink else [])]
 
     def _retry_budget(self) -> RetryBudget | None:
         retries = self.script.retries
@@ -447,23 +584,82 @@ class TaskStorm:
                 for plan in self.script.workers
                 if plan.late is not None
             ]
-            resizing = asyncio.ensure_future(self._resize(process))
+            background = [asyncio.ensure_future(self._resize(process)), *self._supervise(process)]
             self.open.append(process)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(lifetime.ends):
                     await self._over.wait()
             self.open.remove(process)
             await asyncio.gather(*late)
+            if lifetime.ends == math.inf:
+                await self._calm_down(process)
             await self._end(process, lifetime)
-            resizing.cancel()
+            await self._end_background(process, background)
+
+    def _supervise(self, process: StormProcess) -> list[asyncio.Future[None]]:
+        """Begin to change and to restore the lives of the workers of a process."""
+        lives = self.lives
+        if lives is None:
+            return []
+        return [asyncio.ensure_future(work(process, lives)) for work in (self._change_lives, self._restore_lives)]
+
+    async def _end_background(self, process: StormProcess, background: list[asyncio.Future[None]]) -> None:
+        for work in background:
+            if work.done():
+                work.result()
+            work.cancel()
+        for gone in process.removals:
+            with contextlib.suppress(SupervisorClosed):
+                await gone
 
     async def _resize(self, process: StormProcess) -> None:
         """Give the workers other numbers of slots now and then, in some storms."""
         while self.resizes:
             await asyncio.sleep(self.changes.expovariate(0.5))
+            if not process.supervisor.workers:
+                continue
             worker = self.changes.choice(list(process.supervisor.workers.values()))
             worker.resize(self.changes.randint(1, 2 * self._slots[worker.name]))
             self.happened["resize"] += 1
+
+    async def _calm_down(self, process: StormProcess) -> None:
+        """Let nothing go wrong any more, and check that all workers come back, and nothing stands still."""
+        if self.lives is None:
+            return
+        fail_if_any("what handlers and callers see is as promised", self.violations)  # else the drain may never end
+        self.trouble.end()
+        supervisor, due = process.supervisor, virtual_loop().time() + PATIENCE
+        while (busy := self._what_is_busy(process)) and not process.stopping:
+            if virtual_loop().time() > due:
+                message = f"{PATIENCE:.0f} s after the last trouble {busy}"
+                raise InvariantViolation(message)
+            await asyncio.sleep(5.0)
+        for kind in TYPES:
+            if process.stopping:
+                return
+            self.happened["calmed down"] += 1
+            work = {"number": None, "depth": 0, "lowest": 0, "work": 0.0, "mood": "well"}
+            with contextlib.suppress(ForebayError):
+                await asyncio.wait_for(supervisor.run(Task(kind, work)), 100.0)
+
+    def _what_is_busy(self, process: StormProcess) -> str:
+        """Return what keeps a process from being at rest."""
+        supervisor = process.supervisor
+        counts = supervisor.statistics()
+        outside = 0 if self.script.overflow == "sqlite" else counts.outside  # where others may have them
+        if counts.running or counts.waiting or counts.suspended or outside:
+            return f"{counts.running} tasks run, {counts.waiting + outside} wait, {counts.suspended} are suspended"
+        for plan in self.script.workers:
+            late = plan.late is not None and plan.start_time is not None and plan.start_fails
+            if plan.name not in process.lives or late:
+                continue
+            worker = supervisor.workers.get(plan.name)
+            if worker is None:
+                return f"worker {plan.name!r} is not back"
+            if worker.leaving or not (worker.can_accept() and process.lives[plan.name].up):
+                return f"{worker!r} takes no task, and its life is {'up' if process.lives[plan.name].up else 'down'}"
+        loads = {kind: supervisor.load_of(kind) for kind in TYPES}
+        return f"the loads are {loads}" if any(loads.values()) else ""
 
     async def _end(self, process: StormProcess, lifetime: StormLifetime) -> None:
         """End a process in the given way, and check how long that takes."""
@@ -580,7 +776,7 @@ class TaskStorm:
         with contextlib.suppress(ForebayError, TimeoutError):
             async with asyncio.timeout(rng.uniform(0.0, 5.0) if impatient else PATIENCE):
                 await ticket
-        if not ticket.done() and not impatient:
+        if not (ticket.done() or impatient or (task.task_type == LATE_TYPE and not self._serves_late)):
             self._wrong(f"{ticket!r} has not ended in {PATIENCE:.0f} s")
         ticket.cancel()
 
@@ -598,7 +794,8 @@ class TaskStorm:
                 self.happened["keyed"] += 1
                 await process.supervisor.run(tasks[2])
             except TaskCancelled as error:
-                if not process.stopping and not self.script.wild:
+                unregistered = "was unregistered" in str(error)
+                if not (process.stopping or self.script.wild or unregistered):
                     self._wrong(f"a caller of {key!r} who waits got {error}, when another one had left")
         await asyncio.gather(*impatient)
 
@@ -630,7 +827,7 @@ class TaskStorm:
         process, task = self.rng.choice(self.open), self._draw_task(0, 0)
         with contextlib.suppress(ForebayError, TimeoutError):
             async with asyncio.timeout(20.0), process.supervisor.slot(task.task_type, thread_id=task.thread_id) as slot:
-                with self._talking(process, task), self._working(process, slot.worker.name):
+                with self._talking(process, task), self._working(process, slot.worker):
                     await asyncio.sleep(self.rng.uniform(0.0, 3.0))
 
     # --- the whole storm ---
@@ -657,6 +854,8 @@ class TaskStorm:
             await asyncio.wait(processes)
         if script.overflow == "sqlite":
             await self._finish_leftovers()
+            while self._unfinished():  # what the last process began while it drained
+                await self._finish_leftovers()
         await asyncio.sleep(100.0)  # until handlers that ignored their cancellation have ended
         self._check()
         if (left := virtual_loop().pending()) != [asyncio.current_task()]:
@@ -694,6 +893,12 @@ class TaskStorm:
         for process in alive:
             run_checks.check_closed_supervisor(process.record)
             fail_if_any("what the supervisor did is as promised", [*self._wrong_events(process)])
+            for record in process.below:
+                run_checks.check_closed_supervisor(record)
+                fail_if_any("below, a task ends as often as it was taken", [*_unequal_ends(record)])
+            fail_if_any("what is stopped with its worker does not succeed", [*self._wrong_cuts(process)])
+            fail_if_any("no slot of a worker is lost", [*_held_slots(process)])
+            self._count_restarts(process)
         if self.script.overflow == "sqlite":
             tickets = [ticket for process in alive for ticket in process.tickets]
             run_checks.check_shared_store(self.acknowledged, [process.record for process in self.processes], tickets)
@@ -701,6 +906,13 @@ class TaskStorm:
             for process in alive:
                 run_checks.check_in_memory_run(process.record, process.tickets)
         self._check_order()
+
+    def _count_restarts(self, process: StormProcess) -> None:
+        for record in (process.record, *process.below):
+            self.happened["worker exited"] += len(record.of_type(WorkerExited))
+            self.happened["worker restarted"] += len(record.of_type(WorkerRestarted))
+            given_up = sum(event.retry_in is None for event in record.of_type(WorkerFailed))
+            self.happened["worker given up"] += given_up
 
     def _wrong_events(self, process: StormProcess) -> Iterator[str]:
         """Yield what events say that must not be, in a storm in which it has no excuse."""
@@ -716,7 +928,7 @@ class TaskStorm:
                 yield f"{event.task_id} was retried {retried[event.task_id]} times, more often than its policy allows"
             elif isinstance(event, TaskDeadLettered) and orderly and event.error.startswith("LeaseLost"):
                 yield f"{event.task_id} is a dead letter, though no process crashed: {event.error}"
-            elif isinstance(event, WorkerFailed) and script.blameless and "start" not in event.reason:
+            elif isinstance(event, WorkerFailed) and self._is_blamed(event):
                 yield f"at {event.at:.3f} s worker {event.worker_id!r} was blamed: {event.reason}"
             elif isinstance(event, TaskFinished):
                 error = event.result.error or ""
@@ -725,6 +937,22 @@ class TaskStorm:
                 expired = "deadline passed" in error or "after its deadline" in error
                 if expired and script.overflow != "sqlite" and event.at < self.due.get(event.task_id, 0.0) - 0.1:
                     yield f"{event.task_id} expired {self.due[event.task_id] - event.at:.1f} s too early: {error}"
+
+    def _wrong_cuts(self, process: StormProcess) -> Iterator[str]:
+        """Yield the tasks that succeeded in an attempt that ended with the life of its worker."""
+        if self.script.overflow == "sqlite":  # another process may have made the next attempt
+            return
+        self.happened["cut"] += len(process.cut)
+        for task_id, at in process.cut:
+            later = (event for event in process.record.for_task(task_id) if event.at >= at)
+            following = next((event for event in later if isinstance(event, TaskStarted | TaskFinished)), None)
+            if isinstance(following, TaskFinished) and following.result.success:
+                yield f"{task_id} succeeded, though its handler was stopped at {at:.3f} s with the life of its worker"
+
+    def _is_blamed(self, event: WorkerFailed) -> bool:
+        """Return whether a worker is FAILED because of tasks, though none is at fault."""
+        stopped = self.lives is not None and event.retry_in is None
+        return self.script.blameless and "start" not in event.reason and not stopped
 
     def _retried(self) -> Counter[str]:
         """Return how often tasks were retried, in any process, by their ids."""
@@ -735,7 +963,10 @@ class TaskStorm:
         """Return whether a task had more retries than its policy allows, and those attempts that a stop gave back."""
         retries = self.script.retries
         given_back = self.acknowledged.given_back[task_id]
-        return retries is None or retried[task_id] > retries.policy.max_attempts - 1 + given_back
+        attempts = 1 if self.lives is None else MAX_ATTEMPTS
+        if retries is not None:
+            attempts = retries.policy.max_attempts
+        return retried[task_id] > attempts - 1 + given_back
 
     def _started_after_step(self) -> bool:
         """Return whether a process started so shortly after a step of the clock that it could not know of it."""
@@ -761,6 +992,22 @@ def _draw_tenants(rng: random.Random) -> dict[str, float | Tenant]:
         return {}
     bound = Tenant(max_running=rng.choice((None, 1, 3)), max_waiting=rng.choice((None, 0, 20)))
     return {"big": rng.choice((1.0, bound)), "small": rng.choice((0.5, 3.0))}
+
+
+def _unequal_ends(record: EventRecord) -> Iterator[str]:
+    """Yield the tasks that a supervisor below took and did not end, or ended twice. The one above may retry them."""
+    taken = Counter(event.task_id for event in record.submitted if event.verdict is not Verdict.REJECTED)
+    ended = Counter(event.task_id for event in record.of_type(TaskFinished))
+    for task_id in taken.keys() | ended.keys():
+        if ended[task_id] != taken[task_id]:
+            yield f"{task_id!r} was taken {taken[task_id]} times, and ended {ended[task_id]} times"
+
+
+def _held_slots(process: StormProcess) -> Iterator[str]:
+    """Yield what the workers of a closed process hold, those that were unregistered included."""
+    for worker in process.agents:
+        if worker.current_tasks != worker.zombies or worker.suspended:
+            yield f"{worker!r} has {worker.zombies} zombies, and {worker.suspended} suspended runs"
 
 
 def _forget(work: asyncio.Future[Any]) -> None:

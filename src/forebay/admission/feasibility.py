@@ -73,20 +73,27 @@ class ServiceTimes:
         ample = self._ample()
         return max(_MIN_WAIT_SHARE * remaining, remaining - ample) if ample else math.inf
 
-    def required_time(self, time: float) -> float:
+    def required_time(self, time: float, *, crowded: bool = False) -> float:
         """Return the seconds that a task must have left to be served while tasks with more time wait.
 
-        Three quarters of all tasks need no more. If `time`, the seconds that the task had in all, was short from the
-        start, the optimistic estimate is enough, as if nobody waited.
+        Three quarters of all tasks need no more; where it is `crowded`, nearly all: others are not admitted that would
+        make better use of the slot. If `time`, the seconds that the task had in all, was short from the start, the
+        optimistic estimate is enough, as if nobody waited. An eighth of `time` may pass in any case: see `max_wait`.
         """
+        if crowded and time >= (needed := self.nearly_all()):
+            return min(needed, (1.0 - _MIN_WAIT_SHARE) * time)
         return self.likely() if time >= self._ample() else self.optimistic()
 
     def likely(self) -> float:
         """Return the seconds that three quarters of the latest did not exceed; 0 while there are fewer than 8."""
         return self.quantile(_LIKELY)
 
+    def nearly_all(self) -> float:
+        """Return the seconds that 95 in a hundred of the latest did not exceed; 0 while there are fewer than 8."""
+        return self.quantile(_NEARLY_ALL)
+
     def _ample(self) -> float:
-        return _SLACK * self.quantile(_NEARLY_ALL)
+        return _SLACK * self.nearly_all()
 
     def optimistic(self) -> float:
         """Return the 25th percentile of the latest successes; 0 while there are fewer than 8, to reject nothing."""

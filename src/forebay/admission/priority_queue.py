@@ -90,12 +90,13 @@ class PriorityQueue(Generic[T]):
         Ranks must be comparable with each other and with RANK_LAST, and sequence numbers unique.
         """
         entry: QueueEntry = [rank, sequence, item, priority]
-        fifo = self._fifos[priority]
-        if rank == RANK_LAST and (not fifo or fifo[-1][_SEQUENCE] < sequence):
+        index = priority._value_  # a plain number: an enum is slow as an index, and this is a hot path
+        fifo = self._fifos[index]
+        if (rank is RANK_LAST or rank == RANK_LAST) and (not fifo or fifo[-1][_SEQUENCE] < sequence):
             fifo.append(entry)  # nearly all items, and a deque is much cheaper than a heap
         else:
-            heapq.heappush(self._heaps[priority], entry)
-        self._lengths[priority] += 1
+            heapq.heappush(self._heaps[index], entry)
+        self._lengths[index] += 1
         self.length += 1
         return entry
 
@@ -146,22 +147,23 @@ class PriorityQueue(Generic[T]):
         Raises:
             IndexError: the queue is empty.
         """
-        priority = self._last_served
+        priority, length = self._last_served, self.length
         fifo = self._fifos[priority]
-        if self._lengths[priority] == self.length and fifo and not self._heaps[priority]:
+        if self._lengths[priority] == length and fifo and not self._heaps[priority]:
             # Nearly always: the items have one priority and wait in sequence. Then none is passed over.
-            item: T | None = fifo[0][_ITEM]
+            entry = fifo[0]
+            item: T | None = entry[_ITEM]
             if item is not None:
-                fifo.popleft()[_ITEM] = None
-                self.length -= 1
-                self._lengths[priority] -= 1
+                entry[_ITEM] = None
+                del fifo[0]
+                self.length = self._lengths[priority] = length - 1
                 self._passed_over[priority] = 0
                 return item
-        entry = self.head()
-        if entry is None:
+        head = self.head()
+        if head is None:
             raise IndexError
-        served: T = entry[_ITEM]
-        self.serve(entry)
+        served: T = head[_ITEM]
+        self.serve(head)
         return served
 
     def serve(self, head: QueueEntry, joined_priority: Priority | None = None) -> None:
@@ -172,7 +174,7 @@ class PriorityQueue(Generic[T]):
             joined_priority: the priority with which it was first pushed, if it has been promoted since. Only lower
                 priorities count as passed over by it: else promoted items would starve their own priority.
         """
-        priority: int = head[_PRIORITY]
+        priority = int(head[_PRIORITY])
         self._last_served = priority
         self._remove_first(head)
         head[_ITEM] = None

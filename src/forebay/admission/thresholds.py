@@ -39,4 +39,4 @@ class PriorityThresholds:
 
     def rejects(self, priority: Priority, load: float) -> bool:
         """Return whether a resource at `load` rejects work of `priority`."""
-        return load >= self._loads[priority]
+        return load >= self._loads[priority._value_]  # a plain number is faster than an enum as an index

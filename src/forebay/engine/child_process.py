@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
+from forebay._threads import DaemonThreadExecutor
 from forebay.engine import messages
 from forebay.engine.orphan_reaper import orphan_reaper
 from forebay.engine.process_tree import MARK, descendants, kill_all, kill_marked
@@ -103,7 +104,14 @@ class ChildProcess(asyncio.Protocol):
         gone: done once it has ended and its channel is closed.
     """
 
-    def __init__(self, spawned: SpawnedProcess, load: messages.LoadHandler, *, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        spawned: SpawnedProcess,
+        load: messages.LoadHandler,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        threads: DaemonThreadExecutor,
+    ) -> None:
         self.worker = load.worker
         self.pid = spawned.process.pid
         self.runs = 0
@@ -111,6 +119,7 @@ class ChildProcess(asyncio.Protocol):
         self.gone: asyncio.Future[None] = loop.create_future()
         self._load = load
         self._loop = loop
+        self._threads = threads
         self._process = spawned.process
         self._mark = spawned.mark
         self._decoder = messages.FrameDecoder(load.bound)
@@ -196,8 +205,15 @@ class ChildProcess(asyncio.Protocol):
         self.kill_after(grace)
 
     def kill(self) -> None:
-        """Kill it and everything that it has started, now."""
+        """Kill it and everything that it has started, in a thread: on a busy machine it takes long to list."""
         self._retiring = True
+        if self._exitcode is None:
+            try:
+                self._loop.run_in_executor(self._threads, self._kill_tree)
+            except RuntimeError:  # the system has no more threads
+                self._kill_tree()
+
+    def _kill_tree(self) -> None:
         with self._lock:
             if not self._reaped:
                 started = descendants(self.pid)  # now: later they have another parent
@@ -231,7 +247,8 @@ class ChildProcess(asyncio.Protocol):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         else:
             self._process.wait()
-        self.kill()
+        self._retiring = True
+        self._kill_tree()
         kill_marked([self._mark])
         with self._lock:
             code = self._process.wait()

@@ -303,7 +303,7 @@ class _ProcessPool:
         except OSError as error:
             advice = "Lower max_concurrent, or allow this program more processes."
             raise ProcessNotStarted(worker=worker, why=f"the system refused: {error}", advice=advice) from error
-        child = ChildProcess(spawned, self._load, loop=loop)
+        child = ChildProcess(spawned, self._load, loop=loop, threads=self._threads)
         self._children.add(child)
         child.gone.add_done_callback(partial(self._on_gone, child))
         reaping = loop.run_in_executor(self._threads, child.reap)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from forebay import clock, context
 from forebay._text import format_duration
 from forebay.admission import PriorityThresholds
-from forebay.context import RunningTask
+from forebay.context import NO_VARIABLES, RunningTask
 from forebay.errors import (
     DeadlinePassed,
     DuplicateTask,
@@ -233,7 +233,8 @@ class AdmissionController:
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
-        task = self._codecs.fit_payload(task)
+        if self._codecs.active:
+            task = self._codecs.fit_payload(task)
         pool, parent = self._check(task)
         if task.durable:
             advice = "use `await submit(...)`"
@@ -433,7 +434,8 @@ class AdmissionController:
         submitted_at = clock.wall_time() if deadline is not None and spill is None else None
         if spill is not None:
             submitted_at = spill.submission_time()
-        ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, copy_context())
+        own = copy_context() or NO_VARIABLES
+        ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at, own)
         if in_line:
             ticket.stand_in_line(waits=True)
         if parent is not None:
@@ -459,6 +461,7 @@ class AdmissionController:
             if refusal is not None:
                 return refusal
         if may_spill and not ticket.nested and pool.spilled_ahead(priority, tenant):
+            pool.record_not_admitted(self.loop.time(), ticket.task, remaining)
             worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
@@ -469,9 +472,11 @@ class AdmissionController:
         elif pool.takes_turns and not ticket.nested and (own := self._tenants.load(tenant)) and own >= load:
             load, resource = own, RESOURCE_PREFIX + tenant
         if self.thresholds.rejects(priority, load) and not self._finishes_a_run(ticket, pool):
+            pool.record_not_admitted(self.loop.time(), ticket.task, remaining)
             worth = may_spill and self._worth_storing(ticket, pool, remaining)
             return self._refusal(priority, pool, resource, load, may_spill=worth, slot_is_free=worker is not None)
         if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
+            pool.record_not_admitted(self.loop.time(), ticket.task, remaining)
             why = f"its deadline in {format_duration(remaining)} cannot be met"
             return Refusal(why, resource, load, may_spill=False, final=True)
         self._admit(ticket, pool, worker, path_load)
@@ -526,11 +531,12 @@ class AdmissionController:
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
-        if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
+        task = ticket.task
+        if task.thread_id is not None and self._dispatcher.conversations.get(task.thread_id) is not None:
             return None
-        priority = ticket.task.priority
+        priority = task.priority
         if pool.takes_turns:
-            if pool.must_wait(priority, ticket.task.tenant):
+            if pool.must_wait(priority, task.tenant):
                 return None
         elif pool.queue.ahead(priority) if priority <= URGENT else pool.queue.length:
             return None

@@ -36,10 +36,15 @@ class _TaskTypeCodecs:
 
 
 class TaskCodecs:
-    """The codecs of a supervisor, by task type."""
+    """The codecs of a supervisor, by task type.
+
+    Attributes:
+        active: whether `fit_payload` may have anything to do. Callers on a hot path check it first.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, _TaskTypeCodecs] = {}
+        self.active = False
 
     def declare(self, worker: WorkerAgent, *, payload: Any, result: Any) -> None:
         """Add the types that a worker declares, and have the results of its handler checked.
@@ -60,6 +65,7 @@ class TaskCodecs:
         if worker.handler.check is not None:
             for entry in entries.values():
                 entry.checks[worker.name] = worker.handler.check
+        self.active = self.active or any(entry.payload.codec or entry.checks for entry in entries.values())
         if any(entry.result.declared is not None for entry in entries.values()):
             worker.replace_call(self._checked(worker.name, worker.handler))
 

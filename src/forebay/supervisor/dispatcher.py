@@ -180,9 +180,13 @@ class Dispatcher:
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
+        self.forget_suspended(run)
+        self.dispatch(run.worker)
+
+    def forget_suspended(self, run: Run) -> None:
+        """Stop counting a run that has lent its slot."""
         for counts in self._counts_of[run.worker]:
             counts.resume()
-        self.dispatch(run.worker)
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
@@ -287,15 +291,16 @@ class Dispatcher:
         self.start_or_queue(ticket, pool, self.pick_worker(pool, ticket), is_due=True)
 
     def _enqueue(self, ticket: Ticket, pool: Pool) -> None:
-        rank = RANK_LAST
-        if ticket.deadline is not None or ticket.parent is not None or ticket.nested:  # its parent may have ended
+        rank, deadline = RANK_LAST, ticket.deadline
+        if deadline is not None or ticket.parent is not None or ticket.nested:  # its parent may have ended
             whose = NESTED if ticket.nested else NOT_NESTED if ticket.parent is None else NESTED_ELSEWHERE
-            rank = (whose, RANK_LAST[1] if ticket.deadline is None else ticket.deadline.at)
+            rank = (whose, RANK_LAST[1] if deadline is None else deadline.at)
         self._sequence_number += 1
         ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
-        if ticket.deadline is not None:
+        if deadline is not None:
             self.arm_expiry(ticket)
-        self._tell_drains()
+        if self.wait_listeners:
+            self._tell_drains()
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
         if pool.takes_turns and pool.spilled and self.spill is not None:  # the next turn may be that of a record
@@ -454,7 +459,10 @@ class Dispatcher:
         remaining = deadline.remaining()
         time = deadline.at - ticket.submitted_at if ticket.submitted_at is not None and pool.has_waiting else None
         now, estimate = self.loop.time(), ticket.task.estimate
-        if remaining > 0 and not pool.cannot_meet_deadline(now, remaining, time=time, estimate=estimate):
+        crowded = time is not None and pool.is_crowded(now, ticket)
+        if remaining > 0 and not pool.cannot_meet_deadline(
+            now, remaining, time=time, estimate=estimate, crowded=crowded
+        ):
             return None
         if remaining <= 0:
             return f"its turn came {format_duration(-remaining)} after its deadline"
@@ -473,7 +481,7 @@ class Dispatcher:
         if ticket.retries is not None or worker.retry is not None or ticket.task.retry is not None:
             self.retries.attempt_begins(ticket, now)
         self.runs.add(run)
-        worker.start_run(now, probe=worker.probing)
+        worker.start_run(now)
         for counts in self._counts_of[worker]:
             counts.slot_taken(worker)
         if worker.counts_tasks:

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import msgspec
 
 from forebay.adapters import Handler
+from forebay.context import running_task
+from forebay.errors import TaskFailed, TaskTimedOut
 from forebay.retry import Retry
 from forebay.task import Task
 
@@ -56,8 +58,22 @@ class NestedSupervisor(Protocol):
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
 
+    def when_stopped(self, task_id: str) -> asyncio.Future[None] | None:
+        """Return a future that is done once the handler of a task that has ended has stopped; None if it has."""
+
     async def close(self) -> None:
         """Stop it."""
+
+
+class RunAbove(Protocol):
+    """The run of a task that is passed on to the supervisor below."""
+
+    @property
+    def worker(self) -> WorkerAgent:
+        """The worker that the supervisor below is."""
+
+    def fail_early(self, cause: BaseException) -> None:
+        """End its task now: it has failed, and its handler waits until what it has begun has stopped."""
 
 
 def as_handler(nested: NestedSupervisor) -> Handler:
@@ -75,7 +91,17 @@ def as_handler(nested: NestedSupervisor) -> Handler:
         if task.durable or task.retry is not None or task.not_before is not None:
             retry = None if task.retry is None else _NO_RETRY
             task = msgspec.structs.replace(task, durable=False, retry=retry, not_before=None)
-        return await nested.run(task)
+        try:
+            return await nested.run(task)
+        except (Exception, asyncio.CancelledError) as error:
+            # Until the handler below has stopped, no other attempt at the task may begin, nor the next one of its
+            # conversation. Its caller does not wait for that.
+            if (stopped := nested.when_stopped(task.task_id)) is not None:
+                run = cast("RunAbove", running_task())
+                if isinstance(error, TaskFailed | TaskTimedOut) and run.worker.handler.nested_supervisor is nested:
+                    run.fail_early(error)
+                await asyncio.wait((stopped,))
+            raise
 
     return Handler(call=call, nested_supervisor=nested, load=nested.load_of, start=start, stop=nested.close)
 

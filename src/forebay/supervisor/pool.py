@@ -21,7 +21,7 @@ from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.worker import URGENT, WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
-from forebay.task import Estimate, Priority
+from forebay.task import Estimate, Priority, Task
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
@@ -34,6 +34,7 @@ POOL_PREFIX = "pool:"  # of the name of a pool as a resource; its task type foll
 # The first part of a task's rank in its priority: nested in a run that has not ended, of this supervisor or another.
 NESTED, NESTED_ELSEWHERE, NOT_NESTED = 0, 1, RANK_LAST[0]
 _CALLS_GAIN = 0.1  # weight of the newest run in the average number of its calls
+_CROWDED_FOR = 4  # times the mean time between two ends, after a task was not admitted
 _MIN_PARKED = 10  # tasks that may wait behind their conversation however many wait behind others
 
 
@@ -64,9 +65,9 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_delayed_of", "_groups", "_paths", "_returned", "_sole_tenant", "_standing", "_tenants",
-        "_timeouts", "_turns", "_watched", "calls_per_run", "delayed", "delayed_nested", "estimate_bypass",
-        "estimated_times", "expects_records", "finishing", "max_queue_size", "max_timeout", "nested",
+        "_bounded", "_delayed_of", "_groups", "_not_admitted_at", "_paths", "_returned", "_sole_tenant", "_standing",
+        "_tenants", "_timeouts", "_turns", "_watched", "calls_per_run", "delayed", "delayed_nested",
+        "estimate_bypass", "estimated_times", "expects_records", "finishing", "max_queue_size", "max_timeout", "nested",
         "nested_spilled", "nested_supervisors", "parked", "paused", "queue", "refill_policy", "reserved", "resource",
         "retry_schedules", "selector", "service_times", "source_paths", "spilled", "takes_turns", "task_type",
         "times_passed_over", "workers",
@@ -113,6 +114,7 @@ class Pool(SlotCounts):
         self.service_times = ServiceTimes()
         self.estimated_times: EstimatedTimes | None = None  # of tasks with an estimate, if there have been any
         self._standing: tuple[StandingQueue, ...] = ()  # by priority, once a task with a deadline has waited
+        self._not_admitted_at = [-math.inf] * len(Priority)  # loop times, of tasks with enough time, by priority
         self.retry_schedules = TenantRetrySchedules(tenants.weight)
         self.estimate_bypass = EstimateBypass()
         self.selector = WorkerSelector(task_type, lambda: self.service_times.median() or 1.0)
@@ -229,7 +231,9 @@ class Pool(SlotCounts):
         leave free: one at most half, two a third each. So the flood of one keeps no other out. See `may_park`.
         """
         bound, waiting = self.max_queue_size, self.queue.length + self.reserved + self.delayed
-        same = not waiting or tenant is None or (tenant == self._sole_tenant and not self._delays_others(tenant))
+        same = not waiting or tenant is None
+        if not same and tenant == self._sole_tenant:
+            same = not self.delayed or not self._delays_others(tenant)
         simple = not (self.own_blocked or self.own_reserved or self._groups or self.paused)
         slots = self.own_slots if simple else self.usable_slots
         if not (slots or self.slots or self.paused):
@@ -266,7 +270,7 @@ class Pool(SlotCounts):
 
     def _delays_others(self, tenant: str | None) -> bool:
         """Return whether tasks of other tenants than `tenant` wait for their next attempt."""
-        return self.delayed > 0 and any(name != tenant for name, _ in self._delayed_of)
+        return any(name != tenant for name, _ in self._delayed_of)
 
     def delayed_load(self, tenant: str, *, nested: bool = False) -> float:
         """Return the tasks of a tenant that wait for their next attempt over those of it that fit.
@@ -365,7 +369,13 @@ class Pool(SlotCounts):
         return units * times.max_wait(remaining / units)
 
     def cannot_meet_deadline(
-        self, now: float, remaining: float, *, time: float | None = None, estimate: Estimate | None = None
+        self,
+        now: float,
+        remaining: float,
+        *,
+        time: float | None = None,
+        estimate: Estimate | None = None,
+        crowded: bool = False,
     ) -> bool:
         """Return whether a task that starts now would end too late, by the measured times.
 
@@ -377,9 +387,11 @@ class Pool(SlotCounts):
             time: the seconds from its submission to its deadline, if other tasks wait: they may have more time left, so
                 this one must be likely to end in time.
             estimate: of the task: it is compared with tasks of its size then, if estimates have predicted their times.
+            crowded: whether others are not admitted: see `is_crowded`.
         """
         times, units = self.times_of(estimate)
-        service = units * (times.optimistic() if time is None else times.required_time(time / units))
+        service = times.optimistic() if time is None else times.required_time(time / units, crowded=crowded)
+        service *= units
         return bool(service) and self.estimate_bypass.should_reject(now, needed=service, remaining=remaining)
 
     def would_wait_too_long(
@@ -401,6 +413,29 @@ class Pool(SlotCounts):
             else:
                 service = units * times.likely()
         return bool(service) and self.estimate_bypass.should_reject(now, needed=wait + service, remaining=remaining)
+
+    def record_not_admitted(self, now: float, task: Task, remaining: float) -> None:
+        """Record that a task with `remaining` seconds to its deadline was rejected or stored, because others wait.
+
+        It counts if it had nearly certainly ended in time in a slot that was free.
+        """
+        if self._standing:  # otherwise no task with a deadline has waited
+            times, units = self.times_of(task.estimate)
+            if remaining >= units * times.nearly_all():
+                self._not_admitted_at[task.priority] = now
+
+    def is_crowded(self, now: float, ticket: Ticket) -> bool:
+        """Return whether tasks that would make better use of a slot are not admitted, as long as `ticket` waits.
+
+        Then the slot of one that may be cut off by its deadline is lost to them. After a burst, when nobody comes any
+        more, it is not. The flood of one tenant takes no turn from another, and what has begun goes on.
+        """
+        if self.takes_turns or ticket.nested or ticket.retries is not None:
+            return False
+        rate = self.service_times.drain_rate(self.usable_slots)
+        return (
+            rate is not None and rate > 0 and now - self._not_admitted_at[ticket.task.priority] <= _CROWDED_FOR / rate
+        )
 
     def turn_came(self, now: float, ticket: Ticket, remaining: float) -> None:
         """Record how long a task has waited whose turn came `remaining` seconds before its deadline."""
@@ -603,7 +638,8 @@ class Pool(SlotCounts):
     def pop(self) -> Ticket:
         """Return the head of the queue, and remove it."""
         ticket = self.queue.pop()
-        self._removed(ticket)
+        if ticket.nested or self._watched:
+            self._removed(ticket)
         return ticket
 
     def remove(self, ticket: Ticket, entry: QueueEntry) -> None:

@@ -905,6 +905,10 @@ class BackpressureSupervisor:
         if self._dispatcher is not None:  # otherwise its start has failed
             await self._dispatcher.supervision.halt()
 
+    def when_stopped(self, task_id: str) -> asyncio.Future[None] | None:
+        """Return a future that is done once the handler of a task that has ended has stopped; None if it has."""
+        return None if self._dispatcher is None else self._dispatcher.runs.when_stopped(task_id)
+
     def fail_workers(self, reason: str) -> None:
         """Make its workers, which are halted, FAILED."""
         if self._dispatcher is not None:
@@ -935,7 +939,7 @@ class BackpressureSupervisor:
         return self._dispatcher
 
     def _admission_here(self) -> AdmissionController:
-        if (admission := self._admission) is None or self._is_starting:
+        if (admission := self._admission) is None or (self._starting is not None and not self._starting.done()):
             raise NotStarted
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
             if (parent := self.forked_from) is not None:

@@ -136,7 +136,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
     deadline: Deadline | None
     parent: RunningTask | None  # the run that submitted it: nested work goes before newer work of its priority
     submitted_at: float | None = None  # epoch seconds; set if it has a deadline or there is an overflow to order
-    context: Context | None = None  # of its submitter, for its handler; None: the supervisor's
+    context: Context | None = None  # of its submitter, for its handler; NO_VARIABLES: empty; None: the supervisor's
     verdict: Verdict = Verdict.ADMITTED
     status: TaskStatus = TaskStatus.WAITING
     reason: str | None = None
@@ -621,9 +621,11 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
             self.status = TaskStatus.UNKNOWN
         if self.slot is not None:
             self.slot.resolve(outcome)
-        if self.listeners is not None and isinstance(outcome, TaskResult):
-            self.listeners.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
-        if self._waiters is not None or self.listeners is not None:
+        if self.listeners is not None:
+            if isinstance(outcome, TaskResult):
+                self.listeners.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
+            self.wake_waiters()
+        elif self._waiters is not None:
             self.wake_waiters()
 
     def wake_waiters(self) -> None:

@@ -106,32 +106,37 @@ class TicketRegistry:
         else:
             self.ends[result.status] += 1
             self.forget_key(ticket)
-        task_id = ticket.task.task_id
+        task, ended, kept = ticket.task, self.ended, ticket
+        task_id = task.task_id
         self.live.pop(task_id, None)
-        self._keep_ended(ticket, result)
+        if result.cause is not None:
+            kept = self._without_cause(ticket, result)
+        if task_id in ended:  # an id that is used again
+            self.forget_end(task_id)
+        ended[task_id] = kept
+        # Most payloads and results are small: this is on the hot path.
+        if type(task.payload) not in SCALARS or type(result.result) not in SCALARS or result.error is not None:
+            self._measure(kept, result)
+        while ended and (len(ended) > self._keep or self._ended_bytes > self._keep_bytes):
+            self._ended_bytes -= ended.popitem(last=False)[1].size
         if self._bus.active:  # first, so that sinks are called before those who await the task wake up
             self._bus.emit(TaskFinished(at=self._loop.time(), task_id=task_id, result=result))
         ticket.resolve(result)
         if self.listeners:
             self.notify_progress()
 
-    def _keep_ended(self, ticket: Ticket, result: TaskResult) -> None:
-        """Keep a ticket that ends with `result`, and drop the oldest ones that are too many or too large."""
-        task, ended = ticket.task, self.ended
-        task_id = task.task_id
-        if result.cause is not None:
-            original, ticket = ticket, ticket.without_cause(result)
-            if task.key is not None and self.by_key.get(task.key) is original:
-                self.by_key[task.key] = ticket
-        # Most payloads and results are small: this is on the hot path.
-        if type(task.payload) not in SCALARS or type(result.result) not in SCALARS or result.error is not None:
-            ticket.measure(estimated_bytes(task.payload) + estimated_bytes(result.result) + len(result.error or ""))
-            self._ended_bytes += ticket.size
-        if task_id in ended:  # an id that is used again
-            self.forget_end(task_id)
-        ended[task_id] = ticket
-        while ended and (len(ended) > self._keep or self._ended_bytes > self._keep_bytes):
-            self._ended_bytes -= ended.popitem(last=False)[1].size
+    def _without_cause(self, ticket: Ticket, result: TaskResult) -> Ticket:
+        """Return the ticket to keep of one that ends with `result`, which has a cause."""
+        kept, key = ticket.without_cause(result), ticket.task.key
+        if key is not None and self.by_key.get(key) is ticket:
+            self.by_key[key] = kept
+        return kept
+
+    def _measure(self, ticket: Ticket, result: TaskResult) -> None:
+        """Count the bytes that a kept ticket holds."""
+        payload = ticket.task.payload
+        ticket.measure(estimated_bytes(payload) + estimated_bytes(result.result) + len(result.error or ""))
+        self._ended_bytes += ticket.size
 
     def emit(self, ticket: Ticket, event: Event) -> None:
         """Send an event to the listeners of the ticket and of the supervisor."""

@@ -307,12 +307,12 @@ class WorkerAgent:
 
     # --- slots ---
 
-    def start_run(self, now: float, *, probe: bool) -> None:
-        """Count a start of its handler, which takes a slot."""
+    def start_run(self, now: float) -> None:
+        """Count a start of its handler, which takes a slot; it is a probe if the breaker is half-open."""
         self.started += 1
         self.current_tasks += 1  # as `take_slot`, without another call for each task
         self._busy_seconds -= now
-        if probe:
+        if self.probing:
             self._probes_in_flight += 1
 
     def take_slot(self, now: float, *, probe: bool) -> None:

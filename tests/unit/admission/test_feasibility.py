@@ -86,6 +86,13 @@ def test_a_task_needs_time_for_three_quarters_if_others_wait_that_have_more() ->
     assert ServiceTimes().required_time(10.0) == 0.0
 
 
+def test_a_task_needs_time_for_nearly_all_while_others_are_not_admitted() -> None:
+    assert mixed().required_time(10.0, crowded=True) == mixed().nearly_all() == 8.0
+    assert mixed().required_time(8.0, crowded=True) == 7.0  # an eighth may pass
+    assert mixed().required_time(7.9, crowded=True) == mixed().optimistic()  # its time was short from the start
+    assert ServiceTimes().required_time(10.0, crowded=True) == 0.0
+
+
 def test_the_drain_rate_is_unknown_before_the_first_task_ends() -> None:
     assert ServiceTimes().drain_rate(5) is None
     assert ServiceTimes().median() is None

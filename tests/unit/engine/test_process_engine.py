@@ -24,7 +24,7 @@ from tests.contract.test_engines import TIMEOUT, children, descriptors, over
 from tests.support.scripted_life import ScriptedLife
 
 from forebay import BackpressureSupervisor, Task, TaskResult, TaskStatus, WorkerAgent, WorkerState, progress
-from forebay.engine import ProcessEngine, ThreadEngine
+from forebay.engine import ProcessEngine, ThreadEngine, child_process
 from forebay.engine.orphan_reaper import orphan_reaper
 from forebay.errors import InvalidHandler, InvalidSetting, NotImportable, ProcessNotStarted, RemoteError, WorkerDied
 from forebay.events import WorkerRestarted
@@ -246,6 +246,23 @@ async def test_a_process_that_closes_its_channel_is_killed(supervisor: Backpress
     assert isinstance((await ended(supervisor)).cause, WorkerDied)
 
 
+async def test_what_a_process_has_started_is_not_listed_in_the_event_loop(
+    supervisor: BackpressureSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed_by: set[threading.Thread] = set()
+
+    def descendants(_: int) -> list[int]:
+        listed_by.add(threading.current_thread())
+        return []
+
+    monkeypatch.setattr(child_process, "descendants", descendants)
+    register(supervisor, send_garbage)
+    result = await (await supervisor.submit(Task("worker", b"GET / HTTP/1.1\r\n")))
+    assert isinstance(result.cause, WorkerDied)
+    assert listed_by
+    assert threading.current_thread() not in listed_by
+
+
 async def test_output_of_a_handler_does_not_disturb_the_channel(
     supervisor: BackpressureSupervisor, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,12 +294,12 @@ def report_an_object(_: Task) -> None:
 
 
 @pytest.mark.slow
-async def test_two_hundred_tasks_over_four_processes_that_crash_all_end() -> None:
+async def test_tasks_over_four_processes_that_crash_all_end() -> None:
     before = descriptors()
     async with BackpressureSupervisor(backpressure_threshold=1.0, max_queue_size=300) as supervisor:
         worker = register(supervisor, misbehave, max_concurrent=4)
         tickets = []
-        for number in range(200):
+        for number in range(60):  # six crashes, each with a new process, which is what takes the time
             worker.revive()
             tickets.append(await supervisor.submit(Task("worker", number)))
         for number, ticket in enumerate(tickets):

@@ -255,6 +255,42 @@ def test_tasks_that_wait_for_more_than_the_queue_do_not_make_it_stand(fields: di
     assert may_wait(pool, 11.0)
 
 
+def crowded_pool(remaining: float = 10.0, tenants: Tenants | None = None) -> Pool:
+    """Return a pool with one slot that has not admitted a task with `remaining` seconds, at time 0."""
+    pools = Pools(None, Tenants({}) if tenants is None else tenants)
+    (pool,) = counted(pools, worker(slots=1))
+    for number in range(20):
+        pool.service_times.record(10.0 if number % 10 == 0 else 1.0, success=True)
+    serve_late(pool, 0.0, seconds=1)
+    pool.record_not_admitted(0.0, Task("a"), remaining)
+    return pool
+
+
+def test_a_pool_is_crowded_until_four_more_tasks_could_have_started() -> None:
+    pool, (ticket, _) = crowded_pool(), late_turn(5.0)
+    last = 4 * (pool.service_times.occupancy or 0.0)
+    assert pool.is_crowded(last, ticket)
+    assert not pool.is_crowded(last + 0.1, ticket)
+
+
+def test_a_task_that_would_have_been_cut_off_in_any_slot_crowds_nobody() -> None:
+    ticket, _ = late_turn(5.0)
+    assert not crowded_pool(remaining=9.9).is_crowded(0.0, ticket)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"nested": True}, {"retries": object()}, {"task": Task("a", priority=Priority.HIGH)}]
+)
+def test_what_has_begun_and_other_priorities_are_not_crowded_out(fields: dict[str, Any]) -> None:
+    ticket, _ = late_turn(5.0, **fields)
+    assert not crowded_pool().is_crowded(0.0, ticket)
+
+
+def test_where_tenants_take_turns_none_is_crowded_out_by_another() -> None:
+    ticket, _ = late_turn(5.0)
+    assert not crowded_pool(tenants=Tenants({"a": Tenant(max_waiting=5)})).is_crowded(0.0, ticket)
+
+
 def test_where_tenants_take_turns_a_queue_counts_as_standing() -> None:
     pool = Pool("a", None, Tenants({"a": Tenant(max_waiting=5)}))
     for number in range(20):

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 # attribute access on an enum is slow on the hot path
-_SUCCESS, _SUCCEEDED, _FAILED, _EXPIRED, _TIMED_OUT = (
-    Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
+_SUCCESS, _IGNORED, _SUCCEEDED, _FAILED, _EXPIRED, _TIMED_OUT = (
+    Outcome.SUCCESS, Outcome.IGNORED, TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
 )  # fmt: skip
 _CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
 _ALL_ZOMBIES = "every slot is held by a handler that does not stop"
@@ -50,6 +50,9 @@ class CompletionDispatcher(Protocol):
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot of a run, and start what comes next."""
+
+    def forget_suspended(self, run: Run) -> None:
+        """Stop counting a run that has lent its slot."""
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back."""
@@ -150,23 +153,41 @@ class RunCompletion:
         A task whose time was up, or whose worker is stopped, waits for its next attempt instead, if it is to be
         retried.
         """
-        if run.abandoned_at is not None or run.ended:
-            return
+        if run.abandoned_at is None and not run.ended:
+            makes_room = self._end_ticket(run, status, error, cause, _fault(run) if status is _TIMED_OUT else _IGNORED)
+            run.stop()
+            self._make_room(run, makes_room)
+
+    def fail_early(self, run: Run, cause: BaseException) -> None:
+        """End the ticket of a run now: its handler has failed, and waits until what it has begun has stopped.
+
+        It is not asked to stop: it does once that has.
+        """
+        if run.abandoned_at is None and not run.ended:
+            cause, error = _blame_rejection(run, *_read_cause(cause))
+            self._make_room(run, self._end_ticket(run, _FAILED, error, cause, _outcome(run, cause)))
+
+    def _end_ticket(
+        self, run: Run, status: TaskStatus, error: str, cause: BaseException | None, outcome: Outcome
+    ) -> bool:
+        """Abandon a run, and end its ticket or have its task retried; return as `_detach` does."""
         duration_ms = 1000 * (self._loop.time() - run.started_at)
         run.worker.record_other_end(status)
-        makes_room = self._detach(run, _fault(run) if status is _TIMED_OUT else Outcome.IGNORED)
+        makes_room = self._detach(run, outcome)
         worker = run.worker.name
         result = unsuccessful_result(run.ticket, status, error, worker_id=worker, duration_ms=duration_ms, cause=cause)
         if status not in (_TIMED_OUT, _FAILED) or not self._retries.retry(run, result):
             self._dispatcher.finish(run.ticket, result)
-        run.stop()
+        return makes_room
+
+    def _make_room(self, run: Run, makes_room: bool) -> None:  # noqa: FBT001 - what `_end_ticket` returned
         if run.worker.probing or makes_room:  # the probe is free again, whether or not its handler stops
             self._dispatcher.dispatch(run.worker)
 
     def abandon(self, run: Run) -> None:
         """Ask the handler to stop without ending the ticket: the task is to run again, in another process."""
         if run.abandoned_at is None and not run.ended:
-            makes_room = self._detach(run, Outcome.IGNORED)
+            makes_room = self._detach(run, _IGNORED)
             run.stop()
             if makes_room:
                 self._dispatcher.dispatch(run.worker)
@@ -179,6 +200,7 @@ class RunCompletion:
         """
         now = self._loop.time()
         makes_room = run.mark_abandoned(now)
+        self._runs.stop(run)
         self._timers.cancel(run.clear_timer())
         run.set_timer(self._timers.at(now + self._grace, self._mark_zombie, run))
         self._record_outcome(run, outcome)
@@ -240,7 +262,10 @@ class RunCompletion:
     def close(self) -> None:
         """Leave the handlers that have not stopped to their workers: the next run knows nothing of them."""
         for run in self._runs:
-            run.worker.add_orphan(run, holds_slot=run.end(), zombie=run.abandoned_at is not None)
+            holds_slot = run.end()
+            run.worker.add_orphan(run, holds_slot=holds_slot, zombie=run.abandoned_at is not None)
+            if not holds_slot:
+                self._dispatcher.forget_suspended(run)
 
     def _forget(self, run: Run) -> None:
         """Drop what is kept for a run while its handler has not ended."""
@@ -301,27 +326,23 @@ class RunCompletion:
         self, run: Run, parent: RunningTask | None, cause: BaseException | None, error: str, duration_ms: float
     ) -> None:
         ticket, worker = run.ticket, run.worker
-        status, outcome = TaskStatus.FAILED, _fault(run)
-        if run.rejections and not isinstance(cause, Overloaded):
-            cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
-            error = describe_error(cause)
+        status = _FAILED
+        if cause is not None:
+            cause, error = _blame_rejection(run, cause, error)
         interrupted = was_interrupted(run, cause)
         left_behind = run.left_behind or isinstance(cause, StillSpilled)
         if (interrupted or left_behind) and self._dispatcher.can_requeue(ticket):
-            self._record_outcome(run, Outcome.IGNORED)
+            self._record_outcome(run, _IGNORED)
             # A task that it needs is left to the next process, or this process ends; so it is left too.
             self._dispatcher.requeue(ticket)
             return
+        outcome = _outcome(run, cause)
         if interrupted:
-            status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
+            status, outcome = TaskStatus.CANCELLED, _IGNORED
             error = "its program was interrupted (KeyboardInterrupt)"
         elif isinstance(cause, asyncio.CancelledError):
-            status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
+            status, outcome = TaskStatus.CANCELLED, _IGNORED
             error = "its handler was cancelled, and not by its supervisor"
-        elif isinstance(cause, Overloaded | StillSpilled):
-            outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
-        elif run.upstream_failed or _is_submitters_mistake(cause) or _is_stop_of_other_worker(cause):
-            outcome = Outcome.IGNORED
         worker.record_other_end(status)
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
@@ -425,7 +446,24 @@ def _fault(run: Run) -> Outcome:
 
     But a probe is judged by whatever it does.
     """
-    return Outcome.FAULT if run.ticket.retries is None or run.is_probe else Outcome.IGNORED
+    return Outcome.FAULT if run.ticket.retries is None or run.is_probe else _IGNORED
+
+
+def _blame_rejection(run: Run, cause: BaseException, error: str) -> tuple[BaseException, str]:
+    """Return what a handler failed with: the rejection of a call, if its framework may have wrapped that."""
+    if run.rejections and not isinstance(cause, Overloaded):
+        cause, _ = next(reversed(run.rejections.values()))
+        error = describe_error(cause)
+    return cause, error
+
+
+def _outcome(run: Run, cause: BaseException | None) -> Outcome:
+    """Return how the failure of a handler counts for its worker."""
+    if isinstance(cause, Overloaded | StillSpilled):
+        return _IGNORED  # its call or nested task was rejected or left: no fault of this worker
+    if run.upstream_failed or _is_submitters_mistake(cause) or _is_stop_of_other_worker(cause):
+        return _IGNORED
+    return _fault(run)
 
 
 def _is_submitters_mistake(cause: BaseException | None) -> bool:

@@ -56,6 +56,9 @@ class RunEnder(Protocol):
     def end_early(self, run: Run, status: TaskStatus, error: str, cause: BaseException | None = None) -> None:
         """End the ticket of a run now, and ask the handler to stop."""
 
+    def fail_early(self, run: Run, cause: BaseException) -> None:
+        """End the ticket of a run now: its handler has failed, and waits until what it has begun has stopped."""
+
     def abandon(self, run: Run) -> None:
         """Ask the handler of a run to stop without ending the ticket."""
 
@@ -371,6 +374,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """End the ticket now, and ask the handler to stop."""
         self.dispatcher.completion.end_early(self, status, error, cause)
 
+    def fail_early(self, cause: BaseException) -> None:
+        """End the ticket now: the handler has failed, and waits until what it has begun has stopped."""
+        self.dispatcher.completion.fail_early(self, cause)
+
     def abandon(self) -> None:
         """Ask the handler to stop without ending the ticket: the task is to run again."""
         self.dispatcher.completion.abandon(self)
@@ -398,10 +405,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def end(self) -> bool:
         """Record that its handler has really ended; return whether it held a slot, which the caller now returns."""
-        if self.is_suspended:
+        held = self.holds_slot
+        if not (held or self.ended):  # suspended
             self.worker.resume(self.task.priority, exempt=self.exemptions > 0)
-        self.ended = True
-        held, self.holds_slot = self.holds_slot, False
+        self.ended, self.holds_slot = True, False
         return held
 
 
@@ -432,7 +439,9 @@ class ActiveRuns:
 
     def __init__(self) -> None:
         self._by_worker: dict[WorkerAgent, dict[Run, None]] = {}  # in the order in which their handlers started
-        self._awaited: dict[WorkerAgent, asyncio.Future[None]] = {}  # done when nothing runs on the worker
+        self._stopping: dict[str, Run] = {}  # abandoned ones, by task id
+        # Done when nothing runs on the worker, or when the run has ended.
+        self._awaited: dict[WorkerAgent | Run, asyncio.Future[None]] = {}
 
     def add_worker(self, worker: WorkerAgent) -> None:
         """Make room for the runs of a worker."""
@@ -455,16 +464,34 @@ class ActiveRuns:
         """Remove a run whose handler has ended."""
         runs = self._by_worker[run.worker]
         runs.pop(run, None)
-        if self._awaited and not runs and (idle := self._awaited.pop(run.worker, None)) is not None:
-            run.dispatcher.core.loop.call_soon(idle.set_result, None)  # not now: the run is still ending
+        if self._stopping and self._stopping.get(run.task.task_id) is run:
+            del self._stopping[run.task.task_id]
+        if self._awaited:
+            self._answer(run)
+            if not runs:
+                self._answer(run.worker)
+
+    def _answer(self, awaited: WorkerAgent | Run) -> None:
+        if (future := self._awaited.pop(awaited, None)) is not None:
+            future.get_loop().call_soon(future.set_result, None)  # not now: the run is still ending
+
+    def stop(self, run: Run) -> None:
+        """Remember a run that was abandoned, until its handler has stopped."""
+        self._stopping[run.task.task_id] = run
+
+    def when_stopped(self, task_id: str) -> asyncio.Future[None] | None:
+        """Return a future that is done once the handler of a task that has ended has stopped; None if it has."""
+        run = self._stopping.get(task_id)
+        return None if run is None else self._future(run)
 
     def when_idle(self, worker: WorkerAgent) -> asyncio.Future[None] | None:
         """Return a future that is done once nothing runs on a worker; None if nothing does."""
-        if not self._by_worker.get(worker):
-            return None
-        if worker not in self._awaited:
-            self._awaited[worker] = asyncio.get_running_loop().create_future()
-        return self._awaited[worker]
+        return self._future(worker) if self._by_worker.get(worker) else None
+
+    def _future(self, awaited: WorkerAgent | Run) -> asyncio.Future[None]:
+        if awaited not in self._awaited:
+            self._awaited[awaited] = asyncio.get_running_loop().create_future()
+        return self._awaited[awaited]
 
     def on(self, worker: WorkerAgent) -> list[Run]:
         """Return the runs on a worker, in the order in which their handlers started."""

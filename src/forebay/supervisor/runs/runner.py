@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import sys
 import types
-import weakref
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
+from sys import getrefcount
 from typing import Any
+from weakref import getweakrefcount
 
 from forebay import context
 from forebay._hooks import raise_again_if_interrupt
+from forebay.context import NO_VARIABLES
 from forebay.events import log
 from forebay.supervisor.runs.run import Run, StopIterationCarrier, was_interrupted
 
@@ -106,7 +107,8 @@ class Runner:
             if self.aio is None:
                 await asyncio.sleep(0)  # an eager task factory starts this before `create_task` has returned
             aio: Any = self.aio
-            references = _reference_count(aio) if isinstance(aio, asyncio.Task) else -1  # unknown for other kinds
+            # How many references there are to it while no other code has one; unknown for other kinds of tasks.
+            references = getrefcount(aio) + getweakrefcount(aio) if isinstance(aio, asyncio.Task) else -1
             while (run := self.next_run) is not None:
                 self.next_run = None
                 self.run = run
@@ -116,7 +118,7 @@ class Runner:
                     value, cause, waited = None, asyncio.CancelledError(), False
                 self.run = None
                 reusable = (
-                    _reference_count(aio) == references
+                    getrefcount(aio) + getweakrefcount(aio) == references
                     and not (aio.cancelling() or aio._must_cancel or aio._callbacks)  # noqa: SLF001 - no public way to ask
                     and not pool.closed
                 )
@@ -162,8 +164,13 @@ def _step(run: Run, base: Context) -> Generator[Any, None, tuple[Any, BaseExcept
     own = run.ticket.context
     if own is None:
         own = base.copy()
-    elif run.ticket.lease is not None or run.worker.retry is not None or run.task.retry is not None:
-        own = own.copy()  # another attempt may follow, which must not see what this one sets
+    elif (
+        own is NO_VARIABLES
+        or run.ticket.lease is not None
+        or run.worker.retry is not None
+        or run.task.retry is not None
+    ):
+        own = own.copy()  # other tasks, or another attempt, must not see what this run sets
     waited = loop_gone = False
     try:
         coroutine, awaited = own.run(_start_handler, run)
@@ -185,11 +192,6 @@ def _step(run: Run, base: Context) -> Generator[Any, None, tuple[Any, BaseExcept
         if loop_gone:
             raise
         return None, exc, waited
-
-
-def _reference_count(aio: asyncio.Task[None]) -> int:
-    """Return how many references there are to an asyncio task."""
-    return sys.getrefcount(aio) + weakref.getweakrefcount(aio)
 
 
 def _start_handler(run: Run) -> tuple[Coroutine[Any, Any, Any], Any]:

@@ -36,6 +36,7 @@ class Timers:
         self._cancelled = 0
         self._armed: asyncio.TimerHandle | None = None
         self._armed_for = 0.0
+        self._closed = False
         self._context = copy_context()  # not that of whoever sets a timer, which may hold anything
 
     def at(self, when: float, callback: Callable[[*Ts], object], *arguments: *Ts) -> Timer:
@@ -68,13 +69,16 @@ class Timers:
         return self._armed is not None
 
     def close(self) -> None:
-        """Cancel every timer."""
+        """Cancel every timer. One that is set later never fires: background work that is cut off may set some."""
+        self._closed = True
         self._heap.clear()
         if self._armed is not None:
             self._armed.cancel()
             self._armed = None
 
     def _arm(self, when: float) -> None:
+        if self._closed:
+            return
         if self._armed is not None:
             self._armed.cancel()
         self._armed_for = when

@@ -281,7 +281,7 @@ class Spill:
         """Return an admitted task as it is stored; None if it cannot be stored, since its payload has changed."""
         task = ticket.task
         try:
-            return self.encode(task) if ticket.context is None else ticket.context.run(self.encode, task)
+            return self.encode(task) if ticket.context is None else ticket.context.copy().run(self.encode, task)
         except (NotSerializable, PayloadTooLarge) as exc:
             log.error("task %r could not be spilled when the supervisor drained: %s", task.task_id, exc)
             return None

@@ -183,6 +183,7 @@ class Supervision:
         exited = WorkerExited(at=self._core.loop.time(), worker_id=worker.name, exit=end.kind.value, error=error)
         self._core.bus.emit(exited)
         worker.begin_restart()
+        self._begin_to_end_runs(worker, f"worker {worker.name!r} has stopped: {why}")
         self._jobs.append(partial(self._handle_exit, worker, end.kind, why))
         if end.by_program:  # no task may be begun in a loop that ends now
             self._core.timers.at(self._core.loop.time() + RESUME_DELAY, self._work_on)
@@ -359,8 +360,16 @@ class Supervision:
             await self._dispatcher.starts.cancel(worker)
             worker.begin_restart()
             max_attempts = self._max_attempts if worker.life.ended else None
-            await self._stopper.stop(worker, TaskStatus.FAILED, error, limit=self._grace, max_attempts=max_attempts)
+            await self._end_runs(worker, error, max_attempts=max_attempts)
             await worker.life.stop(grace=self._grace, for_good=False)
+
+    def _begin_to_end_runs(self, worker: WorkerAgent, error: str) -> None:
+        """End what runs on a worker whose life has ended: restarts that are handled before its own may take long."""
+        self._core.run_in_background(self._end_runs(worker, error, max_attempts=self._max_attempts))
+
+    async def _end_runs(self, worker: WorkerAgent, error: str, *, max_attempts: int | None) -> None:
+        """End what runs on a worker, and wait for the handlers for at most the grace."""
+        await self._stopper.stop(worker, TaskStatus.FAILED, error, limit=self._grace, max_attempts=max_attempts)
 
     async def _start(self, workers: Sequence[WorkerAgent]) -> tuple[WorkerAgent, BaseException] | None:
         """Start workers in order; return the first one whose start failed, and why, or None."""

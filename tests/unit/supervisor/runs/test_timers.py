@@ -216,6 +216,8 @@ async def test_closed_timers_do_not_fire() -> None:
     fired: list[str] = []
     timers.at(1.0, lambda: fired.append("first"))
     timers.close()
+    timers.at(1.0, lambda: fired.append("set after the close"))
+    assert not timers.armed
     await asyncio.sleep(2.0)
     await run_ready()
     assert fired == []
