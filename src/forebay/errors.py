@@ -360,6 +360,22 @@ class Conflict(ForebayError):
     found: int
 
 
+class CheckpointDamaged(ForebayError):
+    """Checkpoint {checkpoint_id!r} of thread {thread_id!r} cannot be read: its value of channel {channel!r} is not on the
+    shard {where}. A server that evicts keys loses such values: set its maxmemory-policy to noeviction. Go on from an
+    earlier checkpoint, or delete the thread.
+    """
+
+    checkpoint_id: str
+    thread_id: str
+    channel: str
+    where: str
+
+
+class NoRunningLoop(ForebayError, RuntimeError):
+    """A {what} {why}."""
+
+
 class NotStarted(ForebayError, RuntimeError):
     """The supervisor has not been started: use `async with BackpressureSupervisor(...) as supervisor:`, or await
     supervisor.start() first.

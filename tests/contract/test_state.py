@@ -205,10 +205,30 @@ async def test_the_bounds_of_a_scan_are_checked(state: ShardedState) -> None:
 
 
 async def test_a_prefix_is_no_pattern(state: ShardedState) -> None:
-    hostile = ["*", "a*", "a?", "a[b]", "a\\", "%", "a%", "_", "a\0", "\0", "a\n", "{x}", "}{", "a:b", "é", "\U0010ffff", "a"]
+    hostile = [
+        "*",
+        "a*",
+        "a?",
+        "a[b]",
+        "a\\",
+        "%",
+        "a%",
+        "_",
+        "a\0",
+        "\0",
+        "a\n",
+        "{x}",
+        "}{",
+        "a:b",
+        "é",
+        "\U0010ffff",
+        "a",
+    ]
     await asyncio.gather(*(state.put(key, key) for key in hostile))
     for key in hostile:
-        assert [entry.value async for entry in state.scan(key)] == sorted(each for each in hostile if each.startswith(key))
+        assert [entry.value async for entry in state.scan(key)] == sorted(
+            each for each in hostile if each.startswith(key)
+        )
         assert (await state.get(key) or ("", 0))[0] == key
     assert await keys(state) == sorted(hostile)
 

@@ -1,0 +1,6 @@
+"""LangGraph: compiled graphs as handlers, and a checkpointer and a store that keep their data in sharded state."""
+
+from forebay.adapters.langgraph.handler import handler
+from forebay.adapters.langgraph.saver import ShardedSaver
+
+__all__ = ["ShardedSaver", "handler"]
