@@ -280,7 +280,7 @@ def _entry(stored: StoredEntry) -> Entry:
     return Entry(stored.key.decode(), _decode(stored.data), stored.version)
 
 
-async def _entries(  # noqa: PLR0913, PLR0917 - what a scan takes
+async def _entries(  # noqa: PLR0913 - what a scan takes
     shard: GuardedShard, namespace: str, prefix: bytes, after: bytes | None, limit: int, *, reverse: bool
 ) -> AsyncIterator[StoredEntry]:
     while True:

@@ -2,5 +2,6 @@
 
 from forebay.adapters.langgraph.handler import handler
 from forebay.adapters.langgraph.saver import ShardedSaver
+from forebay.adapters.langgraph.store import ShardedStore
 
-__all__ = ["ShardedSaver", "handler"]
+__all__ = ["ShardedSaver", "ShardedStore", "handler"]

@@ -63,13 +63,12 @@ async def get_value(space: Namespace, key: str) -> tuple[Any, int] | None:
 
 def joined_values(entries: Mapping[str, Any]) -> list[Any]:
     """Return the values among `entries`, by their keys, which have their parts too."""
-    values = []
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            value = _joined([entries.get(name) for name in _part_keys(key, value)])
-        if isinstance(value, list):
-            values.append(value)
-    return values
+    heads = {key: value for key, value in entries.items() if not isinstance(value, bytes)}
+    values = [
+        _joined([entries.get(name) for name in _part_keys(key, value)]) if isinstance(value, dict) else value
+        for key, value in heads.items()
+    ]
+    return [value for value in values if value is not None]
 
 
 def _part_keys(key: str, head: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,11 +16,11 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
     DeltaChannelHistory,
     PendingWrite,
-    SerializerProtocol,
     get_checkpoint_id,
     get_checkpoint_metadata,
     writes_sort_key,
 )
+from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from forebay import _validate
 from forebay.adapters.langgraph.large_value import gather
@@ -45,9 +44,9 @@ class ShardedSaver(BaseCheckpointSaver[str]):
             graph = builder.compile(checkpointer=ShardedSaver(state))
             await graph.ainvoke(inputs, {"configurable": {"thread_id": "thread-1"}})
 
-    All that belongs to a thread is on one shard. The latest checkpoint is read in the same time however many there are.
-    A checkpoint is there as a whole or not at all, and so are the writes of a task. The methods without an ``a`` are for
-    other threads than that of the event loop.
+    All of a thread is on one shard. The latest checkpoint is read in the same time however many there are. A checkpoint
+    is there as a whole or not at all, and so are the writes of a task. The methods without an ``a`` block, so they are
+    for other threads than that of the event loop. The state is closed by the code that opened it.
 
     Args:
         state: the state, or a namespace of it, with its own threads.
