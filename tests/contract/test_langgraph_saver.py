@@ -54,8 +54,12 @@ def graph_on(state: ShardedState) -> CompiledStateGraph[Any, Any, Any, Any]:
     async def ask(_: State) -> State:
         return {"log": [interrupt("go?")]}
 
-    graph = StateGraph(State).add_node("plan", plan).add_node("ask", ask)
-    return graph.add_edge(START, "plan").add_edge("plan", "ask").compile(checkpointer=ShardedSaver(state))
+    graph = StateGraph(State)
+    nodes: list[Any] = [plan, ask]
+    for node in nodes:
+        graph.add_node(node)
+    graph.add_edge(START, "plan").add_edge("plan", "ask")
+    return graph.compile(checkpointer=ShardedSaver(state))
 
 
 async def test_a_graph_is_interrupted_and_resumed(urls: list[str]) -> None:

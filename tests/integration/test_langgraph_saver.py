@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import operator
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -14,6 +15,7 @@ from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send, interrupt
@@ -216,6 +218,34 @@ async def test_a_graph_with_subgraphs_and_sends_has_the_history_that_it_has_in_m
         ]
 
     assert await history(saver) == await history(InMemorySaver())
+
+
+@pytest.mark.parametrize("durability", ["sync", "async", "exit"])
+async def test_a_durability_of_langgraph_leaves_what_it_leaves_in_memory(saver: ShardedSaver, durability: Any) -> None:
+    found = []
+    for checkpointer in (saver, InMemorySaver()):
+        graph, deltas = trip_graph(checkpointer, []), delta_graph(checkpointer, 3)
+        await graph.ainvoke({"log": ["start"]}, THREAD, durability=durability)
+        await graph.ainvoke(Command(resume=True), THREAD, durability=durability)
+        await graph.aupdate_state(THREAD, {"log": ["update"]}, as_node="book")
+        for number in range(5):
+            await deltas.ainvoke({"messages": [f"{number}"]}, thread("t-2"), durability=durability)
+        histories = [graph.aget_state_history(THREAD), deltas.aget_state_history(thread("t-2"))]
+        found.append([[(each.values, each.next, each.metadata) async for each in history] for history in histories])
+    assert found[0] == found[1]
+
+
+async def test_a_function_with_a_memory_has_it(saver: ShardedSaver) -> None:
+    @task
+    async def double(number: int) -> int:
+        return 2 * number
+
+    @entrypoint(checkpointer=saver)
+    async def total(number: int, *, previous: int | None) -> entrypoint.final[int, int]:
+        new = (previous or 0) + await double(number)
+        return entrypoint.final(value=new, save=new)
+
+    assert [await total.ainvoke(number, THREAD) for number in (1, 2, 3)] == [2, 6, 12]
 
 
 async def test_a_run_from_an_earlier_checkpoint_does_not_touch_the_later_ones(saver: ShardedSaver) -> None:
@@ -518,17 +548,37 @@ async def test_pruning_keeps_a_value_that_several_checkpoints_have(saver: Sharde
 async def test_a_checkpoint_that_is_written_while_others_are_pruned_stays(
     saver: ShardedSaver, shard: CountingShard
 ) -> None:
-    """One that is written before any read or write of the pruning."""
-    for step in range(1, 12):
+    for operation in range(1, 100):
+        config = (await put_many(saver, 4))[-1]
+        shard.before_operation(operation, partial(put, saver, config, "new"))
+        await saver.aprune(["t-1"])
+        if shard.has_more:
+            break
+        assert await values(saver) in (["new", 3], ["new"])
         await saver.adelete_thread("t-1")
-        config = (await put_many(saver, 5))[-1]
-        pruning = asyncio.create_task(saver.aprune(["t-1"]))
+    assert operation > 10
+
+
+async def test_a_checkpoint_that_is_deleted_while_it_is_read_is_gone_or_whole(
+    saver: ShardedSaver, shard: CountingShard
+) -> None:
+    async def delete() -> None:
+        await saver.adelete_thread("t-1")
+
+    found, lists = list[Any](), list[list[Any]]()
+    for operation in range(1, 10):
         shard.count_from_here()
-        while shard.reads + shard.writes < step and not pruning.done():  # noqa: ASYNC110 - one step of the loop each
-            await asyncio.sleep(0)
-        await put(saver, config, "new")
-        await pruning
-        assert (await values(saver))[0] == "new"
+        config = (await put_many(saver, 2))[0]
+        shard.before_operation(operation, delete)
+        found.append(await saver.aget_tuple(config))
+        shard.count_from_here()
+        await saver.adelete_thread("t-1")
+        await put_many(saver, 2)
+        shard.before_operation(operation, delete)
+        lists.append(await values(saver))
+    assert [each is None for each in found] == [True, True, True, *[False] * 6]
+    assert lists[0] == lists[1] == []
+    assert lists[-1] == [1, 0]
 
 
 async def test_what_a_crash_left_is_pruned_once_it_is_old(

@@ -76,19 +76,27 @@ class ShardedSaver(BaseCheckpointSaver[str]):
     async def _get(self, config: RunnableConfig) -> CheckpointTuple | None:
         thread_id, checkpoint_ns = _place(config)
         thread = self._thread(thread_id)
-        checkpoint_id = get_checkpoint_id(config)
-        record = await (thread.get(checkpoint_ns, checkpoint_id) if checkpoint_id else thread.latest(checkpoint_ns))
-        return None if record is None else await self._tuple(thread_id, thread, record)
+        while (record := await _find(thread, checkpoint_ns, get_checkpoint_id(config))) is not None:
+            found = await self._tuple(thread_id, thread, record)
+            if found is not None:
+                return found
+        return None
 
     async def _tuple(
         self, thread_id: str, thread: ThreadCheckpoints, record: Record, metadata: Any = None
-    ) -> CheckpointTuple:
-        writes, *values = await gather(
-            [
-                thread.writes(record.ns, record.id),
-                *(self._load(thread_id, thread, record, channel) for channel in record.blobs),
-            ]
-        )
+    ) -> CheckpointTuple | None:
+        """Return a checkpoint with all that it names; None if it has been deleted meanwhile."""
+        try:
+            writes, *values = await gather(
+                [
+                    thread.writes(record.ns, record.id),
+                    *(self._load(thread_id, thread, record, channel) for channel in record.blobs),
+                ]
+            )
+        except CheckpointDamaged:
+            if await thread.get(record.ns, record.id) is None:
+                return None
+            raise
         checkpoint: Checkpoint = self.serde.loads_typed(record.checkpoint)
         return CheckpointTuple(
             config=_config(thread_id, record.ns, record.id),
@@ -135,8 +143,10 @@ class ShardedSaver(BaseCheckpointSaver[str]):
                 return
             metadata = self.serde.loads_typed(record.metadata)
             if all(metadata.get(key) == value for key, value in wanted.items()):
-                yield await self._tuple(thread_id, thread, record, metadata)
-                left = None if left is None else left - 1
+                found = await self._tuple(thread_id, thread, record, metadata)
+                if found is not None:
+                    yield found
+                    left = None if left is None else left - 1
 
     async def _records(
         self, config: RunnableConfig | None, before: str | None, limit: int | None
@@ -244,7 +254,7 @@ class ShardedSaver(BaseCheckpointSaver[str]):
     # --- deleting and copying ---
 
     async def adelete_thread(self, thread_id: str) -> None:
-        """Delete all of a thread."""
+        """Delete all of a thread. End its runs before: one that goes on may leave a checkpoint that cannot be read."""
         await self._loop.run(self._delete_thread(str(thread_id)))
 
     async def _delete_thread(self, thread_id: str) -> None:
@@ -268,7 +278,7 @@ class ShardedSaver(BaseCheckpointSaver[str]):
                     left |= await thread.delete_where(checkpoint_ns, partial(_is_of, run))
                 await self._index.remove_run(thread.space, thread_id, run)
                 if not left:
-                    await self._delete_thread(thread_id)
+                    await self._index.remove(thread.space, thread_id)
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all checkpoints and writes of a thread to another one."""
@@ -322,8 +332,7 @@ class ShardedSaver(BaseCheckpointSaver[str]):
     async def _history(self, config: RunnableConfig, channels: Sequence[str]) -> Mapping[str, DeltaChannelHistory]:
         thread_id, checkpoint_ns = _place(config)
         thread = self._thread(thread_id)
-        checkpoint_id = get_checkpoint_id(config)
-        record = await (thread.get(checkpoint_ns, checkpoint_id) if checkpoint_id else thread.latest(checkpoint_ns))
+        record = await _find(thread, checkpoint_ns, get_checkpoint_id(config))
         if record is None or not channels:
             return {channel: {"writes": []} for channel in channels}
         remaining = set(channels)
@@ -364,11 +373,8 @@ class ShardedSaver(BaseCheckpointSaver[str]):
     ) -> Iterator[CheckpointTuple]:
         """Do what `alist` does."""
         stream = self._list(config, filter or {}, get_checkpoint_id(before) if before else None, limit)
-        try:
-            while (found := self._loop.run_blocking("list", _advance(stream))) is not None:
-                yield found
-        finally:
-            self._loop.run_blocking("list", _close(stream))
+        while (found := self._loop.run_blocking("list", _advance(stream))) is not None:
+            yield found
 
     def put(
         self,
@@ -441,6 +447,10 @@ def _config(thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> RunnableC
 
 def _is_of(run: str, record: Record) -> bool:
     return record.run == run
+
+
+async def _find(thread: ThreadCheckpoints, checkpoint_ns: str, checkpoint_id: str | None) -> Record | None:
+    return await (thread.get(checkpoint_ns, checkpoint_id) if checkpoint_id else thread.latest(checkpoint_ns))
 
 
 async def _only(name: str) -> AsyncIterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from forebay.errors import NoRunningLoop, WouldDeadlock
@@ -57,16 +57,6 @@ class StateLoop:
             raise WouldDeadlock(what=what, advice=f"await a{method}() there, and run graphs by ainvoke() or astream()")
         self._check_runs(work)
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def iterate_blocking(self, method: str, stream: AsyncIterator[_T]) -> Iterator[_T]:
-        """Yield what `stream` yields; block the calling thread for each."""
-        end = object()
-
-        async def advance() -> Any:
-            return await anext(stream, end)
-
-        while (item := self.run_blocking(method, advance())) is not end:
-            yield item
 
     def _check_runs(self, work: Coroutine[Any, Any, Any]) -> None:
         if not self._loop.is_running():
