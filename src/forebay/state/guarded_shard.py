@@ -7,8 +7,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
+from forebay.context import call_observer
 from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable
 from forebay.state.shard import OperationRejected, Shard
+from forebay.state.shard_load import ShardLoad
+from forebay.state.time_limits import TimeLimits
 
 _T = TypeVar("_T")
 
@@ -24,12 +27,17 @@ class GuardedShard:
     Args:
         shard: the shard.
         timeout: seconds that a call may take.
+
+    Attributes:
+        load: as task admission sees it.
     """
 
     def __init__(self, shard: Shard, *, timeout: float) -> None:
         self.shard = shard
         self.url = shard.url
+        self.load = ShardLoad(f"shard:{shard.url}", timeout=timeout, recheck=_PROBE_INTERVAL)
         self._timeout = timeout
+        self._limits = TimeLimits(timeout)
         self._error: ShardUnavailable | None = None  # why it is down
         self._probing: asyncio.Task[None] | None = None
 
@@ -65,19 +73,34 @@ class GuardedShard:
             ShardUnavailable: the shard is down.
             ShardAnswerLost: it may have done what it was asked.
         """
-        if self._error is not None:
-            raise self._error.with_traceback(None)
+        run = call_observer()
+        if run is not None:
+            run.record_call(self.load)
         try:
-            async with asyncio.timeout(self._timeout) as limit:
-                return await method()
+            return await self._call(method)
+        except ShardUnavailable:
+            if run is not None:
+                run.record_upstream_fault()  # it does not count against the worker
+            raise
+
+    async def _call(self, method: Callable[[], Awaitable[_T]]) -> _T:
+        if (down := self._error) is not None:
+            raise ShardUnavailable(where=self.url, why=down.why, advice=down.advice)
+        number = self.load.began()
+        limit = self._limits.start()
+        try:
+            return await method()
         except OperationRejected as rejected:
             raise _named(rejected.error, self.url) from rejected.error
         except StoreUnavailable as error:
             raise self._fail(error) from error
-        except TimeoutError as error:
-            if not limit.expired():
+        except asyncio.CancelledError as error:
+            if not limit.has_cancelled():
                 raise
             raise self._fail(self._late(StoreAnswerLost)) from error
+        finally:
+            limit.stop()
+            self.load.ended(number)
 
     def _late(self, kind: type[StoreUnavailable]) -> StoreUnavailable:
         why, advice = f"it has not answered within {self._timeout:g} s", "Check that it runs and can be reached."
@@ -89,6 +112,7 @@ class GuardedShard:
 
     def _go_down(self, error: ShardUnavailable) -> None:
         self._error = error
+        self.load.went_down()
         if self._probing is None or self._probing.done():
             self._probing = asyncio.create_task(self._probe(), name=f"forebay-state-probe-{self.url}")
 
@@ -110,6 +134,7 @@ class GuardedShard:
                     await self.shard.open()
                     await self.shard.ping()
                 self._error = None
+                self.load.came_up()
 
 
 def _named(error: StoreUnavailable, url: str) -> ShardUnavailable:

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right, insort
 from math import inf
 from typing import NamedTuple
 
-from forebay.clock import monotonic, wall_time
+from forebay.clock import now, wall_time
 from forebay.errors import StoreUnavailable
 from forebay.state.entry import StoredEntry
 from forebay.state.shard import ANY_VERSION, OperationRejected, Page, WriteRefused
@@ -57,7 +57,7 @@ class MemoryShard:
         kept = self._entries.get(namespace, {}).get(key)
         if kept is None:
             return None
-        if kept.expires <= monotonic():
+        if kept.expires <= now():
             self._drop(namespace, key)
             return None
         return kept.entry
@@ -74,7 +74,7 @@ class MemoryShard:
             advice = "Delete entries, or give them a ttl."
             raise OperationRejected(StoreUnavailable(where=self.url, why="its memory is full", advice=advice))
         version = self._version = next_version(self._version, wall_time())
-        expires = inf if ttl is None else monotonic() + ttl
+        expires = inf if ttl is None else now() + ttl
         self._entries.setdefault(namespace, {})[key] = _Kept(StoredEntry(key, data, version), expires)
         if found is None:
             insort(self._keys.setdefault(namespace, []), key)
@@ -107,9 +107,9 @@ class MemoryShard:
             del self._keys[namespace], self._entries[namespace]
 
     def _sweep(self) -> None:
-        now = monotonic()
+        time = now()
         for _ in range(_SWEPT):
-            if not self._expiring or self._expiring[0][0] > now:
+            if not self._expiring or self._expiring[0][0] > time:
                 return
             _, namespace, key = self._expiring.pop(0)
             self._find(namespace, key)
