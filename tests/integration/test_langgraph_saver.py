@@ -21,6 +21,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Send, interrupt
 from tests.support.counting_shard import CountingShard
 
+from forebay import BackpressureSupervisor, Task
 from forebay.adapters.langgraph import ShardedSaver
 from forebay.errors import (
     CheckpointDamaged,
@@ -246,6 +247,18 @@ async def test_a_function_with_a_memory_has_it(saver: ShardedSaver) -> None:
         return entrypoint.final(value=new, save=new)
 
     assert [await total.ainvoke(number, THREAD) for number in (1, 2, 3)] == [2, 6, 12]
+
+
+async def test_the_tasks_of_a_supervised_graph_share_their_thread(saver: ShardedSaver) -> None:
+    async def add(state: Trip) -> Trip:
+        return {"log": [f"{len(state['log'])}"]}
+
+    graph = StateGraph(Trip).add_node("add", add).add_edge(START, "add").compile(checkpointer=saver)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("chat", handler=graph, task_types=["chat"])
+        tasks = [Task("chat", {"log": [name]}, thread_id="t-1") for name in "ab"]
+        results = [await supervisor.run(each) for each in tasks]
+    assert [each["log"] for each in results] == [["a", "1"], ["a", "1", "b", "3"]]
 
 
 async def test_a_run_from_an_earlier_checkpoint_does_not_touch_the_later_ones(saver: ShardedSaver) -> None:
@@ -592,11 +605,28 @@ async def test_what_a_crash_left_is_pruned_once_it_is_old(
     await saver.aprune(["t-1"])
     assert await stored(state) == before
     now = await state.put("now", 0)
-    module = "forebay.adapters.langgraph.thread_checkpoints.wall_time"
-    monkeypatch.setattr(module, lambda: now / 1_000_000 + 3_700)
+    monkeypatch.setattr("forebay.adapters.langgraph.large_value.wall_time", lambda: now / 1_000_000 + 3_700)
     await saver.aprune(["t-1"])
     assert [len(await stored(state, prefix=prefix)) for prefix in ("c/", "b/", "w/")] == [1, 1, 0]
     assert await values(saver) == ["whole"]
+
+
+async def test_the_runs_of_which_nothing_is_left_are_not_kept(
+    saver: ShardedSaver, state: ShardedState, shard: CountingShard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = THREAD
+    for number in range(9):
+        config = await put(saver, config, number, run_id=f"run-{number}")
+    await saver.aprune(["t-1"])
+    assert len(await stored(state, prefix="i/")) == 9
+    now = await state.put("now", 0)
+    monkeypatch.setattr("forebay.adapters.langgraph.large_value.wall_time", lambda: now / 1_000_000 + 3_700)
+    await saver.aprune(["t-1"])
+    assert len(await stored(state, prefix="i/")) == 1
+    assert sum(len(keys) for name, keys in shard._entries.items() if "index=" in name) == 2  # the thread, its run
+    assert await values(saver, None) == [8]
+    await saver.adelete_for_runs(["run-8"])
+    assert await values(saver, None) == []
 
 
 async def test_what_is_no_way_to_prune_is_rejected(saver: ShardedSaver) -> None:

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from forebay.clock import new_id
+from forebay.clock import new_id, wall_time
 from forebay.state import Namespace
 
 _T = TypeVar("_T")
 
 _MAX_PART = 4 << 20  # bytes; an entry may have twice as many
+_ORPHAN_AGE = 3_600  # seconds in which what nothing names yet may still get its name
 _MAX_CONCURRENT = 100  # operations that go to a shard at once
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -96,3 +97,8 @@ async def remove_prefix(space: Namespace, prefix: str) -> None:
             await gather(space.delete(key) for key in keys)
             keys.clear()
     await gather(space.delete(key) for key in keys)
+
+
+def orphan_horizon() -> float:
+    """Return the version before which an entry that nothing names is no part of something that is being written."""
+    return (wall_time() - _ORPHAN_AGE) * 1_000_000  # versions are microseconds since the epoch, or more

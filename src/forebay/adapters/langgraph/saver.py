@@ -160,7 +160,7 @@ class ShardedSaver(BaseCheckpointSaver[str]):
         thread = self._thread(thread_id)
         checkpoint_id = get_checkpoint_id(config)
         limit = None if limit is None else max(0, limit)
-        one = "checkpoint_ns" in config["configurable"]
+        one = config["configurable"].get("checkpoint_ns") is not None
         async for name in _only(checkpoint_ns) if one else thread.namespaces():
             if checkpoint_id is None:
                 async for record in thread.records(name, before=before, limit=limit):
@@ -318,8 +318,11 @@ class ShardedSaver(BaseCheckpointSaver[str]):
                 await self._delete_thread(thread_id)
                 continue
             thread = self._thread(thread_id)
+            runs = set[str | None]()
             async for checkpoint_ns in thread.namespaces():
                 await thread.prune(checkpoint_ns, keep)
+                runs |= {record.run async for record in thread.records(checkpoint_ns)}
+            await self._index.remove_other_runs(thread.space, thread_id, runs)
 
     # --- channels whose values are made from writes ---
 

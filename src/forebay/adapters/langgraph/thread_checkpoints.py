@@ -16,16 +16,15 @@ from forebay.adapters.langgraph.large_value import (
     gather,
     get_value,
     joined_values,
+    orphan_horizon,
     put_value,
     remove_prefix,
     remove_values,
 )
-from forebay.clock import wall_time
 from forebay.errors import Conflict
 from forebay.state import Namespace
 
 _PAGE = 100
-_ORPHAN_AGE = 3_600  # seconds after which what no checkpoint names is no part of a checkpoint that is being written
 
 Typed = tuple[str, bytes]  # as a serializer returns it
 
@@ -233,7 +232,7 @@ class ThreadCheckpoints:
         await remove_values(self.space, sorted(blobs - named))
 
     async def _delete_orphans(self, checkpoint_ns: str, kept: set[str]) -> None:
-        horizon = (wall_time() - _ORPHAN_AGE) * 1_000_000  # versions are microseconds since the epoch, or more
+        horizon = orphan_horizon()
         named = {key async for record in self.records(checkpoint_ns) for key in record.blob_keys}
         prefixes = {keys.writes_prefix(checkpoint_ns, each) for each in kept}
         orphans = list[str]()

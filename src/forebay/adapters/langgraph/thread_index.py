@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from functools import cached_property
 
 from forebay.adapters.langgraph.checkpoint_keys import digest, marker_key
-from forebay.adapters.langgraph.large_value import gather
+from forebay.adapters.langgraph.large_value import gather, orphan_horizon
 from forebay.errors import Conflict
 from forebay.state import Entry, Namespace
 
@@ -71,6 +71,12 @@ class ThreadIndex:
         """Remove a run of a thread."""
         key = marker_key(run)
         await self._remove(thread, thread_id, [each async for each in thread.scan(key)], only_run=True)
+
+    async def remove_other_runs(self, thread: Namespace, thread_id: str, runs: Collection[str | None]) -> None:
+        """Remove the runs of a thread that are not among `runs`, unless they have just been entered."""
+        horizon = orphan_horizon()
+        others = [each async for each in thread.scan("i/") if each.version < horizon and each.value[1] not in runs]
+        await self._remove(thread, thread_id, [each for each in others if each.value[1] is not None], only_run=True)
 
     async def _remove(self, thread: Namespace, thread_id: str, markers: list[Entry], *, only_run: bool = False) -> None:
         places = [
