@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from forebay.errors import StoreUnavailable
 from forebay.state import MemoryShard
@@ -54,10 +55,10 @@ class CountingShard(MemoryShard):
         self._meanwhile = None
         self.reads = self.entries_read = self.writes = 0
 
-    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
+    async def get(self, namespace: str, key: bytes, **options: Any) -> StoredEntry | None:
         await self._count_read()
         self.entries_read += 1
-        return await super().get(namespace, key)
+        return await super().get(namespace, key, **options)
 
     async def scan(
         self, namespace: str, prefix: bytes, after: bytes | None = None, limit: int = 100, *, reverse: bool = False
@@ -68,14 +69,20 @@ class CountingShard(MemoryShard):
         return page
 
     async def put(
-        self, namespace: str, key: bytes, data: bytes, ttl: float | None = None, if_version: int = ANY_VERSION
+        self,
+        namespace: str,
+        key: bytes,
+        data: bytes,
+        ttl: float | None = None,
+        if_version: int = ANY_VERSION,
+        **options: Any,
     ) -> int:
         await self._count_write()
-        return await super().put(namespace, key, data, ttl, if_version)
+        return await super().put(namespace, key, data, ttl, if_version, **options)
 
-    async def delete(self, namespace: str, key: bytes, if_version: int = ANY_VERSION) -> bool:
+    async def delete(self, namespace: str, key: bytes, if_version: int = ANY_VERSION, **options: Any) -> bool:
         await self._count_write()
-        return await super().delete(namespace, key, if_version)
+        return await super().delete(namespace, key, if_version, **options)
 
     async def _count_read(self) -> None:
         self.reads += 1

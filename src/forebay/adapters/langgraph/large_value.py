@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from forebay.clock import new_id, wall_time
-from forebay.state import Namespace
+from forebay.state import Entry, Namespace
 
 _T = TypeVar("_T")
 
@@ -49,9 +49,15 @@ async def put_value(space: Namespace, key: str, value: Sequence[Any], if_version
     await space.put(key, {"name": name, "parts": len(parts)}, if_version=if_version)
 
 
-async def get_value(space: Namespace, key: str) -> tuple[Any, int] | None:
+async def find_entry(space: Namespace, key: str) -> Entry | None:
+    """Return the entry of a key as its shard has it now, whatever a near cache has; None if there is none."""
+    found = [entry async for entry in space.scan(key, limit=1)]  # a key sorts before those that begin with it
+    return found[0] if found and found[0].key == key else None
+
+
+async def get_value(space: Namespace, key: str, *, past_cache: bool = False) -> tuple[Any, int] | None:
     """Return a value and its version; None if there is none, or a part is missing."""
-    found = await space.get(key)
+    found = await (find_entry(space, key) if past_cache else space.get(key))
     if found is None:
         return None
     if isinstance(found.value, dict):

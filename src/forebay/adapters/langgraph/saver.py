@@ -94,9 +94,9 @@ class ShardedSaver(BaseCheckpointSaver[str]):
                 ]
             )
         except CheckpointDamaged:
-            if await thread.get(record.ns, record.id) is None:
-                return None
-            raise
+            if await thread.has(record):
+                raise
+            return None
         checkpoint: Checkpoint = self.serde.loads_typed(record.checkpoint)
         return CheckpointTuple(
             config=_config(thread_id, record.ns, record.id),

@@ -13,6 +13,7 @@ import msgspec
 
 from forebay.adapters.langgraph import checkpoint_keys as keys
 from forebay.adapters.langgraph.large_value import (
+    find_entry,
     gather,
     get_value,
     joined_values,
@@ -99,6 +100,10 @@ class ThreadCheckpoints:
         found = await self.space.get(keys.checkpoint_key(checkpoint_ns, checkpoint_id))
         return None if found is None else _record(found.value)
 
+    async def has(self, record: Record) -> bool:
+        """Return whether a checkpoint is still there."""
+        return await find_entry(self.space, keys.checkpoint_key(record.ns, record.id)) is not None
+
     async def latest(self, checkpoint_ns: str) -> Record | None:
         """Return the latest checkpoint, by one operation, however many there are."""
         found = [record async for record in self.records(checkpoint_ns, limit=1)]
@@ -178,7 +183,7 @@ class ThreadCheckpoints:
             try:
                 await put_value(self.space, key, list(merged.values()), if_version=version)
             except Conflict:
-                found = await get_value(self.space, key)
+                found = await get_value(self.space, key, past_cache=True)
                 value, version = ([], 0) if found is None else found
                 known = {write.idx: write for write in map(_write, value)}
             else:
