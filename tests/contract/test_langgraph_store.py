@@ -143,6 +143,8 @@ async def test_what_the_store_cannot_do_is_an_error(store: ShardedStore) -> None
         await store.abatch([GetOp(("a.b",), "key")])
     with pytest.raises(InvalidSetting, match="at least one label"):
         await store.abatch([PutOp((), "key", {})])
+    with pytest.raises(InvalidSetting, match="a mapping of plain data"):
+        await store.aput(("a",), "key", "text")  # type: ignore[arg-type]
     with pytest.raises(InvalidStateKey):
         await store.aput(("a",), "x" * 2_000, {})
     with pytest.raises(InvalidStateValue):

@@ -182,13 +182,17 @@ def _check(op: Op) -> None:
         case SearchOp():
             if op.query:
                 expected = "left out: there is no vector index. Filter by fields, or use another store for this"
-                _validate.reject("search", "query", "...", expected)
+                _validate.reject("search", "query", type(op.query).__name__, expected)
             check_filter(op.filter or {})
         case ListNamespacesOp():
             if op.max_depth is not None:
                 _validate.check_whole("list_namespaces", "max_depth", op.max_depth, minimum=1)
         case PutOp(namespace=()):
             _validate.reject("put", "namespace", (), "a tuple with at least one label")
+        case PutOp(value=value) if not (value is None or isinstance(value, Mapping)):
+            _validate.reject(
+                "put", "value", type(value).__name__, "a mapping of plain data, or None to delete the item"
+            )
         case _:
             return
     _validate.check_whole("search", "limit", op.limit, minimum=0)
