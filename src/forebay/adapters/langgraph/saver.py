@@ -127,7 +127,6 @@ class ShardedSaver(BaseCheckpointSaver[str]):
             limit: how many.
         """
         stream = self._list(config, filter or {}, get_checkpoint_id(before) if before else None, limit)
-
         try:
             while (found := await self._loop.run(_advance(stream))) is not None:
                 yield found
