@@ -47,7 +47,7 @@ from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
-from forebay.overflow import MemoryTaskStore, SqliteTaskStore, sqlite
+from forebay.overflow import MemoryTaskStore, SqliteTaskStore, redis, sqlite
 from forebay.overflow.redis import RedisTaskStore
 from forebay.overflow.sqs import SqsTaskStore
 from forebay.quota import (
@@ -2308,6 +2308,25 @@ def a_write_is_acknowledged_before_the_replicas_have_it() -> None:
     always(RedisTaskStore, RedisTaskStore._shortage, returns=None)
 
 
+def a_handler_starts_before_the_replicas_know_its_lease() -> None:
+    redis._REPLICATED = frozenset()
+
+
+def a_lost_lease_is_hidden_by_replicas_that_are_missing() -> None:
+    def _is_refused_start(op: Any, reply: Any) -> bool:
+        return False
+
+    redis._is_refused_start.__code__ = _is_refused_start.__code__
+
+
+def leases_that_lapsed_while_redis_was_away_are_taken_at_once() -> None:
+    always(StoreMaintenance, StoreMaintenance.notice_interruption, returns=None)
+
+
+def a_redis_that_was_away_is_not_noticed() -> None:
+    always(RedisMaster, RedisMaster._notice_interruption, returns=None)
+
+
 def a_full_redis_lets_no_task_end() -> None:
     edit_redis_script("call('ZREM', waiting, '')", "")
 
@@ -2403,6 +2422,10 @@ def pruning_deletes_what_is_written_meanwhile() -> None:
 
 def pruning_leaves_what_a_crash_left() -> None:
     always(ThreadCheckpoints, ThreadCheckpoints._delete_orphans, returns=None)
+
+
+def a_checkpoint_that_was_deleted_is_damaged() -> None:
+    always(ThreadCheckpoints, ThreadCheckpoints.has, returns=True)
 
 
 def a_thread_is_entered_in_the_index_on_any_shard() -> None:

@@ -63,7 +63,13 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_langgraph_store, test_limit, test_task_store
-from tests.integration import test_dropped_streams, test_langgraph_saver, test_redis_failover, test_redis_lost
+from tests.integration import (
+    test_dropped_streams,
+    test_langgraph_saver,
+    test_redis_away,
+    test_redis_failover,
+    test_redis_lost,
+)
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
@@ -955,6 +961,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_clock_that_agrees_within_a_second_is_corrected: (
         test_redis_clock.test_it_is_in_whole_seconds_and_zero_for_clocks_that_agree
     ),
+    bugs.a_handler_starts_before_the_replicas_know_its_lease: (
+        test_redis_failover.test_a_start_that_a_replica_does_not_have_is_not_acknowledged
+    ),
+    bugs.a_lost_lease_is_hidden_by_replicas_that_are_missing: (
+        test_redis_failover.test_a_recorded_task_whose_lease_is_lost_with_the_master_does_not_start
+    ),
+    bugs.leases_that_lapsed_while_redis_was_away_are_taken_at_once: (
+        test_redis_away.test_after_the_server_was_away_for_a_lease_no_process_takes_what_another_runs
+    ),
+    bugs.a_redis_that_was_away_is_not_noticed: (test_redis_store.test_a_master_that_one_call_waited_for_was_away),
     bugs.a_full_redis_lets_no_task_end: (test_redis_store.test_a_full_server_rejects_records_and_lets_those_it_has_end),
     bugs.a_redis_that_drops_keys_is_opened: test_redis_store.test_a_server_that_drops_keys_is_not_opened,
     bugs.a_redis_that_was_away_is_waited_for_by_each_call: (
@@ -982,6 +998,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_langgraph_saver.test_a_checkpoint_that_is_written_while_others_are_pruned_stays
     ),
     bugs.pruning_leaves_what_a_crash_left: test_langgraph_saver.test_what_a_crash_left_is_pruned_once_it_is_old,
+    bugs.a_checkpoint_that_was_deleted_is_damaged: (
+        test_langgraph_saver.test_a_checkpoint_that_is_deleted_while_it_is_read_is_gone_or_whole
+    ),
     bugs.a_thread_is_entered_in_the_index_on_any_shard: test_langgraph_saver.test_a_thread_needs_no_shard_but_its_own,
     bugs.a_thread_that_is_deleted_counts_as_entered: (
         test_langgraph_saver.test_a_thread_that_is_written_to_after_it_was_deleted_is_listed

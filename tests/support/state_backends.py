@@ -43,8 +43,8 @@ _SHARDS = tuple(f"{{server}}?name={{name}}-{letter}" for letter in "abc")
 
 BACKENDS = [
     StateBackend("memory", ("memory://",), is_shared=False),
-    StateBackend("sqlite", ("sqlite:///{path}/state.db?synchronous=off",)),
-    StateBackend("sqlite shards", tuple(f"sqlite:///{{path}}/{letter}.db?synchronous=off" for letter in "abc")),
+    StateBackend("sqlite", ("sqlite:///{path}/state.db?fsync=no",)),
+    StateBackend("sqlite shards", tuple(f"sqlite:///{{path}}/{letter}.db?fsync=no" for letter in "abc")),
     StateBackend("redis", _REDIS, lambda: shared(redis_server).url),
     StateBackend("redis shards", _SHARDS, lambda: shared(redis_server).url),
     StateBackend("fakeredis", _REDIS, shared_fakeredis),
