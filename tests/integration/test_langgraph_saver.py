@@ -685,6 +685,28 @@ async def test_a_run_is_deleted_in_all_threads(saver: ShardedSaver, state: Shard
     assert await values(saver, None) == ["new", "new"]
 
 
+async def test_a_run_goes_on_from_one_that_is_being_deleted(
+    saver: ShardedSaver, shard: CountingShard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = await put(saver, THREAD, "shared", run_id="run-1")
+    found = await saver.aget_tuple(config)
+    assert found is not None
+    checkpoint: Any = {**found.checkpoint, "id": str(uuid6())}
+    original, deletions = shard.delete, list[Any]()
+
+    async def delete(*arguments: Any, **options: Any) -> bool:
+        deletions.append(arguments)
+        if len(deletions) == 1:
+            await saver.aput(config, checkpoint, {"run_id": "run-2"}, {})
+        return await original(*arguments, **options)
+
+    monkeypatch.setattr(shard, "delete", delete)
+    await saver.adelete_for_runs(["run-1"])
+    assert deletions
+    assert await values(saver) == ["shared"]
+    assert await values(saver, None) == ["shared"]
+
+
 async def test_a_thread_that_is_written_to_after_it_was_deleted_is_listed(
     saver: ShardedSaver, state: ShardedState
 ) -> None:

@@ -264,7 +264,8 @@ class ShardedSaver(BaseCheckpointSaver[str]):
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints and writes of runs, in all threads.
 
-        A `DeltaChannel` of a thread that goes on may need them: its value is made from the writes of earlier runs.
+        A thread that goes on may need them: the value of a `DeltaChannel` is made from the writes of earlier runs, and
+        a run that has just begun may go on from the checkpoint of an earlier one.
         """
         await self._loop.run(self._delete_for_runs([str(each) for each in run_ids]))
 
@@ -272,11 +273,11 @@ class ShardedSaver(BaseCheckpointSaver[str]):
         for run in runs:
             for thread_id in await self._index.threads_of(run):
                 thread = self._thread(thread_id)
-                left = set[str]()
+                has_others = False
                 async for checkpoint_ns in thread.namespaces():
-                    left |= await thread.delete_where(checkpoint_ns, partial(_is_of, run))
+                    has_others |= await thread.delete_where(checkpoint_ns, partial(_is_of, run))
                 await self._index.remove_run(thread.space, thread_id, run)
-                if not left:
+                if not has_others:
                     await self._index.remove(thread.space, thread_id)
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:

@@ -26,6 +26,7 @@ from forebay.errors import Conflict
 from forebay.state import Namespace
 
 _PAGE = 100
+_MAX_BLOBS = 10_000  # keys of values that are looked for among all checkpoints at a time
 
 Typed = tuple[str, bytes]  # as a serializer returns it
 
@@ -202,22 +203,20 @@ class ThreadCheckpoints:
         for prefix in ("c/", "w/", "b/"):
             await remove_prefix(self.space, prefix)
 
-    async def delete_where(self, checkpoint_ns: str, doomed: Callable[[Record], bool]) -> set[str]:
-        """Delete checkpoints with what only they name, and return the ids of the others."""
-        named, kept = set[str](), set[str]()
-        async for record in self.records(checkpoint_ns):
-            if not doomed(record):
-                kept.add(record.id)
-                named |= record.blob_keys
-        page = list[Record]()
+    async def delete_where(self, checkpoint_ns: str, doomed: Callable[[Record], bool]) -> bool:
+        """Delete checkpoints with what only they name, and return whether there are others."""
+        page, blobs = list[Record](), set[str]()
         async for record in self.records(checkpoint_ns, oldest_first=True):
             if doomed(record):
                 page.append(record)
             if len(page) == _PAGE:
-                await self._delete(page, named)
+                blobs |= await self._delete(page)
                 page.clear()
-        await self._delete(page, named)
-        return kept
+            if len(blobs) > _MAX_BLOBS:
+                await self._delete_unnamed(checkpoint_ns, blobs)
+                blobs.clear()
+        blobs |= await self._delete(page)
+        return await self._delete_unnamed(checkpoint_ns, blobs)
 
     async def prune(self, checkpoint_ns: str, keep: int) -> None:
         """Delete all checkpoints but the latest `keep` and those from which their values are made.
@@ -227,19 +226,30 @@ class ThreadCheckpoints:
         needed = await self._needed(checkpoint_ns, keep)
         newest = max(needed, default="")
         # A checkpoint that is written meanwhile stays.
-        kept = await self.delete_where(checkpoint_ns, lambda each: each.id <= newest and each.id not in needed)
-        await self._delete_orphans(checkpoint_ns, kept)
+        await self.delete_where(checkpoint_ns, lambda each: each.id <= newest and each.id not in needed)
+        await self._delete_orphans(checkpoint_ns)
 
-    async def _delete(self, records: Sequence[Record], named: set[str]) -> None:
+    async def _delete(self, records: Sequence[Record]) -> set[str]:
+        """Delete checkpoints and their writes, and return the keys of the values that they named."""
         await gather(self.space.delete(keys.checkpoint_key(each.ns, each.id)) for each in records)
         await gather(remove_prefix(self.space, keys.writes_prefix(each.ns, each.id)) for each in records)
-        blobs = {key for record in records for key in record.blob_keys}
-        await remove_values(self.space, sorted(blobs - named))
+        return {key for record in records for key in record.blob_keys}
 
-    async def _delete_orphans(self, checkpoint_ns: str, kept: set[str]) -> None:
+    async def _delete_unnamed(self, checkpoint_ns: str, blobs: set[str]) -> bool:
+        """Delete those of some values that no checkpoint names by now, and return whether there are checkpoints."""
+        unnamed, has_some = set(blobs), False
+        async for record in self.records(checkpoint_ns):
+            has_some = True
+            unnamed -= record.blob_keys
+        await remove_values(self.space, sorted(unnamed))
+        return has_some
+
+    async def _delete_orphans(self, checkpoint_ns: str) -> None:
         horizon = orphan_horizon()
-        named = {key async for record in self.records(checkpoint_ns) for key in record.blob_keys}
-        prefixes = {keys.writes_prefix(checkpoint_ns, each) for each in kept}
+        named, prefixes = set[str](), set[str]()
+        async for record in self.records(checkpoint_ns):
+            named |= record.blob_keys
+            prefixes.add(keys.writes_prefix(checkpoint_ns, record.id))
         orphans = list[str]()
         for prefix in (keys.blobs_prefix(checkpoint_ns), keys.writes_prefix(checkpoint_ns)):
             async for entry in self.space.scan(prefix):
