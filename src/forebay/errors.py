@@ -345,6 +345,10 @@ class ShardAnswerLost(ShardUnavailable):
 class InvalidStateKey(ForebayError, ValueError):
     """A {what} is {why}; it must be {expected}."""
 
+    what: str
+    why: str
+    expected: str
+
 
 class InvalidStateValue(ForebayError, ValueError):
     """The value for key {key!r} cannot be stored: {why}. Give it {expected}."""
@@ -358,6 +362,22 @@ class Conflict(ForebayError):
     key: str
     expected: int
     found: int
+
+
+class CheckpointDamaged(ForebayError):
+    """Checkpoint {checkpoint_id!r} of thread {thread_id!r} cannot be read: shard {where} has lost its value of channel
+    {channel!r}. A server that evicts keys loses such values: set its maxmemory-policy to noeviction. Go on from an
+    earlier checkpoint, or delete the thread.
+    """
+
+    checkpoint_id: str
+    thread_id: str
+    channel: str
+    where: str
+
+
+class NoRunningLoop(ForebayError, RuntimeError):
+    """A {what} {why}."""
 
 
 class NotStarted(ForebayError, RuntimeError):

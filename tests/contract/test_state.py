@@ -176,6 +176,34 @@ async def test_a_scan_yields_the_keys_with_a_prefix_in_order(state: ShardedState
     assert await keys(state, "d") == []
 
 
+async def test_a_scan_goes_on_after_a_key_and_ends_at_its_limit(state: ShardedState) -> None:
+    names = [f"b{number:03}" for number in range(250)]
+    await asyncio.gather(*(state.put(name, 0) for name in [*names, "a", "c"]))
+
+    async def scan(**options: Any) -> list[str]:
+        return [entry.key async for entry in state.scan("b", **options)]
+
+    assert await scan(limit=1) == ["b000"]
+    assert await scan(limit=1, reverse=True) == ["b249"]
+    assert await scan(limit=0) == []
+    assert await scan(limit=120) == names[:120]
+    assert await scan(limit=1_000, after="b100") == names[101:]
+    assert await scan(after="b1005", limit=2) == ["b101", "b102"]
+    assert await scan(after="b100", reverse=True, limit=2) == ["b099", "b098"]
+    assert await scan(after="b1005", reverse=True, limit=1) == ["b100"]
+    assert await scan(after="") == await scan(after="a") == names
+    assert await scan(after="c", reverse=True) == names[::-1]
+    assert await scan(after="c") == await scan(after="a", reverse=True) == []
+
+
+async def test_the_bounds_of_a_scan_are_checked(state: ShardedState) -> None:
+    with pytest.raises(InvalidStateKey):
+        await anext(state.scan(after="\ud800"), None)
+    for limit in (-1, 1.5):
+        with pytest.raises(InvalidSetting, match="limit"):
+            await anext(state.scan(limit=limit), None)  # type: ignore[arg-type]
+
+
 async def test_a_prefix_is_no_pattern(state: ShardedState) -> None:
     hostile = [
         "*",

@@ -20,6 +20,7 @@ from forebay.limit import Limit
 API = sorted((DOCS / "reference" / "api").glob("*.md"))
 PACKAGES = (
     "forebay",
+    "forebay.adapters.langgraph",
     "forebay.breaker",
     "forebay.events",
     "forebay.limit",
@@ -32,6 +33,7 @@ PACKAGES = (
 )
 # Exported for the other packages of Forebay alone.
 INTERNAL = {
+    "forebay.adapters.langgraph": {"handler"},
     "forebay.breaker": {"UPSTREAM_RULES", "WORKER_RULES"},
     "forebay.events": {"EventBus"},
     "forebay.quota": {"check_dollars"},

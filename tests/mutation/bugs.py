@@ -20,6 +20,10 @@ from tests.mutation.injection import always, edit_redis_script, pause_before, re
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
+from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
+from forebay.adapters.langgraph.checkpoint_keys import digest
+from forebay.adapters.langgraph.thread_checkpoints import Record, StoredWrite, ThreadCheckpoints
+from forebay.adapters.langgraph.thread_index import ThreadIndex
 from forebay.admission import (
     EstimatedTimes,
     PriorityQueue,
@@ -2392,3 +2396,114 @@ def a_redis_that_was_away_is_waited_for_by_each_call() -> None:
 
 def the_event_loop_lists_what_a_process_has_started() -> None:
     replace(ChildProcess, ChildProcess.kill, lambda self: self._kill_tree())
+
+
+# --- LangGraph's checkpoints and items in sharded state ---
+
+
+def a_checkpoint_is_written_before_its_values() -> None:
+    original_blob, original = ThreadCheckpoints.put_blob, ThreadCheckpoints.put
+    waiting: list[tuple[Any, ...]] = []
+
+    async def put_blob(self: ThreadCheckpoints, *blob: Any) -> None:
+        waiting.append((self, *blob))
+
+    async def put(self: ThreadCheckpoints, record: Record) -> None:
+        await original(self, record)
+        while waiting:
+            await original_blob(*waiting.pop())
+
+    replace(ThreadCheckpoints, original_blob, put_blob)
+    replace(ThreadCheckpoints, original, put)
+
+
+def a_thread_loses_its_values_before_its_checkpoints() -> None:
+    original = large_value.remove_prefix
+
+    async def delete_all(self: ThreadCheckpoints) -> None:
+        for prefix in ("b/", "w/", "c/"):
+            await original(self.space, prefix)
+
+    replace(ThreadCheckpoints, ThreadCheckpoints.delete_all, delete_all)
+
+
+def a_task_that_writes_again_replaces_what_it_wrote() -> None:
+    original = large_value.put_value
+
+    async def put_value(space: Any, key: str, value: Any, if_version: int | None = None) -> None:
+        await original(space, key, value)
+
+    vars(thread_checkpoints)["put_value"] = put_value
+
+
+def the_writes_of_a_task_are_entries_of_their_own() -> None:
+    original = ThreadCheckpoints.put_writes
+
+    async def put_writes(self: ThreadCheckpoints, ns: str, checkpoint_id: str, writes: Sequence[StoredWrite]) -> None:
+        for write in writes:
+            await original(self, ns, checkpoint_id, [write])
+
+    replace(ThreadCheckpoints, original, put_writes)
+
+
+def the_latest_checkpoint_is_found_among_all() -> None:
+    async def latest(self: ThreadCheckpoints, checkpoint_ns: str) -> Record | None:
+        found = [record async for record in self.records(checkpoint_ns)]
+        return found[0] if found else None
+
+    replace(ThreadCheckpoints, ThreadCheckpoints.latest, latest)
+
+
+def pruning_deletes_what_a_delta_channel_is_made_from() -> None:
+    async def needed(self: ThreadCheckpoints, checkpoint_ns: str, keep: int) -> set[str]:
+        return {record.id async for record in self.records(checkpoint_ns, limit=keep)}
+
+    needed.__name__ = "_needed"
+    replace(ThreadCheckpoints, ThreadCheckpoints._needed, needed)
+
+
+def pruning_deletes_what_is_written_meanwhile() -> None:
+    async def prune(self: ThreadCheckpoints, checkpoint_ns: str, keep: int) -> None:
+        needed = await self._needed(checkpoint_ns, keep)
+        await self.delete_where(checkpoint_ns, lambda each: each.id not in needed)
+
+    replace(ThreadCheckpoints, ThreadCheckpoints.prune, prune)
+
+
+def pruning_leaves_what_a_crash_left() -> None:
+    always(ThreadCheckpoints, ThreadCheckpoints._delete_orphans, returns=None)
+
+
+def a_checkpoint_that_was_deleted_is_damaged() -> None:
+    always(ThreadCheckpoints, ThreadCheckpoints.has, returns=True)
+
+
+def a_thread_is_entered_in_the_index_on_any_shard() -> None:
+    def bucket_of(self: ThreadIndex, _thread: Any, thread_id: str) -> int:
+        return int(digest(thread_id), 16) % len(self._buckets)
+
+    bucket_of.__name__ = "_bucket_of"
+    replace(ThreadIndex, ThreadIndex._bucket_of, bucket_of)
+
+
+def a_thread_that_is_deleted_counts_as_entered() -> None:
+    original = ThreadIndex.remove
+
+    async def remove(self: ThreadIndex, thread: Any, thread_id: str) -> None:
+        markers = [entry async for entry in thread.scan("i/")]
+        await original(self, thread, thread_id)
+        for marker in markers:
+            await thread.put(marker.key, marker.value)
+
+    replace(ThreadIndex, original, remove)
+
+
+def two_runs_from_one_checkpoint_give_their_values_the_same_version() -> None:
+    def get_next_version(_self: ShardedSaver, current: str | None, _channel: None) -> str:
+        return f"{int(current or 0) + 1:032}"
+
+    replace(ShardedSaver, ShardedSaver.get_next_version, get_next_version)
+
+
+def reading_an_item_does_not_put_its_expiry_off() -> None:
+    always(ShardedStore, ShardedStore._refresh, returns=None)

@@ -67,8 +67,14 @@ from tests.acceptance import (
     test_worker_counters,
     test_workers,
 )
-from tests.contract import test_limit, test_task_store
-from tests.integration import test_dropped_streams, test_redis_away, test_redis_failover, test_redis_lost
+from tests.contract import test_langgraph_store, test_limit, test_task_store
+from tests.integration import (
+    test_dropped_streams,
+    test_langgraph_saver,
+    test_redis_away,
+    test_redis_failover,
+    test_redis_lost,
+)
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
@@ -1000,6 +1006,39 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_event_loop_lists_what_a_process_has_started: (
         test_process_engine.test_what_a_process_has_started_is_not_listed_in_the_event_loop
     ),
+    bugs.a_checkpoint_is_written_before_its_values: (
+        test_langgraph_saver.test_a_run_that_is_killed_before_any_of_its_writes_goes_on_where_it_was
+    ),
+    bugs.a_thread_loses_its_values_before_its_checkpoints: (
+        test_langgraph_saver.test_a_deletion_that_is_killed_leaves_no_damaged_checkpoint
+    ),
+    bugs.a_task_that_writes_again_replaces_what_it_wrote: (
+        test_langgraph_saver.test_a_write_stays_and_one_of_a_special_kind_is_replaced
+    ),
+    bugs.the_writes_of_a_task_are_entries_of_their_own: (
+        test_langgraph_saver.test_the_writes_of_a_task_are_there_as_a_whole_or_not_at_all
+    ),
+    bugs.the_latest_checkpoint_is_found_among_all: (
+        test_langgraph_saver.test_reading_the_latest_checkpoint_costs_the_same_however_many_there_are
+    ),
+    bugs.pruning_deletes_what_a_delta_channel_is_made_from: (
+        test_langgraph_saver.test_pruning_keeps_what_a_delta_channel_is_made_from
+    ),
+    bugs.pruning_deletes_what_is_written_meanwhile: (
+        test_langgraph_saver.test_a_checkpoint_that_is_written_while_others_are_pruned_stays
+    ),
+    bugs.pruning_leaves_what_a_crash_left: test_langgraph_saver.test_what_a_crash_left_is_pruned_once_it_is_old,
+    bugs.a_checkpoint_that_was_deleted_is_damaged: (
+        test_langgraph_saver.test_a_checkpoint_that_is_deleted_while_it_is_read_is_gone_or_whole
+    ),
+    bugs.a_thread_is_entered_in_the_index_on_any_shard: test_langgraph_saver.test_a_thread_needs_no_shard_but_its_own,
+    bugs.a_thread_that_is_deleted_counts_as_entered: (
+        test_langgraph_saver.test_a_thread_that_is_written_to_after_it_was_deleted_is_listed
+    ),
+    bugs.two_runs_from_one_checkpoint_give_their_values_the_same_version: (
+        test_langgraph_saver.test_a_run_from_an_earlier_checkpoint_does_not_touch_the_later_ones
+    ),
+    bugs.reading_an_item_does_not_put_its_expiry_off: test_langgraph_store.test_reading_an_item_puts_its_expiry_off,
 }
 
 

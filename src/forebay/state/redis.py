@@ -123,8 +123,10 @@ class RedisShard:
     ) -> Page:
         """Return entries by the order of their keys."""
         bounds = [b"[" + prefix, b"(" + prefix + b"\xff"]  # no key in UTF-8 has that byte
-        if after is not None:
-            bounds[reverse] = b"(" + after
+        if after is not None and reverse:
+            bounds[1] = b"(" + min(after, prefix + b"\xff")
+        elif after is not None and after >= prefix:
+            bounds[0] = b"(" + after
         first, last = reversed(bounds) if reverse else bounds
         prefixes = self._prefixes(namespace)
         each = limit if len(prefixes) == 1 else max(1, 4 * limit // len(prefixes))

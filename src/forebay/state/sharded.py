@@ -138,7 +138,9 @@ class Namespace:
         deleted: bool = await _write(key, shard, partial(shard.shard.delete, self._name, encoded, expected), expected)
         return deleted
 
-    async def scan(self, prefix: str = "", *, reverse: bool = False) -> AsyncIterator[Entry]:
+    async def scan(
+        self, prefix: str = "", *, reverse: bool = False, after: str | None = None, limit: int | None = None
+    ) -> AsyncIterator[Entry]:
         """Yield the entries whose keys begin with `prefix`, by the order of their code points.
 
         An entry that is written or deleted meanwhile is yielded or not; all others are, once each.
@@ -146,20 +148,32 @@ class Namespace:
         Args:
             prefix: a plain text, with no characters that match others.
             reverse: the last ones first.
+            after: leave out the keys up to this one, and this one; with `reverse`, this one and those after it. It need
+                not be a key that there is.
+            limit: how many at most; a shard is asked for no more. None: all.
 
         Raises:
-            InvalidStateKey: the prefix is no text.
+            InvalidStateKey: the prefix or `after` is no text.
+            InvalidSetting: the limit is negative.
             ShardUnavailable: a shard is down that may have such keys.
         """
         encoded = _check_text("prefix", prefix, minimum=0)
+        start = None if after is None else _check_text("after", after, minimum=0)
+        if limit is not None:
+            _validate.check_whole("scan", "limit", limit, minimum=0)
         shards = self._state.places(self._name)
-        streams = [_entries(shard, self._name, encoded, reverse=reverse) for shard in shards]
-        if len(streams) == 1:
-            async for each in streams[0]:
-                yield _entry(each)
+        page = _PAGE if limit is None else min(limit, _PAGE)
+        streams = [_entries(shard, self._name, encoded, start, page, reverse=reverse) for shard in shards]
+        stream = streams[0] if len(streams) == 1 else _merge(streams, reverse=reverse)
+        if limit == 0:
             return
-        async for each in _merge(streams, reverse=reverse):
+        left = limit
+        async for each in stream:
             yield _entry(each)
+            if left is not None:
+                left -= 1
+                if not left:
+                    return
 
     def shard_of(self, key: str) -> str:
         """Return the URL of the shard that has `key`, without user and password.
@@ -267,10 +281,11 @@ def _entry(stored: StoredEntry) -> Entry:
     return Entry(stored.key.decode(), _decode(stored.data), stored.version)
 
 
-async def _entries(shard: GuardedShard, namespace: str, prefix: bytes, *, reverse: bool) -> AsyncIterator[StoredEntry]:
-    after: bytes | None = None
+async def _entries(  # noqa: PLR0913 - what a scan takes
+    shard: GuardedShard, namespace: str, prefix: bytes, after: bytes | None, limit: int, *, reverse: bool
+) -> AsyncIterator[StoredEntry]:
     while True:
-        page = await shard.call(partial(shard.shard.scan, namespace, prefix, after, _PAGE, reverse=reverse))
+        page = await shard.call(partial(shard.shard.scan, namespace, prefix, after, limit, reverse=reverse))
         for entry in page.entries:
             yield entry
         after = page.after

@@ -1,0 +1,65 @@
+"""The event loop of a state, and calls that come to it from other threads and loops."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from forebay.errors import NoRunningLoop, WouldDeadlock
+
+_T = TypeVar("_T")
+
+
+class StateLoop:
+    """The running event loop, which is that of the state: all calls run there, wherever they come from.
+
+    Args:
+        owner: the class that uses it, for messages.
+
+    Raises:
+        NoRunningLoop: none is running.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            why = "is made outside of an event loop: make it in the one in which its state was connected"
+            raise NoRunningLoop(what=owner, why=why) from None
+
+    async def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Return the result of `work`, which runs in the loop of the state if this is another one."""
+        if asyncio.get_running_loop() is self._loop:
+            return await work
+        self._check_runs(work)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def run_blocking(self, method: str, work: Coroutine[Any, Any, _T]) -> _T:
+        """Return the result of `work`; block the calling thread for it.
+
+        Args:
+            method: that was called, for messages.
+            work: what to run.
+
+        Raises:
+            WouldDeadlock: the calling thread is that of the loop.
+            NoRunningLoop: the loop has ended.
+        """
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self._loop:
+            work.close()
+            what = f"{self._owner}.{method}() in the event loop of its state"
+            raise WouldDeadlock(what=what, advice=f"await a{method}() there, and run graphs by ainvoke() or astream()")
+        self._check_runs(work)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _check_runs(self, work: Coroutine[Any, Any, Any]) -> None:
+        if not self._loop.is_running():
+            work.close()
+            why = "was made in an event loop that runs no more: its state lives as long as that loop"
+            raise NoRunningLoop(what=self._owner, why=why)
