@@ -316,6 +316,23 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"
 
 
+INTERRUPTS = "__interrupt__"  # the key of a result, a dict, that has what the graph asks: LangGraph's name
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """The payload of a task that goes on with a conversation whose graph has asked something, and waits for the answer.
+
+    The task has the `thread_id` of the one that was interrupted, and may run in any process.
+
+    Attributes:
+        value: the answer, which ``interrupt(...)`` returns in the graph.
+        interrupt_id: the id of the interrupt that it answers, if several wait; None: the one that waits.
+    """
+
+    value: Any
+    interrupt_id: str | None = None
+
+
 class TaskResult(JsonStruct, frozen=True, kw_only=True):
     """The outcome of a task.
 
@@ -341,6 +358,15 @@ class TaskResult(JsonStruct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     cause: BaseException | None = None
+
+    @property
+    def interrupts(self) -> tuple[Any, ...]:
+        """LangGraph's ``Interrupt`` objects, each with a ``value`` and an ``id``, if the graph waits for answers.
+
+        Answer with a task whose payload is a `Resume`.
+        """
+        result = self.result
+        return tuple(result.get(INTERRUPTS, ())) if isinstance(result, dict) else ()
 
     def as_dict(self, *, values: bool = True) -> dict[str, Any]:
         """Return it as plain data for JSON, without its cause.
