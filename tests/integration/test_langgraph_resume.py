@@ -18,6 +18,7 @@ from langgraph.types import interrupt
 
 from forebay import BackpressureSupervisor, Resume, Retry, Task, TaskStatus
 from forebay.errors import InvalidSetting, UnusableTask
+from forebay.events import TaskProgress
 
 
 class State(TypedDict, total=False):
@@ -228,7 +229,7 @@ async def events_of(config: Any, graph: Any) -> list[Any]:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("writer", handler=graph, task_types=["write"], config=config)
         ticket = await supervisor.submit(Task("write", message(), thread_id="t"))
-        return [event.value async for event in ticket.events() if event.kind == "progress"]
+        return [event.value async for event in ticket.events() if isinstance(event, TaskProgress)]
 
 
 async def test_progress_is_what_the_graph_streams_in_the_modes_of_the_config() -> None:
