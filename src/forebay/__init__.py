@@ -24,7 +24,7 @@ from forebay.supervisor import (
     WorkerAgent,
     progress_bar,
 )
-from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
+from forebay.task import Deadline, Estimate, Priority, Resume, Task, TaskResult, TaskStatus, Verdict
 from forebay.upstream import Fallback, Upstream
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "Priority",
     "Quota",
     "Reading",
+    "Resume",
     "Retry",
     "Task",
     "TaskCancelled",

@@ -53,6 +53,10 @@ class RunningTask(Protocol):
         """The number of this start of the handler, from 1."""
 
     @property
+    def submission(self) -> float:
+        """Epoch seconds that tell this submission of the task from others of its id, in every attempt at it."""
+
+    @property
     def tenant_weight(self) -> float:
         """The share of turns that its supervisor gives its tenant."""
 
@@ -75,6 +79,7 @@ class _InheritedTask:
         self.task = running.task
         self.deadline = running.deadline
         self.attempt = running.attempt
+        self.submission = running.submission
         self.tenant_weight = running.tenant_weight
 
     def report(self, value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 
 import msgspec
 
@@ -151,6 +151,9 @@ _OTHER_NAMES = {
     "delay": "pass not_before=time.time() + seconds",
 }
 
+ENQUEUE: Final = "enqueue"
+ON_BUSY = (ENQUEUE, "reject", "interrupt")
+
 _EARLIEST = 1e9  # epoch seconds, in 2001; a smaller not_before was meant as seconds from now
 
 
@@ -203,6 +206,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
     estimate: Estimate | None = None
     retry: Retry | None = None
     not_before: float | None = None
+    on_busy: Literal["enqueue", "reject", "interrupt"] = ENQUEUE
 
 
 class Task(_Options, Generic[ResultT_co], frozen=True):
@@ -235,6 +239,9 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
         not_before: epoch seconds before which it does not start, for example ``time.time() + 60``. Until then it waits
             in the overflow, where it outlives its process if the overflow does; or, without one, in the supervisor,
             where it counts towards the bound of the queue and is cancelled when the supervisor drains.
+        on_busy: what is done while another task of its `thread_id` waits or runs: ``"enqueue"``: it waits behind it;
+            ``"reject"``: it is rejected; ``"interrupt"``: those that are in this supervisor are cancelled, and it is
+            next.
 
     Raises:
         InvalidTask, InvalidTimeout, DeadlinePassed: an argument is invalid.
@@ -265,6 +272,7 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             or self.estimate is not None
             or self.retry is not None
             or self.not_before is not None
+            or self.on_busy != ENQUEUE
         ):
             self._check_names()
 
@@ -300,6 +308,11 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
             raise InvalidTask(field="retry", value=self.retry, expected="a Retry, for example Retry(max_attempts=3)")
         if self.not_before is not None:
             self._check_not_before(self.not_before)
+        if self.on_busy not in ON_BUSY:
+            raise InvalidTask(field="on_busy", value=self.on_busy, expected='"enqueue", "reject" or "interrupt"')
+        if self.on_busy != ENQUEUE and self.thread_id is None:
+            expected = "that of the conversation which may be busy: on_busy says what is done then"
+            raise InvalidTask(field="thread_id", value=None, expected=expected)
 
     def _check_not_before(self, not_before: float) -> None:
         if not is_positive(not_before) or not_before < _EARLIEST:
@@ -315,6 +328,23 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
 
     def __repr__(self) -> str:  # never the payload
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"
+
+
+INTERRUPTS = "__interrupt__"  # the key of a result, a dict, that has what the graph asks: LangGraph's name
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """The payload of a task that goes on with a conversation whose graph has asked something, and waits for the answer.
+
+    The task has the `thread_id` of the one that was interrupted, and may run in any process.
+
+    Attributes:
+        value: the answer, which ``interrupt(...)`` returns in the graph.
+        interrupt_id: the id of the interrupt that it answers, if several wait; None: the one that waits.
+    """
+
+    value: Any
+    interrupt_id: str | None = None
 
 
 class TaskResult(JsonStruct, frozen=True, kw_only=True):
@@ -342,6 +372,15 @@ class TaskResult(JsonStruct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     cause: BaseException | None = None
+
+    @property
+    def interrupts(self) -> tuple[Any, ...]:
+        """LangGraph's ``Interrupt`` objects, each with a ``value`` and an ``id``, if the graph waits for answers.
+
+        Answer with a task whose payload is a `Resume`.
+        """
+        result = self.result
+        return tuple(result.get(INTERRUPTS, ())) if isinstance(result, dict) else ()
 
     def as_dict(self, *, values: bool = True) -> dict[str, Any]:
         """Return it as plain data for JSON, without its cause.

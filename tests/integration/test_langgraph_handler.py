@@ -51,6 +51,7 @@ class Listening:
 
     deadline: Deadline | None = None
     attempt = 1
+    submission = 0.0
     tenant_weight = 1.0
 
     def __init__(self) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 from langchain_core import messages
 from langchain_core.documents import Document
 from langgraph.types import Command, Interrupt, Send
 
 from forebay.adapters.object_codec import ObjectCodec, SerializableClass
+from forebay.task import Resume
 
 _MODELS = (
     messages.HumanMessage,
@@ -49,6 +51,7 @@ CODEC = ObjectCodec(
         *(SerializableClass(model, _model_fields, model.model_validate) for model in _MODELS),
         SerializableClass(Command, _dataclass_fields, lambda fields: Command(**fields)),
         SerializableClass(Interrupt, _dataclass_fields, lambda fields: Interrupt(**fields)),
+        SerializableClass(Resume, msgspec.structs.asdict, lambda fields: Resume(**fields)),
         SerializableClass(Send, _send_fields, lambda fields: Send(**fields)),
     ]
 )

@@ -64,6 +64,7 @@ class ChildTaskContext:
     task: Task
     deadline: Deadline | None
     attempt: int
+    submission: float
     report: Callable[[Any], None]
     tenant_weight: float = 1.0  # the upstreams of this process have no other run at a time
 
@@ -208,7 +209,9 @@ class ChildRuntime:
         task, carried = decode_envelope(run.task)
         self._task = task
         deadline = None if run.deadline is None else Deadline(run.deadline)
-        task_context = ChildTaskContext(task, deadline, run.attempt, lambda value: self._report(run.number, value))
+        task_context = ChildTaskContext(
+            task, deadline, run.attempt, run.submission, lambda value: self._report(run.number, value)
+        )
         own = contextvars.copy_context()
         own.run(context.set_running_task, task_context)
         if carried is not None:

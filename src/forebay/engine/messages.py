@@ -14,7 +14,7 @@ import msgspec
 
 from forebay.errors import ForebayError, NotSerializable, PayloadTooLarge
 
-VERSION = 1
+VERSION = 2
 NOT_TRANSFERABLE = "forebay:not-transferable"  # the `type` of a failure: the result; no exception has such a name
 
 _LENGTH = struct.Struct(">I")
@@ -59,6 +59,7 @@ class RunTask(_Message, frozen=True, array_like=True, tag="begin"):
     task: bytes
     deadline: float | None
     attempt: int
+    submission: float
 
 
 class CancelRun(_Message, frozen=True, array_like=True, tag="cancel"):

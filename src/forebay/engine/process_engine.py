@@ -195,8 +195,9 @@ class _ProcessPool:
         except (NotSerializable, PayloadTooLarge) as error:
             why = messages.why_not_transferable(error)
             raise NotTransferable(what="payload or the context", task_id=task.task_id, why=why) from None
-        attempt = 1 if running is None else running.attempt
-        return messages.RunTask(0, encoded, None if deadline is None else deadline.by_wall_clock(), attempt)
+        attempt, submission = (1, clock.wall_time()) if running is None else (running.attempt, running.submission)
+        until = None if deadline is None else deadline.by_wall_clock()
+        return messages.RunTask(0, encoded, until, attempt, submission)
 
     async def stop(self) -> None:
         """End every process: the idle ones by closing their channels, the others by killing them."""

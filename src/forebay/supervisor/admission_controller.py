@@ -39,7 +39,7 @@ from forebay.supervisor.spill import store_load
 from forebay.supervisor.tenants import RESOURCE_PREFIX
 from forebay.supervisor.ticket import Reclaim, Refusal, Ticket, TicketOwner
 from forebay.supervisor.worker import URGENT, WorkerAgent
-from forebay.task import Deadline, Priority, Task
+from forebay.task import Deadline, Priority, Task, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.conversations import Conversation, Conversations
@@ -490,6 +490,8 @@ class AdmissionController:
         if self._bus.active:
             self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
+        if ticket.task.thread_id is not None:
+            self._interrupt_conversation(ticket)
 
     def _try_hold(self, ticket: Ticket, pool: Pool) -> Refusal | None:
         """Hold a task here until its `not_before`, or return why it is not admitted.
@@ -573,8 +575,13 @@ class AdmissionController:
     ) -> Refusal | None:
         """Return why a task may not come inside because of its conversation, or None if it may."""
         thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
+        if ticket.task.on_busy == "reject":
+            is_busy = conversations.get(thread_id) is not None or conversations.waits_in_overflow(thread_id)
+            return self._busy_refusal(ticket, pool, load) if is_busy else None
         if not self._is_conversation_full(thread_id, pool, nested=ticket.nested):
             return None
+        if ticket.task.on_busy == "interrupt" and not conversations.waits_in_overflow(thread_id):
+            return None  # those that wait are about to be cancelled
         may_spill = may_spill and self._worth_storing(ticket, pool, remaining)
         conversation = conversations.get(thread_id)
         if not ticket.nested and conversations.waits_in_overflow(thread_id):
@@ -583,6 +590,23 @@ class AdmissionController:
             reason = f"{0 if conversation is None else conversation.parked} tasks of its conversation wait already"
         retry_after = None if may_spill else self._conversation_retry_after(pool, conversation)
         return Refusal(reason, f"conversation:{thread_id}", load, may_spill=may_spill, retry_after=retry_after)
+
+    def _busy_refusal(self, ticket: Ticket, pool: Pool, load: float) -> Refusal:
+        """Return why a task is rejected that is not to wait behind its conversation."""
+        thread_id = ticket.task.thread_id or ""
+        retry_after = self._conversation_retry_after(pool, self._dispatcher.conversations.get(thread_id))
+        reason, limited_by = "another task of its conversation has not ended", f"conversation:{thread_id}"
+        return Refusal(reason, limited_by, load, may_spill=False, retry_after=retry_after)
+
+    def _interrupt_conversation(self, ticket: Ticket) -> None:
+        """Cancel what was in the conversation before a task that interrupts it."""
+        if ticket.task.on_busy != "interrupt":
+            return
+        conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
+        for earlier in list(() if conversation is None else conversation.tickets):
+            if earlier is ticket:
+                return
+            earlier.cancel(f"interrupted by task {ticket.task_id!r} of its conversation")
 
     def _is_conversation_full(self, thread_id: str, pool: Pool, *, nested: bool) -> bool:
         """Return whether a task may not come inside because of its conversation."""
@@ -789,6 +813,8 @@ class AdmissionController:
             return self._reject(ticket, pool, refusal)
         if not put.written:
             return await self._not_stored(ticket, put, pool, spill)
+        if put is PutResult.PARKED and ticket.task.on_busy == "reject" and ticket.status is not TaskStatus.SPILLED:
+            return self._reject(ticket, pool, self._busy_refusal(ticket, pool, refusal.load))
         if held and put is PutResult.STORED:
             if self._state is not _State.CLOSED and not spill.stored.stays_stored and pool.is_known:
                 return self._admit_held(ticket, pool, refusal.load)
@@ -802,14 +828,18 @@ class AdmissionController:
         ticket.admit(load)
         self._submitted(ticket)
         self._dispatcher.start_or_queue(ticket, pool, self._free_worker(ticket, pool))
+        self._interrupt_conversation(ticket)
         return ticket
 
     def _count_spilled(self, ticket: Ticket) -> None:
         self.spilled += 1
         self._submitted(ticket)
+        self._interrupt_conversation(ticket)
 
     async def _admit_durable(self, ticket: Ticket, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
         put = await spill.record(ticket, envelope, pool)
+        if put is PutResult.PARKED and ticket.task.on_busy == "reject" and ticket.status is not TaskStatus.SPILLED:
+            return self._reject(ticket, pool, self._busy_refusal(ticket, pool, self._load.on_path(pool)[0]))
         if put is PutResult.PARKED:
             reason = "earlier tasks of its conversation are in the overflow"
             limited_by = f"conversation:{ticket.task.thread_id}"

@@ -14,7 +14,7 @@ from forebay.adapters import Handler
 from forebay.context import running_task
 from forebay.errors import TaskFailed, TaskTimedOut
 from forebay.retry import Retry
-from forebay.task import Task
+from forebay.task import ENQUEUE, Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.tree.worker_life import Exit
@@ -88,9 +88,9 @@ def as_handler(nested: NestedSupervisor) -> Handler:
     async def call(task: Task) -> Any:
         # A durable task is recorded where it was submitted, and has waited there for its time. Its own policy of
         # retries counts there alone.
-        if task.durable or task.retry is not None or task.not_before is not None:
+        if task.durable or task.retry is not None or task.not_before is not None or task.on_busy != ENQUEUE:
             retry = None if task.retry is None else _NO_RETRY
-            task = msgspec.structs.replace(task, durable=False, retry=retry, not_before=None)
+            task = msgspec.structs.replace(task, durable=False, retry=retry, not_before=None, on_busy=ENQUEUE)
         try:
             return await nested.run(task)
         except (Exception, asyncio.CancelledError) as error:

@@ -417,6 +417,13 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         """The time that orders it in the task store, in epoch seconds; None without a store."""
         return self.submitted_at if self.order_time is None else self.order_time
 
+    def submission(self) -> float:
+        """Return epoch seconds that tell this submission from others of its task id, in every attempt at it."""
+        place = self.place_in_store
+        if place is None:  # without a store nothing else needs it
+            place = self.submitted_at = clock.wall_time()
+        return place
+
     def nest(self, *, order_time: float | None) -> None:
         """Make it a nested task, stored in the place of its outermost run."""
         self.nested = True

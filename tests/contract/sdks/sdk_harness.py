@@ -138,6 +138,7 @@ class _Running:
     task: Task
     deadline: Deadline | None
     attempt: int = 1
+    submission: float = 0.0
     tenant_weight: float = 1.0
 
     def report(self, value: Any) -> None:

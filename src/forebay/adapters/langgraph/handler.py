@@ -12,10 +12,10 @@ LangGraph 1.2 treats a run as follows:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -23,18 +23,23 @@ from langgraph.errors import EmptyInputError
 from langgraph.graph import StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
-from langgraph.types import Command
+from langgraph.types import Command, StreamMode
 
 from forebay.adapters.handler import Config, Handler
 from forebay.adapters.langchain import CODEC
-from forebay.context import progress
+from forebay.context import progress, running_task
 from forebay.errors import InvalidHandler, InvalidSetting, UnusableTask
+from forebay.task import INTERRUPTS, Resume
 
 if TYPE_CHECKING:
+    from langchain_core.runnables import RunnableConfig
+    from langgraph.checkpoint.base import CheckpointTuple
+
     from forebay.task import Task
 
 _ROOT = "__root__"  # the only channel of a graph whose state is one value of any type
-_INTERRUPT = "__interrupt__"  # the key of interrupts, in updates and in results
+_INTERRUPT = "__interrupt__"  # the channel of interrupts among the writes of a checkpoint
+_TASK_ID, _SUBMISSION = "forebay_task_id", "forebay_submission"  # in the metadata of checkpoints
 
 
 def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
@@ -56,6 +61,8 @@ def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
     if not isinstance(graph, Pregel):
         hint = "pass a compiled graph, or an async function that takes the Task and calls this object"
         raise InvalidHandler(worker=worker, type=type(graph).__name__, hint=hint)
+    if isinstance(config, Mapping):
+        _check_streaming(worker, config)
     call, check = partial(_run, graph, worker, config), partial(_check, graph, worker, config)
     return Handler(call=call, check=check, codec=CODEC)
 
@@ -75,11 +82,11 @@ def _check(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None
 
 async def _run(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task) -> Any:
     _check_payload(graph, worker, task)
-    run_config, context = _configure(graph, worker, config, task)
+    run = _configure(graph, worker, config, task)
     # Submitted from inside a node of another graph, this run would otherwise be treated as a subgraph of that one.
     outer = var_child_runnable_config.set(None)
     try:
-        return await _stream(graph, task.payload, run_config, context)
+        return await _stream(graph, await _input(graph, worker, task, run), run, durable=task.durable)
     except EmptyInputError:
         if task.payload is None:
             raise _no_input(worker) from None
@@ -88,34 +95,98 @@ async def _run(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | 
         var_child_runnable_config.reset(outer)
 
 
-async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, config: Any, context: Any) -> Any:
+async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run: _RunConfig) -> Any:
+    """Return the input of one attempt: none, if an earlier one has left a checkpoint to go on from.
+
+    Its metadata say of which submission it is. What that submission has put into the graph is in it, and what its nodes
+    have returned. With the input once more, the user's message would stand there twice, and nodes be paid twice.
+    """
+    saver, running = graph.checkpointer, running_task()
+    configurable = run.config["configurable"]
+    if not isinstance(saver, BaseCheckpointSaver) or running is None:
+        return _payload(task)
+    # The newest one: an attempt that began at an older `checkpoint_id` has left its own behind it.
+    newest = {name: value for name, value in configurable.items() if name != "checkpoint_id"}
+    found = await saver.aget_tuple({"configurable": {"checkpoint_ns": "", **newest}})
+    metadata: Mapping[str, Any] = {} if found is None else found.metadata
+    run.config["metadata"][_SUBMISSION] = running.submission
+    if (metadata.get(_TASK_ID), metadata.get(_SUBMISSION)) == (task.task_id, running.submission):
+        run.config["configurable"] = newest
+        return None
+    if isinstance(task.payload, Resume) and not _waits(found):
+        expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
+        raise UnusableTask(field="payload", value="Resume", expected=expected)
+    return _payload(task)
+
+
+def _payload(task: Task) -> Any:
+    payload = task.payload
+    if not isinstance(payload, Resume):
+        return payload
+    answer = payload.value if payload.interrupt_id is None else {payload.interrupt_id: payload.value}
+    return Command(resume=answer)
+
+
+def _waits(found: CheckpointTuple | None) -> bool:
+    """Return whether the graph has asked something, and stopped there."""
+    writes = (None if found is None else found.pending_writes) or ()
+    return any(channel == _INTERRUPT for _, channel, _ in writes)
+
+
+async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, run: _RunConfig, *, durable: bool) -> Any:
     """Return what ``ainvoke`` returns, and pass the other chunks of the stream on as progress."""
     latest: Any = None
-    interrupts: list[Any] = []
+    interrupts: dict[str, Any] = {}
     stream = graph.astream(
         payload,
-        config,
-        context=context,
-        stream_mode=["updates", "custom", "values"],
+        cast("RunnableConfig", run.config),
+        context=run.context,
+        stream_mode=list(dict.fromkeys((*run.stream_modes, "updates", "values"))),
+        subgraphs=run.subgraphs,
         output_keys=graph.output_channels,  # else a private part of the state would be in the result
+        # What a node has returned is stored before the next one begins: a killed process repeats one node at most.
+        durability="sync" if durable else None,
     )
-    async with aclosing(cast("AsyncGenerator[tuple[str, Any]]", stream)) as chunks:
-        async for mode, chunk in chunks:
-            if mode == "values":
+    async with aclosing(cast("AsyncGenerator[tuple[Any, ...]]", stream)) as chunks:
+        async for *paths, mode, chunk in chunks:
+            path = paths[0] if paths else ()  # of the subgraph; empty: the graph itself
+            if not path and mode == "values":
                 latest = chunk
-                continue
-            if mode == "updates" and isinstance(chunk, dict):
-                interrupts.extend(chunk.get(_INTERRUPT, ()))
-            progress(chunk)
+            if not path and mode == "updates" and isinstance(chunk, dict):
+                interrupts.update((each.id, each) for each in chunk.get(INTERRUPTS, ()))
+            if mode in run.stream_modes:
+                progress(run.shown(path, mode, chunk))
     if not interrupts:
         return latest
-    return {**(latest if isinstance(latest, dict) else {}), _INTERRUPT: interrupts}
+    return {**(latest if isinstance(latest, dict) else {}), INTERRUPTS: list(interrupts.values())}
 
 
-def _configure(
-    graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task
-) -> tuple[dict[str, Any], Any]:
-    """Return the config and the static context of one run; a config made for the task overrides a fixed one."""
+class _RunConfig(NamedTuple):
+    """The configuration of one run.
+
+    Attributes:
+        config: the RunnableConfig; its own, with "configurable" and "metadata".
+        context: the static context of the graph.
+        stream_modes: what of the graph's stream is progress.
+        subgraphs: whether that of its subgraphs is.
+        is_tagged: whether each chunk is shown with its mode, as ``astream`` does if it is given several.
+    """
+
+    config: dict[str, Any]
+    context: Any
+    stream_modes: Sequence[StreamMode]
+    subgraphs: bool
+    is_tagged: bool
+
+    def shown(self, path: tuple[str, ...], mode: str, chunk: Any) -> Any:
+        """Return a chunk as ``astream`` would yield it."""
+        if not self.subgraphs:
+            return (mode, chunk) if self.is_tagged else chunk
+        return (path, mode, chunk) if self.is_tagged else (path, chunk)
+
+
+def _configure(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task) -> _RunConfig:
+    """Return the configuration of one run; a config made for the task overrides a fixed one."""
     made = callable(config)
     given = config(task) if callable(config) else config or {}
     if not isinstance(given, Mapping):
@@ -129,14 +200,41 @@ def _configure(
         _check_thread_id(graph, worker)
 
     metadata = {
-        "forebay_task_id": task.task_id,
+        _TASK_ID: task.task_id,
         "forebay_task_type": task.task_type,
         "forebay_tenant": task.tenant,
         "forebay_priority": task.priority.name,
         **(given.get("metadata") or {}),
     }
     run_config = {**given, "configurable": configurable, "metadata": metadata}
-    return run_config, run_config.pop("context", None)
+    _check_streaming(worker, run_config)
+    modes = run_config.pop("stream_mode", None)
+    return _RunConfig(
+        config=run_config,
+        context=run_config.pop("context", None),
+        stream_modes=("updates", "custom") if modes is None else _listed(modes),
+        subgraphs=run_config.pop("subgraphs", False),
+        is_tagged=isinstance(modes, list | tuple),
+    )
+
+
+def _check_streaming(worker: str, config: Mapping[str, Any]) -> None:
+    """Check the part of a config that says what progress is.
+
+    Raises:
+        InvalidSetting: LangGraph has no such mode.
+    """
+    owner, known = f"the config of worker {worker!r}", get_args(StreamMode)
+    modes, subgraphs = config.get("stream_mode"), config.get("subgraphs", False)
+    if modes is not None and not (_listed(modes) and all(each in known for each in _listed(modes))):
+        expected = f"one of LangGraph's stream modes, or a list of them: {', '.join(known)}"
+        raise InvalidSetting(owner=owner, name="stream_mode", value=modes, expected=expected)
+    if not isinstance(subgraphs, bool):
+        raise InvalidSetting(owner=owner, name="subgraphs", value=subgraphs, expected="True or False")
+
+
+def _listed(modes: Any) -> Sequence[StreamMode]:
+    return tuple(modes) if isinstance(modes, list | tuple) else (modes,)
 
 
 def _check_thread_id(graph: Pregel[Any, Any, Any, Any], worker: str) -> None:
@@ -150,7 +248,7 @@ def _check_thread_id(graph: Pregel[Any, Any, Any, Any], worker: str) -> None:
 def _check_payload(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task) -> None:
     """Check that a payload can be the input of a graph with a state: LangGraph fails on plain values."""
     payload = task.payload
-    if payload is None and not graph.checkpointer:  # with a checkpointer, it resumes the thread
+    if (payload is None or isinstance(payload, Resume)) and not graph.checkpointer:  # with one, it resumes the thread
         raise _no_input(worker)
     if not isinstance(graph, CompiledStateGraph) or _ROOT in graph.channels:
         return

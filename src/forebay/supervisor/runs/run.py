@@ -136,6 +136,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """The number of this start of the task's handler, from 1."""
         return self.ticket.attempts
 
+    @property
+    def submission(self) -> float:
+        """Epoch seconds that tell this submission of the task from others of its id, in every attempt at it."""
+        return self.ticket.submission()
+
     def record_call(self, source: LoadSource) -> None:
         """Count a call of `source`, which other runs of its worker will call too. Callable from any thread."""
         calls = self.calls

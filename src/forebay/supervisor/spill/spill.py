@@ -165,7 +165,10 @@ class Spill:
         return put
 
     async def _put(self, ticket: Ticket, record: TaskRecord, lease: Lease | None = None) -> PutResult:
-        """Store a record, under `lease` if it is given; without a lease of its own, the ticket is SPILLED then."""
+        """Store a record, under `lease` if it is given; without a lease of its own, the ticket is SPILLED then.
+
+        Behind another of its conversation, a task that is not to wait is PARKED, and not SPILLED: it is not stored.
+        """
         thread_id = ticket.task.thread_id
         self._conversations.begin_spill(thread_id)
         put = None
@@ -178,13 +181,16 @@ class Spill:
             if not ticket.stored:
                 raise
         finally:
-            waits = put is not None and put.written and not ticket.stored
+            is_refused = put is PutResult.PARKED and not ticket.stored and ticket.task.on_busy == "reject"
+            waits = put is not None and put.written and not ticket.stored and not is_refused
             leased = lease is not None and put is PutResult.STORED
             self._conversations.end_spill(thread_id, stored=waits and not leased)
         if ticket.stored:  # it was refilled before the answer arrived, so the record is there whatever the answer
             ticket.confirm_spilled()
             return PutResult.PARKED
         assert put is not None  # noqa: S101 - otherwise the store has raised
+        if is_refused:
+            await self._delete(ticket)
         if waits and not leased:
             ticket.spill()
         return put
@@ -202,13 +208,16 @@ class Spill:
 
     async def remove_record(self, ticket: Ticket) -> None:
         """Remove the record of a durable task that was rejected, so that it may be submitted again."""
-        # Ended at the epoch, so that pruning drops it.
-        completion = Completion(status=TaskStatus.REJECTED.value, finished_at=0.0)
         ticket.forget_record()
         lease = self.stored.drop_lease(ticket)
-        await self._store.finish(ticket.task_id, completion, fence=None if lease is None else lease.fence)
-        await self._store.prune(before=1.0)
+        await self._delete(ticket, fence=None if lease is None else lease.fence)
         self.stored.conversation_moved(ticket.task)
+
+    async def _delete(self, ticket: Ticket, *, fence: str | None = None) -> None:
+        # Ended at the epoch, so that pruning drops it.
+        completion = Completion(status=TaskStatus.REJECTED.value, finished_at=0.0)
+        await self._store.finish(ticket.task_id, completion, fence=fence)
+        await self._store.prune(before=1.0)
 
     async def spill_recorded(self, ticket: Ticket, pool: Pool) -> None:
         """Give the lease of a recorded task back, so that it waits in the store.
