@@ -102,7 +102,7 @@ async def test_a_conversation_may_be_interrupted_as_often_as_one_likes(overflow:
 
 @virtual
 async def test_a_conversation_that_is_busy_in_another_process_rejects_too(tmp_path: Path) -> None:
-    overflow = f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    overflow = f"sqlite:///{tmp_path}/spill.db?fsync=no"
     agent = Agent(seconds=1.0)
     async with make_supervisor(agent, overflow) as here, make_supervisor(agent, overflow) as there:
         running = await there.submit(message("first", durable=True))
