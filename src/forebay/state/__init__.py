@@ -2,7 +2,8 @@
 
 from forebay.state.entry import Entry, Versioned
 from forebay.state.memory import MemoryShard
+from forebay.state.moving import Rebalanced
 from forebay.state.shard import Shard
 from forebay.state.sharded import Namespace, ShardedState
 
-__all__ = ["Entry", "MemoryShard", "Namespace", "Shard", "ShardedState", "Versioned"]
+__all__ = ["Entry", "MemoryShard", "Namespace", "Rebalanced", "Shard", "ShardedState", "Versioned"]

@@ -2,8 +2,8 @@
 
 Each entry is a string of its own; `redis_write.lua` says how entries and their indexes are laid out. Operations that
 arrive while others are on their way share the next round trip: one MGET for what is read, and one run of the script for
-what is written. On a cluster, the keys of a namespace share a hash tag and so a node; the keys outside of a namespace
-are spread over buckets, each with a tag.
+what is written; `redis_copy.lua` reads entries that move to another shard. On a cluster, the keys of a namespace share
+a hash tag and so a node; the keys outside of a namespace are spread over buckets, each with a tag.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import lru_cache
 from heapq import merge
 from importlib.resources import files
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 from redis.crc import key_slot
@@ -26,20 +26,25 @@ from redis.crc import key_slot
 from forebay.clock import monotonic, new_id
 from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.state.entry import StoredEntry
-from forebay.state.shard import ANY_VERSION, OperationRejected, Page, WriteRefused
+from forebay.state.shard import ANY_VERSION, Copied, NamePage, OperationRejected, Page, WriteRefused
 from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.redis_master import FULL, RedisMaster, masters_of_slots, may_pass
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 
-_WRITE, _SCAN = (files(__package__).joinpath(f"redis_{name}.lua").read_text() for name in ("write", "scan"))
-_WRITE_SHA, _SCAN_SHA = (hashlib.sha1(script.encode()).hexdigest() for script in (_WRITE, _SCAN))  # noqa: S324
+_SCRIPTS = {name: files(__package__).joinpath(f"redis_{name}.lua").read_text() for name in ("write", "scan", "copy")}
+_WRITE_SHA, _SCAN_SHA, _COPY_SHA = (
+    hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - as Redis names it
+    for script in _SCRIPTS.values()
+)
 
 _MAX_GROUP = 500  # operations in one round trip, in which Redis serves few others
 _MAX_BYTES = 2 << 20  # of values that one group writes, unless one is larger
 _BUCKETS = 256  # of the keys outside of a namespace, on a cluster
+_MIN_FROM_BUCKET = 4  # entries of each for a page: it ends where the first bucket might have more
 _PATIENCE = 1.0  # seconds in which a master is looked for: longer than a node of a cluster is on the move
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
 _DELETED = -1  # in place of the milliseconds of a write, for the script
+_KEYS_PER_SCAN = 1_000  # that Redis looks at for a page of names
 
 _encode = msgspec.json.Encoder().encode
 
@@ -55,6 +60,19 @@ class _Write(NamedTuple):
     data: bytes | None  # None: it is deleted
     milliseconds: int  # after which it expires; 0: it does not
     if_version: int
+    floor: int | None = None  # its key moves, and its version is larger than that
+    restored: int = 0  # the version with which it is restored; 0: it is an ordinary write
+
+
+class _Copy(NamedTuple):
+    prefix: str
+    key: bytes
+
+
+class _Names(NamedTuple):
+    prefix: str
+    pattern: str
+    cursor: str
 
 
 class _Scan(NamedTuple):
@@ -69,7 +87,7 @@ class _Ping(NamedTuple):
     prefix: str
 
 
-_Operation = _Get | _Write | _Scan | _Ping
+_Operation = _Get | _Write | _Copy | _Scan | _Names | _Ping
 
 
 class RedisShard:
@@ -104,18 +122,54 @@ class RedisShard:
         found: StoredEntry | None = await self._run(_Get(self._prefix(namespace, key), key))
         return found
 
-    async def put(
-        self, namespace: str, key: bytes, data: bytes, ttl: float | None = None, if_version: int = ANY_VERSION
+    async def put(  # noqa: PLR0913 - what a write is made of
+        self,
+        namespace: str,
+        key: bytes,
+        data: bytes,
+        ttl: float | None = None,
+        if_version: int = ANY_VERSION,
+        *,
+        floor: int | None = None,
     ) -> int:
         """Write an entry."""
-        milliseconds = 0 if ttl is None else max(1, round(ttl * 1_000))
-        version: int = await self._run(_Write(self._prefix(namespace, key), key, data, milliseconds, if_version))
+        write = _Write(self._prefix(namespace, key), key, data, _milliseconds(ttl), if_version, floor)
+        version: int = await self._run(write)
         return version
 
-    async def delete(self, namespace: str, key: bytes, if_version: int = ANY_VERSION) -> bool:
+    async def delete(
+        self, namespace: str, key: bytes, if_version: int = ANY_VERSION, *, floor: int | None = None
+    ) -> bool:
         """Delete an entry."""
-        found: int = await self._run(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version))
+        found: int = await self._run(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version, floor))
         return found > 0
+
+    async def copy(self, namespace: str, key: bytes) -> Copied:
+        """Return an entry with its ttl."""
+        copied: Copied = await self._run(_Copy(self._prefix(namespace, key), key))
+        return copied
+
+    async def restore(self, namespace: str, entry: StoredEntry, ttl: float | None) -> None:
+        """Write an entry with its version."""
+        key, data, version = entry
+        prefix = self._prefix(namespace, key)
+        await self._run(_Write(prefix, key, data, _milliseconds(ttl), ANY_VERSION, floor=0, restored=version))
+
+    async def namespaces(self, after: str | None = None) -> NamePage:
+        """Look for the indexes of namespaces among all keys, on one node after the other."""
+        slot, _, cursor = (after or "0/0").partition("/")
+        pattern = f"{{{self._redis_url.name}:state*}}k"
+        next_cursor, keys = await self._run(_Names(self._prefixes("")[0], pattern, cursor), slot=int(slot))
+        names = {name for key in keys if (name := _namespace_of(self._redis_url.name, key)) is not None}
+        if next_cursor:
+            return NamePage(list(names), f"{slot}/{next_cursor}")
+        following = self._first_slot_after(int(slot))
+        return NamePage(list(names), None if following is None else f"{following}/0")
+
+    def _first_slot_after(self, slot: int) -> int | None:
+        """Return the first slot behind `slot` whose node has no slot up to there."""
+        seen = set(self._slots[: slot + 1])
+        return next((each for each in range(slot + 1, len(self._slots)) if self._slots[each] not in seen), None)
 
     async def scan(
         self, namespace: str, prefix: bytes, after: bytes | None = None, limit: int = 100, *, reverse: bool = False
@@ -126,7 +180,7 @@ class RedisShard:
             bounds[reverse] = b"(" + after
         first, last = reversed(bounds) if reverse else bounds
         prefixes = self._prefixes(namespace)
-        each = limit if len(prefixes) == 1 else max(1, 4 * limit // len(prefixes))
+        each = limit if len(prefixes) == 1 else max(_MIN_FROM_BUCKET, 4 * limit // len(prefixes))
         pages: list[Page] = await asyncio.gather(
             *(self._run(_Scan(name, first, last, each, reverse)) for name in prefixes)
         )
@@ -148,10 +202,11 @@ class RedisShard:
 
     # --- lanes ---
 
-    async def _run(self, op: _Operation) -> Any:
+    async def _run(self, op: _Operation, slot: int | None = None) -> Any:
+        """Run an operation on the node that has its prefix, or a given slot."""
         give_up = monotonic() + _PATIENCE
         while True:
-            lane = self._lane(op.prefix)
+            lane = self._lane(op.prefix, slot)
             try:
                 await lane.open()
                 return await lane.submit(op)
@@ -160,8 +215,10 @@ class RedisShard:
                     raise
                 await self._refresh()
 
-    def _lane(self, prefix: str) -> _Lane:
-        url = self._slots[key_slot(prefix.encode())] if self._is_cluster else self._redis_url
+    def _lane(self, prefix: str, slot: int | None = None) -> _Lane:
+        url = self._redis_url
+        if self._is_cluster:
+            url = self._slots[key_slot(prefix.encode()) if slot is None else slot]
         lane = self._lanes.get(url)
         if lane is None:
             lane = self._lanes[url] = _Lane(url, str(self._redis_url), tag_scripts=self._is_cluster)
@@ -214,7 +271,7 @@ class _Lane:
     def _connect(self) -> RedisMaster:
         self._client_id, self._numbers = new_id(), itertools.count(1)
         patience = 0.0 if self._tag_scripts else _PATIENCE
-        scripts = [("SCRIPT", "LOAD", script) for script in (_WRITE, _SCAN)]
+        scripts = [("SCRIPT", "LOAD", script) for script in _SCRIPTS.values()]
         master = RedisMaster(self._url, self._url.name, prepare=scripts, patience=patience)
         master.call(("PING",))
         return master
@@ -229,7 +286,7 @@ class _Lane:
         """Run operations in one round trip, and return their values."""
         batches = dict[tuple[type, str], list[int]]()  # of those that share a command
         for index, op in enumerate(ops):
-            shared = isinstance(op, _Get | _Write)
+            shared = isinstance(op, _Get | _Write | _Copy)
             tag = op.prefix if self._tag_scripts else ""
             batches.setdefault((type(op), tag if shared else f"{index}"), []).append(index)
         number = next(self._numbers)
@@ -251,7 +308,7 @@ class _Lane:
             if failed is not None:
                 replies: Sequence[Any] = [OperationError(failed)] * len(batch)
             else:
-                each = answer if kind in {_Get, _Write} else [answer]
+                each = _SPLITTERS.get(kind, _alone)(answer)
                 replies = [self._value(ops[index], reply) for index, reply in zip(batch, each, strict=True)]
             for index, value in zip(batch, replies, strict=True):
                 values[index] = value
@@ -262,7 +319,11 @@ class _Lane:
             return ("MGET", *(_entry(op) for op in ops))
         if kind is _Write:
             return self._write_command(ops, number)
+        if kind is _Copy:
+            return ("EVALSHA", _COPY_SHA, len(ops) + 1, f"{self._own(ops[0])}v", *(_entry(op) for op in ops))
         (op,) = ops
+        if kind is _Names:
+            return ("SCAN", op.cursor, "MATCH", op.pattern, "COUNT", _KEYS_PER_SCAN, "TYPE", "zset")
         if kind is _Scan:
             arguments = (f"{op.prefix}=", op.first, op.last, op.limit, "REV" if op.reverse else "")
             return ("EVALSHA", _SCAN_SHA, 1, f"{op.prefix}k", *arguments)
@@ -270,15 +331,25 @@ class _Lane:
 
     def _write_command(self, ops: Sequence[_Write], number: int) -> Sequence[Any]:
         places = {prefix: place for place, prefix in enumerate(dict.fromkeys(op.prefix for op in ops), start=1)}
-        own = ops[0].prefix if self._tag_scripts else _prefix_of(self._url.name, "")
+        own = self._own(ops[0])
         keys: list[Any] = [f"{own}v", f"{own}l:{self._client_id}"]
         for prefix in places:
             keys += (f"{prefix}k", f"{prefix}x")
         keys += (_entry(op) for op in ops)
         lengths = [len(prefix) + 1 for prefix in places]
-        described = [(places[op.prefix], op.if_version, op.milliseconds) for op in ops]
+        described = list[tuple[int, ...]]()
+        for op in ops:
+            each: tuple[int, ...] = (places[op.prefix], op.if_version, op.milliseconds)
+            if op.floor is not None:
+                keys.append(_tombstone(op))
+                each += (len(keys), op.floor, op.restored)
+            described.append(each)
         data = [op.data for op in ops if op.data is not None]
         return ("EVALSHA", _WRITE_SHA, len(keys), *keys, _encode((number, lengths, described)), *data)
+
+    def _own(self, op: _Write | _Copy) -> str:
+        """Return the prefix of the keys that a run of a script has for itself."""
+        return op.prefix if self._tag_scripts else _prefix_of(self._url.name, "")
 
     def _value(self, op: _Operation, reply: Any) -> Any:
         try:
@@ -321,9 +392,29 @@ class _Full(Exception):
     """The server has answered that its memory is full."""
 
 
-def _entry(op: _Get | _Write) -> bytes:
+def _milliseconds(ttl: float | None) -> int:
+    return 0 if ttl is None else max(1, round(ttl * 1_000))
+
+
+def _entry(op: _Get | _Write | _Copy) -> bytes:
     """Return the name of the string that holds an entry."""
     return op.prefix.encode() + b"=" + op.key
+
+
+def _tombstone(op: _Write) -> bytes:
+    """Return the name of the string that holds the tombstone of a key."""
+    return op.prefix.encode() + b"~" + op.key
+
+
+def _namespace_of(name: str, index: bytes) -> str | None:
+    """Return the namespace whose index has a name; None if it is not Forebay's."""
+    inner = index.removeprefix(f"{{{name}:state".encode()).removesuffix(b"}k")
+    if not inner or inner.startswith(b"#"):
+        return ""
+    try:
+        return unquote(inner.decode(), errors="strict").removeprefix("/")
+    except ValueError:
+        return None
 
 
 @lru_cache(maxsize=10_000)
@@ -379,15 +470,38 @@ def _decode_write(_: _Write, reply: bytes) -> int:
     return number
 
 
+def _decode_copy(op: _Copy, reply: tuple[bytes, bytes | None, int]) -> Copied:
+    latest, text, milliseconds = reply
+    entry = None if text is None else _parse(op.key, text)
+    return Copied(entry, milliseconds / 1_000 if milliseconds >= 0 else None, int(latest))
+
+
 def _decode_page(_: _Scan, reply: Sequence[bytes]) -> Page:
     count = len(reply) // 2
     entries = [_parse(reply[2 * index], reply[2 * index + 1]) for index in range(count)]
     return Page(entries, reply[-1] if len(reply) % 2 else None)
 
 
+def _alone(answer: Any) -> Sequence[Any]:
+    return [answer]
+
+
+def _together(answer: Sequence[Any]) -> Sequence[Any]:
+    return answer
+
+
+def _copies(answer: Sequence[Any]) -> Sequence[Any]:
+    return [(answer[0], *answer[place : place + 2]) for place in range(1, len(answer), 2)]
+
+
+# By the operations that share a command: the replies to them in its answer.
+_SPLITTERS: dict[type, Callable[[Any], Sequence[Any]]] = {_Get: _together, _Write: _together, _Copy: _copies}
+
 _DECODERS: dict[type, Callable[[Any, Any], Any]] = {
     _Get: _decode_get,
     _Write: _decode_write,
+    _Copy: _decode_copy,
+    _Names: lambda _op, reply: reply,
     _Scan: _decode_page,
     _Ping: lambda _op, _reply: None,
 }

@@ -1,0 +1,176 @@
+"""Moving entries between shards, once the shards, or their weights, are others than before.
+
+While a state moves, each key whose old shard differs from its new one is *misplaced*. An operation on it moves its
+entry first: it copies the entry to the new shard with its version, deletes it on the old one if it still has that
+version, and then uses the new shard. Each of these steps may be repeated, by any process, and a process may end between
+any two:
+
+- An entry is always on one of the two shards; on both it has the same version, since nobody changes it on the new one
+  before it is gone from the old one.
+- A process may have read an entry on the old shard, and restore it late, when others have moved it, and changed or
+  deleted it since. The version that the new shard has then, or that of the tombstone, is larger, and restoring does
+  nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+from forebay.clock import now
+from forebay.state.entry import StoredEntry
+from forebay.state.guarded_shard import GuardedShard
+from forebay.state.placement import Placement, unit_of
+from forebay.state.shard import NamePage, Page, WriteRefused
+
+_PAGE = 100  # entries that are moved at a time
+
+_T = TypeVar("_T")
+
+
+class Rebalanced(NamedTuple):
+    """The progress of `ShardedState.rebalance`.
+
+    Attributes:
+        examined: entries that were looked at.
+        moved: entries that this call has moved.
+    """
+
+    examined: int
+    moved: int
+
+
+class Move:
+    """A move of the entries from where one placement has them to where another one does.
+
+    Args:
+        shards: all shards, by their URLs.
+        old: where the entries were.
+        new: where they are to be.
+    """
+
+    def __init__(self, shards: Mapping[str, GuardedShard], old: Placement, new: Placement) -> None:
+        self._shards = shards
+        self._old = old
+        self._new = new
+
+    def source(self, namespace: str, key: bytes) -> GuardedShard | None:
+        """Return the old shard of a key that is misplaced; None if its shard has not changed."""
+        unit = unit_of(namespace, key)
+        old = self._old.shard_of(unit)
+        return None if old == self._new.shard_of(unit) else self._shards[old]
+
+    def sources(self, namespace: str) -> Sequence[GuardedShard]:
+        """Return the shards that may have had keys of a namespace."""
+        if namespace:
+            return [self._shards[self._old.shard_of(unit_of(namespace, b""))]]
+        return [self._shards[url] for url in self._old.shards]
+
+    async def move(self, namespace: str, key: bytes) -> tuple[bool, int]:
+        """Move the entry of a misplaced key, unless that was done.
+
+        Returns:
+            whether this call has done it, and a version that the entry has had none above.
+        """
+        source = self._shards[self._old.shard_of(unit_of(namespace, key))]
+        target = self._shards[self._new.shard_of(unit_of(namespace, key))]
+        while True:
+            asked_at = now()
+            entry, ttl, latest = await source.call(partial(source.shard.copy, namespace, key))
+            if entry is None:
+                return False, latest
+            left = None if ttl is None else ttl - (now() - asked_at)
+            if left is None or left > 0:
+                await target.call(partial(target.shard.restore, namespace, entry, left))
+            try:
+                await source.call(partial(source.shard.delete, namespace, key, entry.version))
+            except WriteRefused:  # another one has moved it
+                continue
+            return True, latest
+
+    async def rebalance(self, progress: Callable[[Rebalanced], object] | None) -> Rebalanced:
+        """Move all entries that are misplaced, and call `progress` after each page of them.
+
+        It goes over the shards until it finds nothing more to move: the walk over a server may have holes while that
+        fails over, or while a cluster moves its slots.
+        """
+        examined = moved = 0
+        while True:
+            found = 0
+            async for shard, namespace, page in self._pages():
+                keys = [entry.key for entry in page if self.source(namespace, entry.key) is shard]
+                results = await _all(self.move(namespace, key) for key in keys)
+                found += len(keys)
+                examined += len(page)
+                moved += sum(was_moved for was_moved, _ in results)
+                if progress is not None:
+                    progress(Rebalanced(examined, moved))
+            if not found:
+                return Rebalanced(examined, moved)
+
+    async def _pages(self) -> AsyncIterator[tuple[GuardedShard, str, Sequence[StoredEntry]]]:
+        """Yield the entries on the old shards that may be misplaced, with their shards and namespaces."""
+        for url in self._old.shards:
+            shard = self._shards[url]
+            async for namespace in _namespaces(shard):
+                if namespace and self.source(namespace, b"") is not shard:
+                    continue
+                after: bytes | None = None
+                while True:
+                    scan = partial(shard.shard.scan, namespace, b"", after, _PAGE)
+                    page: Page = await shard.call(scan)
+                    if page.entries:
+                        yield shard, namespace, page.entries
+                    after = page.after
+                    if after is None:
+                        break
+
+    async def entries(
+        self, namespace: str, prefix: bytes, targets: Sequence[GuardedShard], *, reverse: bool
+    ) -> AsyncIterator[StoredEntry]:
+        """Yield the entries of a scan, by the order of their keys, each once.
+
+        Of each part of the keys the old shards are read first: what is not there by then is on the new ones, which are
+        read afterwards.
+        """
+        after: bytes | None = None
+        while True:
+            found = dict[bytes, StoredEntry]()
+            ends = list[bytes]()
+            for shards in (self.sources(namespace), targets):
+                scans = (partial(each.shard.scan, namespace, prefix, after, _PAGE, reverse=reverse) for each in shards)
+                pages: Sequence[Page] = await _all(shard.call(scan) for shard, scan in zip(shards, scans, strict=True))
+                for page in pages:
+                    for entry in page.entries:
+                        if entry.key not in found or found[entry.key].version < entry.version:
+                            found[entry.key] = entry
+                ends += [page.after for page in pages if page.after is not None]
+            end = (max(ends) if reverse else min(ends)) if ends else None  # beyond it, a page may have more
+            for key in sorted(found, reverse=reverse):
+                if end is None or (key >= end if reverse else key <= end):
+                    yield found[key]
+            if end is None:
+                return
+            after = end
+
+
+async def _namespaces(shard: GuardedShard) -> AsyncIterator[str]:
+    after: str | None = None
+    while True:
+        page: NamePage = await shard.call(partial(shard.shard.namespaces, after))
+        for name in page.names:
+            yield name
+        after = page.after
+        if after is None:
+            return
+
+
+async def _all(awaitables: Iterable[Awaitable[_T]]) -> Sequence[_T]:
+    """Return the results, once all have ended; raise the first error."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]
