@@ -223,6 +223,21 @@ async def test_a_process_that_restores_an_entry_late_brings_nothing_back(shards:
     await asyncio.gather(old.close(), new.close())
 
 
+async def test_an_entry_moves_away_and_comes_back(shards: Shards) -> None:
+    async with await ShardedState.connect(shards[0]):
+        pass
+    async with await ShardedState.connect(shards[1], moving_from=shards[:1]) as state:
+        await state.put("ttl", 1, ttl=100)
+        await state.put("again", 1)
+        await state.delete("again")
+        await state.put("again", 2)
+        kept = await contents(state)
+    for new, old in ((0, 1), (1, 0), (2, 1), (1, 2)):
+        async with await ShardedState.connect(shards[new], moving_from=[shards[old]]) as state:
+            await state.rebalance()
+            assert await contents(state) == kept
+
+
 async def test_a_scan_sees_each_entry_once_while_it_is_moved(shards: Shards) -> None:
     names = [f"key {number:04}" for number in range(800)]
     async with await ShardedState.connect(*shards[:2]) as state:

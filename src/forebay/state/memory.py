@@ -93,7 +93,7 @@ class MemoryShard:
         version = next_version(max(self._version, floor or 0), wall_time())
         self._write(namespace, StoredEntry(key, data, version), ttl)
         if floor is not None and ttl is not None:
-            self._bury(namespace, key, version, ttl)
+            self._bury(namespace, key, version - 1, ttl)
         return version
 
     def _write(self, namespace: str, entry: StoredEntry, ttl: float | None) -> None:

@@ -2,7 +2,8 @@
 --
 -- An entry is a string: its version in decimal, a colon, and its data. An index has the keys of a namespace, as a sorted
 -- set whose scores are 0, so that they sort; another one has the keys that expire, by the milliseconds since the epoch. A
--- tombstone is a string: the version of what was removed while its key moved here from another shard.
+-- tombstone is a string: the version of what was removed while its key moved here from another shard; for an entry that
+-- expires, one less, as it may move away and come back.
 --
 -- KEYS: the last version, the replies to the last group of this client, then for each namespace its index and its index
 -- of expiries, then for each operation its entry, then the tombstones of those that move. ARGV[1] is the group, in JSON:
@@ -114,7 +115,7 @@ for number_, op in ipairs(ops) do
       replies[number_] = text(version)
       write(entry, index, expiries, key, ttl, version, ARGV[data], found == 0)
       if tombstone and ttl > 0 then
-        call('SET', tombstone, text(version), 'PX', ttl + TOMBSTONE_TTL)
+        call('SET', tombstone, text(version - 1), 'PX', ttl + TOMBSTONE_TTL)
       end
     end
   end

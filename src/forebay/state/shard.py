@@ -73,8 +73,9 @@ class Shard(Protocol):
     methods raise StoreUnavailable if it cannot be used, and OperationRejected if it is, say, full.
 
     While keys move here from another shard, a write of such a key has a `floor`: its version is larger than that. What
-    the write removes, at once or when its ttl is over, leaves a *tombstone*: the version of it, for ten minutes. Then
-    `restore` does not bring back what was moved, changed and removed since another process has read it.
+    the write removes, or has replaced once its ttl is over, leaves a *tombstone*: the version of it, for ten minutes.
+    Then `restore` does not bring back what was moved, changed and removed since another process has read it. An entry
+    with a ttl is not in its own tombstone: it may move away, and come back.
     """
 
     url: str  # without a password: it identifies the shard, in placement and messages

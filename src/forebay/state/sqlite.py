@@ -161,7 +161,7 @@ class SqliteShard:
         version = next_version(max(_last_version(connection), floor or 0), now)
         self._write(connection, namespace, StoredEntry(key, data, version), None if ttl is None else now + ttl)
         if floor is not None and ttl is not None:
-            _bury(connection, namespace, key, version, now + ttl)
+            _bury(connection, namespace, key, version - 1, now + ttl)
         return version
 
     def _restore(self, namespace: str, entry: StoredEntry, ttl: float | None, connection: sqlite3.Connection) -> None:
