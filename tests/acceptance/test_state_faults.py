@@ -150,9 +150,9 @@ async def test_a_full_shard_in_memory_rejects_writes_that_add() -> None:
 class SlowShard(MemoryShard):
     """A shard that takes seconds to answer."""
 
-    async def get(self, *args: Any) -> Any:
+    async def get(self, *args: Any, **options: Any) -> Any:
         await asyncio.sleep(7.0)
-        return await super().get(*args)
+        return await super().get(*args, **options)
 
 
 @virtual

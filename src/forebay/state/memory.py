@@ -64,7 +64,7 @@ class MemoryShard:
         self._tombstones.clear()
         self._size = 0
 
-    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
+    async def get(self, namespace: str, key: bytes, *, cached: bool = False) -> StoredEntry | None:  # noqa: ARG002
         """Return an entry."""
         return self._find(namespace, key)
 

@@ -26,6 +26,8 @@ from redis.crc import key_slot
 from forebay.clock import monotonic, new_id
 from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.state.entry import StoredEntry
+from forebay.state.near_cache import Address, CachedServer, NearCache
+from forebay.state.redis_invalidations import InvalidationListener
 from forebay.state.shard import ANY_VERSION, Copied, NamePage, OperationRejected, Page, WriteRefused
 from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.redis_master import FULL, RedisMaster, masters_of_slots, may_pass
@@ -95,11 +97,13 @@ class RedisShard:
 
     Args:
         url: where it is, the name under which it keeps its keys, and what an acknowledged write survives.
+        near_cache: keeps what is read; None: nothing is kept.
     """
 
-    def __init__(self, url: RedisUrl) -> None:
+    def __init__(self, url: RedisUrl, near_cache: NearCache | None = None) -> None:
         self.url = f"{url}?name={url.name}"
         self._redis_url = url
+        self._near_cache = near_cache
         self._is_cluster = url.topology is RedisTopology.CLUSTER
         self._lanes: dict[RedisUrl, _Lane] = {}
         self._slots: list[RedisUrl] = []  # on a cluster, the node of each slot
@@ -117,10 +121,28 @@ class RedisShard:
         self._lanes.clear()
         await asyncio.gather(*(lane.close() for lane in lanes))
 
-    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
+    async def get(self, namespace: str, key: bytes, *, cached: bool = False) -> StoredEntry | None:
         """Return an entry."""
-        found: StoredEntry | None = await self._run(_Get(self._prefix(namespace, key), key))
+        prefix = self._prefix(namespace, key)
+        if cached and (lane := self._lane(prefix)).cached is not None:
+            return await self._get_cached(_Copy(prefix, key), lane, lane.cached)
+        found: StoredEntry | None = await self._run(_Get(prefix, key))
         return found
+
+    async def _get_cached(self, copy: _Copy, lane: _Lane, server: CachedServer) -> StoredEntry | None:
+        name = _entry(copy)
+        found = server.get(name, lane.address)
+        if found is not None:
+            return found
+        read = server.begin(name, lane.address)
+        try:
+            copied: Copied = await self._run(copy)
+            if read is not None and copied.entry is not None:
+                server.keep(read, copied.entry, copied.ttl, lane.address)
+            return copied.entry
+        finally:
+            if read is not None:
+                server.end(read)
 
     async def put(  # noqa: PLR0913 - what a write is made of
         self,
@@ -134,14 +156,14 @@ class RedisShard:
     ) -> int:
         """Write an entry."""
         write = _Write(self._prefix(namespace, key), key, data, _milliseconds(ttl), if_version, floor)
-        version: int = await self._run(write)
+        version: int = await self._write(write)
         return version
 
     async def delete(
         self, namespace: str, key: bytes, if_version: int = ANY_VERSION, *, floor: int | None = None
     ) -> bool:
         """Delete an entry."""
-        found: int = await self._run(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version, floor))
+        found: int = await self._write(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version, floor))
         return found > 0
 
     async def copy(self, namespace: str, key: bytes) -> Copied:
@@ -153,7 +175,15 @@ class RedisShard:
         """Write an entry with its version."""
         key, data, version = entry
         prefix = self._prefix(namespace, key)
-        await self._run(_Write(prefix, key, data, _milliseconds(ttl), ANY_VERSION, floor=0, restored=version))
+        await self._write(_Write(prefix, key, data, _milliseconds(ttl), ANY_VERSION, floor=0, restored=version))
+
+    async def _write(self, write: _Write) -> int:
+        try:
+            written: int = await self._run(write)
+            return written
+        finally:  # also if its answer was lost: it may be done
+            for lane in self._lanes.values() if self._near_cache is not None else ():
+                lane.drop(_entry(write))
 
     async def namespaces(self, after: str | None = None) -> NamePage:
         """Look for the indexes of namespaces among all keys, on one node after the other."""
@@ -221,7 +251,8 @@ class RedisShard:
             url = self._slots[key_slot(prefix.encode()) if slot is None else slot]
         lane = self._lanes.get(url)
         if lane is None:
-            lane = self._lanes[url] = _Lane(url, str(self._redis_url), tag_scripts=self._is_cluster)
+            cached = None if self._near_cache is None else CachedServer(self._near_cache)
+            lane = self._lanes[url] = _Lane(url, str(self._redis_url), tag_scripts=self._is_cluster, cached=cached)
         return lane
 
     async def _refresh(self) -> None:
@@ -233,6 +264,8 @@ class RedisShard:
     async def _ask_for_slots(self) -> None:
         loop = asyncio.get_running_loop()
         self._slots = await loop.run_in_executor(None, masters_of_slots, self._redis_url)
+        for lane in self._lanes.values():  # an entry may be on another node
+            lane.drop()
         gone = [url for url in self._lanes if url not in set(self._slots)]
         for url in gone:
             with suppress(StoreUnavailable):
@@ -240,9 +273,17 @@ class RedisShard:
 
 
 class _Lane:
-    """The connection to one master, its thread, and the operations that wait for it."""
+    """The connection to one master, its thread, and the operations that wait for it.
 
-    def __init__(self, url: RedisUrl, where: str, *, tag_scripts: bool) -> None:
+    Attributes:
+        cached: what is kept of it; None: nothing.
+        address: from which it was read last; None: from nowhere yet.
+    """
+
+    def __init__(self, url: RedisUrl, where: str, *, tag_scripts: bool, cached: CachedServer | None) -> None:
+        self.cached = cached
+        self.address: Address | None = None
+        self._listener: InvalidationListener | None = None
         self._url = url
         self._where = where
         self._tag_scripts = tag_scripts  # the keys of one run of a script have one tag
@@ -261,9 +302,26 @@ class _Lane:
     async def open(self) -> None:
         if not self._queue.is_open:
             await self._queue.open()
+        if self.cached is not None and self._listener is None:
+            prefix = f"{{{self._url.name}:state"
+            self._listener = InvalidationListener(
+                self._url, self._url.name, prefix, server=self.cached, read_from=lambda: self.address
+            )
 
     async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
         await self._queue.close()
+
+    def drop(self, name: bytes | None = None) -> None:
+        """Keep an entry, or all of them, no longer."""
+        if self.cached is None:
+            return
+        if name is None:
+            self.cached.drop_all()
+        else:
+            self.cached.drop([name])
 
     def submit(self, op: _Operation) -> asyncio.Future[Any]:
         return self._queue.submit(op)
@@ -274,6 +332,7 @@ class _Lane:
         scripts = [("SCRIPT", "LOAD", script) for script in _SCRIPTS.values()]
         master = RedisMaster(self._url, self._url.name, prepare=scripts, patience=patience)
         master.call(("PING",))
+        self.address = master.address
         return master
 
     def _run_group(self, master: RedisMaster, group: Sequence[_Operation]) -> Sequence[Any]:
@@ -300,6 +359,8 @@ class _Lane:
             answers = master.call_each(*commands)
         except StoreUnavailable as error:
             return [OperationError(error)] * len(ops)
+        finally:
+            self.address = master.address
         answers = [_rejection(each) if isinstance(each, StoreUnavailable) else each for each in answers]
         shortage = self._shortage(answers.pop()) if len(answers) > len(batches) else None
         values: list[Any] = [None] * len(ops)

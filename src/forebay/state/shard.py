@@ -86,8 +86,14 @@ class Shard(Protocol):
     async def close(self) -> None:
         """Finish what is pending and disconnect. Idempotent."""
 
-    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
-        """Return an entry; None if there is none, or it has expired."""
+    async def get(self, namespace: str, key: bytes, *, cached: bool = False) -> StoredEntry | None:
+        """Return an entry; None if there is none, or it has expired.
+
+        Args:
+            namespace: as above.
+            key: the key.
+            cached: whether the near cache may answer, if the shard has one.
+        """
 
     async def put(  # noqa: PLR0913 - what a write is made of
         self,

@@ -17,6 +17,7 @@ from forebay.errors import Conflict, InvalidShardUrl, InvalidStateKey, InvalidSt
 from forebay.state.entry import Entry, StoredEntry, Versioned
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.moving import Move, Rebalanced
+from forebay.state.near_cache import NearCache, NearCacheStatistics
 from forebay.state.placement import Placement, unit_of
 from forebay.state.shard import ANY_VERSION, WriteRefused
 from forebay.state.shard_url import WeightedShard, open_shard
@@ -71,9 +72,12 @@ class Namespace:
             InvalidStateKey: it is no key.
             ShardUnavailable: its shard is down; the message names it.
         """
+        return await self._read(key, cached=True)
+
+    async def _read(self, key: str, *, cached: bool) -> Versioned | None:
         encoded = _check_text("key", key)
         shard, _ = await self._state.home(self._name, encoded)
-        found = await shard.call(partial(shard.shard.get, self._name, encoded))
+        found = await shard.call(partial(shard.shard.get, self._name, encoded, cached=cached))
         return None if found is None else Versioned(_decode(found.data), found.version)
 
     async def put(self, key: str, value: Any, ttl: float | None = None, if_version: int | None = None) -> int:
@@ -114,7 +118,7 @@ class Namespace:
         """
         conflicts = 0
         while True:
-            found = await self.get(key)
+            found = await self._read(key, cached=False)  # of a stale value it would make a conflict
             value, version = (None, 0) if found is None else found
             new = change(value)
             if inspect.isawaitable(new):
@@ -184,6 +188,7 @@ class ShardedState(Namespace):
         *shards: str | Shard,
         timeout: float = 5.0,  # noqa: ASYNC109 - of each later call
         moving_from: Sequence[str | Shard] | None = None,
+        near_cache: int | None = None,
     ) -> Self:
         """Connect to the shards, and return the state on them.
 
@@ -198,17 +203,22 @@ class ShardedState(Namespace):
             moving_from: the shards as they were given before, if one was added or removed, or has another weight. Then
                 an operation on a key whose shard has changed moves its entry first, and `rebalance` moves all. End all
                 processes that use the former shards before the first one starts with the new ones.
+            near_cache: entries of shards on Redis that `get` may answer from memory, up to 64 MiB of them; None: none.
+                The servers tell when one has changed, so another process's write is seen as soon as that message
+                arrives; this one's own at once. `update` and all writes decide by the servers' entries.
 
         Raises:
             InvalidShardUrl: a URL is malformed or given twice.
-            InvalidSetting: the timeout is no positive number, or moving_from is no list.
+            InvalidSetting: the timeout is no positive number, moving_from is no list, or near_cache no positive number.
             StoreNotInstalled: a library is missing.
         """
         _validate.check_positive("ShardedState.connect", "timeout", timeout, unit="seconds")
         if moving_from is not None and (isinstance(moving_from, str) or not isinstance(moving_from, Sequence)):
             expected = "a list of the shards as they were given before"
             _validate.reject("ShardedState.connect", "moving_from", moving_from, expected)
-        state = cls(_Shards(shards, timeout, moving_from), "")
+        if near_cache is not None:
+            _validate.check_whole("ShardedState.connect", "near_cache", near_cache)
+        state = cls(_Shards(shards, timeout, moving_from, near_cache), "")
         await state._state.open()
         return state
 
@@ -226,6 +236,11 @@ class ShardedState(Namespace):
     def down(self) -> Mapping[str, str]:
         """The shards that are down, by their URLs, and why."""
         return self._state.down
+
+    @property
+    def near_cache(self) -> NearCacheStatistics | None:
+        """The use of the near cache; None without one."""
+        return self._state.near_cache
 
     async def rebalance(self, progress: Callable[[Rebalanced], object] | None = None) -> Rebalanced:
         """Move all entries to the shards that have their keys now, and return how many were moved.
@@ -255,10 +270,15 @@ class _Shards:
     """The shards of a state, and the placement of keys among them."""
 
     def __init__(
-        self, urls: Sequence[str | Shard], timeout: float, moving_from: Sequence[str | Shard] | None = None
+        self,
+        urls: Sequence[str | Shard],
+        timeout: float,
+        moving_from: Sequence[str | Shard] | None = None,
+        near_cache: int | None = None,
     ) -> None:
-        opened = _opened(urls)
-        former = [] if moving_from is None else _opened(moving_from)
+        self._near_cache = None if near_cache is None else NearCache(near_cache)
+        opened = _opened(urls, self._near_cache)
+        former = [] if moving_from is None else _opened(moving_from, None)
         shards = {each.shard.url: each.shard for each in (*former, *opened)}
         self._by_url = {url: GuardedShard(shard, timeout=timeout) for url, shard in shards.items()}
         self._placement = Placement({each.shard.url: each.weight for each in opened})
@@ -276,6 +296,10 @@ class _Shards:
     @property
     def down(self) -> Mapping[str, str]:
         return {url: shard.why_down for url, shard in self._by_url.items() if shard.is_down}
+
+    @property
+    def near_cache(self) -> NearCacheStatistics | None:
+        return None if self._near_cache is None else self._near_cache.statistics
 
     def place(self, namespace: str, key: bytes) -> GuardedShard:
         """Return the shard of a key."""
@@ -305,13 +329,13 @@ class _Shards:
         return await self._move.rebalance(progress)
 
 
-def _opened(urls: Sequence[str | Shard]) -> Sequence[WeightedShard]:
+def _opened(urls: Sequence[str | Shard], near_cache: NearCache | None) -> Sequence[WeightedShard]:
     """Return the shards, not opened yet.
 
     Raises:
         InvalidShardUrl: a URL is malformed, or given twice, or there is none.
     """
-    opened = [open_shard(url) for url in urls]
+    opened = [open_shard(url, near_cache) for url in urls]
     if not opened:
         raise InvalidShardUrl(url="", why="no shard is given", forms="at least one URL")
     names = [each.shard.url for each in opened]

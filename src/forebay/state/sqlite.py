@@ -100,7 +100,7 @@ class SqliteShard:
         """Finish the pending operations and close the file."""
         await self._writer.close()
 
-    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
+    async def get(self, namespace: str, key: bytes, *, cached: bool = False) -> StoredEntry | None:  # noqa: ARG002
         """Return an entry."""
         return await self._writer.run(partial(_get, namespace, key), writes=False)
 
