@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,7 +203,7 @@ class SqliteMachine(StateMachine):
     """Shards in SQLite files. Nothing expires during a test."""
 
     ttls = (None, 3_600.0, 7_200.0)
-    now = 0.0  # type: ignore[assignment]
+    now = 0.0
 
     def __init__(self) -> None:
         self.directory = tempfile.TemporaryDirectory()
@@ -222,7 +222,7 @@ class SqliteMachine(StateMachine):
         self.directory.cleanup()
 
 
-def check(machine: Callable[[], RuleBasedStateMachine], share: float) -> None:
+def check(machine: type[RuleBasedStateMachine], share: float) -> None:
     examples = max(1, round(settings().max_examples * share))
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=40))
 

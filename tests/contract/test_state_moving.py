@@ -42,7 +42,7 @@ async def everything(state: ShardedState) -> dict[str, dict[str, tuple[Any, int]
     return names | {"": await contents(state)}
 
 
-async def fill(state: ShardedState) -> None:
+async def fill(state: Namespace) -> None:
     await asyncio.gather(*(state.put(name, name.upper()) for name in NAMES))
     for space in SPACES:
         await asyncio.gather(*(state.namespace(space).put(f"{number}", space) for number in range(5)))
@@ -260,7 +260,7 @@ async def test_concurrent_updates_during_a_rebalance_lose_nothing(shards: Shards
     counters = NAMES[:20]
     async with await ShardedState.connect(*shards[:3]) as state:
         await asyncio.gather(*(state.put(name, 0) for name in counters))
-        await fill(state.namespace("x"))  # type: ignore[arg-type] - it has what is used
+        await fill(state.namespace("x"))
     states = [await ShardedState.connect(*shards, moving_from=shards[:3]) for _ in range(3)]
 
     async def increment(state: ShardedState) -> None:

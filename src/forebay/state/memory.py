@@ -93,7 +93,7 @@ class MemoryShard:
         version = next_version(max(self._version, floor or 0), wall_time())
         self._write(namespace, StoredEntry(key, data, version), ttl)
         if floor is not None and ttl is not None:
-            self._bury(namespace, key, version - 1, ttl)
+            self._leave_tombstone(namespace, key, version - 1, ttl)
         return version
 
     def _write(self, namespace: str, entry: StoredEntry, ttl: float | None) -> None:
@@ -122,7 +122,7 @@ class MemoryShard:
             return False
         self._drop(namespace, key)
         if floor is not None:
-            self._bury(namespace, key, found.version)
+            self._leave_tombstone(namespace, key, found.version)
         return True
 
     async def copy(self, namespace: str, key: bytes) -> Copied:
@@ -139,15 +139,15 @@ class MemoryShard:
         self._sweep()
         found = self._find(namespace, entry.key)
         tombstone = self._tombstones.get((namespace, entry.key))
-        buried = 0 if tombstone is None or tombstone.expires <= now() else tombstone.version
-        if max(0 if found is None else found.version, buried) < entry.version:
+        removed = 0 if tombstone is None or tombstone.expires <= now() else tombstone.version
+        if max(0 if found is None else found.version, removed) < entry.version:
             self._write(namespace, entry, ttl)
 
     async def namespaces(self, after: str | None = None) -> NamePage:
         """Return all names."""
         return NamePage(list(self._entries), after=None) if after is None else NamePage([], after=None)
 
-    def _bury(self, namespace: str, key: bytes, version: int, ttl: float = 0.0) -> None:
+    def _leave_tombstone(self, namespace: str, key: bytes, version: int, ttl: float = 0.0) -> None:
         if (namespace, key) not in self._tombstones:
             self._size += len(key) + _OVERHEAD
         expires = now() + ttl + TOMBSTONE_TTL

@@ -161,7 +161,7 @@ class SqliteShard:
         version = next_version(max(_last_version(connection), floor or 0), now)
         self._write(connection, namespace, StoredEntry(key, data, version), None if ttl is None else now + ttl)
         if floor is not None and ttl is not None:
-            _bury(connection, namespace, key, version - 1, now + ttl)
+            _leave_tombstone(connection, namespace, key, version - 1, now + ttl)
         return version
 
     def _restore(self, namespace: str, entry: StoredEntry, ttl: float | None, connection: sqlite3.Connection) -> None:
@@ -203,12 +203,14 @@ def _delete(namespace: str, key: bytes, if_version: int, floor: int | None, conn
         return False
     if floor is not None:
         (version,) = connection.execute("SELECT version FROM entry WHERE rowid = ?", (row,)).fetchone()
-        _bury(connection, namespace, key, version, now)
+        _leave_tombstone(connection, namespace, key, version, now)
     connection.execute("DELETE FROM entry WHERE rowid = ?", (row,))
     return True
 
 
-def _bury(connection: sqlite3.Connection, namespace: str, key: bytes, version: int, removed_at: float) -> None:
+def _leave_tombstone(
+    connection: sqlite3.Connection, namespace: str, key: bytes, version: int, removed_at: float
+) -> None:
     """Leave a tombstone for what is removed at a time, in epoch seconds."""
     row = (namespace, key, version, removed_at + TOMBSTONE_TTL)
     connection.execute("INSERT OR REPLACE INTO tombstone (namespace, key, version, expires) VALUES (?, ?, ?, ?)", row)

@@ -53,7 +53,7 @@ def test_updates_lose_nothing_while_processes_move_entries_and_die(seed: int) ->
             await first.run(10)
         states = [await ShardedState.connect(*shards[1:], moving_from=shards[:2]) for _ in range(4)]
         processes = [Process(state) for state in states]
-        tasks = [asyncio.create_task(process.run(20)) for process in processes]
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(process.run(20)) for process in processes]
         tasks += [asyncio.create_task(state.rebalance()) for state in states[:3]]
         for task in (tasks[0], tasks[1], tasks[4], tasks[5]):  # the others live
             asyncio.get_running_loop().call_later(draw() * 2.0, task.cancel)
