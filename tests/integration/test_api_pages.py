@@ -25,6 +25,7 @@ PACKAGES = (
     "forebay.limit",
     "forebay.quota",
     "forebay.retry",
+    "forebay.state",
     "forebay.supervisor",
     "forebay.testing",
     "forebay.upstream",

@@ -45,3 +45,19 @@ def test_a_stuck_agent_is_killed_and_its_slot_serves_the_next(tmp_path: Path) ->
         "'aaaaaaaaaaaaaaaaaaaa': TaskTimedOut",
         "'another good text': True",
     ]
+
+
+def test_fifty_agents_share_what_they_find_over_three_shards(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / "fifty_agents_three_shards.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.stderr == ""
+    notes, shards = ran.stdout.splitlines()
+    assert notes == str({f"notes on {topic}": 10 for topic in ("canals", "lakes", "rivers", "springs", "weirs")})
+    assert shards.startswith("memories of agents on each shard: [")
+    assert len(list(tmp_path.glob("shard-?.db"))) == 3

@@ -11,6 +11,7 @@ from forebay.context import call_observer
 from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable
 from forebay.state.shard import OperationRejected, Shard
 from forebay.state.shard_load import ShardLoad
+from forebay.state.time_limits import TimeLimits
 
 _T = TypeVar("_T")
 
@@ -36,6 +37,7 @@ class GuardedShard:
         self.url = shard.url
         self.load = ShardLoad(f"shard:{shard.url}", timeout=timeout, recheck=_PROBE_INTERVAL)
         self._timeout = timeout
+        self._limits = TimeLimits(timeout)
         self._error: ShardUnavailable | None = None  # why it is down
         self._probing: asyncio.Task[None] | None = None
 
@@ -85,18 +87,19 @@ class GuardedShard:
         if (down := self._error) is not None:
             raise ShardUnavailable(where=self.url, why=down.why, advice=down.advice)
         number = self.load.began()
+        limit = self._limits.start()
         try:
-            async with asyncio.timeout(self._timeout) as limit:
-                return await method()
+            return await method()
         except OperationRejected as rejected:
             raise _named(rejected.error, self.url) from rejected.error
         except StoreUnavailable as error:
             raise self._fail(error) from error
-        except TimeoutError as error:
-            if not limit.expired():
+        except asyncio.CancelledError as error:
+            if not limit.has_cancelled():
                 raise
             raise self._fail(self._late(StoreAnswerLost)) from error
         finally:
+            limit.stop()
             self.load.ended(number)
 
     def _late(self, kind: type[StoreUnavailable]) -> StoreUnavailable:

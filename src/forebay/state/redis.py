@@ -44,6 +44,7 @@ _MAX_BYTES = 2 << 20  # of values that one group writes, unless one is larger
 _BUCKETS = 256  # of the keys outside of a namespace, on a cluster
 _MIN_FROM_BUCKET = 4  # entries of each for a page: it ends where the first bucket might have more
 _PATIENCE = 1.0  # seconds in which a master is looked for: longer than a node of a cluster is on the move
+_RETRY_INTERVAL = 0.5  # seconds between two operations of a node of a cluster that is down
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
 _DELETED = -1  # in place of the milliseconds of a write, for the script
 _KEYS_PER_SCAN = 1_000  # that Redis looks at for a page of names
@@ -131,8 +132,7 @@ class RedisShard:
 
     async def _get_cached(self, copy: _Copy, lane: _Lane, server: CachedServer) -> StoredEntry | None:
         name = _entry(copy)
-        found = server.get(name, lane.address)
-        if found is not None:
+        if lane.is_up and (found := server.get(name, lane.address)) is not None:
             return found
         read = server.begin(name, lane.address)
         try:
@@ -217,8 +217,11 @@ class RedisShard:
         return pages[0] if len(pages) == 1 else _merge(pages, limit, reverse=reverse)
 
     async def ping(self) -> None:
-        """Ask for an answer."""
-        await self._run(_Ping(self._prefixes("")[0]))
+        """Ask for an answer: on a cluster, of any node."""
+        if self._is_cluster:
+            await self._refresh()
+        else:
+            await self._run(_Ping(self._prefixes("")[0]))
 
     def _prefix(self, namespace: str, key: bytes) -> str:
         if namespace or not self._is_cluster:
@@ -234,16 +237,34 @@ class RedisShard:
 
     async def _run(self, op: _Operation, slot: int | None = None) -> Any:
         """Run an operation on the node that has its prefix, or a given slot."""
+        if self._is_cluster:
+            return await self._run_on_cluster(op, slot)
+        lane = self._lane(op.prefix)
+        if not lane.is_open:
+            await lane.open()
+        return await lane.submit(op)
+
+    async def _run_on_cluster(self, op: _Operation, slot: int | None) -> Any:
+        """Run an operation on the node that has its keys, wherever they move.
+
+        A node that is down rejects its operations at once but for one in half a second. The others go on, so the shard
+        as a whole is not down.
+        """
         give_up = monotonic() + _PATIENCE
         while True:
             lane = self._lane(op.prefix, slot)
+            lane.check_up()
             try:
                 await lane.open()
-                return await lane.submit(op)
+                value = await lane.submit(op)
             except StoreUnavailable as error:
-                if not self._is_cluster or isinstance(error, StoreAnswerLost) or monotonic() >= give_up:
-                    raise
+                if isinstance(error, StoreAnswerLost) or monotonic() >= give_up:
+                    lane.went_down(error)
+                    raise OperationRejected(error) from error
                 await self._refresh()
+            else:
+                lane.came_up()
+                return value
 
     def _lane(self, prefix: str, slot: int | None = None) -> _Lane:
         url = self._redis_url
@@ -298,6 +319,30 @@ class _Lane:
             disconnect=RedisMaster.close,
             diagnose=lambda error: error,
         )
+        self._down: StoreUnavailable | None = None  # why it failed last, since it last answered
+        self._next_try = 0.0  # monotonic; while it is down
+
+    @property
+    def is_open(self) -> bool:
+        return self._queue.is_open
+
+    @property
+    def is_up(self) -> bool:
+        return self._down is None
+
+    def check_up(self) -> None:
+        """Reject an operation of a master that is down, unless it is time to try it again."""
+        if self._down is None:
+            return
+        if monotonic() < self._next_try:
+            raise OperationRejected(StoreUnavailable(where=self._where, why=self._down.why, advice=self._down.advice))
+        self._next_try = monotonic() + _RETRY_INTERVAL
+
+    def went_down(self, error: StoreUnavailable) -> None:
+        self._down, self._next_try = error, monotonic() + _RETRY_INTERVAL
+
+    def came_up(self) -> None:
+        self._down = None
 
     async def open(self) -> None:
         if not self._queue.is_open:

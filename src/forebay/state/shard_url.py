@@ -6,7 +6,7 @@ import re
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from forebay.errors import InvalidOverflowUrl, InvalidShardUrl, StoreNotInstalled
 from forebay.state.memory import MemoryShard
@@ -64,7 +64,9 @@ def _open(url: str, near_cache: NearCache | None) -> WeightedShard:
         case StoreUrl(scheme="memory"):
             return WeightedShard(MemoryShard(), weight)
         case StoreUrl(scheme="sqlite", path=Path() as path, synchronous=synchronous):
-            return WeightedShard(SqliteShard(path, synchronous=synchronous), weight)
+            # Not by the absolute path: the files may move together with the working directory.
+            written = unquote(urlsplit(rest).path.removeprefix("/"))
+            return WeightedShard(SqliteShard(path, f"sqlite:///{written}", synchronous=synchronous), weight)
         case StoreUrl(redis=RedisUrl() as redis):
             return WeightedShard(_redis_shard(redis, near_cache), weight)
         case _:

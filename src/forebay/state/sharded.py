@@ -197,8 +197,9 @@ class ShardedState(Namespace):
         Args:
             shards: the URLs of the shards: ``redis://host:port/0``, ``redis+sentinel://host:port,.../service/0``,
                 ``redis+cluster://host:port,...`` (with ``?name=``, ``replicas=``, ``fsync=``), ``sqlite:///file.db``,
-                or ``memory://``; each with ``?weight=`` for its share of the keys. Keys are placed by the URL, so the
-                order is free, and a shard whose URL changes is another one.
+                or ``memory://``; each with ``?weight=`` for its share of the keys. Keys are placed by the
+                URL as it is written, without user, password and options but ``name``: the order is free, and a shard
+                that is written in another way is another one.
             timeout: seconds that a shard may take to answer before it is down.
             moving_from: the shards as they were given before, if one was added or removed, or has another weight. Then
                 an operation on a key whose shard has changed moves its entry first, and `rebalance` moves all. End all

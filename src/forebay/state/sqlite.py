@@ -85,11 +85,12 @@ class SqliteShard:
 
     Args:
         path: the file; it is created if missing.
+        url: what identifies it; by default its path.
         synchronous: what an acknowledged write survives.
     """
 
-    def __init__(self, path: Path, *, synchronous: Synchronous = Synchronous.FULL) -> None:
-        self.url = f"sqlite:///{path}"
+    def __init__(self, path: Path, url: str = "", *, synchronous: Synchronous = Synchronous.FULL) -> None:
+        self.url = url or f"sqlite:///{path}"
         self._writer = SqliteWriter(path, _SCHEMA, synchronous=synchronous)
 
     async def open(self) -> None:

@@ -72,11 +72,11 @@ class RedisMaster:
         url: where to find the master.
         tag: the hash tag that all keys have in braces.
         prepare: commands for each new connection, such as SCRIPT LOAD.
-        patience: seconds in which it is looked for once a call has found none.
+        patience: seconds in which it is looked for once a call has found none; None: five.
     """
 
     def __init__(
-        self, url: RedisUrl, tag: str, *, prepare: Sequence[Sequence[Any]] = (), patience: float = _PATIENCE
+        self, url: RedisUrl, tag: str, *, prepare: Sequence[Sequence[Any]] = (), patience: float | None = None
     ) -> None:
         self._url = url
         self._tag = tag
@@ -124,7 +124,8 @@ class RedisMaster:
         self, commands: Sequence[Sequence[Any]], send: Callable[[redis.Redis, Sequence[Sequence[Any]]], list[Any]]
     ) -> list[Any]:
         with self._lock:
-            give_up = monotonic() + (0.0 if self._is_away else self._patience)
+            patience = _PATIENCE if self._patience is None else self._patience
+            give_up = monotonic() + (0.0 if self._is_away else patience)
             may_be_done = False
             while True:
                 try:
