@@ -10,6 +10,9 @@ any two:
 - A process may have read an entry on the old shard, and restore it late, when others have moved it, and changed or
   deleted it since. The version that the new shard has then, or that of the tombstone, is larger, and restoring does
   nothing.
+
+Two URLs may lead to one place, say after a host was renamed. To move an entry from there to there would delete it. So
+before the first move between two shards, a mark is written on the one and looked for on the other.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from forebay.clock import now
+from forebay.clock import new_id, now
 from forebay.state.entry import StoredEntry
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.placement import Placement, unit_of
 from forebay.state.shard import NamePage, Page, WriteRefused
 
 _PAGE = 100  # entries that are moved at a time
+_MARKS = "%"  # the namespace of marks; a user's cannot have this name
+_MARK_TTL = 60.0  # seconds
 
 _T = TypeVar("_T")
 
@@ -55,27 +60,45 @@ class Move:
         self._shards = shards
         self._old = old
         self._new = new
+        self._is_one: dict[tuple[str, str], bool] = {}  # whether two URLs lead to one place
 
-    def source(self, namespace: str, key: bytes) -> GuardedShard | None:
-        """Return the old shard of a key that is misplaced; None if its shard has not changed."""
+    def _route(self, namespace: str, key: bytes) -> tuple[GuardedShard, GuardedShard]:
+        """Return the old shard of a key, and the new one."""
         unit = unit_of(namespace, key)
-        old = self._old.shard_of(unit)
-        return None if old == self._new.shard_of(unit) else self._shards[old]
+        return self._shards[self._old.shard_of(unit)], self._shards[self._new.shard_of(unit)]
+
+    async def _is_misplaced(self, source: GuardedShard, target: GuardedShard) -> bool:
+        """Return whether the keys of an old shard that a new one has are to be moved."""
+        if source is target:
+            return False
+        pair = (source.url, target.url)
+        if pair not in self._is_one:
+            mark = new_id().encode()
+            await source.call(partial(source.shard.put, _MARKS, mark, mark, _MARK_TTL))
+            found = await target.call(partial(target.shard.get, _MARKS, mark))
+            self._is_one[pair] = found is not None
+        return not self._is_one[pair]
 
     def sources(self, namespace: str) -> Sequence[GuardedShard]:
         """Return the shards that may have had keys of a namespace."""
         if namespace:
-            return [self._shards[self._old.shard_of(unit_of(namespace, b""))]]
+            return [self._route(namespace, b"")[0]]
         return [self._shards[url] for url in self._old.shards]
 
-    async def move(self, namespace: str, key: bytes) -> tuple[bool, int]:
-        """Move the entry of a misplaced key, unless that was done.
+    async def settle(self, namespace: str, key: bytes) -> int | None:
+        """Move the entry of a key, if it is misplaced and that was not done yet.
 
         Returns:
-            whether this call has done it, and a version that the entry has had none above.
+            the floor of the versions of the key on its new shard; None if its shard has not changed.
         """
-        source = self._shards[self._old.shard_of(unit_of(namespace, key))]
-        target = self._shards[self._new.shard_of(unit_of(namespace, key))]
+        source, target = self._route(namespace, key)
+        if not await self._is_misplaced(source, target):
+            return None
+        _, latest = await self._move(namespace, key, source, target)
+        return latest
+
+    async def _move(self, namespace: str, key: bytes, source: GuardedShard, target: GuardedShard) -> tuple[bool, int]:
+        """Return whether this call has moved the entry, and a version that none of its versions is larger than."""
         while True:
             asked_at = now()
             entry, ttl, latest = await source.call(partial(source.shard.copy, namespace, key))
@@ -100,9 +123,13 @@ class Move:
         while True:
             found = 0
             async for shard, namespace, page in self._pages():
-                keys = [entry.key for entry in page if self.source(namespace, entry.key) is shard]
-                results = await _all(self.move(namespace, key) for key in keys)
-                found += len(keys)
+                moves = list[Awaitable[tuple[bool, int]]]()
+                for entry in page:
+                    source, target = self._route(namespace, entry.key)
+                    if source is shard and await self._is_misplaced(source, target):
+                        moves.append(self._move(namespace, entry.key, source, target))
+                results = await _all(moves)
+                found += len(moves)
                 examined += len(page)
                 moved += sum(was_moved for was_moved, _ in results)
                 if progress is not None:
@@ -115,7 +142,7 @@ class Move:
         for url in self._old.shards:
             shard = self._shards[url]
             async for namespace in _namespaces(shard):
-                if namespace and self.source(namespace, b"") is not shard:
+                if namespace == _MARKS or (namespace and self._route(namespace, b"")[0] is not shard):
                     continue
                 after: bytes | None = None
                 while True:

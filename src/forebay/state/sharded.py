@@ -308,11 +308,8 @@ class _Shards:
 
     async def home(self, namespace: str, key: bytes) -> _Home:
         """Return the shard of a key, once it has the entry."""
-        shard = self.place(namespace, key)
-        if self._move is None or self._move.source(namespace, key) is None:
-            return _Home(shard, None)
-        _, latest = await self._move.move(namespace, key)
-        return _Home(shard, latest)
+        floor = None if self._move is None else await self._move.settle(namespace, key)
+        return _Home(self.place(namespace, key), floor)
 
     def entries(self, namespace: str, prefix: bytes, *, reverse: bool) -> AsyncIterator[StoredEntry]:
         """Return the entries of a scan, by the order of their keys."""
