@@ -123,6 +123,27 @@ def test_of_those_that_create_a_key_one_succeeds(seed: int) -> None:
     run()
 
 
+@given(seed=st.integers(0, 1 << 30))
+def test_a_scan_sees_each_entry_once_while_it_is_moved(seed: int) -> None:
+    @virtual(seed=seed)
+    async def run() -> None:
+        shards = cluster(3)
+        names = [f"key {number:03}" for number in range(250)]
+        async with await ShardedState.connect(*shards[:2]) as state:
+            await asyncio.gather(*(state.put(name, name) for name in names))
+        async with (
+            await ShardedState.connect(*shards[1:], moving_from=shards[:2]) as state,
+            await ShardedState.connect(*shards[1:], moving_from=shards[:2]) as other,
+        ):
+            rebalance = asyncio.create_task(other.rebalance())
+            for reverse in (False, True, False, True):
+                found = [entry.key async for entry in state.scan(reverse=reverse)]
+                assert found == sorted(names, reverse=reverse)
+            await rebalance
+
+    run()
+
+
 class DyingShard(KeptShard):
     """A shard that fails from the `calls`-th call on; that call is done, or not."""
 
