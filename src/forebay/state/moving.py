@@ -18,6 +18,7 @@ before the first move between two shards, a mark is written on the one and looke
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -39,7 +40,7 @@ class Rebalanced(NamedTuple):
     """The progress of `ShardedState.rebalance`.
 
     Attributes:
-        examined: entries that were looked at.
+        examined: entries on the former shards that were looked at, those that stay included.
         moved: entries that this call has moved.
     """
 
@@ -120,22 +121,23 @@ class Move:
         fails over, or while a cluster moves its slots.
         """
         examined = moved = 0
-        while True:
+        for number in itertools.count():
             found = 0
             async for shard, namespace, page in self._pages():
-                moves = list[Awaitable[tuple[bool, int]]]()
+                moves = list[tuple[bytes, GuardedShard]]()
                 for entry in page:
                     source, target = self._route(namespace, entry.key)
                     if source is shard and await self._is_misplaced(source, target):
-                        moves.append(self._move(namespace, entry.key, source, target))
-                results = await _all(moves)
+                        moves.append((entry.key, target))
+                results = await _all(self._move(namespace, key, shard, target) for key, target in moves)
                 found += len(moves)
-                examined += len(page)
+                examined += len(moves) if number else len(page)  # what stays is counted by the first walk
                 moved += sum(was_moved for was_moved, _ in results)
-                if progress is not None:
+                if progress is not None and (moves or not number):
                     progress(Rebalanced(examined, moved))
             if not found:
-                return Rebalanced(examined, moved)
+                break
+        return Rebalanced(examined, moved)
 
     async def _pages(self) -> AsyncIterator[tuple[GuardedShard, str, Sequence[StoredEntry]]]:
         """Yield the entries on the old shards that may be misplaced, with their shards and namespaces."""
