@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable
 from math import inf
 from typing import NamedTuple, TypeAlias
 
-from forebay.clock import now
+from forebay.clock import now, running_loop
 from forebay.state.entry import StoredEntry
 
 _MAX_BYTES = 64 << 20  # of names and data
@@ -118,7 +119,7 @@ class CachedServer:
     """The part of a near cache that has the entries of one server.
 
     It has none unless the server is listened to, at the same address as the entries are read from: after a failover,
-    the two may differ for a while.
+    the two may differ for a while. In another event loop, or a process that was forked, nobody listens either.
 
     Args:
         cache: the near cache.
@@ -127,6 +128,7 @@ class CachedServer:
     def __init__(self, cache: NearCache) -> None:
         self._cache = cache
         self._listening_to: Address | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # in which changes are reported
         self._reads: dict[bytes, set[Read]] = {}
 
     def get(self, name: bytes, address: Address | None) -> StoredEntry | None:
@@ -177,6 +179,7 @@ class CachedServer:
         """Record that the server is listened to, at an address; None: it no longer is."""
         self.drop_all()
         self._listening_to = address
+        self._loop = running_loop()
 
     def _is_current(self, address: Address | None) -> bool:
-        return address is not None and address == self._listening_to
+        return address is not None and address == self._listening_to and running_loop() is self._loop

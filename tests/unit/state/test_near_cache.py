@@ -81,6 +81,23 @@ def test_nothing_is_kept_unless_the_server_that_is_read_from_is_listened_to() ->
     assert server.get(b"a", HERE) is None
 
 
+def test_nothing_is_kept_in_another_event_loop() -> None:
+    cache = NearCache(10)
+    server = CachedServer(cache)
+
+    async def listen() -> None:
+        server.listen(HERE)
+        keep(server, b"a", entry(1))
+        assert server.get(b"a", HERE) == entry(1)
+
+    async def read() -> StoredEntry | None:
+        assert server.begin(b"a", HERE) is None
+        return server.get(b"a", HERE)
+
+    asyncio.run(listen())
+    assert asyncio.run(read()) is None
+
+
 def test_the_entries_that_were_not_used_for_longest_are_dropped() -> None:
     cache = NearCache(3)
     one, other = listening(cache), listening(cache)
