@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.redis_servers import redis_server
 from tests.support.state_backends import MOVING_BACKENDS, StateBackend
 
 from forebay.state import ShardedState
@@ -56,6 +57,19 @@ async def start(what: str, urls: list[str]) -> asyncio.subprocess.Process:
     assert process.stdout is not None
     assert await process.stdout.readline() == b"ready\n"
     return process
+
+
+async def test_entries_move_away_from_a_server_that_is_full() -> None:
+    with redis_server() as full, redis_server() as empty:
+        async with await ShardedState.connect(full.url) as state:
+            await asyncio.gather(*(state.put(key, key) for key in OTHERS[:300]), state.put("ttl", 1, ttl=1_000))
+        full.master().ask("CONFIG", "SET", "maxmemory", 1_000_000, "maxmemory-policy", "noeviction")
+        async with await ShardedState.connect(full.url, empty.url, moving_from=[full.url]) as state:
+            moving = next(key for key in OTHERS if state.shard_of(key).startswith(empty.url))
+            assert await state.delete(moving)
+            assert 50 < (await state.rebalance()).moved < 250
+            assert len([entry async for entry in state.scan()]) == 300
+            assert await state.put(moving, 1, if_version=0) > 0
 
 
 async def test_processes_that_count_during_a_rebalance_lose_nothing(urls: list[str]) -> None:

@@ -12,7 +12,8 @@ any two:
   nothing.
 
 Two URLs may lead to one place, say after a host was renamed. To move an entry from there to there would delete it. So
-before the first move between two shards, a mark is written on the one and looked for on the other.
+before the first move between two shards, a mark is written on the new one, since the old one may be full, and looked
+for on the old one.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Move:
         pair = (source.url, target.url)
         if pair not in self._is_one:
             mark = new_id().encode()
-            await source.call(partial(source.shard.put, _MARKS, mark, mark, _MARK_TTL))
-            found = await target.call(partial(target.shard.get, _MARKS, mark))
+            await target.call(partial(target.shard.put, _MARKS, mark, mark, _MARK_TTL))
+            found = await source.call(partial(source.shard.get, _MARKS, mark))
             self._is_one[pair] = found is not None
         return not self._is_one[pair]
 
@@ -164,11 +165,13 @@ class Move:
         Of each part of the keys the old shards are read first: what is not there by then is on the new ones, which are
         read afterwards.
         """
+        sources = self.sources(namespace)
+        groups = (targets,) if namespace and sources == targets else (sources, targets)
         after: bytes | None = None
         while True:
             found = dict[bytes, StoredEntry]()
             ends = list[bytes]()
-            for shards in (self.sources(namespace), targets):
+            for shards in groups:
                 scans = (partial(each.shard.scan, namespace, prefix, after, _PAGE, reverse=reverse) for each in shards)
                 pages: Sequence[Page] = await _all(shard.call(scan) for shard, scan in zip(shards, scans, strict=True))
                 for page in pages:

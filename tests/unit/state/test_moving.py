@@ -203,6 +203,22 @@ def test_a_rebalance_goes_on_after_a_shard_has_died_at_any_call(dies: int, answe
 
 
 @virtual
+async def test_entries_move_away_from_a_shard_that_is_full() -> None:
+    full, other = KeptShard("memory://a", max_bytes=10_000), KeptShard("memory://b")
+    async with await ShardedState.connect(full) as state:
+        count = 0
+        with suppress(ShardUnavailable):  # it is full
+            while True:
+                await state.put(f"key {count}", b"x" * 500)
+                count += 1
+    async with await ShardedState.connect(full, other, moving_from=[full]) as state:
+        assert await state.get("key 0") is not None
+        assert (await state.rebalance()).moved > 0
+        assert len([entry async for entry in state.scan()]) == count
+        assert await state.put("new", b"x" * 500) > 0
+
+
+@virtual
 async def test_what_was_moved_stays_moved_when_a_shard_dies() -> None:
     shards = [KeptShard("memory://a"), KeptShard("memory://b"), DyingShard("memory://c", 40, answer_lost=False)]
     async with await ShardedState.connect(shards[0]) as state:
