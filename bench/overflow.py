@@ -164,7 +164,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
 
         def url(name: str) -> str:
-            return URL or f"sqlite:///{Path(directory)}/{name}.db?synchronous=normal"
+            return URL or f"sqlite:///{Path(directory)}/{name}.db?fsync=checkpoint"
 
         results["idle_percent_of_a_core"] = 100 * idle_share(url("idle"))
         for count in counts:

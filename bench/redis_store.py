@@ -6,73 +6,22 @@ import asyncio
 import gc
 import statistics
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tests.support.redis_servers import RedisServer, redis_server
 
 from bench.baselines.raw_streams import stream_seconds
+from bench.store_calls import AT_ONCE, new_record, store_seconds
 from forebay import BackpressureSupervisor, Task
-from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
+from forebay.interfaces import TaskStore
 from forebay.overflow import open_task_store
-from forebay.task import Priority
 
 RECORDS = 20_000
 PAYLOAD = b"x" * 500
-AT_ONCE = 1_000  # calls in flight
 BATCH = 500  # commands of the baseline in a round trip, as the store has at most; records in one lease
 ROUNDS = 5
 STAGES = ("put", "lease", "finish")
 SPILLED = 300  # tasks that are put one by one into an idle store, to see how soon each is leased
-
-
-def new_records() -> list[TaskRecord]:
-    """Return records of 500 bytes."""
-    return [
-        TaskRecord(
-            task_id=f"{time.time_ns():x}-{number:x}",
-            task_type="work",
-            priority=Priority.NORMAL,
-            envelope=PAYLOAD,
-            enqueued_at=time.time(),
-        )
-        for number in range(RECORDS)
-    ]
-
-
-async def for_each(work: Callable[[Any], Awaitable[Any]], items: list[Any], expected: Any) -> float:
-    """Return the seconds to call `work` for each item, `AT_ONCE` calls at a time."""
-    left = iter(items)
-
-    async def one() -> None:
-        for item in left:
-            assert await work(item) is expected
-
-    started = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(AT_ONCE)))
-    return time.perf_counter() - started
-
-
-async def store_seconds(url: str, records: list[TaskRecord]) -> tuple[float, float, float]:
-    """Return the seconds to put, lease and finish all `records`."""
-    store = open_task_store(url)
-    await store.open()
-
-    def finish(lease: Lease) -> Awaitable[bool]:
-        completion = Completion(status="succeeded", result=b"result", attempts=1, finished_at=time.time())
-        return store.finish(lease.record.task_id, completion, fence=lease.fence)
-
-    putting = await for_each(store.put, records, PutResult.STORED)
-    leases: list[Lease] = []
-    started = time.perf_counter()
-    while batch := await store.lease("work", BATCH, until=time.time() + 1e6):
-        leases += batch
-    leasing = time.perf_counter() - started
-    assert len(leases) == len(records)
-    finishing = await for_each(finish, leases, True)
-    await store.prune(before=time.time() + 1.0)
-    await store.close()
-    return putting, leasing, finishing
 
 
 async def news_seconds(url: str) -> list[float]:
@@ -83,7 +32,7 @@ async def news_seconds(url: str) -> list[float]:
     news = asyncio.Event()
     leaser.subscribe(on_waiting=news.set, on_ended=lambda: None)
     delays = []
-    for record in new_records()[:SPILLED]:
+    for record in [new_record(PAYLOAD) for _ in range(SPILLED)]:
         news.clear()
         await putter.put(record)
         stored = time.perf_counter()
@@ -138,13 +87,13 @@ def run() -> dict[str, Any]:
     streams: list[tuple[float, float, float]] = []
     with redis_server() as server:
         for _ in range(ROUNDS):
-            records = new_records()
+            records = [new_record(PAYLOAD) for _ in range(RECORDS)]
             gc.collect()
             before = cpu_seconds(server.servers[0])
             streams.append(stream_seconds(server.url, records, batch=BATCH))
             between = cpu_seconds(server.servers[0])
             gc.collect()
-            stores.append(asyncio.run(store_seconds(f"{server.url}?bound={2 * RECORDS}", records)))
+            stores.append(asyncio.run(store_seconds(f"{server.url}?bound={2 * RECORDS}", records, batch=BATCH)))
             after = cpu_seconds(server.servers[0])
             cpu["streams"].append((between[0] - before[0], between[1] - before[1]))
             cpu["store"].append((after[0] - between[0], after[1] - between[1]))

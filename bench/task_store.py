@@ -9,21 +9,22 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.baselines.raw_sqlite import insert_seconds
+from bench.store_calls import AT_ONCE, for_each, lease_all, new_record, store_seconds
 from forebay import BackpressureSupervisor, Task
 from forebay.events import Event, TaskFinished
-from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
+from forebay.interfaces import PutResult, TaskRecord
 from forebay.overflow import encode_task, open_task_store
-from forebay.storage.url import Synchronous
-from forebay.task import DEFAULT_TENANT, Priority
+from forebay.storage.url import Fsync
+from forebay.task import DEFAULT_TENANT
 
 RECORDS = 20_000
-AT_ONCE = 1_000  # puts in flight at a time, and records in a raw transaction
 LEASED = 100  # records in one lease
+SHARES = {DEFAULT_TENANT: LEASED}
 ROUNDS = 5
 MILLION = int(os.environ.get("TASKS", "1000000"))
 SLOTS = 100
@@ -32,85 +33,35 @@ BOUND = 2 * max(RECORDS, MILLION)
 
 
 def new_records(count: int) -> list[TaskRecord]:
-    """Return records as a supervisor makes them."""
-    records = []
-    for number in range(count):
-        task = Task("work", {"topic": "rivers", "number": number})
-        records.append(
-            TaskRecord(
-                task_id=task.task_id,
-                task_type=task.task_type,
-                priority=Priority.NORMAL,
-                envelope=encode_task(task, task.payload, bound=1_000_000),
-                enqueued_at=time.time(),
-            )
-        )
-    return records
-
-
-async def for_each(work: Callable[[Any], Awaitable[Any]], items: list[Any], expected: Any) -> float:
-    """Return the seconds to call `work` for each item, by `AT_ONCE` loops that each await the result."""
-    left = iter(items)
-
-    async def one() -> None:
-        for item in left:
-            assert await work(item) is expected
-
-    started = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(AT_ONCE)))
-    return time.perf_counter() - started
-
-
-async def store_seconds(url: str, records: list[TaskRecord]) -> tuple[float, float, float]:
-    """Return the seconds for all puts, leases and completions."""
-    store = open_task_store(url)
-    await store.open()
-
-    def finish(lease: Lease) -> Awaitable[bool]:
-        completion = Completion(status="succeeded", result=b"result", attempts=1, finished_at=time.time())
-        return store.finish(lease.record.task_id, completion, fence=lease.fence)
-
-    puts = await for_each(store.put, records, PutResult.STORED)
-    leases, leasing = await lease_all(store)
-    assert len(leases) == len(records)
-    completions = await for_each(finish, leases, True)
-    await store.close()
-    return puts, leasing, completions
-
-
-async def lease_all(store: TaskStore, limit: int = BOUND) -> tuple[list[Lease], float]:
-    """Lease all waiting records, `LEASED` at a time; return the leases and the seconds."""
-    leases: list[Lease] = []
-    until = time.time() + 1e6
-    started = time.perf_counter()
-    shares = {DEFAULT_TENANT: LEASED}
-    while len(leases) < limit and (batch := await store.lease("work", LEASED, until=until, shares=shares)):
-        leases += batch
-    return leases, time.perf_counter() - started
+    """Return records with the envelopes of a supervisor."""
+    tasks = [Task("work", {"topic": "rivers", "number": number}) for number in range(count)]
+    return [new_record(encode_task(task, task.payload, bound=1_000_000), task.task_id) for task in tasks]
 
 
 def rates() -> Iterator[tuple[str, float]]:
     """Yield the operations per second of each store, and the median ratio of its puts to raw inserts."""
-    kinds = {"memory": "memory://?", **{f"sqlite_{how}": f"synchronous={how}&" for how in ("full", "normal", "off")}}
+    kinds = {"memory": "memory://?", **{f"sqlite_fsync_{how.value}": f"fsync={how.value}&" for how in Fsync}}
     seconds: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
-    raw: dict[str, list[float]] = {how: [] for how in ("full", "normal", "off")}
+    raw: dict[str, list[float]] = {how.value: [] for how in Fsync}
     for _ in range(ROUNDS):
         records = new_records(RECORDS)
         for kind, url in kinds.items():
             with tempfile.TemporaryDirectory() as folder:
                 gc.collect()
                 if kind != "memory":
-                    how = kind.removeprefix("sqlite_")
-                    raw[how].append(insert_seconds(Path(folder, "raw.db"), Synchronous(how), records, batch=AT_ONCE))
+                    how = kind.removeprefix("sqlite_fsync_")
+                    raw[how].append(insert_seconds(Path(folder, "raw.db"), Fsync(how), records, batch=AT_ONCE))
                     url = f"sqlite:///{folder}/tasks.db?{url}"  # noqa: PLW2901
-                seconds[kind].append(asyncio.run(store_seconds(f"{url}bound={BOUND}", records)))
+                seconds[kind].append(
+                    asyncio.run(store_seconds(f"{url}bound={BOUND}", records, batch=LEASED, shares=SHARES))
+                )
     for how, samples in raw.items():
-        yield f"raw_{how}_inserts_per_s", RECORDS / statistics.median(samples)
+        yield f"raw_fsync_{how}_inserts_per_s", RECORDS / statistics.median(samples)
     for kind, runs in seconds.items():
         for index, operation in enumerate(("puts", "leases", "completions")):
             yield f"{kind}_{operation}_per_s", RECORDS / statistics.median(run[index] for run in runs)
         if kind != "memory":
-            baseline = raw[kind.removeprefix("sqlite_")]
+            baseline = raw[kind.removeprefix("sqlite_fsync_")]
             ratios = [hand / puts for hand, (puts, _, _) in zip(baseline, runs, strict=True)]
             yield f"{kind}_put_ratio", statistics.median(ratios)
 
@@ -141,7 +92,7 @@ async def spill_and_refill(folder: str, tasks: int) -> dict[str, Any]:
         return bool(ticket)
 
     supervisor = BackpressureSupervisor(
-        overflow=f"sqlite:///{folder}/tasks.db?synchronous=normal&bound={BOUND}",
+        overflow=f"sqlite:///{folder}/tasks.db?fsync=checkpoint&bound={BOUND}",
         max_queue_size=SLOTS,
         on_event=count_finished,
     )
@@ -167,10 +118,10 @@ async def spill_and_refill(folder: str, tasks: int) -> dict[str, Any]:
 
 async def leases_per_second(folder: str, waiting: int) -> float:
     """Return the leases per second while `waiting` records wait."""
-    store = open_task_store(f"sqlite:///{folder}/tasks.db?synchronous=off&bound={BOUND}")
+    store = open_task_store(f"sqlite:///{folder}/tasks.db?fsync=no&bound={BOUND}")
     await store.open()
     await for_each(store.put, new_records(waiting), PutResult.STORED)
-    leases, seconds = await lease_all(store, limit=min(waiting, RECORDS) // 2)
+    leases, seconds = await lease_all(store, batch=LEASED, shares=SHARES, limit=min(waiting, RECORDS) // 2)
     await store.close()
     return len(leases) / seconds
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from forebay.interfaces import TaskRecord
 from forebay.overflow.sqlite_schema import SCHEMA
 from forebay.storage.sqlite_file import open_file
-from forebay.storage.url import Synchronous
+from forebay.storage.url import Fsync
 
 
-def insert_seconds(path: Path, synchronous: Synchronous, records: Sequence[TaskRecord], *, batch: int) -> float:
+def insert_seconds(path: Path, fsync: Fsync, records: Sequence[TaskRecord], *, batch: int) -> float:
     """Return the seconds to insert `records` by `executemany`, `batch` of them in each transaction."""
-    connection = open_file(path, SCHEMA, synchronous, 5.0)
+    connection = open_file(path, SCHEMA, fsync, 5.0)
     columns = "task_id, task_type, state, priority, due, key, attempts, enqueued_at, envelope"
     insert = f"INSERT INTO task ({columns}) VALUES (?, ?, 0, ?, ?, ?, 0, ?, ?)"  # noqa: S608
     started = time.perf_counter()

@@ -417,12 +417,16 @@ class TaskStore(Protocol):
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,
+        on_interrupted: Callable[[], None] | None = None,
     ) -> None:
         """Call `on_waiting` when another process may have made records WAITING, and `on_ended` when it has ended some.
 
         Call `on_lost` when the store has noticed that all records are gone, such as those of a server that was emptied:
         the operations in which it did raise StoreUnavailable, and later ones begin new records. What is submitted in
         `on_lost` comes before whatever the callers of those operations submit next.
+
+        Call `on_interrupted` when the store answers again after it was away, even if no operation has failed: leases
+        may have lapsed that nobody could renew.
 
         They are called on the event loop that opened the store, each at most about once in 20 ms, and never while the
         store is closed. A later call replaces both. A call may be in vain, and a store that cannot hear of other

@@ -25,7 +25,7 @@ def step(seconds: float) -> None:
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/store.db?synchronous=off"
+    return f"sqlite:///{tmp_path}/store.db?fsync=no"
 
 
 def make_supervisor(agent: object, url: str | None = None, *, slots: int = 1) -> BackpressureSupervisor:

@@ -352,7 +352,7 @@ def test_draining_ends_nested_work_wherever_it_waits(  # noqa: PLR0913 - all tha
     durable: bool,
     nest: bool,
 ) -> None:
-    overflow = f"sqlite:///{tmp_path_factory.mktemp('spill')}/s.db?synchronous=off"
+    overflow = f"sqlite:///{tmp_path_factory.mktemp('spill')}/s.db?fsync=no"
 
     async def main() -> None:
         async with BackpressureSupervisor(max_queue_size=queue_size, overflow=overflow) as supervisor:

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    return f"sqlite:///{tmp_path}/spill.db?fsync=no"
 
 
 def make_supervisor(agent: Any, overflow: str | None, *, slots: int = 10, **options: Any) -> BackpressureSupervisor:

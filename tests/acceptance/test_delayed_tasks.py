@@ -63,7 +63,7 @@ class Failing:
 def make_supervisor(
     overflow: Path | TaskStore, handler: Any, *, retry: Retry | None = SHORT, slots: int = 1, **options: Any
 ) -> BackpressureSupervisor:
-    store = overflow if not isinstance(overflow, Path) else f"sqlite:///{overflow}?synchronous=off"
+    store = overflow if not isinstance(overflow, Path) else f"sqlite:///{overflow}?fsync=no"
     supervisor = BackpressureSupervisor(overflow=store, **options)
     supervisor.register_worker(
         "worker", handler=handler, task_types=["work"], max_concurrent=slots, retry=retry, timeout=5.0

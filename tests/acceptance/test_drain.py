@@ -309,7 +309,7 @@ async def test_the_work_of_a_drain_grows_with_the_tasks_and_no_faster(monkeypatc
 
 @virtual
 async def test_orderly_stops_are_no_crashes(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    url = f"sqlite:///{tmp_path}/spill.db?fsync=no"
     for _ in range(5):
         supervisor = make_supervisor(Agent(60.0), url, max_attempts=2)
         async with supervisor:
@@ -325,7 +325,7 @@ async def test_orderly_stops_are_no_crashes(tmp_path: Path) -> None:
 
 @virtual
 async def test_leaving_by_an_error_is_no_crash_either(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    url = f"sqlite:///{tmp_path}/spill.db?fsync=no"
     for _ in range(5):
         with contextlib.suppress(KeyError):
             async with make_supervisor(Agent(60.0), url, max_attempts=2) as supervisor:
@@ -521,7 +521,7 @@ async def run_agents(
     path: Path, agent: Any, *, agents: int, drains: bool, max_queue_size: int | None
 ) -> list[TaskStatus | str]:
     """Run durable agents, each with a sub-task, and drain meanwhile; return how they ended."""
-    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?synchronous=off", max_queue_size=max_queue_size)
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?fsync=no", max_queue_size=max_queue_size)
 
     async def handle(task: Task) -> Any:
         return await agent(supervisor, task)

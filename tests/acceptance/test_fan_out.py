@@ -295,7 +295,7 @@ async def test_a_quorum_is_missed_by_tasks_whose_number_is_known_only_at_their_e
 async def test_tasks_that_are_left_in_the_overflow_end_the_iteration_unless_a_quorum_was_made(
     quorum: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    overflow = f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    overflow = f"sqlite:///{tmp_path}/spill.db?fsync=no"
     async with supervisor_of(Agent(5.0), max_concurrent=1, overflow=overflow, max_queue_size=1) as supervisor:
         results = supervisor.fan_out(tasks(6), quorum=quorum, limit=6)
         assert (await anext(results)).success

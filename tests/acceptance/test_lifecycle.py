@@ -756,7 +756,7 @@ async def test_closing_ends_what_is_in_an_overflow_that_is_not_durable() -> None
 @virtual
 async def test_a_task_being_spilled_when_draining_starts_is_spilled_once(tmp_path: Path, *, durable: bool) -> None:
     for moment in range(0, 60, 4):
-        url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off"
+        url = f"sqlite:///{tmp_path}/{moment}.db?fsync=no"
         first, second = Agent(), Agent()
         async with make_supervisor(first, overflow=url, max_queue_size=0) as supervisor:
             flood(supervisor, "work", 1)
@@ -775,7 +775,7 @@ async def test_a_task_cancelled_while_it_is_spilled_by_draining_ends_cancelled(
     drained_at: float, tmp_path: Path
 ) -> None:
     for moment in range(24):
-        url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off"
+        url = f"sqlite:///{tmp_path}/{moment}.db?fsync=no"
         first, second = Agent(), Agent()
         async with make_supervisor(first, overflow=url, max_queue_size=2) as supervisor:
             tickets = await submit_all(supervisor, [Task("work", n, durable=n % 2 == 1) for n in range(6)])

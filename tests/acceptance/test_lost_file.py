@@ -68,7 +68,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def make_supervisor(path: Path, agent: Agent, *, max_queue_size: int = 100) -> BackpressureSupervisor:
-    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?synchronous=off", max_queue_size=max_queue_size)
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?fsync=no", max_queue_size=max_queue_size)
     supervisor.register_worker("worker", handler=agent, task_types=["work"])
     return supervisor
 

@@ -25,7 +25,7 @@ LEASE = 300.0  # a heartbeat every 100 s: what happens sooner does not wait for 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     """Return the URL of a durable overflow."""
-    return f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    return f"sqlite:///{tmp_path}/spill.db?fsync=no"
 
 
 def make_supervisor(handler: Any, overflow: Any, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
@@ -173,8 +173,8 @@ async def calls_for_each_task(count: int, file: str) -> tuple[float, float]:
 
 @virtual
 async def test_ten_supervisors_are_ten_times_as_fast_with_as_many_calls_for_each_task(tmp_path: Path) -> None:
-    one_takes, one_calls = await calls_for_each_task(1, f"sqlite:///{tmp_path}/one.db?synchronous=off")
-    ten_take, ten_call = await calls_for_each_task(10, f"sqlite:///{tmp_path}/ten.db?synchronous=off")
+    one_takes, one_calls = await calls_for_each_task(1, f"sqlite:///{tmp_path}/one.db?fsync=no")
+    ten_take, ten_call = await calls_for_each_task(10, f"sqlite:///{tmp_path}/ten.db?fsync=no")
     assert ten_take < 1.3 * one_takes / 10
     assert one_calls < 3.5
     assert ten_call < 1.3 * one_calls

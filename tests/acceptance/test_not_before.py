@@ -41,7 +41,7 @@ def make_supervisor(agent: Any, overflow: Any = None, *, slots: int = 1, **optio
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     """Return the URL of a durable overflow."""
-    return f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    return f"sqlite:///{tmp_path}/spill.db?fsync=no"
 
 
 @pytest.fixture(params=["none", "memory", "sqlite"])

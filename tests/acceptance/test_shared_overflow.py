@@ -20,7 +20,7 @@ pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     """Return the URL of a durable overflow."""
-    return f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    return f"sqlite:///{tmp_path}/spill.db?fsync=no"
 
 
 def unreliable_store(url: str, **trouble: Any) -> UnreliableStore:

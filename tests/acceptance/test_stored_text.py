@@ -22,7 +22,7 @@ OTHERS = ["\0", "a\0b", "\ufffe\uffff", "\U0001f600", "\u202e"]
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/store.db?synchronous=off"
+    return f"sqlite:///{tmp_path}/store.db?fsync=no"
 
 
 def make_supervisor(url: str, handler: object) -> BackpressureSupervisor:

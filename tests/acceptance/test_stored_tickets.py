@@ -28,7 +28,7 @@ class Point:
 
 
 def make_supervisor(path: Path, agent: Agent, *, task_type: str = "work", slots: int = 1) -> BackpressureSupervisor:
-    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?synchronous=off", max_queue_size=0)
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?fsync=no", max_queue_size=0)
     supervisor.register_worker("worker", handler=agent, task_types=[task_type], max_concurrent=slots)
     return supervisor
 

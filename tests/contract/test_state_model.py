@@ -211,7 +211,7 @@ class SqliteMachine(StateMachine):
         super().__init__()
 
     def make_shards(self) -> list[str | Shard]:
-        return [f"sqlite:///{Path(self.directory.name) / letter}.db?synchronous=off" for letter in "abcd"]
+        return [f"sqlite:///{Path(self.directory.name) / letter}.db?fsync=no" for letter in "abcd"]
 
     def run(self, call: Coroutine[Any, Any, _T]) -> _T:
         return self.runner.run(call)

@@ -100,7 +100,7 @@ async def test_a_rebalance_moves_what_is_misplaced_and_nothing_else(shards: Shar
 
 
 async def test_a_weight_that_changes_moves_entries(tmp_path: Path) -> None:
-    urls = [f"sqlite:///{tmp_path}/{letter}.db?synchronous=off" for letter in "ab"]
+    urls = [f"sqlite:///{tmp_path}/{letter}.db?fsync=no" for letter in "ab"]
     async with await ShardedState.connect(*urls) as state:
         await fill(state)
         kept = await everything(state)
@@ -115,7 +115,7 @@ async def test_a_server_under_another_name_keeps_its_entries(tmp_path: Path) -> 
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     former, renamed = (
-        [f"sqlite:///{tmp_path}/{name}/{letter}.db?synchronous=off" for letter in "ab"] for name in ("real", "link")
+        [f"sqlite:///{tmp_path}/{name}/{letter}.db?fsync=no" for letter in "ab"] for name in ("real", "link")
     )
     async with await ShardedState.connect(*former) as state:
         await fill(state)

@@ -20,6 +20,7 @@ from forebay.errors import StoreUnavailable
 from forebay.interfaces import RecordState
 from forebay.overflow import open_task_store
 from forebay.storage import redis_master
+from forebay.supervisor.spill.maintenance import StoreMaintenance
 
 NAMES = itertools.count()
 BOUND = 15.0  # seconds for a verdict: the master is looked for, and its answer awaited, a few seconds each
@@ -222,6 +223,44 @@ async def test_a_server_that_is_killed_and_comes_back_with_its_disk_loses_nothin
         assert {result.status for result in results} == {TaskStatus.SUCCEEDED}
         assert sorted(handler.started) == sorted(["running", *(f"{number}" for number in range(50))])
         assert await state_of(url, running.task_id) is RecordState.DONE
+
+
+async def test_after_the_server_was_away_for_a_lease_no_process_takes_what_another_runs(
+    server: StandaloneRedis, proxy: CuttingProxy, urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call fails meanwhile; the process with nothing to do is the first that finds the server again."""
+    searched = asyncio.Event()
+    original = StoreMaintenance.reap
+
+    async def reap(self: StoreMaintenance) -> None:
+        await original(self)
+        searched.set()
+
+    monkeypatch.setattr(StoreMaintenance, "reap", reap)
+    busy, idle = HeldHandler(), HeldHandler()
+    with CuttingProxy(server.servers[0].port) as other:
+        other_url = urls[0].replace(f":{proxy.port}/", f":{other.port}/")
+        async with (
+            supervisor_on(urls[0], busy, lease=1.8) as supervisor,
+            supervisor_on(other_url, idle, lease=1.8),
+            asyncio.timeout(BOUND),
+        ):
+            ticket = await supervisor.submit(Task("work", "once", task_id="once", durable=True))
+            await busy.at_work.wait()
+            proxy.refuse()
+            other.refuse()
+            await asyncio.sleep(2.0)  # the lease has lapsed
+            searched.clear()
+            other.accept()
+            await searched.wait()
+            proxy.accept()
+            for _ in range(6):  # two leases long
+                searched.clear()
+                await searched.wait()
+            assert await state_of(urls[1], "once") is RecordState.LEASED
+            busy.may_end.set()
+            assert (await ticket).attempts == 1
+    assert (busy.started, idle.started) == (["once"], [])
 
 
 # --- slow, and full --------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 from redis.crc import key_slot
@@ -23,9 +25,11 @@ from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, Unre
 
 from forebay import BackpressureSupervisor, Task, clock
 from forebay.errors import StoreUnavailable
-from forebay.interfaces import Completion, PutResult, RecordState, TaskRecord, TaskStore
+from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
 from forebay.overflow import redis as redis_store
+from forebay.overflow.redis import RedisTaskStore
+from forebay.storage.redis_master import RedisMaster
 from forebay.task import Priority
 
 NAMES = itertools.count()
@@ -111,6 +115,51 @@ async def test_an_end_that_a_replica_does_not_have_is_not_acknowledged(pair: Sta
         states = [(await store.find(task_id) or [None])[0] for task_id in ("acknowledged", "lost")]
         assert states == [RecordState.DONE, RecordState.LEASED]
         assert await store.finish("lost", end, fence="mine")  # as its holder does until it is stored
+
+
+async def test_a_start_that_a_replica_does_not_have_is_not_acknowledged(pair: StandaloneRedis) -> None:
+    """With its start a replica has the lease: after it takes over, no other process takes a record that runs."""
+    async with opened(f"{pair.url}?replicas=1") as store:
+        await store.put(record("acknowledged"))
+        (begun,) = await store.lease("t", 1, until=10.0)
+        assert await store.begin_attempt(begun)
+        await store.put(record("lost"))
+        pair.proxies[0].lag(ENDLESS)
+        (lost,) = await store.lease("t", 1, until=10.0)
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas had the write"):
+            await store.begin_attempt(lost)
+    async with opened(lose_master(pair)) as store:
+        assert [lease.record.task_id for lease in await store.lease("t", 10, until=10.0)] == ["lost"]
+        end = Completion(status="succeeded", result=b"result", finished_at=1.0)
+        assert await store.finish("acknowledged", end, fence=begun.fence)
+        assert not await store.finish("lost", end, fence=lost.fence)
+
+
+async def test_a_recorded_task_whose_lease_is_lost_with_the_master_does_not_start(
+    pair: StandaloneRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record is leased to its submitter once it is acknowledged, and so in a second write.
+
+    The new master has too few replicas, too. That must not hide that it does not know the lease.
+    """
+    settle = RedisTaskStore._settle
+
+    def settle_unseen(self: RedisTaskStore, master: RedisMaster) -> Sequence[Any]:
+        if self._unsettled:
+            pair.proxies[0].lag(ENDLESS)
+        return settle(self, master)
+
+    monkeypatch.setattr(RedisTaskStore, "_settle", settle_unseen)
+    now = clock.wall_time()
+    lease = Lease(record=record("a"), fence="mine", until=now + 10.0)
+    async with opened(f"{pair.url}?replicas=1") as store:
+        assert await store.put(lease.record, fence=lease.fence, until=lease.until, now=now) is PutResult.STORED
+        assert [each.record.task_id for each in await store.list_records(RecordState.LEASED, 9)] == ["a"]
+    async with opened(f"{lose_master(pair)}?replicas=1") as store:
+        assert not await store.begin_attempt(lease)
+        assert await store.lease("t", 1, until=now + 10.0) == []  # nor does it anywhere else, for a while
+        assert (await store.wake(now=now + 41.0)).woken == 1
+        assert [each.fence != lease.fence for each in await store.lease("t", 1, until=now + 99.0)] == [True]
 
 
 async def test_a_repeated_write_is_acknowledged_only_once_a_replica_has_it(pair: StandaloneRedis) -> None:
@@ -246,9 +295,10 @@ class Submitter:
 async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_none_twice(
     start: Callable[..., AbstractContextManager[RedisSetup]],
 ) -> None:
-    writes, ended = AcknowledgedWrites(), dict[str, str]()
+    writes, ended, runs = AcknowledgedWrites(), dict[str, str](), Counter[str]()
 
-    async def work(_: Task) -> None:
+    async def work(task: Task) -> None:
+        runs[task.task_id] += 1
         await asyncio.sleep(0.01)
 
     with start(proxied=True) as setup:
@@ -282,6 +332,7 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
                         await asyncio.sleep(0.1)
     assert {ended[task_id] for task_id in accepted} == {"succeeded"}
     assert max(writes.ended.values()) == 1, writes.ended.most_common(3)
+    assert {runs[task_id] for task_id in accepted} == {1}, runs.most_common(3)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
-from forebay.overflow import MemoryTaskStore, SqliteTaskStore, sqlite
+from forebay.overflow import MemoryTaskStore, SqliteTaskStore, redis, sqlite
 from forebay.overflow.redis import RedisTaskStore
 from forebay.overflow.sqs import SqsTaskStore
 from forebay.quota import (
@@ -2306,6 +2306,25 @@ def a_repeated_write_is_acknowledged_before_the_replicas_have_it() -> None:
 
 def a_write_is_acknowledged_before_the_replicas_have_it() -> None:
     always(RedisTaskStore, RedisTaskStore._shortage, returns=None)
+
+
+def a_handler_starts_before_the_replicas_know_its_lease() -> None:
+    redis._REPLICATED = frozenset()
+
+
+def a_lost_lease_is_hidden_by_replicas_that_are_missing() -> None:
+    def _is_refused_start(op: Any, reply: Any) -> bool:
+        return False
+
+    redis._is_refused_start.__code__ = _is_refused_start.__code__
+
+
+def leases_that_lapsed_while_redis_was_away_are_taken_at_once() -> None:
+    always(StoreMaintenance, StoreMaintenance.notice_interruption, returns=None)
+
+
+def a_redis_that_was_away_is_not_noticed() -> None:
+    always(RedisMaster, RedisMaster._notice_interruption, returns=None)
 
 
 def a_full_redis_lets_no_task_end() -> None:

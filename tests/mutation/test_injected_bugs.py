@@ -64,7 +64,7 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_limit, test_state_moving, test_task_store
-from tests.integration import test_dropped_streams, test_redis_failover, test_redis_lost
+from tests.integration import test_dropped_streams, test_redis_away, test_redis_failover, test_redis_lost
 from tests.mutation import bugs
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
 from tests.unit.admission import test_estimated_times, test_thresholds
@@ -957,6 +957,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_clock_that_agrees_within_a_second_is_corrected: (
         test_redis_clock.test_it_is_in_whole_seconds_and_zero_for_clocks_that_agree
     ),
+    bugs.a_handler_starts_before_the_replicas_know_its_lease: (
+        test_redis_failover.test_a_start_that_a_replica_does_not_have_is_not_acknowledged
+    ),
+    bugs.a_lost_lease_is_hidden_by_replicas_that_are_missing: (
+        test_redis_failover.test_a_recorded_task_whose_lease_is_lost_with_the_master_does_not_start
+    ),
+    bugs.leases_that_lapsed_while_redis_was_away_are_taken_at_once: (
+        test_redis_away.test_after_the_server_was_away_for_a_lease_no_process_takes_what_another_runs
+    ),
+    bugs.a_redis_that_was_away_is_not_noticed: (test_redis_store.test_a_master_that_one_call_waited_for_was_away),
     bugs.a_full_redis_lets_no_task_end: (test_redis_store.test_a_full_server_rejects_records_and_lets_those_it_has_end),
     bugs.a_redis_that_drops_keys_is_opened: test_redis_store.test_a_server_that_drops_keys_is_not_opened,
     bugs.a_redis_that_was_away_is_waited_for_by_each_call: (

@@ -136,7 +136,7 @@ class ConversationMix:
 def run(seed: int) -> ConversationMix:
     """Run the mix of a seed."""
     with tempfile.TemporaryDirectory() as directory:
-        overflow = (None, "memory://", f"sqlite:///{directory}/spill.db?synchronous=off")[seed % 3]
+        overflow = (None, "memory://", f"sqlite:///{directory}/spill.db?fsync=no")[seed % 3]
         mixes: list[ConversationMix] = []
 
         async def main() -> None:

@@ -54,7 +54,7 @@ class FairShare:
 
     def _simulate(self, experiment: Callable[[BackpressureSupervisor], Any], **options: Any) -> Any:
         with tempfile.TemporaryDirectory() as directory:
-            url = f"sqlite:///{Path(directory, 'spill.db')}?synchronous=off" if self.overflow == "sqlite" else None
+            url = f"sqlite:///{Path(directory, 'spill.db')}?fsync=no" if self.overflow == "sqlite" else None
 
             async def main() -> Any:
                 return await experiment(BackpressureSupervisor(overflow=url or self.overflow, **options))

@@ -72,7 +72,7 @@ class HookStorm:
         self._peak = Counter[str]()
         choice = self._rng.choice
         self._slots = choice([1, 2, 3])
-        overflow = choice([None, "memory://?bound=50", f"sqlite:///{directory}/{seed}.db?synchronous=off"])
+        overflow = choice([None, "memory://?bound=50", f"sqlite:///{directory}/{seed}.db?fsync=no"])
         self._supervisor = BackpressureSupervisor(
             on_event=choice([[], [self._hook]]),
             overflow=overflow,

@@ -215,7 +215,7 @@ class ScriptRun:
     # --- supervisors ---
 
     def url(self, number: int) -> str:
-        return f"sqlite:///{self.directory}/{number}.db?synchronous=off"
+        return f"sqlite:///{self.directory}/{number}.db?fsync=no"
 
     def make(self, number: int, setup: SupervisorSetup) -> SupervisorRun:
         acknowledged = AcknowledgedWrites()

@@ -362,7 +362,7 @@ def run(seed: int, url: str | None = None) -> Surge:
     """
     surge = Surge(seed)
     with tempfile.TemporaryDirectory() as directory, run_checks.fail_on_logged_errors():
-        surge.url = url or f"sqlite:///{directory}/spill.db?synchronous=off"
+        surge.url = url or f"sqlite:///{directory}/spill.db?fsync=no"
         simulate(surge.main, seed=seed, max_time=36_000.0)
     return surge
 

@@ -164,7 +164,7 @@ class TaskStorm:
         self.due: dict[str, float] = {}  # loop time of the deadlines, by task id
         self.order: dict[str, list[int]] = defaultdict(list)  # by conversation, the first starts of its messages
         self._path = path
-        self._url = url or f"sqlite:///{path}?synchronous=off"
+        self._url = url or f"sqlite:///{path}?fsync=no"
         self._actions = 0  # of hooks
         self._slots = {worker.name: worker.slots for worker in self.script.workers}
         self._over: asyncio.Event

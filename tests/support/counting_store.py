@@ -41,6 +41,7 @@ class ChannelStore(CountingStore):
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],  # noqa: ARG002
         on_lost: Callable[[], None] | None = None,  # noqa: ARG002
+        on_interrupted: Callable[[], None] | None = None,  # noqa: ARG002
     ) -> None:
         """Notice what others put."""
         self._channel.append(on_waiting)

@@ -43,8 +43,8 @@ _SHARDS = tuple(f"{{server}}?name={{name}}-{letter}" for letter in "abc")
 
 BACKENDS = [
     StateBackend("memory", ("memory://",), is_shared=False),
-    StateBackend("sqlite", ("sqlite:///{path}/state.db?synchronous=off",)),
-    StateBackend("sqlite shards", tuple(f"sqlite:///{{path}}/{letter}.db?synchronous=off" for letter in "abc")),
+    StateBackend("sqlite", ("sqlite:///{path}/state.db?fsync=no",)),
+    StateBackend("sqlite shards", tuple(f"sqlite:///{{path}}/{letter}.db?fsync=no" for letter in "abc")),
     StateBackend("redis", _REDIS, lambda: shared(redis_server).url),
     StateBackend("redis shards", _SHARDS, lambda: shared(redis_server).url),
     StateBackend("fakeredis", _REDIS, shared_fakeredis),
@@ -55,7 +55,7 @@ BACKENDS = [
 # The same kinds with four shards, between which entries are moved.
 MOVING_BACKENDS = [
     StateBackend("memory", (), is_shared=False),
-    StateBackend("sqlite", tuple(f"sqlite:///{{path}}/{letter}.db?synchronous=off" for letter in "abcd")),
+    StateBackend("sqlite", tuple(f"sqlite:///{{path}}/{letter}.db?fsync=no" for letter in "abcd")),
     *(
         StateBackend(each.name, tuple(f"{each.templates[0]}-{letter}" for letter in "abcd"), each.server)
         for each in BACKENDS

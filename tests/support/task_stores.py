@@ -90,14 +90,14 @@ STORES = [
         "sqlite",
         "sqlite:///{path}/store.db?bound={bound}",
         can=LASTING,
-        options=("&synchronous=full", "&synchronous=normal", "&synchronous=off"),
+        options=("&fsync=yes", "&fsync=checkpoint", "&fsync=no"),
         slow=True,
     ),
     on_redis("redis", lambda: shared(redis_server).url),
 ]
 INDEXES = list(STORES)  # those that may be the index of a queue service
 _SQS = "?endpoint={server}&region=eu-west-1&bound={bound}"
-_INDEXED = _SQS + "&results=sqlite:///{path}/index.db?synchronous=off"
+_INDEXED = _SQS + "&results=sqlite:///{path}/index.db?fsync=no"
 _ON_SQS = frozenset({DURABLE, SHARED, HISTORY})
 SQS_STORES = [
     StoreBackend("sqs", "sqs://{name}" + _INDEXED, can=_ON_SQS, server=moto_server.endpoint, slow=True),

@@ -114,11 +114,12 @@ class UnreliableStore:
         self._check()
 
     def _check(self) -> None:
-        now = asyncio.get_running_loop().time()
         if self._disconnected:
             raise self._fail("its process has crashed")
-        if any(since <= now < until for since, until in self._faults.outages):
-            raise self._fail("the disk is full")
+        if self._faults.outages:  # in virtual time: in real time, the thread that renews leases has no loop
+            now = asyncio.get_running_loop().time()
+            if any(since <= now < until for since, until in self._faults.outages):
+                raise self._fail("the disk is full")
 
     async def open(self) -> None:
         await self._call(self._inner.open())
@@ -132,8 +133,9 @@ class UnreliableStore:
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,
+        on_interrupted: Callable[[], None] | None = None,
     ) -> None:
-        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended, on_lost=on_lost)
+        self._inner.subscribe(on_waiting=on_waiting, on_ended=on_ended, on_lost=on_lost, on_interrupted=on_interrupted)
 
     async def put(
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0

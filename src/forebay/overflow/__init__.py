@@ -44,7 +44,7 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
     """Return the task store that a URL names, not opened yet; a task store is returned as it is.
 
     Args:
-        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``),
+        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?fsync=yes|checkpoint|no``),
             ``redis://host:port/0``, ``redis+sentinel://host:port,.../service/0``, ``redis+cluster://host:port,...``
             (with ``?name=NAME``, ``?replicas=N``, ``?fsync=yes``), ``sqs://queue`` (with ``?endpoint=``, ``region=``,
             ``create=yes|no``, ``results=URL``) or ``memory://``, each with ``?bound=TASKS`` for how many tasks may wait
@@ -64,8 +64,8 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
     match parse_url(overflow):
         case StoreUrl(scheme="memory", bound=bound):
             return MemoryTaskStore(bound=bound)
-        case StoreUrl(scheme="sqlite", path=Path() as path, bound=bound, synchronous=synchronous):
-            return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case StoreUrl(scheme="sqlite", path=Path() as path, bound=bound, fsync=fsync):
+            return SqliteTaskStore(path, bound=bound, fsync=fsync)
         case StoreUrl(scheme="sqs", sqs=SqsUrl() as sqs, bound=bound):
             return _sqs_store(sqs, bound)
         case StoreUrl(redis=RedisUrl() as redis, bound=bound):
@@ -100,8 +100,8 @@ def _index(results: StoreUrl | None, bound: int) -> TaskIndex:
     match results:
         case None | StoreUrl(scheme="memory"):
             return MemoryTaskStore(bound=bound)
-        case StoreUrl(scheme="sqlite", path=Path() as path, synchronous=synchronous):
-            return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case StoreUrl(scheme="sqlite", path=Path() as path, fsync=fsync):
+            return SqliteTaskStore(path, bound=bound, fsync=fsync)
         case StoreUrl(redis=RedisUrl() as redis):
             return _redis_store_class(redis)(redis, bound=bound)
         case _:

@@ -123,6 +123,7 @@ class MemoryTaskStore:
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,
+        on_interrupted: Callable[[], None] | None = None,
     ) -> None:
         """Do nothing: no other process has these records."""
 

@@ -14,6 +14,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -117,11 +118,14 @@ class _Operation(NamedTuple):
 _PUT, _REPLACE, _FINISH, _MARK_DEAD, _DELAY = "put", "replace", "finish", "mark_dead", "delay"
 _PUTS = frozenset({_PUT, _REPLACE})
 _ENDS_LEASE = frozenset({_FINISH, _MARK_DEAD, _DELAY})
-# Operations that are answered once as many replicas, or disks, have them as the URL asks for. A lease is not among
-# them: if it is lost with its master, another holder gets the record and the fence rejects the first.
+# Operations that are answered once as many replicas, or disks, have them as the URL asks for.
 _ACKNOWLEDGED = frozenset(
     {*_ENDS_LEASE, *_PUTS, "set_envelope", "requeue", "delete_dead", "expire", "find", "find_key"}
 )
+# Operations that are answered once as many replicas have them. A start is as late in the stream of writes as the lease
+# that it needs: so a handler starts once a replica that takes over knows its lease, and lets nobody else take the
+# record. It waits for no disk, because a slot would be empty for up to two seconds.
+_REPLICATED = frozenset({"begin_attempt"})
 _READS = frozenset({"expired", "envelope", "find", "find_key", "list", "depths", "threads"})
 _ENDED = frozenset({RecordState.DONE, RecordState.DEAD})
 _COUNTS = frozenset({"depths", "threads"})  # hashes that are read by a command of their own
@@ -147,12 +151,14 @@ class RedisTaskStore:
 
     def __init__(self, url: RedisUrl, *, bound: int = DEFAULT_BOUND) -> None:
         self._url = url
+        self._acknowledged = _ACKNOWLEDGED | (_REPLICATED if url.replicas else frozenset())
         self._bound = bound
         self._prefix = f"{{{url.name}}}:"
         self._channel = f"{self._prefix}news"
         self._callbacks: dict[str, Callable[[], None]] = {}  # by the letter that the script publishes
         self._listener: RedisListener | None = None  # while the store is open and somebody has subscribed
         self._on_lost: Callable[[], None] | None = None
+        self._on_interrupted: Callable[[], None] | None = None
         self._store_id = ""  # of the records that were found or begun there: others have another
         self._store_id_lock = threading.Lock()  # held by the thread that changes it
         self._client_id = ""  # of this opening: a copy in a forked process has another
@@ -188,10 +194,11 @@ class RedisTaskStore:
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,
+        on_interrupted: Callable[[], None] | None = None,
     ) -> None:
         """Call back soon after another client has made records WAITING, or ended some, and once all are gone."""
         self._callbacks = {"w": on_waiting, "e": on_ended}
-        self._on_lost = on_lost
+        self._on_lost, self._on_interrupted = on_lost, on_interrupted
         if self._queue.is_open:
             self._listen()
 
@@ -493,7 +500,10 @@ class RedisTaskStore:
     def _connect(self) -> _Connections:
         self._client_id, self._numbers = new_id(), itertools.count(1)
         load = [("SCRIPT", "LOAD", _SCRIPT)]
-        groups, renewals = [RedisMaster(self._url, self._url.name, prepare=load) for _ in range(2)]
+        groups, renewals = [
+            RedisMaster(self._url, self._url.name, prepare=load, on_interrupted=self._notice_interruption)
+            for _ in range(2)
+        ]
         self._store_id = self._identify(groups)
         self._measure_clock(groups)
         return _Connections(groups, renewals)
@@ -535,16 +545,20 @@ class RedisTaskStore:
         except StoreUnavailable as error:
             return error
         if store_id != known:  # otherwise the other thread has noticed it first
-            with suppress(RuntimeError):  # the loop is closed
-                self._queue.loop.call_soon_threadsafe(self._call_on_lost)
+            self._call_soon(self._on_lost)
         why = "its records are gone: it was emptied, or restarted without them"
         return StoreUnavailable(
             where=str(self._url), why=why, advice="Try again; let the server keep its data on disk."
         )
 
-    def _call_on_lost(self) -> None:
-        if self._on_lost is not None:
-            self._on_lost()
+    def _notice_interruption(self) -> None:
+        self._call_soon(self._on_interrupted)
+
+    def _call_soon(self, callback: Callable[[], None] | None) -> None:
+        """Call back in the event loop; from any thread."""
+        if callback is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._queue.loop.call_soon_threadsafe(callback)
 
     def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
         """Run a group of operations, in parts that are not too large, and return their values."""
@@ -555,7 +569,7 @@ class RedisTaskStore:
 
     def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
         names = {op.name for op in ops}
-        acknowledgement = self._acknowledgement() if names & _ACKNOWLEDGED else ()
+        acknowledgement = self._acknowledgement(names)
         try:
             self._measure_clock(master)
             self._settle(master)
@@ -577,7 +591,7 @@ class RedisTaskStore:
             return [OperationError(error)] * len(ops)
         if scripted and answers[0] == _LOST:
             return [OperationError(self._lost(master))] * len(ops)
-        shortage = self._shortage(answers.pop()) if acknowledgement else None
+        shortage = self._shortage(acknowledgement, answers.pop()) if acknowledgement else None
         replies = iter(answers.pop(0) if scripted else ())
         counts = iter(answers)
         in_order = [next(counts if op.name in _COUNTS else replies) for op in ops]
@@ -597,7 +611,7 @@ class RedisTaskStore:
     def _value(self, op: _Operation, reply: Any, shortage: StoreUnavailable | None) -> Any:
         if reply == b"oom":
             return OperationError(StoreUnavailable(where=str(self._url), why=FULL[0], advice=FULL[1]))
-        if shortage is not None and op.name in _ACKNOWLEDGED:
+        if shortage is not None and op.name in self._acknowledged and not _is_refused_start(op, reply):
             return OperationError(shortage)
         return _result_of_showing(op, None) if reply == b"hidden" else _decode(op, reply)
 
@@ -606,28 +620,27 @@ class RedisTaskStore:
         """True if a write is to be on replicas or disks before its caller has the answer."""
         return self._url.fsync or self._url.replicas > 0
 
-    def _acknowledgement(self) -> tuple[Any, ...]:
-        """Return the command that waits for the replicas and disks that the URL asks for; empty if it asks for none."""
-        if self._url.fsync:
-            return ("WAITAOF", 1, self._url.replicas, self._acknowledge_timeout)
-        if self._url.replicas:
-            return ("WAIT", self._url.replicas, self._acknowledge_timeout)
+    def _acknowledgement(self, names: AbstractSet[str]) -> tuple[Any, ...]:
+        """Return the command that waits until as many replicas and disks have operations as the URL asks for.
+
+        It is empty if there is nothing to wait for.
+        """
+        if self._url.fsync and names & _ACKNOWLEDGED:
+            return ("WAITAOF", 1, self._url.replicas, _DISKS_TIMEOUT_MS)
+        if self._url.replicas and names & self._acknowledged:
+            return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
         return ()
 
-    @property
-    def _acknowledge_timeout(self) -> int:
-        """Milliseconds in which those replicas and disks must have a write."""
-        return _DISKS_TIMEOUT_MS if self._url.fsync else _ACKNOWLEDGE_TIMEOUT_MS
-
-    def _shortage(self, had: Any) -> StoreUnavailable | None:
+    def _shortage(self, acknowledgement: tuple[Any, ...], had: Any) -> StoreUnavailable | None:
         """Return the error of operations that only so many replicas and disks have as the master has answered."""
-        local, replicas = had if self._url.fsync else (1, had)
+        command, *_, timeout = acknowledgement
+        local, replicas = had if command == "WAITAOF" else (1, had)
         if local and replicas >= self._url.replicas:
             return None
-        of = "disks of replicas" if self._url.fsync else "replicas"
-        why = f"only {replicas} of {self._url.replicas} {of} had the write within {self._acknowledge_timeout} ms"
+        of = "disks of replicas" if command == "WAITAOF" else "replicas"
+        why = f"only {replicas} of {self._url.replicas} {of} had the write within {timeout} ms"
         if not local:
-            why = f"its own disk did not have the write within {self._acknowledge_timeout} ms"
+            why = f"its own disk did not have the write within {timeout} ms"
         advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
         return StoreUnavailable(where=str(self._url), why=why, advice=advice)
 
@@ -672,6 +685,11 @@ class RedisTaskStore:
             for _ in some:
                 self._unsettled.popleft()
         return replies
+
+
+def _is_refused_start(op: _Operation, reply: Any) -> bool:
+    """Return whether a handler may not start, because its lease is lost: that needs no replica to be true."""
+    return op.name in _REPLICATED and not reply
 
 
 def _about_format(prefix: str, found: bytes) -> tuple[str, str]:

@@ -34,7 +34,7 @@ from forebay.overflow.sqlite_schema import SCHEMA, STATES
 from forebay.storage.batch_statement import BatchStatement
 from forebay.storage.commit_watch import CommitWatch
 from forebay.storage.sqlite_writer import SqliteWriter
-from forebay.storage.url import DEFAULT_BOUND, Synchronous
+from forebay.storage.url import DEFAULT_BOUND, Fsync
 from forebay.task import Priority, TaskStatus
 
 _BATCH = 500  # rows that reap, wake and prune take at once, so that no other operation waits long behind them
@@ -194,13 +194,13 @@ class SqliteTaskStore:
         path: the file; it is created if missing.
         bound: tasks that may wait or be leased when this process puts one. As many DONE and as many DEAD are kept, the
             oldest dropped first; of several processes, by the largest bound.
-        synchronous: what an acknowledged write survives, see `Synchronous`.
+        fsync: what an acknowledged write survives, see `Fsync`.
     """
 
-    def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, synchronous: Synchronous = Synchronous.FULL) -> None:
+    def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, fsync: Fsync = Fsync.YES) -> None:
         self._bound = bound
         self._path = path
-        self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
+        self._writer = SqliteWriter(path, SCHEMA, fsync=fsync)
         self._listeners: tuple[Callable[[], None], Callable[[], None]] | None = None  # of waiting and of ended records
         self._watch: CommitWatch[_Changes] | None = None  # while the file is open and somebody has subscribed
         self._ended: _Ended | None = None  # the records that had ended at the last look
@@ -233,6 +233,7 @@ class SqliteTaskStore:
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,  # noqa: ARG002
+        on_interrupted: Callable[[], None] | None = None,  # noqa: ARG002
     ) -> None:
         """Call back within about 20 ms of a commit of another process.
 

@@ -250,9 +250,10 @@ class SqsTaskStore:
         on_waiting: Callable[[], None],
         on_ended: Callable[[], None],
         on_lost: Callable[[], None] | None = None,  # noqa: ARG002
+        on_interrupted: Callable[[], None] | None = None,
     ) -> None:
         """Call back when another process has changed the index, if the index can hear of that."""
-        self._index.subscribe(on_waiting=on_waiting, on_ended=on_ended)
+        self._index.subscribe(on_waiting=on_waiting, on_ended=on_ended, on_interrupted=on_interrupted)
 
     async def put(
         self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0, now: float = 0.0

@@ -63,10 +63,10 @@ def _open(url: str, near_cache: NearCache | None) -> WeightedShard:
     match store:
         case StoreUrl(scheme="memory"):
             return WeightedShard(MemoryShard(), weight)
-        case StoreUrl(scheme="sqlite", path=Path() as path, synchronous=synchronous):
+        case StoreUrl(scheme="sqlite", path=Path() as path, fsync=fsync):
             # Not by the absolute path: the files may move together with the working directory.
             written = unquote(urlsplit(rest).path.removeprefix("/"))
-            return WeightedShard(SqliteShard(path, f"sqlite:///{written}", synchronous=synchronous), weight)
+            return WeightedShard(SqliteShard(path, f"sqlite:///{written}", fsync=fsync), weight)
         case StoreUrl(redis=RedisUrl() as redis):
             return WeightedShard(_redis_shard(redis, near_cache), weight)
         case _:

@@ -20,7 +20,7 @@ from forebay.state.shard import (
     WriteRefused,
 )
 from forebay.state.version import next_version
-from forebay.storage import Schema, SqliteWriter, Synchronous
+from forebay.storage import Fsync, Schema, SqliteWriter
 
 _SWEPT = 100  # expired entries that a write drops at most
 
@@ -86,12 +86,12 @@ class SqliteShard:
     Args:
         path: the file; it is created if missing.
         url: what identifies it; by default its path.
-        synchronous: what an acknowledged write survives.
+        fsync: what an acknowledged write survives.
     """
 
-    def __init__(self, path: Path, url: str = "", *, synchronous: Synchronous = Synchronous.FULL) -> None:
+    def __init__(self, path: Path, url: str = "", *, fsync: Fsync = Fsync.YES) -> None:
         self.url = url or f"sqlite:///{path}"
-        self._writer = SqliteWriter(path, _SCHEMA, synchronous=synchronous)
+        self._writer = SqliteWriter(path, _SCHEMA, fsync=fsync)
 
     async def open(self) -> None:
         """Open the file."""

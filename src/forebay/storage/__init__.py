@@ -9,17 +9,17 @@ from forebay.storage.batch_statement import BatchStatement
 from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.sqlite_file import Schema
 from forebay.storage.sqlite_writer import SqliteWriter
-from forebay.storage.url import DEFAULT_BOUND, SqsUrl, StoreUrl, Synchronous, parse_url
+from forebay.storage.url import DEFAULT_BOUND, Fsync, SqsUrl, StoreUrl, parse_url
 
 __all__ = [
     "DEFAULT_BOUND",
     "BatchStatement",
+    "Fsync",
     "OperationError",
     "OperationQueue",
     "Schema",
     "SqliteWriter",
     "SqsUrl",
     "StoreUrl",
-    "Synchronous",
     "parse_url",
 ]

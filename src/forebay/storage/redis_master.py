@@ -32,6 +32,7 @@ _DISKS_TIMEOUT = 3.0  # seconds more, if it waits for its disk
 _PATIENCE = 5.0  # seconds in which a master is looked for
 _CHECK_INTERVAL = 15  # seconds after which an idle connection is checked before it is used, or while it listens
 _RETRY_INTERVAL = 0.1  # seconds between two attempts
+_INTERRUPTION = 0.5  # seconds of repeating a call after which the master was away: an idle connection may just end
 
 FULL = ("its memory is full", "Raise its maxmemory, or wait until tasks have ended.")  # why, and what to do
 
@@ -72,17 +73,27 @@ class RedisMaster:
         url: where to find the master.
         tag: the hash tag that all keys have in braces.
         prepare: commands for each new connection, such as SCRIPT LOAD.
+        on_interrupted: called, in the thread of a call and before it returns, when its master has answered after it was
+            away for a while or gave no answer to the last call, or is another one than before.
         patience: seconds in which it is looked for once a call has found none; None: five.
     """
 
     def __init__(
-        self, url: RedisUrl, tag: str, *, prepare: Sequence[Sequence[Any]] = (), patience: float | None = None
+        self,
+        url: RedisUrl,
+        tag: str,
+        *,
+        prepare: Sequence[Sequence[Any]] = (),
+        on_interrupted: Callable[[], None] | None = None,
+        patience: float | None = None,
     ) -> None:
         self._url = url
         self._tag = tag
         self._prepare = prepare
+        self._on_interrupted = on_interrupted
         self._patience = patience
         self._client: redis.Redis | None = None
+        self._server = ""  # the id of its server's run; empty before the first, or if the user may not ask
         self._lock = threading.Lock()  # held by the thread that uses the client
         self._is_away = False  # the last call found no master: one attempt is enough until it is back
 
@@ -124,24 +135,29 @@ class RedisMaster:
         self, commands: Sequence[Sequence[Any]], send: Callable[[redis.Redis, Sequence[Sequence[Any]]], list[Any]]
     ) -> list[Any]:
         with self._lock:
+            began, was_away, server = monotonic(), self._is_away, self._server
             patience = _PATIENCE if self._patience is None else self._patience
-            give_up = monotonic() + (0.0 if self._is_away else patience)
-            may_be_done = False
+            give_up = began + (0.0 if was_away else patience)
+            may_be_done = failed = False
             while True:
                 try:
                     if self._client is None:
-                        self._client = connect(self._url, self._tag, self._prepare)
+                        self._client, self._server = _connect(self._url, self._tag, self._prepare)
                     answers = send(self._client, commands)
                 except (redis.RedisError, OSError) as error:
                     # Of an answer it is known what was done; a connection that never was had no command.
                     may_be_done |= self._client is not None and not isinstance(error, redis.ResponseError)
                     self._disconnect()
+                    failed = True
                     self._is_away = may_pass(error)
                     if not self._is_away or monotonic() >= give_up:
                         raise unavailable(error, self._url, may_be_done=may_be_done) from error
                     threading.Event().wait(_RETRY_INTERVAL)
                 else:
                     self._is_away = False
+                    waited = failed and monotonic() - began > _INTERRUPTION
+                    if was_away or waited or (server and self._server != server):
+                        self._notice_interruption()
                     return answers
 
     @property
@@ -171,24 +187,35 @@ class RedisMaster:
         with self._lock:
             self._disconnect()
 
+    def _notice_interruption(self) -> None:
+        if self._on_interrupted is not None:
+            self._on_interrupted()
+
     def _disconnect(self) -> None:
         if self._client is not None:
             self._client.close()
             self._client = None
 
 
-def connect(url: RedisUrl, tag: str, prepare: Sequence[Sequence[Any]] = ()) -> redis.Redis:
+def connect(url: RedisUrl, tag: str) -> redis.Redis:
     """Return a client of the first master that is found for `tag` and answers as one. Blocks.
 
     Raises:
         StoreUnavailable: it may drop records to make room.
         RedisError, OSError: none is found.
     """
+    client, _ = _connect(url, tag, ())
+    return client
+
+
+def _connect(url: RedisUrl, tag: str, prepare: Sequence[Sequence[Any]]) -> tuple[redis.Redis, str]:
+    """Return a client as `connect` does, to which `prepare` was sent, and the id of the server's run."""
     last: Exception = redis.ConnectionError("nobody names a master")
     for host, port in _FINDERS[url.topology](url, tag):
         client = _client(url, host, port)
         try:
-            _check(_info(client), url)
+            info = _info(client)
+            _check(info, url)
             _send(client, prepare)
         except (redis.RedisError, OSError) as error:
             client.close()
@@ -197,7 +224,7 @@ def connect(url: RedisUrl, tag: str, prepare: Sequence[Sequence[Any]] = ()) -> r
             client.close()
             raise
         else:
-            return client
+            return client, str(info.get("run_id", ""))
     raise last
 
 

@@ -11,7 +11,7 @@ _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _PATH = re.compile(r"[A-Za-z0-9._/-]*")
 _NAME = re.compile(r"[a-z_]{1,20}")
 _VALUE = re.compile(r"[A-Za-z0-9._/:-]{0,100}")
-_PUBLIC_OPTIONS = frozenset({"bound", "synchronous", "name", "replicas", "fsync", "endpoint", "region", "create"})
+_PUBLIC_OPTIONS = frozenset({"bound", "name", "replicas", "fsync", "endpoint", "region", "create"})
 
 
 def shown_url(url: str) -> str:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forebay.errors import StoreUnavailable
-from forebay.storage.url import Synchronous
+from forebay.storage.url import Fsync
 
 _MIN_SQLITE = (3, 35, 0)  # UPDATE ... RETURNING
 _MAX_WAL_BYTES = 64 << 20  # of the write-ahead log, kept on disk after a checkpoint
 _CACHE_KIB = 32 << 10  # of pages, kept in memory
+_SYNCHRONOUS = {Fsync.YES: "full", Fsync.CHECKPOINT: "normal", Fsync.NO: "off"}
 _POLL_INTERVAL_MS = 2  # between two attempts to begin a transaction while another process is writing
 _RETRY_INTERVAL = 0.01  # seconds between attempts at what SQLite itself does not wait for
 
@@ -71,7 +72,7 @@ class Schema:
         return len(self.migrations)
 
 
-def open_file(path: Path, schema: Schema, synchronous: Synchronous, busy_timeout: float) -> sqlite3.Connection:
+def open_file(path: Path, schema: Schema, fsync: Fsync, busy_timeout: float) -> sqlite3.Connection:
     """Return a connection to the file at `path`, created if missing, with its schema up to date. Blocks.
 
     The connection itself waits for other processes for milliseconds only: its user tries again.
@@ -96,7 +97,7 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, busy_timeout
             path, timeout=busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=256
         )
         try:
-            _prepare(connection, path, schema, synchronous, busy_timeout)
+            _prepare(connection, path, schema, fsync, busy_timeout)
         except BaseException:
             connection.close()
             raise
@@ -105,16 +106,14 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, busy_timeout
     return connection
 
 
-def _prepare(
-    connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: Synchronous, busy_timeout: float
-) -> None:
+def _prepare(connection: sqlite3.Connection, path: Path, schema: Schema, fsync: Fsync, busy_timeout: float) -> None:
     with _transaction(connection, "BEGIN"):  # before changing anything in a file that may belong to another program
         version = _check_ours(connection, path, schema)
     mode = _enable_wal(connection, busy_timeout)
     if mode != "wal":
         why = f"it cannot keep a write-ahead log there, only a journal of kind {mode!r}"
         raise StoreUnavailable(where=str(path), why=why, advice="Put it on a local disk.")
-    connection.execute(f"PRAGMA synchronous = {synchronous.value}")
+    connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[fsync]}")
     connection.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES}")
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     if version < schema.version:  # otherwise it need not wait for those who are writing

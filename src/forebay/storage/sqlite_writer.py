@@ -16,7 +16,7 @@ from forebay.errors import StoreUnavailable
 from forebay.storage.file_watch import FileWatch
 from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.sqlite_file import Schema, diagnose, has_free_pages, is_busy, open_file
-from forebay.storage.url import Synchronous
+from forebay.storage.url import Fsync
 
 _RESERVED = 512 << 10  # bytes of the disk that are kept for operations that add nothing, such as the end of a task
 _MAX_GROUP = 1_000  # operations in one transaction: more would delay the last of them, and other processes
@@ -52,16 +52,14 @@ class SqliteWriter:
     Args:
         path: the file; it is created if missing, its directory is not.
         schema: the tables of the file.
-        synchronous: what a committed write survives.
+        fsync: what a committed write survives.
         busy_timeout: seconds to wait while another process is writing.
     """
 
-    def __init__(
-        self, path: Path, schema: Schema, *, synchronous: Synchronous = Synchronous.FULL, busy_timeout: float = 5.0
-    ) -> None:
+    def __init__(self, path: Path, schema: Schema, *, fsync: Fsync = Fsync.YES, busy_timeout: float = 5.0) -> None:
         self._path = path
         self._schema = schema
-        self._synchronous = synchronous
+        self._fsync = fsync
         self._busy_timeout = busy_timeout
         self._connection_lock = threading.Lock()  # held by the thread that uses the connection
         self._queue: OperationQueue[_OpenFile, _Work] = OperationQueue(
@@ -87,7 +85,7 @@ class SqliteWriter:
         await self._queue.close()
 
     def _open_file(self) -> _OpenFile:
-        connection = open_file(self._path, self._schema, self._synchronous, self._busy_timeout)
+        connection = open_file(self._path, self._schema, self._fsync, self._busy_timeout)
         return _OpenFile(connection, FileWatch(self._path))
 
     def _close_file(self, file: _OpenFile) -> None:

@@ -21,23 +21,23 @@ _QUEUE_NAME = re.compile(r"([A-Za-z0-9_-]+)(\.fifo)?")
 _MAX_QUEUE_NAME = 80 - len("-critical")  # characters, ".fifo" included; each priority has a queue of its own
 
 
-class Synchronous(Enum):
-    """The durability of a SQLite commit: how far it is written towards the disk before it is acknowledged.
+class Fsync(Enum):
+    """The durability of a SQLite commit: when the file is synced to the disk, which SQLite calls `synchronous`.
 
     An acknowledged write then survives:
 
-    ========  =====================  ==================================  ==========================================
-    value     the process is killed  the machine loses power             costs
-    ========  =====================  ==================================  ==========================================
-    FULL      yes                    yes                                 one fsync per group of writes (the default)
-    NORMAL    yes                    all but the last moments            an fsync per checkpoint of the log
-    OFF       yes                    no, and the file may be damaged     none
-    ========  =====================  ==================================  ==========================================
+    ==========  =====================  ===============================  ==========================================
+    value       the process is killed  the machine loses power          costs
+    ==========  =====================  ===============================  ==========================================
+    YES         yes                    yes                              one fsync per group of writes (the default)
+    CHECKPOINT  yes                    all but the last moments         an fsync per checkpoint of the log
+    NO          yes                    no, and the file may be damaged  none
+    ==========  =====================  ===============================  ==========================================
     """
 
-    FULL = "full"
-    NORMAL = "normal"
-    OFF = "off"
+    YES = "yes"
+    CHECKPOINT = "checkpoint"
+    NO = "no"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class StoreUrl:
         scheme: the kind of store, such as ``"sqlite"`` or ``"memory"``.
         path: the file, absolute; None if the store has none.
         bound: how many tasks may wait or be leased in it.
-        synchronous: what a committed write survives; only SQLite has it.
+        fsync: what a committed write survives; only SQLite has it here, that of Redis is in `redis`.
         sqs: only SQS has it.
         redis: the master; None for other stores.
     """
@@ -77,7 +77,7 @@ class StoreUrl:
     scheme: str
     path: Path | None = None
     bound: int = DEFAULT_BOUND
-    synchronous: Synchronous = Synchronous.FULL
+    fsync: Fsync = Fsync.YES
     sqs: SqsUrl | None = None
     redis: RedisUrl | None = None
 
@@ -129,7 +129,7 @@ def _memory(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl
 
 
 def _sqlite(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
-    return StoreUrl(scheme="sqlite", path=_path(parts), bound=bound, synchronous=_synchronous(options))
+    return StoreUrl(scheme="sqlite", path=_path(parts), bound=bound, fsync=_fsync(options))
 
 
 def _sqs(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
@@ -196,12 +196,14 @@ def _bound(options: dict[str, str]) -> int:
     return int(text)
 
 
-def _synchronous(options: dict[str, str]) -> Synchronous:
-    text = options.pop("synchronous", Synchronous.FULL.value)
+def _fsync(options: dict[str, str]) -> Fsync:
+    if "synchronous" in options:  # its name before the first release
+        raise ValueError("synchronous= is now fsync=, and full is yes, normal is checkpoint, off is no")
+    text = options.pop("fsync", Fsync.YES.value)
     try:
-        return Synchronous(text.lower())
+        return Fsync(text)
     except ValueError:
-        raise ValueError(f"synchronous={shown_value(text)} is none of full, normal, off") from None
+        raise ValueError(f"fsync={shown_value(text)} is none of yes, checkpoint, no") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,7 @@ class _Kind:
 
 
 _KINDS = {
-    "sqlite": _Kind("sqlite:///relative.db, sqlite:////absolute.db (?synchronous=full, normal or off)", _sqlite),
+    "sqlite": _Kind("sqlite:///relative.db, sqlite:////absolute.db (?fsync=yes, checkpoint or no)", _sqlite),
     "memory": _Kind("memory://", _memory),
     "sqs": _Kind("sqs://queue (?endpoint=, region=, create=yes or no, results=URL of another store)", _sqs),
     **dict.fromkeys(REDIS_SCHEMES, _Kind(REDIS_FORM, _redis)),

@@ -427,6 +427,76 @@ async def test_a_listener_whose_connection_breaks_listens_again_and_looks_for_wh
         proxy.cut()
 
 
+# --- an interruption, after which leases may have lapsed that nobody could renew --------------------------------------
+
+
+def count_interruptions(store: RedisTaskStore) -> list[str]:
+    """Return a list that gets an element whenever the store says that it was interrupted."""
+    interruptions = list[str]()
+    store.subscribe(
+        on_waiting=lambda: None, on_ended=lambda: None, on_interrupted=lambda: interruptions.append("interrupted")
+    )
+    return interruptions
+
+
+async def test_an_idle_connection_that_was_closed_is_no_interruption(
+    remote: RedisTaskStore, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server with a `timeout` closes them all the time, and then lapsed leases would never be taken."""
+    monkeypatch.setattr(redis_master, "_INTERRUPTION", 5.0)  # on a slow machine
+    lease = await put_and_lease(remote)
+    interruptions = count_interruptions(remote)
+    proxy.cut()
+    assert await renew(remote, [lease], until=9.0) == []
+    assert await state(remote) is RecordState.LEASED
+    assert interruptions == []
+
+
+async def test_a_master_that_one_call_waited_for_was_away(
+    remote: RedisTaskStore, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call fails: all of them are repeated until it is back."""
+    monkeypatch.setattr(redis_master, "_INTERRUPTION", 0.05)  # sooner than a call is repeated
+    lease = await put_and_lease(remote)
+    interruptions = count_interruptions(remote)
+    proxy.refuse()
+    finding = asyncio.create_task(remote.find("a"))
+    renewing = asyncio.create_task(renew(remote, [lease], until=30.0))
+    await asyncio.sleep(0.1)
+    proxy.accept()
+    assert await renewing == []
+    assert await finding is not None
+    assert interruptions == ["interrupted"] * 2  # of both connections; before the callers had their answers
+
+
+@pytest.mark.usefixtures("no_patience")
+async def test_a_master_that_answers_after_a_call_has_failed_was_away(
+    remote: RedisTaskStore, proxy: CuttingProxy
+) -> None:
+    interruptions = count_interruptions(remote)
+    proxy.refuse()
+    with pytest.raises(StoreUnavailable):
+        await remote.find("a")
+    assert interruptions == []
+    proxy.accept()
+    await remote.find("a")
+    await remote.find("a")
+    assert interruptions == ["interrupted"]
+
+
+async def test_another_server_than_before_is_an_interruption_for_a_client_that_called_none_meanwhile(
+    name: str,
+) -> None:
+    with redis_server(appendonly="yes", appendfsync="always") as own:
+        async with opened(f"{own.url}?name={name}") as store:
+            await put_and_lease(store)
+            interruptions = count_interruptions(store)
+            own.servers[0].kill()
+            own.servers[0].start()
+            assert await state(store) is RecordState.LEASED
+            assert interruptions == ["interrupted"]
+
+
 # --- what is acknowledged --------------------------------------------------------------------------------------------
 
 
@@ -474,7 +544,8 @@ async def test_a_record_that_too_few_replicas_have_is_rejected_and_taken_back(
         with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
             await store.find("a")  # it may be lost yet
         (lease,) = await store.lease("t", 1, until=9.0)
-        assert await store.begin_attempt(lease)
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            await store.begin_attempt(lease)
         with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
             await store.finish("a", DONE, fence=lease.fence)
         catch_up(replicated)

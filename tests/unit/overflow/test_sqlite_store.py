@@ -19,13 +19,13 @@ from forebay.overflow.sqlite_schema import SCHEMA
 from forebay.simulation import simulate
 from forebay.storage.batch_statement import BatchStatement
 from forebay.storage.sqlite_file import Schema, open_file
-from forebay.storage.url import Synchronous
+from forebay.storage.url import Fsync
 from forebay.task import Priority
 
 
 @pytest.fixture
 def connection(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    connection = open_file(tmp_path / "store.db", SCHEMA, Synchronous.OFF, 1.0)
+    connection = open_file(tmp_path / "store.db", SCHEMA, Fsync.NO, 1.0)
     yield connection
     connection.close()
 
@@ -76,7 +76,7 @@ def test_no_statement_scans_the_table(connection: sqlite3.Connection, name: str)
 
 @pytest.mark.blocks  # it opens the file itself
 async def test_a_file_of_the_second_schema_is_migrated_and_its_failed_tasks_lose_their_keys(tmp_path: Path) -> None:
-    old = open_file(tmp_path / "store.db", Schema(SCHEMA.application_id, SCHEMA.migrations[:2]), Synchronous.OFF, 1.0)
+    old = open_file(tmp_path / "store.db", Schema(SCHEMA.application_id, SCHEMA.migrations[:2]), Fsync.NO, 1.0)
     succeeded, failed = (
         msgspec.msgpack.encode(Completion(status=status, finished_at=5.0, result=b"result"))
         for status in ("succeeded", "failed")
@@ -97,7 +97,7 @@ async def test_a_file_of_the_second_schema_is_migrated_and_its_failed_tasks_lose
             (task_id, state, f"key of {task_id}", completion),
         )
     old.close()
-    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    store = SqliteTaskStore(tmp_path / "store.db", fsync=Fsync.NO)
     await store.open()
     keys = {}
     for name in ("waits", "leased", "parked", "succeeded", "failed", "dead"):
@@ -113,7 +113,7 @@ async def test_a_file_of_the_second_schema_is_migrated_and_its_failed_tasks_lose
 
 @pytest.mark.blocks  # it opens the file itself
 async def test_a_file_of_the_first_schema_is_migrated_with_its_records(tmp_path: Path) -> None:
-    old = open_file(tmp_path / "store.db", Schema(SCHEMA.application_id, SCHEMA.migrations[:1]), Synchronous.OFF, 1.0)
+    old = open_file(tmp_path / "store.db", Schema(SCHEMA.application_id, SCHEMA.migrations[:1]), Fsync.NO, 1.0)
     old.execute(
         "INSERT INTO task (task_id, task_type, state, priority, due, attempts, enqueued_at, envelope)"
         " VALUES ('old', 't', 0, 2, 1e999, 0, 5.0, x'')"
@@ -121,7 +121,7 @@ async def test_a_file_of_the_first_schema_is_migrated_with_its_records(tmp_path:
     old.execute("INSERT INTO depth VALUES ('t', 2, 1)")
     old.execute("UPDATE size SET tasks = 1 WHERE kind = 0")
     old.close()
-    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    store = SqliteTaskStore(tmp_path / "store.db", fsync=Fsync.NO)
     await store.open()
     for number in range(2):
         record = TaskRecord(
@@ -143,7 +143,7 @@ async def test_a_file_of_the_first_schema_is_migrated_with_its_records(tmp_path:
 @pytest.mark.blocks  # a virtual loop runs inline what would run in a thread
 def test_it_works_in_virtual_time(tmp_path: Path) -> None:
     async def main() -> list[str]:
-        store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+        store = SqliteTaskStore(tmp_path / "store.db", fsync=Fsync.NO)
         await store.open()
         for name in "ab":
             now = clock.wall_time()
@@ -159,7 +159,7 @@ def test_it_works_in_virtual_time(tmp_path: Path) -> None:
 async def test_on_a_disk_that_is_nearly_full_results_are_kept_for_ten_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    store = SqliteTaskStore(tmp_path / "store.db", fsync=Fsync.NO)
     await store.open()
     now = clock.wall_time()
     for task_id, age in (("old", 700.0), ("new", 500.0)):
@@ -175,7 +175,7 @@ async def test_on_a_disk_that_is_nearly_full_results_are_kept_for_ten_minutes(
 
 
 async def test_an_acknowledged_write_is_committed(tmp_path: Path) -> None:
-    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    store = SqliteTaskStore(tmp_path / "store.db", fsync=Fsync.NO)
     await store.open()
     for number in range(3):
         record = TaskRecord(task_id=f"{number}", task_type="t", priority=Priority.LOW, envelope=b"", enqueued_at=0.0)

@@ -77,6 +77,7 @@ def test_a_url_of_redis_may_have_a_bound() -> None:
         ("redis://host?replicas=two", "replicas=two"),
         ("redis://host?fsync=true", "fsync=true"),
         ("redis://host?synchronous=off", "no option 'synchronous'"),
+        ("redis://host?fsync=checkpoint", "fsync=checkpoint is neither yes nor no"),
         ("redis://host?bound=0", "bound=0"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forebay.errors import StoreUnavailable
-from forebay.storage import Schema, Synchronous, sqlite_file
+from forebay.storage import Fsync, Schema, sqlite_file
 from forebay.storage.sqlite_file import diagnose, filesystem_type, open_file
 
 ONE = ("CREATE TABLE one (n INTEGER)",)
@@ -18,8 +18,8 @@ TWO = ("CREATE TABLE two (n INTEGER)", "INSERT INTO two VALUES (2)")
 SCHEMA = Schema(application_id=7, migrations=(ONE,))
 
 
-def opened(path: Path, schema: Schema = SCHEMA, synchronous: Synchronous = Synchronous.FULL) -> sqlite3.Connection:
-    return open_file(path, schema, synchronous, 0.05)
+def opened(path: Path, schema: Schema = SCHEMA, fsync: Fsync = Fsync.YES) -> sqlite3.Connection:
+    return open_file(path, schema, fsync, 0.05)
 
 
 def rejection(path: Path, schema: Schema = SCHEMA) -> StoreUnavailable:
@@ -36,7 +36,7 @@ def make(path: Path, *statements: str) -> None:
 
 
 def test_a_new_file_gets_the_schema_and_a_write_ahead_log(tmp_path: Path) -> None:
-    with closing(opened(tmp_path / "a.db", synchronous=Synchronous.NORMAL)) as connection:
+    with closing(opened(tmp_path / "a.db", fsync=Fsync.CHECKPOINT)) as connection:
         answers = [
             connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("application_id", "user_version", "journal_mode", "synchronous", "busy_timeout")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from forebay.errors import StoreUnavailable
-from forebay.storage import Schema, SqliteWriter, Synchronous, sqlite_writer
+from forebay.storage import Fsync, Schema, SqliteWriter, sqlite_writer
 
 SCHEMA = Schema(application_id=1, migrations=(("CREATE TABLE number (n INTEGER PRIMARY KEY)",),))
 INSERT = "INSERT INTO number VALUES (?)"
@@ -43,7 +43,7 @@ def fail(connection: sqlite3.Connection) -> None:
 
 @pytest.fixture
 async def writer(tmp_path: Path) -> AsyncIterator[SqliteWriter]:
-    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF, busy_timeout=0.05)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, fsync=Fsync.NO, busy_timeout=0.05)
     await writer.open()
     yield writer
     await writer.close()
@@ -370,7 +370,7 @@ async def test_open_works_after_a_failed_open(tmp_path: Path) -> None:
 
 async def test_many_opens_at_once_are_one(tmp_path: Path) -> None:
     before = {thread.ident for thread in threading.enumerate()}
-    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, fsync=Fsync.NO)
     await asyncio.gather(*(writer.open() for _ in range(8)))
     await writer.run(partial(add, 1))
     assert sum(thread.ident not in before and "numbers.db" in thread.name for thread in threading.enumerate()) == 1
@@ -384,7 +384,7 @@ async def test_many_opens_at_once_are_one(tmp_path: Path) -> None:
 
 
 async def test_a_writer_asks_for_its_turn_every_few_milliseconds(tmp_path: Path) -> None:
-    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF, busy_timeout=0.3)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, fsync=Fsync.NO, busy_timeout=0.3)
     await writer.open()
     attempts: list[str] = []
     await writer.run(lambda connection: connection.set_trace_callback(attempts.append))
@@ -418,7 +418,7 @@ async def test_the_log_is_shortened_before_it_fills_a_small_disk(
 ) -> None:
     disk = SmallDisk(tmp_path, 2 << 20)
     monkeypatch.setattr("os.statvfs", disk.statvfs)
-    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, fsync=Fsync.NO)
     await writer.open()
     for number in range(400):
         await writer.run(partial(add, number))
@@ -429,7 +429,7 @@ async def test_the_log_is_shortened_before_it_fills_a_small_disk(
 async def test_what_makes_a_file_grow_is_refused_while_the_disk_is_nearly_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, fsync=Fsync.NO)
     await writer.open()
     disk = SmallDisk(tmp_path, 0)
     monkeypatch.setattr("os.statvfs", disk.statvfs)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from forebay.errors import InvalidOverflowUrl
-from forebay.storage import SqsUrl, StoreUrl, Synchronous, parse_url
+from forebay.storage import Fsync, SqsUrl, StoreUrl, parse_url
 
 
 @pytest.mark.parametrize(
@@ -20,14 +20,14 @@ from forebay.storage import SqsUrl, StoreUrl, Synchronous, parse_url
         ("sqlite:////var/spill.db", StoreUrl(scheme="sqlite", path=Path("/var/spill.db"))),
         ("sqlite:////a%20b%23c%3Fd.db", StoreUrl(scheme="sqlite", path=Path("/a b#c?d.db"))),
         (
-            "sqlite:////s.db?bound=1000000&synchronous=normal",
-            StoreUrl(scheme="sqlite", path=Path("/s.db"), bound=1_000_000, synchronous=Synchronous.NORMAL),
+            "sqlite:////s.db?bound=1000000&fsync=checkpoint",
+            StoreUrl(scheme="sqlite", path=Path("/s.db"), bound=1_000_000, fsync=Fsync.CHECKPOINT),
         ),
         ("sqs://queue", StoreUrl(scheme="sqs", sqs=SqsUrl(queue="queue"))),
         (
             (
                 "sqs://a_B-1.fifo?endpoint=http://127.0.0.1:5000&region=eu-west-1&create=no&bound=7"
-                "&results=sqlite:////s.db?synchronous=off"
+                "&results=sqlite:////s.db?fsync=no"
             ),
             StoreUrl(
                 scheme="sqs",
@@ -38,14 +38,12 @@ from forebay.storage import SqsUrl, StoreUrl, Synchronous, parse_url
                     endpoint="http://127.0.0.1:5000",
                     region="eu-west-1",
                     create=False,
-                    results=StoreUrl(scheme="sqlite", path=Path("/s.db"), bound=7, synchronous=Synchronous.OFF),
+                    results=StoreUrl(scheme="sqlite", path=Path("/s.db"), bound=7, fsync=Fsync.NO),
                 ),
             ),
         ),
-        (
-            "sqlite:////s.db?synchronous=OFF",
-            StoreUrl(scheme="sqlite", path=Path("/s.db"), synchronous=Synchronous.OFF),
-        ),
+        ("sqlite:////s.db?fsync=yes", StoreUrl(scheme="sqlite", path=Path("/s.db"))),
+        ("sqlite:////s.db?fsync=no", StoreUrl(scheme="sqlite", path=Path("/s.db"), fsync=Fsync.NO)),
     ],
 )
 def test_a_known_form_is_parsed(url: str, store: StoreUrl) -> None:
@@ -68,7 +66,7 @@ def test_a_known_form_is_parsed(url: str, store: StoreUrl) -> None:
         ("sqlite:///a#b.db", "%23"),
         ("memory://name", "no name"),
         ("memory:///path", "no name or path"),
-        ("memory://?synchronous=off", "no option 'synchronous'"),
+        ("memory://?fsync=no", "no option 'fsync'"),
         ("sqlite:///a.db?bund=1", "no option 'bund'"),
         ("sqs://", "it names no queue"),
         ("sqs:///queue", "it names no queue"),
@@ -90,7 +88,9 @@ def test_a_known_form_is_parsed(url: str, store: StoreUrl) -> None:
         ("sqlite:///a.db?bound=1e5", "bound=1e5"),
         ("sqlite:///a.db?bound=", "bound= is"),
         ("sqlite:///a.db?bound=99999999999999999999", "is not a whole number of tasks"),
-        ("sqlite:///a.db?synchronous=on", "none of full, normal, off"),
+        ("sqlite:///a.db?fsync=on", "fsync=on is none of yes, checkpoint, no"),
+        ("sqlite:///a.db?fsync=NO", "fsync=NO is none of yes, checkpoint, no"),
+        ("sqlite:///a.db?synchronous=off", "is now fsync=, and full is yes, normal is checkpoint, off is no"),
         ("sqlite://[/a.db", "its host is malformed"),
         ("redis:127.0.0.1", "does not begin with"),
         ("redis:///user:secret@host", "with two slashes"),
@@ -139,7 +139,7 @@ def test_a_rejection_shows_the_host_without_the_password(url: str) -> None:
         ("redis://host?fsync=yes;password=secret", "redis://host?fsync=***"),
         ("redis://host?bound=5;password=secret", "redis://host?bound=***"),
         ("redis://host?replicas=1,secret", "redis://host?replicas=***"),
-        ("sqlite:///a.db?synchronous=on;secret", "sqlite:///a.db?synchronous=***"),
+        ("sqlite:///a.db?fsync=on;secret", "sqlite:///a.db?fsync=***"),
         ("redis:user:secret@host:1/0", "redis:***@host:1/0"),
         ("redis:secret", "redis:***"),
         ("redis:/user:secret@host", "redis:/***@host"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LONGEST_AHEAD = 1.1 * MAX_LEASE  # seconds from now to the end of a lease; a longer one was given by another clock
 _RENEWED_WITHIN = MAX_LEASE / 2  # seconds in which every holder that lives has renewed its leases
+_FOUND_WITHIN = 5.0  # seconds in which every process finds a store that is back: some wait for a server that hangs
 _MAX_LOOKUPS = 1000  # tickets in each third of a lease
 
 
@@ -71,6 +72,10 @@ class StoreMaintenance:
         self._stopped = True
         self._heartbeat.stop()
 
+    def notice_interruption(self) -> None:
+        """Notice that the store was away: leases may have lapsed that their holders will renew."""
+        self._store_failed = True
+
     def _renew_leases(self) -> None:
         try:
             self._stored.leases.renew(self._stored.store)
@@ -90,7 +95,7 @@ class StoreMaintenance:
         pools = self._core.pools.by_type
         self._stored.check_store()
         try:
-            await self._refiller.recount_conversations()
+            await self._refiller.recount_conversations()  # before leases are judged: it notices an interruption
             await self.reap()
             await self._stored.delayed.wake()
             await self._refiller.recount(list(pools.values()))
@@ -111,7 +116,7 @@ class StoreMaintenance:
         self._watch_clock(now, wall)
         if self._store_failed:  # others could not renew their leases, or store the ends of their tasks
             self._store_failed = False
-            self._reaps_from = max(self._reaps_from, now + self._lease / 2)
+            self._reaps_from = max(self._reaps_from, now + self._lease / 2 + _FOUND_WITHIN)
         if now < self._reaps_from:
             return
         latest = wall + _LONGEST_AHEAD if now >= self._judges_from else math.inf

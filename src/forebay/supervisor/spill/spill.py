@@ -96,7 +96,10 @@ class Spill:
         if self.stored.durable:
             self._maintenance.start()
             self._store.subscribe(
-                on_waiting=self.changes.notice, on_ended=self.results.notice, on_lost=self.stored.lost.notice
+                on_waiting=self.changes.notice,
+                on_ended=self.results.notice,
+                on_lost=self.stored.lost.notice,
+                on_interrupted=self._maintenance.notice_interruption,
             )
 
     def slot_freed(self, worker: WorkerAgent, pools: Iterable[Pool]) -> None:
