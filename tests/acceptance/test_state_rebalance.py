@@ -63,7 +63,7 @@ async def test_entries_move_away_from_a_server_that_is_full() -> None:
     with redis_server() as full, redis_server() as empty:
         async with await ShardedState.connect(full.url) as state:
             await asyncio.gather(*(state.put(key, key) for key in OTHERS[:300]), state.put("ttl", 1, ttl=1_000))
-        full.master().ask("CONFIG", "SET", "maxmemory", 1_000_000, "maxmemory-policy", "noeviction")
+        full.master().ask("CONFIG", "SET", "maxmemory", 500_000, "maxmemory-policy", "noeviction")
         async with await ShardedState.connect(full.url, empty.url, moving_from=[full.url]) as state:
             moving = next(key for key in OTHERS if state.shard_of(key).startswith(empty.url))
             assert await state.delete(moving)
