@@ -31,6 +31,11 @@ def is_virtual(loop: asyncio.AbstractEventLoop) -> bool:
     return bool(getattr(loop, "virtual", False))
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running event loop, if there is one."""
+    return _running_loop()
+
+
 def running_virtual_loop() -> asyncio.AbstractEventLoop | None:
     """Return the running event loop if it keeps virtual time; two calls of `now` compare only under the same one."""
     loop = _running_loop()

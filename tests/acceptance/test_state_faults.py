@@ -127,7 +127,7 @@ async def test_a_full_shard_rejects_writes_that_add_and_goes_on(servers: list[St
     async with await ShardedState.connect(servers[0].url, timeout=TIMEOUT) as state:
         server = servers[0].master()
         version = await state.put("key", "x" * 100)
-        server.ask("CONFIG", "SET", "maxmemory", 1_000_000, "maxmemory-policy", "noeviction")
+        server.ask("CONFIG", "SET", "maxmemory", 500_000, "maxmemory-policy", "noeviction")
         for write in (state.put("key", 1), state.put("other", 1), state.put("key", 1, if_version=version)):
             with pytest.raises(ShardUnavailable, match="its memory is full"):
                 await write
@@ -150,9 +150,9 @@ async def test_a_full_shard_in_memory_rejects_writes_that_add() -> None:
 class SlowShard(MemoryShard):
     """A shard that takes seconds to answer."""
 
-    async def get(self, *args: Any) -> Any:
+    async def get(self, *args: Any, **options: Any) -> Any:
         await asyncio.sleep(7.0)
-        return await super().get(*args)
+        return await super().get(*args, **options)
 
 
 @virtual

@@ -64,6 +64,10 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
+from forebay.state.memory import MemoryShard
+from forebay.state.moving import Move
+from forebay.state.near_cache import CachedServer, Read
+from forebay.state.redis import RedisShard
 from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_master, shown_url, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.storage.redis_clock import RedisClock
@@ -2507,3 +2511,46 @@ def two_runs_from_one_checkpoint_give_their_values_the_same_version() -> None:
 
 def reading_an_item_does_not_put_its_expiry_off() -> None:
     always(ShardedStore, ShardedStore._refresh, returns=None)
+
+
+# --- shared state: moving entries, and the near cache ---
+
+
+def an_operation_does_not_move_its_entry_first() -> None:
+    always(Move, Move.settle, returns=None)
+
+
+def what_was_removed_while_it_moved_leaves_no_tombstone() -> None:
+    always(MemoryShard, MemoryShard._leave_tombstone, returns=None)
+
+
+def an_entry_is_moved_to_where_it_is() -> None:
+    always(Move, Move._is_misplaced, returns=True)
+
+
+def a_scan_does_not_read_the_old_shards() -> None:
+    always(Move, Move.sources, returns=[])
+
+
+def a_read_that_an_invalidation_has_overtaken_is_kept() -> None:
+    always(Read, Read.invalidate, returns=None)
+
+
+def a_near_cache_is_kept_while_nobody_listens() -> None:
+    def listen(self: CachedServer, address: Any) -> None:
+        self._listening_to = address
+
+    replace(CachedServer, CachedServer.listen, listen)
+
+
+def a_near_cache_answers_for_another_master() -> None:
+    always(CachedServer, CachedServer._is_current, returns=True)
+
+
+def an_update_begins_from_the_near_cache() -> None:
+    original = RedisShard.get
+
+    async def get(self: RedisShard, namespace: str, key: bytes, *, cached: bool = False) -> Any:
+        return await original(self, namespace, key, cached=True)
+
+    replace(RedisShard, original, get)

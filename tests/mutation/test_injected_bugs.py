@@ -54,6 +54,7 @@ from tests.acceptance import (
     test_slot,
     test_start_deadlines,
     test_start_gate,
+    test_state_near_cache,
     test_stored_retries,
     test_stored_text,
     test_stored_tickets,
@@ -67,7 +68,7 @@ from tests.acceptance import (
     test_worker_counters,
     test_workers,
 )
-from tests.contract import test_langgraph_store, test_limit, test_task_store
+from tests.contract import test_langgraph_store, test_limit, test_state_moving, test_task_store
 from tests.integration import (
     test_dropped_streams,
     test_langgraph_saver,
@@ -84,6 +85,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
+from tests.unit.state import test_moving, test_near_cache
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
 from tests.unit.supervisor.runs import test_timers
@@ -1039,6 +1041,26 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_langgraph_saver.test_a_run_from_an_earlier_checkpoint_does_not_touch_the_later_ones
     ),
     bugs.reading_an_item_does_not_put_its_expiry_off: test_langgraph_store.test_reading_an_item_puts_its_expiry_off,
+    bugs.an_operation_does_not_move_its_entry_first: (
+        test_moving.test_updates_lose_nothing_while_processes_move_entries_and_die
+    ),
+    bugs.what_was_removed_while_it_moved_leaves_no_tombstone: (
+        test_moving.test_what_was_deleted_or_has_expired_does_not_come_back
+    ),
+    bugs.an_entry_is_moved_to_where_it_is: test_state_moving.test_a_server_under_another_name_keeps_its_entries,
+    bugs.a_scan_does_not_read_the_old_shards: test_moving.test_a_scan_sees_each_entry_once_while_it_is_moved,
+    bugs.a_read_that_an_invalidation_has_overtaken_is_kept: (
+        test_near_cache.test_a_read_that_an_invalidation_has_overtaken_keeps_nothing
+    ),
+    bugs.a_near_cache_is_kept_while_nobody_listens: (
+        test_near_cache.test_nothing_is_kept_unless_the_server_that_is_read_from_is_listened_to
+    ),
+    bugs.a_near_cache_answers_for_another_master: (
+        test_near_cache.test_nothing_is_kept_unless_the_server_that_is_read_from_is_listened_to
+    ),
+    bugs.an_update_begins_from_the_near_cache: (
+        test_state_near_cache.test_updates_and_conditions_are_decided_by_the_server
+    ),
 }
 
 

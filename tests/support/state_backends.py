@@ -52,4 +52,14 @@ BACKENDS = [
     StateBackend("sentinel", _REDIS, lambda: shared(redis_sentinels).url),
     StateBackend("cluster", _REDIS, lambda: shared(redis_cluster).url),
 ]
+# The same kinds with four shards, between which entries are moved.
+MOVING_BACKENDS = [
+    StateBackend("memory", (), is_shared=False),
+    StateBackend("sqlite", tuple(f"sqlite:///{{path}}/{letter}.db?fsync=no" for letter in "abcd")),
+    *(
+        StateBackend(each.name, tuple(f"{each.templates[0]}-{letter}" for letter in "abcd"), each.server)
+        for each in BACKENDS
+        if each.templates == _REDIS
+    ),
+]
 SHARED_BACKENDS = [backend for backend in BACKENDS if backend.is_shared]

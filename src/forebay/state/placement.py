@@ -10,11 +10,16 @@ Schindelhauer, G. Schomaker, "Weighted distributed hash tables", 2005: a draw u 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 
 _DIGEST_BYTES = 8
 _DRAWS = float(1 << 8 * _DIGEST_BYTES)
+
+
+def unit_of(namespace: str, key: bytes) -> bytes:
+    """Return what is placed: a key, or all of a namespace."""
+    return b"n" + namespace.encode() if namespace else b"k" + key
 
 
 class Placement:
@@ -31,8 +36,13 @@ class Placement:
             for name, weight in sorted(weights.items())
         ]
 
+    @property
+    def shards(self) -> Sequence[str]:
+        """The names of the shards."""
+        return [name for name, _, _ in self._shards]
+
     def shard_of(self, unit: bytes) -> str:
-        """Return the name of the shard that has `unit`: a key, or all of a namespace."""
+        """Return the name of the shard that has what `unit_of` returns."""
         if len(self._shards) == 1:
             return self._shards[0][0]
         best, found = -1.0, ""

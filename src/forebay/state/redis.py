@@ -2,8 +2,8 @@
 
 Each entry is a string of its own; `redis_write.lua` says how entries and their indexes are laid out. Operations that
 arrive while others are on their way share the next round trip: one MGET for what is read, and one run of the script for
-what is written. On a cluster, the keys of a namespace share a hash tag and so a node; the keys outside of a namespace
-are spread over buckets, each with a tag.
+what is written; `redis_copy.lua` reads entries that move to another shard. On a cluster, the keys of a namespace share
+a hash tag and so a node; the keys outside of a namespace are spread over buckets, each with a tag.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import lru_cache
 from heapq import merge
 from importlib.resources import files
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 from redis.crc import key_slot
@@ -26,21 +26,28 @@ from redis.crc import key_slot
 from forebay.clock import monotonic, new_id
 from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.state.entry import StoredEntry
-from forebay.state.shard import ANY_VERSION, OperationRejected, Page, WriteRefused
+from forebay.state.near_cache import Address, CachedServer, NearCache
+from forebay.state.redis_invalidations import InvalidationListener
+from forebay.state.shard import ANY_VERSION, Copied, NamePage, OperationRejected, Page, WriteRefused
 from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.redis_master import FULL, RedisMaster, masters_of_slots, may_pass
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 
-_WRITE, _SCAN = (files(__package__).joinpath(f"redis_{name}.lua").read_text() for name in ("write", "scan"))
-_WRITE_SHA, _SCAN_SHA = (hashlib.sha1(script.encode()).hexdigest() for script in (_WRITE, _SCAN))  # noqa: S324
+_SCRIPTS = {name: files(__package__).joinpath(f"redis_{name}.lua").read_text() for name in ("write", "scan", "copy")}
+_WRITE_SHA, _SCAN_SHA, _COPY_SHA = (
+    hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - as Redis names it
+    for script in _SCRIPTS.values()
+)
 
 _MAX_GROUP = 500  # operations in one round trip, in which Redis serves few others
 _MAX_BYTES = 2 << 20  # of values that one group writes, unless one is larger
 _BUCKETS = 256  # of the keys outside of a namespace, on a cluster
+_MIN_FROM_BUCKET = 4  # entries of each for a page: it ends where the first bucket might have more
 _PATIENCE = 1.0  # seconds in which a master is looked for: longer than a node of a cluster is on the move
 _RETRY_INTERVAL = 0.5  # seconds between two operations of a node of a cluster that is down
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas and disks may take to have a write
 _DELETED = -1  # in place of the milliseconds of a write, for the script
+_KEYS_PER_SCAN = 1_000  # that Redis looks at for a page of names
 
 _encode = msgspec.json.Encoder().encode
 
@@ -56,6 +63,19 @@ class _Write(NamedTuple):
     data: bytes | None  # None: it is deleted
     milliseconds: int  # after which it expires; 0: it does not
     if_version: int
+    floor: int | None = None  # its key moves, and its version is larger than that
+    restored: int = 0  # the version with which it is restored; 0: it is an ordinary write
+
+
+class _Copy(NamedTuple):
+    prefix: str
+    key: bytes
+
+
+class _Names(NamedTuple):
+    prefix: str
+    pattern: str
+    cursor: str
 
 
 class _Scan(NamedTuple):
@@ -70,7 +90,7 @@ class _Ping(NamedTuple):
     prefix: str
 
 
-_Operation = _Get | _Write | _Scan | _Ping
+_Operation = _Get | _Write | _Copy | _Scan | _Names | _Ping
 
 
 class RedisShard:
@@ -78,11 +98,13 @@ class RedisShard:
 
     Args:
         url: where it is, the name under which it keeps its keys, and what an acknowledged write survives.
+        near_cache: keeps what is read; None: nothing is kept.
     """
 
-    def __init__(self, url: RedisUrl) -> None:
+    def __init__(self, url: RedisUrl, near_cache: NearCache | None = None) -> None:
         self.url = f"{url}?name={url.name}"
         self._redis_url = url
+        self._near_cache = near_cache
         self._is_cluster = url.topology is RedisTopology.CLUSTER
         self._lanes: dict[RedisUrl, _Lane] = {}
         self._slots: list[RedisUrl] = []  # on a cluster, the node of each slot
@@ -100,23 +122,84 @@ class RedisShard:
         self._lanes.clear()
         await asyncio.gather(*(lane.close() for lane in lanes))
 
-    async def get(self, namespace: str, key: bytes) -> StoredEntry | None:
+    async def get(self, namespace: str, key: bytes, *, cached: bool = False) -> StoredEntry | None:
         """Return an entry."""
-        found: StoredEntry | None = await self._run(_Get(self._prefix(namespace, key), key))
+        prefix = self._prefix(namespace, key)
+        if cached and (lane := self._lane(prefix)).cached is not None:
+            return await self._get_cached(_Copy(prefix, key), lane, lane.cached)
+        found: StoredEntry | None = await self._run(_Get(prefix, key))
         return found
 
-    async def put(
-        self, namespace: str, key: bytes, data: bytes, ttl: float | None = None, if_version: int = ANY_VERSION
+    async def _get_cached(self, copy: _Copy, lane: _Lane, server: CachedServer) -> StoredEntry | None:
+        name = _entry(copy)
+        if lane.is_up and (found := server.get(name, lane.address)) is not None:
+            return found
+        read = server.begin(name, lane.address)
+        try:
+            copied: Copied = await self._run(copy)
+            if read is not None and copied.entry is not None:
+                server.keep(read, copied.entry, copied.ttl, lane.address)
+            return copied.entry
+        finally:
+            if read is not None:
+                server.end(read)
+
+    async def put(  # noqa: PLR0913 - what a write is made of
+        self,
+        namespace: str,
+        key: bytes,
+        data: bytes,
+        ttl: float | None = None,
+        if_version: int = ANY_VERSION,
+        *,
+        floor: int | None = None,
     ) -> int:
         """Write an entry."""
-        milliseconds = 0 if ttl is None else max(1, round(ttl * 1_000))
-        version: int = await self._run(_Write(self._prefix(namespace, key), key, data, milliseconds, if_version))
+        write = _Write(self._prefix(namespace, key), key, data, _milliseconds(ttl), if_version, floor)
+        version: int = await self._write(write)
         return version
 
-    async def delete(self, namespace: str, key: bytes, if_version: int = ANY_VERSION) -> bool:
+    async def delete(
+        self, namespace: str, key: bytes, if_version: int = ANY_VERSION, *, floor: int | None = None
+    ) -> bool:
         """Delete an entry."""
-        found: int = await self._run(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version))
+        found: int = await self._write(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version, floor))
         return found > 0
+
+    async def copy(self, namespace: str, key: bytes) -> Copied:
+        """Return an entry with its ttl."""
+        copied: Copied = await self._run(_Copy(self._prefix(namespace, key), key))
+        return copied
+
+    async def restore(self, namespace: str, entry: StoredEntry, ttl: float | None) -> None:
+        """Write an entry with its version."""
+        key, data, version = entry
+        prefix = self._prefix(namespace, key)
+        await self._write(_Write(prefix, key, data, _milliseconds(ttl), ANY_VERSION, floor=0, restored=version))
+
+    async def _write(self, write: _Write) -> int:
+        try:
+            written: int = await self._run(write)
+            return written
+        finally:  # also if its answer was lost: it may be done
+            for lane in self._lanes.values() if self._near_cache is not None else ():
+                lane.drop(_entry(write))
+
+    async def namespaces(self, after: str | None = None) -> NamePage:
+        """Look for the indexes of namespaces among all keys, on one node after the other."""
+        slot, _, cursor = (after or "0/0").partition("/")
+        pattern = f"{{{self._redis_url.name}:state*}}k"
+        next_cursor, keys = await self._run(_Names(self._prefixes("")[0], pattern, cursor), slot=int(slot))
+        names = {name for key in keys if (name := _namespace_of(self._redis_url.name, key)) is not None}
+        if next_cursor:
+            return NamePage(list(names), f"{slot}/{next_cursor}")
+        following = self._first_slot_after(int(slot))
+        return NamePage(list(names), None if following is None else f"{following}/0")
+
+    def _first_slot_after(self, slot: int) -> int | None:
+        """Return the first slot behind `slot` whose node has no slot up to there."""
+        seen = set(self._slots[: slot + 1])
+        return next((each for each in range(slot + 1, len(self._slots)) if self._slots[each] not in seen), None)
 
     async def scan(
         self, namespace: str, prefix: bytes, after: bytes | None = None, limit: int = 100, *, reverse: bool = False
@@ -129,7 +212,7 @@ class RedisShard:
             bounds[0] = b"(" + after
         first, last = reversed(bounds) if reverse else bounds
         prefixes = self._prefixes(namespace)
-        each = limit if len(prefixes) == 1 else max(1, 4 * limit // len(prefixes))
+        each = limit if len(prefixes) == 1 else max(_MIN_FROM_BUCKET, 4 * limit // len(prefixes))
         pages: list[Page] = await asyncio.gather(
             *(self._run(_Scan(name, first, last, each, reverse)) for name in prefixes)
         )
@@ -154,15 +237,16 @@ class RedisShard:
 
     # --- lanes ---
 
-    async def _run(self, op: _Operation) -> Any:
+    async def _run(self, op: _Operation, slot: int | None = None) -> Any:
+        """Run an operation on the node that has its prefix, or a given slot."""
         if self._is_cluster:
-            return await self._run_on_cluster(op)
+            return await self._run_on_cluster(op, slot)
         lane = self._lane(op.prefix)
         if not lane.is_open:
             await lane.open()
         return await lane.submit(op)
 
-    async def _run_on_cluster(self, op: _Operation) -> Any:
+    async def _run_on_cluster(self, op: _Operation, slot: int | None) -> Any:
         """Run an operation on the node that has its keys, wherever they move.
 
         A node that is down rejects its operations at once but for one in half a second. The others go on, so the shard
@@ -170,7 +254,7 @@ class RedisShard:
         """
         give_up = monotonic() + _PATIENCE
         while True:
-            lane = self._lane(op.prefix)
+            lane = self._lane(op.prefix, slot)
             lane.check_up()
             try:
                 await lane.open()
@@ -184,11 +268,14 @@ class RedisShard:
                 lane.came_up()
                 return value
 
-    def _lane(self, prefix: str) -> _Lane:
-        url = self._slots[key_slot(prefix.encode())] if self._is_cluster else self._redis_url
+    def _lane(self, prefix: str, slot: int | None = None) -> _Lane:
+        url = self._redis_url
+        if self._is_cluster:
+            url = self._slots[key_slot(prefix.encode()) if slot is None else slot]
         lane = self._lanes.get(url)
         if lane is None:
-            lane = self._lanes[url] = _Lane(url, str(self._redis_url), tag_scripts=self._is_cluster)
+            cached = None if self._near_cache is None else CachedServer(self._near_cache)
+            lane = self._lanes[url] = _Lane(url, str(self._redis_url), tag_scripts=self._is_cluster, cached=cached)
         return lane
 
     async def _refresh(self) -> None:
@@ -200,6 +287,8 @@ class RedisShard:
     async def _ask_for_slots(self) -> None:
         loop = asyncio.get_running_loop()
         self._slots = await loop.run_in_executor(None, masters_of_slots, self._redis_url)
+        for lane in self._lanes.values():  # an entry may be on another node
+            lane.drop()
         gone = [url for url in self._lanes if url not in set(self._slots)]
         for url in gone:
             with suppress(StoreUnavailable):
@@ -207,9 +296,17 @@ class RedisShard:
 
 
 class _Lane:
-    """The connection to one master, its thread, and the operations that wait for it."""
+    """The connection to one master, its thread, and the operations that wait for it.
 
-    def __init__(self, url: RedisUrl, where: str, *, tag_scripts: bool) -> None:
+    Attributes:
+        cached: what is kept of it; None: nothing.
+        address: from which it was read last; None: from nowhere yet.
+    """
+
+    def __init__(self, url: RedisUrl, where: str, *, tag_scripts: bool, cached: CachedServer | None) -> None:
+        self.cached = cached
+        self.address: Address | None = None
+        self._listener: InvalidationListener | None = None
         self._url = url
         self._where = where
         self._tag_scripts = tag_scripts  # the keys of one run of a script have one tag
@@ -231,6 +328,10 @@ class _Lane:
     def is_open(self) -> bool:
         return self._queue.is_open
 
+    @property
+    def is_up(self) -> bool:
+        return self._down is None
+
     def check_up(self) -> None:
         """Reject an operation of a master that is down, unless it is time to try it again."""
         if self._down is None:
@@ -248,9 +349,26 @@ class _Lane:
     async def open(self) -> None:
         if not self._queue.is_open:
             await self._queue.open()
+        if self.cached is not None and self._listener is None:
+            prefix = f"{{{self._url.name}:state"
+            self._listener = InvalidationListener(
+                self._url, self._url.name, prefix, server=self.cached, read_from=lambda: self.address
+            )
 
     async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
         await self._queue.close()
+
+    def drop(self, name: bytes | None = None) -> None:
+        """Keep an entry, or all of them, no longer."""
+        if self.cached is None:
+            return
+        if name is None:
+            self.cached.drop_all()
+        else:
+            self.cached.drop([name])
 
     def submit(self, op: _Operation) -> asyncio.Future[Any]:
         return self._queue.submit(op)
@@ -258,9 +376,10 @@ class _Lane:
     def _connect(self) -> RedisMaster:
         self._client_id, self._numbers = new_id(), itertools.count(1)
         patience = 0.0 if self._tag_scripts else _PATIENCE
-        scripts = [("SCRIPT", "LOAD", script) for script in (_WRITE, _SCAN)]
+        scripts = [("SCRIPT", "LOAD", script) for script in _SCRIPTS.values()]
         master = RedisMaster(self._url, self._url.name, prepare=scripts, patience=patience)
         master.call(("PING",))
+        self.address = master.address
         return master
 
     def _run_group(self, master: RedisMaster, group: Sequence[_Operation]) -> Sequence[Any]:
@@ -273,7 +392,7 @@ class _Lane:
         """Run operations in one round trip, and return their values."""
         batches = dict[tuple[type, str], list[int]]()  # of those that share a command
         for index, op in enumerate(ops):
-            shared = isinstance(op, _Get | _Write)
+            shared = isinstance(op, _Get | _Write | _Copy)
             tag = op.prefix if self._tag_scripts else ""
             batches.setdefault((type(op), tag if shared else f"{index}"), []).append(index)
         number = next(self._numbers)
@@ -287,6 +406,8 @@ class _Lane:
             answers = master.call_each(*commands)
         except StoreUnavailable as error:
             return [OperationError(error)] * len(ops)
+        finally:
+            self.address = master.address
         answers = [_rejection(each) if isinstance(each, StoreUnavailable) else each for each in answers]
         shortage = self._shortage(answers.pop()) if len(answers) > len(batches) else None
         values: list[Any] = [None] * len(ops)
@@ -295,7 +416,7 @@ class _Lane:
             if failed is not None:
                 replies: Sequence[Any] = [OperationError(failed)] * len(batch)
             else:
-                each = answer if kind in {_Get, _Write} else [answer]
+                each = _SPLITTERS.get(kind, _alone)(answer)
                 replies = [self._value(ops[index], reply) for index, reply in zip(batch, each, strict=True)]
             for index, value in zip(batch, replies, strict=True):
                 values[index] = value
@@ -306,7 +427,11 @@ class _Lane:
             return ("MGET", *(_entry(op) for op in ops))
         if kind is _Write:
             return self._write_command(ops, number)
+        if kind is _Copy:
+            return ("EVALSHA", _COPY_SHA, len(ops) + 1, f"{self._own(ops[0])}v", *(_entry(op) for op in ops))
         (op,) = ops
+        if kind is _Names:
+            return ("SCAN", op.cursor, "MATCH", op.pattern, "COUNT", _KEYS_PER_SCAN, "TYPE", "zset")
         if kind is _Scan:
             arguments = (f"{op.prefix}=", op.first, op.last, op.limit, "REV" if op.reverse else "")
             return ("EVALSHA", _SCAN_SHA, 1, f"{op.prefix}k", *arguments)
@@ -314,15 +439,25 @@ class _Lane:
 
     def _write_command(self, ops: Sequence[_Write], number: int) -> Sequence[Any]:
         places = {prefix: place for place, prefix in enumerate(dict.fromkeys(op.prefix for op in ops), start=1)}
-        own = ops[0].prefix if self._tag_scripts else _prefix_of(self._url.name, "")
+        own = self._own(ops[0])
         keys: list[Any] = [f"{own}v", f"{own}l:{self._client_id}"]
         for prefix in places:
             keys += (f"{prefix}k", f"{prefix}x")
         keys += (_entry(op) for op in ops)
         lengths = [len(prefix) + 1 for prefix in places]
-        described = [(places[op.prefix], op.if_version, op.milliseconds) for op in ops]
+        described = list[tuple[int, ...]]()
+        for op in ops:
+            each: tuple[int, ...] = (places[op.prefix], op.if_version, op.milliseconds)
+            if op.floor is not None:
+                keys.append(_tombstone(op))
+                each += (len(keys), op.floor, op.restored)
+            described.append(each)
         data = [op.data for op in ops if op.data is not None]
         return ("EVALSHA", _WRITE_SHA, len(keys), *keys, _encode((number, lengths, described)), *data)
+
+    def _own(self, op: _Write | _Copy) -> str:
+        """Return the prefix of the keys that a run of a script has for itself."""
+        return op.prefix if self._tag_scripts else _prefix_of(self._url.name, "")
 
     def _value(self, op: _Operation, reply: Any) -> Any:
         try:
@@ -365,9 +500,29 @@ class _Full(Exception):
     """The server has answered that its memory is full."""
 
 
-def _entry(op: _Get | _Write) -> bytes:
+def _milliseconds(ttl: float | None) -> int:
+    return 0 if ttl is None else max(1, round(ttl * 1_000))
+
+
+def _entry(op: _Get | _Write | _Copy) -> bytes:
     """Return the name of the string that holds an entry."""
     return op.prefix.encode() + b"=" + op.key
+
+
+def _tombstone(op: _Write) -> bytes:
+    """Return the name of the string that holds the tombstone of a key."""
+    return op.prefix.encode() + b"~" + op.key
+
+
+def _namespace_of(name: str, index: bytes) -> str | None:
+    """Return the namespace whose index has a name; None if it is not Forebay's."""
+    inner = index.removeprefix(f"{{{name}:state".encode()).removesuffix(b"}k")
+    if not inner or inner.startswith(b"#"):
+        return ""
+    try:
+        return unquote(inner.decode(), errors="strict").removeprefix("/")
+    except ValueError:
+        return None
 
 
 @lru_cache(maxsize=10_000)
@@ -423,15 +578,38 @@ def _decode_write(_: _Write, reply: bytes) -> int:
     return number
 
 
+def _decode_copy(op: _Copy, reply: tuple[bytes, bytes | None, int]) -> Copied:
+    latest, text, milliseconds = reply
+    entry = None if text is None else _parse(op.key, text)
+    return Copied(entry, milliseconds / 1_000 if milliseconds >= 0 else None, int(latest))
+
+
 def _decode_page(_: _Scan, reply: Sequence[bytes]) -> Page:
     count = len(reply) // 2
     entries = [_parse(reply[2 * index], reply[2 * index + 1]) for index in range(count)]
     return Page(entries, reply[-1] if len(reply) % 2 else None)
 
 
+def _alone(answer: Any) -> Sequence[Any]:
+    return [answer]
+
+
+def _together(answer: Sequence[Any]) -> Sequence[Any]:
+    return answer
+
+
+def _copies(answer: Sequence[Any]) -> Sequence[Any]:
+    return [(answer[0], *answer[place : place + 2]) for place in range(1, len(answer), 2)]
+
+
+# By the operations that share a command: the replies to them in its answer.
+_SPLITTERS: dict[type, Callable[[Any], Sequence[Any]]] = {_Get: _together, _Write: _together, _Copy: _copies}
+
 _DECODERS: dict[type, Callable[[Any, Any], Any]] = {
     _Get: _decode_get,
     _Write: _decode_write,
+    _Copy: _decode_copy,
+    _Names: lambda _op, reply: reply,
     _Scan: _decode_page,
     _Ping: lambda _op, _reply: None,
 }

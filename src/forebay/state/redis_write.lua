@@ -1,15 +1,19 @@
 -- Writes of entries on Redis: one run of this script does a group of them, each of them or not.
 --
 -- An entry is a string: its version in decimal, a colon, and its data. An index has the keys of a namespace, as a sorted
--- set whose scores are 0, so that they sort; another one has the keys that expire, by the milliseconds since the epoch.
+-- set whose scores are 0, so that they sort; another one has the keys that expire, by the milliseconds since the epoch. A
+-- tombstone is a string: the version of what was removed while its key moved here from another shard; for an entry that
+-- expires, one less, as it may move away and come back.
 --
 -- KEYS: the last version, the replies to the last group of this client, then for each namespace its index and its index
--- of expiries, then for each operation its entry. ARGV[1] is the group, in JSON: the number of the group, the lengths of
--- the prefixes of the namespaces, and for each operation its namespace, the version that it depends on (-1: any), the
--- milliseconds after which it expires (0: it does not; -1: the entry is deleted). Then the data of those that write, in
--- their order. The reply has for each operation the version that it wrote; 1 or 0, if it deleted an entry or found none;
--- or -1 minus the version that it found, if it depends on another one; or "full". All are strings: a number of Lua has too few
--- digits in JSON.
+-- of expiries, then for each operation its entry, then the tombstones of those that move. ARGV[1] is the group, in JSON:
+-- the number of the group, the lengths of the prefixes of the namespaces, and for each operation its namespace, the
+-- version that it depends on (-1: any), the milliseconds after which it expires (0: it does not; -1: the entry is
+-- deleted). If its key moves, also the place of its tombstone in KEYS; the version that its own is larger than; and the
+-- version with which the entry is restored (0: it is an ordinary write). Then the data of those that write, in their
+-- order. The reply has for each operation the version that it wrote; 1 or 0, if it deleted an entry or found none, or
+-- restored one or not; or -1 minus the version that it found, if it depends on another one; or "full". All are strings:
+-- a number of Lua has too few digits in JSON.
 --
 -- A client numbers its groups. The replies to its last one are kept, so that a group that is sent again, because its
 -- answer was lost, is done once.
@@ -17,6 +21,7 @@
 local REMEMBERED = 600 -- seconds for which a group is told from its repetition
 local KEPT = 30 * 24 * 3600 -- seconds after the last write for which its version is kept; the clock is ahead by then
 local SWEPT = 10 -- expired keys that a group takes out of the index of each namespace
+local TOMBSTONE_TTL = 600000 -- milliseconds
 
 local call = redis.call
 local group = cjson.decode(ARGV[1])
@@ -61,10 +66,25 @@ for space = 1, #lengths do
   end
 end
 
+local function write(entry, index, expiries, key, ttl, written, data, is_new)
+  local value = text(written) .. ':' .. data
+  if ttl > 0 then
+    call('SET', entry, value, 'PX', ttl)
+    call('ZADD', expiries, milliseconds + ttl, key)
+  else
+    call('SET', entry, value)
+    call('ZREM', expiries, key)
+  end
+  if is_new then
+    call('ZADD', index, 0, key)
+  end
+end
+
 local replies, data = {}, 1
 for number_, op in ipairs(ops) do
   local entry, index, expiries = KEYS[first_entry + number_], KEYS[1 + 2 * op[1]], KEYS[2 + 2 * op[1]]
-  local expected, ttl = op[2], op[3]
+  local expected, ttl, floor, restored = op[2], op[3], op[5] or 0, op[6] or 0
+  local tombstone = op[4] and KEYS[op[4]]
   if ttl >= 0 then
     data = data + 1
   end
@@ -75,24 +95,27 @@ for number_, op in ipairs(ops) do
     replies[number_] = 'full'
   else
     local key = string.sub(entry, lengths[op[1]] + 1)
-    if ttl < 0 then
+    if restored > 0 then
+      local is_newer = math.max(found, tonumber(call('GET', tombstone) or 0)) < restored
+      if is_newer then
+        version = math.max(version, restored)
+        write(entry, index, expiries, key, ttl, restored, ARGV[data], found == 0)
+      end
+      replies[number_] = is_newer and '1' or '0'
+    elseif ttl < 0 then
       call('DEL', entry)
       call('ZREM', index, key)
       call('ZREM', expiries, key)
       replies[number_] = found > 0 and '1' or '0'
-    else
-      version = math.max(version, found) + 1
-      replies[number_] = text(version)
-      local value = text(version) .. ':' .. ARGV[data]
-      if ttl > 0 then
-        call('SET', entry, value, 'PX', ttl)
-        call('ZADD', expiries, milliseconds + ttl, key)
-      else
-        call('SET', entry, value)
-        call('ZREM', expiries, key)
+      if tombstone and found > 0 then
+        call('SET', tombstone, text(found), 'PX', TOMBSTONE_TTL)
       end
-      if found == 0 then
-        call('ZADD', index, 0, key)
+    else
+      version = math.max(version, found, floor) + 1
+      replies[number_] = text(version)
+      write(entry, index, expiries, key, ttl, version, ARGV[data], found == 0)
+      if tombstone and ttl > 0 then
+        call('SET', tombstone, text(version - 1), 'PX', ttl + TOMBSTONE_TTL)
       end
     end
   end

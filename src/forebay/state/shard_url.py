@@ -16,6 +16,7 @@ from forebay.storage.redis_url import REDIS_FORM, RedisUrl
 from forebay.storage.shown_url import shown_url
 
 if TYPE_CHECKING:
+    from forebay.state.near_cache import NearCache
     from forebay.state.shard import Shard
 
 _FORMS = (
@@ -32,8 +33,12 @@ class WeightedShard(NamedTuple):
     weight: float
 
 
-def open_shard(url: str | Shard) -> WeightedShard:
+def open_shard(url: str | Shard, near_cache: NearCache | None = None) -> WeightedShard:
     """Return the shard that a URL names; a shard is returned as it is.
+
+    Args:
+        url: as users write it.
+        near_cache: for a shard that can have one; None: it has none.
 
     Raises:
         InvalidShardUrl: the URL has none of the known forms.
@@ -44,13 +49,13 @@ def open_shard(url: str | Shard) -> WeightedShard:
             raise InvalidShardUrl(url=url, why=f"it is a {type(url).__name__}, not a URL or a shard", forms=_FORMS)
         return WeightedShard(url, 1.0)
     try:
-        return _open(url)
+        return _open(url, near_cache)
     except ValueError as error:
         why = error.why if isinstance(error, InvalidOverflowUrl) else str(error)
         raise InvalidShardUrl(url=shown_url(url), why=why, forms=_FORMS) from None
 
 
-def _open(url: str) -> WeightedShard:
+def _open(url: str, near_cache: NearCache | None) -> WeightedShard:
     rest, weight = _weight(url)
     store = parse_url(rest)
     if "bound" in dict(parse_qsl(urlsplit(rest).query)):
@@ -63,7 +68,7 @@ def _open(url: str) -> WeightedShard:
             written = unquote(urlsplit(rest).path.removeprefix("/"))
             return WeightedShard(SqliteShard(path, f"sqlite:///{written}", fsync=fsync), weight)
         case StoreUrl(redis=RedisUrl() as redis):
-            return WeightedShard(_redis_shard(redis), weight)
+            return WeightedShard(_redis_shard(redis, near_cache), weight)
         case _:
             raise ValueError(f"{store.scheme}:// keeps no state")
 
@@ -83,11 +88,11 @@ def _weight(url: str) -> tuple[str, float]:
     return rest if "?" in rest else rest.replace("&", "?", 1), weight
 
 
-def _redis_shard(url: RedisUrl) -> Shard:
+def _redis_shard(url: RedisUrl, near_cache: NearCache | None) -> Shard:
     try:
         from forebay.state.redis import RedisShard  # noqa: PLC0415 - it needs a library
     except ModuleNotFoundError as error:
         if error.name != "redis":
             raise
         raise StoreNotInstalled(where=str(url), library="redis", extra="redis") from None
-    return RedisShard(url)
+    return RedisShard(url, near_cache)

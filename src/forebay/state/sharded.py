@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
@@ -16,9 +16,11 @@ from forebay.clock import draw
 from forebay.errors import Conflict, InvalidShardUrl, InvalidStateKey, InvalidStateValue
 from forebay.state.entry import Entry, StoredEntry, Versioned
 from forebay.state.guarded_shard import GuardedShard
-from forebay.state.placement import Placement
+from forebay.state.moving import Move, Rebalanced
+from forebay.state.near_cache import NearCache, NearCacheStatistics
+from forebay.state.placement import Placement, unit_of
 from forebay.state.shard import ANY_VERSION, WriteRefused
-from forebay.state.shard_url import open_shard
+from forebay.state.shard_url import WeightedShard, open_shard
 
 if TYPE_CHECKING:
     from forebay.state.shard import Shard
@@ -70,9 +72,12 @@ class Namespace:
             InvalidStateKey: it is no key.
             ShardUnavailable: its shard is down; the message names it.
         """
+        return await self._read(key, cached=True)
+
+    async def _read(self, key: str, *, cached: bool) -> Versioned | None:
         encoded = _check_text("key", key)
-        shard = self._state.place(self._name, encoded)
-        found = await shard.call(partial(shard.shard.get, self._name, encoded))
+        shard, _ = await self._state.home(self._name, encoded)
+        found = await shard.call(partial(shard.shard.get, self._name, encoded, cached=cached))
         return None if found is None else Versioned(_decode(found.data), found.version)
 
     async def put(self, key: str, value: Any, ttl: float | None = None, if_version: int | None = None) -> int:
@@ -94,8 +99,8 @@ class Namespace:
         encoded, data = _check_text("key", key), _encode_value(key, value)
         _check_ttl(ttl)
         expected = _check_version(if_version)
-        shard = self._state.place(self._name, encoded)
-        write = partial(shard.shard.put, self._name, encoded, data, ttl, expected)
+        shard, floor = await self._state.home(self._name, encoded)
+        write = partial(shard.shard.put, self._name, encoded, data, ttl, expected, floor=floor)
         version: int = await _write(key, shard, write, expected)
         return version
 
@@ -113,7 +118,7 @@ class Namespace:
         """
         conflicts = 0
         while True:
-            found = await self.get(key)
+            found = await self._read(key, cached=False)  # of a stale value it would make a conflict
             value, version = (None, 0) if found is None else found
             new = change(value)
             if inspect.isawaitable(new):
@@ -134,8 +139,9 @@ class Namespace:
         """
         encoded = _check_text("key", key)
         expected = _check_version(if_version)
-        shard = self._state.place(self._name, encoded)
-        deleted: bool = await _write(key, shard, partial(shard.shard.delete, self._name, encoded, expected), expected)
+        shard, floor = await self._state.home(self._name, encoded)
+        write = partial(shard.shard.delete, self._name, encoded, expected, floor=floor)
+        deleted: bool = await _write(key, shard, write, expected)
         return deleted
 
     async def scan(
@@ -161,14 +167,11 @@ class Namespace:
         start = None if after is None else _check_text("after", after, minimum=0)
         if limit is not None:
             _validate.check_whole("scan", "limit", limit, minimum=0)
-        shards = self._state.places(self._name)
-        page = _PAGE if limit is None else min(limit, _PAGE)
-        streams = [_entries(shard, self._name, encoded, start, page, reverse=reverse) for shard in shards]
-        stream = streams[0] if len(streams) == 1 else _merge(streams, reverse=reverse)
         if limit == 0:
             return
+        page = _PAGE if limit is None else min(limit, _PAGE)
         left = limit
-        async for each in stream:
+        async for each in self._state.entries(self._name, encoded, start, page, reverse=reverse):
             yield _entry(each)
             if left is not None:
                 left -= 1
@@ -197,7 +200,13 @@ class ShardedState(Namespace):
     """
 
     @classmethod
-    async def connect(cls, *shards: str | Shard, timeout: float = 5.0) -> Self:  # noqa: ASYNC109 - of each later call
+    async def connect(
+        cls,
+        *shards: str | Shard,
+        timeout: float = 5.0,  # noqa: ASYNC109 - of each later call
+        moving_from: Sequence[str | Shard] | None = None,
+        near_cache: int | None = None,
+    ) -> Self:
         """Connect to the shards, and return the state on them.
 
         A shard that cannot be reached is down: its keys fail until it is back.
@@ -209,14 +218,25 @@ class ShardedState(Namespace):
                 URL as it is written, without user, password and options but ``name``: the order is free, and a shard
                 that is written in another way is another one.
             timeout: seconds that a shard may take to answer before it is down.
+            moving_from: the shards as they were given before, if one was added or removed, or has another weight. Then
+                an operation on a key whose shard has changed moves its entry first, and `rebalance` moves all. End all
+                processes that use the former shards before the first one starts with the new ones.
+            near_cache: entries of shards on Redis that `get` may answer from memory, up to 64 MiB of them; None: none.
+                The servers tell when one has changed, so another process's write is seen as soon as that message
+                arrives; this one's own at once. `update` and all writes decide by the servers' entries.
 
         Raises:
             InvalidShardUrl: a URL is malformed or given twice.
-            InvalidSetting: the timeout is no positive number.
+            InvalidSetting: the timeout is no positive number, moving_from is no list, or near_cache no positive number.
             StoreNotInstalled: a library is missing.
         """
         _validate.check_positive("ShardedState.connect", "timeout", timeout, unit="seconds")
-        state = cls(_Shards(shards, timeout), "")
+        if moving_from is not None and (isinstance(moving_from, str) or not isinstance(moving_from, Sequence)):
+            expected = "a list of the shards as they were given before"
+            _validate.reject("ShardedState.connect", "moving_from", moving_from, expected)
+        if near_cache is not None:
+            _validate.check_whole("ShardedState.connect", "near_cache", near_cache)
+        state = cls(_Shards(shards, timeout, moving_from, near_cache), "")
         await state._state.open()
         return state
 
@@ -235,20 +255,55 @@ class ShardedState(Namespace):
         """The shards that are down, by their URLs, and why."""
         return self._state.down
 
+    @property
+    def near_cache(self) -> NearCacheStatistics | None:
+        """The use of the near cache; None without one."""
+        return self._state.near_cache
+
+    async def rebalance(self, progress: Callable[[Rebalanced], object] | None = None) -> Rebalanced:
+        """Move all entries to the shards that have their keys now, and return how many were moved.
+
+        The state is used meanwhile. Once this has returned, all entries are in their places, and processes can be
+        restarted without `moving_from`. If it is cancelled or fails, what was moved stays moved, and another call, in
+        any process, goes on with the rest. Several processes may do it at a time.
+
+        Args:
+            progress: is called after each hundred entries or so.
+
+        Raises:
+            InvalidSetting: the state was connected without `moving_from`.
+            ShardUnavailable: a shard is down; the message names it.
+        """
+        return await self._state.rebalance(progress)
+
+
+class _Home(NamedTuple):
+    """The shard that has a key, and the floor of the versions of a key that moves, as `Shard` takes it."""
+
+    shard: GuardedShard
+    floor: int | None
+
 
 class _Shards:
     """The shards of a state, and the placement of keys among them."""
 
-    def __init__(self, urls: tuple[str | Shard, ...], timeout: float) -> None:
-        opened = [open_shard(url) for url in urls]
-        if not opened:
-            raise InvalidShardUrl(url="", why="no shard is given", forms="at least one URL")
-        self._by_url = {each.shard.url: GuardedShard(each.shard, timeout=timeout) for each in opened}
-        if len(self._by_url) < len(opened):
-            urls_ = [each.shard.url for each in opened]
-            twice = next(url for url in urls_ if urls_.count(url) > 1)
-            raise InvalidShardUrl(url=twice, why="it is given twice", forms="each shard once")
+    def __init__(
+        self,
+        urls: Sequence[str | Shard],
+        timeout: float,
+        moving_from: Sequence[str | Shard] | None = None,
+        near_cache: int | None = None,
+    ) -> None:
+        self._near_cache = None if near_cache is None else NearCache(near_cache)
+        opened = _opened(urls, self._near_cache)
+        former = [] if moving_from is None else _opened(moving_from, None)
+        shards = {each.shard.url: each.shard for each in (*former, *opened)}
+        self._by_url = {url: GuardedShard(shard, timeout=timeout) for url, shard in shards.items()}
         self._placement = Placement({each.shard.url: each.weight for each in opened})
+        self._move: Move | None = None
+        if moving_from is not None:
+            old = Placement({each.shard.url: each.weight for each in former})
+            self._move = Move(self._by_url, old, self._placement)
 
     async def open(self) -> None:
         await asyncio.gather(*(shard.open() for shard in self._by_url.values()))
@@ -260,14 +315,51 @@ class _Shards:
     def down(self) -> Mapping[str, str]:
         return {url: shard.why_down for url, shard in self._by_url.items() if shard.is_down}
 
+    @property
+    def near_cache(self) -> NearCacheStatistics | None:
+        return None if self._near_cache is None else self._near_cache.statistics
+
     def place(self, namespace: str, key: bytes) -> GuardedShard:
         """Return the shard of a key."""
-        unit = b"n" + namespace.encode() if namespace else b"k" + key
-        return self._by_url[self._placement.shard_of(unit)]
+        return self._by_url[self._placement.shard_of(unit_of(namespace, key))]
 
-    def places(self, namespace: str) -> list[GuardedShard]:
-        """Return the shards that may have keys of a namespace."""
-        return [self.place(namespace, b"")] if namespace else list(self._by_url.values())
+    async def home(self, namespace: str, key: bytes) -> _Home:
+        """Return the shard of a key, once it has the entry."""
+        floor = None if self._move is None else await self._move.settle(namespace, key)
+        return _Home(self.place(namespace, key), floor)
+
+    def entries(
+        self, namespace: str, prefix: bytes, after: bytes | None, page: int, *, reverse: bool
+    ) -> AsyncIterator[StoredEntry]:
+        """Return the entries of a scan, by the order of their keys; a shard is asked for `page` of them at a time."""
+        urls = self._placement.shards
+        shards = [self.place(namespace, b"")] if namespace else [self._by_url[url] for url in urls]
+        if self._move is not None:
+            return self._move.entries(namespace, prefix, after, page, shards, reverse=reverse)
+        streams = [_entries(shard, namespace, prefix, after, page, reverse=reverse) for shard in shards]
+        return streams[0] if len(streams) == 1 else _merge(streams, reverse=reverse)
+
+    async def rebalance(self, progress: Callable[[Rebalanced], object] | None) -> Rebalanced:
+        if self._move is None:
+            expected = "the shards as they were given before, or there is nothing to move"
+            _validate.reject("ShardedState.rebalance", "moving_from", None, expected)
+        return await self._move.rebalance(progress)
+
+
+def _opened(urls: Sequence[str | Shard], near_cache: NearCache | None) -> Sequence[WeightedShard]:
+    """Return the shards, not opened yet.
+
+    Raises:
+        InvalidShardUrl: a URL is malformed, or given twice, or there is none.
+    """
+    opened = [open_shard(url, near_cache) for url in urls]
+    if not opened:
+        raise InvalidShardUrl(url="", why="no shard is given", forms="at least one URL")
+    names = [each.shard.url for each in opened]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidShardUrl(url=name, why="it is given twice", forms="each shard once")
+    return opened
 
 
 async def _write(key: str, shard: GuardedShard, write: Callable[[], Awaitable[Any]], expected: int) -> Any:

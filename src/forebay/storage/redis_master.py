@@ -160,6 +160,12 @@ class RedisMaster:
                         self._notice_interruption()
                     return answers
 
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """The host and port of the master that has answered last; None: there is no connection."""
+        client = self._client  # another thread may disconnect
+        return None if client is None else address_of(client)
+
     def time(self) -> float | None:
         """Return the epoch seconds of the master's clock; None if it does not tell, or not this user.
 
@@ -220,6 +226,12 @@ def _connect(url: RedisUrl, tag: str, prepare: Sequence[Sequence[Any]]) -> tuple
         else:
             return client, str(info.get("run_id", ""))
     raise last
+
+
+def address_of(client: redis.Redis) -> tuple[str, int]:
+    """Return the host and port that a client is connected to."""
+    settings = client.connection_pool.connection_kwargs
+    return str(settings["host"]), int(settings["port"])
 
 
 def _check(info: Mapping[str, Any], url: RedisUrl) -> None:
