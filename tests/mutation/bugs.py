@@ -140,7 +140,7 @@ from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspende
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
-from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
+from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
@@ -1066,10 +1066,11 @@ def the_calls_that_raised_the_alarm_are_the_baseline() -> None:
     def watch(
         self: SlowdownExperiment, now: float, level: float, in_flight: float, slowdown: float, **rest: Any
     ) -> ExperimentResult | None:
+        latest, mean = [*self._latest, slowdown][-max(8, int(level)) :], self._in_flight
         result = original(self, now, level, in_flight, slowdown, **rest)
         if self.stage is not ExperimentStage.BASELINE:
             return result
-        return self._lower(now, level, list(self._latest), self._in_flight, **rest)
+        return self._lower(now, level, latest, mean, **rest)
 
     replace(SlowdownExperiment, original, watch)
 
@@ -1250,6 +1251,16 @@ def no_rate_is_learned() -> None:
 
 def a_learned_rate_is_believed_however_far_it_falls() -> None:
     always(LearnedRate, LearnedRate.is_disproved, returns=False)
+
+
+def a_call_that_is_rejected_earns_retries() -> None:
+    original = SharedAccount._overloaded
+
+    def _overloaded(self: SharedAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
+        self.retries.record_first_attempt()
+        return original(self, rejected, sole_account=sole_account)
+
+    replace(SharedAccount, original, _overloaded)
 
 
 def a_raised_rate_that_is_refused_at_once_is_guessed_again() -> None:

@@ -472,6 +472,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_learned_rate_is_believed_however_far_it_falls: (
         test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
     ),
+    bugs.a_call_that_is_rejected_earns_retries: (
+        test_call_flow.test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does
+    ),
     bugs.a_raised_rate_that_is_refused_at_once_is_guessed_again: (
         test_learned_rate.test_a_raised_rate_that_is_refused_twice_at_once_falls_to_the_one_before_it_rose
     ),

@@ -72,6 +72,7 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
     bugs.a_retry_ignores_retry_after: (blame_storm, 9),
     bugs.a_timeout_of_the_caller_is_a_fault: (blame_storm, 0),
     bugs.a_wrong_request_that_is_to_be_retried_uses_no_attempt: (blame_storm, 31),
+    bugs.a_call_that_is_rejected_earns_retries: (blame_storm, 155),
     bugs.all_models_share_an_account: (blame_storm, 1),
     bugs.a_few_faults_open_a_breaker: (blame_storm, 11),
     bugs.calls_that_fail_again_and_again_take_all_retries: (blame_storm, 163),
