@@ -131,7 +131,7 @@ from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
-from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
@@ -1262,6 +1262,21 @@ def a_call_that_is_rejected_earns_retries() -> None:
         return original(self, rejected, sole_account=sole_account)
 
     replace(SharedAccount, original, _overloaded)
+
+
+def a_learned_rate_that_falls_is_never_checked() -> None:
+    always(LearnedRate, LearnedRate._begin_check, returns=None)
+
+
+def a_check_that_fails_says_nothing_for_a_rate() -> None:
+    original = LearnedRate._end_check
+
+    def end_check(self: LearnedRate, now: float, block: Block, check: _Check) -> None:
+        falls, passes = self._falls, self._passes
+        original(self, now, block, check)
+        self._falls, self._passes = falls, max(passes, self._passes)
+
+    replace(LearnedRate, original, end_check)
 
 
 def a_raised_rate_that_is_refused_at_once_is_guessed_again() -> None:

@@ -483,6 +483,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_that_is_rejected_earns_retries: (
         test_call_flow.test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does
     ),
+    bugs.a_learned_rate_that_falls_is_never_checked: (
+        test_learned_rate.test_a_rate_that_falls_though_it_has_not_risen_is_checked_by_far_faster_calls
+    ),
+    bugs.a_check_that_fails_says_nothing_for_a_rate: (
+        test_learned_rate.test_a_check_that_accepts_few_calls_makes_it_two_again
+    ),
     bugs.a_raised_rate_that_is_refused_at_once_is_guessed_again: (
         test_learned_rate.test_a_raised_rate_that_is_refused_twice_at_once_falls_to_the_one_before_it_rose
     ),

@@ -90,6 +90,7 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
     bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (control_storm, 28),
     bugs.the_calls_that_raised_the_alarm_are_the_baseline: (control_storm, 137),
     bugs.no_rate_is_learned: (control_storm, 13),
+    bugs.a_learned_rate_that_falls_is_never_checked: (control_storm, 201),
     bugs.a_penalty_is_tried_again_at_once: (control_storm, 3),
     bugs.a_refusal_empties_the_quota_of_a_day: (control_storm, 26),
     bugs.a_remaining_amount_that_never_changes_is_believed: (control_storm, 17),
