@@ -310,7 +310,7 @@ def test_every_value_of_limited_by_has_a_page() -> None:
     assert {part for part in parts if f'"{part}"' not in source} == set()
     index = (OPERATE / "index.md").read_text()
     listed = set(re.findall(r"\]\(([\w-]+)\.md\)", index))
-    assert parts | {"pool", "worker", "upstream", "quota"} <= listed
+    assert parts | {"pool", "worker", "shard", "upstream", "quota"} <= listed
     assert listed == {path.stem for path in OPERATE.glob("*.md")} - {"index"}
 
 
