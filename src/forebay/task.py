@@ -355,10 +355,10 @@ class TaskResult(JsonStruct, Generic[ResultT_co], frozen=True, kw_only=True):
     worker_id: str | None
     success: bool
     status: TaskStatus
-    if TYPE_CHECKING:
-        result: _ResultField = _ResultField()
-    else:
+    if not TYPE_CHECKING:
         result: ResultT_co | None = None
+    else:
+        result: _ResultField = _ResultField()
     error: str | None = None
     duration_ms: float = 0.0
     attempts: int = 0
