@@ -327,7 +327,7 @@ class StoreAnswerLost(StoreUnavailable):
 
 
 class StoreNotInstalled(ForebayError, ImportError):
-    """The overflow {where} needs the library {library}, which is not installed: pip install 'forebay[{extra}]'."""
+    """{where} needs the library {library}, which is not installed: pip install 'forebay[{extra}]'."""
 
 
 class InvalidShardUrl(ForebayError, ValueError):
@@ -405,9 +405,7 @@ class DrainInside(ForebayError, RuntimeError):
 
 
 class WrongLoop(ForebayError, RuntimeError):
-    """{what} was used from another event loop or thread than the one its supervisor runs on: use supervisor.portal()
-    there.
-    """
+    """{what} was used from another event loop or thread than its own: {advice}."""
 
 
 class ForkedProcess(ForebayError, RuntimeError):

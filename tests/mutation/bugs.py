@@ -64,6 +64,7 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
+from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
 from forebay.state.near_cache import CachedServer, Read
@@ -2598,3 +2599,13 @@ def an_update_begins_from_the_near_cache() -> None:
         return await original(self, namespace, key, cached=True)
 
     replace(RedisShard, original, get)
+
+
+def a_call_that_fails_late_opens_a_closed_shard_again() -> None:
+    original = GuardedShard.close
+
+    async def close(self: GuardedShard) -> None:
+        await original(self)
+        self._is_closed = False
+
+    replace(GuardedShard, original, close)

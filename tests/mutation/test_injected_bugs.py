@@ -54,6 +54,7 @@ from tests.acceptance import (
     test_slot,
     test_start_deadlines,
     test_start_gate,
+    test_state_misuse,
     test_state_near_cache,
     test_stored_retries,
     test_stored_text,
@@ -1061,6 +1062,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.what_was_removed_while_it_moved_leaves_no_tombstone: (
         test_moving.test_what_was_deleted_or_has_expired_does_not_come_back
+    ),
+    bugs.a_call_that_fails_late_opens_a_closed_shard_again: (
+        test_state_misuse.test_a_call_that_fails_once_the_state_is_closed_does_not_open_the_shard_again
     ),
     bugs.an_entry_is_moved_to_where_it_is: test_state_moving.test_a_server_under_another_name_keeps_its_entries,
     bugs.a_scan_does_not_read_the_old_shards: test_moving.test_a_scan_sees_each_entry_once_while_it_is_moved,

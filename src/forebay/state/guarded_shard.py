@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
 from forebay.context import call_observer
-from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable
+from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable, WrongLoop
 from forebay.state.shard import OperationRejected, Shard
 from forebay.state.shard_load import ShardLoad
 from forebay.state.time_limits import TimeLimits
+
+log = logging.getLogger("forebay")
 
 _T = TypeVar("_T")
 
@@ -22,7 +25,7 @@ class GuardedShard:
     """A shard with a time limit for each call.
 
     A shard that has not answered in time, or could not be reached, is *down*. While it is down, a ping is sent to it
-    twice a second, and all calls fail without being sent.
+    twice a second, and all calls fail without being sent. So they do once it has been closed.
 
     Args:
         shard: the shard.
@@ -40,6 +43,8 @@ class GuardedShard:
         self._limits = TimeLimits(timeout)
         self._error: ShardUnavailable | None = None  # why it is down
         self._probing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that of `open`
+        self._is_closed = False
 
     @property
     def is_down(self) -> bool:
@@ -53,10 +58,14 @@ class GuardedShard:
 
     async def open(self) -> None:
         """Connect. If it cannot be reached, it is down."""
+        self._loop = asyncio.get_running_loop()
         await self._connect()
 
     async def close(self) -> None:
-        """Stop the probes and close the shard, within the time of two calls."""
+        """Stop the probes and close the shard, within the time of two calls. Later calls fail."""
+        self._is_closed = True
+        why, advice = "its state has been closed", "Use a state within its `async with`, or connect another one."
+        self._error = ShardUnavailable(where=self.url, why=why, advice=advice)
         if self._probing is not None:
             self._probing.cancel()
             with suppress(asyncio.CancelledError):
@@ -72,7 +81,11 @@ class GuardedShard:
         Raises:
             ShardUnavailable: the shard is down.
             ShardAnswerLost: it may have done what it was asked.
+            WrongLoop: it was opened in another event loop.
         """
+        if asyncio.get_running_loop() is not self._loop:
+            advice = "connect another state there, or hand the call over by asyncio.run_coroutine_threadsafe()"
+            raise WrongLoop(what="A ShardedState", advice=advice)
         run = call_observer()
         if run is not None:
             run.record_call(self.load)
@@ -111,6 +124,10 @@ class GuardedShard:
         return _named(error, self.url)
 
     def _go_down(self, error: ShardUnavailable) -> None:
+        if self._is_closed:
+            return
+        if self._error is None:
+            log.error("the shard %s is down: %s. Its keys fail until it is back. %s", self.url, error.why, error.advice)
         self._error = error
         self.load.went_down()
         if self._probing is None or self._probing.done():
@@ -135,6 +152,7 @@ class GuardedShard:
                     await self.shard.ping()
                 self._error = None
                 self.load.came_up()
+                log.warning("the shard %s is back", self.url)
 
 
 def _named(error: StoreUnavailable, url: str) -> ShardUnavailable:

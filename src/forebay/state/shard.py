@@ -70,7 +70,9 @@ class Shard(Protocol):
     """A place for entries. A namespace is a name that separates keys; that of the state itself is empty.
 
     A write gets a version larger than any that its key has had on this shard, also if it was deleted in between. All
-    methods raise StoreUnavailable if it cannot be used, and OperationRejected if it is, say, full.
+    methods raise StoreUnavailable if it cannot be used, StoreAnswerLost if a write may have been done all the same, and
+    OperationRejected if it is, say, full. A call that takes too long is cancelled: what it writes may then still be
+    written, as a whole or not at all. Then `open` and `ping` are called until both return.
 
     While keys move here from another shard, a write of such a key has a `floor`: its version is larger than that. What
     the write removes, or has replaced once its ttl is over, leaves a *tombstone*: the version of it, for ten minutes.

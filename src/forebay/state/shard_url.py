@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import isfinite
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from forebay.errors import InvalidOverflowUrl, InvalidShardUrl, StoreNotInstalled
 from forebay.state.memory import MemoryShard
+from forebay.state.shard import Shard
 from forebay.state.sqlite import SqliteShard
 from forebay.storage import StoreUrl, parse_url
 from forebay.storage.redis_url import REDIS_FORM, RedisUrl
@@ -17,12 +19,12 @@ from forebay.storage.shown_url import shown_url
 
 if TYPE_CHECKING:
     from forebay.state.near_cache import NearCache
-    from forebay.state.shard import Shard
 
 _FORMS = (
     f"{REDIS_FORM}, sqlite:///relative.db, sqlite:////absolute.db (?fsync=), memory://, each with ?weight= for its"
     " share of the keys (by default 1)"
 )
+_MEMBERS = ["url", *(name for name in vars(Shard) if not name.startswith("_"))]  # of a shard
 _WEIGHT = re.compile(r"[?&]weight=([^&]*)")
 
 
@@ -45,14 +47,25 @@ def open_shard(url: str | Shard, near_cache: NearCache | None = None) -> Weighte
         StoreNotInstalled: the library that it needs is not installed.
     """
     if not isinstance(url, str):
-        if not hasattr(url, "scan"):
-            raise InvalidShardUrl(url=url, why=f"it is a {type(url).__name__}, not a URL or a shard", forms=_FORMS)
+        if missing := [name for name in _MEMBERS if not hasattr(url, name)]:
+            raise InvalidShardUrl(url=url, why=_why_no_shard(url, missing), forms=_FORMS)
         return WeightedShard(url, 1.0)
     try:
         return _open(url, near_cache)
     except ValueError as error:
         why = error.why if isinstance(error, InvalidOverflowUrl) else str(error)
         raise InvalidShardUrl(url=shown_url(url), why=why, forms=_FORMS) from None
+
+
+def _why_no_shard(value: object, missing: Sequence[str]) -> str:
+    kind = type(value).__name__
+    if isinstance(value, list | tuple):
+        return f"it is a {kind}; give each shard as an argument of its own: connect(*shards)"
+    if isinstance(value, PurePath):
+        return f'it is a {kind}; for a SQLite file, write "sqlite:///" + str(path)'
+    if len(missing) < len(_MEMBERS):
+        return f"it is a {kind}, and a shard of your own also needs {', '.join(missing)}: see forebay.state.Shard"
+    return f"it is a {kind}, not a URL or a shard"
 
 
 def _open(url: str, near_cache: NearCache | None) -> WeightedShard:

@@ -21,6 +21,7 @@ from forebay.state.near_cache import NearCache, NearCacheStatistics
 from forebay.state.placement import Placement, unit_of
 from forebay.state.shard import ANY_VERSION, WriteRefused
 from forebay.state.shard_url import WeightedShard, open_shard
+from forebay.storage.shown_url import shown_url
 
 if TYPE_CHECKING:
     from forebay.state.shard import Shard
@@ -227,13 +228,19 @@ class ShardedState(Namespace):
 
         Raises:
             InvalidShardUrl: a URL is malformed or given twice.
-            InvalidSetting: the timeout is no positive number, moving_from is no list, or near_cache no positive number.
+            InvalidSetting: no shard is given, the timeout is no positive number, moving_from is no list of shards, or
+                near_cache no positive number.
             StoreNotInstalled: a library is missing.
         """
         _validate.check_positive("ShardedState.connect", "timeout", timeout, unit="seconds")
-        if moving_from is not None and (isinstance(moving_from, str) or not isinstance(moving_from, Sequence)):
-            expected = "a list of the shards as they were given before"
-            _validate.reject("ShardedState.connect", "moving_from", moving_from, expected)
+        if not shards:
+            _validate.reject("ShardedState.connect", "shards", shards, "at least one URL of a shard")
+        if moving_from is not None and (
+            not moving_from or isinstance(moving_from, str) or not isinstance(moving_from, Sequence)
+        ):
+            expected = "a list of the shards as they were given before, or left out if none has changed"
+            shown = shown_url(moving_from) if isinstance(moving_from, str) else moving_from  # it may have a password
+            _validate.reject("ShardedState.connect", "moving_from", shown, expected)
         if near_cache is not None:
             _validate.check_whole("ShardedState.connect", "near_cache", near_cache)
         state = cls(_Shards(shards, timeout, moving_from, near_cache), "")
@@ -341,8 +348,8 @@ class _Shards:
 
     async def rebalance(self, progress: Callable[[Rebalanced], object] | None) -> Rebalanced:
         if self._move is None:
-            expected = "the shards as they were given before, or there is nothing to move"
-            _validate.reject("ShardedState.rebalance", "moving_from", None, expected)
+            expected = "the shards as they were given before, for rebalance() to have something to move"
+            _validate.reject("ShardedState.connect", "moving_from", None, expected)
         return await self._move.rebalance(progress)
 
 
@@ -350,11 +357,9 @@ def _opened(urls: Sequence[str | Shard], near_cache: NearCache | None) -> Sequen
     """Return the shards, not opened yet.
 
     Raises:
-        InvalidShardUrl: a URL is malformed, or given twice, or there is none.
+        InvalidShardUrl: a URL is malformed, or given twice.
     """
     opened = [open_shard(url, near_cache) for url in urls]
-    if not opened:
-        raise InvalidShardUrl(url="", why="no shard is given", forms="at least one URL")
     names = [each.shard.url for each in opened]
     for name in names:
         if names.count(name) > 1:
@@ -412,7 +417,7 @@ def _check_text(what: str, text: object, *, minimum: int = 1) -> bytes:
     """
     expected = f"a str of {minimum} to {_MAX_KEY:,} bytes in UTF-8"
     if not isinstance(text, str):
-        raise InvalidStateKey(what=what, why=f"a {type(text).__name__}", expected=expected)
+        raise InvalidStateKey(what=what, why=f"of type {type(text).__name__}", expected=expected)
     if not is_unicode(text):
         raise InvalidStateKey(what=what, why="a str with half of a surrogate pair, which is no text", expected=expected)
     encoded = text.encode()

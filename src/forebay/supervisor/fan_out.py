@@ -194,7 +194,7 @@ class FanOut(Generic[ResultT_co]):
             Others: as `submit`; then the tasks that have not ended are cancelled.
         """
         if asyncio.get_running_loop() is not self._admission.loop:
-            raise WrongLoop(what="The fan-out")
+            raise WrongLoop(what="The fan-out", advice="use supervisor.portal() there")
         try:
             async with self._reading:
                 try:

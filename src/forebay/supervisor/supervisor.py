@@ -843,7 +843,7 @@ class BackpressureSupervisor:
             return
         if self._closing is None:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
-                raise WrongLoop(what="The supervisor")
+                raise WrongLoop(what="The supervisor", advice="use supervisor.portal() there")
             self._closing = asyncio.ensure_future(self._close(self._dispatcher))
         if self._closing.get_loop() is asyncio.get_running_loop():
             closing = self._closing
@@ -970,7 +970,7 @@ class BackpressureSupervisor:
                 raise ForkedProcess(what="The supervisor", parent=parent)
             if self._closing is not None:
                 raise SupervisorClosed(state="closed")
-            raise WrongLoop(what="The supervisor")
+            raise WrongLoop(what="The supervisor", advice="use supervisor.portal() there")
         return admission
 
     def _dispatcher_here(self) -> Dispatcher:

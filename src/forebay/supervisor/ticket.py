@@ -252,7 +252,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
     async def _wait(self, *, cancel_task: bool = False) -> TaskResult[ResultT_co]:
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
-                raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
+                raise WrongLoop(what=f"The ticket of task {self.task_id!r}", advice="use supervisor.portal() there")
             reclaim = self._dispatcher.lend_slots(context.running_task(), self)
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed

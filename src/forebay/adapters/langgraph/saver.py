@@ -24,7 +24,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from forebay import _validate
 from forebay.adapters.langgraph.large_value import gather
-from forebay.adapters.langgraph.state_loop import StateLoop
+from forebay.adapters.langgraph.state_loop import StateLoop, check_state
 from forebay.adapters.langgraph.thread_checkpoints import Record, StoredWrite, ThreadCheckpoints
 from forebay.adapters.langgraph.thread_index import ThreadIndex
 from forebay.clock import draw
@@ -54,10 +54,12 @@ class ShardedSaver(BaseCheckpointSaver[str]):
 
     Raises:
         NoRunningLoop: no event loop is running.
+        InvalidSetting: the state is no `ShardedState`, nor a namespace of one.
     """
 
     def __init__(self, state: Namespace, *, serde: SerializerProtocol | None = None) -> None:
         super().__init__(serde=serde)
+        check_state(type(self).__name__, state)
         self._space = state.namespace("langgraph")
         self._index = ThreadIndex(self._space)
         self._loop = StateLoop(type(self).__name__)

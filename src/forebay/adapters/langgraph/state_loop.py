@@ -6,9 +6,24 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from forebay import _validate
 from forebay.errors import NoRunningLoop, WouldDeadlock
+from forebay.state import Namespace
+from forebay.storage.shown_url import shown_url
 
 _T = TypeVar("_T")
+
+
+def check_state(owner: str, state: object) -> None:
+    """Check that what `owner`, a class, was given is a state or a namespace of one.
+
+    Raises:
+        InvalidSetting: it is not.
+    """
+    if not isinstance(state, Namespace):
+        expected = "a ShardedState, which `await ShardedState.connect(...)` returns, or a namespace of it"
+        shown = shown_url(state) if isinstance(state, str) else state  # it may have a password
+        _validate.reject(owner, "state", shown, expected)
 
 
 class StateLoop:

@@ -25,7 +25,7 @@ from forebay import _validate
 from forebay.adapters.langgraph.checkpoint_keys import quote, unquote
 from forebay.adapters.langgraph.item_filter import check_filter, is_listed, matches
 from forebay.adapters.langgraph.large_value import gather
-from forebay.adapters.langgraph.state_loop import StateLoop
+from forebay.adapters.langgraph.state_loop import StateLoop, check_state
 from forebay.clock import wall_time
 from forebay.errors import Conflict
 from forebay.state import Entry, Namespace
@@ -55,11 +55,15 @@ class ShardedStore(BaseStore):
 
     Raises:
         NoRunningLoop: no event loop is running.
+        InvalidSetting: the state is no `ShardedState`, nor a namespace of one; or the ttl no dict.
     """
 
     supports_ttl = True
 
     def __init__(self, state: Namespace, *, ttl: TTLConfig | None = None) -> None:
+        check_state(type(self).__name__, state)
+        if ttl is not None and not isinstance(ttl, Mapping):
+            _validate.reject(type(self).__name__, "ttl", ttl, 'a dict such as {"default_ttl": 60}, in minutes')
         self._state = state
         self._loop = StateLoop(type(self).__name__)
         self.ttl_config = ttl
