@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from tests.support.redis_servers import StandaloneRedis, redis_server
+from tests.support.switched_shard import SwitchedShard
 from tests.support.task_plane import virtual
 
-from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus
+from forebay import BackpressureSupervisor, Overloaded, Retry, Task, TaskStatus
 from forebay.clock import now
 from forebay.errors import ShardAnswerLost, ShardUnavailable
 from forebay.state import MemoryShard, ShardedState
@@ -169,3 +170,20 @@ async def test_the_load_of_a_slow_shard_is_seen_by_admission() -> None:
             loads = {reading.resource: reading.load for reading in supervisor.readings()}
             assert loads["shard:memory://slow"] == pytest.approx(0.6, abs=0.01)
             assert [result.success for result in await asyncio.gather(*tickets)] == [True] * 10
+
+
+@virtual
+async def test_a_retry_waits_until_the_shard_is_back() -> None:
+    shard = SwitchedShard("memory://switched")
+    async with await ShardedState.connect(shard) as state, BackpressureSupervisor() as supervisor:
+
+        async def read(task: Task) -> Any:
+            return await state.get(str(task.payload))
+
+        supervisor.register_worker("reader", handler=read, task_types=["read"], retry=Retry(max_attempts=2))
+        shard.is_off = True
+        ticket = await supervisor.submit(Task("read", "key"))
+        await asyncio.sleep(60.0)
+        shard.is_off = False
+        result = await ticket
+        assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 2)

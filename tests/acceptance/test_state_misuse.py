@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.switched_shard import SwitchedShard
 from tests.support.task_plane import error_of, virtual
 
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore
-from forebay.errors import InvalidSetting, InvalidShardUrl, ShardUnavailable, StoreUnavailable, WrongLoop
-from forebay.state import MemoryShard, ShardedState
+from forebay.errors import InvalidSetting, InvalidShardUrl, ShardUnavailable, WrongLoop
+from forebay.state import ShardedState
 
 
 class HalfAShard:
@@ -80,27 +81,6 @@ async def test_a_closed_state_is_rejected(url: str, tmp_path: Path) -> None:
     for call in (state.get("key"), state.put("key", 2)):
         with pytest.raises(ShardUnavailable, match="its state has been closed"):
             await call
-
-
-class SwitchedShard(MemoryShard):
-    """A shard that can be switched off. A call that it has while it is switched off fails after a second."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.is_off = False
-        self.opened = 0
-
-    async def open(self) -> None:
-        self.opened += 1
-
-    async def get(self, *args: Any, **options: Any) -> Any:
-        await self.ping()
-        return await super().get(*args, **options)
-
-    async def ping(self) -> None:
-        if self.is_off:
-            await asyncio.sleep(1.0)
-            raise StoreUnavailable(where=self.url, why="it is switched off", advice="Switch it on.")
 
 
 @virtual

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_KEY = 1_024  # bytes in UTF-8; a namespace may have as many
 _MAX_VALUE = 8 << 20  # bytes, encoded
+_MIN_TTL = 0.001  # seconds
 _MAX_TTL = 10 * 365 * 86_400.0  # seconds
 _PAGE = 100  # entries that a scan asks a shard for
 _MAX_BACKOFF = 0.1  # seconds that an update waits after a conflict
@@ -444,8 +445,8 @@ def _encode_value(key: str, value: object) -> bytes:
 
 
 def _check_ttl(ttl: object) -> None:
-    if ttl is not None:
-        _validate.check_between("put", "ttl", ttl, 0.001, _MAX_TTL)
+    if ttl is not None and not (_validate.is_number(ttl) and _MIN_TTL <= ttl <= _MAX_TTL):
+        _validate.reject("put", "ttl", ttl, f"a number of seconds from {_MIN_TTL} to {_MAX_TTL:,.0f}, or None")
 
 
 def _check_version(if_version: object) -> int:
