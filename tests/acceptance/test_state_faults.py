@@ -124,6 +124,32 @@ async def test_tasks_that_use_a_shard_which_is_down_are_rejected_before_they_run
             assert await supervisor.run(Task("count")) == 1  # it keeps nothing on disk
 
 
+async def test_tasks_that_need_no_shard_which_is_down_go_on(servers: list[StandaloneRedis]) -> None:
+    async with await ShardedState.connect(*(server.url for server in servers), timeout=TIMEOUT) as state:
+
+        async def write(task: Task) -> int:
+            return await state.put(str(task.payload), 1)
+
+        keys = [keys_of(state, server) for server in servers]
+        async with BackpressureSupervisor() as supervisor:
+            supervisor.register_worker("writer", handler=write, task_types=["write"], max_concurrent=10)
+            await supervisor.map("write", [key for some in keys for key in some])
+            dead = servers[0].master()
+            dead.kill()
+            for _ in range(3):
+                results = await supervisor.map("write", [some[0] for some in keys], return_exceptions=True)
+                assert [isinstance(result, int) for result in results] == [False, True, True]
+            loads = {reading.resource: reading.load for reading in supervisor.readings()}
+            assert loads[f"shard:{state.shard_of(keys[0][0])}"] == pytest.approx(1 / 3, abs=0.05)
+            for server in servers[1:]:
+                server.master().kill()
+            await asyncio.gather(*(supervisor.submit(Task("write", some[0])) for some in keys))
+            while len(state.down) < len(servers):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.05)
+            with pytest.raises(Overloaded, match="shard:"):
+                await supervisor.run(Task("write", keys[0][0]))
+
+
 async def test_a_full_shard_rejects_writes_that_add_and_goes_on(servers: list[StandaloneRedis]) -> None:
     async with await ShardedState.connect(servers[0].url, timeout=TIMEOUT) as state:
         server = servers[0].master()

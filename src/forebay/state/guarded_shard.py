@@ -11,7 +11,7 @@ from typing import TypeVar
 from forebay.context import call_observer
 from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable, WrongLoop
 from forebay.state.shard import OperationRejected, Shard
-from forebay.state.shard_load import ShardLoad
+from forebay.state.shard_load import ShardLoad, StateLoad
 from forebay.state.time_limits import TimeLimits
 
 log = logging.getLogger("forebay")
@@ -29,16 +29,19 @@ class GuardedShard:
 
     Args:
         shard: the shard.
+        weight: its share of the keys, compared with the others'.
+        state: the load of the state that it is in.
         timeout: seconds that a call may take.
 
     Attributes:
         load: as task admission sees it.
     """
 
-    def __init__(self, shard: Shard, *, timeout: float) -> None:
+    def __init__(self, shard: Shard, weight: float, state: StateLoad, *, timeout: float) -> None:
         self.shard = shard
         self.url = shard.url
-        self.load = ShardLoad(f"shard:{shard.url}", timeout=timeout, recheck=_PROBE_INTERVAL)
+        self.load = ShardLoad(f"shard:{shard.url}", state, timeout=timeout, recheck=_PROBE_INTERVAL)
+        state.add(self.load, weight)
         self._timeout = timeout
         self._limits = TimeLimits(timeout)
         self._error: ShardUnavailable | None = None  # why it is down

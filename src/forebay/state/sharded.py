@@ -20,6 +20,7 @@ from forebay.state.moving import Move, Rebalanced
 from forebay.state.near_cache import NearCache, NearCacheStatistics
 from forebay.state.placement import Placement, unit_of
 from forebay.state.shard import ANY_VERSION, WriteRefused
+from forebay.state.shard_load import StateLoad
 from forebay.state.shard_url import WeightedShard, open_shard
 from forebay.storage.shown_url import shown_url
 
@@ -305,8 +306,10 @@ class _Shards:
         self._near_cache = None if near_cache is None else NearCache(near_cache)
         opened = _opened(urls, self._near_cache)
         former = [] if moving_from is None else _opened(moving_from, None)
-        shards = {each.shard.url: each.shard for each in (*former, *opened)}
-        self._by_url = {url: GuardedShard(shard, timeout=timeout) for url, shard in shards.items()}
+        shards, load = {each.shard.url: each for each in (*former, *opened)}, StateLoad()
+        self._by_url = {
+            url: GuardedShard(each.shard, each.weight, load, timeout=timeout) for url, each in shards.items()
+        }
         self._placement = Placement({each.shard.url: each.weight for each in opened})
         self._move: Move | None = None
         if moving_from is not None:
