@@ -51,7 +51,7 @@ class ShardLoad:
 
     Args:
         name: of the shard, in messages.
-        state: the load of its state, which has been told of it.
+        state: the load of its state, to which it is added.
         timeout: seconds that a call may take.
         recheck: seconds until a shard that is down may be up again.
 
