@@ -410,6 +410,14 @@ class WrongLoop(ForebayError, RuntimeError):
     """
 
 
+class StateWrongLoop(WrongLoop):
+    """A state was used from another event loop or thread than the one that connected it: connect one there too."""
+
+
+class StateClosed(ForebayError, RuntimeError):
+    """A state was used after it was closed: connect another one."""
+
+
 class ForkedProcess(ForebayError, RuntimeError):
     """{what} belongs to process {parent}, and this is a child that was forked from it, without its threads: make a new
     one here, or start the child with the method 'spawn' or 'forkserver'.

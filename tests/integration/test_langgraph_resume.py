@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypedDict
 import pytest
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
@@ -209,6 +210,59 @@ async def test_an_answer_is_given_once_though_its_attempt_is_repeated() -> None:
         result = await supervisor.run(Task("chat", Resume("yes", question.id), thread_id="t"))
     assert result == {"messages": ["user", "you said yes", "second"]}
     assert nodes.ran == ["ask", "ask", "second", "second"]
+
+
+@pytest.mark.parametrize("by", ["order", "id"])
+@pytest.mark.parametrize("failing", ["one", "two", "three"])
+@pytest.mark.parametrize("kind", ["node", "entrypoint"])
+async def test_an_answer_is_not_taken_for_that_to_the_next_question(kind: str, failing: str, by: str) -> None:
+    failures = [failing]
+
+    async def ask_three(_: Any) -> Any:
+        answers = []
+        for question in ("one", "two", "three"):
+            answers.append(interrupt(question))
+            if failures == [question]:
+                failures.clear()
+                raise ConnectionError
+        return {"messages": answers}
+
+    async with BackpressureSupervisor() as supervisor:
+        saver = InMemorySaver()
+        graph: Any = entrypoint(checkpointer=saver)(ask_three)
+        if kind == "node":
+            node: Any = ask_three
+            graph = StateGraph(State).add_node("ask", node).add_edge(START, "ask").compile(checkpointer=saver)
+        retry = Retry(max_attempts=2, base_delay=0.001)
+        supervisor.register_worker("chat", handler=graph, task_types=["chat"], retry=retry)
+        result = await (await supervisor.submit(Task("chat", {"messages": []}, thread_id="t")))
+        asked = list[str]()
+        while result.interrupts:
+            (question,) = result.interrupts
+            asked.append(question.value)
+            answer = Resume(f"to {question.value}", question.id if by == "id" else None)
+            result = await (await supervisor.submit(Task("chat", answer, thread_id="t")))
+    assert asked == ["one", "two", "three"]
+    assert result.result == {"messages": ["to one", "to two", "to three"]}
+    assert not failures
+
+
+async def test_an_answer_can_be_given_at_an_earlier_checkpoint() -> None:
+    nodes = Nodes()
+    graph = nodes.graph("ask", "second")
+    past: dict[str, Any] = {}
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("chat", handler=graph, task_types=["chat"], config=lambda _: {"configurable": past})
+        await supervisor.run(Task("chat", message("one"), thread_id="t"))
+        asking = await graph.aget_state({"configurable": {"thread_id": "t"}})
+        await supervisor.run(Task("chat", message("two"), thread_id="t"))
+        assert (await supervisor.run(Task("chat", Resume("no"), thread_id="t")))["messages"][-2:] == [
+            "you said no",
+            "second",
+        ]
+        past["checkpoint_id"] = asking.config["configurable"]["checkpoint_id"]
+        result = await supervisor.run(Task("chat", Resume("yes"), thread_id="t"))
+    assert result == {"messages": ["one", "you said yes", "second"]}
 
 
 async def test_an_answer_that_nothing_has_asked_for_is_no_fault_of_the_worker() -> None:

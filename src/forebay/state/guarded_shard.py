@@ -8,7 +8,14 @@ from contextlib import suppress
 from typing import TypeVar
 
 from forebay.context import call_observer
-from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable
+from forebay.errors import (
+    ShardAnswerLost,
+    ShardUnavailable,
+    StateClosed,
+    StateWrongLoop,
+    StoreAnswerLost,
+    StoreUnavailable,
+)
 from forebay.state.shard import OperationRejected, Shard
 from forebay.state.shard_load import ShardLoad
 from forebay.state.time_limits import TimeLimits
@@ -40,6 +47,7 @@ class GuardedShard:
         self._limits = TimeLimits(timeout)
         self._error: ShardUnavailable | None = None  # why it is down
         self._probing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that opened it; None: it is not open
 
     @property
     def is_down(self) -> bool:
@@ -53,10 +61,14 @@ class GuardedShard:
 
     async def open(self) -> None:
         """Connect. If it cannot be reached, it is down."""
+        self._loop = asyncio.get_running_loop()
         await self._connect()
 
     async def close(self) -> None:
-        """Stop the probes and close the shard, within the time of two calls."""
+        """Stop the probes and close the shard, within the time of two calls. Calls that have begun go on until then."""
+        if self._loop not in {None, asyncio.get_running_loop()}:
+            raise StateWrongLoop
+        self._loop = None
         if self._probing is not None:
             self._probing.cancel()
             with suppress(asyncio.CancelledError):
@@ -72,7 +84,10 @@ class GuardedShard:
         Raises:
             ShardUnavailable: the shard is down.
             ShardAnswerLost: it may have done what it was asked.
+            StateWrongLoop, StateClosed: it was opened in another event loop, or is closed.
         """
+        if self._loop is not asyncio.get_running_loop():
+            raise StateClosed if self._loop is None else StateWrongLoop
         run = call_observer()
         if run is not None:
             run.record_call(self.load)
@@ -113,7 +128,7 @@ class GuardedShard:
     def _go_down(self, error: ShardUnavailable) -> None:
         self._error = error
         self.load.went_down()
-        if self._probing is None or self._probing.done():
+        if self._loop is not None and (self._probing is None or self._probing.done()):
             self._probing = asyncio.create_task(self._probe(), name=f"forebay-state-probe-{self.url}")
 
     async def _connect(self) -> None:
@@ -129,10 +144,11 @@ class GuardedShard:
         """Ask for an answer until there is one."""
         while self._error is not None:
             await asyncio.sleep(_PROBE_INTERVAL)
-            with suppress(StoreUnavailable, TimeoutError):
+            with suppress(Exception):  # a probe that ends would leave the shard down for good
                 async with asyncio.timeout(self._timeout):
                     await self.shard.open()
-                    await self.shard.ping()
+                    with suppress(OperationRejected):  # it has answered: other operations may succeed
+                        await self.shard.ping()
                 self._error = None
                 self.load.came_up()
 

@@ -237,7 +237,11 @@ class ShardedState(Namespace):
         if near_cache is not None:
             _validate.check_whole("ShardedState.connect", "near_cache", near_cache)
         state = cls(_Shards(shards, timeout, moving_from, near_cache), "")
-        await state._state.open()
+        try:
+            await state._state.open()
+        except BaseException:  # what is connected by now, nobody else could close
+            await state.close()
+            raise
         return state
 
     async def close(self) -> None:

@@ -12,6 +12,7 @@ LangGraph 1.2 treats a run as follows:
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from forebay.task import Task
 
 _ROOT = "__root__"  # the only channel of a graph whose state is one value of any type
-_INTERRUPT = "__interrupt__"  # the channel of interrupts among the writes of a checkpoint
+# The channels of interrupts, answers and errors among the writes of a checkpoint. A task with others has ended.
+_INTERRUPT, _RESUME, _ERROR = "__interrupt__", "__resume__", "__error__"
+_ANSWERING = "__forebay_answering__"  # the channel in which it is written which interrupt a submission answers
+_INTERRUPT_ID = re.compile("[0-9a-f]{32}")  # else LangGraph takes a mapping by it for an answer
 _TASK_ID, _SUBMISSION = "forebay_task_id", "forebay_submission"  # in the metadata of checkpoints
 
 
@@ -113,10 +117,16 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
     if (metadata.get(_TASK_ID), metadata.get(_SUBMISSION)) == (task.task_id, running.submission):
         run.config["configurable"] = newest
         return None
-    if isinstance(task.payload, Resume) and not _waits(found):
-        expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
-        raise UnusableTask(field="payload", value="Resume", expected=expected)
-    return _payload(task)
+    if not isinstance(task.payload, Resume):
+        return task.payload
+    if "checkpoint_id" in configurable:
+        asking = await saver.aget_tuple({"configurable": {"checkpoint_ns": "", **configurable}})
+        if asking is not None and any(channel == _INTERRUPT for _, channel, _ in asking.pending_writes or ()):
+            return _payload(task)
+    elif found is not None and (waiting := _waiting(found)):
+        return await _answer(saver, found, waiting, task.payload, f"{task.task_id}/{running.submission}")
+    expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
+    raise UnusableTask(field="payload", value="Resume", expected=expected)
 
 
 def _payload(task: Task) -> Any:
@@ -127,10 +137,53 @@ def _payload(task: Task) -> Any:
     return Command(resume=answer)
 
 
-def _waits(found: CheckpointTuple | None) -> bool:
-    """Return whether the graph has asked something, and stopped there."""
-    writes = (None if found is None else found.pending_writes) or ()
-    return any(channel == _INTERRUPT for _, channel, _ in writes)
+def _waiting(found: CheckpointTuple) -> dict[str, str]:
+    """Return what the graph has asked, and waits for: the task of the graph that asks, by the id of the interrupt."""
+    writes = found.pending_writes or ()
+    ended = {task for task, channel, _ in writes if channel not in {_INTERRUPT, _RESUME, _ERROR}}
+    return {
+        each.id: task
+        for task, channel, interrupts in writes
+        if channel == _INTERRUPT and task not in ended
+        for each in interrupts
+    }
+
+
+async def _answer(
+    saver: BaseCheckpointSaver[Any],
+    found: CheckpointTuple,
+    waiting: Mapping[str, str],
+    payload: Resume,
+    submission: str,
+) -> Any:
+    """Return the input with which a graph goes on with an answer: none, if it has got that from an earlier attempt.
+
+    Given once more, the answer would be taken for that to the next question of the same node. So before it is given, it
+    is written beside the checkpoint which interrupt it is for, and how many answers the task that asks has by then.
+    """
+    only = next(iter(waiting)) if len(waiting) == 1 else None
+    interrupt_id = only if payload.interrupt_id is None else payload.interrupt_id
+    writes = found.pending_writes or ()
+    begun = next((each for task, channel, each in writes if (task, channel) == (submission, _ANSWERING)), None)
+    if begun is not None:
+        interrupt_id, asking, answers = begun
+        if _answers(found, asking) > answers:
+            return None
+    elif interrupt_id is not None and interrupt_id in waiting:
+        asking = waiting[interrupt_id]
+        answering = (_ANSWERING, [interrupt_id, asking, _answers(found, asking)])
+        await saver.aput_writes(found.config, [answering], submission)
+    if interrupt_id is None or not _INTERRUPT_ID.fullmatch(interrupt_id):
+        return Command(resume=payload.value)
+    return Command(resume={interrupt_id: payload.value})
+
+
+def _answers(found: CheckpointTuple, asking: str) -> int:
+    """Return how many answers a task of a graph has got."""
+    for task, channel, answers in found.pending_writes or ():
+        if (task, channel) == (asking, _RESUME):
+            return len(answers) if isinstance(answers, list) else 1
+    return 0
 
 
 async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, run: _RunConfig, *, durable: bool) -> Any:
