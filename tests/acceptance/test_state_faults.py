@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tests.support.redis_servers import StandaloneRedis, redis_server
+from tests.support.redis_servers import StandaloneRedis, redis_cluster, redis_server, shared
 from tests.support.task_plane import virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus
@@ -169,3 +171,22 @@ async def test_the_load_of_a_slow_shard_is_seen_by_admission() -> None:
             loads = {reading.resource: reading.load for reading in supervisor.readings()}
             assert loads["shard:memory://slow"] == pytest.approx(0.6, abs=0.01)
             assert [result.success for result in await asyncio.gather(*tickets)] == [True] * 10
+
+
+async def test_a_cluster_is_used_though_the_threads_of_the_loop_are_taken() -> None:
+    """Plain nodes of graphs run there, and may wait for the state themselves."""
+    may_end = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(executor)
+        taken = loop.run_in_executor(None, may_end.wait)
+        try:
+            async with await ShardedState.connect(f"{shared(redis_cluster).url}?name=threads") as state:
+                await state.put("key", 1)
+                found = await state.get("key")
+                assert found is not None
+                assert found.value == 1
+                assert await state.delete("key")
+        finally:
+            may_end.set()
+            await taken
