@@ -214,7 +214,7 @@ async def test_an_answer_is_given_once_though_its_attempt_is_repeated() -> None:
 
 @pytest.mark.parametrize("by", ["order", "id"])
 @pytest.mark.parametrize("failing", ["one", "two", "three"])
-@pytest.mark.parametrize("kind", ["node", "entrypoint"])
+@pytest.mark.parametrize("kind", ["node", "entrypoint", "subgraph", "subgraph of a subgraph"])
 async def test_an_answer_is_not_taken_for_that_to_the_next_question(kind: str, failing: str, by: str) -> None:
     failures = [failing]
 
@@ -230,8 +230,10 @@ async def test_an_answer_is_not_taken_for_that_to_the_next_question(kind: str, f
     async with BackpressureSupervisor() as supervisor:
         saver = InMemorySaver()
         graph: Any = entrypoint(checkpointer=saver)(ask_three)
-        if kind == "node":
+        if kind != "entrypoint":
             node: Any = ask_three
+            for _ in range(kind.count("subgraph")):
+                node = StateGraph(State).add_node("ask", node).add_edge(START, "ask").compile()
             graph = StateGraph(State).add_node("ask", node).add_edge(START, "ask").compile(checkpointer=saver)
         retry = Retry(max_attempts=2, base_delay=0.001)
         supervisor.register_worker("chat", handler=graph, task_types=["chat"], retry=retry)

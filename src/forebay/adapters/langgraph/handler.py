@@ -124,7 +124,8 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
         if asking is not None and any(channel == _INTERRUPT for _, channel, _ in asking.pending_writes or ()):
             return _payload(task)
     elif found is not None and (waiting := _waiting(found)):
-        return await _answer(saver, found, waiting, task.payload, f"{task.task_id}/{running.submission}")
+        thread = _Thread(graph, saver, newest)
+        return await _answer(thread, found, waiting, task.payload, f"{task.task_id}/{running.submission}")
     expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
     raise UnusableTask(field="payload", value="Resume", expected=expected)
 
@@ -149,12 +150,40 @@ def _waiting(found: CheckpointTuple) -> dict[str, str]:
     }
 
 
+class _Thread(NamedTuple):
+    """A thread of a graph, or of a subgraph of it.
+
+    Attributes:
+        graph: the graph.
+        saver: has its checkpoints.
+        configurable: names the thread.
+    """
+
+    graph: Pregel[Any, Any, Any, Any]
+    saver: BaseCheckpointSaver[Any]
+    configurable: Mapping[str, Any]
+
+    async def answers(self, found: CheckpointTuple, asking: str) -> int:
+        """Return how many answers a task of the graph has got, or the tasks that ask in the subgraph that it runs."""
+        count = 0
+        for task, channel, answers in found.pending_writes or ():
+            if (task, channel) == (asking, _RESUME):
+                count += len(answers) if isinstance(answers, list) else 1
+        path = found.config["configurable"].get("checkpoint_ns") or ""
+        for name, node in self.graph.nodes.items():
+            for subgraph in node.subgraphs or ():
+                if isinstance(subgraph, Pregel):
+                    inner = f"{path}|{name}:{asking}" if path else f"{name}:{asking}"
+                    below = await self.saver.aget_tuple({"configurable": {**self.configurable, "checkpoint_ns": inner}})
+                    if below is None:
+                        continue
+                    for each in set(_waiting(below).values()):
+                        count += await self._replace(graph=subgraph).answers(below, each)
+        return count
+
+
 async def _answer(
-    saver: BaseCheckpointSaver[Any],
-    found: CheckpointTuple,
-    waiting: Mapping[str, str],
-    payload: Resume,
-    submission: str,
+    thread: _Thread, found: CheckpointTuple, waiting: Mapping[str, str], payload: Resume, submission: str
 ) -> Any:
     """Return the input with which a graph goes on with an answer: none, if it has got that from an earlier attempt.
 
@@ -167,23 +196,15 @@ async def _answer(
     begun = next((each for task, channel, each in writes if (task, channel) == (submission, _ANSWERING)), None)
     if begun is not None:
         interrupt_id, asking, answers = begun
-        if _answers(found, asking) > answers:
+        if await thread.answers(found, asking) > answers:
             return None
     elif interrupt_id is not None and interrupt_id in waiting:
         asking = waiting[interrupt_id]
-        answering = (_ANSWERING, [interrupt_id, asking, _answers(found, asking)])
-        await saver.aput_writes(found.config, [answering], submission)
+        answering = (_ANSWERING, [interrupt_id, asking, await thread.answers(found, asking)])
+        await thread.saver.aput_writes(found.config, [answering], submission)
     if interrupt_id is None or not _INTERRUPT_ID.fullmatch(interrupt_id):
         return Command(resume=payload.value)
     return Command(resume={interrupt_id: payload.value})
-
-
-def _answers(found: CheckpointTuple, asking: str) -> int:
-    """Return how many answers a task of a graph has got."""
-    for task, channel, answers in found.pending_writes or ():
-        if (task, channel) == (asking, _RESUME):
-            return len(answers) if isinstance(answers, list) else 1
-    return 0
 
 
 async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, run: _RunConfig, *, durable: bool) -> Any:
