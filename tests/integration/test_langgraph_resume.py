@@ -249,6 +249,42 @@ async def test_an_answer_is_not_taken_for_that_to_the_next_question(kind: str, f
     assert not failures
 
 
+async def test_an_answer_that_is_sent_twice_is_taken_once() -> None:
+    async def ask_two(_: State) -> State:
+        return {"messages": [interrupt("one"), interrupt("two")]}
+
+    node: Any = ask_two
+    graph = StateGraph(State).add_node("ask", node).add_edge(START, "ask").compile(checkpointer=InMemorySaver())
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("chat", handler=graph, task_types=["chat"])
+        asked = await (await supervisor.submit(Task("chat", {"messages": []}, thread_id="t")))
+        answer = Resume("to one", asked.interrupts[0].id)
+        first, second = [await (await supervisor.submit(Task("chat", answer, thread_id="t"))) for _ in range(2)]
+        assert [each.value for each in first.interrupts] == ["two"]
+        assert isinstance(second.cause, UnusableTask)
+        assert await supervisor.run(Task("chat", Resume("to two"), thread_id="t")) == {"messages": ["to one", "to two"]}
+
+
+@pytest.mark.parametrize("by", ["order", "id"])
+async def test_an_answer_has_arrived_though_a_node_beside_it_fails(by: str) -> None:
+    nodes = Nodes(failures=3)
+    graph: Any = StateGraph(State)
+    for name in ("ask", "second"):
+        graph.add_node(name, getattr(nodes, name))
+        graph.add_edge(START, name)
+    async with BackpressureSupervisor() as supervisor:
+        retry = Retry(max_attempts=2, base_delay=0.001)
+        handler = graph.compile(checkpointer=InMemorySaver())
+        supervisor.register_worker("chat", handler=handler, task_types=["chat"], retry=retry)
+        failed = await (await supervisor.submit(Task("chat", {"messages": []}, thread_id="t")))
+        assert failed.status is TaskStatus.FAILED
+        state = await handler.aget_state({"configurable": {"thread_id": "t"}})
+        (question,) = [each for task in state.tasks for each in task.interrupts]
+        answer = Resume("yes", question.id if by == "id" else None)
+        result = await supervisor.run(Task("chat", answer, thread_id="t"))
+    assert result == {"messages": ["you said yes", "second"]}
+
+
 async def test_an_answer_can_be_given_at_an_earlier_checkpoint() -> None:
     nodes = Nodes()
     graph = nodes.graph("ask", "second")

@@ -22,7 +22,7 @@ from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
 from forebay.adapters.langgraph.checkpoint_keys import digest
-from forebay.adapters.langgraph.handler import _answer
+from forebay.adapters.langgraph.handler import _repeated_answer
 from forebay.adapters.langgraph.thread_checkpoints import Record, StoredWrite, ThreadCheckpoints
 from forebay.adapters.langgraph.thread_index import ThreadIndex
 from forebay.admission import (
@@ -2629,4 +2629,4 @@ def a_blocked_loop_has_missed_the_answers() -> None:
 
 
 def an_answer_is_given_with_each_attempt() -> None:
-    swap(_answer, ast.Gt, ast.Lt)
+    swap(_repeated_answer, ast.Gt, ast.Lt)

@@ -123,9 +123,13 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
         asking = await saver.aget_tuple({"configurable": {"checkpoint_ns": "", **configurable}})
         if asking is not None and any(channel == _INTERRUPT for _, channel, _ in asking.pending_writes or ()):
             return _payload(task)
-    elif found is not None and (waiting := _waiting(found)):
-        thread = _Thread(graph, saver, newest)
-        return await _answer(thread, found, waiting, task.payload, f"{task.task_id}/{running.submission}")
+    elif found is not None:
+        thread, waiting = _Thread(graph, saver, newest), _waiting(found)
+        submission = f"{task.task_id}/{running.submission}"
+        if (begun := _begun_answer(found, submission)) is not None:
+            return await _repeated_answer(thread, found, task.payload, begun)
+        if waiting and task.payload.interrupt_id in {None, *waiting}:
+            return await _answer(thread, found, waiting, task.payload, submission)
     expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
     raise UnusableTask(field="payload", value="Resume", expected=expected)
 
@@ -182,29 +186,55 @@ class _Thread(NamedTuple):
         return count
 
 
+class _BegunAnswer(NamedTuple):
+    """An answer that a submission has begun to give.
+
+    Attributes:
+        interrupt_id: what it answers.
+        asking: the task of the graph that asks.
+        answers: how many answers that had before.
+    """
+
+    interrupt_id: str
+    asking: str
+    answers: int
+
+
+def _begun_answer(found: CheckpointTuple, submission: str) -> _BegunAnswer | None:
+    """Return the answer that earlier attempts of a submission have begun to give at a checkpoint."""
+    writes = found.pending_writes or ()
+    begun = (value for task, channel, value in writes if (task, channel) == (submission, _ANSWERING))
+    return next((_BegunAnswer(*value) for value in begun), None)
+
+
 async def _answer(
     thread: _Thread, found: CheckpointTuple, waiting: Mapping[str, str], payload: Resume, submission: str
-) -> Any:
-    """Return the input with which a graph goes on with an answer: none, if it has got that from an earlier attempt.
+) -> Command[Any]:
+    """Return the input of the first attempt to answer, once it is written beside the checkpoint what it answers."""
+    interrupt_id = payload.interrupt_id or next(iter(waiting))
+    if payload.interrupt_id is None and len(waiting) > 1:
+        return Command(resume=payload.value)  # LangGraph says that an id is needed
+    asking = waiting[interrupt_id]
+    begun = _BegunAnswer(interrupt_id, asking, await thread.answers(found, asking))
+    await thread.saver.aput_writes(found.config, [(_ANSWERING, list(begun))], submission)
+    return _command(payload, interrupt_id)
 
-    Given once more, the answer would be taken for that to the next question of the same node. So before it is given, it
-    is written beside the checkpoint which interrupt it is for, and how many answers the task that asks has by then.
+
+async def _repeated_answer(
+    thread: _Thread, found: CheckpointTuple, payload: Resume, begun: _BegunAnswer
+) -> Command[Any] | None:
+    """Return the input of a repeated attempt to answer: none, if the graph has got the answer.
+
+    Given once more, it would be taken for that to the next question of the same node.
     """
-    only = next(iter(waiting)) if len(waiting) == 1 else None
-    interrupt_id = only if payload.interrupt_id is None else payload.interrupt_id
-    writes = found.pending_writes or ()
-    begun = next((each for task, channel, each in writes if (task, channel) == (submission, _ANSWERING)), None)
-    if begun is not None:
-        interrupt_id, asking, answers = begun
-        if await thread.answers(found, asking) > answers:
-            return None
-    elif interrupt_id is not None and interrupt_id in waiting:
-        asking = waiting[interrupt_id]
-        answering = (_ANSWERING, [interrupt_id, asking, await thread.answers(found, asking)])
-        await thread.saver.aput_writes(found.config, [answering], submission)
-    if interrupt_id is None or not _INTERRUPT_ID.fullmatch(interrupt_id):
-        return Command(resume=payload.value)
-    return Command(resume={interrupt_id: payload.value})
+    if await thread.answers(found, begun.asking) > begun.answers:
+        return None
+    return _command(payload, begun.interrupt_id)
+
+
+def _command(payload: Resume, interrupt_id: str) -> Command[Any]:
+    by_id = _INTERRUPT_ID.fullmatch(interrupt_id)
+    return Command(resume={interrupt_id: payload.value} if by_id else payload.value)
 
 
 async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, run: _RunConfig, *, durable: bool) -> Any:
