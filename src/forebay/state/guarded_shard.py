@@ -71,8 +71,7 @@ class GuardedShard:
         self._loop = None
         if self._probing is not None:
             self._probing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._probing
+            await asyncio.wait((self._probing,))  # a cancellation of this call is not taken for that of the probe
             self._probing = None
         with suppress(StoreUnavailable, TimeoutError):
             async with asyncio.timeout(2 * self._timeout):

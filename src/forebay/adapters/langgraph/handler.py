@@ -131,6 +131,8 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
         if waiting and task.payload.interrupt_id in {None, *waiting}:
             return await _answer(thread, found, waiting, task.payload, submission)
     expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
+    if task.payload.interrupt_id is not None:
+        expected += f" to interrupt {task.payload.interrupt_id!r}"
     raise UnusableTask(field="payload", value="Resume", expected=expected)
 
 
