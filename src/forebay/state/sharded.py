@@ -428,7 +428,8 @@ def _check_text(what: str, text: object, *, minimum: int = 1) -> bytes:
 def _encode_value(key: str, value: object) -> bytes:
     try:
         data = _encode(value)
-    except (TypeError, OverflowError, ValueError, RecursionError) as error:
+        _decode(data)  # what cannot be read, such as a dict with an object for a key, would break each scan over it
+    except (TypeError, OverflowError, ValueError, RecursionError, msgspec.DecodeError) as error:
         why = (
             str(error)
             if isinstance(error, TypeError)
