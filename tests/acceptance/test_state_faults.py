@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tests.support.redis_servers import StandaloneRedis, redis_server
+from tests.support.redis_servers import StandaloneRedis, redis_cluster, redis_server, shared
 from tests.support.switched_shard import SwitchedShard
 from tests.support.task_plane import virtual
 
@@ -213,3 +215,22 @@ async def test_a_retry_waits_until_the_shard_is_back() -> None:
         shard.is_off = False
         result = await ticket
         assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 2)
+
+
+async def test_a_cluster_is_used_though_the_threads_of_the_loop_are_taken() -> None:
+    """Plain nodes of graphs run there, and may wait for the state themselves."""
+    may_end = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(executor)
+        taken = loop.run_in_executor(None, may_end.wait)
+        try:
+            async with await ShardedState.connect(f"{shared(redis_cluster).url}?name=threads") as state:
+                await state.put("key", 1)
+                found = await state.get("key")
+                assert found is not None
+                assert found.value == 1
+                assert await state.delete("key")
+        finally:
+            may_end.set()
+            await taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,14 @@ async def test_what_is_no_key_is_rejected(state: ShardedState, key: Any) -> None
         state.namespace(key)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}.__iter__(), 1 << 64, "\ud800", "x" * (8 << 20)])
+@dataclass(frozen=True)
+class Point:
+    """An object that can be the key of a dict."""
+
+    x: int
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}.__iter__(), 1 << 64, "\ud800", "x" * (8 << 20), {Point(1): 1}])
 async def test_what_is_no_value_is_rejected(state: ShardedState, value: Any) -> None:
     with pytest.raises(InvalidStateValue, match="cannot be stored"):
         await state.put("key", value)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypedDict
 import pytest
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
@@ -147,6 +148,16 @@ def test_a_graph_that_is_killed_in_its_second_node_goes_on_there(tmp_path: Path)
     assert (tmp_path / "log").read_text().split() == ["first", "second", "second"]
 
 
+async def test_a_durable_task_needs_no_checkpointer(tmp_path: Path) -> None:
+    nodes = Nodes()
+    async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        graph = nodes.graph("first")
+        graph.checkpointer = None
+        supervisor.register_worker("writer", handler=graph, task_types=["write"])
+        result = await supervisor.run(Task("write", message(), durable=True))
+    assert result == {"messages": ["user", "first"]}
+
+
 async def test_a_stop_that_cuts_a_run_off_repeats_no_node(tmp_path: Path) -> None:
     """An orderly stop gives the attempt back: the next one has the number of the first, and goes on all the same."""
     nodes, reached, saver = Nodes(), asyncio.Event(), InMemorySaver()
@@ -209,6 +220,97 @@ async def test_an_answer_is_given_once_though_its_attempt_is_repeated() -> None:
         result = await supervisor.run(Task("chat", Resume("yes", question.id), thread_id="t"))
     assert result == {"messages": ["user", "you said yes", "second"]}
     assert nodes.ran == ["ask", "ask", "second", "second"]
+
+
+@pytest.mark.parametrize("by", ["order", "id"])
+@pytest.mark.parametrize("failing", ["one", "two", "three"])
+@pytest.mark.parametrize("kind", ["node", "entrypoint", "subgraph", "subgraph of a subgraph"])
+async def test_an_answer_is_not_taken_for_that_to_the_next_question(kind: str, failing: str, by: str) -> None:
+    failures = [failing]
+
+    async def ask_three(_: Any) -> Any:
+        answers = []
+        for question in ("one", "two", "three"):
+            answers.append(interrupt(question))
+            if failures == [question]:
+                failures.clear()
+                raise ConnectionError
+        return {"messages": answers}
+
+    async with BackpressureSupervisor() as supervisor:
+        saver = InMemorySaver()
+        graph: Any = entrypoint(checkpointer=saver)(ask_three)
+        if kind != "entrypoint":
+            node: Any = ask_three
+            for _ in range(kind.count("subgraph")):
+                node = StateGraph(State).add_node("ask", node).add_edge(START, "ask").compile()
+            graph = StateGraph(State).add_node("ask", node).add_edge(START, "ask").compile(checkpointer=saver)
+        retry = Retry(max_attempts=2, base_delay=0.001)
+        supervisor.register_worker("chat", handler=graph, task_types=["chat"], retry=retry)
+        result = await (await supervisor.submit(Task("chat", {"messages": []}, thread_id="t")))
+        asked = list[str]()
+        while result.interrupts:
+            (question,) = result.interrupts
+            asked.append(question.value)
+            answer = Resume(f"to {question.value}", question.id if by == "id" else None)
+            result = await (await supervisor.submit(Task("chat", answer, thread_id="t")))
+    assert asked == ["one", "two", "three"]
+    assert result.result == {"messages": ["to one", "to two", "to three"]}
+    assert not failures
+
+
+async def test_an_answer_that_is_sent_twice_is_taken_once() -> None:
+    async def ask_two(_: State) -> State:
+        return {"messages": [interrupt("one"), interrupt("two")]}
+
+    node: Any = ask_two
+    graph = StateGraph(State).add_node("ask", node).add_edge(START, "ask").compile(checkpointer=InMemorySaver())
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("chat", handler=graph, task_types=["chat"])
+        asked = await (await supervisor.submit(Task("chat", {"messages": []}, thread_id="t")))
+        answer = Resume("to one", asked.interrupts[0].id)
+        first, second = [await (await supervisor.submit(Task("chat", answer, thread_id="t"))) for _ in range(2)]
+        assert [each.value for each in first.interrupts] == ["two"]
+        assert isinstance(second.cause, UnusableTask)
+        assert await supervisor.run(Task("chat", Resume("to two"), thread_id="t")) == {"messages": ["to one", "to two"]}
+
+
+@pytest.mark.parametrize("by", ["order", "id"])
+async def test_an_answer_has_arrived_though_a_node_beside_it_fails(by: str) -> None:
+    nodes = Nodes(failures=3)
+    graph: Any = StateGraph(State)
+    for name in ("ask", "second"):
+        graph.add_node(name, getattr(nodes, name))
+        graph.add_edge(START, name)
+    async with BackpressureSupervisor() as supervisor:
+        retry = Retry(max_attempts=2, base_delay=0.001)
+        handler = graph.compile(checkpointer=InMemorySaver())
+        supervisor.register_worker("chat", handler=handler, task_types=["chat"], retry=retry)
+        failed = await (await supervisor.submit(Task("chat", {"messages": []}, thread_id="t")))
+        assert failed.status is TaskStatus.FAILED
+        state = await handler.aget_state({"configurable": {"thread_id": "t"}})
+        (question,) = [each for task in state.tasks for each in task.interrupts]
+        answer = Resume("yes", question.id if by == "id" else None)
+        result = await supervisor.run(Task("chat", answer, thread_id="t"))
+    assert result == {"messages": ["you said yes", "second"]}
+
+
+async def test_an_answer_can_be_given_at_an_earlier_checkpoint() -> None:
+    nodes = Nodes()
+    graph = nodes.graph("ask", "second")
+    past: dict[str, Any] = {}
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("chat", handler=graph, task_types=["chat"], config=lambda _: {"configurable": past})
+        await supervisor.run(Task("chat", message("one"), thread_id="t"))
+        asking = await graph.aget_state({"configurable": {"thread_id": "t"}})
+        await supervisor.run(Task("chat", message("two"), thread_id="t"))
+        assert (await supervisor.run(Task("chat", Resume("no"), thread_id="t")))["messages"][-2:] == [
+            "you said no",
+            "second",
+        ]
+        past["checkpoint_id"] = asking.config["configurable"]["checkpoint_id"]
+        result = await supervisor.run(Task("chat", Resume("yes"), thread_id="t"))
+    assert result == {"messages": ["one", "you said yes", "second"]}
 
 
 async def test_an_answer_that_nothing_has_asked_for_is_no_fault_of_the_worker() -> None:

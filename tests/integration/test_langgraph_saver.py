@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import operator
+import threading
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Annotated, Any, TypedDict
@@ -773,6 +774,38 @@ async def test_another_event_loop_may_use_it(saver: ShardedSaver) -> None:
     log, found = await asyncio.get_running_loop().run_in_executor(None, lambda: asyncio.run(use()))
     assert log == ["a", "plan", "left", "right"]
     assert found == [await saver.aget_tuple(THREAD)]
+
+
+def test_a_thread_that_waits_for_a_loop_which_has_ended_is_told_so() -> None:
+    """Its call is in the queue of the loop, and the loop ends before it is taken up."""
+    loop = asyncio.new_event_loop()
+    queued, errors, threads = threading.Event(), list[Exception](), list[threading.Thread]()
+    original = loop.call_soon_threadsafe
+
+    def call_soon_threadsafe(*args: Any, **options: Any) -> Any:
+        handle = original(*args, **options)
+        queued.set()
+        return handle
+
+    async def main() -> None:
+        saver = ShardedSaver(await ShardedState.connect("memory://"))
+
+        def read() -> None:
+            try:
+                saver.get_tuple(THREAD)
+            except NoRunningLoop as error:
+                errors.append(error)
+
+        loop.call_soon_threadsafe = call_soon_threadsafe  # type: ignore[assignment, method-assign]
+        threads.append(threading.Thread(target=read, daemon=True))
+        threads[0].start()
+        queued.wait()
+
+    loop.run_until_complete(main())
+    loop.close()
+    threads[0].join(20.0)
+    assert not threads[0].is_alive()
+    assert [type(error) for error in errors] == [NoRunningLoop]
 
 
 def test_a_saver_belongs_to_an_event_loop() -> None:

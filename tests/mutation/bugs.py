@@ -22,6 +22,7 @@ from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
 from forebay.adapters.langgraph.checkpoint_keys import digest
+from forebay.adapters.langgraph.handler import _repeated_answer
 from forebay.adapters.langgraph.thread_checkpoints import Record, StoredWrite, ThreadCheckpoints
 from forebay.adapters.langgraph.thread_index import ThreadIndex
 from forebay.admission import (
@@ -69,6 +70,7 @@ from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
 from forebay.state.near_cache import CachedServer, Read
 from forebay.state.redis import RedisShard
+from forebay.state.time_limits import TimeLimit
 from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_master, shown_url, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.storage.redis_clock import RedisClock
@@ -2609,3 +2611,32 @@ def a_call_that_fails_late_opens_a_closed_shard_again() -> None:
         self._is_closed = False
 
     replace(GuardedShard, original, close)
+
+
+# --- shared state: shards that are down, closed or not answered in time, and answers to graphs ---
+
+
+def a_probe_that_fails_is_the_last_one() -> None:
+    async def probe(self: GuardedShard) -> None:
+        await asyncio.sleep(0.5)
+        await self.shard.open()
+        await self.shard.ping()
+        self._error = None
+        self.load.came_up()
+
+    replace(GuardedShard, GuardedShard._probe, probe)
+
+
+def a_closed_state_is_used_on() -> None:
+    async def close(self: GuardedShard) -> None:
+        await self.shard.close()
+
+    replace(GuardedShard, GuardedShard.close, close)
+
+
+def a_blocked_loop_has_missed_the_answers() -> None:
+    always(TimeLimit, TimeLimit.extend, returns=None)
+
+
+def an_answer_is_given_with_each_attempt() -> None:
+    swap(_repeated_answer, ast.Gt, ast.Lt)

@@ -72,6 +72,7 @@ from tests.acceptance import (
 from tests.contract import test_langgraph_store, test_limit, test_state_moving, test_task_store
 from tests.integration import (
     test_dropped_streams,
+    test_langgraph_resume,
     test_langgraph_saver,
     test_redis_away,
     test_redis_failover,
@@ -86,7 +87,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.state import test_moving, test_near_cache
+from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
 from tests.unit.supervisor.runs import test_timers
@@ -1079,6 +1080,14 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_update_begins_from_the_near_cache: (
         test_state_near_cache.test_updates_and_conditions_are_decided_by_the_server
+    ),
+    bugs.a_probe_that_fails_is_the_last_one: test_guarded_shard.test_whatever_a_probe_raises_another_one_follows,
+    bugs.a_closed_state_is_used_on: test_guarded_shard.test_a_closed_state_says_so_and_stays_closed,
+    bugs.a_blocked_loop_has_missed_the_answers: (
+        test_time_limits.test_an_answer_that_came_while_the_loop_was_blocked_is_in_time
+    ),
+    bugs.an_answer_is_given_with_each_attempt: (
+        test_langgraph_resume.test_an_answer_is_not_taken_for_that_to_the_next_question
     ),
 }
 

@@ -65,14 +65,18 @@ class GuardedShard:
         await self._connect()
 
     async def close(self) -> None:
-        """Stop the probes and close the shard, within the time of two calls. Later calls fail."""
+        """Stop the probes and close the shard, within the time of two calls. Later calls fail.
+
+        Raises:
+            WrongLoop: it was opened in another event loop.
+        """
+        self._check_loop()
         self._is_closed = True
         why, advice = "its state has been closed", "Use a state within its `async with`, or connect another one."
         self._error = ShardUnavailable(where=self.url, why=why, advice=advice)
         if self._probing is not None:
             self._probing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._probing
+            await asyncio.wait((self._probing,))  # a cancellation of this call is not taken for that of the probe
             self._probing = None
         with suppress(StoreUnavailable, TimeoutError):
             async with asyncio.timeout(2 * self._timeout):
@@ -86,9 +90,7 @@ class GuardedShard:
             ShardAnswerLost: it may have done what it was asked.
             WrongLoop: it was opened in another event loop.
         """
-        if asyncio.get_running_loop() is not self._loop:
-            advice = "connect another state there, or hand the call over by asyncio.run_coroutine_threadsafe()"
-            raise WrongLoop(what="A ShardedState", advice=advice)
+        self._check_loop()
         run = call_observer()
         if run is not None:
             run.record_call(self.load)
@@ -98,6 +100,11 @@ class GuardedShard:
             if run is not None:
                 run.record_upstream_fault()  # it does not count against the worker
             raise
+
+    def _check_loop(self) -> None:
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            advice = "connect another state there, or hand the call over by asyncio.run_coroutine_threadsafe()"
+            raise WrongLoop(what="A ShardedState", advice=advice)
 
     async def _call(self, method: Callable[[], Awaitable[_T]]) -> _T:
         if (down := self._error) is not None:
@@ -133,7 +140,7 @@ class GuardedShard:
             log.error("the shard %s is down: %s. Its keys fail until it is back. %s", self.url, error.why, error.advice)
         self._error = error
         self.load.went_down()
-        if self._probing is None or self._probing.done():
+        if self._loop is not None and (self._probing is None or self._probing.done()):
             self._probing = asyncio.create_task(self._probe(), name=f"forebay-state-probe-{self.url}")
 
     async def _connect(self) -> None:
@@ -149,10 +156,11 @@ class GuardedShard:
         """Ask for an answer until there is one."""
         while self._error is not None:
             await asyncio.sleep(_PROBE_INTERVAL)
-            with suppress(StoreUnavailable, TimeoutError):
+            with suppress(Exception):  # a probe that ends would leave the shard down for good
                 async with asyncio.timeout(self._timeout):
                     await self.shard.open()
-                    await self.shard.ping()
+                    with suppress(OperationRejected):  # it has answered: other operations may succeed
+                        await self.shard.ping()
                 self._error = None
                 self.load.came_up()
                 log.warning("the shard %s is back", self.url)

@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote
 import msgspec
 from redis.crc import key_slot
 
+from forebay._threads import DaemonThreadExecutor
 from forebay.clock import monotonic, new_id
 from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.state.entry import StoredEntry
@@ -285,8 +286,13 @@ class RedisShard:
         await asyncio.shield(self._refreshing)
 
     async def _ask_for_slots(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._slots = await loop.run_in_executor(None, masters_of_slots, self._redis_url)
+        # Not in the loop's executor: that may be full of handlers, such as plain nodes of graphs.
+        executor = DaemonThreadExecutor(f"forebay-state-{self._redis_url.name}-slots", max_threads=1)
+        try:
+            loop = asyncio.get_running_loop()
+            self._slots = await loop.run_in_executor(executor, masters_of_slots, self._redis_url)
+        finally:
+            executor.shutdown(wait=False)
         for lane in self._lanes.values():  # an entry may be on another node
             lane.drop()
         gone = [url for url in self._lanes if url not in set(self._slots)]

@@ -246,7 +246,11 @@ class ShardedState(Namespace):
         if near_cache is not None:
             _validate.check_whole("ShardedState.connect", "near_cache", near_cache)
         state = cls(_Shards(shards, timeout, moving_from, near_cache), "")
-        await state._state.open()
+        try:
+            await state._state.open()
+        except BaseException:  # what is connected by now, nobody else could close
+            await state.close()
+            raise
         return state
 
     async def close(self) -> None:
@@ -433,7 +437,8 @@ def _check_text(what: str, text: object, *, minimum: int = 1) -> bytes:
 def _encode_value(key: str, value: object) -> bytes:
     try:
         data = _encode(value)
-    except (TypeError, OverflowError, ValueError, RecursionError) as error:
+        _decode(data)  # what cannot be read, such as a dict with an object for a key, would break each scan over it
+    except (TypeError, OverflowError, ValueError, RecursionError, msgspec.DecodeError) as error:
         why = (
             str(error)
             if isinstance(error, TypeError)

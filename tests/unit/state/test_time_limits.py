@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from tests.support.task_plane import now, virtual
@@ -57,3 +58,42 @@ async def test_a_cancellation_from_outside_is_one() -> None:
     asyncio.get_running_loop().call_later(0.5, task.cancel)
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_an_answer_that_came_while_the_loop_was_blocked_is_in_time() -> None:
+    """A real loop: virtual time does not pass while it is blocked."""
+    limits, loop = TimeLimits(0.2), asyncio.get_running_loop()
+
+    async def ask() -> str:
+        limit = limits.start()
+        try:
+            return await loop.run_in_executor(None, lambda: "answer")
+        except asyncio.CancelledError:
+            return "cancelled" if limit.has_cancelled() else "by another"
+        finally:
+            limit.stop()
+
+    calls = [asyncio.ensure_future(ask()) for _ in range(3)]
+    loop.call_soon(block, 0.6)
+    assert await asyncio.gather(*calls) == ["answer"] * 3
+
+
+async def test_a_blocked_loop_puts_a_limit_off_once() -> None:
+    limits, loop = TimeLimits(0.1), asyncio.get_running_loop()
+    started = loop.time()
+    blocking = asyncio.ensure_future(block_often())
+    with pytest.raises(TimeoutError):
+        await limited(limits, 20.0)
+    blocking.cancel()
+    assert loop.time() - started < 10.0
+
+
+async def block_often() -> None:
+    while True:
+        block(0.3)
+        await asyncio.sleep(0.0)
+
+
+def block(seconds: float) -> None:
+    """Block the event loop for so long, as a handler that computes does."""
+    threading.Event().wait(seconds)

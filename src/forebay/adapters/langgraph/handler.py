@@ -12,6 +12,7 @@ LangGraph 1.2 treats a run as follows:
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from forebay.task import Task
 
 _ROOT = "__root__"  # the only channel of a graph whose state is one value of any type
-_INTERRUPT = "__interrupt__"  # the channel of interrupts among the writes of a checkpoint
+# The channels of interrupts, answers and errors among the writes of a checkpoint. A task with others has ended.
+_INTERRUPT, _RESUME, _ERROR = "__interrupt__", "__resume__", "__error__"
+_ANSWERING = "__forebay_answering__"  # the channel in which it is written which interrupt a submission answers
+_INTERRUPT_ID = re.compile("[0-9a-f]{32}")  # else LangGraph takes a mapping by it for an answer
 _TASK_ID, _SUBMISSION = "forebay_task_id", "forebay_submission"  # in the metadata of checkpoints
 
 
@@ -113,10 +117,23 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
     if (metadata.get(_TASK_ID), metadata.get(_SUBMISSION)) == (task.task_id, running.submission):
         run.config["configurable"] = newest
         return None
-    if isinstance(task.payload, Resume) and not _waits(found):
-        expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
-        raise UnusableTask(field="payload", value="Resume", expected=expected)
-    return _payload(task)
+    if not isinstance(task.payload, Resume):
+        return task.payload
+    if "checkpoint_id" in configurable:
+        asking = await saver.aget_tuple({"configurable": {"checkpoint_ns": "", **configurable}})
+        if asking is not None and any(channel == _INTERRUPT for _, channel, _ in asking.pending_writes or ()):
+            return _payload(task)
+    elif found is not None:
+        thread, waiting = _Thread(graph, saver, newest), _waiting(found)
+        submission = f"{task.task_id}/{running.submission}"
+        if (begun := _begun_answer(found, submission)) is not None:
+            return await _repeated_answer(thread, found, task.payload, begun)
+        if waiting and task.payload.interrupt_id in {None, *waiting}:
+            return await _answer(thread, found, waiting, task.payload, submission)
+    expected = f"the input of the graph of worker {worker!r}: its thread {task.thread_id!r} waits for no answer"
+    if task.payload.interrupt_id is not None:
+        expected += f" to interrupt {task.payload.interrupt_id!r}"
+    raise UnusableTask(field="payload", value="Resume", expected=expected)
 
 
 def _payload(task: Task) -> Any:
@@ -127,10 +144,99 @@ def _payload(task: Task) -> Any:
     return Command(resume=answer)
 
 
-def _waits(found: CheckpointTuple | None) -> bool:
-    """Return whether the graph has asked something, and stopped there."""
-    writes = (None if found is None else found.pending_writes) or ()
-    return any(channel == _INTERRUPT for _, channel, _ in writes)
+def _waiting(found: CheckpointTuple) -> dict[str, str]:
+    """Return what the graph has asked, and waits for: the task of the graph that asks, by the id of the interrupt."""
+    writes = found.pending_writes or ()
+    ended = {task for task, channel, _ in writes if channel not in {_INTERRUPT, _RESUME, _ERROR}}
+    return {
+        each.id: task
+        for task, channel, interrupts in writes
+        if channel == _INTERRUPT and task not in ended
+        for each in interrupts
+    }
+
+
+class _Thread(NamedTuple):
+    """A thread of a graph, or of a subgraph of it.
+
+    Attributes:
+        graph: the graph.
+        saver: has its checkpoints.
+        configurable: names the thread.
+    """
+
+    graph: Pregel[Any, Any, Any, Any]
+    saver: BaseCheckpointSaver[Any]
+    configurable: Mapping[str, Any]
+
+    async def answers(self, found: CheckpointTuple, asking: str) -> int:
+        """Return how many answers a task of the graph has got, or the tasks that ask in the subgraph that it runs."""
+        count = 0
+        for task, channel, answers in found.pending_writes or ():
+            if (task, channel) == (asking, _RESUME):
+                count += len(answers) if isinstance(answers, list) else 1
+        path = found.config["configurable"].get("checkpoint_ns") or ""
+        for name, node in self.graph.nodes.items():
+            for subgraph in node.subgraphs or ():
+                if isinstance(subgraph, Pregel):
+                    inner = f"{path}|{name}:{asking}" if path else f"{name}:{asking}"
+                    below = await self.saver.aget_tuple({"configurable": {**self.configurable, "checkpoint_ns": inner}})
+                    if below is None:
+                        continue
+                    for each in set(_waiting(below).values()):
+                        count += await self._replace(graph=subgraph).answers(below, each)
+        return count
+
+
+class _BegunAnswer(NamedTuple):
+    """An answer that a submission has begun to give.
+
+    Attributes:
+        interrupt_id: what it answers.
+        asking: the task of the graph that asks.
+        answers: how many answers that had before.
+    """
+
+    interrupt_id: str
+    asking: str
+    answers: int
+
+
+def _begun_answer(found: CheckpointTuple, submission: str) -> _BegunAnswer | None:
+    """Return the answer that earlier attempts of a submission have begun to give at a checkpoint."""
+    writes = found.pending_writes or ()
+    begun = (value for task, channel, value in writes if (task, channel) == (submission, _ANSWERING))
+    return next((_BegunAnswer(*value) for value in begun), None)
+
+
+async def _answer(
+    thread: _Thread, found: CheckpointTuple, waiting: Mapping[str, str], payload: Resume, submission: str
+) -> Command[Any]:
+    """Return the input of the first attempt to answer, once it is written beside the checkpoint what it answers."""
+    interrupt_id = payload.interrupt_id or next(iter(waiting))
+    if payload.interrupt_id is None and len(waiting) > 1:
+        return Command(resume=payload.value)  # LangGraph says that an id is needed
+    asking = waiting[interrupt_id]
+    begun = _BegunAnswer(interrupt_id, asking, await thread.answers(found, asking))
+    await thread.saver.aput_writes(found.config, [(_ANSWERING, list(begun))], submission)
+    return _command(payload, interrupt_id)
+
+
+async def _repeated_answer(
+    thread: _Thread, found: CheckpointTuple, payload: Resume, begun: _BegunAnswer
+) -> Command[Any] | None:
+    """Return the input of a repeated attempt to answer: none, if the graph has got the answer.
+
+    Given once more, it would be taken for that to the next question of the same node.
+    """
+    if await thread.answers(found, begun.asking) > begun.answers:
+        return None
+    return _command(payload, begun.interrupt_id)
+
+
+def _command(payload: Resume, interrupt_id: str) -> Command[Any]:
+    by_id = _INTERRUPT_ID.fullmatch(interrupt_id)
+    return Command(resume={interrupt_id: payload.value} if by_id else payload.value)
 
 
 async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, run: _RunConfig, *, durable: bool) -> Any:
@@ -145,7 +251,7 @@ async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, run: _RunConf
         subgraphs=run.subgraphs,
         output_keys=graph.output_channels,  # else a private part of the state would be in the result
         # What a node has returned is stored before the next one begins: a killed process repeats one node at most.
-        durability="sync" if durable else None,
+        durability="sync" if durable and isinstance(graph.checkpointer, BaseCheckpointSaver) else None,
     )
     async with aclosing(cast("AsyncGenerator[tuple[Any, ...]]", stream)) as chunks:
         async for *paths, mode, chunk in chunks:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Coroutine
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from forebay import _validate
 from forebay.errors import NoRunningLoop, WouldDeadlock
 from forebay.state import Namespace
 from forebay.storage.shown_url import shown_url
+
+_CHECK_INTERVAL = 1.0  # seconds after which a caller looks whether the loop is still there
 
 _T = TypeVar("_T")
 
@@ -49,7 +53,15 @@ class StateLoop:
         if asyncio.get_running_loop() is self._loop:
             return await work
         self._check_runs(work)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        result = asyncio.wrap_future(future)
+        try:
+            while not (await asyncio.wait((result,), timeout=_CHECK_INTERVAL))[0]:
+                self._check_may_end(work, future)
+        except asyncio.CancelledError:
+            result.cancel()
+            raise
+        return await result
 
     def run_blocking(self, method: str, work: Coroutine[Any, Any, _T]) -> _T:
         """Return the result of `work`; block the calling thread for it.
@@ -71,10 +83,25 @@ class StateLoop:
             what = f"{self._owner}.{method}() in the event loop of its state"
             raise WouldDeadlock(what=what, advice=f"await a{method}() there, and run graphs by ainvoke() or astream()")
         self._check_runs(work)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        while not wait((future,), timeout=_CHECK_INTERVAL).done:
+            self._check_may_end(work, future)
+        return future.result()
+
+    def _check_may_end(self, work: Coroutine[Any, Any, Any], future: Future[Any]) -> None:
+        """Check that the loop has not ended before it has taken up `work`: nobody else would say so."""
+        if not self._loop.is_closed():
+            return
+        future.cancel()
+        if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+            work.close()
+        raise self._ended()
 
     def _check_runs(self, work: Coroutine[Any, Any, Any]) -> None:
         if not self._loop.is_running():
             work.close()
-            why = "was made in an event loop that runs no more: its state lives as long as that loop"
-            raise NoRunningLoop(what=self._owner, why=why)
+            raise self._ended()
+
+    def _ended(self) -> NoRunningLoop:
+        why = "was made in an event loop that runs no more: its state lives as long as that loop"
+        return NoRunningLoop(what=self._owner, why=why)
