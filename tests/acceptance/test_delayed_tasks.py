@@ -364,6 +364,21 @@ async def test_a_task_that_waits_for_its_retry_in_the_store_can_be_cancelled(pat
     assert len(handler.attempts) == 1
 
 
+@pytest.mark.parametrize("overflow", ["memory", "sqlite"])
+@virtual
+async def test_a_delayed_record_that_was_woken_and_has_ended_is_counted_no_more(overflow: str, path: Path) -> None:
+    store = MemoryTaskStore() if overflow == "memory" else path
+    async with make_supervisor(store, Failing(0)) as supervisor:
+        supervisor.pause("work")  # nothing is taken back, which would count again
+        ticket = await supervisor.submit(Task("work", "a", not_before=clock.wall_time() + 1.0))
+        await asyncio.sleep(1.1)
+        assert supervisor.statistics().outside == 1
+        ticket.cancel()
+        await ticket
+        await asyncio.sleep(0.1)
+        assert supervisor.statistics().outside == 0
+
+
 @virtual
 async def test_a_task_that_waits_for_its_retry_in_the_store_expires_at_its_deadline(path: Path) -> None:
     handler = Failing(99)
