@@ -507,13 +507,13 @@ class FailingStore(SqliteTaskStore):
     silent = 0.0
     wake_fails = 0
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+    async def delay(self, lease: Lease, *, due: float) -> bool:
         if self.loses_reply:
-            await super().delay(lease, due=due, wait=wait, error=error)
+            await super().delay(lease, due=due)
         if self.fails:
             self.fails -= 1
             raise StoreUnavailable(where="here", why="it failed", advice="Wait.")
-        delayed = await super().delay(lease, due=due, wait=wait, error=error)
+        delayed = await super().delay(lease, due=due)
         await asyncio.sleep(self.silent)
         return delayed
 

@@ -960,13 +960,12 @@ class TaskStorm:
         return Counter(event.task_id for record in records for event in record.of_type(TaskRetried))
 
     def _was_retried_too_often(self, task_id: str, retried: Counter[str]) -> bool:
-        """Return whether a task had more retries than its policy allows, and those attempts that a stop gave back."""
+        """Return whether a task had more retries than its policy allows: no orderly stop forgets one."""
         retries = self.script.retries
-        given_back = self.acknowledged.given_back[task_id]
         attempts = 1 if self.lives is None else MAX_ATTEMPTS
         if retries is not None:
             attempts = retries.policy.max_attempts
-        return retried[task_id] > attempts - 1 + given_back
+        return retried[task_id] > attempts - 1
 
     def _started_after_step(self) -> bool:
         """Return whether a process started so shortly after a step of the clock that it could not know of it."""

@@ -604,11 +604,21 @@ class Dispatcher:
                 if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):
                     self.fail_waiting(ticket, error, worker_id=worker_id)
 
-    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+    def count_failure(self, ticket: Ticket, seconds: float, *, error: str) -> None:
+        """Count an attempt at a stored task that has failed; the next one is `seconds` from now."""
+        if self.spill is not None and ticket.lease is not None:
+            self.spill.stored.count_failure(ticket, seconds, error=error)
+
+    def record_failures(self, ticket: Ticket) -> None:
+        """Store the failures of a stored task that waits here for its next attempt."""
+        if self.spill is not None and ticket.lease is not None:
+            self.spill.stored.record_failures(ticket)
+
+    def delay_in_store(self, ticket: Ticket, seconds: float) -> bool:
         """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
         if self.spill is None or not self.spill.stored.can_delay(ticket):
             return False
-        self.spill.stored.delay(ticket, seconds, error=error)
+        self.spill.stored.delay(ticket, seconds)
         return True
 
     def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:
