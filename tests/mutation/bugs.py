@@ -31,6 +31,7 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
+from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
@@ -1786,6 +1787,20 @@ def who_leaves_a_fan_out_leaves_its_tasks_behind() -> None:
 
 def agents_that_read_a_fan_out_keep_their_slots() -> None:
     always(AdmissionController, AdmissionController.lend_slots, returns=None)
+
+
+def runs_take_their_slots_back_before_they_look_for_room() -> None:
+    async def _wait(self: FanOut) -> None:
+        reclaim = None
+        if (running := running_task()) is not None:
+            reclaim = self._admission.lend_slots(running, self._awaited_by(running))
+        try:
+            await self._wait_for_change()
+        finally:
+            if reclaim is not None:
+                await reclaim()
+
+    replace(FanOut, FanOut._wait, _wait)
 
 
 def the_next_in_line_for_room_is_not_woken() -> None:

@@ -695,6 +695,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     # fan-outs and waiting for room
     bugs.who_leaves_a_fan_out_leaves_its_tasks_behind: test_fan_out.test_leaving_the_loop_cancels_what_is_outstanding,
     bugs.agents_that_read_a_fan_out_keep_their_slots: test_fan_out.test_nested_fan_outs_never_deadlock,
+    bugs.runs_take_their_slots_back_before_they_look_for_room: (
+        test_fan_out.test_runs_that_look_for_room_do_not_take_it_themselves
+    ),
     bugs.the_next_in_line_for_room_is_not_woken: (
         test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
     ),

@@ -177,6 +177,8 @@ class Dispatcher:
             counts.suspend()
         self.return_slot(run)
         self._tell_drains()
+        if self._registry.listeners and run.worker.can_accept():  # producers may wait for room
+            self._registry.notify_progress()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
