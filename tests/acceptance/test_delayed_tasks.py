@@ -582,6 +582,19 @@ async def test_a_task_that_comes_back_before_the_store_has_answered_runs_once(pa
 
 
 @virtual
+async def test_a_drain_ends_though_the_store_is_slow_to_take_back_a_task_whose_worker_is_gone(path: Path) -> None:
+    store = FailingStore(path)
+    store.silent = 3.0
+    async with make_supervisor(store, Failing(9), retry=LONG) as supervisor:
+        ticket = await supervisor.submit(Task("work", "a", task_id="a", durable=True))
+        await asyncio.sleep(0.1)
+        await supervisor.unregister_worker("worker")
+        report = await supervisor.drain(timeout=0.5)
+        assert (report.spilled, isinstance(await error_of(ticket), StillSpilled)) == (1, True)
+    assert await state_in(path, "a") is RecordState.DELAYED
+
+
+@virtual
 async def test_a_store_that_cannot_wake_a_retry_is_asked_again(path: Path) -> None:
     store = FailingStore(path)
     handler = Failing(1)

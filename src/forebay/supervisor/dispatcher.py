@@ -339,16 +339,16 @@ class Dispatcher:
             self.next_in_conversation(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
-        pool = self._pools[ticket.task.task_type]
+        # One on its way to the store waits nowhere here, and its pool may be gone.
         self._timers.cancel(ticket.clear_expiry())
         self.retries.leave(ticket)
         if ticket.task.not_before is not None:
             self.scheduled.leave(ticket)
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
-            pool.unpark(ticket)
+            self._pools[ticket.task.task_type].unpark(ticket)
         elif (entry := ticket.leave_queue()) is not None:
-            pool.remove(ticket, entry)
+            self._pools[ticket.task.task_type].remove(ticket, entry)
 
     def next_in_conversation(self, ticket: Ticket) -> None:
         """Start or queue the next task of the conversation, because `ticket` has really ended.
