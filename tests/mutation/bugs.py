@@ -2211,6 +2211,16 @@ def a_woken_record_that_has_ended_is_counted_as_waiting() -> None:
     replace(Refiller, original, _set_depths)
 
 
+def a_task_on_its_way_to_the_store_needs_its_pool() -> None:
+    original = Dispatcher._leave
+
+    def _leave(self: Dispatcher, ticket: Ticket) -> None:
+        self._pools[ticket.task.task_type]
+        original(self, ticket)
+
+    replace(Dispatcher, original, _leave)
+
+
 def an_orderly_stop_forgets_the_attempts_that_failed_here() -> None:
     always(HeldLeases, HeldLeases.update, returns=None)
 

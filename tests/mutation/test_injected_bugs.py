@@ -899,6 +899,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_woken_record_that_has_ended_is_counted_as_waiting: (
         test_delayed_tasks.test_a_delayed_record_that_was_woken_and_has_ended_is_counted_no_more
     ),
+    bugs.a_task_on_its_way_to_the_store_needs_its_pool: (
+        test_delayed_tasks.test_a_drain_ends_though_the_store_is_slow_to_take_back_a_task_whose_worker_is_gone
+    ),
     bugs.an_orderly_stop_forgets_the_attempts_that_failed_here: (
         test_stored_retries.test_an_orderly_stop_keeps_the_failures_of_a_message_whose_followers_are_here
     ),
