@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Never, overload
 
 import msgspec
 
@@ -317,8 +317,26 @@ class Task(_Options, Generic[ResultT_co], frozen=True):
         return f"Task({self.task_type!r}, task_id={self.task_id!r}, priority={self.priority.name})"
 
 
-class TaskResult(JsonStruct, frozen=True, kw_only=True):
+if TYPE_CHECKING:
+
+    class _ResultField:
+        """The type of `TaskResult.result`: ``T | None`` of a ``TaskResult[T]``, and Any of a plain TaskResult.
+
+        Any fits both overloads, of which type checkers make Any: who declares no types need not tell None apart.
+        """
+
+        @overload
+        def __get__(self, owner: TaskResult[Never], kind: object) -> Any: ...
+        @overload
+        def __get__(self, owner: TaskResult[ResultT_co], kind: object) -> ResultT_co | None: ...
+        def __get__(self, owner: TaskResult, kind: object) -> Any: ...
+        def __set__(self, owner: TaskResult, value: Any) -> None: ...
+
+
+class TaskResult(JsonStruct, Generic[ResultT_co], frozen=True, kw_only=True):
     """The outcome of a task.
+
+    To a type checker, the `result` of a ``TaskResult[Answer]``, which a ``Task[Answer]`` ends in, is an Answer or None.
 
     Attributes:
         task_id: the task's id.
@@ -337,7 +355,10 @@ class TaskResult(JsonStruct, frozen=True, kw_only=True):
     worker_id: str | None
     success: bool
     status: TaskStatus
-    result: Any = None
+    if not TYPE_CHECKING:
+        result: ResultT_co | None = None
+    else:
+        result: _ResultField = _ResultField()
     error: str | None = None
     duration_ms: float = 0.0
     attempts: int = 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from tests.support.supervisor_checks import check_supervisor, check_task_ends
 from tests.support.task_plane import results, run_ready, virtual
 from tests.support.task_stores import DURABLE_STORES, OVERFLOWS, StoreBackend, overflow_url
@@ -299,8 +299,38 @@ async def check_the_rest_runs_next_time(overflow: str, before: EventRecord) -> N
     assert set(record.results) <= {event.task_id for event in before.submitted}
 
 
+# A run that lent its slot, and goes on after the close.
+SUSPENDED_AT_CLOSE = Script(
+    slots=(1, 1),
+    shared=False,
+    nested=False,
+    queue_size=None,
+    overflow=(None, 2),
+    reset_timeout=None,
+    submissions=[
+        Submission(
+            at=0.0,
+            kind="a",
+            plan=("slot", "a", ("insist", ("sleep", 0.1), ("sleep", 0.5))),
+            by="submit",
+            priority=Priority.NORMAL,
+            timeout=None,
+            deadline=None,
+            thread_id=None,
+            key=None,
+            leaves_after=None,
+            cancels_after=None,
+        )
+    ],
+    ends_at=0.002,
+    end="close",
+    seed=0,
+)
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(script=SCRIPTS)
+@example(script=SUSPENDED_AT_CLOSE)
 def test_every_task_ends_once_every_slot_is_returned_and_the_counts_add_up(
     script: Script, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

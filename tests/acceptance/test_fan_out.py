@@ -191,7 +191,7 @@ async def test_an_invalid_task_ends_the_iteration_and_cancels_the_others() -> No
             async for _ in supervisor.fan_out([*tasks(3), Task("nothing")]):
                 pass
         with pytest.raises(InvalidTask, match="it must be a Task"):
-            async for _ in supervisor.fan_out([*tasks(3), "work"]):  # type: ignore[list-item]
+            async for _ in supervisor.fan_out([*tasks(3), "work"]):  # type: ignore[arg-type]
                 pass
         await run_ready()
         assert supervisor.statistics().running == 0
@@ -737,6 +737,49 @@ async def test_options_of_a_map_are_those_of_its_tasks() -> None:
     async with supervisor_of(handler) as supervisor:
         got = await supervisor.map("work", range(2), tenant="acme", priority=Priority.HIGH)
         assert got == [("acme", Priority.HIGH)] * 2
+
+
+@virtual
+async def test_a_map_of_tasks_returns_their_values_in_order() -> None:
+    async def handler(task: Task) -> tuple[Any, str]:
+        await asyncio.sleep(task.payload)
+        if task.payload == 2.0:
+            raise ValueError("no")
+        return task.payload, task.tenant
+
+    async with supervisor_of(handler, max_queue_size=1) as supervisor:
+        work = (Task("work", seconds, tenant=f"t{seconds:.0f}") for seconds in (3.0, 1.0))
+        assert await supervisor.map(work) == [(3.0, "t3"), (1.0, "t1")]
+        assert await supervisor.map([]) == []
+        with pytest.raises(TaskFailed, match="ValueError: no"):
+            await supervisor.map([Task("work", 100.0), Task("work", 2.0)])
+        await run_ready()
+        assert supervisor.statistics().cancelled == 1
+        values = await supervisor.map([Task("work", 2.0), Task("work", 1.0)], return_exceptions=True)
+        assert isinstance(values[0], TaskFailed)
+        assert values[1] == (1.0, "default")
+        assert len(await supervisor.map([Task("work", 0.0) for _ in range(50)], limit=2)) == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("work",), {}, TypeError, r"given no payloads: map\('work', \[\.\.\.\]\), or map\(\[Task\('work', \.\.\.\)"),
+        (([Task("work")],), {"tenant": "a"}, TypeError, r"field of the task: map\(\[Task\(\.\.\., tenant=\.\.\.\)"),
+        (([Task("work")],), {"prio": 1}, TypeError, r"map\(\) takes no argument 'prio'$"),
+        (([Task("work")], [1]), {}, InvalidTask, "task_type"),
+        ((["work"],), {}, InvalidTask, "a Task, such as"),
+        ((Task("work"),), {}, InvalidSetting, "an iterable of Tasks"),
+    ],
+)
+@virtual
+async def test_a_map_of_anything_else_is_an_error(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    async with supervisor_of(sleep_for_payload) as supervisor:
+        with pytest.raises(error, match=message):
+            await supervisor.map(*arguments, **options)
+        assert supervisor.statistics().submitted == 0
 
 
 # --- progress ---

@@ -81,6 +81,7 @@ def test_many_tasks_are_mapped_from_a_thread(portal: Portal) -> None:
     values = portal.map("echo", (number for number in range(300)), progress=states.append, priority=Priority.LOW)
     assert values == list(range(300))
     assert states[-1].succeeded == 300
+    assert portal.map(Task[int]("echo", number) for number in range(3)) == [0, 1, 2]
     with pytest.raises(UnknownTaskType):
         portal.map("unknown", [1])
 
@@ -96,7 +97,7 @@ def test_a_map_from_a_thread_that_takes_too_long_cancels_its_tasks(latch: Latch)
         portal.drain(PATIENCE)
         assert supervisor.statistics().cancelled == 3
         with pytest.raises(InvalidSetting, match="map was given wait_timeout='soon'"):
-            portal.map("latch", range(3), wait_timeout="soon")  # type: ignore[arg-type]
+            portal.map("latch", range(3), wait_timeout="soon")  # type: ignore[call-overload]
 
 
 def test_a_ticket_is_found_by_its_id_and_by_its_key(portal: Portal) -> None:

@@ -44,7 +44,7 @@ from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, Ta
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
-from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
+from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, ExperimentStage, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, memory, redis, sqlite
 from forebay.overflow.redis import RedisTaskStore
 from forebay.overflow.sqs import SqsTaskStore
@@ -132,7 +132,7 @@ from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
-from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
@@ -142,7 +142,7 @@ from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspende
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
-from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
+from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
@@ -1062,6 +1062,25 @@ def only_a_limit_that_is_used_up_is_suspected_of_slow_calls() -> None:
     replace(SlowdownExperiment, original, watch)
 
 
+def the_calls_that_raised_the_alarm_are_the_baseline() -> None:
+    original = SlowdownExperiment._watch
+
+    def watch(
+        self: SlowdownExperiment, now: float, level: float, in_flight: float, slowdown: float, **rest: Any
+    ) -> ExperimentResult | None:
+        latest, mean = [*self._latest, slowdown][-max(8, int(level)) :], self._in_flight
+        result = original(self, now, level, in_flight, slowdown, **rest)
+        if self.stage is not ExperimentStage.BASELINE:
+            return result
+        return self._lower(now, level, latest, mean, **rest)
+
+    replace(SlowdownExperiment, original, watch)
+
+
+def an_alarm_by_chance_is_followed_by_the_next_at_once() -> None:
+    always(SlowdownExperiment, SlowdownExperiment._wait, returns=None)
+
+
 # --- retries are bounded ---
 
 
@@ -1234,6 +1253,31 @@ def no_rate_is_learned() -> None:
 
 def a_learned_rate_is_believed_however_far_it_falls() -> None:
     always(LearnedRate, LearnedRate.is_disproved, returns=False)
+
+
+def a_call_that_is_rejected_earns_retries() -> None:
+    original = SharedAccount._overloaded
+
+    def _overloaded(self: SharedAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
+        self.retries.record_first_attempt()
+        return original(self, rejected, sole_account=sole_account)
+
+    replace(SharedAccount, original, _overloaded)
+
+
+def a_learned_rate_that_falls_is_never_checked() -> None:
+    always(LearnedRate, LearnedRate._begin_check, returns=None)
+
+
+def a_check_that_fails_says_nothing_for_a_rate() -> None:
+    original = LearnedRate._end_check
+
+    def end_check(self: LearnedRate, now: float, block: Block, check: _Check) -> None:
+        falls, passes = self._falls, self._passes
+        original(self, now, block, check)
+        self._falls, self._passes = falls, max(passes, self._passes)
+
+    replace(LearnedRate, original, end_check)
 
 
 def a_raised_rate_that_is_refused_at_once_is_guessed_again() -> None:

@@ -403,6 +403,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.only_a_limit_that_is_used_up_is_suspected_of_slow_calls: (
         test_slowdown_experiment.test_a_limit_that_is_not_quite_used_up_is_lowered_too
     ),
+    bugs.the_calls_that_raised_the_alarm_are_the_baseline: (
+        test_slowdown_experiment.test_calls_that_were_slow_by_chance_begin_no_experiment
+    ),
+    bugs.an_alarm_by_chance_is_followed_by_the_next_at_once: (
+        test_slowdown_experiment.test_after_an_alarm_by_chance_the_next_one_waits
+    ),
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
     bugs.a_timeout_of_the_caller_is_a_fault: (test_blame.test_hasty_callers_do_not_shut_the_account_for_the_others),
@@ -473,6 +479,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.no_rate_is_learned: test_learned_rate.test_the_calls_accepted_between_two_refusals_are_the_rate,
     bugs.a_learned_rate_is_believed_however_far_it_falls: (
         test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
+    ),
+    bugs.a_call_that_is_rejected_earns_retries: (
+        test_call_flow.test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does
+    ),
+    bugs.a_learned_rate_that_falls_is_never_checked: (
+        test_learned_rate.test_a_rate_that_falls_though_it_has_not_risen_is_checked_by_far_faster_calls
+    ),
+    bugs.a_check_that_fails_says_nothing_for_a_rate: (
+        test_learned_rate.test_a_check_that_accepts_few_calls_makes_it_two_again
     ),
     bugs.a_raised_rate_that_is_refused_at_once_is_guessed_again: (
         test_learned_rate.test_a_raised_rate_that_is_refused_twice_at_once_falls_to_the_one_before_it_rose

@@ -22,6 +22,14 @@ def test_what_a_provider_can_serve_is_used_and_nobody_hammers_it(seed: int) -> N
     run(control_storm, seed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [201, 229, 257, 341, 425, 453, 537, 901, 985])
+def test_a_capacity_that_dips_for_seconds_is_not_taken_for_a_rate_for_long(seed: int) -> None:
+    storm = control_storm.ControlStorm(seed)
+    assert storm.name == "slots, dips"
+    run(control_storm, seed)
+
+
 @pytest.mark.parametrize("seed", seeds(len(blame_storm.KINDS), 1))
 def test_callers_models_and_requests_that_fail_do_not_harm_the_others(seed: int) -> None:
     run(blame_storm, seed)

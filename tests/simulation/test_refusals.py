@@ -5,6 +5,8 @@ The numbers of docs/limits.md come from the same runs, with more seeds: `python 
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 from bench.calls.rate_scenarios import RATE_SCENARIOS
 from bench.calls.scenarios import MINUTES, SLOTS, WARM_UP, Scenario, provider
@@ -56,10 +58,13 @@ THRESHOLDS = {
     "window of 4 a second, headers": (0.97, 0.01, 0.01),
     "two processes, headers": (0.95, 0.02, 0.02),
     "five processes, headers": (0.95, 0.025, 0.025),
-    "five processes, nothing told": (0.93, 0.3, 0.05),
+    "five processes, nothing told": (0.93, 0.2, 0.05),
     "two processes, nothing told": (0.95, 0.035, 0.03),
     "1,200 a minute, nothing told": (0.95, 0.02, 0.015),
 }
+
+# One run in six of these settles with a third to three fifths of the calls refused: the medians of several seeds.
+SEEDS = {"five processes, nothing told": (1, 2, 3, 4, 5)}
 
 # Refusals at random: the share of the oracle's work, at least. Many of these calls are refused whatever is done.
 RANDOM = {
@@ -77,12 +82,12 @@ def run(scenario: Scenario, *, seed: int = 1) -> UpstreamRun:
 
 
 def check(name: str, min_share: float, max_refused: float, max_late: float) -> None:
-    scenario = RATE_SCENARIOS[name]
-    made = run(scenario)
-    share = made.record.work(WARM_UP, END) / scenario.run("oracle", None, 1).work(WARM_UP, END)
-    assert share >= min_share
-    assert made.record.share_refused(WARM_UP, END) <= max_refused
-    assert made.record.share_refused(LATE, END) <= max_late
+    scenario, seeds = RATE_SCENARIOS[name], SEEDS.get(name, (1,))
+    records = [run(scenario, seed=seed).record for seed in seeds]
+    oracle = [scenario.run("oracle", None, seed).work(WARM_UP, END) for seed in seeds]
+    assert median(record.work(WARM_UP, END) / work for record, work in zip(records, oracle, strict=True)) >= min_share
+    assert median(record.share_refused(WARM_UP, END) for record in records) <= max_refused
+    assert median(record.share_refused(LATE, END) for record in records) <= max_late
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -182,9 +182,13 @@ class Dispatcher:
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
+        self.forget_suspended(run)
+        self.dispatch(run.worker)
+
+    def forget_suspended(self, run: Run) -> None:
+        """Stop counting a run that has lent its slot."""
         for counts in self._counts_of[run.worker]:
             counts.resume()
-        self.dispatch(run.worker)
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""

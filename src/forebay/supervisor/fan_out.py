@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, Self, TypeAlias, TypedDict
 
 import msgspec
 
@@ -23,7 +23,7 @@ from forebay.retry import Retry
 from forebay.supervisor.room import RoomQueue, RoomTurn
 from forebay.supervisor.runs.slot_loans import is_own_nested
 from forebay.supervisor.ticket import Reclaim, Ticket
-from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
+from forebay.task import Deadline, Estimate, Priority, ResultT_co, Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
@@ -73,6 +73,19 @@ class FanOutProgress(msgspec.Struct, frozen=True, kw_only=True):
 OnProgress: TypeAlias = Callable[[FanOutProgress], object]
 
 
+class FanOutOptions(TypedDict, total=False):
+    """The arguments of `map` that are those of its fan-out."""
+
+    retry: Retry | None
+    limit: int | None
+    hedge: Hedge | None
+    progress: OnProgress | None
+
+
+class MapOptions(FanOutOptions, TaskOptions, total=False):
+    """The arguments of a `map` that makes its tasks itself."""
+
+
 class FanOutAdmission(Protocol):
     """Admission control, as far as a fan-out needs it."""
 
@@ -115,7 +128,7 @@ class _Branch:
         self.timer: Timer | None = None
 
 
-class FanOut:
+class FanOut(Generic[ResultT_co]):
     """An async iterator over the results of many tasks, as `fan_out` of a supervisor makes it.
 
     Reading it submits the tasks: as many as there is room for, and the next ones as others finish. So it may be wider
@@ -128,7 +141,7 @@ class FanOut:
         self,
         admission: FanOutAdmission,
         timers: Timers,
-        tasks: Iterable[Task],
+        tasks: Iterable[Task[ResultT_co]],
         *,
         retry: Retry | None = None,
         limit: int | None = None,
@@ -156,7 +169,7 @@ class FanOut:
         self._branches: dict[int, _Branch] = {}  # that have not ended, by index
         self._inside: Counter[str] = Counter()  # results not yet read, and branches that have not ended, by task type
         self._error: ForebayError | None = None  # to be raised: a ticket has ended without a result
-        self._results: dict[int, tuple[Task, TaskResult]] = {}  # not yielded yet, by index
+        self._results: dict[int, tuple[Task, TaskResult[ResultT_co]]] = {}  # not yielded yet, by index
         self._changed = asyncio.Event()
         self._reading = asyncio.Lock()
 
@@ -169,10 +182,10 @@ class FanOut:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> TaskResult:
+    async def __anext__(self) -> TaskResult[ResultT_co]:
         return (await self.read())[1]
 
-    async def read(self) -> tuple[int, TaskResult]:
+    async def read(self) -> tuple[int, TaskResult[ResultT_co]]:
         """Return the next result, with the position of its task.
 
         Raises:
@@ -195,7 +208,7 @@ class FanOut:
             if self._turn is not None:
                 self._admission.room.pass_turn(self._turn)
 
-    async def _read(self) -> tuple[int, TaskResult]:
+    async def _read(self) -> tuple[int, TaskResult[ResultT_co]]:
         while True:
             self._changed.clear()
             if self._error is not None:
@@ -221,7 +234,7 @@ class FanOut:
         over = not (self._branches or self._next or self._tasks)
         return min(self._results, default=None) if over else None  # those between were cancelled
 
-    def _next_result(self) -> tuple[int, TaskResult] | None:
+    def _next_result(self) -> tuple[int, TaskResult[ResultT_co]] | None:
         """Return the next result to yield, if it is there."""
         index = self._next_index()
         if index is None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, Unpack, overload
 
 from forebay import clock, context
 from forebay._text import format_duration
@@ -26,10 +26,11 @@ from forebay.task import Deadline, Priority, ResultT_co, Task, TaskResult, TaskS
 
 if TYPE_CHECKING:
     from forebay.context import RunningTask
+    from forebay.errors import ForebayError
     from forebay.events import Event, Subscription
     from forebay.retry import Retry
     from forebay.supervisor.drain import DrainReport
-    from forebay.supervisor.fan_out import Hedge, OnProgress, TaskOptions
+    from forebay.supervisor.fan_out import FanOutOptions, Hedge, MapOptions, OnProgress, TaskOptions
     from forebay.supervisor.slot import Slot
     from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
@@ -62,19 +63,9 @@ class PortalSupervisor(Protocol):
     async def submit(self, task: Task[ResultT], *, wait: float | None = None) -> Ticket[ResultT]:
         """Submit a task."""
 
-    async def map(  # noqa: PLR0913 - as the supervisor's
-        self,
-        task_type: str,
-        payloads: Iterable[Any],
-        *,
-        retry: Retry | None = None,
-        limit: int | None = None,
-        hedge: Hedge | None = None,
-        progress: OnProgress | None = None,
-        return_exceptions: bool = False,
-        **options: Unpack[TaskOptions],
-    ) -> list[Any]:
-        """Run a task for each payload, and return their values."""
+    @property
+    def map(self) -> Callable[..., Coroutine[Any, Any, list[Any]]]:
+        """The method that runs many tasks and returns their values; it has overloads."""
 
     async def find(self, task_id: str | None = None, *, key: str | None = None) -> Ticket | None:
         """Return the ticket of a task."""
@@ -153,7 +144,7 @@ class PortalTicket(Generic[ResultT_co]):
         """Return it as plain data for JSON: see ``Ticket.as_dict``."""
         return self._ticket.as_dict(payload=payload, values=values)
 
-    def result(self, timeout: float | None = None) -> TaskResult:
+    def result(self, timeout: float | None = None) -> TaskResult[ResultT_co]:
         """Wait for the task to end, for at most `timeout` seconds; after that the task goes on.
 
         Raises:
@@ -164,7 +155,7 @@ class PortalTicket(Generic[ResultT_co]):
             return self._ticket.outcome()
         return self._wait("result", self._end(), timeout)
 
-    async def _end(self) -> TaskResult:
+    async def _end(self) -> TaskResult[ResultT_co]:
         return await self._ticket
 
     def value(self, timeout: float | None = None) -> ResultT_co:
@@ -421,10 +412,40 @@ class Portal:
         work = self._supervisor.submit(task, wait=wait)
         return PortalTicket(self, self.call("submit", work, timeout=timeout, late=late, after=after))
 
-    def map(  # noqa: PLR0913 - as the supervisor's
+    @overload
+    def map(
+        self,
+        tasks: Iterable[Task[ResultT]],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        wait_timeout: float | None = None,
+        **options: Unpack[FanOutOptions],
+    ) -> list[ResultT]: ...
+    @overload
+    def map(
+        self,
+        tasks: Iterable[Task[ResultT]],
+        /,
+        *,
+        return_exceptions: bool,
+        wait_timeout: float | None = None,
+        **options: Unpack[FanOutOptions],
+    ) -> list[ResultT | ForebayError]: ...
+    @overload
+    def map(
         self,
         task_type: str,
         payloads: Iterable[Any],
+        *,
+        return_exceptions: bool = False,
+        wait_timeout: float | None = None,
+        **options: Unpack[MapOptions],
+    ) -> list[Any]: ...
+    def map(  # noqa: PLR0913 - as the supervisor's
+        self,
+        task_type: str | Iterable[Task],
+        payloads: Iterable[Any] | None = None,
         *,
         retry: Retry | None = None,
         limit: int | None = None,
@@ -434,7 +455,7 @@ class Portal:
         wait_timeout: float | None = None,
         **options: Unpack[TaskOptions],
     ) -> list[Any]:
-        """Run a task for each payload, and return their values in the order of the payloads: see ``supervisor.map``.
+        """Run a task for each payload, or these tasks, and return their values in order: see ``supervisor.map``.
 
         Args:
             task_type: as ``supervisor.map``, and so are the others but `wait_timeout`.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Never, NoReturn, Self, TypeVar, Unpack
+from typing import Any, Literal, Never, NoReturn, Self, TypeVar, Unpack, overload
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
@@ -39,7 +39,7 @@ from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import RESUME_DELAY, Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
-from forebay.supervisor.fan_out import FanOut, Hedge, OnProgress, TaskOptions
+from forebay.supervisor.fan_out import FanOut, FanOutOptions, Hedge, MapOptions, OnProgress, TaskOptions
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up, wait_until_done
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import as_handler, contains
@@ -500,7 +500,7 @@ class BackpressureSupervisor:
 
     def fan_out(  # noqa: PLR0913 - each has a name
         self,
-        tasks: Iterable[Task],
+        tasks: Iterable[Task[ResultT]],
         *,
         retry: Retry | None = None,
         limit: int | None = None,
@@ -508,7 +508,7 @@ class BackpressureSupervisor:
         hedge: Hedge | None = None,
         ordered: bool = False,
         progress: OnProgress | None = None,
-    ) -> FanOut:
+    ) -> FanOut[ResultT]:
         """Return an async iterator that submits many tasks, as room appears, and yields their results as they finish.
 
         ``async for result in supervisor.fan_out(tasks): ...``. Leaving the loop cancels what has not ended; so does
@@ -547,10 +547,32 @@ class BackpressureSupervisor:
             progress=progress,
         )
 
-    async def map(  # noqa: PLR0913 - each has a name
+    @overload
+    async def map(
+        self,
+        tasks: Iterable[Task[ResultT]],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        **options: Unpack[FanOutOptions],
+    ) -> list[ResultT]: ...
+    @overload
+    async def map(
+        self, tasks: Iterable[Task[ResultT]], /, *, return_exceptions: bool, **options: Unpack[FanOutOptions]
+    ) -> list[ResultT | ForebayError]: ...
+    @overload
+    async def map(
         self,
         task_type: str,
         payloads: Iterable[Any],
+        *,
+        return_exceptions: bool = False,
+        **options: Unpack[MapOptions],
+    ) -> list[Any]: ...
+    async def map(  # noqa: PLR0913 - each has a name
+        self,
+        task_type: str | Iterable[Task],
+        payloads: Iterable[Any] | None = None,
         *,
         retry: Retry | None = None,
         limit: int | None = None,
@@ -561,23 +583,25 @@ class BackpressureSupervisor:
     ) -> list[Any]:
         """Run a task for each payload, as room appears, and return their values in the order of the payloads.
 
+        ``map(tasks)``, without payloads, runs these tasks; their values have the types that the tasks declare.
         The first task that fails cancels the others, and its error is raised, as by `run`; with `return_exceptions` the
         errors are in the list instead. Cancelling this cancels the tasks.
 
         Args:
-            task_type: of all tasks.
+            task_type: of all tasks; or, instead of it and the payloads, the tasks themselves, as in `fan_out`.
             payloads: any number; a generator is read as room appears.
             retry: as in `fan_out`.
             limit: as in `fan_out`.
             hedge: as in `fan_out`.
             progress: as in `fan_out`.
             return_exceptions: whether failed tasks have their error in the list.
-            options: fields of all tasks, such as ``priority=Priority.LOW``.
+            options: fields of all tasks, such as ``priority=Priority.LOW``. Tasks that were passed have their own.
 
         Raises:
+            TypeError: there are neither payloads nor tasks, or there are tasks and fields for them.
             Others: as `run` and `fan_out`.
         """
-        tasks = (Task(task_type, payload, **options) for payload in payloads)
+        tasks = _tasks_to_map(task_type, payloads, options)
         values: dict[int, Any] = {}
         total = len(payloads) if isinstance(payloads, Sized) else None
         async with self.fan_out(tasks, retry=retry, limit=limit, hedge=hedge, progress=progress) as results:
@@ -954,10 +978,26 @@ class BackpressureSupervisor:
         return self._running()
 
 
-def _reject_misplaced(call: str, arguments: Iterable[str]) -> NoReturn:
-    """Raise a TypeError that says where the fields of a task belong."""
+def _tasks_to_map(task_type: Any, payloads: Iterable[Any] | None, options: TaskOptions) -> Iterable[Task]:
+    """Return the tasks of a `map`: one for each payload, or those that it was given instead."""
+    if payloads is not None:
+        return (Task(task_type, payload, **options) for payload in payloads)
+    if isinstance(task_type, str):
+        raise TypeError(
+            "supervisor.map() takes a task type and its payloads, or tasks, and was given no payloads:"
+            f" map({task_type!r}, [...]), or map([Task({task_type!r}, ...), ...])"
+        )
+    if options:
+        _reject_misplaced("map", options, passed="[Task(..., {name}=...), ...]")
+    tasks: Iterable[Task] = task_type
+    return tasks
+
+
+def _reject_misplaced(call: str, arguments: Iterable[str], *, passed: str = "Task(..., {name}=...)") -> NoReturn:
+    """Raise a TypeError that says where the fields of a task belong: to what is `passed`."""
     name = next(iter(arguments))
-    advice = f"; it is a field of the task: {call}(Task(..., {name}=...))" if name in Task.__struct_fields__ else ""
+    is_field = name in Task.__struct_fields__
+    advice = f"; it is a field of the task: {call}({passed.format(name=name)})" if is_field else ""
     raise TypeError(f"supervisor.{call}() takes no argument {name!r}{advice}")
 
 

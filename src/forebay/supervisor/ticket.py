@@ -160,7 +160,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
     shared: bool = False  # another caller has submitted the same work, by its key
     in_line: bool = False  # its submitter waits for room: a rejection is not the last word
     size: int = 0  # estimated bytes of its payload and its result, once it has ended
-    _outcome: TaskResult | ForebayError | None = None
+    _outcome: TaskResult[ResultT_co] | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
     found: bool = False  # made for a record that was looked up: its task is read again when the record comes back
     retries: TicketRetries | None = None  # its failed attempts, if any may be followed by another
@@ -186,7 +186,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         return self.task.priority
 
     @property
-    def result(self) -> TaskResult | None:
+    def result(self) -> TaskResult[ResultT_co] | None:
         """The result of the task; None while it has not ended."""
         return self._outcome if isinstance(self._outcome, TaskResult) else None
 
@@ -244,12 +244,12 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         self._dispatcher.cancel(self, reason)
         return True
 
-    def __await__(self) -> Generator[Any, None, TaskResult]:
+    def __await__(self) -> Generator[Any, None, TaskResult[ResultT_co]]:
         if type(self._outcome) is TaskResult:
             return self._outcome
         return (yield from self._wait().__await__())
 
-    async def _wait(self, *, cancel_task: bool = False) -> TaskResult:
+    async def _wait(self, *, cancel_task: bool = False) -> TaskResult[ResultT_co]:
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
@@ -270,7 +270,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
                     await reclaim()
         return self.outcome()
 
-    def outcome(self) -> TaskResult:
+    def outcome(self) -> TaskResult[ResultT_co]:
         """Return the result of a ticket that is done, or raise what awaiting it raises."""
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()

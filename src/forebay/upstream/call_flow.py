@@ -208,9 +208,9 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
     """
     account, request, retries = route.account, route.call_request, route.account.retries
     request.retried = retried
-    if retried:
-        retries.record_first_attempt()
     permit: Permit | None = yield Acquire(account, request, chain is None)
+    if retried:  # not if it was rejected: who calls again and again while nothing is sent must earn no retries
+        retries.record_first_attempt()
     retrying: _Retrying | None = None
     while True:
         assert permit is not None  # noqa: S101 - the loop ends without one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +27,10 @@ STREAM = AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS), streaming=True
 class FlowHarness:
     """A flow, and an account that gives its permits."""
 
-    def __init__(self, *, retried: bool = True, **settings: Any) -> None:
+    def __init__(self, *, retried: bool = True, deadline: float = math.inf, **settings: Any) -> None:
         self.upstream = Upstream("llm", **settings)
         self.account = self.upstream.core.accounts.account("")
-        route = PlainRoute(self.upstream, self.account, CallRequest())
+        route = PlainRoute(self.upstream, self.account, CallRequest(deadline=deadline))
         self.flow: Flow = call_flow(route, self.upstream.runner.resolver, retried=retried)
         self.released: list[CallOutcome] = []
         self.result: AttemptResult | None = None
@@ -142,6 +143,18 @@ def test_a_rejected_retry_ends_the_flow_with_the_rejection() -> None:
     assert isinstance(step, Acquire)
     with pytest.raises(Overloaded, match="full"):
         flow.flow.throw(Overloaded("full"))
+
+
+def test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does() -> None:
+    flow = FlowHarness(deadline=-math.inf)
+    budgets = flow.account.retries._budgets
+    with pytest.raises(Overloaded, match="deadline"):
+        flow.start()
+    assert (budgets.faults._first, budgets.throttles._first) == (0, 0)
+    sent = FlowHarness()
+    assert (sent.start(), sent.send(SUCCESS)) == ("Send", "end")
+    budgets = sent.account.retries._budgets
+    assert (budgets.faults._first, budgets.throttles._first) == (1, 1)
 
 
 def test_a_permit_that_is_closed_is_not_released_again() -> None:

@@ -51,6 +51,9 @@ class CompletionDispatcher(Protocol):
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot of a run, and start what comes next."""
 
+    def forget_suspended(self, run: Run) -> None:
+        """Stop counting a run that has lent its slot."""
+
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back."""
 
@@ -259,7 +262,10 @@ class RunCompletion:
     def close(self) -> None:
         """Leave the handlers that have not stopped to their workers: the next run knows nothing of them."""
         for run in self._runs:
-            run.worker.add_orphan(run, holds_slot=run.end(), zombie=run.abandoned_at is not None)
+            holds_slot = run.end()
+            run.worker.add_orphan(run, holds_slot=holds_slot, zombie=run.abandoned_at is not None)
+            if not holds_slot:
+                self._dispatcher.forget_suspended(run)
 
     def _forget(self, run: Run) -> None:
         """Drop what is kept for a run while its handler has not ended."""

@@ -37,7 +37,7 @@ class AccountRetries:
         self._lock = threading.Lock()
 
     def record_first_attempt(self) -> None:
-        """Count the first attempt of a call: retries are a share of these."""
+        """Count the first attempt of a call, which is sent: retries are a share of these."""
         with self._lock:
             self._budgets.deposit(clock.now())
 

@@ -44,12 +44,29 @@ _LATE: Final = 0.05  # seconds by which a call may be late without delaying the 
 _USED: Final = 0.8  # of the rate that must be used for it to rise
 _FALLS: Final = 24  # in a row, without a rise by a fifth, that show that no rate is the cause ...
 _DEEP: Final = 12  # ... of which a deep one after a long block counts as so many: what was measured was no rate
+_DOUBTED: Final = 0.78  # of a rate that was believed: once it has fallen to that, without a rise, it is checked
+_MAX_CHECKED: Final = 8.0  # seconds of a block: after a longer one a check would cost too much
+_FASTER: Final = 8.0  # times the rate, with which calls go in a check ...
+_CHECK_SECONDS: Final = 60.0  # ... for so long at most: a window of a minute refuses by then
+_MIN_CHECKED: Final = 7  # calls accepted in a check ...
+_MORE: Final = 1.1  # ... and times the rate that was refused, from which it speaks against a rate ...
+_LESS: Final = 0.8  # ... and times that, below which it confirms one
+_PASSES: Final = 2  # checks in a row that speak against a rate and disprove it
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
 class _BlockEnd(NamedTuple):
     at: float  # when the first call was sent that was accepted
     accepted: int  # calls until then
+
+
+class _Check(NamedTuple):
+    """A check of a rate that fell though it had not risen: for a time calls go far faster."""
+
+    rate: float  # that is checked
+    refused_rate: float  # from which it fell
+    start: _BlockEnd
+    refused_at: float  # when the last refused call before it was sent
 
 
 class LearnedRate:
@@ -67,7 +84,9 @@ class LearnedRate:
     __slots__ = (
         "_before",
         "_before_rise",
+        "_believed",
         "_blocks",
+        "_check",
         "_count",
         "_earlier_mark",
         "_falls",
@@ -79,6 +98,7 @@ class LearnedRate:
         "_mark",
         "_next_at",
         "_next_step_at",
+        "_passes",
         "_refusals",
         "_refused_at",
         "_sent_at",
@@ -98,6 +118,9 @@ class LearnedRate:
         self._before = math.inf  # the rate before the first block
         self._before_rise = 0.0  # the rate before its latest rise, until the raised rate has been corrected
         self._falls = 0  # of a measured rate, since it last rose
+        self._believed = 0.0  # the rate after its first fall or its latest check; 0 if it has not fallen since it rose
+        self._check: _Check | None = None  # that is under way
+        self._passes = 0  # checks one after the other that spoke against a rate
         self._count = 0  # calls sent and not refused
         self._mark = self._earlier_mark = _BlockEnd(-math.inf, 0)
         self._fastest, self._fastest_at = 0.0, -math.inf  # the highest rate of calls accepted in the last minute
@@ -126,13 +149,15 @@ class LearnedRate:
         """Return whether refusals go on however far the rate falls.
 
         Calls that are sent no faster than was measured are hardly ever refused for their rate. Where they are, again
-        and again, the cause is another one: small servers behind a load balancer, or a capacity that comes and goes.
+        and again, or where far faster ones are not, the cause is another one: small servers behind a load balancer, or
+        a capacity that comes and goes.
         """
-        return self._falls >= _FALLS
+        return self._falls >= _FALLS or self._passes >= _PASSES
 
     def forget(self) -> None:
         """Space calls no more: no rate is the cause of the refusals."""
-        self._falls = 0
+        self._falls = self._passes = 0
+        self._believed, self._check = 0.0, None
         self.rate = self._held = self._learned = math.inf
         self.measured = False
         self._next_at = -math.inf
@@ -185,6 +210,9 @@ class LearnedRate:
         self._refusals += block.refusals
         if not (guess or self.known) and self._refusals <= _QUOTA_CALLS + _QUOTA_SHARE * count:
             return  # the quota limits the calls well enough: no other process uses the key
+        if self._check is not None:
+            self._end_check(now, block, self._check)
+            return
         if self._is_tolerated(block):
             self._refused_at, self._next_at = now, now + 1.0 / self.rate
             if self.rising:
@@ -203,6 +231,54 @@ class LearnedRate:
         certain = self.rate <= self._before_rise or near <= _CERTAIN * self.rate
         self._before_rise = 0.0
         self._begin_wait(now, block, certain=self.measured and certain)
+        if fallen:
+            self._doubt(now, block, refused_rate)
+        else:
+            self._believed = 0.0
+
+    def _doubt(self, now: float, block: Block, refused_rate: float) -> None:
+        """Begin a check if the rate has fallen far, though it had not risen. The first fall is a better measurement."""
+        if not self._believed:
+            self._believed = self.rate
+        elif self.rate <= _DOUBTED * self._believed and _seconds(block) <= _MAX_CHECKED:
+            self._begin_check(now, block, refused_rate)
+
+    def _begin_check(self, now: float, block: Block, refused_rate: float) -> None:
+        """Send calls far faster until one is refused, to see whether slower ones have helped.
+
+        If the cause is no rate, each fall makes the next measurement lower, because fewer calls are sent and as many
+        are refused. Only faster ones can show that.
+        """
+        self._check = _Check(self.rate, refused_rate, _BlockEnd(block.ended, self._count), block.refused)
+        self.rate *= _FASTER
+        self._next_at = now + 1.0 / self.rate
+        self._begin_step(now, _CHECK_SECONDS)
+
+    def _end_check(self, now: float, block: Block, check: _Check) -> None:
+        """Judge the calls accepted in a check, and go on with their rate, or with the one that was checked.
+
+        A window accepts no more than its rate from the end of a block to that of the next, and a bucket from the last
+        refusal before to the first one after: so the longer time counts.
+        """
+        accepted = self._count - check.start.accepted - 1
+        measured = accepted / max(block.ended - check.start.at, block.began - check.refused_at)
+        rate = check.rate
+        if accepted >= _MIN_CHECKED and measured > _MORE * check.refused_rate:
+            rate = measured
+            self._passes += 1
+        elif accepted >= _MIN_CHECKED:
+            rate = max(rate, min(_MARGIN * measured, check.refused_rate))
+        if accepted < _MIN_CHECKED or measured < _LESS * check.refused_rate:
+            self._falls = self._passes = 0
+        self._believe(rate)
+        self._refused_at = now
+        self._refusals, self._learned_count = 0, self._count
+        self._begin_wait(now, block, certain=True)
+
+    def _believe(self, rate: float) -> None:
+        """End a check with a rate."""
+        self._check = None
+        self.rate = self._held = self._learned = self._believed = rate
 
     def _correct(self, block: Block, *, guess: bool) -> bool:
         """Set the rate by the calls accepted until the end of a block; return False if they do not tell it."""
@@ -302,13 +378,18 @@ class LearnedRate:
         if now > self._refused_at + _STALE or (not self.measured and self.rate > 2 * self._before):
             self.forget()
             return
+        if self._check is not None:
+            if used:
+                self.forget()
+                return
+            self._believe(self._check.rate)
         if used:
             self._held = self.rate
             self.rate *= 1.0 + self._step
             if self.measured:
                 self._step = min(_MAX_STEP, 2 * self._step)
             if self.rate > 1.2 * self._learned:
-                self._wait, self._falls = _FIRST_WAIT, 0
+                self._wait, self._falls, self._believed = _FIRST_WAIT, 0, 0.0
         seconds = _STEP_SECONDS if self.rate < _FAST_FROM * self._learned else _FAST_STEP_SECONDS
         self._begin_step(now, max(seconds, _MIN_COUNT / self.rate) if self.measured else 1.0)
 

@@ -214,6 +214,101 @@ def test_spaced_calls_that_are_refused_for_long_twice_disprove_a_bucket() -> Non
         assert rate.is_disproved() == (times == 2)
 
 
+def sink(rate: LearnedRate, now: float) -> float:
+    """Refuse calls however slow they are until a check of the rate begins, and return when."""
+    for _ in range(8):
+        before = rate.rate
+        send(rate, now, now + 7.0, per_second=0.6 * before)
+        block(rate, now + 7.0, now + 7.3)
+        now += 7.3
+        if rate.rate > before:
+            return now
+    pytest.fail("no check begins")
+
+
+def check(rate: LearnedRate, now: float, *, per_second: float) -> float:
+    """Accept calls for six seconds, then refuse some, and return when one is accepted again."""
+    send(rate, now, now + 6.0, per_second=per_second)
+    block(rate, now + 6.0, now + 7.0)
+    return now + 7.0
+
+
+def test_a_rate_that_falls_though_it_has_not_risen_is_checked_by_far_faster_calls() -> None:
+    rate, before = measured(4.0), measured(4.0).rate
+    sink(rate, 20.3)
+    assert rate.rate > 2 * before
+
+
+def test_a_first_fall_is_a_better_measurement_and_not_checked() -> None:
+    rate, before = measured(4.0), measured(4.0).rate
+    send(rate, 20.3, 27.0, per_second=2.0)
+    block(rate, 27.0, 27.3)
+    assert rate.rate < before
+
+
+def test_a_check_that_accepts_far_more_raises_the_rate_to_that() -> None:
+    rate = measured(4.0)
+    check(rate, sink(rate, 20.3), per_second=8.0)
+    assert 5.0 < rate.rate < 8.0
+
+
+def test_a_check_that_accepts_few_calls_brings_back_the_rate() -> None:
+    rate, before = measured(4.0), measured(4.0).rate
+    check(rate, sink(rate, 20.3), per_second=0.5)
+    assert 0.3 * before < rate.rate <= 0.8 * before
+    assert not rate.rising
+
+
+def test_a_check_that_accepts_few_calls_takes_back_the_falls_before() -> None:
+    rate, now = measured(4.0), 20.25
+    for _ in range(40):  # another process takes more and more of the rate: what is left is refused at any speed
+        send(rate, now, now + 9.0, per_second=0.9 * rate.rate)
+        block(rate, now + 9.0, now + 9.25)
+        now += 9.25
+        if rate.rate > 4.0:  # a check
+            block(rate, now + 0.5, now + 1.0)
+            now += 1.0
+    assert rate.known
+    assert not rate.is_disproved()
+
+
+def test_checks_that_accept_far_more_twice_in_a_row_disprove_the_rate() -> None:
+    rate, now = measured(4.0), 20.3
+    for per_second in (8.0, 16.0):
+        now = check(rate, sink(rate, now), per_second=per_second)
+        assert rate.is_disproved() == (per_second == 16.0)
+
+
+def test_a_check_that_accepts_few_calls_makes_it_two_again() -> None:
+    rate, now = measured(4.0), 20.3
+    for per_second in (8.0, 0.5, 8.0):
+        now = check(rate, sink(rate, now), per_second=per_second)
+        assert not rate.is_disproved()
+
+
+def test_a_check_that_nothing_refuses_ends_the_rate_after_a_minute() -> None:
+    rate = measured(4.0)
+    now = sink(rate, 20.3)
+    send(rate, now, now + 62.0, per_second=1000.0)
+    assert not rate.known
+
+
+def test_a_check_with_too_few_calls_to_tell_brings_back_the_rate_after_a_minute() -> None:
+    rate, before = measured(4.0), measured(4.0).rate
+    now = sink(rate, 20.3)
+    send(rate, now, now + 62.0, per_second=1.0)
+    assert 0.3 * before < rate.rate < before
+
+
+def test_after_a_long_row_of_refusals_no_check_is_made() -> None:
+    rate, before, now = measured(4.0), measured(4.0).rate, 20.25
+    for _ in range(2):
+        send(rate, now, now + 7.0, per_second=2.0)
+        block(rate, now + 7.0, now + 27.0, refusals=7)
+        now += 27.0
+        assert rate.rate < before, "faster calls would begin a penalty again"
+
+
 def test_long_refusals_that_a_known_quota_explains_disprove_nothing() -> None:
     rate, now = measured(4.0), 20.25
     for _ in range(5):
