@@ -269,7 +269,9 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """The exclusive right to a stored task for a limited time.
 
     Attributes:
-        record: the task.
+        record: the task, with the attempts that had been made when it was leased. For the attempts that fail under the
+            lease, the holder goes on with a lease of the same fence whose record counts them in `attempts`, `failures`,
+            `total_delay` and `last_error`. What the store writes of these four is what that record says.
         fence: the id of this lease, compared for equality: the store rejects a holder whose lease went to another.
         until: epoch seconds at which it expires unless it is renewed.
     """
@@ -486,19 +488,28 @@ class TaskStore(Protocol):
     async def release(self, leases: Sequence[Lease]) -> None:
         """Make leased records WAITING again, in their old order, or PARKED. Lost leases are ignored.
 
-        A record has as many attempts as when it was leased: a holder that gives it back has not crashed.
+        A record has the attempts and failures of `lease.record`. So those count that failed under the lease, and one
+        that has not ended does not: a holder that gives it back has not crashed.
         """
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+    async def record_failures(self, lease: Lease) -> bool:
+        """Give a record, which stays LEASED, the failures, `total_delay` and `last_error` of `lease.record`.
+
+        So attempts that have failed do not count as lost leases if the process is lost before the next one ends.
+
+        Returns:
+            False if the lease is lost, and nothing was written.
+        """
+
+    async def delay(self, lease: Lease, *, due: float) -> bool:
         """Make a leased record DELAYED until `due`, and end its lease: an attempt has failed, and is to be repeated.
 
-        Any process may do that. The record keeps its attempts, and has one failure more.
+        Any process may do that. The record keeps its attempts, and has the failures, `total_delay` and `last_error` of
+        `lease.record`.
 
         Args:
             lease: the lease on it.
             due: epoch seconds.
-            wait: seconds until then, which are added to the record's `total_delay`.
-            error: what the attempt ended with: the record's `last_error`.
 
         Returns:
             False if the lease is lost, and nothing was written.

@@ -364,6 +364,21 @@ async def test_a_task_that_waits_for_its_retry_in_the_store_can_be_cancelled(pat
     assert len(handler.attempts) == 1
 
 
+@pytest.mark.parametrize("overflow", ["memory", "sqlite"])
+@virtual
+async def test_a_delayed_record_that_was_woken_and_has_ended_is_counted_no_more(overflow: str, path: Path) -> None:
+    store = MemoryTaskStore() if overflow == "memory" else path
+    async with make_supervisor(store, Failing(0)) as supervisor:
+        supervisor.pause("work")  # nothing is taken back, which would count again
+        ticket = await supervisor.submit(Task("work", "a", not_before=clock.wall_time() + 1.0))
+        await asyncio.sleep(1.1)
+        assert supervisor.statistics().outside == 1
+        ticket.cancel()
+        await ticket
+        await asyncio.sleep(0.1)
+        assert supervisor.statistics().outside == 0
+
+
 @virtual
 async def test_a_task_that_waits_for_its_retry_in_the_store_expires_at_its_deadline(path: Path) -> None:
     handler = Failing(99)
@@ -492,13 +507,13 @@ class FailingStore(SqliteTaskStore):
     silent = 0.0
     wake_fails = 0
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+    async def delay(self, lease: Lease, *, due: float) -> bool:
         if self.loses_reply:
-            await super().delay(lease, due=due, wait=wait, error=error)
+            await super().delay(lease, due=due)
         if self.fails:
             self.fails -= 1
             raise StoreUnavailable(where="here", why="it failed", advice="Wait.")
-        delayed = await super().delay(lease, due=due, wait=wait, error=error)
+        delayed = await super().delay(lease, due=due)
         await asyncio.sleep(self.silent)
         return delayed
 
@@ -564,6 +579,19 @@ async def test_a_task_that_comes_back_before_the_store_has_answered_runs_once(pa
         assert await ticket.value() == "a"
         await asyncio.sleep(60.0)
     assert handler.payloads == ["a", "a"]
+
+
+@virtual
+async def test_a_drain_ends_though_the_store_is_slow_to_take_back_a_task_whose_worker_is_gone(path: Path) -> None:
+    store = FailingStore(path)
+    store.silent = 3.0
+    async with make_supervisor(store, Failing(9), retry=LONG) as supervisor:
+        ticket = await supervisor.submit(Task("work", "a", task_id="a", durable=True))
+        await asyncio.sleep(0.1)
+        await supervisor.unregister_worker("worker")
+        report = await supervisor.drain(timeout=0.5)
+        assert (report.spilled, isinstance(await error_of(ticket), StillSpilled)) == (1, True)
+    assert await state_in(path, "a") is RecordState.DELAYED
 
 
 @virtual

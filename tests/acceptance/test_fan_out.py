@@ -512,9 +512,10 @@ async def test_draining_ends_a_fan_out_that_is_not_nested() -> None:
 # --- nested ---
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("max_queue_size", [0, 1, 100])
 @virtual
-async def test_nested_fan_outs_never_deadlock(max_queue_size: int) -> None:
+async def test_nested_fan_outs_never_deadlock(max_queue_size: int, slots: int) -> None:
     supervisor = BackpressureSupervisor(max_queue_size=max_queue_size)
 
     async def agent(task: Task) -> int:
@@ -524,9 +525,27 @@ async def test_nested_fan_outs_never_deadlock(max_queue_size: int) -> None:
         children = (Task("work", depth - 1) for _ in range(6))
         return sum([result.result async for result in supervisor.fan_out(children)])
 
-    supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2)
+    supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=slots)
     async with supervisor, asyncio.timeout(1000.0):
         assert await supervisor.run(Task("work", 4)) == 6**4
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@virtual
+async def test_runs_that_look_for_room_do_not_take_it_themselves(slots: int) -> None:
+    """Without a queue the slots of the runs that read are the only room, and all of them look at a time."""
+
+    async def agent(task: Task) -> int:
+        if not task.payload:
+            await asyncio.sleep(0.1)
+            return 1
+        children = [Task("work", 0, tenant=task.tenant) for _ in range(task.payload)]
+        return sum([result.result async for result in supervisor.fan_out(children)])
+
+    async with supervisor_of(agent, max_concurrent=slots, max_queue_size=0) as supervisor, asyncio.timeout(100.0):
+        runs = [supervisor.submit_nowait(Task("work", 5, tenant=f"tenant {number}")) for number in range(slots)]
+        assert [await run.value() for run in runs] == [5] * slots
+        assert now() == approximately(0.5)
 
 
 @virtual

@@ -172,6 +172,20 @@ async def test_agents_that_wait_for_room_lend_their_slots_to_the_tasks_that_make
 
 
 @virtual
+async def test_an_agent_in_the_only_slot_has_room_at_once_for_a_task_of_its_own() -> None:
+    supervisor = BackpressureSupervisor(max_queue_size=0)
+
+    async def agent(task: Task) -> float:
+        if task.payload:
+            await supervisor.run(Task("agent", task.payload - 1), wait=60.0)
+        return now()
+
+    supervisor.register_worker("agent", handler=agent, task_types=["agent"], max_concurrent=1)
+    async with supervisor:
+        assert await supervisor.run(Task("agent", 3)) == approximately(0.0)
+
+
+@virtual
 async def test_with_an_overflow_tasks_are_spilled_and_wait_only_while_it_is_full(tmp_path: Path) -> None:
     async with small(Agent(1.0), overflow=f"sqlite:///{tmp_path}/spill.db?bound=2") as supervisor:
         tickets = [await supervisor.submit(Task("work", n), wait=60.0) for n in range(8)]

@@ -19,14 +19,15 @@ from tests.support.task_plane import (
     run_ready,
     virtual,
 )
+from tests.support.task_stores import DURABLE_STORES, STORES, StoreBackend
 
-from forebay import BackpressureSupervisor, Deadline, Retry, Task, TaskStatus
+from forebay import BackpressureSupervisor, Deadline, Retry, Task, TaskStatus, Ticket
 from forebay.errors import StillSpilled
 from forebay.events import TaskDeadLettered, TaskStarted
-from forebay.interfaces import RecordState, TaskRecord
-from forebay.overflow import MemoryTaskStore
+from forebay.interfaces import RecordState, TaskRecord, TaskStore
+from forebay.overflow import MemoryTaskStore, open_task_store
 from forebay.retry import RetryBudget
-from forebay.testing import EventRecord, FlakyHandler
+from forebay.testing import EventRecord, FlakyHandler, HandlerDouble
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -46,6 +47,47 @@ async def record_of(store: MemoryTaskStore, task_id: str) -> tuple[RecordState, 
     found = await store.find(task_id)
     assert found is not None
     return found[0], found[1]
+
+
+@pytest.fixture(params=STORES, ids=str)
+def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> TaskStore:
+    """Return a store of each kind, which outlives its supervisors."""
+    backend = request.param
+    assert isinstance(backend, StoreBackend)
+    return open_task_store(backend.fast_url(tmp_path)) if backend in DURABLE_STORES else DurableStore()
+
+
+async def record_in(overflow: TaskStore, task_id: str) -> tuple[RecordState, TaskRecord]:
+    """Return what a closed store has."""
+    await overflow.open()
+    found = await overflow.find(task_id)
+    await overflow.close()
+    assert found is not None
+    return found[0], found[1]
+
+
+class HangsLater(HandlerDouble):
+    """A handler whose first attempts at a message with payload 1 fail, and the next one does not end."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
+    async def run(self, task: Task) -> Any:
+        await asyncio.sleep(0.1)
+        if task.payload == 1 and self.failures:
+            self.failures -= 1
+            raise ConnectionError(f"no answer, {self.failures} to come")
+        await asyncio.sleep(1000.0 if task.payload == 1 else 0.0)
+        return task.payload
+
+
+async def submit_conversation(supervisor: BackpressureSupervisor) -> tuple[Ticket, Ticket]:
+    """Submit a stored message, and one behind it that only this process has."""
+    first = await supervisor.submit(Task("work", 1, task_id="first", thread_id="c", durable=True))
+    second = await supervisor.submit(Task("work", 2, thread_id="c", spill=False))
+    assert (first.status, second.status) == (TaskStatus.RUNNING, TaskStatus.WAITING)
+    return first, second
 
 
 def make_supervisor(store: Any, handler: Any, **options: Any) -> BackpressureSupervisor:
@@ -76,10 +118,10 @@ async def test_a_durable_task_waits_for_its_retry_in_the_store() -> None:
     check_supervisor(record, tickets=[ticket])
 
 
-@pytest.mark.parametrize("overflow", ["memory://", "sqlite"])
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{path}/spill.db"])
 @virtual
-async def test_a_spilled_task_is_retried_until_it_is_a_dead_letter(overflow: str, tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db" if overflow == "sqlite" else overflow
+async def test_a_spilled_task_is_retried_until_it_is_a_dead_letter(url: str, tmp_path: Path) -> None:
+    url = url.format(path=tmp_path)
     async with make_supervisor(url, Agent(1.0), retry=SOON, max_queue_size=0) as supervisor:
         record = EventRecord(supervisor)
         supervisor.register_worker("fails", handler=fail, task_types=["fail"], retry=SOON)
@@ -147,6 +189,89 @@ async def test_a_message_whose_followers_are_here_waits_here() -> None:
         assert [(await ticket).result for ticket in (first, second)] == [1, 2]
     assert handler.started == [1, 1, 2]
     check_supervisor(record, tickets=[first, second])
+
+
+@pytest.mark.parametrize("stop", ["close", "drain"])
+@virtual
+async def test_an_orderly_stop_keeps_the_failures_of_a_message_whose_followers_are_here(
+    stop: str, overflow: TaskStore
+) -> None:
+    handler = HangsLater(failures=2)
+    supervisor = make_supervisor(overflow, handler, retry=SOON)
+    await supervisor.start()
+    first, second = await submit_conversation(supervisor)
+    await handler.wait_for_calls(3)  # the third attempt is cut off
+    if stop == "drain":
+        await supervisor.drain(timeout=1.0)
+    await supervisor.close()
+    assert isinstance(await error_of(first), StillSpilled)
+    assert (await second).status is TaskStatus.CANCELLED
+    state, stored = await record_in(overflow, "first")
+    assert (state, stored.attempts, stored.failures) == (RecordState.WAITING, 2, 2)
+    assert stored.last_error == "ConnectionError: no answer, 0 to come"
+    assert 0.0 < stored.total_delay <= 0.2
+    async with make_supervisor(overflow, fail, retry=SOON) as successor:
+        record = EventRecord(successor)
+        result = await find_result(successor, "first")
+        assert (result.status, result.attempts, retried(record)) == (TaskStatus.FAILED, 3, [])
+        assert [letter.task_id async for letter in successor.dead_letters] == ["first"]
+
+
+@virtual
+async def test_an_orderly_stop_keeps_the_failures_of_a_message_that_waits_for_its_retry_here(
+    overflow: TaskStore,
+) -> None:
+    supervisor = make_supervisor(overflow, HangsLater(failures=2), retry=SLOWLY)
+    await supervisor.start()
+    await submit_conversation(supervisor)
+    await asyncio.sleep(0.3)
+    assert supervisor.statistics().delayed == 1
+    await supervisor.close()
+    state, stored = await record_in(overflow, "first")
+    assert (state, stored.attempts, stored.failures) == (RecordState.WAITING, 1, 1)
+    assert stored.total_delay > 0.1
+
+
+@virtual
+async def test_the_store_knows_the_failures_of_a_message_that_is_tried_again_here(overflow: TaskStore) -> None:
+    """If this process is lost, they do not count as lost leases."""
+    handler = HangsLater(failures=2)
+    async with make_supervisor(overflow, handler, retry=SOON) as supervisor:
+        first, _ = await submit_conversation(supervisor)
+        await handler.wait_for_calls(3)
+        found = await overflow.find("first")
+        assert found is not None
+        assert (found[0], found[1].attempts, found[1].failures) == (RecordState.LEASED, 3, 2)
+        assert found[1].last_error == "ConnectionError: no answer, 0 to come"
+        first.cancel()
+
+
+@virtual
+async def test_an_orderly_stop_keeps_the_failure_of_an_attempt_that_timed_out_and_has_not_stopped() -> None:
+    store = DurableStore()
+    supervisor = make_supervisor(store, UncancellableHandler(3.0), timeout=1.0, zombie_grace=2.5)
+    await supervisor.start()
+    ticket = await supervisor.submit(Task("work", durable=True))
+    await asyncio.sleep(1.1)
+    assert ticket.status is TaskStatus.WAITING
+    await supervisor.close()
+    state, stored = await record_of(store, ticket.task_id)
+    assert (state, stored.attempts, stored.failures) == (RecordState.WAITING, 1, 1)
+    assert stored.last_error == "it ran longer than its timeout of 1 s"
+
+
+@virtual
+async def test_a_failure_that_was_stored_while_its_handler_stopped_counts_once() -> None:
+    store = DurableStore()
+    async with make_supervisor(store, UncancellableHandler(3.0), timeout=1.0) as supervisor:
+        ticket = await supervisor.submit(Task("work", durable=True))
+        await asyncio.sleep(2.0)
+        state, stored = await record_of(store, ticket.task_id)
+        assert (state, stored.attempts, stored.failures) == (RecordState.LEASED, 1, 1)
+        await asyncio.sleep(1.5)
+        state, stored = await record_of(store, ticket.task_id)
+        assert (state, stored.attempts, stored.failures) == (RecordState.DELAYED, 1, 1)
+        ticket.cancel()
 
 
 @virtual

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 from tests.support.killed_calls import lost_calls
+from tests.support.leases import after_failure
 from tests.support.task_stores import DURABLE, FAST, HISTORY, ORDER, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
@@ -447,6 +448,42 @@ async def test_a_released_record_has_the_attempts_that_it_was_leased_with(
     assert [lease.record.attempts for lease in await take(3)] == [1, 1, 1]
 
 
+async def test_a_released_record_has_the_failures_that_its_lease_counts(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await put_all(store, [record("a"), record("b")])
+    first, second = await take()
+    failed = after_failure(after_failure(first, wait=2.0), wait=0.5, error="late")
+    for lease in (first, first, first, second):
+        await store.begin_attempt(lease)
+    await store.release([failed, second])
+    again, other = await take()
+    assert again.record == msgspec.structs.replace(
+        first.record, attempts=2, failures=2, total_delay=2.5, last_error="late"
+    )
+    assert other.record == second.record
+
+
+async def test_failures_that_are_recorded_under_a_lease_are_no_lost_leases(
+    store: TaskStore, backend: StoreBackend, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a"))
+    (lease,) = await take(until=100.0)
+    for _ in range(2):
+        await store.begin_attempt(lease)
+    failed = after_failure(lease, wait=2.0, error="late")
+    assert await store.record_failures(failed)
+    found = await store.find("a")
+    expected = msgspec.structs.replace(lease.record, attempts=2, failures=1, total_delay=2.0, last_error="late")
+    assert found == (RecordState.LEASED, backend.as_found(expected), None)
+    assert await store.begin_attempt(failed)
+    assert list(await renew(store, [failed], until=200.0)) == []
+    assert list(await store.reap(now=201.0, max_attempts=3)) == []  # two of three were lost
+    assert not await store.record_failures(failed)
+    (again,) = await take()
+    assert again.record == msgspec.structs.replace(expected, attempts=3)
+
+
 async def test_renewing_or_releasing_no_lease_is_allowed(store: TaskStore) -> None:
     assert list(await renew(store, [], until=200.0)) == []
     await store.release([])
@@ -588,7 +625,7 @@ async def test_a_delayed_record_is_leased_once_it_is_due(store: TaskStore, recor
     await store.put(record("a"))
     (lease,) = await take()
     await store.begin_attempt(lease)
-    assert await store.delay(lease, due=10.0, wait=4.0, error="ValueError: no")
+    assert await store.delay(after_failure(lease, wait=4.0, error="ValueError: no"), due=10.0)
     assert await state(store, "a") is RecordState.DELAYED
     assert await store.wake(now=9.9) == WakeResult(woken=0, delayed=1, next_due=10.0)
     assert await take() == []
@@ -604,7 +641,7 @@ async def test_failures_and_delays_add_up(store: TaskStore, record: MakeRecord, 
     for number, wait in enumerate([1.0, 2.0]):
         (lease,) = await take()
         await store.begin_attempt(lease)
-        await store.delay(lease, due=10.0, wait=wait, error=f"error {number}")
+        await store.delay(after_failure(lease, wait=wait, error=f"error {number}"), due=10.0)
         await store.wake(now=10.0)
     (lease,) = await take()
     record_ = lease.record
@@ -616,10 +653,10 @@ async def test_a_lost_lease_delays_nothing(store: TaskStore, record: MakeRecord,
     await store.put(record("a"))
     (lost,) = await take()
     await store.release([lost])
-    assert not await store.delay(lost, due=10.0, wait=1.0, error="late")
+    assert not await store.delay(after_failure(lost, error="late"), due=10.0)
     assert await state(store, "a") is RecordState.WAITING
     (held,) = await take()
-    assert not await store.delay(lost, due=10.0, wait=1.0, error="late")
+    assert not await store.delay(after_failure(lost, error="late"), due=10.0)
     assert held.record.failures == 0
     assert await store.begin_attempt(held)
 
@@ -627,9 +664,9 @@ async def test_a_lost_lease_delays_nothing(store: TaskStore, record: MakeRecord,
 async def test_a_delayed_record_has_no_lease(store: TaskStore, record: MakeRecord, take: Take) -> None:
     await store.put(record("a"))
     (lease,) = await take()
-    await store.delay(lease, due=10.0, wait=1.0, error="no")
+    await store.delay(after_failure(lease), due=10.0)
     assert not await store.begin_attempt(lease)
-    assert not await store.delay(lease, due=20.0, wait=1.0, error="no")
+    assert not await store.delay(after_failure(lease), due=20.0)
     assert not await store.mark_dead(lease, DONE)
     assert not await store.finish("a", DONE, fence=lease.fence)
     assert list(await renew(store, [lease], until=200.0)) == [lease]
@@ -642,7 +679,7 @@ async def test_a_delayed_record_has_no_lease(store: TaskStore, record: MakeRecor
 async def test_a_delayed_record_can_be_cancelled(store: TaskStore, record: MakeRecord, take: Take) -> None:
     await put_all(store, [record("a", key="k"), record("b")])
     for lease in await take():
-        await store.delay(lease, due=10.0, wait=1.0, error="no")
+        await store.delay(after_failure(lease), due=10.0)
     assert await store.finish("a", Completion(status="cancelled", finished_at=5.0), fence=None)
     assert await store.wake(now=5.0) == WakeResult(woken=0, delayed=1, next_due=10.0)
     assert await store.wake(now=10.0) == WakeResult(woken=1, delayed=0, next_due=None)
@@ -653,7 +690,7 @@ async def test_delayed_records_wake_in_their_old_order(store: TaskStore, record:
     await put_all(store, [record("a"), record("b"), record("c", deadline=50.0)])
     leases = await take()
     for lease, due in zip(leases, (3.0, 2.0, 1.0), strict=True):
-        await store.delay(lease, due=due, wait=1.0, error="no")
+        await store.delay(after_failure(lease), due=due)
     await store.put(record("d"))
     assert await store.wake(now=2.0) == WakeResult(woken=2, delayed=1, next_due=3.0)
     assert ids(await take()) == ["a", "b", "d"]
@@ -665,7 +702,7 @@ async def test_delayed_records_are_bounded_and_are_no_depth(open_store: OpenStor
     store = await open_store(bound=2)
     await put_all(store, [record("a", key="k"), record("b")])
     for lease in await store.lease("research", 2, until=100.0):
-        await store.delay(lease, due=10.0, wait=1.0, error="no")
+        await store.delay(after_failure(lease), due=10.0)
     assert await depths(store) == {}
     assert await store.put(record()) is PutResult.FULL
     assert await store.put(record("a")) is PutResult.DUPLICATE
@@ -681,7 +718,7 @@ async def test_a_delayed_record_keeps_its_conversation_waiting(
     await store.put(record("a", thread="t"))
     await store.put(record("b", thread="t"))
     (lease,) = await take()
-    assert await store.delay(lease, due=10.0, wait=1.0, error="no")
+    assert await store.delay(after_failure(lease), due=10.0)
     assert await take() == []
     assert await store.put(record("c", thread="t"), fence="mine", until=100.0) is PutResult.PARKED
     assert await store.put(record("older", thread="t", enqueued_at=1.0)) is PutResult.PARKED
@@ -701,7 +738,7 @@ async def test_a_conversation_goes_on_after_its_delayed_record_is_cancelled(
     await store.put(record("a", thread="t"))
     await store.put(record("b", thread="t"))
     (lease,) = await take()
-    await store.delay(lease, due=10.0, wait=1.0, error="no")
+    await store.delay(after_failure(lease), due=10.0)
     assert await store.finish("b", DONE, fence=None)
     await store.put(record("c", thread="t"))
     assert await store.finish("a", DONE, fence=None)
@@ -757,7 +794,7 @@ async def test_a_record_that_comes_back_does_not_wait_for_its_time_again(
     (lease,) = await take(until=20.0)
     await store.reap(now=21.0, max_attempts=3)
     (lease,) = await take()
-    await store.delay(lease, due=3.0, wait=1.0, error="no")  # a clock that was set back
+    await store.delay(after_failure(lease), due=3.0)  # a clock that was set back
     assert await store.wake(now=3.0) == WakeResult(woken=1, delayed=0, next_due=None)
     (lease,) = await take()
     await store.mark_dead(lease, UNREADABLE)
@@ -821,7 +858,7 @@ async def test_attempts_that_ended_with_an_error_are_no_lost_leases(
     for _ in range(5):
         (lease,) = await take(until=10.0)
         await store.begin_attempt(lease)
-        await store.delay(lease, due=10.0, wait=1.0, error="no")
+        await store.delay(after_failure(lease), due=10.0)
         await store.wake(now=10.0)
     for lost in range(2):
         (lease,) = await take(until=10.0)
@@ -837,7 +874,7 @@ async def test_a_requeued_dead_letter_has_no_failures(store: TaskStore, record: 
     await store.put(fresh)
     (lease,) = await take()
     await store.begin_attempt(lease)
-    await store.delay(lease, due=10.0, wait=1.0, error="no")
+    await store.delay(after_failure(lease), due=10.0)
     await store.wake(now=10.0)
     (lease,) = await take()
     await store.mark_dead(lease, UNREADABLE)
@@ -856,7 +893,7 @@ async def test_thousands_of_delayed_records_wake_like_a_few(
 ) -> None:
     backend.needs(FAST)
     await put_all(store, [record() for _ in range(1_200)])
-    delays = [store.delay(lease, due=10.0, wait=1.0, error="no") for lease in await take()]
+    delays = [store.delay(after_failure(lease), due=10.0) for lease in await take()]
     assert all(await asyncio.gather(*delays))
     assert await store.wake(now=11.0) == WakeResult(woken=1_200, delayed=0, next_due=None)
     assert await depths(store) == {("research", Priority.NORMAL): 1_200}
@@ -1034,7 +1071,7 @@ async def test_dead_records_are_listed_in_pages_without_their_envelopes(
 async def test_records_of_every_state_are_listed(store: TaskStore, record: MakeRecord, take: Take) -> None:
     await put_all(store, [record("held", thread="t"), record("delayed"), record("done"), record("dead")])
     leases = {lease.record.task_id: lease for lease in await take(until=70.0)}
-    await store.delay(leases["delayed"], due=10.0, wait=1.0, error="no")
+    await store.delay(after_failure(leases["delayed"]), due=10.0)
     await store.finish("done", DONE, fence=leases["done"].fence)
     await store.mark_dead(leases["dead"], UNREADABLE)
     await store.put(record("scheduled", not_before=20.0))
@@ -1434,7 +1471,7 @@ async def test_a_record_keeps_its_tenant_until_it_has_ended(store: TaskStore, re
     await store.release([lease])
     assert await store.depths() == waiting
     (lease,) = await store.lease("research", 1, until=9.0)
-    assert await store.delay(lease, due=10.0, wait=1.0, error="failed")
+    assert await store.delay(after_failure(lease, error="failed"), due=10.0)
     assert await store.depths() == {}
     await store.wake(now=11.0)
     assert await store.depths() == waiting

@@ -16,6 +16,7 @@ import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from tests.support.leases import after_failure
 from tests.support.task_stores import ENVELOPE, ORDER, StoreBackend
 
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, StoredRecord, TaskRecord, WakeResult
@@ -57,6 +58,12 @@ class ModelRecord:
     @property
     def position(self) -> tuple[float, str]:
         return self.record.enqueued_at if self.status is None else self.finished_at, self.record.task_id
+
+    def read_failures(self, lease: Lease) -> None:
+        known = lease.record
+        self.record = msgspec.structs.replace(
+            self.record, failures=known.failures, total_delay=known.total_delay, last_error=known.last_error
+        )
 
 
 class ModelStore:
@@ -318,16 +325,24 @@ class TaskStoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), wait=st.sampled_from([1.0, 4.0]), error=st.sampled_from(["no", "never"]))
+    def record_failures(self, data: st.DataObject, wait: float, error: str) -> None:
+        lease = data.draw(st.sampled_from(self.leases))
+        stored, failed = self.model.held(lease), after_failure(lease, wait=wait, error=error)
+        assert self.run(self.store.record_failures(failed)) is (stored is not None)
+        if stored is not None:
+            stored.read_failures(failed)
+            self.leases[self.leases.index(lease)] = failed
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), wait=st.sampled_from([1.0, 4.0]), error=st.sampled_from(["no", "never"]))
     def delay(self, data: st.DataObject, wait: float, error: str) -> None:
         lease = data.draw(st.sampled_from(self.leases))
         stored, due = self.model.held(lease), self.tick() + wait
-        assert self.run(self.store.delay(lease, due=due, wait=wait, error=error)) is (stored is not None)
+        failed = after_failure(lease, wait=wait, error=error)
+        assert self.run(self.store.delay(failed, due=due)) is (stored is not None)
         if stored is not None:
             stored.state, stored.fence, stored.until = RecordState.DELAYED, None, due
-            record = stored.record
-            stored.record = msgspec.structs.replace(
-                record, failures=record.failures + 1, total_delay=record.total_delay + wait, last_error=error
-            )
+            stored.read_failures(failed)
 
     @rule()
     def wake(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
+from tests.support.leases import after_failure
 from tests.support.redis_servers import StandaloneRedis, redis_server
 
 from forebay import BackpressureSupervisor, Task, clock
@@ -108,7 +109,7 @@ class Script:
         lost = await self.attempt("renew", lambda: asyncio.get_running_loop().run_in_executor(None, renew))
         self.said.append(("renew", len(lost)))
         await self._do("release", lambda: store.release([one]))
-        await self._do("delay", lambda: store.delay(two, due=60.0, wait=5.0, error="throttled"))
+        await self._do("delay", lambda: store.delay(after_failure(two, wait=5.0, error="throttled"), due=60.0))
         await self._do("wake early", lambda: store.wake(now=55.0))
         await self._end(zero, "succeeded")
         await self._end(three, "failed", dead=True)

@@ -36,6 +36,7 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
+from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
@@ -49,7 +50,7 @@ from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, ExperimentStage, SlowdownExperiment
-from forebay.overflow import MemoryTaskStore, SqliteTaskStore, redis, sqlite
+from forebay.overflow import MemoryTaskStore, SqliteTaskStore, memory, redis, sqlite
 from forebay.overflow.redis import RedisTaskStore
 from forebay.overflow.sqs import SqsTaskStore
 from forebay.quota import (
@@ -1843,6 +1844,20 @@ def agents_that_read_a_fan_out_keep_their_slots() -> None:
     always(AdmissionController, AdmissionController.lend_slots, returns=None)
 
 
+def runs_take_their_slots_back_before_they_look_for_room() -> None:
+    async def _wait(self: FanOut) -> None:
+        reclaim = None
+        if (running := running_task()) is not None:
+            reclaim = self._admission.lend_slots(running, self._awaited_by(running))
+        try:
+            await self._wait_for_change()
+        finally:
+            if reclaim is not None:
+                await reclaim()
+
+    replace(FanOut, FanOut._wait, _wait)
+
+
 def the_next_in_line_for_room_is_not_woken() -> None:
     always(RoomQueue, RoomQueue._wake_first, returns=None)
 
@@ -2234,14 +2249,39 @@ def a_retry_in_the_store_waits_for_maintenance() -> None:
 
 
 def the_store_does_not_count_the_attempts_that_failed() -> None:
-    original = MemoryTaskStore.delay
+    def _with_failures(entry: Any, lease: Lease) -> TaskRecord:
+        record: TaskRecord = entry.record
+        return record
 
-    async def delay(self: MemoryTaskStore, lease: Lease, *, due: float, wait: float, error: str) -> bool:
-        if (entry := self._leased_entry(lease)) is not None:
-            entry.record = msgspec.structs.replace(entry.record, failures=entry.record.failures - 1)
-        return await original(self, lease, due=due, wait=wait, error=error)
+    memory._with_failures.__code__ = _with_failures.__code__
 
-    replace(MemoryTaskStore, original, delay)
+
+def a_woken_record_that_has_ended_is_counted_as_waiting() -> None:
+    original = Refiller._set_depths
+
+    def _set_depths(self: Refiller, depths: Any, pools: Iterable[Pool], spills: int, *further: Any) -> None:
+        waiting = {task_type for task_type, _, _ in depths}
+        original(self, depths, [pool for pool in pools if pool.task_type in waiting], spills, *further)
+
+    replace(Refiller, original, _set_depths)
+
+
+def a_task_on_its_way_to_the_store_needs_its_pool() -> None:
+    original = Dispatcher._leave
+
+    def _leave(self: Dispatcher, ticket: Ticket) -> None:
+        self._pools[ticket.task.task_type]
+        original(self, ticket)
+
+    replace(Dispatcher, original, _leave)
+
+
+def an_orderly_stop_forgets_the_attempts_that_failed_here() -> None:
+    always(HeldLeases, HeldLeases.update, returns=None)
+
+
+def attempts_that_failed_here_count_as_lost_leases() -> None:
+    always(StoredTasks, StoredTasks.record_failures, returns=None)
 
 
 # --- tasks that wait for their time, and overflows that processes share ---

@@ -720,6 +720,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     # fan-outs and waiting for room
     bugs.who_leaves_a_fan_out_leaves_its_tasks_behind: test_fan_out.test_leaving_the_loop_cancels_what_is_outstanding,
     bugs.agents_that_read_a_fan_out_keep_their_slots: test_fan_out.test_nested_fan_outs_never_deadlock,
+    bugs.runs_take_their_slots_back_before_they_look_for_room: (
+        test_fan_out.test_runs_that_look_for_room_do_not_take_it_themselves
+    ),
     bugs.the_next_in_line_for_room_is_not_woken: (
         test_room.test_a_thousand_producers_are_admitted_in_the_order_in_which_they_came
     ),
@@ -918,6 +921,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_delayed_tasks.test_a_retry_in_the_store_does_not_wait_for_maintenance
     ),
     bugs.the_store_does_not_count_the_attempts_that_failed: test_task_store.test_failures_and_delays_add_up,
+    bugs.a_woken_record_that_has_ended_is_counted_as_waiting: (
+        test_delayed_tasks.test_a_delayed_record_that_was_woken_and_has_ended_is_counted_no_more
+    ),
+    bugs.a_task_on_its_way_to_the_store_needs_its_pool: (
+        test_delayed_tasks.test_a_drain_ends_though_the_store_is_slow_to_take_back_a_task_whose_worker_is_gone
+    ),
+    bugs.an_orderly_stop_forgets_the_attempts_that_failed_here: (
+        test_stored_retries.test_an_orderly_stop_keeps_the_failures_of_a_message_whose_followers_are_here
+    ),
+    bugs.attempts_that_failed_here_count_as_lost_leases: (
+        test_stored_retries.test_the_store_knows_the_failures_of_a_message_that_is_tried_again_here
+    ),
     # tasks that wait for their time, and overflows that processes share
     bugs.a_task_does_not_wait_for_its_time: test_not_before.test_a_task_starts_at_its_time,
     bugs.a_drain_waits_for_a_task_of_tomorrow: test_not_before.test_draining_cancels_what_nothing_keeps,

@@ -58,6 +58,7 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
     bugs.a_cancelled_probe_is_not_returned: (blame_storm, 15),
     bugs.a_coroutine_pauses_between_the_check_and_the_take: (task_storm, 78),
     bugs.better_priorities_are_served_last: (task_storm, 1),
+    bugs.a_woken_record_that_has_ended_is_counted_as_waiting: (task_storm, 1061),
     bugs.tasks_of_a_conversation_never_start: (conversation_mix, 0),
     bugs.a_nested_task_that_is_too_late_at_its_turn_is_counted_out_twice: (conversation_mix, 1),
     bugs.records_of_one_conversation_are_leased_together: (task_storm, 5),

@@ -103,9 +103,16 @@ class StormScript:
         return not (faults.hangs or faults.loses_reply or faults.outages) and self.file_lost is None
 
     @property
+    def serves_late(self) -> bool:
+        """True if a worker for the late type starts at some time; else a stored task of it may wait without end."""
+        late = [worker for worker in self.workers if worker.late is not None]
+        return any(worker.start_time is None or worker.start_fails < 1.0 for worker in late)
+
+    @property
     def blameless(self) -> bool:
-        """True if no handler fails, hangs or waits for a store that hangs."""
-        return not (self.wild or self.fails or self.faults.hangs or self.retries)
+        """True if no handler fails, hangs, or waits for a store that hangs or for a worker that never starts."""
+        never_starts = any(worker.late is not None for worker in self.workers) and not self.serves_late
+        return not (self.wild or self.fails or self.faults.hangs or self.retries or never_starts)
 
     @property
     def orderly(self) -> bool:

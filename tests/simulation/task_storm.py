@@ -194,9 +194,6 @@ class TaskStorm:
         self._url = url or f"sqlite:///{path}?fsync=no"
         self._actions = 0  # of hooks
         self._slots = {worker.name: worker.slots for worker in self.script.workers}
-        late = [worker for worker in self.script.workers if worker.late is not None]
-        # Otherwise a stored task of that type may wait without end.
-        self._serves_late = any(worker.start_time is None or worker.start_fails < 1.0 for worker in late)
         self._over: asyncio.Event
 
     def _wrong(self, what: str) -> None:
@@ -776,7 +773,7 @@ class TaskStorm:
         with contextlib.suppress(ForebayError, TimeoutError):
             async with asyncio.timeout(rng.uniform(0.0, 5.0) if impatient else PATIENCE):
                 await ticket
-        if not (ticket.done() or impatient or (task.task_type == LATE_TYPE and not self._serves_late)):
+        if not (ticket.done() or impatient or (task.task_type == LATE_TYPE and not self.script.serves_late)):
             self._wrong(f"{ticket!r} has not ended in {PATIENCE:.0f} s")
         ticket.cancel()
 
@@ -960,13 +957,12 @@ class TaskStorm:
         return Counter(event.task_id for record in records for event in record.of_type(TaskRetried))
 
     def _was_retried_too_often(self, task_id: str, retried: Counter[str]) -> bool:
-        """Return whether a task had more retries than its policy allows, and those attempts that a stop gave back."""
+        """Return whether a task had more retries than its policy allows: no orderly stop forgets one."""
         retries = self.script.retries
-        given_back = self.acknowledged.given_back[task_id]
         attempts = 1 if self.lives is None else MAX_ATTEMPTS
         if retries is not None:
             attempts = retries.policy.max_attempts
-        return retried[task_id] > attempts - 1 + given_back
+        return retried[task_id] > attempts - 1
 
     def _started_after_step(self) -> bool:
         """Return whether a process started so shortly after a step of the clock that it could not know of it."""

@@ -21,7 +21,7 @@ def test_no_width_limit_quorum_hedge_or_departure_breaks_a_promise(seed: int) ->
 
 def test_the_storms_cover_all_outcomes() -> None:
     """Otherwise they would prove nothing."""
-    happened = sum((fan_out_storm.run(seed).happened for seed in range(40)), Counter[str]())
+    happened = sum((fan_out_storm.run(seed).happened for seed in range(48)), Counter[str]())
     assert {
         "result succeeded", "result failed", "result expired", "result rejected", "quorum reached",
         "quorum not reached", "left", "reader cancelled", "hedges", "hedges that won", "SupervisorClosed",

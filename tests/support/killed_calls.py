@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tests.support.leases import after_failure
 from tests.support.task_stores import StoreBackend
 
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
@@ -71,9 +72,14 @@ async def release(store: TaskStore) -> None:
     await store.release([await lease(store, until=20.0)])
 
 
+async def record_failures(store: TaskStore) -> None:
+    await store.put(RECORD)
+    await store.record_failures(after_failure(await lease(store, until=20.0)))
+
+
 async def delay(store: TaskStore) -> None:
     await store.put(RECORD)
-    await store.delay(await lease(store, until=20.0), due=30.0, wait=1.0, error="no")
+    await store.delay(after_failure(await lease(store, until=20.0)), due=30.0)
 
 
 async def wake(store: TaskStore) -> None:
@@ -142,6 +148,7 @@ KILLED_CALLS = {
     "begin_attempt": KilledCall(begin_attempt, RecordState.LEASED, attempts=1),
     "renew": KilledCall(renew, RecordState.LEASED),
     "release": KilledCall(release, RecordState.WAITING),
+    "record_failures": KilledCall(record_failures, RecordState.LEASED, delays=1),
     "delay": KilledCall(delay, RecordState.DELAYED, delays=1),
     "wake": KilledCall(wake, RecordState.WAITING, delays=1),
     "finish": KilledCall(finish, RecordState.DONE),

@@ -178,8 +178,11 @@ class UnreliableStore:
         self._acknowledged.given_back.update(lease.record.task_id for lease in leases if lease.fence in self._begun)
         await self._call(self._inner.release(leases))
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
-        return await self._call(self._inner.delay(lease, due=due, wait=wait, error=error), lease.record.task_id)
+    async def record_failures(self, lease: Lease) -> bool:
+        return await self._call(self._inner.record_failures(lease))
+
+    async def delay(self, lease: Lease, *, due: float) -> bool:
+        return await self._call(self._inner.delay(lease, due=due), lease.record.task_id)
 
     async def wake(self, *, now: float) -> WakeResult:
         return await self._call(self._inner.wake(now=now))

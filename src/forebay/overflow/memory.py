@@ -271,20 +271,26 @@ class MemoryTaskStore:
         for lease in leases:
             entry = self._leased_entry(lease)
             if entry is not None:
-                entry.record = msgspec.structs.replace(entry.record, attempts=lease.record.attempts)
+                entry.record = msgspec.structs.replace(_with_failures(entry, lease), attempts=lease.record.attempts)
                 self._leased.mark_stale()
                 self._wait(entry)
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+    async def record_failures(self, lease: Lease) -> bool:
+        """Give a leased record the failures of its lease."""
+        self._check_open()
+        entry = self._leased_entry(lease)
+        if entry is None:
+            return False
+        entry.record = _with_failures(entry, lease)
+        return True
+
+    async def delay(self, lease: Lease, *, due: float) -> bool:
         """Make a leased record DELAYED until `due`."""
         self._check_open()
         entry = self._leased_entry(lease)
         if entry is None:
             return False
-        record = entry.record
-        entry.record = msgspec.structs.replace(
-            record, failures=record.failures + 1, total_delay=record.total_delay + wait, last_error=error
-        )
+        entry.record = _with_failures(entry, lease)
         self._delay(entry, due)
         self._leased.mark_stale()
         return True
@@ -558,6 +564,14 @@ def _makes_way(entry: _Entry, key: str | None) -> bool:
     if entry.state is RecordState.DEAD:
         return key is not None and entry.record.key == key
     return entry.state is RecordState.DONE and entry.record.key is None
+
+
+def _with_failures(entry: _Entry, lease: Lease) -> TaskRecord:
+    """Return the record of an entry with the failures of the lease on it."""
+    known = lease.record
+    return msgspec.structs.replace(
+        entry.record, failures=known.failures, total_delay=known.total_delay, last_error=known.last_error
+    )
 
 
 def _age(entry: _Entry) -> tuple[float, int]:

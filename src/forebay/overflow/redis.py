@@ -237,9 +237,7 @@ class RedisTaskStore:
             _or_false(fence),
             lasts,
             record.attempts,
-            record.failures,
-            repr(record.total_delay),
-            _or_false(record.last_error),
+            *_failures(record),
             not_before is not None and repr(not_before),
             _or_false(due),
             self._is_acknowledged and repr((now if fence is None else until) + _HIDDEN - ahead),
@@ -325,13 +323,22 @@ class RedisTaskStore:
 
     def _release(self, leases: Sequence[Lease]) -> Sequence[asyncio.Future[Any]]:
         return [
-            self._submit("release", (lease.record.task_id, lease.fence, lease.record.attempts), bool)
+            self._submit(
+                "release", (lease.record.task_id, lease.fence, lease.record.attempts, *_failures(lease.record)), bool
+            )
             for lease in leases
         ]
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+    async def record_failures(self, lease: Lease) -> bool:
+        """Give a leased record the failures of its lease."""
+        arguments = (lease.record.task_id, lease.fence, *_failures(lease.record))
+        recorded: bool = await self._submit("record_failures", arguments, bool)
+        return recorded
+
+    async def delay(self, lease: Lease, *, due: float) -> bool:
         """Make a leased record DELAYED until `due`."""
-        return await self._end_lease(_DELAY, lease.record.task_id, lease.fence, self._by_server(due), repr(wait), error)
+        failures = _failures(lease.record)
+        return await self._end_lease(_DELAY, lease.record.task_id, lease.fence, self._by_server(due), *failures)
 
     async def wake(self, *, now: float) -> WakeResult:
         """Make the DELAYED records that are due WAITING again."""
@@ -710,6 +717,11 @@ def _decode(op: _Operation, reply: Any) -> Any:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _failures(record: TaskRecord) -> tuple[int, str, str | bool]:
+    """Return the failures of a record, its total delay and its last error, as the script takes them."""
+    return record.failures, repr(record.total_delay), _or_false(record.last_error)
 
 
 def _or_false(value: str | None) -> str | bool:

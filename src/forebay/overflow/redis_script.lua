@@ -519,28 +519,42 @@ function writes.renew(op)
   return true
 end
 
+-- Give a record the failures that an operation has from its index `first` on.
+local function set_failures(record, op, first)
+  record[FAILURES], record[TOTAL_DELAY], record[LAST_ERROR] = op[first], op[first + 1], op[first + 2]
+end
+
 function writes.release(op)
   local seq, record = find_record(op[2])
   if is_held(record, op[3]) then
     record[ATTEMPTS] = op[4]
+    set_failures(record, op, 5)
     leave(seq, record)
     wait(seq, record)
   end
   return true
 end
 
+function writes.record_failures(op)
+  local seq, record = find_record(op[2])
+  if not is_held(record, op[3]) then
+    return false
+  end
+  set_failures(record, op, 4)
+  changed[seq] = true
+  return true
+end
+
 function writes.delay(op)
-  local _, id, fence, due, delay, error, is_repeated = unpack(op)
-  local seq, record = find_record(id)
+  local fence, is_repeated = op[3], op[8]
+  local seq, record = find_record(op[2])
   if not is_held(record, fence) then
     return is_repeated and record and record[STATE] == 'delayed' and record[FENCE] == fence
   end
   leave(seq, record)
   become(seq, record, 'delayed', fence)
-  record[FAILURES] = record[FAILURES] + 1
-  record[TOTAL_DELAY] = string.format('%.17g', tonumber(record[TOTAL_DELAY]) + tonumber(delay))
-  record[LAST_ERROR] = error
-  call('ZADD', delayed, due, seq)
+  set_failures(record, op, 5)
+  call('ZADD', delayed, op[4], seq)
   return true
 end
 
@@ -741,6 +755,7 @@ local BY_ID = {
   begin_attempt = true,
   renew = true,
   release = true,
+  record_failures = true,
   delay = true,
   finish = true,
   mark_dead = true,

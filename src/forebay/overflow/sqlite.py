@@ -101,7 +101,14 @@ _SET_ENVELOPE = "UPDATE task SET envelope = ? WHERE task_id = ? AND state <> 2"
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
 _RENEW = BatchStatement(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
-_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL, attempts = column3 {_BY_HOLDER}", 3)
+_RELEASE = BatchStatement(
+    f"""
+    UPDATE task SET state = 0, fence = NULL, until = NULL, attempts = column3, failures = column4,
+        total_delay = column5, last_error = column6
+    {_BY_HOLDER}
+    """,
+    6,
+)
 # A row that is not leased has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
     """
@@ -111,10 +118,10 @@ _FINISH = BatchStatement(
     """,
     5,
 )
-_DELAY = """
-UPDATE task SET state = -2, fence = NULL, until = ?, total_delay = total_delay + ?, failures = failures + 1,
-    last_error = ?
-WHERE task_id = ? AND fence = ? AND state = 1
+_FAILURES = "failures = ?, total_delay = ?, last_error = ?"
+_RECORD_FAILURES = f"UPDATE task SET {_FAILURES} WHERE task_id = ? AND fence = ? AND state = 1"
+_DELAY = f"""
+UPDATE task SET state = -2, fence = NULL, until = ?, {_FAILURES} WHERE task_id = ? AND fence = ? AND state = 1
 """
 _DUE = "SELECT sequence, thread_id FROM task WHERE state < -1 AND until <= ? ORDER BY until LIMIT ?"
 _WAKE = "UPDATE task SET state = iif(thread_id IS NULL, 0, -1), until = NULL WHERE sequence = ?"
@@ -317,9 +324,13 @@ class SqliteTaskStore:
         """Make leased records WAITING again, in their old order."""
         await self._writer.run(partial(_release, leases))
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+    async def record_failures(self, lease: Lease) -> bool:
+        """Give a leased record the failures of its lease."""
+        return await self._writer.run(partial(_record_failures, lease))
+
+    async def delay(self, lease: Lease, *, due: float) -> bool:
         """Make a leased record DELAYED until `due`."""
-        return await self._writer.run(partial(_delay, lease, due, wait, error))
+        return await self._writer.run(partial(_delay, lease, due))
 
     async def wake(self, *, now: float) -> WakeResult:
         """Make the DELAYED records that are due WAITING again."""
@@ -548,13 +559,24 @@ def _renew(leases: Sequence[Lease], until: float, connection: sqlite3.Connection
 
 
 def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
-    _RELEASE.run(connection, [(lease.record.task_id, lease.fence, lease.record.attempts) for lease in leases])
+    holders = [(lease.record.task_id, lease.fence, lease.record.attempts, *_failures(lease)) for lease in leases]
+    _RELEASE.run(connection, holders)
     for lease in leases:
         _settle(connection, lease.record.thread_id)
 
 
-def _delay(lease: Lease, due: float, wait: float, error: str, connection: sqlite3.Connection) -> bool:
-    return connection.execute(_DELAY, (due, wait, error, lease.record.task_id, lease.fence)).rowcount > 0
+def _failures(lease: Lease) -> tuple[int, float, str | None]:
+    return lease.record.failures, lease.record.total_delay, lease.record.last_error
+
+
+def _record_failures(lease: Lease, connection: sqlite3.Connection) -> bool:
+    values = (*_failures(lease), lease.record.task_id, lease.fence)
+    return connection.execute(_RECORD_FAILURES, values).rowcount > 0
+
+
+def _delay(lease: Lease, due: float, connection: sqlite3.Connection) -> bool:
+    values = (due, *_failures(lease), lease.record.task_id, lease.fence)
+    return connection.execute(_DELAY, values).rowcount > 0
 
 
 def _wake(now: float, connection: sqlite3.Connection) -> tuple[int, tuple[int, float | None]]:

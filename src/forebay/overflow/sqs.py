@@ -596,10 +596,15 @@ class SqsTaskStore:
         shown = [self._held.pop(lease.record.task_id, None) for lease in leases]
         await self._hide([(held.message, 0.0) for held in shown if held is not None])
 
-    async def delay(self, lease: Lease, *, due: float, wait: float, error: str) -> bool:
+    async def record_failures(self, lease: Lease) -> bool:
+        """Give a leased record the failures of its lease, in the index."""
+        self._check_open()
+        return await self._index.record_failures(lease)
+
+    async def delay(self, lease: Lease, *, due: float) -> bool:
         """Make a leased record DELAYED, and hide its message until `due`, or for as long as the service allows."""
         self._check_open()
-        delayed = await self._index.delay(lease, due=due, wait=wait, error=error)
+        delayed = await self._index.delay(lease, due=due)
         held = self._held.pop(lease.record.task_id, None)
         if delayed and held is not None:
             self._remember_hidden(held.message)

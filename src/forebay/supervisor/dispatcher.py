@@ -177,6 +177,8 @@ class Dispatcher:
             counts.suspend()
         self.return_slot(run)
         self._tell_drains()
+        if self._registry.listeners and run.worker.can_accept():  # producers may wait for room
+            self._registry.notify_progress()
 
     def suspended_run_ended(self, run: Run) -> None:
         """Forget a run that has ended without having its slot back; a new one may begin in its place."""
@@ -341,16 +343,16 @@ class Dispatcher:
             self.next_in_conversation(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
-        pool = self._pools[ticket.task.task_type]
+        # One on its way to the store waits nowhere here, and its pool may be gone.
         self._timers.cancel(ticket.clear_expiry())
         self.retries.leave(ticket)
         if ticket.task.not_before is not None:
             self.scheduled.leave(ticket)
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
-            pool.unpark(ticket)
+            self._pools[ticket.task.task_type].unpark(ticket)
         elif (entry := ticket.leave_queue()) is not None:
-            pool.remove(ticket, entry)
+            self._pools[ticket.task.task_type].remove(ticket, entry)
 
     def next_in_conversation(self, ticket: Ticket) -> None:
         """Start or queue the next task of the conversation, because `ticket` has really ended.
@@ -608,11 +610,21 @@ class Dispatcher:
                 if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):
                     self.fail_waiting(ticket, error, worker_id=worker_id)
 
-    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+    def count_failure(self, ticket: Ticket, seconds: float, *, error: str) -> None:
+        """Count an attempt at a stored task that has failed; the next one is `seconds` from now."""
+        if self.spill is not None and ticket.lease is not None:
+            self.spill.stored.count_failure(ticket, seconds, error=error)
+
+    def record_failures(self, ticket: Ticket) -> None:
+        """Store the failures of a stored task that waits here for its next attempt."""
+        if self.spill is not None and ticket.lease is not None:
+            self.spill.stored.record_failures(ticket)
+
+    def delay_in_store(self, ticket: Ticket, seconds: float) -> bool:
         """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
         if self.spill is None or not self.spill.stored.can_delay(ticket):
             return False
-        self.spill.stored.delay(ticket, seconds, error=error)
+        self.spill.stored.delay(ticket, seconds)
         return True
 
     def resume_retries(self, ticket: Ticket, record: TaskRecord) -> None:

@@ -245,19 +245,29 @@ class FanOut(Generic[ResultT_co]):
         return index, result
 
     async def _wait(self) -> None:
-        """Wait until a task has ended, or there may be room for the next one. A run lends its slot meanwhile."""
+        """Wait until a task has ended, or there was room for the next one. A run lends its slot meanwhile.
+
+        It has not taken its slot back when it tries whether there is room: with it, it might leave none itself.
+        """
         running = context.running_task()
         reclaim = None
         if running is not None:
             reclaim = self._admission.lend_slots(running, self._awaited_by(running))
         try:
-            async with asyncio.timeout(self._time_left()):
-                await self._changed.wait()
-        except TimeoutError:
-            pass
+            await self._wait_for_change()
+            while self._turn is not None and self._error is None and self._next_index() is None:
+                self._changed.clear()
+                await self._feed()
+                if self._turn is not None:
+                    await self._wait_for_change()
         finally:
             if reclaim is not None:
                 await reclaim()
+
+    async def _wait_for_change(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._time_left()):
+                await self._changed.wait()
 
     def _time_left(self) -> float | None:
         """Return the seconds until the deadline of the task that waits for room; None if there is none."""

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
+from tests.support.leases import after_failure
 from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server, shared, until
 
 from forebay import BackpressureSupervisor, Task, clock
@@ -91,7 +92,7 @@ async def test_any_text_may_be_an_id_a_key_a_type_a_tenant_and_a_thread(
     (lease,) = await store.lease(text, 1, until=9.0, shares={text: 1})
     assert lease.record == one
     assert await renew(store, [lease], until=10.0) == []
-    assert await store.delay(lease, due=1.0, wait=1.0, error=text)
+    assert await store.delay(after_failure(lease, error=text), due=1.0)
     await store.wake(now=2.0)
     (lease,) = await store.lease(text, 1, until=9.0)
     assert lease.record.last_error == text
@@ -136,7 +137,7 @@ async def test_times_are_kept_to_the_last_digit(store: RedisTaskStore, number: f
     assert lease.record == kept
     (listed,) = await store.list_records(RecordState.LEASED, 1)
     assert listed.until == number
-    await store.delay(lease, due=number, wait=0.2, error="no")
+    await store.delay(after_failure(lease, wait=0.2), due=number)
     assert (await store.wake(now=0.0)).next_due == number
     await store.wake(now=number)
     (lease,) = await store.lease("t", 1, until=number)
@@ -181,7 +182,7 @@ async def put_and_lease(store: TaskStore) -> Lease:
 
 
 async def put_and_delay(store: TaskStore) -> None:
-    await store.delay(await put_and_lease(store), due=5.0, wait=1.0, error="no")
+    await store.delay(after_failure(await put_and_lease(store)), due=5.0)
 
 
 async def put_and_kill(store: TaskStore) -> None:
@@ -230,9 +231,16 @@ CALLS = {
         put_and_lease, lambda store, lease: store.begin_attempt(lease), True, RecordState.LEASED, attempts=1
     ),
     "release": LostCall(put_and_lease, lambda store, lease: store.release([lease]), None, RecordState.WAITING),
+    "record_failures": LostCall(
+        put_and_lease,
+        lambda store, lease: store.record_failures(after_failure(lease)),
+        True,
+        RecordState.LEASED,
+        failures=1,
+    ),
     "delay": LostCall(
         put_and_lease,
-        lambda store, lease: store.delay(lease, due=5.0, wait=1.0, error="no"),
+        lambda store, lease: store.delay(after_failure(lease), due=5.0),
         True,
         RecordState.DELAYED,
         failures=1,
@@ -346,7 +354,7 @@ async def test_a_record_put_leased_is_taken_back_from_its_own_holder(
 
 ENDS: dict[str, Callable[[TaskStore, Lease], Awaitable[bool]]] = {
     "finish": lambda store, lease: store.finish("a", DONE, fence=lease.fence),
-    "delay": lambda store, lease: store.delay(lease, due=5.0, wait=1.0, error="no"),
+    "delay": lambda store, lease: store.delay(after_failure(lease), due=5.0),
     "mark_dead": lambda store, lease: store.mark_dead(lease, DEAD),
 }
 
@@ -729,7 +737,7 @@ async def test_a_record_that_is_put_leased_lasts_by_the_clock_of_the_server(
 
 
 async def test_a_delay_ends_by_the_clock_of_the_server(store: RedisTaskStore, ahead: RedisTaskStore) -> None:
-    await store.delay(await put_and_lease(store), due=50.0, wait=1.0, error="no")
+    await store.delay(after_failure(await put_and_lease(store)), due=50.0)
     assert await ahead.wake(now=149.0) == WakeResult(woken=0, delayed=1, next_due=150.0)
     assert (await ahead.wake(now=150.0)).woken == 1
     await ahead.put(record("b", not_before=300.0), now=250.0)

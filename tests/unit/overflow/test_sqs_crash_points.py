@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from tests.support.leases import after_failure
 from tests.support.simulated_queues import SimulatedQueues
 
 pytest.importorskip("botocore")
@@ -147,7 +148,7 @@ async def release(process: Process, store: SqsTaskStore) -> None:
 async def delay_and_wake(process: Process, store: SqsTaskStore) -> None:
     await put(process, store)
     for lease in await store.lease("t", 9, until=50.0):
-        await store.delay(lease, due=5.0, wait=1.0, error="no")
+        await store.delay(after_failure(lease), due=5.0)
     await store.wake(now=6.0)
     for lease in await store.lease("t", 9, until=50.0):
         await process.finish(store, lease)

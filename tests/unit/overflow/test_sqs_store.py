@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import pytest
+from tests.support.leases import after_failure
 from tests.support.simulated_queues import SimulatedQueues
 
 pytest.importorskip("botocore")
@@ -153,7 +154,7 @@ async def test_a_delay_of_days_ends_when_it_is_due(queues: SimulatedQueues) -> N
     store = await opened(queues)
     await store.put(record())
     (lease,) = await store.lease("t", 1, until=clock.wall_time() + 30.0)
-    assert await store.delay(lease, due=clock.wall_time() + 2 * DAY, wait=2 * DAY, error="no")
+    assert await store.delay(after_failure(lease, wait=2 * DAY), due=clock.wall_time() + 2 * DAY)
     hidden = queues.messages[0].visible_at
     assert 12 * 3600.0 - 10 <= hidden <= 12 * 3600.0  # as long as a message can be hidden
     queues.now = hidden
@@ -225,7 +226,7 @@ async def test_a_retry_starts_at_once_where_its_attempt_has_failed(queues: Simul
     until = clock.wall_time() + 60.0
     await store.put(record())
     (lease,) = await store.lease("t", 9, until=until)
-    await store.delay(lease, due=clock.wall_time() + 5.0, wait=5.0, error="no")
+    await store.delay(after_failure(lease, wait=5.0), due=clock.wall_time() + 5.0)
     await store.wake(now=clock.wall_time() + 5.0)
     assert [lease.record.task_id for lease in await store.lease("t", 9, until=until)] == ["a"]
 

@@ -53,7 +53,13 @@ class RetryDispatcher(Protocol):
     def refill(self, pool: Pool) -> None:
         """Take tasks of `pool` back from the overflow, if there is room for them."""
 
-    def delay_in_store(self, ticket: Ticket, seconds: float, *, error: str) -> bool:
+    def count_failure(self, ticket: Ticket, seconds: float, *, error: str) -> None:
+        """Count an attempt at a stored task that has failed; the next one is `seconds` from now."""
+
+    def record_failures(self, ticket: Ticket) -> None:
+        """Store the failures of a stored task that waits here for its next attempt."""
+
+    def delay_in_store(self, ticket: Ticket, seconds: float) -> bool:
         """Have a stored task wait for its next attempt in its store; return False if it is to wait here."""
 
 
@@ -139,16 +145,15 @@ class TaskRetries:
                 error=result.error or "",
             )
             self._registry.emit(ticket, event)
+        self._dispatcher.count_failure(ticket, delay, error=result.error or "")
         if retries.stopping is not None or not self._wait_in_store(ticket, delay):
             self._wait(ticket, delay)
+            self._dispatcher.record_failures(ticket)
         return True
 
     def _wait_in_store(self, ticket: Ticket, delay: float) -> bool:
         """Have a task wait in its store; return False if it is not stored, or has to wait here."""
-        retries = ticket.retries
-        assert retries is not None  # noqa: S101 - it has failed before
-        error = "" if retries.result is None else retries.result.error or ""
-        return ticket.lease is not None and self._dispatcher.delay_in_store(ticket, delay, error=error)
+        return ticket.lease is not None and self._dispatcher.delay_in_store(ticket, delay)
 
     def _wait(self, ticket: Ticket, delay: float) -> None:
         """Have a task wait in this process."""

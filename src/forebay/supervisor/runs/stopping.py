@@ -62,7 +62,7 @@ class RunStopper:
                 returning.append(run.ticket)
                 run.abandon()
                 if max_attempts is not None:
-                    self._report_retry(run, error)
+                    self._count_failure(run, error)
             else:
                 cause = None
                 if status is TaskStatus.FAILED:
@@ -73,7 +73,7 @@ class RunStopper:
         finally:
             for ticket in returning:
                 ticket.end_store_call()
-                self._return_to_store(ticket, None if max_attempts is None else error)
+                self._return_to_store(ticket, failed=max_attempts is not None)
 
     async def wait(self, worker: WorkerAgent, limit: float | None) -> None:
         """Wait until nothing runs on `worker`, for at most `limit` seconds."""
@@ -88,7 +88,11 @@ class RunStopper:
             return True
         return run.task.retry is None and run.worker.retry is None and lease.record.failures + 1 < max_attempts
 
-    def _report_retry(self, run: Run, error: str) -> None:
+    def _count_failure(self, run: Run, error: str) -> None:
+        """Count and report the attempt of a run as failed: the task is to be tried again at once."""
+        spill = self._dispatcher.spill
+        assert spill is not None  # noqa: S101 - see _goes_back
+        spill.stored.count_failure(run.ticket, 0.0, error=error)
         retried = TaskRetried(
             at=self._core.loop.time(),
             task_id=run.task.task_id,
@@ -99,13 +103,13 @@ class RunStopper:
         )
         self._core.registry.emit(run.ticket, retried)
 
-    def _return_to_store(self, ticket: Ticket, failure: str | None) -> None:
-        """Return a task to its store; `failure` is the error of its attempt, if that counts."""
+    def _return_to_store(self, ticket: Ticket, *, failed: bool) -> None:
+        """Return a task to its store, whose attempt has `failed` or does not count."""
         spill = self._dispatcher.spill
         assert spill is not None  # noqa: S101 - see _goes_back
         if not ticket.done() and ticket.lease is not None:  # otherwise another process has it by now
-            if failure is not None and spill.stored.can_delay(ticket):
-                spill.stored.delay(ticket, 0.0, error=failure)
+            if failed and spill.stored.can_delay(ticket):
+                spill.stored.delay(ticket, 0.0)
             else:
                 spill.return_to_store(ticket)
         elif ticket.cancel_reason is not None:

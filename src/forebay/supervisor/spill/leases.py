@@ -30,6 +30,10 @@ class _HeldLease:
         """Make it last until `until`."""
         self.until = until
 
+    def replace(self, lease: Lease) -> None:
+        """Go on with a lease of the same fence."""
+        self.lease = lease
+
     def lose(self) -> bool:
         """End it, because another process has the task; return whether it had not been lost before."""
         had, self.until = self.until, -math.inf
@@ -57,6 +61,12 @@ class HeldLeases:
         held = self._held.pop(task_id, None)
         return None if held is None else held.lease
 
+    def update(self, lease: Lease) -> None:
+        """Go on with `lease` in place of that of the same fence, if it is held."""
+        held = self._held.get(lease.record.task_id)
+        if held is not None and held.lease.fence == lease.fence:
+            held.replace(lease)
+
     def is_valid(self, task_id: str) -> bool:
         """Return whether the lease on a task has neither lapsed nor been lost."""
         held = self._held.get(task_id)
@@ -69,12 +79,12 @@ class HeldLeases:
     def holds(self, lease: Lease) -> bool:
         """Return whether a lease is held, though it may have lapsed."""
         held = self._held.get(lease.record.task_id)
-        return held is not None and held.lease is lease
+        return held is not None and held.lease.fence == lease.fence
 
     def extend(self, lease: Lease, until: float) -> bool:
         """Make a lease last until `until`, in epoch seconds, though it was lost; return whether it is held."""
         held = self._held.get(lease.record.task_id)
-        if held is None or held.lease is not lease:
+        if held is None or held.lease.fence != lease.fence:
             return False
         held.extend(clock.now() + until - clock.wall_time())
         return True

@@ -81,9 +81,9 @@ class LostRecords:
 
     def _record(self, lease: Lease) -> TaskRecord:
         ticket = self._core.registry.live.get(lease.record.task_id)
-        if ticket is None or ticket.lease is not lease:
+        if ticket is None or ticket.lease is None or ticket.lease.fence != lease.fence:
             return lease.record
-        return msgspec.structs.replace(lease.record, attempts=ticket.attempts)
+        return msgspec.structs.replace(ticket.lease.record, attempts=ticket.attempts)
 
     def keep_lapsed(self, lease: Lease) -> None:
         """Keep what is known of a task that is left to another process."""

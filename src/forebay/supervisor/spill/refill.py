@@ -169,7 +169,8 @@ class Refiller:
     async def count_waiting(self, task_type: str | None) -> None:
         """Count and refill again, because a record of `task_type` has ended, and the next of its conversation waits.
 
-        That one may be of any type, but its pool has records that wait. So have those of records that were woken.
+        That one may be of any type, but its pool has records that wait. So have those of records that were woken. Those
+        that were known to wait may have ended since.
         """
         spills = self._spills
         try:
@@ -177,8 +178,8 @@ class Refiller:
         except StoreUnavailable:
             return  # the heartbeat counts again
         by_type = self._core.pools.by_type
-        types = dict.fromkeys([*filter(None, (task_type,)), *(waiting for waiting, _, _ in depths)])
-        pools = [by_type[name] for name in types if name in by_type]
+        types = {task_type, *(waiting for waiting, _, _ in depths)}
+        pools = [pool for name, pool in by_type.items() if name in types or pool.spilled]
         self._recount_after.update(pool for pool in pools if pool in self.refilling)
         self._set_depths(depths, pools, spills)
         for pool in pools:

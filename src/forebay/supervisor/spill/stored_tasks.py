@@ -9,6 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
+import msgspec
+
 from forebay import clock
 from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
 from forebay.events import TaskDeadLettered, log
@@ -78,8 +80,6 @@ class _Delay(NamedTuple):
     lease: Lease
     due: float  # epoch seconds
     due_here: float  # loop time
-    seconds: float
-    error: str
 
 
 class StoredTasks:
@@ -338,6 +338,44 @@ class StoredTasks:
 
     # --- retries ---
 
+    def count_failure(self, ticket: Ticket, seconds: float, *, error: str) -> None:
+        """Count an attempt that has failed in the lease on its task: however that leaves this process, it counts.
+
+        Args:
+            ticket: the ticket of the task, which is leased.
+            seconds: until the next attempt.
+            error: what this one ended with.
+        """
+        lease = ticket.lease
+        assert lease is not None  # noqa: S101 - the caller has checked
+        record = msgspec.structs.replace(
+            lease.record,
+            attempts=ticket.attempts,
+            failures=lease.record.failures + 1,
+            total_delay=lease.record.total_delay + seconds,
+            last_error=error,
+        )
+        lease = msgspec.structs.replace(lease, record=record)
+        ticket.hold_lease(lease)
+        self.leases.update(lease)
+
+    def record_failures(self, ticket: Ticket) -> None:
+        """Store the failures of a task that waits here for its next attempt, in case this process is lost."""
+        lease = ticket.lease
+        assert lease is not None  # noqa: S101 - the caller has checked
+        self._record_failures_in_background(lease)
+
+    def _record_failures_in_background(self, lease: Lease) -> None:
+        again = partial(self._record_failures_in_background, lease)
+        self._core.run_in_background(self._record_failures(lease), if_cancelled=again)
+
+    async def _record_failures(self, lease: Lease) -> None:
+        try:
+            await self.store.record_failures(lease)  # if the lease is lost, the next attempt finds that
+        except Exception as exc:  # noqa: BLE001 - the lease has them too, and the store learns of them with its end
+            message = "a failed attempt at task %r could not be recorded"
+            self._core.failures.report(message, lease.record.task_id, error=exc)
+
     def can_delay(self, ticket: Ticket) -> bool:
         """Return whether a task whose attempt has failed may wait for the next one in the store.
 
@@ -352,15 +390,14 @@ class StoredTasks:
         parent = next(run_and_ancestors(ticket.parent), None)
         return not self.stays_stored or parent is None or parent.ended
 
-    def delay(self, ticket: Ticket, seconds: float, *, error: str) -> None:
+    def delay(self, ticket: Ticket, seconds: float) -> None:
         """Give a task back to the store, in which it waits for its next attempt; any process may make that.
 
         If the store fails until the attempt is due, this process makes it.
 
         Args:
-            ticket: a ticket that `can_delay`, of a task that neither runs nor waits here.
+            ticket: a ticket that `can_delay`, of a task that neither runs nor waits here, and whose failure is counted.
             seconds: until the next attempt is due.
-            error: what its last attempt ended with.
         """
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - see can_delay
@@ -369,7 +406,7 @@ class StoredTasks:
         ticket.begin_store_call()
         self._dispatcher.conversations.add_stored(ticket.task.thread_id)  # now: the next one must not start before it
         self._dispatcher.next_in_conversation(ticket)
-        delay = _Delay(lease, clock.wall_time() + seconds, self._core.loop.time() + seconds, seconds, error)
+        delay = _Delay(lease, clock.wall_time() + seconds, self._core.loop.time() + seconds)
         self._delay_in_background(ticket, delay)
 
     def _delay_in_background(self, ticket: Ticket, delay: _Delay) -> None:
@@ -399,7 +436,7 @@ class StoredTasks:
         failed = False
         while True:
             try:
-                return await self.store.delay(delay.lease, due=delay.due, wait=delay.seconds, error=delay.error)
+                return await self.store.delay(delay.lease, due=delay.due)
             except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the task must go on
                 if not failed:
                     message = "task %r could not be delayed in the overflow"

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
+from tests.support.leases import after_failure
 from tests.support.task_plane import virtual
 
 from forebay import clock
@@ -123,4 +125,20 @@ async def test_a_lease_that_was_lost_is_valid_again_once_it_is_extended() -> Non
     assert held.is_valid("a")
     await asyncio.sleep(0.2)
     assert not held.is_valid("a")
-    assert not held.extend(lease("a"), clock.wall_time() + 5.0)
+    other = msgspec.structs.replace(one, fence="another fence")
+    assert not held.extend(other, clock.wall_time() + 5.0)
+
+
+@virtual
+async def test_a_lease_that_counts_a_failure_lasts_as_long_and_is_the_one_that_is_returned() -> None:
+    held, one = HeldLeases(30.0), lease("a")
+    held.hold(one)
+    held.extend(one, clock.wall_time() + 20.0)
+    failed = after_failure(one)
+    held.update(failed)
+    held.update(msgspec.structs.replace(one, fence="another fence"))
+    held.update(lease("b"))
+    await asyncio.sleep(15.0)
+    assert held.is_valid("a")
+    assert held.holds(one)
+    assert list(held.take_all()) == [failed]
