@@ -14,7 +14,6 @@ from forebay.limit.base import Grant
 _MIN_SAMPLE, _MAX_SAMPLE = 8, 128  # calls in a sample: as many as the limit, between these
 _CHECKS: Final = 4  # comparisons while a sample is replaced: each takes microseconds
 _CERTAIN: Final = 3.0  # standard deviations from which calls are slow by more than chance allows
-_CONFIRMED: Final = 2.0  # ... and from which the calls that start next confirm that: one sample, not the worst of many
 _SURE: Final = 4.0  # ... and from which they are faster: else the norm would be the fastest of many samples
 _LIKELY: Final = 2.5  # ... and from which they have got faster, once they were slow for certain
 _PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
@@ -86,11 +85,6 @@ class StartedCalls:
         """True once nine in ten of the calls have ended."""
         return not self._places and self.running <= len(self.slowdowns) // 9
 
-    @property
-    def half_complete(self) -> bool:
-        """True once half of the calls have ended."""
-        return len(self.slowdowns) >= self._places + self.running
-
     def start(self, grant: Grant) -> None:
         """Take a call that starts, while there is a place."""
         if self._places:
@@ -113,7 +107,6 @@ class ExperimentStage(Enum):
     """The stage of an experiment."""
 
     WATCHING = "watching"  # no experiment runs
-    BASELINE = "baseline"  # calls have become slow: are those that start from now on slow, too?
     LOWERED = "lowered"  # the limit is lower: do calls get faster?
 
 
@@ -133,10 +126,6 @@ class SlowdownExperiment:
     slow for another reason, or by chance, they do not. So the limit is lowered a little, and stays there only if calls
     have got faster by more than half of that proportion, beyond doubt: the ranks of two samples of calls are compared.
     Then it is lowered again, until calls get no faster, because the norm may have been learned under a flood.
-
-    The calls that raise the alarm are not compared with: they are the slowest of many samples, so that the next ones
-    are faster whatever the limit is (regression to the mean). The baseline is a sample of calls that start after the
-    alarm, before the limit is lowered. If they are not slow, it was chance, and the limit stays as it is.
 
     Source: H. B. Mann and D. R. Whitney, "On a Test of Whether one of Two Random Variables is Stochastically Larger
     than the Other", Annals of Mathematical Statistics 18, 1947.
@@ -159,7 +148,7 @@ class SlowdownExperiment:
         self._in_flight = 0.0  # calls in flight with one of them, on average
         self._unchecked = 0  # calls since the latest were compared with the norm
         self._used = 0  # the most calls in flight when one of them started
-        self._sample = StartedCalls(0, 0)  # calls of the baseline, or under the lowered limit
+        self._lowered = StartedCalls(0, 0)  # calls under the lowered limit
         self._before: list[float] = []  # slowdowns before the limit was lowered, sorted
         self._limit_before, self._in_flight_before = 0.0, 0.0
         self._known_at = 0.0  # when a slowdown was known last, in the clock's seconds
@@ -171,8 +160,8 @@ class SlowdownExperiment:
 
     def start(self, grant: Grant) -> None:
         """Note a call that starts."""
-        if self.stage is not ExperimentStage.WATCHING:
-            self._sample.start(grant)
+        if self.stage is ExperimentStage.LOWERED:
+            self._lowered.start(grant)
 
     def observe(  # noqa: PLR0913 - what the end of a call tells
         self, now: float, grant: Grant, level: float, in_flight: int, slowdown: float | None, *, proven: bool
@@ -191,13 +180,12 @@ class SlowdownExperiment:
         mean = (grant.in_flight + in_flight) / 2
         if slowdown is not None:
             self._known_at = now
-        if self.stage is not ExperimentStage.WATCHING:
-            if grant.sample == self._sample.number:
+        if self.stage is ExperimentStage.LOWERED:
+            if grant.sample == self._lowered.number:
                 self._used = max(self._used, grant.in_flight)
-                self._sample.end(slowdown, mean)
-                lowered = self.stage is ExperimentStage.LOWERED
-                return self._judge(now, level) if lowered else self._confirm(now, level, proven=proven)
-            return self._give_up(now) if now - self._known_at > _STAGE_TIMEOUT else None
+                self._lowered.end(slowdown, mean)
+                return self._judge(now, level)
+            return self._restore(now) if now - self._known_at > _STAGE_TIMEOUT else None
         if slowdown is None:
             self.slow = self.slow and now - self._known_at <= _STAGE_TIMEOUT
             return None
@@ -239,38 +227,7 @@ class SlowdownExperiment:
         if proven and now - self._slow_since < _PASSES_AFTER:
             return None
         self._our_load = False
-        self._begin_sample(now, ExperimentStage.BASELINE, level)
-        return None
-
-    def _begin_sample(self, now: float, stage: ExperimentStage, level: float) -> None:
-        self.stage, self._known_at = stage, now
-        self._sample = StartedCalls(self._sample.number + 1, _size(level))
-
-    def _confirm(self, now: float, level: float, *, proven: bool) -> ExperimentResult | None:
-        """Lower the limit once the baseline is complete, if its calls are slow."""
-        calls = self._sample
-        if not calls.half_complete:
-            return None
-        # The first half to end are the faster calls: if even these are slow for certain, the rest need not be awaited.
-        enough = _CONFIRMED if calls.complete else _CERTAIN
-        if calls.in_flight > 1 and rank_z(calls.slowdowns, self._norm, _SLOW) >= enough:
-            return self._lower(now, level, calls.slowdowns, calls.in_flight, proven=proven)
-        if calls.complete:
-            self._dismiss(now)
-        return None
-
-    def _dismiss(self, now: float) -> None:
-        """Watch again, from new calls on: it was chance, or the norm is a guess."""
-        self._wait(now)
-        self._watch_again([] if self._norm_verified else self._sample.slowdowns)
-        self.clear()
-
-    def _give_up(self, now: float) -> ExperimentResult | None:
-        """End a stage without samples."""
-        if self.stage is ExperimentStage.LOWERED:
-            return self._restore(now)
-        self._dismiss(now)
-        return None
+        return self._lower(now, level, list(latest), self._in_flight, proven=proven)
 
     def _lower(
         self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool
@@ -283,12 +240,13 @@ class SlowdownExperiment:
         else:
             share = max(_LOWEST, min(_LEAST, fast)) if bold else _LOWERED
         self.target_limit = max(1.0, float(round(share * min(level, self._used))))
-        self._begin_sample(now, ExperimentStage.LOWERED, self.target_limit)
+        self.stage, self._known_at = ExperimentStage.LOWERED, now
+        self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
         return ExperimentResult.LOWER
 
     def _judge(self, now: float, level: float) -> ExperimentResult | None:
         """Compare the calls under the lower limit with those before."""
-        calls, before = self._sample, self._before
+        calls, before = self._lowered, self._before
         share = min(1.0, calls.in_flight / self._in_flight_before)
         enough = _PROBABLE if self._in_flight_before <= _FEW and calls.complete else _LIKELY
         if rank_z(calls.slowdowns, before, share**_HALF_EXPLAINED, missing=calls.running) > -enough:
@@ -310,25 +268,17 @@ class SlowdownExperiment:
         """
         if self._our_load:
             return self._end(ExperimentResult.KEEP, self._limit_before, self._before)
-        self._wait(now)
-        slowdowns = self._sample.slowdowns
+        self._next_at = now + self._pause
+        self._pause = min(_MAX_PAUSE, 2 * self._pause)
+        slowdowns = self._lowered.slowdowns
         # With fewer in flight calls are not slower, unless the provider stood still meanwhile.
         stalled = bool(slowdowns) and _median(slowdowns) > _SLOW * _median(self._before)
         norm = [] if self._passed or stalled else slowdowns
         return self._end(ExperimentResult.RESTORE, self._limit_before, norm)
 
     def _end(self, result: ExperimentResult, limit: float, norm: list[float]) -> ExperimentResult:
-        self._watch_again(norm, verified=result is ExperimentResult.KEEP)
-        self.target_limit = limit
-        return result
-
-    def _wait(self, now: float) -> None:
-        """Wait before the next experiment, longer each time that one finds nothing."""
-        self._next_at = now + self._pause
-        self._pause = min(_MAX_PAUSE, 2 * self._pause)
-
-    def _watch_again(self, norm: list[float], *, verified: bool = False) -> None:
-        """Watch for slow calls, with another norm if that has calls enough."""
         self.stage, self.slow, self._slow_since = ExperimentStage.WATCHING, False, math.inf
+        self.target_limit = limit
         if len(norm) >= _MIN_SAMPLE:
-            self._norm, self._norm_verified = sorted(norm), verified
+            self._norm, self._norm_verified = sorted(norm), result is ExperimentResult.KEEP
+        return result
