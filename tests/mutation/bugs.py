@@ -49,7 +49,7 @@ from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, Ta
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
-from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, ExperimentStage, SlowdownExperiment
+from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, memory, redis, sqlite
 from forebay.overflow.redis import RedisTaskStore
 from forebay.overflow.sqs import SqsTaskStore
@@ -1071,25 +1071,6 @@ def only_a_limit_that_is_used_up_is_suspected_of_slow_calls() -> None:
         return original(self, now, level, in_flight, slowdown, **rest)
 
     replace(SlowdownExperiment, original, watch)
-
-
-def the_calls_that_raised_the_alarm_are_the_baseline() -> None:
-    original = SlowdownExperiment._watch
-
-    def watch(
-        self: SlowdownExperiment, now: float, level: float, in_flight: float, slowdown: float, **rest: Any
-    ) -> ExperimentResult | None:
-        latest, mean = [*self._latest, slowdown][-max(8, int(level)) :], self._in_flight
-        result = original(self, now, level, in_flight, slowdown, **rest)
-        if self.stage is not ExperimentStage.BASELINE:
-            return result
-        return self._lower(now, level, latest, mean, **rest)
-
-    replace(SlowdownExperiment, original, watch)
-
-
-def an_alarm_by_chance_is_followed_by_the_next_at_once() -> None:
-    always(SlowdownExperiment, SlowdownExperiment._wait, returns=None)
 
 
 # --- retries are bounded ---

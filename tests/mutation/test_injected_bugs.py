@@ -413,12 +413,6 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.only_a_limit_that_is_used_up_is_suspected_of_slow_calls: (
         test_slowdown_experiment.test_a_limit_that_is_not_quite_used_up_is_lowered_too
     ),
-    bugs.the_calls_that_raised_the_alarm_are_the_baseline: (
-        test_slowdown_experiment.test_calls_that_were_slow_by_chance_begin_no_experiment
-    ),
-    bugs.an_alarm_by_chance_is_followed_by_the_next_at_once: (
-        test_slowdown_experiment.test_after_an_alarm_by_chance_the_next_one_waits
-    ),
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
     bugs.a_timeout_of_the_caller_is_a_fault: (test_blame.test_hasty_callers_do_not_shut_the_account_for_the_others),

@@ -89,7 +89,6 @@ FOUND: Final[dict[Bug, tuple[ModuleType, int]]] = {
     bugs.words_alone_tell_the_cause_of_a_refusal: (control_storm, 2),
     bugs.refused_calls_are_sent_again_at_once: (control_storm, 3),
     bugs.a_call_that_is_refused_later_was_in_flight_at_the_provider: (control_storm, 28),
-    bugs.the_calls_that_raised_the_alarm_are_the_baseline: (control_storm, 137),
     bugs.no_rate_is_learned: (control_storm, 13),
     bugs.a_learned_rate_that_falls_is_never_checked: (control_storm, 201),
     bugs.a_penalty_is_tried_again_at_once: (control_storm, 3),

@@ -34,7 +34,7 @@ QUICK = {
 THRESHOLDS = {
     "rate, nothing told, no burst": (0.83, 0.08, 0.02),
     "rate, Retry-After 0": (0.95, 0.02, 0.02),
-    "rate, Retry-After true": (0.95, 0.02, 0.02),
+    "rate, Retry-After true": (0.95, 0.03, 0.02),
     "rate, said to be concurrency": (0.95, 0.025, 0.025),
     "rate, remaining 0": (0.95, 0.01, 0.01),
     "rate and slots, nothing told": (0.95, 0.02, 0.01),
@@ -63,8 +63,9 @@ THRESHOLDS = {
     "1,200 a minute, nothing told": (0.95, 0.02, 0.015),
 }
 
-# One run in six of these settles with a third to three fifths of the calls refused: the medians of several seeds.
-SEEDS = {"five processes, nothing told": (1, 2, 3, 4, 5)}
+# The medians of several seeds. One run in six of the five processes settles with a third to three fifths of the calls
+# refused. A bucket with a true Retry-After refuses 2.0 to 2.8 % by seed, 1.8 to 2.7 % before rates that fall were checked.
+SEEDS = {"five processes, nothing told": (1, 2, 3, 4, 5), "rate, Retry-After true": (1, 2, 3, 4, 5)}
 
 # Refusals at random: the share of the oracle's work, at least. Many of these calls are refused whatever is done.
 RANDOM = {

@@ -9,7 +9,7 @@ import pytest
 
 from forebay.clock import new_random
 from forebay.limit import Grant
-from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, ExperimentStage, SlowdownExperiment, rank_z
+from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment, rank_z
 
 
 @dataclass
@@ -30,22 +30,18 @@ class Provider:
         draw, experiment = new_random(self.seed), self.experiment
         for _ in range(seconds):
             calls = min(self.calls, int(self.level))
-            grants = [Grant(self.now, calls, at_limit=calls == int(self.level)) for _ in range(calls)]
+            grants = [Grant(self.now, n, at_limit=calls == int(self.level)) for n in range(1, calls + 1)]
             for grant in grants:
                 experiment.start(grant)
             self.now += 1.0
             level = self.level
-            for grant in grants:
+            for left, grant in zip(range(len(grants), 0, -1), grants, strict=True):
                 slow = self.slowdown(min(level, calls)) * draw.lognormvariate(-(self.noise**2) / 2, self.noise)
-                result = experiment.observe(self.now, grant, level, calls, slow, proven=self.proven)
+                result = experiment.observe(self.now, grant, level, left, slow, proven=self.proven)
                 if result is not None:
                     self.results.append(result)
                     self.level = experiment.target_limit
                     experiment.clear()
-
-    def run_until_alarm(self) -> None:
-        while self.experiment.stage is ExperimentStage.WATCHING:
-            self.run(1)
 
 
 def shared(slots: int) -> Callable[[float], float]:
@@ -105,49 +101,6 @@ def test_chance_begins_no_experiment(noise: float) -> None:
     provider = Provider(lambda _: 1.0, 100.0, noise=noise)
     provider.run(1000)
     assert provider.results == []
-
-
-def test_calls_that_were_slow_by_chance_begin_no_experiment() -> None:
-    """Check it where the calls after the alarm are as fast as ever, as those after the slowest of many samples are."""
-    provider = Provider(lambda _: 2.0, 50.0)
-    provider.run_until_alarm()
-    provider.slowdown = lambda _: 1.0
-    provider.run(100)
-    assert provider.results == []
-    assert (provider.level, provider.experiment.stage) == (50.0, ExperimentStage.WATCHING)
-
-
-def test_after_an_alarm_by_chance_the_next_one_waits() -> None:
-    provider = Provider(lambda _: 2.0, 50.0)
-    provider.run_until_alarm()
-    provider.slowdown = lambda _: 1.0
-    provider.run(5)
-    provider.slowdown = lambda _: 2.0
-    provider.run(20)
-    assert (provider.results, provider.experiment.slow) == ([], True)
-    provider.run(20)
-    assert provider.results[0] is ExperimentResult.LOWER
-
-
-def test_while_the_norm_is_a_guess_the_calls_after_an_alarm_by_chance_are_the_norm() -> None:
-    provider = Provider(lambda _: 2.0, 50.0)
-    provider.run_until_alarm()
-    provider.slowdown = lambda _: 1.25
-    provider.run(5)
-    provider.slowdown = lambda _: 1.5
-    provider.run(200)
-    assert (provider.results, provider.experiment.slow) == ([], False)
-
-
-def test_a_baseline_whose_calls_never_tell_how_slow_they_are_is_given_up() -> None:
-    provider = Provider(lambda _: 2.0, 50.0)
-    provider.run_until_alarm()
-    grant = Grant(provider.now, 50)
-    for seconds in (60.0, 121.0):
-        assert provider.experiment.stage is ExperimentStage.BASELINE
-        assert provider.experiment.observe(provider.now + seconds, grant, 50.0, 50, None, proven=False) is None
-    assert provider.experiment.stage is ExperimentStage.WATCHING
-    assert not provider.experiment.slow
 
 
 def test_a_slowdown_has_a_minute_to_pass_where_the_limit_has_held_against_refusals() -> None:

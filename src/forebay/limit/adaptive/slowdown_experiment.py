@@ -14,7 +14,6 @@ from forebay.limit.base import Grant
 _MIN_SAMPLE, _MAX_SAMPLE = 8, 128  # calls in a sample: as many as the limit, between these
 _CHECKS: Final = 4  # comparisons while a sample is replaced: each takes microseconds
 _CERTAIN: Final = 3.0  # standard deviations from which calls are slow by more than chance allows
-_CONFIRMED: Final = 2.0  # ... and from which the next calls confirm that: they are one sample, not the worst of many
 _SURE: Final = 4.0  # ... and from which they are faster: else the norm would be the fastest of many samples
 _LIKELY: Final = 2.5  # ... and from which they have got faster, once they were slow for certain
 _PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
@@ -108,7 +107,6 @@ class ExperimentStage(Enum):
     """The stage of an experiment."""
 
     WATCHING = "watching"  # no experiment runs
-    BASELINE = "baseline"  # calls have become slow: are the next ones slow, too?
     LOWERED = "lowered"  # the limit is lower: do calls get faster?
 
 
@@ -128,10 +126,6 @@ class SlowdownExperiment:
     slow for another reason, or by chance, they do not. So the limit is lowered a little, and stays there only if calls
     have got faster by more than half of that proportion, beyond doubt: the ranks of two samples of calls are compared.
     Then it is lowered again, until calls get no faster, because the norm may have been learned under a flood.
-
-    The calls that raise the alarm are not compared with: they are the slowest of many samples, so that the next ones
-    are faster whatever the limit is (regression to the mean). The baseline is the next sample, before the limit is
-    lowered. If its calls are not slow, it was chance, and the limit stays as it is.
 
     Source: H. B. Mann and D. R. Whitney, "On a Test of Whether one of Two Random Variables is Stochastically Larger
     than the Other", Annals of Mathematical Statistics 18, 1947.
@@ -193,8 +187,7 @@ class SlowdownExperiment:
                 return self._judge(now, level)
             return self._restore(now) if now - self._known_at > _STAGE_TIMEOUT else None
         if slowdown is None:
-            if self.slow and now - self._known_at > _STAGE_TIMEOUT:
-                self._watch_again([])
+            self.slow = self.slow and now - self._known_at <= _STAGE_TIMEOUT
             return None
         self._used = max(self._used, grant.in_flight)
         return self._watch(now, level, mean, slowdown, proven=proven)
@@ -216,13 +209,12 @@ class SlowdownExperiment:
         while len(latest) > size:
             latest.popleft()
         self._in_flight += (in_flight - self._in_flight) / len(latest)
-        if self.stage is ExperimentStage.BASELINE:
-            return self._confirm(now, level, proven=proven)
         self._unchecked += 1
         if self._unchecked < size // _CHECKS:
             return None
         self._unchecked = 0
-        if not self._is_slow(level, _CERTAIN):
+        slow = self._used >= _USED * level and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
+        if not slow:
             self.slow, self._slow_since = False, math.inf
             if len(latest) >= _MIN_SAMPLE:
                 self.tried = max(self.tried, self._in_flight)
@@ -235,29 +227,7 @@ class SlowdownExperiment:
         if proven and now - self._slow_since < _PASSES_AFTER:
             return None
         self._our_load = False
-        self.stage = ExperimentStage.BASELINE
-        latest.clear()
-        self._in_flight = 0.0
-        return None
-
-    def _is_slow(self, level: float, enough: float) -> bool:
-        """Return whether the latest calls are slow, by `enough` standard deviations, and our load may be the cause."""
-        loaded = self._used >= _USED * level and self._in_flight > 1
-        return loaded and rank_z(self._latest, self._norm, _SLOW) >= enough
-
-    def _confirm(self, now: float, level: float, *, proven: bool) -> ExperimentResult | None:
-        """Lower the limit if the calls after the alarm are slow, too; otherwise it was chance, or the norm is a guess.
-
-        Half of them are enough if they are as slow as those that raised the alarm.
-        """
-        latest, complete = self._latest, len(self._latest) >= _size(level)
-        if 2 * len(latest) >= _size(level) and self._is_slow(level, _CONFIRMED if complete else _CERTAIN):
-            return self._lower(now, level, list(latest), self._in_flight, proven=proven)
-        if complete:
-            self._wait(now)
-            self._watch_again([] if self._norm_verified else list(latest))
-            self.clear()
-        return None
+        return self._lower(now, level, list(latest), self._in_flight, proven=proven)
 
     def _lower(
         self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool
@@ -298,7 +268,8 @@ class SlowdownExperiment:
         """
         if self._our_load:
             return self._end(ExperimentResult.KEEP, self._limit_before, self._before)
-        self._wait(now)
+        self._next_at = now + self._pause
+        self._pause = min(_MAX_PAUSE, 2 * self._pause)
         slowdowns = self._lowered.slowdowns
         # With fewer in flight calls are not slower, unless the provider stood still meanwhile.
         stalled = bool(slowdowns) and _median(slowdowns) > _SLOW * _median(self._before)
@@ -306,17 +277,8 @@ class SlowdownExperiment:
         return self._end(ExperimentResult.RESTORE, self._limit_before, norm)
 
     def _end(self, result: ExperimentResult, limit: float, norm: list[float]) -> ExperimentResult:
-        self._watch_again(norm, verified=result is ExperimentResult.KEEP)
-        self.target_limit = limit
-        return result
-
-    def _wait(self, now: float) -> None:
-        """Wait before the next experiment, longer each time that one finds nothing."""
-        self._next_at = now + self._pause
-        self._pause = min(_MAX_PAUSE, 2 * self._pause)
-
-    def _watch_again(self, norm: list[float], *, verified: bool = False) -> None:
-        """Watch for slow calls, with another norm if that has calls enough."""
         self.stage, self.slow, self._slow_since = ExperimentStage.WATCHING, False, math.inf
+        self.target_limit = limit
         if len(norm) >= _MIN_SAMPLE:
-            self._norm, self._norm_verified = sorted(norm), verified
+            self._norm, self._norm_verified = sorted(norm), result is ExperimentResult.KEEP
+        return result
