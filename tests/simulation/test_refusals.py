@@ -64,7 +64,7 @@ THRESHOLDS = {
 }
 
 # The medians of several seeds. One run in six of the five processes settles with a third to three fifths of the calls
-# refused. A bucket with a true Retry-After refuses 2.0 to 2.8 % by seed, 1.8 to 2.7 % before rates that fall were checked.
+# refused. A bucket with a true Retry-After refuses 2.0 to 2.8 % by seed, 1.8 to 2.7 % before falling rates were checked.
 SEEDS = {"five processes, nothing told": (1, 2, 3, 4, 5), "rate, Retry-After true": (1, 2, 3, 4, 5)}
 
 # Refusals at random: the share of the oracle's work, at least. Many of these calls are refused whatever is done.
