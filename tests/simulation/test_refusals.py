@@ -34,7 +34,7 @@ QUICK = {
 THRESHOLDS = {
     "rate, nothing told, no burst": (0.83, 0.08, 0.02),
     "rate, Retry-After 0": (0.95, 0.02, 0.02),
-    "rate, Retry-After true": (0.95, 0.03, 0.02),
+    "rate, Retry-After true": (0.95, 0.03, 0.03),
     "rate, said to be concurrency": (0.95, 0.025, 0.025),
     "rate, remaining 0": (0.95, 0.01, 0.01),
     "rate and slots, nothing told": (0.95, 0.02, 0.01),
