@@ -627,7 +627,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_silent_store.test_draining_reports_the_tasks_whose_end_the_overflow_has_not_stored
     ),
     bugs.a_drain_does_not_notice_that_a_run_begins_to_wait: (
-        test_drain.test_what_waits_for_a_task_that_can_never_start_does_not_keep_a_drain_from_ending
+        test_drain.test_a_run_that_awaits_a_task_of_the_supervisor_above_finishes_though_others_here_cannot_start
     ),
     bugs.a_drain_takes_a_run_that_awaits_another_supervisor_for_stuck: (
         test_drain.test_a_run_that_awaits_a_task_of_the_supervisor_above_finishes_though_others_here_cannot_start
