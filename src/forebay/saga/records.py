@@ -1,0 +1,371 @@
+"""What a saga's log holds: the entries that are written ahead of each step, and the history that they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from hashlib import sha256
+from typing import ClassVar, TypeAlias
+
+import msgspec
+
+from forebay.errors import ForebayError
+
+
+class SagaState(Enum):
+    """The state of a saga. RUNNING and COMPENSATING go on, in whatever process has the lease; the others have ended.
+
+    PARKED waits for a person, DONE has all its effects, COMPENSATED has none, and RESOLVED was closed by a person.
+    """
+
+    RUNNING = "running"
+    COMPENSATING = "compensating"
+    PARKED = "parked"
+    DONE = "done"
+    COMPENSATED = "compensated"
+    RESOLVED = "resolved"
+
+
+UNFINISHED = (SagaState.RUNNING, SagaState.COMPENSATING)
+REPEATABLE = (SagaState.COMPENSATED, SagaState.RESOLVED)  # submitted again, such a saga begins a new round
+
+
+class StepState(Enum):
+    """The state of a step, as far as the log knows.
+
+    STARTED: it was begun, and its outcome is unknown. FAILED: it raised, and may have had an effect. NOT_DONE: it had
+    none. DONE: it has its effect and its output. UNDONE: its compensation has succeeded.
+    """
+
+    STARTED = "started"
+    FAILED = "failed"
+    NOT_DONE = "not done"
+    DONE = "done"
+    UNDONE = "undone"
+
+
+_MAX_KEY = 200  # characters: servers accept 255, and a compensation may add some of its own
+
+
+class LogDamaged(ForebayError, ValueError):
+    """The log of saga {saga_id!r} cannot be read ({why}): it was damaged, or a newer version of Forebay wrote it."""
+
+    saga_id: str
+    why: str
+
+
+class _Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="entry", omit_defaults=True):
+    """An entry of a log: the base of all kinds."""
+
+    at: float  # epoch seconds
+
+
+class Started(_Entry, tag="started"):
+    """A step is about to be called, under its idempotency key."""
+
+    step: str
+    function: str
+    compensable: bool = False
+    pivot: bool = False
+
+
+class Done(_Entry, tag="done"):
+    """A step has returned, or a check or a person has found that it has its effect."""
+
+    step: str
+    output: bytes
+    by: str = ""  # "check", or a person; empty: it returned
+
+
+class Failed(_Entry, tag="failed"):
+    """A step has raised. With `clean`, it had no effect."""
+
+    step: str
+    error_type: str
+    error: str
+    clean: bool = False
+
+
+class Undone(_Entry, tag="undone"):
+    """The compensation of a step has succeeded, or a person has undone it."""
+
+    step: str
+    by: str = ""
+
+
+class UndoFailed(_Entry, tag="undo failed"):
+    """The compensation of a step has raised, and will be tried again unless the saga is parked next."""
+
+    step: str
+    error: str
+
+
+class Compensating(_Entry, tag="compensating"):
+    """The saga goes back from here."""
+
+    error_type: str
+    error: str
+
+
+class Parked(_Entry, tag="parked"):
+    """The saga waits for a person, because of a step or (None) of the saga as a whole."""
+
+    why: str
+    step: str | None = None
+
+
+class Retried(_Entry, tag="retried"):
+    """A person lets a parked saga go on."""
+
+
+class Finished(_Entry, tag="finished"):
+    """The saga has returned."""
+
+    result: bytes
+
+
+class Compensated(_Entry, tag="compensated"):
+    """All compensations have succeeded."""
+
+
+class Resolved(_Entry, tag="resolved"):
+    """A person has closed the saga as it is."""
+
+    note: str = ""
+
+
+class Restarted(_Entry, tag="restarted"):
+    """A compensated saga was submitted again, and begins a new round: its steps have new keys."""
+
+
+Entry: TypeAlias = (
+    Started
+    | Done
+    | Failed
+    | Undone
+    | UndoFailed
+    | Compensating
+    | Parked
+    | Retried
+    | Finished
+    | Compensated
+    | Resolved
+    | Restarted
+)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Entry).decode
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """Return an entry as a log stores it."""
+    return _encode(entry)
+
+
+def decode_entries(saga_id: str, entries: Iterable[bytes]) -> Sequence[Entry]:
+    """Return the entries that a log has stored.
+
+    Raises:
+        LogDamaged: one of them cannot be read.
+    """
+    try:
+        return [_decode(each) for each in entries]
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise LogDamaged(saga_id=saga_id, why=type(error).__name__) from None
+
+
+class SagaHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What a log knows of a saga without its entries.
+
+    Attributes:
+        saga_id: unique in the log.
+        name: of the saga.
+        version: of its definition, as ``@saga(version=)`` declares it.
+        envelope: the encoded task that began it, or this round of it.
+        submission: epoch seconds that tell the submission of its task from others.
+        state: its state.
+        why: why it is parked, or compensates; empty otherwise.
+        created_at: epoch seconds of its first entry.
+        updated_at: epoch seconds of its last entry.
+        claims: how many processes have taken it since its last entry, and not come to write another.
+    """
+
+    saga_id: str
+    name: str
+    version: str
+    envelope: bytes
+    submission: float
+    state: SagaState = SagaState.RUNNING
+    why: str = ""
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    claims: int = 0
+
+
+class StoredSaga(msgspec.Struct, frozen=True, kw_only=True):
+    """A saga as its log has it.
+
+    Attributes:
+        header: of the saga.
+        entries: in the order in which they were written.
+        holder: the fence of the process that drives it; empty if nobody does.
+        until: epoch seconds at which its lease expires.
+    """
+
+    header: SagaHeader
+    entries: Sequence[bytes] = ()
+    holder: str = ""
+    until: float = 0.0
+
+
+class StepRecord(msgspec.Struct, kw_only=True):
+    """A step, as the log knows it.
+
+    Attributes:
+        name: of the step.
+        key: its idempotency key.
+        function: the name of its function, for people.
+        compensable: whether it has a compensation.
+        pivot: whether it is the pivot.
+        state: its state.
+        output: encoded, if it is DONE, or was before it was undone.
+        error_type, error: what it raised.
+        undo_errors: how often its compensation has raised.
+        undo_error: what that raised last.
+        order: of its start; that of its end, once it is DONE.
+    """
+
+    name: str
+    key: str
+    function: str
+    compensable: bool
+    pivot: bool
+    state: StepState = StepState.STARTED
+    output: bytes | None = None
+    error_type: str = ""
+    error: str = ""
+    undo_errors: int = 0
+    undo_error: str = ""
+    order: int = 0
+
+    @property
+    def needs_undo(self) -> bool:
+        """True if it has, or may have, an effect that its compensation undoes."""
+        return self.compensable and self.state in _WITH_EFFECT
+
+
+_WITH_EFFECT = (StepState.STARTED, StepState.FAILED, StepState.DONE)
+
+
+class SagaHistory:
+    """The state of a saga that its entries add up to. `add` is the only thing that changes it.
+
+    Attributes:
+        saga_id: of the saga.
+        round: how often it has begun, from 1.
+        state: its state.
+        steps: of this round, in the order of their starts.
+        result: encoded, once it is DONE.
+        error_type, error: why it compensates.
+        why: why it is parked.
+        count: how many entries there are.
+    """
+
+    _STATES: ClassVar = {
+        Compensating: SagaState.COMPENSATING,
+        Parked: SagaState.PARKED,
+        Finished: SagaState.DONE,
+        Compensated: SagaState.COMPENSATED,
+        Resolved: SagaState.RESOLVED,
+        Restarted: SagaState.RUNNING,
+    }
+
+    def __init__(self, saga_id: str, entries: Iterable[Entry] = ()) -> None:
+        self.saga_id = saga_id
+        self.round = 1
+        self.count = 0
+        self._reset()
+        for entry in entries:
+            self.add(entry)
+
+    def _reset(self) -> None:
+        self.state = SagaState.RUNNING
+        self.steps: dict[str, StepRecord] = {}
+        self.result: bytes | None = None
+        self.error_type = self.error = self.why = ""
+
+    @property
+    def goes_back(self) -> bool:
+        """True once it compensates, also while it is parked."""
+        return bool(self.error_type)
+
+    @property
+    def pivot(self) -> StepRecord | None:
+        """The pivot, once it was begun."""
+        return next((step for step in self.steps.values() if step.pivot), None)
+
+    @property
+    def past_pivot(self) -> bool:
+        """True once the pivot is DONE: nothing before it is undone any more."""
+        return (pivot := self.pivot) is not None and pivot.state is StepState.DONE
+
+    @property
+    def unknown(self) -> Sequence[StepRecord]:
+        """The steps whose outcome is unknown."""
+        return [step for step in self.steps.values() if step.state is StepState.STARTED]
+
+    def to_undo(self) -> Sequence[StepRecord]:
+        """Return the steps to undo, in that order: what may have ended first, then in reverse order of completion."""
+        steps = [step for step in self.steps.values() if step.needs_undo]
+        return sorted(steps, key=lambda step: (step.state is StepState.DONE, -step.order))
+
+    def key_of(self, step: str) -> str:
+        """Return the idempotency key of a step in this round: the same in every process, and no other step's."""
+        key = f"{self.saga_id}/{self.round}/{step}"
+        return key if len(key) <= _MAX_KEY else sha256(key.encode()).hexdigest()
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry that was written after the others."""
+        self.count += 1
+        match entry:
+            case Started() | Done() | Failed() | Undone() | UndoFailed():
+                self._add_to_step(entry)
+            case Compensating():
+                self.error_type, self.error = entry.error_type, entry.error
+            case Parked():
+                self.why = entry.why
+            case Retried():
+                self.state = SagaState.COMPENSATING if self.goes_back else SagaState.RUNNING
+                self.why = ""
+            case Finished():
+                self.result = entry.result
+            case Restarted():
+                self.round += 1
+                self._reset()
+        self.state = self._STATES.get(type(entry), self.state)
+
+    def _add_to_step(self, entry: Started | Done | Failed | Undone | UndoFailed) -> None:
+        name = entry.step
+        if isinstance(entry, Started):
+            self.steps[name] = StepRecord(
+                name=name,
+                key=self.key_of(name),
+                function=entry.function,
+                compensable=entry.compensable,
+                pivot=entry.pivot,
+                order=self.count,
+            )
+            return
+        if (step := self.steps.get(name)) is None:
+            raise LogDamaged(saga_id=self.saga_id, why=f"it has an end of step {name!r}, and no start")
+        match entry:
+            case Done():
+                step.state, step.output, step.order = StepState.DONE, entry.output, self.count
+            case Failed():
+                step.state = StepState.NOT_DONE if entry.clean else StepState.FAILED
+                step.error_type, step.error = entry.error_type, entry.error
+            case Undone():
+                step.state = StepState.UNDONE
+            case UndoFailed():
+                step.undo_errors += 1
+                step.undo_error = entry.error
