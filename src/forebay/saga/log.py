@@ -8,7 +8,7 @@ from typing import Protocol
 
 from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
 from forebay.saga.memory_log import MemorySagaLog
-from forebay.saga.records import SagaHeader, SagaState, StoredSaga
+from forebay.saga.records import LogWrite, SagaHeader, SagaState, StoredSaga
 from forebay.storage.redis_url import RedisUrl
 from forebay.storage.url import StoreUrl, parse_url
 
@@ -58,10 +58,8 @@ class SagaLog(Protocol):
         Each of them counts a claim.
         """
 
-    async def append(  # noqa: PLR0913 - what is written, and under which right
-        self, saga_id: str, entries: Sequence[bytes], *, number: int, fence: str, now: float, state: SagaState, why: str
-    ) -> bool:
-        """Write entries behind the first `number`; return False, and write nothing, if `fence` is not its holder.
+    async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
+        """Write entries; return False, and write nothing, if `fence` is not the holder of the saga.
 
         It may be repeated with the same arguments: if these entries stand there already, nothing is written, and it
         returns True, whoever the holder is now. The claims count from 0 again. With a state that is not unfinished, the
@@ -74,12 +72,10 @@ class SagaLog(Protocol):
     async def release(self, saga_id: str, *, fence: str) -> None:
         """End a lease, if `fence` still has it: another process may take the saga at once. It counts no claim."""
 
-    async def amend(
-        self, saga_id: str, entries: Sequence[bytes], *, number: int, now: float, state: SagaState, why: str
-    ) -> bool:
+    async def amend(self, saga_id: str, write: LogWrite, *, now: float) -> bool:
         """Write what a person decides about a saga that nobody drives; return whether it was written.
 
-        It is not if the saga has more or fewer than `number` entries by now, or a lease that has not expired.
+        It is not if the saga has other entries by now, or a lease that has not expired.
         """
 
     async def get(self, saga_id: str) -> StoredSaga | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from forebay.saga.records import REPEATABLE, UNFINISHED, SagaHeader, SagaState, StoredSaga
+from forebay.saga.records import REPEATABLE, UNFINISHED, LogWrite, SagaHeader, SagaState, StoredSaga
 
 _set = msgspec.structs.replace
 
@@ -55,24 +55,22 @@ class MemorySagaLog:
         self._sagas |= {each.header.saga_id: each for each in claimed}
         return claimed
 
-    async def append(  # noqa: PLR0913 - the interface's
-        self, saga_id: str, entries: Sequence[bytes], *, number: int, fence: str, now: float, state: SagaState, why: str
-    ) -> bool:
+    async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
         """See `SagaLog`."""
         stored = self._sagas.get(saga_id)
         if stored is None:
             return False
-        if list(stored.entries[number : number + len(entries)]) == list(entries):
+        if list(stored.entries[write.number : write.number + len(write.entries)]) == list(write.entries):
             return True  # written already
-        if stored.holder != fence or len(stored.entries) != number:
+        if stored.holder != fence or len(stored.entries) != write.number:
             return False
-        self._write(stored, entries, now, state, why)
+        self._write(stored, write, now)
         return True
 
-    def _write(self, stored: StoredSaga, entries: Sequence[bytes], now: float, state: SagaState, why: str) -> None:
-        header = _set(stored.header, state=state, why=why, updated_at=now, claims=0)
-        stored = _set(stored, header=header, entries=[*stored.entries, *entries])
-        self._sagas[header.saga_id] = stored if state in UNFINISHED else _set(stored, holder="", until=0.0)
+    def _write(self, stored: StoredSaga, write: LogWrite, now: float) -> None:
+        header = _set(stored.header, state=write.state, why=write.why, updated_at=now, claims=0)
+        stored = _set(stored, header=header, entries=[*stored.entries, *write.entries])
+        self._sagas[header.saga_id] = stored if write.state in UNFINISHED else _set(stored, holder="", until=0.0)
 
     async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
         """See `SagaLog`."""
@@ -92,14 +90,12 @@ class MemorySagaLog:
             header = _set(stored.header, claims=0)
             self._sagas[saga_id] = _set(stored, header=header, holder="", until=0.0)
 
-    async def amend(
-        self, saga_id: str, entries: Sequence[bytes], *, number: int, now: float, state: SagaState, why: str
-    ) -> bool:
+    async def amend(self, saga_id: str, write: LogWrite, *, now: float) -> bool:
         """See `SagaLog`."""
         stored = self._sagas.get(saga_id)
-        if stored is None or stored.until > now or len(stored.entries) != number:
+        if stored is None or stored.until > now or len(stored.entries) != write.number:
             return False
-        self._write(_set(stored, holder="", until=0.0), entries, now, state, why)
+        self._write(_set(stored, holder="", until=0.0), write, now)
         return True
 
     async def get(self, saga_id: str) -> StoredSaga | None:

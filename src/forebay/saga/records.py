@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from hashlib import sha256
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -60,7 +60,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="entry", omit_
     at: float  # epoch seconds
 
 
-class Started(_Entry, tag="started"):
+class Started(_Entry, frozen=True, tag="started"):
     """A step is about to be called, under its idempotency key."""
 
     step: str
@@ -69,7 +69,7 @@ class Started(_Entry, tag="started"):
     pivot: bool = False
 
 
-class Done(_Entry, tag="done"):
+class Done(_Entry, frozen=True, tag="done"):
     """A step has returned, or a check or a person has found that it has its effect."""
 
     step: str
@@ -77,7 +77,7 @@ class Done(_Entry, tag="done"):
     by: str = ""  # "check", or a person; empty: it returned
 
 
-class Failed(_Entry, tag="failed"):
+class Failed(_Entry, frozen=True, tag="failed"):
     """A step has raised. With `clean`, it had no effect."""
 
     step: str
@@ -86,55 +86,55 @@ class Failed(_Entry, tag="failed"):
     clean: bool = False
 
 
-class Undone(_Entry, tag="undone"):
+class Undone(_Entry, frozen=True, tag="undone"):
     """The compensation of a step has succeeded, or a person has undone it."""
 
     step: str
     by: str = ""
 
 
-class UndoFailed(_Entry, tag="undo failed"):
+class UndoFailed(_Entry, frozen=True, tag="undo failed"):
     """The compensation of a step has raised, and will be tried again unless the saga is parked next."""
 
     step: str
     error: str
 
 
-class Compensating(_Entry, tag="compensating"):
+class Compensating(_Entry, frozen=True, tag="compensating"):
     """The saga goes back from here."""
 
     error_type: str
     error: str
 
 
-class Parked(_Entry, tag="parked"):
+class Parked(_Entry, frozen=True, tag="parked"):
     """The saga waits for a person, because of a step or (None) of the saga as a whole."""
 
     why: str
     step: str | None = None
 
 
-class Retried(_Entry, tag="retried"):
+class Retried(_Entry, frozen=True, tag="retried"):
     """A person lets a parked saga go on."""
 
 
-class Finished(_Entry, tag="finished"):
+class Finished(_Entry, frozen=True, tag="finished"):
     """The saga has returned."""
 
     result: bytes
 
 
-class Compensated(_Entry, tag="compensated"):
+class Compensated(_Entry, frozen=True, tag="compensated"):
     """All compensations have succeeded."""
 
 
-class Resolved(_Entry, tag="resolved"):
+class Resolved(_Entry, frozen=True, tag="resolved"):
     """A person has closed the saga as it is."""
 
     note: str = ""
 
 
-class Restarted(_Entry, tag="restarted"):
+class Restarted(_Entry, frozen=True, tag="restarted"):
     """A compensated saga was submitted again, and begins a new round: its steps have new keys."""
 
 
@@ -216,6 +216,22 @@ class StoredSaga(msgspec.Struct, frozen=True, kw_only=True):
     entries: Sequence[bytes] = ()
     holder: str = ""
     until: float = 0.0
+
+
+class LogWrite(NamedTuple):
+    """Entries to be written to the log of a saga.
+
+    Attributes:
+        number: how many entries stand before them.
+        entries: encoded.
+        state: the state of the saga after them.
+        why: why it is parked, or compensates; empty otherwise.
+    """
+
+    number: int
+    entries: Sequence[bytes]
+    state: SagaState
+    why: str = ""
 
 
 class StepRecord(msgspec.Struct, kw_only=True):
