@@ -234,6 +234,8 @@ class SqliteSagaLog:
 
     async def amend(self, saga_id: str, write: LogWrite, *, now: float) -> bool:
         """Write what a person decides."""
+        if not is_unicode(saga_id):  # as in `get`
+            return False
         written = await self._writer.run(partial(_amend, saga_id, write, now))
         self._writer.check_file()
         return written
