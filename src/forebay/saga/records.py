@@ -223,7 +223,7 @@ class LogWrite(NamedTuple):
 
     Attributes:
         number: how many entries stand before them.
-        entries: encoded.
+        entries: encoded; at least one.
         state: the state of the saga after them.
         why: why it is parked, or compensates; empty otherwise.
     """
