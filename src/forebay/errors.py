@@ -611,7 +611,7 @@ class InvalidStep(ForebayError, ValueError):
 
 
 class StepFailed(ForebayError):
-    """Step {step!r} of saga {saga_id!r} failed: {error}. It has no effect: what it may have had is undone."""
+    """Step {step!r} of saga {saga_id!r} failed, and has no effect: {error}"""
 
     # It is raised again, from the log, when the saga goes on in another process; so `error` is a text.
 
@@ -621,7 +621,7 @@ class StepFailed(ForebayError):
 
 
 class SagaCompensated(ForebayError):
-    """Saga {saga_id!r} failed, and all its effects are undone: {error}."""
+    """Saga {saga_id!r} failed, and all its effects are undone. {error}"""
 
     saga_id: str
     error: str
