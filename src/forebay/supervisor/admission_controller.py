@@ -469,7 +469,9 @@ class AdmissionController:
                 ticket.share()
         return ticket
 
-    def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
+    def _try_admit(  # noqa: PLR0911 - one for each reason
+        self, ticket: Ticket, pool: Pool, *, may_spill: bool
+    ) -> Refusal | None:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         if isinstance(ticket.parent, DetachedTask):
             return self._admit_detached(ticket, pool)

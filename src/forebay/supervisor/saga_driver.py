@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import Executor
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
 from forebay import clock, context
+from forebay._text import format_duration
 from forebay.carried_context import capture_context, restore_context
 from forebay.context import DetachedTask
 from forebay.errors import (
@@ -44,6 +45,20 @@ if TYPE_CHECKING:
 _MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would wait for slots with a lease
 _FORGET_BATCH = 1_000
 _POLL = 1.0  # seconds between two looks at a saga that another process drives
+
+
+class _CutOff(NamedTuple):
+    """A saga that ran out of time after its pivot.
+
+    Attributes:
+        times: how often in a row, without another entry.
+        entries: how many entries it had.
+        seconds: the time that it had.
+    """
+
+    times: int
+    entries: int
+    seconds: float
 
 
 class SagaAdmission(Protocol):
@@ -90,6 +105,7 @@ class SagaDriver:
         self._weights: dict[str, float] = {}  # of their tenants
         self._held: dict[str, HeldSaga] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}  # of those that are driven
+        self._cut_off: dict[str, _CutOff] = {}  # those that were cut off after their pivot, and go on
         self._resumed: dict[str, tuple[HeldSaga, Ticket]] = {}  # taken from the log, and waiting; by saga id
         self._background: set[asyncio.Future[Any]] = set()
         self._loops: list[asyncio.Future[None]] = []
@@ -163,12 +179,14 @@ class SagaDriver:
             cut_off = run.abandoned_at is not None
             is_left = isinstance(error, KeyboardInterrupt | SystemExit | SagaLeft) or self._goes_on(run)
             ending = saga_run.leave() if is_left else saga_run.conclude(error, cut_off=cut_off)
-            end = self._in_background(self._end(held, ending))
+            seconds = run.task.timeout or run.worker.timeout if cut_off and not is_left else None
+            end = self._in_background(self._end(held, ending, seconds))
             if cut_off or isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             await asyncio.wait((end,))
             self._raise_outcome(held, end, error)
         self._drop(saga_id)
+        self._cut_off.pop(saga_id, None)
         return result
 
     def _goes_on(self, run: Run) -> bool:
@@ -180,15 +198,37 @@ class SagaDriver:
             return True
         return not (ticket.done() or ticket.awaits_retry)
 
-    async def _end(self, held: HeldSaga, ending: Coroutine[Any, Any, None]) -> None:
-        """Bring a saga to its end, and let others have it if it has none."""
+    async def _end(self, held: HeldSaga, ending: Coroutine[Any, Any, None], cut_off_after: float | None = None) -> None:
+        """Bring a saga to its end, and let others have it if it has none.
+
+        Args:
+            held: the saga.
+            ending: brings it there.
+            cut_off_after: seconds after which its time was up, if that is why it ends.
+        """
         try:
             await ending
+            if cut_off_after is not None and not held.ended:
+                await self._count_cut_off(held, cut_off_after)
+            else:
+                self._cut_off.pop(held.saga_id, None)
         finally:
             self._drop(held.saga_id)
             if not held.ended:
                 await self._release(held)
                 self._scan_now.set()
+
+    async def _count_cut_off(self, held: HeldSaga, seconds: float) -> None:
+        """Count that a saga ran out of time after its pivot; park it if it does so again and again without a step."""
+        count = held.history.count
+        before = self._cut_off.get(held.saga_id)
+        times = 1 if before is None or before.entries != count else before.times + 1
+        self._cut_off[held.saga_id] = _CutOff(times, count, seconds)
+        if times > self._settings.max_attempts:
+            after = format_duration(seconds)
+            why = f"after its pivot it ran out of time {times} times in a row, the last time after {after}"
+            await self._park(held, why)
+            del self._cut_off[held.saga_id]
 
     def _raise_outcome(self, held: HeldSaga, end: asyncio.Future[None], error: BaseException) -> None:
         """Raise what became of a saga whose function raised `error`."""
@@ -277,9 +317,13 @@ class SagaDriver:
             )
         else:
             return True
-        log.error("saga %r is parked: %s", header.saga_id, why)
-        await held.write(records.Parked(at=clock.wall_time(), why=why))
+        await self._park(held, why)
         return False
+
+    @staticmethod
+    async def _park(held: HeldSaga, why: str) -> None:
+        log.error("saga %r is parked: %s", held.saga_id, why)
+        await held.write(records.Parked(at=clock.wall_time(), why=why))
 
     # --- what is left in the log ---
 
@@ -351,8 +395,10 @@ class SagaDriver:
 
     async def _queue(self, held: HeldSaga, task: Task, own: Context | None) -> None:
         """Queue the task of a saga, ahead of what has not begun."""
+        cut_off = self._cut_off.get(held.saga_id)
         again = msgspec.structs.replace(
             task,
+            timeout=task.timeout if cut_off is None else 2 * cut_off.seconds,
             task_id=f"{task.task_id}/resumed-{clock.new_id()}",
             priority=min(task.priority, Priority.HIGH),
             key=None,
