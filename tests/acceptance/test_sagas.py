@@ -445,7 +445,7 @@ async def test_a_step_that_fails_for_good_after_the_pivot_parks_the_saga(effects
 async def ended(log: MemorySagaLog, saga_id: str) -> SagaHistory:
     """Return the history of a saga once nobody drives it any more."""
     async with asyncio.timeout(600.0):
-        while (history := await history_of(log, saga_id)).state in UNFINISHED:  # noqa: ASYNC110 - nothing tells of its end
+        while (history := await history_of(log, saga_id)).state in UNFINISHED:  # noqa: ASYNC110 - a log has no events
             await asyncio.sleep(0.1)
     return history
 

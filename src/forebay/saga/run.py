@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -24,7 +24,6 @@ from forebay.task import Priority
 
 if TYPE_CHECKING:
     from forebay.context import RunningTask
-    from forebay.saga.definition import Saga
     from forebay.saga.held_saga import HeldSaga
 
 _REPLAY_WAIT = 10.0  # seconds in which parallel branches of a saga ask for the steps that the log has
@@ -33,8 +32,24 @@ _PAST_PIVOT = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_d
 _MAX_BUSY_WAIT = 60.0  # seconds between two attempts of a compensation whose call is rejected for load
 
 
+class Definition(Protocol):
+    """The `Saga` that is driven, as far as this module needs it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def function(self) -> Callable[[Any, Any], Awaitable[Any]]:
+        """Asks for its steps, and returns the result."""
+
+    @property
+    def undo_retry(self) -> Retry:
+        """How a compensation that raises is tried again."""
+
+
 class Driver(Protocol):
-    """What drives a saga: the supervisor, as far as a `SagaRun` needs it."""
+    """The supervisor, as far as a saga that it drives needs it."""
 
     @property
     def threads(self) -> Executor | None:
@@ -83,7 +98,7 @@ class SagaRun:
 
     def __init__(  # noqa: PLR0913 - what a run is made of
         self,
-        saga: Saga,
+        saga: Definition,
         payload: Any,
         held: HeldSaga,
         driver: Driver,
