@@ -45,7 +45,7 @@ class Definition(Protocol):
 
     @property
     def undo_retry(self) -> Retry:
-        """How a compensation that raises is tried again."""
+        """The policy by which a compensation that raises is tried again."""
 
 
 class Driver(Protocol):
@@ -53,7 +53,7 @@ class Driver(Protocol):
 
     @property
     def threads(self) -> Executor | None:
-        """Where plain functions run."""
+        """The executor in which plain functions run."""
 
     @property
     def stops(self) -> bool:
