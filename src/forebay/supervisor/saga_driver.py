@@ -24,7 +24,7 @@ from forebay.errors import (
     SupervisorClosed,
     UnknownTaskType,
 )
-from forebay.events import log
+from forebay.events import SagaChanged, log
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_envelope, decode_result, encode_task
 from forebay.saga import records
 from forebay.saga.held_saga import HeldSaga
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would wait for slots with a lease
 _FORGET_BATCH = 1_000
+_GIVEN_UP = (TaskStatus.TIMED_OUT, TaskStatus.EXPIRED, TaskStatus.FAILED)
 _POLL = 1.0  # seconds between two looks at a saga that another process drives
 
 
@@ -194,9 +195,9 @@ class SagaDriver:
         if run.abandoned_at is None:
             return False
         ticket = run.ticket
-        if self.stops and ticket.status is TaskStatus.CANCELLED:
-            return True
-        return not (ticket.done() or ticket.awaits_retry)
+        if ticket.status is TaskStatus.CANCELLED:
+            return self.stops  # its submitter has not given it up
+        return not (ticket.status in _GIVEN_UP or ticket.awaits_retry)
 
     async def _end(self, held: HeldSaga, ending: Coroutine[Any, Any, None], cut_off_after: float | None = None) -> None:
         """Bring a saga to its end, and let others have it if it has none.
@@ -270,7 +271,7 @@ class SagaDriver:
                     return outcome
                 await self._wait_for_holder(stored, now)
                 continue
-            held = HeldSaga(self._log, stored, lease=self._settings.lease)
+            held = self._hold_stored(stored)
             if stored.header.state is not SagaState.COMPENSATING:
                 if await self._check(saga, held):
                     return held
@@ -367,7 +368,7 @@ class SagaDriver:
         header = stored.header
         saga = self._sagas[header.name]
         try:
-            held = HeldSaga(self._log, stored, lease=self._settings.lease)
+            held = self._hold_stored(stored)
             task, carried = decode_envelope(header.envelope)
             task = self._core.codecs.load_payload(task)
         except (LogDamaged, EnvelopeDamaged, EnvelopeTooNew, InvalidPayload) as error:
@@ -447,6 +448,27 @@ class SagaDriver:
             log.debug("saga %r is released when its lease expires: %s", held.saga_id, error)
 
     # --- what is driven ---
+
+    def _hold_stored(self, stored: StoredSaga) -> HeldSaga:
+        """Return a saga that was taken from the log.
+
+        Raises:
+            LogDamaged: it cannot be read.
+        """
+        return HeldSaga(self._log, stored, lease=self._settings.lease, on_state=self._report)
+
+    def _report(self, held: HeldSaga) -> None:
+        """Report a state of a saga that the log has now."""
+        bus, history = self._core.bus, held.history
+        if bus.active:
+            changed = SagaChanged(
+                at=self._core.loop.time(),
+                saga_id=held.saga_id,
+                saga=held.stored.header.name,
+                state=history.state.value,
+                why=history.why or history.error,
+            )
+            bus.emit(changed)
 
     def _hold(self, held: HeldSaga, task: Task, weight: float) -> None:
         saga_id = held.saga_id
