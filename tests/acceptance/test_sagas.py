@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -615,6 +616,40 @@ async def test_a_saga_that_is_running_when_its_supervisor_closes_goes_on_in_the_
         assert (await ended(log, "t")).state is SagaState.DONE
         assert clock.now() - begin < 60.0  # it was released: nobody waited for its lease to expire
     assert effects.calls == ["a", "b", "b"]
+
+
+@virtual
+async def test_draining_does_not_wait_for_a_step_that_does_not_end(effects: Effects, log: MemorySagaLog) -> None:
+    forever = asyncio.Event()
+
+    async def stubborn() -> None:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await forever.wait()
+                return
+
+    async with supervisor_of(log, two_steps(effects, lambda _: stubborn())) as supervisor:
+        await (await supervisor.submit(Task("publish", "p", task_id="t", timeout=5.0)))
+        begin = clock.now()
+    assert clock.now() - begin < 30.0
+    assert (await history_of(log, "t")).state is SagaState.RUNNING
+    forever.set()
+    await asyncio.sleep(1.0)
+
+
+@virtual
+async def test_the_sagas_of_a_worker_that_was_unregistered_are_left_to_others(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    async with supervisor_of(log, two_steps(effects)) as supervisor:
+        await supervisor.unregister_worker("publish")
+        await left_by_a_lost_process(log, "publish")
+        await asyncio.sleep(100.0)
+        stored = await log.get("lost")
+        assert stored is not None
+        assert (stored.holder, stored.header.claims) == ("lost", 0)
+        supervisor.register_worker("late", handler=two_steps(effects), task_types=["publish"])
+        assert (await ended(log, "lost")).state is SagaState.DONE
 
 
 # --- what compensations may rely on ----------------------------------------------------------------------------------
