@@ -3,5 +3,7 @@
 from forebay.saga.log import SagaLog, open_saga_log
 from forebay.saga.memory_log import MemorySagaLog
 from forebay.saga.records import SagaState
+from forebay.saga.saga_admin import SagaAdmin
+from forebay.saga.saga_view import SagaView
 
-__all__ = ["MemorySagaLog", "SagaLog", "SagaState", "open_saga_log"]
+__all__ = ["MemorySagaLog", "SagaAdmin", "SagaLog", "SagaState", "SagaView", "open_saga_log"]
