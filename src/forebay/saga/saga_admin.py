@@ -212,8 +212,8 @@ def _encode(saga_id: str, output: Any) -> bytes:
     try:
         return encode_result(output, task_id=saga_id, bound=_MAX_OUTPUT)
     except NotSerializable as error:
-        why = f"at {error.path.replace('result', 'output', 1)} it was given a {error.type}"
-        advice = "An output is None, a boolean, a number, a string, bytes, or a list, tuple or dict of such"
+        why = f"output{error.path.removeprefix('result')} is not plain data: {error.type}"
+        advice = "Use None, booleans, numbers, strings, bytes, lists, tuples and dicts with string keys"
     except PayloadTooLarge as error:
         why = f"the output takes {error.size:,} bytes encoded, and the bound is {error.bound:,}"
         advice = "Store it elsewhere, and give a reference that the next steps understand; or close the saga"

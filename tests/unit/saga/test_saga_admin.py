@@ -284,7 +284,7 @@ async def test_an_output_is_plain_data(log: MemorySagaLog, admin: SagaAdmin, val
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ({"x": object()}, r"at output\.x it was given a object"),
+        ({"x": object()}, r"output\.x is not plain data: object"),
         (2**64, "int beyond 64 bits"),
         ("\ud800", "not valid Unicode"),
         ("secret" * 200_000, "1,200,000 bytes|the bound is 1,000,000"),
