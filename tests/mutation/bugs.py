@@ -66,6 +66,7 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
+from forebay.saga import SagaAdmin, saga_admin
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -2661,3 +2662,32 @@ def a_blocked_loop_has_missed_the_answers() -> None:
 
 def an_answer_is_given_with_each_attempt() -> None:
     swap(_repeated_answer, ast.Gt, ast.Lt)
+
+
+# --- sagas: what people decide ---
+
+
+def a_decision_about_an_older_state_of_a_saga_is_written() -> None:
+    original = SagaAdmin._write
+
+    async def write(self: SagaAdmin, stored: Any, *decision: Any) -> None:
+        try:
+            await original(self, stored, *decision)
+        except errors.SagaChanged:
+            now = await self._log.get(stored.header.saga_id)
+            await original(self, now or stored, *decision)
+
+    replace(SagaAdmin, original, write)
+
+
+def a_step_that_is_done_is_said_not_to_be() -> None:
+    saga_admin._KNOWN.clear()
+
+
+def a_saga_that_is_not_parked_is_changed() -> None:
+    replace(SagaAdmin, SagaAdmin._read_parked, SagaAdmin._read)
+
+
+def the_outputs_of_a_saga_are_shown_unasked() -> None:
+    original = saga_admin.view_saga
+    saga_admin.view_saga = lambda stored, **_: original(stored, outputs=True)

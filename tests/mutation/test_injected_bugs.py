@@ -87,6 +87,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
+from tests.unit.saga import test_saga_admin
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
@@ -1098,6 +1099,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_answer_is_given_with_each_attempt: (
         test_langgraph_resume.test_an_answer_is_not_taken_for_that_to_the_next_question
     ),
+    bugs.a_decision_about_an_older_state_of_a_saga_is_written: (
+        test_saga_admin.test_of_two_people_one_decides_and_the_other_learns_what_was_decided
+    ),
+    bugs.a_step_that_is_done_is_said_not_to_be: (test_saga_admin.test_what_can_be_said_of_a_step_depends_on_its_state),
+    bugs.a_saga_that_is_not_parked_is_changed: test_saga_admin.test_only_a_parked_saga_is_changed,
+    bugs.the_outputs_of_a_saga_are_shown_unasked: test_saga_admin.test_outputs_are_shown_on_demand_alone,
 }
 
 

@@ -1,4 +1,4 @@
-"""What the commands on a store share: opening it, mistakes and errors on stderr, exit codes, JSON, times."""
+"""The parts that commands on a store share: opening it, mistakes and errors on stderr, exit codes, JSON, times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Store(Protocol):
-    """What is opened for a command, and closed after it."""
+    """A store that is opened for a command, and closed after it."""
 
     async def open(self) -> None:
         """Open it."""

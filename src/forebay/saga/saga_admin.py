@@ -1,4 +1,4 @@
-"""What people do with the sagas of a log: find them, look into them, and decide about those that are parked."""
+"""The sagas of a log, for people, who find them, look into them, and decide about those that are parked."""
 
 from __future__ import annotations
 
