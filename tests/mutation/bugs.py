@@ -2689,5 +2689,9 @@ def a_saga_that_is_not_parked_is_changed() -> None:
 
 
 def the_outputs_of_a_saga_are_shown_unasked() -> None:
-    original = saga_admin.view_saga
-    saga_admin.view_saga = lambda stored, **_: original(stored, outputs=True)
+    original = SagaAdmin.show
+
+    async def show(self: SagaAdmin, saga_id: str, *, outputs: bool = False) -> Any:
+        return await original(self, saga_id, outputs=True)
+
+    replace(SagaAdmin, original, show)
