@@ -47,10 +47,10 @@ def done(step: str, value: Any = OUTPUT) -> Done:
 
 def failed(step: str, *, clean: bool = False) -> Failed:
     """Return the failure of a step."""
-    return Failed(at=AT, step=step, error_type="ConnectionError", error="no answer", clean=clean)
+    return Failed(at=AT, step=step, error_type="ConnectionError", error="ConnectionError: no answer", clean=clean)
 
 
-GOES_BACK = Compensating(at=AT, error_type="ConnectionError", error="no answer")
+GOES_BACK = Compensating(at=AT, error_type="ConnectionError", error="ConnectionError: no answer")
 RESEARCH = (begun("research", compensable=True), done("research"))
 UNKNOWN = (*RESEARCH, begun("act"), Parked(at=AT, why="the outcome of step 'act' is unknown", step="act"))
 UNDO_FAILS = (
@@ -73,7 +73,7 @@ async def store_saga(
     await log.begin(header, restart, fence="test", until=now + 10.0, now=now)
     history = SagaHistory(saga_id, entries)
     if entries:
-        why = history.why or (f"{history.error_type}: {history.error}" if history.goes_back else "")
+        why = history.why or history.error
         write = LogWrite(0, [encode_entry(entry) for entry in entries], history.state, why)
         assert await log.append(saga_id, write, fence="test", now=now)
     if history.state in UNFINISHED:

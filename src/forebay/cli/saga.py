@@ -294,36 +294,32 @@ def _advice(view: SagaView, url: str) -> list[tuple[str, str]]:
     if view.state is not SagaState.PARKED:
         return []
     advice: list[tuple[str, str]] = []
-    for step in () if view.damage else view.steps:
-        name = f"--step={step.name}"
-        advice += [(what, _command(view, url, "resolve", name, option)) for what, option in _said(step, view)]
+    for step in view.steps:
+        if step.name == view.parked_step and not view.damage:
+            name = f"--step={step.name}"
+            advice += [(what, _command(view, url, "resolve", name, option)) for what, option in _said(step)]
     if not view.damage:
-        cause = "its check can tell, or the cause is gone" if _unknown(view) else "the cause is gone"
-        advice.append((f"once {cause}, let it go on", _command(view, url, "retry")))
+        advice.append(("once the cause is gone, let it go on", _command(view, url, "retry")))
     advice.append(("or close it as it is, with the effects that it has", _command(view, url, "resolve", "--note=WHY")))
     return advice
 
 
-def _unknown(view: SagaView) -> bool:
-    return any(step.state is StepState.STARTED for step in view.steps)
-
-
-def _said(step: StepView, view: SagaView) -> list[tuple[str, str]]:
-    """Return what a person may say of a step for which a saga is parked, each with its option."""
+def _said(step: StepView) -> list[tuple[str, str]]:
+    """Return what a person may say of the step for which a saga is parked, each with its option."""
     name = one_line(step.name)
-    if step.state is StepState.STARTED:
-        key = f"look for the key {one_line(step.key)}"
-        return [
-            (f"step {name} began, and its outcome is unknown ({key}); if it is done", "--done=JSON"),
-            ("if it is not done", "--not-done"),
-        ]
-    if step.name != view.parked_step:
-        return []
-    if step.undo_failures and step.state is not StepState.UNDONE:
-        return [(f"the compensation of step {name} fails; if you have undone it by hand", "--undone")]
-    if step.state in (StepState.FAILED, StepState.NOT_DONE) and not view.error:
-        return [(f"step {name} fails; if you have done it by hand", "--done=JSON")]
-    return []
+    match step.state:
+        case StepState.STARTED | StepState.FAILED | StepState.DONE if step.undo_failures:
+            return [(f"the compensation of step {name} fails; if you have undone the step by hand", "--undone")]
+        case StepState.STARTED:
+            key = f"look for the key {one_line(step.key)}"
+            return [
+                (f"step {name} began, and its outcome is unknown ({key}); if it is done", "--done=JSON"),
+                ("if it is not done", "--not-done"),
+            ]
+        case StepState.FAILED | StepState.NOT_DONE:
+            return [(f"step {name} failed; if you have done it by hand", "--done=JSON")]
+        case _:
+            return []
 
 
 def _command(view: SagaView, url: str, verb: str, *options: str) -> str:

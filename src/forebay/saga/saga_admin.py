@@ -39,7 +39,7 @@ from forebay.saga.records import (
     decode_entries,
     encode_entry,
 )
-from forebay.saga.saga_view import SagaView, describe, error_of, view_saga
+from forebay.saga.saga_view import SagaView, describe, view_saga
 
 Outcome: TypeAlias = Literal["done", "not-done", "undone"]
 
@@ -130,7 +130,9 @@ class SagaAdmin:
             step: the step that was looked into, because its outcome is unknown, it has failed, or its compensation
                 fails.
             output: of a step that is done: what it would have returned, as plain data. None is an output too.
-            outcome: "done": the step has its effect. "not-done": it has none. "undone": its effect was undone.
+            outcome: "done": the step has its effect. "not-done": it has none. "undone": what effect it had was undone.
+                After either of the last two, a saga that goes forward sees the step fail; past its pivot, it calls the
+                step again.
             note: why; it stays in the log.
 
         Returns:
@@ -189,7 +191,7 @@ class SagaAdmin:
         entries = (*entries, Retried(at=clock.wall_time()))
         for entry in entries:
             history.add(entry)
-        why = error_of(history.error_type, history.error) if history.goes_back else ""
+        why = history.error or history.error_type  # empty if it goes forward
         await self._write(stored, entries, history.state, why)
         if self._on_released is not None:
             self._on_released()
@@ -243,21 +245,22 @@ def _objection(step: StepRecord, outcome: Outcome, *, goes_back: bool) -> tuple[
         returned = outcome == "not-done" and step.state is StepState.DONE
         advice = 'If its effect was undone, the outcome is "undone"' if returned and goes_back else _RETRY
         return f"step {step.name!r} {known}", advice
-    if outcome != "undone" or goes_back:
-        return None
-    why = f"the saga goes forward, and needs the effect of step {step.name!r}"
-    if step.state is StepState.DONE:
+    if outcome == "undone" and step.state is StepState.DONE and not goes_back:
+        why = f"the saga goes forward, and needs the effect of step {step.name!r}"
         return why, "Restore the effect and retry the saga, or close the saga: resolve it without a step"
-    return why, 'If the step has no effect, the outcome is "not-done"; the saga calls it again then'
+    return None
 
 
 def _entry(step: str, outcome: Outcome, output: bytes, note: str) -> Entry:
-    at, by = clock.wall_time(), f"a person: {note}" if note else "a person"
+    at, reason = clock.wall_time(), f": {note}" if note else ""
+    by = f"a person{reason}"
     if outcome == "done":
         return Done(at=at, step=step, output=output, by=by)
     if outcome == "undone":
         return Undone(at=at, step=step, by=by)
-    return Failed(at=at, step=step, error_type="NothingDone", error=f"says {by}", clean=True)
+    return Failed(
+        at=at, step=step, error_type="NothingDone", error=f"a person says that it was not done{reason}", clean=True
+    )
 
 
 def _change(before: StoredSaga, after: StoredSaga | None, *, now: float) -> str:

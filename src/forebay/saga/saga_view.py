@@ -140,18 +140,13 @@ def view_saga(stored: StoredSaga, *, outputs: bool = False) -> SagaView:
         updated_at=header.updated_at,
         claims=header.claims,
         lease_until=stored.until if stored.holder else None,
-        error=error_of(history.error_type, history.error),
+        error=history.error or history.error_type,
         parked_step=_parked_step(entries) if header.state is SagaState.PARKED else None,
         steps=tuple(map(_view_step, history.steps.values())),
         history=tuple(HistoryLine(at=entry.at, text=describe(entry)) for entry in entries),
         outputs=_view_outputs(history) if outputs else None,
         damage=damage,
     )
-
-
-def error_of(error_type: str, error: str) -> str:
-    """Return an error as one text, which is empty if there is none."""
-    return f"{error_type}: {error}" if error_type and error else error_type or error
 
 
 def _parked_step(entries: Sequence[Entry]) -> str | None:
@@ -166,7 +161,7 @@ def _view_step(step: StepRecord) -> StepView:
         function=step.function,
         compensable=step.compensable,
         pivot=step.pivot,
-        error=error_of(step.error_type, step.error),
+        error=step.error or step.error_type,
         undo_failures=step.undo_errors,
         undo_error=step.undo_error,
     )
@@ -197,13 +192,13 @@ def describe(entry: Entry) -> str:  # noqa: C901, PLR0911 - a line for each kind
             return f"step {entry.step!r} is done{_said_by(entry.by)}"
         case Failed():
             clean = " without an effect" if entry.clean else ""
-            return f"step {entry.step!r} failed{clean}: {error_of(entry.error_type, entry.error)}"
+            return f"step {entry.step!r} failed{clean}: {entry.error or entry.error_type}"
         case Undone():
             return f"step {entry.step!r} is undone{_said_by(entry.by)}"
         case UndoFailed():
             return f"the compensation of step {entry.step!r} failed: {entry.error}"
         case Compensating():
-            return f"compensates, because of {error_of(entry.error_type, entry.error)}"
+            return f"compensates, because of {entry.error or entry.error_type}"
         case Parked():
             return f"parked{'' if entry.step is None else f' for step {entry.step!r}'}: {entry.why}"
         case Retried():
