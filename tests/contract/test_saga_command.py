@@ -229,6 +229,8 @@ def test_a_saga_that_is_not_parked_asks_for_nothing(filled: Command) -> None:
         ((*RESEARCH, begun("act"), failed("act"), PARKED), ["--step=act --done=JSON"]),
         ((begun("act", compensable=True), failed("act"), UNDO_FAILED, PARKED), ["--step=act --undone"]),
         ((begun("act"), begun("other"), PARKED), ["--step=act --done=JSON", "--step=act --not-done"]),
+        ((begun("act"), GOES_BACK, PARKED), ["--step=act --undone"]),
+        ((begun("act"), failed("act", clean=True), GOES_BACK, PARKED), []),
         ((*RESEARCH, Parked(at=AT, why="its code has changed", step="research")), []),
         ((Parked(at=AT, why="its version is another one"),), []),
     ],

@@ -294,29 +294,30 @@ def _advice(view: SagaView, url: str) -> list[tuple[str, str]]:
     if view.state is not SagaState.PARKED:
         return []
     advice: list[tuple[str, str]] = []
-    for step in view.steps:
-        if step.name == view.parked_step and not view.damage:
-            name = f"--step={step.name}"
-            advice += [(what, _command(view, url, "resolve", name, option)) for what, option in _said(step)]
+    step = next((step for step in view.steps if step.name == view.parked_step), None)
+    if step is not None and not view.damage:
+        name = f"--step={step.name}"
+        said = _said(step, to_undo=bool(view.error or step.undo_failures))
+        advice += [(what, _command(view, url, "resolve", name, option)) for what, option in said]
     if not view.damage:
         advice.append(("once the cause is gone, let it go on", _command(view, url, "retry")))
     advice.append(("or close it as it is, with the effects that it has", _command(view, url, "resolve", "--note=WHY")))
     return advice
 
 
-def _said(step: StepView) -> list[tuple[str, str]]:
+def _said(step: StepView, *, to_undo: bool) -> list[tuple[str, str]]:
     """Return what a person may say of the step for which a saga is parked, each with its option."""
     name = one_line(step.name)
     match step.state:
-        case StepState.STARTED | StepState.FAILED | StepState.DONE if step.undo_failures:
-            return [(f"the compensation of step {name} fails; if you have undone the step by hand", "--undone")]
+        case StepState.STARTED | StepState.FAILED | StepState.DONE if to_undo:
+            return [(f"step {name} could not be undone; if you have undone it by hand", "--undone")]
         case StepState.STARTED:
             key = f"look for the key {one_line(step.key)}"
             return [
                 (f"step {name} began, and its outcome is unknown ({key}); if it is done", "--done=JSON"),
                 ("if it is not done", "--not-done"),
             ]
-        case StepState.FAILED | StepState.NOT_DONE:
+        case StepState.FAILED | StepState.NOT_DONE if not to_undo:
             return [(f"step {name} failed; if you have done it by hand", "--done=JSON")]
         case _:
             return []
