@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.support.stored_sagas import UNKNOWN, store_saga
 from typer.testing import CliRunner
 
 from forebay.cli.app import app
+from forebay.cli.saga import _print_advice
+from forebay.saga import MemorySagaLog, SagaAdmin
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,10 @@ def test_options_that_contradict_each_other_are_explained(options: list[str], wh
     done = CliRunner().invoke(app, ["saga", *options])
     assert (done.exit_code, len(done.stderr.splitlines()), "secret" in done.output) == (2, 1, False)
     assert done.stderr.startswith(f"forebay: {why}")
+
+
+async def test_the_commands_that_are_shown_leave_the_password_out(capsys: pytest.CaptureFixture[str]) -> None:
+    await store_saga(log := MemorySagaLog(), "s", UNKNOWN)
+    _print_advice(await SagaAdmin(log).show("s"), "redis://user:hunter2@host:6379/0")
+    shown = capsys.readouterr().out
+    assert ("hunter2" in shown, shown.count("'redis://***@host:6379/0'")) == (False, 4)
