@@ -325,7 +325,7 @@ class InvalidResolution(ForebayError, ValueError):
     saga_id: str
 
 
-class SagaChanged(ForebayError):
+class SagaConflict(ForebayError):
     """Saga {saga_id!r} was not changed, because it went on meanwhile: {change}. Look at it again, and decide by what it
     is now.
     """

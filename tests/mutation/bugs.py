@@ -2675,7 +2675,7 @@ def a_decision_about_an_older_state_of_a_saga_is_written() -> None:
     async def write(self: SagaAdmin, stored: Any, *decision: Any) -> None:
         try:
             await original(self, stored, *decision)
-        except errors.SagaChanged:
+        except errors.SagaConflict:
             now = await self._log.get(stored.header.saga_id)
             await original(self, now or stored, *decision)
 

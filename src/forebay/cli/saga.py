@@ -38,7 +38,7 @@ _STATES: Final = {StepState.STARTED: "unknown", StepState.FAILED: "failed, perha
 saga = typer.Typer(help="Look into a saga log, and decide about parked sagas.", no_args_is_help=True)
 
 
-class State(StrEnum):
+class ListedState(StrEnum):
     """The state of a saga, as an option."""
 
     PARKED = "parked"
@@ -58,7 +58,7 @@ def ls(
     url: Url,
     *,
     state: Annotated[
-        list[State] | None,
+        list[ListedState] | None,
         typer.Option(help="Only sagas in this state; repeatable. By default those that are parked or unfinished."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Those that have ended, too.")] = False,

@@ -14,7 +14,7 @@ from forebay.errors import (
     InvalidResolution,
     NotSerializable,
     PayloadTooLarge,
-    SagaChanged,
+    SagaConflict,
     SagaNotParked,
     UnknownSaga,
 )
@@ -41,7 +41,7 @@ from forebay.saga.records import (
 )
 from forebay.saga.saga_view import SagaView, describe, view_saga
 
-Outcome: TypeAlias = Literal["done", "not-done", "undone"]
+StepOutcome: TypeAlias = Literal["done", "not-done", "undone"]
 
 _OUTCOMES: Final = ("done", "not-done", "undone")
 _OPEN: Final = (SagaState.PARKED, *UNFINISHED)
@@ -114,14 +114,20 @@ class SagaAdmin:
         Raises:
             UnknownSaga: there is none of that id.
             SagaNotParked: it is not parked.
-            SagaChanged: it was changed meanwhile.
+            SagaConflict: it was changed meanwhile.
             LogDamaged: its log cannot be read.
         """
         stored = await self._read_parked(saga_id)
         return await self._release(stored, _history(stored))
 
     async def resolve(
-        self, saga_id: str, step: str | None = None, *, output: Any = UNSET, outcome: Outcome = "done", note: str = ""
+        self,
+        saga_id: str,
+        step: str | None = None,
+        *,
+        output: Any = UNSET,
+        outcome: StepOutcome = "done",
+        note: str = "",
     ) -> SagaState:
         """Say what has become of a step of a parked saga, and let the saga go on; without a step, close it as it is.
 
@@ -142,7 +148,7 @@ class SagaAdmin:
             UnknownSaga: there is none of that id.
             SagaNotParked: it is not parked.
             InvalidResolution: this cannot be said of the step.
-            SagaChanged: the saga was changed meanwhile.
+            SagaConflict: the saga was changed meanwhile.
             InvalidSetting: another argument is invalid.
             LogDamaged: its log cannot be read; it can be closed all the same.
         """
@@ -202,7 +208,7 @@ class SagaAdmin:
         saga_id = stored.header.saga_id
         if not await self._log.amend(saga_id, write, now=clock.wall_time()):
             change = _change(stored, await self._log.get(saga_id), now=clock.wall_time())
-            raise SagaChanged(saga_id=saga_id, change=change)
+            raise SagaConflict(saga_id=saga_id, change=change)
 
 
 def _history(stored: StoredSaga) -> SagaHistory:
@@ -222,7 +228,7 @@ def _encode(saga_id: str, output: Any) -> bytes:
     raise InvalidResolution(saga_id=saga_id, why=why, advice=advice) from None
 
 
-def _check(history: SagaHistory, name: str, outcome: Outcome) -> None:
+def _check(history: SagaHistory, name: str, outcome: StepOutcome) -> None:
     """Check that a person can say `outcome` of a step.
 
     Raises:
@@ -239,7 +245,7 @@ def _check(history: SagaHistory, name: str, outcome: Outcome) -> None:
     raise InvalidResolution(saga_id=history.saga_id, why=why, advice=advice)
 
 
-def _objection(step: StepRecord, outcome: Outcome, *, goes_back: bool) -> tuple[str, str] | None:
+def _objection(step: StepRecord, outcome: StepOutcome, *, goes_back: bool) -> tuple[str, str] | None:
     """Return why `outcome` cannot be said of a step, and what to do instead; None if it can."""
     if known := _KNOWN.get((outcome, step.state)):
         returned = outcome == "not-done" and step.state is StepState.DONE
@@ -251,7 +257,7 @@ def _objection(step: StepRecord, outcome: Outcome, *, goes_back: bool) -> tuple[
     return None
 
 
-def _entry(step: str, outcome: Outcome, output: bytes, note: str) -> Entry:
+def _entry(step: str, outcome: StepOutcome, output: bytes, note: str) -> Entry:
     at, reason = clock.wall_time(), f": {note}" if note else ""
     by = f"a person{reason}"
     if outcome == "done":

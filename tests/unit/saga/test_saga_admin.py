@@ -24,7 +24,7 @@ from tests.support.stored_sagas import (
 )
 
 from forebay import clock
-from forebay.errors import InvalidResolution, InvalidSetting, SagaChanged, SagaNotParked, UnknownSaga
+from forebay.errors import InvalidResolution, InvalidSetting, SagaConflict, SagaNotParked, UnknownSaga
 from forebay.overflow import decode_result
 from forebay.saga import MemorySagaLog, SagaAdmin, SagaState
 from forebay.saga.records import (
@@ -373,7 +373,7 @@ async def test_of_two_people_one_decides_and_the_other_learns_what_was_decided()
     admin, other = SagaAdmin(log), SagaAdmin(log)
     await store_saga(log, "s", UNKNOWN)
     log.change = lambda: other.resolve("s", note="mine")
-    with pytest.raises(SagaChanged, match=r"it is resolved now; last, closed by a person: mine\. Look at it again"):
+    with pytest.raises(SagaConflict, match=r"it is resolved now; last, closed by a person: mine\. Look at it again"):
         await admin.resolve("s", "act", output=1)
     assert await state_of(log, "s") is SagaState.RESOLVED
 
@@ -390,7 +390,7 @@ async def test_a_saga_that_a_process_has_taken_meanwhile_is_left_to_it() -> None
         await log.claim(["publish"], limit=1, fence="other", until=now + 10.0, now=now)
 
     log.change = take
-    with pytest.raises(SagaChanged, match="it is running now; last, a person lets it go on"):
+    with pytest.raises(SagaConflict, match="it is running now; last, a person lets it go on"):
         await admin.retry("s")
     assert released == []
     stored = await log.get("s")
@@ -407,7 +407,7 @@ async def test_a_saga_that_is_gone_meanwhile_is_said_to_be() -> None:
         assert await log.forget(before=clock.wall_time() + 1.0, limit=1) == 1
 
     log.change = forget
-    with pytest.raises(SagaChanged, match="it is gone from the log"):
+    with pytest.raises(SagaConflict, match="it is gone from the log"):
         await SagaAdmin(log).retry("s")
 
 
