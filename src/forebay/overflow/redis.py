@@ -41,6 +41,7 @@ from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.storage.operation_queue import OperationError, OperationQueue
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_durability import wait_command, write_shortage
+from forebay.storage.redis_format import other_format
 from forebay.storage.redis_listener import RedisListener
 from forebay.storage.redis_master import FULL, RedisMaster
 from forebay.storage.redis_sort_keys import SAFE, from_sortable, quoted, sortable
@@ -535,8 +536,7 @@ class RedisTaskStore:
             found = master.call(*(("SET", key, value, "NX") for key, value in new), *(("GET", key) for key in keys))[2:]
         layout, store_id = found
         if layout != _FORMAT:
-            why, advice = _about_format(self._prefix, layout)
-            raise StoreUnavailable(where=str(self._url), why=why, advice=advice)
+            raise other_format(self._url, self._prefix, layout, _FORMAT)
         return str(store_id.decode())
 
     def _measure_clock(self, master: RedisMaster) -> None:
@@ -692,15 +692,6 @@ class RedisTaskStore:
 def _is_refused_start(op: _Operation, reply: Any) -> bool:
     """Return whether a handler may not start, because its lease is lost: that needs no replica to be true."""
     return op.name in _REPLICATED and not reply
-
-
-def _about_format(prefix: str, found: bytes) -> tuple[str, str]:
-    """Return why records of a format that is not known cannot be used, and what to do."""
-    known = _FORMAT.decode()
-    if found.isdigit() and int(found) > int(known):
-        why = f"a newer Forebay wrote {prefix} (format {found.decode()}; this one knows {known})"
-        return why, "Upgrade Forebay here, or give another ?name="
-    return f"another program wrote {prefix}format ({found[:20]!r}; Forebay writes {known})", "Give another ?name="
 
 
 def _decode(op: _Operation, reply: Any) -> Any:
