@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import parse_qsl, urlsplit
 
 from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
 from forebay.saga.memory_log import MemorySagaLog
 from forebay.saga.records import LogWrite, SagaHeader, SagaState, StoredSaga
 from forebay.storage.redis_url import RedisUrl
+from forebay.storage.shown_url import shown_url
 from forebay.storage.url import StoreUrl, parse_url
 
 
@@ -116,7 +118,7 @@ def open_saga_log(log: str | SagaLog) -> SagaLog:
             why = f"it is a {type(log).__name__}, not a URL or a saga log"
             raise InvalidOverflowUrl(url=log, why=why, forms=_FORMS)
         return log
-    match parse_url(log):
+    match _parse(log):
         case StoreUrl(scheme="memory"):
             return MemorySagaLog()
         case StoreUrl(scheme="sqlite", path=Path() as path, fsync=fsync):
@@ -128,6 +130,17 @@ def open_saga_log(log: str | SagaLog) -> SagaLog:
         case store:
             why = f"no saga log is known for {store.scheme}://"
             raise InvalidOverflowUrl(url=f"{store.scheme}://", why=why, forms=_FORMS)
+
+
+def _parse(log: str) -> StoreUrl:
+    try:
+        store = parse_url(log)
+    except InvalidOverflowUrl as error:  # whose forms are those of an overflow
+        raise InvalidOverflowUrl(url=shown_url(log), why=error.why, forms=_FORMS) from None
+    if "bound" in dict(parse_qsl(urlsplit(log).query, keep_blank_values=True)):
+        why = "bound is an option of an overflow, and a saga log has none: leave it out"
+        raise InvalidOverflowUrl(url=shown_url(log), why=why, forms=_FORMS)
+    return store
 
 
 def _redis_log(url: RedisUrl) -> SagaLog:
