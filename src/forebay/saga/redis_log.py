@@ -38,7 +38,6 @@ _FORMAT = b"1"  # how the sagas are laid out
 _MAX_GROUP = 500  # operations in one round trip
 _MAX_BYTES = 2 << 20  # of entries and envelopes in one round trip, unless one is larger
 _CANDIDATES = 1_000  # sagas of a name that a claim looks at, whose leases have ended first: it takes the oldest of them
-_ROUNDS = 3  # in which a claim takes sagas, while other processes take the same ones
 _PAGE = 500  # sagas that are listed, forgotten or renewed in one round trip
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
 _DISKS_TIMEOUT_MS = 4_000  # how long disks may take: with `appendfsync everysec`, a second or three
@@ -143,10 +142,9 @@ class RedisSagaLog:
         if monotonic() - self._interrupted < (until - now) * _GRACE:
             return []
         claimed = list[StoredSaga]()
-        for _ in range(_ROUNDS):
-            some, ids = ids[: limit - len(claimed)], ids[limit - len(claimed) :]
-            if not some:
-                break
+        while ids and len(claimed) < limit:  # others may take the same ones
+            count = limit - len(claimed)
+            some, ids = ids[:count], ids[count:]
             commands = [self._script("claim", saga_id, fence, *span, self._nonce()) for saga_id in some]
             decode = partial(_decode_claimed, some, ahead=ahead)
             claimed += await self._hold(self._submit(commands, decode, is_acknowledged=True), some, fence)
