@@ -182,7 +182,7 @@ async def test_a_saga_whose_lease_has_expired_is_taken(state: SagaState, mine: L
 @pytest.mark.parametrize("state", REPEATABLE)
 async def test_a_saga_without_effects_begins_again(state: SagaState, mine: LogUser, other: LogUser) -> None:
     await mine.end(state, why="why", envelope=b"long" * 1_000)
-    again = {"name": "other", "version": "2", "envelope": b"new", "submission": 2.5}
+    again: dict[str, Any] = {"name": "other", "version": "2", "envelope": b"new", "submission": 2.5}
     stored = await other.begin(now=200.0, **again)
     expected = header("a", **again, created_at=200.0, updated_at=200.0)
     assert as_list(stored) == StoredSaga(header=expected, entries=[b"last", b"restarted"], holder="other", until=210.0)

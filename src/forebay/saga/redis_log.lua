@@ -1,8 +1,9 @@
 -- The saga log on Redis: one run of this script does one operation on one saga, and is safe to repeat.
 --
 -- A run may be repeated because its answer was lost with the connection, or arrive after its own repetition. So what does
--- not tell by itself that it was done takes a nonce, which the header keeps. A repetition writes what is there already:
--- replicas and disks are waited for up to the last write of a connection, and its own may have been on another one.
+-- not tell by itself that it was done takes a nonce, the id of the client and a number that grows, which the header keeps.
+-- A repetition writes what is there already: replicas and disks are waited for up to the last write of a connection, and
+-- its own may have been on another one.
 --
 -- KEYS: the header of the saga, its entries, then the indexes of the log: of what is unfinished, of all sagas by their
 -- state, and of those that are to be forgotten. ARGV: the operation, the id of the saga, and what the operation takes.
@@ -32,6 +33,13 @@ local holder, lease, claims, nonce = found[5], found[6], found[7], found[8]
 -- Write nothing, but so that Redis lets what follows add to a full memory: a saga that has begun is to end.
 local function allow_full_memory()
   call('HDEL', header, '')
+end
+
+-- Return whether an operation with this nonce was done already.
+local function was_done(own)
+  local client, number = string.match(nonce or '', '^(.*):(%d+)$')
+  local own_client, own_number = string.match(own, '^(.*):(%d+)$')
+  return client == own_client and tonumber(own_number) <= tonumber(number)
 end
 
 local function touch()
@@ -109,7 +117,7 @@ local operations = {}
 -- Begin a saga, or take it.
 function operations.begin()
   local fence, until_, now, own_nonce = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-  local is_repeated = nonce == own_nonce
+  local is_repeated = was_done(own_nonce)
   if state and not is_repeated and UNFINISHED[state] and lease <= now then
     take(fence, until_, own_nonce)
   elseif not state or (REPEATABLE[state] and not is_repeated) then
@@ -140,7 +148,7 @@ function operations.claim()
   local fence, until_, now, own_nonce = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
   if not state or not UNFINISHED[state] then
     return false
-  elseif nonce == own_nonce then
+  elseif was_done(own_nonce) then
     touch()
   elseif lease <= now then
     take(fence, until_, own_nonce)
@@ -175,7 +183,7 @@ function operations.amend()
   local own_nonce, now, number = ARGV[3], ARGV[4], tonumber(ARGV[5])
   if not state then
     return 0
-  elseif nonce == own_nonce then
+  elseif was_done(own_nonce) then
     touch()
     return 1
   elseif lease > now or call('LLEN', entries) ~= number then

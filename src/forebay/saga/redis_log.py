@@ -121,7 +121,9 @@ class RedisSagaLog:
             repr(header.submission),
             restart,
         )
-        decode = partial(_decode_begun, begun=StoredSaga(header=new, holder=fence, until=until), ahead=ahead)
+        decode = partial(
+            _decode_begun, begun=StoredSaga(header=new, entries=[], holder=fence, until=until), ahead=ahead
+        )
         beginning = self._submit([command], decode, size=len(header.envelope), is_acknowledged=True)
         begun: StoredSaga = await self._hold(beginning, [header.saga_id], fence)
         return begun
