@@ -1,4 +1,4 @@
-"""What a URL asks of a write on Redis before it is acknowledged: so many replicas have it, or the disks do."""
+"""The durability that a URL asks for of a write on Redis: so many replicas have it, or the disks do."""
 
 from __future__ import annotations
 
