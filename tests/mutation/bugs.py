@@ -66,8 +66,10 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.saga import redis_log
+from forebay.saga import redis_log, sqlite_log
+from forebay.saga.records import LogWrite
 from forebay.saga.redis_log import RedisSagaLog
+from forebay.saga.sqlite_log import SqliteSagaLog
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -2671,6 +2673,49 @@ def a_blocked_loop_has_missed_the_answers() -> None:
 
 def an_answer_is_given_with_each_attempt() -> None:
     swap(_repeated_answer, ast.Gt, ast.Lt)
+
+
+# --- saga logs ---
+
+
+def an_entry_of_a_saga_is_acknowledged_before_its_commit() -> None:
+    async def append(self: SqliteSagaLog, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
+        self._writer.run_batched(sqlite_log._append, sqlite_log._Append(saga_id, write, fence, now))
+        return True
+
+    replace(SqliteSagaLog, SqliteSagaLog.append, append)
+
+
+def whoever_lost_a_saga_may_still_write_to_it() -> None:
+    original = SqliteSagaLog.append
+
+    async def append(self: SqliteSagaLog, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
+        stored = await self.get(saga_id)
+        return await original(self, saga_id, write, fence=fence if stored is None else stored.holder, now=now)
+
+    replace(SqliteSagaLog, original, append)
+
+
+def an_append_cannot_be_repeated() -> None:
+    swap(sqlite_log._stands, ast.Eq, ast.NotEq)
+
+
+def a_saga_that_a_cancelled_caller_took_stays_taken() -> None:
+    always(SqliteSagaLog, SqliteSagaLog._release_late, returns=None)
+
+
+def two_people_may_decide_about_the_same_saga() -> None:
+    original = SqliteSagaLog.amend
+
+    async def amend(self: SqliteSagaLog, saga_id: str, write: LogWrite, *, now: float) -> bool:
+        stored = await self.get(saga_id)
+        return stored is not None and await original(self, saga_id, write._replace(number=len(stored.entries)), now=now)
+
+    replace(SqliteSagaLog, original, amend)
+
+
+def sagas_go_on_in_a_file_that_was_removed() -> None:
+    skip(SqliteSagaLog.append, SqliteWriter.check_file)
 
 
 # --- the saga log on Redis --------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ from tests.acceptance import (
     test_worker_counters,
     test_workers,
 )
-from tests.contract import test_langgraph_store, test_limit, test_state_moving, test_task_store
+from tests.contract import test_langgraph_store, test_limit, test_saga_log, test_state_moving, test_task_store
 from tests.integration import (
     test_dropped_streams,
     test_langgraph_resume,
@@ -88,6 +88,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
+from tests.unit.saga import test_sqlite_log
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
@@ -1099,6 +1100,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_answer_is_given_with_each_attempt: (
         test_langgraph_resume.test_an_answer_is_not_taken_for_that_to_the_next_question
     ),
+    bugs.an_entry_of_a_saga_is_acknowledged_before_its_commit: test_sqlite_log.test_an_acknowledged_entry_is_committed,
+    bugs.whoever_lost_a_saga_may_still_write_to_it: test_saga_log.test_an_entry_of_another_process_is_rejected,
+    bugs.an_append_cannot_be_repeated: test_saga_log.test_a_repeated_append_writes_nothing_and_succeeds,
+    bugs.a_saga_that_a_cancelled_caller_took_stays_taken: test_saga_log.test_what_a_cancelled_caller_took_is_released,
+    bugs.two_people_may_decide_about_the_same_saga: test_saga_log.test_of_two_people_who_write_at_once_one_does,
+    bugs.sagas_go_on_in_a_file_that_was_removed: test_sqlite_log.test_nothing_is_acknowledged_once_the_file_was_removed,
     bugs.a_saga_goes_on_before_the_replicas_have_its_entry: (
         test_saga_redis.test_acknowledged_entries_survive_the_master
     ),

@@ -16,7 +16,7 @@ from forebay.storage.url import StoreUrl, parse_url
 
 
 class SagaLog(Protocol):
-    """Where the entries of sagas are written ahead. All times are epoch seconds.
+    """The log in which the entries of sagas are written ahead. All times are epoch seconds.
 
     A saga is driven under a lease, by whoever holds its fence. What another one writes is rejected.
 

@@ -1,4 +1,4 @@
-"""What a saga's log holds: the entries that are written ahead of each step, and the history that they add up to."""
+"""The entries of a saga's log, which are written ahead of each step, and the history that they add up to."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def decode_entries(saga_id: str, entries: Iterable[bytes]) -> Sequence[Entry]:
 
 
 class SagaHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What a log knows of a saga without its entries.
+    """The header of a saga: all that a log knows of it but its entries.
 
     Attributes:
         saga_id: unique in the log.

@@ -55,11 +55,13 @@ _SCHEMA = Schema(
             """,
             # Apart, because every entry rewrites the row of its saga.
             "CREATE TABLE envelope (saga INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+            # In the order in which they are written: by saga, each would rewrite a page of its own.
             """
             CREATE TABLE entry (
-                saga INTEGER NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (saga, number)
-            ) WITHOUT ROWID
+                sequence INTEGER PRIMARY KEY, saga INTEGER NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL
+            )
             """,
+            "CREATE UNIQUE INDEX entry_number ON entry (saga, number)",
             "CREATE INDEX saga_unfinished ON saga (name, until) WHERE state < 2",
             "CREATE INDEX saga_by_age ON saga (state, created_at, saga_id)",
             "CREATE INDEX saga_ended ON saga (updated_at) WHERE state > 2",
