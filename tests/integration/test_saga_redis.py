@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 from tests.support.cutting_proxy import CuttingProxy, Side
-from tests.support.redis_servers import RedisServer, StandaloneRedis, redis_replicated, redis_server, shared
+from tests.support.redis_servers import (
+    RedisServer,
+    RedisSetup,
+    StandaloneRedis,
+    redis_cluster,
+    redis_replicated,
+    redis_sentinels,
+    redis_server,
+    shared,
+)
 
 from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.saga import SagaLog, SagaState, open_saga_log, redis_log
@@ -225,32 +234,62 @@ async def test_what_was_taken_for_a_caller_that_was_cancelled_is_released(
         assert await claim(direct, now=111.0) == ["a"]
 
 
-async def test_the_late_copy_of_a_call_changes_nothing(server: StandaloneRedis, urls: tuple[str, str]) -> None:
-    """A connection that was given up may still deliver what it was sent, after the repetition and what followed it."""
-    sent: list[Sequence[Any]] = []
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Any]]:
+    """Return the commands that logs are about to send, which a connection that was given up may deliver late."""
+    commands: list[Sequence[Any]] = []
     script = redis_log.RedisSagaLog._script
 
     def record(*args: Any) -> Sequence[Any]:
-        sent.append(script(*args))
-        return sent[-1]
+        commands.append(script(*args))
+        return commands[-1]
 
+    monkeypatch.setattr(redis_log.RedisSagaLog, "_script", record)
+    return commands
+
+
+def deliver(server: StandaloneRedis, commands: Sequence[Sequence[Any]]) -> None:
+    with server.servers[0].client() as client:
+        for command in commands:
+            client.execute_command(*command)
+
+
+async def test_the_late_copy_of_a_call_changes_nothing(
+    server: StandaloneRedis, urls: tuple[str, str], sent: list[Sequence[Any]]
+) -> None:
     async with opened(urls[1]) as log:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(redis_log.RedisSagaLog, "_script", record)
-            await begin(log)
-            await append(log, b"1", state=PARKED)
-            await log.amend("a", LogWrite(1, [b"2"], RUNNING), now=102.0)
-            await claim(log)
-            await append(log, b"3", number=2, state=COMPENSATED, fence="other")
-            await begin(log, now=120.0)
-            await append(log, b"4", number=4, state=COMPENSATED)
+        await begin(log)
+        await append(log, b"1", state=PARKED)
+        await log.amend("a", LogWrite(1, [b"2"], RUNNING), now=102.0)
+        await claim(log)
+        await append(log, b"3", number=2, state=COMPENSATED, fence="other")
+        await begin(log, now=120.0)
+        await append(log, b"4", number=4, state=COMPENSATED)
         before = await log.get("a")
-        with server.servers[0].client() as client:
-            for command in sent:
-                client.execute_command(*command)
+        deliver(server, [*sent])
         assert await log.get("a") == before
         assert await log.list(states=[RUNNING], limit=9) == []
         assert await claim(log, now=900.0) == []
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_was_not_given_to_its_caller_is_not_released_once_it_is_taken_again(
+    server: StandaloneRedis, proxy: CuttingProxy, urls: tuple[str, str], sent: list[Sequence[Any]]
+) -> None:
+    async with opened(urls[0]) as log:
+        proxy.refuse()
+        with pytest.raises(StoreUnavailable):
+            await begin(log)
+        await asyncio.sleep(0)
+        with pytest.raises(StoreUnavailable):
+            await log.get("a")  # behind what releases it
+        late = [*sent]
+        proxy.accept()
+        assert (await begin(log)).holder == "mine"
+        deliver(server, late)
+        stored = await log.get("a")
+        assert stored is not None
+        assert (stored.holder, stored.until) == ("mine", 110.0)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -384,6 +423,15 @@ async def append_while(url: str, disturb: Callable[[], object]) -> Mapping[str, 
     return acknowledged
 
 
+async def check_entries(log: SagaLog, acknowledged: Mapping[str, int]) -> None:
+    """Check that each saga has the entries that were acknowledged, once, in order."""
+    for saga_id, count in acknowledged.items():
+        found = await entries(log, saga_id)
+        assert found is not None
+        assert found == [f"{saga_id} {number}".encode() for number in range(len(found))]
+        assert count <= len(found) <= count + 1  # one was on its way
+
+
 def restart(server: RedisServer) -> None:
     server.kill()
     server.start()
@@ -393,11 +441,7 @@ async def test_a_server_that_is_killed_has_all_that_was_acknowledged_when_it_is_
     with redis_server(appendonly="yes", appendfsync="always") as durable:
         acknowledged = await append_while(f"{durable.url}?fsync=yes", partial(restart, durable.servers[0]))
         async with opened(durable.url) as log:
-            for saga_id, count in acknowledged.items():
-                found = await entries(log, saga_id)
-                assert found is not None
-                assert found == [f"{saga_id} {number}".encode() for number in range(len(found))]
-                assert count <= len(found) <= count + 1  # one was on its way
+            await check_entries(log, acknowledged)
 
 
 # --- a master and its replica -----------------------------------------------------------------------------------------
@@ -453,6 +497,18 @@ async def test_acknowledged_entries_survive_the_master(pair: StandaloneRedis) ->
         assert await append(log, b"2", number=1)
 
 
+async def test_a_group_waits_for_missing_replicas_once(pair: StandaloneRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_log, "_MAX_BYTES", 1)  # each operation is a round trip
+    async with opened(f"{pair.url}?replicas=1") as log:
+        await begin(log)
+        pair.proxies[0].lag(ENDLESS)
+        pair.proxies[0].forget()
+        appending = [append(log, b"entry", number=number) for number in range(50)]
+        for error in await asyncio.gather(*appending, return_exceptions=True):
+            assert isinstance(error, StoreAnswerLost)
+        assert pair.proxies[0].commands == ["EVALSHA", "WAIT"]
+
+
 async def test_a_repeated_entry_is_acknowledged_once_a_replica_has_it(pair: StandaloneRedis) -> None:
     async with opened(f"{pair.url}?replicas=1") as log:
         await begin(log)
@@ -504,3 +560,25 @@ async def test_what_was_taken_and_not_acknowledged_may_be_taken_again(what: str,
         await in_thread(partial(catch_up, pair))
         again = await begin(log, fence="other", now=101.0)
         assert (again.holder, again.header.claims) == ("other", 1)
+
+
+# --- a master of Sentinels, or of a cluster, killed while sagas go on -------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [redis_sentinels, redis_cluster], ids=lambda start: start.__name__)
+async def test_no_acknowledged_entry_is_lost_with_a_master_that_is_killed_under_load(
+    start: Callable[..., AbstractContextManager[RedisSetup]],
+) -> None:
+    with start(proxied=True) as setup:
+
+        def replace_master() -> None:
+            killed = setup.kill_master()
+            setup.promote()
+            killed.start()  # a replica now
+
+        for proxy in setup.proxies:
+            proxy.lag(0.05)
+        acknowledged = await append_while(f"{setup.url}?replicas=1", replace_master)
+        async with opened(setup.url) as log:
+            await check_entries(log, acknowledged)

@@ -2738,7 +2738,7 @@ def a_lost_saga_is_hidden_by_replicas_that_are_missing() -> None:
 
 
 def a_saga_that_its_caller_was_not_given_stays_leased() -> None:
-    async def _hold(_: Any, taking: Any, *__: Any) -> Any:
+    async def _hold(_: Any, taking: Any, __: Any) -> Any:
         return await taking
 
     replace(RedisSagaLog, RedisSagaLog._hold, _hold)

@@ -204,8 +204,9 @@ function operations.renew()
   return 1
 end
 
+-- End a lease: with a nonce, only that of the operation that took it.
 function operations.release()
-  if not state or holder ~= ARGV[3] then
+  if not state or holder ~= ARGV[3] or (ARGV[4] and ARGV[4] ~= nonce) then
     return 0
   end
   allow_full_memory()

@@ -106,15 +106,15 @@ class RedisSagaLog:
 
     async def begin(self, header: SagaHeader, restart: bytes, *, fence: str, until: float, now: float) -> StoredSaga:
         """Begin a saga, or take it. If that is not acknowledged, or its caller cancelled, its lease ends."""
-        ahead = self._clock.ahead()
+        ahead, saga_id, nonce = self._clock.ahead(), header.saga_id, self._nonce()
         new = msgspec.structs.replace(header, created_at=now, updated_at=now)
         command = self._script(
             "begin",
-            header.saga_id,
+            saga_id,
             fence,
             sortable(until - ahead),
             sortable(now - ahead),
-            self._nonce(),
+            nonce,
             quoted(header.name),
             _bytes(header.version),
             header.envelope,
@@ -125,7 +125,7 @@ class RedisSagaLog:
             _decode_begun, begun=StoredSaga(header=new, entries=[], holder=fence, until=until), ahead=ahead
         )
         beginning = self._submit([command], decode, size=len(header.envelope), is_acknowledged=True)
-        begun: StoredSaga = await self._hold(beginning, [header.saga_id], fence)
+        begun: StoredSaga = await self._hold(beginning, [self._script("release", saga_id, fence, nonce)])
         return begun
 
     async def claim(
@@ -147,9 +147,11 @@ class RedisSagaLog:
         while ids and len(claimed) < limit:  # others may take the same ones
             count = limit - len(claimed)
             some, ids = ids[:count], ids[count:]
-            commands = [self._script("claim", saga_id, fence, *span, self._nonce()) for saga_id in some]
+            nonce = self._nonce()
+            claims = [self._script("claim", saga_id, fence, *span, nonce) for saga_id in some]
+            releases = [self._script("release", saga_id, fence, nonce) for saga_id in some]
             decode = partial(_decode_claimed, some, ahead=ahead)
-            claimed += await self._hold(self._submit(commands, decode, is_acknowledged=True), some, fence)
+            claimed += await self._hold(self._submit(claims, decode, is_acknowledged=True), releases)
         return claimed
 
     def _free(self, name: str, now: str) -> Sequence[Any]:
@@ -157,13 +159,13 @@ class RedisSagaLog:
         prefix = f"{quoted(name)}|"
         return ("ZRANGEBYLEX", self._unfinished, f"[{prefix}", f"({prefix}{now}g", "LIMIT", 0, _CANDIDATES)
 
-    async def _hold(self, taking: asyncio.Future[Any], saga_ids: Sequence[str], fence: str) -> Any:
-        """Return what is being taken; release it if it cannot be given to the caller."""
+    async def _hold(self, taking: asyncio.Future[Any], releases: Sequence[Sequence[Any]]) -> Any:
+        """Return what is being taken; release it, by these commands, if it cannot be given to the caller."""
         try:
             return await taking
         except (StoreUnavailable, asyncio.CancelledError):
             with suppress(StoreUnavailable):  # closed in the meantime: the leases expire
-                self._release(saga_ids, fence).add_done_callback(_ignore)
+                self._submit(releases, _as_they_are).add_done_callback(_ignore)
             raise
 
     async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
@@ -188,10 +190,7 @@ class RedisSagaLog:
 
     async def release(self, saga_id: str, *, fence: str) -> None:
         """End a lease."""
-        await self._release([saga_id], fence)
-
-    def _release(self, saga_ids: Sequence[str], fence: str) -> asyncio.Future[Any]:
-        return self._submit([self._script("release", saga_id, fence) for saga_id in saga_ids], _as_they_are)
+        await self._submit([self._script("release", saga_id, fence)], _as_they_are)
 
     # --- for people ---
 
@@ -287,13 +286,23 @@ class RedisSagaLog:
             self._clock.measure(master.time)
 
     def _run_group(self, master: RedisMaster, group: Sequence[_Operation]) -> Sequence[Any]:
-        values = list[Any]()
+        """Run a group of operations, in parts that are not too large, and return their values.
+
+        Once a part has failed, the others fail unsent: each would wait as long.
+        """
+        values, failure = list[Any](), None
         for part in _parts(group):
-            values += self._run_part(master, part)
+            if failure is None:
+                more, failure = self._run_part(master, part)
+                values += more
+            else:
+                values += [OperationError(failure)] * len(part)
         return values
 
-    def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
-        """Run operations in one round trip, and return their values."""
+    def _run_part(
+        self, master: RedisMaster, ops: Sequence[_Operation]
+    ) -> tuple[Sequence[Any], StoreUnavailable | None]:
+        """Run operations in one round trip, and return their values, and why the master or its replicas failed."""
         commands = [command for op in ops for command in op.commands]
         waits = bool(self._wait) and any(op.is_acknowledged for op in ops)
         if waits:
@@ -302,13 +311,12 @@ class RedisSagaLog:
             self._measure_clock(master)
             answers = master.call_each(*commands)
         except StoreUnavailable as error:
-            return [OperationError(error)] * len(ops)
+            return [OperationError(error)] * len(ops), error
         shortage = self._shortage(answers.pop()) if waits else None
-        values, place = list[Any](), 0
+        values, rest = list[Any](), iter(answers)
         for op in ops:
-            values.append(_value(op, answers[place : place + len(op.commands)], shortage))
-            place += len(op.commands)
-        return values
+            values.append(_value(op, list(itertools.islice(rest, len(op.commands))), shortage))
+        return values, shortage
 
     def _shortage(self, had: Any) -> StoreUnavailable | None:
         """Return the error of operations that too few replicas and disks have; None: enough of them have them."""
