@@ -6,7 +6,9 @@ import os
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from forebay.task import Deadline, Task
+import msgspec
+
+from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
     from forebay.errors import Overloaded
@@ -84,6 +86,40 @@ class _InheritedTask:
 
     def report(self, value: Any) -> None:
         """See `RunningTask`."""
+
+
+class DetachedTask:
+    """The running task of work that must be done whatever has become of the task that began it: a compensation.
+
+    It has no deadline and no observer, and what it submits or calls is CRITICAL. Supervisors admit what it submits
+    however loaded they are, and while they drain.
+
+    Args:
+        task: the task that began it.
+        submission: of that task.
+        tenant_weight: of its tenant.
+    """
+
+    attempt: int = 1
+    deadline: Deadline | None = None
+
+    def __init__(self, task: Task, *, submission: float, tenant_weight: float) -> None:
+        self.task = msgspec.structs.replace(task, priority=Priority.CRITICAL, deadline=None, timeout=None)
+        self.submission = submission
+        self.tenant_weight = tenant_weight
+
+    def report(self, value: Any) -> None:
+        """See `RunningTask`: nobody listens any more."""
+
+
+# Calls made inside a saga that has begun are of this priority at least.
+_least_priority: ContextVar[Priority] = ContextVar("forebay_least_priority", default=Priority.LOW)
+raise_priority = _least_priority.set
+
+
+def call_priority(running: RunningTask | None) -> Priority:
+    """Return the priority of a call of `running`, or of one outside a task."""
+    return Priority.NORMAL if running is None else min(running.task.priority, _least_priority.get())
 
 
 def _inherit_task() -> None:

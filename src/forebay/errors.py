@@ -596,6 +596,50 @@ class TaskFailed(ForebayError):
         return cls(**{name: facts[name] for name in ("task_id", "worker_id", "error")})
 
 
+class InvalidSaga(ForebayError, TypeError):
+    """Saga {name!r} is invalid: {why}."""
+
+    name: str
+    why: str
+
+
+class InvalidStep(ForebayError, ValueError):
+    """Step {step!r} of a saga is invalid: {why}."""
+
+    step: str
+    why: str
+
+
+class StepFailed(ForebayError):
+    """Step {step!r} of saga {saga_id!r} failed, and has no effect: {error}"""
+
+    # It is raised again, from the log, when the saga goes on in another process; so `error` is a text.
+
+    saga_id: str
+    step: str
+    error: str
+
+
+class SagaCompensated(ForebayError):
+    """Saga {saga_id!r} failed, and all its effects are undone. {error}"""
+
+    saga_id: str
+    error: str
+
+
+class SagaParked(ForebayError):
+    """Saga {saga_id!r} is parked, and waits for a person: {why}. `forebay saga show` has its steps, and what to do."""
+
+    saga_id: str
+    why: str
+
+
+class SagaTaken(ForebayError):
+    """Saga {saga_id!r} goes on in another process, which has taken it because the lease of this one had expired."""
+
+    saga_id: str
+
+
 class QuorumNotReached(ForebayError):
     """A fan-out needs {quorum} successes, and {failed} of its {total} tasks have not succeeded. The others were
     cancelled. Ask for fewer, or give it retry=Retry(...).

@@ -53,6 +53,11 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
     raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=", ".join(FRAMEWORKS))
 
 
+def is_agent(obj: Any) -> bool:
+    """Return whether `obj` is called with a Task by an adapter or a hook of its own, whatever else it can be."""
+    return isinstance(obj, Handler) or hasattr(type(obj), "__forebay_handler__") or _adapter_of(obj) is not None
+
+
 def _adapter_of(obj: Any) -> str | None:
     """Return the adapter of the framework that `obj` is an agent of, also if its class was derived elsewhere."""
     for cls in type(obj).__mro__:

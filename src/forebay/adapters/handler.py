@@ -33,6 +33,7 @@ class Handler:
         start: awaited when the supervisor that it is registered with starts, or on registration after that.
         stop: awaited when that supervisor closes.
         resize: called with the new number of slots when its worker is resized.
+        saga: the saga behind this handler, if there is one. Its supervisor drives it, and does not use `call`.
         codec: converts its payloads and results where no type is declared for them; None: they are plain data.
     """
 
@@ -47,6 +48,7 @@ class Handler:
     stop: Callable[[], Awaitable[object]] | None = None
     codec: Codec | None = None
     resize: Callable[[int], None] | None = None
+    saga: object | None = None
 
 
 class SupportsHandler(Protocol):

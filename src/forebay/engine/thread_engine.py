@@ -27,11 +27,12 @@ class ThreadEngine:
         """Return the handler, to be run in threads.
 
         Raises:
-            InvalidSetting: it belongs to the supervisor's own loop: a nested supervisor, or a handler with start and
-                stop.
+            InvalidSetting: it belongs to the supervisor's own loop: a nested supervisor, a saga, or a handler with
+                start and stop.
         """
         handler = spec.build()
-        if handler.nested_supervisor is not None or handler.load is not None or handler.start is not None:
+        belongs_to_loop = (handler.nested_supervisor, handler.saga, handler.load, handler.start)
+        if any(each is not None for each in belongs_to_loop):
             expected = "left out: this handler belongs to the supervisor's own event loop"
             raise InvalidSetting(owner=f"worker {spec.worker!r}", name="engine", value="thread", expected=expected)
         runs = _ThreadRuns(handler)

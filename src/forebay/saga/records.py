@@ -58,6 +58,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="entry", omit_
     """An entry of a log: the base of all kinds."""
 
     at: float  # epoch seconds
+    writer: str = ""  # the fence under which it was written: no other holder has written the same; empty: a person
 
 
 class Started(_Entry, frozen=True, tag="started"):
@@ -157,9 +158,9 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
 
-def encode_entry(entry: Entry) -> bytes:
+def encode_entry(entry: Entry, *, writer: str = "") -> bytes:
     """Return an entry as a log stores it."""
-    return _encode(entry)
+    return _encode(msgspec.structs.replace(entry, writer=writer) if writer else entry)
 
 
 def decode_entries(saga_id: str, entries: Iterable[bytes]) -> Sequence[Entry]:
@@ -223,7 +224,7 @@ class LogWrite(NamedTuple):
 
     Attributes:
         number: how many entries stand before them.
-        entries: encoded.
+        entries: encoded; at least one.
         state: the state of the saga after them.
         why: why it is parked, or compensates; empty otherwise.
     """
@@ -285,6 +286,7 @@ class SagaHistory:
         error_type, error: why it compensates.
         why: why it is parked.
         count: how many entries there are.
+        overlapped: whether steps of this round were in progress side by side.
     """
 
     _STATES: ClassVar = {
@@ -309,6 +311,7 @@ class SagaHistory:
         self.steps: dict[str, StepRecord] = {}
         self.result: bytes | None = None
         self.error_type = self.error = self.why = ""
+        self.overlapped = False
 
     @property
     def goes_back(self) -> bool:
@@ -363,6 +366,7 @@ class SagaHistory:
     def _add_to_step(self, entry: Started | Done | Failed | Undone | UndoFailed) -> None:
         name = entry.step
         if isinstance(entry, Started):
+            self.overlapped |= any(step.state is StepState.STARTED for step in self.steps.values())
             self.steps[name] = StepRecord(
                 name=name,
                 key=self.key_of(name),

@@ -113,7 +113,7 @@ _CLAIM = f"""
 RETURNING saga_id
 """
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE saga_id = column1 AND holder = column2"
-_MOVE = BatchStatement(
+_ADVANCE = BatchStatement(
     f"""
     UPDATE saga SET updated_at = column4, claims = 0, entries = entries + column5, state = column6, why = column7,
         holder = iif(column6 < 2, holder, ''), until = iif(column6 < 2, until, 0)
@@ -315,7 +315,9 @@ def _append(connection: sqlite3.Connection, items: Sequence[_Append]) -> Sequenc
     written = [False] * len(items)
     for wave in _waves(items):
         write = [index for index in wave if items[index].write.entries]
-        for index, done in zip(write, _MOVE.run(connection, [_move(items[index]) for index in write]), strict=True):
+        for index, done in zip(
+            write, _ADVANCE.run(connection, [_advance(items[index]) for index in write]), strict=True
+        ):
             written[index] = done
         _add_entries(connection, [items[index] for index in write if written[index]])
         for index in wave:
@@ -334,7 +336,7 @@ def _waves(items: Sequence[_Append]) -> Sequence[Sequence[int]]:
     return waves
 
 
-def _move(item: _Append) -> tuple[Any, ...]:
+def _advance(item: _Append) -> tuple[Any, ...]:
     write = item.write
     return item.saga_id, item.fence, write.number, item.now, len(write.entries), _NUMBERS[write.state], write.why
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from forebay import clock, context
 from forebay._text import format_duration
 from forebay.admission import PriorityThresholds
-from forebay.context import NO_VARIABLES, RunningTask
+from forebay.context import NO_VARIABLES, DetachedTask, RunningTask
 from forebay.errors import (
     DeadlinePassed,
     DuplicateTask,
@@ -197,6 +197,27 @@ class AdmissionController:
         ticket.admit(self._load.on_path(pool, priority)[0])
         self._submitted(ticket)
         self._dispatcher.start_or_queue(ticket, pool, worker)
+        return ticket
+
+    def resume(self, task: Task, *, submitted_at: float, own: Context | None) -> Ticket:
+        """Start or queue a task that goes on with what was admitted before: it is not admitted again.
+
+        Args:
+            task: the task.
+            submitted_at: epoch seconds of that submission.
+            own: the context of its handler; None: that of the start of the supervisor.
+
+        Raises:
+            SupervisorClosed: nothing is admitted any more.
+            UnknownTaskType: no worker is registered for it.
+        """
+        if self._state is not _OPEN:
+            raise SupervisorClosed(state=self._state.value)
+        pool = self.pool_of(task.task_type)
+        ticket = Ticket(self._dispatcher, task, None, None, submitted_at, own)
+        ticket.admit(self._load.on_path(pool, task.priority)[0])
+        self._submitted(ticket)
+        self._dispatcher.start_or_queue(ticket, pool, self._free_worker(ticket, pool))
         return ticket
 
     def enter_line(
@@ -382,7 +403,7 @@ class AdmissionController:
         """Raise SupervisorClosed if nothing that `parent` submits is admitted any more."""
         if self._state is _OPEN:
             return
-        inside = next(active_runs(parent, self._dispatcher), None) is not None
+        inside = isinstance(parent, DetachedTask) or next(active_runs(parent, self._dispatcher), None) is not None
         if self._state is _State.CLOSED or not inside:
             raise SupervisorClosed(state=self._state.value)
 
@@ -450,6 +471,8 @@ class AdmissionController:
 
     def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
+        if isinstance(ticket.parent, DetachedTask):
+            return self._admit_detached(ticket, pool)
         priority = ticket.task.priority
         if ticket.task.not_before is not None and ticket.task.starts_in():
             return self._try_hold(ticket, pool)
@@ -481,6 +504,11 @@ class AdmissionController:
             return Refusal(why, resource, load, may_spill=False, final=True)
         self._admit(ticket, pool, worker, path_load)
         return None
+
+    def _admit_detached(self, ticket: Ticket, pool: Pool) -> None:
+        """Admit a task that a compensation has submitted, ahead of all others: it is never shed."""
+        ticket.raise_priority(Priority.CRITICAL)
+        self._admit(ticket, pool, self._free_worker(ticket, pool), self._load.on_path(pool, Priority.CRITICAL)[0])
 
     def _admit(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, load: float) -> None:
         ticket.admit(load)

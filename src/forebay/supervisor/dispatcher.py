@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from forebay.interfaces import LoadSource, TaskRecord, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.nested_supervisor import NestedSupervisor
+    from forebay.supervisor.saga_driver import SagaDriver
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.slot_counts import SlotCounts
 
@@ -44,6 +45,7 @@ class Dispatcher:
     Attributes:
         started: how many handlers have been started.
         retries: the tasks that wait for their next attempt.
+        sagas: the sagas that are driven here, if there is a log.
         scheduled: the tasks that wait here for their `not_before`.
         wait_listeners: called whenever a task begins to wait, or a run to await one.
     """
@@ -81,6 +83,7 @@ class Dispatcher:
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
         if self.spill is not None:
             self.load.add_overflow(self.spill.stored.load)
+        self.sagas: SagaDriver | None = None
         self.starts = WorkerStarts(core, self)
         self.supervision = Supervision(
             core,
@@ -100,6 +103,10 @@ class Dispatcher:
         self._counts_of: Mapping[WorkerAgent, Sequence[SlotCounts]] = core.pools.counts_of
         self._nested: dict[WorkerAgent, NestedSupervisor] = {}
         self._sequence_number = 0
+
+    def drive_sagas(self, sagas: SagaDriver) -> None:
+        """Set the driver of the sagas; it needs the admission, which is made after this."""
+        self.sagas = sagas
 
     # --- workers and their slots ---
 

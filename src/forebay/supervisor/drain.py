@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.runs.timers import Timer
+    from forebay.supervisor.saga_driver import SagaDriver
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.ticket import Ticket
 
@@ -70,6 +71,10 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
     @property
     def retries(self) -> TaskRetries:
         """The tasks that wait for their next attempt."""
+
+    @property
+    def sagas(self) -> SagaDriver | None:
+        """The sagas that are driven here, if there is a log."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""
@@ -121,6 +126,9 @@ class Drain:
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
         self._dispatcher.retries.begin_drain()
+        sagas = self._dispatcher.sagas
+        if sagas is not None:
+            sagas.begin_drain()
         spill = self._dispatcher.spill
         survives = spill is not None and spill.stored.survives()
         inside = self._unfinished_tickets()
@@ -134,6 +142,8 @@ class Drain:
             moving.empty_queue()
         elif moving is not None:
             moving.stop()
+        if sagas is not None and (closing or timeout is not None):
+            sagas.stop()
         cut = self._unfinished_tickets()
         not_moved = 0 if moving is None else sum(ticket.run is None and _may_move(ticket) for ticket in cut)
         self._cancel(cut)
@@ -210,7 +220,9 @@ class Drain:
 
     async def _wait_until_stopped(self, seconds: float) -> None:
         """Wait for handlers to stop and for the store to answer, for at most `seconds`."""
-        await self._wait(lambda: self._dispatcher.runs or self._core.background_tasks, seconds)
+        await self._wait(
+            lambda: self._dispatcher.runs or self._core.background_tasks or self._is_compensating(), seconds
+        )
 
     async def _wait(self, condition: Callable[[], object], seconds: float) -> None:
         """Wait while `condition` holds, for at most `seconds`."""
@@ -223,8 +235,11 @@ class Drain:
         while not (self._core.closed or self._store_is_silent) and self._is_going_on():
             await self._wait_for_progress()
 
+    def _is_compensating(self) -> bool:
+        return self._dispatcher.sagas is not None and self._dispatcher.sagas.is_compensating
+
     def _is_going_on(self) -> bool:
-        if self._is_moving():
+        if self._is_moving() or self._is_compensating():
             return True
         if not self._has_unfinished():
             return False

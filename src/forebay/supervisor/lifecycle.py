@@ -26,15 +26,21 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
         await asyncio.sleep(0)  # an eager task factory starts this before the supervisor knows that it is starting
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
+        if dispatcher.sagas is not None:
+            await dispatcher.sagas.open()
         await start_handlers(workers, dispatcher.core.base_context, dispatcher.supervision.exited)
     except BaseException:
         dispatcher.core.timers.close()
+        if dispatcher.sagas is not None:
+            await dispatcher.sagas.close()
         if dispatcher.spill is not None:
             await _close_spill(dispatcher.spill)
         raise
     for worker in workers.values():
         dispatcher.add_worker(worker)
     dispatcher.supervision.begin()
+    if dispatcher.sagas is not None:
+        dispatcher.sagas.begin()
 
 
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
@@ -55,6 +61,8 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         dispatcher.supervision.close()
         await drain.run(0.0, closing=True)
         await stop_handlers(workers.values(), grace=grace)
+        if dispatcher.sagas is not None:
+            await dispatcher.sagas.close()
         if spill is not None:
             await _close_spill(spill)
     finally:

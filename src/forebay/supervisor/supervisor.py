@@ -34,6 +34,7 @@ from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTyp
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
+from forebay.saga import Saga, SagaLog, open_saga_log
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import RESUME_DELAY, Core
@@ -46,6 +47,7 @@ from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.registration import check_decorator_arguments, make_worker
 from forebay.supervisor.runs.slot_loans import active_runs
+from forebay.supervisor.saga_driver import SagaDriver
 from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
@@ -110,6 +112,8 @@ class BackpressureSupervisor:
         max_restarts: how many restarts within `within` seconds there may be. One more, and a supervisor that is a
             worker of another one is restarted by that; otherwise the worker is FAILED until it is revived.
         within: the period of `max_restarts`, in seconds.
+        saga_log: where the steps of sagas are written ahead: ``sqlite:///saga.db``, ``redis://host:6379/0`` or
+            ``memory://``. Needed by workers whose handler is a saga; those that are unfinished in it go on.
         on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
@@ -135,6 +139,7 @@ class BackpressureSupervisor:
         strategy: str = "one_for_one",
         max_restarts: int = 3,
         within: float = 5.0,
+        saga_log: str | SagaLog | None = None,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._settings = SupervisorSettings(
@@ -156,6 +161,9 @@ class BackpressureSupervisor:
         )
         self._overflow = overflow
         self._store = None if overflow is None else open_task_store(overflow)
+        self._given_saga_log = saga_log
+        self._saga_log = None if saga_log is None else open_saga_log(saga_log)
+        self._sagas: dict[str, Saga] = {}
         self._bus = EventBus(event_sinks(on_event))
         self._draw: Callable[[], float] = clock.new_random().random
         self._make_worker = partial(  # once, because ten thousand workers then share what it passes
@@ -275,11 +283,36 @@ class BackpressureSupervisor:
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)
+        self._add_saga(worker)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
         if self._dispatcher is not None and self.running and not self._is_starting:  # otherwise to `start_up`
             add_running_worker(self._dispatcher, worker)
         return worker
+
+    def _add_saga(self, worker: WorkerAgent) -> None:
+        """Have the saga that is the handler of a worker driven here.
+
+        Raises:
+            InvalidHandler: there is no log for it, or another one has its name.
+        """
+        saga = worker.handler.saga
+        if not isinstance(saga, Saga):
+            return
+        hint = None
+        if self._saga_log is None:
+            hint = 'it needs a log: BackpressureSupervisor(saga_log="sqlite:///saga.db")'
+        elif self._sagas.get(saga.name, saga) is not saga:
+            hint = f"another saga is named {saga.name!r}, too, and their log could not tell them apart: rename one"
+        if hint is not None:
+            raise InvalidHandler(worker=worker.name, type="Saga", hint=hint)
+        self._sagas[saga.name] = saga
+        worker.replace_call(partial(self._run_saga, saga))
+
+    async def _run_saga(self, saga: Saga, task: Task) -> Any:
+        sagas = self._running().sagas
+        assert sagas is not None  # noqa: S101 - see `_add_saga`
+        return await sagas.run(saga, task)
 
     def worker(self, *task_types: str, name: str | None = None, **settings: Any) -> Callable[[F], F]:
         """Register the decorated callable as a worker, named after it unless `name` is given.
@@ -769,6 +802,9 @@ class BackpressureSupervisor:
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
+        if self._saga_log is not None:
+            sagas = SagaDriver(core, self._admission, self._saga_log, self._sagas, settings=settings, threads=threads)
+            dispatcher.drive_sagas(sagas)
         return dispatcher
 
     async def _start_up(self, dispatcher: Dispatcher) -> None:
@@ -800,6 +836,8 @@ class BackpressureSupervisor:
         self._drained = False
         if isinstance(self._overflow, str):  # what was in memory is gone
             self._store = open_task_store(self._overflow)
+        if isinstance(self._given_saga_log, str):
+            self._saga_log = open_saga_log(self._given_saga_log)
         for worker in self._workers.values():
             worker.begin_run()
 

@@ -387,6 +387,10 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         """Record the load at which the task was admitted."""
         self.load = load
 
+    def raise_priority(self, priority: Priority) -> None:
+        """Give the task, which is not queued yet, a better priority than it was submitted with."""
+        self.task = msgspec.structs.replace(self.task, priority=min(priority, self.task.priority))
+
     def explain(self, refusal: Refusal) -> None:
         """Record why the task was not admitted."""
         self.reason, self.limited_by, self.load = refusal.reason, refusal.limited_by, refusal.load

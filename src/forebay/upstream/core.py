@@ -115,7 +115,7 @@ class UpstreamCore:
         by = deadline if deadline is not None or running is None else running.deadline
         own = task is not None and tenant in (None, task.tenant)  # otherwise the weight of another tenant is not known
         caller = Caller(
-            priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
+            priority=priority if priority is not None else context.call_priority(running),
             deadline=math.inf if by is None else clock.now() + by.remaining(),
             tenant=tenant if tenant is not None else (DEFAULT_TENANT if task is None else task.tenant),
             task_id=None if task is None else task.task_id,

@@ -1,0 +1,704 @@
+"""SagaRun: one saga while it is driven, forwards by its function and backwards by its compensations."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from forebay import clock, context
+from forebay._hooks import raise_again_if_interrupt, raise_if_cancelled
+from forebay._text import error_text, format_duration
+from forebay.errors import InvalidStep, NotSerializable, Overloaded, PayloadTooLarge, StepFailed
+from forebay.events import log
+from forebay.interfaces import TypeMismatch
+from forebay.overflow import decode_result, encode_result
+from forebay.retry import Retry
+from forebay.saga import records
+from forebay.saga.records import StepRecord, StepState
+from forebay.saga.step import Done, NotEncodable, NothingDone, Step, call, is_ambiguous, step_of
+from forebay.task import Priority
+
+if TYPE_CHECKING:
+    from forebay.context import RunningTask
+    from forebay.saga.definition import Saga
+    from forebay.saga.held_saga import HeldSaga
+
+_REPLAY_WAIT = 10.0  # seconds in which parallel branches of a saga ask for the steps that the log has
+_CHECK_RETRY = Retry(max_attempts=5, base_delay=0.2, max_delay=5.0)
+_PAST_PIVOT = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0)
+_MAX_BUSY_WAIT = 60.0  # seconds between two attempts of a compensation whose call is rejected for load
+
+
+class Driver(Protocol):
+    """What drives a saga: the supervisor, as far as a `SagaRun` needs it."""
+
+    @property
+    def threads(self) -> Executor | None:
+        """Where plain functions run."""
+
+    @property
+    def stops(self) -> bool:
+        """True once no attempt at a compensation begins any more: what is left is for the next process."""
+
+    @property
+    def leaves_waiting(self) -> bool:
+        """True once a compensation that would have to wait is left to the next process."""
+
+    def detached_task(self, saga_id: str) -> RunningTask | None:
+        """Return the running task of the compensations of a saga that it drives."""
+
+
+class _StopSaga(BaseException):
+    """Ends the function of a saga. It is no Exception, so that no ``except Exception`` of the function takes it."""
+
+
+class SagaLeft(_StopSaga):
+    """The saga is left as it is, to go on in the next process."""
+
+
+class _Parking(_StopSaga):
+    """The saga is to be parked.
+
+    Attributes:
+        why: for the person who looks at it.
+        step: the step that it is about, or None.
+    """
+
+    def __init__(self, why: str, step: str | None = None) -> None:
+        super().__init__(why)
+        self.why = why
+        self.step = step
+
+
+class SagaRun:
+    """One saga while it is driven. Its function gets it, and does all its work in `step`.
+
+    Attributes:
+        saga_id: the id of the saga: the key of the task that began it, or its id.
+    """
+
+    def __init__(  # noqa: PLR0913 - what a run is made of
+        self,
+        saga: Saga,
+        payload: Any,
+        held: HeldSaga,
+        driver: Driver,
+        *,
+        bound: int,
+        is_cut_off: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.saga_id = held.saga_id
+        self._payload = payload
+        self._saga = saga
+        self._held = held
+        self._history = held.history
+        self._driver = driver
+        self._bound = bound  # bytes of an output
+        self._is_cut_off = is_cut_off  # returns whether a cancellation ends the task, and not a part of the function
+        self._recorded = dict(self._history.steps)  # those that the log had when it was taken
+        self._steps: dict[str, Step] = {}  # those that the function has asked for
+        self._asked = asyncio.Event()  # set with each
+        self._in_progress: dict[str, asyncio.Task[Any]] = {}
+        self._undoing: set[asyncio.Task[None]] = set()
+        self._function_ended = False
+        self._only_replays = False  # the saga goes back: the function is only asked what undoes its steps
+
+    # --- for the function ---
+
+    async def step(  # noqa: PLR0913 - every property of a step has a name
+        self,
+        name: str,
+        function: Any,
+        /,
+        *args: Any,
+        compensate: Callable[..., Any] | None = None,
+        pivot: bool = False,
+        retry: Retry | None = None,
+        check: Callable[..., Any] | None = None,
+        idempotent: bool = False,
+    ) -> Any:
+        """Do a step, and return its output; or return what it has returned before, in this process or another one.
+
+        That it begins is written to the log before, and its output after. Steps may run side by side, by
+        ``asyncio.gather``.
+
+        Args:
+            name: of the step, unique in its saga: in a loop, ``f"send {number}"``.
+            function: what it does: an async function, a plain one, which runs in a thread, or an agent of a framework,
+                which gets one argument. If it has a parameter `key`, it gets the idempotency key of the step, by which
+                a server can tell a repeated request from a new one.
+            args: its arguments.
+            compensate: undoes the step if the saga fails later, or if the step itself raises: ``undo(output, *, key)``,
+                with the key of the step, or ``undo(output)``. The output is None if the step raised, or nobody knows
+                how it ended: then the key says what to undo. It may be called again, and must allow that.
+            pivot: once it has succeeded, nothing is undone any more, and the saga goes forwards to its end.
+            retry: how the step is tried again, under the same key, when it raises. None: it is not.
+            check: finds out whether the step has had its effect, if its process was lost or no answer came:
+                ``check(key=...)`` returns ``Done(output)``, or None if it had none.
+            idempotent: it may be repeated under its key, if nobody knows how it ended. Without this or a `check`, the
+                saga is parked then.
+
+        Returns:
+            The output, as the log gives it back: plain data, or of the type that `function` says it returns.
+
+        Raises:
+            StepFailed: it raised. What effect it may have had is undone.
+            InvalidStep: an argument is invalid, or there was a step of that name.
+        """
+        asked = step_of(
+            name,
+            function,
+            args,
+            compensate=compensate,
+            pivot=pivot,
+            retry=retry,
+            check=check,
+            idempotent=idempotent,
+        )
+        if self._function_ended:
+            raise asyncio.CancelledError("the saga has ended")
+        if name in self._steps:
+            raise InvalidStep(step=name, why="its saga has asked for a step of that name before: give each its own")
+        self._steps[name] = asked
+        self._asked.set()
+        task = asyncio.ensure_future(self._take(asked))
+        self._in_progress[name] = task
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            if self._is_cut_off() or self._function_ended:
+                raise  # `_stop_steps` waits for the step
+            task.cancel()  # by a timeout of the function itself, for example
+            await _until_ended(task)
+            del self._in_progress[name]
+            _look_at(task)
+            raise
+        del self._in_progress[name]
+        return task.result()
+
+    # --- forwards ---
+
+    async def _take(self, step: Step) -> Any:
+        record = self._recorded.get(step.name)
+        if record is None:
+            await self._replay_before(step)
+            self._check_place(step)
+            return await self._begin(step)
+        self._check_same(step, record)
+        if record.output is not None:
+            return self._decode(step, record.output)
+        match record.state:
+            case StepState.STARTED if self._only_replays:
+                await asyncio.get_running_loop().create_future()  # its outcome is unknown: the function ends here
+            case StepState.STARTED:
+                return await self._resume(step, record)
+            case _ if self._history.past_pivot and record.order > self._pivot_order():
+                return await self._begin(step)  # a person lets it be tried again
+            case StepState.FAILED if not self._only_replays:
+                await self._undo_now(step)  # its process was lost meanwhile
+        raise StepFailed(saga_id=self.saga_id, step=step.name, error=record.error)
+
+    def _pivot_order(self) -> int:
+        pivot = self._history.pivot
+        return 0 if pivot is None else pivot.order
+
+    def _check_same(self, step: Step, record: StepRecord) -> None:
+        """Park the saga if a step of the log has become another one."""
+        for what, was, now in (
+            ("a compensation", record.compensable, step.compensate is not None),
+            ("pivot=True", record.pivot, step.pivot),
+        ):
+            if was != now:
+                before, after = ("with", "without") if was else ("without", "with")
+                raise _Parking(f"step {step.name!r} was begun {before} {what}, and is asked for {after} it{_CHANGED}")
+
+    async def _replay_before(self, step: Step) -> None:
+        """Wait until the function has asked for all steps that the log has, before one that it does not have.
+
+        If it does not, it is another function than the one that began the saga, and an effect of the new step would not
+        belong to it.
+        """
+        while missing := [name for name in self._recorded if name not in self._steps]:
+            alone = len(self._in_progress) <= 1 and not self._history.overlapped
+            if alone or not await self._wait_for_request():
+                raise _Parking(
+                    f"its function asks for step {step.name!r} where its log has step {missing[0]!r}{_CHANGED}"
+                )
+        if self._only_replays:
+            await asyncio.get_running_loop().create_future()
+
+    async def _wait_for_request(self) -> bool:
+        """Wait until the function asks for another step; return False if it does not for a while."""
+        self._asked.clear()
+        try:
+            async with asyncio.timeout(_REPLAY_WAIT):
+                await self._asked.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _check_place(self, step: Step) -> None:
+        """Raise InvalidStep if a step cannot come here."""
+        pivot = self._history.pivot
+        if pivot is None:
+            return
+        if step.pivot:
+            raise InvalidStep(
+                step=step.name, why=f"step {pivot.name!r} is the pivot of its saga, which has one at most"
+            )
+        if step.compensate is not None and pivot.state in (StepState.STARTED, StepState.DONE):
+            why = f"nothing is undone after the pivot, which is step {pivot.name!r}: leave out compensate="
+            raise InvalidStep(step=step.name, why=why)
+
+    async def _begin(self, step: Step) -> Any:
+        """Write that a step begins, and do it."""
+        started = records.Started(
+            at=clock.wall_time(),
+            step=step.name,
+            function=step.function_name,
+            compensable=step.compensate is not None,
+            pivot=step.pivot,
+        )
+        try:
+            await self._held.write(started)
+        except asyncio.CancelledError as error:
+            if not (self._is_cut_off() or self._function_ended):  # else it is told apart later
+                self._note_failed(step, error, clean=True)
+            raise
+        return await self._do(step)
+
+    async def _resume(self, step: Step, record: StepRecord) -> Any:
+        """Go on with a step whose process was lost before it was known how it ended."""
+        if step.check is not None:
+            found = await self._check(step)
+            if found is not None:
+                return self._note_done(step, found.output, by="check")
+        elif not step.idempotent:
+            raise _Parking(
+                f"step {step.name!r} was begun, and it is unknown how it ended, because its process was lost."
+                f" Find out by its key {record.key!r}; a step with check= or idempotent=True needs nobody for that",
+                step.name,
+            )
+        return await self._do(step)
+
+    async def _do(self, step: Step) -> Any:
+        """Call the function of a step until it has succeeded, or failed for good."""
+        attempt = 0
+        while True:
+            attempt += 1
+            await self._held.check_lease()
+            try:
+                output = await self._call(step)
+                encoded = self._encode(step, output)
+            except (Exception, asyncio.CancelledError) as error:
+                if self._is_cancelled(error) and (self._is_cut_off() or self._function_ended):
+                    raise  # whoever stops the saga decides by what is known of the step
+                delay = self._retry_delay(step, error, attempt)
+                if delay is None:
+                    return await self._failed(step, error)
+                await asyncio.sleep(delay)
+            else:
+                self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded))
+                return self._decode(step, encoded)
+
+    @staticmethod
+    def _is_cancelled(error: BaseException) -> bool:
+        task = asyncio.current_task()
+        return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+    async def _call(self, step: Step) -> Any:
+        context.raise_priority(Priority.HIGH)  # in the context of this step alone: each has an asyncio task of its own
+        return await step.call(self._history.key_of(step.name), self._driver.threads)
+
+    def _retry_delay(self, step: Step, error: BaseException, attempt: int) -> float | None:
+        """Return the seconds until a step is tried again, or None."""
+        retry = step.retry
+        if retry is None and step.idempotent and self._history.past_pivot:
+            retry = _PAST_PIVOT
+        if retry is None or isinstance(error, NothingDone | NotEncodable) or self._is_cancelled(error):
+            return None
+        if attempt >= retry.max_attempts or not retry.covers(error):
+            return None
+        return retry.delay(attempt, draw=clock.draw(), retry_after=getattr(error, "retry_after", None))
+
+    async def _failed(self, step: Step, error: BaseException) -> Any:
+        """Find out whether a step that raised has had an effect, and undo that; or return its output after all.
+
+        Raises:
+            StepFailed: it has none.
+        """
+        clean = isinstance(error, NothingDone)
+        if not clean and step.check is not None:
+            found = await self._check(step)
+            if found is not None:
+                return self._note_done(step, found.output, by="check")
+            clean = True
+        if not clean and step.pivot and is_ambiguous(error):
+            raise _Parking(
+                f"the pivot, step {step.name!r}, ended with {_describe(error)}, which leaves open whether it has"
+                " succeeded: a pivot with check= needs nobody to find out",
+                step.name,
+            ) from error
+        self._note_failed(step, error, clean=clean or step.compensate is None)
+        if self._history.past_pivot:
+            raise _Parking(
+                f"step {step.name!r} failed after the pivot, where nothing is undone any more: {_describe(error)}",
+                step.name,
+            ) from error
+        if not clean and step.compensate is not None:
+            await self._undo_now(step)
+        raise StepFailed(saga_id=self.saga_id, step=step.name, error=_describe(error)) from error
+
+    def _note_failed(self, step: Step, error: BaseException, *, clean: bool) -> None:
+        failed = records.Failed(
+            at=clock.wall_time(),
+            step=step.name,
+            error_type=type(error).__name__,
+            error=_describe(error),
+            clean=clean,
+        )
+        self._held.note(failed)
+
+    def _note_done(self, step: Step, output: Any, *, by: str) -> Any:
+        encoded = self._encode(step, output)
+        self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded, by=by))
+        return self._decode(step, encoded)
+
+    async def _check(self, step: Step) -> Done | None:
+        """Ask the check of a step whether it has had its effect.
+
+        Raises:
+            _Parking: it cannot be asked.
+        """
+        assert step.check is not None  # noqa: S101 - by the caller
+        attempt = 0
+        while True:
+            attempt += 1
+            await self._held.check_lease()
+            try:
+                found = await call(step.check, key=self._history.key_of(step.name), threads=self._driver.threads)
+            except (Exception, asyncio.CancelledError) as error:
+                if self._is_cancelled(error):
+                    raise
+                delay = _CHECK_RETRY.delay(attempt, draw=clock.draw()) if attempt < _CHECK_RETRY.max_attempts else None
+                if delay is None:
+                    why = f"the check of step {step.name!r} raised {_describe(error)}: it is unknown how the step ended"
+                    raise _Parking(why, step.name) from error
+                await asyncio.sleep(delay)
+            else:
+                if found is not None and not isinstance(found, Done):
+                    why = f"the check of step {step.name!r} returned a {type(found).__name__}, not Done(output) or None"
+                    raise _Parking(why, step.name)
+                return found
+
+    def _encode(self, step: Step, output: Any) -> bytes:
+        """Return an output as the log stores it.
+
+        Raises:
+            NotEncodable: it cannot.
+        """
+        try:
+            plain = output if step.codec is None else step.codec.dump(step.codec.coerce(output))
+            return encode_result(plain, task_id=step.name, bound=self._bound)
+        except NotSerializable as error:
+            why = f"at {error.path} it holds a {error.type}; return plain data, or annotate what the function returns"
+        except PayloadTooLarge as error:
+            why = f"it takes {error.size} bytes and the bound is {error.bound}: return a reference to it"
+        except TypeMismatch as error:
+            why = f"at result{error.path}: {error.reason}"
+        raise NotEncodable(f"the output of step {step.name!r} cannot be stored: {why}")
+
+    @staticmethod
+    def _decode(step: Step, encoded: bytes) -> Any:
+        plain = decode_result(encoded)
+        return plain if step.codec is None else step.codec.load(plain)
+
+    # --- driving ---
+
+    async def drive(self) -> Any:
+        """Call the function, and return its result once the log has it.
+
+        Whatever this raises, `conclude` decides what becomes of the saga.
+        """
+        value = await self._saga.function(self, self._payload)
+        while self._in_progress:  # begun by the function, and not awaited
+            await asyncio.wait(self._in_progress.values())
+            for name, task in list(self._in_progress.items()):
+                if task.done():
+                    del self._in_progress[name]
+                    if isinstance(error := _look_at(task), _StopSaga):
+                        raise error
+        self._function_ended = True
+        if missing := [name for name in self._recorded if name not in self._steps]:
+            raise _Parking(f"its function has returned without step {missing[0]!r}, which its log has{_CHANGED}")
+        try:
+            result = encode_result(value, task_id=self.saga_id, bound=self._bound)
+        except NotSerializable as error:
+            raise TypeError(
+                f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
+            ) from None
+        await self._held.write(records.Finished(at=clock.wall_time(), result=result))
+        return decode_result(result)
+
+    async def conclude(self, error: BaseException, *, cut_off: bool) -> None:
+        """Bring a saga to its end whose function has not returned. It is to be called once, and not cancelled.
+
+        Args:
+            error: what the function raised, or what it was cut off by.
+            cut_off: whether it was cut off by the end of its task; then past its pivot it is left to go on.
+
+        Raises:
+            SagaTaken, StoreUnavailable: it was left as it is, to go on later, here or in another process.
+        """
+        self._function_ended = True
+        await self._stop_steps()
+        try:
+            if isinstance(error, _StopSaga):
+                raise error
+            if cut_off and self._pivot_was_begun_elsewhere():
+                return
+            await self._settle_pivot()
+            if self._history.past_pivot and not cut_off:
+                self._fail_past_pivot(error)
+            if not self._history.past_pivot:
+                await self._compensate(error)
+        except _Parking as parking:
+            await self._park(parking)
+
+    def _pivot_was_begun_elsewhere(self) -> bool:
+        """Return whether the log has a pivot that the function has not asked for yet, in this process."""
+        pivot = self._history.pivot
+        return pivot is not None and pivot.name not in self._steps
+
+    @staticmethod
+    def _fail_past_pivot(error: BaseException) -> NoReturn:
+        raise _Parking(f"its function failed after the pivot: {_describe(error)}")
+
+    async def leave(self) -> None:
+        """Stop the steps in progress, and write what is known of them. The saga goes on later."""
+        self._function_ended = True
+        await self._stop_steps()
+        await self._held.flush()
+
+    async def _stop_steps(self) -> None:
+        """Cancel the steps in progress, and wait until they have really ended."""
+        for task in self._in_progress.values():
+            task.cancel()
+        while pending := [task for task in (*self._in_progress.values(), *self._undoing) if not task.done()]:
+            await asyncio.wait(pending)
+        for task in self._in_progress.values():
+            _look_at(task)
+        self._in_progress.clear()
+
+    async def _settle_pivot(self) -> None:
+        """Find out how the pivot has ended, if that is unknown, by its check or by repeating it.
+
+        Raises:
+            _Parking: neither is possible.
+        """
+        pivot = self._history.pivot
+        if pivot is None or pivot.state is not StepState.STARTED:
+            return
+        step = self._steps.get(pivot.name)
+        if step is None:
+            raise _Parking(f"its function does not ask for its pivot, step {pivot.name!r}{_CHANGED}", pivot.name)
+        if step.check is not None:
+            found = await self._detached(self._check(step))
+            if found is not None:
+                self._note_done(step, found.output, by="check")
+            else:
+                self._note_failed(step, NothingDone(), clean=True)
+            return
+        if not step.idempotent:
+            why = f"it was cut off during the pivot, step {pivot.name!r}, and it is unknown how that ended"
+            raise _Parking(f"{why}: find out by its key {pivot.key!r}", pivot.name)
+        with suppress(StepFailed):
+            await self._detached(self._do(step))
+
+    async def _park(self, parking: _Parking) -> None:
+        log.error("saga %r is parked: %s", self.saga_id, parking.why)
+        await self._held.write(records.Parked(at=clock.wall_time(), why=parking.why, step=parking.step))
+
+    # --- backwards ---
+
+    async def go_back(self) -> None:
+        """Go on with the compensations of a saga that was left while they were under way.
+
+        Raises:
+            SagaTaken, StoreUnavailable, SagaLeft: as `conclude`.
+        """
+        self._only_replays = True
+        await self._replay()
+        try:
+            await self._compensate(None)
+        except _Parking as parking:
+            await self._park(parking)
+
+    async def _replay(self) -> None:
+        """Call the function, with the outputs of the log, as far as that goes: it says what undoes its steps."""
+        function = asyncio.ensure_future(self._call_quietly())
+        try:
+            while self._not_asked():
+                asked = asyncio.ensure_future(self._wait_for_request())
+                await asyncio.wait((asked, function), return_when=asyncio.FIRST_COMPLETED)
+                if function.done():
+                    asked.cancel()
+                if function.done() or not asked.result():
+                    break
+        finally:
+            self._function_ended = True
+            function.cancel()
+            await _until_ended(function)
+            await self._stop_steps()
+
+    async def _call_quietly(self) -> None:
+        """Call the function to learn its steps; how it ends means nothing."""
+        with suppress(Exception, _StopSaga):
+            await self._saga.function(self, self._payload)
+
+    def _not_asked(self) -> bool:
+        """Return whether there are steps to undo for which the function has not asked."""
+        return any(step.name not in self._steps for step in self._history.to_undo())
+
+    async def _compensate(self, error: BaseException | None) -> None:
+        if not self._history.goes_back:
+            kind, text = type(error).__name__, _describe(error)
+            await self._held.write(records.Compensating(at=clock.wall_time(), error_type=kind, error=text))
+            if self._not_asked():  # cut off before it had come to where it was left
+                run = SagaRun(self._saga, self._payload, self._held, self._driver, bound=self._bound)
+                await run.go_back()
+                return
+        while steps := self._history.to_undo():
+            record = steps[0]
+            step = self._steps.get(record.name)
+            if step is None:
+                raise _Parking(
+                    f"step {record.name!r} is to be undone, and its function does not ask for it{_CHANGED}", record.name
+                )
+            if record.state is StepState.STARTED and step.check is not None and not await self._was_done(step):
+                continue
+            await self._undo(step)
+        await self._held.write(records.Compensated(at=clock.wall_time()))
+
+    async def _was_done(self, step: Step) -> bool:
+        """Ask the check of a step that is to be undone; if it cannot say, the step is undone by its key."""
+        try:
+            found = await self._detached(self._check(step))
+        except _Parking:
+            return True
+        if found is None:
+            self._note_failed(step, NothingDone(), clean=True)
+            return False
+        self._note_done(step, found.output, by="check")
+        return True
+
+    async def _undo_now(self, step: Step) -> None:
+        """Undo a step that has failed, even if its caller is cancelled meanwhile."""
+        task = asyncio.ensure_future(self._undo(step))
+        self._undoing.add(task)
+        task.add_done_callback(self._undoing.discard)
+        await _until_ended(task)
+        task.result()
+
+    async def _undo(self, step: Step) -> None:
+        """Call the compensation of a step until it has succeeded.
+
+        Raises:
+            _Parking: it has failed for good.
+            SagaLeft: it is left to the next process.
+        """
+        record, attempt = self._history.steps[step.name], 0
+        output = None if record.output is None else self._decode(step, record.output)
+        while True:
+            if self._driver.stops:
+                raise SagaLeft
+            await self._held.check_lease()
+            try:
+                await self._detached(self._call_undo(step, output, record.key))
+            except BaseException as error:  # noqa: BLE001 - user code: whatever it raises, the effect is not undone
+                raise_if_cancelled(error)
+                raise_again_if_interrupt(error)
+                attempt += not isinstance(error, Overloaded)  # that has not been tried
+                await asyncio.sleep(self._undo_delay(step, error, attempt))
+            else:
+                await self._held.write(records.Undone(at=clock.wall_time(), step=step.name))
+                return
+
+    def _undo_delay(self, step: Step, error: BaseException, attempt: int) -> float:
+        """Return the seconds until a compensation that has raised is tried again.
+
+        Raises:
+            _Parking: it has failed for good.
+            SagaLeft: it is left to the next process.
+        """
+        retry = self._saga.undo_retry
+        delay: float | None
+        if isinstance(error, Overloaded):
+            delay = min(max(error.retry_after or 0.0, retry.base_delay), _MAX_BUSY_WAIT)
+        else:
+            self._held.note(records.UndoFailed(at=clock.wall_time(), step=step.name, error=_describe(error)))
+            delay = retry.delay(attempt, draw=clock.draw()) if attempt < retry.max_attempts else None
+        if delay is None:
+            times = "once" if attempt == 1 else f"{attempt} times"
+            why = f"the compensation of step {step.name!r} has failed {times}, the last time with {_describe(error)}"
+            raise _Parking(why, step.name) from error
+        log.warning(
+            "the compensation of step %r of saga %r raised %s; it is tried again in %s",
+            step.name,
+            self.saga_id,
+            type(error).__name__,
+            format_duration(delay),
+        )
+        if self._driver.leaves_waiting:
+            raise SagaLeft from error
+        return delay
+
+    async def _call_undo(self, step: Step, output: Any, key: str) -> None:
+        assert step.compensate is not None  # noqa: S101 - by `to_undo`
+        await call(step.compensate, output, key=key, threads=self._driver.threads)
+
+    async def _detached(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Await `work` in a context without deadline, whose calls and tasks are CRITICAL and never shed.
+
+        It is not cancelled with the caller: nothing may cut off an undo.
+        """
+        own = contextvars.copy_context()
+        own.run(context.set_running_task, self._driver.detached_task(self.saga_id))
+        task = asyncio.get_running_loop().create_task(work, context=own)
+        await _until_ended(task)
+        return task.result()
+
+
+_CHANGED = (
+    ". Its code has changed since, or depends on something else than its payload and the outputs of its steps. Let the"
+    " old code finish it, or close it by hand"
+)
+
+
+async def _until_ended(task: asyncio.Future[Any]) -> None:
+    """Wait until `task` has ended, even if the caller is cancelled."""
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            continue
+
+
+def _look_at(task: asyncio.Task[Any]) -> BaseException | None:
+    """Return what a task has raised, so that asyncio does not report it as lost."""
+    return None if task.cancelled() else task.exception()
+
+
+def _describe(error: BaseException | None) -> str:
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - user code
+        text = "(its message cannot be shown)"
+    name = type(error).__name__
+    if isinstance(error, StepFailed):
+        return text
+    return error_text(f"{name}: {text}" if text else name)

@@ -1,0 +1,282 @@
+"""A step of a saga: what is called for it, under which conditions, and what its errors say about its effect."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import types
+import typing
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from forebay._hooks import is_async, name_of
+from forebay.adapters import Handler, as_handler, codec_for, is_agent
+from forebay.errors import InvalidSetting, InvalidStep
+from forebay.interfaces import Codec
+from forebay.retry import Retry
+from forebay.task import Task
+
+_MAX_NAME = 200  # characters of a step's name
+_FIRST_SERVER_ERROR, _REQUEST_TIMEOUT = 500, 408
+# Of the errors of HTTP clients that are no OSError: no answer came, though the request may have. By name, because none
+# of these libraries is imported here.
+_NO_ANSWER = frozenset(
+    {
+        "APIConnectionError",
+        "APITimeoutError",
+        "CloseError",
+        "ConnectionClosedError",
+        "EndpointConnectionError",
+        "IncompleteRead",
+        "NetworkError",
+        "ProtocolError",
+        "ReadError",
+        "ReadTimeout",
+        "ReadTimeoutError",
+        "RemoteProtocolError",
+        "ServerDisconnectedError",
+        "WriteError",
+        "WriteTimeout",
+    }
+)
+
+
+_PLAIN = (None, type(None), Any, object, bool, int, float, str, bytes, list, tuple, dict)
+_UNIONS = (typing.Union, types.UnionType)
+
+
+class NothingDone(Exception):
+    """Raised by a step that has failed and knows that it had no effect: then it is not undone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer of a step's `check`: the step has had its effect.
+
+    Attributes:
+        output: what the step would have returned.
+    """
+
+    output: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One call of `SagaRun.step`.
+
+    Attributes:
+        name: of the step, unique in its saga.
+        function: an async or a plain function, or an agent of a framework.
+        args: its arguments.
+        compensate: undoes its effect: ``undo(output, *, key)``, or ``undo(output)``.
+        pivot: whether nothing before it is undone once it has succeeded.
+        retry: how it is tried again when it raises. None: it is not.
+        check: finds out whether it has had its effect: ``check(key=...)`` returns a `Done`, or None.
+        idempotent: whether it may be repeated under its key.
+        handler: of an agent.
+        codec: converts its output to plain data and back; None: it is plain.
+    """
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    compensate: Callable[..., Any] | None
+    pivot: bool
+    retry: Retry | None
+    check: Callable[..., Any] | None
+    idempotent: bool
+    handler: Handler | None
+    codec: Codec | None
+
+    @property
+    def function_name(self) -> str:
+        """The name of its function, for people."""
+        return name_of(self.function)
+
+    async def call(self, key: str, threads: Executor | None) -> Any:
+        """Call the function, and return its output. It does not return before the function has really ended."""
+        if self.handler is None:
+            return await call(self.function, *self.args, key=key, threads=threads)
+        task = Task(self.name, *self.args, task_id=key, thread_id=key)
+        return await _call(self.handler.call, task, blocking=self.handler.blocking, threads=threads)
+
+
+def step_of(  # noqa: PLR0913 - the arguments of `SagaRun.step`
+    name: str,
+    function: Any,
+    args: tuple[Any, ...],
+    *,
+    compensate: Callable[..., Any] | None,
+    pivot: bool,
+    retry: Retry | None,
+    check: Callable[..., Any] | None,
+    idempotent: bool,
+) -> Step:
+    """Return the step that the arguments describe.
+
+    Raises:
+        InvalidStep: one of them is invalid.
+        InvalidHandler: `function` can be called neither as a function nor as an agent.
+    """
+    if not isinstance(name, str) or not name or len(name) > _MAX_NAME:
+        raise InvalidStep(step=name, why=f"its name must be a string of 1 to {_MAX_NAME} characters")
+    for what, hook in (("compensate", compensate), ("check", check)):
+        if hook is not None and not callable(hook):
+            raise InvalidStep(
+                step=name, why=f"{what}= must be a function, without parentheses, and not a {type(hook).__name__}"
+            )
+    if pivot and compensate is not None:
+        raise InvalidStep(step=name, why="it is the pivot, which is not undone: leave out compensate=, or pivot=True")
+    if retry is not None and not isinstance(retry, Retry):
+        raise InvalidStep(step=name, why="retry= must be a Retry, such as Retry(max_attempts=3)")
+    handler, codec = None, None
+    if not is_agent(function):
+        _check_callable(name, function)
+        codec = _codec_of(function)
+    else:
+        handler = as_handler(function, worker=f"step {name!r}")
+        codec = handler.codec
+        if len(args) > 1:
+            raise InvalidStep(step=name, why=f"it calls an agent, which takes one argument, and was given {len(args)}")
+    return Step(
+        name=name,
+        function=function,
+        args=args,
+        compensate=compensate,
+        pivot=bool(pivot),
+        retry=retry,
+        check=check,
+        idempotent=bool(idempotent),
+        handler=handler,
+        codec=codec,
+    )
+
+
+def _check_callable(name: str, function: Any) -> None:
+    if not callable(function):
+        why = f"it needs a function or an agent, and was given a {type(function).__name__}"
+        if inspect.iscoroutine(function):
+            function.close()  # else Python would also warn that it was never awaited
+            why = 'it was given a call that has begun: pass the function and its arguments, run.step("a", f, x)'
+        raise InvalidStep(step=name, why=why)
+
+
+def _codec_of(function: Any) -> Codec | None:
+    """Return the codec of the type that a function says it returns; None if that is plain data, or it says nothing."""
+    while isinstance(function, partial):
+        function = function.func
+    try:
+        declared = typing.get_type_hints(function).get("return")
+    except Exception:  # noqa: BLE001 - annotations of a user's that cannot be resolved here
+        return None
+    if _is_plain(declared):
+        return None
+    try:
+        return codec_for(declared, owner="step", name="function")
+    except InvalidSetting:
+        return None
+
+
+def _is_plain(declared: Any) -> bool:
+    """Return whether all values of a type are plain data, as far as that can be seen; so is what says nothing."""
+    if declared in _PLAIN:
+        return True
+    parts = typing.get_args(declared)
+    origin = typing.get_origin(declared)
+    return (
+        bool(parts)
+        and (origin in _PLAIN or origin in _UNIONS)
+        and all(part is ... or _is_plain(part) for part in parts)
+    )
+
+
+async def call(function: Callable[..., Any], *args: Any, key: str, threads: Executor | None) -> Any:
+    """Call a function of a step, in a thread if it is not async, and with its `key` if it takes one."""
+    if _takes_key(function):
+        function = partial(function, key=key)
+    return await _call(function, *args, blocking=not is_async(function), threads=threads)
+
+
+async def _call(function: Callable[..., Any], *args: Any, blocking: bool, threads: Executor | None) -> Any:
+    if not blocking:
+        value = function(*args)
+        return await value if inspect.isawaitable(value) else value
+    loop = asyncio.get_running_loop()
+    value = await _whole(loop.run_in_executor(threads, copy_context().run, _call_plain, function, args))
+    if isinstance(value, _Raised):
+        raise value.error
+    return await value if inspect.isawaitable(value) else value
+
+
+@dataclass(slots=True)
+class _Raised:
+    """What a function in a thread has raised: no future can carry a StopIteration."""
+
+    error: BaseException
+
+
+def _call_plain(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return function(*args)
+    except StopIteration as error:
+        return _Raised(RuntimeError(f"it raised {error!r}"))
+    except BaseException as error:  # noqa: BLE001 - given to the loop as a value
+        return _Raised(error)
+
+
+async def _whole(future: Awaitable[Any]) -> Any:
+    """Wait until a thread has ended, even if the caller is cancelled: it cannot be stopped, and has its effect."""
+    waited = asyncio.ensure_future(future)
+    while not waited.done():
+        try:
+            await asyncio.wait((waited,))
+        except asyncio.CancelledError:
+            continue
+    return waited.result()
+
+
+def _takes_key(function: Any) -> bool:
+    """Return whether a function has a parameter `key` of its own, that is not given by position."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # as of some built-in functions
+        return False
+    key = parameters.get("key")
+    if key is not None:
+        return key.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return False
+
+
+def is_ambiguous(error: BaseException) -> bool:
+    """Return whether an error leaves open if the step had its effect: no answer came, or that of a broken server.
+
+    Any other says that it had none. A cancellation, a timeout and a lost connection are ambiguous, and so is an HTTP
+    status of 408 or from 500 on, in the error or in one that it was raised from.
+    """
+    for each in _chain(error):
+        if isinstance(each, asyncio.CancelledError | TimeoutError | ConnectionError | NotEncodable):
+            return not isinstance(each, ConnectionRefusedError)
+        names = {kind.__name__ for kind in type(each).__mro__}
+        if names & _NO_ANSWER:
+            return True
+        status = getattr(each, "status_code", None) or getattr(each, "status", None)
+        if isinstance(status, int):
+            return status >= _FIRST_SERVER_ERROR or status == _REQUEST_TIMEOUT
+    return False
+
+
+class NotEncodable(Exception):
+    """The output of a step cannot be written to the log. The step has had its effect."""
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        yield each
+        seen.add(id(each))
+        each = each.__cause__ or each.__context__

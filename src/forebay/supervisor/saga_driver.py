@@ -1,0 +1,462 @@
+"""The sagas that this supervisor drives: those that its tasks begin, and those that are left in the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping
+from concurrent.futures import Executor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from forebay import clock, context
+from forebay.carried_context import capture_context, restore_context
+from forebay.context import DetachedTask
+from forebay.errors import (
+    ForebayError,
+    InvalidPayload,
+    SagaCompensated,
+    SagaParked,
+    SagaTaken,
+    StoreUnavailable,
+    SupervisorClosed,
+    UnknownTaskType,
+)
+from forebay.events import log
+from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_envelope, decode_result, encode_task
+from forebay.saga import records
+from forebay.saga.held_saga import HeldSaga
+from forebay.saga.records import LogDamaged, LogWrite, SagaHeader, SagaState, StoredSaga
+from forebay.saga.run import SagaLeft, SagaRun
+from forebay.supervisor.runs.run import Run
+from forebay.task import Priority, Task, TaskStatus
+
+if TYPE_CHECKING:
+    from contextvars import Context
+
+    from forebay.context import RunningTask
+    from forebay.saga import Saga, SagaLog
+    from forebay.supervisor.core import Core
+    from forebay.supervisor.settings import SupervisorSettings
+    from forebay.supervisor.ticket import Ticket
+
+_MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would wait for slots with a lease
+_FORGET_BATCH = 1_000
+_POLL = 1.0  # seconds between two looks at a saga that another process drives
+
+
+class SagaAdmission(Protocol):
+    """The admission of the supervisor, as far as sagas need it."""
+
+    def resume(self, task: Task, *, submitted_at: float, own: Context | None) -> Ticket:
+        """Start or queue a task that goes on with what was admitted before."""
+
+
+class SagaDriver:
+    """Drives sagas, keeps their leases, and takes those that are left in the log.
+
+    Args:
+        core: the objects that the parts of the supervisor share.
+        admission: where sagas of the log are queued.
+        log: where they are written.
+        sagas: those that its workers run, by name; workers may be registered later.
+        settings: of the supervisor.
+        threads: where their plain functions run.
+
+    Attributes:
+        stops: True once no attempt at a compensation begins any more.
+        leaves_waiting: True once a compensation that would have to wait is left to the next process.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts of the supervisor that it uses
+        self,
+        core: Core,
+        admission: SagaAdmission,
+        saga_log: SagaLog,
+        sagas: Mapping[str, Saga],
+        *,
+        settings: SupervisorSettings,
+        threads: Executor,
+    ) -> None:
+        self.threads: Executor | None = threads
+        self.stops = self.leaves_waiting = False
+        self._core = core
+        self._admission = admission
+        self._log = saga_log
+        self._sagas = sagas
+        self._settings = settings
+        self._tasks: dict[str, Task] = {}  # that began the sagas which are driven here, by saga id
+        self._weights: dict[str, float] = {}  # of their tenants
+        self._held: dict[str, HeldSaga] = {}
+        self._ends: dict[str, asyncio.Future[None]] = {}  # of those that are driven
+        self._resumed: dict[str, tuple[HeldSaga, Ticket]] = {}  # taken from the log, and waiting; by saga id
+        self._background: set[asyncio.Future[Any]] = set()
+        self._loops: list[asyncio.Future[None]] = []
+        self._scan_now = asyncio.Event()
+
+    # --- start and end ---
+
+    async def open(self) -> None:
+        """Open the log, and begin to look for sagas that were left in it.
+
+        Raises:
+            StoreUnavailable: it cannot be opened.
+        """
+        await self._log.open()
+
+    def begin(self) -> None:
+        """Begin to look for sagas that were left in the log, and to renew leases."""
+        self._loops = [asyncio.ensure_future(self._keep_leases()), asyncio.ensure_future(self._keep_scanning())]
+
+    def begin_drain(self) -> None:
+        """Take no saga from the log any more."""
+        self.leaves_waiting = self._log.durable
+
+    def stop(self) -> None:
+        """Begin nothing any more: neither a step nor an attempt at a compensation. What is left goes on elsewhere."""
+        self.leaves_waiting = self.stops = True
+
+    @property
+    def is_compensating(self) -> bool:
+        """True while sagas are compensated or brought to their end here, whether or not their task has ended."""
+        return bool(self._background)
+
+    async def close(self) -> None:
+        """Give back what is held and not driven, and close the log. What a compensation is doing is not cut off."""
+        self.stop()
+        for loop in self._loops:
+            loop.cancel()
+        for held, _ in self._resumed.values():
+            await self._release(held)
+        self._resumed.clear()
+        await self._log.close()
+
+    # --- a task ---
+
+    async def run(self, saga: Saga, task: Task) -> Any:
+        """Run a task whose handler is a saga: begin it, or go on with it, and return its result.
+
+        Raises:
+            SagaCompensated: it has failed, and was undone.
+            SagaParked: it waits for a person.
+            SagaTaken, StoreUnavailable: it goes on later.
+        """
+        run = context.running_task()
+        assert isinstance(run, Run)  # noqa: S101 - only a supervisor calls this
+        held = await self._take(saga, task, run)
+        if not isinstance(held, HeldSaga):
+            return held[0]
+        saga_id = held.saga_id
+        saga_run = SagaRun(
+            saga,
+            task.payload,
+            held,
+            self,
+            bound=self._settings.max_payload_bytes,
+            is_cut_off=lambda: run.abandoned_at is not None,
+        )
+        self._hold(held, task, run.tenant_weight)
+        try:
+            result = await saga_run.drive()
+        except BaseException as error:
+            cut_off = run.abandoned_at is not None
+            is_left = isinstance(error, KeyboardInterrupt | SystemExit | SagaLeft) or self._goes_on(run)
+            ending = saga_run.leave() if is_left else saga_run.conclude(error, cut_off=cut_off)
+            end = self._in_background(self._end(held, ending))
+            if cut_off or isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            await asyncio.wait((end,))
+            self._raise_outcome(held, end, error)
+        self._drop(saga_id)
+        return result
+
+    def _goes_on(self, run: Run) -> bool:
+        """Return whether the task of a run that was stopped is to run again, here or in the next process."""
+        if run.abandoned_at is None:
+            return False
+        ticket = run.ticket
+        if self.stops and ticket.status is TaskStatus.CANCELLED:
+            return True
+        return not (ticket.done() or ticket.awaits_retry)
+
+    async def _end(self, held: HeldSaga, ending: Coroutine[Any, Any, None]) -> None:
+        """Bring a saga to its end, and let others have it if it has none."""
+        try:
+            await ending
+        finally:
+            self._drop(held.saga_id)
+            if not held.ended:
+                await self._release(held)
+                self._scan_now.set()
+
+    def _raise_outcome(self, held: HeldSaga, end: asyncio.Future[None], error: BaseException) -> None:
+        """Raise what became of a saga whose function raised `error`."""
+        history = held.history
+        if not end.cancelled() and isinstance(end.exception(), SagaTaken | StoreUnavailable):
+            raise end.exception() or error
+        if history.state is SagaState.COMPENSATED:
+            raise SagaCompensated(saga_id=held.saga_id, error=history.error) from error
+        if history.state is SagaState.PARKED:
+            raise SagaParked(saga_id=held.saga_id, why=history.why) from error
+        raise error
+
+    async def _take(self, saga: Saga, task: Task, run: Run) -> HeldSaga | tuple[Any]:
+        """Return the saga of a task, to be driven; or, in a tuple, the result that it has already."""
+        saga_id = task.key or task.task_id
+        for held, ticket in self._resumed.values():
+            if ticket is run.ticket or held.saga_id == saga_id:
+                del self._resumed[held.saga_id]
+                if ticket is not run.ticket:  # its task goes on with it itself
+                    ticket.cancel("its saga goes on under its own task")
+                return held
+        header = SagaHeader(
+            saga_id=saga_id,
+            name=saga.name,
+            version=saga.version,
+            envelope=self._encode(task),
+            submission=run.submission,
+        )
+        while True:
+            if (end := self._ends.get(saga_id)) is not None:
+                await asyncio.wait((end,))
+                continue
+            now = clock.wall_time()
+            restart = records.encode_entry(records.Restarted(at=now))
+            fence, until = clock.new_id(), now + self._settings.lease
+            stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
+            if stored.holder != fence:
+                if (outcome := self._outcome(stored)) is not None:
+                    return outcome
+                await self._wait_for_holder(stored, now)
+                continue
+            held = HeldSaga(self._log, stored, lease=self._settings.lease)
+            if stored.header.state is not SagaState.COMPENSATING:
+                if await self._check(saga, held):
+                    return held
+                raise SagaParked(saga_id=saga_id, why=held.history.why)
+            await self._go_back(saga, held, task)
+            raise SagaCompensated(saga_id=saga_id, error=held.history.error)
+
+    @staticmethod
+    async def _wait_for_holder(stored: StoredSaga, now: float) -> None:
+        log.debug("saga %r is driven by another process", stored.header.saga_id)
+        await asyncio.sleep(min(max(stored.until - now, 0.05), _POLL))
+
+    def _outcome(self, stored: StoredSaga) -> tuple[Any] | None:
+        """Return the result of a saga that is DONE, in a tuple; None if another process drives it.
+
+        Raises:
+            SagaParked: it waits for a person.
+        """
+        saga_id, state = stored.header.saga_id, stored.header.state
+        if state is SagaState.PARKED:
+            raise SagaParked(saga_id=saga_id, why=stored.header.why)
+        if state is not SagaState.DONE:
+            return None
+        result = records.SagaHistory(saga_id, records.decode_entries(saga_id, stored.entries)).result
+        return (None if result is None else decode_result(result),)
+
+    def _encode(self, task: Task) -> bytes:
+        payload = self._core.codecs.dump_payload(task)
+        if task.retry is not None:
+            task = msgspec.structs.replace(task, retry=None)  # each submission has its own
+        return encode_task(task, payload, bound=self._settings.max_payload_bytes, context=capture_context())
+
+    async def _check(self, saga: Saga, held: HeldSaga) -> bool:
+        """Park a saga that is not to be driven by this code, or that loses its process again and again."""
+        header = held.stored.header
+        if header.claims > self._settings.max_attempts:
+            unknown = [step.name for step in held.history.unknown]
+            during = f", during step {unknown[0]!r}" if unknown else ""
+            why = f"its process was lost {header.claims} times in a row{during}"
+        elif header.version != saga.version:
+            why = (
+                f"it began under version {header.version!r} of its code, and this is version {saga.version!r}:"
+                " let the old code finish it, or close it by hand"
+            )
+        else:
+            return True
+        log.error("saga %r is parked: %s", header.saga_id, why)
+        await held.write(records.Parked(at=clock.wall_time(), why=why))
+        return False
+
+    # --- what is left in the log ---
+
+    def scan_soon(self) -> None:
+        """Look for sagas that were left in the log, or that a person lets go on."""
+        self._scan_now.set()
+
+    async def _keep_scanning(self) -> None:
+        interval = self._settings.lease / 3
+        while not self.leaves_waiting:
+            self._scan_now.clear()
+            try:
+                await self._scan()
+            except ForebayError as error:
+                self._core.failures.report("unfinished sagas could not be read from the log", error=error)
+            try:
+                async with asyncio.timeout(interval * (0.9 + 0.2 * clock.draw())):
+                    await self._scan_now.wait()
+            except TimeoutError:
+                continue
+
+    async def _scan(self) -> None:
+        now = clock.wall_time()
+        room = _MAX_RESUMED - len(self._resumed) - len(self._background)
+        names = list(self._sagas)
+        if room > 0 and names:
+            claimed = await self._log.claim(
+                names, limit=room, fence=clock.new_id(), until=now + self._settings.lease, now=now
+            )
+            for stored in claimed:
+                try:
+                    await self._resume(stored)
+                except ForebayError as error:
+                    self._core.failures.report(
+                        "saga %r could not be taken from the log", stored.header.saga_id, error=error
+                    )
+        await self._log.forget(before=now - self._settings.result_retention, limit=_FORGET_BATCH)
+
+    async def _resume(self, stored: StoredSaga) -> None:
+        """Go on with a saga that was left in the log."""
+        header = stored.header
+        saga = self._sagas[header.name]
+        try:
+            held = HeldSaga(self._log, stored, lease=self._settings.lease)
+            task, carried = decode_envelope(header.envelope)
+            task = self._core.codecs.load_payload(task)
+        except (LogDamaged, EnvelopeDamaged, EnvelopeTooNew, InvalidPayload) as error:
+            await self._park_unreadable(stored, error)
+            return
+        if not await self._check(saga, held):
+            return
+        if self.leaves_waiting:
+            await self._release(held)
+        elif held.history.goes_back:
+            self._in_background(self._go_back(saga, held, task))
+        else:
+            own = None
+            if carried is not None:
+                own = self._core.base_context.copy()
+                own.run(restore_context, carried)
+            await self._queue(held, task, own)
+
+    async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> None:
+        why = f"it cannot be read: {error}"
+        log.error("saga %r is parked: %s", stored.header.saga_id, why)
+        parked = records.encode_entry(records.Parked(at=clock.wall_time(), why=why))
+        write = LogWrite(len(stored.entries), [parked], SagaState.PARKED, why)
+        await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time())
+
+    async def _queue(self, held: HeldSaga, task: Task, own: Context | None) -> None:
+        """Queue the task of a saga, ahead of what has not begun."""
+        again = msgspec.structs.replace(
+            task,
+            task_id=f"{task.task_id}/resumed-{clock.new_id()}",
+            priority=min(task.priority, Priority.HIGH),
+            key=None,
+            deadline=None,
+            durable=False,
+            spill=False,
+            not_before=None,
+        )
+        try:
+            ticket = self._admission.resume(again, submitted_at=held.stored.header.submission, own=own)
+        except (SupervisorClosed, UnknownTaskType):
+            await self._release(held)
+            return
+        log.info("saga %r goes on", held.saga_id)
+        self._resumed[held.saga_id] = (held, ticket)
+        self._held[held.saga_id] = held
+        self._in_background(self._watch(held, ticket), waits=False)
+
+    async def _watch(self, held: HeldSaga, ticket: Ticket) -> None:
+        """Give a saga back whose task has ended before it had begun."""
+        await ticket
+        if self._resumed.get(held.saga_id, (None, None))[1] is ticket:
+            del self._resumed[held.saga_id]
+            self._held.pop(held.saga_id, None)
+            await self._release(held)
+
+    async def _go_back(self, saga: Saga, held: HeldSaga, task: Task) -> None:
+        """Go on with the compensations of a saga."""
+        self._hold(held, task, self._core.tenants.weight(task.tenant))
+        run = SagaRun(saga, task.payload, held, self, bound=self._settings.max_payload_bytes)
+        end = self._in_background(self._end(held, run.go_back()))
+        await asyncio.wait((end,))
+        self._raise_unless_compensated(held, end)
+
+    def _raise_unless_compensated(self, held: HeldSaga, end: asyncio.Future[None]) -> None:
+        if end.cancelled() or end.exception() is not None or held.history.state is not SagaState.COMPENSATED:
+            left = StoreUnavailable(
+                where=f"saga {held.saga_id!r}", why="its supervisor stops", advice="The next process goes on with it."
+            )
+            self._raise_outcome(held, end, left)
+
+    async def _release(self, held: HeldSaga) -> None:
+        try:
+            await held.release()
+        except (SagaTaken, StoreUnavailable) as error:
+            log.debug("saga %r is released when its lease expires: %s", held.saga_id, error)
+
+    # --- what is driven ---
+
+    def _hold(self, held: HeldSaga, task: Task, weight: float) -> None:
+        saga_id = held.saga_id
+        self._held[saga_id] = held
+        self._tasks[saga_id] = task
+        self._weights[saga_id] = weight
+        self._ends[saga_id] = self._core.loop.create_future()
+
+    def _drop(self, saga_id: str) -> None:
+        for kept in (self._held, self._tasks, self._weights):
+            kept.pop(saga_id, None)
+        if (end := self._ends.pop(saga_id, None)) is not None:
+            end.set_result(None)
+
+    def detached_task(self, saga_id: str) -> RunningTask | None:
+        """Return the running task of the compensations of a saga that it drives."""
+        task, held = self._tasks[saga_id], self._held[saga_id]
+        return DetachedTask(task, submission=held.stored.header.submission, tenant_weight=self._weights[saga_id])
+
+    async def _keep_leases(self) -> None:
+        interval = self._settings.lease / 3
+        while True:
+            await asyncio.sleep(interval)
+            held = {saga_id: each for saga_id, each in self._held.items() if not each.ended}
+            until = clock.now() + self._settings.lease
+            try:
+                lost = set(await self._renew(held.values()))
+            except StoreUnavailable as error:
+                self._core.failures.report("leases on sagas could not be renewed", error=error)
+                continue
+            for saga_id, each in held.items():
+                if saga_id not in lost:
+                    each.extended(until)
+                elif not each.ended:
+                    log.warning("saga %r was taken by another process", saga_id)
+                    each.lose()
+
+    async def _renew(self, held: Iterable[HeldSaga]) -> Iterable[str]:
+        fences = {each.saga_id: each.fence for each in held}
+        if not fences:
+            return ()
+        return await self._log.renew(fences, until=clock.wall_time() + self._settings.lease)
+
+    def _in_background(self, work: Coroutine[Any, Any, None], *, waits: bool = True) -> asyncio.Future[None]:
+        """Await `work`, whatever becomes of the caller; draining waits for it if it `waits`."""
+        future = asyncio.ensure_future(work)
+        if waits:
+            self._background.add(future)
+        future.add_done_callback(partial(self._background_ended))
+        return future
+
+    def _background_ended(self, future: asyncio.Future[None]) -> None:
+        self._background.discard(future)
+        self._core.registry.notify_progress()
+        if not future.cancelled() and (error := future.exception()) is not None:
+            if isinstance(error, SagaTaken | SagaLeft | StoreUnavailable | SagaParked):
+                log.debug("a saga is left as it is: %s", error)
+            else:
+                self._core.failures.report("a saga could not be brought to its end", error=error)
