@@ -164,7 +164,7 @@ function operations.append()
   local length = state and call('LLEN', entries)
   if not state then
     return 0
-  elseif count == 0 or length >= number + count then
+  elseif length >= number + count then
     local there = call('LRANGE', entries, number, number + count - 1)
     for index = 1, count do
       if there[index] ~= ARGV[7 + index] then
