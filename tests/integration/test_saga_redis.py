@@ -307,6 +307,29 @@ async def test_nothing_is_claimed_until_holders_could_renew_their_leases(
         assert await claim(log) == ["a"]
 
 
+async def test_processes_whose_clocks_differ_agree_on_leases(
+    urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(urls[1]) as log, opened(urls[1]) as other:
+        monkeypatch.setattr(other._clock, "ahead", lambda: 50.0)  # type: ignore[attr-defined]
+        await begin(log)
+        assert await append(log, b"1")
+        assert await claim(other, now=159.0) == []  # 109 by the clock of the server
+        (listed,) = await other.list(states=[RUNNING], limit=9)
+        assert (listed.created_at, listed.updated_at) == (150.0, 151.0)
+        assert await other.list(states=[RUNNING], limit=9, after=(150.0, "a")) == []
+        assert await claim(other, now=160.0) == ["a"]
+        for each, until in ((log, 120.0), (other, 170.0)):
+            stored = await each.get("a")
+            assert stored is not None
+            assert (stored.holder, stored.until) == ("other", until)
+        assert await other.renew({"a": "other"}, until=190.0) == []
+        assert await claim(log, now=139.0) == []
+        assert await log.amend("a", LogWrite(1, [b"2"], DONE), now=140.0)
+        assert await other.forget(before=190.0, limit=9) == 0
+        assert await other.forget(before=190.5, limit=9) == 1
+
+
 # --- memory, rights and other programs --------------------------------------------------------------------------------
 
 

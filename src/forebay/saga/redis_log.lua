@@ -17,6 +17,7 @@
 local header, entries, unfinished, states, ended = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local operation, id = ARGV[1], ARGV[2]
 
+local FIRST = 8 -- where the entries to write begin in ARGV
 local CHUNK = 1000 -- arguments of one command: the stack of Lua is bounded
 local NO_LEASE = '8000000000000000' -- epoch second 0
 
@@ -26,9 +27,9 @@ local FORGETTABLE = { done = true, compensated = true, resolved = true }
 
 local call = redis.call
 
-local found = call('HMGET', header, 'name', 'state', 'created', 'updated', 'holder', 'lease', 'claims', 'nonce')
+local found = call('HMGET', header, 'name', 'state', 'created', 'updated', 'holder', 'lease', 'nonce')
 local name, state, created, updated = found[1], found[2], found[3], found[4]
-local holder, lease, claims, nonce = found[5], found[6], found[7], found[8]
+local holder, lease, nonce = found[5], found[6], found[7]
 
 -- Write nothing, but so that Redis lets what follows add to a full memory: a saga that has begun is to end.
 local function allow_full_memory()
@@ -74,8 +75,8 @@ local function enter()
   end
 end
 
-local function push(first)
-  for from = first, #ARGV, CHUNK do
+local function push()
+  for from = FIRST, #ARGV, CHUNK do
     call('RPUSH', entries, unpack(ARGV, from, math.min(from + CHUNK - 1, #ARGV)))
   end
 end
@@ -90,18 +91,18 @@ local function take(fence, until_, own_nonce)
   enter()
 end
 
--- Write entries, the first of which is ARGV[first], with the state and why before them.
-local function write(now, first, ends_lease, own_nonce)
-  local new_state = ARGV[first - 2]
+-- Write the entries of an append or an amendment, with their state.
+local function write(now, ends_lease, own_nonce)
+  local new_state, why = ARGV[FIRST - 2], ARGV[FIRST - 1]
   allow_full_memory()
-  push(first)
+  push()
   ends_lease = ends_lease or not UNFINISHED[new_state]
   local moves = ends_lease or new_state ~= state
   if moves then
     leave()
   end
   state, updated = new_state, now
-  call('HSET', header, 'state', state, 'why', ARGV[first - 1], 'updated', updated, 'claims', 0, 'nonce', own_nonce)
+  call('HSET', header, 'state', state, 'why', why, 'updated', updated, 'claims', 0, 'nonce', own_nonce)
   if ends_lease then
     holder, lease = '', NO_LEASE
     call('HSET', header, 'holder', holder, 'lease', lease)
@@ -122,14 +123,11 @@ function operations.begin()
     take(fence, until_, own_nonce)
   elseif not state or (REPEATABLE[state] and not is_repeated) then
     local is_new = not state
-    if is_new then
-      created = now
-    else
+    if not is_new then
       call('RPUSH', entries, ARGV[11]) -- refused if the memory is full, and then nothing is written
       leave()
-      created = now
     end
-    name, state, updated, holder, lease = ARGV[7], 'running', now, fence, until_
+    name, state, created, updated, holder, lease = ARGV[7], 'running', now, now, fence, until_
     enter() -- so is this
     call('HSET', header, 'name', name, 'version', ARGV[8], 'envelope', ARGV[9], 'submission', ARGV[10],
       'state', state, 'why', '', 'created', created, 'updated', updated, 'claims', 0,
@@ -160,14 +158,14 @@ end
 
 function operations.append()
   local fence, now, number = ARGV[3], ARGV[4], tonumber(ARGV[5])
-  local count = #ARGV - 7
+  local count = #ARGV - FIRST + 1
   local length = state and call('LLEN', entries)
   if not state then
     return 0
   elseif length >= number + count then
     local there = call('LRANGE', entries, number, number + count - 1)
     for index = 1, count do
-      if there[index] ~= ARGV[7 + index] then
+      if there[index] ~= ARGV[FIRST - 1 + index] then
         return 0
       end
     end
@@ -176,7 +174,7 @@ function operations.append()
   elseif holder ~= fence or length ~= number then
     return 0
   end
-  return write(now, 8, false, nonce)
+  return write(now, false, nonce)
 end
 
 function operations.amend()
@@ -189,7 +187,7 @@ function operations.amend()
   elseif lease > now or call('LLEN', entries) ~= number then
     return 0
   end
-  return write(now, 8, true, own_nonce)
+  return write(now, true, own_nonce)
 end
 
 function operations.renew()
