@@ -77,6 +77,7 @@ from tests.integration import (
     test_redis_away,
     test_redis_failover,
     test_redis_lost,
+    test_saga_redis,
 )
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
@@ -1111,6 +1112,25 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_saga_that_a_cancelled_caller_took_stays_taken: test_saga_log.test_what_a_cancelled_caller_took_is_released,
     bugs.two_people_may_decide_about_the_same_saga: test_saga_log.test_of_two_people_who_write_at_once_one_does,
     bugs.sagas_go_on_in_a_file_that_was_removed: test_sqlite_log.test_nothing_is_acknowledged_once_the_file_was_removed,
+    bugs.a_saga_goes_on_before_the_replicas_have_its_entry: (
+        test_saga_redis.test_acknowledged_entries_survive_the_master
+    ),
+    bugs.a_repeated_entry_of_a_saga_is_acknowledged_before_the_replicas_have_it: (
+        test_saga_redis.test_on_a_new_connection_what_is_there_already_is_not_acknowledged
+    ),
+    bugs.a_lost_saga_is_hidden_by_replicas_that_are_missing: (
+        test_saga_redis.test_a_lost_fence_is_not_hidden_by_replicas_that_are_missing
+    ),
+    bugs.a_saga_that_its_caller_was_not_given_stays_leased: (
+        test_saga_redis.test_what_was_taken_for_a_caller_that_was_cancelled_is_released
+    ),
+    bugs.the_late_copy_of_a_call_begins_a_saga_again: (test_saga_redis.test_the_late_copy_of_a_call_changes_nothing),
+    bugs.a_full_redis_lets_no_saga_end: (
+        test_saga_redis.test_with_its_memory_full_what_has_begun_goes_on_and_nothing_begins
+    ),
+    bugs.sagas_that_lapsed_while_redis_was_away_are_claimed_at_once: (
+        test_saga_redis.test_nothing_is_claimed_until_holders_could_renew_their_leases
+    ),
 }
 
 
