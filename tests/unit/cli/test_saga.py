@@ -18,6 +18,7 @@ from forebay.saga import MemorySagaLog, SagaAdmin
     [
         ("nonsense", 2, "it does not begin with the name of a store and ://"),
         ("mysql://host/db", 2, "there is no store 'mysql'"),
+        ("sqlite:///saga.db?bound=9", 2, "bound is an option of an overflow"),
         ("memory://", 2, "a saga log in memory is not shared"),
         ("sqs://tasks", 2, "no saga log is known for sqs://"),
         ("sqlite:///no/such/file.db", 1, "there is no file"),
@@ -62,3 +63,10 @@ async def test_the_commands_that_are_shown_leave_the_password_out(capsys: pytest
     _print_advice(await SagaAdmin(log).show("s"), "redis://user:hunter2@host:6379/0")
     shown = capsys.readouterr().out
     assert ("hunter2" in shown, shown.count("'redis://***@host:6379/0'")) == (False, 4)
+
+
+@pytest.mark.parametrize("command", [["ls"], ["show", "ID"], ["retry", "ID"], ["resolve", "ID"]])
+def test_a_server_that_is_away_is_explained_without_the_password(command: list[str]) -> None:
+    options = ["saga", command[0], "redis://user:hunter2@127.0.0.1:1/0", *command[1:]]
+    done = CliRunner().invoke(app, options)
+    assert (done.exit_code, done.stderr.startswith("forebay: "), "hunter2" in done.output) == (1, True, False)
