@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ class Step:
                 raise error
         return "done"
 
-    async def undo(self, output: object) -> None:
+    async def undo(self, _: object) -> None:
         self.undone += 1
 
 
@@ -173,3 +174,61 @@ async def test_a_step_that_the_function_cuts_off_between_two_attempts_has_failed
     assert history.state is SagaState.DONE
     assert history.unknown == []
     assert (step.calls, step.undone) == (1, int(undo))
+
+
+async def asked_within_a_timeout(run: SagaRun, *steps: Any) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await asyncio.gather(*(run.step(name, step, **options) for name, step, options in steps))
+
+
+async def asked_in_a_group(run: SagaRun, *steps: Any) -> None:
+    try:
+        async with asyncio.TaskGroup() as group:
+            for name, step, options in steps:
+                group.create_task(run.step(name, step, **options))
+    except BaseExceptionGroup as errors:
+        raise ValueError("one of them has failed") from errors
+
+
+async def asked_in_a_group_whose_error_is_raised(run: SagaRun, *steps: Any) -> None:
+    async with asyncio.TaskGroup() as group:
+        for name, step, options in steps:
+            group.create_task(run.step(name, step, **options))
+
+
+async def asked_and_collected(run: SagaRun, *steps: Any) -> None:
+    await asyncio.gather(*(run.step(name, step, **options) for name, step, options in steps), return_exceptions=True)
+
+
+WAYS = [
+    asked_within_a_timeout,
+    asked_in_a_group,
+    asked_in_a_group_whose_error_is_raised,
+    asked_and_collected,
+]
+
+
+@virtual
+@pytest.mark.parametrize("ask", WAYS, ids=lambda way: way.__name__)
+async def test_a_step_whose_check_cannot_be_asked_parks_the_saga_whatever_the_function_makes_of_it(
+    ask: Callable[..., Any],
+) -> None:
+    log, step, other, later = MemorySagaLog(), Step(TimeoutError()), Step(), Step()
+    if ask is asked_within_a_timeout:
+        step.errors = [None]
+
+    def check() -> None:
+        raise OSError("away")
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await ask(run, ("a", step, {"compensate": step.undo, "check": check}), ("b", other, {"compensate": other.undo}))
+        await run.step("later", later)
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+    assert history.state is SagaState.PARKED
+    assert "the check of step 'a' raised OSError" in history.why
+    assert (step.calls, step.undone, other.undone, later.calls) == (1, 0, 0, 0)

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from forebay import clock, context
 from forebay._hooks import raise_again_if_interrupt, raise_if_cancelled
 from forebay._text import error_text, format_duration
-from forebay.errors import InvalidStep, NotSerializable, Overloaded, PayloadTooLarge, StepFailed
+from forebay.errors import (
+    InvalidStep,
+    NotSerializable,
+    Overloaded,
+    PayloadTooLarge,
+    SagaTaken,
+    StepFailed,
+    StoreUnavailable,
+)
 from forebay.events import log
 from forebay.interfaces import TypeMismatch
 from forebay.overflow import decode_result, encode_result
@@ -119,6 +127,7 @@ class SagaRun:
         self._recorded = dict(self._history.steps)  # those that the log had when it was taken
         self._steps: dict[str, Step] = {}  # those that the function has asked for
         self._asked = asyncio.Event()  # set with each
+        self._stop: BaseException | None = None  # what ends the saga, whatever its function makes of it
         self._uncalled: set[str] = set()  # the steps that were begun here, and whose function was not called yet
         self._in_progress: dict[str, asyncio.Task[Any]] = {}
         self._undoing: set[asyncio.Task[None]] = set()
@@ -180,11 +189,13 @@ class SagaRun:
         )
         if self._function_ended:
             raise asyncio.CancelledError("the saga has ended")
+        if self._stop is not None:
+            raise self._stop
         if name in self._steps:
             raise InvalidStep(step=name, why="its saga has asked for a step of that name before: give each its own")
         self._steps[name] = asked
         self._asked.set()
-        task = asyncio.ensure_future(self._take(asked))
+        task = asyncio.ensure_future(self._take_or_stop(asked))
         self._in_progress[name] = task
         try:
             await asyncio.wait((task,))
@@ -200,6 +211,14 @@ class SagaRun:
         return task.result()
 
     # --- forwards ---
+
+    async def _take_or_stop(self, step: Step) -> Any:
+        """Do a step; what ends the saga is noted, because groups and timeouts of its function may hide it."""
+        try:
+            return await self._take(step)
+        except (_StopSaga, SagaTaken, StoreUnavailable) as stop:  # what its function raises is a StepFailed by now
+            self._stop = self._stop or stop
+            raise
 
     async def _take(self, step: Step) -> Any:
         record = self._recorded.get(step.name)
@@ -466,14 +485,20 @@ class SagaRun:
 
         Whatever this raises, `conclude` decides what becomes of the saga.
         """
-        value = await self._saga.function(self, self._payload)
-        while self._in_progress:  # begun by the function, and not awaited
-            await asyncio.wait(self._in_progress.values())
-            for name, task in list(self._in_progress.items()):
-                if task.done():
-                    del self._in_progress[name]
-                    if isinstance(error := _look_at(task), _StopSaga):
-                        raise error
+        try:
+            value = await self._saga.function(self, self._payload)
+            while self._in_progress:  # begun by the function, and not awaited
+                await asyncio.wait(self._in_progress.values())
+                for name, task in list(self._in_progress.items()):
+                    if task.done():
+                        del self._in_progress[name]
+                        _look_at(task)
+        except (Exception, BaseExceptionGroup):
+            if self._stop is not None:
+                raise self._stop from None
+            raise
+        if self._stop is not None:
+            raise self._stop
         self._function_ended = True
         if missing := [name for name in self._recorded if name not in self._steps]:
             raise _Parking(f"its function has returned without step {missing[0]!r}, which its log has{_CHANGED}")
@@ -499,6 +524,8 @@ class SagaRun:
         self._function_ended = True
         await self._stop_steps()
         try:
+            if self._stop is not None:
+                raise self._stop
             if isinstance(error, _StopSaga):
                 raise error
             self._note_uncalled()
@@ -609,7 +636,7 @@ class SagaRun:
 
     async def _call_quietly(self) -> None:
         """Call the function to learn its steps; how it ends means nothing."""
-        with suppress(Exception, _StopSaga):
+        with suppress(Exception, BaseExceptionGroup, _StopSaga):
             await self._saga.function(self, self._payload)
 
     def _not_asked(self) -> bool:
