@@ -180,7 +180,7 @@ class World:
         record = self._begin(process, key, "the function")
         if record is not None and record.state is not StepState.STARTED:
             self.wrong.append(f"the function of step {key} was called again: it is {record.state.value}")
-        if self.history(key.split("/")[0]).goes_back:
+        if self.history(key.split("/", maxsplit=1)[0]).goes_back:
             self.wrong.append(f"the function of step {key} was called though its saga goes back")
         if key in self.effects and not step.idempotent:
             self.wrong.append(f"the function of step {key} was called again, which has had its effect")
@@ -199,7 +199,7 @@ class World:
     def begin_undo(self, process: SagaProcess, step: StepPlan, key: str, output: object) -> UndoBehaviour:
         """Check a call of a compensation when it begins, and return how it behaves."""
         record = self._begin(process, key, "the compensation")
-        history = self.history(key.split("/")[0])
+        history = self.history(key.split("/", maxsplit=1)[0])
         if record is not None:
             if not record.needs_undo:
                 self.wrong.append(f"step {key} was undone: it is {record.state.value}")
@@ -237,7 +237,7 @@ class World:
         self.effects.discard(key)
 
     def _reach(self, process: SagaProcess, key: str) -> None:
-        if not self._has(process, key.split("/")[0], f"step {key} had an effect"):
+        if not self._has(process, key.split("/", maxsplit=1)[0], f"step {key} had an effect"):
             raise ConnectionError("cut off from the world")
 
     def report(self) -> str:
@@ -299,8 +299,9 @@ class World:
             "the compensation of step": any(len(step.undo) > 2 for step in steps),
             "failed after the pivot": history.past_pivot,
             "after its pivot it ran out of time": history.past_pivot,
-            "leaves open whether it has succeeded": any(
-                step.kind == "pivot" and step.checks is None for step in steps
+            "leaves open whether it has succeeded": any(step.kind == "pivot" and step.checks is None for step in steps),
+            "before which it may have succeeded": any(
+                step.kind == "pivot" and step.checks is None and step.idempotent for step in steps
             ),
             "it is unknown how that ended": any(
                 step.kind == "pivot" and not step.idempotent and step.checks is None for step in steps
@@ -355,7 +356,7 @@ class SagaProcess:
             self.world.losses += 1
 
     async def point(self) -> None:
-        """Wait for ever if the process is lost here, or was before.
+        """Wait without end if the process is lost here, or was before.
 
         Raises:
             ProcessLost: the test has ended.

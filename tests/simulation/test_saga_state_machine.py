@@ -26,11 +26,10 @@ from hypothesis.stateful import (
 from tests.simulation.saga_world import Behaviour, Kind, SagaPlan, SagaProcess, StepPlan, World
 
 from forebay import Task
-from forebay.errors import ForebayError
+from forebay.overflow import encode_result
 from forebay.retry import Retry
 from forebay.saga import SagaState
-from forebay.saga.records import Done, Failed, LogWrite, Resolved, Retried, StepState, Undone, encode_entry
-from forebay.overflow import encode_result
+from forebay.saga.records import Done, Failed, LogWrite, Resolved, Retried, StepState, encode_entry
 from forebay.simulation import VirtualLoop
 
 T = TypeVar("T")
@@ -43,7 +42,7 @@ ANY: list[Behaviour] = [*LAST[3:], "gets no answer to its effect", "hangs", "han
 
 @st.composite
 def step_plans(draw: st.DrawFn, kind: Kind, *, may_fail: bool) -> StepPlan:
-    """Draw a step; one that may not fail for ever returns after some calls."""
+    """Draw a step; one that may not always fail returns after some calls."""
     odd = draw(st.sampled_from([False, True] if kind == "pivot" else [False, False, True]))
     early: list[Behaviour] = [*ANY]
     last: list[Behaviour] = [*LAST] if may_fail else ["returns"]
