@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 from tests.support.task_plane import virtual
 
@@ -232,3 +233,94 @@ async def test_a_step_whose_check_cannot_be_asked_parks_the_saga_whatever_the_fu
     assert history.state is SagaState.PARKED
     assert "the check of step 'a' raised OSError" in history.why
     assert (step.calls, step.undone, other.undone, later.calls) == (1, 0, 0, 0)
+
+
+class Receipt(msgspec.Struct):
+    """What a step says that it returns."""
+
+    number: int
+
+
+async def returns_an_object() -> object:
+    return object()
+
+
+async def returns_too_much() -> bytes:
+    return bytes(2_000_000)
+
+
+async def returns_another_type() -> Receipt:
+    return cast("Receipt", "receipt 7")
+
+
+UNSTORABLE = [
+    (returns_an_object, "holds a object; return plain data"),
+    (returns_too_much, "the bound is 1000000: return a reference to it"),
+    (returns_another_type, "at result: "),
+]
+
+
+@virtual
+@pytest.mark.parametrize(("function", "why"), UNSTORABLE)
+async def test_a_step_whose_output_cannot_be_stored_has_failed_and_is_undone(
+    function: Callable[..., Any], why: str
+) -> None:
+    log = MemorySagaLog()
+    undone: list[object] = []
+
+    @saga("pay")
+    async def pay_once(run: SagaRun, _: object) -> None:
+        await run.step("a", function, compensate=undone.append, retry=TWICE)
+
+    async with supervisor_of(log, pay_once) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+    assert history.state is SagaState.COMPENSATED
+    assert "the output of step 'a' cannot be stored: " in history.error
+    assert why in history.error
+    assert undone == [None]
+
+
+@virtual
+@pytest.mark.parametrize(("function", "why"), UNSTORABLE)
+async def test_a_pivot_whose_output_cannot_be_stored_parks_the_saga(function: Callable[..., Any], why: str) -> None:
+    log = MemorySagaLog()
+
+    @saga("pay")
+    async def pay_once(run: SagaRun, _: object) -> None:
+        await run.step("a", function, pivot=True)
+
+    async with supervisor_of(log, pay_once) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+    assert history.state is SagaState.PARKED
+    assert why in history.why
+
+
+@virtual
+async def test_an_output_is_of_its_type_again_when_the_saga_goes_on_elsewhere() -> None:
+    log, found = MemorySagaLog(), []
+    log.durable = True  # another process may go on with it
+
+    async def receive() -> Receipt:
+        return Receipt(7)
+
+    async def hang() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def with_last(last: Callable[..., Any]) -> Saga:
+        @saga("pay")
+        async def function(run: SagaRun, _: object) -> None:
+            found.append(await run.step("a", receive))
+            await run.step("b", last, idempotent=True)
+
+        return function
+
+    async with supervisor_of(log, with_last(hang)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        await asyncio.sleep(1.0)
+        await supervisor.close()
+    async with supervisor_of(log, with_last(Step())):
+        history = await ended(log, "s")
+    assert (history.state, history.error) == (SagaState.DONE, "")
+    assert found == [Receipt(7), Receipt(7)]

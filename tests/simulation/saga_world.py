@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, cast
 
 from forebay import BackpressureSupervisor, Ticket
 from forebay.errors import Overloaded, StepFailed, StoreUnavailable
 from forebay.retry import Retry
-from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
+from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaLog, SagaRun, SagaState, saga
 from forebay.saga.records import SagaHistory, StepRecord, StepState, StoredSaga, decode_entries
-
-T = TypeVar("T")
 
 LEASE, GRACE, TIMEOUT = 10.0, 2.0, 25.0  # seconds
 UNDO_RETRY = Retry(max_attempts=3, base_delay=0.5, max_delay=2.0)
@@ -339,7 +337,7 @@ class SagaProcess:
         self.log = ProcessLog(self)
         self.tickets: list[Ticket] = []
         self.running: set[str] = set()  # the keys of steps whose function, check or compensation is running
-        self.supervisor = BackpressureSupervisor(saga_log=self.log, lease=LEASE, zombie_grace=GRACE)
+        self.supervisor = BackpressureSupervisor(saga_log=cast("SagaLog", self.log), lease=LEASE, zombie_grace=GRACE)
         self.supervisor.register_worker(
             "sagas",
             handler=self._saga(),
@@ -503,7 +501,7 @@ class ProcessLog:
     async def close(self) -> None:
         self._closed = True
 
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         method = getattr(self._log, name)
 
         async def operate(*args: Any, **kwargs: Any) -> Any:
