@@ -22,7 +22,7 @@ from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRe
 from forebay.overflow import MemoryTaskStore, open_task_store, redis
 from forebay.overflow.redis import RedisTaskStore
 from forebay.simulation import simulate
-from forebay.storage import redis_clock, redis_listener, redis_master
+from forebay.storage import operation_queue, redis_clock, redis_listener, redis_master
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 from forebay.task import Priority
 
@@ -982,11 +982,13 @@ async def test_a_server_that_is_not_there_is_reported_with_its_address() -> None
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
-def test_large_payloads_are_sent_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis, "_MAX_BYTES", 8)
-    group = [redis._Operation("put", b"", bool, b"x" * size) for size in (3, 3, 3, 20, 1, 1)]
-    group.append(redis._Operation("depths", b"", bool))
-    assert [[len(op.blob or b"") for op in part] for part in redis._parts(group)] == [[3, 3], [3], [20], [1, 1, 0]]
+async def test_large_payloads_are_sent_in_several_parts(
+    remote: RedisTaskStore, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operation_queue, "_MAX_PART_BYTES", 8)
+    proxy.forget()
+    await asyncio.gather(*(remote.put(record(f"{number}")) for number in range(3)), remote.depths())
+    assert proxy.commands == ["EVALSHA", "EVALSHA", "EVALSHA", "HGETALL"]
 
 
 async def test_calls_at_once_are_one_round_trip(remote: RedisTaskStore, proxy: CuttingProxy) -> None:
