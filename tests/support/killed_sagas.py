@@ -1,0 +1,367 @@
+"""Processes that drive sagas, and kill themselves at a given moment.
+
+`SagaProcesses` starts them as forks of one process that has imported everything. Their moments are counted: before and
+after each write to the log, and each request to the effect server. What a killed process has of the log's leases has
+expired for the next one, whose clock is set later, so no test waits for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+from tests.support.effect_server import EffectServer
+
+from forebay import BackpressureSupervisor, Retry, Task, clock
+from forebay.errors import SagaCompensated, SagaParked
+from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, saga
+from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, StoredSaga
+
+ROOT = Path(__file__).parents[2]
+LEASE = 30.0  # seconds
+LATER = 2 * LEASE  # seconds by which the clock of a process is later than that of the one before it
+MAX_LIVES = 1000  # processes, one after the other
+QUICK = Retry(max_attempts=3, base_delay=0.001, max_delay=0.001)
+
+
+class Life(msgspec.Struct, frozen=True, kw_only=True):
+    """One process.
+
+    Attributes:
+        url: of the log.
+        effects: the file of the effect server.
+        saga_id: of the saga.
+        name: of the saga.
+        how: what goes wrong in it.
+        number: of the process; its clock is by so much later than that of the first.
+        crash_at: the moment at which it kills itself, from 1; None: it does not.
+        submits: whether it submits the saga again, as its caller would; else it takes it from the log.
+        linger: seconds that the end of a step waits to be written with the start of the next.
+    """
+
+    url: str
+    effects: str
+    saga_id: str
+    name: str
+    how: str
+    number: int = 0
+    crash_at: int | None = None
+    submits: bool = True
+    linger: float = 0.0
+
+
+class Moments:
+    """The moments of a process, at one of which it kills itself."""
+
+    def __init__(self, crash_at: int | None) -> None:
+        self._left = crash_at
+
+    def passes(self) -> None:
+        """Let a moment pass, or be killed at it."""
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class CrashingLog:
+    """A saga log, before and after each write of which a moment passes.
+
+    Attributes:
+        ended: set once the saga has ended.
+    """
+
+    durable = True
+
+    def __init__(self, log: SagaLog, moments: Moments) -> None:
+        self.ended = asyncio.Event()
+        self._log = log
+        self._moments = moments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    async def begin(self, header: SagaHeader, restart: bytes, *, fence: str, until: float, now: float) -> StoredSaga:
+        self._moments.passes()
+        stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
+        self._moments.passes()
+        return stored
+
+    async def claim(
+        self, names: Sequence[str], *, limit: int, fence: str, until: float, now: float
+    ) -> Sequence[StoredSaga]:
+        claimed = await self._log.claim(names, limit=limit, fence=fence, until=until, now=now)
+        if claimed:
+            self._moments.passes()
+        return claimed
+
+    async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
+        self._moments.passes()
+        written = await self._log.append(saga_id, write, fence=fence, now=now)
+        self._moments.passes()
+        if written and write.state not in UNFINISHED:
+            self.ended.set()
+        return written
+
+    async def release(self, saga_id: str, *, fence: str) -> None:
+        self._moments.passes()
+        await self._log.release(saga_id, fence=fence)
+        self._moments.passes()
+
+
+class Calls:
+    """What the steps of the sagas call: requests to the effect server, before and after each of which a moment passes.
+
+    What is called by ``plain_`` functions runs in threads.
+    """
+
+    def __init__(self, server: EffectServer, moments: Moments) -> None:
+        self.server = server
+        self._moments = moments
+
+    def do(self, step: str) -> Callable[..., Any]:
+        """Return a step that has an effect."""
+
+        async def do(*_: Any, key: str) -> str:
+            return self._do(step, key)
+
+        return do
+
+    def plain_do(self, step: str) -> Callable[..., Any]:
+        def do(*_: Any, key: str) -> str:
+            return self._do(step, key)
+
+        return do
+
+    def do_and_raise(self, step: str, error: Exception) -> Callable[..., Any]:
+        """Return a step that has an effect, and raises all the same."""
+
+        async def do(*_: Any, key: str) -> str:
+            self._do(step, key)
+            raise error
+
+        return do
+
+    def stumble(self, step: str, *, until: int) -> Callable[..., Any]:
+        """Return a step that is rejected at first; then it has an effect."""
+
+        async def do(*_: Any, key: str) -> str:
+            if self.server.count("stumble", step) < until:
+                self.server.stumble(step, key)
+                raise OSError("not now")
+            return self._do(step, key)
+
+        return do
+
+    def undo(self, step: str, *, stumbles: int = 0) -> Callable[..., Any]:
+        """Return the compensation of a step; it raises so often at first."""
+
+        async def undo(_: Any, *, key: str) -> None:
+            if self.server.count("stumble", f"undo {step}") < stumbles:
+                self.server.stumble(f"undo {step}", key)
+                raise OSError("not now")
+            self._undo(step, key)
+
+        return undo
+
+    def plain_undo(self, step: str) -> Callable[..., Any]:
+        def undo(_: Any, *, key: str) -> None:
+            self._undo(step, key)
+
+        return undo
+
+    def check(self, step: str) -> Callable[..., Any]:
+        """Return the check of a step."""
+
+        async def check(*, key: str) -> Done | None:
+            self._moments.passes()
+            found = self.server.check(step, key)
+            self._moments.passes()
+            return None if found is None else Done(found)
+
+        return check
+
+    def _do(self, step: str, key: str) -> str:
+        self._moments.passes()
+        output = self.server.do(step, key)
+        self._moments.passes()
+        return output
+
+    def _undo(self, step: str, key: str) -> None:
+        self._moments.passes()
+        self.server.undo(step, key)
+        self._moments.passes()
+
+
+def chain_of(calls: Calls) -> Saga:
+    """Return a saga of steps one after the other, each of which can be repeated or looked up."""
+
+    @saga("chain", undo_retry=QUICK)
+    async def chain(run: SagaRun, how: str) -> list[str]:
+        stumbles = {"undo stumbles": 2, "undo fails": 1_000_000}.get(how, 0)
+        notes = await run.step(
+            "research",
+            calls.do("research"),
+            compensate=calls.undo("research", stumbles=stumbles),
+            idempotent=True,
+        )
+        text = await run.step(
+            "summarize",
+            calls.plain_do("summarize"),
+            notes,
+            compensate=calls.plain_undo("summarize"),
+            check=calls.check("summarize"),
+        )
+        tried = await run.step(
+            "try", calls.stumble("try", until=1), compensate=calls.undo("try"), retry=QUICK, idempotent=True
+        )
+        if how in ("step fails", "undo stumbles", "undo fails"):
+            broken = calls.do_and_raise("break", ValueError("no"))
+            await run.step("break", broken, text, compensate=calls.undo("break"), idempotent=True)
+        if how == "function fails":
+            raise ValueError(how)
+        act = calls.do("act")
+        if how == "pivot fails":
+            act = calls.stumble("act", until=1_000_000)
+        if how == "pivot has no answer":
+            act = calls.do_and_raise("act", TimeoutError("no answer"))
+        sent = await run.step("act", act, text, pivot=True, check=calls.check("act"))
+        told = await run.step("tell", calls.stumble("tell", until=2), sent, idempotent=True, retry=QUICK)
+        filed = await run.step("file", calls.plain_do("file"), sent, check=calls.check("file"))
+        return [notes, text, tried, sent, told, filed]
+
+    return chain
+
+
+def branches_of(calls: Calls) -> Saga:
+    """Return a saga of steps side by side."""
+
+    @saga("branches", undo_retry=QUICK)
+    async def branches(run: SagaRun, how: str) -> list[str]:
+        async def branch(name: str) -> str:
+            first: str = await run.step(
+                f"{name} 1", calls.do(f"{name} 1"), compensate=calls.undo(f"{name} 1"), idempotent=True
+            )
+            await run.step(
+                f"{name} 2",
+                calls.plain_do(f"{name} 2"),
+                compensate=calls.plain_undo(f"{name} 2"),
+                check=calls.check(f"{name} 2"),
+            )
+            if how == f"{name} fails":
+                raise ValueError(how)
+            return first
+
+        left, right = await asyncio.gather(branch("left"), branch("right"))
+        sent = await run.step("act", calls.do("act"), left, right, pivot=True, idempotent=True)
+        return [left, right, sent]
+
+    return branches
+
+
+def unrepeatable_of(calls: Calls) -> Saga:
+    """Return a saga of steps that can be neither repeated nor looked up."""
+
+    @saga("unrepeatable", undo_retry=QUICK)
+    async def unrepeatable(run: SagaRun, how: str) -> list[str]:
+        first = await run.step("first", calls.do("first"), compensate=calls.undo("first"))
+        second = await run.step("second", calls.plain_do("second"), compensate=calls.plain_undo("second"))
+        if how == "step fails":
+            await run.step("break", calls.do_and_raise("break", ValueError("no")), compensate=calls.undo("break"))
+        sent = await run.step("act", calls.do("act"), pivot=True)
+        told = await run.step("tell", calls.do("tell"))
+        return [first, second, sent, told]
+
+    return unrepeatable
+
+
+SAGAS: Mapping[str, Callable[[Calls], Saga]] = {
+    "chain": chain_of,
+    "branches": branches_of,
+    "unrepeatable": unrepeatable_of,
+}
+
+
+# --- the forks ---
+
+
+async def live(life: Life) -> None:
+    """Drive a saga to its end, unless a moment kills the process."""
+    held_saga._LINGER = life.linger
+    wall_time, behind = clock.wall_time, LATER * (MAX_LIVES - life.number)
+    clock.wall_time = lambda: wall_time() - behind
+    moments = Moments(life.crash_at)
+    log = CrashingLog(open_saga_log(life.url), moments)
+    calls = Calls(EffectServer(Path(life.effects)), moments)
+    saga = SAGAS[life.name](calls)
+    async with BackpressureSupervisor(saga_log=log, lease=LEASE, max_attempts=3) as supervisor:
+        supervisor.register_worker(saga.name, handler=saga, task_types=[saga.name])
+        stored = await log.get(life.saga_id)
+        async with asyncio.timeout(20):
+            if life.submits or stored is None:
+                ticket = await supervisor.submit(Task(saga.name, life.how, key=life.saga_id))
+                result = await ticket
+                assert result.success or isinstance(result.cause, SagaCompensated | SagaParked), result
+            elif stored.header.state in UNFINISHED:
+                await log.ended.wait()
+
+
+def fork(life: Life) -> int:
+    """Run `live` in a fork; return its exit status, negative if a signal has killed it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            asyncio.run(live(life))
+            status = 0
+        except BaseException:  # noqa: BLE001 - its parent reads the status
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def serve() -> None:
+    """Run a process for each line of the standard input, and print how it has ended."""
+    logging.getLogger("forebay").setLevel(logging.CRITICAL)
+    gc.collect()
+    gc.freeze()  # else each fork would copy what a collection visits
+    for line in sys.stdin:
+        print(fork(msgspec.json.decode(line, type=Life)), flush=True)
+
+
+class SagaProcesses:
+    """Processes that drive sagas, as a context manager."""
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "tests.support.killed_sagas"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        return self
+
+    def run(self, life: Life) -> bool:
+        """Run a process; return whether it was killed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(msgspec.json.encode(life).decode() + "\n")
+        self._process.stdin.flush()
+        status = int(self._process.stdout.readline())
+        assert status in (0, -signal.SIGKILL), f"it has failed, see its standard error: {life}"
+        return status != 0
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+
+if __name__ == "__main__":
+    serve()
