@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,18 @@ from tests.support.task_plane import virtual
 
 from forebay import BackpressureSupervisor, Priority, Retry, Task, TaskStatus, clock
 from forebay.context import call_priority, running_task
-from forebay.errors import InvalidHandler, InvalidSaga, SagaCompensated, SagaParked, StepFailed, TaskFailed
+from forebay.errors import (
+    InvalidHandler,
+    InvalidSaga,
+    InvalidSetting,
+    Overloaded,
+    SagaCompensated,
+    SagaParked,
+    StepFailed,
+    StoreUnavailable,
+    TaskFailed,
+)
+from forebay.events import Event, SagaChanged
 from forebay.overflow import encode_result, encode_task
 from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
 from forebay.saga import records as entries
@@ -65,7 +78,7 @@ def log() -> MemorySagaLog:
     return MemorySagaLog()
 
 
-def supervisor_of(log: MemorySagaLog, *sagas: Saga, **settings: Any) -> BackpressureSupervisor:
+def supervisor_of(log: MemorySagaLog | str, *sagas: Saga, **settings: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(saga_log=log, lag_bound=None, **settings)
     for each in sagas:
         supervisor.register_worker(each.name, handler=each, task_types=[each.name], max_concurrent=2)
@@ -606,6 +619,40 @@ async def test_a_saga_that_is_running_when_its_supervisor_closes_goes_on_in_the_
     assert effects.calls == ["a", "b", "b"]
 
 
+@virtual
+async def test_draining_does_not_wait_for_a_step_that_does_not_end(effects: Effects, log: MemorySagaLog) -> None:
+    forever = asyncio.Event()
+
+    async def stubborn() -> None:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await forever.wait()
+                return
+
+    async with supervisor_of(log, two_steps(effects, lambda _: stubborn())) as supervisor:
+        await (await supervisor.submit(Task("publish", "p", task_id="t", timeout=5.0)))
+        begin = clock.now()
+    assert clock.now() - begin < 30.0
+    assert (await history_of(log, "t")).state is SagaState.RUNNING
+    forever.set()
+    await asyncio.sleep(1.0)
+
+
+@virtual
+async def test_the_sagas_of_a_worker_that_was_unregistered_are_left_to_others(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    async with supervisor_of(log, two_steps(effects)) as supervisor:
+        await supervisor.unregister_worker("publish")
+        await left_by_a_lost_process(log, "publish")
+        await asyncio.sleep(100.0)
+        stored = await log.get("lost")
+        assert stored is not None
+        assert (stored.holder, stored.header.claims) == ("lost", 0)
+        supervisor.register_worker("late", handler=two_steps(effects), task_types=["publish"])
+        assert (await ended(log, "lost")).state is SagaState.DONE
+
+
 # --- what compensations may rely on ----------------------------------------------------------------------------------
 
 
@@ -659,6 +706,187 @@ async def test_calls_of_a_saga_that_has_begun_are_at_least_high(log: MemorySagaL
         for priority in (Priority.LOW, Priority.CRITICAL):
             await supervisor.run(Task("s", None, priority=priority))
     assert seen == [Priority.HIGH, Priority.CRITICAL]
+
+
+@virtual
+async def test_a_compensation_that_is_rejected_for_load_waits_as_often_as_it_takes(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    rejected: list[BaseException] = [Overloaded("its breaker is open", limited_by="breaker", load=1.0, retry_after=9.0)]
+
+    @saga("s")
+    async def function(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a", raises=30 * rejected))
+        raise ValueError
+
+    async with supervisor_of(log, function) as supervisor:
+        with pytest.raises(TaskFailed, match="SagaCompensated"):
+            await supervisor.run(Task("s", None, timeout=1_000.0))
+        assert clock.now() == pytest.approx(270.0, abs=5.0)
+    assert effects.left == []
+
+
+@virtual
+async def test_what_becomes_of_sagas_is_an_event(effects: Effects, log: MemorySagaLog) -> None:
+    seen: list[tuple[str, str, str]] = []
+
+    def sink(event: Event) -> None:
+        if isinstance(event, SagaChanged):
+            seen.append((event.saga_id, event.state, event.why))
+
+    async def last(_: str) -> None:
+        raise {"bad": ValueError, "open": TimeoutError}[current]("x")
+
+    current = "bad"
+    async with supervisor_of(log, two_steps(effects, last, pivot=True), on_event=sink) as supervisor:
+        for current in ("bad", "open"):
+            with pytest.raises(TaskFailed):
+                await supervisor.run(Task("publish", "p", task_id=current))
+    assert [each[:2] for each in seen] == [("bad", "compensating"), ("bad", "compensated"), ("open", "parked")]
+    assert all(why for *_, why in seen)
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+
+class SwitchedLog(MemorySagaLog):
+    """A log that is away while `away` is set."""
+
+    away = False
+
+    async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
+        if self.away:
+            raise StoreUnavailable(where="the log", why="it is away", advice="Start it.")
+        return await super().append(saga_id, write, fence=fence, now=now)
+
+    async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
+        if self.away:
+            raise StoreUnavailable(where="the log", why="it is away", advice="Start it.")
+        return await super().renew(holders, until=until)
+
+
+@virtual
+async def test_no_step_begins_before_the_log_has_it(effects: Effects) -> None:
+    log = SwitchedLog()
+    async with supervisor_of(log, two_steps(effects)) as supervisor:
+        log.away = True
+        ticket = await supervisor.submit(Task("publish", "p"))
+        await asyncio.sleep(10.0)
+        assert effects.calls == []
+        log.away = False
+        assert (await ticket).result == "b done"
+
+
+@virtual
+async def test_a_saga_whose_log_is_away_for_long_goes_on_later(effects: Effects) -> None:
+    log = SwitchedLog()
+    async with supervisor_of(log, two_steps(effects), lease=10.0) as supervisor:
+        log.away = True
+        with pytest.raises(TaskFailed, match="StoreUnavailable: The store at the log cannot be used"):
+            await supervisor.run(Task("publish", "p", task_id="t"))
+        log.away = False
+        assert (await ended(log, "t")).state is SagaState.DONE
+    assert effects.calls == ["a", "b"]
+
+
+@virtual
+async def test_a_saga_that_another_process_has_taken_is_not_driven_here(effects: Effects, log: MemorySagaLog) -> None:
+    async def taken(_: str) -> None:
+        far = clock.wall_time() + 1_000.0
+        assert await log.claim(["publish"], limit=1, fence="other", until=far + 1_000.0, now=far)
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a"))
+        await run.step("pause", taken, "")
+        await run.step("b", effects.does("b"))
+
+    async with supervisor_of(log, publish) as supervisor:
+        with pytest.raises(TaskFailed, match="SagaTaken"):
+            await supervisor.run(Task("publish", "p", task_id="t"))
+    assert effects.calls == ["a"]
+    stored = await log.get("t")
+    assert stored is not None
+    assert stored.holder == "other"
+
+
+@virtual
+async def test_two_tasks_of_one_key_are_one_saga(effects: Effects, log: MemorySagaLog) -> None:
+    slow = effects.does("b", seconds=5.0)
+    async with supervisor_of(log, two_steps(effects, slow)) as one, supervisor_of(log, two_steps(effects, slow)) as two:
+        values = await asyncio.gather(*(each.run(Task("publish", "p", key="k")) for each in (one, two)))
+    assert values == ["b done", "b done"]
+    assert effects.calls == ["a", "b"]
+
+
+@virtual
+@pytest.mark.blocks
+async def test_a_durable_task_goes_on_with_its_own_saga(effects: Effects, log: MemorySagaLog, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db"
+    slow = effects.does("b", seconds=50.0)
+    for timeout in (5.0, None):
+        supervisor = supervisor_of(log, two_steps(effects, slow, idempotent=True), overflow=url)
+        await supervisor.start()
+        if timeout is not None:
+            await supervisor.submit(Task("publish", "p", task_id="t", durable=True))
+            await asyncio.sleep(1.0)
+        else:
+            ticket = await supervisor.find("t")
+            assert ticket is not None
+            assert (await ticket).result == "b done"
+        await supervisor.drain(timeout)
+        await supervisor.close()
+    assert effects.calls == ["a", "b", "b"]
+
+
+@virtual
+@pytest.mark.blocks
+async def test_a_compensation_that_waits_is_left_when_its_supervisor_drains(effects: Effects, tmp_path: Path) -> None:
+    failures: list[BaseException] = [ValueError()]
+    url = f"sqlite:///{tmp_path}/saga.db"
+
+    @saga("s")
+    async def function(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a", raises=failures))
+        await asyncio.sleep(1.0)
+        raise ValueError
+
+    async with supervisor_of(url, function) as supervisor:
+        ticket = await supervisor.submit(Task("s", None))
+    assert (await ticket).status is TaskStatus.FAILED
+    assert effects.left == ["a"]
+    async with supervisor_of(url, function):
+        await asyncio.sleep(5.0)
+    assert effects.left == []
+
+
+# --- people ---------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_parked_saga_that_is_retried_goes_on_at_once(effects: Effects, log: MemorySagaLog) -> None:
+    failures: list[BaseException] = [ValueError()] * 10
+
+    @saga("s")
+    async def function(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a", raises=failures))
+        raise ValueError
+
+    async with supervisor_of(log, function) as supervisor:
+        with pytest.raises(TaskFailed, match="SagaParked"):
+            await supervisor.run(Task("s", None, task_id="t", timeout=3_000.0))
+        [header] = await supervisor.sagas.list(SagaState.PARKED)
+        await supervisor.sagas.retry(header.saga_id)
+        await asyncio.sleep(1.0)
+        assert (await history_of(log, "t")).state is SagaState.COMPENSATED
+    assert effects.left == []
+
+
+@virtual
+async def test_a_supervisor_without_a_saga_log_says_so() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        with pytest.raises(InvalidSetting, match="saga_log"):
+            _ = supervisor.sagas
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

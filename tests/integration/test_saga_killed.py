@@ -322,7 +322,7 @@ def test_a_saga_that_loses_process_after_process_goes_on_or_is_parked(
         history = world.history()
         assert history is not None
         if history.state is SagaState.PARKED:
-            assert "its process was lost 4 times in a row" in history.why
+            assert re.search(r"its process was lost \d+ times in a row", history.why)
         world.check(case.state, SagaState.PARKED)
         states.add(history.state)
     assert states == {case.state, SagaState.PARKED}

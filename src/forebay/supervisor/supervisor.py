@@ -34,7 +34,7 @@ from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTyp
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
-from forebay.saga import Saga, SagaLog, open_saga_log
+from forebay.saga import Saga, SagaAdmin, SagaLog, open_saga_log
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import RESUME_DELAY, Core
@@ -307,6 +307,8 @@ class BackpressureSupervisor:
         if hint is not None:
             raise InvalidHandler(worker=worker.name, type="Saga", hint=hint)
         self._sagas[saga.name] = saga
+        if self._dispatcher is not None and self._dispatcher.sagas is not None:
+            self._dispatcher.sagas.scan_soon()  # some may be left in the log
         worker.replace_call(partial(self._run_saga, saga))
 
     async def _run_saga(self, saga: Saga, task: Task) -> Any:
@@ -415,6 +417,9 @@ class BackpressureSupervisor:
 
     def _unlist(self, worker: WorkerAgent) -> None:
         del self._workers[worker.name]
+        saga = worker.handler.saga
+        if isinstance(saga, Saga) and not any(other.handler.saga is saga for other in self._workers.values()):
+            self._sagas.pop(saga.name, None)
 
     def pause(self, task_type: str) -> None:
         """Begin no task of a type any more, until `resume`; what runs goes on.
@@ -453,6 +458,19 @@ class BackpressureSupervisor:
             else:
                 dispatcher.dispatch_to_all(pool)
             dispatcher.core.registry.notify_progress()  # there may be room
+
+    @property
+    def sagas(self) -> SagaAdmin:
+        """The sagas in its log: which there are, what they have done, and what is to become of the parked ones.
+
+        Raises:
+            NotStarted: it is not running.
+            InvalidSetting: it has no saga log.
+        """
+        dispatcher = self._dispatcher_here()
+        if dispatcher.sagas is None:
+            reject("BackpressureSupervisor", "saga_log", None, 'the log of its sagas, such as "sqlite:///saga.db"')
+        return dispatcher.sagas.admin
 
     @property
     def workers(self) -> Mapping[str, WorkerAgent]:
