@@ -22,7 +22,7 @@ from tests.support.saga_logs import DURABLE_LOGS, LogBackend
 
 from forebay.overflow import decode_result
 from forebay.saga import SagaState, open_saga_log
-from forebay.saga.records import SagaHistory, StepState, decode_entries
+from forebay.saga.records import UNFINISHED, SagaHistory, StepState, decode_entries
 
 MOST = 200  # moments of a life
 CHAIN = ["research", "summarize", "try"]
@@ -144,6 +144,18 @@ class World:
         killed = self._processes.run(life)
         self._check_recorded()
         return killed
+
+    def pause(self, pause_at: int) -> int | None:
+        """Let a process drive the saga until it stops, and return its id; None: it has ended."""
+        pid = self._processes.pause(msgspec.structs.replace(self._life, number=self._lives, pause_at=pause_at))
+        self._lives += 1
+        return pid
+
+    def resume(self, pid: int) -> tuple[str, str]:
+        """Continue a process that has stopped; return where that was, and what its task has raised."""
+        self._processes.resume(pid)
+        where, outcome = Path(f"{self._life.effects}.paused").read_text().split("\n")
+        return where, outcome
 
     def _check_recorded(self) -> None:
         """Check that no step was called again once the log had its output."""
@@ -326,3 +338,31 @@ def test_a_saga_that_loses_process_after_process_goes_on_or_is_parked(
         world.check(case.state, SagaState.PARKED)
         states.add(history.state)
     assert states == {case.state, SagaState.PARKED}
+
+
+@cases(CASES[:4], quick=[CASES[1]])
+def test_a_paused_process_does_nothing_for_a_saga_that_another_has_taken(
+    backend: LogBackend, case: Case, processes: SagaProcesses, readers: Readers, tmp_path: Path
+) -> None:
+    log = readers(backend.fast_url(tmp_path))
+    taken = 0
+    for pause_at in range(3, MOST):  # from the start of the saga on
+        world = World(processes, log, tmp_path, case, f"saga {pause_at}")
+        if (pid := world.pause(pause_at)) is None:
+            break
+        history = world.history()
+        assert history is not None
+        was_taken = history.state in UNFINISHED
+        assert not world.live(submits=False)
+        there, requests = world.history(), world.server.requests()
+        where, outcome = world.resume(pid)
+        later = world.server.requests()[len(requests) :]
+        assert len(later) <= (where == "before request"), later  # nothing lies between that and its look at its lease
+        after = world.history()
+        assert there is not None
+        assert after is not None
+        assert after.count == there.count
+        if was_taken:
+            assert outcome == "SagaTaken", where
+            taken += 1
+    assert taken > 15

@@ -1,4 +1,4 @@
-"""Processes that drive sagas, and kill themselves at a given moment.
+"""Processes that drive sagas, and kill or pause themselves at a given moment.
 
 `SagaProcesses` starts them as forks of one process that has imported everything. Their moments are counted: before and
 after each write to the log, and each request to the effect server. What a killed process has of the log's leases has
@@ -23,7 +23,7 @@ import msgspec
 from tests.support.effect_server import EffectServer
 
 from forebay import BackpressureSupervisor, Retry, Task, clock
-from forebay.errors import SagaCompensated, SagaParked
+from forebay.errors import SagaCompensated, SagaParked, SagaTaken
 from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, saga
 from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, StoredSaga
 
@@ -45,6 +45,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
         how: what goes wrong in it.
         number: of the process; its clock is by so much later than that of the first.
         crash_at: the moment at which it kills itself, from 1; None: it does not.
+        pause_at: the moment at which it stops, until it is continued after its lease has expired; None: it does not.
         submits: whether it submits the saga again, as its caller would; else it takes it from the log.
         linger: seconds that the end of a step waits to be written with the start of the next.
     """
@@ -56,22 +57,34 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     how: str
     number: int = 0
     crash_at: int | None = None
+    pause_at: int | None = None
     submits: bool = True
     linger: float = 0.0
 
 
 class Moments:
-    """The moments of a process, at one of which it kills itself."""
+    """The moments of a process, at one of which it kills itself, or stops.
 
-    def __init__(self, crash_at: int | None) -> None:
-        self._left = crash_at
+    Attributes:
+        paused_in: what it was about to do, or had done, when it stopped; None: it has not.
+    """
 
-    def passes(self) -> None:
-        """Let a moment pass, or be killed at it."""
-        if self._left is not None:
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self, crash_at: int | None = None, pause_at: int | None = None) -> None:
+        self.paused_in: str | None = None
+        self._crash_at = crash_at
+        self._pause_at = pause_at
+        self._passed = 0
+
+    def passes(self, what: str) -> None:
+        """Let a moment pass, or be killed or stopped at it."""
+        self._passed += 1
+        if self._passed == self._crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._passed == self._pause_at:
+            self.paused_in = what
+            os.kill(os.getpid(), signal.SIGSTOP)
+            now = clock.now
+            clock.now = lambda: now() + LATER  # so long has it been stopped, by the clock of whoever took its saga
 
 
 class CrashingLog:
@@ -92,9 +105,9 @@ class CrashingLog:
         return getattr(self._log, name)
 
     async def begin(self, header: SagaHeader, restart: bytes, *, fence: str, until: float, now: float) -> StoredSaga:
-        self._moments.passes()
+        self._moments.passes("before begin")
         stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
-        self._moments.passes()
+        self._moments.passes("after begin")
         return stored
 
     async def claim(
@@ -102,21 +115,21 @@ class CrashingLog:
     ) -> Sequence[StoredSaga]:
         claimed = await self._log.claim(names, limit=limit, fence=fence, until=until, now=now)
         if claimed:
-            self._moments.passes()
+            self._moments.passes("after claim")
         return claimed
 
     async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
-        self._moments.passes()
+        self._moments.passes("before append")
         written = await self._log.append(saga_id, write, fence=fence, now=now)
-        self._moments.passes()
+        self._moments.passes("after append")
         if written and write.state not in UNFINISHED:
             self.ended.set()
         return written
 
     async def release(self, saga_id: str, *, fence: str) -> None:
-        self._moments.passes()
+        self._moments.passes("before release")
         await self._log.release(saga_id, fence=fence)
-        self._moments.passes()
+        self._moments.passes("after release")
 
 
 class Calls:
@@ -184,23 +197,23 @@ class Calls:
         """Return the check of a step."""
 
         async def check(*, key: str) -> Done | None:
-            self._moments.passes()
+            self._moments.passes("before request")
             found = self.server.check(step, key)
-            self._moments.passes()
+            self._moments.passes("after request")
             return None if found is None else Done(found)
 
         return check
 
     def _do(self, step: str, key: str) -> str:
-        self._moments.passes()
+        self._moments.passes("before request")
         output = self.server.do(step, key)
-        self._moments.passes()
+        self._moments.passes("after request")
         return output
 
     def _undo(self, step: str, key: str) -> None:
-        self._moments.passes()
+        self._moments.passes("before request")
         self.server.undo(step, key)
-        self._moments.passes()
+        self._moments.passes("after request")
 
 
 def chain_of(calls: Calls) -> Saga:
@@ -300,7 +313,7 @@ async def live(life: Life) -> None:
     held_saga._LINGER = life.linger
     wall_time, behind = clock.wall_time, LATER * (MAX_LIVES - life.number)
     clock.wall_time = lambda: wall_time() - behind
-    moments = Moments(life.crash_at)
+    moments = Moments(life.crash_at, life.pause_at)
     log = CrashingLog(open_saga_log(life.url), moments)
     calls = Calls(EffectServer(Path(life.effects)), moments)
     saga = SAGAS[life.name](calls)
@@ -311,13 +324,20 @@ async def live(life: Life) -> None:
             if life.submits or stored is None:
                 ticket = await supervisor.submit(Task(saga.name, life.how, key=life.saga_id))
                 result = await ticket
-                assert result.success or isinstance(result.cause, SagaCompensated | SagaParked), result
+                assert result.success or isinstance(result.cause, SagaCompensated | SagaParked | SagaTaken), result
+                note_paused(life, moments, type(result.cause).__name__)
             elif stored.header.state in UNFINISHED:
                 await log.ended.wait()
 
 
+def note_paused(life: Life, moments: Moments, outcome: str) -> None:
+    """Note how a process has ended that was stopped."""
+    if moments.paused_in is not None:
+        Path(f"{life.effects}.paused").write_text(f"{moments.paused_in}\n{outcome}")
+
+
 def fork(life: Life) -> int:
-    """Run `live` in a fork; return its exit status, negative if a signal has killed it."""
+    """Run `live` in a fork; return its process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -329,16 +349,36 @@ def fork(life: Life) -> int:
         finally:
             sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def serve() -> None:
-    """Run a process for each line of the standard input, and print how it has ended."""
+    """Run a process for each `Life` of the standard input, or continue that of a process id; print how it ends."""
     logging.getLogger("forebay").setLevel(logging.CRITICAL)
     gc.collect()
     gc.freeze()  # else each fork would copy what a collection visits
     for line in sys.stdin:
-        print(fork(msgspec.json.decode(line, type=Life)), flush=True)
+        request = msgspec.json.decode(line, type=Life | int)
+        if isinstance(request, Life):
+            pid = fork(request)
+        else:
+            pid = request
+            os.kill(pid, signal.SIGCONT)
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        ended = End(stopped=pid) if os.WIFSTOPPED(status) else End(status=os.waitstatus_to_exitcode(status))
+        print(msgspec.json.encode(ended).decode(), flush=True)
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process has ended.
+
+    Attributes:
+        status: its exit status, negative if a signal has killed it.
+        stopped: its id, if it has not ended, but stopped.
+    """
+
+    status: int = 0
+    stopped: int | None = None
 
 
 class SagaProcesses:
@@ -351,13 +391,26 @@ class SagaProcesses:
 
     def run(self, life: Life) -> bool:
         """Run a process; return whether it was killed."""
+        end = self._request(life)
+        assert end.stopped is None
+        return end.status != 0
+
+    def pause(self, life: Life) -> int | None:
+        """Run a process until it stops, and return its id; None: it has ended."""
+        return self._request(life).stopped
+
+    def resume(self, pid: int) -> None:
+        """Continue a process, and wait for its end."""
+        assert self._request(pid) == End(status=0)
+
+    def _request(self, request: Life | int) -> End:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(msgspec.json.encode(life).decode() + "\n")
+        self._process.stdin.write(msgspec.json.encode(request).decode() + "\n")
         self._process.stdin.flush()
-        status = int(self._process.stdout.readline())
-        assert status in (0, -signal.SIGKILL), f"it has failed, see its standard error: {life}"
-        return status != 0
+        end = msgspec.json.decode(self._process.stdout.readline(), type=End)
+        assert end.status in (0, -signal.SIGKILL), f"it has failed, see its standard error: {request}"
+        return end
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
