@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 LEASE = 30.0  # seconds
 LATER = 2 * LEASE  # seconds by which the clock of a process is later than that of the one before it
 MAX_LIVES = 1000  # processes, one after the other
+FAILURES = 7  # of a compensation that is parked twice, and then succeeds
 QUICK = Retry(max_attempts=3, base_delay=0.001, max_delay=0.001)
 
 
@@ -221,7 +222,7 @@ def chain_of(calls: Calls) -> Saga:
 
     @saga("chain", undo_retry=QUICK)
     async def chain(run: SagaRun, how: str) -> list[str]:
-        stumbles = {"undo stumbles": 2, "undo fails": 1_000_000}.get(how, 0)
+        stumbles = {"undo stumbles": 2, "undo fails": FAILURES}.get(how, 0)
         notes = await run.step(
             "research",
             calls.do("research"),
