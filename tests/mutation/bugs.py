@@ -69,6 +69,7 @@ from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.saga import sqlite_log
 from forebay.saga.records import LogWrite
 from forebay.saga.sqlite_log import SqliteSagaLog
+from forebay.saga.step import Step
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -2707,3 +2708,21 @@ def two_people_may_decide_about_the_same_saga() -> None:
 
 def sagas_go_on_in_a_file_that_was_removed() -> None:
     skip(SqliteSagaLog.append, SqliteWriter.check_file)
+
+
+# --- agents as steps of sagas ---
+
+
+def a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written() -> None:
+    original = Step.call
+
+    async def call(self: Step, key: str, threads: Any) -> Any:
+        if self.handler is None:
+            return await original(self, key, threads)
+        return await self.handler.call(Task(self.name, *self.args, task_id=key, thread_id=key))
+
+    replace(Step, original, call)
+
+
+def a_saga_that_is_submitted_again_has_its_agents_begin_again() -> None:
+    always(Run, Run.continue_submission, returns=None)

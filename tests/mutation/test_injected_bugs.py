@@ -87,7 +87,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.saga import test_sqlite_log
+from tests.unit.saga import test_agent_steps, test_sqlite_log
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
@@ -1105,6 +1105,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_saga_that_a_cancelled_caller_took_stays_taken: test_saga_log.test_what_a_cancelled_caller_took_is_released,
     bugs.two_people_may_decide_about_the_same_saga: test_saga_log.test_of_two_people_who_write_at_once_one_does,
     bugs.sagas_go_on_in_a_file_that_was_removed: test_sqlite_log.test_nothing_is_acknowledged_once_the_file_was_removed,
+    bugs.a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written: (
+        test_agent_steps.test_a_node_begins_once_the_checkpoint_before_it_is_written
+    ),
+    bugs.a_saga_that_is_submitted_again_has_its_agents_begin_again: (
+        test_agent_steps.test_a_step_goes_on_from_its_checkpoint_if_its_saga_is_submitted_again
+    ),
 }
 
 

@@ -101,7 +101,8 @@ class Step:
         """Call the function, and return its output. It does not return before the function has really ended."""
         if self.handler is None:
             return await call(self.function, *self.args, key=key, threads=threads)
-        task = Task(self.name, *self.args, task_id=key, thread_id=key)
+        # Durable: an attempt after a loss of the process goes on from what the agent has written until then.
+        task = Task(self.name, *self.args, task_id=key, thread_id=key, durable=True)
         return await _call(self.handler.call, task, blocking=self.handler.blocking, threads=threads)
 
 

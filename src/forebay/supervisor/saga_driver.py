@@ -147,6 +147,7 @@ class SagaDriver:
         held = await self._take(saga, task, run)
         if not isinstance(held, HeldSaga):
             return held[0]
+        run.continue_submission(held.stored.header.submission)
         saga_id = held.saga_id
         saga_run = SagaRun(
             saga,
