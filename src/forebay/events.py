@@ -82,6 +82,24 @@ class TaskDeadLettered(Event, frozen=True, kw_only=True):
     error: str
 
 
+class SagaChanged(Event, frozen=True, kw_only=True):
+    """A saga is compensated from now on, is parked, or has ended; its log has it.
+
+    Attributes:
+        saga_id: of the saga.
+        saga: its name.
+        state: ``"compensating"``, ``"parked"``, ``"compensated"`` or ``"done"``; ``"running"`` after a person let it go
+            on.
+        why: why it is parked or compensated; empty otherwise.
+    """
+
+    kind = "saga"
+    saga_id: str
+    saga: str
+    state: str
+    why: str = ""
+
+
 class TaskStarted(Event, frozen=True, kw_only=True):
     """A handler was started."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from forebay import clock
@@ -27,17 +28,20 @@ class HeldSaga:
         log: where it is written.
         stored: the saga, as it was taken.
         lease: seconds that the lease lasts unless renewed.
+        on_state: called with the saga once the log has another state of it.
 
     Attributes:
         stored: as it was taken.
         history: of the saga, what is not written yet included.
     """
 
-    def __init__(self, log: SagaLog, stored: StoredSaga, *, lease: float) -> None:
+    def __init__(self, log: SagaLog, stored: StoredSaga, *, lease: float, on_state: Callable[[HeldSaga], None]) -> None:
         self.stored = stored
         self.history = SagaHistory(stored.header.saga_id, decode_entries(stored.header.saga_id, stored.entries))
         self._log = log
         self._lease = lease
+        self._on_state = on_state
+        self._state = stored.header.state  # in the log
         self._until = clock.now() + stored.until - clock.wall_time()
         self._written = len(stored.entries)  # acknowledged by the log
         self._pending: list[Entry] = []
@@ -116,6 +120,9 @@ class HeldSaga:
             except (SagaTaken, StoreUnavailable) as error:
                 self._fail(error)
                 return
+            if write.state is not self._state:
+                self._state = write.state
+                self._on_state(self)
             del self._pending[:batch]
             self._written += batch
             while self._waiters and self._waiters[0][0] <= self._written:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -24,21 +24,37 @@ from forebay.task import Priority
 
 if TYPE_CHECKING:
     from forebay.context import RunningTask
-    from forebay.saga.definition import Saga
     from forebay.saga.held_saga import HeldSaga
 
 _REPLAY_WAIT = 10.0  # seconds in which parallel branches of a saga ask for the steps that the log has
 _CHECK_RETRY = Retry(max_attempts=5, base_delay=0.2, max_delay=5.0)
 _PAST_PIVOT = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0)
+_SLOW = 60.0  # seconds after which a compensation that does not return is reported
 _MAX_BUSY_WAIT = 60.0  # seconds between two attempts of a compensation whose call is rejected for load
 
 
+class Definition(Protocol):
+    """The `Saga` that is driven, as far as this module needs it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def function(self) -> Callable[[Any, Any], Awaitable[Any]]:
+        """Asks for its steps, and returns the result."""
+
+    @property
+    def undo_retry(self) -> Retry:
+        """The policy by which a compensation that raises is tried again."""
+
+
 class Driver(Protocol):
-    """What drives a saga: the supervisor, as far as a `SagaRun` needs it."""
+    """The supervisor, as far as a saga that it drives needs it."""
 
     @property
     def threads(self) -> Executor | None:
-        """Where plain functions run."""
+        """The executor in which plain functions run."""
 
     @property
     def stops(self) -> bool:
@@ -79,11 +95,12 @@ class SagaRun:
 
     Attributes:
         saga_id: the id of the saga: the key of the task that began it, or its id.
+        stopping_since: by `clock.now`, when it began to wait for steps that were cancelled; None: it does not.
     """
 
     def __init__(  # noqa: PLR0913 - what a run is made of
         self,
-        saga: Saga,
+        saga: Definition,
         payload: Any,
         held: HeldSaga,
         driver: Driver,
@@ -105,6 +122,7 @@ class SagaRun:
         self._in_progress: dict[str, asyncio.Task[Any]] = {}
         self._undoing: set[asyncio.Task[None]] = set()
         self._function_ended = False
+        self.stopping_since: float | None = None
         self._only_replays = False  # the saga goes back: the function is only asked what undoes its steps
 
     # --- for the function ---
@@ -488,8 +506,10 @@ class SagaRun:
         """Cancel the steps in progress, and wait until they have really ended."""
         for task in self._in_progress.values():
             task.cancel()
+        self.stopping_since = clock.now()
         while pending := [task for task in (*self._in_progress.values(), *self._undoing) if not task.done()]:
             await asyncio.wait(pending)
+        self.stopping_since = None
         for task in self._in_progress.values():
             _look_at(task)
         self._in_progress.clear()
@@ -617,16 +637,28 @@ class SagaRun:
             if self._driver.stops:
                 raise SagaLeft
             await self._held.check_lease()
+            slow = asyncio.get_running_loop().call_later(_SLOW, self._report_slow, step)
             try:
                 await self._detached(self._call_undo(step, output, record.key))
             except BaseException as error:  # noqa: BLE001 - user code: whatever it raises, the effect is not undone
                 raise_if_cancelled(error)
                 raise_again_if_interrupt(error)
                 attempt += not isinstance(error, Overloaded)  # that has not been tried
-                await asyncio.sleep(self._undo_delay(step, error, attempt))
+                delay = self._undo_delay(step, error, attempt)
             else:
                 await self._held.write(records.Undone(at=clock.wall_time(), step=step.name))
                 return
+            finally:
+                slow.cancel()
+            await asyncio.sleep(delay)
+
+    def _report_slow(self, step: Step) -> None:
+        log.warning(
+            "the compensation of step %r of saga %r has not returned for %s: nothing cuts it off, and draining waits",
+            step.name,
+            self.saga_id,
+            format_duration(_SLOW),
+        )
 
     def _undo_delay(self, step: Step, error: BaseException, attempt: int) -> float:
         """Return the seconds until a compensation that has raised is tried again.

@@ -215,7 +215,7 @@ async def _call(function: Callable[..., Any], *args: Any, blocking: bool, thread
 
 @dataclass(slots=True)
 class _Raised:
-    """What a function in a thread has raised: no future can carry a StopIteration."""
+    """An exception of a function in a thread, as a value: no future can carry a StopIteration."""
 
     error: BaseException
 

@@ -469,10 +469,13 @@ class AdmissionController:
                 ticket.share()
         return ticket
 
-    def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
+    def _try_admit(  # noqa: PLR0911 - one for each reason
+        self, ticket: Ticket, pool: Pool, *, may_spill: bool
+    ) -> Refusal | None:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         if isinstance(ticket.parent, DetachedTask):
-            return self._admit_detached(ticket, pool)
+            self._admit_detached(ticket, pool)
+            return None
         priority = ticket.task.priority
         if ticket.task.not_before is not None and ticket.task.starts_in():
             return self._try_hold(ticket, pool)

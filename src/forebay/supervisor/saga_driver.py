@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import Executor
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
 from forebay import clock, context
+from forebay._text import format_duration
 from forebay.carried_context import capture_context, restore_context
 from forebay.context import DetachedTask
 from forebay.errors import (
@@ -23,7 +24,7 @@ from forebay.errors import (
     SupervisorClosed,
     UnknownTaskType,
 )
-from forebay.events import log
+from forebay.events import SagaChanged, log
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_envelope, decode_result, encode_task
 from forebay.saga import records
 from forebay.saga.held_saga import HeldSaga
@@ -43,7 +44,22 @@ if TYPE_CHECKING:
 
 _MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would wait for slots with a lease
 _FORGET_BATCH = 1_000
+_GIVEN_UP = (TaskStatus.TIMED_OUT, TaskStatus.EXPIRED, TaskStatus.FAILED)
 _POLL = 1.0  # seconds between two looks at a saga that another process drives
+
+
+class _CutOff(NamedTuple):
+    """A saga that ran out of time after its pivot.
+
+    Attributes:
+        times: how often in a row, without another entry.
+        entries: how many entries it had.
+        seconds: the time that it had.
+    """
+
+    times: int
+    entries: int
+    seconds: float
 
 
 class SagaAdmission(Protocol):
@@ -90,8 +106,9 @@ class SagaDriver:
         self._weights: dict[str, float] = {}  # of their tenants
         self._held: dict[str, HeldSaga] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}  # of those that are driven
+        self._cut_off: dict[str, _CutOff] = {}  # those that were cut off after their pivot, and go on
         self._resumed: dict[str, tuple[HeldSaga, Ticket]] = {}  # taken from the log, and waiting; by saga id
-        self._background: set[asyncio.Future[Any]] = set()
+        self._background: dict[asyncio.Future[Any], SagaRun] = {}  # with the saga that it brings to its end
         self._loops: list[asyncio.Future[None]] = []
         self._scan_now = asyncio.Event()
 
@@ -119,8 +136,13 @@ class SagaDriver:
 
     @property
     def is_compensating(self) -> bool:
-        """True while sagas are compensated or brought to their end here, whether or not their task has ended."""
-        return bool(self._background)
+        """True while sagas are compensated or brought to their end here, whether or not their task has ended.
+
+        A saga does not count whose step does not end, though it was cancelled: a zombie.
+        """
+        oldest = clock.now() - self._settings.zombie_grace
+        stopping = (run.stopping_since for run in self._background.values())
+        return any(since is None or since > oldest for since in stopping)
 
     async def close(self) -> None:
         """Give back what is held and not driven, and close the log. What a compensation is doing is not cut off."""
@@ -164,12 +186,14 @@ class SagaDriver:
             cut_off = run.abandoned_at is not None
             is_left = isinstance(error, KeyboardInterrupt | SystemExit | SagaLeft) or self._goes_on(run)
             ending = saga_run.leave() if is_left else saga_run.conclude(error, cut_off=cut_off)
-            end = self._in_background(self._end(held, ending))
+            seconds = run.task.timeout or run.worker.timeout if cut_off and not is_left else None
+            end = self._in_background(self._end(held, ending, seconds), saga_run)
             if cut_off or isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             await asyncio.wait((end,))
             self._raise_outcome(held, end, error)
         self._drop(saga_id)
+        self._cut_off.pop(saga_id, None)
         return result
 
     def _goes_on(self, run: Run) -> bool:
@@ -177,19 +201,41 @@ class SagaDriver:
         if run.abandoned_at is None:
             return False
         ticket = run.ticket
-        if self.stops and ticket.status is TaskStatus.CANCELLED:
-            return True
-        return not (ticket.done() or ticket.awaits_retry)
+        if ticket.status is TaskStatus.CANCELLED:
+            return self.stops  # its submitter has not given it up
+        return not (ticket.status in _GIVEN_UP or ticket.awaits_retry)
 
-    async def _end(self, held: HeldSaga, ending: Coroutine[Any, Any, None]) -> None:
-        """Bring a saga to its end, and let others have it if it has none."""
+    async def _end(self, held: HeldSaga, ending: Coroutine[Any, Any, None], cut_off_after: float | None = None) -> None:
+        """Bring a saga to its end, and let others have it if it has none.
+
+        Args:
+            held: the saga.
+            ending: brings it there.
+            cut_off_after: seconds after which its time was up, if that is why it ends.
+        """
         try:
             await ending
+            if cut_off_after is not None and not held.ended:
+                await self._count_cut_off(held, cut_off_after)
+            else:
+                self._cut_off.pop(held.saga_id, None)
         finally:
             self._drop(held.saga_id)
             if not held.ended:
                 await self._release(held)
                 self._scan_now.set()
+
+    async def _count_cut_off(self, held: HeldSaga, seconds: float) -> None:
+        """Count that a saga ran out of time after its pivot; park it if it does so again and again without a step."""
+        count = held.history.count
+        before = self._cut_off.get(held.saga_id)
+        times = 1 if before is None or before.entries != count else before.times + 1
+        self._cut_off[held.saga_id] = _CutOff(times, count, seconds)
+        if times > self._settings.max_attempts:
+            after = format_duration(seconds)
+            why = f"after its pivot it ran out of time {times} times in a row, the last time after {after}"
+            await self._park(held, why)
+            del self._cut_off[held.saga_id]
 
     def _raise_outcome(self, held: HeldSaga, end: asyncio.Future[None], error: BaseException) -> None:
         """Raise what became of a saga whose function raised `error`."""
@@ -231,7 +277,7 @@ class SagaDriver:
                     return outcome
                 await self._wait_for_holder(stored, now)
                 continue
-            held = HeldSaga(self._log, stored, lease=self._settings.lease)
+            held = self._hold_stored(stored)
             if stored.header.state is not SagaState.COMPENSATING:
                 if await self._check(saga, held):
                     return held
@@ -278,9 +324,13 @@ class SagaDriver:
             )
         else:
             return True
-        log.error("saga %r is parked: %s", header.saga_id, why)
-        await held.write(records.Parked(at=clock.wall_time(), why=why))
+        await self._park(held, why)
         return False
+
+    @staticmethod
+    async def _park(held: HeldSaga, why: str) -> None:
+        log.error("saga %r is parked: %s", held.saga_id, why)
+        await held.write(records.Parked(at=clock.wall_time(), why=why))
 
     # --- what is left in the log ---
 
@@ -324,7 +374,7 @@ class SagaDriver:
         header = stored.header
         saga = self._sagas[header.name]
         try:
-            held = HeldSaga(self._log, stored, lease=self._settings.lease)
+            held = self._hold_stored(stored)
             task, carried = decode_envelope(header.envelope)
             task = self._core.codecs.load_payload(task)
         except (LogDamaged, EnvelopeDamaged, EnvelopeTooNew, InvalidPayload) as error:
@@ -335,7 +385,7 @@ class SagaDriver:
         if self.leaves_waiting:
             await self._release(held)
         elif held.history.goes_back:
-            self._in_background(self._go_back(saga, held, task))
+            self._core.run_in_background(self._go_back_alone(saga, held, task))
         else:
             own = None
             if carried is not None:
@@ -352,8 +402,10 @@ class SagaDriver:
 
     async def _queue(self, held: HeldSaga, task: Task, own: Context | None) -> None:
         """Queue the task of a saga, ahead of what has not begun."""
+        cut_off = self._cut_off.get(held.saga_id)
         again = msgspec.structs.replace(
             task,
+            timeout=task.timeout if cut_off is None else 2 * cut_off.seconds,
             task_id=f"{task.task_id}/resumed-{clock.new_id()}",
             priority=min(task.priority, Priority.HIGH),
             key=None,
@@ -370,7 +422,7 @@ class SagaDriver:
         log.info("saga %r goes on", held.saga_id)
         self._resumed[held.saga_id] = (held, ticket)
         self._held[held.saga_id] = held
-        self._in_background(self._watch(held, ticket), waits=False)
+        self._core.run_in_background(self._watch(held, ticket))
 
     async def _watch(self, held: HeldSaga, ticket: Ticket) -> None:
         """Give a saga back whose task has ended before it had begun."""
@@ -380,11 +432,16 @@ class SagaDriver:
             self._held.pop(held.saga_id, None)
             await self._release(held)
 
+    async def _go_back_alone(self, saga: Saga, held: HeldSaga, task: Task) -> None:
+        """Go on with the compensations of a saga of the log; its log has what becomes of it."""
+        with suppress(SagaParked, SagaTaken, StoreUnavailable):
+            await self._go_back(saga, held, task)
+
     async def _go_back(self, saga: Saga, held: HeldSaga, task: Task) -> None:
         """Go on with the compensations of a saga."""
         self._hold(held, task, self._core.tenants.weight(task.tenant))
         run = SagaRun(saga, task.payload, held, self, bound=self._settings.max_payload_bytes)
-        end = self._in_background(self._end(held, run.go_back()))
+        end = self._in_background(self._end(held, run.go_back()), run)
         await asyncio.wait((end,))
         self._raise_unless_compensated(held, end)
 
@@ -402,6 +459,27 @@ class SagaDriver:
             log.debug("saga %r is released when its lease expires: %s", held.saga_id, error)
 
     # --- what is driven ---
+
+    def _hold_stored(self, stored: StoredSaga) -> HeldSaga:
+        """Return a saga that was taken from the log.
+
+        Raises:
+            LogDamaged: it cannot be read.
+        """
+        return HeldSaga(self._log, stored, lease=self._settings.lease, on_state=self._report)
+
+    def _report(self, held: HeldSaga) -> None:
+        """Report a state of a saga that the log has now."""
+        bus, history = self._core.bus, held.history
+        if bus.active:
+            changed = SagaChanged(
+                at=self._core.loop.time(),
+                saga_id=held.saga_id,
+                saga=held.stored.header.name,
+                state=history.state.value,
+                why=history.why or history.error,
+            )
+            bus.emit(changed)
 
     def _hold(self, held: HeldSaga, task: Task, weight: float) -> None:
         saga_id = held.saga_id
@@ -445,19 +523,20 @@ class SagaDriver:
             return ()
         return await self._log.renew(fences, until=clock.wall_time() + self._settings.lease)
 
-    def _in_background(self, work: Coroutine[Any, Any, None], *, waits: bool = True) -> asyncio.Future[None]:
-        """Await `work`, whatever becomes of the caller; draining waits for it if it `waits`."""
+    def _in_background(self, work: Coroutine[Any, Any, None], run: SagaRun) -> asyncio.Future[None]:
+        """Await `work`, which brings a saga to its end, whatever becomes of the caller; draining waits for it."""
         future = asyncio.ensure_future(work)
-        if waits:
-            self._background.add(future)
-        future.add_done_callback(partial(self._background_ended))
+        self._background[future] = run
+        future.add_done_callback(self._background_ended)
+        notify = self._core.registry.notify_progress  # once it may have become a zombie
+        self._core.loop.call_later(self._settings.zombie_grace + 0.1, notify)
         return future
 
     def _background_ended(self, future: asyncio.Future[None]) -> None:
-        self._background.discard(future)
+        del self._background[future]
         self._core.registry.notify_progress()
         if not future.cancelled() and (error := future.exception()) is not None:
-            if isinstance(error, SagaTaken | SagaLeft | StoreUnavailable | SagaParked):
+            if isinstance(error, SagaTaken | SagaLeft | StoreUnavailable):
                 log.debug("a saga is left as it is: %s", error)
             else:
                 self._core.failures.report("a saga could not be brought to its end", error=error)

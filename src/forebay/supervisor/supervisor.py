@@ -307,6 +307,8 @@ class BackpressureSupervisor:
         if hint is not None:
             raise InvalidHandler(worker=worker.name, type="Saga", hint=hint)
         self._sagas[saga.name] = saga
+        if self._dispatcher is not None and self._dispatcher.sagas is not None:
+            self._dispatcher.sagas.scan_soon()  # some may be left in the log
         worker.replace_call(partial(self._run_saga, saga))
 
     async def _run_saga(self, saga: Saga, task: Task) -> Any:
@@ -415,6 +417,9 @@ class BackpressureSupervisor:
 
     def _unlist(self, worker: WorkerAgent) -> None:
         del self._workers[worker.name]
+        saga = worker.handler.saga
+        if isinstance(saga, Saga) and not any(other.handler.saga is saga for other in self._workers.values()):
+            self._sagas.pop(saga.name, None)
 
     def pause(self, task_type: str) -> None:
         """Begin no task of a type any more, until `resume`; what runs goes on.
