@@ -108,6 +108,7 @@ class SagaDriver:
         self._ends: dict[str, asyncio.Future[None]] = {}  # of those that are driven
         self._cut_off: dict[str, _CutOff] = {}  # those that were cut off after their pivot, and go on
         self._resumed: dict[str, tuple[HeldSaga, Ticket]] = {}  # taken from the log, and waiting; by saga id
+        self._originals: dict[str, Task] = {}  # that began the sagas which others go on with, by the ids of these
         self._background: dict[asyncio.Future[Any], SagaRun] = {}  # with the saga that it brings to its end
         self._loops: list[asyncio.Future[None]] = []
         self._scan_now = asyncio.Event()
@@ -250,13 +251,8 @@ class SagaDriver:
 
     async def _take(self, saga: Saga, task: Task, run: Run) -> HeldSaga | tuple[Any]:
         """Return the saga of a task, to be driven; or, in a tuple, the result that it has already."""
+        task = self._originals.get(task.task_id, task)
         saga_id = task.key or task.task_id
-        for held, ticket in self._resumed.values():
-            if ticket is run.ticket or held.saga_id == saga_id:
-                del self._resumed[held.saga_id]
-                if ticket is not run.ticket:  # its task goes on with it itself
-                    ticket.cancel("its saga goes on under its own task")
-                return held
         header = SagaHeader(
             saga_id=saga_id,
             name=saga.name,
@@ -265,6 +261,11 @@ class SagaDriver:
             submission=run.submission,
         )
         while True:
+            if (resumed := self._resumed.pop(saga_id, None)) is not None:  # before this began, or while it waited
+                held, ticket = resumed
+                if ticket is not run.ticket:
+                    ticket.cancel("its saga goes on under its own task")
+                return held
             if (end := self._ends.get(saga_id)) is not None:
                 await asyncio.wait((end,))
                 continue
@@ -422,11 +423,13 @@ class SagaDriver:
         log.info("saga %r goes on", held.saga_id)
         self._resumed[held.saga_id] = (held, ticket)
         self._held[held.saga_id] = held
+        self._originals[again.task_id] = task
         self._core.run_in_background(self._watch(held, ticket))
 
     async def _watch(self, held: HeldSaga, ticket: Ticket) -> None:
         """Give a saga back whose task has ended before it had begun."""
         await ticket
+        del self._originals[ticket.task_id]
         if self._resumed.get(held.saga_id, (None, None))[1] is ticket:
             del self._resumed[held.saga_id]
             self._held.pop(held.saga_id, None)
