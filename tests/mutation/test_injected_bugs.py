@@ -45,6 +45,7 @@ from tests.acceptance import (
     test_portal,
     test_reserve,
     test_restart,
+    test_resubmitted_sagas,
     test_retries,
     test_room,
     test_routing,
@@ -87,7 +88,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.saga import test_agent_steps, test_sqlite_log
+from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_sqlite_log
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
@@ -1110,6 +1111,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_saga_that_is_submitted_again_has_its_agents_begin_again: (
         test_agent_steps.test_a_step_goes_on_from_its_checkpoint_if_its_saga_is_submitted_again
+    ),
+    bugs.a_saga_goes_on_with_the_payload_of_a_later_submission: (
+        test_resubmitted_sagas.test_it_has_the_payload_with_which_it_began
+    ),
+    bugs.a_saga_is_driven_by_the_function_of_another_one: (
+        test_resubmitted_sagas.test_the_key_of_another_saga_does_not_touch_it
+    ),
+    bugs.an_error_without_a_status_of_its_own_had_no_effect: (
+        test_errors_of_clients.test_the_status_says_whether_it_may_have_had_an_effect
     ),
 }
 
