@@ -66,8 +66,9 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.saga import sqlite_log, step
+from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
 from forebay.saga.records import LogWrite
+from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.sqlite_log import SqliteSagaLog
 from forebay.saga.step import Step
 from forebay.state.guarded_shard import GuardedShard
@@ -76,7 +77,15 @@ from forebay.state.moving import Move
 from forebay.state.near_cache import CachedServer, Read
 from forebay.state.redis import RedisShard
 from forebay.state.time_limits import TimeLimit
-from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_master, shown_url, sqlite_file
+from forebay.storage import (
+    OperationError,
+    OperationQueue,
+    SqliteWriter,
+    redis_clock,
+    redis_master,
+    shown_url,
+    sqlite_file,
+)
 from forebay.storage.file_watch import FileWatch
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
@@ -2669,6 +2678,39 @@ def an_answer_is_given_with_each_attempt() -> None:
     swap(_repeated_answer, ast.Gt, ast.Lt)
 
 
+# --- sagas: what people decide ---
+
+
+def a_decision_about_an_older_state_of_a_saga_is_written() -> None:
+    original = SagaAdmin._write
+
+    async def write(self: SagaAdmin, stored: Any, *decision: Any) -> None:
+        try:
+            await original(self, stored, *decision)
+        except errors.SagaConflict:
+            now = await self._log.get(stored.header.saga_id)
+            await original(self, now or stored, *decision)
+
+    replace(SagaAdmin, original, write)
+
+
+def a_step_that_is_done_is_said_not_to_be() -> None:
+    saga_admin._KNOWN.clear()
+
+
+def a_saga_that_is_not_parked_is_changed() -> None:
+    replace(SagaAdmin, SagaAdmin._read_parked, SagaAdmin._read)
+
+
+def the_outputs_of_a_saga_are_shown_unasked() -> None:
+    original = SagaAdmin.show
+
+    async def show(self: SagaAdmin, saga_id: str, *, outputs: bool = False) -> Any:
+        return await original(self, saga_id, outputs=True)
+
+    replace(SagaAdmin, original, show)
+
+
 # --- saga logs ---
 
 
@@ -2710,6 +2752,46 @@ def two_people_may_decide_about_the_same_saga() -> None:
 
 def sagas_go_on_in_a_file_that_was_removed() -> None:
     skip(SqliteSagaLog.append, SqliteWriter.check_file)
+
+
+# --- the saga log on Redis --------------------------------------------------------------------------------------------
+
+
+def a_saga_goes_on_before_the_replicas_have_its_entry() -> None:
+    always(RedisSagaLog, RedisSagaLog._shortage, returns=None)
+
+
+def a_repeated_entry_of_a_saga_is_acknowledged_before_the_replicas_have_it() -> None:
+    edit_redis_script("call('HSET', header, 'state', state)", "", of=redis_log)
+
+
+def a_lost_saga_is_hidden_by_replicas_that_are_missing() -> None:
+    def _value(op: Any, answers: Any, shortage: Any) -> Any:
+        value = op.decode(answers)
+        return OperationError(shortage) if shortage is not None and op.is_acknowledged else value
+
+    redis_log._value = _value
+
+
+def a_saga_that_its_caller_was_not_given_stays_leased() -> None:
+    async def _hold(_: Any, taking: Any, __: Any) -> Any:
+        return await taking
+
+    replace(RedisSagaLog, RedisSagaLog._hold, _hold)
+
+
+def the_late_copy_of_a_call_begins_a_saga_again() -> None:
+    edit_redis_script(
+        "return client == own_client and tonumber(own_number) <= tonumber(number)", "return false", of=redis_log
+    )
+
+
+def a_full_redis_lets_no_saga_end() -> None:
+    edit_redis_script("call('HDEL', header, '')", "", of=redis_log)
+
+
+def sagas_that_lapsed_while_redis_was_away_are_claimed_at_once() -> None:
+    always(RedisSagaLog, RedisSagaLog._notice_interruption, returns=None)
 
 
 # --- agents as steps of sagas ---

@@ -78,6 +78,7 @@ from tests.integration import (
     test_redis_away,
     test_redis_failover,
     test_redis_lost,
+    test_saga_redis,
 )
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
@@ -88,7 +89,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_sqlite_log
+from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
@@ -1100,12 +1101,37 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_answer_is_given_with_each_attempt: (
         test_langgraph_resume.test_an_answer_is_not_taken_for_that_to_the_next_question
     ),
+    bugs.a_decision_about_an_older_state_of_a_saga_is_written: (
+        test_saga_admin.test_of_two_people_one_decides_and_the_other_learns_what_was_decided
+    ),
+    bugs.a_step_that_is_done_is_said_not_to_be: (test_saga_admin.test_what_can_be_said_of_a_step_depends_on_its_state),
+    bugs.a_saga_that_is_not_parked_is_changed: test_saga_admin.test_only_a_parked_saga_is_changed,
+    bugs.the_outputs_of_a_saga_are_shown_unasked: test_saga_admin.test_outputs_are_shown_on_demand_alone,
     bugs.an_entry_of_a_saga_is_acknowledged_before_its_commit: test_sqlite_log.test_an_acknowledged_entry_is_committed,
     bugs.whoever_lost_a_saga_may_still_write_to_it: test_saga_log.test_an_entry_of_another_process_is_rejected,
     bugs.an_append_cannot_be_repeated: test_saga_log.test_a_repeated_append_writes_nothing_and_succeeds,
     bugs.a_saga_that_a_cancelled_caller_took_stays_taken: test_saga_log.test_what_a_cancelled_caller_took_is_released,
     bugs.two_people_may_decide_about_the_same_saga: test_saga_log.test_of_two_people_who_write_at_once_one_does,
     bugs.sagas_go_on_in_a_file_that_was_removed: test_sqlite_log.test_nothing_is_acknowledged_once_the_file_was_removed,
+    bugs.a_saga_goes_on_before_the_replicas_have_its_entry: (
+        test_saga_redis.test_acknowledged_entries_survive_the_master
+    ),
+    bugs.a_repeated_entry_of_a_saga_is_acknowledged_before_the_replicas_have_it: (
+        test_saga_redis.test_on_a_new_connection_what_is_there_already_is_not_acknowledged
+    ),
+    bugs.a_lost_saga_is_hidden_by_replicas_that_are_missing: (
+        test_saga_redis.test_a_lost_fence_is_not_hidden_by_replicas_that_are_missing
+    ),
+    bugs.a_saga_that_its_caller_was_not_given_stays_leased: (
+        test_saga_redis.test_what_was_taken_for_a_caller_that_was_cancelled_is_released
+    ),
+    bugs.the_late_copy_of_a_call_begins_a_saga_again: (test_saga_redis.test_the_late_copy_of_a_call_changes_nothing),
+    bugs.a_full_redis_lets_no_saga_end: (
+        test_saga_redis.test_with_its_memory_full_what_has_begun_goes_on_and_nothing_begins
+    ),
+    bugs.sagas_that_lapsed_while_redis_was_away_are_claimed_at_once: (
+        test_saga_redis.test_nothing_is_claimed_until_holders_could_renew_their_leases
+    ),
     bugs.a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written: (
         test_agent_steps.test_a_node_begins_once_the_checkpoint_before_it_is_written
     ),

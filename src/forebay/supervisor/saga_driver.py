@@ -27,7 +27,7 @@ from forebay.errors import (
 )
 from forebay.events import SagaChanged, log
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_envelope, decode_result, encode_task
-from forebay.saga import records
+from forebay.saga import SagaAdmin, records
 from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogDamaged, LogWrite, SagaHeader, SagaState, StoredSaga
 from forebay.saga.run import SagaLeft, SagaRun
@@ -97,6 +97,7 @@ class SagaDriver:
     Attributes:
         stops: True once no attempt at a compensation begins any more.
         leaves_waiting: True once a compensation that would have to wait is left to the next process.
+        admin: the sagas of the log, for people.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of the supervisor that it uses
@@ -111,6 +112,7 @@ class SagaDriver:
     ) -> None:
         self.threads: Executor | None = threads
         self.stops = self.leaves_waiting = False
+        self.admin = SagaAdmin(saga_log, on_released=self.scan_soon)
         self._core = core
         self._admission = admission
         self._log = saga_log

@@ -114,21 +114,6 @@ async def test_text_that_is_no_unicode_is_rejected_alone(store: RedisTaskStore, 
     assert good is PutResult.STORED
 
 
-NUMBERS = [0.0, 1e-300, 0.1, 1.0, 2.0**53 + 2, 1.7e9 + 0.123456789, 1e300]
-
-
-@pytest.mark.parametrize("number", NUMBERS + [-each for each in NUMBERS])
-def test_a_number_is_the_same_after_it_was_made_to_sort(number: float) -> None:
-    assert redis._from_sortable(redis._sortable(number)) == number
-
-
-def test_numbers_sort_as_their_texts_do() -> None:
-    numbers = sorted([*NUMBERS, *(-each for each in NUMBERS), float("inf"), float("-inf")])
-    texts = [redis._sortable(number) for number in numbers]
-    assert texts == sorted(texts)
-    assert len(set(texts)) == len(set(numbers))
-
-
 @pytest.mark.parametrize("number", [0.1, 1.7e9 + 0.123456789, 2.0**53 + 2])
 async def test_times_are_kept_to_the_last_digit(store: RedisTaskStore, number: float) -> None:
     kept = record(enqueued_at=number, deadline=number, total_delay=number, not_before=number)
