@@ -67,10 +67,11 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log
+from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
 from forebay.saga.records import LogWrite
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.sqlite_log import SqliteSagaLog
+from forebay.saga.step import Step
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -99,6 +100,7 @@ from forebay.supervisor import (
     pools,
     registration,
     room,
+    saga_driver,
 )
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
@@ -120,6 +122,7 @@ from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.runs.timers import Timers
+from forebay.supervisor.saga_driver import SagaDriver
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill import delayed_records, stored_tasks
 from forebay.supervisor.spill.ask_jitter import AskJitter
@@ -2816,3 +2819,42 @@ def a_shard_that_hangs_has_no_load() -> None:
 
 def a_large_group_is_one_round_trip() -> None:
     swap(in_parts, ast.LtE, ast.GtE)
+
+
+# --- agents as steps of sagas ---
+
+
+def a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written() -> None:
+    original = Step.call
+
+    async def call(self: Step, key: str, threads: Any) -> Any:
+        if self.handler is None:
+            return await original(self, key, threads)
+        return await self.handler.call(Task(self.name, *self.args, task_id=key, thread_id=key))
+
+    replace(Step, original, call)
+
+
+def a_saga_that_is_submitted_again_has_its_agents_begin_again() -> None:
+    always(Run, Run.continue_submission, returns=None)
+
+
+# --- sagas that are submitted again, and what errors say ---
+
+
+def a_saga_goes_on_with_the_payload_of_a_later_submission() -> None:
+    swap(SagaDriver._take, ast.NotEq, ast.Eq)
+
+
+def a_saga_is_driven_by_the_function_of_another_one() -> None:
+    def _check_name(*_: object) -> None:
+        return None
+
+    saga_driver._check_name.__code__ = _check_name.__code__
+
+
+def an_error_without_a_status_of_its_own_had_no_effect() -> None:
+    def _http_status(error: Any) -> int | None:
+        return getattr(error, "status", None)
+
+    step._http_status.__code__ = _http_status.__code__
