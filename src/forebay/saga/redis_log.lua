@@ -146,9 +146,9 @@ function operations.claim()
   local fence, until_, now, own_nonce = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
   if not state or not UNFINISHED[state] then
     return false
-  elseif was_done(own_nonce) then
+  elseif was_done(own_nonce) and holder == fence then
     touch()
-  elseif lease <= now then
+  elseif lease <= now and not was_done(own_nonce) then
     take(fence, until_, own_nonce)
   else
     return false

@@ -692,6 +692,8 @@ class SagaRun:
         """
         record, attempt = self._history.steps[step.name], 0
         output = None if record.output is None else self._decode(step, record.output)
+        # First, or the next process might not know that it has failed, and repeat it after its undo.
+        await self._held.flush()
         while True:
             if self._driver.stops:
                 raise SagaLeft
