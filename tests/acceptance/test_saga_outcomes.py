@@ -15,7 +15,17 @@ from forebay import BackpressureSupervisor, Retry, Task, TaskStatus, clock
 from forebay.errors import StoreUnavailable
 from forebay.overflow import encode_task
 from forebay.saga import MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
-from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, SagaHistory, Started, decode_entries, encode_entry
+from forebay.saga.records import (
+    UNFINISHED,
+    Compensating,
+    Entry,
+    LogWrite,
+    SagaHeader,
+    SagaHistory,
+    Started,
+    decode_entries,
+    encode_entry,
+)
 
 TWICE = Retry(max_attempts=2, base_delay=0.1)
 
@@ -106,14 +116,53 @@ async def test_a_pivot_that_fails_when_a_cut_off_call_is_repeated_is_parked_unle
 
 
 @virtual
+@pytest.mark.parametrize("checks", [True, False])
+async def test_a_pivot_that_hangs_whenever_it_is_asked_after_is_parked(checks: bool) -> None:  # noqa: FBT001
+    log, step, before = MemorySagaLog(), Step(None, None, None), Step()
+    options: dict[str, Any] = {"check": Step(None)} if checks else {"idempotent": True}
+    async with supervisor_of(log, pay(step, before, **options)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s", timeout=20.0))
+        history = await ended(log, "s")
+    assert history.state is SagaState.PARKED
+    what = "its check" if checks else "its repetition"
+    assert history.why == (
+        "it was cut off during the pivot, step 'pay', and it is unknown how that ended: "
+        f"{what} has not ended within 20 s"
+    )
+    assert (step.calls, before.undone) == (1 if checks else 2, 0)
+
+
+async def left_by_a_lost_process(log: MemorySagaLog, *written: Entry, name: str = "pay") -> None:
+    """Put a saga into the log as a process leaves it that is lost after `written`."""
+    now = clock.wall_time()
+    envelope = encode_task(Task(name, None, task_id="s"), None, bound=1_000)
+    header = SagaHeader(saga_id="s", name=name, version="", envelope=envelope, submission=now)
+    await log.begin(header, b"", fence="lost", until=now, now=now)
+    state = SagaHistory("s", written).state
+    assert await log.append("s", LogWrite(0, [encode_entry(each) for each in written], state), fence="lost", now=now)
+
+
+@virtual
+async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() -> None:
+    log, step = MemorySagaLog(), Step()
+    begun = Started(at=0.0, step="a", function="f", compensable=True)
+    await left_by_a_lost_process(log, begun, Compensating(at=0.0, error_type="x", error="x"))
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await run.step("a", step, compensate=step.undo)
+
+    before = clock.now()
+    async with supervisor_of(log, function):
+        assert (await ended(log, "s")).state is SagaState.COMPENSATED
+    assert clock.now() - before < 1.0
+    assert (step.calls, step.undone) == (0, 1)
+
+
+@virtual
 async def test_a_pivot_that_fails_when_it_is_repeated_after_its_process_was_lost_is_parked() -> None:
     log = MemorySagaLog()
-    now, task = clock.wall_time(), Task("pay", None, task_id="s")
-    envelope = encode_task(task, None, bound=1_000)
-    header = SagaHeader(saga_id="s", name="pay", version="", envelope=envelope, submission=now)
-    await log.begin(header, b"", fence="lost", until=now, now=now)
-    begun = encode_entry(Started(at=now, step="pay", function="f", pivot=True))
-    assert await log.append("s", LogWrite(0, [begun], SagaState.RUNNING), fence="lost", now=now)
+    await left_by_a_lost_process(log, Started(at=0.0, step="pay", function="f", pivot=True))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
