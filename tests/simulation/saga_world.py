@@ -304,6 +304,9 @@ class World:
             "it is unknown how that ended": any(
                 step.kind == "pivot" and not step.idempotent and step.checks is None for step in steps
             ),
+            "its repetition has not ended within": any(
+                step.kind == "pivot" and any(each.startswith("hangs") for each in step.behaviours[1:]) for step in steps
+            ),
             "the check of step": any((step.checks or 0) > 4 for step in steps),
         }
         if not any(text in why and allowed for text, allowed in reasons.items()):
