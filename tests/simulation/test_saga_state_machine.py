@@ -235,6 +235,7 @@ class SagaMachine(RuleBasedStateMachine):
         history, now = self.world.history(saga_id), self.loop.wall_time()
         entries: list[Done | Failed | Retried] = []
         if closes:
+            self.world.closed.add((saga_id, history.round))
             write = LogWrite(history.count, [encode_entry(Resolved(at=now))], SagaState.RESOLVED)
         else:
             for step in history.steps.values():
