@@ -14,7 +14,7 @@ from tests.support.task_plane import virtual
 from forebay import BackpressureSupervisor, Retry, Task, TaskStatus, clock
 from forebay.errors import StoreUnavailable
 from forebay.overflow import encode_task
-from forebay.saga import MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
+from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
 from forebay.saga.records import (
     UNFINISHED,
     Compensating,
@@ -23,6 +23,7 @@ from forebay.saga.records import (
     SagaHeader,
     SagaHistory,
     Started,
+    StepState,
     decode_entries,
     encode_entry,
 )
@@ -224,6 +225,36 @@ async def test_a_step_that_the_function_cuts_off_between_two_attempts_has_failed
     assert history.state is SagaState.DONE
     assert history.unknown == []
     assert (step.calls, step.undone) == (1, int(undo))
+
+
+@virtual
+@pytest.mark.parametrize("found", [Done("found"), None], ids=str)
+@pytest.mark.parametrize("resumed", [True, False])
+async def test_a_step_that_the_function_cuts_off_while_it_is_checked_is_settled(
+    resumed: bool,  # noqa: FBT001
+    found: Done | None,
+) -> None:
+    log, step = MemorySagaLog(), Step(TimeoutError())
+    if resumed:
+        await left_by_a_lost_process(log, Started(at=0.0, step="a", function="f", compensable=True))
+
+    async def check() -> Done | None:
+        await asyncio.sleep(3.0)
+        return found
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> str:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await run.step("a", step, compensate=step.undo, check=check)
+        return "gone on"
+
+    async with supervisor_of(log, function) as supervisor:
+        if not resumed:
+            await supervisor.submit(Task("pay", None, task_id="s"))
+        history = await ended(log, "s")
+    assert history.state is SagaState.DONE
+    assert history.steps["a"].state is (StepState.DONE if found else StepState.NOT_DONE)
 
 
 async def asked_within_a_timeout(run: SagaRun, *steps: Any) -> None:

@@ -54,7 +54,7 @@ def step_plans(draw: st.DrawFn, kind: Kind, *, may_fail: bool) -> StepPlan:
         last += ["hangs", "hangs after its effect", "raises after its effect", "returns what cannot be stored"]
     elif kind == "pivot":
         early += ["returns what cannot be stored"]
-    calls = draw(st.lists(st.sampled_from(early), max_size=2)) if odd else []
+    calls = draw(st.lists(st.sampled_from(early), min_size=int(kind == "pivot"), max_size=2)) if odd else []
     idempotent = draw(st.booleans())
     failures = draw(st.sampled_from([0, 0, 0, 1, 2, 2, 3])) if kind == "compensable" else 0
     fails = st.sampled_from(UNDO_FAILURES)
@@ -165,6 +165,15 @@ class SagaMachine(RuleBasedStateMachine):
         log.away_until, log.loses_answers = self.loop.time() + seconds, loses_answers
 
     @precondition(lambda self: self.processes)
+    @rule(number=st.integers(0, 2), loses_answers=st.booleans(), seconds=st.sampled_from([0.0, 0.3, 1.1, 4.3]))
+    def be_overtaken(self, number: int, seconds: float, *, loses_answers: bool) -> None:
+        """Have a process lose the log while it drives sagas, for so long that another one takes them."""
+        self.start_process()
+        self.advance(seconds)
+        self.lose_the_log(number, 14.0, loses_answers=loses_answers)
+        self.advance(11.9)
+
+    @precondition(lambda self: self.processes)
     @rule(number=st.integers(0, 2), seconds=st.sampled_from([0.0, 0.01, 0.6]))
     def slow_the_log_down(self, number: int, seconds: float) -> None:
         self.process(number).log.delay = seconds
@@ -214,7 +223,7 @@ class SagaMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.advance(seconds)
 
-    @rule(seconds=st.sampled_from([4.3, 11.9, 31.7]))
+    @rule(seconds=st.sampled_from([4.3, 4.3, 11.9, 31.7]))
     def wait_long(self, seconds: float) -> None:
         self.advance(seconds)
 

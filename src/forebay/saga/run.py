@@ -217,7 +217,14 @@ class SagaRun:
     async def _take_or_stop(self, step: Step) -> Any:
         """Do a step; what ends the saga is noted, because groups and timeouts of its function may hide it."""
         try:
-            return await self._take(step)
+            try:
+                return await self._take(step)
+            except asyncio.CancelledError as error:
+                record = self._history.steps.get(step.name)
+                settled = record is None or record.state is not StepState.STARTED
+                if settled or self._only_replays or self._is_stopped():
+                    raise
+                return await self._failed(step, error, may_be_done=True)  # cut off while it was written or checked
         except (_StopSaga, SagaTaken, StoreUnavailable) as stop:  # what its function raises is a StepFailed by now
             self._stop = self._stop or stop
             raise
@@ -304,12 +311,7 @@ class SagaRun:
             pivot=step.pivot,
         )
         self._uncalled.add(step.name)
-        try:
-            await self._held.write(started)
-        except asyncio.CancelledError as error:
-            if not self._is_stopped():  # else `conclude` says so, if it comes to that
-                self._note_failed(step, error, clean=True)
-            raise
+        await self._held.write(started)
         return await self._do(step)
 
     def _is_stopped(self) -> bool:
