@@ -26,7 +26,7 @@ def one_step(effects: Effects, *, fails: int = 0) -> Saga:
     errors = [ValueError("no")] * fails
 
     @saga("publish")
-    async def publish(run: SagaRun, payload: Any) -> Any:
+    async def publish(run: SagaRun, _: Any) -> Any:
         error = errors.pop() if errors else None
         return await run.step("a", effects.does("a", raises=error), compensate=effects.undoes("a"), idempotent=True)
 
@@ -79,7 +79,7 @@ async def test_a_saga_that_goes_on_is_the_same_saga_if_its_task_is_tried_again(e
     supervisor.register_worker("publish", handler=one_step(effects, fails=1), task_types=["publish"], retry=retry)
     async with supervisor:
         async with asyncio.timeout(100.0):
-            while len(effects.calls) < 3:
+            while len(effects.calls) < 3:  # noqa: ASYNC110 - they have no events
                 await asyncio.sleep(0.1)
         history = await ended(log, "lost")
         sagas = await log.list(states=list(SagaState), limit=10)
@@ -94,13 +94,13 @@ async def test_the_log_knows_that_a_step_has_failed_before_it_is_undone(effects:
     log = MemorySagaLog()
     known: list[StepState] = []
 
-    async def undo(_: Any, *, key: str) -> None:
+    async def undo(_: Any) -> None:
         stored = await log.get("the saga")
         assert stored is not None
         known.append(SagaHistory("the saga", decode_entries("the saga", stored.entries)).steps["a"].state)
 
     @saga("publish")
-    async def publish(run: SagaRun, payload: Any) -> Any:
+    async def publish(run: SagaRun, _: Any) -> Any:
         return await run.step("a", effects.does("a", raises=ValueError("no")), compensate=undo, idempotent=True)
 
     async with supervisor_of(log, publish) as supervisor:

@@ -16,7 +16,8 @@ from typing import Any
 
 import msgspec
 from aiohttp.client_proto import ResponseHandler
-from tests.mutation.injection import always, edit_redis_script, pause_before, replace, skip, swap
+from redis.connection import Connection
+from tests.mutation.injection import always, edit_redis_script, edit_state_script, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
@@ -76,7 +77,7 @@ from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
 from forebay.state.near_cache import CachedServer, Read
 from forebay.state.redis import RedisShard
-from forebay.state.time_limits import TimeLimit
+from forebay.state.time_limits import TimeLimit, TimeLimits
 from forebay.storage import (
     OperationError,
     OperationQueue,
@@ -87,6 +88,7 @@ from forebay.storage import (
     sqlite_file,
 )
 from forebay.storage.file_watch import FileWatch
+from forebay.storage.operation_queue import in_parts
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import (
@@ -2744,6 +2746,8 @@ def two_people_may_decide_about_the_same_saga() -> None:
     original = SqliteSagaLog.amend
 
     async def amend(self: SqliteSagaLog, saga_id: str, write: LogWrite, *, now: float) -> bool:
+        if await original(self, saga_id, write, now=now):
+            return True
         stored = await self.get(saga_id)
         return stored is not None and await original(self, saga_id, write._replace(number=len(stored.entries)), now=now)
 
@@ -2792,6 +2796,29 @@ def a_full_redis_lets_no_saga_end() -> None:
 
 def sagas_that_lapsed_while_redis_was_away_are_claimed_at_once() -> None:
     always(RedisSagaLog, RedisSagaLog._notice_interruption, returns=None)
+
+
+# --- shared state: fewer steps for each operation ---
+
+
+def a_key_that_expires_no_longer_vanishes_from_scans() -> None:
+    edit_state_script("has_expiries[expiries] = true", "")
+
+
+def a_forked_child_uses_the_store_of_its_parent() -> None:
+    always(OperationQueue, OperationQueue.reset_after_fork, returns=None)
+
+
+def a_call_to_redis_leaves_its_answer_to_the_next() -> None:
+    skip(redis_master._send_each, Connection.disconnect)
+
+
+def a_shard_that_hangs_has_no_load() -> None:
+    always(TimeLimits, TimeLimits.oldest_start, returns=None)
+
+
+def a_large_group_is_one_round_trip() -> None:
+    swap(in_parts, ast.LtE, ast.GtE)
 
 
 # --- agents as steps of sagas ---

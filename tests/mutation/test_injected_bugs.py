@@ -55,6 +55,7 @@ from tests.acceptance import (
     test_slot,
     test_start_deadlines,
     test_start_gate,
+    test_state_faults,
     test_state_misuse,
     test_state_near_cache,
     test_stored_retries,
@@ -70,7 +71,14 @@ from tests.acceptance import (
     test_worker_counters,
     test_workers,
 )
-from tests.contract import test_langgraph_store, test_limit, test_saga_log, test_state_moving, test_task_store
+from tests.contract import (
+    test_langgraph_store,
+    test_limit,
+    test_saga_log,
+    test_state,
+    test_state_moving,
+    test_task_store,
+)
 from tests.integration import (
     test_dropped_streams,
     test_langgraph_resume,
@@ -91,7 +99,7 @@ from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_cr
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
-from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
+from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
 from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
@@ -1131,6 +1139,19 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.sagas_that_lapsed_while_redis_was_away_are_claimed_at_once: (
         test_saga_redis.test_nothing_is_claimed_until_holders_could_renew_their_leases
+    ),
+    bugs.a_key_that_expires_no_longer_vanishes_from_scans: (
+        test_state.test_a_key_that_is_written_again_at_once_without_a_ttl_stays
+    ),
+    bugs.a_forked_child_uses_the_store_of_its_parent: (
+        test_operation_queue.test_a_forked_child_is_told_that_the_store_is_its_parents
+    ),
+    bugs.a_call_to_redis_leaves_its_answer_to_the_next: (
+        test_redis_master.test_no_call_reads_the_answer_to_one_that_was_broken_off
+    ),
+    bugs.a_shard_that_hangs_has_no_load: test_state_faults.test_the_load_of_a_slow_shard_is_seen_by_admission,
+    bugs.a_large_group_is_one_round_trip: (
+        test_operation_queue.test_a_part_has_not_too_many_bytes_unless_one_operation_has
     ),
     bugs.a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written: (
         test_agent_steps.test_a_node_begins_once_the_checkpoint_before_it_is_written

@@ -50,7 +50,7 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 class NothingDone(Exception):
-    """Raised by a step that has failed and knows that it had no effect: then it is not undone."""
+    """Raised by a step that has failed and knows that it had no effect under its key: then it is not undone."""
 
 
 @dataclass(frozen=True, slots=True)
