@@ -304,6 +304,35 @@ class MessageTooLarge(PayloadTooLarge):
     """
 
 
+class UnknownSaga(ForebayError, LookupError):
+    """No saga {saga_id!r} is in this log: it never began there, or it ended so long ago that it is no longer kept. See
+    which there are: forebay saga ls URL --all, or await supervisor.sagas.list().
+    """
+
+    saga_id: str
+
+
+class SagaNotParked(ForebayError, ValueError):
+    """Saga {saga_id!r} is {state}, and only a parked saga can be changed: {advice}."""
+
+    saga_id: str
+    state: str
+
+
+class InvalidResolution(ForebayError, ValueError):
+    """Saga {saga_id!r} cannot be resolved so: {why}. {advice}."""
+
+    saga_id: str
+
+
+class SagaConflict(ForebayError):
+    """Saga {saga_id!r} was not changed, because it went on meanwhile: {change}. Look at it again, and decide by what it
+    is now.
+    """
+
+    saga_id: str
+
+
 class OverflowRequired(ForebayError, ValueError):
     """Task {task_id!r} is durable, but {why}: {advice}."""
 

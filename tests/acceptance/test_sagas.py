@@ -16,6 +16,7 @@ from forebay.context import call_priority, running_task
 from forebay.errors import (
     InvalidHandler,
     InvalidSaga,
+    InvalidSetting,
     Overloaded,
     SagaCompensated,
     SagaParked,
@@ -366,6 +367,32 @@ async def test_a_pivot_without_an_answer_is_parked(effects: Effects, log: Memory
         with pytest.raises(TaskFailed, match=r"SagaParked.*step 'b'.*leaves open"):
             await supervisor.run(Task("publish", "p"))
     assert effects.calls == ["a", "b"]
+
+
+@virtual
+@pytest.mark.parametrize("pivot", [True, False])
+async def test_an_idempotent_step_without_an_answer_is_repeated(
+    effects: Effects, log: MemorySagaLog, *, pivot: bool
+) -> None:
+    failures = [TimeoutError(), ConnectionResetError()]
+
+    async def last(_: str) -> str:
+        if failures:
+            raise failures.pop()
+        return "ok"
+
+    async with supervisor_of(log, two_steps(effects, last, pivot=pivot, idempotent=True)) as supervisor:
+        assert await supervisor.run(Task("publish", "p")) == "ok"
+
+
+@virtual
+async def test_what_a_check_has_found_and_the_log_cannot_hold_parks_the_saga(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    last = effects.does("b", raises=TimeoutError())
+    async with supervisor_of(log, two_steps(effects, last, pivot=True, check=lambda: Done(object()))) as supervisor:
+        with pytest.raises(TaskFailed, match=r"SagaParked.*cannot be stored"):
+            await supervisor.run(Task("publish", "p"))
 
 
 @virtual
@@ -857,6 +884,35 @@ async def test_a_compensation_that_waits_is_left_when_its_supervisor_drains(effe
     async with supervisor_of(url, function):
         await asyncio.sleep(5.0)
     assert effects.left == []
+
+
+# --- people ---------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_parked_saga_that_is_retried_goes_on_at_once(effects: Effects, log: MemorySagaLog) -> None:
+    failures: list[BaseException] = [ValueError()] * 10
+
+    @saga("s")
+    async def function(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a", raises=failures))
+        raise ValueError
+
+    async with supervisor_of(log, function) as supervisor:
+        with pytest.raises(TaskFailed, match="SagaParked"):
+            await supervisor.run(Task("s", None, task_id="t", timeout=3_000.0))
+        [header] = await supervisor.sagas.list(SagaState.PARKED)
+        await supervisor.sagas.retry(header.saga_id)
+        await asyncio.sleep(1.0)
+        assert (await history_of(log, "t")).state is SagaState.COMPENSATED
+    assert effects.left == []
+
+
+@virtual
+async def test_a_supervisor_without_a_saga_log_says_so() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        with pytest.raises(InvalidSetting, match="saga_log"):
+            _ = supervisor.sagas
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -689,13 +689,14 @@ async def cancel_under_way(call: Awaitable[object]) -> None:
 
 async def test_what_a_cancelled_caller_took_is_released(backend: LogBackend, mine: LogUser, other: LogUser) -> None:
     backend.needs_durability()  # the one in memory never waits, so that nobody can be cancelled there
-    await mine.begin("old", lease=0.0)
+    await LogUser(mine.log, "earlier").begin("old", lease=0.0)
     await cancel_under_way(mine.begin("new"))
     await cancel_under_way(mine.claim())
+    await mine.log.get("new")  # answered after what was asked before, or together with it
     async with asyncio.timeout(5):
         for saga_id in ("new", "old"):
-            while (stored := await other.log.get(saga_id)) is not None and stored.holder:  # nobody tells
-                assert stored.holder == "mine"
+            while (stored := await other.log.get(saga_id)) is not None and stored.holder == "mine":  # nobody tells
+                pass
     assert {(each.holder, each.header.claims) for each in await other.claim()} <= {("other", 1)}
 
 

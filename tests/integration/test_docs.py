@@ -260,16 +260,14 @@ def test_the_events_are_those_that_there_are() -> None:
 
 
 def test_the_errors_are_those_that_there_are() -> None:
-    mistakes, outcomes, processes, store, state = (
-        {names(row[0])[0] for row in rows(ERRORS, heading)}
-        for heading in ("**Mistakes**", "**Outcomes**", "**In processes**", "**The store**", "**Shared state**")
-    )
+    headings = ("**Mistakes**", "**Sagas**", "**Outcomes**", "**In processes**", "**The store**", "**Shared state**")
+    listed = {names(row[0])[0] for heading in headings for row in rows(ERRORS, heading)}
     expected = {
         name
         for name, kind in vars(errors).items()
         if inspect.isclass(kind) and issubclass(kind, errors.ForebayError) and kind is not errors.ForebayError
     }
-    assert mistakes | outcomes | processes | store | state == expected
+    assert listed == expected
 
 
 def test_the_counts_of_statistics_are_all_told() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import msgspec
 from aiohttp.client_proto import ResponseHandler
-from tests.mutation.injection import always, edit_redis_script, pause_before, replace, skip, swap
+from redis.connection import Connection
+from tests.mutation.injection import always, edit_redis_script, edit_state_script, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
@@ -66,18 +67,29 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.saga import sqlite_log
+from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
 from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogWrite
+from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.sqlite_log import SqliteSagaLog
+from forebay.saga.step import Step
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
 from forebay.state.near_cache import CachedServer, Read
 from forebay.state.redis import RedisShard
-from forebay.state.time_limits import TimeLimit
-from forebay.storage import OperationQueue, SqliteWriter, redis_clock, redis_master, shown_url, sqlite_file
+from forebay.state.time_limits import TimeLimit, TimeLimits
+from forebay.storage import (
+    OperationError,
+    OperationQueue,
+    SqliteWriter,
+    redis_clock,
+    redis_master,
+    shown_url,
+    sqlite_file,
+)
 from forebay.storage.file_watch import FileWatch
+from forebay.storage.operation_queue import in_parts
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import (
@@ -89,6 +101,7 @@ from forebay.supervisor import (
     pools,
     registration,
     room,
+    saga_driver,
 )
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
@@ -110,6 +123,7 @@ from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.runs.timers import Timers
+from forebay.supervisor.saga_driver import SagaDriver
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill import delayed_records, stored_tasks
 from forebay.supervisor.spill.ask_jitter import AskJitter
@@ -2667,6 +2681,39 @@ def an_answer_is_given_with_each_attempt() -> None:
     swap(_repeated_answer, ast.Gt, ast.Lt)
 
 
+# --- sagas: what people decide ---
+
+
+def a_decision_about_an_older_state_of_a_saga_is_written() -> None:
+    original = SagaAdmin._write
+
+    async def write(self: SagaAdmin, stored: Any, *decision: Any) -> None:
+        try:
+            await original(self, stored, *decision)
+        except errors.SagaConflict:
+            now = await self._log.get(stored.header.saga_id)
+            await original(self, now or stored, *decision)
+
+    replace(SagaAdmin, original, write)
+
+
+def a_step_that_is_done_is_said_not_to_be() -> None:
+    saga_admin._KNOWN.clear()
+
+
+def a_saga_that_is_not_parked_is_changed() -> None:
+    replace(SagaAdmin, SagaAdmin._read_parked, SagaAdmin._read)
+
+
+def the_outputs_of_a_saga_are_shown_unasked() -> None:
+    original = SagaAdmin.show
+
+    async def show(self: SagaAdmin, saga_id: str, *, outputs: bool = False) -> Any:
+        return await original(self, saga_id, outputs=True)
+
+    replace(SagaAdmin, original, show)
+
+
 # --- saga logs ---
 
 
@@ -2700,6 +2747,8 @@ def two_people_may_decide_about_the_same_saga() -> None:
     original = SqliteSagaLog.amend
 
     async def amend(self: SqliteSagaLog, saga_id: str, write: LogWrite, *, now: float) -> bool:
+        if await original(self, saga_id, write, now=now):
+            return True
         stored = await self.get(saga_id)
         return stored is not None and await original(self, saga_id, write._replace(number=len(stored.entries)), now=now)
 
@@ -2712,3 +2761,105 @@ def sagas_go_on_in_a_file_that_was_removed() -> None:
 
 def the_end_of_a_step_is_written_by_itself() -> None:
     replace(HeldSaga, HeldSaga._write_later, HeldSaga._begin_writing)
+
+
+# --- the saga log on Redis --------------------------------------------------------------------------------------------
+
+
+def a_saga_goes_on_before_the_replicas_have_its_entry() -> None:
+    always(RedisSagaLog, RedisSagaLog._shortage, returns=None)
+
+
+def a_repeated_entry_of_a_saga_is_acknowledged_before_the_replicas_have_it() -> None:
+    edit_redis_script("call('HSET', header, 'state', state)", "", of=redis_log)
+
+
+def a_lost_saga_is_hidden_by_replicas_that_are_missing() -> None:
+    def _value(op: Any, answers: Any, shortage: Any) -> Any:
+        value = op.decode(answers)
+        return OperationError(shortage) if shortage is not None and op.is_acknowledged else value
+
+    redis_log._value = _value
+
+
+def a_saga_that_its_caller_was_not_given_stays_leased() -> None:
+    async def _hold(_: Any, taking: Any, __: Any) -> Any:
+        return await taking
+
+    replace(RedisSagaLog, RedisSagaLog._hold, _hold)
+
+
+def the_late_copy_of_a_call_begins_a_saga_again() -> None:
+    edit_redis_script(
+        "return client == own_client and tonumber(own_number) <= tonumber(number)", "return false", of=redis_log
+    )
+
+
+def a_full_redis_lets_no_saga_end() -> None:
+    edit_redis_script("call('HDEL', header, '')", "", of=redis_log)
+
+
+def sagas_that_lapsed_while_redis_was_away_are_claimed_at_once() -> None:
+    always(RedisSagaLog, RedisSagaLog._notice_interruption, returns=None)
+
+
+# --- shared state: fewer steps for each operation ---
+
+
+def a_key_that_expires_no_longer_vanishes_from_scans() -> None:
+    edit_state_script("has_expiries[expiries] = true", "")
+
+
+def a_forked_child_uses_the_store_of_its_parent() -> None:
+    always(OperationQueue, OperationQueue.reset_after_fork, returns=None)
+
+
+def a_call_to_redis_leaves_its_answer_to_the_next() -> None:
+    skip(redis_master._send_each, Connection.disconnect)
+
+
+def a_shard_that_hangs_has_no_load() -> None:
+    always(TimeLimits, TimeLimits.oldest_start, returns=None)
+
+
+def a_large_group_is_one_round_trip() -> None:
+    swap(in_parts, ast.LtE, ast.GtE)
+
+
+# --- agents as steps of sagas ---
+
+
+def a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written() -> None:
+    original = Step.call
+
+    async def call(self: Step, key: str, threads: Any) -> Any:
+        if self.handler is None:
+            return await original(self, key, threads)
+        return await self.handler.call(Task(self.name, *self.args, task_id=key, thread_id=key))
+
+    replace(Step, original, call)
+
+
+def a_saga_that_is_submitted_again_has_its_agents_begin_again() -> None:
+    always(Run, Run.continue_submission, returns=None)
+
+
+# --- sagas that are submitted again, and what errors say ---
+
+
+def a_saga_goes_on_with_the_payload_of_a_later_submission() -> None:
+    swap(SagaDriver._take, ast.NotEq, ast.Eq)
+
+
+def a_saga_is_driven_by_the_function_of_another_one() -> None:
+    def _check_name(*_: object) -> None:
+        return None
+
+    saga_driver._check_name.__code__ = _check_name.__code__
+
+
+def an_error_without_a_status_of_its_own_had_no_effect() -> None:
+    def _http_status(error: Any) -> int | None:
+        return getattr(error, "status", None)
+
+    step._http_status.__code__ = _http_status.__code__

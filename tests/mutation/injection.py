@@ -1,8 +1,8 @@
 """Ways to inject a bug into a class or a function, named by symbol: type checkers and rename tools see each name.
 
 A bug either replaces a method, or makes a small change to the syntax tree of a function, which is compiled again.
-Nothing here knows source text, so a bug survives a rename, and says so when its place is gone. Only the script of the
-task store on Redis, which is no Python, is changed by its text.
+Nothing here knows source text, so a bug survives a rename, and says so when its place is gone. Only the scripts of
+what is on Redis, which are no Python, are changed by their text.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from forebay.overflow import redis
+from forebay.state import redis as state_redis
 
 Function = Callable[..., Any]
 Change = Callable[[ast.AST], ast.AST | list[ast.stmt] | None]  # None: this node stays as it is
@@ -65,12 +66,23 @@ def skip(function: Function, callee: Function) -> None:
     _rewrite(function, change)
 
 
-def edit_redis_script(old: str, new: str) -> None:
-    """Put `new` in the only place of the script of the task store on Redis that has `old`."""
-    if redis._SCRIPT.count(old) != 1:
+def edit_redis_script(old: str, new: str, *, of: ModuleType = redis) -> None:
+    """Put `new` in the only place of the script of a module, by default the task store on Redis, that has `old`."""
+    of._SCRIPT, of._SHA = _edited(of._SCRIPT, old, new)  # type: ignore[attr-defined]
+
+
+def edit_state_script(old: str, new: str) -> None:
+    """Put `new` in the only place of the script that writes entries of shared state on Redis that has `old`."""
+    scripts = state_redis._SCRIPTS
+    scripts["write"], state_redis._WRITE_SHA = _edited(scripts["write"], old, new)
+
+
+def _edited(script: str, old: str, new: str) -> tuple[str, str]:
+    """Return a script with `new` in the only place that has `old`, and the name that Redis gives it."""
+    if script.count(old) != 1:
         raise NothingToChange(f"the script has {old!r} not once")
-    redis._SCRIPT = redis._SCRIPT.replace(old, new)
-    redis._SHA = hashlib.sha1(redis._SCRIPT.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
+    script = script.replace(old, new)
+    return script, hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - as Redis does
 
 
 def pause_before(function: Function, callee: Function) -> None:

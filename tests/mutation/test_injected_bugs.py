@@ -45,6 +45,7 @@ from tests.acceptance import (
     test_portal,
     test_reserve,
     test_restart,
+    test_resubmitted_sagas,
     test_retries,
     test_room,
     test_routing,
@@ -55,6 +56,7 @@ from tests.acceptance import (
     test_slot,
     test_start_deadlines,
     test_start_gate,
+    test_state_faults,
     test_state_misuse,
     test_state_near_cache,
     test_stored_retries,
@@ -70,7 +72,14 @@ from tests.acceptance import (
     test_worker_counters,
     test_workers,
 )
-from tests.contract import test_langgraph_store, test_limit, test_saga_log, test_state_moving, test_task_store
+from tests.contract import (
+    test_langgraph_store,
+    test_limit,
+    test_saga_log,
+    test_state,
+    test_state_moving,
+    test_task_store,
+)
 from tests.integration import (
     test_dropped_streams,
     test_langgraph_resume,
@@ -78,6 +87,7 @@ from tests.integration import (
     test_redis_away,
     test_redis_failover,
     test_redis_lost,
+    test_saga_redis,
 )
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
@@ -88,9 +98,9 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.saga import test_sqlite_log
+from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
-from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
+from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
 from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
@@ -1100,6 +1110,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_answer_is_given_with_each_attempt: (
         test_langgraph_resume.test_an_answer_is_not_taken_for_that_to_the_next_question
     ),
+    bugs.a_decision_about_an_older_state_of_a_saga_is_written: (
+        test_saga_admin.test_of_two_people_one_decides_and_the_other_learns_what_was_decided
+    ),
+    bugs.a_step_that_is_done_is_said_not_to_be: (test_saga_admin.test_what_can_be_said_of_a_step_depends_on_its_state),
+    bugs.a_saga_that_is_not_parked_is_changed: test_saga_admin.test_only_a_parked_saga_is_changed,
+    bugs.the_outputs_of_a_saga_are_shown_unasked: test_saga_admin.test_outputs_are_shown_on_demand_alone,
     bugs.an_entry_of_a_saga_is_acknowledged_before_its_commit: test_sqlite_log.test_an_acknowledged_entry_is_committed,
     bugs.whoever_lost_a_saga_may_still_write_to_it: test_saga_log.test_an_entry_of_another_process_is_rejected,
     bugs.an_append_cannot_be_repeated: test_saga_log.test_a_repeated_append_writes_nothing_and_succeeds,
@@ -1108,6 +1124,53 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.sagas_go_on_in_a_file_that_was_removed: test_sqlite_log.test_nothing_is_acknowledged_once_the_file_was_removed,
     bugs.the_end_of_a_step_is_written_by_itself: (
         test_saga_writes.test_the_end_of_a_step_is_written_with_the_start_of_the_next
+    ),
+    bugs.a_saga_goes_on_before_the_replicas_have_its_entry: (
+        test_saga_redis.test_acknowledged_entries_survive_the_master
+    ),
+    bugs.a_repeated_entry_of_a_saga_is_acknowledged_before_the_replicas_have_it: (
+        test_saga_redis.test_on_a_new_connection_what_is_there_already_is_not_acknowledged
+    ),
+    bugs.a_lost_saga_is_hidden_by_replicas_that_are_missing: (
+        test_saga_redis.test_a_lost_fence_is_not_hidden_by_replicas_that_are_missing
+    ),
+    bugs.a_saga_that_its_caller_was_not_given_stays_leased: (
+        test_saga_redis.test_what_was_taken_for_a_caller_that_was_cancelled_is_released
+    ),
+    bugs.the_late_copy_of_a_call_begins_a_saga_again: (test_saga_redis.test_the_late_copy_of_a_call_changes_nothing),
+    bugs.a_full_redis_lets_no_saga_end: (
+        test_saga_redis.test_with_its_memory_full_what_has_begun_goes_on_and_nothing_begins
+    ),
+    bugs.sagas_that_lapsed_while_redis_was_away_are_claimed_at_once: (
+        test_saga_redis.test_nothing_is_claimed_until_holders_could_renew_their_leases
+    ),
+    bugs.a_key_that_expires_no_longer_vanishes_from_scans: (
+        test_state.test_a_key_that_is_written_again_at_once_without_a_ttl_stays
+    ),
+    bugs.a_forked_child_uses_the_store_of_its_parent: (
+        test_operation_queue.test_a_forked_child_is_told_that_the_store_is_its_parents
+    ),
+    bugs.a_call_to_redis_leaves_its_answer_to_the_next: (
+        test_redis_master.test_no_call_reads_the_answer_to_one_that_was_broken_off
+    ),
+    bugs.a_shard_that_hangs_has_no_load: test_state_faults.test_the_load_of_a_slow_shard_is_seen_by_admission,
+    bugs.a_large_group_is_one_round_trip: (
+        test_operation_queue.test_a_part_has_not_too_many_bytes_unless_one_operation_has
+    ),
+    bugs.a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written: (
+        test_agent_steps.test_a_node_begins_once_the_checkpoint_before_it_is_written
+    ),
+    bugs.a_saga_that_is_submitted_again_has_its_agents_begin_again: (
+        test_agent_steps.test_a_step_goes_on_from_its_checkpoint_if_its_saga_is_submitted_again
+    ),
+    bugs.a_saga_goes_on_with_the_payload_of_a_later_submission: (
+        test_resubmitted_sagas.test_it_has_the_payload_with_which_it_began
+    ),
+    bugs.a_saga_is_driven_by_the_function_of_another_one: (
+        test_resubmitted_sagas.test_the_key_of_another_saga_does_not_touch_it
+    ),
+    bugs.an_error_without_a_status_of_its_own_had_no_effect: (
+        test_errors_of_clients.test_the_status_says_whether_it_may_have_had_an_effect
     ),
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.support.redis_servers import redis_cluster, redis_replicated, redis_server, shared
 
 
 @dataclass(frozen=True)
@@ -51,5 +52,8 @@ class LogBackend:
 LOGS = [
     LogBackend("memory", "memory://", durable=False),
     LogBackend("sqlite", "sqlite:///{path}/saga.db", options="?fsync=no"),
+    LogBackend("redis", "{server}?name={name}", server=lambda: shared(redis_server).url),
+    LogBackend("redis replicated", "{server}?name={name}&replicas=1", server=lambda: shared(redis_replicated).url),
+    LogBackend("redis cluster", "{server}?name={name}", server=lambda: shared(redis_cluster).url),
 ]
 DURABLE_LOGS = [backend for backend in LOGS if backend.durable]

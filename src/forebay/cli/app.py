@@ -9,6 +9,7 @@ import typer
 
 from forebay.cli.gateway import gateway
 from forebay.cli.overflow import overflow
+from forebay.cli.saga import saga
 
 app = typer.Typer(
     help="Backpressure for fleets of AI agents.",
@@ -36,3 +37,4 @@ def _forebay(
 
 app.command()(gateway)
 app.add_typer(overflow, name="overflow")
+app.add_typer(saga, name="saga")

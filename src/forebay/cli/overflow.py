@@ -9,17 +9,16 @@ import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
 from forebay import clock
 from forebay._json import plain_field, plain_value
 from forebay._text import format_duration
+from forebay.cli.store_command import USAGE_ERROR, AsJson, check_file, date, fail, print_json, relative, run
 from forebay.cli.text_table import one_line, text_table
-from forebay.errors import ForebayError, InvalidOverflowUrl, StoreNotInstalled
 from forebay.interfaces import Completion, PutResult, RecordState, StoredRecord, TaskRecord, TaskStore
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_result, decode_task, open_task_store
 from forebay.storage import parse_url
@@ -27,7 +26,6 @@ from forebay.task import TaskStatus
 
 T = TypeVar("T")
 
-_USAGE_ERROR: Final = 2  # exit status, as typer's; 1 is that of a failure
 _PAGE: Final = 500  # records that are read at once
 _AT_ONCE: Final = 100  # records that are changed at once
 _MAX_ERROR: Final = 60  # characters of an error in a table
@@ -60,7 +58,6 @@ class PurgedState(StrEnum):
 Url = Annotated[
     str, typer.Argument(metavar="URL", show_default=False, help="The overflow, such as sqlite:///spill.db.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @overflow.command()
@@ -90,7 +87,7 @@ def ls(
 
     found, now = _run(url, read), clock.wall_time()
     if as_json:
-        _print_json([_listed(*each) for each in found[:limit]])
+        print_json([_listed(*each) for each in found[:limit]])
         return
     rows = [_row(each, stored, now) for each, stored in found[:limit]]
     titles = ("state", "type", "priority", "tenant", "age", "attempts", "due", "error", "id")
@@ -110,14 +107,14 @@ def show(
     """Show one record."""
     found = _run(url, lambda store: store.find(task_id))
     if found is None:
-        _fail(f"there is no task {one_line(task_id)!r} in this overflow")
+        fail(f"there is no task {one_line(task_id)!r} in this overflow")
     state, record, completion = found
     fields = _fields(state, record, completion)
     fields["stored_bytes"] = len(record.envelope)
     if payload:
         fields |= _content(record, completion)
     if as_json:
-        _print_json(fields)
+        print_json(fields)
         return
     now = clock.wall_time()
     width = max(map(len, fields))
@@ -150,7 +147,7 @@ def count(url: Url, *, as_json: AsJson = False) -> None:
         for state, task_type, priority in keys
     ]
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         rows = [tuple(str(value) for value in each.values()) for each in found]
         typer.echo(text_table(("state", "type", "priority", "records"), rows) if rows else "no records")
@@ -166,20 +163,20 @@ def replay(
 ) -> None:
     """Have dead letters run again: they wait in their old order, with no attempts counted."""
     if bool(task_ids) is every:
-        _fail("name the ids of dead letters, or give --all", status=_USAGE_ERROR)
+        fail("name the ids of dead letters, or give --all", status=USAGE_ERROR)
 
-    async def run(store: TaskStore) -> Mapping[str, PutResult | None]:
+    async def replay_each(store: TaskStore) -> Mapping[str, PutResult | None]:
         ids = list(dict.fromkeys(task_ids or [])) or [
             stored.record.task_id async for stored in _records(store, RecordState.DEAD)
         ]
         return dict(zip(ids, await _each(ids, store.requeue), strict=True))
 
-    results = _run(url, run)
+    results = _run(url, replay_each)
     failed = {task_id: _why_not_replayed(put) for task_id, put in results.items() if put is not PutResult.STORED}
     replayed = [task_id for task_id in results if task_id not in failed]
     if as_json:
         reasons = [{"task_id": task_id, "reason": why} for task_id, why in failed.items()]
-        _print_json({"replayed": replayed, "failed": reasons})
+        print_json({"replayed": replayed, "failed": reasons})
     else:
         typer.echo(f"{len(replayed):,} replayed")
         for task_id, why in failed.items():
@@ -208,7 +205,7 @@ def purge(
         _confirm(chosen, len(ids))
     purged = _run(url, lambda store: _purge(store, chosen, ids, before)) if ids else 0
     if as_json:
-        _print_json({"purged": purged})
+        print_json({"purged": purged})
     else:
         typer.echo(f"{purged:,} purged")
 
@@ -217,7 +214,7 @@ def _confirm(state: RecordState, records: int) -> None:
     what = {RecordState.DEAD: "Delete {} dead letters", RecordState.DONE: "Delete {} results"}
     question = what.get(state, "Cancel {} " + state.value + " tasks").format(f"{records:,}")
     if not sys.stdin.isatty():
-        _fail(f"{question}? Give --yes to do it without being asked", status=_USAGE_ERROR)
+        fail(f"{question}? Give --yes to do it without being asked", status=USAGE_ERROR)
     typer.confirm(f"{question}?", abort=True, err=True)
 
 
@@ -255,12 +252,7 @@ async def _purge(store: TaskStore, state: RecordState, ids: Sequence[str], befor
 
 def _run(url: str, action: Callable[[TaskStore], Awaitable[T]]) -> T:
     """Return what `action` returns of the store that `url` names; if it cannot, print why and exit."""
-    try:
-        return asyncio.run(_with_store(_find_store(url), action))
-    except (InvalidOverflowUrl, StoreNotInstalled) as error:
-        _fail(str(error), status=_USAGE_ERROR)
-    except ForebayError as error:
-        _fail(str(error))
+    return run(lambda: _find_store(url), action)
 
 
 def _find_store(url: str) -> TaskStore:
@@ -268,24 +260,15 @@ def _find_store(url: str) -> TaskStore:
     named = parse_url(url)
     index = named if named.sqs is None else named.sqs.results
     if index is None:
-        _fail(
-            "without results= the index of a queue is seen by its process alone; give the URL that it has", _USAGE_ERROR
+        fail(
+            "without results= the index of a queue is seen by its process alone; give the URL that it has", USAGE_ERROR
         )
     if index.scheme == "memory":
-        _fail("an overflow in memory is seen by its process alone; name one in a file or on a server", _USAGE_ERROR)
-    if index.path is not None and not index.path.is_file():
-        _fail(f"there is no file {one_line(str(index.path))}")
+        fail("an overflow in memory is seen by its process alone; name one in a file or on a server", USAGE_ERROR)
+    check_file(index.path)
     if named.sqs is not None and named.sqs.create and "create=" not in url:
         url += "&create=no"
     return open_task_store(url)
-
-
-async def _with_store(store: TaskStore, action: Callable[[TaskStore], Awaitable[T]]) -> T:
-    await store.open()
-    try:
-        return await action(store)
-    finally:
-        await store.close()
 
 
 async def _records(store: TaskStore, state: RecordState) -> AsyncIterator[StoredRecord]:
@@ -315,15 +298,6 @@ def _why_not_replayed(put: PutResult | None) -> str:
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
-
-
-def _fail(message: str, status: int = 1) -> NoReturn:
-    typer.echo(f"forebay: {message}", err=True)
-    raise typer.Exit(status)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
 
 
 def _priority(priority: int) -> str:
@@ -374,7 +348,7 @@ def _row(state: RecordState, stored: StoredRecord, now: float) -> tuple[str, ...
     record, completion = stored.record, stored.completion
     due = ""
     if stored.until is not None:
-        due = _relative(stored.until, now) if state is RecordState.DELAYED else f"lease {_relative(stored.until, now)}"
+        due = relative(stored.until, now) if state is RecordState.DELAYED else f"lease {relative(stored.until, now)}"
     error = record.last_error if completion is None else completion.error
     return (
         state.value,
@@ -389,21 +363,10 @@ def _row(state: RecordState, stored: StoredRecord, now: float) -> tuple[str, ...
     )
 
 
-def _relative(at: float, now: float) -> str:
-    return f"in {format_duration(at - now)}" if at >= now else f"{format_duration(now - at)} ago"
-
-
-def _date(at: float) -> str:
-    try:
-        return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    except (ValueError, OverflowError, OSError):  # beyond the calendar
-        return f"{at}"
-
-
 def _value(name: str, value: Any, now: float) -> str:
     """Return a field of a record for a person."""
     if name in ("deadline", "not_before", "submitted_at", "finished_at"):
-        return f"{_date(value)} ({_relative(value, now)})"
+        return f"{date(value)} ({relative(value, now)})"
     if name in ("payload", "result"):
         return json.dumps(value)
     return one_line(str(value))
@@ -414,5 +377,5 @@ def _parse_time(text: str) -> float:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     seconds = math.inf if match is None else float(match[1]) * _SECONDS[match[2]]
     if not math.isfinite(seconds):
-        _fail(f"--older-than {one_line(text)} is no time: write a number and s, m, h or d, as in 7d", _USAGE_ERROR)
+        fail(f"--older-than {one_line(text)} is no time: write a number and s, m, h or d, as in 7d", USAGE_ERROR)
     return seconds

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +38,13 @@ from forebay.interfaces import (
     WakeResult,
 )
 from forebay.overflow.lease_expiry import completion_after_expiry
-from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.operation_queue import OperationError, OperationQueue, in_parts
 from forebay.storage.redis_clock import RedisClock
+from forebay.storage.redis_durability import wait_command, write_shortage
+from forebay.storage.redis_format import other_format
 from forebay.storage.redis_listener import RedisListener
 from forebay.storage.redis_master import FULL, RedisMaster
+from forebay.storage.redis_sort_keys import SAFE, from_sortable, quoted, sortable
 from forebay.storage.redis_url import RedisUrl
 from forebay.storage.url import DEFAULT_BOUND
 from forebay.task import Priority, TaskStatus
@@ -58,7 +60,6 @@ _FORMAT = b"1"  # how the records are laid out
 _LOST = b"lost"  # the answer to a client that knows records which are gone
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
-_MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
 _BATCH = 500  # records that reap, wake and prune take at once
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
 # How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
@@ -230,10 +231,10 @@ class RedisTaskStore:
         arguments = (
             record.task_id,
             _queue_of(record.task_type, record.priority, record.tenant),
-            _sortable(inf if record.deadline is None else record.deadline) + _sortable(record.enqueued_at),
+            sortable(inf if record.deadline is None else record.deadline) + sortable(record.enqueued_at),
             repr(record.enqueued_at),
             _or_false(record.key),
-            record.thread_id is not None and quote(record.thread_id, safe=_SAFE),
+            record.thread_id is not None and quote(record.thread_id, safe=SAFE),
             _or_false(fence),
             lasts,
             record.attempts,
@@ -268,8 +269,8 @@ class RedisTaskStore:
             self._queue.check_open()
             return []
         priorities = [int(each) for each in (Priority if priority is None else (priority,))]
-        tenants = shares is not None and [(_quoted(tenant), share) for tenant, share in shares.items()]
-        arguments = (_quoted(task_type), priorities, limit, self._by_server(until), new_id(), tenants)
+        tenants = shares is not None and [(quoted(tenant), share) for tenant, share in shares.items()]
+        arguments = (quoted(task_type), priorities, limit, self._by_server(until), new_id(), tenants)
         return await self._hold(self._submit("lease", arguments, partial(_decode_leases, until=until)))
 
     async def lease_ids(self, task_ids: Sequence[str], *, until: float) -> Sequence[Lease]:
@@ -534,8 +535,7 @@ class RedisTaskStore:
             found = master.call(*(("SET", key, value, "NX") for key, value in new), *(("GET", key) for key in keys))[2:]
         layout, store_id = found
         if layout != _FORMAT:
-            why, advice = _about_format(self._prefix, layout)
-            raise StoreUnavailable(where=str(self._url), why=why, advice=advice)
+            raise other_format(self._url, self._prefix, layout, _FORMAT)
         return str(store_id.decode())
 
     def _measure_clock(self, master: RedisMaster) -> None:
@@ -570,7 +570,7 @@ class RedisTaskStore:
     def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
         """Run a group of operations, in parts that are not too large, and return their values."""
         values = list[Any]()
-        for part in _parts(group):
+        for part in in_parts(group, [len(op.blob or b"") for op in group]):
             values += self._run_part(connections.groups, part)
         return values
 
@@ -632,24 +632,18 @@ class RedisTaskStore:
 
         It is empty if there is nothing to wait for.
         """
-        if self._url.fsync and names & _ACKNOWLEDGED:
-            return ("WAITAOF", 1, self._url.replicas, _DISKS_TIMEOUT_MS)
-        if self._url.replicas and names & self._acknowledged:
-            return ("WAIT", self._url.replicas, _ACKNOWLEDGE_TIMEOUT_MS)
-        return ()
+        if not names & self._acknowledged:
+            return ()
+        return wait_command(
+            self._url,
+            timeout_ms=_ACKNOWLEDGE_TIMEOUT_MS,
+            disks_timeout_ms=_DISKS_TIMEOUT_MS,
+            on_disks=bool(names & _ACKNOWLEDGED),
+        )
 
     def _shortage(self, acknowledgement: tuple[Any, ...], had: Any) -> StoreUnavailable | None:
         """Return the error of operations that only so many replicas and disks have as the master has answered."""
-        command, *_, timeout = acknowledgement
-        local, replicas = had if command == "WAITAOF" else (1, had)
-        if local and replicas >= self._url.replicas:
-            return None
-        of = "disks of replicas" if command == "WAITAOF" else "replicas"
-        why = f"only {replicas} of {self._url.replicas} {of} had the write within {timeout} ms"
-        if not local:
-            why = f"its own disk did not have the write within {timeout} ms"
-        advice = "Look after the replicas and disks, or ask for less in the URL: ?replicas= and fsync="
-        return StoreUnavailable(where=str(self._url), why=why, advice=advice)
+        return write_shortage(self._url, acknowledgement, had)
 
     def _script_call(
         self, ops: Sequence[bytes], blobs: Sequence[bytes] = (), number: int | None = None
@@ -699,15 +693,6 @@ def _is_refused_start(op: _Operation, reply: Any) -> bool:
     return op.name in _REPLICATED and not reply
 
 
-def _about_format(prefix: str, found: bytes) -> tuple[str, str]:
-    """Return why records of a format that is not known cannot be used, and what to do."""
-    known = _FORMAT.decode()
-    if found.isdigit() and int(found) > int(known):
-        why = f"a newer Forebay wrote {prefix} (format {found.decode()}; this one knows {known})"
-        return why, "Upgrade Forebay here, or give another ?name="
-    return f"another program wrote {prefix}format ({found[:20]!r}; Forebay writes {known})", "Give another ?name="
-
-
 def _decode(op: _Operation, reply: Any) -> Any:
     try:
         return op.decode(reply)
@@ -732,34 +717,12 @@ def _or_none(value: str | bool) -> str | None:  # noqa: FBT001 - it stands for N
     return value if isinstance(value, str) else None
 
 
-def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
-    """Return `group` in parts whose blobs are not too large together."""
-    parts, size = [list[_Operation]()], 0
-    for op in group:
-        length = len(op.blob or b"")
-        if size + length > _MAX_BYTES and parts[-1]:
-            parts.append([])
-            size = 0
-        parts[-1].append(op)
-        size += length
-    return parts
-
-
 # --- what sorts, and what has a separator -----------------------------------------------------------------------------
-
-
-_SAFE = " :/@"  # besides letters, digits and _.-~
-
-
-@lru_cache(maxsize=1_000)
-def _quoted(text: str) -> str:
-    """Return `text` without the separators that the script knows."""
-    return quote(text, safe=_SAFE)
 
 
 @lru_cache(maxsize=1_000)
 def _queue_of(task_type: str, priority: Priority, tenant: str) -> str:
-    return f"{_quoted(task_type)}|{int(priority)}|{_quoted(tenant)}|"
+    return f"{quoted(task_type)}|{int(priority)}|{quoted(tenant)}|"
 
 
 @lru_cache(maxsize=1_000)
@@ -768,28 +731,12 @@ def _parse_queue(queue: str) -> tuple[str, Priority, str]:
     return unquote(task_type), Priority(int(priority)), unquote(tenant)
 
 
-_SIGN = 1 << 63
-
-
-def _sortable(number: float) -> str:
-    """Return 16 hexadecimal digits that sort as the numbers do."""
-    (bits,) = struct.unpack(">Q", struct.pack(">d", number + 0.0))
-    return f"{bits ^ (2 * _SIGN - 1) if bits & _SIGN else bits | _SIGN:016x}"
-
-
-def _from_sortable(digits: str) -> float:
-    bits = int(digits, 16)
-    bits = bits ^ _SIGN if bits & _SIGN else bits ^ (2 * _SIGN - 1)
-    (number,) = struct.unpack(">d", struct.pack(">Q", bits))
-    return float(number)
-
-
 # --- replies of the script -------------------------------------------------------------------------------------------
 
 
 def _record(stored: _Stored, envelope: bytes) -> TaskRecord:
     task_type, priority, tenant = _parse_queue(stored.queue)
-    deadline = _from_sortable(stored.rank[:16])
+    deadline = from_sortable(stored.rank[:16])
     thread = _or_none(stored.thread)
     return TaskRecord(
         task_id=stored.task_id,

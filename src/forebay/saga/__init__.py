@@ -5,6 +5,20 @@ from forebay.saga.log import SagaLog, open_saga_log
 from forebay.saga.memory_log import MemorySagaLog
 from forebay.saga.records import SagaState
 from forebay.saga.run import SagaRun
+from forebay.saga.saga_admin import SagaAdmin
+from forebay.saga.saga_view import SagaView
 from forebay.saga.step import Done, NothingDone
 
-__all__ = ["Done", "MemorySagaLog", "NothingDone", "Saga", "SagaLog", "SagaRun", "SagaState", "open_saga_log", "saga"]
+__all__ = [
+    "Done",
+    "MemorySagaLog",
+    "NothingDone",
+    "Saga",
+    "SagaAdmin",
+    "SagaLog",
+    "SagaRun",
+    "SagaState",
+    "SagaView",
+    "open_saga_log",
+    "saga",
+]

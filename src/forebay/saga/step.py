@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ _T = TypeVar("_T")
 
 
 class NothingDone(Exception):
-    """Raised by a step that has failed and knows that it had no effect: then it is not undone."""
+    """Raised by a step that has failed and knows that it had no effect under its key: then it is not undone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,8 @@ class Step:
         """Call the function, and return its output. It does not return before the function has really ended."""
         if self.handler is None:
             return await call(self.function, *self.args, key=key, threads=threads)
-        task = Task(self.name, *self.args, task_id=key, thread_id=key)
+        # Durable: an attempt after a loss of the process goes on from what the agent has written until then.
+        task = Task(self.name, *self.args, task_id=key, thread_id=key, durable=True)
         return await _call(self.handler.call, task, blocking=self.handler.blocking, threads=threads)
 
 
@@ -274,18 +275,31 @@ def is_ambiguous(error: BaseException) -> bool:
     """Return whether an error leaves open if the step had its effect: no answer came, or that of a broken server.
 
     Any other says that it had none. A cancellation, a timeout and a lost connection are ambiguous, and so is an HTTP
-    status of 408 or from 500 on, in the error or in one that it was raised from.
+    status of 408 or from 500 on, in the error, its response, or an error that it was raised from.
     """
     for each in _chain(error):
         if isinstance(each, asyncio.CancelledError | TimeoutError | ConnectionError | NotEncodable):
             return not isinstance(each, ConnectionRefusedError)
         names = {kind.__name__ for kind in type(each).__mro__}
         if names & _NO_ANSWER:
-            return True
-        status = getattr(each, "status_code", None) or getattr(each, "status", None)
-        if isinstance(status, int):
+            return "ConnectError" not in names  # of httpx: there was no connection, so nothing was sent
+        status = _http_status(each)
+        if status is not None:
             return status >= _FIRST_SERVER_ERROR or status == _REQUEST_TIMEOUT
     return False
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error of a client has, or its response: in httpx, requests and botocore."""
+    response = getattr(error, "response", None)
+    for owner in (error, response):
+        for name in ("status_code", "status"):
+            if isinstance(status := getattr(owner, name, None), int):
+                return status
+    if isinstance(response, Mapping):  # of botocore
+        status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode")
+        return status if isinstance(status, int) else None
+    return None
 
 
 class NotEncodable(Exception):

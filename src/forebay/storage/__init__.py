@@ -2,7 +2,8 @@
 
 `url` and `operation_queue` are for every store. `sqlite_file` opens and migrates a file, `sqlite_writer` is its single
 writer, `commit_watch` notices the commits of other processes, and `batch_statement` is a statement for many rows.
-`redis_master` finds a Redis master and talks to it; its module is for those who have installed its library.
+`redis_master` finds a Redis master and talks to it; its module is for those who have installed its library. On Redis,
+`redis_durability` waits for replicas and disks, and `redis_sort_keys` makes texts that Redis sorts.
 """
 
 from forebay.storage.batch_statement import BatchStatement

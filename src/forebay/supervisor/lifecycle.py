@@ -48,6 +48,8 @@ def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
     dispatcher.add_worker(worker)
     dispatcher.starts.begin(worker)
     dispatcher.core.registry.notify_progress()  # there may be room
+    if worker.handler.saga is not None and dispatcher.sagas is not None:
+        dispatcher.sagas.scan_soon()  # sagas of this name may be in the log
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:

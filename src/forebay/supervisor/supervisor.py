@@ -34,7 +34,7 @@ from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTyp
 from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
-from forebay.saga import Saga, SagaLog, open_saga_log
+from forebay.saga import Saga, SagaAdmin, SagaLog, open_saga_log
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import RESUME_DELAY, Core
@@ -458,6 +458,19 @@ class BackpressureSupervisor:
             else:
                 dispatcher.dispatch_to_all(pool)
             dispatcher.core.registry.notify_progress()  # there may be room
+
+    @property
+    def sagas(self) -> SagaAdmin:
+        """The sagas in its log: which there are, what they have done, and what is to become of the parked ones.
+
+        Raises:
+            NotStarted: it is not running.
+            InvalidSetting: it has no saga log.
+        """
+        dispatcher = self._dispatcher_here()
+        if dispatcher.sagas is None:
+            reject("BackpressureSupervisor", "saga_log", None, 'the log of its sagas, such as "sqlite:///saga.db"')
+        return dispatcher.sagas.admin
 
     @property
     def workers(self) -> Mapping[str, WorkerAgent]:
