@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 from tests.support.task_plane import virtual
 
@@ -14,7 +15,17 @@ from forebay import BackpressureSupervisor, Retry, Task, TaskStatus, clock
 from forebay.errors import StoreUnavailable
 from forebay.overflow import encode_task
 from forebay.saga import MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
-from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, SagaHistory, Started, decode_entries, encode_entry
+from forebay.saga.records import (
+    UNFINISHED,
+    Compensating,
+    Entry,
+    LogWrite,
+    SagaHeader,
+    SagaHistory,
+    Started,
+    decode_entries,
+    encode_entry,
+)
 
 TWICE = Retry(max_attempts=2, base_delay=0.1)
 
@@ -105,14 +116,53 @@ async def test_a_pivot_that_fails_when_a_cut_off_call_is_repeated_is_parked_unle
 
 
 @virtual
+@pytest.mark.parametrize("checks", [True, False])
+async def test_a_pivot_that_hangs_whenever_it_is_asked_after_is_parked(checks: bool) -> None:  # noqa: FBT001
+    log, step, before = MemorySagaLog(), Step(None, None, None), Step()
+    options: dict[str, Any] = {"check": Step(None)} if checks else {"idempotent": True}
+    async with supervisor_of(log, pay(step, before, **options)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s", timeout=20.0))
+        history = await ended(log, "s")
+    assert history.state is SagaState.PARKED
+    what = "its check" if checks else "its repetition"
+    assert history.why == (
+        "it was cut off during the pivot, step 'pay', and it is unknown how that ended: "
+        f"{what} has not ended within 5 min"
+    )
+    assert (step.calls, before.undone) == (1 if checks else 2, 0)
+
+
+async def left_by_a_lost_process(log: MemorySagaLog, *written: Entry, name: str = "pay") -> None:
+    """Put a saga into the log as a process leaves it that is lost after `written`."""
+    now = clock.wall_time()
+    envelope = encode_task(Task(name, None, task_id="s"), None, bound=1_000)
+    header = SagaHeader(saga_id="s", name=name, version="", envelope=envelope, submission=now)
+    await log.begin(header, b"", fence="lost", until=now, now=now)
+    state = SagaHistory("s", written).state
+    assert await log.append("s", LogWrite(0, [encode_entry(each) for each in written], state), fence="lost", now=now)
+
+
+@virtual
+async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() -> None:
+    log, step = MemorySagaLog(), Step()
+    begun = Started(at=0.0, step="a", function="f", compensable=True)
+    await left_by_a_lost_process(log, begun, Compensating(at=0.0, error_type="x", error="x"))
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await run.step("a", step, compensate=step.undo)
+
+    before = clock.now()
+    async with supervisor_of(log, function):
+        assert (await ended(log, "s")).state is SagaState.COMPENSATED
+    assert clock.now() - before < 1.0
+    assert (step.calls, step.undone) == (0, 1)
+
+
+@virtual
 async def test_a_pivot_that_fails_when_it_is_repeated_after_its_process_was_lost_is_parked() -> None:
     log = MemorySagaLog()
-    now, task = clock.wall_time(), Task("pay", None, task_id="s")
-    envelope = encode_task(task, None, bound=1_000)
-    header = SagaHeader(saga_id="s", name="pay", version="", envelope=envelope, submission=now)
-    await log.begin(header, b"", fence="lost", until=now, now=now)
-    begun = encode_entry(Started(at=now, step="pay", function="f", pivot=True))
-    assert await log.append("s", LogWrite(0, [begun], SagaState.RUNNING), fence="lost", now=now)
+    await left_by_a_lost_process(log, Started(at=0.0, step="pay", function="f", pivot=True))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
@@ -232,3 +282,94 @@ async def test_a_step_whose_check_cannot_be_asked_parks_the_saga_whatever_the_fu
     assert history.state is SagaState.PARKED
     assert "the check of step 'a' raised OSError" in history.why
     assert (step.calls, step.undone, other.undone, later.calls) == (1, 0, 0, 0)
+
+
+class Receipt(msgspec.Struct):
+    """What a step says that it returns."""
+
+    number: int
+
+
+async def returns_an_object() -> object:
+    return object()
+
+
+async def returns_too_much() -> bytes:
+    return bytes(2_000_000)
+
+
+async def returns_another_type() -> Receipt:
+    return cast("Receipt", "receipt 7")
+
+
+UNSTORABLE = [
+    (returns_an_object, "holds a object; return plain data"),
+    (returns_too_much, "the bound is 1000000: return a reference to it"),
+    (returns_another_type, "at result: "),
+]
+
+
+@virtual
+@pytest.mark.parametrize(("function", "why"), UNSTORABLE)
+async def test_a_step_whose_output_cannot_be_stored_has_failed_and_is_undone(
+    function: Callable[..., Any], why: str
+) -> None:
+    log = MemorySagaLog()
+    undone: list[object] = []
+
+    @saga("pay")
+    async def pay_once(run: SagaRun, _: object) -> None:
+        await run.step("a", function, compensate=undone.append, retry=TWICE)
+
+    async with supervisor_of(log, pay_once) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+    assert history.state is SagaState.COMPENSATED
+    assert "the output of step 'a' cannot be stored: " in history.error
+    assert why in history.error
+    assert undone == [None]
+
+
+@virtual
+@pytest.mark.parametrize(("function", "why"), UNSTORABLE)
+async def test_a_pivot_whose_output_cannot_be_stored_parks_the_saga(function: Callable[..., Any], why: str) -> None:
+    log = MemorySagaLog()
+
+    @saga("pay")
+    async def pay_once(run: SagaRun, _: object) -> None:
+        await run.step("a", function, pivot=True)
+
+    async with supervisor_of(log, pay_once) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+    assert history.state is SagaState.PARKED
+    assert why in history.why
+
+
+@virtual
+async def test_an_output_is_of_its_type_again_when_the_saga_goes_on_elsewhere() -> None:
+    log, found = MemorySagaLog(), []
+    log.durable = True  # another process may go on with it
+
+    async def receive() -> Receipt:
+        return Receipt(7)
+
+    async def hang() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def with_last(last: Callable[..., Any]) -> Saga:
+        @saga("pay")
+        async def function(run: SagaRun, _: object) -> None:
+            found.append(await run.step("a", receive))
+            await run.step("b", last, idempotent=True)
+
+        return function
+
+    async with supervisor_of(log, with_last(hang)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        await asyncio.sleep(1.0)
+        await supervisor.close()
+    async with supervisor_of(log, with_last(Step())):
+        history = await ended(log, "s")
+    assert (history.state, history.error) == (SagaState.DONE, "")
+    assert found == [Receipt(7), Receipt(7)]

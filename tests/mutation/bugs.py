@@ -71,6 +71,7 @@ from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
 from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogWrite
 from forebay.saga.redis_log import RedisSagaLog
+from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
 from forebay.saga.step import Step
 from forebay.state.guarded_shard import GuardedShard
@@ -2863,3 +2864,34 @@ def an_error_without_a_status_of_its_own_had_no_effect() -> None:
         return getattr(error, "status", None)
 
     step._http_status.__code__ = _http_status.__code__
+
+
+# --- sagas: what may have had an effect ---
+
+
+def an_error_that_says_that_nothing_was_sent_excuses_the_calls_before_it() -> None:
+    original = SagaRun._failed
+
+    async def failed(self: SagaRun, failed_step: Any, error: BaseException, *, may_be_done: bool) -> Any:
+        return await original(self, failed_step, error, may_be_done=False)
+
+    replace(SagaRun, original, failed)
+
+
+def a_pivot_that_was_never_called_is_called_when_its_saga_is_cut_off() -> None:
+    always(SagaRun, SagaRun._note_uncalled, returns=None)
+
+
+def a_function_may_hide_what_ends_its_saga() -> None:
+    replace(SagaRun, SagaRun._take_or_stop, SagaRun._take)
+
+
+def a_pivot_is_settled_for_as_long_as_it_hangs() -> None:
+    async def without_limit(self: SagaRun, _: Any, work: Any, __: str) -> Any:
+        return await self._detached(work)
+
+    replace(SagaRun, SagaRun._within_timeout, without_limit)
+
+
+def an_error_without_connection_is_like_one_without_answer() -> None:
+    step._NOT_CONNECTED = frozenset()

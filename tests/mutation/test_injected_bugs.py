@@ -50,6 +50,7 @@ from tests.acceptance import (
     test_room,
     test_routing,
     test_runners,
+    test_saga_outcomes,
     test_saga_writes,
     test_shared_overflow,
     test_silent_store,
@@ -98,7 +99,7 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log
+from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log, test_step
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
@@ -1171,6 +1172,21 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_error_without_a_status_of_its_own_had_no_effect: (
         test_errors_of_clients.test_the_status_says_whether_it_may_have_had_an_effect
+    ),
+    bugs.an_error_that_says_that_nothing_was_sent_excuses_the_calls_before_it: (
+        test_saga_outcomes.test_a_pivot_of_which_an_early_call_may_have_succeeded_is_parked
+    ),
+    bugs.a_pivot_that_was_never_called_is_called_when_its_saga_is_cut_off: (
+        test_saga_outcomes.test_a_pivot_that_is_cut_off_before_the_log_has_its_start_is_not_called
+    ),
+    bugs.a_function_may_hide_what_ends_its_saga: (
+        test_saga_outcomes.test_a_step_whose_check_cannot_be_asked_parks_the_saga_whatever_the_function_makes_of_it
+    ),
+    bugs.a_pivot_is_settled_for_as_long_as_it_hangs: (
+        test_saga_outcomes.test_a_pivot_that_hangs_whenever_it_is_asked_after_is_parked
+    ),
+    bugs.an_error_without_connection_is_like_one_without_answer: (
+        test_step.test_any_other_error_says_that_there_is_none
     ),
 }
 

@@ -116,6 +116,7 @@ class SagaRun:
         *,
         bound: int,
         is_cut_off: Callable[[], bool] = lambda: False,
+        timeout: float | None = None,
     ) -> None:
         self.saga_id = held.saga_id
         self._payload = payload
@@ -125,6 +126,7 @@ class SagaRun:
         self._driver = driver
         self._bound = bound  # bytes of an output
         self._is_cut_off = is_cut_off  # returns whether a cancellation ends the task, and not a part of the function
+        self._timeout = timeout  # seconds in which a pivot of unknown outcome must be settled; None: no limit
         self._recorded = dict(self._history.steps)  # those that the log had when it was taken
         self._steps: dict[str, Step] = {}  # those that the function has asked for
         self._asked = asyncio.Event()  # set with each
@@ -262,6 +264,7 @@ class SagaRun:
         belong to it.
         """
         while missing := [name for name in self._recorded if name not in self._steps]:
+            self._asked.clear()
             alone = len(self._in_progress) <= 1 and not self._history.overlapped
             if alone or not await self._wait_for_request():
                 raise _Parking(
@@ -272,7 +275,6 @@ class SagaRun:
 
     async def _wait_for_request(self) -> bool:
         """Wait until the function asks for another step; return False if it does not for a while."""
-        self._asked.clear()
         try:
             async with asyncio.timeout(_REPLAY_WAIT):
                 await self._asked.wait()
@@ -593,7 +595,7 @@ class SagaRun:
         if step is None:
             raise _Parking(f"its function does not ask for its pivot, step {pivot.name!r}{_CHANGED}", pivot.name)
         if step.check is not None:
-            found = await self._detached(self._check(step))
+            found = await self._within_timeout(step, self._check(step), "its check")
             if found is not None:
                 self._note_done(step, found.output, by="check")
             else:
@@ -603,7 +605,24 @@ class SagaRun:
             why = f"it was cut off during the pivot, step {pivot.name!r}, and it is unknown how that ended"
             raise _Parking(f"{why}: find out by its key {pivot.key!r}", pivot.name)
         with suppress(StepFailed):
-            await self._detached(self._do(step, may_be_done=True))
+            await self._within_timeout(step, self._do(step, may_be_done=True), "its repetition")
+
+    async def _within_timeout(self, pivot: Step, work: Coroutine[Any, Any, Any], what: str) -> Any:
+        """Await what settles the pivot; park the saga if that takes longer than its task may run."""
+
+        async def bounded() -> Any:
+            async with asyncio.timeout(self._timeout):
+                return await work
+
+        try:
+            return await self._detached(bounded())
+        except TimeoutError:
+            assert self._timeout is not None  # noqa: S101 - nothing else raises this: see `_do` and `_check`
+            raise _Parking(
+                f"it was cut off during the pivot, step {pivot.name!r}, and it is unknown how that ended:"
+                f" {what} has not ended within {format_duration(self._timeout)}",
+                pivot.name,
+            ) from None
 
     async def _park(self, parking: _Parking) -> None:
         log.error("saga %r is parked: %s", self.saga_id, parking.why)
@@ -629,6 +648,7 @@ class SagaRun:
         function = asyncio.ensure_future(self._call_quietly())
         try:
             while self._not_asked():
+                self._asked.clear()  # here: the function may ask for a step before the next line has its turn
                 asked = asyncio.ensure_future(self._wait_for_request())
                 await asyncio.wait((asked, function), return_when=asyncio.FIRST_COMPLETED)
                 if function.done():

@@ -22,15 +22,34 @@ from forebay.task import Task
 
 _MAX_NAME = 200  # characters of a step's name
 _FIRST_SERVER_ERROR, _REQUEST_TIMEOUT = 500, 408
-# Of the errors of HTTP clients that are no OSError: no answer came, though the request may have. By name, because none
-# of these libraries is imported here.
+# Errors of HTTP clients and SDKs, by name, because none of these libraries is imported here. No connection was made:
+_NOT_CONNECTED = frozenset(
+    {
+        "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectTimeoutError",
+        "ConnectionRefusedError",
+        "ConnectionTimeoutError",
+        "EndpointConnectionError",
+        "NewConnectionError",
+        "PoolTimeout",
+        "gaierror",
+    }
+)
+# No answer came, or a part of one, though the request may have. SDKs that try again by themselves raise some of these
+# whatever has become of their earlier attempts.
 _NO_ANSWER = frozenset(
     {
         "APIConnectionError",
         "APITimeoutError",
+        "ChunkedEncodingError",
+        "ClientPayloadError",
         "CloseError",
+        "ConnectionClosed",
         "ConnectionClosedError",
-        "EndpointConnectionError",
+        "ContentDecodingError",
+        "DecodingError",
         "IncompleteRead",
         "NetworkError",
         "ProtocolError",
@@ -39,10 +58,13 @@ _NO_ANSWER = frozenset(
         "ReadTimeoutError",
         "RemoteProtocolError",
         "ServerDisconnectedError",
+        "TimeoutError",
         "WriteError",
         "WriteTimeout",
     }
 )
+# Either of both: what they were raised from may say that no connection was made.
+_DOUBTFUL = frozenset({"ClientOSError", "ConnectionError"})
 
 
 _CACHED = 256  # functions
@@ -277,16 +299,18 @@ def is_ambiguous(error: BaseException) -> bool:
     Any other says that it had none. A cancellation, a timeout and a lost connection are ambiguous, and so is an HTTP
     status of 408 or from 500 on, in the error, its response, or an error that it was raised from.
     """
+    doubtful = False
     for each in _chain(error):
-        if isinstance(each, asyncio.CancelledError | TimeoutError | ConnectionError | NotEncodable):
-            return not isinstance(each, ConnectionRefusedError)
         names = {kind.__name__ for kind in type(each).__mro__}
-        if names & _NO_ANSWER:
-            return "ConnectError" not in names  # of httpx: there was no connection, so nothing was sent
+        if names & _NOT_CONNECTED:
+            return False
+        if isinstance(each, asyncio.CancelledError | ConnectionError | NotEncodable) or names & _NO_ANSWER:
+            return True
         status = _http_status(each)
         if status is not None:
             return status >= _FIRST_SERVER_ERROR or status == _REQUEST_TIMEOUT
-    return False
+        doubtful |= bool(names & _DOUBTFUL)
+    return doubtful
 
 
 def _http_status(error: BaseException) -> int | None:

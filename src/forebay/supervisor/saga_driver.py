@@ -196,6 +196,7 @@ class SagaDriver:
             self,
             bound=self._settings.max_payload_bytes,
             is_cut_off=lambda: run.abandoned_at is not None,
+            timeout=max(run.task.timeout or 0.0, run.worker.timeout),
         )
         self._hold(held, task, run.tenant_weight)
         try:
