@@ -18,9 +18,10 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 import pytest
 from tests.support.effect_server import EffectServer
-from tests.support.killed_sagas import Life, SagaProcesses
+from tests.support.killed_sagas import Life, SagaProcesses, lives_file
 from tests.support.saga_logs import DURABLE_LOGS, LogBackend
 
+from forebay import clock
 from forebay.overflow import decode_result
 from forebay.saga import SagaState, open_saga_log
 from forebay.saga.records import UNFINISHED, SagaHistory, StepState, decode_entries
@@ -147,14 +148,15 @@ class World:
         self._check_recorded()
         return killed
 
-    def pause(self, pause_at: int) -> int | None:
+    def pause(self, pause_at: int, *, between: bool = False) -> int | None:
         """Let a process drive the saga until it stops, and return its id; None: it has ended."""
-        pid = self._processes.pause(msgspec.structs.replace(self._life, number=self._lives, pause_at=pause_at))
+        life = msgspec.structs.replace(self._life, number=self._lives, pause_at=pause_at, pauses_between=between)
         self._lives += 1
-        return pid
+        return self._processes.pause(life)
 
     def resume(self, pid: int) -> tuple[str, str]:
         """Continue a process that has stopped; return where that was, and what its task has raised."""
+        lives_file(self._life).write_text(str(self._lives))
         self._processes.resume(pid)
         where, outcome = Path(f"{self._life.effects}.paused").read_text().split("\n")
         return where, outcome
@@ -169,6 +171,12 @@ class World:
 
     def _requests(self, key: str) -> int:
         return sum(each.kind == "do" and each.key == key for each in self.server.requests())
+
+    @property
+    def has_ended(self) -> bool:
+        """True once nobody drives it any more."""
+        history = self.history()
+        return history is not None and history.state not in UNFINISHED
 
     def history(self) -> SagaHistory | None:
         """Return what the log has of the saga."""
@@ -367,3 +375,31 @@ def test_a_paused_process_does_nothing_for_a_saga_that_another_has_taken(
             assert outcome == "SagaTaken", where
             taken += 1
     assert taken > 15
+
+
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 10 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(80)]
+)
+def test_a_saga_whose_processes_are_killed_and_paused_at_random_comes_to_its_end(
+    seed: int, processes: SagaProcesses, readers: Readers, tmp_path: Path
+) -> None:
+    rng = clock.new_random(seed)
+    backend = rng.choice(DURABLE_LOGS[:2]) if seed >= 10 else DURABLE_LOGS[0]
+    case, linger = rng.choice(CASES), rng.choice((0.0, 0.002, 60.0))
+    world = World(processes, readers(backend.fast_url(tmp_path)), tmp_path, case, "the saga", linger=linger)
+    paused: list[int] = []
+    for _ in range(rng.randint(3, 8)):
+        if rng.random() < 0.6:
+            world.live(crash_at=rng.randint(1, 30), submits=rng.random() < 0.5)
+        elif not world.has_ended and (pid := world.pause(rng.randint(3, 30), between=True)) is not None:
+            paused.append(pid)
+        if paused and rng.random() < 0.4:
+            world.resume(paused.pop(rng.randrange(len(paused))))
+    world.live(submits=False)
+    for pid in paused:
+        world.resume(pid)
+    history = world.history()
+    assert history is not None
+    if history.state is SagaState.PARKED:
+        assert re.search(r"its process was lost \d+ times in a row", history.why)
+    world.check(case.state, SagaState.PARKED)

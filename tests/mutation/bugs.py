@@ -68,6 +68,7 @@ from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
+from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogWrite
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
@@ -2757,6 +2758,10 @@ def two_people_may_decide_about_the_same_saga() -> None:
 
 def sagas_go_on_in_a_file_that_was_removed() -> None:
     skip(SqliteSagaLog.append, SqliteWriter.check_file)
+
+
+def the_end_of_a_step_is_written_by_itself() -> None:
+    replace(HeldSaga, HeldSaga._write_later, HeldSaga._begin_writing)
 
 
 # --- the saga log on Redis --------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from tests.acceptance import (
     test_routing,
     test_runners,
     test_saga_outcomes,
+    test_saga_writes,
     test_shared_overflow,
     test_silent_store,
     test_slot,
@@ -1122,6 +1123,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_saga_that_a_cancelled_caller_took_stays_taken: test_saga_log.test_what_a_cancelled_caller_took_is_released,
     bugs.two_people_may_decide_about_the_same_saga: test_saga_log.test_of_two_people_who_write_at_once_one_does,
     bugs.sagas_go_on_in_a_file_that_was_removed: test_sqlite_log.test_nothing_is_acknowledged_once_the_file_was_removed,
+    bugs.the_end_of_a_step_is_written_by_itself: (
+        test_saga_writes.test_the_end_of_a_step_is_written_with_the_start_of_the_next
+    ),
     bugs.a_saga_goes_on_before_the_replicas_have_its_entry: (
         test_saga_redis.test_acknowledged_entries_survive_the_master
     ),

@@ -47,6 +47,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
         number: of the process; its clock is by so much later than that of the first.
         crash_at: the moment at which it kills itself, from 1; None: it does not.
         pause_at: the moment at which it stops, until it is continued after its lease has expired; None: it does not.
+        pauses_between: it does not stop between its look at its lease and the request that follows, but after that.
         submits: whether it submits the saga again, as its caller would; else it takes it from the log.
         linger: seconds that the end of a step waits to be written with the start of the next.
     """
@@ -59,6 +60,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     number: int = 0
     crash_at: int | None = None
     pause_at: int | None = None
+    pauses_between: bool = False
     submits: bool = True
     linger: float = 0.0
 
@@ -70,22 +72,40 @@ class Moments:
         paused_in: what it was about to do, or had done, when it stopped; None: it has not.
     """
 
-    def __init__(self, crash_at: int | None = None, pause_at: int | None = None) -> None:
+    def __init__(self, life: Life) -> None:
         self.paused_in: str | None = None
-        self._crash_at = crash_at
-        self._pause_at = pause_at
+        self._life = life
         self._passed = 0
 
     def passes(self, what: str) -> None:
         """Let a moment pass, or be killed or stopped at it."""
         self._passed += 1
-        if self._passed == self._crash_at:
+        if self._passed == self._life.crash_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self._passed == self._pause_at:
+        at = self._life.pause_at
+        if at is None or self._passed < at or self.paused_in is not None:
+            return
+        if what != "before request" or not self._life.pauses_between:
             self.paused_in = what
             os.kill(os.getpid(), signal.SIGSTOP)
-            now = clock.now
-            clock.now = lambda: now() + LATER  # so long has it been stopped, by the clock of whoever took its saga
+            self._see_time()
+
+    def note_outcome(self, error: BaseException | None) -> None:
+        """Note for the test what the task has raised, if the process was stopped."""
+        if self.paused_in is not None:
+            Path(f"{self._life.effects}.paused").write_text(f"{self.paused_in}\n{type(error).__name__}")
+
+    def _see_time(self) -> None:
+        """Set the clock to that of the process which is to be the next one."""
+        ahead = LATER * (int(lives_file(self._life).read_text()) - self._life.number)
+        wall_time, now = clock.wall_time, clock.now
+        clock.wall_time = lambda: wall_time() + ahead
+        clock.now = lambda: now() + ahead
+
+
+def lives_file(life: Life) -> Path:
+    """Return the file with the number of the next process, for those that were stopped."""
+    return Path(f"{life.effects}.lives")
 
 
 class CrashingLog:
@@ -314,7 +334,7 @@ async def live(life: Life) -> None:
     held_saga._LINGER = life.linger
     wall_time, behind = clock.wall_time, LATER * (MAX_LIVES - life.number)
     clock.wall_time = lambda: wall_time() - behind
-    moments = Moments(life.crash_at, life.pause_at)
+    moments = Moments(life)
     log = CrashingLog(open_saga_log(life.url), moments)
     calls = Calls(EffectServer(Path(life.effects)), moments)
     saga = SAGAS[life.name](calls)
@@ -326,15 +346,9 @@ async def live(life: Life) -> None:
                 ticket = await supervisor.submit(Task(saga.name, life.how, key=life.saga_id))
                 result = await ticket
                 assert result.success or isinstance(result.cause, SagaCompensated | SagaParked | SagaTaken), result
-                note_paused(life, moments, type(result.cause).__name__)
+                moments.note_outcome(result.cause)
             elif stored.header.state in UNFINISHED:
                 await log.ended.wait()
-
-
-def note_paused(life: Life, moments: Moments, outcome: str) -> None:
-    """Note how a process has ended that was stopped."""
-    if moments.paused_in is not None:
-        Path(f"{life.effects}.paused").write_text(f"{moments.paused_in}\n{outcome}")
 
 
 def fork(life: Life) -> int:

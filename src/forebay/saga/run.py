@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _REPLAY_WAIT = 10.0  # seconds in which parallel branches of a saga ask for the steps that the log has
 _CHECK_RETRY = Retry(max_attempts=5, base_delay=0.2, max_delay=5.0)
 _PAST_PIVOT = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0)
+_UNKNOWN = Retry(max_attempts=5, base_delay=0.5, max_delay=10.0)  # of an idempotent step without an answer
 _SLOW = 60.0  # seconds after which a compensation that does not return is reported
 _MAX_BUSY_WAIT = 60.0  # seconds between two attempts of a compensation whose call is rejected for load
 
@@ -169,8 +170,8 @@ class SagaRun:
             retry: how the step is tried again, under the same key, when it raises. None: it is not.
             check: finds out whether the step has had its effect, if its process was lost or no answer came:
                 ``check(key=...)`` returns ``Done(output)``, or None if it had none.
-            idempotent: it may be repeated under its key, if nobody knows how it ended. Without this or a `check`, the
-                saga is parked then.
+            idempotent: it may be repeated under its key, if nobody knows how it ended: its process was lost, or no
+                answer came. Without this or a `check`, the saga is parked if its process was lost.
 
         Returns:
             The output, as the log gives it back: plain data, or of the type that `function` says it returns.
@@ -379,8 +380,11 @@ class SagaRun:
     def _retry_delay(self, step: Step, error: BaseException, attempt: int) -> float | None:
         """Return the seconds until a step is tried again, or None."""
         retry = step.retry
-        if retry is None and step.idempotent and self._history.past_pivot:
-            retry = _PAST_PIVOT
+        if retry is None and step.idempotent:
+            if self._history.past_pivot:
+                retry = _PAST_PIVOT
+            elif step.check is None and is_ambiguous(error):
+                retry = _UNKNOWN
         if retry is None or isinstance(error, NothingDone | NotEncodable) or self._is_cancelled(error):
             return None
         if attempt >= retry.max_attempts or not retry.covers(error):
@@ -429,7 +433,10 @@ class SagaRun:
         self._held.note(failed)
 
     def _note_done(self, step: Step, output: Any, *, by: str) -> Any:
-        encoded = self._encode(step, output)
+        try:
+            encoded = self._encode(step, output)
+        except NotEncodable as error:
+            raise _Parking(f"by its check it has succeeded, but {error}", step.name) from error
         self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded, by=by))
         return self._decode(step, encoded)
 

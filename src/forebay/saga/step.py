@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextvars import copy_context
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, TypeVar
 
 from forebay._hooks import is_async, name_of
 from forebay.adapters import Handler, as_handler, codec_for, is_agent
@@ -67,8 +67,12 @@ _NO_ANSWER = frozenset(
 _DOUBTFUL = frozenset({"ClientOSError", "ConnectionError"})
 
 
+_CACHED = 256  # functions
+
 _PLAIN = (None, type(None), Any, object, bool, int, float, str, bytes, list, tuple, dict)
 _UNIONS = (typing.Union, types.UnionType)
+
+_T = TypeVar("_T")
 
 
 class NothingDone(Exception):
@@ -188,6 +192,20 @@ def _check_callable(name: str, function: Any) -> None:
         raise InvalidStep(step=name, why=why)
 
 
+def _cached(look: Callable[[Any], _T]) -> Callable[[Any], _T]:
+    """Make `look` remember its answers for the latest functions, except those that would keep a saga's data alive."""
+    known = lru_cache(maxsize=_CACHED)(look)
+
+    @wraps(look)
+    def cached(function: Any) -> _T:
+        if isinstance(function, types.FunctionType) and not (function.__closure__ or function.__defaults__):
+            return known(function)
+        return look(function)
+
+    return cached
+
+
+@_cached
 def _codec_of(function: Any) -> Codec | None:
     """Return the codec of the type that a function says it returns; None if that is plain data, or it says nothing."""
     while isinstance(function, partial):
@@ -262,6 +280,7 @@ async def _whole(future: Awaitable[Any]) -> Any:
     return waited.result()
 
 
+@_cached
 def _takes_key(function: Any) -> bool:
     """Return whether a function has a parameter `key` of its own, that is not given by position."""
     try:
