@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -404,3 +404,41 @@ async def test_an_output_is_of_its_type_again_when_the_saga_goes_on_elsewhere() 
         history = await ended(log, "s")
     assert (history.state, history.error) == (SagaState.DONE, "")
     assert found == [Receipt(7), Receipt(7)]
+
+
+class LogThatRenewsNothing(MemorySagaLog):
+    """A log that cannot be asked to renew a lease while it is away."""
+
+    away = True
+
+    async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
+        if self.away:
+            raise StoreUnavailable(where="the log", why="it is away", advice="")
+        return await super().renew(holders, until=until)
+
+
+@virtual
+async def test_a_saga_whose_lease_has_lapsed_is_not_driven_twice_in_its_own_process() -> None:
+    log, running, most, calls = LogThatRenewsNothing(), 0, 0, 0
+
+    async def work() -> None:
+        nonlocal running, most, calls
+        running, calls = running + 1, calls + 1
+        most = max(most, running)
+        try:
+            await asyncio.sleep(10.0)
+        finally:
+            running -= 1
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await run.step("a", work, idempotent=True)
+
+    supervisor = BackpressureSupervisor(saga_log=log, lease=1.0)
+    supervisor.register_worker("pay", handler=function, task_types=["pay"], max_concurrent=4)
+    async with supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        await asyncio.sleep(5.0)
+        log.away = False
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert (most, calls) == (1, 2)

@@ -2893,5 +2893,9 @@ def a_pivot_is_settled_for_as_long_as_it_hangs() -> None:
     replace(SagaRun, SagaRun._within_timeout, without_limit)
 
 
+def a_saga_whose_lease_has_lapsed_is_driven_twice() -> None:
+    replace(SagaDriver, SagaDriver._give_up_lapsed, SagaDriver._resume)
+
+
 def an_error_without_connection_is_like_one_without_answer() -> None:
     step._NOT_CONNECTED = frozenset()

@@ -1185,6 +1185,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_pivot_is_settled_for_as_long_as_it_hangs: (
         test_saga_outcomes.test_a_pivot_that_hangs_whenever_it_is_asked_after_is_parked
     ),
+    bugs.a_saga_whose_lease_has_lapsed_is_driven_twice: (
+        test_saga_outcomes.test_a_saga_whose_lease_has_lapsed_is_not_driven_twice_in_its_own_process
+    ),
     bugs.an_error_without_connection_is_like_one_without_answer: (
         test_step.test_any_other_error_says_that_there_is_none
     ),

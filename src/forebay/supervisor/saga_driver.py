@@ -408,12 +408,22 @@ class SagaDriver:
             )
             for stored in claimed:
                 try:
-                    await self._resume(stored)
+                    if stored.header.saga_id in self._ends:
+                        await self._give_up_lapsed(stored)
+                    else:
+                        await self._resume(stored)
                 except ForebayError as error:
                     self._core.failures.report(
                         "saga %r could not be taken from the log", stored.header.saga_id, error=error
                     )
         await self._log.forget(before=now - self._settings.result_retention, limit=_FORGET_BATCH)
+
+    async def _give_up_lapsed(self, stored: StoredSaga) -> None:
+        """Give a saga back that is still driven here, under a lease that has lapsed: there is one driver at a time."""
+        saga_id = stored.header.saga_id
+        if (held := self._held.get(saga_id)) is not None:
+            held.lose()
+        await self._log.release(saga_id, fence=stored.holder)
 
     async def _resume(self, stored: StoredSaga) -> None:
         """Go on with a saga that was left in the log."""
