@@ -189,7 +189,7 @@ class LogThatGoesAway(MemorySagaLog):
 
 
 @virtual
-@pytest.mark.parametrize("options", [{"idempotent": True}, {"check": lambda: None}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"idempotent": True}, {"check": lambda: None}, {}], ids=["idempotent", "check", "neither"])
 async def test_a_pivot_that_is_cut_off_before_the_log_has_its_start_is_not_called(options: dict[str, Any]) -> None:
     log, step, before = LogThatGoesAway(), Step(), Step()
     async with supervisor_of(log, pay(step, before, **options)) as supervisor:
@@ -228,7 +228,7 @@ async def test_a_step_that_the_function_cuts_off_between_two_attempts_has_failed
 
 
 @virtual
-@pytest.mark.parametrize("found", [Done("found"), None], ids=str)
+@pytest.mark.parametrize("found", [Done("found"), None])
 @pytest.mark.parametrize("resumed", [True, False])
 async def test_a_step_that_the_function_cuts_off_while_it_is_checked_is_settled(
     resumed: bool,  # noqa: FBT001
