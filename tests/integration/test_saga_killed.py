@@ -306,7 +306,7 @@ def test_a_step_that_cannot_be_repeated_is_called_once_and_parks_its_saga_if_its
             world.check(SagaState.PARKED if is_unknown else case.state)
             parked += is_unknown
         calls = Counter(each.step for each in world.server.requests() if each.kind == "do")
-        assert max(calls.values()) == 1
+        assert max(calls.values(), default=0) <= 1
         if not killed:
             break
         assert crash_at < MOST

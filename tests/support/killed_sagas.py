@@ -1,8 +1,8 @@
 """Processes that drive sagas, and kill or pause themselves at a given moment.
 
 `SagaProcesses` starts them as forks of one process that has imported everything. Their moments are counted: before and
-after each write to the log, and each request to the effect server. What a killed process has of the log's leases has
-expired for the next one, whose clock is set later, so no test waits for that.
+after each write to the log, and each request to the effect server. The leases of a killed process have expired for the
+next one, whose time in the log is later, so no test waits for that.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ class Moments:
 
     Attributes:
         paused_in: what it was about to do, or had done, when it stopped; None: it has not.
+        behind: seconds by which its time is behind the machine's, in the log.
     """
 
     def __init__(self, life: Life) -> None:
         self.paused_in: str | None = None
+        self.behind = LATER * (MAX_LIVES - life.number)
         self._life = life
         self._passed = 0
 
@@ -98,9 +100,9 @@ class Moments:
     def _see_time(self) -> None:
         """Set the clock to that of the process which is to be the next one."""
         ahead = LATER * (int(lives_file(self._life).read_text()) - self._life.number)
-        wall_time, now = clock.wall_time, clock.now
-        clock.wall_time = lambda: wall_time() + ahead
+        now = clock.now
         clock.now = lambda: now() + ahead
+        self.behind -= ahead
 
 
 def lives_file(life: Life) -> Path:
@@ -127,25 +129,33 @@ class CrashingLog:
 
     async def begin(self, header: SagaHeader, restart: bytes, *, fence: str, until: float, now: float) -> StoredSaga:
         self._moments.passes("before begin")
-        stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
+        behind = self._moments.behind
+        stored = await self._log.begin(header, restart, fence=fence, until=until - behind, now=now - behind)
         self._moments.passes("after begin")
-        return stored
+        return self._by_own_time(stored)
 
     async def claim(
         self, names: Sequence[str], *, limit: int, fence: str, until: float, now: float
     ) -> Sequence[StoredSaga]:
-        claimed = await self._log.claim(names, limit=limit, fence=fence, until=until, now=now)
+        behind = self._moments.behind
+        claimed = await self._log.claim(names, limit=limit, fence=fence, until=until - behind, now=now - behind)
         if claimed:
             self._moments.passes("after claim")
-        return claimed
+        return [self._by_own_time(stored) for stored in claimed]
+
+    def _by_own_time(self, stored: StoredSaga) -> StoredSaga:
+        return msgspec.structs.replace(stored, until=stored.until + self._moments.behind)
 
     async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
         self._moments.passes("before append")
-        written = await self._log.append(saga_id, write, fence=fence, now=now)
+        written = await self._log.append(saga_id, write, fence=fence, now=now - self._moments.behind)
         self._moments.passes("after append")
         if written and write.state not in UNFINISHED:
             self.ended.set()
         return written
+
+    async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
+        return await self._log.renew(holders, until=until - self._moments.behind)
 
     async def release(self, saga_id: str, *, fence: str) -> None:
         self._moments.passes("before release")
@@ -332,8 +342,6 @@ SAGAS: Mapping[str, Callable[[Calls], Saga]] = {
 async def live(life: Life) -> None:
     """Drive a saga to its end, unless a moment kills the process."""
     held_saga._LINGER = life.linger
-    wall_time, behind = clock.wall_time, LATER * (MAX_LIVES - life.number)
-    clock.wall_time = lambda: wall_time() - behind
     moments = Moments(life)
     log = CrashingLog(open_saga_log(life.url), moments)
     calls = Calls(EffectServer(Path(life.effects)), moments)
