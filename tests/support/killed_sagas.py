@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,13 +84,13 @@ class Moments:
         """Let a moment pass, or be killed or stopped at it."""
         self._passed += 1
         if self._passed == self._life.crash_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _send(signal.SIGKILL)
         at = self._life.pause_at
         if at is None or self._passed < at or self.paused_in is not None:
             return
         if what != "before request" or not self._life.pauses_between:
             self.paused_in = what
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _send(signal.SIGSTOP)
             self._see_time()
 
     def note_outcome(self, error: BaseException | None) -> None:
@@ -103,6 +104,11 @@ class Moments:
         now = clock.now
         clock.now = lambda: now() + ahead
         self.behind -= ahead
+
+
+def _send(number: signal.Signals) -> None:
+    """Send a signal to the process, by this thread, which gets no further: sent to another, it takes a moment."""
+    signal.pthread_kill(threading.get_ident(), number)
 
 
 def lives_file(life: Life) -> Path:
