@@ -59,6 +59,7 @@ LOCK := uv pip compile --quiet --no-header --no-emit-index-url --universal --pyt
 lock: install ## pin requirements/*.in again: ARGS=--upgrade for the newest versions
 	$(RUN) $(LOCK) requirements/dev.in --output-file requirements/dev.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/mutation.in --output-file requirements/mutation.txt --constraint requirements/dev.txt $(ARGS)
+	$(RUN) $(LOCK) requirements/dbos.in --output-file requirements/dbos.txt $(ARGS)
 
 clean: ## drop caches and what was built; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -134,7 +134,9 @@ os.register_at_fork(after_in_child=_inherit_task)
 def call_observer() -> CallObserver | None:
     """Return the running task if it observes calls, otherwise None. In a worker process it does not."""
     running = _current.get()
-    return cast("CallObserver", running) if hasattr(running, "record_call") else None
+    if running is None or not hasattr(running, "record_call"):
+        return None
+    return cast("CallObserver", running)
 
 
 def progress(value: Any) -> None:

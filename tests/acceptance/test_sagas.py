@@ -370,6 +370,32 @@ async def test_a_pivot_without_an_answer_is_parked(effects: Effects, log: Memory
 
 
 @virtual
+@pytest.mark.parametrize("pivot", [True, False])
+async def test_an_idempotent_step_without_an_answer_is_repeated(
+    effects: Effects, log: MemorySagaLog, *, pivot: bool
+) -> None:
+    failures = [TimeoutError(), ConnectionResetError()]
+
+    async def last(_: str) -> str:
+        if failures:
+            raise failures.pop()
+        return "ok"
+
+    async with supervisor_of(log, two_steps(effects, last, pivot=pivot, idempotent=True)) as supervisor:
+        assert await supervisor.run(Task("publish", "p")) == "ok"
+
+
+@virtual
+async def test_what_a_check_has_found_and_the_log_cannot_hold_parks_the_saga(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    last = effects.does("b", raises=TimeoutError())
+    async with supervisor_of(log, two_steps(effects, last, pivot=True, check=lambda: Done(object()))) as supervisor:
+        with pytest.raises(TaskFailed, match=r"SagaParked.*cannot be stored"):
+            await supervisor.run(Task("publish", "p"))
+
+
+@virtual
 @pytest.mark.parametrize("found", [Done("found"), None])
 async def test_a_check_says_how_a_pivot_without_an_answer_has_ended(
     effects: Effects, log: MemorySagaLog, found: Done | None

@@ -164,6 +164,14 @@ async def test_an_entry_expires(state: ShardedState) -> None:
     assert await keys(state) == ["kept", "long", "short"]
 
 
+async def test_a_key_that_is_written_again_at_once_without_a_ttl_stays(state: ShardedState) -> None:
+    await asyncio.gather(state.put("kept", 1, ttl=0.05), state.put("short", 1, ttl=0.05), state.put("kept", 2))
+    while await state.get("short") is not None:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.01)
+    await state.put("kept", 3)
+    assert await keys(state) == ["kept"]
+
+
 async def test_a_scan_yields_the_keys_with_a_prefix_in_order(state: ShardedState) -> None:
     names = [f"b{number:03}" for number in range(250)]
     versions = await asyncio.gather(*(state.put(name, name.upper()) for name in names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,61 @@ def test_fifty_agents_share_what_they_find_over_three_shards(tmp_path: Path) -> 
     assert notes == str({f"notes on {topic}": 10 for topic in ("canals", "lakes", "rivers", "springs", "weirs")})
     assert shards.startswith("memories of agents on each shard: [")
     assert len(list(tmp_path.glob("shard-?.db"))) == 3
+
+
+SAGA = EXAMPLES / "saga_research_summarize_act.py"
+RESEARCH = "research  asks a model about rivers"
+SUMMARIZE = "summarize writes rivers-1-summarize.md"
+ACT = "act       posts rivers-1-summarize.md"
+PUBLISHED = "published published/rivers-1-act.md"
+
+
+def run_saga(directory: Path, *arguments: str, status: int = 0) -> list[str]:
+    """Run the example on sagas, and return the lines that it has printed."""
+    ran = subprocess.run(
+        [sys.executable, str(SAGA), *arguments], cwd=directory, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (status, "")
+    return ran.stdout.splitlines()
+
+
+def files(directory: Path) -> dict[str, str]:
+    """Return the files that the saga has left, with their contents, and without its log."""
+    return {
+        str(path.relative_to(directory)): path.read_text()
+        for path in directory.rglob("*.md")  # the summary, and what was published
+    }
+
+
+def test_a_saga_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    undone = "summarize is undone: removes rivers-1-summarize.md"
+    lines = run_saga(tmp_path, "--fail")
+    assert lines[:4] == [RESEARCH, SUMMARIZE, ACT, undone]
+    assert lines[4].startswith(
+        "Saga 'rivers' failed, and all its effects are undone. Step 'act' of saga 'rivers' failed"
+    )
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "afterwards"),
+    [
+        ("summarize", [RESEARCH, SUMMARIZE], [SUMMARIZE, ACT, PUBLISHED]),
+        pytest.param("research", [RESEARCH], [RESEARCH, SUMMARIZE, ACT, PUBLISHED], marks=pytest.mark.slow),
+        pytest.param("act", [RESEARCH, SUMMARIZE, ACT], [ACT, PUBLISHED], marks=pytest.mark.slow),
+    ],
+)
+def test_a_saga_that_is_killed_goes_on_when_it_is_run_again(
+    tmp_path: Path, step: str, before: list[str], afterwards: list[str]
+) -> None:
+    assert run_saga(tmp_path, "--crash-after", step, status=-signal.SIGKILL) == before
+    published = tmp_path / "published" / "rivers-1-act.md"
+    assert published.exists() == (step == "act")
+    if published.exists():
+        published.write_text("done once")  # a request that is done again would replace it
+    assert run_saga(tmp_path) == afterwards
+    ended = files(tmp_path)
+    assert ended.keys() == {"rivers-1-summarize.md", "published/rivers-1-act.md"}
+    assert ended["rivers-1-summarize.md"] == "# rivers\n\nThey rise in the hills.\n"
+    assert ended["published/rivers-1-act.md"] == ("done once" if step == "act" else ended["rivers-1-summarize.md"])
+    assert run_saga(tmp_path) == [PUBLISHED]  # it is done: nothing runs

@@ -374,3 +374,39 @@ async def test_a_mode_that_there_is_not_is_rejected(config: Any) -> None:
         supervisor.register_worker("maker", handler=Nodes().graph("first"), task_types=["write"], config=make)
         result = await (await supervisor.submit(Task("write", message(), thread_id="t")))
         assert isinstance(result.cause, InvalidSetting)
+
+
+SAGA = """
+from forebay.saga import saga
+
+@saga("brief")
+async def brief(run, payload):
+    return await run.step("research", graph_here, payload, idempotent=True)
+
+async def main():
+    global graph_here
+    async with await ShardedState.connect(f"sqlite:///{directory}/state.db") as state:
+        graph = StateGraph(State).add_node("first", first).add_node("second", second)
+        graph = graph.add_edge(START, "first").add_edge("first", "second")
+        graph_here = graph.compile(checkpointer=ShardedSaver(state))
+        async with BackpressureSupervisor(saga_log=f"sqlite:///{directory}/saga.db", lease=1.0) as supervisor:
+            supervisor.register_worker("writer", handler=brief, task_types=["write"])
+            print(await supervisor.run(Task("write", {"messages": ["user"]}, key="k")))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_a_step_of_a_saga_goes_on_in_the_node_in_which_it_was_killed(tmp_path: Path) -> None:
+    program = PROGRAM.partition("async def main():")[0] + SAGA
+
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, str(tmp_path), how]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert run("crash").returncode == -signal.SIGKILL
+    resumed = run("go on")
+    assert resumed.stderr == ""
+    assert resumed.stdout == "{'messages': ['user', 'first', 'second']}\n"
+    assert (tmp_path / "log").read_text().split() == ["first", "second", "second"]

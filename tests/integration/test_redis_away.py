@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from tests.support.callers import running
 from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.held_handler import HeldHandler
 from tests.support.redis_servers import RedisServer, StandaloneRedis, redis_server, until
@@ -399,10 +400,8 @@ async def test_supervisors_whose_server_comes_and_goes_complete_each_accepted_ta
             supervisor = BackpressureSupervisor(overflow=recorded, lease=1.0, max_queue_size=0, max_attempts=100)
             supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=3)
             supervisors.append(await stack.enter_async_context(supervisor))
-        troubling = asyncio.ensure_future(trouble(proxy, seed))
-        await asyncio.gather(*(submit(caller, supervisors[caller % 3]) for caller in range(9)))
-        troubling.cancel()
-        await asyncio.wait([troubling])
+        async with running(trouble(proxy, seed)):
+            await asyncio.gather(*(submit(caller, supervisors[caller % 3]) for caller in range(9)))
         proxy.forget()
         proxy.go_on()
         proxy.accept()

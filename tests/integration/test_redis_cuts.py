@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import pytest
+from tests.support.callers import running
 from tests.support.cutting_proxy import CuttingProxy, Side
 from tests.support.leases import after_failure
 from tests.support.redis_servers import StandaloneRedis, redis_server
@@ -273,11 +274,9 @@ async def test_supervisors_whose_connections_are_cut_all_the_time_run_each_task_
                 if rng.random() < 0.2:
                     server.servers[0].ask("SCRIPT", "FLUSH")
 
-        cutting = asyncio.ensure_future(cut())
-        results = [await asyncio.gather(*map(submit, range(first, first + 20))) for first in range(0, 200, 20)]
-        cutting.cancel()
+        async with running(cut()):
+            results = [await asyncio.gather(*map(submit, range(first, first + 20))) for first in range(0, 200, 20)]
         proxy.forget()
-        await asyncio.wait([cutting])
     assert [result for each in results for result in each] == [f"result of {number}" for number in range(200)]
     assert max(started.values()) == 1
     done = [stored for state, stored in await contents(direct) if state is RecordState.DONE]

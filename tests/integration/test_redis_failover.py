@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from redis.crc import key_slot
+from tests.support.callers import Accepted, running
 from tests.support.redis_servers import (
-    RedisServer,
     RedisSetup,
     StandaloneRedis,
     redis_cluster,
@@ -69,7 +70,6 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandaloneRedis]:
 def lose_master(pair: StandaloneRedis) -> str:
     """Kill the master with all that its replica has not got, and return the URL of what was its replica."""
     pair.kill_master()
-    pair.proxies[0].cut()
     replica = pair.promote()
     return f"redis://127.0.0.1:{replica.port}/0"
 
@@ -188,33 +188,36 @@ class Load:
     """Callers that put records into one store all the time.
 
     Attributes:
-        acknowledged: the ids of those that the store acknowledged, in order.
+        acknowledged: those that the store acknowledged.
         rejected: the ids of those that it rejected.
     """
 
     def __init__(self, store: TaskStore) -> None:
         self._store = store
         self._numbers = itertools.count()
-        self._changed = asyncio.Event()
-        self.acknowledged: list[str] = []
+        self.acknowledged = Accepted()
         self.rejected: list[str] = []
 
-    async def put_all_the_time(self) -> None:
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Put records until the block ends."""
+        return running(*(self._put_all_the_time() for _ in range(PUTTERS)))
+
+    async def _put_all_the_time(self) -> None:
         while True:
             task_id = f"{next(self._numbers)}"
             try:
                 assert await self._store.put(record(task_id)) is PutResult.STORED
-                self.acknowledged.append(task_id)
-            except StoreUnavailable:
+                self.acknowledged.add(task_id)
+            except StoreUnavailable as error:
                 self.rejected.append(task_id)
-            self._changed.set()
+                self.acknowledged.reject(error)
 
-    async def more(self, count: int) -> None:
-        """Return when so many more have been acknowledged."""
-        wanted = len(self.acknowledged) + count
-        while len(self.acknowledged) < wanted:
-            self._changed.clear()
-            await self._changed.wait()
+
+def replace_master(setup: RedisSetup) -> None:
+    """Kill the master, promote a replica, and let what was the master follow it."""
+    killed = setup.kill_master()
+    setup.promote()
+    killed.start()
 
 
 async def lose_master_under_load(setup: RedisSetup, options: str) -> tuple[Load, set[str]]:
@@ -223,16 +226,10 @@ async def lose_master_under_load(setup: RedisSetup, options: str) -> tuple[Load,
         proxy.lag(LAG)
     async with opened(setup.url + options) as store:
         load = Load(store)
-        callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
-        await load.more(100)
-        killed: list[RedisServer] = []
-        await in_thread(lambda: killed.append(setup.kill_master()))
-        await in_thread(setup.promote)
-        await in_thread(killed[0].start)  # a replica now
-        await load.more(100)
-        for caller in callers:
-            caller.cancel()
-        await asyncio.wait(callers)
+        async with load.running():
+            await load.acknowledged.more(100)
+            await in_thread(partial(replace_master, setup))
+            await load.acknowledged.more(100)
     async with opened(setup.url) as store:
         # A record whose master was lost before it was shown is DELAYED for a while.
         states = (RecordState.WAITING, RecordState.DELAYED)
@@ -247,7 +244,7 @@ async def test_no_acknowledged_task_is_lost_with_a_master_that_is_killed_under_l
 ) -> None:
     with start(proxied=True) as setup:
         load, stored = await lose_master_under_load(setup, "?replicas=1")
-    assert not set(load.acknowledged) - stored
+    assert not set(load.acknowledged.ids) - stored
     assert not set(load.rejected) & stored  # nor was anybody told that a task is not stored that is
 
 
@@ -258,36 +255,37 @@ async def test_without_replicas_that_have_them_the_newest_tasks_are_lost(
 ) -> None:
     with start(proxied=True) as setup:
         load, stored = await lose_master_under_load(setup, "")
-    assert set(load.acknowledged) - stored
+    assert set(load.acknowledged.ids) - stored
 
 
-class Submitter:
-    """A caller that submits one durable task after the other, and knows which were accepted."""
+async def submit_all_the_time(supervisor: BackpressureSupervisor, name: str, accepted: Accepted) -> None:
+    """Submit one durable task after the other."""
+    for number in itertools.count():
+        task_id = f"{name}-{number}"
+        try:
+            ticket = await supervisor.submit(Task("work", task_id=task_id, durable=True))
+        except StoreUnavailable as error:
+            accepted.reject(error)
+            continue
+        if ticket:
+            accepted.add(task_id)
+        await asyncio.sleep(0.002)
 
-    def __init__(self, supervisor: BackpressureSupervisor, name: str) -> None:
-        self._supervisor = supervisor
-        self._name = name
-        self._changed = asyncio.Event()
-        self.accepted: list[str] = []
 
-    async def submit_all_the_time(self) -> None:
-        for number in itertools.count():
-            task_id = f"{self._name}-{number}"
-            try:
-                ticket = await self._supervisor.submit(Task("work", task_id=task_id, durable=True))
-            except StoreUnavailable:
-                continue
-            if ticket:
-                self.accepted.append(task_id)
-                self._changed.set()
-            await asyncio.sleep(0.002)
-
-    async def more(self, count: int) -> None:
-        """Return when so many more have been accepted."""
-        wanted = len(self.accepted) + count
-        while len(self.accepted) < wanted:
-            self._changed.clear()
-            await self._changed.wait()
+async def statuses(store: TaskStore, task_ids: Collection[str], *, within: float) -> dict[str, str]:
+    """Return the statuses of tasks, once all have ended."""
+    ended = dict[str, str]()
+    try:
+        async with asyncio.timeout(within):
+            while set(task_ids) - ended.keys():
+                for each in await store.list_records(RecordState.DONE, 1_000_000):
+                    assert each.completion is not None
+                    ended[each.record.task_id] = each.completion.status
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        left = {task_id: await store.find(task_id) for task_id in set(task_ids) - ended.keys()}
+        raise AssertionError(f"not ended within {within:.0f} s: {left}") from None
+    return {task_id: ended[task_id] for task_id in task_ids}
 
 
 @pytest.mark.slow
@@ -295,7 +293,7 @@ class Submitter:
 async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_none_twice(
     start: Callable[..., AbstractContextManager[RedisSetup]],
 ) -> None:
-    writes, ended, runs = AcknowledgedWrites(), dict[str, str](), Counter[str]()
+    writes, runs = AcknowledgedWrites(), Counter[str]()
 
     async def work(task: Task) -> None:
         runs[task.task_id] += 1
@@ -305,34 +303,24 @@ async def test_supervisors_lose_no_accepted_task_with_the_master_and_complete_no
         for proxy in setup.proxies:
             proxy.lag(LAG)
         async with AsyncExitStack() as stack:
-            submitters = []
+            callers, accepted = [], [Accepted() for _ in range(2)]
             for number in range(2):
                 inner = open_task_store(f"{setup.url}?replicas=1")
                 recorded = UnreliableStore(inner, StoreFaults(), writes, clock.new_random(number))
                 supervisor = BackpressureSupervisor(overflow=recorded, lease=3.0, max_queue_size=20, max_attempts=100)
                 supervisor.register_worker(f"worker {number}", handler=work, task_types=["work"], max_concurrent=4)
-                submitters.append(Submitter(await stack.enter_async_context(supervisor), f"{number}"))
-            callers = [asyncio.ensure_future(each.submit_all_the_time()) for each in submitters]
-            await asyncio.gather(*(each.more(50) for each in submitters))
-            killed: list[RedisServer] = []
-            await in_thread(lambda: killed.append(setup.kill_master()))
-            await in_thread(setup.promote)
-            await in_thread(killed[0].start)
-            await asyncio.gather(*(each.more(50) for each in submitters))
-            for caller in callers:
-                caller.cancel()
-            await asyncio.wait(callers)
-            accepted = {task_id for each in submitters for task_id in each.accepted}
+                await stack.enter_async_context(supervisor)
+                callers.append(submit_all_the_time(supervisor, f"{number}", accepted[number]))
+            async with running(*callers):
+                await asyncio.gather(*(each.more(50) for each in accepted))
+                await in_thread(partial(replace_master, setup))
+                await asyncio.gather(*(each.more(50) for each in accepted))
+            task_ids = {task_id for each in accepted for task_id in each.ids}
             async with opened(setup.url) as direct:
-                async with asyncio.timeout(60.0):
-                    while accepted - ended.keys():
-                        for each in await direct.list_records(RecordState.DONE, 1_000_000):
-                            assert each.completion is not None
-                            ended[each.record.task_id] = each.completion.status
-                        await asyncio.sleep(0.1)
-    assert {ended[task_id] for task_id in accepted} == {"succeeded"}
+                ended = await statuses(direct, task_ids, within=60.0)
+    assert set(ended.values()) == {"succeeded"}
     assert max(writes.ended.values()) == 1, writes.ended.most_common(3)
-    assert {runs[task_id] for task_id in accepted} == {1}, runs.most_common(3)
+    assert {runs[task_id] for task_id in task_ids} == {1}, runs.most_common(3)
 
 
 @pytest.mark.slow
@@ -379,18 +367,15 @@ async def test_a_server_that_is_killed_again_and_again_loses_nothing_that_was_on
         [server] = durable.servers
         async with opened(f"{durable.url}?fsync=yes") as store:
             load = Load(store)
-            callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
-            for _ in range(5):
-                await load.more(50)
-                await in_thread(server.kill)
-                await in_thread(server.start)
-            await load.more(50)
-            for caller in callers:
-                caller.cancel()
-            await asyncio.wait(callers)
+            async with load.running():
+                for _ in range(5):
+                    await load.acknowledged.more(50)
+                    await in_thread(server.kill)
+                    await in_thread(server.start)
+                await load.acknowledged.more(50)
         async with opened(durable.url) as store:
             stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
-    assert not set(load.acknowledged) - stored
+    assert not set(load.acknowledged.ids) - stored
     assert not set(load.rejected) & stored
 
 
@@ -417,15 +402,12 @@ async def test_an_overflow_moves_to_another_master_of_its_cluster_while_it_works
         before = cluster.master()
         async with opened(cluster.url) as store:
             load = Load(store)
-            callers = [asyncio.ensure_future(load.put_all_the_time()) for _ in range(PUTTERS)]
-            await load.more(100)
-            await in_thread(lambda: move_slot(cluster, "forebay"))
-            await load.more(100)
-            for caller in callers:
-                caller.cancel()
-            await asyncio.wait(callers)
+            async with load.running():
+                await load.acknowledged.more(100)
+                await in_thread(lambda: move_slot(cluster, "forebay"))
+                await load.acknowledged.more(100)
         assert cluster.master() is not before
         async with opened(cluster.url) as store:
             stored = {each.record.task_id for each in await store.list_records(RecordState.WAITING, 1_000_000)}
-    assert not set(load.acknowledged) - stored
+    assert not set(load.acknowledged.ids) - stored
     assert not set(load.rejected) & stored

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
+from tests.support.callers import running
 from tests.support.redis_servers import RedisSetup, redis_cluster, redis_sentinels
 
 from forebay.errors import ShardAnswerLost, ShardUnavailable
@@ -43,8 +44,7 @@ async def test_no_acknowledged_update_is_lost_with_the_master(
                 while any(done[number] < goal for number, goal in goals.items()):  # noqa: ASYNC110 - nobody tells
                     await asyncio.sleep(0.05)
 
-            agents = [asyncio.create_task(agent(number)) for number in range(AGENTS)]
-            async with asyncio.timeout(100.0):
+            async with asyncio.timeout(100.0), running(*map(agent, range(AGENTS))):
                 await until_done(BEFORE)
                 master = servers.master("state")
                 master.kill()
@@ -52,9 +52,6 @@ async def test_no_acknowledged_update_is_lost_with_the_master(
                 await loop.run_in_executor(None, servers.promote, "state")
                 await loop.run_in_executor(None, master.start)  # a replica now
                 await until_done(AFTER)
-            for each in agents:
-                each.cancel()
-            await asyncio.gather(*agents, return_exceptions=True)
             for number in range(AGENTS):
                 counted = (await state.namespace(f"agent {number}").update("calls", lambda calls: calls)).value
                 # One more may have been on its way when the agents were cancelled.

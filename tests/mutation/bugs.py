@@ -16,7 +16,8 @@ from typing import Any
 
 import msgspec
 from aiohttp.client_proto import ResponseHandler
-from tests.mutation.injection import always, edit_redis_script, pause_before, replace, skip, swap
+from redis.connection import Connection
+from tests.mutation.injection import always, edit_redis_script, edit_state_script, pause_before, replace, skip, swap
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
@@ -66,16 +67,19 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log
+from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
+from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogWrite
 from forebay.saga.redis_log import RedisSagaLog
+from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
+from forebay.saga.step import Step
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
 from forebay.state.near_cache import CachedServer, Read
 from forebay.state.redis import RedisShard
-from forebay.state.time_limits import TimeLimit
+from forebay.state.time_limits import TimeLimit, TimeLimits
 from forebay.storage import (
     OperationError,
     OperationQueue,
@@ -86,6 +90,7 @@ from forebay.storage import (
     sqlite_file,
 )
 from forebay.storage.file_watch import FileWatch
+from forebay.storage.operation_queue import in_parts
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import (
@@ -97,6 +102,7 @@ from forebay.supervisor import (
     pools,
     registration,
     room,
+    saga_driver,
 )
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
@@ -118,6 +124,7 @@ from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.runs.stopping import RunStopper
 from forebay.supervisor.runs.timers import Timers
+from forebay.supervisor.saga_driver import SagaDriver
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill import delayed_records, stored_tasks
 from forebay.supervisor.spill.ask_jitter import AskJitter
@@ -2741,6 +2748,8 @@ def two_people_may_decide_about_the_same_saga() -> None:
     original = SqliteSagaLog.amend
 
     async def amend(self: SqliteSagaLog, saga_id: str, write: LogWrite, *, now: float) -> bool:
+        if await original(self, saga_id, write, now=now):
+            return True
         stored = await self.get(saga_id)
         return stored is not None and await original(self, saga_id, write._replace(number=len(stored.entries)), now=now)
 
@@ -2749,6 +2758,10 @@ def two_people_may_decide_about_the_same_saga() -> None:
 
 def sagas_go_on_in_a_file_that_was_removed() -> None:
     skip(SqliteSagaLog.append, SqliteWriter.check_file)
+
+
+def the_end_of_a_step_is_written_by_itself() -> None:
+    replace(HeldSaga, HeldSaga._write_later, HeldSaga._begin_writing)
 
 
 # --- the saga log on Redis --------------------------------------------------------------------------------------------
@@ -2789,3 +2802,96 @@ def a_full_redis_lets_no_saga_end() -> None:
 
 def sagas_that_lapsed_while_redis_was_away_are_claimed_at_once() -> None:
     always(RedisSagaLog, RedisSagaLog._notice_interruption, returns=None)
+
+
+# --- shared state: fewer steps for each operation ---
+
+
+def a_key_that_expires_no_longer_vanishes_from_scans() -> None:
+    edit_state_script("has_expiries[expiries] = true", "")
+
+
+def a_forked_child_uses_the_store_of_its_parent() -> None:
+    always(OperationQueue, OperationQueue.reset_after_fork, returns=None)
+
+
+def a_call_to_redis_leaves_its_answer_to_the_next() -> None:
+    skip(redis_master._send_each, Connection.disconnect)
+
+
+def a_shard_that_hangs_has_no_load() -> None:
+    always(TimeLimits, TimeLimits.oldest_start, returns=None)
+
+
+def a_large_group_is_one_round_trip() -> None:
+    swap(in_parts, ast.LtE, ast.GtE)
+
+
+# --- agents as steps of sagas ---
+
+
+def a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written() -> None:
+    original = Step.call
+
+    async def call(self: Step, key: str, threads: Any) -> Any:
+        if self.handler is None:
+            return await original(self, key, threads)
+        return await self.handler.call(Task(self.name, *self.args, task_id=key, thread_id=key))
+
+    replace(Step, original, call)
+
+
+def a_saga_that_is_submitted_again_has_its_agents_begin_again() -> None:
+    always(Run, Run.continue_submission, returns=None)
+
+
+# --- sagas that are submitted again, and what errors say ---
+
+
+def a_saga_goes_on_with_the_payload_of_a_later_submission() -> None:
+    swap(SagaDriver._take, ast.NotEq, ast.Eq)
+
+
+def a_saga_is_driven_by_the_function_of_another_one() -> None:
+    def _check_name(*_: object) -> None:
+        return None
+
+    saga_driver._check_name.__code__ = _check_name.__code__
+
+
+def an_error_without_a_status_of_its_own_had_no_effect() -> None:
+    def _http_status(error: Any) -> int | None:
+        return getattr(error, "status", None)
+
+    step._http_status.__code__ = _http_status.__code__
+
+
+# --- sagas: what may have had an effect ---
+
+
+def an_error_that_says_that_nothing_was_sent_excuses_the_calls_before_it() -> None:
+    original = SagaRun._failed
+
+    async def failed(self: SagaRun, failed_step: Any, error: BaseException, *, may_be_done: bool) -> Any:
+        return await original(self, failed_step, error, may_be_done=False)
+
+    replace(SagaRun, original, failed)
+
+
+def a_pivot_that_was_never_called_is_called_when_its_saga_is_cut_off() -> None:
+    always(SagaRun, SagaRun._note_uncalled, returns=None)
+
+
+def a_function_may_hide_what_ends_its_saga() -> None:
+    replace(SagaRun, SagaRun._take_or_stop, SagaRun._take)
+
+
+def a_pivot_is_settled_for_as_long_as_it_hangs() -> None:
+    async def without_limit(self: SagaRun, _: Any, work: Any, __: str) -> Any:
+        return await self._detached(work)
+
+    replace(SagaRun, SagaRun._within_timeout, without_limit)
+
+
+def an_error_without_connection_is_like_one_without_answer() -> None:
+    step._NOT_CONNECTED = frozenset()

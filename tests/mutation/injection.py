@@ -16,6 +16,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from forebay.overflow import redis
+from forebay.state import redis as state_redis
 
 Function = Callable[..., Any]
 Change = Callable[[ast.AST], ast.AST | list[ast.stmt] | None]  # None: this node stays as it is
@@ -67,10 +68,21 @@ def skip(function: Function, callee: Function) -> None:
 
 def edit_redis_script(old: str, new: str, *, of: ModuleType = redis) -> None:
     """Put `new` in the only place of the script of a module, by default the task store on Redis, that has `old`."""
-    if of._SCRIPT.count(old) != 1:
+    of._SCRIPT, of._SHA = _edited(of._SCRIPT, old, new)  # type: ignore[attr-defined]
+
+
+def edit_state_script(old: str, new: str) -> None:
+    """Put `new` in the only place of the script that writes entries of shared state on Redis that has `old`."""
+    scripts = state_redis._SCRIPTS
+    scripts["write"], state_redis._WRITE_SHA = _edited(scripts["write"], old, new)
+
+
+def _edited(script: str, old: str, new: str) -> tuple[str, str]:
+    """Return a script with `new` in the only place that has `old`, and the name that Redis gives it."""
+    if script.count(old) != 1:
         raise NothingToChange(f"the script has {old!r} not once")
-    of._SCRIPT = of._SCRIPT.replace(old, new)  # type: ignore[attr-defined]
-    of._SHA = hashlib.sha1(of._SCRIPT.encode()).hexdigest()  # type: ignore[attr-defined]  # noqa: S324 - as Redis does
+    script = script.replace(old, new)
+    return script, hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - as Redis does
 
 
 def pause_before(function: Function, callee: Function) -> None:

@@ -45,15 +45,19 @@ from tests.acceptance import (
     test_portal,
     test_reserve,
     test_restart,
+    test_resubmitted_sagas,
     test_retries,
     test_room,
     test_routing,
     test_runners,
+    test_saga_outcomes,
+    test_saga_writes,
     test_shared_overflow,
     test_silent_store,
     test_slot,
     test_start_deadlines,
     test_start_gate,
+    test_state_faults,
     test_state_misuse,
     test_state_near_cache,
     test_stored_retries,
@@ -69,7 +73,14 @@ from tests.acceptance import (
     test_worker_counters,
     test_workers,
 )
-from tests.contract import test_langgraph_store, test_limit, test_saga_log, test_state_moving, test_task_store
+from tests.contract import (
+    test_langgraph_store,
+    test_limit,
+    test_saga_log,
+    test_state,
+    test_state_moving,
+    test_task_store,
+)
 from tests.integration import (
     test_dropped_streams,
     test_langgraph_resume,
@@ -88,9 +99,9 @@ from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
-from tests.unit.saga import test_saga_admin, test_sqlite_log
+from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log, test_step
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
-from tests.unit.storage import test_redis_clock, test_sqlite_writer, test_url
+from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
 from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
@@ -1112,6 +1123,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_saga_that_a_cancelled_caller_took_stays_taken: test_saga_log.test_what_a_cancelled_caller_took_is_released,
     bugs.two_people_may_decide_about_the_same_saga: test_saga_log.test_of_two_people_who_write_at_once_one_does,
     bugs.sagas_go_on_in_a_file_that_was_removed: test_sqlite_log.test_nothing_is_acknowledged_once_the_file_was_removed,
+    bugs.the_end_of_a_step_is_written_by_itself: (
+        test_saga_writes.test_the_end_of_a_step_is_written_with_the_start_of_the_next
+    ),
     bugs.a_saga_goes_on_before_the_replicas_have_its_entry: (
         test_saga_redis.test_acknowledged_entries_survive_the_master
     ),
@@ -1130,6 +1144,49 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.sagas_that_lapsed_while_redis_was_away_are_claimed_at_once: (
         test_saga_redis.test_nothing_is_claimed_until_holders_could_renew_their_leases
+    ),
+    bugs.a_key_that_expires_no_longer_vanishes_from_scans: (
+        test_state.test_a_key_that_is_written_again_at_once_without_a_ttl_stays
+    ),
+    bugs.a_forked_child_uses_the_store_of_its_parent: (
+        test_operation_queue.test_a_forked_child_is_told_that_the_store_is_its_parents
+    ),
+    bugs.a_call_to_redis_leaves_its_answer_to_the_next: (
+        test_redis_master.test_no_call_reads_the_answer_to_one_that_was_broken_off
+    ),
+    bugs.a_shard_that_hangs_has_no_load: test_state_faults.test_the_load_of_a_slow_shard_is_seen_by_admission,
+    bugs.a_large_group_is_one_round_trip: (
+        test_operation_queue.test_a_part_has_not_too_many_bytes_unless_one_operation_has
+    ),
+    bugs.a_node_of_a_step_begins_before_the_checkpoint_ahead_of_it_is_written: (
+        test_agent_steps.test_a_node_begins_once_the_checkpoint_before_it_is_written
+    ),
+    bugs.a_saga_that_is_submitted_again_has_its_agents_begin_again: (
+        test_agent_steps.test_a_step_goes_on_from_its_checkpoint_if_its_saga_is_submitted_again
+    ),
+    bugs.a_saga_goes_on_with_the_payload_of_a_later_submission: (
+        test_resubmitted_sagas.test_it_has_the_payload_with_which_it_began
+    ),
+    bugs.a_saga_is_driven_by_the_function_of_another_one: (
+        test_resubmitted_sagas.test_the_key_of_another_saga_does_not_touch_it
+    ),
+    bugs.an_error_without_a_status_of_its_own_had_no_effect: (
+        test_errors_of_clients.test_the_status_says_whether_it_may_have_had_an_effect
+    ),
+    bugs.an_error_that_says_that_nothing_was_sent_excuses_the_calls_before_it: (
+        test_saga_outcomes.test_a_pivot_of_which_an_early_call_may_have_succeeded_is_parked
+    ),
+    bugs.a_pivot_that_was_never_called_is_called_when_its_saga_is_cut_off: (
+        test_saga_outcomes.test_a_pivot_that_is_cut_off_before_the_log_has_its_start_is_not_called
+    ),
+    bugs.a_function_may_hide_what_ends_its_saga: (
+        test_saga_outcomes.test_a_step_whose_check_cannot_be_asked_parks_the_saga_whatever_the_function_makes_of_it
+    ),
+    bugs.a_pivot_is_settled_for_as_long_as_it_hangs: (
+        test_saga_outcomes.test_a_pivot_that_hangs_whenever_it_is_asked_after_is_parked
+    ),
+    bugs.an_error_without_connection_is_like_one_without_answer: (
+        test_step.test_any_other_error_says_that_there_is_none
     ),
 }
 

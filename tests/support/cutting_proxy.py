@@ -169,7 +169,7 @@ class CuttingProxy:
         return self._has_cut.wait(within)
 
     def cut(self) -> None:
-        """Cut all connections now. What has not been passed on is lost."""
+        """Cut all connections now. What has not been passed on is lost, though its server may have ended."""
         self._do(self._cut_all)
 
     def refuse(self) -> None:
@@ -310,7 +310,7 @@ class CuttingProxy:
         self._has_cut.set()
 
     async def _answers(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
-        """Pass answers on, each after the delay, up to the cut."""
+        """Pass answers on, each after the delay, up to the cut, or all if the server closes the connection."""
         late: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         sender = asyncio.ensure_future(self._send_late(late, connection.client))
         resp = _Resp()
@@ -328,6 +328,8 @@ class CuttingProxy:
                             return
                     if connection.streams:
                         late.put_nowait((self._loop.time() + self._lag, resp.rest()))
+                if not connection.client.is_closing():  # the server has closed it, and nobody has cut it
+                    await late.join()
         finally:
             sender.cancel()
 

@@ -260,9 +260,13 @@ class RedisSetup:
         raise NotImplementedError
 
     def kill_master(self, name: str = "forebay") -> RedisServer:
-        """End the master by SIGKILL and return it."""
+        """End the master by SIGKILL and return it. What its proxy has not passed on is lost, as with its machine."""
         master = self.master(name)
+        if self._proxied:
+            self.proxy(master).refuse()  # else the proxy would pass on what was sent before the end
         master.kill()
+        if self._proxied:
+            self.proxy(master).accept()
         return master
 
     def wait_for_replicas(self, name: str = "forebay") -> None:

@@ -38,7 +38,7 @@ from forebay.interfaces import (
     WakeResult,
 )
 from forebay.overflow.lease_expiry import completion_after_expiry
-from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.operation_queue import OperationError, OperationQueue, in_parts
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_durability import wait_command, write_shortage
 from forebay.storage.redis_format import other_format
@@ -60,7 +60,6 @@ _FORMAT = b"1"  # how the records are laid out
 _LOST = b"lost"  # the answer to a client that knows records which are gone
 
 _MAX_GROUP = 500  # operations in one run of the script, in which Redis serves nobody else
-_MAX_BYTES = 2 << 20  # of payloads and results in one run, unless one is larger: a slow network sends it in a second
 _BATCH = 500  # records that reap, wake and prune take at once
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
 # How long disks may take. With `appendfsync everysec`, its default, Redis lets a second pass from one fsync to the
@@ -571,7 +570,7 @@ class RedisTaskStore:
     def _run_group(self, connections: _Connections, group: Sequence[_Operation]) -> Sequence[Any]:
         """Run a group of operations, in parts that are not too large, and return their values."""
         values = list[Any]()
-        for part in _parts(group):
+        for part in in_parts(group, [len(op.blob or b"") for op in group]):
             values += self._run_part(connections.groups, part)
         return values
 
@@ -716,19 +715,6 @@ def _or_false(value: str | None) -> str | bool:
 
 def _or_none(value: str | bool) -> str | None:  # noqa: FBT001 - it stands for None
     return value if isinstance(value, str) else None
-
-
-def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
-    """Return `group` in parts whose blobs are not too large together."""
-    parts, size = [list[_Operation]()], 0
-    for op in group:
-        length = len(op.blob or b"")
-        if size + length > _MAX_BYTES and parts[-1]:
-            parts.append([])
-            size = 0
-        parts[-1].append(op)
-        size += length
-    return parts
 
 
 # --- what sorts, and what has a separator -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from forebay.saga.records import Entry, LogWrite, SagaHistory, SagaState, Stored
 if TYPE_CHECKING:
     from forebay.saga.log import SagaLog
 
-_LINGER = 0.002  # seconds that the end of a step waits for the start of the next one, to be written with it
+_LINGER = 8  # turns of the event loop in which the end of a step waits for the start of the next, to be written with it
 _FIRST_DELAY, _MAX_DELAY = 0.05, 1.0  # seconds between two attempts to write
 
 
@@ -47,7 +47,7 @@ class HeldSaga:
         self._pending: list[Entry] = []
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()  # for so many entries to be written
         self._writer: asyncio.Task[None] | None = None
-        self._linger: asyncio.TimerHandle | None = None
+        self._linger: asyncio.Handle | None = None
         self._error: SagaTaken | StoreUnavailable | None = None  # why nothing is written any more
 
     @property
@@ -68,8 +68,7 @@ class HeldSaga:
     def note(self, entry: Entry) -> None:
         """Add an entry that need not be on disk before the saga goes on: it is before any later one."""
         self._add(entry)
-        if self._writer is None and self._linger is None and self._error is None:
-            self._linger = asyncio.get_running_loop().call_later(_LINGER, self._begin_writing)
+        self._write_later()
 
     async def write(self, entry: Entry) -> None:
         """Add an entry, and wait until it and those before it are acknowledged by the log.
@@ -97,38 +96,51 @@ class HeldSaga:
         self.history.add(entry)
         self._pending.append(entry)
 
+    def _write_later(self) -> None:
+        if self._writer is None and self._linger is None and self._error is None and self._pending:
+            self._linger = asyncio.get_running_loop().call_soon(self._wait_a_turn, _LINGER)
+
+    def _wait_a_turn(self, left: int) -> None:
+        if left:  # turns, because their length grows with the load and that of a timer does not
+            self._linger = asyncio.get_running_loop().call_soon(self._wait_a_turn, left - 1)
+        else:
+            self._begin_writing()
+
     def _begin_writing(self) -> None:
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None
         if self._writer is None and self._error is None and self._pending:
-            self._writer = asyncio.ensure_future(self._write_all())
+            self._writer = asyncio.ensure_future(self._write_pending())
             self._writer.add_done_callback(self._writer_ended)
 
     def _writer_ended(self, _: asyncio.Task[None]) -> None:
+        """Go on with what was added meanwhile, or is left because somebody has cancelled the writer."""
         self._writer = None
-        self._begin_writing()  # what was added since its last look, or if somebody has cancelled it
+        if self._waiters:
+            self._begin_writing()
+        else:  # the ends of steps
+            self._write_later()
 
-    async def _write_all(self) -> None:
-        while self._pending and self._error is None:
-            batch = len(self._pending)
-            entries = [encode_entry(each, writer=self.fence) for each in self._pending]
-            why = self.history.why or self.history.error
-            write = LogWrite(self._written, entries, self.history.state, why)
-            try:
-                await self._write_batch(write)
-            except (SagaTaken, StoreUnavailable) as error:
-                self._fail(error)
-                return
-            if write.state is not self._state:
-                self._state = write.state
-                self._on_state(self)
-            del self._pending[:batch]
-            self._written += batch
-            while self._waiters and self._waiters[0][0] <= self._written:
-                _, future = self._waiters.popleft()
-                if not future.done():
-                    future.set_result(None)
+    async def _write_pending(self) -> None:
+        batch = len(self._pending)
+        entries = [encode_entry(each, writer=self.fence) for each in self._pending]
+        why = self.history.why or self.history.error
+        write = LogWrite(self._written, entries, self.history.state, why)
+        try:
+            await self._write_batch(write)
+        except (SagaTaken, StoreUnavailable) as error:
+            self._fail(error)
+            return
+        if write.state is not self._state:
+            self._state = write.state
+            self._on_state(self)
+        del self._pending[:batch]
+        self._written += batch
+        while self._waiters and self._waiters[0][0] <= self._written:
+            _, future = self._waiters.popleft()
+            if not future.done():
+                future.set_result(None)
 
     async def _write_batch(self, write: LogWrite) -> None:
         delay = _FIRST_DELAY

@@ -22,7 +22,7 @@ import msgspec
 from forebay.clock import is_virtual, monotonic, new_id
 from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.saga.records import LogWrite, SagaHeader, SagaState, StoredSaga
-from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.operation_queue import OperationError, OperationQueue, in_parts
 from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_durability import wait_command, write_shortage
 from forebay.storage.redis_format import check_format
@@ -36,7 +36,6 @@ _SHA = hashlib.sha1(_SCRIPT.encode()).hexdigest()  # noqa: S324 - the name that 
 _FORMAT = b"1"  # how the sagas are laid out
 
 _MAX_GROUP = 500  # operations in one round trip
-_MAX_BYTES = 2 << 20  # of entries and envelopes in one round trip, unless one is larger
 _CANDIDATES = 1_000  # sagas of a name that a claim looks at, whose leases have ended first: it takes the oldest of them
 _PAGE = 500  # sagas that are listed, forgotten or renewed in one round trip
 _ACKNOWLEDGE_TIMEOUT_MS = 1_000  # how long replicas may take to have a write
@@ -291,7 +290,7 @@ class RedisSagaLog:
         Once a part has failed, the others fail unsent: each would wait as long.
         """
         values, failure = list[Any](), None
-        for part in _parts(group):
+        for part in in_parts(group, [op.size for op in group]):
             if failure is None:
                 more, failure = self._run_part(master, part)
                 values += more
@@ -336,18 +335,6 @@ def _value(op: _Operation, answers: Sequence[Any], shortage: StoreUnavailable | 
         return OperationError(error)
     # What was not done is true without replicas: a fence is lost, though those of the new master are missing.
     return OperationError(shortage) if shortage is not None and op.is_acknowledged and value else value
-
-
-def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
-    """Return `group` in parts that are not too large."""
-    parts, size = [list[_Operation]()], 0
-    for op in group:
-        if size + op.size > _MAX_BYTES and parts[-1]:
-            parts.append([])
-            size = 0
-        parts[-1].append(op)
-        size += op.size
-    return parts
 
 
 def _pages(items: Sequence[Any]) -> Iterable[Sequence[Any]]:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from forebay import clock, context
 from forebay._hooks import raise_again_if_interrupt, raise_if_cancelled
 from forebay._text import error_text, format_duration
-from forebay.errors import InvalidStep, NotSerializable, Overloaded, PayloadTooLarge, StepFailed
+from forebay.errors import (
+    InvalidStep,
+    NotSerializable,
+    Overloaded,
+    PayloadTooLarge,
+    SagaTaken,
+    StepFailed,
+    StoreUnavailable,
+)
 from forebay.events import log
 from forebay.interfaces import TypeMismatch
 from forebay.overflow import decode_result, encode_result
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 _REPLAY_WAIT = 10.0  # seconds in which parallel branches of a saga ask for the steps that the log has
 _CHECK_RETRY = Retry(max_attempts=5, base_delay=0.2, max_delay=5.0)
 _PAST_PIVOT = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0)
+_UNKNOWN = Retry(max_attempts=5, base_delay=0.5, max_delay=10.0)  # of an idempotent step without an answer
 _SLOW = 60.0  # seconds after which a compensation that does not return is reported
 _MAX_BUSY_WAIT = 60.0  # seconds between two attempts of a compensation whose call is rejected for load
 
@@ -107,6 +116,7 @@ class SagaRun:
         *,
         bound: int,
         is_cut_off: Callable[[], bool] = lambda: False,
+        timeout: float | None = None,
     ) -> None:
         self.saga_id = held.saga_id
         self._payload = payload
@@ -116,9 +126,12 @@ class SagaRun:
         self._driver = driver
         self._bound = bound  # bytes of an output
         self._is_cut_off = is_cut_off  # returns whether a cancellation ends the task, and not a part of the function
+        self._timeout = timeout  # seconds in which a pivot of unknown outcome must be settled; None: no limit
         self._recorded = dict(self._history.steps)  # those that the log had when it was taken
         self._steps: dict[str, Step] = {}  # those that the function has asked for
         self._asked = asyncio.Event()  # set with each
+        self._stop: BaseException | None = None  # what ends the saga, whatever its function makes of it
+        self._uncalled: set[str] = set()  # the steps that were begun here, and whose function was not called yet
         self._in_progress: dict[str, asyncio.Task[Any]] = {}
         self._undoing: set[asyncio.Task[None]] = set()
         self._function_ended = False
@@ -157,8 +170,8 @@ class SagaRun:
             retry: how the step is tried again, under the same key, when it raises. None: it is not.
             check: finds out whether the step has had its effect, if its process was lost or no answer came:
                 ``check(key=...)`` returns ``Done(output)``, or None if it had none.
-            idempotent: it may be repeated under its key, if nobody knows how it ended. Without this or a `check`, the
-                saga is parked then.
+            idempotent: it may be repeated under its key, if nobody knows how it ended: its process was lost, or no
+                answer came. Without this or a `check`, the saga is parked if its process was lost.
 
         Returns:
             The output, as the log gives it back: plain data, or of the type that `function` says it returns.
@@ -179,16 +192,18 @@ class SagaRun:
         )
         if self._function_ended:
             raise asyncio.CancelledError("the saga has ended")
+        if self._stop is not None:
+            raise self._stop
         if name in self._steps:
             raise InvalidStep(step=name, why="its saga has asked for a step of that name before: give each its own")
         self._steps[name] = asked
         self._asked.set()
-        task = asyncio.ensure_future(self._take(asked))
+        task = asyncio.ensure_future(self._take_or_stop(asked))
         self._in_progress[name] = task
         try:
             await asyncio.wait((task,))
         except asyncio.CancelledError:
-            if self._is_cut_off() or self._function_ended:
+            if self._is_stopped():
                 raise  # `_stop_steps` waits for the step
             task.cancel()  # by a timeout of the function itself, for example
             await _until_ended(task)
@@ -199,6 +214,14 @@ class SagaRun:
         return task.result()
 
     # --- forwards ---
+
+    async def _take_or_stop(self, step: Step) -> Any:
+        """Do a step; what ends the saga is noted, because groups and timeouts of its function may hide it."""
+        try:
+            return await self._take(step)
+        except (_StopSaga, SagaTaken, StoreUnavailable) as stop:  # what its function raises is a StepFailed by now
+            self._stop = self._stop or stop
+            raise
 
     async def _take(self, step: Step) -> Any:
         record = self._recorded.get(step.name)
@@ -241,6 +264,7 @@ class SagaRun:
         belong to it.
         """
         while missing := [name for name in self._recorded if name not in self._steps]:
+            self._asked.clear()
             alone = len(self._in_progress) <= 1 and not self._history.overlapped
             if alone or not await self._wait_for_request():
                 raise _Parking(
@@ -251,7 +275,6 @@ class SagaRun:
 
     async def _wait_for_request(self) -> bool:
         """Wait until the function asks for another step; return False if it does not for a while."""
-        self._asked.clear()
         try:
             async with asyncio.timeout(_REPLAY_WAIT):
                 await self._asked.wait()
@@ -281,13 +304,18 @@ class SagaRun:
             compensable=step.compensate is not None,
             pivot=step.pivot,
         )
+        self._uncalled.add(step.name)
         try:
             await self._held.write(started)
         except asyncio.CancelledError as error:
-            if not (self._is_cut_off() or self._function_ended):  # else it is told apart later
+            if not self._is_stopped():  # else `conclude` says so, if it comes to that
                 self._note_failed(step, error, clean=True)
             raise
         return await self._do(step)
+
+    def _is_stopped(self) -> bool:
+        """Return whether a cancellation stops the saga, and not a step alone, by a timeout of the function itself."""
+        return self._is_cut_off() or self._function_ended
 
     async def _resume(self, step: Step, record: StepRecord) -> Any:
         """Go on with a step whose process was lost before it was known how it ended."""
@@ -301,24 +329,39 @@ class SagaRun:
                 f" Find out by its key {record.key!r}; a step with check= or idempotent=True needs nobody for that",
                 step.name,
             )
-        return await self._do(step)
+        return await self._do(step, may_be_done=True)
 
-    async def _do(self, step: Step) -> Any:
-        """Call the function of a step until it has succeeded, or failed for good."""
-        attempt = 0
+    async def _do(self, step: Step, *, may_be_done: bool = False) -> Any:
+        """Call the function of a step until it has succeeded, or failed for good.
+
+        Args:
+            step: the step.
+            may_be_done: an earlier call under its key may have had its effect.
+        """
+        attempt, delay = 0, 0.0
+        last: BaseException | None = None
         while True:
             attempt += 1
-            await self._held.check_lease()
+            try:
+                if delay:
+                    await asyncio.sleep(delay)
+                await self._held.check_lease()
+            except asyncio.CancelledError as error:
+                if self._is_stopped():
+                    raise
+                return await self._failed(step, last or error, may_be_done=may_be_done)
+            self._uncalled.discard(step.name)
             try:
                 output = await self._call(step)
                 encoded = self._encode(step, output)
             except (Exception, asyncio.CancelledError) as error:
-                if self._is_cancelled(error) and (self._is_cut_off() or self._function_ended):
+                if self._is_cancelled(error) and self._is_stopped():
                     raise  # whoever stops the saga decides by what is known of the step
-                delay = self._retry_delay(step, error, attempt)
-                if delay is None:
-                    return await self._failed(step, error)
-                await asyncio.sleep(delay)
+                again = self._retry_delay(step, error, attempt)
+                if again is None:
+                    return await self._failed(step, error, may_be_done=may_be_done)
+                may_be_done |= is_ambiguous(error)
+                last, delay = error, again
             else:
                 self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded))
                 return self._decode(step, encoded)
@@ -335,30 +378,36 @@ class SagaRun:
     def _retry_delay(self, step: Step, error: BaseException, attempt: int) -> float | None:
         """Return the seconds until a step is tried again, or None."""
         retry = step.retry
-        if retry is None and step.idempotent and self._history.past_pivot:
-            retry = _PAST_PIVOT
+        if retry is None and step.idempotent:
+            if self._history.past_pivot:
+                retry = _PAST_PIVOT
+            elif step.check is None and is_ambiguous(error):
+                retry = _UNKNOWN
         if retry is None or isinstance(error, NothingDone | NotEncodable) or self._is_cancelled(error):
             return None
         if attempt >= retry.max_attempts or not retry.covers(error):
             return None
         return retry.delay(attempt, draw=clock.draw(), retry_after=getattr(error, "retry_after", None))
 
-    async def _failed(self, step: Step, error: BaseException) -> Any:
+    async def _failed(self, step: Step, error: BaseException, *, may_be_done: bool) -> Any:
         """Find out whether a step that raised has had an effect, and undo that; or return its output after all.
 
         Raises:
             StepFailed: it has none.
         """
-        clean = isinstance(error, NothingDone)
+        clean = isinstance(error, NothingDone) or step.name in self._uncalled
         if not clean and step.check is not None:
             found = await self._check(step)
             if found is not None:
                 return self._note_done(step, found.output, by="check")
             clean = True
-        if not clean and step.pivot and is_ambiguous(error):
+        if not clean and step.pivot and (may_be_done or is_ambiguous(error)):
+            doubt = (
+                "before which it may have succeeded" if may_be_done else "which leaves open whether it has succeeded"
+            )
             raise _Parking(
-                f"the pivot, step {step.name!r}, ended with {_describe(error)}, which leaves open whether it has"
-                " succeeded: a pivot with check= needs nobody to find out",
+                f"the pivot, step {step.name!r}, ended with {_describe(error)}, {doubt}: a pivot with check= needs"
+                " nobody to find out",
                 step.name,
             ) from error
         self._note_failed(step, error, clean=clean or step.compensate is None)
@@ -382,7 +431,10 @@ class SagaRun:
         self._held.note(failed)
 
     def _note_done(self, step: Step, output: Any, *, by: str) -> Any:
-        encoded = self._encode(step, output)
+        try:
+            encoded = self._encode(step, output)
+        except NotEncodable as error:
+            raise _Parking(f"by its check it has succeeded, but {error}", step.name) from error
         self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded, by=by))
         return self._decode(step, encoded)
 
@@ -442,14 +494,20 @@ class SagaRun:
 
         Whatever this raises, `conclude` decides what becomes of the saga.
         """
-        value = await self._saga.function(self, self._payload)
-        while self._in_progress:  # begun by the function, and not awaited
-            await asyncio.wait(self._in_progress.values())
-            for name, task in list(self._in_progress.items()):
-                if task.done():
-                    del self._in_progress[name]
-                    if isinstance(error := _look_at(task), _StopSaga):
-                        raise error
+        try:
+            value = await self._saga.function(self, self._payload)
+            while self._in_progress:  # begun by the function, and not awaited
+                await asyncio.wait(self._in_progress.values())
+                for name, task in list(self._in_progress.items()):
+                    if task.done():
+                        del self._in_progress[name]
+                        _look_at(task)
+        except (Exception, BaseExceptionGroup):
+            if self._stop is not None:
+                raise self._stop from None
+            raise
+        if self._stop is not None:
+            raise self._stop
         self._function_ended = True
         if missing := [name for name in self._recorded if name not in self._steps]:
             raise _Parking(f"its function has returned without step {missing[0]!r}, which its log has{_CHANGED}")
@@ -475,8 +533,11 @@ class SagaRun:
         self._function_ended = True
         await self._stop_steps()
         try:
+            if self._stop is not None:
+                raise self._stop
             if isinstance(error, _StopSaga):
                 raise error
+            self._note_uncalled()
             if cut_off and self._pivot_was_begun_elsewhere():
                 return
             await self._settle_pivot()
@@ -486,6 +547,13 @@ class SagaRun:
                 await self._compensate(error)
         except _Parking as parking:
             await self._park(parking)
+
+    def _note_uncalled(self) -> None:
+        """Note of the steps that were stopped while the log had yet to have their start: they have had no effect."""
+        for name in sorted(self._uncalled):
+            record = self._history.steps.get(name)
+            if record is not None and record.state is StepState.STARTED:
+                self._note_failed(self._steps[name], asyncio.CancelledError(), clean=True)
 
     def _pivot_was_begun_elsewhere(self) -> bool:
         """Return whether the log has a pivot that the function has not asked for yet, in this process."""
@@ -527,7 +595,7 @@ class SagaRun:
         if step is None:
             raise _Parking(f"its function does not ask for its pivot, step {pivot.name!r}{_CHANGED}", pivot.name)
         if step.check is not None:
-            found = await self._detached(self._check(step))
+            found = await self._within_timeout(step, self._check(step), "its check")
             if found is not None:
                 self._note_done(step, found.output, by="check")
             else:
@@ -537,7 +605,24 @@ class SagaRun:
             why = f"it was cut off during the pivot, step {pivot.name!r}, and it is unknown how that ended"
             raise _Parking(f"{why}: find out by its key {pivot.key!r}", pivot.name)
         with suppress(StepFailed):
-            await self._detached(self._do(step))
+            await self._within_timeout(step, self._do(step, may_be_done=True), "its repetition")
+
+    async def _within_timeout(self, pivot: Step, work: Coroutine[Any, Any, Any], what: str) -> Any:
+        """Await what settles the pivot; park the saga if that takes longer than its task may run."""
+
+        async def bounded() -> Any:
+            async with asyncio.timeout(self._timeout):
+                return await work
+
+        try:
+            return await self._detached(bounded())
+        except TimeoutError:
+            assert self._timeout is not None  # noqa: S101 - nothing else raises this: see `_do` and `_check`
+            raise _Parking(
+                f"it was cut off during the pivot, step {pivot.name!r}, and it is unknown how that ended:"
+                f" {what} has not ended within {format_duration(self._timeout)}",
+                pivot.name,
+            ) from None
 
     async def _park(self, parking: _Parking) -> None:
         log.error("saga %r is parked: %s", self.saga_id, parking.why)
@@ -563,6 +648,7 @@ class SagaRun:
         function = asyncio.ensure_future(self._call_quietly())
         try:
             while self._not_asked():
+                self._asked.clear()  # here: the function may ask for a step before the next line has its turn
                 asked = asyncio.ensure_future(self._wait_for_request())
                 await asyncio.wait((asked, function), return_when=asyncio.FIRST_COMPLETED)
                 if function.done():
@@ -577,7 +663,7 @@ class SagaRun:
 
     async def _call_quietly(self) -> None:
         """Call the function to learn its steps; how it ends means nothing."""
-        with suppress(Exception, _StopSaga):
+        with suppress(Exception, BaseExceptionGroup, _StopSaga):
             await self._saga.function(self, self._payload)
 
     def _not_asked(self) -> bool:
@@ -633,7 +719,8 @@ class SagaRun:
         """
         record, attempt = self._history.steps[step.name], 0
         output = None if record.output is None else self._decode(step, record.output)
-        await self._held.flush()  # else the next process might not know that it has failed, and repeat it after its undo
+        # First, or the next process might not know that it has failed, and repeat it after its undo.
+        await self._held.flush()
         while True:
             if self._driver.stops:
                 raise SagaLeft

@@ -6,12 +6,12 @@ import asyncio
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextvars import copy_context
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, TypeVar
 
 from forebay._hooks import is_async, name_of
 from forebay.adapters import Handler, as_handler, codec_for, is_agent
@@ -22,15 +22,34 @@ from forebay.task import Task
 
 _MAX_NAME = 200  # characters of a step's name
 _FIRST_SERVER_ERROR, _REQUEST_TIMEOUT = 500, 408
-# Of the errors of HTTP clients that are no OSError: no answer came, though the request may have. By name, because none
-# of these libraries is imported here.
+# Errors of HTTP clients and SDKs, by name, because none of these libraries is imported here. No connection was made:
+_NOT_CONNECTED = frozenset(
+    {
+        "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectTimeoutError",
+        "ConnectionRefusedError",
+        "ConnectionTimeoutError",
+        "EndpointConnectionError",
+        "NewConnectionError",
+        "PoolTimeout",
+        "gaierror",
+    }
+)
+# No answer came, or a part of one, though the request may have. SDKs that try again by themselves raise some of these
+# whatever has become of their earlier attempts.
 _NO_ANSWER = frozenset(
     {
         "APIConnectionError",
         "APITimeoutError",
+        "ChunkedEncodingError",
+        "ClientPayloadError",
         "CloseError",
+        "ConnectionClosed",
         "ConnectionClosedError",
-        "EndpointConnectionError",
+        "ContentDecodingError",
+        "DecodingError",
         "IncompleteRead",
         "NetworkError",
         "ProtocolError",
@@ -39,18 +58,25 @@ _NO_ANSWER = frozenset(
         "ReadTimeoutError",
         "RemoteProtocolError",
         "ServerDisconnectedError",
+        "TimeoutError",
         "WriteError",
         "WriteTimeout",
     }
 )
+# Either of both: what they were raised from may say that no connection was made.
+_DOUBTFUL = frozenset({"ClientOSError", "ConnectionError"})
 
+
+_CACHED = 256  # functions
 
 _PLAIN = (None, type(None), Any, object, bool, int, float, str, bytes, list, tuple, dict)
 _UNIONS = (typing.Union, types.UnionType)
 
+_T = TypeVar("_T")
+
 
 class NothingDone(Exception):
-    """Raised by a step that has failed and knows that it had no effect: then it is not undone."""
+    """Raised by a step that has failed and knows that it had no effect under its key: then it is not undone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +127,8 @@ class Step:
         """Call the function, and return its output. It does not return before the function has really ended."""
         if self.handler is None:
             return await call(self.function, *self.args, key=key, threads=threads)
-        task = Task(self.name, *self.args, task_id=key, thread_id=key)
+        # Durable: an attempt after a loss of the process goes on from what the agent has written until then.
+        task = Task(self.name, *self.args, task_id=key, thread_id=key, durable=True)
         return await _call(self.handler.call, task, blocking=self.handler.blocking, threads=threads)
 
 
@@ -165,6 +192,20 @@ def _check_callable(name: str, function: Any) -> None:
         raise InvalidStep(step=name, why=why)
 
 
+def _cached(look: Callable[[Any], _T]) -> Callable[[Any], _T]:
+    """Make `look` remember its answers for the latest functions, except those that would keep a saga's data alive."""
+    known = lru_cache(maxsize=_CACHED)(look)
+
+    @wraps(look)
+    def cached(function: Any) -> _T:
+        if isinstance(function, types.FunctionType) and not (function.__closure__ or function.__defaults__):
+            return known(function)
+        return look(function)
+
+    return cached
+
+
+@_cached
 def _codec_of(function: Any) -> Codec | None:
     """Return the codec of the type that a function says it returns; None if that is plain data, or it says nothing."""
     while isinstance(function, partial):
@@ -239,6 +280,7 @@ async def _whole(future: Awaitable[Any]) -> Any:
     return waited.result()
 
 
+@_cached
 def _takes_key(function: Any) -> bool:
     """Return whether a function has a parameter `key` of its own, that is not given by position."""
     try:
@@ -255,18 +297,33 @@ def is_ambiguous(error: BaseException) -> bool:
     """Return whether an error leaves open if the step had its effect: no answer came, or that of a broken server.
 
     Any other says that it had none. A cancellation, a timeout and a lost connection are ambiguous, and so is an HTTP
-    status of 408 or from 500 on, in the error or in one that it was raised from.
+    status of 408 or from 500 on, in the error, its response, or an error that it was raised from.
     """
+    doubtful = False
     for each in _chain(error):
-        if isinstance(each, asyncio.CancelledError | TimeoutError | ConnectionError | NotEncodable):
-            return not isinstance(each, ConnectionRefusedError)
         names = {kind.__name__ for kind in type(each).__mro__}
-        if names & _NO_ANSWER:
+        if names & _NOT_CONNECTED:
+            return False
+        if isinstance(each, asyncio.CancelledError | ConnectionError | NotEncodable) or names & _NO_ANSWER:
             return True
-        status = getattr(each, "status_code", None) or getattr(each, "status", None)
-        if isinstance(status, int):
+        status = _http_status(each)
+        if status is not None:
             return status >= _FIRST_SERVER_ERROR or status == _REQUEST_TIMEOUT
-    return False
+        doubtful |= bool(names & _DOUBTFUL)
+    return doubtful
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error of a client has, or its response: in httpx, requests and botocore."""
+    response = getattr(error, "response", None)
+    for owner in (error, response):
+        for name in ("status_code", "status"):
+            if isinstance(status := getattr(owner, name, None), int):
+                return status
+    if isinstance(response, Mapping):  # of botocore
+        status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode")
+        return status if isinstance(status, int) else None
+    return None
 
 
 class NotEncodable(Exception):

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
-from forebay.context import call_observer
+from forebay.context import CallObserver, call_observer
 from forebay.errors import ShardAnswerLost, ShardUnavailable, StoreAnswerLost, StoreUnavailable, WrongLoop
 from forebay.state.shard import OperationRejected, Shard
 from forebay.state.shard_load import ShardLoad, StateLoad
@@ -16,6 +16,7 @@ from forebay.state.time_limits import TimeLimits
 
 log = logging.getLogger("forebay")
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _PROBE_INTERVAL = 0.5  # seconds between two attempts to reach a shard that is down
@@ -40,10 +41,10 @@ class GuardedShard:
     def __init__(self, shard: Shard, weight: float, state: StateLoad, *, timeout: float) -> None:
         self.shard = shard
         self.url = shard.url
-        self.load = ShardLoad(f"shard:{shard.url}", state, timeout=timeout, recheck=_PROBE_INTERVAL)
-        state.add(self.load, weight)
         self._timeout = timeout
         self._limits = TimeLimits(timeout)
+        self.load = ShardLoad(f"shard:{shard.url}", state, limits=self._limits, recheck=_PROBE_INTERVAL)
+        state.add(self.load, weight)
         self._error: ShardUnavailable | None = None  # why it is down
         self._probing: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # that of `open`
@@ -82,7 +83,7 @@ class GuardedShard:
             async with asyncio.timeout(2 * self._timeout):
                 await self.shard.close()
 
-    async def call(self, method: Callable[[], Awaitable[_T]]) -> _T:
+    async def call(self, method: Callable[_P, Awaitable[_T]], *args: _P.args, **options: _P.kwargs) -> _T:
         """Return what `method` of the shard returns.
 
         Raises:
@@ -90,40 +91,33 @@ class GuardedShard:
             ShardAnswerLost: it may have done what it was asked.
             WrongLoop: it was opened in another event loop.
         """
-        self._check_loop()
+        loop = self._check_loop()
         run = call_observer()
         if run is not None:
             run.record_call(self.load)
+        if self._error is not None:
+            raise _reported(ShardUnavailable(where=self.url, why=self._error.why, advice=self._error.advice), run)
+        limit = self._limits.start(loop)
         try:
-            return await self._call(method)
-        except ShardUnavailable:
-            if run is not None:
-                run.record_upstream_fault()  # it does not count against the worker
-            raise
-
-    def _check_loop(self) -> None:
-        if self._loop is not None and self._loop is not asyncio.get_running_loop():
-            advice = "connect another state there, or hand the call over by asyncio.run_coroutine_threadsafe()"
-            raise WrongLoop(what="A ShardedState", advice=advice)
-
-    async def _call(self, method: Callable[[], Awaitable[_T]]) -> _T:
-        if (down := self._error) is not None:
-            raise ShardUnavailable(where=self.url, why=down.why, advice=down.advice)
-        number = self.load.began()
-        limit = self._limits.start()
-        try:
-            return await method()
+            return await method(*args, **options)
         except OperationRejected as rejected:
-            raise _named(rejected.error, self.url) from rejected.error
+            raise _reported(_named(rejected.error, self.url), run) from rejected.error
         except StoreUnavailable as error:
-            raise self._fail(error) from error
+            raise _reported(self._fail(error), run) from error
         except asyncio.CancelledError as error:
             if not limit.has_cancelled():
                 raise
-            raise self._fail(self._late(StoreAnswerLost)) from error
+            raise _reported(self._fail(self._late(StoreAnswerLost)), run) from error
         finally:
-            limit.stop()
-            self.load.ended(number)
+            self.load.took(self._limits.stop(limit, loop))
+
+    def _check_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the running event loop, in which it was opened."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop and self._loop is not None:
+            advice = "connect another state there, or hand the call over by asyncio.run_coroutine_threadsafe()"
+            raise WrongLoop(what="A ShardedState", advice=advice)
+        return loop
 
     def _late(self, kind: type[StoreUnavailable]) -> StoreUnavailable:
         why, advice = f"it has not answered within {self._timeout:g} s", "Check that it runs and can be reached."
@@ -164,6 +158,13 @@ class GuardedShard:
                 self._error = None
                 self.load.came_up()
                 log.warning("the shard %s is back", self.url)
+
+
+def _reported(error: ShardUnavailable, run: CallObserver | None) -> ShardUnavailable:
+    """Return an error, once the run has noted it: then it does not count against the worker."""
+    if run is not None:
+        run.record_upstream_fault()
+    return error
 
 
 def _named(error: StoreUnavailable, url: str) -> ShardUnavailable:

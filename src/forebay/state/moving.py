@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 from forebay.clock import new_id, now
@@ -76,8 +75,8 @@ class Move:
         pair = (source.url, target.url)
         if pair not in self._is_one:
             mark = new_id().encode()
-            await target.call(partial(target.shard.put, _MARKS, mark, mark, _MARK_TTL))
-            found = await source.call(partial(source.shard.get, _MARKS, mark))
+            await target.call(target.shard.put, _MARKS, mark, mark, _MARK_TTL)
+            found = await source.call(source.shard.get, _MARKS, mark)
             self._is_one[pair] = found is not None
         return not self._is_one[pair]
 
@@ -103,14 +102,14 @@ class Move:
         """Return whether this call has moved the entry, and a version that none of its versions is larger than."""
         while True:
             asked_at = now()
-            entry, ttl, latest = await source.call(partial(source.shard.copy, namespace, key))
+            entry, ttl, latest = await source.call(source.shard.copy, namespace, key)
             if entry is None:
                 return False, latest
             left = None if ttl is None else ttl - (now() - asked_at)
             if left is None or left > 0:
-                await target.call(partial(target.shard.restore, namespace, entry, left))
+                await target.call(target.shard.restore, namespace, entry, left)
             try:
-                await source.call(partial(source.shard.delete, namespace, key, entry.version))
+                await source.call(source.shard.delete, namespace, key, entry.version)
             except WriteRefused:  # another one has moved it
                 continue
             return True, latest
@@ -149,8 +148,7 @@ class Move:
                     continue
                 after: bytes | None = None
                 while True:
-                    scan = partial(shard.shard.scan, namespace, b"", after, _PAGE)
-                    page: Page = await shard.call(scan)
+                    page = await shard.call(shard.shard.scan, namespace, b"", after, _PAGE)
                     if page.entries:
                         yield shard, namespace, page.entries
                     after = page.after
@@ -178,8 +176,9 @@ class Move:
             found = dict[bytes, StoredEntry]()
             ends = list[bytes]()
             for shards in groups:
-                scans = (partial(each.shard.scan, namespace, prefix, after, limit, reverse=reverse) for each in shards)
-                pages: Sequence[Page] = await _all(shard.call(scan) for shard, scan in zip(shards, scans, strict=True))
+                pages: Sequence[Page] = await _all(
+                    each.call(each.shard.scan, namespace, prefix, after, limit, reverse=reverse) for each in shards
+                )
                 for page in pages:
                     for entry in page.entries:
                         if entry.key not in found or found[entry.key].version < entry.version:
@@ -197,7 +196,7 @@ class Move:
 async def _namespaces(shard: GuardedShard) -> AsyncIterator[str]:
     after: str | None = None
     while True:
-        page: NamePage = await shard.call(partial(shard.shard.namespaces, after))
+        page: NamePage = await shard.call(shard.shard.namespaces, after)
         for name in page.names:
             yield name
         after = page.after

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import log
 
 _DIGEST_BYTES = 8
 _DRAWS = float(1 << 8 * _DIGEST_BYTES)
+_REMEMBERED = 10_000  # keys and namespaces that were placed last
 
 
 def unit_of(namespace: str, key: bytes) -> bytes:
@@ -35,6 +37,7 @@ class Placement:
             (name, hashlib.blake2b(digest_size=_DIGEST_BYTES, key=hashlib.blake2b(name.encode()).digest()), weight)
             for name, weight in sorted(weights.items())
         ]
+        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._draw)
 
     @property
     def shards(self) -> Sequence[str]:
@@ -43,8 +46,9 @@ class Placement:
 
     def shard_of(self, unit: bytes) -> str:
         """Return the name of the shard that has what `unit_of` returns."""
-        if len(self._shards) == 1:
-            return self._shards[0][0]
+        return self._shards[0][0] if len(self._shards) == 1 else self._remembered(unit)
+
+    def _draw(self, unit: bytes) -> str:
         best, found = -1.0, ""
         for name, seeded, weight in self._shards:
             digest = seeded.copy()

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from heapq import merge
@@ -30,7 +30,7 @@ from forebay.state.entry import StoredEntry
 from forebay.state.near_cache import Address, CachedServer, NearCache
 from forebay.state.redis_invalidations import InvalidationListener
 from forebay.state.shard import ANY_VERSION, Copied, NamePage, OperationRejected, Page, WriteRefused
-from forebay.storage.operation_queue import OperationError, OperationQueue
+from forebay.storage.operation_queue import OperationError, OperationQueue, in_parts
 from forebay.storage.redis_master import FULL, RedisMaster, masters_of_slots, may_pass
 from forebay.storage.redis_url import RedisTopology, RedisUrl
 
@@ -41,7 +41,6 @@ _WRITE_SHA, _SCAN_SHA, _COPY_SHA = (
 )
 
 _MAX_GROUP = 500  # operations in one round trip, in which Redis serves few others
-_MAX_BYTES = 2 << 20  # of values that one group writes, unless one is larger
 _BUCKETS = 256  # of the keys outside of a namespace, on a cluster
 _MIN_FROM_BUCKET = 4  # entries of each for a page: it ends where the first bucket might have more
 _PATIENCE = 1.0  # seconds in which a master is looked for: longer than a node of a cluster is on the move
@@ -53,12 +52,12 @@ _KEYS_PER_SCAN = 1_000  # that Redis looks at for a page of names
 _encode = msgspec.json.Encoder().encode
 
 
-class _Get(NamedTuple):
+class _Get(msgspec.Struct, frozen=True):
     prefix: str
     key: bytes
 
 
-class _Write(NamedTuple):
+class _Write(msgspec.Struct, frozen=True):
     prefix: str
     key: bytes
     data: bytes | None  # None: it is deleted
@@ -68,18 +67,18 @@ class _Write(NamedTuple):
     restored: int = 0  # the version with which it is restored; 0: it is an ordinary write
 
 
-class _Copy(NamedTuple):
+class _Copy(msgspec.Struct, frozen=True):
     prefix: str
     key: bytes
 
 
-class _Names(NamedTuple):
+class _Names(msgspec.Struct, frozen=True):
     prefix: str
     pattern: str
     cursor: str
 
 
-class _Scan(NamedTuple):
+class _Scan(msgspec.Struct, frozen=True):
     prefix: str
     first: bytes  # as ZRANGEBYLEX takes them
     last: bytes
@@ -87,11 +86,19 @@ class _Scan(NamedTuple):
     reverse: bool
 
 
-class _Ping(NamedTuple):
+class _Ping(msgspec.Struct, frozen=True):
     prefix: str
 
 
 _Operation = _Get | _Write | _Copy | _Scan | _Names | _Ping
+
+
+class _Batch(NamedTuple):
+    """The operations of a part that share a command."""
+
+    kind: type
+    ops: list[Any]
+    indexes: list[int]  # in the part
 
 
 class RedisShard:
@@ -108,6 +115,7 @@ class RedisShard:
         self._near_cache = near_cache
         self._is_cluster = url.topology is RedisTopology.CLUSTER
         self._lanes: dict[RedisUrl, _Lane] = {}
+        self._only_lane: _Lane | None = None  # unless it is a cluster
         self._slots: list[RedisUrl] = []  # on a cluster, the node of each slot
         self._refreshing: asyncio.Future[None] | None = None
 
@@ -121,12 +129,13 @@ class RedisShard:
         """Finish the pending operations and disconnect."""
         lanes = list(self._lanes.values())
         self._lanes.clear()
+        self._only_lane = None
         await asyncio.gather(*(lane.close() for lane in lanes))
 
     async def get(self, namespace: str, key: bytes, *, cached: bool = False) -> StoredEntry | None:
         """Return an entry."""
         prefix = self._prefix(namespace, key)
-        if cached and (lane := self._lane(prefix)).cached is not None:
+        if cached and self._near_cache is not None and (lane := self._lane(prefix)).cached is not None:
             return await self._get_cached(_Copy(prefix, key), lane, lane.cached)
         found: StoredEntry | None = await self._run(_Get(prefix, key))
         return found
@@ -157,15 +166,14 @@ class RedisShard:
     ) -> int:
         """Write an entry."""
         write = _Write(self._prefix(namespace, key), key, data, _milliseconds(ttl), if_version, floor)
-        version: int = await self._write(write)
-        return version
+        return await self._write(write)
 
     async def delete(
         self, namespace: str, key: bytes, if_version: int = ANY_VERSION, *, floor: int | None = None
     ) -> bool:
         """Delete an entry."""
-        found: int = await self._write(_Write(self._prefix(namespace, key), key, None, _DELETED, if_version, floor))
-        return found > 0
+        write = _Write(self._prefix(namespace, key), key, None, _DELETED, if_version, floor)
+        return await self._write(write) > 0
 
     async def copy(self, namespace: str, key: bytes) -> Copied:
         """Return an entry with its ttl."""
@@ -178,12 +186,16 @@ class RedisShard:
         prefix = self._prefix(namespace, key)
         await self._write(_Write(prefix, key, data, _milliseconds(ttl), ANY_VERSION, floor=0, restored=version))
 
-    async def _write(self, write: _Write) -> int:
+    def _write(self, write: _Write) -> Awaitable[int]:
+        return self._run(write) if self._near_cache is None else self._write_through(write)
+
+    async def _write_through(self, write: _Write) -> int:
+        """Write an entry, and keep it no longer in the near cache."""
         try:
             written: int = await self._run(write)
             return written
         finally:  # also if its answer was lost: it may be done
-            for lane in self._lanes.values() if self._near_cache is not None else ():
+            for lane in self._lanes.values():
                 lane.drop(_entry(write))
 
     async def namespaces(self, after: str | None = None) -> NamePage:
@@ -238,13 +250,15 @@ class RedisShard:
 
     # --- lanes ---
 
-    async def _run(self, op: _Operation, slot: int | None = None) -> Any:
+    def _run(self, op: _Operation, slot: int | None = None) -> Awaitable[Any]:
         """Run an operation on the node that has its prefix, or a given slot."""
         if self._is_cluster:
-            return await self._run_on_cluster(op, slot)
+            return self._run_on_cluster(op, slot)
         lane = self._lane(op.prefix)
-        if not lane.is_open:
-            await lane.open()
+        return lane.submit(op) if lane.is_open else self._run_when_open(op, lane)
+
+    async def _run_when_open(self, op: _Operation, lane: _Lane) -> Any:
+        await lane.open()
         return await lane.submit(op)
 
     async def _run_on_cluster(self, op: _Operation, slot: int | None) -> Any:
@@ -270,9 +284,13 @@ class RedisShard:
                 return value
 
     def _lane(self, prefix: str, slot: int | None = None) -> _Lane:
-        url = self._redis_url
-        if self._is_cluster:
-            url = self._slots[key_slot(prefix.encode()) if slot is None else slot]
+        if not self._is_cluster:
+            if self._only_lane is None:
+                self._only_lane = self._lane_to(self._redis_url)
+            return self._only_lane
+        return self._lane_to(self._slots[key_slot(prefix.encode()) if slot is None else slot])
+
+    def _lane_to(self, url: RedisUrl) -> _Lane:
         lane = self._lanes.get(url)
         if lane is None:
             cached = None if self._near_cache is None else CachedServer(self._near_cache)
@@ -390,22 +408,17 @@ class _Lane:
 
     def _run_group(self, master: RedisMaster, group: Sequence[_Operation]) -> Sequence[Any]:
         values = list[Any]()
-        for part in _parts(group):
+        sizes = [len(op.data or b"") if isinstance(op, _Write) else 0 for op in group]
+        for part in in_parts(group, sizes):
             values += self._run_part(master, part)
         return values
 
     def _run_part(self, master: RedisMaster, ops: Sequence[_Operation]) -> Sequence[Any]:
         """Run operations in one round trip, and return their values."""
-        batches = dict[tuple[type, str], list[int]]()  # of those that share a command
-        for index, op in enumerate(ops):
-            shared = isinstance(op, _Get | _Write | _Copy)
-            tag = op.prefix if self._tag_scripts else ""
-            batches.setdefault((type(op), tag if shared else f"{index}"), []).append(index)
+        batches = self._batches(ops)
         number = next(self._numbers)
-        commands = [
-            self._command(kind, [ops[index] for index in batch], number) for (kind, _), batch in batches.items()
-        ]
-        any_write = any(kind is _Write for kind, _ in batches)
+        commands = [self._command(batch.kind, batch.ops, number) for batch in batches]
+        any_write = any(batch.kind is _Write for batch in batches)
         if any_write and (wait := self._acknowledgement()):
             commands.append(wait)
         try:
@@ -417,16 +430,28 @@ class _Lane:
         answers = [_rejection(each) if isinstance(each, StoreUnavailable) else each for each in answers]
         shortage = self._shortage(answers.pop()) if len(answers) > len(batches) else None
         values: list[Any] = [None] * len(ops)
-        for ((kind, _), batch), answer in zip(batches.items(), answers, strict=True):
-            failed = answer if isinstance(answer, BaseException) else shortage if kind is _Write else None
+        for batch, answer in zip(batches, answers, strict=True):
+            failed = answer if isinstance(answer, BaseException) else shortage if batch.kind is _Write else None
             if failed is not None:
-                replies: Sequence[Any] = [OperationError(failed)] * len(batch)
+                replies: Sequence[Any] = [OperationError(failed)] * len(batch.ops)
             else:
-                each = _SPLITTERS.get(kind, _alone)(answer)
-                replies = [self._value(ops[index], reply) for index, reply in zip(batch, each, strict=True)]
-            for index, value in zip(batch, replies, strict=True):
+                each = _SPLITTERS.get(batch.kind, _alone)(answer)
+                decode = _DECODERS[batch.kind]
+                replies = [self._value(decode, op, reply) for op, reply in zip(batch.ops, each, strict=True)]
+            for index, value in zip(batch.indexes, replies, strict=True):
                 values[index] = value
         return values
+
+    def _batches(self, ops: Sequence[_Operation]) -> Sequence[_Batch]:
+        batches = dict[Any, _Batch]()
+        for index, op in enumerate(ops):
+            kind = type(op)
+            key = index if kind not in _SPLITTERS else (kind, op.prefix) if self._tag_scripts else kind
+            if (batch := batches.get(key)) is None:
+                batch = batches[key] = _Batch(kind, [], [])
+            batch.ops.append(op)
+            batch.indexes.append(index)
+        return list(batches.values())
 
     def _command(self, kind: type, ops: Sequence[Any], number: int) -> Sequence[Any]:
         if kind is _Get:
@@ -465,9 +490,9 @@ class _Lane:
         """Return the prefix of the keys that a run of a script has for itself."""
         return op.prefix if self._tag_scripts else _prefix_of(self._url.name, "")
 
-    def _value(self, op: _Operation, reply: Any) -> Any:
+    def _value(self, decode: Callable[[Any, Any], Any], op: _Operation, reply: Any) -> Any:
         try:
-            return _DECODERS[type(op)](op, reply)
+            return decode(op, reply)
         except WriteRefused as refused:
             return OperationError(refused)
         except _Full:
@@ -539,19 +564,6 @@ def _prefix_of(name: str, namespace: str) -> str:
 @lru_cache(maxsize=_BUCKETS)
 def _bucket_prefix(name: str, bucket: int) -> str:
     return f"{{{name}:state#{bucket}}}"
-
-
-def _parts(group: Sequence[_Operation]) -> Sequence[Sequence[_Operation]]:
-    """Return `group` in parts whose values are not too large together."""
-    parts, size = [list[_Operation]()], 0
-    for op in group:
-        length = len(op.data or b"") if isinstance(op, _Write) else 0
-        if size + length > _MAX_BYTES and parts[-1]:
-            parts.append([])
-            size = 0
-        parts[-1].append(op)
-        size += length
-    return parts
 
 
 def _merge(pages: Sequence[Page], limit: int, *, reverse: bool) -> Page:

@@ -58,22 +58,27 @@ local function find(entry)
   return tonumber(string.match(head, '^(%d+):') or 0)
 end
 
+local has_expiries = {} -- by the name of the index of expiries; most namespaces have none
 for space = 1, #lengths do
   local index, expiries = KEYS[1 + 2 * space], KEYS[2 + 2 * space]
   for _, key in ipairs(call('ZRANGEBYSCORE', expiries, '-inf', milliseconds - 1, 'LIMIT', 0, SWEPT)) do
     call('ZREM', expiries, key)
     call('ZREM', index, key)
   end
+  has_expiries[expiries] = #call('ZRANGEBYSCORE', expiries, '-inf', '+inf', 'LIMIT', 0, 1) > 0
 end
 
 local function write(entry, index, expiries, key, ttl, written, data, is_new)
-  local value = text(written) .. ':' .. data
+  local value = written .. ':' .. data
   if ttl > 0 then
     call('SET', entry, value, 'PX', ttl)
     call('ZADD', expiries, milliseconds + ttl, key)
+    has_expiries[expiries] = true
   else
     call('SET', entry, value)
-    call('ZREM', expiries, key)
+    if has_expiries[expiries] then
+      call('ZREM', expiries, key)
+    end
   end
   if is_new then
     call('ZADD', index, 0, key)
@@ -99,7 +104,7 @@ for number_, op in ipairs(ops) do
       local is_newer = math.max(found, tonumber(call('GET', tombstone) or 0)) < restored
       if is_newer then
         version = math.max(version, restored)
-        write(entry, index, expiries, key, ttl, restored, ARGV[data], found == 0)
+        write(entry, index, expiries, key, ttl, text(restored), ARGV[data], found == 0)
       end
       replies[number_] = is_newer and '1' or '0'
     elseif ttl < 0 then
@@ -113,7 +118,7 @@ for number_, op in ipairs(ops) do
     else
       version = math.max(version, found, floor) + 1
       replies[number_] = text(version)
-      write(entry, index, expiries, key, ttl, version, ARGV[data], found == 0)
+      write(entry, index, expiries, key, ttl, replies[number_], ARGV[data], found == 0)
       if tombstone and ttl > 0 then
         call('SET', tombstone, text(version - 1), 'PX', ttl + TOMBSTONE_TTL)
       end

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 from forebay._hooks import call_hook
 from forebay.clock import now
 from forebay.interfaces import LoadSource
+from forebay.state.time_limits import TimeLimits
 from forebay.task import Priority
 
 _GAIN = 0.1  # of the moving mean of the seconds that a call takes
@@ -52,34 +52,25 @@ class ShardLoad:
     Args:
         name: of the shard, in messages.
         state: the load of its state, to which it is added.
-        timeout: seconds that a call may take.
+        limits: the time limits of its calls.
         recheck: seconds until a shard that is down may be up again.
 
     Attributes:
         is_down: True while calls of it fail.
     """
 
-    def __init__(self, name: str, state: StateLoad, *, timeout: float, recheck: float) -> None:
+    def __init__(self, name: str, state: StateLoad, *, limits: TimeLimits, recheck: float) -> None:
         self.name = name
         self._state = state
-        self._timeout = timeout
+        self._limits = limits
         self._recheck = recheck
         self._latency = 0.0
-        self._pending: dict[int, float] = {}  # when each call that has not ended began, the oldest first
-        self._numbers = itertools.count()
         self.is_down = False
         self._on_relief: dict[object, Callable[[], None]] = {}
 
-    def began(self) -> int:
-        """Record that a call begins, and return its number."""
-        number = next(self._numbers)
-        self._pending[number] = now()
-        return number
-
-    def ended(self, number: int) -> None:
-        """Record that a call has ended."""
-        took = now() - self._pending.pop(number)
-        self._latency += _GAIN * (took - self._latency)
+    def took(self, seconds: float) -> None:
+        """Record the seconds that a call has taken."""
+        self._latency += _GAIN * (seconds - self._latency)
 
     def went_down(self) -> None:
         """Record that the shard cannot be used."""
@@ -109,9 +100,9 @@ class ShardLoad:
         """Return the seconds that a call takes now, over those that it may take, at most 1; 1 while it is down."""
         if self.is_down:
             return 1.0
-        oldest = next(iter(self._pending.values()), None)
+        oldest = self._limits.oldest_start()
         age = 0.0 if oldest is None else now() - oldest
-        return min(1.0, max(self._latency, age) / self._timeout)
+        return min(1.0, max(self._latency, age) / self._limits.seconds)
 
     def time_until_below(self, priority: Priority, load: float) -> tuple[float, float]:  # noqa: ARG002 - as above
         """See `forebay.interfaces.LoadSource`."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from forebay import _validate
-from forebay._text import is_unicode
 from forebay.clock import draw
 from forebay.errors import Conflict, InvalidShardUrl, InvalidStateKey, InvalidStateValue
 from forebay.state.entry import Entry, StoredEntry, Versioned
@@ -79,8 +77,11 @@ class Namespace:
 
     async def _read(self, key: str, *, cached: bool) -> Versioned | None:
         encoded = _check_text("key", key)
-        shard, _ = await self._state.home(self._name, encoded)
-        found = await shard.call(partial(shard.shard.get, self._name, encoded, cached=cached))
+        state = self._state
+        if state.move is not None:
+            await state.move.settle(self._name, encoded)
+        shard = state.place(self._name, encoded)
+        found = await shard.call(shard.shard.get, self._name, encoded, cached=cached)
         return None if found is None else Versioned(_decode(found.data), found.version)
 
     async def put(self, key: str, value: Any, ttl: float | None = None, if_version: int | None = None) -> int:
@@ -102,10 +103,13 @@ class Namespace:
         encoded, data = _check_text("key", key), _encode_value(key, value)
         _check_ttl(ttl)
         expected = _check_version(if_version)
-        shard, floor = await self._state.home(self._name, encoded)
-        write = partial(shard.shard.put, self._name, encoded, data, ttl, expected, floor=floor)
-        version: int = await _write(key, shard, write, expected)
-        return version
+        state = self._state
+        floor = None if state.move is None else await state.move.settle(self._name, encoded)
+        shard = state.place(self._name, encoded)
+        try:
+            return await shard.call(shard.shard.put, self._name, encoded, data, ttl, expected, floor=floor)
+        except WriteRefused as refused:
+            raise Conflict(key=key, expected=expected, found=refused.found) from None
 
     async def update(
         self, key: str, change: Callable[[Any], Any | Awaitable[Any]], ttl: float | None = None
@@ -142,10 +146,13 @@ class Namespace:
         """
         encoded = _check_text("key", key)
         expected = _check_version(if_version)
-        shard, floor = await self._state.home(self._name, encoded)
-        write = partial(shard.shard.delete, self._name, encoded, expected, floor=floor)
-        deleted: bool = await _write(key, shard, write, expected)
-        return deleted
+        state = self._state
+        floor = None if state.move is None else await state.move.settle(self._name, encoded)
+        shard = state.place(self._name, encoded)
+        try:
+            return await shard.call(shard.shard.delete, self._name, encoded, expected, floor=floor)
+        except WriteRefused as refused:
+            raise Conflict(key=key, expected=expected, found=refused.found) from None
 
     async def scan(
         self, prefix: str = "", *, reverse: bool = False, after: str | None = None, limit: int | None = None
@@ -290,15 +297,12 @@ class ShardedState(Namespace):
         return await self._state.rebalance(progress)
 
 
-class _Home(NamedTuple):
-    """The shard that has a key, and the floor of the versions of a key that moves, as `Shard` takes it."""
-
-    shard: GuardedShard
-    floor: int | None
-
-
 class _Shards:
-    """The shards of a state, and the placement of keys among them."""
+    """The shards of a state, and the placement of keys among them.
+
+    Attributes:
+        move: the move of keys from their former shards, on which an operation waits for its key; None: there is none.
+    """
 
     def __init__(
         self,
@@ -315,10 +319,11 @@ class _Shards:
             url: GuardedShard(each.shard, each.weight, load, timeout=timeout) for url, each in shards.items()
         }
         self._placement = Placement({each.shard.url: each.weight for each in opened})
-        self._move: Move | None = None
+        self._only = self._by_url[opened[0].shard.url] if len(opened) == 1 else None
+        self.move: Move | None = None
         if moving_from is not None:
             old = Placement({each.shard.url: each.weight for each in former})
-            self._move = Move(self._by_url, old, self._placement)
+            self.move = Move(self._by_url, old, self._placement)
 
     async def open(self) -> None:
         await asyncio.gather(*(shard.open() for shard in self._by_url.values()))
@@ -336,12 +341,7 @@ class _Shards:
 
     def place(self, namespace: str, key: bytes) -> GuardedShard:
         """Return the shard of a key."""
-        return self._by_url[self._placement.shard_of(unit_of(namespace, key))]
-
-    async def home(self, namespace: str, key: bytes) -> _Home:
-        """Return the shard of a key, once it has the entry."""
-        floor = None if self._move is None else await self._move.settle(namespace, key)
-        return _Home(self.place(namespace, key), floor)
+        return self._only or self._by_url[self._placement.shard_of(unit_of(namespace, key))]
 
     def entries(
         self, namespace: str, prefix: bytes, after: bytes | None, page: int, *, reverse: bool
@@ -349,16 +349,16 @@ class _Shards:
         """Return the entries of a scan, by the order of their keys; a shard is asked for `page` of them at a time."""
         urls = self._placement.shards
         shards = [self.place(namespace, b"")] if namespace else [self._by_url[url] for url in urls]
-        if self._move is not None:
-            return self._move.entries(namespace, prefix, after, page, shards, reverse=reverse)
+        if self.move is not None:
+            return self.move.entries(namespace, prefix, after, page, shards, reverse=reverse)
         streams = [_entries(shard, namespace, prefix, after, page, reverse=reverse) for shard in shards]
         return streams[0] if len(streams) == 1 else _merge(streams, reverse=reverse)
 
     async def rebalance(self, progress: Callable[[Rebalanced], object] | None) -> Rebalanced:
-        if self._move is None:
+        if self.move is None:
             expected = "the shards as they were given before, for rebalance() to have something to move"
             _validate.reject("ShardedState.connect", "moving_from", None, expected)
-        return await self._move.rebalance(progress)
+        return await self.move.rebalance(progress)
 
 
 def _opened(urls: Sequence[str | Shard], near_cache: NearCache | None) -> Sequence[WeightedShard]:
@@ -375,13 +375,6 @@ def _opened(urls: Sequence[str | Shard], near_cache: NearCache | None) -> Sequen
     return opened
 
 
-async def _write(key: str, shard: GuardedShard, write: Callable[[], Awaitable[Any]], expected: int) -> Any:
-    try:
-        return await shard.call(write)
-    except WriteRefused as refused:
-        raise Conflict(key=key, expected=expected, found=refused.found) from None
-
-
 def _entry(stored: StoredEntry) -> Entry:
     return Entry(stored.key.decode(), _decode(stored.data), stored.version)
 
@@ -390,7 +383,7 @@ async def _entries(  # noqa: PLR0913 - what a scan takes
     shard: GuardedShard, namespace: str, prefix: bytes, after: bytes | None, limit: int, *, reverse: bool
 ) -> AsyncIterator[StoredEntry]:
     while True:
-        page = await shard.call(partial(shard.shard.scan, namespace, prefix, after, limit, reverse=reverse))
+        page = await shard.call(shard.shard.scan, namespace, prefix, after, limit, reverse=reverse)
         for entry in page.entries:
             yield entry
         after = page.after
@@ -423,15 +416,18 @@ def _check_text(what: str, text: object, *, minimum: int = 1) -> bytes:
     Raises:
         InvalidStateKey: it is invalid.
     """
-    expected = f"a str of {minimum} to {_MAX_KEY:,} bytes in UTF-8"
     if not isinstance(text, str):
-        raise InvalidStateKey(what=what, why=f"of type {type(text).__name__}", expected=expected)
-    if not is_unicode(text):
-        raise InvalidStateKey(what=what, why="a str with half of a surrogate pair, which is no text", expected=expected)
-    encoded = text.encode()
-    if not minimum <= len(encoded) <= _MAX_KEY:
-        raise InvalidStateKey(what=what, why=f"{len(encoded):,} bytes long", expected=expected)
-    return encoded
+        why = f"of type {type(text).__name__}"
+    else:
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError:
+            why = "a str with half of a surrogate pair, which is no text"
+        else:
+            if minimum <= len(encoded) <= _MAX_KEY:
+                return encoded
+            why = f"{len(encoded):,} bytes long"
+    raise InvalidStateKey(what=what, why=why, expected=f"a str of {minimum} to {_MAX_KEY:,} bytes in UTF-8")
 
 
 def _encode_value(key: str, value: object) -> bytes:

@@ -15,67 +15,78 @@ _GRACE = 1.0  # seconds in which it takes up what has come meanwhile, at most
 class TimeLimits:
     """Time limits of one length, for the tasks of one event loop.
 
-    Args:
+    Attributes:
         seconds: the length.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._running: dict[TimeLimit, None] = {}  # the oldest first
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self) -> TimeLimit:
-        """Return a limit for what the current task does from now until its `stop`."""
-        task = asyncio.current_task()
+    def start(self, loop: asyncio.AbstractEventLoop) -> TimeLimit:
+        """Return a limit for what the current task of a loop does from now until its `stop`."""
+        task = asyncio.current_task(loop)
         assert task is not None  # noqa: S101 - it awaits
-        loop = task.get_loop()
-        limit = TimeLimit(task, loop.time() + self._seconds, self._running)
+        limit = TimeLimit(task, loop.time())
         self._running[limit] = None
         if self._timer is None:
             self._watch(limit, loop)
         return limit
 
+    def stop(self, limit: TimeLimit, loop: asyncio.AbstractEventLoop) -> float:
+        """End a limit, because what it was for has ended, and return the seconds that this took."""
+        self._running.pop(limit, None)
+        return loop.time() - limit.started_at
+
+    def oldest_start(self) -> float | None:
+        """Return the loop time at which the oldest of the limits was started; None if there is none."""
+        return next((limit.started_at for limit in self._running), None)
+
+    def _ends_at(self, limit: TimeLimit) -> float:
+        return limit.extended_to or limit.started_at + self.seconds
+
     def _watch(self, limit: TimeLimit, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = loop.call_at(limit.ends_at, self._check, loop, limit.ends_at)
+        due = self._ends_at(limit)
+        self._timer = loop.call_at(due, self._check, loop, due)
 
     def _check(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         """Cancel the tasks whose time is over, and wait for the end of the next one."""
         self._timer = None
         is_late = loop.time() - due > _LATE
         for limit in list(self._running):
-            if is_late and limit.ends_at <= loop.time():
-                limit.extend(loop.time() + min(_GRACE, self._seconds))
-            if limit.ends_at > loop.time():
+            if is_late and self._ends_at(limit) <= loop.time():
+                limit.extend(loop.time() + min(_GRACE, self.seconds))
+            if self._ends_at(limit) > loop.time():
                 self._watch(limit, loop)
                 return
+            del self._running[limit]
             limit.cancel()
 
 
 class TimeLimit:
-    """One time limit: its task is cancelled when it ends."""
+    """One time limit: its task is cancelled when it ends.
 
-    __slots__ = ("_cancelling", "_is_extended", "_is_over", "_running", "_task", "ends_at")
+    Attributes:
+        started_at: loop time.
+        extended_to: loop time at which it ends instead of when it is due; 0: it was not extended.
+    """
 
-    def __init__(self, task: asyncio.Task[object], ends_at: float, running: dict[TimeLimit, None]) -> None:
+    _is_over = False
+    extended_to = 0.0
+
+    def __init__(self, task: asyncio.Task[object], started_at: float) -> None:
         self._task = task
-        self._running = running
         self._cancelling = task.cancelling()
-        self._is_over = False
-        self._is_extended = False
-        self.ends_at = ends_at  # loop time
-
-    def stop(self) -> None:
-        """End the limit: what it was for has ended."""
-        self._running.pop(self, None)
+        self.started_at = started_at
 
     def extend(self, ends_at: float) -> None:
         """Let it end later, unless that was done before."""
-        if not self._is_extended:
-            self._is_extended, self.ends_at = True, ends_at
+        if not self.extended_to:
+            self.extended_to = ends_at
 
     def cancel(self) -> None:
         """Cancel its task, because its time is over."""
-        self.stop()
         self._is_over = True
         self._task.cancel()
 

@@ -13,12 +13,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
+from forebay._fork import reset_in_child
 from forebay._threads import DaemonThreadExecutor
 from forebay.errors import StoreUnavailable
 
 _C = TypeVar("_C")
 _O = TypeVar("_O")
 _T = TypeVar("_T")
+
+_MAX_PART_BYTES = 2 << 20  # a slow network sends that in a second
 
 _Pending: TypeAlias = tuple[asyncio.Future[Any], _O]  # the caller's future, and its operation
 
@@ -66,10 +69,16 @@ class OperationQueue(Generic[_C, _O]):
         self._loop: asyncio.AbstractEventLoop  # set by open()
         self._connection: _C | None = None
         self._process: int | None = None  # that opened it
+        self._is_inherited = False  # it was opened in the process that this one was forked from
         self._pending: deque[_Pending[_O]] = deque()
         self._flushing = False
         self._opening: asyncio.Future[None] | None = None  # done once the last call of open() has ended
         self._closed: asyncio.Future[None] | None = None  # set by close(), done once the store is closed
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        """Note that a store which is open belongs to the parent."""
+        self._is_inherited = self._process is not None
 
     async def open(self) -> None:
         """Connect. Idempotent.
@@ -84,7 +93,7 @@ class OperationQueue(Generic[_C, _O]):
         if self._connection is not None:
             return
         self._loop = asyncio.get_running_loop()
-        self._process = os.getpid()
+        self._process, self._is_inherited = os.getpid(), False
         ended = self._opening = self._loop.create_future()
         try:
             await self._open()
@@ -151,7 +160,7 @@ class OperationQueue(Generic[_C, _O]):
             StoreUnavailable: the store is not open, or was opened in the process that this one was forked from: a
                 forked child has neither its thread nor its loop.
         """
-        if self._process not in (None, os.getpid()):
+        if self._is_inherited:
             why = f"it was opened in process {self._process}, and this is a child that was forked from it"
             raise StoreUnavailable(where=self._where, why=why, advice="Open a store of its own here.")
         if (connection := self._connection) is None or self._closed is not None:
@@ -221,6 +230,25 @@ class OperationQueue(Generic[_C, _O]):
             self._closed.set_exception(error)
         else:
             self._closed.set_result(None)
+
+
+def in_parts(group: Sequence[_O], sizes: Sequence[int]) -> Sequence[Sequence[_O]]:
+    """Return a group in parts that are each sent in one round trip.
+
+    Args:
+        group: the operations.
+        sizes: the bytes of the data of each. Those of a part are not too many, unless it has one operation.
+    """
+    if sum(sizes) <= _MAX_PART_BYTES:
+        return [group]
+    parts, total = [list[_O]()], 0
+    for op, size in zip(group, sizes, strict=True):
+        if total + size > _MAX_PART_BYTES and parts[-1]:
+            parts.append([])
+            total = 0
+        parts[-1].append(op)
+        total += size
+    return parts
 
 
 def _outcomes(job: asyncio.Future[Sequence[Any]], count: int) -> Sequence[Any]:

@@ -341,11 +341,23 @@ def _send(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:
 
 def _send_each(client: redis.Redis, commands: Sequence[Sequence[Any]]) -> list[Any]:
     """Send `commands` in one round trip, and return the answers, some of which may be errors."""
-    pipeline = client.pipeline(transaction=False)
-    for command in commands:
-        pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
-    answers: list[Any] = pipeline.execute(raise_on_error=False)
-    return answers
+    pool = client.connection_pool
+    connection: Any = pool.get_connection()
+    try:  # by hand: a pipeline of the client does the same in twice the time
+        connection.send_packed_command(connection.pack_commands(commands))
+        return [_answer(client, connection, command) for command in commands]
+    except BaseException:
+        connection.disconnect()  # no later command may read the answer to this one
+        raise
+    finally:
+        pool.release(connection)
+
+
+def _answer(client: redis.Redis, connection: Any, command: Sequence[Any]) -> Any:
+    try:
+        return client.parse_response(connection, command[0])  # type: ignore[no-untyped-call]
+    except redis.ResponseError as error:
+        return error
 
 
 def _info(client: redis.Redis) -> Mapping[str, Any]:

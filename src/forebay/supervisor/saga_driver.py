@@ -17,6 +17,7 @@ from forebay.context import DetachedTask
 from forebay.errors import (
     ForebayError,
     InvalidPayload,
+    InvalidSaga,
     SagaCompensated,
     SagaParked,
     SagaTaken,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would wait for slots with a lease
 _FORGET_BATCH = 1_000
+_UNREADABLE = (LogDamaged, EnvelopeDamaged, EnvelopeTooNew, InvalidPayload)
 _GIVEN_UP = (TaskStatus.TIMED_OUT, TaskStatus.EXPIRED, TaskStatus.FAILED)
 _POLL = 1.0  # seconds between two looks at a saga that another process drives
 
@@ -60,6 +62,18 @@ class _CutOff(NamedTuple):
     times: int
     entries: int
     seconds: float
+
+
+class _Taken(NamedTuple):
+    """A saga that is to be driven here.
+
+    Attributes:
+        held: the saga.
+        task: the task that began it, with its payload; it may have been submitted again since, with another one.
+    """
+
+    held: HeldSaga
+    task: Task
 
 
 class SagaAdmission(Protocol):
@@ -169,9 +183,11 @@ class SagaDriver:
         """
         run = context.running_task()
         assert isinstance(run, Run)  # noqa: S101 - only a supervisor calls this
-        held = await self._take(saga, task, run)
-        if not isinstance(held, HeldSaga):
-            return held[0]
+        taken = await self._take(saga, task, run)
+        if not isinstance(taken, _Taken):
+            return taken[0]
+        held, task = taken
+        run.continue_submission(held.stored.header.submission)
         saga_id = held.saga_id
         saga_run = SagaRun(
             saga,
@@ -180,6 +196,7 @@ class SagaDriver:
             self,
             bound=self._settings.max_payload_bytes,
             is_cut_off=lambda: run.abandoned_at is not None,
+            timeout=max(run.task.timeout or 0.0, run.worker.timeout),
         )
         self._hold(held, task, run.tenant_weight)
         try:
@@ -250,8 +267,12 @@ class SagaDriver:
             raise SagaParked(saga_id=held.saga_id, why=history.why) from error
         raise error
 
-    async def _take(self, saga: Saga, task: Task, run: Run) -> HeldSaga | tuple[Any]:
-        """Return the saga of a task, to be driven; or, in a tuple, the result that it has already."""
+    async def _take(self, saga: Saga, task: Task, run: Run) -> _Taken | tuple[Any]:
+        """Return the saga of a task, to be driven; or, in a tuple, the result that it has already.
+
+        Raises:
+            InvalidSaga: the log has another saga under that id.
+        """
         task = self._originals.get(task.task_id, task)
         saga_id = task.key or task.task_id
         header = SagaHeader(
@@ -262,30 +283,53 @@ class SagaDriver:
             submission=run.submission,
         )
         while True:
-            if (resumed := self._resumed.pop(saga_id, None)) is not None:  # before this began, or while it waited
-                held, ticket = resumed
-                if ticket is not run.ticket:
-                    ticket.cancel("its saga goes on under its own task")
-                return held
+            if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
+                return taken
             if (end := self._ends.get(saga_id)) is not None:
                 await asyncio.wait((end,))
                 continue
             now = clock.wall_time()
-            restart = records.encode_entry(records.Restarted(at=now))
-            fence, until = clock.new_id(), now + self._settings.lease
-            stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
-            if stored.holder != fence:
+            stored, is_held = await self._begin(saga, header, now)
+            if not is_held:
                 if (outcome := self._outcome(stored)) is not None:
                     return outcome
                 await self._wait_for_holder(stored, now)
                 continue
             held = self._hold_stored(stored)
+            if stored.header.envelope != header.envelope:  # begun by another submission, which may differ
+                task = await self._load_or_park(stored)
             if stored.header.state is not SagaState.COMPENSATING:
                 if await self._check(saga, held):
-                    return held
+                    return _Taken(held, task)
                 raise SagaParked(saga_id=saga_id, why=held.history.why)
             await self._go_back(saga, held, task)
             raise SagaCompensated(saga_id=saga_id, error=held.history.error)
+
+    def _take_resumed(self, saga: Saga, saga_id: str, run: Run) -> _Taken | None:
+        """Return a saga that was taken from the log, and waits for its turn."""
+        if (resumed := self._resumed.get(saga_id)) is None:
+            return None
+        held, ticket = resumed
+        _check_name(saga, held.stored)
+        del self._resumed[saga_id]
+        taken = _Taken(held, self._originals[ticket.task_id])
+        if ticket is not run.ticket:
+            ticket.cancel("its saga goes on under its own task")
+        return taken
+
+    async def _begin(self, saga: Saga, header: SagaHeader, now: float) -> tuple[StoredSaga, bool]:
+        """Begin a saga, or take it; return it, and whether it is held here now."""
+        restart = records.encode_entry(records.Restarted(at=now))
+        fence, until = clock.new_id(), now + self._settings.lease
+        stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
+        is_held = stored.holder == fence
+        try:
+            _check_name(saga, stored)
+        except InvalidSaga:
+            if is_held:
+                await self._log.release(header.saga_id, fence=fence)
+            raise
+        return stored, is_held
 
     @staticmethod
     async def _wait_for_holder(stored: StoredSaga, now: float) -> None:
@@ -377,9 +421,8 @@ class SagaDriver:
         saga = self._sagas[header.name]
         try:
             held = self._hold_stored(stored)
-            task, carried = decode_envelope(header.envelope)
-            task = self._core.codecs.load_payload(task)
-        except (LogDamaged, EnvelopeDamaged, EnvelopeTooNew, InvalidPayload) as error:
+            task, carried = self._load(stored)
+        except _UNREADABLE as error:
             await self._park_unreadable(stored, error)
             return
         if not await self._check(saga, held):
@@ -395,12 +438,30 @@ class SagaDriver:
                 own.run(restore_context, carried)
             await self._queue(held, task, own)
 
-    async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> None:
+    def _load(self, stored: StoredSaga) -> tuple[Task, Mapping[str, Any] | None]:
+        """Return the task that began a saga, and the context that its submitter had."""
+        task, carried = decode_envelope(stored.header.envelope)
+        return self._core.codecs.load_payload(task), carried
+
+    async def _load_or_park(self, stored: StoredSaga) -> Task:
+        """Return the task that began a saga.
+
+        Raises:
+            SagaParked: it cannot be read.
+        """
+        try:
+            return self._load(stored)[0]
+        except _UNREADABLE as error:
+            why = await self._park_unreadable(stored, error)
+            raise SagaParked(saga_id=stored.header.saga_id, why=why) from error
+
+    async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> str:
         why = f"it cannot be read: {error}"
         log.error("saga %r is parked: %s", stored.header.saga_id, why)
         parked = records.encode_entry(records.Parked(at=clock.wall_time(), why=why))
         write = LogWrite(len(stored.entries), [parked], SagaState.PARKED, why)
         await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time())
+        return why
 
     async def _queue(self, held: HeldSaga, task: Task, own: Context | None) -> None:
         """Queue the task of a saga, ahead of what has not begun."""
@@ -544,3 +605,15 @@ class SagaDriver:
                 log.debug("a saga is left as it is: %s", error)
             else:
                 self._core.failures.report("a saga could not be brought to its end", error=error)
+
+
+def _check_name(saga: Saga, stored: StoredSaga) -> None:
+    """Check that a saga of the log is one of `saga`: to drive another one would call the wrong function.
+
+    Raises:
+        InvalidSaga: it is not.
+    """
+    header = stored.header
+    if header.name != saga.name:
+        why = f"its log has {header.saga_id!r} as a saga of the name {header.name!r}: give its task another key"
+        raise InvalidSaga(name=saga.name, why=why)

@@ -13,7 +13,8 @@ from forebay.state.time_limits import TimeLimits
 
 async def limited(limits: TimeLimits, seconds: float) -> float:
     """Sleep for so long; return the time at the end, and raise TimeoutError if the limit ends first."""
-    limit = limits.start()
+    loop = asyncio.get_running_loop()
+    limit = limits.start(loop)
     try:
         await asyncio.sleep(seconds)
     except asyncio.CancelledError:
@@ -21,7 +22,7 @@ async def limited(limits: TimeLimits, seconds: float) -> float:
             raise
         raise TimeoutError(f"{now()}") from None
     finally:
-        limit.stop()
+        limits.stop(limit, loop)
     return now()
 
 
@@ -65,13 +66,13 @@ async def test_an_answer_that_came_while_the_loop_was_blocked_is_in_time() -> No
     limits, loop = TimeLimits(0.2), asyncio.get_running_loop()
 
     async def ask() -> str:
-        limit = limits.start()
+        limit = limits.start(loop)
         try:
             return await loop.run_in_executor(None, lambda: "answer")
         except asyncio.CancelledError:
             return "cancelled" if limit.has_cancelled() else "by another"
         finally:
-            limit.stop()
+            limits.stop(limit, loop)
 
     calls = [asyncio.ensure_future(ask()) for _ in range(3)]
     loop.call_soon(block, 0.6)

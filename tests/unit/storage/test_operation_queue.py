@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from forebay.errors import StoreUnavailable
-from forebay.storage import OperationError, OperationQueue
+from forebay.storage import OperationError, OperationQueue, operation_queue
 
 MAX_GROUP = 3
 
@@ -215,3 +216,33 @@ async def test_a_store_that_was_not_opened_takes_nothing() -> None:
         store.queue.submit("a")
     await store.queue.close()
     assert store.groups == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([3, 3, 2], [[3, 3, 2]]),
+        ([3, 3, 3, 20, 1, 1, 0], [[3, 3], [3], [20], [1, 1, 0]]),
+        ([20], [[20]]),
+        ([20, 9, 0], [[20], [9], [0]]),
+    ],
+)
+def test_a_part_has_not_too_many_bytes_unless_one_operation_has(
+    sizes: list[int], parts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operation_queue, "_MAX_PART_BYTES", 8)
+    assert operation_queue.in_parts(sizes, sizes) == parts
+
+
+async def test_a_forked_child_is_told_that_the_store_is_its_parents(store: RecordingStore) -> None:
+    store.queue.reset_after_fork()  # as in a child
+    with pytest.raises(StoreUnavailable, match=rf"it was opened in process {os.getpid()}"):
+        store.queue.submit("b")
+
+
+async def test_a_forked_child_may_open_what_its_parent_had_not() -> None:
+    store = RecordingStore()
+    store.queue.reset_after_fork()
+    await store.queue.open()
+    assert await store.queue.submit("a") == "a"
+    await store.queue.close()

@@ -70,6 +70,20 @@ def test_an_error_is_raised_although_other_commands_of_the_call_were_done() -> N
     assert ask(text, "GET", "{x}:done") == b"1"
 
 
+def test_no_call_reads_the_answer_to_one_that_was_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(RedisMaster(url_of(shared(redis_server).url), "x")) as master:
+        master.call(("PING",))
+        with monkeypatch.context() as broken:
+            broken.setattr(redis_master, "_answer", _run_out_of_memory)
+            with pytest.raises(MemoryError):
+                master.call(("DEBUG", "SLEEP", 0.2))  # so its answer is not there yet at the next call
+        assert master.call(("ECHO", "mine")) == [b"mine"]
+
+
+def _run_out_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
 # --- Sentinels -------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from tests.support.cutting_proxy import CuttingProxy, Side
-from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server
+from tests.support.redis_servers import StandaloneRedis, redis_replicated, redis_server, until
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,70 @@ def test_a_held_replica_lacks_what_its_master_has() -> None:
             client.set("after", 1)
             assert client.wait(1, 50) == 0
         replicated.kill_master()
-        proxy.cut()  # what it holds is lost
         proxy.go_on()
         assert replicated.promote() is replica
+        assert (replica.ask("GET", "before"), replica.ask("GET", "after")) == ("1", None)
+
+
+@contextmanager
+def sender_of(data: bytes) -> Iterator[int]:
+    """Run a server that answers one command with `data` and closes the connection; return its port."""
+
+    def serve() -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(2**10)
+            connection.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join(10)
+
+
+def ask(proxy: CuttingProxy, command: bytes) -> socket.socket:
+    """Return a connection on which a command was sent."""
+    connection = socket.create_connection(("127.0.0.1", proxy.port), timeout=10.0)
+    connection.sendall(b"*1\r\n$%d\r\n%s\r\n" % (len(command), command))
+    return connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """Return all that arrives until the connection ends."""
+    parts = []
+    while part := connection.recv(2**10):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("command", [b"SYNC", b"GET"])
+def test_what_a_server_sent_before_it_closed_the_connection_arrives_late_but_whole(command: bytes) -> None:
+    """A master closes the connection on which it has sent a replica its data."""
+    with sender_of(b"+data\r\n") as port, CuttingProxy(port) as proxy:
+        proxy.lag(0.1)
+        proxy.delay(0.1)
+        with ask(proxy, command) as connection:
+            assert received(connection) == b"+data\r\n"
+
+
+def test_a_cut_loses_what_a_server_sent_before_it_closed_the_connection() -> None:
+    with ExitStack() as stack:
+        with sender_of(b"+data\r\n") as port:
+            proxy = stack.enter_context(CuttingProxy(port))
+            proxy.lag(1e6)
+            connection = stack.enter_context(ask(proxy, b"SYNC"))
+        proxy.cut()
+        assert received(connection) == b""
+
+
+def test_what_a_master_sent_that_had_not_arrived_is_lost_when_it_is_killed() -> None:
+    with redis_replicated(proxied=True) as replicated:
+        replica = replicated.servers[1]
+        with replicated.servers[0].client() as client:
+            client.set("before", 1)
+            assert client.wait(1, 10_000) == 1
+            replicated.proxies[0].lag(0.2)
+            client.set("after", 1)
+        replicated.kill_master()
+        until(lambda: replica.info("replication")["master_link_status"] == "down", "the replica has lost its master")
         assert (replica.ask("GET", "before"), replica.ask("GET", "after")) == ("1", None)

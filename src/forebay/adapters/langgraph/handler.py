@@ -108,7 +108,7 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
     saver, running = graph.checkpointer, running_task()
     configurable = run.config["configurable"]
     if not isinstance(saver, BaseCheckpointSaver) or running is None:
-        return _payload(task)
+        return _command(task.payload, task.payload.interrupt_id) if isinstance(task.payload, Resume) else task.payload
     # The newest one: an attempt that began at an older `checkpoint_id` has left its own behind it.
     newest = {name: value for name, value in configurable.items() if name != "checkpoint_id"}
     found = await saver.aget_tuple({"configurable": {"checkpoint_ns": "", **newest}})
@@ -122,7 +122,7 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
     if "checkpoint_id" in configurable:
         asking = await saver.aget_tuple({"configurable": {"checkpoint_ns": "", **configurable}})
         if asking is not None and any(channel == _INTERRUPT for _, channel, _ in asking.pending_writes or ()):
-            return _payload(task)
+            return _command(task.payload, task.payload.interrupt_id)
     elif found is not None:
         thread, waiting = _Thread(graph, saver, newest), _waiting(found)
         submission = f"{task.task_id}/{running.submission}"
@@ -134,14 +134,6 @@ async def _input(graph: Pregel[Any, Any, Any, Any], worker: str, task: Task, run
     if task.payload.interrupt_id is not None:
         expected += f" to interrupt {task.payload.interrupt_id!r}"
     raise UnusableTask(field="payload", value="Resume", expected=expected)
-
-
-def _payload(task: Task) -> Any:
-    payload = task.payload
-    if not isinstance(payload, Resume):
-        return payload
-    answer = payload.value if payload.interrupt_id is None else {payload.interrupt_id: payload.value}
-    return Command(resume=answer)
 
 
 def _waiting(found: CheckpointTuple) -> dict[str, str]:
@@ -234,8 +226,9 @@ async def _repeated_answer(
     return _command(payload, begun.interrupt_id)
 
 
-def _command(payload: Resume, interrupt_id: str) -> Command[Any]:
-    by_id = _INTERRUPT_ID.fullmatch(interrupt_id)
+def _command(payload: Resume, interrupt_id: str | None) -> Command[Any]:
+    """Return the input that answers an interrupt; None: the one that the graph waits for."""
+    by_id = interrupt_id is not None and _INTERRUPT_ID.fullmatch(interrupt_id)
     return Command(resume={interrupt_id: payload.value} if by_id else payload.value)
 
 

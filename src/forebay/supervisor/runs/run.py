@@ -128,6 +128,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     left_behind: bool = False  # a task that it, or a run below it, has submitted is left to the next process
     upstream_failed: bool = False  # one of its calls failed because of the upstream
     in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
+    continued_submission: float | None = None  # the earlier submission whose saga it goes on with
 
     # --- as the running task ---
 
@@ -139,7 +140,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     @property
     def submission(self) -> float:
         """Epoch seconds that tell this submission of the task from others of its id, in every attempt at it."""
-        return self.ticket.submission()
+        return self.ticket.submission() if self.continued_submission is None else self.continued_submission
+
+    def continue_submission(self, submission: float) -> None:
+        """Go on with the work of an earlier submission: agents find the checkpoints that it has left."""
+        self.continued_submission = submission
 
     def record_call(self, source: LoadSource) -> None:
         """Count a call of `source`, which other runs of its worker will call too. Callable from any thread."""
