@@ -25,7 +25,7 @@ from tests.support.effect_server import EffectServer
 
 from forebay import BackpressureSupervisor, Retry, Task, clock
 from forebay.errors import SagaCompensated, SagaParked, SagaTaken
-from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, saga
+from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, redis_log, saga, sqlite_log
 from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, StoredSaga
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
         pause_at: the moment at which it stops, until it is continued after its lease has expired; None: it does not.
         pauses_between: it does not stop between its look at its lease and the request that follows, but after that.
         submits: whether it submits the saga again, as its caller would; else it takes it from the log.
-        linger: seconds that the end of a step waits to be written with the start of the next.
+        linger: turns of the event loop in which the end of a step waits to be written with the start of the next.
     """
 
     url: str
@@ -63,7 +63,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     pause_at: int | None = None
     pauses_between: bool = False
     submits: bool = True
-    linger: float = 0.0
+    linger: int = 0
 
 
 class Moments:
@@ -384,6 +384,7 @@ def fork(life: Life) -> int:
 def serve() -> None:
     """Run a process for each `Life` of the standard input, or continue that of a process id; print how it ends."""
     logging.getLogger("forebay").setLevel(logging.CRITICAL)
+    assert redis_log, sqlite_log  # imported here, and not in each fork
     gc.collect()
     gc.freeze()  # else each fork would copy what a collection visits
     for line in sys.stdin:
