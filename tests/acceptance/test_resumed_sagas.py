@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from tests.acceptance.test_sagas import Effects, ended, left_by_a_lost_process, supervisor_of
+from tests.acceptance.test_sagas import Effects, ended, history_of, left_by_a_lost_process, supervisor_of
 from tests.support.task_plane import virtual
 
-from forebay import BackpressureSupervisor, Retry, Task
+from forebay import BackpressureSupervisor, Retry, Task, clock
+from forebay.errors import SagaTaken
 from forebay.saga import MemorySagaLog, Saga, SagaRun, SagaState, saga
-from forebay.saga.records import SagaHistory, StepState, StoredSaga, decode_entries
+from forebay.saga.records import LogWrite, Started, StepState, StoredSaga, decode_entries
 from forebay.testing import now
 
 
@@ -95,9 +96,7 @@ async def test_the_log_knows_that_a_step_has_failed_before_it_is_undone(effects:
     known: list[StepState] = []
 
     async def undo(_: Any) -> None:
-        stored = await log.get("the saga")
-        assert stored is not None
-        known.append(SagaHistory("the saga", decode_entries("the saga", stored.entries)).steps["a"].state)
+        known.append((await history_of(log, "the saga")).steps["a"].state)
 
     @saga("publish")
     async def publish(run: SagaRun, _: Any) -> Any:
@@ -106,3 +105,131 @@ async def test_the_log_knows_that_a_step_has_failed_before_it_is_undone(effects:
     async with supervisor_of(log, publish) as supervisor:
         await (await supervisor.submit(Task("publish", None, key="the saga")))
     assert known == [StepState.FAILED]
+
+
+@virtual
+async def test_the_log_has_the_start_of_a_step_before_it_is_called() -> None:
+    log = MemorySagaLog()
+    known: list[StepState] = []
+
+    async def step() -> None:
+        known.append((await history_of(log, "the saga")).steps["a"].state)
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> Any:
+        return await run.step("a", step)
+
+    async with supervisor_of(log, publish) as supervisor:
+        await supervisor.run(Task("publish", None, key="the saga"))
+    assert known == [StepState.STARTED]
+
+
+# --- a process that was paused ---------------------------------------------------------------------------------------
+
+
+class PausedProcess(MemorySagaLog):
+    """A log whose process renews no lease while it is paused, and may be paused once the start of step "b" is written.
+
+    Attributes:
+        running: set unless it is paused.
+        begun: set once the start of "b" is written.
+        goes_on: awaited then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = asyncio.Event()
+        self.running.set()
+        self.begun = asyncio.Event()
+        self.goes_on = asyncio.Event()
+
+    async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
+        if not self.running.is_set():
+            await asyncio.Event().wait()  # nothing comes of what was under way
+        return await super().renew(holders, until=until)
+
+    async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
+        written = await super().append(saga_id, write, fence=fence, now=now)
+        if any(isinstance(each, Started) and each.step == "b" for each in decode_entries(saga_id, write.entries)):
+            self.begun.set()
+            await self.goes_on.wait()
+        return written
+
+    async def pause_until_another_has_taken(self, saga_id: str) -> None:
+        """Let the lease expire, and another process take the saga."""
+        self.running.clear()
+        await asyncio.sleep(31.0)
+        at = clock.wall_time()
+        (taken,) = await self.claim(["publish"], limit=1, fence="another", until=at + 30.0, now=at)
+        assert taken.header.saga_id == saga_id
+        self.running.set()
+
+
+@pytest.mark.parametrize("goes_back", [False, True], ids=["forwards", "backwards"])
+@virtual
+async def test_a_process_paused_past_its_lease_writes_and_begins_nothing_for_a_saga_that_was_taken(
+    effects: Effects, *, goes_back: bool
+) -> None:
+    log = PausedProcess()
+    log.goes_on.set()
+    called, answer = asyncio.Event(), asyncio.Event()
+
+    async def wait(*_: Any) -> None:
+        called.set()
+        await answer.wait()
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("first", effects.does("first"), compensate=effects.undoes("first"))
+        if goes_back:
+            await run.step("a", effects.does("a"), compensate=wait)
+            raise ValueError("no")
+        await run.step("a", wait, compensate=effects.undoes("a"))
+        await run.step("next", effects.does("next"), idempotent=True)
+
+    async with supervisor_of(log, publish) as supervisor:
+        ticket = await supervisor.submit(Task("publish", None, key="the saga"))
+        await called.wait()
+        await log.pause_until_another_has_taken("the saga")
+        calls, before = list(effects.calls), await log.get("the saga")
+        answer.set()
+        assert isinstance((await ticket).cause, SagaTaken)
+        assert effects.calls == calls
+        assert await log.get("the saga") == before
+
+
+@virtual
+async def test_a_process_paused_between_the_start_of_a_step_and_its_call_does_not_call_it(effects: Effects) -> None:
+    log = PausedProcess()
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("b", effects.does("b"), idempotent=True)
+
+    async with supervisor_of(log, publish) as supervisor:
+        ticket = await supervisor.submit(Task("publish", None, key="the saga"))
+        await log.begun.wait()
+        await log.pause_until_another_has_taken("the saga")
+        log.goes_on.set()
+        assert isinstance((await ticket).cause, SagaTaken)
+        assert effects.calls == []
+
+
+@virtual
+async def test_a_process_whose_clock_is_behind_begins_no_step_of_a_saga_that_was_taken(effects: Effects) -> None:
+    """It takes its lease for valid: then the log alone says that it has no saga."""
+    log = MemorySagaLog()
+
+    async def is_taken() -> None:
+        later = clock.wall_time() + 31.0
+        assert await log.claim(["publish"], limit=1, fence="another", until=later + 30.0, now=later)
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", is_taken, compensate=effects.undoes("a"))
+        await run.step("next", effects.does("next"), idempotent=True)
+
+    async with supervisor_of(log, publish) as supervisor:
+        ticket = await supervisor.submit(Task("publish", None, key="the saga"))
+        assert isinstance((await ticket).cause, SagaTaken)
+        assert effects.calls == []

@@ -108,11 +108,11 @@ class World:
         path: the directory of the file of the effect server.
         case: what happens in it.
         saga_id: its id.
-        linger: seconds that the end of a step waits to be written with what comes next; 0: it is written by itself.
+        linger: turns of the event loop in which the end of a step waits to be written with what comes next.
     """
 
     def __init__(  # noqa: PLR0913 - what a saga needs
-        self, processes: SagaProcesses, log: LogReader, path: Path, case: Case, saga_id: str, *, linger: float = 0.0
+        self, processes: SagaProcesses, log: LogReader, path: Path, case: Case, saga_id: str, *, linger: int = 0
     ) -> None:
         self._log = log
         self.server = EffectServer(path / f"{saga_id}.effects")
@@ -281,7 +281,7 @@ def test_the_ends_of_steps_may_all_be_written_with_what_comes_next(
 ) -> None:
     log = readers(backend.fast_url(tmp_path))
     for crash_at in range(1, MOST, 2):
-        world = World(processes, log, tmp_path, case, f"saga {crash_at}", linger=60.0)
+        world = World(processes, log, tmp_path, case, f"saga {crash_at}", linger=1_000)
         killed = world.live(crash_at=crash_at)
         if killed:
             assert not world.live(submits=crash_at % 4 == 1)
@@ -306,7 +306,7 @@ def test_a_step_that_cannot_be_repeated_is_called_once_and_parks_its_saga_if_its
             world.check(SagaState.PARKED if is_unknown else case.state)
             parked += is_unknown
         calls = Counter(each.step for each in world.server.requests() if each.kind == "do")
-        assert max(calls.values()) == 1
+        assert max(calls.values(), default=0) <= 1
         if not killed:
             break
         assert crash_at < MOST
@@ -385,7 +385,7 @@ def test_a_saga_whose_processes_are_killed_and_paused_at_random_comes_to_its_end
 ) -> None:
     rng = clock.new_random(seed)
     backend = rng.choice(DURABLE_LOGS[:2]) if seed >= 10 else DURABLE_LOGS[0]
-    case, linger = rng.choice(CASES), rng.choice((0.0, 0.002, 60.0))
+    case, linger = rng.choice(CASES), rng.choice((0, 8, 1_000))
     world = World(processes, readers(backend.fast_url(tmp_path)), tmp_path, case, "the saga", linger=linger)
     paused: list[int] = []
     for _ in range(rng.randint(3, 8)):

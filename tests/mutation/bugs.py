@@ -69,7 +69,7 @@ from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
 from forebay.saga.held_saga import HeldSaga
-from forebay.saga.records import LogWrite
+from forebay.saga.records import LogWrite, SagaHistory, Started
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
@@ -2713,6 +2713,70 @@ def the_outputs_of_a_saga_are_shown_unasked() -> None:
         return await original(self, saga_id, outputs=True)
 
     replace(SagaAdmin, original, show)
+
+
+# --- sagas that go on in another process ---
+
+
+def a_step_is_called_before_the_log_has_its_start() -> None:
+    original = HeldSaga.write
+
+    async def write(self: HeldSaga, entry: Any) -> None:
+        if isinstance(entry, Started):
+            self.note(entry)
+        else:
+            await original(self, entry)
+
+    replace(HeldSaga, original, write)
+
+
+def a_step_is_undone_before_the_log_knows_that_it_has_failed() -> None:
+    skip(SagaRun._undo, HeldSaga.flush)
+
+
+def whoever_lost_a_saga_goes_on_as_if_its_entries_were_written() -> None:
+    always(HeldSaga, HeldSaga._write_batch, returns=None)
+
+
+def a_process_that_was_paused_does_not_look_at_its_lease() -> None:
+    always(HeldSaga, HeldSaga.check_lease, returns=None)
+
+
+def the_steps_of_a_saga_are_undone_in_the_order_of_their_ends() -> None:
+    original = SagaHistory.to_undo
+    replace(SagaHistory, original, lambda self: original(self)[::-1])
+
+
+def a_step_of_unknown_outcome_is_repeated_though_it_may_not_be() -> None:
+    async def resume(self: SagaRun, step: Any, _: Any) -> Any:
+        return await self._do(step)
+
+    replace(SagaRun, SagaRun._resume, resume)
+
+
+def a_compensation_has_the_priority_of_its_task() -> None:
+    async def detached(_: SagaRun, work: Any) -> Any:
+        return await work
+
+    replace(SagaRun, SagaRun._detached, detached)
+
+
+def a_saga_waits_for_a_scan_though_its_worker_is_there() -> None:
+    always(SagaDriver, SagaDriver.scan_soon, returns=None)
+
+
+def a_resumed_task_that_is_tried_again_begins_another_saga() -> None:
+    original = SagaDriver._queue
+
+    class ForgottenTasks(dict[str, Any]):
+        def get(self, _: str, default: Any = None) -> Any:
+            return default
+
+    async def queue(self: SagaDriver, *arguments: Any) -> None:
+        await original(self, *arguments)
+        self._originals = ForgottenTasks(self._originals)
+
+    replace(SagaDriver, original, queue)
 
 
 # --- saga logs ---

@@ -46,12 +46,14 @@ from tests.acceptance import (
     test_reserve,
     test_restart,
     test_resubmitted_sagas,
+    test_resumed_sagas,
     test_retries,
     test_room,
     test_routing,
     test_runners,
     test_saga_outcomes,
     test_saga_writes,
+    test_sagas,
     test_shared_overflow,
     test_silent_store,
     test_slot,
@@ -1117,6 +1119,33 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_step_that_is_done_is_said_not_to_be: (test_saga_admin.test_what_can_be_said_of_a_step_depends_on_its_state),
     bugs.a_saga_that_is_not_parked_is_changed: test_saga_admin.test_only_a_parked_saga_is_changed,
     bugs.the_outputs_of_a_saga_are_shown_unasked: test_saga_admin.test_outputs_are_shown_on_demand_alone,
+    bugs.a_step_is_called_before_the_log_has_its_start: (
+        test_resumed_sagas.test_the_log_has_the_start_of_a_step_before_it_is_called
+    ),
+    bugs.a_step_is_undone_before_the_log_knows_that_it_has_failed: (
+        test_resumed_sagas.test_the_log_knows_that_a_step_has_failed_before_it_is_undone
+    ),
+    bugs.whoever_lost_a_saga_goes_on_as_if_its_entries_were_written: (
+        test_resumed_sagas.test_a_process_whose_clock_is_behind_begins_no_step_of_a_saga_that_was_taken
+    ),
+    bugs.a_process_that_was_paused_does_not_look_at_its_lease: (
+        test_resumed_sagas.test_a_process_paused_between_the_start_of_a_step_and_its_call_does_not_call_it
+    ),
+    bugs.the_steps_of_a_saga_are_undone_in_the_order_of_their_ends: (
+        test_sagas.test_a_saga_whose_step_fails_is_undone_in_reverse_order
+    ),
+    bugs.a_step_of_unknown_outcome_is_repeated_though_it_may_not_be: (
+        test_sagas.test_a_step_whose_outcome_is_unknown_parks_the_saga
+    ),
+    bugs.a_compensation_has_the_priority_of_its_task: (
+        test_sagas.test_a_compensation_passes_a_full_supervisor_and_a_drain
+    ),
+    bugs.a_saga_waits_for_a_scan_though_its_worker_is_there: (
+        test_resumed_sagas.test_a_saga_goes_on_as_soon_as_its_worker_is_registered
+    ),
+    bugs.a_resumed_task_that_is_tried_again_begins_another_saga: (
+        test_resumed_sagas.test_a_saga_that_goes_on_is_the_same_saga_if_its_task_is_tried_again
+    ),
     bugs.an_entry_of_a_saga_is_acknowledged_before_its_commit: test_sqlite_log.test_an_acknowledged_entry_is_committed,
     bugs.whoever_lost_a_saga_may_still_write_to_it: test_saga_log.test_an_entry_of_another_process_is_rejected,
     bugs.an_append_cannot_be_repeated: test_saga_log.test_a_repeated_append_writes_nothing_and_succeeds,

@@ -1,8 +1,8 @@
 """Processes that drive sagas, and kill or pause themselves at a given moment.
 
 `SagaProcesses` starts them as forks of one process that has imported everything. Their moments are counted: before and
-after each write to the log, and each request to the effect server. What a killed process has of the log's leases has
-expired for the next one, whose clock is set later, so no test waits for that.
+after each write to the log, and each request to the effect server. The leases of a killed process have expired for the
+next one, whose time in the log is later, so no test waits for that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.support.effect_server import EffectServer
 
 from forebay import BackpressureSupervisor, Retry, Task, clock
 from forebay.errors import SagaCompensated, SagaParked, SagaTaken
-from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, saga
+from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, redis_log, saga, sqlite_log
 from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, StoredSaga
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
         pause_at: the moment at which it stops, until it is continued after its lease has expired; None: it does not.
         pauses_between: it does not stop between its look at its lease and the request that follows, but after that.
         submits: whether it submits the saga again, as its caller would; else it takes it from the log.
-        linger: seconds that the end of a step waits to be written with the start of the next.
+        linger: turns of the event loop in which the end of a step waits to be written with the start of the next.
     """
 
     url: str
@@ -62,7 +63,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     pause_at: int | None = None
     pauses_between: bool = False
     submits: bool = True
-    linger: float = 0.0
+    linger: int = 0
 
 
 class Moments:
@@ -70,10 +71,12 @@ class Moments:
 
     Attributes:
         paused_in: what it was about to do, or had done, when it stopped; None: it has not.
+        behind: seconds by which its time is behind the machine's, in the log.
     """
 
     def __init__(self, life: Life) -> None:
         self.paused_in: str | None = None
+        self.behind = LATER * (MAX_LIVES - life.number)
         self._life = life
         self._passed = 0
 
@@ -81,13 +84,13 @@ class Moments:
         """Let a moment pass, or be killed or stopped at it."""
         self._passed += 1
         if self._passed == self._life.crash_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _send(signal.SIGKILL)
         at = self._life.pause_at
         if at is None or self._passed < at or self.paused_in is not None:
             return
         if what != "before request" or not self._life.pauses_between:
             self.paused_in = what
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _send(signal.SIGSTOP)
             self._see_time()
 
     def note_outcome(self, error: BaseException | None) -> None:
@@ -98,9 +101,14 @@ class Moments:
     def _see_time(self) -> None:
         """Set the clock to that of the process which is to be the next one."""
         ahead = LATER * (int(lives_file(self._life).read_text()) - self._life.number)
-        wall_time, now = clock.wall_time, clock.now
-        clock.wall_time = lambda: wall_time() + ahead
+        now = clock.now
         clock.now = lambda: now() + ahead
+        self.behind -= ahead
+
+
+def _send(number: signal.Signals) -> None:
+    """Send a signal to the process, by this thread, which gets no further: sent to another, it takes a moment."""
+    signal.pthread_kill(threading.get_ident(), number)
 
 
 def lives_file(life: Life) -> Path:
@@ -127,25 +135,33 @@ class CrashingLog:
 
     async def begin(self, header: SagaHeader, restart: bytes, *, fence: str, until: float, now: float) -> StoredSaga:
         self._moments.passes("before begin")
-        stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
+        behind = self._moments.behind
+        stored = await self._log.begin(header, restart, fence=fence, until=until - behind, now=now - behind)
         self._moments.passes("after begin")
-        return stored
+        return self._by_own_time(stored)
 
     async def claim(
         self, names: Sequence[str], *, limit: int, fence: str, until: float, now: float
     ) -> Sequence[StoredSaga]:
-        claimed = await self._log.claim(names, limit=limit, fence=fence, until=until, now=now)
+        behind = self._moments.behind
+        claimed = await self._log.claim(names, limit=limit, fence=fence, until=until - behind, now=now - behind)
         if claimed:
             self._moments.passes("after claim")
-        return claimed
+        return [self._by_own_time(stored) for stored in claimed]
+
+    def _by_own_time(self, stored: StoredSaga) -> StoredSaga:
+        return msgspec.structs.replace(stored, until=stored.until + self._moments.behind)
 
     async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
         self._moments.passes("before append")
-        written = await self._log.append(saga_id, write, fence=fence, now=now)
+        written = await self._log.append(saga_id, write, fence=fence, now=now - self._moments.behind)
         self._moments.passes("after append")
         if written and write.state not in UNFINISHED:
             self.ended.set()
         return written
+
+    async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
+        return await self._log.renew(holders, until=until - self._moments.behind)
 
     async def release(self, saga_id: str, *, fence: str) -> None:
         self._moments.passes("before release")
@@ -332,8 +348,6 @@ SAGAS: Mapping[str, Callable[[Calls], Saga]] = {
 async def live(life: Life) -> None:
     """Drive a saga to its end, unless a moment kills the process."""
     held_saga._LINGER = life.linger
-    wall_time, behind = clock.wall_time, LATER * (MAX_LIVES - life.number)
-    clock.wall_time = lambda: wall_time() - behind
     moments = Moments(life)
     log = CrashingLog(open_saga_log(life.url), moments)
     calls = Calls(EffectServer(Path(life.effects)), moments)
@@ -370,6 +384,7 @@ def fork(life: Life) -> int:
 def serve() -> None:
     """Run a process for each `Life` of the standard input, or continue that of a process id; print how it ends."""
     logging.getLogger("forebay").setLevel(logging.CRITICAL)
+    assert redis_log, sqlite_log  # imported here, and not in each fork
     gc.collect()
     gc.freeze()  # else each fork would copy what a collection visits
     for line in sys.stdin:
