@@ -68,12 +68,13 @@ from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
+from forebay.saga import run as saga_run
 from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogWrite, SagaHistory, Started
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
-from forebay.saga.step import Step
+from forebay.saga.step import Raised, Step, is_ambiguous
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -2963,3 +2964,23 @@ def a_saga_whose_lease_has_lapsed_is_driven_twice() -> None:
 
 def an_error_without_connection_is_like_one_without_answer() -> None:
     step._NOT_CONNECTED = frozenset()
+
+
+# --- sagas: user code that raises anything ---
+
+
+def what_is_no_exception_passes_through_a_step() -> None:
+    async def outcome_of(awaitable: Any) -> Any:
+        try:
+            return await awaitable
+        except Exception as error:  # noqa: BLE001 - as the original
+            return Raised(error)
+
+    step.outcome_of.__code__ = outcome_of.__code__
+
+
+def a_pivot_that_a_signal_has_ended_counts_as_not_done() -> None:
+    def _leaves_open(error: BaseException) -> bool:
+        return is_ambiguous(error)
+
+    saga_run._leaves_open.__code__ = _leaves_open.__code__

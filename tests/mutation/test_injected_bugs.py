@@ -51,6 +51,7 @@ from tests.acceptance import (
     test_room,
     test_routing,
     test_runners,
+    test_saga_errors,
     test_saga_outcomes,
     test_saga_writes,
     test_sagas,
@@ -1219,6 +1220,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_error_without_connection_is_like_one_without_answer: (
         test_step.test_any_other_error_says_that_there_is_none
+    ),
+    bugs.what_is_no_exception_passes_through_a_step: (
+        test_saga_errors.test_a_function_that_catches_what_its_step_raised_leaves_no_step_of_unknown_outcome
+    ),
+    bugs.a_pivot_that_a_signal_has_ended_counts_as_not_done: (
+        test_saga_errors.test_a_pivot_that_ends_with_no_exception_is_parked
     ),
 }
 

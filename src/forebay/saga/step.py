@@ -123,6 +123,11 @@ class Step:
         """The name of its function, for people."""
         return name_of(self.function)
 
+    @property
+    def blocking(self) -> bool:
+        """True if its function runs in a thread."""
+        return not is_async(self.function) if self.handler is None else self.handler.blocking
+
     async def call(self, key: str, threads: Executor | None) -> Any:
         """Call the function, and return its output. It does not return before the function has really ended."""
         if self.handler is None:
@@ -248,25 +253,42 @@ async def _call(function: Callable[..., Any], *args: Any, blocking: bool, thread
         return await value if inspect.isawaitable(value) else value
     loop = asyncio.get_running_loop()
     value = await _whole(loop.run_in_executor(threads, copy_context().run, _call_plain, function, args))
-    if isinstance(value, _Raised):
+    if isinstance(value, Raised):
         raise value.error
     return await value if inspect.isawaitable(value) else value
 
 
 @dataclass(slots=True)
-class _Raised:
-    """An exception of a function in a thread, as a value: no future can carry a StopIteration."""
+class Raised:
+    """An exception of user code, as a value.
+
+    No future can carry a StopIteration, and an asyncio task that ends with a SystemExit ends its event loop.
+
+    Attributes:
+        error: the exception.
+    """
 
     error: BaseException
+
+
+async def outcome_of(awaitable: Awaitable[_T]) -> _T | Raised:
+    """Return what user code returns, or what it raises, whatever that is.
+
+    Who awaits this is raised a GeneratorExit only if it is closed itself, with its event loop.
+    """
+    try:
+        return await awaitable
+    except BaseException as error:  # noqa: BLE001 - user code
+        return Raised(error)
 
 
 def _call_plain(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     try:
         return function(*args)
     except StopIteration as error:
-        return _Raised(RuntimeError(f"it raised {error!r}"))
+        return Raised(RuntimeError(f"it raised {error!r}"))
     except BaseException as error:  # noqa: BLE001 - given to the loop as a value
-        return _Raised(error)
+        return Raised(error)
 
 
 async def _whole(future: Awaitable[Any]) -> Any:

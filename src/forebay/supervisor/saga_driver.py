@@ -203,11 +203,11 @@ class SagaDriver:
             result = await saga_run.drive()
         except BaseException as error:
             cut_off = run.abandoned_at is not None
-            is_left = isinstance(error, KeyboardInterrupt | SystemExit | SagaLeft) or self._goes_on(run)
+            is_left = isinstance(error, KeyboardInterrupt | SagaLeft) or self._goes_on(run)
             ending = saga_run.leave() if is_left else saga_run.conclude(error, cut_off=cut_off)
             seconds = run.task.timeout or run.worker.timeout if cut_off and not is_left else None
             end = self._in_background(self._end(held, ending, seconds), saga_run)
-            if cut_off or isinstance(error, KeyboardInterrupt | SystemExit):
+            if cut_off or isinstance(error, KeyboardInterrupt):
                 raise
             await asyncio.wait((end,))
             self._raise_outcome(held, end, error)
