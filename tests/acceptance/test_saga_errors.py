@@ -14,9 +14,9 @@ from tests.support.task_plane import virtual
 from forebay import Retry, Task, TaskStatus
 from forebay.errors import StepFailed
 from forebay.overflow import encode_result
-from forebay.saga import MemorySagaLog, Saga, SagaRun, SagaState, saga
+from forebay.saga import MemorySagaLog, Saga, SagaAdmin, SagaRun, SagaState, saga
 from forebay.saga import records as entries
-from forebay.saga.records import SagaHistory, StepState
+from forebay.saga.records import LogWrite, SagaHistory, StepState
 
 LONG = 300.0  # seconds in which a supervisor looks for unfinished sagas many times
 THRICE = Retry(max_attempts=3, base_delay=0.1)
@@ -332,3 +332,91 @@ async def test_a_saga_whose_step_a_person_gave_an_output_of_another_type_is_park
         await supervisor.sagas.resolve("lost", "a", output=None)
         await asyncio.sleep(LONG)
     assert (await history_of(log, "lost")).why.startswith("the output of step 'a' in the log is not of the type")
+
+
+# --- what no log can store, and logs that raise ---
+
+
+@virtual
+async def test_a_step_whose_name_is_not_valid_unicode_is_rejected(effects: Effects, log: MemorySagaLog) -> None:
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a"))
+        await run.step("send \ud800", effects.does("send"))
+
+    history = await outcome(log, publish)
+    assert history.state is SagaState.COMPENSATED
+    assert "its name is not valid Unicode" in history.error
+    assert effects.calls == ["a", "undo a"]
+
+
+@virtual
+async def test_the_name_of_a_function_that_is_not_valid_unicode_is_stored_as_an_escape(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    step = effects.does("a")
+    step.__qualname__ = "call \ud800"
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", step)
+
+    history = await outcome(log, publish)
+    assert history.state is SagaState.DONE
+    assert history.steps["a"].function == "call \\ud800"
+
+
+class BrokenLog(MemorySagaLog):
+    """A log that raises something unexpected at each write, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+
+    async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:  # noqa: ARG002
+        self.writes += 1
+        if self.writes > LONG:
+            await asyncio.Event().wait()  # so that the test fails, and does not hang
+        raise ArithmeticError
+
+
+@virtual
+async def test_a_log_that_raises_is_not_written_without_end(effects: Effects) -> None:
+    log = BrokenLog()
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"))
+
+    async with supervisor_of(log, publish) as supervisor:
+        result = await (await supervisor.submit(Task("publish", None, key="s")))
+        assert "it raised ArithmeticError" in str(result.error)
+        await asyncio.sleep(LONG)
+    assert log.writes < LONG / 10  # once for each lease that has expired
+    assert effects.calls == []
+
+
+@virtual
+async def test_a_saga_that_cannot_even_be_parked_is_tried_once_a_lease_and_counted(
+    effects: Effects, log: MemorySagaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = 0
+
+    async def fails(*_: Any) -> None:
+        nonlocal tried
+        tried += 1
+        raise ArithmeticError
+
+    monkeypatch.setattr(SagaRun, "_compensate", fails)
+    monkeypatch.setattr(SagaRun, "_park", fails)
+
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a"))
+        raise ValueError("no")
+
+    async with supervisor_of(log, publish) as supervisor:
+        await (await supervisor.submit(Task("publish", None, key="s")))
+        await asyncio.sleep(LONG)
+        assert (await SagaAdmin(log).show("s")).state is SagaState.PARKED
+    assert tried < 20

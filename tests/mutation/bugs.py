@@ -2984,3 +2984,11 @@ def a_pivot_that_a_signal_has_ended_counts_as_not_done() -> None:
         return is_ambiguous(error)
 
     saga_run._leaves_open.__code__ = _leaves_open.__code__
+
+
+def a_saga_that_cannot_be_parked_is_tried_again_at_once() -> None:
+    skip(SagaDriver._end, HeldSaga.lose)
+
+
+def what_cannot_be_written_is_written_again_and_again() -> None:
+    replace(HeldSaga, HeldSaga._write_pending, HeldSaga._write_entries)

@@ -1227,6 +1227,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_pivot_that_a_signal_has_ended_counts_as_not_done: (
         test_saga_errors.test_a_pivot_that_ends_with_no_exception_is_parked
     ),
+    bugs.a_saga_that_cannot_be_parked_is_tried_again_at_once: (
+        test_saga_errors.test_a_saga_that_cannot_even_be_parked_is_tried_once_a_lease_and_counted
+    ),
+    bugs.what_cannot_be_written_is_written_again_and_again: (
+        test_saga_errors.test_a_log_that_raises_is_not_written_without_end
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 from forebay._hooks import is_async, name_of
+from forebay._text import error_text, is_unicode
 from forebay.adapters import Handler, as_handler, codec_for, is_agent
 from forebay.errors import InvalidSetting, InvalidStep
 from forebay.interfaces import Codec
@@ -121,7 +122,7 @@ class Step:
     @property
     def function_name(self) -> str:
         """The name of its function, for people."""
-        return name_of(self.function)
+        return error_text(name_of(self.function))
 
     @property
     def blocking(self) -> bool:
@@ -156,6 +157,8 @@ def step_of(  # noqa: PLR0913 - the arguments of `SagaRun.step`
     """
     if not isinstance(name, str) or not name or len(name) > _MAX_NAME:
         raise InvalidStep(step=name, why=f"its name must be a string of 1 to {_MAX_NAME} characters")
+    if not is_unicode(name):
+        raise InvalidStep(step=name, why="its name is not valid Unicode: it holds a surrogate, which no log can store")
     for what, hook in (("compensate", compensate), ("check", check)):
         if hook is not None and not callable(hook):
             raise InvalidStep(

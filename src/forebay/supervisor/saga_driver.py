@@ -238,6 +238,11 @@ class SagaDriver:
                 await self._count_cut_off(held, cut_off_after)
             else:
                 self._cut_off.pop(held.saga_id, None)
+        except (SagaLeft, SagaTaken, StoreUnavailable):
+            raise
+        except Exception:
+            held.lose()  # it is taken again when its lease expires, and counted: released, it would be at once
+            raise
         finally:
             self._drop(held.saga_id)
             if not held.ended:
