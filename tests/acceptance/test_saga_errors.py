@@ -334,6 +334,35 @@ async def test_a_saga_whose_step_a_person_gave_an_output_of_another_type_is_park
     assert (await history_of(log, "lost")).why.startswith("the output of step 'a' in the log is not of the type")
 
 
+# --- code that has changed ---
+
+
+@virtual
+async def test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone(effects: Effects, log: MemorySagaLog) -> None:
+    @saga("publish", undo_retry=THRICE)
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"))
+
+    history = await resumed(log, publish, started("a", compensable=True), done("a"), GOES_BACK)
+    assert history.state is SagaState.PARKED
+    assert history.why.startswith("step 'a' was begun with a compensation, and is asked for without it. Its code has")
+    assert history.steps["a"].undo_errors == 0
+
+
+@virtual
+async def test_a_saga_that_goes_back_says_which_step_has_changed_if_it_did_not_come_to_those_to_undo(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), pivot=True)
+        await run.step("b", effects.does("b"), compensate=effects.undoes("b"))
+
+    left = (started("a"), done("a"), started("b", compensable=True), done("b"), GOES_BACK)
+    history = await resumed(log, publish, *left)
+    assert history.why.startswith("step 'a' was begun without pivot=True, and is asked for with it")
+
+
 # --- what no log can store, and logs that raise ---
 
 

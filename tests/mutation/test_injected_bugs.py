@@ -1233,6 +1233,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_cannot_be_written_is_written_again_and_again: (
         test_saga_errors.test_a_log_that_raises_is_not_written_without_end
     ),
+    bugs.a_compensation_that_the_code_no_longer_has_is_called: (
+        test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
+    ),
 }
 
 

@@ -729,9 +729,12 @@ class SagaRun:
             record = steps[0]
             step = self._steps.get(record.name)
             if step is None:
+                if isinstance(self._stop, _Parking):
+                    raise self._stop  # it says why the function did not come so far
                 raise _Parking(
                     f"step {record.name!r} is to be undone, and its function does not ask for it{_CHANGED}", record.name
                 )
+            self._check_same(step, record)
             if record.state is StepState.STARTED and step.check is not None and not await self._was_done(step):
                 continue
             await self._undo(step)
