@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from tests.frameworks.conftest import INSTALLED
 from tests.frameworks.openai_double import ANSWER, OpenAIDouble
 from tests.frameworks.sample import Connect, Sample, Tool
+from tests.frameworks.waiting import until
 from tests.support.upstream_checks import check_upstream
 
 from forebay import BackpressureSupervisor, Priority, Task, TaskStatus, Ticket
@@ -61,13 +62,6 @@ async def supervisor_of(
         made = sample.make(connect, tool)
         supervisor.register_worker("agent", task_types=["ask"], **{"max_concurrent": 4, **made, **settings})
         yield supervisor
-
-
-async def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until something holds for which there is no event."""
-    async with asyncio.timeout(seconds):
-        while not holds():  # noqa: ASYNC110 - it is what the public API shows
-            await asyncio.sleep(0.005)
 
 
 def upstream_of(**settings: Any) -> Upstream:
