@@ -18,7 +18,7 @@ from tests.frameworks.sample import Connect, Sample, Tool
 from tests.frameworks.waiting import until
 from tests.support.upstream_checks import check_upstream
 
-from forebay import BackpressureSupervisor, Priority, Task, TaskStatus, Ticket
+from forebay import BackpressureSupervisor, Overloaded, Priority, Quota, Task, TaskStatus, Ticket
 from forebay.errors import UnusableTask
 from forebay.events import TaskProgress
 from forebay.retry import Retry
@@ -227,6 +227,17 @@ async def test_a_failing_task_without_an_upstream_makes_as_many_calls_as_documen
         result = await (await supervisor.submit(Task("ask", "Which river?")))
     assert result.status is TaskStatus.FAILED
     assert len(double.requests) == sample.facts.calls_if_direct
+
+
+async def test_a_call_that_the_upstream_rejects_ends_the_task_as_overloaded(
+    sample: Sample, double: OpenAIDouble
+) -> None:
+    upstream = upstream_of(quotas=[Quota(requests=2, per="day")])
+    async with supervisor_of(sample, double, upstream=upstream) as supervisor:
+        with pytest.raises(Overloaded, match="requests per day"):
+            await supervisor.run(Task("ask", "Which river?"))
+    assert len(double.requests) == 2
+    check_upstream(upstream)
 
 
 # --- cancellation and timeout ----------------------------------------------------------------------------------------

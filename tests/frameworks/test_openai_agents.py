@@ -161,3 +161,36 @@ async def test_headers_tell_a_gateway_the_priority_of_the_task(model: Any, doubl
     result = await result_of(agent, config=config, priority=Priority.HIGH)
     assert result.result["output"] == ANSWER
     assert double.requests[0].headers["x-forebay-priority"] == "high"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_cancelled_run_lasts_until_its_model_has_stopped(*, stream: bool) -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    class Slow(agents.Model):  # type: ignore[misc]
+        async def get_response(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+            await self.hang()
+
+        async def stream_response(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+            await self.hang()
+            yield None
+
+        async def hang(self) -> None:
+            entered.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await leave.wait()
+
+    async with BackpressureSupervisor() as supervisor:
+        agent = agents.Agent(name="sample", model=Slow())
+        supervisor.register_worker("agent", handler=agent, task_types=["ask"], config={"stream": stream})
+        ticket = await supervisor.submit(Task("ask", "Which river?"))
+        await entered.wait()
+        ticket.cancel()
+        await ticket
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert supervisor.workers["agent"].current_tasks == 1
+        leave.set()
+        await until(lambda: supervisor.workers["agent"].current_tasks == 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from contextvars import copy_context
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ class AgentThread:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopped = False
-        self._awaited: Future[Any] | None = None
+        self._awaited: concurrent.futures.Future[Any] | None = None
 
     async def run(self, function: Callable[[], Any]) -> Any:
         """Return what `function` returns in a thread, in a copy of this context."""
@@ -56,12 +56,19 @@ class AgentThread:
 
         Raises:
             asyncio.CancelledError: the run was cancelled.
+            RuntimeError: this is the thread of the loop, as in virtual time.
         """
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - public by `__all__`
+            coroutine.close()
+            message = "a thread in virtual time is that of the event loop, which cannot wait for itself"
+            raise RuntimeError(f"{message}: give the agent a client that blocks")
         awaited = self._awaited = copy_context().run(asyncio.run_coroutine_threadsafe, coroutine, self._loop)
         try:
             if self._stopped:  # otherwise the cancellation finds it
                 awaited.cancel()
             return awaited.result()
+        except concurrent.futures.CancelledError:  # an Exception, which agents take for one of their tools
+            raise asyncio.CancelledError from None
         finally:
             self._awaited = None
 

@@ -94,8 +94,7 @@ async def _stream(streamed: RunResultStreaming) -> None:
     finally:
         running = streamed.run_loop_task
         if running is not None and not running.done():
-            streamed.cancel()
-            await asyncio.wait([running])
+            await asyncio.wait([running])  # cancelled by then; once more would cut its cleaning up short
 
 
 def _result(run: RunResultBase, worker: str) -> dict[str, Any]:
