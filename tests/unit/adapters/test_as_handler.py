@@ -234,6 +234,7 @@ def test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it(
 
         def __call__(self, task: Task) -> None: ...
 
+    monkeypatch.setattr(detect, "import_module", lambda name: pytest.fail(f"{name} is imported"))
     assert as_handler(Agent()).blocking
     monkeypatch.setitem(sys.modules, package, ModuleType(package))
     assert as_handler(Agent()).blocking
