@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,34 @@ class Request:
         return next(str(each["content"]) for each in self.body["messages"] if each["role"] == "user")
 
 
+class TokenBucket:
+    """A rate limit: a bucket that is full at first, and filled again in a period of seconds."""
+
+    def __init__(self, size: int, period: float, *, tells: bool) -> None:
+        self._tells = tells
+        self._size, self._left, self._rate = size, float(size), size / period
+        self._at: float | None = None
+
+    def take(self, now: float) -> float:
+        """Take a token, and return 0; or return the seconds until there is one."""
+        since = 0.0 if self._at is None else now - self._at
+        self._left, self._at = min(self._size, self._left + since * self._rate), now
+        if self._left < 1:
+            return (1 - self._left) / self._rate
+        self._left -= 1
+        return 0.0
+
+    def headers(self) -> dict[str, str]:
+        """Return OpenAI's headers about it; none, if the provider does not tell."""
+        if not self._tells:
+            return {}
+        return {
+            "x-ratelimit-limit-requests": str(self._size),
+            "x-ratelimit-remaining-requests": str(int(self._left)),
+            "x-ratelimit-reset-requests": f"{(self._size - self._left) / self._rate:.3f}s",
+        }
+
+
 class OpenAIDouble:
     """The double.
 
@@ -58,6 +87,7 @@ class OpenAIDouble:
         self.requests: list[Request] = []
         self._loop = loop
         self._refusals: list[tuple[int, dict[str, str]]] = []
+        self._rate: TokenBucket | None = None
         self._changed = threading.Condition()
         self._go = asyncio.Event()
         self._go.set()
@@ -75,6 +105,16 @@ class OpenAIDouble:
     def refuse(self, status: int, times: int = 1000, **headers: str) -> None:
         """Answer the next calls with an error."""
         self._refusals += [(status, {name.replace("_", "-"): value for name, value in headers.items()})] * times
+
+    def limit(self, requests: int, period: float, *, tells: bool = True) -> None:
+        """Accept so many requests in a period of seconds, and refuse the others with 429.
+
+        Args:
+            requests: in a period, and at once.
+            period: in seconds.
+            tells: whether answers have OpenAI's headers about the limit.
+        """
+        self._rate = TokenBucket(requests, period, tells=tells)
 
     async def until(self, holds: Callable[[OpenAIDouble], bool]) -> None:
         """Wait until something holds of the requests."""
@@ -114,6 +154,11 @@ class OpenAIDouble:
                 status, extra = self._refusals.pop(0)
                 error = {"error": {"message": "refused", "type": "requests", "code": "refused"}}
                 return web.json_response(error, status=status, headers=extra)
+            if self._rate is not None and (wait := self._rate.take(self._loop.time())):
+                status = 429
+                error = {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
+                headers = {**self._rate.headers(), "retry-after-ms": str(math.ceil(wait * 1000))}
+                return web.json_response(error, status=status, headers=headers)
             response = await self._answer(request, arrived.body)
             status = 200
             return response
@@ -137,7 +182,9 @@ class OpenAIDouble:
         shape = {"id": "c", "created": 1, "model": body["model"]}
         if not body.get("stream"):
             choice = {"index": 0, "message": message, "finish_reason": reason}
-            return web.json_response(shape | {"object": "chat.completion", "choices": [choice], "usage": usage})
+            told = {} if self._rate is None else self._rate.headers()
+            whole = shape | {"object": "chat.completion", "choices": [choice], "usage": usage}
+            return web.json_response(whole, headers=told)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         for chunk in _chunks(message, reason):
