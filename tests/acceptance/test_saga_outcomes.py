@@ -189,7 +189,9 @@ class LogThatGoesAway(MemorySagaLog):
 
 
 @virtual
-@pytest.mark.parametrize("options", [{"idempotent": True}, {"check": lambda: None}, {}], ids=["idempotent", "check", "neither"])
+@pytest.mark.parametrize(
+    "options", [{"idempotent": True}, {"check": lambda: None}, {}], ids=["idempotent", "check", "neither"]
+)
 async def test_a_pivot_that_is_cut_off_before_the_log_has_its_start_is_not_called(options: dict[str, Any]) -> None:
     log, step, before = LogThatGoesAway(), Step(), Step()
     async with supervisor_of(log, pay(step, before, **options)) as supervisor:

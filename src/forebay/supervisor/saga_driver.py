@@ -272,6 +272,7 @@ class SagaDriver:
 
         Raises:
             InvalidSaga: the log has another saga under that id.
+            SagaCompensated, SagaParked: that is its outcome.
         """
         task = self._originals.get(task.task_id, task)
         saga_id = task.key or task.task_id
@@ -282,11 +283,15 @@ class SagaDriver:
             envelope=self._encode(task),
             submission=run.submission,
         )
+        waited = False
         while True:
+            if waited:
+                await self._check_undone_meanwhile(header)
             if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
                 return taken
             if (end := self._ends.get(saga_id)) is not None:
                 await asyncio.wait((end,))
+                waited = True
                 continue
             now = clock.wall_time()
             stored, is_held = await self._begin(saga, header, now)
@@ -294,6 +299,7 @@ class SagaDriver:
                 if (outcome := self._outcome(stored)) is not None:
                     return outcome
                 await self._wait_for_holder(stored, now)
+                waited = True
                 continue
             held = self._hold_stored(stored)
             if stored.header.envelope != header.envelope:  # begun by another submission, which may differ
@@ -304,6 +310,17 @@ class SagaDriver:
                 raise SagaParked(saga_id=saga_id, why=held.history.why)
             await self._go_back(saga, held, task)
             raise SagaCompensated(saga_id=saga_id, error=held.history.error)
+
+    async def _check_undone_meanwhile(self, header: SagaHeader) -> None:
+        """Raise SagaCompensated if the saga that another submission began was undone while this one waited for it.
+
+        It has joined that one, and does not begin a new round.
+        """
+        stored = await self._log.get(header.saga_id)
+        if stored is None or stored.header.state is not SagaState.COMPENSATED:
+            return
+        if stored.header.submission != header.submission:
+            raise SagaCompensated(saga_id=header.saga_id, error=stored.header.why)
 
     def _take_resumed(self, saga: Saga, saga_id: str, run: Run) -> _Taken | None:
         """Return a saga that was taken from the log, and waits for its turn."""
