@@ -130,11 +130,33 @@ def test_parked_sagas_are_listed_first_then_unfinished_ones(filled: Command) -> 
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["STATE", "NAME", "AGE", "STEPS", "WHY", "ID"]
-    assert [line.split()[0] for line in lines[1:]] == ["parked", "parked", "running", "compensating"]
+    states = ["parked", "parked", "running, held by nobody", "compensating, held by nobody"]
+    assert [line.split("  ")[0] for line in lines[1:]] == states
     assert [line.split()[-1] for line in lines[1:]] == ["waits", "fails", "runs", "returns"]
     assert " min  1 of 2  the outcome of step 'act' is unknown" in lines[1]
     assert "the compensation of step 'research' fails: PermissionErro..." in lines[2]
     assert " min  1 of 1  ConnectionError: no answer" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("left", "state"), [(600.0, "running"), (-0.1, "running, held by nobody")], ids=["held", "lease expired"]
+)
+def test_an_unfinished_saga_whose_lease_has_expired_is_said_to_be_held_by_nobody(
+    command: Command, left: float, state: str
+) -> None:
+    command.store({"s": RESEARCH})
+
+    async def take(log: SagaLog) -> float:
+        now = clock.wall_time()
+        assert await log.claim(["publish"], limit=1, fence="f", until=now + left, now=now)
+        return now + left
+
+    until = command.run(take)
+    assert command("ls").stdout.splitlines()[1].split("  ")[0] == state
+    shown = command("show", "s").stdout.splitlines()
+    assert [line.split(None, 1)[1] for line in shown if line.startswith("state ")] == [state]
+    for found in (command.json("ls")[0], command.json("show", "s")):
+        assert (found["state"], found["lease_until"]) == ("running", pytest.approx(until, abs=1.0))
 
 
 def test_states_are_chosen(filled: Command) -> None:
@@ -157,6 +179,7 @@ def test_a_listing_as_json_has_every_field_and_no_payload(filled: Command) -> No
         "state": "parked",
         "why": "the outcome of step 'act' is unknown",
         "claims": 0,
+        "lease_until": None,
         "steps_done": 1,
         "steps_begun": 2,
     }
@@ -199,7 +222,7 @@ def test_a_saga_is_shown_with_what_happened_in_order(filled: Command) -> None:
     assert "2 times" in steps.splitlines()[1]
     assert [line.split("  ", 1)[1] for line in history.splitlines()][3:5] == [
         "step 'act' failed without an effect: ConnectionError: no answer",
-        "compensates, because of ConnectionError: no answer",
+        "compensates: ConnectionError: no answer",
     ]
     assert advice.startswith("It is parked")
 
@@ -247,6 +270,46 @@ def test_what_to_do_about_a_parked_saga_is_shown_as_commands(
     assert command.json("show", "s")["next"] == expected
     shown = command("show", "s").stdout.splitlines()
     assert [line.strip() for line in shown if line.strip().startswith("forebay saga")] == expected
+
+
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        (
+            UNKNOWN,
+            [
+                "step act began, and its outcome is unknown (look for the key s/1/act); if it is done",
+                "if it is not done",
+                "after you gave the step a check= or idempotent=True (else it is parked again), let it go on",
+            ],
+        ),
+        (
+            (*RESEARCH, begun("act"), failed("act"), PARKED),
+            [
+                "step act failed, and may have had its effect (look for the key s/1/act); if it is done",
+                "once the cause is gone, let it go on: the step is called again, under its key",
+            ],
+        ),
+        (
+            (*RESEARCH, begun("act"), failed("act", clean=True), PARKED),
+            ["step act failed; if you have done it by hand", "once the cause is gone, let it go on"],
+        ),
+        (
+            UNDO_FAILS,
+            [
+                "step research could not be undone; if you have undone it by hand",
+                "once the cause is gone, let it go on",
+            ],
+        ),
+    ],
+    ids=["unknown", "failed", "not done", "not undone"],
+)
+def test_what_may_be_done_says_what_is_known_of_the_step(
+    command: Command, entries: tuple[Entry, ...], what: list[str]
+) -> None:
+    command.store({"s": entries})
+    shown = [line[2:-1] for line in command("show", "s").stdout.splitlines() if line.startswith("- ")]
+    assert shown == [*what, "or close it as it is, with the effects that it has"]
 
 
 @pytest.mark.parametrize("saga_id", ["it's; rm -rf $HOME", "--help", "a\nb\x1b[2J'\\", "\u202eid \U0001f600"])

@@ -246,9 +246,9 @@ class StepRecord(msgspec.Struct, kw_only=True):
         pivot: whether it is the pivot.
         state: its state.
         output: encoded, if it is DONE, or was before it was undone.
-        error_type, error: what it raised.
+        error_type, error: what it raised, unless it is DONE since.
         undo_errors: how often its compensation has raised.
-        undo_error: what that raised last.
+        undo_error: what that raised last, unless it is UNDONE since.
         order: of its start; that of its end, once it is DONE.
     """
 
@@ -381,11 +381,12 @@ class SagaHistory:
         match entry:
             case Done():
                 step.state, step.output, step.order = StepState.DONE, entry.output, self.count
+                step.error_type = step.error = ""
             case Failed():
                 step.state = StepState.NOT_DONE if entry.clean else StepState.FAILED
                 step.error_type, step.error = entry.error_type, entry.error
             case Undone():
-                step.state = StepState.UNDONE
+                step.state, step.undo_error = StepState.UNDONE, ""
             case UndoFailed():
                 step.undo_errors += 1
                 step.undo_error = entry.error

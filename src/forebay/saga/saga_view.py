@@ -8,6 +8,7 @@ from typing import Any
 from forebay._json import JsonStruct, plain_value
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_result
 from forebay.saga.records import (
+    UNFINISHED,
     Compensated,
     Compensating,
     Done,
@@ -117,6 +118,10 @@ class SagaView(JsonStruct, frozen=True, kw_only=True):
     outputs: tuple[OutputView, ...] | None = None
     damage: str = ""
 
+    def is_abandoned(self, now: float) -> bool:
+        """Return whether the saga is unfinished, and no process drives it: the next one to look takes it."""
+        return self.state in UNFINISHED and (self.lease_until is None or self.lease_until <= now)
+
 
 def view_saga(stored: StoredSaga, *, outputs: bool = False) -> SagaView:
     """Return a stored saga for people, even if its log is damaged."""
@@ -198,7 +203,7 @@ def describe(entry: Entry) -> str:  # noqa: C901, PLR0911 - a line for each kind
         case UndoFailed():
             return f"the compensation of step {entry.step!r} failed: {entry.error}"
         case Compensating():
-            return f"compensates, because of {entry.error or entry.error_type}"
+            return f"compensates: {entry.error or entry.error_type}"
         case Parked():
             return f"parked{'' if entry.step is None else f' for step {entry.step!r}'}: {entry.why}"
         case Retried():

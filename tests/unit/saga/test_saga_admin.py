@@ -121,7 +121,7 @@ async def test_a_saga_is_shown_with_its_steps_and_its_history(log: MemorySagaLog
         "step 'research' is done",
         "step 'act' began: call_act",
         "step 'act' failed without an effect: ConnectionError: no answer",
-        "compensates, because of ConnectionError: no answer",
+        "compensates: ConnectionError: no answer",
         "the compensation of step 'research' failed: TimeoutError: too slow",
         "the compensation of step 'research' failed: PermissionError: denied",
         "parked for step 'research': the compensation of step 'research' fails: PermissionError: denied",

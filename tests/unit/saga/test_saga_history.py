@@ -179,6 +179,12 @@ def test_a_step_that_cannot_be_undone_need_not_be() -> None:
     assert names(history(started("a", compensable=False), started("b", compensable=False), done("b"))) == []
 
 
+def test_a_step_that_is_done_or_undone_since_has_no_error_of_before() -> None:
+    assert (step := history(started("a"), failed("a"), done("a")).steps["a"]).error_type == step.error == ""
+    step = history(started("a"), failed("a"), undo_failed("a"), undone("a")).steps["a"]
+    assert (step.error, step.undo_error, step.undo_errors) == ("ValueError: no", "", 1)
+
+
 def test_a_step_has_what_was_written_of_it() -> None:
     found = history(started("a"), failed("a"), undo_failed("a", "first"), undo_failed("a", "second")).steps["a"]
     assert (found.error_type, found.error) == ("ValueError", "ValueError: no")
