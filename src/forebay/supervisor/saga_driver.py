@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 
 from forebay import clock, context
-from forebay._text import format_duration
+from forebay._text import as_clause, format_duration
 from forebay.carried_context import capture_context, restore_context
 from forebay.context import DetachedTask
 from forebay.errors import (
@@ -282,6 +282,7 @@ class SagaDriver:
             envelope=self._encode(task),
             submission=run.submission,
         )
+        awaited = ""  # the fence of another process
         while True:
             if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
                 return taken
@@ -293,7 +294,16 @@ class SagaDriver:
             if not is_held:
                 if (outcome := self._outcome(stored)) is not None:
                     return outcome
-                await self._wait_for_holder(stored, now)
+                if stored.holder != awaited:
+                    awaited = stored.holder
+                    log.info(
+                        "task %r waits: another process drives its saga %r, under a lease that ends in %s unless it is"
+                        " renewed",
+                        task.task_id,
+                        saga_id,
+                        format_duration(max(0.0, stored.until - now)),
+                    )
+                await asyncio.sleep(min(max(stored.until - now, 0.05), _POLL))
                 continue
             held = self._hold_stored(stored)
             if stored.header.envelope != header.envelope:  # begun by another submission, which may differ
@@ -330,11 +340,6 @@ class SagaDriver:
                 await self._log.release(header.saga_id, fence=fence)
             raise
         return stored, is_held
-
-    @staticmethod
-    async def _wait_for_holder(stored: StoredSaga, now: float) -> None:
-        log.debug("saga %r is driven by another process", stored.header.saga_id)
-        await asyncio.sleep(min(max(stored.until - now, 0.05), _POLL))
 
     def _outcome(self, stored: StoredSaga) -> tuple[Any] | None:
         """Return the result of a saga that is DONE, in a tuple; None if another process drives it.
@@ -466,7 +471,7 @@ class SagaDriver:
             raise SagaParked(saga_id=stored.header.saga_id, why=why) from error
 
     async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> str:
-        why = f"it cannot be read: {error}"
+        why = f"it cannot be read: {as_clause(str(error))}"
         log.error("saga %r is parked: %s", stored.header.saga_id, why)
         parked = records.encode_entry(records.Parked(at=clock.wall_time(), why=why))
         write = LogWrite(len(stored.entries), [parked], SagaState.PARKED, why)
