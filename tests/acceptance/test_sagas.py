@@ -906,6 +906,21 @@ async def test_a_compensation_that_waits_is_left_when_its_supervisor_drains(effe
     assert effects.left == []
 
 
+@virtual
+async def test_who_joins_a_saga_that_is_undone_meanwhile_begins_no_new_round(
+    effects: Effects, log: MemorySagaLog
+) -> None:
+    last = effects.does("b", seconds=5.0, raises=ValueError("no"))
+    async with supervisor_of(log, two_steps(effects, last)) as one, supervisor_of(log, two_steps(effects, last)) as two:
+        tickets = []
+        for each in (one, two):
+            tickets.append(await each.submit(Task("publish", "p", key="k")))
+            await asyncio.sleep(0.1)
+        errors = [(await ticket).error or "" for ticket in tickets]
+    assert all("SagaCompensated" in error for error in errors)
+    assert effects.calls == ["a", "b", "undo a"]
+
+
 # --- people ---------------------------------------------------------------------------------------------------------
 
 

@@ -349,7 +349,7 @@ def test_a_saga_that_loses_process_after_process_goes_on_or_is_parked(
     assert states == {case.state, SagaState.PARKED}
 
 
-@cases(CASES[:4], quick=[CASES[1]])
+@cases([CASES[0], CASES[1], *CASES[4:6]], quick=[CASES[1]])
 def test_a_paused_process_does_nothing_for_a_saga_that_another_has_taken(
     backend: LogBackend, case: Case, processes: SagaProcesses, readers: Readers, tmp_path: Path
 ) -> None:
@@ -366,7 +366,8 @@ def test_a_paused_process_does_nothing_for_a_saga_that_another_has_taken(
         there, requests = world.history(), world.server.requests()
         where, outcome = world.resume(pid)
         later = world.server.requests()[len(requests) :]
-        assert len(later) <= (where == "before request"), later  # nothing lies between that and its look at its lease
+        # Its last look at its lease may have let one request through: what is appended meanwhile is not waited for.
+        assert len(later) <= (where in ("before request", "before append", "after append")), (where, later)
         after = world.history()
         assert there is not None
         assert after is not None
@@ -391,7 +392,11 @@ def test_a_saga_whose_processes_are_killed_and_paused_at_random_comes_to_its_end
     for _ in range(rng.randint(3, 8)):
         if rng.random() < 0.6:
             world.live(crash_at=rng.randint(1, 30), submits=rng.random() < 0.5)
-        elif not world.has_ended and (pid := world.pause(rng.randint(3, 30), between=True)) is not None:
+        elif (
+            case.sequential
+            and not world.has_ended
+            and (pid := world.pause(rng.randint(3, 30), between=True)) is not None
+        ):
             paused.append(pid)
         if paused and rng.random() < 0.4:
             world.resume(paused.pop(rng.randrange(len(paused))))

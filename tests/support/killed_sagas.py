@@ -48,7 +48,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
         number: of the process; its clock is by so much later than that of the first.
         crash_at: the moment at which it kills itself, from 1; None: it does not.
         pause_at: the moment at which it stops, until it is continued after its lease has expired; None: it does not.
-        pauses_between: it does not stop between its look at its lease and the request that follows, but after that.
+        pauses_between: it stops after a request alone, and not between its look at its lease and a request.
         submits: whether it submits the saga again, as its caller would; else it takes it from the log.
         linger: turns of the event loop in which the end of a step waits to be written with the start of the next.
     """
@@ -88,7 +88,7 @@ class Moments:
         at = self._life.pause_at
         if at is None or self._passed < at or self.paused_in is not None:
             return
-        if what != "before request" or not self._life.pauses_between:
+        if what == "after request" or not self._life.pauses_between:
             self.paused_in = what
             _send(signal.SIGSTOP)
             self._see_time()

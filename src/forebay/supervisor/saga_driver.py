@@ -272,6 +272,7 @@ class SagaDriver:
 
         Raises:
             InvalidSaga: the log has another saga under that id.
+            SagaCompensated, SagaParked: that is its outcome.
         """
         task = self._originals.get(task.task_id, task)
         saga_id = task.key or task.task_id
@@ -282,27 +283,23 @@ class SagaDriver:
             envelope=self._encode(task),
             submission=run.submission,
         )
-        awaited = ""  # the fence of another process
+        waited, holder = False, ""  # the fence of another process that has the saga
         while True:
+            if waited:
+                await self._check_undone_meanwhile(header)
             if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
                 return taken
             if (end := self._ends.get(saga_id)) is not None:
                 await asyncio.wait((end,))
+                waited = True
                 continue
             now = clock.wall_time()
             stored, is_held = await self._begin(saga, header, now)
             if not is_held:
                 if (outcome := self._outcome(stored)) is not None:
                     return outcome
-                if stored.holder != awaited:
-                    awaited = stored.holder
-                    log.info(
-                        "task %r waits: another process drives its saga %r, under a lease that ends in %s unless it is"
-                        " renewed",
-                        task.task_id,
-                        saga_id,
-                        format_duration(max(0.0, stored.until - now)),
-                    )
+                _log_wait(task, stored, now, known=holder)
+                holder, waited = stored.holder, True
                 await asyncio.sleep(min(max(stored.until - now, 0.05), _POLL))
                 continue
             held = self._hold_stored(stored)
@@ -314,6 +311,17 @@ class SagaDriver:
                 raise SagaParked(saga_id=saga_id, why=held.history.why)
             await self._go_back(saga, held, task)
             raise SagaCompensated(saga_id=saga_id, error=held.history.error)
+
+    async def _check_undone_meanwhile(self, header: SagaHeader) -> None:
+        """Raise SagaCompensated if the saga that another submission began was undone while this one waited for it.
+
+        It has joined that one, and does not begin a new round.
+        """
+        stored = await self._log.get(header.saga_id)
+        if stored is None or stored.header.state is not SagaState.COMPENSATED:
+            return
+        if stored.header.submission != header.submission:
+            raise SagaCompensated(saga_id=header.saga_id, error=stored.header.why)
 
     def _take_resumed(self, saga: Saga, saga_id: str, run: Run) -> _Taken | None:
         """Return a saga that was taken from the log, and waits for its turn."""
@@ -620,6 +628,18 @@ class SagaDriver:
                 log.debug("a saga is left as it is: %s", error)
             else:
                 self._core.failures.report("a saga could not be brought to its end", error=error)
+
+
+def _log_wait(task: Task, stored: StoredSaga, now: float, *, known: str) -> None:
+    """Log that a task waits for the holder of its saga, once for each: `known` is the one that was logged before."""
+    if stored.holder == known:
+        return
+    log.info(
+        "task %r waits: another process drives its saga %r, under a lease that ends in %s unless it is renewed",
+        task.task_id,
+        stored.header.saga_id,
+        format_duration(max(0.0, stored.until - now)),
+    )
 
 
 def _check_name(saga: Saga, stored: StoredSaga) -> None:
