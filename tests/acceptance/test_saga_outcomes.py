@@ -12,7 +12,7 @@ import pytest
 from tests.support.task_plane import virtual
 
 from forebay import BackpressureSupervisor, Retry, Task, TaskStatus, clock
-from forebay.errors import StoreUnavailable
+from forebay.errors import StepFailed, StoreUnavailable
 from forebay.overflow import encode_task
 from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
 from forebay.saga.records import (
@@ -269,6 +269,51 @@ async def test_a_step_after_the_pivot_without_an_answer_is_what_its_check_says(f
             await supervisor.sagas.retry("s")
         assert (await ended(log, "s")).state is SagaState.DONE
     assert step.calls == (1 if found else 2)
+
+
+@virtual
+@pytest.mark.parametrize("outcome", [None, "not-done", "undone"])
+async def test_a_step_that_fails_beside_a_pivot_that_succeeds_is_called_again_when_its_saga_goes_on(
+    outcome: Any,
+) -> None:
+    log, step = MemorySagaLog(), Step(TimeoutError() if outcome else ValueError("no"))
+
+    async def tell_later() -> str:
+        await asyncio.sleep(1.0)
+        return await step()
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await asyncio.gather(run.step("tell", tell_later), run.step("pay", Step(), pivot=True))
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).why.startswith("step 'tell'")
+        if outcome is None:
+            await supervisor.sagas.retry("s")
+        else:
+            await supervisor.sagas.resolve("s", "tell", outcome=outcome)
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert step.calls == 2
+
+
+@virtual
+async def test_a_step_that_has_failed_before_the_pivot_is_not_called_again_after_it() -> None:
+    log, step, later = MemorySagaLog(), Step(ValueError("no")), Step(ValueError("no"))
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        with contextlib.suppress(StepFailed):
+            await run.step("try", step)
+        await run.step("pay", Step(), pivot=True)
+        await run.step("tell", later)
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).state is SagaState.PARKED
+        await supervisor.sagas.retry("s")
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert (step.calls, later.calls) == (1, 2)
 
 
 # --- how often, and how long, it is tried again ----------------------------------------------------------------------

@@ -249,7 +249,7 @@ class StepRecord(msgspec.Struct, kw_only=True):
         error_type, error: what it raised, unless it is DONE since.
         undo_errors: how often its compensation has raised.
         undo_error: what that raised last, unless it is UNDONE since.
-        order: of its start; that of its end, once it is DONE.
+        order: of its start; once it is not STARTED any more, of its end, which is before or after that of the pivot.
     """
 
     name: str
@@ -378,6 +378,8 @@ class SagaHistory:
             return
         if (step := self.steps.get(name)) is None:
             raise LogDamaged(saga_id=self.saga_id, why=f"it has an end of step {name!r}, and no start")
+        if step.state is StepState.STARTED and not isinstance(entry, UndoFailed):
+            step.order = self.count
         match entry:
             case Done():
                 step.state, step.output, step.order = StepState.DONE, entry.output, self.count

@@ -256,7 +256,7 @@ class SagaRun:
         raise StepFailed(saga_id=self.saga_id, step=step.name, error=record.error)
 
     def _is_past_pivot(self, record: StepRecord) -> bool:
-        """Return whether a step was begun after the pivot had succeeded."""
+        """Return whether a step has ended after the pivot had succeeded: its function has not seen it fail."""
         pivot = self._history.pivot
         return pivot is not None and pivot.state is StepState.DONE and record.order > pivot.order
 
