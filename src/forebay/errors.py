@@ -351,6 +351,12 @@ class InvalidOverflowUrl(ForebayError, ValueError):
     why: str
 
 
+class InvalidSagaLogUrl(ForebayError, ValueError):
+    """The saga log {url!r} cannot be opened: {why}. Known forms: {forms}."""
+
+    why: str
+
+
 class StoreUnavailable(ForebayError):
     """The store at {where} cannot be used: {why}. {advice}"""
 
@@ -648,7 +654,7 @@ class InvalidStep(ForebayError, ValueError):
 
 
 class StepFailed(ForebayError):
-    """Step {step!r} of saga {saga_id!r} failed, and has no effect: {error}"""
+    """Step {step!r} of saga {saga_id!r} failed; what its compensation covers is undone: {error}"""
 
     # It is raised again, from the log, when the saga goes on in another process; so `error` is a text.
 

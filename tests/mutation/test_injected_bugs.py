@@ -1218,6 +1218,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_saga_whose_lease_has_lapsed_is_driven_twice: (
         test_saga_outcomes.test_a_saga_whose_lease_has_lapsed_is_not_driven_twice_in_its_own_process
     ),
+    bugs.a_step_after_the_pivot_that_gets_no_answer_had_no_effect: (
+        test_saga_outcomes.test_a_step_after_the_pivot_without_an_answer_is_not_called_again_when_its_saga_is_retried
+    ),
+    bugs.an_idempotent_step_that_is_retried_after_the_pivot_had_no_effect_before: (
+        test_saga_outcomes.test_an_idempotent_step_after_the_pivot_that_may_have_had_its_effect_is_repeated_when_its_saga_is_retried
+    ),
+    bugs.the_waits_of_a_step_are_bounded_each_for_itself: (
+        test_saga_outcomes.test_the_waits_between_the_attempts_are_bounded_all_together
+    ),
+    bugs.a_compensation_is_tried_again_whatever_it_raises: (
+        test_saga_outcomes.test_what_a_retry_does_not_cover_is_not_tried_again
+    ),
     bugs.an_error_without_connection_is_like_one_without_answer: (
         test_step.test_any_other_error_says_that_there_is_none
     ),
