@@ -19,8 +19,8 @@ from forebay.saga import records as entries
 from forebay.saga.records import LogWrite, SagaHistory, StepState
 
 LONG = 300.0  # seconds in which a supervisor looks for unfinished sagas many times
-THRICE = Retry(max_attempts=3, base_delay=0.1)
-GOES_BACK = entries.Compensating(at=0.0, error_type="ValueError", error="ValueError: no")
+THRICE = Retry(max_attempts=3, base_delay=0.1, on=BaseException)
+GOES_BACK = entries.CompensatingEntry(at=0.0, error_type="ValueError", error="ValueError: no")
 
 
 class OwnExit(BaseException):
@@ -304,7 +304,7 @@ def typed(kind: type[Any], effects: Effects) -> Saga:
 
 def old_output() -> tuple[entries.Entry, ...]:
     output = encode_result({"number": 1}, task_id="a", bound=1_000)
-    return started("a", compensable=True), entries.Done(at=0.0, step="a", output=output)
+    return started("a", compensable=True), entries.DoneEntry(at=0.0, step="a", output=output)
 
 
 @virtual
