@@ -137,6 +137,20 @@ async def test_a_compensation_that_raises_anything_is_tried_again_and_parked(
 
 @virtual
 @pytest.mark.parametrize("kind", ANYTHING)
+async def test_whatever_a_compensation_raises_it_is_tried_again_by_default(
+    kind: type[BaseException], effects: Effects, log: MemorySagaLog
+) -> None:
+    @saga("publish")
+    async def publish(run: SagaRun, _: Any) -> None:
+        await run.step("a", effects.does("a"), compensate=effects.undoes("a", raises=[kind()]))
+        raise ValueError("no")
+
+    assert (await outcome(log, publish)).state is SagaState.COMPENSATED
+    assert effects.left == []
+
+
+@virtual
+@pytest.mark.parametrize("kind", ANYTHING)
 @pytest.mark.parametrize("raising", [asynchronous, in_a_thread])
 async def test_a_check_that_raises_anything_is_asked_again_and_parked(
     raising: Callable[..., Any], kind: type[BaseException], effects: Effects, log: MemorySagaLog
