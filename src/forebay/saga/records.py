@@ -76,6 +76,7 @@ class Done(_Entry, frozen=True, tag="done"):
     step: str
     output: bytes
     by: str = ""  # "check", or a person; empty: it returned
+    cut_off: bool = False  # as of Failed
 
 
 class Failed(_Entry, frozen=True, tag="failed"):
@@ -85,6 +86,7 @@ class Failed(_Entry, frozen=True, tag="failed"):
     error_type: str
     error: str
     clean: bool = False
+    cut_off: bool = False  # by the function of the saga, which has not got this outcome: a timeout of its own, say
 
 
 class Undone(_Entry, frozen=True, tag="undone"):
@@ -249,7 +251,9 @@ class StepRecord(msgspec.Struct, kw_only=True):
         error_type, error: what it raised, unless it is DONE since.
         undo_errors: how often its compensation has raised.
         undo_error: what that raised last, unless it is UNDONE since.
-        order: of its start; that of its end, once it is DONE.
+        started: how many entries there were with its start.
+        ended: with the entry that gave its outcome to the function of the saga; 0: none did.
+        cut_off: whether the function had cut it off instead, and went on when it had ended.
     """
 
     name: str
@@ -263,7 +267,9 @@ class StepRecord(msgspec.Struct, kw_only=True):
     error: str = ""
     undo_errors: int = 0
     undo_error: str = ""
-    order: int = 0
+    started: int
+    ended: int = 0
+    cut_off: bool = False
 
     @property
     def needs_undo(self) -> bool:
@@ -272,6 +278,11 @@ class StepRecord(msgspec.Struct, kw_only=True):
 
 
 _WITH_EFFECT = (StepState.STARTED, StepState.FAILED, StepState.DONE)
+
+
+def _undo_rank(step: StepRecord) -> tuple[bool, int]:
+    is_done = step.state is StepState.DONE
+    return is_done, -(step.ended if is_done else step.started)
 
 
 class SagaHistory:
@@ -336,7 +347,7 @@ class SagaHistory:
     def to_undo(self) -> Sequence[StepRecord]:
         """Return the steps to undo, in that order: what may have ended first, then in reverse order of completion."""
         steps = [step for step in self.steps.values() if step.needs_undo]
-        return sorted(steps, key=lambda step: (step.state is StepState.DONE, -step.order))
+        return sorted(steps, key=_undo_rank)
 
     def key_of(self, step: str) -> str:
         """Return the idempotency key of a step in this round: the same in every process, and no other step's."""
@@ -373,20 +384,28 @@ class SagaHistory:
                 function=entry.function,
                 compensable=entry.compensable,
                 pivot=entry.pivot,
-                order=self.count,
+                started=self.count,
             )
             return
         if (step := self.steps.get(name)) is None:
             raise LogDamaged(saga_id=self.saga_id, why=f"it has an end of step {name!r}, and no start")
         match entry:
             case Done():
-                step.state, step.output, step.order = StepState.DONE, entry.output, self.count
+                step.state, step.output, step.ended, step.cut_off = (
+                    StepState.DONE,
+                    entry.output,
+                    self.count,
+                    entry.cut_off,
+                )
                 step.error_type = step.error = ""
             case Failed():
                 step.state = StepState.NOT_DONE if entry.clean else StepState.FAILED
-                step.error_type, step.error = entry.error_type, entry.error
+                step.error_type, step.error, step.ended = entry.error_type, entry.error, self.count
+                step.cut_off = entry.cut_off
             case Undone():
                 step.state, step.undo_error = StepState.UNDONE, ""
+                if step.output is None:  # it has failed, and the function is told so now, unless the saga goes back
+                    step.ended = 0 if self.goes_back else self.count
             case UndoFailed():
                 step.undo_errors += 1
                 step.undo_error = entry.error
