@@ -12,17 +12,17 @@ import pytest
 from tests.support.task_plane import virtual
 
 from forebay import BackpressureSupervisor, Retry, Task, TaskStatus, clock
-from forebay.errors import StoreUnavailable
+from forebay.errors import StepFailed, StoreUnavailable
 from forebay.overflow import encode_task
 from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
 from forebay.saga.records import (
     UNFINISHED,
-    Compensating,
+    CompensatingEntry,
     Entry,
     LogWrite,
     SagaHeader,
     SagaHistory,
-    Started,
+    StartedEntry,
     StepState,
     decode_entries,
     encode_entry,
@@ -271,6 +271,51 @@ async def test_a_step_after_the_pivot_without_an_answer_is_what_its_check_says(f
     assert step.calls == (1 if found else 2)
 
 
+@virtual
+@pytest.mark.parametrize("outcome", [None, "not-done", "undone"])
+async def test_a_step_that_fails_beside_a_pivot_that_succeeds_is_called_again_when_its_saga_goes_on(
+    outcome: Any,
+) -> None:
+    log, step = MemorySagaLog(), Step(TimeoutError() if outcome else ValueError("no"))
+
+    async def tell_later() -> str:
+        await asyncio.sleep(1.0)
+        return await step()
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await asyncio.gather(run.step("tell", tell_later), run.step("pay", Step(), pivot=True))
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).why.startswith("step 'tell'")
+        if outcome is None:
+            await supervisor.sagas.retry("s")
+        else:
+            await supervisor.sagas.resolve("s", "tell", outcome=outcome)
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert step.calls == 2
+
+
+@virtual
+async def test_a_step_that_has_failed_before_the_pivot_is_not_called_again_after_it() -> None:
+    log, step, later = MemorySagaLog(), Step(ValueError("no")), Step(ValueError("no"))
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        with contextlib.suppress(StepFailed):
+            await run.step("try", step)
+        await run.step("pay", Step(), pivot=True)
+        await run.step("tell", later)
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).state is SagaState.PARKED
+        await supervisor.sagas.retry("s")
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert (step.calls, later.calls) == (1, 2)
+
+
 # --- how often, and how long, it is tried again ----------------------------------------------------------------------
 
 FOR_30_SECONDS = Retry(max_attempts=1_000, base_delay=10.0, max_delay=10.0, max_total_delay=30.0)
@@ -385,8 +430,8 @@ async def test_an_invalid_step_is_told_without_two_full_stops() -> None:
 @virtual
 async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() -> None:
     log, step = MemorySagaLog(), Step()
-    begun = Started(at=0.0, step="a", function="f", compensable=True)
-    await left_by_a_lost_process(log, begun, Compensating(at=0.0, error_type="x", error="x"))
+    begun = StartedEntry(at=0.0, step="a", function="f", compensable=True)
+    await left_by_a_lost_process(log, begun, CompensatingEntry(at=0.0, error_type="x", error="x"))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
@@ -402,7 +447,7 @@ async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() 
 @virtual
 async def test_a_pivot_that_fails_when_it_is_repeated_after_its_process_was_lost_is_parked() -> None:
     log = MemorySagaLog()
-    await left_by_a_lost_process(log, Started(at=0.0, step="pay", function="f", pivot=True))
+    await left_by_a_lost_process(log, StartedEntry(at=0.0, step="pay", function="f", pivot=True))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
@@ -477,7 +522,7 @@ async def test_a_step_that_the_function_cuts_off_while_it_is_checked_is_settled(
 ) -> None:
     log, step = MemorySagaLog(), Step(TimeoutError())
     if resumed:
-        await left_by_a_lost_process(log, Started(at=0.0, step="a", function="f", compensable=True))
+        await left_by_a_lost_process(log, StartedEntry(at=0.0, step="a", function="f", compensable=True))
 
     async def check() -> Done | None:
         await asyncio.sleep(3.0)

@@ -70,7 +70,7 @@ from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
 from forebay.saga import run as saga_run
 from forebay.saga.held_saga import HeldSaga
-from forebay.saga.records import LogWrite, SagaHistory, Started
+from forebay.saga.records import LogWrite, SagaHistory, StartedEntry
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
@@ -2723,7 +2723,7 @@ def a_step_is_called_before_the_log_has_its_start() -> None:
     original = HeldSaga.write
 
     async def write(self: HeldSaga, entry: Any) -> None:
-        if isinstance(entry, Started):
+        if isinstance(entry, StartedEntry):
             self.note(entry)
         else:
             await original(self, entry)

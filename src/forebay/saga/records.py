@@ -61,7 +61,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="entry", omit_
     writer: str = ""  # the fence under which it was written: no other holder has written the same; empty: a person
 
 
-class Started(_Entry, frozen=True, tag="started"):
+class StartedEntry(_Entry, frozen=True, tag="started"):
     """A step is about to be called, under its idempotency key."""
 
     step: str
@@ -70,7 +70,7 @@ class Started(_Entry, frozen=True, tag="started"):
     pivot: bool = False
 
 
-class Done(_Entry, frozen=True, tag="done"):
+class DoneEntry(_Entry, frozen=True, tag="done"):
     """A step has returned, or a check or a person has found that it has its effect."""
 
     step: str
@@ -79,7 +79,7 @@ class Done(_Entry, frozen=True, tag="done"):
     cut_off: bool = False  # as of Failed
 
 
-class Failed(_Entry, frozen=True, tag="failed"):
+class FailedEntry(_Entry, frozen=True, tag="failed"):
     """A step has raised. With `clean`, it had no effect."""
 
     step: str
@@ -89,71 +89,71 @@ class Failed(_Entry, frozen=True, tag="failed"):
     cut_off: bool = False  # by the function of the saga, which has not got this outcome: a timeout of its own, say
 
 
-class Undone(_Entry, frozen=True, tag="undone"):
+class UndoneEntry(_Entry, frozen=True, tag="undone"):
     """The compensation of a step has succeeded, or a person has undone it."""
 
     step: str
     by: str = ""
 
 
-class UndoFailed(_Entry, frozen=True, tag="undo failed"):
+class UndoFailedEntry(_Entry, frozen=True, tag="undo failed"):
     """The compensation of a step has raised, and will be tried again unless the saga is parked next."""
 
     step: str
     error: str
 
 
-class Compensating(_Entry, frozen=True, tag="compensating"):
+class CompensatingEntry(_Entry, frozen=True, tag="compensating"):
     """The saga goes back from here."""
 
     error_type: str
     error: str
 
 
-class Parked(_Entry, frozen=True, tag="parked"):
+class ParkedEntry(_Entry, frozen=True, tag="parked"):
     """The saga waits for a person, because of a step or (None) of the saga as a whole."""
 
     why: str
     step: str | None = None
 
 
-class Retried(_Entry, frozen=True, tag="retried"):
+class RetriedEntry(_Entry, frozen=True, tag="retried"):
     """A person lets a parked saga go on."""
 
 
-class Finished(_Entry, frozen=True, tag="finished"):
+class FinishedEntry(_Entry, frozen=True, tag="finished"):
     """The saga has returned."""
 
     result: bytes
 
 
-class Compensated(_Entry, frozen=True, tag="compensated"):
+class CompensatedEntry(_Entry, frozen=True, tag="compensated"):
     """All compensations have succeeded."""
 
 
-class Resolved(_Entry, frozen=True, tag="resolved"):
+class ResolvedEntry(_Entry, frozen=True, tag="resolved"):
     """A person has closed the saga as it is."""
 
     note: str = ""
 
 
-class Restarted(_Entry, frozen=True, tag="restarted"):
+class RestartedEntry(_Entry, frozen=True, tag="restarted"):
     """A compensated saga was submitted again, and begins a new round: its steps have new keys."""
 
 
 Entry: TypeAlias = (
-    Started
-    | Done
-    | Failed
-    | Undone
-    | UndoFailed
-    | Compensating
-    | Parked
-    | Retried
-    | Finished
-    | Compensated
-    | Resolved
-    | Restarted
+    StartedEntry
+    | DoneEntry
+    | FailedEntry
+    | UndoneEntry
+    | UndoFailedEntry
+    | CompensatingEntry
+    | ParkedEntry
+    | RetriedEntry
+    | FinishedEntry
+    | CompensatedEntry
+    | ResolvedEntry
+    | RestartedEntry
 )
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -252,8 +252,9 @@ class StepRecord(msgspec.Struct, kw_only=True):
         undo_errors: how often its compensation has raised.
         undo_error: what that raised last, unless it is UNDONE since.
         started: how many entries there were with its start.
-        ended: with the entry that gave its outcome to the function of the saga; 0: none did.
-        cut_off: whether the function had cut it off instead, and went on when it had ended.
+        ended: how many with its end, which is before or after that of the pivot; 0: it is STARTED.
+        told: how many when its outcome was there for the function of the saga: a failure, once it is undone; 0: none.
+        cut_off: whether the function had cut it off, and has not got that outcome.
     """
 
     name: str
@@ -269,6 +270,7 @@ class StepRecord(msgspec.Struct, kw_only=True):
     undo_error: str = ""
     started: int
     ended: int = 0
+    told: int = 0
     cut_off: bool = False
 
     @property
@@ -281,8 +283,7 @@ _WITH_EFFECT = (StepState.STARTED, StepState.FAILED, StepState.DONE)
 
 
 def _undo_rank(step: StepRecord) -> tuple[bool, int]:
-    is_done = step.state is StepState.DONE
-    return is_done, -(step.ended if is_done else step.started)
+    return step.state is StepState.DONE, -(step.ended or step.started)
 
 
 class SagaHistory:
@@ -301,12 +302,12 @@ class SagaHistory:
     """
 
     _STATES: ClassVar = {
-        Compensating: SagaState.COMPENSATING,
-        Parked: SagaState.PARKED,
-        Finished: SagaState.DONE,
-        Compensated: SagaState.COMPENSATED,
-        Resolved: SagaState.RESOLVED,
-        Restarted: SagaState.RUNNING,
+        CompensatingEntry: SagaState.COMPENSATING,
+        ParkedEntry: SagaState.PARKED,
+        FinishedEntry: SagaState.DONE,
+        CompensatedEntry: SagaState.COMPENSATED,
+        ResolvedEntry: SagaState.RESOLVED,
+        RestartedEntry: SagaState.RUNNING,
     }
 
     def __init__(self, saga_id: str, entries: Iterable[Entry] = ()) -> None:
@@ -358,25 +359,25 @@ class SagaHistory:
         """Add an entry that was written after the others."""
         self.count += 1
         match entry:
-            case Started() | Done() | Failed() | Undone() | UndoFailed():
+            case StartedEntry() | DoneEntry() | FailedEntry() | UndoneEntry() | UndoFailedEntry():
                 self._add_to_step(entry)
-            case Compensating():
+            case CompensatingEntry():
                 self.error_type, self.error = entry.error_type, entry.error
-            case Parked():
+            case ParkedEntry():
                 self.why = entry.why
-            case Retried():
+            case RetriedEntry():
                 self.state = SagaState.COMPENSATING if self.goes_back else SagaState.RUNNING
                 self.why = ""
-            case Finished():
+            case FinishedEntry():
                 self.result = entry.result
-            case Restarted():
+            case RestartedEntry():
                 self.round += 1
                 self._reset()
         self.state = self._STATES.get(type(entry), self.state)
 
-    def _add_to_step(self, entry: Started | Done | Failed | Undone | UndoFailed) -> None:
+    def _add_to_step(self, entry: StartedEntry | DoneEntry | FailedEntry | UndoneEntry | UndoFailedEntry) -> None:
         name = entry.step
-        if isinstance(entry, Started):
+        if isinstance(entry, StartedEntry):
             self.overlapped |= any(step.state is StepState.STARTED for step in self.steps.values())
             self.steps[name] = StepRecord(
                 name=name,
@@ -389,23 +390,21 @@ class SagaHistory:
             return
         if (step := self.steps.get(name)) is None:
             raise LogDamaged(saga_id=self.saga_id, why=f"it has an end of step {name!r}, and no start")
+        if step.state is StepState.STARTED and not isinstance(entry, UndoFailedEntry):
+            step.ended = self.count
         match entry:
-            case Done():
-                step.state, step.output, step.ended, step.cut_off = (
-                    StepState.DONE,
-                    entry.output,
-                    self.count,
-                    entry.cut_off,
-                )
+            case DoneEntry():
+                step.state, step.output, step.cut_off = StepState.DONE, entry.output, entry.cut_off
+                step.ended = step.told = self.count
                 step.error_type = step.error = ""
-            case Failed():
+            case FailedEntry():
                 step.state = StepState.NOT_DONE if entry.clean else StepState.FAILED
-                step.error_type, step.error, step.ended = entry.error_type, entry.error, self.count
-                step.cut_off = entry.cut_off
-            case Undone():
+                step.error_type, step.error, step.cut_off = entry.error_type, entry.error, entry.cut_off
+                step.told = self.count
+            case UndoneEntry():
                 step.state, step.undo_error = StepState.UNDONE, ""
-                if step.output is None:  # it has failed, and the function is told so now, unless the saga goes back
-                    step.ended = 0 if self.goes_back else self.count
-            case UndoFailed():
+                if step.output is None:
+                    step.told = 0 if self.goes_back else self.count
+            case UndoFailedEntry():
                 step.undo_errors += 1
                 step.undo_error = entry.error

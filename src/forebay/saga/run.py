@@ -136,9 +136,9 @@ class SagaRun:
         self._steps: dict[str, Step] = {}  # those that the function has asked for
         # By name, with their places in the log: the steps to be asked for, and the outputs to be returned, of that log.
         by_start = sorted(self._recorded.values(), key=lambda each: each.started)
-        by_end = sorted(self._recorded.values(), key=lambda each: each.ended)
+        by_told = sorted(self._recorded.values(), key=lambda each: each.told)
         self._unasked = {each.name: each.started for each in by_start}
-        self._outputs = {each.name: each.ended for each in by_end if each.output is not None and not each.cut_off}
+        self._outputs = {each.name: each.told for each in by_told if each.output is not None and not each.cut_off}
         self._replayed = asyncio.Event()  # set with each step that it asks for, and each output that it gets
         self._loop = asyncio.get_running_loop()
         self._stop: BaseException | None = None  # what ends the saga, whatever its function makes of it
@@ -291,11 +291,11 @@ class SagaRun:
         Its branches run side by side: what it did when one of them had got an outcome depends on how far the others had
         come by then. So they come as far before.
         """
-        if not record.ended:
+        if not record.told:
             await self._no_outcome()
         if record.cut_off:
             await self._be_cut_off(step, record)
-        await self._wait_for_replay(step, record.ended)
+        await self._wait_for_replay(step, record.told)
         if record.output is not None:
             return self._decode(step, record.output)
         raise StepFailed(saga_id=self.saga_id, step=step.name, error=record.error)
@@ -311,7 +311,7 @@ class SagaRun:
             await asyncio.sleep(_REPLAY_WAIT)
         except asyncio.CancelledError:
             if not self._is_stopped():
-                await self._wait_for_replay(step, record.ended)
+                await self._wait_for_replay(step, record.told)
             raise
         raise _Parking(
             f"its function had cut off step {step.name!r}, by a timeout of its own, say, and does not within"
@@ -326,9 +326,9 @@ class SagaRun:
         raise AssertionError
 
     def _is_past_pivot(self, record: StepRecord) -> bool:
-        """Return whether a step was begun after the pivot had succeeded."""
+        """Return whether a step has ended after the pivot had succeeded: its function has not seen it fail."""
         pivot = self._history.pivot
-        return pivot is not None and pivot.state is StepState.DONE and record.started > pivot.ended
+        return pivot is not None and pivot.state is StepState.DONE and record.ended > pivot.ended
 
     def _check_same(self, step: Step, record: StepRecord) -> None:
         """Park the saga if a step of the log has become another one."""
@@ -384,7 +384,7 @@ class SagaRun:
         return await self._do(step)
 
     async def _write_start(self, step: Step) -> None:
-        started = records.Started(
+        started = records.StartedEntry(
             at=clock.wall_time(),
             step=step.name,
             function=step.function_name,
@@ -530,7 +530,7 @@ class SagaRun:
         )
 
     def _note_failed(self, step: Step, error: BaseException, *, clean: bool) -> None:
-        failed = records.Failed(
+        failed = records.FailedEntry(
             at=clock.wall_time(),
             step=step.name,
             error_type=type(error).__name__,
@@ -548,9 +548,9 @@ class SagaRun:
         self._held.note(self._done_entry(step, encoded, by=by))
         return self._decode(step, encoded)
 
-    def _done_entry(self, step: Step, output: bytes, *, by: str = "") -> records.Done:
+    def _done_entry(self, step: Step, output: bytes, *, by: str = "") -> records.DoneEntry:
         cut_off = self._is_cutting_off()
-        return records.Done(at=clock.wall_time(), step=step.name, output=output, by=by, cut_off=cut_off)
+        return records.DoneEntry(at=clock.wall_time(), step=step.name, output=output, by=by, cut_off=cut_off)
 
     async def _check(self, step: Step) -> Done | None:
         """Ask the check of a step whether it has had its effect.
@@ -631,7 +631,7 @@ class SagaRun:
             raise TypeError(
                 f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
             ) from None
-        await self._held.write(records.Finished(at=clock.wall_time(), result=result))
+        await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
         return decode_result(result)
 
     async def conclude(self, error: BaseException, *, cut_off: bool) -> None:
@@ -740,7 +740,7 @@ class SagaRun:
 
     async def _park(self, parking: _Parking) -> None:
         log.error("saga %r is parked: %s", self.saga_id, parking.why)
-        await self._held.write(records.Parked(at=clock.wall_time(), why=parking.why, step=parking.step))
+        await self._held.write(records.ParkedEntry(at=clock.wall_time(), why=parking.why, step=parking.step))
 
     # --- backwards ---
 
@@ -788,7 +788,7 @@ class SagaRun:
     async def _compensate(self, error: BaseException | None) -> None:
         if not self._history.goes_back:
             kind, text = type(error).__name__, _describe(error)
-            await self._held.write(records.Compensating(at=clock.wall_time(), error_type=kind, error=text))
+            await self._held.write(records.CompensatingEntry(at=clock.wall_time(), error_type=kind, error=text))
             if self._not_asked():  # cut off before it had come to where it was left
                 run = SagaRun(self._saga, self._payload, self._held, self._driver, bound=self._bound)
                 await run.go_back()
@@ -803,7 +803,7 @@ class SagaRun:
             if record.state is StepState.STARTED and step.check is not None and not await self._was_done(step):
                 continue
             await self._undo(step)
-        await self._held.write(records.Compensated(at=clock.wall_time()))
+        await self._held.write(records.CompensatedEntry(at=clock.wall_time()))
 
     async def _was_done(self, step: Step) -> bool:
         """Ask the check of a step that is to be undone; if it cannot say, the step is undone by its key."""
@@ -848,7 +848,7 @@ class SagaRun:
                 raise_again_if_interrupt(error)
                 delay = self._undo_delay(step, error, retries)
             else:
-                await self._held.write(records.Undone(at=clock.wall_time(), step=step.name))
+                await self._held.write(records.UndoneEntry(at=clock.wall_time(), step=step.name))
                 return
             finally:
                 slow.cancel()
@@ -874,7 +874,7 @@ class SagaRun:
         if isinstance(error, Overloaded):  # it was not tried, and waits as often as it takes
             delay = min(max(error.retry_after or 0.0, retry.base_delay), _MAX_BUSY_WAIT)
         else:
-            self._held.note(records.UndoFailed(at=clock.wall_time(), step=step.name, error=_describe(error)))
+            self._held.note(records.UndoFailedEntry(at=clock.wall_time(), step=step.name, error=_describe(error)))
             delay = retries.next_delay(uses_attempt=True, draw=clock.draw())
             if not _covers(retry, error):
                 delay = None
