@@ -307,12 +307,14 @@ class SagaRun:
             CancelledError: it has.
             _Parking: it does not.
         """
-        try:
-            await asyncio.sleep(_REPLAY_WAIT)
-        except asyncio.CancelledError:
-            if not self._is_stopped():
-                await self._wait_for_replay(step, record.told)
-            raise
+        with suppress(asyncio.CancelledError):
+            if not self._is_cutting_off():  # while it was undone
+                await asyncio.sleep(_REPLAY_WAIT)
+        if self._is_stopped():
+            raise asyncio.CancelledError
+        if self._is_cutting_off():
+            await self._wait_for_replay(step, record.told)
+            raise asyncio.CancelledError
         raise _Parking(
             f"its function had cut off step {step.name!r}, by a timeout of its own, say, and does not within"
             f" {format_duration(_REPLAY_WAIT)} now that its code is replayed: put the time limit into the step",
