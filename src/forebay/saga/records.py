@@ -76,7 +76,6 @@ class DoneEntry(_Entry, frozen=True, tag="done"):
     step: str
     output: bytes
     by: str = ""  # "check", or a person; empty: it returned
-    cut_off: bool = False  # as of Failed
 
 
 class FailedEntry(_Entry, frozen=True, tag="failed"):
@@ -86,7 +85,12 @@ class FailedEntry(_Entry, frozen=True, tag="failed"):
     error_type: str
     error: str
     clean: bool = False
-    cut_off: bool = False  # by the function of the saga, which has not got this outcome: a timeout of its own, say
+
+
+class CutOffEntry(_Entry, frozen=True, tag="cut off"):
+    """The function of the saga has cut off a step, by a timeout of its own, say, and goes on without its outcome."""
+
+    step: str
 
 
 class UndoneEntry(_Entry, frozen=True, tag="undone"):
@@ -145,6 +149,7 @@ Entry: TypeAlias = (
     StartedEntry
     | DoneEntry
     | FailedEntry
+    | CutOffEntry
     | UndoneEntry
     | UndoFailedEntry
     | CompensatingEntry
@@ -253,8 +258,8 @@ class StepRecord(msgspec.Struct, kw_only=True):
         undo_error: what that raised last, unless it is UNDONE since.
         started: how many entries there were with its start.
         ended: how many with its end, which is before or after that of the pivot; 0: it is STARTED.
-        told: how many when its outcome was there for the function of the saga: a failure, once it is undone; 0: none.
-        cut_off: whether the function had cut it off, and has not got that outcome.
+        told: how many when its outcome was there for the function of the saga, a failure once it is undone; 0: none.
+        cut_off: whether the function has cut it off, and got no other outcome.
     """
 
     name: str
@@ -359,7 +364,7 @@ class SagaHistory:
         """Add an entry that was written after the others."""
         self.count += 1
         match entry:
-            case StartedEntry() | DoneEntry() | FailedEntry() | UndoneEntry() | UndoFailedEntry():
+            case StartedEntry() | DoneEntry() | FailedEntry() | CutOffEntry() | UndoneEntry() | UndoFailedEntry():
                 self._add_to_step(entry)
             case CompensatingEntry():
                 self.error_type, self.error = entry.error_type, entry.error
@@ -375,7 +380,9 @@ class SagaHistory:
                 self._reset()
         self.state = self._STATES.get(type(entry), self.state)
 
-    def _add_to_step(self, entry: StartedEntry | DoneEntry | FailedEntry | UndoneEntry | UndoFailedEntry) -> None:
+    def _add_to_step(
+        self, entry: StartedEntry | DoneEntry | FailedEntry | CutOffEntry | UndoneEntry | UndoFailedEntry
+    ) -> None:
         name = entry.step
         if isinstance(entry, StartedEntry):
             self.overlapped |= any(step.state is StepState.STARTED for step in self.steps.values())
@@ -394,13 +401,14 @@ class SagaHistory:
             step.ended = self.count
         match entry:
             case DoneEntry():
-                step.state, step.output, step.cut_off = StepState.DONE, entry.output, entry.cut_off
+                step.state, step.output = StepState.DONE, entry.output
                 step.ended = step.told = self.count
                 step.error_type = step.error = ""
             case FailedEntry():
                 step.state = StepState.NOT_DONE if entry.clean else StepState.FAILED
-                step.error_type, step.error, step.cut_off = entry.error_type, entry.error, entry.cut_off
-                step.told = self.count
+                step.error_type, step.error, step.told = entry.error_type, entry.error, self.count
+            case CutOffEntry():
+                step.cut_off, step.told = True, self.count
             case UndoneEntry():
                 step.state, step.undo_error = StepState.UNDONE, ""
                 if step.output is None:

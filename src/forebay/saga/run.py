@@ -230,10 +230,18 @@ class SagaRun:
             task.cancel()  # by a timeout of the function itself, for example
             await _until_ended(task)
             self._end_step(name)
+            self._note_cut_off(name)
             _look_at(task)
             raise
         self._end_step(name)
         return task.result()
+
+    def _note_cut_off(self, name: str) -> None:
+        """Note that the function has cut off a step, and goes on."""
+        record = self._history.steps.get(name)  # None: it was to wait for others, and has not begun
+        goes_on = not (self._stop or self._only_replays or self._is_stopped())
+        if goes_on and record is not None and not record.cut_off:
+            self._held.note(records.CutOffEntry(at=clock.wall_time(), step=name))
 
     def _end_step(self, name: str) -> None:
         self._in_progress.pop(name, None)
@@ -307,13 +315,12 @@ class SagaRun:
             CancelledError: it has.
             _Parking: it does not.
         """
-        with suppress(asyncio.CancelledError):
-            if not self._is_cutting_off():  # while it was undone
+        if not _is_being_cancelled():  # while it was undone
+            with suppress(asyncio.CancelledError):
                 await asyncio.sleep(_REPLAY_WAIT)
-        if self._is_stopped():
-            raise asyncio.CancelledError
-        if self._is_cutting_off():
-            await self._wait_for_replay(step, record.told)
+        if _is_being_cancelled():
+            if not self._is_stopped():
+                await self._wait_for_replay(step, record.told)
             raise asyncio.CancelledError
         raise _Parking(
             f"its function had cut off step {step.name!r}, by a timeout of its own, say, and does not within"
@@ -444,18 +451,12 @@ class SagaRun:
                 may_be_done |= is_ambiguous(error)
                 last, delay = error, again
             else:
-                self._held.note(self._done_entry(step, encoded))
+                self._held.note(records.DoneEntry(at=clock.wall_time(), step=step.name, output=encoded))
                 return self._decode(step, encoded)
-
-    def _is_cutting_off(self) -> bool:
-        """Return whether the function has cut off the step of the current asyncio task: it will not get its outcome."""
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0 and not self._is_stopped()
 
     @staticmethod
     def _is_cancelled(error: BaseException) -> bool:
-        task = asyncio.current_task()
-        return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+        return isinstance(error, asyncio.CancelledError) and _is_being_cancelled()
 
     async def _call(self, step: Step) -> Any:
         context.raise_priority(Priority.HIGH)  # in the context of this step alone: each has an asyncio task of its own
@@ -504,6 +505,8 @@ class SagaRun:
             raise _Parking(self._why_open(step, error, may_be_done=may_be_done), step.name) from error
         is_open &= past_pivot  # before it, a step without compensation is one whose effect may stay
         self._note_failed(step, error, clean=clean or (step.compensate is None and not is_open))
+        if _is_being_cancelled():  # now: its process may be lost while it is undone
+            self._note_cut_off(step.name)
         if past_pivot:
             effect = "; it may have had its effect" if is_open else ""
             raise _Parking(
@@ -538,7 +541,6 @@ class SagaRun:
             error_type=type(error).__name__,
             error=_describe(error),
             clean=clean,
-            cut_off=self._is_cutting_off(),
         )
         self._held.note(failed)
 
@@ -547,12 +549,8 @@ class SagaRun:
             encoded = self._encode(step, output)
         except NotEncodable as error:
             raise _Parking(f"by its check it has succeeded, but {error}", step.name) from error
-        self._held.note(self._done_entry(step, encoded, by=by))
+        self._held.note(records.DoneEntry(at=clock.wall_time(), step=step.name, output=encoded, by=by))
         return self._decode(step, encoded)
-
-    def _done_entry(self, step: Step, output: bytes, *, by: str = "") -> records.DoneEntry:
-        cut_off = self._is_cutting_off()
-        return records.DoneEntry(at=clock.wall_time(), step=step.name, output=output, by=by, cut_off=cut_off)
 
     async def _check(self, step: Step) -> Done | None:
         """Ask the check of a step whether it has had its effect.
@@ -915,6 +913,11 @@ _CHANGED = (
     ". Its code has changed since, depends on something else than its payload and the outputs of its steps, or waits"
     " for long outside of them. Let the old code finish it, or close it by hand"
 )
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _first(places: Mapping[str, int]) -> float:
