@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,8 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
+from forebay.adapters import detect
+from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
 from forebay.adapters.langgraph.checkpoint_keys import digest
 from forebay.adapters.langgraph.handler import _repeated_answer
@@ -2998,3 +3000,35 @@ def a_compensation_is_tried_again_whatever_it_raises() -> None:
 
 def an_error_without_connection_is_like_one_without_answer() -> None:
     step._NOT_CONNECTED = frozenset()
+
+
+# --- agents of frameworks ---
+
+
+def a_cancelled_agent_is_left_in_its_thread() -> None:
+    original = AgentThread.run
+
+    async def run(self: AgentThread, function: Callable[[], Any]) -> Any:
+        running = asyncio.ensure_future(original(self, function))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
+
+    replace(AgentThread, original, run)
+
+
+def an_agent_takes_its_stop_for_a_failed_tool() -> None:
+    def await_in_loop(self: AgentThread, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        self._awaited = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        if self._stopped:
+            self._awaited.cancel()
+        return self._awaited.result()
+
+    replace(AgentThread, AgentThread.await_in_loop, await_in_loop)
+
+
+def a_package_is_taken_for_a_framework_by_its_name() -> None:
+    for package, framework in detect.FRAMEWORKS.items():
+        detect.FRAMEWORKS[package] = framework._replace(marker="")
