@@ -53,6 +53,7 @@ from tests.acceptance import (
     test_runners,
     test_saga_errors,
     test_saga_outcomes,
+    test_saga_replay,
     test_saga_writes,
     test_sagas,
     test_shared_overflow,
@@ -1249,6 +1250,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_compensation_that_the_code_no_longer_has_is_called: (
         test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
     ),
+    bugs.a_recorded_outcome_is_given_at_once: (
+        test_saga_replay.test_a_saga_ends_as_it_would_have_after_whatever_entry_its_process_is_lost
+    ),
+    bugs.a_step_that_was_cut_off_has_failed_in_a_replay: (
+        test_saga_replay.test_a_saga_ends_as_it_would_have_after_whatever_entry_its_process_is_lost
+    ),
+    bugs.a_function_that_waits_outside_of_its_steps_has_changed: (
+        test_saga_replay.test_a_function_that_waits_between_its_steps_is_replayed_backwards
+    ),
+    bugs.a_step_inside_a_step_is_let_through: test_saga_replay.test_a_step_inside_a_step_is_invalid,
     bugs.a_cancelled_agent_is_left_in_its_thread: (
         test_agent_thread.test_a_cancelled_run_lasts_until_its_thread_has_stopped_at_the_next_check
     ),
