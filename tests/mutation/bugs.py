@@ -2998,3 +2998,21 @@ def a_compensation_is_tried_again_whatever_it_raises() -> None:
 
 def an_error_without_connection_is_like_one_without_answer() -> None:
     step._NOT_CONNECTED = frozenset()
+
+
+# --- sagas: what the errors of clients say ---
+
+
+def an_answer_that_cannot_be_read_says_that_there_is_no_effect() -> None:
+    step._UNREADABLE = frozenset()
+
+
+def an_error_after_a_successful_answer_is_a_refusal() -> None:
+    step._REFUSALS = range(500)
+
+
+def an_sdk_is_trusted_about_the_attempts_that_it_hides() -> None:
+    def _is_first_attempt(_: BaseException) -> bool:
+        return True
+
+    step._is_first_attempt.__code__ = _is_first_attempt.__code__
