@@ -11,6 +11,7 @@ import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -3016,3 +3017,16 @@ def an_sdk_is_trusted_about_the_attempts_that_it_hides() -> None:
         return True
 
     step._is_first_attempt.__code__ = _is_first_attempt.__code__
+
+
+# --- sagas: how steps are called ---
+
+
+def a_step_gets_its_key_in_place_of_an_argument_of_its_own() -> None:
+    original = step._place_of_key
+
+    def place_of_key(function: Any) -> int:
+        has_key = isinstance(function, partial) and "key" in function.keywords
+        return original(function.func if has_key else function)
+
+    step._place_of_key = place_of_key

@@ -1241,6 +1241,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_sdk_is_trusted_about_the_attempts_that_it_hides: (
         test_errors_of_clients.test_a_connection_that_is_refused_says_nothing_of_the_attempts_that_an_sdk_made_before
     ),
+    bugs.a_step_gets_its_key_in_place_of_an_argument_of_its_own: (
+        test_step.test_a_parameter_key_that_is_given_already_keeps_what_it_was_given
+    ),
 }
 
 

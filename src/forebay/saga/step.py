@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -284,7 +285,7 @@ def _is_plain(declared: Any) -> bool:
 
 async def call(function: Callable[..., Any], *args: Any, key: str, threads: Executor | None) -> Any:
     """Call a function of a step, in a thread if it is not async, and with its `key` if it takes one."""
-    if _takes_key(function):
+    if len(args) <= _place_of_key(function):
         function = partial(function, key=key)
     return await _call(function, *args, blocking=not is_async(function), threads=threads)
 
@@ -328,16 +329,23 @@ async def _whole(future: Awaitable[Any]) -> Any:
 
 
 @_cached
-def _takes_key(function: Any) -> bool:
-    """Return whether a function has a parameter `key` of its own, that is not given by position."""
+def _place_of_key(function: Any) -> int:
+    """Return how many arguments by position a function takes before its `key`; -1 if it takes none, or has it."""
+    inner = function
+    while isinstance(inner, partial):
+        if "key" in inner.keywords:
+            return -1
+        inner = inner.func
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # as of some built-in functions
-        return False
-    key = parameters.get("key")
-    if key is not None:
-        return key.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return False
+        return -1
+    for place, parameter in enumerate(parameters.values()):
+        if parameter.name == "key" and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            return sys.maxsize
+        if parameter.name == "key" and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return place
+    return -1
 
 
 def is_ambiguous(error: BaseException) -> bool:

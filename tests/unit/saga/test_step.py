@@ -364,6 +364,10 @@ async def with_any_names(first: object, **names: object) -> Any:
     return first, names.get("key")
 
 
+async def with_key_first(key: object, data: object) -> Any:
+    return key, data
+
+
 def plain_with_key(first: object, *, key: str) -> Any:
     return first, key
 
@@ -393,6 +397,27 @@ async def test_a_function_gets_the_key_if_it_has_a_parameter_of_that_name(
 ) -> None:
     with ThreadPoolExecutor() as threads:
         assert await call(function, 7, key="k", threads=threads) == (7, "k" if takes_key else None)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "found"),
+    [
+        (with_key_first, ("name", "data"), ("name", "data")),
+        (with_a_key_that_may_be_given_by_position, (7, "name"), (7, "name")),
+        (partial(with_a_key_that_may_be_given_by_position, 7), ("name",), (7, "name")),
+        (partial(with_a_key_that_may_be_given_by_position, 7), (), (7, "the key")),
+        (partial(with_a_key_that_may_be_given_by_position, 7, "name"), (), (7, "name")),
+        (partial(with_key, key="name"), (7,), (7, "name")),
+        (partial(partial(plain_with_key, key="name"), 7), (), (7, "name")),
+        (partial(with_key_first, data="data"), (), ("the key", "data")),
+    ],
+)
+async def test_a_parameter_key_that_is_given_already_keeps_what_it_was_given(
+    function: Callable[..., Any], args: tuple[object, ...], found: object
+) -> None:
+    with ThreadPoolExecutor() as threads:
+        for _ in range(2):  # the second time its signature is known
+            assert await call(function, *args, key="the key", threads=threads) == found
 
 
 async def test_a_built_in_function_can_be_a_step() -> None:
