@@ -165,17 +165,25 @@ class ReservationClosed(ForebayError, RuntimeError):
 
 
 class InvalidHandler(ForebayError, TypeError):
-    """{worker!r} has a handler of type {type}, which Forebay cannot run: {hint}."""
+    """{worker!r} has a handler of type {type}, which Forebay cannot run: {hint}.{wrapper}"""
 
     worker: str
     type: str
 
-    def __init__(self, *, worker: str, type: str, frameworks: str = "", hint: str = "") -> None:  # noqa: A002
+    def __init__(
+        self,
+        *,
+        worker: str,
+        type: str,  # noqa: A002
+        frameworks: str = "",
+        hint: str = "",
+        wrapper: str = "",
+    ) -> None:
         hint = hint or (
             "pass an async or plain callable that takes the Task, a supervisor, or an agent of a supported framework"
             f" ({frameworks})"
         )
-        super().__init__(worker=worker, type=type, frameworks=frameworks, hint=hint)
+        super().__init__(worker=worker, type=type, frameworks=frameworks, hint=hint, wrapper=wrapper)
 
 
 class NotImportable(ForebayError, TypeError):

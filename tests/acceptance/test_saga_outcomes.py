@@ -17,12 +17,12 @@ from forebay.overflow import encode_task
 from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
 from forebay.saga.records import (
     UNFINISHED,
-    Compensating,
+    CompensatingEntry,
     Entry,
     LogWrite,
     SagaHeader,
     SagaHistory,
-    Started,
+    StartedEntry,
     StepState,
     decode_entries,
     encode_entry,
@@ -430,8 +430,8 @@ async def test_an_invalid_step_is_told_without_two_full_stops() -> None:
 @virtual
 async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() -> None:
     log, step = MemorySagaLog(), Step()
-    begun = Started(at=0.0, step="a", function="f", compensable=True)
-    await left_by_a_lost_process(log, begun, Compensating(at=0.0, error_type="x", error="x"))
+    begun = StartedEntry(at=0.0, step="a", function="f", compensable=True)
+    await left_by_a_lost_process(log, begun, CompensatingEntry(at=0.0, error_type="x", error="x"))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
@@ -447,7 +447,7 @@ async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() 
 @virtual
 async def test_a_pivot_that_fails_when_it_is_repeated_after_its_process_was_lost_is_parked() -> None:
     log = MemorySagaLog()
-    await left_by_a_lost_process(log, Started(at=0.0, step="pay", function="f", pivot=True))
+    await left_by_a_lost_process(log, StartedEntry(at=0.0, step="pay", function="f", pivot=True))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
@@ -522,7 +522,7 @@ async def test_a_step_that_the_function_cuts_off_while_it_is_checked_is_settled(
 ) -> None:
     log, step = MemorySagaLog(), Step(TimeoutError())
     if resumed:
-        await left_by_a_lost_process(log, Started(at=0.0, step="a", function="f", compensable=True))
+        await left_by_a_lost_process(log, StartedEntry(at=0.0, step="a", function="f", compensable=True))
 
     async def check() -> Done | None:
         await asyncio.sleep(3.0)

@@ -110,11 +110,11 @@ async def left_by_a_lost_process(log: MemorySagaLog, name: str, *written: Entry,
 
 
 def started(step: str, *, compensable: bool = False, pivot: bool = False) -> Entry:
-    return entries.Started(at=0.0, step=step, function="f", compensable=compensable, pivot=pivot)
+    return entries.StartedEntry(at=0.0, step=step, function="f", compensable=compensable, pivot=pivot)
 
 
 def done(step: str) -> Entry:
-    return entries.Done(at=0.0, step=step, output=encode_result(f"{step} done", task_id=step, bound=1_000))
+    return entries.DoneEntry(at=0.0, step=step, output=encode_result(f"{step} done", task_id=step, bound=1_000))
 
 
 def two_steps(effects: Effects, last: Callable[..., Any] | None = None, **options: Any) -> Saga:
@@ -541,9 +541,9 @@ async def test_compensations_that_were_left_go_on(effects: Effects, log: MemoryS
         "s",
         *(entry for name in "abc" for entry in (started(name, compensable=True), done(name))),
         started("d"),
-        entries.Failed(at=0.0, step="d", error_type="ValueError", error="ValueError", clean=True),
-        entries.Compensating(at=0.0, error_type="StepFailed", error="d failed"),
-        entries.Undone(at=0.0, step="c"),
+        entries.FailedEntry(at=0.0, step="d", error_type="ValueError", error="ValueError", clean=True),
+        entries.CompensatingEntry(at=0.0, error_type="StepFailed", error="d failed"),
+        entries.UndoneEntry(at=0.0, step="c"),
     )
     async with supervisor_of(log, function):
         assert (await ended(log, "lost")).state is SagaState.COMPENSATED

@@ -31,16 +31,16 @@ from forebay import clock
 from forebay.cli.app import app
 from forebay.saga import SagaLog, SagaState, open_saga_log
 from forebay.saga.records import (
-    Compensated,
-    Done,
+    CompensatedEntry,
+    DoneEntry,
     Entry,
-    Finished,
-    Parked,
-    Resolved,
+    FinishedEntry,
+    ParkedEntry,
+    ResolvedEntry,
     SagaHistory,
     StepState,
     StoredSaga,
-    UndoFailed,
+    UndoFailedEntry,
     decode_entries,
 )
 
@@ -48,17 +48,17 @@ pytestmark = pytest.mark.blocks
 
 T = TypeVar("T")
 
-DONE = (*RESEARCH, Finished(at=AT, result=output("published")))
-PARKED = Parked(at=AT, why="a person has to look", step="act")
-UNDO_FAILED = UndoFailed(at=AT, step="act", error="TimeoutError")
+DONE = (*RESEARCH, FinishedEntry(at=AT, result=output("published")))
+PARKED = ParkedEntry(at=AT, why="a person has to look", step="act")
+UNDO_FAILED = UndoFailedEntry(at=AT, step="act", error="TimeoutError")
 SAGAS: dict[str, tuple[Entry, ...]] = {
     "runs": RESEARCH,
     "waits": UNKNOWN,
     "returns": (*RESEARCH, GOES_BACK),
     "fails": UNDO_FAILS,
     "ended": DONE,
-    "went back": (GOES_BACK, Compensated(at=AT)),
-    "closed": (*UNKNOWN, Resolved(at=AT)),
+    "went back": (GOES_BACK, CompensatedEntry(at=AT)),
+    "closed": (*UNKNOWN, ResolvedEntry(at=AT)),
 }
 
 
@@ -254,8 +254,8 @@ def test_a_saga_that_is_not_parked_asks_for_nothing(filled: Command) -> None:
         ((begun("act"), begun("other"), PARKED), ["--step=act --done=JSON", "--step=act --not-done"]),
         ((begun("act"), GOES_BACK, PARKED), ["--step=act --undone"]),
         ((begun("act"), failed("act", clean=True), GOES_BACK, PARKED), []),
-        ((*RESEARCH, Parked(at=AT, why="its code has changed", step="research")), []),
-        ((Parked(at=AT, why="its version is another one"),), []),
+        ((*RESEARCH, ParkedEntry(at=AT, why="its code has changed", step="research")), []),
+        ((ParkedEntry(at=AT, why="its version is another one"),), []),
     ],
 )
 def test_what_to_do_about_a_parked_saga_is_shown_as_commands(
@@ -314,7 +314,7 @@ def test_what_may_be_done_says_what_is_known_of_the_step(
 
 @pytest.mark.parametrize("saga_id", ["it's; rm -rf $HOME", "--help", "a\nb\x1b[2J'\\", "\u202eid \U0001f600"])
 def test_the_commands_work_as_they_are_shown(command: Command, saga_id: str) -> None:
-    command.store({saga_id: (*RESEARCH, begun("-x 'y'"), Parked(at=AT, why="w", step="-x 'y'"))})
+    command.store({saga_id: (*RESEARCH, begun("-x 'y'"), ParkedEntry(at=AT, why="w", step="-x 'y'"))})
     shown = json.loads(command("show", "--json", "--", saga_id).stdout)
     for line in shown["next"]:
         assert not {"\n", "\x1b", "\u202e"} & set(line)
@@ -332,11 +332,11 @@ def bash_words(line: str) -> list[str]:
 
 def test_text_of_others_does_not_reach_the_terminal(command: Command) -> None:
     hostile = "a\x1b[2J\nfake line\u202e"
-    command.store({hostile: (begun(hostile), Parked(at=AT, why=hostile, step=hostile))})
+    command.store({hostile: (begun(hostile), ParkedEntry(at=AT, why=hostile, step=hostile))})
     for done in (command("ls"), command("show", hostile, "--outputs"), command("retry", hostile)):
         assert done.exit_code == 0
         assert not {"\x1b", "\u202e"} & set(done.stdout)
-    command.store({"other": (begun(hostile), Parked(at=AT, why=hostile, step=hostile))})
+    command.store({"other": (begun(hostile), ParkedEntry(at=AT, why=hostile, step=hostile))})
     assert len(command("ls", "--state", "parked").stdout.splitlines()) == 2
 
 
@@ -378,7 +378,7 @@ def test_the_outcome_of_a_step_is_written_with_its_note_and_the_saga_goes_on(
     )
     assert ": asked the bank" in filled("show", saga_id).stdout
     if "--done" in options:
-        (entry,) = [entry for entry in decode_entries(saga_id, stored.entries) if isinstance(entry, Done)][1:]
+        (entry,) = [entry for entry in decode_entries(saga_id, stored.entries) if isinstance(entry, DoneEntry)][1:]
         assert entry.output == output(json.loads(options[1]))
 
 

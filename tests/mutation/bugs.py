@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +22,8 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
+from forebay.adapters import detect
+from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
 from forebay.adapters.langgraph.checkpoint_keys import digest
 from forebay.adapters.langgraph.handler import _repeated_answer
@@ -71,7 +73,7 @@ from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
 from forebay.saga import run as saga_run
 from forebay.saga.held_saga import HeldSaga
-from forebay.saga.records import LogWrite, SagaHistory, Started
+from forebay.saga.records import LogWrite, SagaHistory, StartedEntry
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
@@ -2724,7 +2726,7 @@ def a_step_is_called_before_the_log_has_its_start() -> None:
     original = HeldSaga.write
 
     async def write(self: HeldSaga, entry: Any) -> None:
-        if isinstance(entry, Started):
+        if isinstance(entry, StartedEntry):
             self.note(entry)
         else:
             await original(self, entry)
@@ -3030,3 +3032,35 @@ def a_step_gets_its_key_in_place_of_an_argument_of_its_own() -> None:
         return original(function.func if has_key else function)
 
     step._place_of_key = place_of_key
+
+
+# --- agents of frameworks ---
+
+
+def a_cancelled_agent_is_left_in_its_thread() -> None:
+    original = AgentThread.run
+
+    async def run(self: AgentThread, function: Callable[[], Any]) -> Any:
+        running = asyncio.ensure_future(original(self, function))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
+
+    replace(AgentThread, original, run)
+
+
+def an_agent_takes_its_stop_for_a_failed_tool() -> None:
+    def await_in_loop(self: AgentThread, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        self._awaited = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        if self._stopped:
+            self._awaited.cancel()
+        return self._awaited.result()
+
+    replace(AgentThread, AgentThread.await_in_loop, await_in_loop)
+
+
+def a_package_is_taken_for_a_framework_by_its_name() -> None:
+    for package, framework in detect.FRAMEWORKS.items():
+        detect.FRAMEWORKS[package] = framework._replace(marker="")

@@ -95,6 +95,7 @@ from tests.integration import (
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
+from tests.unit.adapters import test_agent_thread, test_as_handler
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.engine import test_process_engine
@@ -1243,6 +1244,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_step_gets_its_key_in_place_of_an_argument_of_its_own: (
         test_step.test_a_parameter_key_that_is_given_already_keeps_what_it_was_given
+    ),
+    bugs.a_cancelled_agent_is_left_in_its_thread: (
+        test_agent_thread.test_a_cancelled_run_lasts_until_its_thread_has_stopped_at_the_next_check
+    ),
+    bugs.an_agent_takes_its_stop_for_a_failed_tool: (
+        test_agent_thread.test_what_a_cancelled_run_awaits_in_the_loop_is_cancelled
+    ),
+    bugs.a_package_is_taken_for_a_framework_by_its_name: (
+        test_as_handler.test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it
     ),
 }
 

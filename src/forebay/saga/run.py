@@ -315,7 +315,7 @@ class SagaRun:
         return await self._do(step)
 
     async def _write_start(self, step: Step) -> None:
-        started = records.Started(
+        started = records.StartedEntry(
             at=clock.wall_time(),
             step=step.name,
             function=step.function_name,
@@ -373,7 +373,7 @@ class SagaRun:
                 may_be_done |= is_ambiguous(error)
                 last, delay = error, again
             else:
-                self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded))
+                self._held.note(records.DoneEntry(at=clock.wall_time(), step=step.name, output=encoded))
                 return self._decode(step, encoded)
 
     @staticmethod
@@ -456,7 +456,7 @@ class SagaRun:
         )
 
     def _note_failed(self, step: Step, error: BaseException, *, clean: bool) -> None:
-        failed = records.Failed(
+        failed = records.FailedEntry(
             at=clock.wall_time(),
             step=step.name,
             error_type=type(error).__name__,
@@ -470,7 +470,7 @@ class SagaRun:
             encoded = self._encode(step, output)
         except NotEncodable as error:
             raise _Parking(f"by its check it has succeeded, but {error}", step.name) from error
-        self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded, by=by))
+        self._held.note(records.DoneEntry(at=clock.wall_time(), step=step.name, output=encoded, by=by))
         return self._decode(step, encoded)
 
     async def _check(self, step: Step) -> Done | None:
@@ -551,7 +551,7 @@ class SagaRun:
             raise TypeError(
                 f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
             ) from None
-        await self._held.write(records.Finished(at=clock.wall_time(), result=result))
+        await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
         return decode_result(result)
 
     async def conclude(self, error: BaseException, *, cut_off: bool) -> None:
@@ -660,7 +660,7 @@ class SagaRun:
 
     async def _park(self, parking: _Parking) -> None:
         log.error("saga %r is parked: %s", self.saga_id, parking.why)
-        await self._held.write(records.Parked(at=clock.wall_time(), why=parking.why, step=parking.step))
+        await self._held.write(records.ParkedEntry(at=clock.wall_time(), why=parking.why, step=parking.step))
 
     # --- backwards ---
 
@@ -707,7 +707,7 @@ class SagaRun:
     async def _compensate(self, error: BaseException | None) -> None:
         if not self._history.goes_back:
             kind, text = type(error).__name__, _describe(error)
-            await self._held.write(records.Compensating(at=clock.wall_time(), error_type=kind, error=text))
+            await self._held.write(records.CompensatingEntry(at=clock.wall_time(), error_type=kind, error=text))
             if self._not_asked():  # cut off before it had come to where it was left
                 run = SagaRun(self._saga, self._payload, self._held, self._driver, bound=self._bound)
                 await run.go_back()
@@ -722,7 +722,7 @@ class SagaRun:
             if record.state is StepState.STARTED and step.check is not None and not await self._was_done(step):
                 continue
             await self._undo(step)
-        await self._held.write(records.Compensated(at=clock.wall_time()))
+        await self._held.write(records.CompensatedEntry(at=clock.wall_time()))
 
     async def _was_done(self, step: Step) -> bool:
         """Ask the check of a step that is to be undone; if it cannot say, the step is undone by its key."""
@@ -767,7 +767,7 @@ class SagaRun:
                 raise_again_if_interrupt(error)
                 delay = self._undo_delay(step, error, retries)
             else:
-                await self._held.write(records.Undone(at=clock.wall_time(), step=step.name))
+                await self._held.write(records.UndoneEntry(at=clock.wall_time(), step=step.name))
                 return
             finally:
                 slow.cancel()
@@ -793,7 +793,7 @@ class SagaRun:
         if isinstance(error, Overloaded):  # it was not tried, and waits as often as it takes
             delay = min(max(error.retry_after or 0.0, retry.base_delay), _MAX_BUSY_WAIT)
         else:
-            self._held.note(records.UndoFailed(at=clock.wall_time(), step=step.name, error=_describe(error)))
+            self._held.note(records.UndoFailedEntry(at=clock.wall_time(), step=step.name, error=_describe(error)))
             delay = retries.next_delay(uses_attempt=True, draw=clock.draw())
             if not _covers(retry, error):
                 delay = None

@@ -337,7 +337,7 @@ class SagaDriver:
 
     async def _begin(self, saga: Saga, header: SagaHeader, now: float) -> tuple[StoredSaga, bool]:
         """Begin a saga, or take it; return it, and whether it is held here now."""
-        restart = records.encode_entry(records.Restarted(at=now))
+        restart = records.encode_entry(records.RestartedEntry(at=now))
         fence, until = clock.new_id(), now + self._settings.lease
         stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
         is_held = stored.holder == fence
@@ -389,7 +389,7 @@ class SagaDriver:
     @staticmethod
     async def _park(held: HeldSaga, why: str) -> None:
         log.error("saga %r is parked: %s", held.saga_id, why)
-        await held.write(records.Parked(at=clock.wall_time(), why=why))
+        await held.write(records.ParkedEntry(at=clock.wall_time(), why=why))
 
     # --- what is left in the log ---
 
@@ -481,7 +481,7 @@ class SagaDriver:
     async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> str:
         why = f"it cannot be read: {as_clause(str(error))}"
         log.error("saga %r is parked: %s", stored.header.saga_id, why)
-        parked = records.encode_entry(records.Parked(at=clock.wall_time(), why=why))
+        parked = records.encode_entry(records.ParkedEntry(at=clock.wall_time(), why=why))
         write = LogWrite(len(stored.entries), [parked], SagaState.PARKED, why)
         await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time())
         return why
