@@ -235,14 +235,18 @@ def test_an_interrupt_that_a_step_raises_in_a_thread_is_an_error_like_any(effect
     assert effects.calls == ["undo a by key"]
 
 
+class Unreadable(dict[str, Any]):
+    """A response that cannot be read."""
+
+    def get(self, *_: Any) -> Any:
+        raise RuntimeError("closed")
+
+
 class Odd(Exception):
     """An error whose attributes cannot be used."""
 
     retry_after = "3"
-
-    @property
-    def response(self) -> Any:
-        raise RuntimeError("there is no response")
+    response = Unreadable()
 
 
 def broken_filter(_: BaseException) -> bool:

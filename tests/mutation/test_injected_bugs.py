@@ -1249,6 +1249,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_compensation_that_the_code_no_longer_has_is_called: (
         test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
     ),
+    bugs.an_answer_that_cannot_be_read_says_that_there_is_no_effect: (
+        test_errors_of_clients.test_an_answer_that_cannot_be_read_leaves_it_open
+    ),
+    bugs.an_error_after_a_successful_answer_is_a_refusal: (
+        test_errors_of_clients.test_a_redirection_that_is_not_followed_leaves_it_open
+    ),
+    bugs.an_sdk_is_trusted_about_the_attempts_that_it_hides: (
+        test_errors_of_clients.test_a_connection_that_is_refused_says_nothing_of_the_attempts_that_an_sdk_made_before
+    ),
+    bugs.a_step_gets_its_key_in_place_of_an_argument_of_its_own: (
+        test_step.test_a_parameter_key_that_is_given_already_keeps_what_it_was_given
+    ),
     bugs.a_cancelled_agent_is_left_in_its_thread: (
         test_agent_thread.test_a_cancelled_run_lasts_until_its_thread_has_stopped_at_the_next_check
     ),

@@ -87,6 +87,12 @@ class FailedEntry(_Entry, frozen=True, tag="failed"):
     clean: bool = False
 
 
+class CutOffEntry(_Entry, frozen=True, tag="cut off"):
+    """The function of the saga has cut off a step, by a timeout of its own, say, and goes on without its outcome."""
+
+    step: str
+
+
 class UndoneEntry(_Entry, frozen=True, tag="undone"):
     """The compensation of a step has succeeded, or a person has undone it."""
 
@@ -143,6 +149,7 @@ Entry: TypeAlias = (
     StartedEntry
     | DoneEntry
     | FailedEntry
+    | CutOffEntry
     | UndoneEntry
     | UndoFailedEntry
     | CompensatingEntry
@@ -249,7 +256,10 @@ class StepRecord(msgspec.Struct, kw_only=True):
         error_type, error: what it raised, unless it is DONE since.
         undo_errors: how often its compensation has raised.
         undo_error: what that raised last, unless it is UNDONE since.
-        order: of its start; once it is not STARTED any more, of its end, which is before or after that of the pivot.
+        started: how many entries there were with its start.
+        ended: how many with its end, which is before or after that of the pivot; 0: it is STARTED.
+        told: how many when its outcome was there for the function of the saga, a failure once it is undone; 0: none.
+        cut_off: whether the function has cut it off, and got no other outcome.
     """
 
     name: str
@@ -263,7 +273,10 @@ class StepRecord(msgspec.Struct, kw_only=True):
     error: str = ""
     undo_errors: int = 0
     undo_error: str = ""
-    order: int = 0
+    started: int
+    ended: int = 0
+    told: int = 0
+    cut_off: bool = False
 
     @property
     def needs_undo(self) -> bool:
@@ -272,6 +285,10 @@ class StepRecord(msgspec.Struct, kw_only=True):
 
 
 _WITH_EFFECT = (StepState.STARTED, StepState.FAILED, StepState.DONE)
+
+
+def _undo_rank(step: StepRecord) -> tuple[bool, int]:
+    return step.state is StepState.DONE, -(step.ended or step.started)
 
 
 class SagaHistory:
@@ -336,7 +353,7 @@ class SagaHistory:
     def to_undo(self) -> Sequence[StepRecord]:
         """Return the steps to undo, in that order: what may have ended first, then in reverse order of completion."""
         steps = [step for step in self.steps.values() if step.needs_undo]
-        return sorted(steps, key=lambda step: (step.state is StepState.DONE, -step.order))
+        return sorted(steps, key=_undo_rank)
 
     def key_of(self, step: str) -> str:
         """Return the idempotency key of a step in this round: the same in every process, and no other step's."""
@@ -347,7 +364,7 @@ class SagaHistory:
         """Add an entry that was written after the others."""
         self.count += 1
         match entry:
-            case StartedEntry() | DoneEntry() | FailedEntry() | UndoneEntry() | UndoFailedEntry():
+            case StartedEntry() | DoneEntry() | FailedEntry() | CutOffEntry() | UndoneEntry() | UndoFailedEntry():
                 self._add_to_step(entry)
             case CompensatingEntry():
                 self.error_type, self.error = entry.error_type, entry.error
@@ -363,7 +380,9 @@ class SagaHistory:
                 self._reset()
         self.state = self._STATES.get(type(entry), self.state)
 
-    def _add_to_step(self, entry: StartedEntry | DoneEntry | FailedEntry | UndoneEntry | UndoFailedEntry) -> None:
+    def _add_to_step(
+        self, entry: StartedEntry | DoneEntry | FailedEntry | CutOffEntry | UndoneEntry | UndoFailedEntry
+    ) -> None:
         name = entry.step
         if isinstance(entry, StartedEntry):
             self.overlapped |= any(step.state is StepState.STARTED for step in self.steps.values())
@@ -373,22 +392,27 @@ class SagaHistory:
                 function=entry.function,
                 compensable=entry.compensable,
                 pivot=entry.pivot,
-                order=self.count,
+                started=self.count,
             )
             return
         if (step := self.steps.get(name)) is None:
             raise LogDamaged(saga_id=self.saga_id, why=f"it has an end of step {name!r}, and no start")
         if step.state is StepState.STARTED and not isinstance(entry, UndoFailedEntry):
-            step.order = self.count
+            step.ended = self.count
         match entry:
             case DoneEntry():
-                step.state, step.output, step.order = StepState.DONE, entry.output, self.count
+                step.state, step.output = StepState.DONE, entry.output
+                step.ended = step.told = self.count
                 step.error_type = step.error = ""
             case FailedEntry():
                 step.state = StepState.NOT_DONE if entry.clean else StepState.FAILED
-                step.error_type, step.error = entry.error_type, entry.error
+                step.error_type, step.error, step.told = entry.error_type, entry.error, self.count
+            case CutOffEntry():
+                step.cut_off, step.told = True, self.count
             case UndoneEntry():
                 step.state, step.undo_error = StepState.UNDONE, ""
+                if step.output is None:
+                    step.told = 0 if self.goes_back else self.count
             case UndoFailedEntry():
                 step.undo_errors += 1
                 step.undo_error = entry.error

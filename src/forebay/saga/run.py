@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
@@ -21,6 +22,7 @@ from forebay.errors import (
     SagaTaken,
     StepFailed,
     StoreUnavailable,
+    WrongLoop,
 )
 from forebay.events import log
 from forebay.interfaces import TypeMismatch
@@ -45,10 +47,13 @@ if TYPE_CHECKING:
     from forebay.context import RunningTask
     from forebay.saga.held_saga import HeldSaga
 
-_REPLAY_WAIT = 10.0  # seconds in which parallel branches of a saga ask for the steps that the log has
+_REPLAY_WAIT = 60.0  # seconds in which the function of a saga asks for another of the steps that the log has
+_ALONE_WAIT = 1.0  # the same, where nothing in its log or in progress says that it has parallel branches
 _CHECK_RETRY = Retry(max_attempts=5, base_delay=0.2, max_delay=5.0)
 _PAST_PIVOT = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0)
 _UNKNOWN = Retry(max_attempts=5, base_delay=0.5, max_delay=10.0)  # of an idempotent step without an answer
+# The saga and the step in whose function the caller is.
+_inside: ContextVar[tuple[SagaRun, str] | None] = ContextVar("forebay_saga_step", default=None)
 _SLOW = 60.0  # seconds after which a compensation that does not return is reported
 _MAX_BUSY_WAIT = 60.0  # seconds between two attempts of a compensation whose call is rejected for load
 
@@ -140,7 +145,13 @@ class SagaRun:
         self._timeout = timeout  # seconds in which a pivot of unknown outcome must be settled; None: no limit
         self._recorded = dict(self._history.steps)  # those that the log had when it was taken
         self._steps: dict[str, Step] = {}  # those that the function has asked for
-        self._asked = asyncio.Event()  # set with each
+        # By name, with their places in the log: the steps to be asked for, and the outputs to be returned, of that log.
+        by_start = sorted(self._recorded.values(), key=lambda each: each.started)
+        by_told = sorted(self._recorded.values(), key=lambda each: each.told)
+        self._unasked = {each.name: each.started for each in by_start}
+        self._outputs = {each.name: each.told for each in by_told if each.output is not None and not each.cut_off}
+        self._replayed = asyncio.Event()  # set with each step that it asks for, and each output that it gets
+        self._loop = asyncio.get_running_loop()
         self._stop: BaseException | None = None  # what ends the saga, whatever its function makes of it
         self._uncalled: set[str] = set()  # the steps that were begun here, and whose function was not called yet
         self._in_progress: dict[str, asyncio.Task[Any]] = {}
@@ -191,8 +202,16 @@ class SagaRun:
 
         Raises:
             StepFailed: it raised. What effect it may have had is undone.
-            InvalidStep: an argument is invalid, or there was a step of that name.
+            InvalidStep: an argument is invalid, there was a step of that name, or a step asks for it.
+            WrongLoop: it is asked for in another event loop than that of the supervisor.
         """
+        if asyncio.get_running_loop() is not self._loop:
+            raise WrongLoop(
+                what=f"Saga {self.saga_id!r}", advice="ask for its steps in its function, and not in a thread"
+            )
+        if (inside := _inside.get()) is not None and inside[0] is self:
+            why = f"it is asked for inside step {inside[1]!r}: ask for it in the function of the saga"
+            raise InvalidStep(step=name, why=why)
         asked = step_of(
             name,
             function,
@@ -210,7 +229,8 @@ class SagaRun:
         if name in self._steps:
             raise InvalidStep(step=name, why="its saga has asked for a step of that name before: give each its own")
         self._steps[name] = asked
-        self._asked.set()
+        self._unasked.pop(name, None)
+        self._replayed.set()
         task = asyncio.ensure_future(self._take_or_stop(asked))
         self._in_progress[name] = task
         try:
@@ -220,16 +240,30 @@ class SagaRun:
                 raise  # `_stop_steps` waits for the step
             task.cancel()  # by a timeout of the function itself, for example
             await _until_ended(task)
-            del self._in_progress[name]
+            self._end_step(name)
+            self._note_cut_off(name)
             _look_at(task)
             raise
-        del self._in_progress[name]
+        self._end_step(name)
         return task.result()
+
+    def _note_cut_off(self, name: str) -> None:
+        """Note that the function has cut off a step, and goes on."""
+        record = self._history.steps.get(name)  # None: it was to wait for others, and has not begun
+        goes_on = not (self._stop or self._only_replays or self._is_stopped())
+        if goes_on and record is not None and not record.cut_off:
+            self._held.note(records.CutOffEntry(at=clock.wall_time(), step=name))
+
+    def _end_step(self, name: str) -> None:
+        self._in_progress.pop(name, None)
+        if self._outputs.pop(name, None) is not None:
+            self._replayed.set()
 
     # --- forwards ---
 
     async def _take_or_stop(self, step: Step) -> Any:
         """Do a step; what ends the saga is noted, because groups and timeouts of its function may hide it."""
+        _inside.set((self, step.name))  # in a context of its own
         try:
             try:
                 return await self._take(step)
@@ -241,35 +275,80 @@ class SagaRun:
                 return await self._failed(step, error, may_be_done=True)  # cut off while it was written or checked
         except (_StopSaga, SagaTaken, StoreUnavailable) as stop:  # what its function raises is a StepFailed by now
             self._stop = self._stop or stop
+            self._replayed.set()  # for branches that wait: the function asks for nothing any more
             raise
 
     async def _take(self, step: Step) -> Any:
         record = self._recorded.get(step.name)
         if record is None:
-            await self._replay_before(step)
+            await self._wait_for_replay(step)
+            if self._only_replays:
+                await self._no_outcome()
             self._check_place(step)
             return await self._begin(step)
         self._check_same(step, record)
-        if record.output is not None:
-            return self._decode(step, record.output)
         match record.state:
-            case StepState.STARTED if self._only_replays:
-                await asyncio.get_running_loop().create_future()  # its outcome is unknown: the function ends here
+            case StepState.STARTED | StepState.FAILED if self._only_replays:
+                await self._no_outcome()
             case StepState.STARTED:
+                await self._wait_for_replay(step)
                 return await self._resume(step, record)
             case StepState.FAILED if self._is_past_pivot(record):
+                await self._wait_for_replay(step)
                 await self._write_start(step)
                 return await self._resume(step, record)
-            case _ if self._is_past_pivot(record):
+            case StepState.NOT_DONE | StepState.UNDONE if self._is_past_pivot(record):
+                await self._wait_for_replay(step)
                 return await self._begin(step)  # a person lets it be tried again
-            case StepState.FAILED if not self._only_replays:
+            case StepState.FAILED:
                 await self._undo_now(step)  # its process was lost meanwhile
+        return await self._recorded_outcome(step, record)
+
+    async def _recorded_outcome(self, step: Step, record: StepRecord) -> Any:
+        """Return or raise what the function was given when the step had ended, and when it may depend on it again.
+
+        Its branches run side by side: what it did when one of them had got an outcome depends on how far the others had
+        come by then. So they come as far before.
+        """
+        if not record.told:
+            await self._no_outcome()
+        if record.cut_off:
+            await self._be_cut_off(step, record)
+        await self._wait_for_replay(step, record.told)
+        if record.output is not None:
+            return self._decode(step, record.output)
         raise StepFailed(saga_id=self.saga_id, step=step.name, error=record.error)
+
+    async def _be_cut_off(self, step: Step, record: StepRecord) -> NoReturn:
+        """Wait until the function cuts the step off, as it has done before.
+
+        Raises:
+            CancelledError: it has.
+            _Parking: it does not.
+        """
+        if not _is_being_cancelled():  # while it was undone
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(_REPLAY_WAIT)
+        if _is_being_cancelled():
+            if not self._is_stopped():
+                await self._wait_for_replay(step, record.told)
+            raise asyncio.CancelledError
+        raise _Parking(
+            f"its function had cut off step {step.name!r}, by a timeout of its own, say, and does not within"
+            f" {format_duration(_REPLAY_WAIT)} now that its code is replayed: put the time limit into the step",
+            step.name,
+        )
+
+    @staticmethod
+    async def _no_outcome() -> NoReturn:
+        """Wait until the saga is stopped: it goes back, and its function has come to where it had got no further."""
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
 
     def _is_past_pivot(self, record: StepRecord) -> bool:
         """Return whether a step has ended after the pivot had succeeded: its function has not seen it fail."""
         pivot = self._history.pivot
-        return pivot is not None and pivot.state is StepState.DONE and record.order > pivot.order
+        return pivot is not None and pivot.state is StepState.DONE and record.ended > pivot.ended
 
     def _check_same(self, step: Step, record: StepRecord) -> None:
         """Park the saga if a step of the log has become another one."""
@@ -281,27 +360,26 @@ class SagaRun:
                 before, after = ("with", "without") if was else ("without", "with")
                 raise _Parking(f"step {step.name!r} was begun {before} {what}, and is asked for {after} it{_CHANGED}")
 
-    async def _replay_before(self, step: Step) -> None:
-        """Wait until the function has asked for all steps that the log has, before one that it does not have.
+    async def _wait_for_replay(self, step: Step, place: float = math.inf) -> None:
+        """Wait until the function has asked for all steps, and got all outputs, that its log has before a place.
 
-        If it does not, it is another function than the one that began the saga, and an effect of the new step would not
-        belong to it.
+        Without a place: in the whole log. If it does not, it is another function than the one that began the saga, and
+        an effect of this step would not belong to it.
         """
-        while missing := [name for name in self._recorded if name not in self._steps]:
-            self._asked.clear()
-            alone = len(self._in_progress) <= 1 and not self._history.overlapped
-            if alone or not await self._wait_for_request():
-                raise _Parking(
-                    f"its function asks for step {step.name!r} where its log has step {missing[0]!r}{_CHANGED}"
-                )
-        if self._only_replays:
-            await asyncio.get_running_loop().create_future()
+        while _first(self._unasked) < place or _first(self._outputs) < place:
+            if self._stop is not None:
+                raise self._stop
+            self._replayed.clear()
+            is_alone = len(self._in_progress) <= 1 and not self._history.overlapped
+            if not await self._wait_for_request(_ALONE_WAIT if is_alone else _REPLAY_WAIT):
+                missing = next(iter(self._unasked or self._outputs))
+                raise _Parking(f"its function asks for step {step.name!r} where its log has step {missing!r}{_CHANGED}")
 
-    async def _wait_for_request(self) -> bool:
-        """Wait until the function asks for another step; return False if it does not for a while."""
+    async def _wait_for_request(self, seconds: float) -> bool:
+        """Wait until the function asks for another step, or gets an output; return False if it does not for a while."""
         try:
-            async with asyncio.timeout(_REPLAY_WAIT):
-                await self._asked.wait()
+            async with asyncio.timeout(seconds):
+                await self._replayed.wait()
         except TimeoutError:
             return False
         return True
@@ -388,8 +466,7 @@ class SagaRun:
 
     @staticmethod
     def _is_cancelled(error: BaseException) -> bool:
-        task = asyncio.current_task()
-        return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+        return isinstance(error, asyncio.CancelledError) and _is_being_cancelled()
 
     async def _call(self, step: Step) -> bytes:
         """Call the function of a step, and return its output as the log stores it."""
@@ -438,6 +515,8 @@ class SagaRun:
             raise _Parking(self._why_open(step, error, may_be_done=may_be_done), step.name) from error
         is_open &= past_pivot  # before it, a step without compensation is one whose effect may stay
         self._note_failed(step, error, clean=clean or (step.compensate is None and not is_open))
+        if _is_being_cancelled():  # now: its process may be lost while it is undone
+            self._note_cut_off(step.name)
         if past_pivot:
             effect = "; it may have had its effect" if is_open else ""
             raise _Parking(
@@ -564,7 +643,7 @@ class SagaRun:
                 await asyncio.wait(self._in_progress.values())
                 for name, task in list(self._in_progress.items()):
                     if task.done():
-                        del self._in_progress[name]
+                        self._end_step(name)
                         _look_at(task)
         except (Exception, BaseExceptionGroup):
             if self._stop is not None:
@@ -573,8 +652,9 @@ class SagaRun:
         if self._stop is not None:
             raise self._stop
         self._function_ended = True
-        if missing := [name for name in self._recorded if name not in self._steps]:
-            raise _Parking(f"its function has returned without step {missing[0]!r}, which its log has{_CHANGED}")
+        if self._unasked:
+            missing = next(iter(self._unasked))
+            raise _Parking(f"its function has returned without step {missing!r}, which its log has{_CHANGED}")
         try:
             result = encode_result(value, task_id=self.saga_id, bound=self._bound)
         except NotSerializable as error:
@@ -717,19 +797,20 @@ class SagaRun:
         self._only_replays = True
         async with self._parked_if_it_fails():
             await self._replay()
+            if isinstance(self._stop, _Parking) and self._not_asked():
+                raise self._stop
             await self._compensate(None)
 
     async def _replay(self) -> None:
         """Call the function, with the outputs of the log, as far as that goes: it says what undoes its steps."""
         function = asyncio.ensure_future(self._call_quietly())
+        function.add_done_callback(lambda _: self._replayed.set())
         try:
             while self._not_asked():
-                self._asked.clear()  # here: the function may ask for a step before the next line has its turn
-                asked = asyncio.ensure_future(self._wait_for_request())
-                await asyncio.wait((asked, function), return_when=asyncio.FIRST_COMPLETED)
-                if function.done():
-                    asked.cancel()
-                if function.done() or not asked.result():
+                self._replayed.clear()
+                # Branches may be under way though it has ended, as they were when it ended before.
+                has_ended = function.done() and not self._in_progress
+                if not await self._wait_for_request(_ALONE_WAIT if has_ended else _REPLAY_WAIT):
                     break
         finally:
             self._function_ended = True
@@ -760,8 +841,6 @@ class SagaRun:
             record = steps[0]
             step = self._steps.get(record.name)
             if step is None:
-                if isinstance(self._stop, _Parking):
-                    raise self._stop  # it says why the function did not come so far
                 raise _Parking(
                     f"step {record.name!r} is to be undone, and its function does not ask for it{_CHANGED}", record.name
                 )
@@ -867,7 +946,7 @@ class SagaRun:
 
         It is not cancelled with the caller: nothing may cut off an undo.
         """
-        own = contextvars.copy_context()
+        own = copy_context()
         own.run(context.set_running_task, self._driver.detached_task(self.saga_id))
         task = asyncio.get_running_loop().create_task(work, context=own)
         await _until_ended(task)
@@ -875,9 +954,19 @@ class SagaRun:
 
 
 _CHANGED = (
-    ". Its code has changed since, or depends on something else than its payload and the outputs of its steps. Let the"
-    " old code finish it, or close it by hand"
+    ". Its code has changed since, depends on something else than its payload and the outputs of its steps, or waits"
+    " for long outside of them. Let the old code finish it, or close it by hand"
 )
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _first(places: Mapping[str, int]) -> float:
+    """Return the first of the places in a log, which are in order."""
+    return next(iter(places.values()), math.inf)
 
 
 async def _until_ended(task: asyncio.Future[Any]) -> None:

@@ -11,6 +11,7 @@ from forebay.saga.records import (
     UNFINISHED,
     CompensatedEntry,
     CompensatingEntry,
+    CutOffEntry,
     DoneEntry,
     Entry,
     FailedEntry,
@@ -187,7 +188,7 @@ def _view_output(step: str | None, encoded: bytes) -> OutputView:
     return OutputView(step=step, value=plain["value"], problem=plain.get("value_error", ""))
 
 
-def describe(entry: Entry) -> str:  # noqa: C901, PLR0911 - a line for each kind
+def describe(entry: Entry) -> str:  # noqa: C901, PLR0911, PLR0912 - a line for each kind
     """Return what an entry says, without its output."""
     match entry:
         case StartedEntry():
@@ -198,6 +199,8 @@ def describe(entry: Entry) -> str:  # noqa: C901, PLR0911 - a line for each kind
         case FailedEntry():
             clean = " without an effect" if entry.clean else ""
             return f"step {entry.step!r} failed{clean}: {entry.error or entry.error_type}"
+        case CutOffEntry():
+            return f"step {entry.step!r} was cut off by the saga's function, which goes on without its outcome"
         case UndoneEntry():
             return f"step {entry.step!r} is undone{_said_by(entry.by)}"
         case UndoFailedEntry():
