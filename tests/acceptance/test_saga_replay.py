@@ -63,7 +63,7 @@ class Effects:
         step = self.does(name, seconds)
 
         async def shielded(*, key: str) -> str:
-            task = asyncio.ensure_future(step(key=key))
+            task: asyncio.Task[str] = asyncio.ensure_future(step(key=key))
             while not task.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait((task,))
