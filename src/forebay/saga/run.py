@@ -76,6 +76,9 @@ class Driver(Protocol):
     def detached_task(self, saga_id: str) -> RunningTask | None:
         """Return the running task of the compensations of a saga that it drives."""
 
+    async def take_slot_back(self, saga_id: str) -> None:
+        """Wait until the run of a saga has its slot again, which it has lent to what its compensations submitted."""
+
 
 class _StopSaga(BaseException):
     """Ends the function of a saga. It is no Exception, so that no ``except Exception`` of the function takes it."""
@@ -711,6 +714,7 @@ class SagaRun:
         task.add_done_callback(self._undoing.discard)
         await _until_ended(task)
         task.result()
+        await self._driver.take_slot_back(self.saga_id)  # the function goes on
 
     async def _undo(self, step: Step) -> None:
         """Call the compensation of a step until it has succeeded.

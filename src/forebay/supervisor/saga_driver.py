@@ -32,6 +32,7 @@ from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogDamaged, LogWrite, SagaHeader, SagaState, StoredSaga
 from forebay.saga.run import SagaLeft, SagaRun
 from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.slot_loans import take_slot_back
 from forebay.task import Priority, Task, TaskStatus
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from forebay.saga import Saga, SagaLog
     from forebay.supervisor.core import Core
     from forebay.supervisor.settings import SupervisorSettings
-    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.ticket import Reclaim, Ticket
 
 _MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would wait for slots with a lease
 _FORGET_BATCH = 1_000
@@ -82,6 +83,9 @@ class SagaAdmission(Protocol):
     def resume(self, task: Task, *, submitted_at: float, own: Context | None) -> Ticket:
         """Start or queue a task that goes on with what was admitted before."""
 
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it waits."""
+
 
 class SagaDriver:
     """Drives sagas, keeps their leases, and takes those that are left in the log.
@@ -120,6 +124,7 @@ class SagaDriver:
         self._settings = settings
         self._tasks: dict[str, Task] = {}  # that began the sagas which are driven here, by saga id
         self._weights: dict[str, float] = {}  # of their tenants
+        self._runs: dict[str, Run] = {}  # that await them, and lend their slots to what their compensations submit
         self._held: dict[str, HeldSaga] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}  # of those that are driven
         self._cut_off: dict[str, _CutOff] = {}  # those that were cut off after their pivot, and go on
@@ -198,7 +203,7 @@ class SagaDriver:
             is_cut_off=lambda: run.abandoned_at is not None,
             timeout=max(run.task.timeout or 0.0, run.worker.timeout),
         )
-        self._hold(held, task, run.tenant_weight)
+        self._hold(held, task, run.tenant_weight, run)
         try:
             result = await saga_run.drive()
         except BaseException as error:
@@ -290,7 +295,7 @@ class SagaDriver:
             if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
                 return taken
             if (end := self._ends.get(saga_id)) is not None:
-                await asyncio.wait((end,))
+                await self._wait_without_slot(run, end)
                 waited = True
                 continue
             now = clock.wall_time()
@@ -308,8 +313,17 @@ class SagaDriver:
                 if await self._check(saga, held):
                     return _Taken(held, task)
                 raise SagaParked(saga_id=saga_id, why=held.history.why)
-            await self._go_back(saga, held, task)
+            await self._go_back(saga, held, task, run)
             raise SagaCompensated(saga_id=saga_id, error=held.history.error)
+
+    async def _wait_without_slot(self, run: Run, end: asyncio.Future[None]) -> None:
+        """Wait until a saga has ended that is driven here, whose compensations may need the slot of `run`."""
+        reclaim = self._admission.lend_slots(run, None)
+        try:
+            await asyncio.wait((end,))
+        finally:
+            if reclaim is not None:
+                await reclaim()
 
     async def _check_undone_meanwhile(self, header: SagaHeader) -> None:
         """Raise SagaCompensated if the saga that another submission began was undone while this one waited for it.
@@ -529,9 +543,9 @@ class SagaDriver:
         with suppress(SagaParked, SagaTaken, StoreUnavailable):
             await self._go_back(saga, held, task)
 
-    async def _go_back(self, saga: Saga, held: HeldSaga, task: Task) -> None:
-        """Go on with the compensations of a saga."""
-        self._hold(held, task, self._core.tenants.weight(task.tenant))
+    async def _go_back(self, saga: Saga, held: HeldSaga, task: Task, awaiting: Run | None = None) -> None:
+        """Go on with the compensations of a saga, which the run `awaiting` awaits."""
+        self._hold(held, task, self._core.tenants.weight(task.tenant), awaiting)
         run = SagaRun(saga, task.payload, held, self, bound=self._settings.max_payload_bytes)
         end = self._in_background(self._end(held, run.go_back()), run)
         await asyncio.wait((end,))
@@ -573,15 +587,17 @@ class SagaDriver:
             )
             bus.emit(changed)
 
-    def _hold(self, held: HeldSaga, task: Task, weight: float) -> None:
+    def _hold(self, held: HeldSaga, task: Task, weight: float, run: Run | None) -> None:
         saga_id = held.saga_id
+        if run is not None:
+            self._runs[saga_id] = run
         self._held[saga_id] = held
         self._tasks[saga_id] = task
         self._weights[saga_id] = weight
         self._ends[saga_id] = self._core.loop.create_future()
 
     def _drop(self, saga_id: str) -> None:
-        for kept in (self._held, self._tasks, self._weights):
+        for kept in (self._held, self._tasks, self._weights, self._runs):
             kept.pop(saga_id, None)
         if (end := self._ends.pop(saga_id, None)) is not None:
             end.set_result(None)
@@ -589,7 +605,17 @@ class SagaDriver:
     def detached_task(self, saga_id: str) -> RunningTask | None:
         """Return the running task of the compensations of a saga that it drives."""
         task, held = self._tasks[saga_id], self._held[saga_id]
-        return DetachedTask(task, submission=held.stored.header.submission, tenant_weight=self._weights[saga_id])
+        return DetachedTask(
+            task,
+            submission=held.stored.header.submission,
+            tenant_weight=self._weights[saga_id],
+            awaited_by=self._runs.get(saga_id),
+        )
+
+    async def take_slot_back(self, saga_id: str) -> None:
+        """Wait until the run of a saga has its slot again, which it has lent to what its compensations submitted."""
+        if (run := self._runs.get(saga_id)) is not None:
+            await take_slot_back(run)
 
     async def _keep_leases(self) -> None:
         interval = self._settings.lease / 3
