@@ -421,7 +421,7 @@ class SagaDriver:
             self._scan_now.clear()
             try:
                 await self._scan()
-            except ForebayError as error:
+            except Exception as error:  # noqa: BLE001 - what fails once must not end the scans
                 self._core.failures.report("unfinished sagas could not be read from the log", error=error)
             try:
                 async with asyncio.timeout(interval * (0.9 + 0.2 * clock.draw())):
@@ -443,7 +443,7 @@ class SagaDriver:
                         await self._give_up_lapsed(stored)
                     else:
                         await self._resume(stored)
-                except ForebayError as error:
+                except Exception as error:  # noqa: BLE001 - its lease expires, and the others go on
                     self._core.failures.report(
                         "saga %r could not be taken from the log", stored.header.saga_id, error=error
                     )
@@ -459,7 +459,10 @@ class SagaDriver:
     async def _resume(self, stored: StoredSaga) -> None:
         """Go on with a saga that was left in the log."""
         header = stored.header
-        saga = self._sagas[header.name]
+        saga = self._sagas.get(header.name)
+        if saga is None:  # its worker was unregistered meanwhile
+            await self._log.release(header.saga_id, fence=stored.holder)
+            return
         try:
             held = self._hold_stored(stored)
             task, carried = self._load(stored)
@@ -625,7 +628,7 @@ class SagaDriver:
             until = clock.now() + self._settings.lease
             try:
                 lost = set(await self._renew(held.values()))
-            except StoreUnavailable as error:
+            except Exception as error:  # noqa: BLE001 - what fails once must not end the renewals
                 self._core.failures.report("leases on sagas could not be renewed", error=error)
                 continue
             for saga_id, each in held.items():
