@@ -38,7 +38,7 @@ class WatchedLog(MemorySagaLog):
 
     async def leave(self, saga_id: str) -> None:
         """Store a saga of a process that was lost."""
-        envelope = encode_task(Task("work", None, key=saga_id), b"\xc0", bound=1000)
+        envelope = encode_task(Task("work", None, key=saga_id), None, bound=1000)
         header = SagaHeader(saga_id=saga_id, name="short", version="", envelope=envelope, submission=0.0)
         await self.begin(header, b"", fence="lost", until=0.0, now=0.0)
 
