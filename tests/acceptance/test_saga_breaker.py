@@ -53,7 +53,7 @@ async def pay(run: SagaRun, how: str | None) -> None:
         await run.step("tell", decline)
 
 
-async def causes(supervisor: BackpressureSupervisor, how: str | None) -> set[type[BaseException] | type[None]]:
+async def causes(supervisor: BackpressureSupervisor, how: str | None) -> set[type[BaseException | None]]:
     """Submit many sagas one after the other, and return what they failed with."""
     tickets = [await supervisor.submit(Task("pay", how, key=f"{how} {number}")) for number in range(MANY)]
     return {type((await ticket).cause) for ticket in tickets}

@@ -228,7 +228,9 @@ class SqliteSagaLog:
 
     async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
         """Extend leases, and return the ids of those that are lost."""
-        return await self._writer.run(partial(_renew, holders, until))
+        lost = await self._writer.run(partial(_renew, holders, until))
+        self._writer.check_file()  # or a saga would wait for ever to write to a file that nobody else has
+        return lost
 
     async def release(self, saga_id: str, *, fence: str) -> None:
         """End a lease."""

@@ -164,6 +164,8 @@ async def test_nothing_is_acknowledged_once_the_file_was_removed(log: SqliteSaga
         await log.claim(["publish"], limit=1, fence="mine", until=30.0, now=20.0)
     with pytest.raises(StoreUnavailable, match="removed"):
         await log.amend("a", LogWrite(1, [b"note"], SagaState.RESOLVED), now=99.0)
+    with pytest.raises(StoreUnavailable, match="removed"):
+        await log.renew({"a": "mine"}, until=30.0)
 
 
 async def test_on_a_disk_that_is_nearly_full_no_saga_begins_and_those_that_have_begun_go_on(
