@@ -522,7 +522,11 @@ class SagaRun:
             raise TypeError(
                 f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
             ) from None
-        await self._held.write(records.Finished(at=clock.wall_time(), result=result))
+        try:
+            await self._held.write(records.Finished(at=clock.wall_time(), result=result))
+        except (SagaTaken, StoreUnavailable) as stop:
+            self._stop = stop  # the saga has not failed: it goes on elsewhere
+            raise
         return decode_result(result)
 
     async def conclude(self, error: BaseException, *, cut_off: bool) -> None:
@@ -630,8 +634,8 @@ class SagaRun:
             ) from None
 
     async def _park(self, parking: _Parking) -> None:
-        log.error("saga %r is parked: %s", self.saga_id, parking.why)
         await self._held.write(records.Parked(at=clock.wall_time(), why=parking.why, step=parking.step))
+        log.error("saga %r is parked: %s", self.saga_id, parking.why)
 
     # --- backwards ---
 

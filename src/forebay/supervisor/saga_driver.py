@@ -406,8 +406,8 @@ class SagaDriver:
 
     @staticmethod
     async def _park(held: HeldSaga, why: str) -> None:
-        log.error("saga %r is parked: %s", held.saga_id, why)
         await held.write(records.Parked(at=clock.wall_time(), why=why))
+        log.error("saga %r is parked: %s", held.saga_id, why)
 
     # --- what is left in the log ---
 
@@ -430,12 +430,15 @@ class SagaDriver:
                 continue
 
     async def _scan(self) -> None:
+        # The loop may have stood still for longer than a lease. What is held here is renewed first, so that it has not
+        # expired at this time, however long that takes.
         now = clock.wall_time()
+        await self._renew_held()
         room = _MAX_RESUMED - len(self._resumed) - len(self._background)
         names = list(self._sagas)
         if room > 0 and names:
             claimed = await self._log.claim(
-                names, limit=room, fence=clock.new_id(), until=now + self._settings.lease, now=now
+                names, limit=room, fence=clock.new_id(), until=clock.wall_time() + self._settings.lease, now=now
             )
             for stored in claimed:
                 try:
@@ -501,10 +504,10 @@ class SagaDriver:
 
     async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> str:
         why = f"it cannot be read: {error}"
-        log.error("saga %r is parked: %s", stored.header.saga_id, why)
         parked = records.encode_entry(records.Parked(at=clock.wall_time(), why=why))
         write = LogWrite(len(stored.entries), [parked], SagaState.PARKED, why)
-        await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time())
+        if await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time()):
+            log.error("saga %r is parked: %s", stored.header.saga_id, why)
         return why
 
     async def _queue(self, held: HeldSaga, task: Task, own: Context | None) -> None:
@@ -624,19 +627,22 @@ class SagaDriver:
         interval = self._settings.lease / 3
         while True:
             await asyncio.sleep(interval)
-            held = {saga_id: each for saga_id, each in self._held.items() if not each.ended}
-            until = clock.now() + self._settings.lease
             try:
-                lost = set(await self._renew(held.values()))
+                await self._renew_held()
             except Exception as error:  # noqa: BLE001 - what fails once must not end the renewals
                 self._core.failures.report("leases on sagas could not be renewed", error=error)
-                continue
-            for saga_id, each in held.items():
-                if saga_id not in lost:
-                    each.extended(until)
-                elif not each.ended:
-                    log.warning("saga %r was taken by another process", saga_id)
-                    each.lose()
+
+    async def _renew_held(self) -> None:
+        """Renew the leases on the sagas that are held here."""
+        held = {saga_id: each for saga_id, each in self._held.items() if not each.ended}
+        until = clock.now() + self._settings.lease
+        lost = set(await self._renew(held.values()))
+        for saga_id, each in held.items():
+            if saga_id not in lost:
+                each.extended(until)
+            elif not each.ended:
+                log.warning("saga %r was taken by another process", saga_id)
+                each.lose()
 
     async def _renew(self, held: Iterable[HeldSaga]) -> Iterable[str]:
         fences = {each.saga_id: each.fence for each in held}
