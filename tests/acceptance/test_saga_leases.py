@@ -1,4 +1,4 @@
-"""The leases of sagas: a log that is gone, and an event loop that stands still."""
+"""The leases of sagas: a log that is gone, an event loop that stands still, and a clock that is set back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from tests.support.task_plane import virtual
 
-from forebay import BackpressureSupervisor, Task
+from forebay import BackpressureSupervisor, Task, clock
 from forebay.errors import SagaTaken, StoreUnavailable
+from forebay.overflow import encode_task
 from forebay.saga import MemorySagaLog, SagaRun, saga
-from forebay.saga.records import Finished, LogWrite, Parked, StoredSaga, decode_entries
+from forebay.saga.records import Finished, LogWrite, Parked, SagaHeader, StoredSaga, decode_entries
 from forebay.simulation import virtual_loop
 
 LEASE = 3.0
@@ -120,3 +121,37 @@ async def test_a_saga_that_was_taken_as_it_ended_has_not_failed(fails: bool, cap
     async with supervisor:
         assert isinstance((await (await supervisor.submit(Task("work")))).cause, SagaTaken)
     assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+# --- the wall clock is set back ---
+
+
+@virtual
+async def test_after_the_clock_was_set_back_what_a_lost_process_left_goes_on_and_what_lives_is_not_taken() -> None:
+    calls = 0
+
+    async def work() -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(2_000.0)
+
+    @saga("works")
+    async def definition(run: SagaRun, _: object) -> None:
+        await run.step("work", work, idempotent=True)
+
+    log = MemorySagaLog()
+    supervisors = [BackpressureSupervisor(saga_log=log, lag_bound=None, lease=LEASE) for _ in range(2)]
+    for each in supervisors:
+        each.register_worker("worker", handler=definition, task_types=["work"], timeout=5_000.0)
+    async with supervisors[0], supervisors[1]:
+        ticket = await supervisors[0].submit(Task("work", key="lives"))
+        at = clock.wall_time()
+        envelope = encode_task(Task("work", key="lost"), None, bound=1_000)
+        header = SagaHeader(saga_id="lost", name="works", version="", envelope=envelope, submission=at)
+        await log.begin(header, b"", fence="lost", until=at + LEASE, now=at)
+        await asyncio.sleep(0.5 * LEASE)
+        virtual_loop().step_wall_time(-3_600.0)
+        await asyncio.sleep(700.0)
+        assert calls == 2
+        assert (await ticket).success
+    assert calls == 2

@@ -109,7 +109,9 @@ def sql() -> dict[str, str]:
         elif isinstance(value, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)", value):
             found[name] = value
     take = found.pop("_TAKE")  # a part of two others
-    return found | {"_CLAIM": found["_CLAIM"].format(names="?, ?"), "_TAKE": f"{take} WHERE sequence = ?"}
+    for name in ("_CLAIM", "_SHORTEN"):
+        found[name] = found[name].format(names="?, ?")
+    return found | {"_TAKE": f"{take} WHERE sequence = ?"}
 
 
 SORTED = {"_CLAIM": "only the sagas whose lease has expired"}
