@@ -24,7 +24,7 @@ packages: ## install the Debian and npm packages that tests use, where that is a
 demo: install ## the surge: SEED=7, OVERFLOW=redis://..., PROVIDER_URL=... reach it by the environment
 	@$(RUN) demo $(ARGS)
 
-test: install packages ## every test on one Python, and the quick ones on the other of 3.11 and 3.13 if it is found
+test: install packages ## every test on one Python, the quick ones on another, and those of agent frameworks
 	@scripts/test.sh $(ARGS)
 
 test-quick: install ## the inner loop: one Python, few examples, nothing slow
@@ -58,6 +58,8 @@ docs: install packages ## the documentation as a site in build/site, built stric
 LOCK := uv pip compile --quiet --no-header --no-emit-index-url --universal --python-version 3.11
 lock: install ## pin requirements/*.in again: ARGS=--upgrade for the newest versions
 	$(RUN) $(LOCK) requirements/dev.in --output-file requirements/dev.txt $(ARGS)
+	$(RUN) $(LOCK) requirements/frameworks.in --output-file requirements/frameworks.txt $(ARGS)
+	$(RUN) $(LOCK) requirements/crewai.in --output-file requirements/crewai.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/mutation.in --output-file requirements/mutation.txt --constraint requirements/dev.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/dbos.in --output-file requirements/dbos.txt $(ARGS)
 

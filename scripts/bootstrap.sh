@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes, repairs or updates a virtual environment: the pins of requirements/dev.txt, and this checkout.
 #
-#   scripts/bootstrap.sh VENV          on the newest Python found, or on the one that PYTHON names
-#   scripts/bootstrap.sh VENV MINOR    on that minor, such as 3.11; exits 3 where none can be used
+#   scripts/bootstrap.sh VENV             on the newest Python found, or on the one that PYTHON names
+#   scripts/bootstrap.sh VENV MINOR       on that minor, such as 3.11; exits 3 where none can be used
+#   scripts/bootstrap.sh VENV '' PINS     with other pins, such as requirements/frameworks.txt
 #
 # Safe to run at any time. It does nothing if the environment is complete, installs what the requirements changed, and
 # starts again if a run was interrupted, the environment's Python has gone or the checkout has moved.
@@ -13,6 +14,7 @@ trap 'exit 130' INT # else an interrupted step only counts as one that failed
 
 venv=$1
 minor=${2:-}
+pins=${3:-requirements/dev.txt}
 python=$venv/bin/python
 stamp=$venv/.complete # what the environment was made from; written last
 
@@ -73,17 +75,17 @@ make_venv() {
 }
 
 install() {
-    "$python" -m pip install --quiet --constraint requirements/dev.txt uv
-    say "installing requirements/dev.txt"
+    "$python" -m pip install --quiet --constraint "$pins" uv
+    say "installing $pins"
     # uv takes seconds, but knows nothing of pip's configuration: behind a mirror, pip gets there in a minute.
-    "$python" -m uv pip sync --quiet --python "$python" requirements/dev.txt ||
-        "$python" -m pip install --quiet --no-deps --requirement requirements/dev.txt
+    "$python" -m uv pip sync --quiet --python "$python" "$pins" ||
+        "$python" -m pip install --quiet --no-deps --requirement "$pins"
     "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 }
 
 # Two lines that tell whether it can be updated in place, and those that tell whether it need be.
 foundation() { printf '%s\n' "$PWD" && "$python" -c 'import sys; print(" ".join(sys.version.split()))' 2>/dev/null; }
-fingerprint() { foundation && cksum requirements/dev.txt pyproject.toml scripts/bootstrap.sh; }
+fingerprint() { foundation && cksum "$pins" pyproject.toml scripts/bootstrap.sh; }
 
 # Two runs at once: the second waits, then finds everything done.
 if command -v flock >/dev/null; then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests on the Python of .venv, then on each other Python at an end of the supported range that is found.
-# Arguments go to pytest.
+# Runs the tests on the Python of .venv, then on each other Python at an end of the supported range that is found, then
+# those of tests/frameworks in the environments of the frameworks. Arguments go to pytest; with any, frameworks are left
+# out, unless tests/frameworks is one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,4 +29,13 @@ for python in "${pythons[@]}"; do
     echo "== tests on $("$python" --version) =="
     "$python" -m pytest --numprocesses "${JOBS:-2}" --dist worksteal "${others[@]}" "$@"
     others=(-m "not slow" --hypothesis-profile quick -k "not sqs and not sentinel and not cluster and not replicated")
+done
+
+# Frameworks pin what they need, so they have environments of their own: requirements/NAME.txt in .venv-NAME.
+frameworks=(frameworks)
+case " $* " in "  " | *tests/frameworks*) ;; *) frameworks=() ;; esac
+for name in ${frameworks[@]+"${frameworks[@]}"}; do
+    scripts/bootstrap.sh ".venv-$name" '' "requirements/$name.txt"
+    echo "== tests of requirements/$name.txt =="
+    ".venv-$name/bin/python" -m pytest "${@:-tests/frameworks}"
 done

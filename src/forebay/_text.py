@@ -39,6 +39,12 @@ def error_text(text: str) -> str:
     return text
 
 
+def as_clause(text: str) -> str:
+    """Return the first line of a text that is not empty, without its full stop: as a part of a sentence."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if line.endswith("..") else line.removesuffix(".")
+
+
 def is_unicode(text: str) -> bool:
     """Return whether a text can be encoded: it holds no surrogates."""
     try:

@@ -165,17 +165,25 @@ class ReservationClosed(ForebayError, RuntimeError):
 
 
 class InvalidHandler(ForebayError, TypeError):
-    """{worker!r} has a handler of type {type}, which Forebay cannot run: {hint}."""
+    """{worker!r} has a handler of type {type}, which Forebay cannot run: {hint}.{wrapper}"""
 
     worker: str
     type: str
 
-    def __init__(self, *, worker: str, type: str, frameworks: str = "", hint: str = "") -> None:  # noqa: A002
+    def __init__(
+        self,
+        *,
+        worker: str,
+        type: str,  # noqa: A002
+        frameworks: str = "",
+        hint: str = "",
+        wrapper: str = "",
+    ) -> None:
         hint = hint or (
             "pass an async or plain callable that takes the Task, a supervisor, or an agent of a supported framework"
             f" ({frameworks})"
         )
-        super().__init__(worker=worker, type=type, frameworks=frameworks, hint=hint)
+        super().__init__(worker=worker, type=type, frameworks=frameworks, hint=hint, wrapper=wrapper)
 
 
 class NotImportable(ForebayError, TypeError):
@@ -339,6 +347,12 @@ class OverflowRequired(ForebayError, ValueError):
 
 class InvalidOverflowUrl(ForebayError, ValueError):
     """The overflow {url!r} cannot be opened: {why}. Known forms: {forms}."""
+
+    why: str
+
+
+class InvalidSagaLogUrl(ForebayError, ValueError):
+    """The saga log {url!r} cannot be opened: {why}. Known forms: {forms}."""
 
     why: str
 
@@ -640,7 +654,7 @@ class InvalidStep(ForebayError, ValueError):
 
 
 class StepFailed(ForebayError):
-    """Step {step!r} of saga {saga_id!r} failed, and has no effect: {error}"""
+    """Step {step!r} of saga {saga_id!r} failed; what its compensation covers is undone: {error}"""
 
     # It is raised again, from the log, when the saga goes on in another process; so `error` is a text.
 

@@ -18,7 +18,7 @@ from tests.support.task_plane import virtual
 from forebay import Task, TaskStatus
 from forebay.errors import InvalidSaga
 from forebay.saga import MemorySagaLog, SagaRun, SagaState, saga
-from forebay.saga.records import Compensating, StoredSaga
+from forebay.saga.records import CompensatingEntry, StoredSaga
 
 __all__ = ["effects", "log"]  # fixtures
 
@@ -57,7 +57,7 @@ async def test_its_compensations_have_the_payload_with_which_it_began(effects: E
         await run.step("a", effects.does("a"), payload, compensate=effects.undoes("a"))
 
     log = UnscannedLog()
-    compensating = Compensating(at=0.0, error_type="ValueError", error="no")
+    compensating = CompensatingEntry(at=0.0, error_type="ValueError", error="no")
     await left_by_a_lost_process(log, "publish", started("a", compensable=True), done("a"), compensating)
     async with supervisor_of(log, publish) as supervisor:
         result = await (await supervisor.submit(Task("publish", "another payload", key="lost")))

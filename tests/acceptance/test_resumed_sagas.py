@@ -13,7 +13,7 @@ from tests.support.task_plane import virtual
 from forebay import BackpressureSupervisor, Retry, Task, clock
 from forebay.errors import SagaTaken
 from forebay.saga import MemorySagaLog, Saga, SagaRun, SagaState, saga
-from forebay.saga.records import LogWrite, Started, StepState, StoredSaga, decode_entries
+from forebay.saga.records import LogWrite, StartedEntry, StepState, StoredSaga, decode_entries
 from forebay.testing import now
 
 
@@ -150,7 +150,7 @@ class PausedProcess(MemorySagaLog):
 
     async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
         written = await super().append(saga_id, write, fence=fence, now=now)
-        if any(isinstance(each, Started) and each.step == "b" for each in decode_entries(saga_id, write.entries)):
+        if any(isinstance(each, StartedEntry) and each.step == "b" for each in decode_entries(saga_id, write.entries)):
             self.begun.set()
             await self.goes_on.wait()
         return written

@@ -15,7 +15,7 @@ from forebay import BackpressureSupervisor, Task, clock
 from forebay.errors import SagaTaken, StoreUnavailable
 from forebay.overflow import encode_task
 from forebay.saga import MemorySagaLog, SagaRun, saga
-from forebay.saga.records import Finished, LogWrite, Parked, SagaHeader, StoredSaga, decode_entries
+from forebay.saga.records import FinishedEntry, LogWrite, ParkedEntry, SagaHeader, StoredSaga, decode_entries
 from forebay.simulation import virtual_loop
 
 LEASE = 3.0
@@ -101,7 +101,7 @@ class LogThatLosesSagas(MemorySagaLog):
     """A log in which another process takes each saga just before it ends or is parked."""
 
     async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:
-        if isinstance(decode_entries(saga_id, write.entries)[-1], Finished | Parked):
+        if isinstance(decode_entries(saga_id, write.entries)[-1], FinishedEntry | ParkedEntry):
             await self.release(saga_id, fence=fence)
             await self.claim(["pays"], limit=1, fence="other", until=now + 1000.0, now=now)
         return await super().append(saga_id, write, fence=fence, now=now)

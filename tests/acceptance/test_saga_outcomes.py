@@ -12,17 +12,17 @@ import pytest
 from tests.support.task_plane import virtual
 
 from forebay import BackpressureSupervisor, Retry, Task, TaskStatus, clock
-from forebay.errors import StoreUnavailable
+from forebay.errors import StepFailed, StoreUnavailable
 from forebay.overflow import encode_task
 from forebay.saga import Done, MemorySagaLog, NothingDone, Saga, SagaRun, SagaState, saga
 from forebay.saga.records import (
     UNFINISHED,
-    Compensating,
+    CompensatingEntry,
     Entry,
     LogWrite,
     SagaHeader,
     SagaHistory,
-    Started,
+    StartedEntry,
     StepState,
     decode_entries,
     encode_entry,
@@ -90,7 +90,7 @@ async def test_a_pivot_of_which_an_early_call_may_have_succeeded_is_parked(last:
         history = await ended(log, "s")
     assert history.state is SagaState.PARKED
     assert history.why.startswith("the pivot, step 'pay', ended with ")
-    assert "before which it may have succeeded" in history.why
+    assert "and an earlier call may have succeeded. Find out by its key 's/1/pay'" in history.why
     assert before.undone == 0
 
 
@@ -143,11 +143,295 @@ async def left_by_a_lost_process(log: MemorySagaLog, *written: Entry, name: str 
     assert await log.append("s", LogWrite(0, [encode_entry(each) for each in written], state), fence="lost", now=now)
 
 
+# --- after the pivot -------------------------------------------------------------------------------------------------
+
+
+def tell(step: Any, **options: Any) -> Saga:
+    """Return a saga of a pivot and a step after it."""
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await run.step("pay", Step(), pivot=True)
+        await run.step("tell", step, **options)
+
+    return function
+
+
+@virtual
+@pytest.mark.parametrize(
+    ("errors", "options", "doubt"),
+    [
+        ([TimeoutError()], {}, "TimeoutError, which leaves open whether it has succeeded"),
+        (
+            [TimeoutError(), ValueError("no")],
+            {"retry": TWICE},
+            "ValueError: no, and an earlier call may have succeeded",
+        ),
+    ],
+    ids=["once", "twice"],
+)
+async def test_a_step_after_the_pivot_without_an_answer_is_not_called_again_when_its_saga_is_retried(
+    errors: list[BaseException], options: dict[str, Any], doubt: str
+) -> None:
+    log, step = MemorySagaLog(), Step(*errors)
+    async with supervisor_of(log, tell(step, **options)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+        assert (history.state, history.steps["tell"].state) == (SagaState.PARKED, StepState.STARTED)
+        assert history.why.startswith(f"step 'tell', after the pivot, ended with {doubt}. Find out by its key")
+        await supervisor.sagas.retry("s")
+        history = await ended(log, "s")
+        assert history.why.startswith(
+            "step 'tell' was begun, and its outcome is unknown. Find out by its key 's/1/tell'"
+        )
+        assert (history.state, history.steps["tell"].state) == (SagaState.PARKED, StepState.STARTED)
+        assert step.calls == len(errors)
+        await supervisor.sagas.resolve("s", "tell", outcome="not-done")
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert step.calls == len(errors) + 1
+
+
+@virtual
+async def test_a_step_after_the_pivot_whose_output_cannot_be_stored_is_not_called_again() -> None:
+    log, calls = MemorySagaLog(), 0
+
+    async def function() -> object:
+        nonlocal calls
+        calls += 1
+        return object()
+
+    async with supervisor_of(log, tell(function)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).steps["tell"].state is StepState.STARTED
+        await supervisor.sagas.retry("s")
+        assert (await ended(log, "s")).state is SagaState.PARKED
+    assert calls == 1
+
+
+@virtual
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"retry": TWICE}, {"idempotent": True, "retry": TWICE}],
+    ids=["once", "twice", "idempotent"],
+)
+async def test_a_step_after_the_pivot_that_certainly_had_no_effect_is_called_again_when_its_saga_is_retried(
+    options: dict[str, Any],
+) -> None:
+    log, step = MemorySagaLog(), Step(*[ValueError("no")] * (2 if options else 1))
+    async with supervisor_of(log, tell(step, **options)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+        assert (history.state, history.steps["tell"].state) == (SagaState.PARKED, StepState.NOT_DONE)
+        assert history.why.endswith("where nothing is undone any more: ValueError: no")
+        await supervisor.sagas.retry("s")
+        assert (await ended(log, "s")).state is SagaState.DONE
+
+
+@virtual
+@pytest.mark.parametrize("last", [TimeoutError(), ValueError("no")])
+async def test_an_idempotent_step_after_the_pivot_that_may_have_had_its_effect_is_repeated_when_its_saga_is_retried(
+    last: Exception,
+) -> None:
+    log, step = MemorySagaLog(), Step(TimeoutError(), last, ValueError("no"), ValueError("no"))
+    async with supervisor_of(log, tell(step, idempotent=True, retry=TWICE)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        for calls in (2, 4):  # the second time, because its first calls may have had it
+            history = await ended(log, "s")
+            assert (history.state, history.steps["tell"].state) == (SagaState.PARKED, StepState.FAILED)
+            assert history.why.endswith("; it may have had its effect")
+            assert step.calls == calls
+            await supervisor.sagas.retry("s")
+        assert (await ended(log, "s")).state is SagaState.DONE
+
+
+@virtual
+async def test_a_step_after_the_pivot_that_is_not_idempotent_any_more_is_not_repeated() -> None:
+    log, step = MemorySagaLog(), Step(TimeoutError())
+    async with supervisor_of(log, tell(step, idempotent=True, retry=Retry(max_attempts=1))) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).steps["tell"].state is StepState.FAILED
+    async with supervisor_of(log, tell(step)) as supervisor:
+        await supervisor.sagas.retry("s")
+        history = await ended(log, "s")
+    assert (history.state, history.steps["tell"].state) == (SagaState.PARKED, StepState.STARTED)
+    assert step.calls == 1
+
+
+@virtual
+@pytest.mark.parametrize("found", [Done(), None])
+async def test_a_step_after_the_pivot_without_an_answer_is_what_its_check_says(found: Done | None) -> None:
+    log, step = MemorySagaLog(), Step(TimeoutError())
+    async with supervisor_of(log, tell(step, check=lambda: found)) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+        assert history.steps["tell"].state is (StepState.DONE if found else StepState.NOT_DONE)
+        if found is None:
+            await supervisor.sagas.retry("s")
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert step.calls == (1 if found else 2)
+
+
+@virtual
+@pytest.mark.parametrize("outcome", [None, "not-done", "undone"])
+async def test_a_step_that_fails_beside_a_pivot_that_succeeds_is_called_again_when_its_saga_goes_on(
+    outcome: Any,
+) -> None:
+    log, step = MemorySagaLog(), Step(TimeoutError() if outcome else ValueError("no"))
+
+    async def tell_later() -> str:
+        await asyncio.sleep(1.0)
+        return await step()
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        await asyncio.gather(run.step("tell", tell_later), run.step("pay", Step(), pivot=True))
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).why.startswith("step 'tell'")
+        if outcome is None:
+            await supervisor.sagas.retry("s")
+        else:
+            await supervisor.sagas.resolve("s", "tell", outcome=outcome)
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert step.calls == 2
+
+
+@virtual
+async def test_a_step_that_has_failed_before_the_pivot_is_not_called_again_after_it() -> None:
+    log, step, later = MemorySagaLog(), Step(ValueError("no")), Step(ValueError("no"))
+
+    @saga("pay")
+    async def function(run: SagaRun, _: object) -> None:
+        with contextlib.suppress(StepFailed):
+            await run.step("try", step)
+        await run.step("pay", Step(), pivot=True)
+        await run.step("tell", later)
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        assert (await ended(log, "s")).state is SagaState.PARKED
+        await supervisor.sagas.retry("s")
+        assert (await ended(log, "s")).state is SagaState.DONE
+    assert (step.calls, later.calls) == (1, 2)
+
+
+# --- how often, and how long, it is tried again ----------------------------------------------------------------------
+
+FOR_30_SECONDS = Retry(max_attempts=1_000, base_delay=10.0, max_delay=10.0, max_total_delay=30.0)
+
+
+@virtual
+@pytest.mark.parametrize("when", ["step", "compensation"])
+async def test_the_waits_between_the_attempts_are_bounded_all_together(when: str) -> None:
+    log, times = MemorySagaLog(), []
+
+    async def fail(*_: object) -> None:
+        times.append(clock.now())
+        raise ValueError("no")
+
+    @saga("pay", undo_retry=FOR_30_SECONDS)
+    async def function(run: SagaRun, _: object) -> None:
+        if when == "compensation":
+            await run.step("a", Step(), compensate=fail)
+            raise ValueError("the function fails")
+        await run.step("a", fail, retry=FOR_30_SECONDS)
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+    assert history.state is (SagaState.PARKED if when == "compensation" else SagaState.COMPENSATED)
+    assert 20.0 < times[-1] - times[0] <= 30.1
+    assert history.steps["a"].undo_errors == (len(times) if when == "compensation" else 0)
+
+
+def raises_itself(_: BaseException) -> bool:
+    raise RuntimeError("the filter fails")
+
+
+@virtual
+@pytest.mark.parametrize(
+    "on", [OSError, raises_itself, lambda error: "again" in str(error)], ids=["type", "raises", "function"]
+)
+@pytest.mark.parametrize("when", ["step", "compensation"])
+async def test_what_a_retry_does_not_cover_is_not_tried_again(when: str, on: Any) -> None:
+    log, calls = MemorySagaLog(), 0
+
+    async def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        raise ValueError("no")
+
+    @saga("pay", undo_retry=Retry(max_attempts=5, on=on))
+    async def function(run: SagaRun, _: object) -> None:
+        if when == "compensation":
+            await run.step("a", Step(), compensate=fail)
+            raise ValueError("the function fails")
+        await run.step("a", fail, retry=Retry(max_attempts=5, on=on))
+
+    async with supervisor_of(log, function) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        history = await ended(log, "s")
+    assert calls == 1
+    if when == "compensation":
+        assert history.why == "the compensation of step 'a' has failed once, the last time with ValueError: no"
+
+
+@virtual
+async def test_each_retry_of_a_step_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    log = MemorySagaLog()
+    step = Step(ValueError("secret"), ConnectionResetError())
+    async with supervisor_of(log, tell(step, retry=Retry(max_attempts=3))) as supervisor:
+        await supervisor.submit(Task("pay", None, key="s"))
+        await ended(log, "s")
+    logged = [record.getMessage() for record in caplog.records if "it is tried again in" in record.getMessage()]
+    assert [text.partition(";")[0] for text in logged] == [
+        "step 'tell' of saga 's' raised ValueError",
+        "step 'tell' of saga 's' raised ConnectionResetError",
+    ]
+
+
+# --- what its error says ----------------------------------------------------------------------------------------------
+
+
+@virtual
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("422 for url 'http://x'\nFor more information: http://y", "ValueError: 422 for url 'http://x'"),
+        ("\r\n first\u2028second", "ValueError: first"),
+        ("It is closed.", "ValueError: It is closed"),
+        ("and so on...", "ValueError: and so on..."),
+        ("\n", "ValueError"),
+    ],
+    ids=["lines", "empty lines", "full stop", "dots", "empty"],
+)
+async def test_of_an_error_its_first_line_is_told_without_a_full_stop(text: str, told: str) -> None:
+    log = MemorySagaLog()
+    async with supervisor_of(log, tell(Step(ValueError(text)))) as supervisor:
+        result = await (await supervisor.submit(Task("pay", None, key="s")))
+        history = await ended(log, "s")
+    assert history.steps["tell"].error == told
+    assert history.why.endswith(f"any more: {told}")
+    assert f"any more: {told}. `forebay saga show`" in str(result.cause)
+
+
+@virtual
+async def test_an_invalid_step_is_told_without_two_full_stops() -> None:
+    log = MemorySagaLog()
+    async with supervisor_of(log, tell(Step(), compensate=print)) as supervisor:
+        result = await (await supervisor.submit(Task("pay", None, key="s")))
+    assert "leave out compensate=. `forebay saga show`" in str(result.cause)
+
+
+# --- with nothing before it ------------------------------------------------------------------------------------------
+
+
 @virtual
 async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() -> None:
     log, step = MemorySagaLog(), Step()
-    begun = Started(at=0.0, step="a", function="f", compensable=True)
-    await left_by_a_lost_process(log, begun, Compensating(at=0.0, error_type="x", error="x"))
+    begun = StartedEntry(at=0.0, step="a", function="f", compensable=True)
+    await left_by_a_lost_process(log, begun, CompensatingEntry(at=0.0, error_type="x", error="x"))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
@@ -163,7 +447,7 @@ async def test_a_saga_whose_only_step_is_of_unknown_outcome_goes_back_at_once() 
 @virtual
 async def test_a_pivot_that_fails_when_it_is_repeated_after_its_process_was_lost_is_parked() -> None:
     log = MemorySagaLog()
-    await left_by_a_lost_process(log, Started(at=0.0, step="pay", function="f", pivot=True))
+    await left_by_a_lost_process(log, StartedEntry(at=0.0, step="pay", function="f", pivot=True))
 
     @saga("pay")
     async def function(run: SagaRun, _: object) -> None:
@@ -238,7 +522,7 @@ async def test_a_step_that_the_function_cuts_off_while_it_is_checked_is_settled(
 ) -> None:
     log, step = MemorySagaLog(), Step(TimeoutError())
     if resumed:
-        await left_by_a_lost_process(log, Started(at=0.0, step="a", function="f", compensable=True))
+        await left_by_a_lost_process(log, StartedEntry(at=0.0, step="a", function="f", compensable=True))
 
     async def check() -> Done | None:
         await asyncio.sleep(3.0)

@@ -9,7 +9,7 @@ from tests.support.task_plane import run_ready, virtual
 
 from forebay import BackpressureSupervisor, Task
 from forebay.saga import MemorySagaLog, Saga, SagaRun, saga
-from forebay.saga.records import Done, Entry, Finished, LogWrite, Started, decode_entries
+from forebay.saga.records import DoneEntry, Entry, FinishedEntry, LogWrite, StartedEntry, decode_entries
 
 
 class WriteLog(MemorySagaLog):
@@ -49,7 +49,12 @@ async def test_the_end_of_a_step_is_written_with_the_start_of_the_next() -> None
 
     async with supervisor_of(log := WriteLog(), definition) as supervisor:
         assert await supervisor.run(Task("work", 1)) == 1
-    assert log.writes == [[Started], [Done, Started], [Done, Started], [Done, Finished]]
+    assert log.writes == [
+        [StartedEntry],
+        [DoneEntry, StartedEntry],
+        [DoneEntry, StartedEntry],
+        [DoneEntry, FinishedEntry],
+    ]
 
 
 @virtual
@@ -61,7 +66,7 @@ async def test_so_it_is_for_branches_side_by_side() -> None:
 
     async with supervisor_of(log := WriteLog(), definition) as supervisor:
         await supervisor.run(Task("work", 1))
-    assert log.writes[-2:] == [[Done, Done, Done, Started], [Done, Finished]]
+    assert log.writes[-2:] == [[DoneEntry, DoneEntry, DoneEntry, StartedEntry], [DoneEntry, FinishedEntry]]
 
 
 @virtual
@@ -77,7 +82,7 @@ async def test_the_end_of_a_step_is_written_soon_if_nothing_follows() -> None:
         ticket = await supervisor.submit(Task("work", 1))
         await asyncio.sleep(0.03)
         await run_ready()
-        assert log.writes == [[Started], [Done]]
+        assert log.writes == [[StartedEntry], [DoneEntry]]
         goes_on.set()
         await ticket
-    assert log.writes[-1] == [Finished]
+    assert log.writes[-1] == [FinishedEntry]

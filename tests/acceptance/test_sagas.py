@@ -110,11 +110,11 @@ async def left_by_a_lost_process(log: MemorySagaLog, name: str, *written: Entry,
 
 
 def started(step: str, *, compensable: bool = False, pivot: bool = False) -> Entry:
-    return entries.Started(at=0.0, step=step, function="f", compensable=compensable, pivot=pivot)
+    return entries.StartedEntry(at=0.0, step=step, function="f", compensable=compensable, pivot=pivot)
 
 
 def done(step: str) -> Entry:
-    return entries.Done(at=0.0, step=step, output=encode_result(f"{step} done", task_id=step, bound=1_000))
+    return entries.DoneEntry(at=0.0, step=step, output=encode_result(f"{step} done", task_id=step, bound=1_000))
 
 
 def two_steps(effects: Effects, last: Callable[..., Any] | None = None, **options: Any) -> Saga:
@@ -505,7 +505,7 @@ async def test_a_step_whose_outcome_is_unknown_parks_the_saga(effects: Effects, 
     async with supervisor_of(log, two_steps(effects)):
         history = await ended(log, "lost")
     assert history.state is SagaState.PARKED
-    assert "step 'b' was begun, and it is unknown how it ended" in history.why
+    assert "step 'b' was begun, and its outcome is unknown. Find out by its key 'lost/1/b'" in history.why
     assert effects.calls == []
 
 
@@ -541,9 +541,9 @@ async def test_compensations_that_were_left_go_on(effects: Effects, log: MemoryS
         "s",
         *(entry for name in "abc" for entry in (started(name, compensable=True), done(name))),
         started("d"),
-        entries.Failed(at=0.0, step="d", error_type="ValueError", error="ValueError", clean=True),
-        entries.Compensating(at=0.0, error_type="StepFailed", error="d failed"),
-        entries.Undone(at=0.0, step="c"),
+        entries.FailedEntry(at=0.0, step="d", error_type="ValueError", error="ValueError", clean=True),
+        entries.CompensatingEntry(at=0.0, error_type="StepFailed", error="d failed"),
+        entries.UndoneEntry(at=0.0, step="c"),
     )
     async with supervisor_of(log, function):
         assert (await ended(log, "lost")).state is SagaState.COMPENSATED
@@ -843,6 +843,26 @@ async def test_two_tasks_of_one_key_are_one_saga(effects: Effects, log: MemorySa
         values = await asyncio.gather(*(each.run(Task("publish", "p", key="k")) for each in (one, two)))
     assert values == ["b done", "b done"]
     assert effects.calls == ["a", "b"]
+
+
+@virtual
+async def test_a_task_that_waits_for_the_process_that_drives_its_saga_says_so_once(
+    effects: Effects, log: MemorySagaLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "forebay")
+    await left_by_a_lost_process(log, "publish", started("a", compensable=True))
+    (taken,) = await log.claim(
+        ["publish"], limit=1, fence="other", until=clock.wall_time() + 20.0, now=clock.wall_time()
+    )
+    assert taken.holder == "other"
+    async with supervisor_of(log, two_steps(effects, idempotent=True)) as supervisor:
+        ticket = await supervisor.submit(Task("publish", "p", task_id="t", key="lost"))
+        await asyncio.sleep(8.0)
+        assert await log.renew({"lost": "other"}, until=clock.wall_time() + 20.0) == []
+        await ticket
+    assert [record.getMessage() for record in caplog.records if "waits" in record.getMessage()] == [
+        "task 't' waits: another process drives its saga 'lost', under a lease that ends in 20 s unless it is renewed"
+    ]
 
 
 @virtual

@@ -31,16 +31,16 @@ from forebay import clock
 from forebay.cli.app import app
 from forebay.saga import SagaLog, SagaState, open_saga_log
 from forebay.saga.records import (
-    Compensated,
-    Done,
+    CompensatedEntry,
+    DoneEntry,
     Entry,
-    Finished,
-    Parked,
-    Resolved,
+    FinishedEntry,
+    ParkedEntry,
+    ResolvedEntry,
     SagaHistory,
     StepState,
     StoredSaga,
-    UndoFailed,
+    UndoFailedEntry,
     decode_entries,
 )
 
@@ -48,17 +48,17 @@ pytestmark = pytest.mark.blocks
 
 T = TypeVar("T")
 
-DONE = (*RESEARCH, Finished(at=AT, result=output("published")))
-PARKED = Parked(at=AT, why="a person has to look", step="act")
-UNDO_FAILED = UndoFailed(at=AT, step="act", error="TimeoutError")
+DONE = (*RESEARCH, FinishedEntry(at=AT, result=output("published")))
+PARKED = ParkedEntry(at=AT, why="a person has to look", step="act")
+UNDO_FAILED = UndoFailedEntry(at=AT, step="act", error="TimeoutError")
 SAGAS: dict[str, tuple[Entry, ...]] = {
     "runs": RESEARCH,
     "waits": UNKNOWN,
     "returns": (*RESEARCH, GOES_BACK),
     "fails": UNDO_FAILS,
     "ended": DONE,
-    "went back": (GOES_BACK, Compensated(at=AT)),
-    "closed": (*UNKNOWN, Resolved(at=AT)),
+    "went back": (GOES_BACK, CompensatedEntry(at=AT)),
+    "closed": (*UNKNOWN, ResolvedEntry(at=AT)),
 }
 
 
@@ -130,11 +130,33 @@ def test_parked_sagas_are_listed_first_then_unfinished_ones(filled: Command) -> 
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["STATE", "NAME", "AGE", "STEPS", "WHY", "ID"]
-    assert [line.split()[0] for line in lines[1:]] == ["parked", "parked", "running", "compensating"]
+    states = ["parked", "parked", "running, held by nobody", "compensating, held by nobody"]
+    assert [line.split("  ")[0] for line in lines[1:]] == states
     assert [line.split()[-1] for line in lines[1:]] == ["waits", "fails", "runs", "returns"]
     assert " min  1 of 2  the outcome of step 'act' is unknown" in lines[1]
     assert "the compensation of step 'research' fails: PermissionErro..." in lines[2]
     assert " min  1 of 1  ConnectionError: no answer" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("left", "state"), [(600.0, "running"), (-0.1, "running, held by nobody")], ids=["held", "lease expired"]
+)
+def test_an_unfinished_saga_whose_lease_has_expired_is_said_to_be_held_by_nobody(
+    command: Command, left: float, state: str
+) -> None:
+    command.store({"s": RESEARCH})
+
+    async def take(log: SagaLog) -> float:
+        now = clock.wall_time()
+        assert await log.claim(["publish"], limit=1, fence="f", until=now + left, now=now)
+        return now + left
+
+    until = command.run(take)
+    assert command("ls").stdout.splitlines()[1].split("  ")[0] == state
+    shown = command("show", "s").stdout.splitlines()
+    assert [line.split(None, 1)[1] for line in shown if line.startswith("state ")] == [state]
+    for found in (command.json("ls")[0], command.json("show", "s")):
+        assert (found["state"], found["lease_until"]) == ("running", pytest.approx(until, abs=1.0))
 
 
 def test_states_are_chosen(filled: Command) -> None:
@@ -157,6 +179,7 @@ def test_a_listing_as_json_has_every_field_and_no_payload(filled: Command) -> No
         "state": "parked",
         "why": "the outcome of step 'act' is unknown",
         "claims": 0,
+        "lease_until": None,
         "steps_done": 1,
         "steps_begun": 2,
     }
@@ -199,7 +222,7 @@ def test_a_saga_is_shown_with_what_happened_in_order(filled: Command) -> None:
     assert "2 times" in steps.splitlines()[1]
     assert [line.split("  ", 1)[1] for line in history.splitlines()][3:5] == [
         "step 'act' failed without an effect: ConnectionError: no answer",
-        "compensates, because of ConnectionError: no answer",
+        "compensates: ConnectionError: no answer",
     ]
     assert advice.startswith("It is parked")
 
@@ -231,8 +254,8 @@ def test_a_saga_that_is_not_parked_asks_for_nothing(filled: Command) -> None:
         ((begun("act"), begun("other"), PARKED), ["--step=act --done=JSON", "--step=act --not-done"]),
         ((begun("act"), GOES_BACK, PARKED), ["--step=act --undone"]),
         ((begun("act"), failed("act", clean=True), GOES_BACK, PARKED), []),
-        ((*RESEARCH, Parked(at=AT, why="its code has changed", step="research")), []),
-        ((Parked(at=AT, why="its version is another one"),), []),
+        ((*RESEARCH, ParkedEntry(at=AT, why="its code has changed", step="research")), []),
+        ((ParkedEntry(at=AT, why="its version is another one"),), []),
     ],
 )
 def test_what_to_do_about_a_parked_saga_is_shown_as_commands(
@@ -249,9 +272,49 @@ def test_what_to_do_about_a_parked_saga_is_shown_as_commands(
     assert [line.strip() for line in shown if line.strip().startswith("forebay saga")] == expected
 
 
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        (
+            UNKNOWN,
+            [
+                "step act began, and its outcome is unknown (look for the key s/1/act); if it is done",
+                "if it is not done",
+                "after you gave the step a check= or idempotent=True (else it is parked again), let it go on",
+            ],
+        ),
+        (
+            (*RESEARCH, begun("act"), failed("act"), PARKED),
+            [
+                "step act failed, and may have had its effect (look for the key s/1/act); if it is done",
+                "once the cause is gone, let it go on: the step is called again, under its key",
+            ],
+        ),
+        (
+            (*RESEARCH, begun("act"), failed("act", clean=True), PARKED),
+            ["step act failed; if you have done it by hand", "once the cause is gone, let it go on"],
+        ),
+        (
+            UNDO_FAILS,
+            [
+                "step research could not be undone; if you have undone it by hand",
+                "once the cause is gone, let it go on",
+            ],
+        ),
+    ],
+    ids=["unknown", "failed", "not done", "not undone"],
+)
+def test_what_may_be_done_says_what_is_known_of_the_step(
+    command: Command, entries: tuple[Entry, ...], what: list[str]
+) -> None:
+    command.store({"s": entries})
+    shown = [line[2:-1] for line in command("show", "s").stdout.splitlines() if line.startswith("- ")]
+    assert shown == [*what, "or close it as it is, with the effects that it has"]
+
+
 @pytest.mark.parametrize("saga_id", ["it's; rm -rf $HOME", "--help", "a\nb\x1b[2J'\\", "\u202eid \U0001f600"])
 def test_the_commands_work_as_they_are_shown(command: Command, saga_id: str) -> None:
-    command.store({saga_id: (*RESEARCH, begun("-x 'y'"), Parked(at=AT, why="w", step="-x 'y'"))})
+    command.store({saga_id: (*RESEARCH, begun("-x 'y'"), ParkedEntry(at=AT, why="w", step="-x 'y'"))})
     shown = json.loads(command("show", "--json", "--", saga_id).stdout)
     for line in shown["next"]:
         assert not {"\n", "\x1b", "\u202e"} & set(line)
@@ -269,11 +332,11 @@ def bash_words(line: str) -> list[str]:
 
 def test_text_of_others_does_not_reach_the_terminal(command: Command) -> None:
     hostile = "a\x1b[2J\nfake line\u202e"
-    command.store({hostile: (begun(hostile), Parked(at=AT, why=hostile, step=hostile))})
+    command.store({hostile: (begun(hostile), ParkedEntry(at=AT, why=hostile, step=hostile))})
     for done in (command("ls"), command("show", hostile, "--outputs"), command("retry", hostile)):
         assert done.exit_code == 0
         assert not {"\x1b", "\u202e"} & set(done.stdout)
-    command.store({"other": (begun(hostile), Parked(at=AT, why=hostile, step=hostile))})
+    command.store({"other": (begun(hostile), ParkedEntry(at=AT, why=hostile, step=hostile))})
     assert len(command("ls", "--state", "parked").stdout.splitlines()) == 2
 
 
@@ -315,7 +378,7 @@ def test_the_outcome_of_a_step_is_written_with_its_note_and_the_saga_goes_on(
     )
     assert ": asked the bank" in filled("show", saga_id).stdout
     if "--done" in options:
-        (entry,) = [entry for entry in decode_entries(saga_id, stored.entries) if isinstance(entry, Done)][1:]
+        (entry,) = [entry for entry in decode_entries(saga_id, stored.entries) if isinstance(entry, DoneEntry)][1:]
         assert entry.output == output(json.loads(options[1]))
 
 

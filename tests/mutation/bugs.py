@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,8 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
+from forebay.adapters import detect
+from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
 from forebay.adapters.langgraph.checkpoint_keys import digest
 from forebay.adapters.langgraph.handler import _repeated_answer
@@ -68,8 +70,9 @@ from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
 from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
+from forebay.saga import run as saga_run
 from forebay.saga.held_saga import HeldSaga
-from forebay.saga.records import LogWrite, SagaHistory, Started
+from forebay.saga.records import LogWrite, SagaHistory, StartedEntry
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
@@ -2722,7 +2725,7 @@ def a_step_is_called_before_the_log_has_its_start() -> None:
     original = HeldSaga.write
 
     async def write(self: HeldSaga, entry: Any) -> None:
-        if isinstance(entry, Started):
+        if isinstance(entry, StartedEntry):
             self.note(entry)
         else:
             await original(self, entry)
@@ -2961,5 +2964,71 @@ def a_saga_whose_lease_has_lapsed_is_driven_twice() -> None:
     replace(SagaDriver, SagaDriver._give_up_lapsed, SagaDriver._resume)
 
 
+def a_step_after_the_pivot_that_gets_no_answer_had_no_effect() -> None:
+    original = SagaRun._note_failed
+    replace(SagaRun, SagaRun._needs_outcome, lambda _, asked: asked.pivot)
+
+    def note_failed(self: SagaRun, failed_step: Any, error: BaseException, *, clean: bool) -> None:
+        original(self, failed_step, error, clean=clean or self._history.past_pivot)
+
+    replace(SagaRun, original, note_failed)
+
+
+def an_idempotent_step_that_is_retried_after_the_pivot_had_no_effect_before() -> None:
+    async def resume(self: SagaRun, failed_step: Any, _: Any) -> Any:
+        return await self._do(failed_step)
+
+    replace(SagaRun, SagaRun._resume, resume)
+
+
+def the_waits_of_a_step_are_bounded_each_for_itself() -> None:
+    original = RetryState.next_delay
+
+    def next_delay(self: RetryState, **given: Any) -> float | None:
+        self.total_delay = 0.0
+        return original(self, **given)
+
+    replace(RetryState, original, next_delay)
+
+
+def a_compensation_is_tried_again_whatever_it_raises() -> None:
+    def _covers(_: Any, __: BaseException) -> bool:
+        return True
+
+    saga_run._covers.__code__ = _covers.__code__
+
+
 def an_error_without_connection_is_like_one_without_answer() -> None:
     step._NOT_CONNECTED = frozenset()
+
+
+# --- agents of frameworks ---
+
+
+def a_cancelled_agent_is_left_in_its_thread() -> None:
+    original = AgentThread.run
+
+    async def run(self: AgentThread, function: Callable[[], Any]) -> Any:
+        running = asyncio.ensure_future(original(self, function))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
+
+    replace(AgentThread, original, run)
+
+
+def an_agent_takes_its_stop_for_a_failed_tool() -> None:
+    def await_in_loop(self: AgentThread, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        self._awaited = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        if self._stopped:
+            self._awaited.cancel()
+        return self._awaited.result()
+
+    replace(AgentThread, AgentThread.await_in_loop, await_in_loop)
+
+
+def a_package_is_taken_for_a_framework_by_its_name() -> None:
+    for package, framework in detect.FRAMEWORKS.items():
+        detect.FRAMEWORKS[package] = framework._replace(marker="")

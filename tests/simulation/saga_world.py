@@ -296,13 +296,16 @@ class World:
         why, plan = history.why, self.plans[history.saga_id]
         steps = [plan.steps[int(name)] for name in history.steps]
         reasons = {
-            "because its process was lost": any(not (step.idempotent or step.checks is not None) for step in steps),
+            "its outcome is unknown": any(not (step.idempotent or step.checks is not None) for step in steps),
             "times in a row": len(self._takers[history.saga_id]) > 3,  # also if nothing but the answer was lost
             "the compensation of step": any(len(step.undo) > 2 for step in steps),
             "failed after the pivot": history.past_pivot,
             "after its pivot it ran out of time": history.past_pivot,
-            "leaves open whether it has succeeded": any(step.kind == "pivot" and step.checks is None for step in steps),
-            "before which it may have succeeded": any(
+            "leaves open whether it has succeeded": any(
+                (step.kind == "pivot" or (step.kind == "after" and not step.idempotent)) and step.checks is None
+                for step in steps
+            ),
+            "an earlier call may have succeeded": any(
                 step.kind == "pivot" and step.checks is None and step.idempotent for step in steps
             ),
             "it is unknown how that ended": any(

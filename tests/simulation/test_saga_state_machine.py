@@ -29,7 +29,7 @@ from forebay import Task
 from forebay.overflow import encode_result
 from forebay.retry import Retry
 from forebay.saga import SagaState
-from forebay.saga.records import Done, Failed, LogWrite, Resolved, Retried, StepState, encode_entry
+from forebay.saga.records import DoneEntry, FailedEntry, LogWrite, ResolvedEntry, RetriedEntry, StepState, encode_entry
 from forebay.simulation import VirtualLoop
 
 T = TypeVar("T")
@@ -242,21 +242,21 @@ class SagaMachine(RuleBasedStateMachine):
     def look_after(self, saga_id: str, *, closes: bool) -> None:
         """Say what has become of each step of which nobody knows, and let the saga go on."""
         history, now = self.world.history(saga_id), self.loop.wall_time()
-        entries: list[Done | Failed | Retried] = []
+        entries: list[DoneEntry | FailedEntry | RetriedEntry] = []
         if closes:
             self.world.closed.add((saga_id, history.round))
-            write = LogWrite(history.count, [encode_entry(Resolved(at=now))], SagaState.RESOLVED)
+            write = LogWrite(history.count, [encode_entry(ResolvedEntry(at=now))], SagaState.RESOLVED)
         else:
             for step in history.steps.values():
                 if step.state is not StepState.STARTED:
                     continue
                 if step.key in self.world.effects:
                     output = encode_result(f"output of {step.key}", task_id=step.name, bound=1000)
-                    entries.append(Done(at=now, step=step.name, output=output, by="me"))
+                    entries.append(DoneEntry(at=now, step=step.name, output=output, by="me"))
                 else:
-                    entries.append(Failed(at=now, step=step.name, error_type="x", error="x", clean=True))
+                    entries.append(FailedEntry(at=now, step=step.name, error_type="x", error="x", clean=True))
             state = SagaState.COMPENSATING if history.goes_back else SagaState.RUNNING
-            entries.append(Retried(at=now))
+            entries.append(RetriedEntry(at=now))
             write = LogWrite(history.count, [encode_entry(each) for each in entries], state)
         assert self.run(self.world.log.amend(saga_id, write, now=now))
 

@@ -28,6 +28,8 @@ from forebay.errors import SagaCompensated, SagaParked, SagaTaken
 from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, redis_log, saga, sqlite_log
 from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, StoredSaga
 
+_IMPORTED = (redis_log, sqlite_log)  # here, and not in each fork
+
 ROOT = Path(__file__).parents[2]
 LEASE = 30.0  # seconds
 LATER = 2 * LEASE  # seconds by which the clock of a process is later than that of the one before it
@@ -384,7 +386,6 @@ def fork(life: Life) -> int:
 def serve() -> None:
     """Run a process for each `Life` of the standard input, or continue that of a process id; print how it ends."""
     logging.getLogger("forebay").setLevel(logging.CRITICAL)
-    assert redis_log, sqlite_log  # imported here, and not in each fork
     gc.collect()
     gc.freeze()  # else each fork would copy what a collection visits
     for line in sys.stdin:

@@ -10,19 +10,19 @@ from forebay.overflow import encode_result
 from forebay.saga import SagaLog
 from forebay.saga.records import (
     UNFINISHED,
-    Compensating,
-    Done,
+    CompensatingEntry,
+    DoneEntry,
     Entry,
-    Failed,
+    FailedEntry,
     LogWrite,
-    Parked,
-    Restarted,
+    ParkedEntry,
+    RestartedEntry,
     SagaHeader,
     SagaHistory,
     SagaState,
-    Started,
+    StartedEntry,
     StoredSaga,
-    UndoFailed,
+    UndoFailedEntry,
     encode_entry,
 )
 
@@ -35,32 +35,32 @@ def output(value: Any) -> bytes:
     return encode_result(value, task_id="t", bound=1_000_000)
 
 
-def begun(step: str, *, compensable: bool = False, pivot: bool = False) -> Started:
+def begun(step: str, *, compensable: bool = False, pivot: bool = False) -> StartedEntry:
     """Return the start of a step."""
-    return Started(at=AT, step=step, function=f"call_{step}", compensable=compensable, pivot=pivot)
+    return StartedEntry(at=AT, step=step, function=f"call_{step}", compensable=compensable, pivot=pivot)
 
 
-def done(step: str, value: Any = OUTPUT) -> Done:
+def done(step: str, value: Any = OUTPUT) -> DoneEntry:
     """Return the end of a step."""
-    return Done(at=AT, step=step, output=output(value))
+    return DoneEntry(at=AT, step=step, output=output(value))
 
 
-def failed(step: str, *, clean: bool = False) -> Failed:
+def failed(step: str, *, clean: bool = False) -> FailedEntry:
     """Return the failure of a step."""
-    return Failed(at=AT, step=step, error_type="ConnectionError", error="ConnectionError: no answer", clean=clean)
+    return FailedEntry(at=AT, step=step, error_type="ConnectionError", error="ConnectionError: no answer", clean=clean)
 
 
-GOES_BACK = Compensating(at=AT, error_type="ConnectionError", error="ConnectionError: no answer")
+GOES_BACK = CompensatingEntry(at=AT, error_type="ConnectionError", error="ConnectionError: no answer")
 RESEARCH = (begun("research", compensable=True), done("research"))
-UNKNOWN = (*RESEARCH, begun("act"), Parked(at=AT, why="the outcome of step 'act' is unknown", step="act"))
+UNKNOWN = (*RESEARCH, begun("act"), ParkedEntry(at=AT, why="the outcome of step 'act' is unknown", step="act"))
 UNDO_FAILS = (
     *RESEARCH,
     begun("act"),
     failed("act", clean=True),
     GOES_BACK,
-    UndoFailed(at=AT, step="research", error="TimeoutError: too slow"),
-    UndoFailed(at=AT, step="research", error="PermissionError: denied"),
-    Parked(at=AT, why="the compensation of step 'research' fails: PermissionError: denied", step="research"),
+    UndoFailedEntry(at=AT, step="research", error="TimeoutError: too slow"),
+    UndoFailedEntry(at=AT, step="research", error="PermissionError: denied"),
+    ParkedEntry(at=AT, why="the compensation of step 'research' fails: PermissionError: denied", step="research"),
 )
 
 
@@ -69,7 +69,7 @@ async def store_saga(
 ) -> StoredSaga:
     """Write a saga that began `age` seconds ago and has these entries, and that nobody drives; return it."""
     header = SagaHeader(saga_id=saga_id, name=name, version="2", envelope=b"payload", submission=1.0)
-    restart, now = encode_entry(Restarted(at=AT)), clock.wall_time() - age
+    restart, now = encode_entry(RestartedEntry(at=AT)), clock.wall_time() - age
     await log.begin(header, restart, fence="test", until=now + 10.0, now=now)
     history = SagaHistory(saga_id, entries)
     if entries:

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from forebay._hooks import is_async, unwrapped_is
 from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidHandler, InvalidSetting
 
-#: By the top-level package of an agent's class: its adapter, a module that is imported when such an agent is
-#: registered. It has ``handler(agent, *, worker, config) -> Handler``.
-FRAMEWORKS = {"langgraph": "forebay.adapters.langgraph"}
+
+class Framework(NamedTuple):
+    """A framework whose agents can be registered as they are.
+
+    Attributes:
+        name: of its distribution, for messages.
+        adapter: a module that is imported when such an agent is registered; it has ``handler(agent, *, worker, config)
+            -> Handler``.
+        marker: a name that its package has, and no other package of the same name: yours may well be called "agents".
+    """
+
+    name: str
+    adapter: str
+    marker: str = ""
+
+
+# Of agents, as frameworks name them, the async ones first: a wrapper that awaits can be cancelled.
+_METHODS = ("ainvoke", "arun", "run_async", "kickoff_async", "invoke_async", "run", "invoke", "kickoff", "execute")
+
+#: By the top-level package of an agent's class.
+FRAMEWORKS = {
+    "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
+    "langgraph": Framework("langgraph", "forebay.adapters.langgraph"),
+    "swarm": Framework("openai-swarm", "forebay.adapters.openai_swarm", "Swarm"),
+}
 
 
 def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = None) -> Handler:
@@ -50,7 +73,8 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
     if callable(obj):
         _check_takes_task(obj, worker)
         return Handler(call=obj, blocking=not is_async(obj))
-    raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=", ".join(FRAMEWORKS))
+    frameworks = ", ".join(framework.name for framework in FRAMEWORKS.values())
+    raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=frameworks, wrapper=_wrapper(obj, worker))
 
 
 def is_agent(obj: Any) -> bool:
@@ -61,10 +85,26 @@ def is_agent(obj: Any) -> bool:
 def _adapter_of(obj: Any) -> str | None:
     """Return the adapter of the framework that `obj` is an agent of, also if its class was derived elsewhere."""
     for cls in type(obj).__mro__:
-        adapter = FRAMEWORKS.get(cls.__module__.partition(".")[0])
-        if adapter is not None:
-            return adapter
+        package = cls.__module__.partition(".")[0]
+        framework = FRAMEWORKS.get(package)
+        if framework and (not framework.marker or hasattr(sys.modules.get(package), framework.marker)):
+            return framework.adapter
     return None
+
+
+def _wrapper(obj: Any, worker: str) -> str:
+    """Return the function that runs an agent of an unsupported framework, as source; empty for a builtin."""
+    if type(obj).__module__ == "builtins":
+        return ""
+    found = (name for name in _METHODS if callable(getattr(type(obj), name, None)))
+    name = next(found, "run")
+    awaits = is_async(getattr(type(obj), name, None))
+    lines = (
+        f"{'async ' if awaits else ''}def run_agent(task):",
+        f"    return {'await ' if awaits else ''}agent.{name}(task.payload)",
+        f"supervisor.register_worker({worker!r}, handler=run_agent, ...)",
+    )
+    return "\n\nFor an agent of another framework write:\n\n    " + "\n    ".join(lines)
 
 
 def _handler_from_framework(adapter: str, obj: Any, worker: str, config: Config | None) -> Handler:

@@ -215,6 +215,7 @@ def _listed(header: SagaHeader, view: SagaView | None) -> dict[str, Any]:
         "created_at": header.created_at,
         "updated_at": header.updated_at,
         "claims": header.claims,
+        "lease_until": None if view is None else view.lease_until,
         "steps_done": done,
         "steps_begun": begun,
     }
@@ -223,7 +224,11 @@ def _listed(header: SagaHeader, view: SagaView | None) -> dict[str, Any]:
 def _row(header: SagaHeader, view: SagaView | None, now: float) -> tuple[str, ...]:
     age, why = format_duration(max(0.0, now - header.created_at)), one_line(header.why, _MAX_WHY)
     steps = "" if view is None else "{} of {}".format(*_steps(view))
-    return header.state.value, header.name, age, steps, why, header.saga_id
+    return _shown_state(header.state, view, now), header.name, age, steps, why, header.saga_id
+
+
+def _shown_state(state: SagaState, view: SagaView | None, now: float) -> str:
+    return f"{state.value}, held by nobody" if view is not None and view.is_abandoned(now) else state.value
 
 
 def _print_state(saga_id: str, state: SagaState, *, as_json: bool) -> None:
@@ -241,7 +246,7 @@ def _print_saga(view: SagaView, now: float) -> None:
         "saga_id": view.saga_id,
         "name": view.name,
         "version": view.version,
-        "state": view.state.value,
+        "state": _shown_state(view.state, view, now),
         "why": view.why,
         "compensates for": view.error if view.error != view.why else "",
         "round": view.round if view.round > 1 else None,
@@ -294,13 +299,19 @@ def _advice(view: SagaView, url: str) -> list[tuple[str, str]]:
     if view.state is not SagaState.PARKED:
         return []
     advice: list[tuple[str, str]] = []
+    cause = "once the cause is gone, let it go on"
     step = next((step for step in view.steps if step.name == view.parked_step), None)
     if step is not None and not view.damage:
         name = f"--step={step.name}"
-        said = _said(step, to_undo=bool(view.error or step.undo_failures))
+        to_undo = bool(view.error or step.undo_failures)
+        said = _said(step, to_undo=to_undo)
         advice += [(what, _command(view, url, "resolve", name, option)) for what, option in said]
+        if step.state is StepState.STARTED and not to_undo:
+            cause = "after you gave the step a check= or idempotent=True (else it is parked again), let it go on"
+        elif step.state is StepState.FAILED and not to_undo:
+            cause = "once the cause is gone, let it go on: the step is called again, under its key"
     if not view.damage:
-        advice.append(("once the cause is gone, let it go on", _command(view, url, "retry")))
+        advice.append((cause, _command(view, url, "retry")))
     advice.append(("or close it as it is, with the effects that it has", _command(view, url, "resolve", "--note=WHY")))
     return advice
 
@@ -317,7 +328,10 @@ def _said(step: StepView, *, to_undo: bool) -> list[tuple[str, str]]:
                 (f"step {name} began, and its outcome is unknown ({key}); if it is done", "--done=JSON"),
                 ("if it is not done", "--not-done"),
             ]
-        case StepState.FAILED | StepState.NOT_DONE if not to_undo:
+        case StepState.FAILED if not to_undo:
+            key = f"look for the key {one_line(step.key)}"
+            return [(f"step {name} failed, and may have had its effect ({key}); if it is done", "--done=JSON")]
+        case StepState.NOT_DONE if not to_undo:
             return [(f"step {name} failed; if you have done it by hand", "--done=JSON")]
         case _:
             return []

@@ -13,7 +13,7 @@ import typer
 
 from forebay._text import format_duration
 from forebay.cli.text_table import one_line
-from forebay.errors import ForebayError, InvalidOverflowUrl, StoreNotInstalled
+from forebay.errors import ForebayError, InvalidOverflowUrl, InvalidSagaLogUrl, StoreNotInstalled
 
 USAGE_ERROR: Final = 2  # exit status, as typer's; 1 is that of a failure
 
@@ -38,7 +38,7 @@ def run(find: Callable[[], S], action: Callable[[S], Awaitable[T]]) -> T:
     """Return what `action` returns of the store that `find` returns; if it cannot, print why and exit."""
     try:
         return asyncio.run(_with_store(find(), action))
-    except (InvalidOverflowUrl, StoreNotInstalled) as error:
+    except (InvalidOverflowUrl, InvalidSagaLogUrl, StoreNotInstalled) as error:
         fail(str(error), status=USAGE_ERROR)
     except ForebayError as error:
         fail(str(error))

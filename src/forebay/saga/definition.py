@@ -27,7 +27,8 @@ class Saga:
         name: unique among the sagas of a log.
         function: asks for the steps, and returns the result.
         version: of the function. A saga that began under another one is parked instead of being driven by this one.
-        undo_retry: how a compensation that raises is tried again before the saga is parked.
+        undo_retry: how a compensation that raises is tried again before the saga is parked. One that raises what its
+            `on` does not cover is not, and parks the saga at once.
     """
 
     name: str
@@ -57,7 +58,8 @@ def saga(
     Args:
         name: unique among the sagas of a log.
         version: change it with the function if unfinished sagas must not go on under the new one: they are parked.
-        undo_retry: how a compensation that raises is tried again; by default for ten attempts within ten minutes.
+        undo_retry: how a compensation that raises is tried again; by default for ten attempts within ten minutes. Each
+            process counts its own attempts. An error that its `on` does not cover parks the saga at once.
 
     Raises:
         InvalidSaga: the function cannot be a saga.

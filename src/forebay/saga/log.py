@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qsl, urlsplit
 
-from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
+from forebay.errors import InvalidOverflowUrl, InvalidSagaLogUrl, StoreNotInstalled
 from forebay.saga.memory_log import MemorySagaLog
 from forebay.saga.records import LogWrite, SagaHeader, SagaState, StoredSaga
 from forebay.storage.redis_url import RedisUrl
@@ -112,13 +112,13 @@ def open_saga_log(log: str | SagaLog) -> SagaLog:
             ``?replicas=N``, ``?fsync=yes``), ``memory://``.
 
     Raises:
-        InvalidOverflowUrl: it is neither a URL of these nor a saga log.
+        InvalidSagaLogUrl: it is neither a URL of these nor a saga log.
         StoreNotInstalled: the library that the log needs is not installed.
     """
     if not isinstance(log, str):
         if not hasattr(log, "amend"):
             why = f"it is a {type(log).__name__}, not a URL or a saga log"
-            raise InvalidOverflowUrl(url=log, why=why, forms=_FORMS)
+            raise InvalidSagaLogUrl(url=log, why=why, forms=_FORMS)
         return log
     match _parse(log):
         case StoreUrl(scheme="memory"):
@@ -131,17 +131,17 @@ def open_saga_log(log: str | SagaLog) -> SagaLog:
             return _redis_log(redis)
         case store:
             why = f"no saga log is known for {store.scheme}://"
-            raise InvalidOverflowUrl(url=f"{store.scheme}://", why=why, forms=_FORMS)
+            raise InvalidSagaLogUrl(url=f"{store.scheme}://", why=why, forms=_FORMS)
 
 
 def _parse(log: str) -> StoreUrl:
     try:
         store = parse_url(log)
     except InvalidOverflowUrl as error:  # whose forms are those of an overflow
-        raise InvalidOverflowUrl(url=shown_url(log), why=error.why, forms=_FORMS) from None
+        raise InvalidSagaLogUrl(url=shown_url(log), why=error.why, forms=_FORMS) from None
     if "bound" in dict(parse_qsl(urlsplit(log).query, keep_blank_values=True)):
         why = "bound is an option of an overflow, and a saga log has none: leave it out"
-        raise InvalidOverflowUrl(url=shown_url(log), why=why, forms=_FORMS)
+        raise InvalidSagaLogUrl(url=shown_url(log), why=why, forms=_FORMS)
     return store
 
 

@@ -63,7 +63,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="entry", omit_
     writer: str = ""  # the fence under which it was written: no other holder has written the same; empty: a person
 
 
-class Started(_Entry, frozen=True, tag="started"):
+class StartedEntry(_Entry, frozen=True, tag="started"):
     """A step is about to be called, under its idempotency key."""
 
     step: str
@@ -72,7 +72,7 @@ class Started(_Entry, frozen=True, tag="started"):
     pivot: bool = False
 
 
-class Done(_Entry, frozen=True, tag="done"):
+class DoneEntry(_Entry, frozen=True, tag="done"):
     """A step has returned, or a check or a person has found that it has its effect."""
 
     step: str
@@ -80,7 +80,7 @@ class Done(_Entry, frozen=True, tag="done"):
     by: str = ""  # "check", or a person; empty: it returned
 
 
-class Failed(_Entry, frozen=True, tag="failed"):
+class FailedEntry(_Entry, frozen=True, tag="failed"):
     """A step has raised. With `clean`, it had no effect."""
 
     step: str
@@ -89,71 +89,71 @@ class Failed(_Entry, frozen=True, tag="failed"):
     clean: bool = False
 
 
-class Undone(_Entry, frozen=True, tag="undone"):
+class UndoneEntry(_Entry, frozen=True, tag="undone"):
     """The compensation of a step has succeeded, or a person has undone it."""
 
     step: str
     by: str = ""
 
 
-class UndoFailed(_Entry, frozen=True, tag="undo failed"):
+class UndoFailedEntry(_Entry, frozen=True, tag="undo failed"):
     """The compensation of a step has raised, and will be tried again unless the saga is parked next."""
 
     step: str
     error: str
 
 
-class Compensating(_Entry, frozen=True, tag="compensating"):
+class CompensatingEntry(_Entry, frozen=True, tag="compensating"):
     """The saga goes back from here."""
 
     error_type: str
     error: str
 
 
-class Parked(_Entry, frozen=True, tag="parked"):
+class ParkedEntry(_Entry, frozen=True, tag="parked"):
     """The saga waits for a person, because of a step or (None) of the saga as a whole."""
 
     why: str
     step: str | None = None
 
 
-class Retried(_Entry, frozen=True, tag="retried"):
+class RetriedEntry(_Entry, frozen=True, tag="retried"):
     """A person lets a parked saga go on."""
 
 
-class Finished(_Entry, frozen=True, tag="finished"):
+class FinishedEntry(_Entry, frozen=True, tag="finished"):
     """The saga has returned."""
 
     result: bytes
 
 
-class Compensated(_Entry, frozen=True, tag="compensated"):
+class CompensatedEntry(_Entry, frozen=True, tag="compensated"):
     """All compensations have succeeded."""
 
 
-class Resolved(_Entry, frozen=True, tag="resolved"):
+class ResolvedEntry(_Entry, frozen=True, tag="resolved"):
     """A person has closed the saga as it is."""
 
     note: str = ""
 
 
-class Restarted(_Entry, frozen=True, tag="restarted"):
+class RestartedEntry(_Entry, frozen=True, tag="restarted"):
     """A compensated saga was submitted again, and begins a new round: its steps have new keys."""
 
 
 Entry: TypeAlias = (
-    Started
-    | Done
-    | Failed
-    | Undone
-    | UndoFailed
-    | Compensating
-    | Parked
-    | Retried
-    | Finished
-    | Compensated
-    | Resolved
-    | Restarted
+    StartedEntry
+    | DoneEntry
+    | FailedEntry
+    | UndoneEntry
+    | UndoFailedEntry
+    | CompensatingEntry
+    | ParkedEntry
+    | RetriedEntry
+    | FinishedEntry
+    | CompensatedEntry
+    | ResolvedEntry
+    | RestartedEntry
 )
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -248,10 +248,10 @@ class StepRecord(msgspec.Struct, kw_only=True):
         pivot: whether it is the pivot.
         state: its state.
         output: encoded, if it is DONE, or was before it was undone.
-        error_type, error: what it raised.
+        error_type, error: what it raised, unless it is DONE since.
         undo_errors: how often its compensation has raised.
-        undo_error: what that raised last.
-        order: of its start; that of its end, once it is DONE.
+        undo_error: what that raised last, unless it is UNDONE since.
+        order: of its start; once it is not STARTED any more, of its end, which is before or after that of the pivot.
     """
 
     name: str
@@ -292,12 +292,12 @@ class SagaHistory:
     """
 
     _STATES: ClassVar = {
-        Compensating: SagaState.COMPENSATING,
-        Parked: SagaState.PARKED,
-        Finished: SagaState.DONE,
-        Compensated: SagaState.COMPENSATED,
-        Resolved: SagaState.RESOLVED,
-        Restarted: SagaState.RUNNING,
+        CompensatingEntry: SagaState.COMPENSATING,
+        ParkedEntry: SagaState.PARKED,
+        FinishedEntry: SagaState.DONE,
+        CompensatedEntry: SagaState.COMPENSATED,
+        ResolvedEntry: SagaState.RESOLVED,
+        RestartedEntry: SagaState.RUNNING,
     }
 
     def __init__(self, saga_id: str, entries: Iterable[Entry] = ()) -> None:
@@ -349,25 +349,25 @@ class SagaHistory:
         """Add an entry that was written after the others."""
         self.count += 1
         match entry:
-            case Started() | Done() | Failed() | Undone() | UndoFailed():
+            case StartedEntry() | DoneEntry() | FailedEntry() | UndoneEntry() | UndoFailedEntry():
                 self._add_to_step(entry)
-            case Compensating():
+            case CompensatingEntry():
                 self.error_type, self.error = entry.error_type, entry.error
-            case Parked():
+            case ParkedEntry():
                 self.why = entry.why
-            case Retried():
+            case RetriedEntry():
                 self.state = SagaState.COMPENSATING if self.goes_back else SagaState.RUNNING
                 self.why = ""
-            case Finished():
+            case FinishedEntry():
                 self.result = entry.result
-            case Restarted():
+            case RestartedEntry():
                 self.round += 1
                 self._reset()
         self.state = self._STATES.get(type(entry), self.state)
 
-    def _add_to_step(self, entry: Started | Done | Failed | Undone | UndoFailed) -> None:
+    def _add_to_step(self, entry: StartedEntry | DoneEntry | FailedEntry | UndoneEntry | UndoFailedEntry) -> None:
         name = entry.step
-        if isinstance(entry, Started):
+        if isinstance(entry, StartedEntry):
             self.overlapped |= any(step.state is StepState.STARTED for step in self.steps.values())
             self.steps[name] = StepRecord(
                 name=name,
@@ -380,14 +380,17 @@ class SagaHistory:
             return
         if (step := self.steps.get(name)) is None:
             raise LogDamaged(saga_id=self.saga_id, why=f"it has an end of step {name!r}, and no start")
+        if step.state is StepState.STARTED and not isinstance(entry, UndoFailedEntry):
+            step.order = self.count
         match entry:
-            case Done():
+            case DoneEntry():
                 step.state, step.output, step.order = StepState.DONE, entry.output, self.count
-            case Failed():
+                step.error_type = step.error = ""
+            case FailedEntry():
                 step.state = StepState.NOT_DONE if entry.clean else StepState.FAILED
                 step.error_type, step.error = entry.error_type, entry.error
-            case Undone():
-                step.state = StepState.UNDONE
-            case UndoFailed():
+            case UndoneEntry():
+                step.state, step.undo_error = StepState.UNDONE, ""
+            case UndoFailedEntry():
                 step.undo_errors += 1
                 step.undo_error = entry.error

@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
-from forebay._hooks import raise_again_if_interrupt, raise_if_cancelled
-from forebay._text import error_text, format_duration
+from forebay._hooks import call_hook, raise_again_if_interrupt, raise_if_cancelled
+from forebay._text import as_clause, error_text, format_duration
 from forebay.errors import (
     InvalidStep,
     NotSerializable,
@@ -24,7 +24,7 @@ from forebay.errors import (
 from forebay.events import log
 from forebay.interfaces import TypeMismatch
 from forebay.overflow import decode_result, encode_result
-from forebay.retry import Retry
+from forebay.retry import Retry, RetryState
 from forebay.saga import records
 from forebay.saga.records import StepRecord, StepState
 from forebay.saga.step import Done, NotEncodable, NothingDone, Step, call, is_ambiguous, step_of
@@ -170,11 +170,13 @@ class SagaRun:
                 with the key of the step, or ``undo(output)``. The output is None if the step raised, or nobody knows
                 how it ended: then the key says what to undo. It may be called again, and must allow that.
             pivot: once it has succeeded, nothing is undone any more, and the saga goes forwards to its end.
-            retry: how the step is tried again, under the same key, when it raises. None: it is not.
+            retry: how the step is tried again, under the same key, when it raises. None: it is not, unless it is
+                `idempotent` and no answer came, or it comes after the pivot. Each process counts its own attempts.
             check: finds out whether the step has had its effect, if its process was lost or no answer came:
                 ``check(key=...)`` returns ``Done(output)``, or None if it had none.
             idempotent: it may be repeated under its key, if nobody knows how it ended: its process was lost, or no
-                answer came. Without this or a `check`, the saga is parked if its process was lost.
+                answer came. Without this or a `check`, the saga is parked if its process was lost, or if no answer came
+                to its pivot or a step after it.
 
         Returns:
             The output, as the log gives it back: plain data, or of the type that `function` says it returns.
@@ -247,15 +249,19 @@ class SagaRun:
                 await asyncio.get_running_loop().create_future()  # its outcome is unknown: the function ends here
             case StepState.STARTED:
                 return await self._resume(step, record)
-            case _ if self._history.past_pivot and record.order > self._pivot_order():
+            case StepState.FAILED if self._is_past_pivot(record):
+                await self._write_start(step)
+                return await self._resume(step, record)
+            case _ if self._is_past_pivot(record):
                 return await self._begin(step)  # a person lets it be tried again
             case StepState.FAILED if not self._only_replays:
                 await self._undo_now(step)  # its process was lost meanwhile
         raise StepFailed(saga_id=self.saga_id, step=step.name, error=record.error)
 
-    def _pivot_order(self) -> int:
+    def _is_past_pivot(self, record: StepRecord) -> bool:
+        """Return whether a step has ended after the pivot had succeeded: its function has not seen it fail."""
         pivot = self._history.pivot
-        return 0 if pivot is None else pivot.order
+        return pivot is not None and pivot.state is StepState.DONE and record.order > pivot.order
 
     def _check_same(self, step: Step, record: StepRecord) -> None:
         """Park the saga if a step of the log has become another one."""
@@ -306,31 +312,34 @@ class SagaRun:
             raise InvalidStep(step=step.name, why=why)
 
     async def _begin(self, step: Step) -> Any:
-        """Write that a step begins, and do it."""
-        started = records.Started(
+        """Write that a step begins, and do it. No earlier call of it has had an effect."""
+        self._uncalled.add(step.name)
+        await self._write_start(step)
+        return await self._do(step)
+
+    async def _write_start(self, step: Step) -> None:
+        started = records.StartedEntry(
             at=clock.wall_time(),
             step=step.name,
             function=step.function_name,
             compensable=step.compensate is not None,
             pivot=step.pivot,
         )
-        self._uncalled.add(step.name)
         await self._held.write(started)
-        return await self._do(step)
 
     def _is_stopped(self) -> bool:
         """Return whether a cancellation stops the saga, and not a step alone, by a timeout of the function itself."""
         return self._is_cut_off() or self._function_ended
 
     async def _resume(self, step: Step, record: StepRecord) -> Any:
-        """Go on with a step whose process was lost before it was known how it ended."""
+        """Go on with a step of unknown outcome: its process was lost, no answer came, or its tries were used up."""
         if step.check is not None:
             found = await self._check(step)
             if found is not None:
                 return self._note_done(step, found.output, by="check")
         elif not step.idempotent:
             raise _Parking(
-                f"step {step.name!r} was begun, and it is unknown how it ended, because its process was lost."
+                f"step {step.name!r} was begun, and its outcome is unknown."
                 f" Find out by its key {record.key!r}; a step with check= or idempotent=True needs nobody for that",
                 step.name,
             )
@@ -343,10 +352,9 @@ class SagaRun:
             step: the step.
             may_be_done: an earlier call under its key may have had its effect.
         """
-        attempt, delay = 0, 0.0
+        retries, delay = RetryState(_UNKNOWN), 0.0
         last: BaseException | None = None
         while True:
-            attempt += 1
             try:
                 if delay:
                     await asyncio.sleep(delay)
@@ -362,13 +370,13 @@ class SagaRun:
             except (Exception, asyncio.CancelledError) as error:
                 if self._is_cancelled(error) and self._is_stopped():
                     raise  # whoever stops the saga decides by what is known of the step
-                again = self._retry_delay(step, error, attempt)
+                again = self._retry_delay(step, error, retries)
                 if again is None:
                     return await self._failed(step, error, may_be_done=may_be_done)
                 may_be_done |= is_ambiguous(error)
                 last, delay = error, again
             else:
-                self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded))
+                self._held.note(records.DoneEntry(at=clock.wall_time(), step=step.name, output=encoded))
                 return self._decode(step, encoded)
 
     @staticmethod
@@ -380,8 +388,8 @@ class SagaRun:
         context.raise_priority(Priority.HIGH)  # in the context of this step alone: each has an asyncio task of its own
         return await step.call(self._history.key_of(step.name), self._driver.threads)
 
-    def _retry_delay(self, step: Step, error: BaseException, attempt: int) -> float | None:
-        """Return the seconds until a step is tried again, or None."""
+    def _retry_delay(self, step: Step, error: BaseException, retries: RetryState) -> float | None:
+        """Count a call that raised, and return the seconds until the step is tried again; None if it is not."""
         retry = step.retry
         if retry is None and step.idempotent:
             if self._history.past_pivot:
@@ -390,9 +398,20 @@ class SagaRun:
                 retry = _UNKNOWN
         if retry is None or isinstance(error, NothingDone | NotEncodable) or self._is_cancelled(error):
             return None
-        if attempt >= retry.max_attempts or not retry.covers(error):
+        if not _covers(retry, error):
             return None
-        return retry.delay(attempt, draw=clock.draw(), retry_after=getattr(error, "retry_after", None))
+        retries.follow(retry)
+        asked = getattr(error, "retry_after", None)
+        delay = retries.next_delay(uses_attempt=True, draw=clock.draw(), retry_after=asked)
+        if delay is not None:
+            log.warning(
+                "step %r of saga %r raised %s; it is tried again in %s",
+                step.name,
+                self.saga_id,
+                type(error).__name__,
+                format_duration(delay),
+            )
+        return delay
 
     async def _failed(self, step: Step, error: BaseException, *, may_be_done: bool) -> Any:
         """Find out whether a step that raised has had an effect, and undo that; or return its output after all.
@@ -406,27 +425,41 @@ class SagaRun:
             if found is not None:
                 return self._note_done(step, found.output, by="check")
             clean = True
-        if not clean and step.pivot and (may_be_done or is_ambiguous(error)):
-            doubt = (
-                "before which it may have succeeded" if may_be_done else "which leaves open whether it has succeeded"
-            )
+        past_pivot = self._history.past_pivot
+        is_open = not clean and (may_be_done or is_ambiguous(error))
+        if is_open and self._needs_outcome(step):  # it stays STARTED
+            raise _Parking(self._why_open(step, error, may_be_done=may_be_done), step.name) from error
+        is_open &= past_pivot  # before it, a step without compensation is one whose effect may stay
+        self._note_failed(step, error, clean=clean or (step.compensate is None and not is_open))
+        if past_pivot:
+            effect = "; it may have had its effect" if is_open else ""
             raise _Parking(
-                f"the pivot, step {step.name!r}, ended with {_describe(error)}, {doubt}: a pivot with check= needs"
-                " nobody to find out",
-                step.name,
-            ) from error
-        self._note_failed(step, error, clean=clean or step.compensate is None)
-        if self._history.past_pivot:
-            raise _Parking(
-                f"step {step.name!r} failed after the pivot, where nothing is undone any more: {_describe(error)}",
+                f"step {step.name!r} failed after the pivot, where nothing is undone any more: {_describe(error)}"
+                f"{effect}",
                 step.name,
             ) from error
         if not clean and step.compensate is not None:
             await self._undo_now(step)
         raise StepFailed(saga_id=self.saga_id, step=step.name, error=_describe(error)) from error
 
+    def _needs_outcome(self, step: Step) -> bool:
+        """Return whether the saga cannot go on, in any direction, without knowing how a step has ended."""
+        return step.pivot or (self._history.past_pivot and not step.idempotent)
+
+    def _why_open(self, step: Step, error: BaseException, *, may_be_done: bool) -> str:
+        """Return why the saga is parked for a step that raised and may have had its effect."""
+        which = f"the pivot, step {step.name!r}," if step.pivot else f"step {step.name!r}, after the pivot,"
+        doubt = (
+            "and an earlier call may have succeeded" if may_be_done else "which leaves open whether it has succeeded"
+        )
+        key = self._history.key_of(step.name)
+        return (
+            f"{which} ended with {_describe(error)}, {doubt}. Find out by its key {key!r}; a step with check= needs"
+            " nobody for that"
+        )
+
     def _note_failed(self, step: Step, error: BaseException, *, clean: bool) -> None:
-        failed = records.Failed(
+        failed = records.FailedEntry(
             at=clock.wall_time(),
             step=step.name,
             error_type=type(error).__name__,
@@ -440,7 +473,7 @@ class SagaRun:
             encoded = self._encode(step, output)
         except NotEncodable as error:
             raise _Parking(f"by its check it has succeeded, but {error}", step.name) from error
-        self._held.note(records.Done(at=clock.wall_time(), step=step.name, output=encoded, by=by))
+        self._held.note(records.DoneEntry(at=clock.wall_time(), step=step.name, output=encoded, by=by))
         return self._decode(step, encoded)
 
     async def _check(self, step: Step) -> Done | None:
@@ -450,16 +483,15 @@ class SagaRun:
             _Parking: it cannot be asked.
         """
         assert step.check is not None  # noqa: S101 - by the caller
-        attempt = 0
+        retries = RetryState(_CHECK_RETRY)
         while True:
-            attempt += 1
             await self._held.check_lease()
             try:
                 found = await call(step.check, key=self._history.key_of(step.name), threads=self._driver.threads)
             except (Exception, asyncio.CancelledError) as error:
                 if self._is_cancelled(error):
                     raise
-                delay = _CHECK_RETRY.delay(attempt, draw=clock.draw()) if attempt < _CHECK_RETRY.max_attempts else None
+                delay = retries.next_delay(uses_attempt=True, draw=clock.draw())
                 if delay is None:
                     why = f"the check of step {step.name!r} raised {_describe(error)}: it is unknown how the step ended"
                     raise _Parking(why, step.name) from error
@@ -523,7 +555,7 @@ class SagaRun:
                 f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
             ) from None
         try:
-            await self._held.write(records.Finished(at=clock.wall_time(), result=result))
+            await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
         except (SagaTaken, StoreUnavailable) as stop:
             self._stop = stop  # the saga has not failed: it goes on elsewhere
             raise
@@ -634,7 +666,7 @@ class SagaRun:
             ) from None
 
     async def _park(self, parking: _Parking) -> None:
-        await self._held.write(records.Parked(at=clock.wall_time(), why=parking.why, step=parking.step))
+        await self._held.write(records.ParkedEntry(at=clock.wall_time(), why=parking.why, step=parking.step))
         log.error("saga %r is parked: %s", self.saga_id, parking.why)
 
     # --- backwards ---
@@ -682,7 +714,7 @@ class SagaRun:
     async def _compensate(self, error: BaseException | None) -> None:
         if not self._history.goes_back:
             kind, text = type(error).__name__, _describe(error)
-            await self._held.write(records.Compensating(at=clock.wall_time(), error_type=kind, error=text))
+            await self._held.write(records.CompensatingEntry(at=clock.wall_time(), error_type=kind, error=text))
             if self._not_asked():  # cut off before it had come to where it was left
                 run = SagaRun(self._saga, self._payload, self._held, self._driver, bound=self._bound)
                 await run.go_back()
@@ -697,7 +729,7 @@ class SagaRun:
             if record.state is StepState.STARTED and step.check is not None and not await self._was_done(step):
                 continue
             await self._undo(step)
-        await self._held.write(records.Compensated(at=clock.wall_time()))
+        await self._held.write(records.CompensatedEntry(at=clock.wall_time()))
 
     async def _was_done(self, step: Step) -> bool:
         """Ask the check of a step that is to be undone; if it cannot say, the step is undone by its key."""
@@ -727,7 +759,7 @@ class SagaRun:
             _Parking: it has failed for good.
             SagaLeft: it is left to the next process.
         """
-        record, attempt = self._history.steps[step.name], 0
+        record, retries = self._history.steps[step.name], RetryState(self._saga.undo_retry)
         output = None if record.output is None else self._decode(step, record.output)
         # First, or the next process might not know that it has failed, and repeat it after its undo.
         await self._held.flush()
@@ -741,10 +773,9 @@ class SagaRun:
             except BaseException as error:  # noqa: BLE001 - user code: whatever it raises, the effect is not undone
                 raise_if_cancelled(error)
                 raise_again_if_interrupt(error)
-                attempt += not isinstance(error, Overloaded)  # that has not been tried
-                delay = self._undo_delay(step, error, attempt)
+                delay = self._undo_delay(step, error, retries)
             else:
-                await self._held.write(records.Undone(at=clock.wall_time(), step=step.name))
+                await self._held.write(records.UndoneEntry(at=clock.wall_time(), step=step.name))
                 return
             finally:
                 slow.cancel()
@@ -758,8 +789,8 @@ class SagaRun:
             format_duration(_SLOW),
         )
 
-    def _undo_delay(self, step: Step, error: BaseException, attempt: int) -> float:
-        """Return the seconds until a compensation that has raised is tried again.
+    def _undo_delay(self, step: Step, error: BaseException, retries: RetryState) -> float:
+        """Count a failure of a compensation, and return the seconds until it is tried again.
 
         Raises:
             _Parking: it has failed for good.
@@ -767,13 +798,15 @@ class SagaRun:
         """
         retry = self._saga.undo_retry
         delay: float | None
-        if isinstance(error, Overloaded):
+        if isinstance(error, Overloaded):  # it was not tried, and waits as often as it takes
             delay = min(max(error.retry_after or 0.0, retry.base_delay), _MAX_BUSY_WAIT)
         else:
-            self._held.note(records.UndoFailed(at=clock.wall_time(), step=step.name, error=_describe(error)))
-            delay = retry.delay(attempt, draw=clock.draw()) if attempt < retry.max_attempts else None
+            self._held.note(records.UndoFailedEntry(at=clock.wall_time(), step=step.name, error=_describe(error)))
+            delay = retries.next_delay(uses_attempt=True, draw=clock.draw())
+            if not _covers(retry, error):
+                delay = None
         if delay is None:
-            times = "once" if attempt == 1 else f"{attempt} times"
+            times = "once" if retries.failed == 1 else f"{retries.failed} times"
             why = f"the compensation of step {step.name!r} has failed {times}, the last time with {_describe(error)}"
             raise _Parking(why, step.name) from error
         log.warning(
@@ -828,7 +861,11 @@ def _describe(error: BaseException | None) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001 - user code
         text = "(its message cannot be shown)"
-    name = type(error).__name__
+    text, name = as_clause(text), type(error).__name__
     if isinstance(error, StepFailed):
         return text
     return error_text(f"{name}: {text}" if text else name)
+
+
+def _covers(retry: Retry, error: BaseException) -> bool:
+    return bool(call_hook("on of a Retry", retry.covers, error))

@@ -22,20 +22,20 @@ from forebay.overflow import encode_result
 from forebay.saga.log import SagaLog
 from forebay.saga.records import (
     UNFINISHED,
-    Done,
+    DoneEntry,
     Entry,
-    Failed,
+    FailedEntry,
     LogDamaged,
     LogWrite,
-    Resolved,
-    Retried,
+    ResolvedEntry,
+    RetriedEntry,
     SagaHeader,
     SagaHistory,
     SagaState,
     StepRecord,
     StepState,
     StoredSaga,
-    Undone,
+    UndoneEntry,
     decode_entries,
     encode_entry,
 )
@@ -189,12 +189,12 @@ class SagaAdmin:
 
     async def _close(self, stored: StoredSaga, note: str) -> SagaState:
         """Close a saga whatever its entries say: they may be damaged."""
-        await self._write(stored, (Resolved(at=clock.wall_time(), note=note),), SagaState.RESOLVED, "")
+        await self._write(stored, (ResolvedEntry(at=clock.wall_time(), note=note),), SagaState.RESOLVED, "")
         return SagaState.RESOLVED
 
     async def _release(self, stored: StoredSaga, history: SagaHistory, *entries: Entry) -> SagaState:
         """Write entries, and that the saga goes on after them."""
-        entries = (*entries, Retried(at=clock.wall_time()))
+        entries = (*entries, RetriedEntry(at=clock.wall_time()))
         for entry in entries:
             history.add(entry)
         why = history.error or history.error_type  # empty if it goes forward
@@ -261,10 +261,10 @@ def _entry(step: str, outcome: StepOutcome, output: bytes, note: str) -> Entry:
     at, reason = clock.wall_time(), f": {note}" if note else ""
     by = f"a person{reason}"
     if outcome == "done":
-        return Done(at=at, step=step, output=output, by=by)
+        return DoneEntry(at=at, step=step, output=output, by=by)
     if outcome == "undone":
-        return Undone(at=at, step=step, by=by)
-    return Failed(
+        return UndoneEntry(at=at, step=step, by=by)
+    return FailedEntry(
         at=at, step=step, error_type="NothingDone", error=f"a person says that it was not done{reason}", clean=True
     )
 

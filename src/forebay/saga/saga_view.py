@@ -8,25 +8,26 @@ from typing import Any
 from forebay._json import JsonStruct, plain_value
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_result
 from forebay.saga.records import (
-    Compensated,
-    Compensating,
-    Done,
+    UNFINISHED,
+    CompensatedEntry,
+    CompensatingEntry,
+    DoneEntry,
     Entry,
-    Failed,
-    Finished,
+    FailedEntry,
+    FinishedEntry,
     LogDamaged,
-    Parked,
-    Resolved,
-    Restarted,
-    Retried,
+    ParkedEntry,
+    ResolvedEntry,
+    RestartedEntry,
+    RetriedEntry,
     SagaHistory,
     SagaState,
-    Started,
+    StartedEntry,
     StepRecord,
     StepState,
     StoredSaga,
-    UndoFailed,
-    Undone,
+    UndoFailedEntry,
+    UndoneEntry,
     decode_entries,
 )
 
@@ -117,6 +118,10 @@ class SagaView(JsonStruct, frozen=True, kw_only=True):
     outputs: tuple[OutputView, ...] | None = None
     damage: str = ""
 
+    def is_abandoned(self, now: float) -> bool:
+        """Return whether the saga is unfinished, and no process drives it: the next one to look takes it."""
+        return self.state in UNFINISHED and (self.lease_until is None or self.lease_until <= now)
+
 
 def view_saga(stored: StoredSaga, *, outputs: bool = False) -> SagaView:
     """Return a stored saga for people, even if its log is damaged."""
@@ -150,7 +155,7 @@ def view_saga(stored: StoredSaga, *, outputs: bool = False) -> SagaView:
 
 
 def _parked_step(entries: Sequence[Entry]) -> str | None:
-    return next((entry.step for entry in reversed(entries) if isinstance(entry, Parked)), None)
+    return next((entry.step for entry in reversed(entries) if isinstance(entry, ParkedEntry)), None)
 
 
 def _view_step(step: StepRecord) -> StepView:
@@ -185,31 +190,31 @@ def _view_output(step: str | None, encoded: bytes) -> OutputView:
 def describe(entry: Entry) -> str:  # noqa: C901, PLR0911 - a line for each kind
     """Return what an entry says, without its output."""
     match entry:
-        case Started():
+        case StartedEntry():
             kinds = [name for name in ("compensable", "pivot") if getattr(entry, name)]
             return f"step {entry.step!r} began: {entry.function}{f' ({kinds[0]})' if kinds else ''}"
-        case Done():
+        case DoneEntry():
             return f"step {entry.step!r} is done{_said_by(entry.by)}"
-        case Failed():
+        case FailedEntry():
             clean = " without an effect" if entry.clean else ""
             return f"step {entry.step!r} failed{clean}: {entry.error or entry.error_type}"
-        case Undone():
+        case UndoneEntry():
             return f"step {entry.step!r} is undone{_said_by(entry.by)}"
-        case UndoFailed():
+        case UndoFailedEntry():
             return f"the compensation of step {entry.step!r} failed: {entry.error}"
-        case Compensating():
-            return f"compensates, because of {entry.error or entry.error_type}"
-        case Parked():
+        case CompensatingEntry():
+            return f"compensates: {entry.error or entry.error_type}"
+        case ParkedEntry():
             return f"parked{'' if entry.step is None else f' for step {entry.step!r}'}: {entry.why}"
-        case Retried():
+        case RetriedEntry():
             return "a person lets it go on"
-        case Finished():
+        case FinishedEntry():
             return "has returned: it is done"
-        case Compensated():
+        case CompensatedEntry():
             return "all its effects are undone"
-        case Resolved():
+        case ResolvedEntry():
             return f"closed by a person{f': {entry.note}' if entry.note else ''}"
-        case Restarted():
+        case RestartedEntry():
             return "was submitted again, and begins a new round"
 
 

@@ -34,6 +34,7 @@ _NOT_CONNECTED = frozenset(
         "EndpointConnectionError",
         "NewConnectionError",
         "PoolTimeout",
+        "SMTPConnectError",
         "gaierror",
     }
 )
@@ -57,6 +58,7 @@ _NO_ANSWER = frozenset(
         "ReadTimeout",
         "ReadTimeoutError",
         "RemoteProtocolError",
+        "SMTPServerDisconnected",
         "ServerDisconnectedError",
         "TimeoutError",
         "WriteError",
@@ -314,10 +316,10 @@ def is_ambiguous(error: BaseException) -> bool:
 
 
 def _http_status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error of a client has, or its response: in httpx, requests and botocore."""
+    """Return the HTTP status that an error of a client has, or its response, by any of the usual names."""
     response = getattr(error, "response", None)
     for owner in (error, response):
-        for name in ("status_code", "status"):
+        for name in ("status_code", "status", "http_status"):
             if isinstance(status := getattr(owner, name, None), int):
                 return status
     if isinstance(response, Mapping):  # of botocore

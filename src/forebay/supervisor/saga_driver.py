@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 
 from forebay import clock, context
-from forebay._text import format_duration
+from forebay._text import as_clause, format_duration
 from forebay.carried_context import capture_context, restore_context
 from forebay.context import DetachedTask
 from forebay.errors import (
@@ -288,7 +288,7 @@ class SagaDriver:
             envelope=self._encode(task),
             submission=run.submission,
         )
-        waited = False
+        waited, holder = False, ""  # the fence of another process that has the saga
         while True:
             if waited:
                 await self._check_undone_meanwhile(header)
@@ -303,8 +303,9 @@ class SagaDriver:
             if not is_held:
                 if (outcome := self._outcome(stored)) is not None:
                     return outcome
-                await self._wait_for_holder(stored, now)
-                waited = True
+                _log_wait(task, stored, now, known=holder)
+                holder, waited = stored.holder, True
+                await asyncio.sleep(min(max(stored.until - now, 0.05), _POLL))
                 continue
             held = self._hold_stored(stored)
             if stored.header.envelope != header.envelope:  # begun by another submission, which may differ
@@ -350,7 +351,7 @@ class SagaDriver:
 
     async def _begin(self, saga: Saga, header: SagaHeader, now: float) -> tuple[StoredSaga, bool]:
         """Begin a saga, or take it; return it, and whether it is held here now."""
-        restart = records.encode_entry(records.Restarted(at=now))
+        restart = records.encode_entry(records.RestartedEntry(at=now))
         fence, until = clock.new_id(), now + self._settings.lease
         stored = await self._log.begin(header, restart, fence=fence, until=until, now=now)
         is_held = stored.holder == fence
@@ -361,11 +362,6 @@ class SagaDriver:
                 await self._log.release(header.saga_id, fence=fence)
             raise
         return stored, is_held
-
-    @staticmethod
-    async def _wait_for_holder(stored: StoredSaga, now: float) -> None:
-        log.debug("saga %r is driven by another process", stored.header.saga_id)
-        await asyncio.sleep(min(max(stored.until - now, 0.05), _POLL))
 
     def _outcome(self, stored: StoredSaga) -> tuple[Any] | None:
         """Return the result of a saga that is DONE, in a tuple; None if another process drives it.
@@ -406,7 +402,7 @@ class SagaDriver:
 
     @staticmethod
     async def _park(held: HeldSaga, why: str) -> None:
-        await held.write(records.Parked(at=clock.wall_time(), why=why))
+        await held.write(records.ParkedEntry(at=clock.wall_time(), why=why))
         log.error("saga %r is parked: %s", held.saga_id, why)
 
     # --- what is left in the log ---
@@ -503,8 +499,8 @@ class SagaDriver:
             raise SagaParked(saga_id=stored.header.saga_id, why=why) from error
 
     async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> str:
-        why = f"it cannot be read: {error}"
-        parked = records.encode_entry(records.Parked(at=clock.wall_time(), why=why))
+        why = f"it cannot be read: {as_clause(str(error))}"
+        parked = records.encode_entry(records.ParkedEntry(at=clock.wall_time(), why=why))
         write = LogWrite(len(stored.entries), [parked], SagaState.PARKED, why)
         if await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time()):
             log.error("saga %r is parked: %s", stored.header.saga_id, why)
@@ -667,6 +663,18 @@ class SagaDriver:
                 log.debug("a saga is left as it is: %s", error)
             else:
                 self._core.failures.report("a saga could not be brought to its end", error=error)
+
+
+def _log_wait(task: Task, stored: StoredSaga, now: float, *, known: str) -> None:
+    """Log that a task waits for the holder of its saga, once for each: `known` is the one that was logged before."""
+    if stored.holder == known:
+        return
+    log.info(
+        "task %r waits: another process drives its saga %r, under a lease that ends in %s unless it is renewed",
+        task.task_id,
+        stored.header.saga_id,
+        format_duration(max(0.0, stored.until - now)),
+    )
 
 
 def _check_name(saga: Saga, stored: StoredSaga) -> None:

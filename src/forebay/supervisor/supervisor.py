@@ -117,7 +117,7 @@ class BackpressureSupervisor:
         on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
-        InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting is invalid.
+        InvalidThreshold, InvalidSetting, InvalidOverflowUrl, InvalidSagaLogUrl: a setting is invalid.
     """
 
     def __init__(  # noqa: PLR0913 - every bound is set where a user can see it

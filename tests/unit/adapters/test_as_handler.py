@@ -8,11 +8,13 @@ import pickle
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from forebay.adapters import FRAMEWORKS, Handler, as_handler, detect
+from forebay.adapters.detect import Framework
 from forebay.errors import InvalidHandler, InvalidSetting
 from forebay.task import Task
 
@@ -152,7 +154,7 @@ class Streams:
         ("agents.team.researcher", "str", "import what it names and pass that"),
         ("agents.team.researcher", "str", "with a colon, such as 'agents.team:researcher'"),
         (object(), "object", "takes the Task"),
-        (object(), "object", "a supported framework (langgraph)"),
+        (object(), "object", "a supported framework (openai-agents, langgraph, openai-swarm)"),
     ],
 )
 def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:
@@ -216,11 +218,49 @@ def test_an_agent_is_detected_by_the_package_of_its_class(monkeypatch: pytest.Mo
 
     class MyAgent(Agent): ...
 
-    monkeypatch.setitem(FRAMEWORKS, "crew", "forebay.adapters.crew")
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.crew"))
     monkeypatch.setattr(detect, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
     agent = MyAgent()
     as_handler(agent, worker="writer", config={"verbose": False})
     assert made == [(agent, "writer", {"verbose": False})]
+
+
+@pytest.mark.parametrize("package", ["agents", "swarm"])
+def test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    class Agent:
+        __module__ = f"{package}.team"
+
+        def __call__(self, task: Task) -> None: ...
+
+    monkeypatch.setattr(detect, "import_module", lambda name: pytest.fail(f"{name} is imported"))
+    assert as_handler(Agent()).blocking
+    monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    assert as_handler(Agent()).blocking
+
+
+@pytest.mark.parametrize(
+    ("names", "source"),
+    [
+        (("run", "ainvoke"), "async def run_agent(task):\n        return await agent.ainvoke(task.payload)\n"),
+        (("kickoff",), "    def run_agent(task):\n        return agent.kickoff(task.payload)\n"),
+        ((), "    def run_agent(task):\n        return agent.run(task.payload)\n"),
+    ],
+)
+def test_an_agent_of_no_supported_framework_is_rejected_with_the_function_that_runs_it(
+    names: tuple[str, ...], source: str
+) -> None:
+    async def awaited(self: Any, payload: Any) -> None: ...
+
+    def plain(self: Any, payload: Any) -> None: ...
+
+    kind = type("Crew", (), {name: awaited if name.startswith("a") else plain for name in names})
+    with pytest.raises(InvalidHandler) as caught:
+        as_handler(kind(), worker="writer")
+    message = str(caught.value)
+    assert source in message
+    assert message.endswith("supervisor.register_worker('writer', handler=run_agent, ...)")
 
 
 @pytest.mark.parametrize("config", [7, "fast", in_the_loop])

@@ -16,7 +16,7 @@ from forebay.saga import MemorySagaLog, SagaAdmin
 @pytest.mark.parametrize(
     ("url", "status", "why"),
     [
-        ("nonsense", 2, "it does not begin with the name of a store and ://"),
+        ("nonsense", 2, "The saga log 'nonsense' cannot be opened: it does not begin with the name of a store and ://"),
         ("mysql://host/db", 2, "there is no store 'mysql'"),
         ("sqlite:///saga.db?bound=9", 2, "bound is an option of an overflow"),
         ("memory://", 2, "a saga log in memory is not shared"),

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from forebay.errors import InvalidOverflowUrl
+from forebay.errors import InvalidSagaLogUrl
 from forebay.saga import MemorySagaLog, SagaLog, open_saga_log
 from forebay.saga.sqlite_log import SqliteSagaLog
 
@@ -25,7 +25,7 @@ def test_a_saga_log_is_returned_as_it_is() -> None:
 
 @pytest.mark.parametrize("value", [None, 7, Path("saga.db"), ["memory://"]])
 def test_any_other_value_is_rejected(value: object) -> None:
-    with pytest.raises(InvalidOverflowUrl, match="not a URL or a saga log"):
+    with pytest.raises(InvalidSagaLogUrl, match="not a URL or a saga log"):
         open_saga_log(cast("SagaLog", value))
 
 
@@ -40,7 +40,7 @@ def test_any_other_value_is_rejected(value: object) -> None:
     ],
 )
 def test_a_bound_is_rejected_for_a_saga_log_has_none(url: str) -> None:
-    with pytest.raises(InvalidOverflowUrl, match="bound is an option of an overflow") as error:
+    with pytest.raises(InvalidSagaLogUrl, match="bound is an option of an overflow") as error:
         open_saga_log(url)
     assert "secret" not in str(error.value)
 
@@ -57,8 +57,9 @@ def test_a_bound_is_rejected_for_a_saga_log_has_none(url: str) -> None:
     ],
 )
 def test_a_url_that_names_no_saga_log_is_rejected_with_the_forms_of_those_that_do(url: str, why: str) -> None:
-    with pytest.raises(InvalidOverflowUrl, match=why) as error:
+    with pytest.raises(InvalidSagaLogUrl, match=why) as error:
         open_saga_log(url)
+    assert str(error.value).startswith("The saga log ")
     assert "sqlite:///saga.db, redis://" in str(error.value)
     assert "bound" not in str(error.value)
     assert "secret" not in str(error.value)

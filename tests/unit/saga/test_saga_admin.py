@@ -28,29 +28,29 @@ from forebay.errors import InvalidResolution, InvalidSetting, SagaConflict, Saga
 from forebay.overflow import decode_result
 from forebay.saga import MemorySagaLog, SagaAdmin, SagaState
 from forebay.saga.records import (
-    Compensated,
-    Done,
+    CompensatedEntry,
+    DoneEntry,
     Entry,
-    Failed,
-    Finished,
+    FailedEntry,
+    FinishedEntry,
     LogDamaged,
     LogWrite,
-    Parked,
-    Resolved,
-    Restarted,
-    Retried,
+    ParkedEntry,
+    ResolvedEntry,
+    RestartedEntry,
+    RetriedEntry,
     SagaHistory,
     StepState,
-    Undone,
+    UndoneEntry,
     decode_entries,
     encode_entry,
 )
 
-PARKED = Parked(at=AT, why="a person has to look", step="act")
+PARKED = ParkedEntry(at=AT, why="a person has to look", step="act")
 ENDED = {
-    SagaState.DONE: (*RESEARCH, Finished(at=AT, result=output("published"))),
-    SagaState.COMPENSATED: (GOES_BACK, Compensated(at=AT)),
-    SagaState.RESOLVED: (*UNKNOWN, Resolved(at=AT, note="by hand")),
+    SagaState.DONE: (*RESEARCH, FinishedEntry(at=AT, result=output("published"))),
+    SagaState.COMPENSATED: (GOES_BACK, CompensatedEntry(at=AT)),
+    SagaState.RESOLVED: (*UNKNOWN, ResolvedEntry(at=AT, note="by hand")),
 }
 IN_STATE: dict[SagaState, Sequence[Entry]] = {
     SagaState.RUNNING: RESEARCH,
@@ -121,7 +121,7 @@ async def test_a_saga_is_shown_with_its_steps_and_its_history(log: MemorySagaLog
         "step 'research' is done",
         "step 'act' began: call_act",
         "step 'act' failed without an effect: ConnectionError: no answer",
-        "compensates, because of ConnectionError: no answer",
+        "compensates: ConnectionError: no answer",
         "the compensation of step 'research' failed: TimeoutError: too slow",
         "the compensation of step 'research' failed: PermissionError: denied",
         "parked for step 'research': the compensation of step 'research' fails: PermissionError: denied",
@@ -143,13 +143,13 @@ async def test_an_output_that_json_does_not_have_is_shown_as_plain_data(log: Mem
 
 
 async def test_an_output_that_cannot_be_read_says_why(log: MemorySagaLog, admin: SagaAdmin) -> None:
-    await store_saga(log, "s", [begun("a"), Done(at=AT, step="a", output=b"\xc1")])
+    await store_saga(log, "s", [begun("a"), DoneEntry(at=AT, step="a", output=b"\xc1")])
     (shown,) = (await admin.show("s", outputs=True)).outputs or ()
     assert (shown.value, shown.problem != "") == (None, True)
 
 
 async def test_a_later_round_shows_its_own_steps_and_the_whole_history(log: MemorySagaLog, admin: SagaAdmin) -> None:
-    await store_saga(log, "s", [*RESEARCH, GOES_BACK, Compensated(at=AT), Restarted(at=AT), begun("act")])
+    await store_saga(log, "s", [*RESEARCH, GOES_BACK, CompensatedEntry(at=AT), RestartedEntry(at=AT), begun("act")])
     view = await admin.show("s")
     assert (view.round, [step.key for step in view.steps], len(view.history)) == (2, ["s/2/act"], 6)
 
@@ -191,7 +191,7 @@ async def test_a_parked_saga_goes_on_in_the_direction_of_its_history(
     released: list[str] = []
     admin = SagaAdmin(log, on_released=lambda: released.append("s"))
     assert await admin.retry("s") is state
-    assert isinstance((await entries_of(log))[-1], Retried)
+    assert isinstance((await entries_of(log))[-1], RetriedEntry)
     now = clock.wall_time()
     (taken,) = await log.claim(["publish"], limit=1, fence="other", until=now + 10.0, now=now)
     assert (taken.header.state, taken.header.why) == (state, why)
@@ -226,7 +226,7 @@ STATES: dict[StepState, Sequence[Entry]] = {
     StepState.FAILED: [begun("act", compensable=True), failed("act")],
     StepState.NOT_DONE: [begun("act", compensable=True), failed("act", clean=True)],
     StepState.DONE: [begun("act", compensable=True), done("act")],
-    StepState.UNDONE: [begun("act", compensable=True), done("act"), GOES_BACK, Undone(at=AT, step="act")],
+    StepState.UNDONE: [begun("act", compensable=True), done("act"), GOES_BACK, UndoneEntry(at=AT, step="act")],
 }
 FORWARD = {
     "done": {StepState.STARTED, StepState.FAILED, StepState.NOT_DONE},
@@ -252,8 +252,8 @@ async def test_what_can_be_said_of_a_step_depends_on_its_state(
         history = SagaHistory("s", written := await entries_of(log))
         assert (history.state, history.steps["act"].state) == (now, AFTER[outcome])
         assert [type(entry) for entry in written[len(entries) :]] == [
-            {"done": Done, "not-done": Failed, "undone": Undone}[outcome],
-            Retried,
+            {"done": DoneEntry, "not-done": FailedEntry, "undone": UndoneEntry}[outcome],
+            RetriedEntry,
         ]
         assert (await admin.show("s")).history[-2].text == {
             "done": "step 'act' is done, says a person: seen",
@@ -420,6 +420,6 @@ async def test_of_many_who_retry_at_once_one_does(log: MemorySagaLog, admin: Sag
 
 async def test_a_write_that_was_rejected_writes_nothing(log: MemorySagaLog) -> None:
     stored = await store_saga(log, "s", UNKNOWN)
-    write = LogWrite(0, [encode_entry(Retried(at=AT))], SagaState.RUNNING)
+    write = LogWrite(0, [encode_entry(RetriedEntry(at=AT))], SagaState.RUNNING)
     assert not await log.amend("s", write, now=clock.wall_time())
     assert await log.get("s") == stored

@@ -10,54 +10,54 @@ from hypothesis import given
 
 from forebay.saga import SagaState
 from forebay.saga.records import (
-    Compensated,
-    Compensating,
-    Done,
+    CompensatedEntry,
+    CompensatingEntry,
+    DoneEntry,
     Entry,
-    Failed,
-    Finished,
+    FailedEntry,
+    FinishedEntry,
     LogDamaged,
-    Parked,
-    Resolved,
-    Restarted,
-    Retried,
+    ParkedEntry,
+    ResolvedEntry,
+    RestartedEntry,
+    RetriedEntry,
     SagaHistory,
-    Started,
+    StartedEntry,
     StepState,
-    UndoFailed,
-    Undone,
+    UndoFailedEntry,
+    UndoneEntry,
     decode_entries,
     encode_entry,
 )
 
 
-def started(step: str, *, compensable: bool = True, pivot: bool = False) -> Started:
-    return Started(at=1.0, step=step, function="f", compensable=compensable, pivot=pivot)
+def started(step: str, *, compensable: bool = True, pivot: bool = False) -> StartedEntry:
+    return StartedEntry(at=1.0, step=step, function="f", compensable=compensable, pivot=pivot)
 
 
-def done(step: str, output: bytes = b"output") -> Done:
-    return Done(at=1.0, step=step, output=output)
+def done(step: str, output: bytes = b"output") -> DoneEntry:
+    return DoneEntry(at=1.0, step=step, output=output)
 
 
-def failed(step: str, *, clean: bool = False) -> Failed:
-    return Failed(at=1.0, step=step, error_type="ValueError", error="ValueError: no", clean=clean)
+def failed(step: str, *, clean: bool = False) -> FailedEntry:
+    return FailedEntry(at=1.0, step=step, error_type="ValueError", error="ValueError: no", clean=clean)
 
 
-def undone(step: str) -> Undone:
-    return Undone(at=1.0, step=step)
+def undone(step: str) -> UndoneEntry:
+    return UndoneEntry(at=1.0, step=step)
 
 
-def undo_failed(step: str, error: str = "no") -> UndoFailed:
-    return UndoFailed(at=1.0, step=step, error=error)
+def undo_failed(step: str, error: str = "no") -> UndoFailedEntry:
+    return UndoFailedEntry(at=1.0, step=step, error=error)
 
 
-PARKED = Parked(at=1.0, why="look at it", step="a")
-RETRIED = Retried(at=1.0)
-GOES_BACK = Compensating(at=1.0, error_type="StepFailed", error="no")
-COMPENSATED = Compensated(at=1.0)
-FINISHED = Finished(at=1.0, result=b"result")
-RESOLVED = Resolved(at=1.0, note="by hand")
-RESTARTED = Restarted(at=1.0)
+PARKED = ParkedEntry(at=1.0, why="look at it", step="a")
+RETRIED = RetriedEntry(at=1.0)
+GOES_BACK = CompensatingEntry(at=1.0, error_type="StepFailed", error="no")
+COMPENSATED = CompensatedEntry(at=1.0)
+FINISHED = FinishedEntry(at=1.0, result=b"result")
+RESOLVED = ResolvedEntry(at=1.0, note="by hand")
+RESTARTED = RestartedEntry(at=1.0)
 
 ONE_OF_EACH: list[Entry] = [
     started("a"),
@@ -177,6 +177,12 @@ def test_the_entries_of_a_step_decide_its_state(entries: list[Entry], state: Ste
 
 def test_a_step_that_cannot_be_undone_need_not_be() -> None:
     assert names(history(started("a", compensable=False), started("b", compensable=False), done("b"))) == []
+
+
+def test_a_step_that_is_done_or_undone_since_has_no_error_of_before() -> None:
+    assert (step := history(started("a"), failed("a"), done("a")).steps["a"]).error_type == step.error == ""
+    step = history(started("a"), failed("a"), undo_failed("a"), undone("a")).steps["a"]
+    assert (step.error, step.undo_error, step.undo_errors) == ("ValueError: no", "", 1)
 
 
 def test_a_step_has_what_was_written_of_it() -> None:

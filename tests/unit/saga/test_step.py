@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import smtplib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,13 @@ def botocore_status(status: int) -> Exception:
     return error
 
 
+def sdk_status(status: int) -> Exception:
+    """Return an error of an SDK that calls its status `http_status`."""
+    error = RuntimeError("bad")
+    error.http_status = status  # type: ignore[attr-defined]
+    return error
+
+
 NEW_CONNECTION = urllib3.exceptions.NewConnectionError(None, "refused")  # type: ignore[arg-type]
 
 AMBIGUOUS = [
@@ -114,6 +122,9 @@ AMBIGUOUS = [
     botocore.exceptions.ConnectionClosedError(endpoint_url="x"),
     botocore_status(500),
     redis.exceptions.TimeoutError("slow"),
+    smtplib.SMTPServerDisconnected("Connection unexpectedly closed"),
+    sdk_status(500),
+    caused(ValueError("could not pay"), sdk_status(503)),
     redis.exceptions.ConnectionError("closed by the server"),
     caused(ValueError("could not pay"), TimeoutError()),
     met_while(ValueError("could not pay"), httpx.ReadTimeout("slow", request=REQUEST)),
@@ -145,6 +156,9 @@ DEFINITE = [
     botocore.exceptions.EndpointConnectionError(endpoint_url="x"),
     botocore.exceptions.ConnectTimeoutError(endpoint_url="x"),
     botocore_status(400),
+    smtplib.SMTPConnectError(421, "busy"),
+    smtplib.SMTPSenderRefused(550, b"no", "a@example.org"),
+    sdk_status(402),
     caused(ValueError("could not pay"), ConnectionRefusedError()),
     caused(RuntimeError("could not pay"), httpx_status(400)),
 ]

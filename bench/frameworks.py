@@ -1,0 +1,97 @@
+"""Fifty agents of each framework on one key whose rate limit direct use breaks: run it in .venv-frameworks.
+
+The agents are those of the contract suite, of three calls each with a tool between them; the provider is its double,
+which accepts 100 requests a minute, 100 of them at once. All agents start at once. *Direct*: each framework as it is,
+with the retries of OpenAI's client. *Forebay*: a supervisor with a slot for each, and their client bound to an upstream
+that is not told the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from importlib import import_module
+from typing import Any, Final
+
+from tests.frameworks.conftest import INSTALLED
+from tests.frameworks.openai_double import OpenAIDouble, openai_double
+from tests.frameworks.sample import Sample
+
+from forebay import BackpressureSupervisor, Task, Upstream
+from forebay.adapters import as_handler
+
+AGENTS: Final = 50
+CALLS: Final = 3
+REQUESTS, PERIOD = 100, 60.0
+
+Ask = Callable[[int], Awaitable[Any]]
+
+
+def run(*, only: str = "") -> dict[str, float | str]:
+    """Return the results of each framework that is installed, or of one sample."""
+    modules = (import_module(f"tests.frameworks.samples.{name}") for name in INSTALLED)
+    samples: list[Sample] = [sample for module in modules for sample in module.SAMPLES]
+    results: dict[str, float | str] = {}
+    for sample in samples:
+        if only in (sample.name, "") and not sample.streams:
+            results |= asyncio.run(_direct(sample))
+            results |= asyncio.run(_forebay(sample))
+    return results
+
+
+def note(text: str) -> str:
+    """Take a note."""
+    return text
+
+
+async def _direct(sample: Sample) -> dict[str, float | str]:
+    with openai_double() as double:
+        async with contextlib.AsyncExitStack() as stack:
+            made = sample.make(lambda kind: _client(kind, double, stack), note)
+            handler = as_handler(made["handler"], config=made["config"])
+            return await _measure(f"{sample.name}, direct", double, lambda n: handler.call(Task("ask", f"river {n}")))
+
+
+async def _forebay(sample: Sample) -> dict[str, float | str]:
+    key = Upstream("key", provider="openai", max_wait=300)
+    with openai_double() as double:
+        async with contextlib.AsyncExitStack() as stack:
+            made = sample.make(lambda kind: key.bind(_client(kind, double, stack)), note)
+            supervisor = await stack.enter_async_context(BackpressureSupervisor())
+            supervisor.register_worker("agent", task_types=["ask"], max_concurrent=AGENTS, **made)
+
+            def ask(number: int) -> Awaitable[Any]:
+                return supervisor.run(Task("ask", f"river {number}"))
+
+            results = await _measure(f"{sample.name}, Forebay", double, ask)
+    (account,) = key.statistics().accounts
+    metered = (account.input_tokens, account.output_tokens)
+    results[f"{sample.name}, Forebay: tokens metered / counted"] = sum(metered) / sum(double.tokens)
+    return results
+
+
+def _client(kind: type[Any], double: OpenAIDouble, stack: contextlib.AsyncExitStack) -> Any:
+    client = kind(api_key="sk-bench", base_url=double.url)
+    if hasattr(client, "__aenter__"):
+        stack.push_async_exit(client)
+    else:
+        stack.push(client)
+    return client
+
+
+async def _measure(name: str, double: OpenAIDouble, ask: Ask) -> dict[str, float | str]:
+    double.limit(REQUESTS, PERIOD)
+    double.calls = CALLS
+    began = time.perf_counter()
+    ended = await asyncio.gather(*(ask(number) for number in range(AGENTS)), return_exceptions=True)
+    failures = Counter(type(each).__name__ for each in ended if isinstance(each, BaseException))
+    return {
+        f"{name}: failed of {AGENTS}": float(failures.total()),
+        f"{name}: failed by": ", ".join(f"{count} {kind}" for kind, count in failures.items()) or "-",
+        f"{name}: seconds": time.perf_counter() - began,
+        f"{name}: calls accepted, {AGENTS * CALLS} needed": float(double.answered),
+        f"{name}: calls refused": float(sum(each.status == 429 for each in double.requests)),
+    }

@@ -1,0 +1,30 @@
+"""Fixtures of the contract suite, which runs in the environment of each framework: see scripts/test.sh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Final
+
+import pytest
+from tests.frameworks.openai_double import OpenAIDouble, openai_double
+from tests.frameworks.sample import Sample
+
+#: The modules of samples, by the package that each needs.
+SAMPLES: Final = {"agents": "openai_agents", "swarm": "openai_swarm"}
+INSTALLED: Final = [module for package, module in SAMPLES.items() if find_spec(package) is not None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test that takes a `sample` on each sample of each framework that is installed."""
+    if "sample" in metafunc.fixturenames:
+        modules = [import_module(f"tests.frameworks.samples.{name}") for name in INSTALLED]
+        samples: list[Sample] = [sample for module in modules for sample in module.SAMPLES]
+        metafunc.parametrize("sample", samples, ids=[sample.name.replace(" ", "-") for sample in samples])
+
+
+@pytest.fixture
+def double() -> Iterator[OpenAIDouble]:
+    with openai_double() as running:
+        yield running

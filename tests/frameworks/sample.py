@@ -1,0 +1,50 @@
+"""Sample: an agent of one framework, as the contract suite needs it, and the facts that the suite measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+MODEL: Final = "gpt-4o-mini"
+
+#: A tool of the agent: takes a text and returns one.
+Tool = Callable[[str], str]
+#: Returns a client of a class of OpenAI's SDK, connected to the double, and bound if the test has an upstream.
+Connect = Callable[[type[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the suite measures, a row of the table in docs/frameworks/index.md.
+
+    Attributes:
+        stops_at: where a cancelled run stops: "at once", or "next call", once its call has been answered.
+        calls_if_direct: requests of one failing call, without an upstream.
+        counts_usage: whether the tokens are in the result.
+        threads_left: threads of a run that was cancelled in a plain tool and has ended.
+        progress: what is reported: "steps" and "text".
+    """
+
+    stops_at: str
+    calls_if_direct: int
+    counts_usage: bool
+    threads_left: int
+    progress: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One way to run an agent.
+
+    Attributes:
+        name: of the framework and of the variant.
+        make: returns the arguments handler= and config= of `register_worker` for an agent with one tool.
+        facts: about it.
+        streams: whether its calls are streamed.
+    """
+
+    name: str
+    make: Callable[[Connect, Tool], Mapping[str, Any]]
+    facts: Facts
+    streams: bool = False
