@@ -364,6 +364,24 @@ async def test_a_branch_that_waits_a_moment_is_waited_for() -> None:
     assert effects.calls == []
 
 
+@virtual
+async def test_a_branch_that_is_behind_when_its_function_returns_is_waited_for() -> None:
+    async def function(run: SagaRun, effects: Effects) -> None:
+        async def branch() -> None:
+            await effects.step(run, "b")
+            await asyncio.sleep(0.5)
+            await effects.step(run, "c")
+
+        task = asyncio.ensure_future(branch())
+        await effects.step(run, "a")
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    written = (started("a"), started("b"), done("b"), done("a"), started("c"))
+    history, effects = await resumed(function, *written)
+    assert (history.why, history.state) == ("", SagaState.DONE)
+    assert effects.calls == ["c"]
+
+
 # --- where steps are asked for ---------------------------------------------------------------------------------------
 
 
