@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from tests.support.task_plane import virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus
@@ -31,8 +32,10 @@ class Bank:
     async def work(self, payload: Any) -> None:
         self.at_work += 1
         self.most = max(self.most, self.at_work)
-        await asyncio.sleep(1.0)
-        self.at_work -= 1
+        try:
+            await asyncio.sleep(1.0)
+        finally:
+            self.at_work -= 1
         self.done.append(payload)
 
     async def fail(self) -> None:
@@ -147,3 +150,22 @@ async def test_a_compensation_that_would_wait_for_its_own_saga_fails() -> None:
         ticket = await supervisor.submit(Task("work", key="s"))
         assert isinstance((await ticket).cause, SagaCompensated)
     assert len(errors) == 1
+
+
+@virtual
+@pytest.mark.parametrize("payload", ["undone at its end", "undone at once"])
+@pytest.mark.parametrize("seconds", [0.5, 1.5])
+async def test_a_saga_whose_time_is_up_while_its_compensation_awaits_a_task_leaves_its_slot(
+    payload: str, seconds: float
+) -> None:
+    bank = Bank()
+    async with bank.supervisor, asyncio.timeout(60.0):
+        first = await bank.supervisor.submit(Task("transfer", payload, timeout=seconds))
+        others = [await bank.supervisor.submit(Task("transfer", number)) for number in range(2)]
+        assert (await first).status is TaskStatus.TIMED_OUT
+        assert all([(await ticket).success for ticket in others])
+        await asyncio.sleep(5.0)
+        assert "refund" in bank.done
+        worker = bank.supervisor.workers["bank"]
+        assert (worker.current_tasks, worker.suspended, worker.pending_claims) == (0, 0, 0)
+    assert bank.most == 1

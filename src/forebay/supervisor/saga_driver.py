@@ -294,9 +294,10 @@ class SagaDriver:
             submission=run.submission,
         )
         waited, holder = False, ""  # the fence of another process that has the saga
+        was_lost = run.attempt > 1 and run.ticket.retries is None  # the attempt before has not failed
         while True:
-            if waited:
-                await self._check_undone_meanwhile(header)
+            if waited or was_lost:
+                await self._check_undone_meanwhile(header, by_others=waited, by_own=was_lost)
             if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
                 return taken
             if (end := self._ends.get(saga_id)) is not None:
@@ -331,15 +332,18 @@ class SagaDriver:
             if reclaim is not None:
                 await reclaim()
 
-    async def _check_undone_meanwhile(self, header: SagaHeader) -> None:
-        """Raise SagaCompensated if the saga that another submission began was undone while this one waited for it.
+    async def _check_undone_meanwhile(self, header: SagaHeader, *, by_others: bool, by_own: bool) -> None:
+        """Raise SagaCompensated if this submission does not begin a new round of a saga that was undone.
 
-        It has joined that one, and does not begin a new round.
+        Args:
+            header: of the saga, with this submission.
+            by_others: whether it has waited for the saga, and joined the submission that had begun it.
+            by_own: whether it has begun it itself, and its process was lost before it could have the outcome.
         """
         stored = await self._log.get(header.saga_id)
         if stored is None or stored.header.state is not SagaState.COMPENSATED:
             return
-        if stored.header.submission != header.submission:
+        if by_own if stored.header.submission == header.submission else by_others:
             raise SagaCompensated(saga_id=header.saga_id, error=stored.header.why)
 
     def _take_resumed(self, saga: Saga, saga_id: str, run: Run) -> _Taken | None:

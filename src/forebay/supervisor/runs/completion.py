@@ -474,7 +474,7 @@ def _outcome(run: Run, cause: BaseException | None) -> Outcome:
     """Return how the failure of a handler counts for its worker."""
     if isinstance(cause, Overloaded | StillSpilled):
         return _IGNORED  # its call or nested task was rejected or left: no fault of this worker
-    if isinstance(cause, _SAGA_ENDS):
+    if isinstance(cause, _SAGA_ENDS) and run.worker.handler.saga is not None:
         return _IGNORED  # a saga that was undone has done its work, and what it lost was not its worker's
     if run.upstream_failed or _is_submitters_mistake(cause) or _is_stop_of_other_worker(cause):
         return _IGNORED
