@@ -69,7 +69,7 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
+from forebay.saga import SagaAdmin, memory_log, redis_log, saga_admin, sqlite_log, step
 from forebay.saga import run as saga_run
 from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogWrite, SagaHistory, StartedEntry
@@ -3000,6 +3000,51 @@ def a_compensation_is_tried_again_whatever_it_raises() -> None:
 
 def an_error_without_connection_is_like_one_without_answer() -> None:
     step._NOT_CONNECTED = frozenset()
+
+
+# --- sagas: slots, scans and leases ---
+
+
+def a_compensation_waits_for_the_slot_of_its_saga() -> None:
+    def _awaiting(_: Any) -> None:
+        return None
+
+    slot_loans._awaiting.__code__ = _awaiting.__code__
+
+
+def a_saga_goes_on_without_its_slot_after_an_undo() -> None:
+    async def at_once(self: SagaDriver, _: str) -> None:
+        pass
+
+    replace(SagaDriver, SagaDriver.take_slot_back, at_once)
+
+
+def who_waits_for_a_saga_keeps_the_slot_that_it_needs() -> None:
+    async def wait(self: SagaDriver, _: Run, end: asyncio.Future[None]) -> None:
+        await asyncio.wait((end,))
+
+    replace(SagaDriver, SagaDriver._wait_without_slot, wait)
+
+
+def an_error_ends_the_scans_for_sagas() -> None:
+    async def keep(self: SagaDriver) -> None:
+        while not self.leaves_waiting:
+            await self._scan()
+            await asyncio.sleep(self._settings.lease / 3)
+
+    replace(SagaDriver, SagaDriver._keep_scanning, keep)
+
+
+def a_saga_that_was_undone_is_a_fault_of_its_worker() -> None:
+    completion._SAGA_ENDS = ()  # type: ignore[assignment]
+
+
+def a_process_takes_its_own_sagas() -> None:
+    skip(SagaDriver._scan, SagaDriver._renew_held)
+
+
+def a_lease_of_an_hour_ago_lasts_as_long_as_the_clock_was_set_back() -> None:
+    memory_log.LONGEST_AHEAD = math.inf  # type: ignore[attr-defined]
 
 
 # --- agents of frameworks ---

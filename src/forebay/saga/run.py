@@ -81,6 +81,9 @@ class Driver(Protocol):
     def detached_task(self, saga_id: str) -> RunningTask | None:
         """Return the running task of the compensations of a saga that it drives."""
 
+    async def take_slot_back(self, saga_id: str) -> None:
+        """Wait until the run of a saga has its slot again, which it has lent to what its compensations submitted."""
+
 
 class _StopSaga(BaseException):
     """Ends the function of a saga. It is no Exception, so that no ``except Exception`` of the function takes it."""
@@ -632,7 +635,11 @@ class SagaRun:
             raise TypeError(
                 f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
             ) from None
-        await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
+        try:
+            await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
+        except (SagaTaken, StoreUnavailable) as stop:
+            self._stop = stop  # the saga has not failed: it goes on elsewhere
+            raise
         return decode_result(result)
 
     async def _is_asked_for_more(self) -> bool:
@@ -745,8 +752,8 @@ class SagaRun:
             ) from None
 
     async def _park(self, parking: _Parking) -> None:
-        log.error("saga %r is parked: %s", self.saga_id, parking.why)
         await self._held.write(records.ParkedEntry(at=clock.wall_time(), why=parking.why, step=parking.step))
+        log.error("saga %r is parked: %s", self.saga_id, parking.why)
 
     # --- backwards ---
 
@@ -830,6 +837,7 @@ class SagaRun:
         task.add_done_callback(self._undoing.discard)
         await _until_ended(task)
         task.result()
+        await self._driver.take_slot_back(self.saga_id)  # the function goes on
 
     async def _undo(self, step: Step) -> None:
         """Call the compensation of a step until it has succeeded.
