@@ -63,7 +63,7 @@ class Effects:
         step = self.does(name, seconds)
 
         async def shielded(*, key: str) -> str:
-            task = asyncio.ensure_future(step(key=key))
+            task: asyncio.Task[str] = asyncio.ensure_future(step(key=key))
             while not task.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait((task,))
@@ -362,6 +362,24 @@ async def test_a_branch_that_waits_a_moment_is_waited_for() -> None:
     history, effects = await resumed(function, *written)
     assert history.state is SagaState.DONE
     assert effects.calls == []
+
+
+@virtual
+async def test_a_branch_that_is_behind_when_its_function_returns_is_waited_for() -> None:
+    async def function(run: SagaRun, effects: Effects) -> None:
+        async def branch() -> None:
+            await effects.step(run, "b")
+            await asyncio.sleep(0.5)
+            await effects.step(run, "c")
+
+        task = asyncio.ensure_future(branch())
+        await effects.step(run, "a")
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    written = (started("a"), started("b"), done("b"), done("a"), started("c"))
+    history, effects = await resumed(function, *written)
+    assert (history.why, history.state) == ("", SagaState.DONE)
+    assert effects.calls == ["c"]
 
 
 # --- where steps are asked for ---------------------------------------------------------------------------------------

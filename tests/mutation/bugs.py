@@ -3064,3 +3064,29 @@ def an_agent_takes_its_stop_for_a_failed_tool() -> None:
 def a_package_is_taken_for_a_framework_by_its_name() -> None:
     for package, framework in detect.FRAMEWORKS.items():
         detect.FRAMEWORKS[package] = framework._replace(marker="")
+
+
+# --- sagas: the order of a replay ---
+
+
+def a_recorded_outcome_is_given_at_once() -> None:
+    always(SagaRun, SagaRun._wait_for_replay, returns=None)
+
+
+def a_step_that_was_cut_off_has_failed_in_a_replay() -> None:
+    always(SagaRun, SagaRun._note_cut_off, returns=None)
+
+
+def a_function_that_waits_outside_of_its_steps_has_changed() -> None:
+    saga_run._REPLAY_WAIT = 10.0
+
+
+def a_step_inside_a_step_is_let_through() -> None:
+    class Nowhere:
+        def get(self) -> None:
+            return None
+
+        def set(self, _: object) -> None:
+            return None
+
+    saga_run._inside = Nowhere()  # type: ignore[assignment]

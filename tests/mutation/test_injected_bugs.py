@@ -52,6 +52,7 @@ from tests.acceptance import (
     test_routing,
     test_runners,
     test_saga_outcomes,
+    test_saga_replay,
     test_saga_writes,
     test_sagas,
     test_shared_overflow,
@@ -1245,6 +1246,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_step_gets_its_key_in_place_of_an_argument_of_its_own: (
         test_step.test_a_parameter_key_that_is_given_already_keeps_what_it_was_given
     ),
+    bugs.a_recorded_outcome_is_given_at_once: (
+        test_saga_replay.test_a_saga_ends_as_it_would_have_after_whatever_entry_its_process_is_lost
+    ),
+    bugs.a_step_that_was_cut_off_has_failed_in_a_replay: (
+        test_saga_replay.test_a_saga_ends_as_it_would_have_after_whatever_entry_its_process_is_lost
+    ),
+    bugs.a_function_that_waits_outside_of_its_steps_has_changed: (
+        test_saga_replay.test_a_function_that_waits_between_its_steps_is_replayed_backwards
+    ),
+    bugs.a_step_inside_a_step_is_let_through: test_saga_replay.test_a_step_inside_a_step_is_invalid,
     bugs.a_cancelled_agent_is_left_in_its_thread: (
         test_agent_thread.test_a_cancelled_run_lasts_until_its_thread_has_stopped_at_the_next_check
     ),

@@ -218,7 +218,7 @@ class World:
         if not history.goes_back and record.state is StepState.DONE:
             self.wrong.append(f"step {key} was undone: it is done, and its saga goes forwards")
         if record.state is StepState.DONE:
-            later = [each for each in history.to_undo() if each.state is StepState.DONE and each.order > record.order]
+            later = [each for each in history.to_undo() if each.state is StepState.DONE and each.ended > record.ended]
             if later:
                 self.wrong.append(f"step {key} was undone before step {later[0].name}, which ended later")
 

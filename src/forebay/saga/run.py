@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
-from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
@@ -42,7 +42,7 @@ _CHECK_RETRY = Retry(max_attempts=5, base_delay=0.2, max_delay=5.0)
 _PAST_PIVOT = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0)
 _UNKNOWN = Retry(max_attempts=5, base_delay=0.5, max_delay=10.0)  # of an idempotent step without an answer
 # The saga and the step in whose function the caller is.
-_inside: ContextVar[tuple[SagaRun, str] | None] = ContextVar("forebay_saga_step", default=None)
+_inside: contextvars.ContextVar[tuple[SagaRun, str] | None] = contextvars.ContextVar("forebay_saga_step", default=None)
 _SLOW = 60.0  # seconds after which a compensation that does not return is reported
 _MAX_BUSY_WAIT = 60.0  # seconds between two attempts of a compensation whose call is rejected for load
 
@@ -609,8 +609,9 @@ class SagaRun:
         """
         try:
             value = await self._saga.function(self, self._payload)
-            while self._in_progress:  # begun by the function, and not awaited
-                await asyncio.wait(self._in_progress.values())
+            while self._in_progress or await self._is_asked_for_more():  # by what it has begun, and not awaited
+                if self._in_progress:
+                    await asyncio.wait(self._in_progress.values())
                 for name, task in list(self._in_progress.items()):
                     if task.done():
                         self._end_step(name)
@@ -633,6 +634,11 @@ class SagaRun:
             ) from None
         await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
         return decode_result(result)
+
+    async def _is_asked_for_more(self) -> bool:
+        """Return whether branches that the function has left go on, to steps that the log has."""
+        self._replayed.clear()
+        return bool(self._unasked) and self._stop is None and await self._wait_for_request(_ALONE_WAIT)
 
     async def conclude(self, error: BaseException, *, cut_off: bool) -> None:
         """Bring a saga to its end whose function has not returned. It is to be called once, and not cancelled.
@@ -902,7 +908,7 @@ class SagaRun:
 
         It is not cancelled with the caller: nothing may cut off an undo.
         """
-        own = copy_context()
+        own = contextvars.copy_context()
         own.run(context.set_running_task, self._driver.detached_task(self.saga_id))
         task = asyncio.get_running_loop().create_task(work, context=own)
         await _until_ended(task)
