@@ -11,6 +11,7 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -3045,6 +3046,37 @@ def a_process_takes_its_own_sagas() -> None:
 
 def a_lease_of_an_hour_ago_lasts_as_long_as_the_clock_was_set_back() -> None:
     memory_log.LONGEST_AHEAD = math.inf  # type: ignore[attr-defined]
+
+
+# --- sagas: what the errors of clients say ---
+
+
+def an_answer_that_cannot_be_read_says_that_there_is_no_effect() -> None:
+    step._UNREADABLE = frozenset()
+
+
+def an_error_after_a_successful_answer_is_a_refusal() -> None:
+    step._REFUSALS = range(500)
+
+
+def an_sdk_is_trusted_about_the_attempts_that_it_hides() -> None:
+    def _is_first_attempt(_: BaseException) -> bool:
+        return True
+
+    step._is_first_attempt.__code__ = _is_first_attempt.__code__
+
+
+# --- sagas: how steps are called ---
+
+
+def a_step_gets_its_key_in_place_of_an_argument_of_its_own() -> None:
+    original = step._place_of_key
+
+    def place_of_key(function: Any) -> int:
+        has_key = isinstance(function, partial) and "key" in function.keywords
+        return original(function.func if has_key else function)
+
+    step._place_of_key = place_of_key
 
 
 # --- agents of frameworks ---

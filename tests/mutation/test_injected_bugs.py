@@ -1238,6 +1238,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_error_without_connection_is_like_one_without_answer: (
         test_step.test_any_other_error_says_that_there_is_none
     ),
+    bugs.an_answer_that_cannot_be_read_says_that_there_is_no_effect: (
+        test_errors_of_clients.test_an_answer_that_cannot_be_read_leaves_it_open
+    ),
+    bugs.an_error_after_a_successful_answer_is_a_refusal: (
+        test_errors_of_clients.test_a_redirection_that_is_not_followed_leaves_it_open
+    ),
+    bugs.an_sdk_is_trusted_about_the_attempts_that_it_hides: (
+        test_errors_of_clients.test_a_connection_that_is_refused_says_nothing_of_the_attempts_that_an_sdk_made_before
+    ),
+    bugs.a_step_gets_its_key_in_place_of_an_argument_of_its_own: (
+        test_step.test_a_parameter_key_that_is_given_already_keeps_what_it_was_given
+    ),
     bugs.a_recorded_outcome_is_given_at_once: (
         test_saga_replay.test_a_saga_ends_as_it_would_have_after_whatever_entry_its_process_is_lost
     ),

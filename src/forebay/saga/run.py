@@ -174,8 +174,8 @@ class SagaRun:
         Args:
             name: of the step, unique in its saga: in a loop, ``f"send {number}"``.
             function: what it does: an async function, a plain one, which runs in a thread, or an agent of a framework,
-                which gets one argument. If it has a parameter `key`, it gets the idempotency key of the step, by which
-                a server can tell a repeated request from a new one.
+                which gets one argument. If it has a parameter `key` that neither `args` nor a ``partial`` give, it
+                gets the idempotency key of the step, by which a server can tell a repeated request from a new one.
             args: its arguments.
             compensate: undoes the step if the saga fails later, or if the step itself raises: ``undo(output, *, key)``,
                 with the key of the step, or ``undo(output)``. The output is None if the step raised, or nobody knows
