@@ -629,6 +629,10 @@ class SagaRun:
         if self._unasked:
             missing = next(iter(self._unasked))
             raise _Parking(f"its function has returned without step {missing!r}, which its log has{_CHANGED}")
+        return await self._finish(value)
+
+    async def _finish(self, value: Any) -> Any:
+        """Write the result of the saga, and return it as the log has it."""
         try:
             result = encode_result(value, task_id=self.saga_id, bound=self._bound)
         except NotSerializable as error:
