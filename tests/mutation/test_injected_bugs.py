@@ -1239,21 +1239,6 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_error_without_connection_is_like_one_without_answer: (
         test_step.test_any_other_error_says_that_there_is_none
     ),
-    bugs.what_is_no_exception_passes_through_a_step: (
-        test_saga_errors.test_a_function_that_catches_what_its_step_raised_leaves_no_step_of_unknown_outcome
-    ),
-    bugs.a_pivot_that_a_signal_has_ended_counts_as_not_done: (
-        test_saga_errors.test_a_pivot_that_ends_with_no_exception_is_parked
-    ),
-    bugs.a_saga_that_cannot_be_parked_is_tried_again_at_once: (
-        test_saga_errors.test_a_saga_that_cannot_even_be_parked_is_tried_once_a_lease_and_counted
-    ),
-    bugs.what_cannot_be_written_is_written_again_and_again: (
-        test_saga_errors.test_a_log_that_raises_is_not_written_without_end
-    ),
-    bugs.a_compensation_that_the_code_no_longer_has_is_called: (
-        test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
-    ),
     bugs.an_answer_that_cannot_be_read_says_that_there_is_no_effect: (
         test_errors_of_clients.test_an_answer_that_cannot_be_read_leaves_it_open
     ),
@@ -1301,6 +1286,21 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_lease_of_an_hour_ago_lasts_as_long_as_the_clock_was_set_back: (
         test_saga_leases.test_after_the_clock_was_set_back_what_a_lost_process_left_goes_on_and_what_lives_is_not_taken
+    ),
+    bugs.what_is_no_exception_passes_through_a_step: (
+        test_saga_errors.test_a_function_that_catches_what_its_step_raised_leaves_no_step_of_unknown_outcome
+    ),
+    bugs.a_pivot_that_a_signal_has_ended_counts_as_not_done: (
+        test_saga_errors.test_a_pivot_that_ends_with_no_exception_is_parked
+    ),
+    bugs.a_saga_that_cannot_be_parked_is_tried_again_at_once: (
+        test_saga_errors.test_a_saga_that_cannot_even_be_parked_is_tried_once_a_lease_and_counted
+    ),
+    bugs.what_cannot_be_written_is_written_again_and_again: (
+        test_saga_errors.test_a_log_that_raises_is_not_written_without_end
+    ),
+    bugs.a_compensation_that_the_code_no_longer_has_is_called: (
+        test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
     ),
 }
 

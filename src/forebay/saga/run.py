@@ -662,7 +662,7 @@ class SagaRun:
         return await self._finish(value)
 
     async def _finish(self, value: Any) -> Any:
-        """Write what the function has returned, and return it as the log has it."""
+        """Write the result of the saga, and return it as the log has it."""
         try:
             result = encode_result(value, task_id=self.saga_id, bound=self._bound)
         except NotSerializable as error:
