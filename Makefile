@@ -9,7 +9,7 @@ export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # otherwise every process that pytest starts compiles every library again
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-quick mutation sim check format bench docs lock clean
+.PHONY: help install packages demo test test-quick mutation sim kills check format bench docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then in
 
 sim: install ## run thousands of random surges and storms with faults, one for each seed: ARGS="--seeds 0:5000 --failures 1"
 	@$(RUN) tests.simulation.explore $(ARGS)
+
+kills: install packages ## kill a process that drives a saga at each moment: every saga on every log
+	@FOREBAY_ALL_KILLS=1 $(RUN) pytest --quiet --numprocesses $(JOBS) --dist worksteal tests/integration/test_saga_killed.py $(ARGS)
 
 check: install ## check lint, format, types, and the layers of imports
 	$(RUN) ruff check .

@@ -2,11 +2,14 @@
 
 The moments are those before and after each write to the log and each request that a step makes, so a process is killed
 before each record is acknowledged, after it, and while the effect that lies between two of them is there or not.
+
+`make kills` runs every case on every log. Without it, each kind of moment is tried on SQLite and on one Redis.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,8 +30,9 @@ from forebay.saga import SagaState, open_saga_log
 from forebay.saga.records import UNFINISHED, SagaHistory, StepState, decode_entries
 
 MOST = 200  # moments of a life
+ALL = "FOREBAY_ALL_KILLS" in os.environ  # set by `make kills`
 CHAIN = ["research", "summarize", "try"]
-BRANCHES = ["left 1", "left 2", "right 1", "right 2"]
+BRANCHES = ["left 1", "right 1", "right 2", "right 3"]
 
 
 class Case(NamedTuple):
@@ -203,7 +207,7 @@ class World:
     @staticmethod
     def _outputs(history: SagaHistory) -> list[str]:
         outputs = {step.name: decode_result(step.output) for step in history.steps.values() if step.output is not None}
-        return [output for name, output in outputs.items() if name not in ("left 2", "right 2")]
+        return [output for name, output in outputs.items() if name not in ("right 2", "right 3")]
 
     def _check_calls(self, history: SagaHistory) -> None:
         """Check that each request had the key of its step, and that none came before the log had its start."""
@@ -243,22 +247,28 @@ def readers() -> Iterator[Readers]:
         yield open_reader
 
 
-def cases(cases: list[Case], *, quick: list[Case]) -> pytest.MarkDecorator:
-    """Parametrize a test by logs and cases: all on SQLite and one Redis, the first quick one on the other logs.
+def cases(cases: list[Case], *, quick: list[Case], usual: list[Case] | None = None) -> pytest.MarkDecorator:
+    """Parametrize a test by logs and cases.
 
-    Those that are `quick` are slow on Redis, but for one, and the others are slow everywhere.
+    Args:
+        cases: all of them; `make kills` runs them on SQLite and on Redis, and the first one on the other logs.
+        quick: those that are not slow on SQLite.
+        usual: those that `make test` runs on SQLite; None: the quick ones. On Redis it runs the first two of them.
     """
+    usual = quick if usual is None else usual
     parameters = []
     for backend in DURABLE_LOGS:
-        is_first = backend.name in ("sqlite", "redis")
-        for case in cases if is_first else quick[:1]:
-            is_quick = case in quick if backend.name == "sqlite" else is_first and case == QUICK_ON_REDIS
+        chosen = {"sqlite": usual, "redis": usual[:2]}.get(backend.name, [])
+        if ALL:
+            chosen = cases if backend.name in ("sqlite", "redis") else usual[:1]
+        for case in chosen:
+            is_quick = case in quick if backend.name == "sqlite" else case == QUICK_ON_REDIS
             marks = () if is_quick else pytest.mark.slow
             parameters.append(pytest.param(backend, case, id=f"{backend}, {case}", marks=marks))
     return pytest.mark.parametrize(("backend", "case"), parameters)
 
 
-@cases(CASES, quick=QUICK_CASES)
+@cases(CASES, quick=QUICK_CASES, usual=[CASES[1], CASES[3], CASES[0], *CASES[5:]])
 def test_a_saga_whose_process_is_killed_at_any_moment_goes_on_to_its_end(
     backend: LogBackend, case: Case, processes: SagaProcesses, readers: Readers, tmp_path: Path
 ) -> None:
@@ -275,7 +285,7 @@ def test_a_saga_whose_process_is_killed_at_any_moment_goes_on_to_its_end(
     assert crash_at > 15  # else there were no moments
 
 
-@cases(CASES, quick=[])
+@cases(CASES, quick=[], usual=[CASES[1], CASES[3]])
 def test_the_ends_of_steps_may_all_be_written_with_what_comes_next(
     backend: LogBackend, case: Case, processes: SagaProcesses, readers: Readers, tmp_path: Path
 ) -> None:
@@ -290,7 +300,7 @@ def test_the_ends_of_steps_may_all_be_written_with_what_comes_next(
             break
 
 
-@cases(UNREPEATABLE, quick=UNREPEATABLE[:1])
+@cases(UNREPEATABLE, quick=[], usual=UNREPEATABLE)
 def test_a_step_that_cannot_be_repeated_is_called_once_and_parks_its_saga_if_its_outcome_is_unknown(
     backend: LogBackend, case: Case, processes: SagaProcesses, readers: Readers, tmp_path: Path
 ) -> None:
@@ -329,7 +339,7 @@ def test_a_process_that_goes_on_with_a_saga_may_be_killed_at_any_moment_too(
             break
 
 
-@cases(CASES[:4], quick=[CASES[0]])
+@cases(CASES[:4], quick=[], usual=[CASES[0]])
 def test_a_saga_that_loses_process_after_process_goes_on_or_is_parked(
     backend: LogBackend, case: Case, processes: SagaProcesses, readers: Readers, tmp_path: Path
 ) -> None:
@@ -379,7 +389,7 @@ def test_a_paused_process_does_nothing_for_a_saga_that_another_has_taken(
 
 
 @pytest.mark.parametrize(
-    "seed", [seed if seed < 10 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(80)]
+    "seed", [seed if seed < 10 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(80 if ALL else 20)]
 )
 def test_a_saga_whose_processes_are_killed_and_paused_at_random_comes_to_its_end(
     seed: int, processes: SagaProcesses, readers: Readers, tmp_path: Path

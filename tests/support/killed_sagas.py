@@ -27,6 +27,7 @@ from forebay import BackpressureSupervisor, Retry, Task, clock
 from forebay.errors import SagaCompensated, SagaParked, SagaTaken
 from forebay.saga import Done, Saga, SagaLog, SagaRun, held_saga, open_saga_log, redis_log, saga, sqlite_log
 from forebay.saga.records import UNFINISHED, LogWrite, SagaHeader, StoredSaga
+from forebay.supervisor import saga_driver
 
 _IMPORTED = (redis_log, sqlite_log)  # here, and not in each fork
 
@@ -36,6 +37,7 @@ LATER = 2 * LEASE  # seconds by which the clock of a process is later than that 
 MAX_LIVES = 1000  # processes, one after the other
 FAILURES = 7  # of a compensation that is parked twice, and then succeeds
 QUICK = Retry(max_attempts=3, base_delay=0.001, max_delay=0.001)
+SLOWER = Retry(max_attempts=3, base_delay=0.01, max_delay=0.01)
 
 
 class Life(msgspec.Struct, frozen=True, kw_only=True):
@@ -296,25 +298,23 @@ def chain_of(calls: Calls) -> Saga:
 
 
 def branches_of(calls: Calls) -> Saga:
-    """Return a saga of steps side by side."""
+    """Return a saga of steps side by side, of which the left branch is the shorter one."""
 
     @saga("branches", undo_retry=QUICK)
     async def branches(run: SagaRun, how: str) -> list[str]:
-        async def branch(name: str) -> str:
+        async def branch(name: str, *, length: int) -> str:
+            if how == f"{name} fails":  # after the other branch has gone on
+                failing = calls.stumble(f"{name} fails", until=1_000_000)
+                await run.step(f"{name} fails", failing, retry=SLOWER, idempotent=True)
             first: str = await run.step(
                 f"{name} 1", calls.do(f"{name} 1"), compensate=calls.undo(f"{name} 1"), idempotent=True
             )
-            await run.step(
-                f"{name} 2",
-                calls.plain_do(f"{name} 2"),
-                compensate=calls.plain_undo(f"{name} 2"),
-                check=calls.check(f"{name} 2"),
-            )
-            if how == f"{name} fails":
-                raise ValueError(how)
+            for number in range(2, length + 1):
+                step = f"{name} {number}"
+                await run.step(step, calls.plain_do(step), compensate=calls.plain_undo(step), check=calls.check(step))
             return first
 
-        left, right = await asyncio.gather(branch("left"), branch("right"))
+        left, right = await asyncio.gather(branch("left", length=1), branch("right", length=3))
         sent = await run.step("act", calls.do("act"), left, right, pivot=True, idempotent=True)
         return [left, right, sent]
 
@@ -350,6 +350,7 @@ SAGAS: Mapping[str, Callable[[Calls], Saga]] = {
 async def live(life: Life) -> None:
     """Drive a saga to its end, unless a moment kills the process."""
     held_saga._LINGER = life.linger
+    saga_driver._POLL = 0.01  # it may have been taken for its worker just before its task comes
     moments = Moments(life)
     log = CrashingLog(open_saga_log(life.url), moments)
     calls = Calls(EffectServer(Path(life.effects)), moments)

@@ -92,6 +92,9 @@ class Driver(Protocol):
     def detached_task(self, saga_id: str) -> RunningTask | None:
         """Return the running task of the compensations of a saga that it drives."""
 
+    async def take_slot_back(self, saga_id: str) -> None:
+        """Wait until the run of a saga has its slot again, which it has lent to what its compensations submitted."""
+
 
 class _StopSaga(BaseException):
     """Ends the function of a saga. It is no Exception, so that no ``except Exception`` of the function takes it."""
@@ -182,8 +185,8 @@ class SagaRun:
         Args:
             name: of the step, unique in its saga: in a loop, ``f"send {number}"``.
             function: what it does: an async function, a plain one, which runs in a thread, or an agent of a framework,
-                which gets one argument. If it has a parameter `key`, it gets the idempotency key of the step, by which
-                a server can tell a repeated request from a new one.
+                which gets one argument. If it has a parameter `key` that neither `args` nor a ``partial`` give, it
+                gets the idempotency key of the step, by which a server can tell a repeated request from a new one.
             args: its arguments.
             compensate: undoes the step if the saga fails later, or if the step itself raises: ``undo(output, *, key)``,
                 with the key of the step, or ``undo(output)``. The output is None if the step raised, or nobody knows
@@ -656,13 +659,21 @@ class SagaRun:
         if self._unasked:
             missing = next(iter(self._unasked))
             raise _Parking(f"its function has returned without step {missing!r}, which its log has{_CHANGED}")
+        return await self._finish(value)
+
+    async def _finish(self, value: Any) -> Any:
+        """Write the result of the saga, and return it as the log has it."""
         try:
             result = encode_result(value, task_id=self.saga_id, bound=self._bound)
         except NotSerializable as error:
             raise TypeError(
                 f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
             ) from None
-        await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
+        try:
+            await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
+        except (SagaTaken, StoreUnavailable) as stop:
+            self._stop = stop  # the saga has not failed: it goes on elsewhere
+            raise
         return decode_result(result)
 
     async def _is_asked_for_more(self) -> bool:
@@ -789,8 +800,8 @@ class SagaRun:
 
     async def _park(self, parking: _Parking) -> None:
         why = error_text(parking.why)
-        log.error("saga %r is parked: %s", self.saga_id, why)
         await self._held.write(records.ParkedEntry(at=clock.wall_time(), why=why, step=parking.step))
+        log.error("saga %r is parked: %s", self.saga_id, why)
 
     # --- backwards ---
 
@@ -875,6 +886,7 @@ class SagaRun:
         task.add_done_callback(self._undoing.discard)
         await _until_ended(task)
         task.result()
+        await self._driver.take_slot_back(self.saga_id)  # the function goes on
 
     async def _undo(self, step: Step) -> None:
         """Call the compensation of a step until it has succeeded.

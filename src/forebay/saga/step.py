@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -22,10 +23,11 @@ from forebay.retry import Retry
 from forebay.task import Task
 
 _MAX_NAME = 200  # characters of a step's name
-_FIRST_SERVER_ERROR, _REQUEST_TIMEOUT = 500, 408
-# Errors of HTTP clients and SDKs, by name, because none of these libraries is imported here. No connection was made:
+# What errors of clients and SDKs say of an effect, by the names of their classes and of those that these derive from:
+# none of these libraries is imported here. No connection was made:
 _NOT_CONNECTED = frozenset(
     {
+        "CertificateError",
         "ClientConnectorError",
         "ConnectError",
         "ConnectTimeout",
@@ -36,38 +38,82 @@ _NOT_CONNECTED = frozenset(
         "NewConnectionError",
         "PoolTimeout",
         "SMTPConnectError",
+        "SSLCertVerificationError",
         "gaierror",
+        "herror",
     }
 )
-# No answer came, or a part of one, though the request may have. SDKs that try again by themselves raise some of these
-# whatever has become of their earlier attempts.
+# No answer came, or a part of one, though the request may have.
 _NO_ANSWER = frozenset(
     {
-        "APIConnectionError",
         "APITimeoutError",
+        "AutoReconnect",
+        "BadStatusLine",
+        "BrokenExecutor",
+        "BrokenResourceError",
+        "CancelledError",
         "ChunkedEncodingError",
         "ClientPayloadError",
         "CloseError",
+        "ClosedResourceError",
         "ConnectionClosed",
         "ConnectionClosedError",
         "ContentDecodingError",
         "DecodingError",
+        "EOFError",
+        "EndOfStream",
         "IncompleteRead",
+        "IncompleteReadError",
+        "LineTooLong",
         "NetworkError",
+        "NotEncodable",
+        "OperationalError",
+        "PostgresConnectionError",
         "ProtocolError",
         "ReadError",
         "ReadTimeout",
         "ReadTimeoutError",
         "RemoteProtocolError",
+        "ResponseError",
+        "ResponseStreamingError",
         "SMTPServerDisconnected",
         "ServerDisconnectedError",
         "TimeoutError",
+        "TimeoutExpired",
+        "UnknownProtocol",
         "WriteError",
         "WriteTimeout",
     }
 )
-# Either of both: what they were raised from may say that no connection was made.
-_DOUBTFUL = frozenset({"ClientOSError", "ConnectionError"})
+# An answer came that could not be read, unless the error has a status, which says more.
+_UNREADABLE = frozenset(
+    {
+        "APIError",
+        "APIResponseValidationError",
+        "ContentTypeError",
+        "DecodeError",
+        "JSONDecodeError",
+        "ResponseNotRead",
+        "ResponseParserError",
+        "StreamClosed",
+        "StreamConsumed",
+        "StreamConsumedError",
+        "TooManyRedirects",
+        "UnicodeDecodeError",
+    }
+)
+# Errors that hide others: what they were raised from may say that no connection was made. Otherwise no answer came.
+_WRAPPERS = frozenset({"ClientConnectionError", "ConnectionError", "HTTPClientError", "URLError"})
+_SDK_CONNECTION = "APIConnectionError"  # of SDKs that try again by themselves
+# Errors of the operating system that leave nothing open, and the answers of a mail server, which derive from these.
+_CLEAR_OS_ERRORS = frozenset(
+    {"FileNotFoundError", "IsADirectoryError", "NotADirectoryError", "PermissionError", "SMTPException", "ValueError"}
+)
+
+_STATUS_NAMES = ("status_code", "status", "http_status", "code")
+_STATUSES = range(100, 600)
+_REFUSALS = range(400, 500)
+_OPEN_REFUSALS = (408, 499)  # the server, or one before it, has stopped to wait for the request or for its client
 
 
 _CACHED = 256  # functions
@@ -247,7 +293,7 @@ def _is_plain(declared: Any) -> bool:
 
 async def call(function: Callable[..., Any], *args: Any, key: str, threads: Executor | None) -> Any:
     """Call a function of a step, in a thread if it is not async, and with its `key` if it takes one."""
-    if _takes_key(function):
+    if len(args) <= _place_of_key(function):
         function = partial(function, key=key)
     return await _call(function, *args, blocking=not is_async(function), threads=threads)
 
@@ -308,59 +354,111 @@ async def _whole(future: Awaitable[Any]) -> Any:
 
 
 @_cached
-def _takes_key(function: Any) -> bool:
-    """Return whether a function has a parameter `key` of its own, that is not given by position."""
+def _place_of_key(function: Any) -> int:
+    """Return how many arguments by position a function takes before its `key`; -1 if it takes none, or has it."""
+    inner = function
+    while isinstance(inner, partial):
+        if "key" in inner.keywords:
+            return -1
+        inner = inner.func
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # as of some built-in functions
-        return False
-    key = parameters.get("key")
-    if key is not None:
-        return key.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return False
+        return -1
+    for place, parameter in enumerate(parameters.values()):
+        if parameter.name == "key" and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            return sys.maxsize
+        if parameter.name == "key" and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return place
+    return -1
 
 
 def is_ambiguous(error: BaseException) -> bool:
-    """Return whether an error leaves open if the step had its effect: no answer came, or that of a broken server.
+    """Return whether an error leaves open if the step had its effect: it does not say that the request was refused.
 
-    Any other says that it had none. A cancellation, a timeout and a lost connection are ambiguous, and so is an HTTP
-    status of 408 or from 500 on, in the error, its response, or an error that it was raised from.
+    A cancellation, a timeout, a lost connection and an answer that cannot be read are ambiguous, and so is any HTTP
+    status that is no refusal, in the error, its response, an error that it was raised from, or one of its group. A
+    connection that was refused is not, nor is an error of a class that is not known here.
     """
-    doubtful = False
-    for each in _chain(error):
+    seen: set[int] = set()
+    errors = [error]
+    while errors:  # the error, and those of the groups in it
+        if _leaves_open(errors.pop(), errors, seen):
+            return True
+    return False
+
+
+def _leaves_open(error: BaseException, parts: list[BaseException], seen: set[int]) -> bool:
+    """Return whether an error leaves it open, or what it was raised from; add the errors of groups to `parts`."""
+    wrapped = False
+    for each in _chain(error, seen):
+        if isinstance(each, BaseExceptionGroup):
+            parts.extend(each.exceptions)
         names = {kind.__name__ for kind in type(each).__mro__}
         if names & _NOT_CONNECTED:
             return False
-        if isinstance(each, asyncio.CancelledError | ConnectionError | NotEncodable) or names & _NO_ANSWER:
+        if names & _NO_ANSWER or isinstance(each, ConnectionError):
             return True
         status = _http_status(each)
         if status is not None:
-            return status >= _FIRST_SERVER_ERROR or status == _REQUEST_TIMEOUT
-        doubtful |= bool(names & _DOUBTFUL)
-    return doubtful
+            return wrapped or status not in _REFUSALS or status in _OPEN_REFUSALS
+        if _SDK_CONNECTION in names and not _is_first_attempt(each):
+            return True
+        if _SDK_CONNECTION in names or names & _WRAPPERS:
+            wrapped = True
+        elif names & _UNREADABLE or _is_open_os_error(each, names):
+            return True
+    return wrapped
+
+
+def _is_open_os_error(error: BaseException, names: set[str]) -> bool:
+    """Return whether the operating system has failed in a way that leaves it open."""
+    if not isinstance(error, OSError) or names & _CLEAR_OS_ERRORS:
+        return False
+    return type(error) is not OSError or error.errno is not None  # one without a number is raised by code that knows
+
+
+def _is_first_attempt(error: BaseException) -> bool:
+    """Return whether an SDK says that it had sent nothing before the request which this error is about.
+
+    It hides what has become of its earlier attempts, of which one may have had the effect.
+    """
+    headers = _attribute(_attribute(error, "request"), "headers")
+    return isinstance(headers, Mapping) and headers.get("x-stainless-retry-count") == "0"
 
 
 def _http_status(error: BaseException) -> int | None:
     """Return the HTTP status that an error of a client has, or its response, by any of the usual names."""
-    response = getattr(error, "response", None)
+    response = _attribute(error, "response")
     for owner in (error, response):
-        for name in ("status_code", "status", "http_status"):
-            if isinstance(status := getattr(owner, name, None), int):
-                return status
+        for name in _STATUS_NAMES:
+            status = _attribute(owner, name)
+            if isinstance(status, int) and not isinstance(status, bool):
+                return status if status in _STATUSES else None
     if isinstance(response, Mapping):  # of botocore
-        status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode")
+        metadata = response.get("ResponseMetadata")
+        status = metadata.get("HTTPStatusCode") if isinstance(metadata, Mapping) else None
         return status if isinstance(status, int) else None
     return None
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """Return an attribute of a user's object, or None, also if it cannot be read."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # noqa: BLE001 - a property of a user's
+        return None
 
 
 class NotEncodable(Exception):
     """The output of a step cannot be written to the log. The step has had its effect."""
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
+def _chain(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
+    """Yield an error, and those that it was raised from, but for those that were `seen`."""
     each: BaseException | None = error
     while each is not None and id(each) not in seen:
         yield each
         seen.add(id(each))
-        each = each.__cause__ or each.__context__
+        reason = _attribute(each, "reason")  # of urllib and urllib3
+        each = each.__cause__ or (reason if isinstance(reason, BaseException) else each.__context__)

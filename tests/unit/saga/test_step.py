@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.process
+import http.client
+import json
 import smtplib
+import sqlite3
+import ssl
+import subprocess
 import threading
+import urllib.error
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import aiohttp
+import anyio
 import botocore.exceptions
 import httpx
 import msgspec
@@ -77,11 +85,37 @@ def botocore_status(status: int) -> Exception:
     return error
 
 
-def sdk_status(status: int) -> Exception:
-    """Return an error of an SDK that calls its status `http_status`."""
+def sdk_status(status: int, *, name: str = "http_status") -> Exception:
+    """Return an error of an SDK that has its status under a name of its own."""
     error = RuntimeError("bad")
-    error.http_status = status  # type: ignore[attr-defined]
+    setattr(error, name, status)
     return error
+
+
+def openai_refused(attempts_before: int) -> BaseException:
+    request: Any = httpx.Request("POST", REQUEST.url, headers={"x-stainless-retry-count": str(attempts_before)})
+    return caused(openai.APIConnectionError(request=request), httpx.ConnectError("refused"))
+
+
+def openai_unreadable() -> Exception:
+    response: Any = httpx.Response(200, request=REQUEST)
+    return openai.APIResponseValidationError(response=response, body=None)
+
+
+class OddError(Exception):
+    """An error whose attributes cannot be read."""
+
+    @property
+    def response(self) -> object:
+        raise RuntimeError("no response yet")
+
+    @property
+    def reason(self) -> object:
+        raise RuntimeError("no reason")
+
+
+class LedgerError(OSError):
+    """An error of a user's own that says that it is one of the operating system."""
 
 
 NEW_CONNECTION = urllib3.exceptions.NewConnectionError(None, "refused")  # type: ignore[arg-type]
@@ -98,6 +132,12 @@ AMBIGUOUS = [
     httpx.WriteError("gone", request=REQUEST),
     httpx.RemoteProtocolError("gone", request=REQUEST),
     httpx.DecodingError("odd", request=REQUEST),
+    httpx.StreamClosed(),
+    httpx.ResponseNotRead(),
+    httpx.TooManyRedirects("around", request=REQUEST),
+    httpx_status(200),  # it was answered: what failed is later
+    httpx_status(302),
+    httpx_status(499),
     httpx_status(500),
     httpx_status(504),
     httpx_status(408),
@@ -106,25 +146,69 @@ AMBIGUOUS = [
     aiohttp.SocketTimeoutError(),
     aiohttp.ClientOSError(104, "reset"),
     aiohttp.ClientPayloadError("cut"),
+    aiohttp.ClientConnectionError("Connection closed"),
+    aiohttp.ClientConnectionResetError("Cannot write to closing transport"),
+    aiohttp.ContentTypeError(None, (), status=200),  # type: ignore[arg-type]
+    aiohttp.ContentTypeError(None, ()),  # type: ignore[arg-type]
     aiohttp_status(503),
     openai.APITimeoutError(request=SDK_REQUEST),
     openai.APIConnectionError(request=SDK_REQUEST),
     caused(openai.APIConnectionError(request=SDK_REQUEST), httpx.ConnectError("refused")),  # after attempts of its own
+    openai_refused(attempts_before=1),
+    openai_unreadable(),
+    openai.APIError("the stream failed", SDK_REQUEST, body=None),
+    openai_status(200),
     openai_status(500),
     openai_status(408),
     requests.ReadTimeout(),
     requests.ConnectionError("aborted"),
     met_while(requests.ConnectionError("aborted"), urllib3.exceptions.ProtocolError("aborted")),
     requests.exceptions.ChunkedEncodingError(),
+    requests.exceptions.JSONDecodeError("no", "<html>", 0),
+    requests.exceptions.RetryError("too many 503 error responses"),
+    requests_status(301),
     requests_status(502),
     urllib3.exceptions.ReadTimeoutError(None, "/", "slow"),  # type: ignore[arg-type]
     botocore.exceptions.ReadTimeoutError(endpoint_url="x"),
     botocore.exceptions.ConnectionClosedError(endpoint_url="x"),
+    botocore.exceptions.ResponseStreamingError(error="cut"),
+    botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    botocore.exceptions.HTTPClientError(error="odd"),
+    botocore_status(200),
     botocore_status(500),
-    redis.exceptions.TimeoutError("slow"),
-    smtplib.SMTPServerDisconnected("Connection unexpectedly closed"),
     sdk_status(500),
-    caused(ValueError("could not pay"), sdk_status(503)),
+    sdk_status(503, name="code"),
+    caused(ValueError("could not pay"), sdk_status(500)),
+    json.JSONDecodeError("no", "<html>", 0),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"),
+    msgspec.DecodeError("cut"),
+    http.client.IncompleteRead(b""),
+    http.client.BadStatusLine("x"),
+    http.client.RemoteDisconnected("gone"),
+    urllib.error.URLError(TimeoutError()),
+    urllib.error.URLError(ssl.SSLEOFError(8, "EOF")),
+    urllib3.exceptions.MaxRetryError(None, "/", urllib3.exceptions.ResponseError("too many 503")),  # type: ignore[arg-type]
+    smtplib.SMTPServerDisconnected("Connection unexpectedly closed"),
+    sqlite3.OperationalError("disk I/O error"),
+    subprocess.TimeoutExpired("pay", 3.0),
+    concurrent.futures.CancelledError(),
+    concurrent.futures.process.BrokenProcessPool(),
+    EOFError(),
+    asyncio.IncompleteReadError(b"", 3),
+    anyio.EndOfStream(),
+    anyio.BrokenResourceError(),
+    ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
+    ssl.SSLError(1, "bad record mac"),
+    met_while(ssl.SSLEOFError(8, "EOF"), ConnectionRefusedError()),  # of another server, before
+    met_while(redis.exceptions.ConnectionError("closed"), httpx_status(404)),  # of another server, before
+    OSError(113, "no route to host"),
+    FileExistsError(17, "exists"),
+    LedgerError("not written"),
+    ExceptionGroup("both", [ValueError(), TimeoutError()]),
+    ExceptionGroup("both", [ConnectionRefusedError(), ExceptionGroup("more", [KeyError(), httpx_status(500)])]),
+    BaseExceptionGroup("cut off", [asyncio.CancelledError()]),
+    caused(ValueError("could not pay"), ExceptionGroup("both", [TimeoutError()])),
+    redis.exceptions.TimeoutError("slow"),
     redis.exceptions.ConnectionError("closed by the server"),
     caused(ValueError("could not pay"), TimeoutError()),
     met_while(ValueError("could not pay"), httpx.ReadTimeout("slow", request=REQUEST)),
@@ -134,9 +218,25 @@ AMBIGUOUS = [
 DEFINITE = [
     ValueError("no such account"),
     KeyError("x"),
+    TypeError("no"),
+    AssertionError(),
+    RuntimeError("no"),
+    IndexError(),
+    OddError(),
     OSError("disk full"),
+    FileNotFoundError(2, "no such file"),
+    PermissionError(13, "denied"),
     NothingDone(),
     ConnectionRefusedError(),
+    ssl.SSLCertVerificationError("the certificate has expired"),
+    urllib.error.URLError(ConnectionRefusedError()),
+    smtplib.SMTPConnectError(421, "busy"),
+    smtplib.SMTPSenderRefused(550, b"no", "a@example.org"),
+    smtplib.SMTPDataError(554, b"no"),
+    sdk_status(402),
+    sdk_status(404, name="code"),
+    sdk_status(7, name="code"),  # no HTTP status
+    ExceptionGroup("both", [ValueError(), ConnectionRefusedError(), httpx_status(422)]),
     httpx.ConnectError("refused", request=REQUEST),
     httpx.ConnectTimeout("slow", request=REQUEST),
     caused(httpx.ConnectTimeout("slow", request=REQUEST), TimeoutError()),
@@ -145,20 +245,20 @@ DEFINITE = [
     httpx_status(409),
     httpx_status(429),
     aiohttp_status(422),
+    aiohttp.ContentTypeError(None, (), status=404),  # type: ignore[arg-type]
     aiohttp.ClientConnectorError(None, OSError("refused")),  # type: ignore[arg-type]
     aiohttp.ConnectionTimeoutError(),
     aiohttp.InvalidURL("x"),
+    openai_refused(attempts_before=0),
     openai_status(401),
     openai_status(429),
     requests.ConnectTimeout(),
     met_while(requests.ConnectionError("refused"), caused(NEW_CONNECTION, ConnectionRefusedError())),
+    requests.exceptions.MissingSchema("no scheme"),
     requests_status(404),
     botocore.exceptions.EndpointConnectionError(endpoint_url="x"),
     botocore.exceptions.ConnectTimeoutError(endpoint_url="x"),
     botocore_status(400),
-    smtplib.SMTPConnectError(421, "busy"),
-    smtplib.SMTPSenderRefused(550, b"no", "a@example.org"),
-    sdk_status(402),
     caused(ValueError("could not pay"), ConnectionRefusedError()),
     caused(RuntimeError("could not pay"), httpx_status(400)),
 ]
@@ -176,6 +276,19 @@ def test_an_error_without_a_whole_answer_leaves_open_whether_there_is_an_effect(
 
 @pytest.mark.parametrize("error", DEFINITE, ids=label)
 def test_any_other_error_says_that_there_is_none(error: BaseException) -> None:
+    assert not is_ambiguous(error)
+
+
+def test_a_group_that_was_raised_from_itself_is_judged() -> None:
+    group = ExceptionGroup("both", [error := ValueError()])
+    error.__cause__ = group
+    assert not is_ambiguous(group)
+
+
+def test_groups_in_groups_are_judged_however_deep_they_are() -> None:
+    error: Exception = ValueError()
+    for _ in range(10_000):
+        error = ExceptionGroup("more", [error])
     assert not is_ambiguous(error)
 
 
@@ -251,6 +364,10 @@ async def with_any_names(first: object, **names: object) -> Any:
     return first, names.get("key")
 
 
+async def with_key_first(key: object, data: object) -> Any:
+    return key, data
+
+
 def plain_with_key(first: object, *, key: str) -> Any:
     return first, key
 
@@ -280,6 +397,27 @@ async def test_a_function_gets_the_key_if_it_has_a_parameter_of_that_name(
 ) -> None:
     with ThreadPoolExecutor() as threads:
         assert await call(function, 7, key="k", threads=threads) == (7, "k" if takes_key else None)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "found"),
+    [
+        (with_key_first, ("name", "data"), ("name", "data")),
+        (with_a_key_that_may_be_given_by_position, (7, "name"), (7, "name")),
+        (partial(with_a_key_that_may_be_given_by_position, 7), ("name",), (7, "name")),
+        (partial(with_a_key_that_may_be_given_by_position, 7), (), (7, "the key")),
+        (partial(with_a_key_that_may_be_given_by_position, 7, "name"), (), (7, "name")),
+        (partial(with_key, key="name"), (7,), (7, "name")),
+        (partial(partial(plain_with_key, key="name"), 7), (), (7, "name")),
+        (partial(with_key_first, data="data"), (), ("the key", "data")),
+    ],
+)
+async def test_a_parameter_key_that_is_given_already_keeps_what_it_was_given(
+    function: Callable[..., Any], args: tuple[object, ...], found: object
+) -> None:
+    with ThreadPoolExecutor() as threads:
+        for _ in range(2):  # the second time its signature is known
+            assert await call(function, *args, key="the key", threads=threads) == found
 
 
 async def test_a_built_in_function_can_be_a_step() -> None:

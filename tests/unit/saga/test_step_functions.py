@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,12 +43,12 @@ def asked(function: Callable[..., Any]) -> Step:
 
 @pytest.mark.parametrize("time", ["first", "second"])
 def test_a_function_is_called_as_it_declares_each_time(time: str) -> None:  # noqa: ARG001 - the second time it is known
-    assert [steps._takes_key(each) for each in (plain, typed, with_key, with_default, partial(with_key, 1))] == [
-        False,
-        False,
-        True,
-        True,
-        True,
+    assert [steps._place_of_key(each) for each in (plain, typed, with_key, with_default, partial(with_key, 1))] == [
+        -1,
+        -1,
+        sys.maxsize,
+        1,
+        sys.maxsize,
     ]
     assert asked(plain).codec is None
     codec = asked(typed).codec
@@ -72,7 +73,7 @@ def test_what_a_function_holds_is_not_kept_alive(hold: Callable[[Notes], Callabl
     kept = weakref.ref(held)
     function = hold(held)
     asked(function)
-    assert not steps._takes_key(function)
+    assert steps._place_of_key(function) == -1
     del held, function
     gc.collect()
     assert kept() is None
