@@ -25,7 +25,7 @@ from tests.support.redis_servers import (
 from forebay.errors import StoreAnswerLost, StoreUnavailable
 from forebay.saga import SagaLog, SagaState, open_saga_log, redis_log
 from forebay.saga.records import LogWrite, SagaHeader, StoredSaga
-from forebay.storage import redis_master
+from forebay.storage import operation_queue, redis_master
 
 NAMES = itertools.count()
 ENDLESS = 1e6  # seconds
@@ -521,7 +521,7 @@ async def test_acknowledged_entries_survive_the_master(pair: StandaloneRedis) ->
 
 
 async def test_a_group_waits_for_missing_replicas_once(pair: StandaloneRedis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_log, "_MAX_BYTES", 1)  # each operation is a round trip
+    monkeypatch.setattr(operation_queue, "_MAX_PART_BYTES", 1)  # each operation is a round trip
     async with opened(f"{pair.url}?replicas=1") as log:
         await begin(log)
         pair.proxies[0].lag(ENDLESS)
