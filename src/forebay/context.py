@@ -98,15 +98,19 @@ class DetachedTask:
         task: the task that began it.
         submission: of that task.
         tenant_weight: of its tenant.
+        awaited_by: the run that waits for it, and lends its slot to what it submits; None: nobody does.
     """
 
     attempt: int = 1
     deadline: Deadline | None = None
 
-    def __init__(self, task: Task, *, submission: float, tenant_weight: float) -> None:
+    def __init__(
+        self, task: Task, *, submission: float, tenant_weight: float, awaited_by: RunningTask | None = None
+    ) -> None:
         self.task = msgspec.structs.replace(task, priority=Priority.CRITICAL, deadline=None, timeout=None)
         self.submission = submission
         self.tenant_weight = tenant_weight
+        self.awaited_by = awaited_by
 
     def report(self, value: Any) -> None:
         """See `RunningTask`: nobody listens any more."""

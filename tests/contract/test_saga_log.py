@@ -17,7 +17,8 @@ from tests.support.saga_logs import DURABLE_LOGS, LOGS, LogBackend
 
 from forebay.errors import StoreUnavailable
 from forebay.saga import SagaLog, SagaState, open_saga_log
-from forebay.saga.records import REPEATABLE, UNFINISHED, LogWrite, SagaHeader, StoredSaga
+from forebay.saga.records import MAX_LEASE, REPEATABLE, UNFINISHED, LogWrite, SagaHeader, StoredSaga
+from forebay.supervisor import settings
 
 RUNNING, COMPENSATING, PARKED = SagaState.RUNNING, SagaState.COMPENSATING, SagaState.PARKED
 DONE, COMPENSATED, RESOLVED = SagaState.DONE, SagaState.COMPENSATED, SagaState.RESOLVED
@@ -435,6 +436,29 @@ async def test_a_renewed_lease_lasts_longer(mine: LogUser, other: LogUser) -> No
     assert ids(await other.claim(now=119.9)) == ["c"]
     assert (await other.begin("a", now=119.9)).holder == "mine"
     assert ids(await other.claim(now=120.0)) == ["a", "b"]
+
+
+async def test_a_lease_that_was_given_before_the_clock_was_set_back_is_shortened(
+    mine: LogUser, other: LogUser, backend: LogBackend
+) -> None:
+    if "redis" in backend.name:
+        pytest.skip("its leases end by the clock of its server")
+    await mine.begin("dead", now=3_700.0, lease=30.0)
+    await mine.begin("lives", now=3_700.0, lease=30.0)
+    await mine.begin("longest", now=100.0, lease=MAX_LEASE)
+    assert await other.claim(now=100.0) == []
+    assert await mine.log.renew({"lives": "mine"}, until=1_000.0) == []
+    assert ids(await other.claim(now=100.0 + MAX_LEASE)) == ["longest", "dead"]
+
+
+async def test_leases_of_sagas_of_other_names_are_not_shortened(mine: LogUser, other: LogUser) -> None:
+    await mine.begin("a", now=3_700.0, name="another")
+    await other.claim(now=100.0)
+    assert await holder(mine.log) == ("mine", 3_710.0)
+
+
+def test_a_lease_of_a_saga_is_at_most_as_long_as_that_of_a_supervisor() -> None:
+    assert MAX_LEASE == settings.MAX_LEASE
 
 
 async def test_lost_leases_are_returned_and_the_others_renewed(mine: LogUser, other: LogUser) -> None:

@@ -70,14 +70,14 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.retry import Retry, RetryBudget, RetryState
-from forebay.saga import SagaAdmin, redis_log, saga_admin, sqlite_log, step
+from forebay.saga import SagaAdmin, memory_log, redis_log, saga_admin, sqlite_log, step
 from forebay.saga import run as saga_run
 from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogWrite, SagaHistory, StartedEntry
 from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
-from forebay.saga.step import Step
+from forebay.saga.step import Raised, Step, is_ambiguous
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -3003,6 +3003,51 @@ def an_error_without_connection_is_like_one_without_answer() -> None:
     step._NOT_CONNECTED = frozenset()
 
 
+# --- sagas: slots, scans and leases ---
+
+
+def a_compensation_waits_for_the_slot_of_its_saga() -> None:
+    def _awaiting(_: Any) -> None:
+        return None
+
+    slot_loans._awaiting.__code__ = _awaiting.__code__
+
+
+def a_saga_goes_on_without_its_slot_after_an_undo() -> None:
+    async def at_once(self: SagaDriver, _: str) -> None:
+        pass
+
+    replace(SagaDriver, SagaDriver.take_slot_back, at_once)
+
+
+def who_waits_for_a_saga_keeps_the_slot_that_it_needs() -> None:
+    async def wait(self: SagaDriver, _: Run, end: asyncio.Future[None]) -> None:
+        await asyncio.wait((end,))
+
+    replace(SagaDriver, SagaDriver._wait_without_slot, wait)
+
+
+def an_error_ends_the_scans_for_sagas() -> None:
+    async def keep(self: SagaDriver) -> None:
+        while not self.leaves_waiting:
+            await self._scan()
+            await asyncio.sleep(self._settings.lease / 3)
+
+    replace(SagaDriver, SagaDriver._keep_scanning, keep)
+
+
+def a_saga_that_was_undone_is_a_fault_of_its_worker() -> None:
+    completion._SAGA_ENDS = ()  # type: ignore[assignment]
+
+
+def a_process_takes_its_own_sagas() -> None:
+    skip(SagaDriver._scan, SagaDriver._renew_held)
+
+
+def a_lease_of_an_hour_ago_lasts_as_long_as_the_clock_was_set_back() -> None:
+    memory_log.LONGEST_AHEAD = math.inf  # type: ignore[attr-defined]
+
+
 # --- sagas: what the errors of clients say ---
 
 
@@ -3090,3 +3135,35 @@ def a_step_inside_a_step_is_let_through() -> None:
             return None
 
     saga_run._inside = Nowhere()  # type: ignore[assignment]
+
+
+# --- sagas: user code that raises anything ---
+
+
+def what_is_no_exception_passes_through_a_step() -> None:
+    async def outcome_of(awaitable: Any) -> Any:
+        try:
+            return await awaitable
+        except Exception as error:  # noqa: BLE001 - as the original
+            return Raised(error)
+
+    step.outcome_of.__code__ = outcome_of.__code__
+
+
+def a_pivot_that_a_signal_has_ended_counts_as_not_done() -> None:
+    def _leaves_open(error: BaseException) -> bool:
+        return is_ambiguous(error)
+
+    saga_run._leaves_open.__code__ = _leaves_open.__code__
+
+
+def a_saga_that_cannot_be_parked_is_tried_again_at_once() -> None:
+    skip(SagaDriver._end, HeldSaga.lose)
+
+
+def what_cannot_be_written_is_written_again_and_again() -> None:
+    replace(HeldSaga, HeldSaga._write_pending, HeldSaga._write_entries)
+
+
+def a_compensation_that_the_code_no_longer_has_is_called() -> None:
+    skip(SagaRun._compensate, SagaRun._check_same)

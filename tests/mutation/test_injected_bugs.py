@@ -51,8 +51,13 @@ from tests.acceptance import (
     test_room,
     test_routing,
     test_runners,
+    test_saga_breaker,
+    test_saga_errors,
+    test_saga_leases,
     test_saga_outcomes,
     test_saga_replay,
+    test_saga_scans,
+    test_saga_slots,
     test_saga_writes,
     test_sagas,
     test_shared_overflow,
@@ -1264,6 +1269,38 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_package_is_taken_for_a_framework_by_its_name: (
         test_as_handler.test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it
+    ),
+    bugs.a_compensation_waits_for_the_slot_of_its_saga: (
+        test_saga_slots.test_a_compensation_at_the_end_of_a_saga_may_need_its_slot
+    ),
+    bugs.a_saga_goes_on_without_its_slot_after_an_undo: test_saga_slots.test_a_saga_goes_on_once_it_has_its_slot_again,
+    bugs.who_waits_for_a_saga_keeps_the_slot_that_it_needs: (
+        test_saga_slots.test_who_waits_for_a_saga_that_is_undone_lends_its_slot_to_the_compensations
+    ),
+    bugs.an_error_ends_the_scans_for_sagas: test_saga_scans.test_scans_go_on_after_any_error,
+    bugs.a_saga_that_was_undone_is_a_fault_of_its_worker: (
+        test_saga_breaker.test_sagas_that_fail_leave_their_worker_to_others
+    ),
+    bugs.a_process_takes_its_own_sagas: (
+        test_saga_leases.test_a_supervisor_whose_loop_stood_still_does_not_take_its_own_sagas
+    ),
+    bugs.a_lease_of_an_hour_ago_lasts_as_long_as_the_clock_was_set_back: (
+        test_saga_leases.test_after_the_clock_was_set_back_what_a_lost_process_left_goes_on_and_what_lives_is_not_taken
+    ),
+    bugs.what_is_no_exception_passes_through_a_step: (
+        test_saga_errors.test_a_function_that_catches_what_its_step_raised_leaves_no_step_of_unknown_outcome
+    ),
+    bugs.a_pivot_that_a_signal_has_ended_counts_as_not_done: (
+        test_saga_errors.test_a_pivot_that_ends_with_no_exception_is_parked
+    ),
+    bugs.a_saga_that_cannot_be_parked_is_tried_again_at_once: (
+        test_saga_errors.test_a_saga_that_cannot_even_be_parked_is_tried_once_a_lease_and_counted
+    ),
+    bugs.what_cannot_be_written_is_written_again_and_again: (
+        test_saga_errors.test_a_log_that_raises_is_not_written_without_end
+    ),
+    bugs.a_compensation_that_the_code_no_longer_has_is_called: (
+        test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
     ),
 }
 

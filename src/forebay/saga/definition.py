@@ -16,7 +16,8 @@ from forebay.task import Task
 if TYPE_CHECKING:
     from forebay.saga.run import SagaRun
 
-_UNDO_RETRY = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0)
+# Of any error: whatever a compensation raises, the effect is not undone.
+_UNDO_RETRY = Retry(max_attempts=10, base_delay=0.5, max_delay=30.0, max_total_delay=600.0, on=BaseException)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

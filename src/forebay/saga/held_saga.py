@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from forebay import clock
 from forebay.errors import SagaTaken, StoreUnavailable
+from forebay.events import log
 from forebay.saga.records import Entry, LogWrite, SagaHistory, SagaState, StoredSaga, decode_entries, encode_entry
 
 if TYPE_CHECKING:
@@ -123,15 +124,27 @@ class HeldSaga:
             self._write_later()
 
     async def _write_pending(self) -> None:
+        """Write what is pending. Whatever that raises, no later attempt would fare better: nothing is written then."""
+        try:
+            await self._write_entries()
+        except (SagaTaken, StoreUnavailable) as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - of the log, or of an entry that cannot be encoded
+            log.error("the log of saga %r could not be written", self.saga_id, exc_info=error)
+            self._fail(
+                StoreUnavailable(
+                    where=f"saga {self.saga_id!r}",
+                    why=f"it raised {type(error).__name__}",
+                    advice="Its saga goes on once its lease has expired.",
+                )
+            )
+
+    async def _write_entries(self) -> None:
         batch = len(self._pending)
         entries = [encode_entry(each, writer=self.fence) for each in self._pending]
         why = self.history.why or self.history.error
         write = LogWrite(self._written, entries, self.history.state, why)
-        try:
-            await self._write_batch(write)
-        except (SagaTaken, StoreUnavailable) as error:
-            self._fail(error)
-            return
+        await self._write_batch(write)
         if write.state is not self._state:
             self._state = write.state
             self._on_state(self)

@@ -57,7 +57,9 @@ class SagaLog(Protocol):
     ) -> Sequence[StoredSaga]:
         """Take at most `limit` unfinished sagas of these names whose lease has expired, the oldest first.
 
-        Each of them counts a claim.
+        Each of them counts a claim. A lease that lasts longer from now than any may was given before the wall clock was
+        set back: it is shortened to the longest one, so that a holder that lives still renews it. A log whose leases
+        end by the clock of its server need not do that.
         """
 
     async def append(self, saga_id: str, write: LogWrite, *, fence: str, now: float) -> bool:

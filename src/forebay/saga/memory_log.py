@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from forebay.saga.records import REPEATABLE, UNFINISHED, LogWrite, SagaHeader, SagaState, StoredSaga
+from forebay.saga.records import (
+    LONGEST_AHEAD,
+    MAX_LEASE,
+    REPEATABLE,
+    UNFINISHED,
+    LogWrite,
+    SagaHeader,
+    SagaState,
+    StoredSaga,
+)
 
 _set = msgspec.structs.replace
 
@@ -46,11 +55,15 @@ class MemorySagaLog:
         self, names: Sequence[str], *, limit: int, fence: str, until: float, now: float
     ) -> Sequence[StoredSaga]:
         """See `SagaLog`."""
-        free = [
+        open_sagas = [
             stored
             for stored in self._sagas.values()
-            if stored.header.state in UNFINISHED and stored.header.name in names and stored.until <= now
+            if stored.header.state in UNFINISHED and stored.header.name in names
         ]
+        for stored in open_sagas:
+            if stored.until > now + LONGEST_AHEAD:
+                self._sagas[stored.header.saga_id] = _set(stored, until=now + MAX_LEASE)
+        free = [stored for stored in open_sagas if stored.until <= now]
         claimed = [_claimed(each, fence, until) for each in sorted(free, key=_age)[:limit]]
         self._sagas |= {each.header.saga_id: each for each in claimed}
         return claimed

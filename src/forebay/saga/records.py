@@ -27,6 +27,8 @@ class SagaState(Enum):
 
 
 UNFINISHED = (SagaState.RUNNING, SagaState.COMPENSATING)
+MAX_LEASE = 600.0  # seconds; as that of a supervisor
+LONGEST_AHEAD = 1.1 * MAX_LEASE  # seconds from now to the end of a lease; a longer one was given by another clock
 REPEATABLE = (SagaState.COMPENSATED, SagaState.RESOLVED)  # submitted again, such a saga begins a new round
 
 

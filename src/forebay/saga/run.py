@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
-from forebay._hooks import call_hook, raise_again_if_interrupt, raise_if_cancelled
+from forebay._hooks import call_hook, is_async, is_interrupt, raise_again_if_interrupt, raise_if_cancelled
 from forebay._text import as_clause, error_text, format_duration
+from forebay._validate import is_number
 from forebay.errors import (
     InvalidStep,
     NotSerializable,
@@ -29,7 +30,17 @@ from forebay.overflow import decode_result, encode_result
 from forebay.retry import Retry, RetryState
 from forebay.saga import records
 from forebay.saga.records import StepRecord, StepState
-from forebay.saga.step import Done, NotEncodable, NothingDone, Step, call, is_ambiguous, step_of
+from forebay.saga.step import (
+    Done,
+    NotEncodable,
+    NothingDone,
+    Raised,
+    Step,
+    call,
+    is_ambiguous,
+    outcome_of,
+    step_of,
+)
 from forebay.task import Priority
 
 if TYPE_CHECKING:
@@ -80,6 +91,9 @@ class Driver(Protocol):
 
     def detached_task(self, saga_id: str) -> RunningTask | None:
         """Return the running task of the compensations of a saga that it drives."""
+
+    async def take_slot_back(self, saga_id: str) -> None:
+        """Wait until the run of a saga has its slot again, which it has lent to what its compensations submitted."""
 
 
 class _StopSaga(BaseException):
@@ -439,28 +453,28 @@ class SagaRun:
                     raise
                 return await self._failed(step, last or error, may_be_done=may_be_done)
             self._uncalled.discard(step.name)
-            try:
-                output = await self._call(step)
-                encoded = self._encode(step, output)
-            except (Exception, asyncio.CancelledError) as error:
-                if self._is_cancelled(error) and self._is_stopped():
-                    raise  # whoever stops the saga decides by what is known of the step
-                again = self._retry_delay(step, error, retries)
-                if again is None:
-                    return await self._failed(step, error, may_be_done=may_be_done)
-                may_be_done |= is_ambiguous(error)
-                last, delay = error, again
-            else:
+            encoded = await outcome_of(self._call(step))
+            if not isinstance(encoded, Raised):
                 self._held.note(records.DoneEntry(at=clock.wall_time(), step=step.name, output=encoded))
                 return self._decode(step, encoded)
+            last = encoded.error  # whatever it is, the step has failed
+            if isinstance(last, _StopSaga) or (self._is_cancelled(last) and self._is_stopped()):
+                raise last  # whoever stops the saga decides by what is known of the step
+            _leave_if_interrupted(last, blocking=step.blocking)
+            again = self._retry_delay(step, last, retries)
+            if again is None:
+                return await self._failed(step, last, may_be_done=may_be_done)
+            may_be_done |= _leaves_open(last)
+            delay = again
 
     @staticmethod
     def _is_cancelled(error: BaseException) -> bool:
         return isinstance(error, asyncio.CancelledError) and _is_being_cancelled()
 
-    async def _call(self, step: Step) -> Any:
+    async def _call(self, step: Step) -> bytes:
+        """Call the function of a step, and return its output as the log stores it."""
         context.raise_priority(Priority.HIGH)  # in the context of this step alone: each has an asyncio task of its own
-        return await step.call(self._history.key_of(step.name), self._driver.threads)
+        return self._encode(step, await step.call(self._history.key_of(step.name), self._driver.threads))
 
     def _retry_delay(self, step: Step, error: BaseException, retries: RetryState) -> float | None:
         """Count a call that raised, and return the seconds until the step is tried again; None if it is not."""
@@ -468,15 +482,14 @@ class SagaRun:
         if retry is None and step.idempotent:
             if self._history.past_pivot:
                 retry = _PAST_PIVOT
-            elif step.check is None and is_ambiguous(error):
+            elif step.check is None and _leaves_open(error):
                 retry = _UNKNOWN
         if retry is None or isinstance(error, NothingDone | NotEncodable) or self._is_cancelled(error):
             return None
         if not _covers(retry, error):
             return None
         retries.follow(retry)
-        asked = getattr(error, "retry_after", None)
-        delay = retries.next_delay(uses_attempt=True, draw=clock.draw(), retry_after=asked)
+        delay = retries.next_delay(uses_attempt=True, draw=clock.draw(), retry_after=_retry_after(error))
         if delay is not None:
             log.warning(
                 "step %r of saga %r raised %s; it is tried again in %s",
@@ -500,7 +513,7 @@ class SagaRun:
                 return self._note_done(step, found.output, by="check")
             clean = True
         past_pivot = self._history.past_pivot
-        is_open = not clean and (may_be_done or is_ambiguous(error))
+        is_open = not clean and (may_be_done or _leaves_open(error))
         if is_open and self._needs_outcome(step):  # it stays STARTED
             raise _Parking(self._why_open(step, error, may_be_done=may_be_done), step.name) from error
         is_open &= past_pivot  # before it, a step without compensation is one whose effect may stay
@@ -562,21 +575,22 @@ class SagaRun:
         retries = RetryState(_CHECK_RETRY)
         while True:
             await self._held.check_lease()
-            try:
-                found = await call(step.check, key=self._history.key_of(step.name), threads=self._driver.threads)
-            except (Exception, asyncio.CancelledError) as error:
-                if self._is_cancelled(error):
-                    raise
+            key = self._history.key_of(step.name)
+            found = await outcome_of(call(step.check, key=key, threads=self._driver.threads))
+            if isinstance(found, Raised):
+                error = found.error
+                raise_if_cancelled(error)
+                _leave_if_interrupted(error, blocking=not is_async(step.check))
                 delay = retries.next_delay(uses_attempt=True, draw=clock.draw())
                 if delay is None:
                     why = f"the check of step {step.name!r} raised {_describe(error)}: it is unknown how the step ended"
                     raise _Parking(why, step.name) from error
                 await asyncio.sleep(delay)
-            else:
-                if found is not None and not isinstance(found, Done):
-                    why = f"the check of step {step.name!r} returned a {type(found).__name__}, not Done(output) or None"
-                    raise _Parking(why, step.name)
+            elif found is None or isinstance(found, Done):
                 return found
+            else:
+                why = f"the check of step {step.name!r} returned a {type(found).__name__}, not Done(output) or None"
+                raise _Parking(why, step.name)
 
     def _encode(self, step: Step, output: Any) -> bytes:
         """Return an output as the log stores it.
@@ -593,12 +607,31 @@ class SagaRun:
             why = f"it takes {error.size} bytes and the bound is {error.bound}: return a reference to it"
         except TypeMismatch as error:
             why = f"at result{error.path}: {error.reason}"
+        except Exception as error:  # noqa: BLE001 - a codec is user code, and the step has had its effect
+            why = f"its codec raised {_describe(error)}"
         raise NotEncodable(f"the output of step {step.name!r} cannot be stored: {why}")
 
     @staticmethod
     def _decode(step: Step, encoded: bytes) -> Any:
+        """Return an output of the log as the function gets it.
+
+        Raises:
+            _Parking: its function returns another type than the one that the log has.
+        """
         plain = decode_result(encoded)
-        return plain if step.codec is None else step.codec.load(plain)
+        if step.codec is None:
+            return plain
+        try:
+            return step.codec.load(plain)
+        except TypeMismatch as error:
+            why = f"at result{error.path}: {error.reason}"
+        except Exception as error:  # noqa: BLE001 - a codec is user code
+            why = f"its codec raised {_describe(error)}"
+        raise _Parking(
+            f"the output of step {step.name!r} in the log is not of the type that its function returns: {why}"
+            f"{_CHANGED}",
+            step.name,
+        )
 
     # --- driving ---
 
@@ -626,13 +659,21 @@ class SagaRun:
         if self._unasked:
             missing = next(iter(self._unasked))
             raise _Parking(f"its function has returned without step {missing!r}, which its log has{_CHANGED}")
+        return await self._finish(value)
+
+    async def _finish(self, value: Any) -> Any:
+        """Write the result of the saga, and return it as the log has it."""
         try:
             result = encode_result(value, task_id=self.saga_id, bound=self._bound)
         except NotSerializable as error:
             raise TypeError(
                 f"the result of saga {self._saga.name!r} must be plain data: at {error.path} it holds a {error.type}"
             ) from None
-        await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
+        try:
+            await self._held.write(records.FinishedEntry(at=clock.wall_time(), result=result))
+        except (SagaTaken, StoreUnavailable) as stop:
+            self._stop = stop  # the saga has not failed: it goes on elsewhere
+            raise
         return decode_result(result)
 
     async def _is_asked_for_more(self) -> bool:
@@ -652,7 +693,7 @@ class SagaRun:
         """
         self._function_ended = True
         await self._stop_steps()
-        try:
+        async with self._parked_if_it_fails():
             if self._stop is not None:
                 raise self._stop
             if isinstance(error, _StopSaga):
@@ -665,8 +706,21 @@ class SagaRun:
                 self._fail_past_pivot(error)
             if not self._history.past_pivot:
                 await self._compensate(error)
+
+    @asynccontextmanager
+    async def _parked_if_it_fails(self) -> AsyncIterator[None]:
+        """Park the saga if what brings it to its end raises: so would the next attempt."""
+        try:
+            yield
+        except (SagaLeft, SagaTaken, StoreUnavailable, GeneratorExit):
+            raise
         except _Parking as parking:
             await self._park(parking)
+        except BaseException as error:  # noqa: BLE001 - whatever it is
+            raise_if_cancelled(error)
+            raise_again_if_interrupt(error)
+            log.error("saga %r could not be brought to its end", self.saga_id, exc_info=error)
+            await self._park(_Parking(f"it could not be brought to its end: {_describe(error)}"))
 
     def _note_uncalled(self) -> None:
         """Note of the steps that were stopped while the log had yet to have their start: they have had no effect."""
@@ -745,8 +799,9 @@ class SagaRun:
             ) from None
 
     async def _park(self, parking: _Parking) -> None:
-        log.error("saga %r is parked: %s", self.saga_id, parking.why)
-        await self._held.write(records.ParkedEntry(at=clock.wall_time(), why=parking.why, step=parking.step))
+        why = error_text(parking.why)
+        await self._held.write(records.ParkedEntry(at=clock.wall_time(), why=why, step=parking.step))
+        log.error("saga %r is parked: %s", self.saga_id, why)
 
     # --- backwards ---
 
@@ -757,13 +812,11 @@ class SagaRun:
             SagaTaken, StoreUnavailable, SagaLeft: as `conclude`.
         """
         self._only_replays = True
-        await self._replay()
-        try:
+        async with self._parked_if_it_fails():
+            await self._replay()
             if isinstance(self._stop, _Parking) and self._not_asked():
                 raise self._stop
             await self._compensate(None)
-        except _Parking as parking:
-            await self._park(parking)
 
     async def _replay(self) -> None:
         """Call the function, with the outputs of the log, as far as that goes: it says what undoes its steps."""
@@ -784,8 +837,10 @@ class SagaRun:
 
     async def _call_quietly(self) -> None:
         """Call the function to learn its steps; how it ends means nothing."""
-        with suppress(Exception, BaseExceptionGroup, _StopSaga):
+        try:
             await self._saga.function(self, self._payload)
+        except BaseException as error:  # noqa: BLE001 - user code; its cancellation ends it too
+            raise_again_if_interrupt(error)
 
     def _not_asked(self) -> bool:
         """Return whether there are steps to undo for which the function has not asked."""
@@ -806,6 +861,7 @@ class SagaRun:
                 raise _Parking(
                     f"step {record.name!r} is to be undone, and its function does not ask for it{_CHANGED}", record.name
                 )
+            self._check_same(step, record)
             if record.state is StepState.STARTED and step.check is not None and not await self._was_done(step):
                 continue
             await self._undo(step)
@@ -830,6 +886,7 @@ class SagaRun:
         task.add_done_callback(self._undoing.discard)
         await _until_ended(task)
         task.result()
+        await self._driver.take_slot_back(self.saga_id)  # the function goes on
 
     async def _undo(self, step: Step) -> None:
         """Call the compensation of a step until it has succeeded.
@@ -848,17 +905,16 @@ class SagaRun:
             await self._held.check_lease()
             slow = asyncio.get_running_loop().call_later(_SLOW, self._report_slow, step)
             try:
-                await self._detached(self._call_undo(step, output, record.key))
-            except BaseException as error:  # noqa: BLE001 - user code: whatever it raises, the effect is not undone
-                raise_if_cancelled(error)
-                raise_again_if_interrupt(error)
-                delay = self._undo_delay(step, error, retries)
-            else:
-                await self._held.write(records.UndoneEntry(at=clock.wall_time(), step=step.name))
-                return
+                raised = await self._detached(outcome_of(self._call_undo(step, output, record.key)))
             finally:
                 slow.cancel()
-            await asyncio.sleep(delay)
+            if not isinstance(raised, Raised):
+                await self._held.write(records.UndoneEntry(at=clock.wall_time(), step=step.name))
+                return
+            error = raised.error  # whatever it is, the effect is not undone
+            raise_if_cancelled(error)
+            _leave_if_interrupted(error, blocking=not is_async(step.compensate))
+            await asyncio.sleep(self._undo_delay(step, error, retries))
 
     def _report_slow(self, step: Step) -> None:
         log.warning(
@@ -878,7 +934,7 @@ class SagaRun:
         retry = self._saga.undo_retry
         delay: float | None
         if isinstance(error, Overloaded):  # it was not tried, and waits as often as it takes
-            delay = min(max(error.retry_after or 0.0, retry.base_delay), _MAX_BUSY_WAIT)
+            delay = min(max(_retry_after(error), retry.base_delay), _MAX_BUSY_WAIT)
         else:
             self._held.note(records.UndoFailedEntry(at=clock.wall_time(), step=step.name, error=_describe(error)))
             delay = retries.next_delay(uses_attempt=True, draw=clock.draw())
@@ -945,14 +1001,42 @@ def _look_at(task: asyncio.Task[Any]) -> BaseException | None:
     return None if task.cancelled() else task.exception()
 
 
+def _leave_if_interrupted(error: BaseException, *, blocking: bool) -> None:
+    """Leave the saga to the next process if a Ctrl-C ended user code, which cannot be if that ran in a thread.
+
+    Raises:
+        SagaLeft: it did.
+    """
+    if not blocking and is_interrupt(error):
+        raise_again_if_interrupt(error)
+        raise SagaLeft from error
+
+
+def _leaves_open(error: BaseException) -> bool:
+    """Return whether a step that raised may have had its effect.
+
+    So it is with what is no Exception, such as the SystemExit of a signal handler, which may come at any moment, and
+    with an error that cannot be looked at.
+    """
+    if not isinstance(error, Exception):
+        return True
+    return call_hook("an attribute of an error", is_ambiguous, error) is not False
+
+
+def _retry_after(error: BaseException) -> float:
+    """Return the seconds that an error asks to wait before the next attempt; 0.0 if it names no number."""
+    asked = call_hook("retry_after of an error", lambda: getattr(error, "retry_after", None))
+    return asked if is_number(asked) else 0.0
+
+
 def _describe(error: BaseException | None) -> str:
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - user code
+    except BaseException:  # noqa: BLE001 - user code
         text = "(its message cannot be shown)"
     text, name = as_clause(text), type(error).__name__
     if isinstance(error, StepFailed):
-        return text
+        return error_text(text)
     return error_text(f"{name}: {text}" if text else name)
 
 

@@ -18,7 +18,16 @@ import msgspec
 
 from forebay._text import is_unicode
 from forebay.errors import StoreUnavailable
-from forebay.saga.records import REPEATABLE, UNFINISHED, LogWrite, SagaHeader, SagaState, StoredSaga
+from forebay.saga.records import (
+    LONGEST_AHEAD,
+    MAX_LEASE,
+    REPEATABLE,
+    UNFINISHED,
+    LogWrite,
+    SagaHeader,
+    SagaState,
+    StoredSaga,
+)
 from forebay.storage import Fsync, Schema, SqliteWriter
 from forebay.storage.batch_statement import BatchStatement
 
@@ -105,6 +114,7 @@ WHERE sequence = ?
 """
 _SET_ENVELOPE = "UPDATE envelope SET data = ? WHERE saga = ?"
 _TAKE = "UPDATE saga SET claims = claims + 1, holder = ?, until = ?"
+_SHORTEN = "UPDATE saga SET until = ? WHERE state < 2 AND name IN ({names}) AND until > ?"
 _CLAIM = f"""
 {_TAKE} WHERE sequence IN (
     SELECT sequence FROM saga WHERE state < 2 AND name IN ({{names}}) AND until <= ?
@@ -228,7 +238,9 @@ class SqliteSagaLog:
 
     async def renew(self, holders: Mapping[str, str], *, until: float) -> Sequence[str]:
         """Extend leases, and return the ids of those that are lost."""
-        return await self._writer.run(partial(_renew, holders, until))
+        lost = await self._writer.run(partial(_renew, holders, until))
+        self._writer.check_file()  # or a saga would go on trying to write to a file that nobody else has
+        return lost
 
     async def release(self, saga_id: str, *, fence: str) -> None:
         """End a lease."""
@@ -305,8 +317,9 @@ def _take(
 def _claim(  # noqa: PLR0913, PLR0917 - what `claim` takes
     names: Sequence[str], limit: int, fence: str, until: float, now: float, connection: sqlite3.Connection
 ) -> Sequence[StoredSaga]:
-    claim = _CLAIM.format(names=", ".join("?" * len(names)))
-    rows = connection.execute(claim, (fence, until, *names, now, limit)).fetchall()
+    marks = ", ".join("?" * len(names))
+    connection.execute(_SHORTEN.format(names=marks), (now + MAX_LEASE, *names, now + LONGEST_AHEAD))
+    rows = connection.execute(_CLAIM.format(names=marks), (fence, until, *names, now, limit)).fetchall()
     claimed = [_stored(connection, connection.execute(_FIND, row).fetchone()) for row in rows]
     return sorted(claimed, key=lambda stored: _age(stored.header))  # RETURNING guarantees no order
 

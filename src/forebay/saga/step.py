@@ -15,6 +15,7 @@ from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 from forebay._hooks import is_async, name_of
+from forebay._text import error_text, is_unicode
 from forebay.adapters import Handler, as_handler, codec_for, is_agent
 from forebay.errors import InvalidSetting, InvalidStep
 from forebay.interfaces import Codec
@@ -169,7 +170,12 @@ class Step:
     @property
     def function_name(self) -> str:
         """The name of its function, for people."""
-        return name_of(self.function)
+        return error_text(name_of(self.function))
+
+    @property
+    def blocking(self) -> bool:
+        """True if its function runs in a thread."""
+        return not is_async(self.function) if self.handler is None else self.handler.blocking
 
     async def call(self, key: str, threads: Executor | None) -> Any:
         """Call the function, and return its output. It does not return before the function has really ended."""
@@ -199,6 +205,8 @@ def step_of(  # noqa: PLR0913 - the arguments of `SagaRun.step`
     """
     if not isinstance(name, str) or not name or len(name) > _MAX_NAME:
         raise InvalidStep(step=name, why=f"its name must be a string of 1 to {_MAX_NAME} characters")
+    if not is_unicode(name):
+        raise InvalidStep(step=name, why="its name is not valid Unicode: it holds a surrogate, which no log can store")
     for what, hook in (("compensate", compensate), ("check", check)):
         if hook is not None and not callable(hook):
             raise InvalidStep(
@@ -296,25 +304,42 @@ async def _call(function: Callable[..., Any], *args: Any, blocking: bool, thread
         return await value if inspect.isawaitable(value) else value
     loop = asyncio.get_running_loop()
     value = await _whole(loop.run_in_executor(threads, copy_context().run, _call_plain, function, args))
-    if isinstance(value, _Raised):
+    if isinstance(value, Raised):
         raise value.error
     return await value if inspect.isawaitable(value) else value
 
 
 @dataclass(slots=True)
-class _Raised:
-    """An exception of a function in a thread, as a value: no future can carry a StopIteration."""
+class Raised:
+    """An exception of user code, as a value.
+
+    No future can carry a StopIteration, and an asyncio task that ends with a SystemExit ends its event loop.
+
+    Attributes:
+        error: the exception.
+    """
 
     error: BaseException
+
+
+async def outcome_of(awaitable: Awaitable[_T]) -> _T | Raised:
+    """Return what user code returns, or what it raises, whatever that is.
+
+    Who awaits this is raised a GeneratorExit only if it is closed itself, with its event loop.
+    """
+    try:
+        return await awaitable
+    except BaseException as error:  # noqa: BLE001 - user code
+        return Raised(error)
 
 
 def _call_plain(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     try:
         return function(*args)
     except StopIteration as error:
-        return _Raised(RuntimeError(f"it raised {error!r}"))
+        return Raised(RuntimeError(f"it raised {error!r}"))
     except BaseException as error:  # noqa: BLE001 - given to the loop as a value
-        return _Raised(error)
+        return Raised(error)
 
 
 async def _whole(future: Awaitable[Any]) -> Any:

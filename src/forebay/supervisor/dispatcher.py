@@ -19,7 +19,7 @@ from forebay.supervisor.runs.retries import TaskRetries
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
 from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
-from forebay.supervisor.runs.slot_loans import SlotLoan
+from forebay.supervisor.runs.slot_loans import lend_slots
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
@@ -262,7 +262,7 @@ class Dispatcher:
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
-        return SlotLoan(self, running, awaited).reclaim if isinstance(running, Run) else None
+        return lend_slots(self, running, awaited)
 
     # --- into the queue, and out of it ---
 

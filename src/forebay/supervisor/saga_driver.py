@@ -32,6 +32,7 @@ from forebay.saga.held_saga import HeldSaga
 from forebay.saga.records import LogDamaged, LogWrite, SagaHeader, SagaState, StoredSaga
 from forebay.saga.run import SagaLeft, SagaRun
 from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.slot_loans import take_slot_back
 from forebay.task import Priority, Task, TaskStatus
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from forebay.saga import Saga, SagaLog
     from forebay.supervisor.core import Core
     from forebay.supervisor.settings import SupervisorSettings
-    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.ticket import Reclaim, Ticket
 
 _MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would wait for slots with a lease
 _FORGET_BATCH = 1_000
@@ -82,6 +83,9 @@ class SagaAdmission(Protocol):
     def resume(self, task: Task, *, submitted_at: float, own: Context | None) -> Ticket:
         """Start or queue a task that goes on with what was admitted before."""
 
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+        """Lend the slot of `running` while it waits."""
+
 
 class SagaDriver:
     """Drives sagas, keeps their leases, and takes those that are left in the log.
@@ -120,6 +124,7 @@ class SagaDriver:
         self._settings = settings
         self._tasks: dict[str, Task] = {}  # that began the sagas which are driven here, by saga id
         self._weights: dict[str, float] = {}  # of their tenants
+        self._runs: dict[str, Run] = {}  # that await them, and lend their slots to what their compensations submit
         self._held: dict[str, HeldSaga] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}  # of those that are driven
         self._cut_off: dict[str, _CutOff] = {}  # those that were cut off after their pivot, and go on
@@ -198,16 +203,16 @@ class SagaDriver:
             is_cut_off=lambda: run.abandoned_at is not None,
             timeout=max(run.task.timeout or 0.0, run.worker.timeout),
         )
-        self._hold(held, task, run.tenant_weight)
+        self._hold(held, task, run.tenant_weight, run)
         try:
             result = await saga_run.drive()
         except BaseException as error:
             cut_off = run.abandoned_at is not None
-            is_left = isinstance(error, KeyboardInterrupt | SystemExit | SagaLeft) or self._goes_on(run)
+            is_left = isinstance(error, KeyboardInterrupt | SagaLeft) or self._goes_on(run)
             ending = saga_run.leave() if is_left else saga_run.conclude(error, cut_off=cut_off)
             seconds = run.task.timeout or run.worker.timeout if cut_off and not is_left else None
             end = self._in_background(self._end(held, ending, seconds), saga_run)
-            if cut_off or isinstance(error, KeyboardInterrupt | SystemExit):
+            if cut_off or isinstance(error, KeyboardInterrupt):
                 raise
             await asyncio.wait((end,))
             self._raise_outcome(held, end, error)
@@ -238,6 +243,11 @@ class SagaDriver:
                 await self._count_cut_off(held, cut_off_after)
             else:
                 self._cut_off.pop(held.saga_id, None)
+        except (SagaLeft, SagaTaken, StoreUnavailable):
+            raise
+        except Exception:
+            held.lose()  # it is taken again when its lease expires, and counted: released, it would be at once
+            raise
         finally:
             self._drop(held)
             if not held.ended:
@@ -284,13 +294,14 @@ class SagaDriver:
             submission=run.submission,
         )
         waited, holder = False, ""  # the fence of another process that has the saga
+        was_lost = run.attempt > 1 and run.ticket.retries is None  # the attempt before has not failed
         while True:
-            if waited:
-                await self._check_undone_meanwhile(header)
+            if waited or was_lost:
+                await self._check_undone_meanwhile(header, by_others=waited, by_own=was_lost)
             if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
                 return taken
             if (end := self._ends.get(saga_id)) is not None:
-                await asyncio.wait((end,))
+                await self._wait_without_slot(run, end)
                 waited = True
                 continue
             now = clock.wall_time()
@@ -309,18 +320,30 @@ class SagaDriver:
                 if await self._check(saga, held):
                     return _Taken(held, task)
                 raise SagaParked(saga_id=saga_id, why=held.history.why)
-            await self._go_back(saga, held, task)
+            await self._go_back(saga, held, task, run)
             raise SagaCompensated(saga_id=saga_id, error=held.history.error)
 
-    async def _check_undone_meanwhile(self, header: SagaHeader) -> None:
-        """Raise SagaCompensated if the saga that another submission began was undone while this one waited for it.
+    async def _wait_without_slot(self, run: Run, end: asyncio.Future[None]) -> None:
+        """Wait until a saga has ended that is driven here, whose compensations may need the slot of `run`."""
+        reclaim = self._admission.lend_slots(run, None)
+        try:
+            await asyncio.wait((end,))
+        finally:
+            if reclaim is not None:
+                await reclaim()
 
-        It has joined that one, and does not begin a new round.
+    async def _check_undone_meanwhile(self, header: SagaHeader, *, by_others: bool, by_own: bool) -> None:
+        """Raise SagaCompensated if this submission does not begin a new round of a saga that was undone.
+
+        Args:
+            header: of the saga, with this submission.
+            by_others: whether it has waited for the saga, and joined the submission that had begun it.
+            by_own: whether it has begun it itself, and its process was lost before it could have the outcome.
         """
         stored = await self._log.get(header.saga_id)
         if stored is None or stored.header.state is not SagaState.COMPENSATED:
             return
-        if stored.header.submission != header.submission:
+        if by_own if stored.header.submission == header.submission else by_others:
             raise SagaCompensated(saga_id=header.saga_id, error=stored.header.why)
 
     def _take_resumed(self, saga: Saga, saga_id: str, run: Run) -> _Taken | None:
@@ -388,8 +411,8 @@ class SagaDriver:
 
     @staticmethod
     async def _park(held: HeldSaga, why: str) -> None:
-        log.error("saga %r is parked: %s", held.saga_id, why)
         await held.write(records.ParkedEntry(at=clock.wall_time(), why=why))
+        log.error("saga %r is parked: %s", held.saga_id, why)
 
     # --- what is left in the log ---
 
@@ -403,7 +426,7 @@ class SagaDriver:
             self._scan_now.clear()
             try:
                 await self._scan()
-            except ForebayError as error:
+            except Exception as error:  # noqa: BLE001 - what fails once must not end the scans
                 self._core.failures.report("unfinished sagas could not be read from the log", error=error)
             try:
                 async with asyncio.timeout(interval * (0.9 + 0.2 * clock.draw())):
@@ -412,12 +435,15 @@ class SagaDriver:
                 continue
 
     async def _scan(self) -> None:
+        # The loop may have stood still for longer than a lease. What is held here is renewed first, so that it has not
+        # expired at this time, however long that takes.
         now = clock.wall_time()
+        await self._renew_held()
         room = _MAX_RESUMED - len(self._resumed) - len(self._background)
         names = list(self._sagas)
         if room > 0 and names:
             claimed = await self._log.claim(
-                names, limit=room, fence=clock.new_id(), until=now + self._settings.lease, now=now
+                names, limit=room, fence=clock.new_id(), until=clock.wall_time() + self._settings.lease, now=now
             )
             for stored in claimed:
                 try:
@@ -425,7 +451,7 @@ class SagaDriver:
                         await self._give_up_lapsed(stored)
                     else:
                         await self._resume(stored)
-                except ForebayError as error:
+                except Exception as error:  # noqa: BLE001 - its lease expires, and the others go on
                     self._core.failures.report(
                         "saga %r could not be taken from the log", stored.header.saga_id, error=error
                     )
@@ -441,7 +467,10 @@ class SagaDriver:
     async def _resume(self, stored: StoredSaga) -> None:
         """Go on with a saga that was left in the log."""
         header = stored.header
-        saga = self._sagas[header.name]
+        saga = self._sagas.get(header.name)
+        if saga is None:  # its worker was unregistered meanwhile
+            await self._log.release(header.saga_id, fence=stored.holder)
+            return
         try:
             held = self._hold_stored(stored)
             task, carried = self._load(stored)
@@ -480,10 +509,10 @@ class SagaDriver:
 
     async def _park_unreadable(self, stored: StoredSaga, error: ForebayError) -> str:
         why = f"it cannot be read: {as_clause(str(error))}"
-        log.error("saga %r is parked: %s", stored.header.saga_id, why)
         parked = records.encode_entry(records.ParkedEntry(at=clock.wall_time(), why=why))
         write = LogWrite(len(stored.entries), [parked], SagaState.PARKED, why)
-        await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time())
+        if await self._log.append(stored.header.saga_id, write, fence=stored.holder, now=clock.wall_time()):
+            log.error("saga %r is parked: %s", stored.header.saga_id, why)
         return why
 
     async def _queue(self, held: HeldSaga, task: Task, own: Context | None) -> None:
@@ -525,9 +554,9 @@ class SagaDriver:
         with suppress(SagaParked, SagaTaken, StoreUnavailable):
             await self._go_back(saga, held, task)
 
-    async def _go_back(self, saga: Saga, held: HeldSaga, task: Task) -> None:
-        """Go on with the compensations of a saga."""
-        self._hold(held, task, self._core.tenants.weight(task.tenant))
+    async def _go_back(self, saga: Saga, held: HeldSaga, task: Task, awaiting: Run | None = None) -> None:
+        """Go on with the compensations of a saga, which the run `awaiting` awaits."""
+        self._hold(held, task, self._core.tenants.weight(task.tenant), awaiting)
         run = SagaRun(saga, task.payload, held, self, bound=self._settings.max_payload_bytes)
         end = self._in_background(self._end(held, run.go_back()), run)
         await asyncio.wait((end,))
@@ -569,11 +598,13 @@ class SagaDriver:
             )
             bus.emit(changed)
 
-    def _hold(self, held: HeldSaga, task: Task, weight: float) -> None:
+    def _hold(self, held: HeldSaga, task: Task, weight: float, run: Run | None) -> None:
         saga_id = held.saga_id
         earlier = self._held.get(saga_id)
         if earlier is not None and earlier is not held:  # both were taken while neither was driven yet
             earlier.lose()
+        if run is not None:
+            self._runs[saga_id] = run
         self._held[saga_id] = held
         self._tasks[saga_id] = task
         self._weights[saga_id] = weight
@@ -584,7 +615,7 @@ class SagaDriver:
         saga_id = held.saga_id
         if self._held.get(saga_id) is not held:
             return  # it was taken again since
-        for kept in (self._held, self._tasks, self._weights):
+        for kept in (self._held, self._tasks, self._weights, self._runs):
             kept.pop(saga_id, None)
         if (end := self._ends.pop(saga_id, None)) is not None:
             end.set_result(None)
@@ -592,25 +623,38 @@ class SagaDriver:
     def detached_task(self, saga_id: str) -> RunningTask | None:
         """Return the running task of the compensations of a saga that it drives."""
         task, held = self._tasks[saga_id], self._held[saga_id]
-        return DetachedTask(task, submission=held.stored.header.submission, tenant_weight=self._weights[saga_id])
+        return DetachedTask(
+            task,
+            submission=held.stored.header.submission,
+            tenant_weight=self._weights[saga_id],
+            awaited_by=self._runs.get(saga_id),
+        )
+
+    async def take_slot_back(self, saga_id: str) -> None:
+        """Wait until the run of a saga has its slot again, which it has lent to what its compensations submitted."""
+        if (run := self._runs.get(saga_id)) is not None:
+            await take_slot_back(run)
 
     async def _keep_leases(self) -> None:
         interval = self._settings.lease / 3
         while True:
             await asyncio.sleep(interval)
-            held = {saga_id: each for saga_id, each in self._held.items() if not each.ended}
-            until = clock.now() + self._settings.lease
             try:
-                lost = set(await self._renew(held.values()))
-            except StoreUnavailable as error:
+                await self._renew_held()
+            except Exception as error:  # noqa: BLE001 - what fails once must not end the renewals
                 self._core.failures.report("leases on sagas could not be renewed", error=error)
-                continue
-            for saga_id, each in held.items():
-                if saga_id not in lost:
-                    each.extended(until)
-                elif not each.ended:
-                    log.warning("saga %r was taken by another process", saga_id)
-                    each.lose()
+
+    async def _renew_held(self) -> None:
+        """Renew the leases on the sagas that are held here."""
+        held = {saga_id: each for saga_id, each in self._held.items() if not each.ended}
+        until = clock.now() + self._settings.lease
+        lost = set(await self._renew(held.values()))
+        for saga_id, each in held.items():
+            if saga_id not in lost:
+                each.extended(until)
+            elif not each.ended:
+                log.warning("saga %r was taken by another process", saga_id)
+                each.lose()
 
     async def _renew(self, held: Iterable[HeldSaga]) -> Iterable[str]:
         fences = {each.saga_id: each.fence for each in held}

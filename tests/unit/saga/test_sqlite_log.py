@@ -109,7 +109,9 @@ def sql() -> dict[str, str]:
         elif isinstance(value, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)", value):
             found[name] = value
     take = found.pop("_TAKE")  # a part of two others
-    return found | {"_CLAIM": found["_CLAIM"].format(names="?, ?"), "_TAKE": f"{take} WHERE sequence = ?"}
+    for name in ("_CLAIM", "_SHORTEN"):
+        found[name] = found[name].format(names="?, ?")
+    return found | {"_TAKE": f"{take} WHERE sequence = ?"}
 
 
 SORTED = {"_CLAIM": "only the sagas whose lease has expired"}
@@ -164,6 +166,8 @@ async def test_nothing_is_acknowledged_once_the_file_was_removed(log: SqliteSaga
         await log.claim(["publish"], limit=1, fence="mine", until=30.0, now=20.0)
     with pytest.raises(StoreUnavailable, match="removed"):
         await log.amend("a", LogWrite(1, [b"note"], SagaState.RESOLVED), now=99.0)
+    with pytest.raises(StoreUnavailable, match="removed"):
+        await log.renew({"a": "mine"}, until=30.0)
 
 
 async def test_on_a_disk_that_is_nearly_full_no_saga_begins_and_those_that_have_begun_go_on(

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
 from forebay._text import error_text, format_duration
-from forebay.errors import NestedTooDeep, Overloaded, RemoteError, StillSpilled, TaskFailed, UnusableTask, WorkerStopped
+from forebay.errors import (
+    NestedTooDeep,
+    Overloaded,
+    RemoteError,
+    SagaCompensated,
+    SagaParked,
+    SagaTaken,
+    StillSpilled,
+    StoreUnavailable,
+    TaskFailed,
+    UnusableTask,
+    WorkerStopped,
+)
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
@@ -31,6 +43,7 @@ _SUCCESS, _IGNORED, _SUCCEEDED, _FAILED, _EXPIRED, _TIMED_OUT = (
 _CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
 _ALL_ZOMBIES = "every slot is held by a handler that does not stop"
 _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts against a worker's score
+_SAGA_ENDS = (SagaCompensated, SagaParked, SagaTaken, StoreUnavailable)  # the last: its log is away
 
 
 class CompletionDispatcher(Protocol):
@@ -461,6 +474,8 @@ def _outcome(run: Run, cause: BaseException | None) -> Outcome:
     """Return how the failure of a handler counts for its worker."""
     if isinstance(cause, Overloaded | StillSpilled):
         return _IGNORED  # its call or nested task was rejected or left: no fault of this worker
+    if isinstance(cause, _SAGA_ENDS) and run.worker.handler.saga is not None:
+        return _IGNORED  # a saga that was undone has done its work, and what it lost was not its worker's
     if run.upstream_failed or _is_submitters_mistake(cause) or _is_stop_of_other_worker(cause):
         return _IGNORED
     return _fault(run)

@@ -6,18 +6,30 @@ import asyncio
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from forebay.context import RunningTask
+from forebay.context import DetachedTask, RunningTask
 from forebay.supervisor.runs.run import Run, RunOwner
 
 if TYPE_CHECKING:
-    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.ticket import Reclaim, Ticket
 
 
 def run_and_ancestors(running: RunningTask | None) -> Iterator[Run]:
-    """Yield `running` and the runs above it, of any supervisor, up to the outermost submitter."""
-    while isinstance(running, Run):
-        yield running
-        running = running.ticket.parent
+    """Yield `running` and the runs above it, of any supervisor, up to the outermost submitter.
+
+    Above a compensation is the run that awaits it.
+    """
+    while running is not None:
+        if isinstance(running, Run):
+            yield running
+            running = running.ticket.parent
+        else:
+            running = _awaiting(running)
+
+
+def _awaiting(running: RunningTask) -> Run | None:
+    """Return the run that awaits a compensation, unless it has ended or is to stop: then it lends nothing."""
+    run = running.awaited_by if isinstance(running, DetachedTask) else None
+    return run if isinstance(run, Run) and run.abandoned_at is None and not run.ended else None
 
 
 def active_runs(running: RunningTask | None, dispatcher: object) -> Iterator[Run]:
@@ -78,6 +90,16 @@ class SlotLoan:
         A cancellation of the await is raised once the run has a slot: code that catches it, such as
         ``asyncio.timeout``, goes on to work. A run that its supervisor stops does not wait: it ends without a slot.
         """
+        self._end()
+        await take_slot_back(self._awaiting_run)
+
+    async def claim(self) -> None:
+        """Do as `reclaim` does, for a compensation: the run that awaits it claims its slot, and this does not wait."""
+        self._end()
+        if self._awaiting_run.lacks_slot:
+            self._awaiting_run.dispatcher.slot_claims.claim(self._awaiting_run)
+
+    def _end(self) -> None:
         awaiting = self._awaiting_run
         awaiting.end_await(self._dispatcher)
         for run in self._runs:
@@ -88,14 +110,27 @@ class SlotLoan:
         for run in self._runs:
             if run is not awaiting and run.lacks_slot:
                 run.dispatcher.slot_claims.claim(run)
-        if awaiting.lacks_slot:
-            claims = awaiting.dispatcher.slot_claims
-            granted = claims.claim(awaiting)
-            if granted is not None:
-                try:
-                    await _wait_for_slot(awaiting, granted)
-                finally:
-                    claims.withdraw(awaiting, granted)
+
+
+def lend_slots(dispatcher: RunOwner, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
+    """Lend the slot of `running`, or of the run that awaits it; return how to get it back."""
+    if isinstance(running, Run):
+        return SlotLoan(dispatcher, running, awaited).reclaim
+    run = None if running is None else _awaiting(running)
+    return None if run is None else SlotLoan(dispatcher, run, awaited).claim
+
+
+async def take_slot_back(run: Run) -> None:
+    """Wait until a run has a slot again, if it has lent its own and awaits nothing any more: see `SlotLoan.reclaim`."""
+    if not run.lacks_slot:
+        return
+    claims = run.dispatcher.slot_claims
+    granted = claims.claim(run)
+    if granted is not None:
+        try:
+            await _wait_for_slot(run, granted)
+        finally:
+            claims.withdraw(run, granted)
 
 
 def is_own_nested(run: RunningTask, awaited: Ticket) -> bool:
