@@ -216,7 +216,7 @@ class SagaDriver:
                 raise
             await asyncio.wait((end,))
             self._raise_outcome(held, end, error)
-        self._drop(saga_id)
+        self._drop(held)
         self._cut_off.pop(saga_id, None)
         return result
 
@@ -249,7 +249,7 @@ class SagaDriver:
             held.lose()  # it is taken again when its lease expires, and counted: released, it would be at once
             raise
         finally:
-            self._drop(held.saga_id)
+            self._drop(held)
             if not held.ended:
                 await self._release(held)
                 self._scan_now.set()
@@ -600,14 +600,21 @@ class SagaDriver:
 
     def _hold(self, held: HeldSaga, task: Task, weight: float, run: Run | None) -> None:
         saga_id = held.saga_id
+        earlier = self._held.get(saga_id)
+        if earlier is not None and earlier is not held:  # both were taken while neither was driven yet
+            earlier.lose()
         if run is not None:
             self._runs[saga_id] = run
         self._held[saga_id] = held
         self._tasks[saga_id] = task
         self._weights[saga_id] = weight
-        self._ends[saga_id] = self._core.loop.create_future()
+        if saga_id not in self._ends:
+            self._ends[saga_id] = self._core.loop.create_future()
 
-    def _drop(self, saga_id: str) -> None:
+    def _drop(self, held: HeldSaga) -> None:
+        saga_id = held.saga_id
+        if self._held.get(saga_id) is not held:
+            return  # it was taken again since
         for kept in (self._held, self._tasks, self._weights, self._runs):
             kept.pop(saga_id, None)
         if (end := self._ends.pop(saga_id, None)) is not None:
