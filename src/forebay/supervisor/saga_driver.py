@@ -48,7 +48,7 @@ _MAX_RESUMED = 100  # sagas taken from the log that have not ended: more would w
 _FORGET_BATCH = 1_000
 _UNREADABLE = (LogDamaged, EnvelopeDamaged, EnvelopeTooNew, InvalidPayload)
 _GIVEN_UP = (TaskStatus.TIMED_OUT, TaskStatus.EXPIRED, TaskStatus.FAILED)
-_POLL = 1.0  # seconds between two looks at a saga that another process drives
+_FIRST_POLL, _POLL = 0.05, 1.0  # seconds between two looks at a saga that another process drives: at first, at most
 
 
 class _CutOff(NamedTuple):
@@ -293,7 +293,7 @@ class SagaDriver:
             envelope=self._encode(task),
             submission=run.submission,
         )
-        waited, holder = False, ""  # the fence of another process that has the saga
+        poll, waited, holder = _FIRST_POLL, False, ""  # the fence of another process that has the saga
         was_lost = run.attempt > 1 and run.ticket.retries is None  # the attempt before has not failed
         while True:
             if waited or was_lost:
@@ -311,7 +311,8 @@ class SagaDriver:
                     return outcome
                 _log_wait(task, stored, now, known=holder)
                 holder, waited = stored.holder, True
-                await asyncio.sleep(min(max(stored.until - now, 0.05), _POLL))
+                await asyncio.sleep(min(max(stored.until - now, _FIRST_POLL), poll))
+                poll = min(2 * poll, _POLL)
                 continue
             held = self._hold_stored(stored)
             if stored.header.envelope != header.envelope:  # begun by another submission, which may differ
