@@ -426,8 +426,7 @@ class ScriptRun:
         if self.script.second_is_worker:
             first.register_worker("second", handler=second, task_types=KINDS, max_concurrent=2, timeout=TIMEOUT)
         await first.start()
-        for run in self.runs:
-            run.dispatcher = run.supervisor._dispatcher
+        self.note_first_runs()
         jobs: list[asyncio.Task[None]] = []
         for due, what in sorted(self.script.events, key=lambda event: event[0]):
             await asyncio.sleep(due - asyncio.get_running_loop().time())
@@ -453,6 +452,11 @@ class ScriptRun:
             await self.check(number, run)
         if (left := virtual_loop().pending()) != [asyncio.current_task()]:
             raise InvariantViolation(f"asyncio tasks are left: {left}")
+
+    def note_first_runs(self) -> None:
+        """Remember the dispatchers, of which each run of a supervisor has its own."""
+        for run in self.runs:
+            run.dispatcher = run.supervisor._dispatcher
 
     async def check(self, number: int, run: SupervisorRun) -> None:
         # A supervisor that is closed while its own supervisor starts its workers again is started again by that.
