@@ -312,4 +312,4 @@ def test_sagas_agree_with_the_model() -> None:
 
 @pytest.mark.slow
 def test_many_sagas_agree_with_the_model() -> None:
-    run_state_machine_as_test(SagaMachine, settings=settings(stateful_step_count=50, max_examples=400))
+    run_state_machine_as_test(SagaMachine, settings=settings(stateful_step_count=50, max_examples=150))
