@@ -401,6 +401,7 @@ async def test_a_step_inside_a_step_is_invalid() -> None:
 
 
 @virtual
+@pytest.mark.blocks  # a plain step that runs an event loop
 async def test_a_step_in_another_event_loop_is_an_error() -> None:
     async def function(run: SagaRun, effects: Effects) -> None:
         errors: list[BaseException] = []
