@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,6 +77,7 @@ class Moments:
     Attributes:
         paused_in: what it was about to do, or had done, when it stopped; None: it has not.
         behind: seconds by which its time is behind the machine's, in the log.
+        commits: a lock; while it is held, no commit is under way.
     """
 
     def __init__(self, life: Life) -> None:
@@ -83,6 +85,7 @@ class Moments:
         self.behind = LATER * (MAX_LIVES - life.number)
         self._life = life
         self._passed = 0
+        self.commits: AbstractContextManager[Any] = nullcontext()
 
     def passes(self, what: str) -> None:
         """Let a moment pass, or be killed or stopped at it."""
@@ -94,7 +97,8 @@ class Moments:
             return
         if what == "after request" or not self._life.pauses_between:
             self.paused_in = what
-            _send(signal.SIGSTOP)
+            with self.commits:  # a process that is stopped within one keeps all others from the file
+                _send(signal.SIGSTOP)
             self._see_time()
 
     def note_outcome(self, error: BaseException | None) -> None:
@@ -133,6 +137,8 @@ class CrashingLog:
         self.ended = asyncio.Event()
         self._log = log
         self._moments = moments
+        if isinstance(log, sqlite_log.SqliteSagaLog):
+            moments.commits = log._writer._connection_lock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._log, name)
@@ -418,7 +424,9 @@ class SagaProcesses:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "tests.support.killed_sagas"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        )
         return self
 
     def run(self, life: Life) -> bool:
@@ -445,6 +453,8 @@ class SagaProcesses:
         return end
 
     def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # also those that a failed test has left stopped
         self._process.communicate()
 
 
