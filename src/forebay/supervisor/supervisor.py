@@ -307,8 +307,6 @@ class BackpressureSupervisor:
         if hint is not None:
             raise InvalidHandler(worker=worker.name, type="Saga", hint=hint)
         self._sagas[saga.name] = saga
-        if self._dispatcher is not None and self._dispatcher.sagas is not None:
-            self._dispatcher.sagas.scan_soon()  # some may be left in the log
         worker.replace_call(partial(self._run_saga, saga))
 
     async def _run_saga(self, saga: Saga, task: Task) -> Any:
