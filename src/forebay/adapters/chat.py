@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
-from forebay.adapters.handler import Config
+from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidSetting, UnusableTask
 from forebay.task import Task
 
@@ -27,6 +28,36 @@ class ChatInput(NamedTuple):
 
     messages: list[Any]
     context: dict[str, Any] | None
+
+
+def chat_handler(
+    run: Callable[[ChatInput, dict[str, Any]], Awaitable[Any]],
+    *,
+    worker: str,
+    config: Config | None,
+    options: frozenset[str],
+) -> Handler:
+    """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
+
+    Args:
+        run: runs the agent once, with the input and the options of a task.
+        worker: the worker's name, for messages.
+        config: options of its runs, or a callable that makes them for a task.
+        options: the names that they may have.
+
+    Raises:
+        InvalidSetting: `config` has another name.
+    """
+    if isinstance(config, Mapping):
+        _check_options(config, worker, options)
+
+    async def call(task: Task) -> Any:
+        made = config(task) if callable(config) else config or {}
+        if callable(config):
+            _check_options(made, worker, options)
+        return await run(chat_input(task, worker), dict(made))
+
+    return Handler(call=call, check=partial(_check_input, worker))
 
 
 def chat_input(task: Task, worker: str) -> ChatInput:
@@ -54,8 +85,7 @@ def chat_input(task: Task, worker: str) -> ChatInput:
     return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
 
 
-def check_chat_input(worker: str, task: Task) -> None:
-    """Check a payload at submission: see `chat_input`."""
+def _check_input(worker: str, task: Task) -> None:
     chat_input(task, worker)
 
 
@@ -90,23 +120,7 @@ class ChatUsage:
         }
 
 
-def run_options(config: Config | None, task: Task, *, worker: str, allowed: frozenset[str]) -> dict[str, Any]:
-    """Return the options of one run: a fixed config, or one that is made for the task.
-
-    Raises:
-        InvalidSetting: see `check_run_options`.
-    """
-    options = config(task) if callable(config) else config or {}
-    check_run_options(options, worker=worker, allowed=allowed)
-    return dict(options)
-
-
-def check_run_options(options: Any, *, worker: str, allowed: frozenset[str]) -> None:
-    """Check the names of a run's options.
-
-    Raises:
-        InvalidSetting: it is not a mapping, or has a name that is not allowed.
-    """
+def _check_options(options: Any, worker: str, allowed: frozenset[str]) -> None:
     names = ", ".join(sorted(allowed))
     if not isinstance(options, Mapping):
         expected = f"a mapping, or a plain callable that returns one, with any of: {names}"

@@ -22,15 +22,13 @@ from typing import TYPE_CHECKING, Any, Final
 from agents import Agent, ModelSettings, RunConfig, RunHooks, Runner
 from pydantic_core import to_jsonable_python
 
-from forebay.adapters.chat import ChatUsage, chat_input, check_chat_input, check_run_options, run_options
+from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
 from forebay.errors import ForebayError, InvalidHandler
 
 if TYPE_CHECKING:
     from agents.result import RunResultBase, RunResultStreaming
-
-    from forebay.task import Task
 
 _OPTIONS: Final = frozenset(
     {
@@ -57,14 +55,10 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
     if not isinstance(agent, Agent):
         hint = "pass an Agent of the OpenAI Agents SDK, or an async function that takes the Task and calls this object"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
-    if isinstance(config, Mapping):
-        check_run_options(config, worker=worker, allowed=_OPTIONS)
-    return Handler(call=partial(_run, agent, worker, config), check=partial(check_chat_input, worker))
+    return chat_handler(partial(_run, agent, worker), worker=worker, config=config, options=_OPTIONS)
 
 
-async def _run(agent: Any, worker: str, config: Config | None, task: Task) -> Any:
-    given = chat_input(task, worker)
-    options = run_options(config, task, worker=worker, allowed=_OPTIONS)
+async def _run(agent: Any, worker: str, given: ChatInput, options: dict[str, Any]) -> Any:
     if given.context is not None:
         options["context"] = given.context
     if options.pop("stream", False):

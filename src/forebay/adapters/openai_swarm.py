@@ -16,19 +16,16 @@ import inspect
 from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pydantic_core import to_jsonable_python
 from swarm import Agent, Swarm
 
 from forebay.adapters.agent_thread import AgentThread
-from forebay.adapters.chat import ChatInput, ChatUsage, chat_input, check_chat_input, check_run_options, run_options
+from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
 from forebay.errors import InvalidHandler
-
-if TYPE_CHECKING:
-    from forebay.task import Task
 
 # Not stream: 0.1.1 fails on chunks without a choice, and reads them by methods that pydantic has deprecated.
 _OPTIONS: Final = frozenset({"client", "context_variables", "model_override", "max_turns", "execute_tools", "debug"})
@@ -49,14 +46,10 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
         if isinstance(agent, Swarm):
             hint = "pass its Agent, and the client of this Swarm by config={'client': client}"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
-    if isinstance(config, Mapping):
-        check_run_options(config, worker=worker, allowed=_OPTIONS)
-    return Handler(call=partial(_run, agent, worker, config), check=partial(check_chat_input, worker))
+    return chat_handler(partial(_run, agent), worker=worker, config=config, options=_OPTIONS)
 
 
-async def _run(agent: Any, worker: str, config: Config | None, task: Task) -> Any:
-    given = chat_input(task, worker)
-    options = run_options(config, task, worker=worker, allowed=_OPTIONS)
+async def _run(agent: Any, given: ChatInput, options: dict[str, Any]) -> Any:
     if given.context is not None:
         options["context_variables"] = given.context
     thread = AgentThread()
