@@ -77,6 +77,24 @@ class _Taken(NamedTuple):
     task: Task
 
 
+class _Driven(NamedTuple):
+    """A saga that is driven here.
+
+    Attributes:
+        held: the saga, under its lease.
+        task: the task that began it.
+        tenant_weight: of its tenant.
+        run: the run that awaits it, and lends its slot to what its compensations submit; None if it goes back alone.
+        end: done once it is not driven here any more.
+    """
+
+    held: HeldSaga
+    task: Task
+    tenant_weight: float
+    run: Run | None
+    end: asyncio.Future[None]
+
+
 class SagaAdmission(Protocol):
     """The admission of the supervisor, as far as sagas need it."""
 
@@ -122,11 +140,7 @@ class SagaDriver:
         self._log = saga_log
         self._sagas = sagas
         self._settings = settings
-        self._tasks: dict[str, Task] = {}  # that began the sagas which are driven here, by saga id
-        self._weights: dict[str, float] = {}  # of their tenants
-        self._runs: dict[str, Run] = {}  # that await them, and lend their slots to what their compensations submit
-        self._held: dict[str, HeldSaga] = {}
-        self._ends: dict[str, asyncio.Future[None]] = {}  # of those that are driven
+        self._driven: dict[str, _Driven] = {}  # by saga id
         self._cut_off: dict[str, _CutOff] = {}  # those that were cut off after their pivot, and go on
         self._resumed: dict[str, tuple[HeldSaga, Ticket]] = {}  # taken from the log, and waiting; by saga id
         self._originals: dict[str, Task] = {}  # that began the sagas which others go on with, by the ids of these
@@ -300,8 +314,8 @@ class SagaDriver:
                 await self._check_undone_meanwhile(header, by_others=waited, by_own=was_lost)
             if (taken := self._take_resumed(saga, saga_id, run)) is not None:  # before this began, or while it waited
                 return taken
-            if (end := self._ends.get(saga_id)) is not None:
-                await self._wait_without_slot(run, end)
+            if (driven := self._driven.get(saga_id)) is not None:
+                await self._wait_without_slot(run, driven.end)
                 waited = True
                 continue
             now = clock.wall_time()
@@ -448,7 +462,7 @@ class SagaDriver:
             )
             for stored in claimed:
                 try:
-                    if stored.header.saga_id in self._ends:
+                    if stored.header.saga_id in self._driven:
                         await self._give_up_lapsed(stored)
                     else:
                         await self._resume(stored)
@@ -461,8 +475,8 @@ class SagaDriver:
     async def _give_up_lapsed(self, stored: StoredSaga) -> None:
         """Give a saga back that is still driven here, under a lease that has lapsed: there is one driver at a time."""
         saga_id = stored.header.saga_id
-        if (held := self._held.get(saga_id)) is not None:
-            held.lose()
+        if (driven := self._driven.get(saga_id)) is not None:
+            driven.held.lose()
         await self._log.release(saga_id, fence=stored.holder)
 
     async def _resume(self, stored: StoredSaga) -> None:
@@ -537,7 +551,6 @@ class SagaDriver:
             return
         log.info("saga %r goes on", held.saga_id)
         self._resumed[held.saga_id] = (held, ticket)
-        self._held[held.saga_id] = held
         self._originals[again.task_id] = task
         self._core.run_in_background(self._watch(held, ticket))
 
@@ -547,7 +560,6 @@ class SagaDriver:
         del self._originals[ticket.task_id]
         if self._resumed.get(held.saga_id, (None, None))[1] is ticket:
             del self._resumed[held.saga_id]
-            self._held.pop(held.saga_id, None)
             await self._release(held)
 
     async def _go_back_alone(self, saga: Saga, held: HeldSaga, task: Task) -> None:
@@ -600,41 +612,37 @@ class SagaDriver:
             bus.emit(changed)
 
     def _hold(self, held: HeldSaga, task: Task, weight: float, run: Run | None) -> None:
-        saga_id = held.saga_id
-        earlier = self._held.get(saga_id)
-        if earlier is not None and earlier is not held:  # both were taken while neither was driven yet
-            earlier.lose()
-        if run is not None:
-            self._runs[saga_id] = run
-        self._held[saga_id] = held
-        self._tasks[saga_id] = task
-        self._weights[saga_id] = weight
-        if saga_id not in self._ends:
-            self._ends[saga_id] = self._core.loop.create_future()
+        saga_id, end = held.saga_id, None
+        if (resumed := self._resumed.get(saga_id)) is not None and resumed[0] is not held:
+            resumed[0].lose()
+        if (earlier := self._driven.get(saga_id)) is not None:  # both were taken while neither was driven yet
+            end = earlier.end
+            if earlier.held is not held:
+                earlier.held.lose()
+        self._driven[saga_id] = _Driven(held, task, weight, run, end or self._core.loop.create_future())
 
     def _drop(self, held: HeldSaga) -> None:
-        saga_id = held.saga_id
-        if self._held.get(saga_id) is not held:
+        driven = self._driven.get(held.saga_id)
+        if driven is None or driven.held is not held:
             return  # it was taken again since
-        for kept in (self._held, self._tasks, self._weights, self._runs):
-            kept.pop(saga_id, None)
-        if (end := self._ends.pop(saga_id, None)) is not None:
-            end.set_result(None)
+        del self._driven[held.saga_id]
+        driven.end.set_result(None)
 
     def detached_task(self, saga_id: str) -> RunningTask | None:
         """Return the running task of the compensations of a saga that it drives."""
-        task, held = self._tasks[saga_id], self._held[saga_id]
+        driven = self._driven[saga_id]
         return DetachedTask(
-            task,
-            submission=held.stored.header.submission,
-            tenant_weight=self._weights[saga_id],
-            awaited_by=self._runs.get(saga_id),
+            driven.task,
+            submission=driven.held.stored.header.submission,
+            tenant_weight=driven.tenant_weight,
+            awaited_by=driven.run,
         )
 
     async def take_slot_back(self, saga_id: str) -> None:
         """Wait until the run of a saga has its slot again, which it has lent to what its compensations submitted."""
-        if (run := self._runs.get(saga_id)) is not None:
-            await take_slot_back(run)
+        driven = self._driven.get(saga_id)
+        if driven is not None and driven.run is not None:
+            await take_slot_back(driven.run)
 
     async def _keep_leases(self) -> None:
         interval = self._settings.lease / 3
@@ -647,7 +655,9 @@ class SagaDriver:
 
     async def _renew_held(self) -> None:
         """Renew the leases on the sagas that are held here."""
-        held = {saga_id: each for saga_id, each in self._held.items() if not each.ended}
+        waiting = {saga_id: held for saga_id, (held, _) in self._resumed.items()}
+        every = waiting | {saga_id: driven.held for saga_id, driven in self._driven.items()}
+        held = {saga_id: each for saga_id, each in every.items() if not each.ended}
         until = clock.now() + self._settings.lease
         lost = set(await self._renew(held.values()))
         for saga_id, each in held.items():
