@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from forebay.adapters.handler import Config, Handler
-from forebay.errors import InvalidSetting, UnusableTask
+from forebay.errors import ForebayError, InvalidSetting, UnusableTask
 from forebay.task import Task
 
 _KEYS: Final = ("messages", "context")
@@ -16,6 +16,10 @@ _EXPECTED: Final = (
     "the input of the agent of worker {worker!r}: text, a list of messages, each a dict such as {{'role': 'user',"
     " 'content': '...'}}, or a dict with such 'messages' and a 'context', a dict of variables"
 )
+
+
+class ApprovalNeeded(ForebayError, RuntimeError):
+    """The agent of worker {worker!r} waits for an approval of {tool!r}: run it in a function that gives approvals."""
 
 
 class ChatInput(NamedTuple):
@@ -36,6 +40,7 @@ def chat_handler(
     worker: str,
     config: Config | None,
     options: frozenset[str],
+    check: Callable[[ChatInput], object] | None = None,
 ) -> Handler:
     """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
 
@@ -44,6 +49,8 @@ def chat_handler(
         worker: the worker's name, for messages.
         config: options of its runs, or a callable that makes them for a task.
         options: the names that they may have.
+        check: called with the input of each task that is submitted, and raises UnusableTask for one that the agent
+            cannot read.
 
     Raises:
         InvalidSetting: `config` has another name.
@@ -57,7 +64,7 @@ def chat_handler(
             _check_options(made, worker, options)
         return await run(chat_input(task, worker), dict(made))
 
-    return Handler(call=call, check=partial(_check_input, worker))
+    return Handler(call=call, check=partial(_check_input, worker, check))
 
 
 def chat_input(task: Task, worker: str) -> ChatInput:
@@ -85,8 +92,10 @@ def chat_input(task: Task, worker: str) -> ChatInput:
     return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
 
 
-def _check_input(worker: str, task: Task) -> None:
-    chat_input(task, worker)
+def _check_input(worker: str, check: Callable[[ChatInput], object] | None, task: Task) -> None:
+    given = chat_input(task, worker)
+    if check is not None:
+        check(given)
 
 
 def _unusable(worker: str, value: str) -> UnusableTask:
