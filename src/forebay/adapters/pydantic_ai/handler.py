@@ -44,7 +44,7 @@ _OPTIONS: Final = frozenset(
 
 
 class ToolResultNeeded(ForebayError, RuntimeError):
-    """The agent of worker {worker!r} waits for a result of {tool!r} from outside: run it in a function that gives it."""
+    """The agent of worker {worker!r} waits for a result of {tool!r}: run it in a function that gives results."""
 
 
 def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
