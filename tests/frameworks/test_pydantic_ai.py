@@ -288,14 +288,15 @@ async def test_each_call_of_the_model_and_each_tool_is_progress(model: Any, *, s
     ]
 
 
-async def test_an_event_handler_of_yours_sees_the_events_of_a_streamed_run(model: Any) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_event_handler_of_yours_sees_the_events_of_a_run(model: Any, *, stream: bool) -> None:
     seen: list[str] = []
 
     async def watch(_: Any, events: Any) -> None:
         seen.extend([type(event).__name__ async for event in events])
 
     agent = Agent(model)
-    result = await result_of(agent, config={"stream": True, "event_stream_handler": watch})
+    result = await result_of(agent, config={"stream": stream, "event_stream_handler": watch})
     assert result.result["output"] == ANSWER
     assert "PartDeltaEvent" in seen
 
@@ -305,11 +306,12 @@ async def test_a_tool_that_needs_an_approval_fails_the_task(model: Any, double: 
         """Pay."""
         return text
 
-    for outputs in ([str], [str, pydantic_ai.DeferredToolRequests]):
-        agent = Agent(model, tools=[pydantic_ai.Tool(pay, requires_approval=True)], output_type=outputs)
-        result = await result_of(agent)
-        assert isinstance(result.cause, ApprovalNeeded)
-        assert str(result.cause).startswith("The agent of worker 'agent' waits for an approval of 'pay'")
+    tools = [pydantic_ai.Tool(pay, requires_approval=True)]
+    result = await result_of(Agent(model, tools=tools, output_type=[str, pydantic_ai.DeferredToolRequests]))
+    assert isinstance(result.cause, ApprovalNeeded)
+    assert str(result.cause).startswith("The agent of worker 'agent' waits for an approval of 'pay'")
+    result = await result_of(Agent(model, tools=tools))
+    assert isinstance(result.cause, pydantic_ai.UserError)  # it has no output for such a request
     assert len(double.requests) == 2
 
 
@@ -318,7 +320,7 @@ async def test_a_tool_that_is_run_elsewhere_fails_the_task(model: Any) -> None:
         """Pay."""
         raise pydantic_ai.CallDeferred(metadata={"text": text})
 
-    result = await result_of(Agent(model, tools=[pay]))
+    result = await result_of(Agent(model, tools=[pay], output_type=[str, pydantic_ai.DeferredToolRequests]))
     assert isinstance(result.cause, ToolResultNeeded)
     assert "waits for a result of 'pay'" in str(result.cause)
 

@@ -17,13 +17,23 @@ pydantic-ai (2.38) treats a run as follows:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable
 from functools import partial
 from typing import Any, Final
 
-from pydantic_ai import Agent, PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
+from pydantic_ai import (
+    Agent,
+    DeferredToolRequests,
+    FunctionToolResultEvent,
+    PartDeltaEvent,
+    PartStartEvent,
+    RetryPromptPart,
+    TextPart,
+    TextPartDelta,
+    ToolReturnPart,
+)
 from pydantic_ai.agent import AbstractAgent
-from pydantic_ai.capabilities import AbstractCapability, ReinjectSystemPrompt
+from pydantic_ai.capabilities import ReinjectSystemPrompt
 from pydantic_core import to_jsonable_python
 
 from forebay.adapters.chat import ApprovalNeeded, ChatInput, ChatUsage, chat_handler
@@ -51,7 +61,8 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
     """Return the handler that runs tasks on `agent`.
 
     `config` has the options of ``Agent.run`` by their names, or is a callable that makes them for a task. With
-    ``stream=True``, calls are streamed, and the text is progress as it arrives; each step is in any case.
+    ``stream=True``, calls are streamed, and the text is progress as it arrives; each step is in any case, unless the
+    agent or `config` has an ``event_stream_handler``.
 
     Raises:
         InvalidHandler: `agent` is another object of pydantic-ai.
@@ -69,71 +80,73 @@ async def _run(agent: Any, worker: str, reader: InputReader, given: ChatInput, o
     read = reader.read(given)
     if given.context is not None:
         options["deps"] = read.deps
-    hooks = (_StreamedRun if options.pop("stream", False) else _Run)(worker)
-    own = options.pop("capabilities", None) or ()
-    options["capabilities"] = [*own, ReinjectSystemPrompt(id="forebay_system_prompt"), hooks]
+    if read.lacks_system_prompt:
+        own = options.get("capabilities") or ()
+        options["capabilities"] = [*own, ReinjectSystemPrompt(id="forebay_system_prompt")]
+    watch = options.pop("event_stream_handler", None) or agent.event_stream_handler
+    if options.pop("stream", False):
+        watch = watch or _report_events
+    arguments = {"user_prompt": read.prompt, "message_history": read.history, "infer_name": False, **options}
     threads = ToolThreads()
     try:
         with Agent.using_thread_executor(threads):
-            result = await agent.run(message_history=read.messages, infer_name=False, **options)
+            if watch is not None:
+                result = await agent.run(event_stream_handler=watch, **arguments)
+            else:
+                result = await _run_by_steps(agent, arguments)
     except asyncio.CancelledError:
         await threads.wait()
         raise
-    return _result(agent, result)
+    return _result(agent, worker, result)
 
 
-def _result(agent: Any, result: Any) -> dict[str, Any]:
+async def _run_by_steps(agent: Any, arguments: dict[str, Any]) -> Any:
+    """Do what ``Agent.run`` does, and report each step as progress. A capability that did would cost 10 % of a run."""
+    async with agent.iter(**arguments) as run:
+        node = run.next_node
+        while run.result is None and not agent.is_end_node(node):
+            following = await run.next(node)
+            if agent.is_model_request_node(node):
+                progress({"step": "model", "agent": agent.name})
+            if agent.is_call_tools_node(node) and agent.is_model_request_node(following):
+                for part in following.request.parts:
+                    _report_tool(agent, part)
+            node = following
+    return run.result
+
+
+async def _report_events(context: Any, events: AsyncIterable[Any]) -> None:
+    """Report the text of one call as it arrives, and the steps of a streamed run."""
+    agent, called = context.agent, False
+    async for event in events:
+        if isinstance(event, PartStartEvent):
+            called = True
+            if isinstance(event.part, TextPart) and event.part.content:
+                progress({"text": event.part.content})
+        elif isinstance(event, PartDeltaEvent):
+            if isinstance(event.delta, TextPartDelta):
+                progress({"text": event.delta.content_delta})
+        elif isinstance(event, FunctionToolResultEvent):
+            _report_tool(agent, event.part)
+    if called:
+        progress({"step": "model", "agent": agent.name})
+
+
+def _report_tool(agent: Any, part: Any) -> None:
+    if isinstance(part, ToolReturnPart | RetryPromptPart) and part.tool_name is not None:
+        progress({"step": "tool", "agent": agent.name, "tool": part.tool_name})
+
+
+def _result(agent: Any, worker: str, result: Any) -> dict[str, Any]:
     """Return what a run has produced as plain data."""
-    used = result.usage
+    output, used = result.output, result.usage
+    if isinstance(output, DeferredToolRequests):
+        if output.approvals:
+            raise ApprovalNeeded(worker=worker, tool=output.approvals[0].tool_name)
+        raise ToolResultNeeded(worker=worker, tool=output.calls[0].tool_name)
     return {
-        "output": to_jsonable_python(result.output),
+        "output": to_jsonable_python(output),
         "messages": plain_messages(result.all_messages()),
         "agent": agent.name,
         "usage": ChatUsage(used.requests, used.input_tokens, used.output_tokens).as_dict(),
     }
-
-
-class _Run(AbstractCapability[Any]):  # type: ignore[misc]  # without its package it has no type
-    """Reports each step of a run as progress, and ends it where it would wait for a person."""
-
-    def __init__(self, worker: str) -> None:
-        self._worker = worker
-
-    async def after_model_request(self, ctx: Any, *, request_context: Any, response: Any) -> Any:  # noqa: ARG002
-        progress({"step": "model", "agent": ctx.agent.name})
-        return response
-
-    async def after_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, result: Any) -> Any:  # noqa: ARG002
-        progress({"step": "tool", "agent": ctx.agent.name, "tool": call.tool_name})
-        return result
-
-    async def handle_deferred_tool_calls(self, ctx: Any, *, requests: Any) -> None:  # noqa: ARG002
-        """End the run if calls are left that no other capability has answered.
-
-        Raises:
-            ApprovalNeeded: a tool asks for an approval.
-            ToolResultNeeded: a tool is run elsewhere.
-        """
-        if requests.approvals:
-            raise ApprovalNeeded(worker=self._worker, tool=requests.approvals[0].tool_name)
-        if requests.calls:
-            raise ToolResultNeeded(worker=self._worker, tool=requests.calls[0].tool_name)
-
-
-class _StreamedRun(_Run):
-    """Has the calls of a run streamed, and reports their text as progress, too."""
-
-    async def wrap_run_event_stream(self, ctx: Any, *, stream: AsyncIterable[Any]) -> AsyncIterator[Any]:
-        async for event in super().wrap_run_event_stream(ctx, stream=stream):
-            text = _text_of(event)
-            if text:
-                progress({"text": text})
-            yield event
-
-
-def _text_of(event: Any) -> str:
-    if isinstance(event, PartStartEvent) and isinstance(event.part, TextPart):
-        return str(event.part.content)
-    if isinstance(event, PartDeltaEvent) and isinstance(event.delta, TextPartDelta):
-        return str(event.delta.content_delta)
-    return ""

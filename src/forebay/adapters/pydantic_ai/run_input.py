@@ -38,11 +38,15 @@ class RunInput(NamedTuple):
     """The input of a run.
 
     Attributes:
-        messages: the history; the run goes on from the last one.
+        prompt: the content of a payload that is one message of a user; None for any other.
+        history: the messages of any other; the run goes on from the last one.
+        lacks_system_prompt: whether pydantic-ai would not send that of the agent: it does so in a new conversation.
         deps: of an agent that has a type for them, this type; otherwise a dict.
     """
 
-    messages: list[Any]
+    prompt: Any
+    history: list[Any] | None
+    lacks_system_prompt: bool
     deps: Any
 
 
@@ -65,7 +69,11 @@ class InputReader:
         Raises:
             UnusableTask: a message or the context cannot be used.
         """
-        return RunInput(list(self._messages(given.messages)), self._read_deps(given.context))
+        messages, deps = list(self._messages(given.messages)), self._read_deps(given.context)
+        match messages:
+            case [ModelRequest(parts=[UserPromptPart(content=content)])]:
+                return RunInput(content, None, lacks_system_prompt=False, deps=deps)
+        return RunInput(None, messages, lacks_system_prompt=not any(map(_has_system_prompt, messages)), deps=deps)
 
     def _messages(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
         tools: dict[str, str] = {}  # their names, by the id of a call
@@ -104,6 +112,10 @@ def _adapter_of(deps_type: Any) -> Any:
         return TypeAdapter(deps_type)
     except PydanticSchemaGenerationError:
         return None
+
+
+def _has_system_prompt(message: Any) -> bool:
+    return any(isinstance(part, SystemPromptPart) for part in message.parts)
 
 
 def _read_own(message: Mapping[str, Any]) -> Any:
