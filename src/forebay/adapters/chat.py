@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from forebay.adapters.handler import Config, Handler
@@ -34,39 +33,6 @@ class ChatInput(NamedTuple):
     context: dict[str, Any] | None
 
 
-def chat_handler(
-    run: Callable[[ChatInput, dict[str, Any]], Awaitable[Any]],
-    *,
-    worker: str,
-    config: Config | None,
-    options: frozenset[str],
-    check: Callable[[ChatInput], object] | None = None,
-) -> Handler:
-    """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
-
-    Args:
-        run: runs the agent once, with the input and the options of a task.
-        worker: the worker's name, for messages.
-        config: options of its runs, or a callable that makes them for a task.
-        options: the names that they may have.
-        check: called with the input of each task that is submitted, and raises UnusableTask for one that the agent
-            cannot read.
-
-    Raises:
-        InvalidSetting: `config` has another name.
-    """
-    if isinstance(config, Mapping):
-        _check_options(config, worker, options)
-
-    async def call(task: Task) -> Any:
-        made = config(task) if callable(config) else config or {}
-        if callable(config):
-            _check_options(made, worker, options)
-        return await run(chat_input(task, worker), dict(made))
-
-    return Handler(call=call, check=partial(_check_input, worker, check))
-
-
 def chat_input(task: Task, worker: str) -> ChatInput:
     """Return what a payload asks for: text, a list of messages, or a mapping of both and variables.
 
@@ -92,10 +58,39 @@ def chat_input(task: Task, worker: str) -> ChatInput:
     return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
 
 
-def _check_input(worker: str, check: Callable[[ChatInput], object] | None, task: Task) -> None:
-    given = chat_input(task, worker)
-    if check is not None:
-        check(given)
+def chat_handler(
+    run: Callable[[Any, dict[str, Any]], Awaitable[Any]],
+    *,
+    worker: str,
+    config: Config | None,
+    options: frozenset[str],
+    parse: Callable[[Task, str], Any] = chat_input,
+) -> Handler:
+    """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
+
+    Args:
+        run: runs the agent once, with the input and the options of a task.
+        worker: the worker's name, for messages.
+        config: options of its runs, or a callable that makes them for a task.
+        options: the names that they may have.
+        parse: returns the input of a task for the agent of a worker, or raises UnusableTask.
+
+    Raises:
+        InvalidSetting: `config` has another name.
+    """
+    if isinstance(config, Mapping):
+        _check_options(config, worker, options)
+
+    async def call(task: Task) -> Any:
+        made = config(task) if callable(config) else config or {}
+        if callable(config):
+            _check_options(made, worker, options)
+        return await run(parse(task, worker), dict(made))
+
+    def check(task: Task) -> None:
+        parse(task, worker)
+
+    return Handler(call=call, check=check)
 
 
 def _unusable(worker: str, value: str) -> UnusableTask:

@@ -36,10 +36,10 @@ from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.capabilities import ReinjectSystemPrompt
 from pydantic_core import to_jsonable_python
 
-from forebay.adapters.chat import ApprovalNeeded, ChatInput, ChatUsage, chat_handler
+from forebay.adapters.chat import ApprovalNeeded, ChatUsage, chat_handler
 from forebay.adapters.handler import Config, Handler
-from forebay.adapters.pydantic_ai.run_input import InputReader, plain_messages
-from forebay.adapters.pydantic_ai.tool_threads import ToolThreads
+from forebay.adapters.pydantic_ai.run_input import InputReader, RunInput, plain_messages
+from forebay.adapters.tool_threads import ToolThreads
 from forebay.context import progress
 from forebay.errors import ForebayError, InvalidHandler
 
@@ -71,22 +71,20 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
     if not isinstance(agent, AbstractAgent):
         hint = "pass an Agent of pydantic-ai, or an async function that takes the Task and calls this object"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
-    reader = InputReader(agent.deps_type, worker)
-    run = partial(_run, agent, worker, reader)
-    return chat_handler(run, worker=worker, config=config, options=_OPTIONS, check=reader.read)
+    parse = InputReader(agent.deps_type).read
+    return chat_handler(partial(_run, agent, worker), worker=worker, config=config, options=_OPTIONS, parse=parse)
 
 
-async def _run(agent: Any, worker: str, reader: InputReader, given: ChatInput, options: dict[str, Any]) -> Any:
-    read = reader.read(given)
-    if given.context is not None:
-        options["deps"] = read.deps
-    if read.lacks_system_prompt:
+async def _run(agent: Any, worker: str, given: RunInput, options: dict[str, Any]) -> Any:
+    if given.deps is not None:
+        options["deps"] = given.deps
+    if given.lacks_system_prompt:
         own = options.get("capabilities") or ()
         options["capabilities"] = [*own, ReinjectSystemPrompt(id="forebay_system_prompt")]
     watch = options.pop("event_stream_handler", None) or agent.event_stream_handler
     if options.pop("stream", False):
         watch = watch or _report_events
-    arguments = {"user_prompt": read.prompt, "message_history": read.history, "infer_name": False, **options}
+    arguments = {"user_prompt": given.prompt, "message_history": given.history, "infer_name": False, **options}
     threads = ToolThreads()
     try:
         with Agent.using_thread_executor(threads):

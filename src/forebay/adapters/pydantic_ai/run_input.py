@@ -25,8 +25,9 @@ from pydantic_ai import (
 )
 from pydantic_core import to_json
 
-from forebay.adapters.chat import ChatInput
+from forebay.adapters.chat import chat_input
 from forebay.errors import UnusableTask
+from forebay.task import Task
 
 _EXPECTED: Final = (
     "the input of the agent of worker {worker!r}: a list of messages, each of OpenAI's chat completions (a 'role' of"
@@ -41,7 +42,7 @@ class RunInput(NamedTuple):
         prompt: the content of a payload that is one message of a user; None for any other.
         history: the messages of any other; the run goes on from the last one.
         lacks_system_prompt: whether pydantic-ai would not send that of the agent: it does so in a new conversation.
-        deps: of an agent that has a type for them, this type; otherwise a dict.
+        deps: an instance of the type that the agent has for them, or a dict; None if the payload has no context.
     """
 
     prompt: Any
@@ -55,36 +56,24 @@ class InputReader:
 
     Args:
         deps_type: the type of its deps.
-        worker: the worker's name, for messages.
     """
 
-    def __init__(self, deps_type: Any, worker: str) -> None:
+    def __init__(self, deps_type: Any) -> None:
         self._deps_type = deps_type
-        self._worker = worker
         self._deps = _adapter_of(deps_type)
 
-    def read(self, given: ChatInput) -> RunInput:
+    def read(self, task: Task, worker: str) -> RunInput:
         """Return the input of a run.
 
         Raises:
-            UnusableTask: a message or the context cannot be used.
+            UnusableTask: the payload, a message or the context cannot be used.
         """
-        messages, deps = list(self._messages(given.messages)), self._read_deps(given.context)
+        given = chat_input(task, worker)
+        messages, deps = list(_read_messages(given.messages, worker)), self._read_deps(given.context)
         match messages:
             case [ModelRequest(parts=[UserPromptPart(content=content)])]:
                 return RunInput(content, None, lacks_system_prompt=False, deps=deps)
         return RunInput(None, messages, lacks_system_prompt=not any(map(_has_system_prompt, messages)), deps=deps)
-
-    def _messages(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-        tools: dict[str, str] = {}  # their names, by the id of a call
-        for number, message in enumerate(messages):
-            try:
-                yield _read_own(message) if "kind" in message else _READERS[message["role"]](message, tools)
-            except (TypeError, LookupError, ValueError, AttributeError):
-                value, expected = f"a list whose item {number} cannot be read", _EXPECTED.format(worker=self._worker)
-                raise UnusableTask(
-                    field="payload", value=value, expected=expected
-                ) from None  # its cause shows contents
 
     def _read_deps(self, context: dict[str, Any] | None) -> Any:
         if context is None or self._deps_type is NoneType:
@@ -99,6 +88,16 @@ class InputReader:
             where = ".".join(str(step) for step in error.errors()[0]["loc"]) or "value"
             value = f"dict whose 'context' has an unusable {where!r}"
             raise UnusableTask(field="payload", value=value, expected=f"with the fields of a {name}") from None
+
+
+def _read_messages(messages: Sequence[Mapping[str, Any]], worker: str) -> Iterator[Any]:
+    tools: dict[str, str] = {}  # their names, by the id of a call
+    for number, message in enumerate(messages):
+        try:
+            yield _read_own(message) if "kind" in message else _READERS[message["role"]](message, tools)
+        except (TypeError, LookupError, ValueError, AttributeError):
+            value, expected = f"a list whose item {number} cannot be read", _EXPECTED.format(worker=worker)
+            raise UnusableTask(field="payload", value=value, expected=expected) from None  # its cause shows contents
 
 
 def plain_messages(messages: Sequence[Any]) -> Any:
