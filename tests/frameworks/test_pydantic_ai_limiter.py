@@ -212,9 +212,12 @@ async def test_each_context_releases_what_it_has_acquired() -> None:
     await limiter.acquire("model:second")
     limiter.release()
     assert state_of(upstream) == {"first": (1, 0), "second": (0, 1)}
+    await limiter.acquire("model:third")
     go.set()
     await first
-    assert state_of(upstream) == {"first": (0, 1), "second": (0, 1)}
+    assert state_of(upstream) == {"first": (0, 1), "second": (0, 1), "third": (1, 0)}
+    limiter.release()
+    assert state_of(upstream) == {"first": (0, 1), "second": (0, 1), "third": (0, 1)}
 
 
 async def test_an_agent_within_a_request_of_another_releases_its_own() -> None:
