@@ -27,12 +27,12 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.models.test import TestModel as Scripted
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from forebay import BackpressureSupervisor, Priority, Task, TaskStatus
+from forebay import BackpressureSupervisor, Priority, Task, TaskStatus, Upstream
 from forebay._threads import DaemonThreadExecutor
 from forebay.adapters import as_handler
 from forebay.adapters.chat import ApprovalNeeded
 from forebay.adapters.pydantic_ai import ToolResultNeeded
-from forebay.errors import InvalidHandler, InvalidSetting, UnusableTask
+from forebay.errors import InvalidHandler, InvalidSetting, NotBindable, NotGuardable, UnusableTask
 from forebay.events import TaskProgress
 
 
@@ -91,6 +91,21 @@ async def test_a_factory_makes_an_agent_for_each_task(double: OpenAIDouble, mode
         names = [(await supervisor.run(Task("ask", "Which river?")))["agent"] for _ in range(2)]
     assert len(set(names)) == 2
     assert double.answered == 2
+
+
+async def test_a_model_or_a_tool_is_not_bound_or_guarded_and_what_to_write_is_told(model: Any) -> None:
+    def look(text: str) -> str:
+        """Look."""
+        return text
+
+    upstream = Upstream("key")
+    for each in (model, Agent(model)):
+        with pytest.raises(NotBindable, match=r"openai_client=upstream\.bind"):
+            upstream.bind(each)
+    with pytest.raises(NotGuardable, match=r"Tool\(upstream\.guard\(function\)\)"):
+        upstream.guard(pydantic_ai.Tool(look))
+    assert (await result_of(Agent(model, tools=[pydantic_ai.Tool(upstream.guard(look))]))).success
+    assert upstream.statistics().accounts[0].succeeded == 2
 
 
 # --- payload and result ----------------------------------------------------------------------------------------------
