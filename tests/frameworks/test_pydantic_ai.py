@@ -20,18 +20,18 @@ if "pydantic_ai" not in INSTALLED:
 import pydantic_ai
 from openai import AsyncOpenAI
 from pydantic import BaseModel
-from pydantic_ai import Agent, ModelRetry, RunContext
+from pydantic_ai import Agent, ConcurrencyLimitedModel, ModelAPIError, ModelRetry, RunContext
 from pydantic_ai.capabilities import HandleDeferredToolCalls, ReinjectSystemPrompt, UseThreadExecutor
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.models.test import TestModel as Scripted
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from forebay import BackpressureSupervisor, Priority, Task, TaskStatus, Upstream
+from forebay import BackpressureSupervisor, Overloaded, Priority, Quota, Task, TaskStatus, Upstream
 from forebay._threads import DaemonThreadExecutor
 from forebay.adapters import as_handler
 from forebay.adapters.chat import ApprovalNeeded
-from forebay.adapters.pydantic_ai import ToolResultNeeded
+from forebay.adapters.pydantic_ai import ToolResultNeeded, UpstreamLimiter
 from forebay.errors import InvalidHandler, InvalidSetting, NotBindable, NotGuardable, UnusableTask
 from forebay.events import TaskProgress
 
@@ -451,9 +451,28 @@ async def test_a_plain_tool_that_has_outlived_its_timeout_does_not_keep_the_resu
     assert result.status is TaskStatus.FAILED
 
 
-async def test_a_model_that_falls_back_goes_to_the_next_one_for_a_refused_call(
-    model: Any, double: OpenAIDouble
-) -> None:
+# --- models that fall back -------------------------------------------------------------------------------------------
+
+
+async def test_a_model_that_falls_back_goes_to_the_next_one_for_a_failed_call(model: Any, double: OpenAIDouble) -> None:
     double.refuse(400, times=1)
     assert (await result_of(Agent(FallbackModel(model, Scripted())))).success
+    assert len(double.requests) == 1
+
+
+@pytest.mark.parametrize("way", ["bound", "limiter"])
+async def test_a_model_that_falls_back_does_so_for_a_call_that_its_upstream_rejects_if_it_is_told(
+    double: OpenAIDouble, way: str
+) -> None:
+    upstream = Upstream("key", provider="openai", quotas=[Quota(requests=1, per="day")])
+    async with AsyncOpenAI(api_key="sk-test", base_url=double.url) as client:
+        provider = OpenAIProvider(openai_client=upstream.bind(client) if way == "bound" else client)
+        model: Any = OpenAIChatModel("gpt-4o-mini", provider=provider)
+        if way == "limiter":
+            model = ConcurrencyLimitedModel(model, UpstreamLimiter(upstream))
+        other = Scripted(custom_output_text="The Inn.")
+        agent = Agent(FallbackModel(model, other, fallback_on=(ModelAPIError, Overloaded)))
+        assert [(await agent.run("Which river?")).output for _ in range(2)] == [ANSWER, "The Inn."]
+        with pytest.raises(Overloaded):
+            await Agent(FallbackModel(model, other)).run("Which river?")
     assert len(double.requests) == 1
