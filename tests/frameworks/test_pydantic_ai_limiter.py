@@ -24,7 +24,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.models.test import TestModel as Scripted
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from forebay import BackpressureSupervisor, Overloaded, Priority, Quota, Task, TaskStatus, Upstream
+from forebay import BackpressureSupervisor, Budget, Overloaded, Priority, Quota, Task, TaskStatus, Upstream
 from forebay.adapters.pydantic_ai import UpstreamLimiter
 from forebay.errors import InvalidSetting
 from forebay.task import Deadline
@@ -256,6 +256,20 @@ async def test_an_exception_that_was_handled_before_is_not_that_of_the_request()
         limiter.release()
     (account,) = upstream.statistics().accounts
     assert (account.sent, account.failed, account.in_flight) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": Budget(usd=1, per="day")},
+        {"tenant_budget": Budget(usd=1, per="day")},
+        {"quotas": [Quota(tokens=1000, per="day", strict=True)]},
+        {"models": {"gpt-*": [Quota(tokens=1000, per="day", strict=True)]}},
+    ],
+)
+def test_an_upstream_whose_bounds_a_limiter_cannot_keep_is_rejected(settings: Any) -> None:
+    with pytest.raises(InvalidSetting, match="without a budget and a strict quota"):
+        UpstreamLimiter(Upstream("key", **settings))
 
 
 def test_what_is_no_upstream_or_has_a_fallback_is_rejected() -> None:

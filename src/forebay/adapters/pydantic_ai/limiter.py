@@ -49,13 +49,19 @@ class UpstreamLimiter(AbstractConcurrencyLimiter):  # type: ignore[misc]  # with
             agent.
 
     Raises:
-        InvalidSetting: `upstream` is none, or has a fallback, to which pydantic-ai's model would not send its request.
+        InvalidSetting: `upstream` is none, or has what a limiter cannot keep: a budget, a strict quota of tokens, or a
+            fallback, to which the model would not send its request.
     """
 
     def __init__(self, upstream: Upstream, model: str | None = None) -> None:
         check_instance(_OWNER, "upstream", upstream, Upstream, example="Upstream('bedrock')")
         if upstream.fallbacks:
             expected = "an upstream without a fallback: the model of pydantic-ai sends its request to its own provider"
+            reject(_OWNER, "upstream", upstream, expected)
+        settings = upstream.core.settings
+        quotas = (quota for quotas in (settings.quotas, *settings.models.values()) for quota in quotas)
+        if upstream.core.budgets.has_budgets or any(quota.strict for quota in quotas):
+            expected = "an upstream without a budget and a strict quota: a limiter is not told what a request uses"
             reject(_OWNER, "upstream", upstream, expected)
         self._upstream = upstream
         self._model = model
