@@ -210,7 +210,7 @@ def _not_bindable(client: Any) -> NotBindable:
         return NotBindable(kind=kind, advice=_GOOGLE)
     if package == "langgraph":
         return NotBindable(kind=kind, advice=_GRAPH)
-    if package == "pydantic_ai":
+    if any(base.__module__.startswith("pydantic_ai.") for base in type(client).__mro__):
         return NotBindable(kind=kind, advice=_PYDANTIC_AI)
     return NotBindable(kind=kind, advice=_ANYTHING)
 

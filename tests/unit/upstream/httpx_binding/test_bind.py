@@ -268,9 +268,10 @@ def test_a_client_of_google_is_refused_with_what_to_write() -> None:
 
 
 def test_a_model_of_pydantic_ai_is_refused_with_what_to_write() -> None:
-    model = type("OpenAIChatModel", (), {"__module__": "pydantic_ai.models.openai"})()
-    with pytest.raises(NotBindable, match=r"openai_client=upstream\.bind.*UpstreamLimiter\(upstream\)"):
-        Upstream("key").bind(model)
+    model = type("OpenAIChatModel", (), {"__module__": "pydantic_ai.models.openai"})
+    for kind in (model, type("Mine", (model,), {"__module__": "mine"})):
+        with pytest.raises(NotBindable, match=r"openai_client=upstream\.bind.*UpstreamLimiter\(upstream\)"):
+            Upstream("key").bind(kind())
 
 
 def test_a_tool_that_is_no_function_is_not_guarded_and_what_to_write_is_told() -> None:
