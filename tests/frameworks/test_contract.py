@@ -304,6 +304,8 @@ async def test_a_tool_that_does_not_stop_keeps_a_slot_or_leaves_a_thread_as_docu
             await until(lambda: worker.current_tasks == 0)
             assert not left.is_set()
         else:
+            for _ in range(50):  # turns of the loop, in which the cancellation is delivered
+                await asyncio.sleep(0)
             assert worker.current_tasks == 1
         leave.set()
         await until(lambda: worker.current_tasks == 0 and left.is_set())

@@ -29,6 +29,7 @@ from forebay.adapters.langgraph.checkpoint_keys import digest
 from forebay.adapters.langgraph.handler import _repeated_answer
 from forebay.adapters.langgraph.thread_checkpoints import Record, StoredWrite, ThreadCheckpoints
 from forebay.adapters.langgraph.thread_index import ThreadIndex
+from forebay.adapters.tool_threads import ToolThreads
 from forebay.admission import (
     EstimatedTimes,
     PriorityQueue,
@@ -3104,6 +3105,14 @@ def an_agent_takes_its_stop_for_a_failed_tool() -> None:
         return self._awaited.result()
 
     replace(AgentThread, AgentThread.await_in_loop, await_in_loop)
+
+
+def a_cancelled_agent_does_not_wait_for_tools_whose_caller_was_cancelled() -> None:
+    async def wait(self: ToolThreads) -> None:
+        for future in tuple(self._running):
+            future.cancel()
+
+    replace(ToolThreads, ToolThreads.wait, wait)
 
 
 def a_package_is_taken_for_a_framework_by_its_name() -> None:

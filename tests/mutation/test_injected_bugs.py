@@ -101,7 +101,7 @@ from tests.integration import (
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
-from tests.unit.adapters import test_agent_thread, test_as_handler
+from tests.unit.adapters import test_agent_thread, test_as_handler, test_tool_threads
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.engine import test_process_engine
@@ -1266,6 +1266,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.an_agent_takes_its_stop_for_a_failed_tool: (
         test_agent_thread.test_what_a_cancelled_run_awaits_in_the_loop_is_cancelled
+    ),
+    bugs.a_cancelled_agent_does_not_wait_for_tools_whose_caller_was_cancelled: (
+        test_tool_threads.test_waiting_lasts_until_a_tool_has_returned_whose_caller_was_cancelled
     ),
     bugs.a_package_is_taken_for_a_framework_by_its_name: (
         test_as_handler.test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it

@@ -35,6 +35,7 @@ _METHODS = ("ainvoke", "arun", "run_async", "kickoff_async", "invoke_async", "ru
 FRAMEWORKS = {
     "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
     "langgraph": Framework("langgraph", "forebay.adapters.langgraph"),
+    "pydantic_ai": Framework("pydantic-ai", "forebay.adapters.pydantic_ai", "ModelMessagesTypeAdapter"),
     "swarm": Framework("openai-swarm", "forebay.adapters.openai_swarm", "Swarm"),
 }
 

@@ -154,7 +154,7 @@ class Streams:
         ("agents.team.researcher", "str", "import what it names and pass that"),
         ("agents.team.researcher", "str", "with a colon, such as 'agents.team:researcher'"),
         (object(), "object", "takes the Task"),
-        (object(), "object", "a supported framework (openai-agents, langgraph, openai-swarm)"),
+        (object(), "object", "a supported framework (openai-agents, langgraph, pydantic-ai, openai-swarm)"),
     ],
 )
 def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:
@@ -225,7 +225,7 @@ def test_an_agent_is_detected_by_the_package_of_its_class(monkeypatch: pytest.Mo
     assert made == [(agent, "writer", {"verbose": False})]
 
 
-@pytest.mark.parametrize("package", ["agents", "swarm"])
+@pytest.mark.parametrize("package", ["agents", "pydantic_ai", "swarm"])
 def test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:

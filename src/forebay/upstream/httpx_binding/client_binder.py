@@ -31,6 +31,11 @@ _RETRY: Final = (
     " how often to retry by Upstream(retry=Retry(...)): `upstream.bind(model)`."
 )
 _GRAPH: Final = "bind the model that the graph is made of: `create_agent(upstream.bind(model), ...)`."
+_PYDANTIC_AI: Final = (
+    "bind the client that its provider takes, such as OpenAIProvider(openai_client=upstream.bind(AsyncOpenAI())). Where"
+    " a provider takes none, ConcurrencyLimitedModel(model, UpstreamLimiter(upstream)) waits in the upstream:"
+    " UpstreamLimiter is in forebay.adapters.pydantic_ai."
+)
 _GOOGLE: Final = (
     "give it bound HTTP clients: genai.Client(http_options={'httpx_client': upstream.bind(httpx.Client()),"
     " 'httpx_async_client': upstream.bind(httpx.AsyncClient())}) with Upstream(provider='generic'). Or use the gateway"
@@ -205,6 +210,8 @@ def _not_bindable(client: Any) -> NotBindable:
         return NotBindable(kind=kind, advice=_GOOGLE)
     if package == "langgraph":
         return NotBindable(kind=kind, advice=_GRAPH)
+    if any(base.__module__.startswith("pydantic_ai.") for base in type(client).__mro__):
+        return NotBindable(kind=kind, advice=_PYDANTIC_AI)
     return NotBindable(kind=kind, advice=_ANYTHING)
 
 

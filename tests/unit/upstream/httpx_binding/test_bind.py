@@ -267,6 +267,19 @@ def test_a_client_of_google_is_refused_with_what_to_write() -> None:
         Upstream("key").bind(client)
 
 
+def test_a_model_of_pydantic_ai_is_refused_with_what_to_write() -> None:
+    model = type("OpenAIChatModel", (), {"__module__": "pydantic_ai.models.openai"})
+    for kind in (model, type("Mine", (model,), {"__module__": "mine"})):
+        with pytest.raises(NotBindable, match=r"openai_client=upstream\.bind.*UpstreamLimiter\(upstream\)"):
+            Upstream("key").bind(kind())
+
+
+def test_a_tool_that_is_no_function_is_not_guarded_and_what_to_write_is_told() -> None:
+    made_tool = type("Tool", (), {"function": len})()
+    with pytest.raises(NotGuardable, match=r"'Tool' cannot be guarded: .*Tool\(upstream\.guard\(function\)\)"):
+        Upstream("search").guard(made_tool)
+
+
 def test_a_guarded_tool_of_langchain_stays_a_tool() -> None:
     upstream = Upstream("search")
 
