@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from forebay import BackpressureSupervisor, Priority, Task, TaskStatus
 from forebay.adapters import as_handler
-from forebay.adapters.openai_agents import ApprovalNeeded
+from forebay.adapters.chat import ApprovalNeeded
 from forebay.errors import InvalidHandler, InvalidSetting
 
 agents.set_tracing_disabled(True)

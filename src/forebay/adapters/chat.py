@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from forebay.adapters.handler import Config, Handler
-from forebay.errors import InvalidSetting, UnusableTask
+from forebay.errors import ForebayError, InvalidSetting, Overloaded, UnusableTask
 from forebay.task import Task
 
 _KEYS: Final = ("messages", "context")
@@ -16,6 +15,13 @@ _EXPECTED: Final = (
     "the input of the agent of worker {worker!r}: text, a list of messages, each a dict such as {{'role': 'user',"
     " 'content': '...'}}, or a dict with such 'messages' and a 'context', a dict of variables"
 )
+
+
+_CHAIN: Final = 16  # exceptions that are looked at
+
+
+class ApprovalNeeded(ForebayError, RuntimeError):
+    """The agent of worker {worker!r} waits for an approval of {tool!r}: run it in a function that gives approvals."""
 
 
 class ChatInput(NamedTuple):
@@ -28,36 +34,6 @@ class ChatInput(NamedTuple):
 
     messages: list[Any]
     context: dict[str, Any] | None
-
-
-def chat_handler(
-    run: Callable[[ChatInput, dict[str, Any]], Awaitable[Any]],
-    *,
-    worker: str,
-    config: Config | None,
-    options: frozenset[str],
-) -> Handler:
-    """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
-
-    Args:
-        run: runs the agent once, with the input and the options of a task.
-        worker: the worker's name, for messages.
-        config: options of its runs, or a callable that makes them for a task.
-        options: the names that they may have.
-
-    Raises:
-        InvalidSetting: `config` has another name.
-    """
-    if isinstance(config, Mapping):
-        _check_options(config, worker, options)
-
-    async def call(task: Task) -> Any:
-        made = config(task) if callable(config) else config or {}
-        if callable(config):
-            _check_options(made, worker, options)
-        return await run(chat_input(task, worker), dict(made))
-
-    return Handler(call=call, check=partial(_check_input, worker))
 
 
 def chat_input(task: Task, worker: str) -> ChatInput:
@@ -85,8 +61,62 @@ def chat_input(task: Task, worker: str) -> ChatInput:
     return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
 
 
-def _check_input(worker: str, task: Task) -> None:
-    chat_input(task, worker)
+def chat_handler(  # noqa: PLR0913 - what an adapter says
+    run: Callable[[Any, dict[str, Any]], Awaitable[Any]],
+    *,
+    worker: str,
+    config: Config | None,
+    options: frozenset[str],
+    parse: Callable[[Task, str], Any] = chat_input,
+    single_use: bool = False,
+) -> Handler:
+    """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
+
+    An Overloaded that `run` raises inside an exception of its framework is raised itself.
+
+    Args:
+        run: runs the agent once, with the input and the options of a task.
+        worker: the worker's name, for messages.
+        config: options of its runs, or a callable that makes them for a task.
+        options: the names that they may have.
+        parse: returns the input of a task for the agent of a worker, or raises UnusableTask.
+        single_use: as of Handler.
+
+    Raises:
+        InvalidSetting: `config` has another name.
+    """
+    if isinstance(config, Mapping):
+        _check_options(config, worker, options)
+
+    async def call(task: Task) -> Any:
+        made = config(task) if callable(config) else config or {}
+        if callable(config):
+            _check_options(made, worker, options)
+        given = parse(task, worker)
+        try:
+            return await run(given, dict(made))
+        except Exception as error:
+            overloaded = _overloaded_behind(error)
+            if overloaded is None:
+                raise
+        raise overloaded
+
+    def check(task: Task) -> None:
+        parse(task, worker)
+
+    return Handler(call=call, check=check, single_use=single_use)
+
+
+def _overloaded_behind(error: BaseException) -> Overloaded | None:
+    """Return the Overloaded that an exception was raised from; None if it is one itself."""
+    cause = error.__cause__
+    for _ in range(_CHAIN):
+        if cause is None or isinstance(error, Overloaded):
+            return None
+        if isinstance(cause, Overloaded):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def _unusable(worker: str, value: str) -> UnusableTask:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Final
 from agents import Agent, ModelSettings, RunConfig, RunHooks, Runner
 from pydantic_core import to_jsonable_python
 
-from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler
+from forebay.adapters.chat import ApprovalNeeded, ChatInput, ChatUsage, chat_handler
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
-from forebay.errors import ForebayError, InvalidHandler
+from forebay.errors import InvalidHandler
 
 if TYPE_CHECKING:
     from agents.result import RunResultBase, RunResultStreaming
@@ -36,10 +36,6 @@ _OPTIONS: Final = frozenset(
         *("previous_response_id", "auto_previous_response_id", "conversation_id"),
     }
 )
-
-
-class ApprovalNeeded(ForebayError, RuntimeError):
-    """The agent of worker {worker!r} waits for an approval of {tool!r}: run it in a function that gives approvals."""
 
 
 def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
