@@ -188,9 +188,8 @@ def _takes(workflow: Any, value: Any) -> bool:
 
 async def _run_agent(agent: Any, worker: str, takes: frozenset[str], given: ChatInput, options: dict[str, Any]) -> Any:
     _add_context(given, options)
-    counted: ChatUsage | None = None
+    counted, name = ChatUsage(), agent.name or agent.id
     if "middleware" in takes:
-        counted, name = ChatUsage(), agent.name or agent.id
         options["middleware"] = [*(options.get("middleware") or ()), _ModelSteps(name, counted), _ToolSteps(name)]
     if options.pop("stream", False):
         stream, tokens = agent.run(given.messages, stream=True, **options), _StreamTokens()
@@ -207,8 +206,8 @@ async def _run_agent(agent: Any, worker: str, takes: frozenset[str], given: Chat
     return {
         "output": _output(response),
         "messages": _plain([*given.messages, *response.messages]),
-        "agent": (last and last.author_name) or agent.name or agent.id,
-        "usage": (used if counted is None else counted).as_dict(),
+        "agent": (last and last.author_name) or name,
+        "usage": (counted if counted.requests else used).as_dict(),
     }
 
 
