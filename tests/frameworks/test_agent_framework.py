@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, Never
 
 import pytest
@@ -39,7 +42,7 @@ from pydantic import BaseModel
 from forebay import BackpressureSupervisor, Priority, Task, TaskStatus, Upstream
 from forebay.adapters import as_handler
 from forebay.adapters.chat import ApprovalNeeded
-from forebay.errors import InvalidHandler, InvalidSetting, UnusableTask
+from forebay.errors import InvalidHandler, InvalidSetting, NotBindable, NotGuardable, UnusableTask
 from forebay.events import TaskProgress
 
 
@@ -113,6 +116,23 @@ def test_another_object_of_the_framework_is_rejected_with_advice(client: Any) ->
     ):
         with pytest.raises(InvalidHandler, match=advice):
             as_handler(made)
+
+
+def test_clients_and_tools_are_not_bound_or_guarded_and_the_error_says_what_is(client: Any) -> None:
+    upstream = Upstream("key")
+    for made in (client, Agent(client=client)):
+        with pytest.raises(NotBindable, match=r"async_client=upstream.bind\(AsyncOpenAI\(\)\)"):
+            upstream.bind(made)
+    with pytest.raises(NotGuardable, match=r"'FunctionTool'.*tool\(upstream.guard\(function\)\)"):
+        upstream.guard(pay)
+
+
+async def test_a_tool_of_a_guarded_function_is_one_of_that_function(client: Any) -> None:
+    upstream = Upstream("search")
+    guarded = tool(upstream.guard(note))
+    assert (guarded.name, guarded.parameters()["required"]) == ("note", ["text"])
+    assert (await result_of(Agent(client=client, tools=[guarded]))).result["output"] == ANSWER
+    assert upstream.statistics().accounts[0].sent == 2
 
 
 def test_a_functional_workflow_is_rejected_with_advice() -> None:
@@ -336,6 +356,10 @@ async def test_a_workflow_that_asks_a_person_fails_the_task() -> None:
     assert "'asker'" in str(result.cause)
 
 
+def _is_idle(supervisor: BackpressureSupervisor) -> bool:
+    return supervisor.workers["agent"].current_tasks == 0
+
+
 async def _progress_of(**settings: Any) -> list[Any]:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("agent", task_types=["ask"], **settings)
@@ -379,7 +403,7 @@ async def test_a_cancelled_run_leaves_no_asyncio_task(
         await double.until_requests(1)
         ticket.cancel()
         assert (await ticket).status is TaskStatus.CANCELLED
-        await until(lambda: supervisor.workers["agent"].current_tasks == 0)
+        await until(partial(_is_idle, supervisor))
         await double.until(lambda double: double.requests[0].status == 499)
         left = {each.get_name() for each in asyncio.all_tasks() - before if "agent_framework" in str(each.get_coro())}
         assert not left
@@ -387,6 +411,42 @@ async def test_a_cancelled_run_leaves_no_asyncio_task(
         result = await supervisor.run(Task("ask", "Which sea?"))
         assert result["output"] == ANSWER
         assert all("river" not in str(each.body) for each in double.requests[1:])
+
+
+async def test_an_async_tool_of_a_cancelled_run_stops_and_a_plain_one_that_fails_then_is_not_reported(
+    client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered, stopped, leave = threading.Event(), asyncio.Event(), threading.Event()
+
+    async def wait(text: str) -> str:
+        """Wait."""
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+        return text
+
+    def fail(text: str) -> str:
+        """Fail."""
+        entered.set()
+        assert leave.wait(20)
+        raise ValueError(text)
+
+    for tool_function in (wait, fail):
+        entered.clear()
+        async with BackpressureSupervisor() as supervisor:
+            agent = Agent(client=client, tools=[tool_function])
+            supervisor.register_worker("agent", handler=agent, task_types=["ask"])
+            ticket = await supervisor.submit(Task("ask", "Which river?"))
+            await asyncio.get_running_loop().run_in_executor(None, entered.wait, 20)
+            ticket.cancel()
+            assert (await ticket).status is TaskStatus.CANCELLED
+            leave.set()
+            await until(partial(_is_idle, supervisor))
+    assert stopped.is_set()
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_checkpoints_of_a_workflow_are_stored(client: Any) -> None:

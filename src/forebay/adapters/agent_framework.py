@@ -3,7 +3,8 @@
 The framework (agent-framework-core 1.23) treats a run as follows:
 
 - Cancelling the run cancels its calls, its async tools and the executors of a workflow, and waits for them. A *plain*
-  tool runs in the event loop's default executor; cancelling leaves its thread running, and the run ends without it.
+  tool runs in the event loop's default executor; cancelling leaves its thread running. Here the run of an agent waits
+  for it; that of a workflow, to which no middleware can be given, ends without it.
 - An error of a client is wrapped in a ``ChatClientException``, with the client's own as ``__cause__``. It retries no
   call; an unbound client of OpenAI makes two retries. An exception of a tool is told to the model.
 - Context variables reach the tools and the executors, plain tools too.
@@ -17,8 +18,9 @@ The framework (agent-framework-core 1.23) treats a run as follows:
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -48,6 +50,7 @@ from agent_framework import (
 )
 from pydantic_core import to_jsonable_python
 
+from forebay._hooks import is_async
 from forebay.adapters.chat import ApprovalNeeded, ChatInput, ChatUsage, chat_handler, chat_input
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
@@ -282,15 +285,31 @@ class _ModelSteps(ChatMiddleware):  # type: ignore[misc]  # without its package 
 
 
 class _ToolSteps(FunctionMiddleware):  # type: ignore[misc]
-    """Reports the tools of a run as progress."""
+    """Reports the tools of a run as progress, and lets a cancelled run last until its plain tools have returned."""
 
     def __init__(self, agent: str) -> None:
         self._agent = agent
 
     async def process(self, context: Any, call_next: Callable[[], Any]) -> None:
         """Call a tool."""
-        await call_next()
+        if is_async(context.function.func):
+            await call_next()
+        else:
+            await _to_its_end(call_next())
         progress({"step": "tool", "agent": self._agent, "tool": context.function.name})
+
+
+async def _to_its_end(call: Awaitable[None]) -> None:
+    """Wait for the thread of a plain tool, also if this is cancelled."""
+    running = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait([running])  # does not cancel it
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # nobody else asks for it
+        raise
+    running.result()
 
 
 def _report(update: Any) -> None:

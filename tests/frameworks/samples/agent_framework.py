@@ -31,12 +31,12 @@ def make_workflow(connect: Connect, tool: Tool) -> dict[str, Any]:
     return {"factory": build}
 
 
-def _facts(progress: str) -> Facts:
-    return Facts(stops_at="at once", calls_if_direct=3, counts_usage=True, threads_left=1, progress=progress)
+def _facts(progress: str, threads_left: int = 0) -> Facts:
+    return Facts(stops_at="at once", calls_if_direct=3, counts_usage=True, threads_left=threads_left, progress=progress)
 
 
 SAMPLES = [
     Sample(name="agent-framework", make=make, facts=_facts("steps")),
     Sample(name="agent-framework streamed", make=partial(make, stream=True), facts=_facts("text"), streams=True),
-    Sample(name="agent-framework workflow", make=make_workflow, facts=_facts("no")),
+    Sample(name="agent-framework workflow", make=make_workflow, facts=_facts("no", threads_left=1)),
 ]

@@ -31,6 +31,10 @@ _RETRY: Final = (
     " how often to retry by Upstream(retry=Retry(...)): `upstream.bind(model)`."
 )
 _GRAPH: Final = "bind the model that the graph is made of: `create_agent(upstream.bind(model), ...)`."
+_AGENT_FRAMEWORK: Final = (
+    "bind the SDK's client that it is given: `OpenAIChatCompletionClient(async_client=upstream.bind(AsyncOpenAI()))`."
+    " Where it takes none that can be bound, run the gateway (`forebay gateway`), and set its address as the base URL."
+)
 _GOOGLE: Final = (
     "give it bound HTTP clients: genai.Client(http_options={'httpx_client': upstream.bind(httpx.Client()),"
     " 'httpx_async_client': upstream.bind(httpx.AsyncClient())}) with Upstream(provider='generic'). Or use the gateway"
@@ -203,6 +207,8 @@ def _not_bindable(client: Any) -> NotBindable:
     package = kind.partition(".")[0]
     if kind.startswith("google.genai."):
         return NotBindable(kind=kind, advice=_GOOGLE)
+    if any(base.__module__.startswith("agent_framework.") for base in type(client).__mro__):
+        return NotBindable(kind=kind, advice=_AGENT_FRAMEWORK)
     if package == "langgraph":
         return NotBindable(kind=kind, advice=_GRAPH)
     return NotBindable(kind=kind, advice=_ANYTHING)
