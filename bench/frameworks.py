@@ -22,6 +22,7 @@ from tests.frameworks.sample import Sample
 
 from forebay import BackpressureSupervisor, Task, Upstream
 from forebay.adapters import as_handler
+from forebay.adapters.factory import handler_from_factory
 
 AGENTS: Final = 50
 CALLS: Final = 3
@@ -51,7 +52,11 @@ async def _direct(sample: Sample) -> dict[str, float | str]:
     with openai_double() as double:
         async with contextlib.AsyncExitStack() as stack:
             made = sample.make(lambda kind: _client(kind, double, stack), note)
-            handler = as_handler(made["handler"], config=made["config"])
+            config = made.get("config")
+            if "factory" in made:
+                handler = handler_from_factory(made["factory"], config=config)
+            else:
+                handler = as_handler(made["handler"], config=config)
             return await _measure(f"{sample.name}, direct", double, lambda n: handler.call(Task("ask", f"river {n}")))
 
 

@@ -1,4 +1,4 @@
-"""A double of OpenAI's chat completions over HTTP, whose model calls a tool so often, and then answers in text.
+"""A double of OpenAI's chat completions and responses over HTTP: its model calls a tool so often, then answers in text.
 
 It serves in a thread with an event loop of its own, so clients of every kind can call it. A test decides when calls are
 answered (`hold`, `release`), and which are refused (`refuse`), and reads the `requests`.
@@ -159,7 +159,8 @@ class OpenAIDouble:
                 error = {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
                 headers = {**self._rate.headers(), "retry-after-ms": str(math.ceil(wait * 1000))}
                 return web.json_response(error, status=status, headers=headers)
-            response = await self._answer(request, arrived.body)
+            is_chat = request.path.endswith("/chat/completions")
+            response = await self._answer(request, arrived.body) if is_chat else self._respond(arrived.body)
             status = 200
             return response
         finally:
@@ -193,6 +194,26 @@ class OpenAIDouble:
             await _send(response, shape | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    def _respond(self, body: dict[str, Any]) -> web.Response:
+        """Answer a request of the Responses API, whole; its id tells how many tools have answered before it."""
+        items = [item for item in body["input"] if isinstance(item, dict)]
+        done = int((body.get("previous_response_id") or "resp_0").partition("_")[2])
+        done += sum(item.get("type") == "function_call_output" for item in items)
+        tools = body.get("tools") or []
+        item: dict[str, Any] = {"status": "completed"}
+        if tools and done < self.calls - 1:
+            item |= {"type": "function_call", "id": f"fc_{done}", "call_id": f"call_{done}", "name": tools[0]["name"]}
+            item["arguments"] = json.dumps({"text": f"note {done}"})
+        else:
+            content = [{"type": "output_text", "text": ANSWER, "annotations": []}]
+            item |= {"type": "message", "id": f"msg_{done}", "role": "assistant", "content": content}
+        usage: dict[str, Any] = {"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
+        usage |= {"total_tokens": INPUT_TOKENS + OUTPUT_TOKENS, "input_tokens_details": {"cached_tokens": 0}}
+        usage |= {"output_tokens_details": {"reasoning_tokens": 0}}
+        whole = {"id": f"resp_{done}", "object": "response", "created_at": 1, "status": "completed"}
+        whole |= {"model": body["model"], "output": [item], "usage": usage, "tools": [], "tool_choice": "auto"}
+        return web.json_response(whole | {"parallel_tool_calls": True})
 
 
 def _chunks(message: dict[str, Any], reason: str) -> Iterator[dict[str, Any]]:
@@ -237,6 +258,7 @@ async def _start(loop: asyncio.AbstractEventLoop) -> tuple[OpenAIDouble, web.App
     double = OpenAIDouble(loop)
     application = web.Application()
     application.router.add_post("/v1/chat/completions", double.serve)
+    application.router.add_post("/v1/responses", double.serve)
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -23,7 +23,7 @@ class Facts:
         calls_if_direct: requests of one failing call, without an upstream.
         counts_usage: whether the tokens are in the result.
         threads_left: threads of a run that was cancelled in a plain tool and has ended.
-        progress: what is reported: "steps" and "text".
+        progress: what is reported: "steps", "text" or "no".
     """
 
     stops_at: str
@@ -39,7 +39,7 @@ class Sample:
 
     Attributes:
         name: of the framework and of the variant.
-        make: returns the arguments handler= and config= of `register_worker` for an agent with one tool.
+        make: returns the arguments handler= or factory=, and config=, of `register_worker` for an agent with one tool.
         facts: about it.
         streams: whether its calls are streamed.
     """

@@ -183,6 +183,8 @@ async def test_progress_is_reported(sample: Sample, double: OpenAIDouble) -> Non
         values = [event.value async for event in ticket.events() if isinstance(event, TaskProgress)]
     if sample.facts.progress == "text":
         assert "".join(each.get("text", "") for each in values) == ANSWER
+    elif sample.facts.progress == "no":
+        assert not values
     else:
         assert [each["step"] for each in values].count("model") == 3
 

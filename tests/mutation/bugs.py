@@ -11,6 +11,7 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
+from dataclasses import replace as replace_fields
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,9 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.adapters import detect
+from forebay.adapters import chat, detect, factory
 from forebay.adapters.agent_thread import AgentThread
+from forebay.adapters.handler import Handler
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
 from forebay.adapters.langgraph.checkpoint_keys import digest
 from forebay.adapters.langgraph.handler import _repeated_answer
@@ -3113,6 +3115,28 @@ def a_cancelled_agent_does_not_wait_for_tools_whose_caller_was_cancelled() -> No
             future.cancel()
 
     replace(ToolThreads, ToolThreads.wait, wait)
+
+
+def an_agent_that_keeps_state_serves_all_tasks() -> None:
+    original = detect._handler_from_framework
+
+    def handler_from_framework(*arguments: Any) -> Handler:
+        return replace_fields(original(*arguments), single_use=False)
+
+    detect._handler_from_framework = handler_from_framework  # type: ignore[assignment]
+
+
+def the_agents_of_a_factory_take_any_payload() -> None:
+    def without_check(*, check: object, **fields: Any) -> Handler:
+        return Handler(**fields)
+
+    vars(factory)["Handler"] = without_check
+
+
+def an_overloaded_in_an_exception_of_a_framework_is_a_failure() -> None:
+    def overloaded_behind(error: BaseException) -> None: ...
+
+    chat._overloaded_behind = overloaded_behind
 
 
 def a_package_is_taken_for_a_framework_by_its_name() -> None:

@@ -101,7 +101,7 @@ from tests.integration import (
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
-from tests.unit.adapters import test_agent_thread, test_as_handler, test_tool_threads
+from tests.unit.adapters import test_agent_thread, test_as_handler, test_chat_handler, test_tool_threads
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.engine import test_process_engine
@@ -1269,6 +1269,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_cancelled_agent_does_not_wait_for_tools_whose_caller_was_cancelled: (
         test_tool_threads.test_waiting_lasts_until_a_tool_has_returned_whose_caller_was_cancelled
+    ),
+    bugs.an_agent_that_keeps_state_serves_all_tasks: (
+        test_as_handler.test_an_agent_that_keeps_state_is_taken_from_a_factory_only
+    ),
+    bugs.the_agents_of_a_factory_take_any_payload: test_chat_handler.test_the_agents_of_a_factory_check_the_payloads,
+    bugs.an_overloaded_in_an_exception_of_a_framework_is_a_failure: (
+        test_chat_handler.test_an_overloaded_behind_an_exception_of_a_framework_is_raised
     ),
     bugs.a_package_is_taken_for_a_framework_by_its_name: (
         test_as_handler.test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it

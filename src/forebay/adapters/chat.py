@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from forebay.adapters.handler import Config, Handler
-from forebay.errors import ForebayError, InvalidSetting, UnusableTask
+from forebay.errors import ForebayError, InvalidSetting, Overloaded, UnusableTask
 from forebay.task import Task
 
 _KEYS: Final = ("messages", "context")
@@ -15,6 +15,9 @@ _EXPECTED: Final = (
     "the input of the agent of worker {worker!r}: text, a list of messages, each a dict such as {{'role': 'user',"
     " 'content': '...'}}, or a dict with such 'messages' and a 'context', a dict of variables"
 )
+
+
+_CHAIN: Final = 16  # exceptions that are looked at
 
 
 class ApprovalNeeded(ForebayError, RuntimeError):
@@ -58,15 +61,18 @@ def chat_input(task: Task, worker: str) -> ChatInput:
     return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
 
 
-def chat_handler(
+def chat_handler(  # noqa: PLR0913 - what an adapter says
     run: Callable[[Any, dict[str, Any]], Awaitable[Any]],
     *,
     worker: str,
     config: Config | None,
     options: frozenset[str],
     parse: Callable[[Task, str], Any] = chat_input,
+    single_use: bool = False,
 ) -> Handler:
     """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
+
+    An Overloaded that `run` raises inside an exception of its framework is raised itself.
 
     Args:
         run: runs the agent once, with the input and the options of a task.
@@ -74,6 +80,7 @@ def chat_handler(
         config: options of its runs, or a callable that makes them for a task.
         options: the names that they may have.
         parse: returns the input of a task for the agent of a worker, or raises UnusableTask.
+        single_use: as of Handler.
 
     Raises:
         InvalidSetting: `config` has another name.
@@ -85,12 +92,31 @@ def chat_handler(
         made = config(task) if callable(config) else config or {}
         if callable(config):
             _check_options(made, worker, options)
-        return await run(parse(task, worker), dict(made))
+        given = parse(task, worker)
+        try:
+            return await run(given, dict(made))
+        except Exception as error:
+            overloaded = _overloaded_behind(error)
+            if overloaded is None:
+                raise
+        raise overloaded
 
     def check(task: Task) -> None:
         parse(task, worker)
 
-    return Handler(call=call, check=check)
+    return Handler(call=call, check=check, single_use=single_use)
+
+
+def _overloaded_behind(error: BaseException) -> Overloaded | None:
+    """Return the Overloaded that an exception was raised from; None if it is one itself."""
+    cause = error.__cause__
+    for _ in range(_CHAIN):
+        if cause is None or isinstance(error, Overloaded):
+            return None
+        if isinstance(cause, Overloaded):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def _unusable(worker: str, value: str) -> UnusableTask:

@@ -31,8 +31,11 @@ class Framework(NamedTuple):
 # Of agents, as frameworks name them, the async ones first: a wrapper that awaits can be cancelled.
 _METHODS = ("ainvoke", "arun", "run_async", "kickoff_async", "invoke_async", "run", "invoke", "kickoff", "execute")
 
+_SINGLE_USE = "it keeps state from run to run: pass factory=, a function without arguments that makes one for each task"
+
 #: By the top-level package of an agent's class.
 FRAMEWORKS = {
+    "agent_framework": Framework("agent-framework", "forebay.adapters.agent_framework", "AgentFrameworkException"),
     "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
     "langgraph": Framework("langgraph", "forebay.adapters.langgraph"),
     "pydantic_ai": Framework("pydantic-ai", "forebay.adapters.pydantic_ai", "ModelMessagesTypeAdapter"),
@@ -40,7 +43,9 @@ FRAMEWORKS = {
 }
 
 
-def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = None) -> Handler:
+def as_handler(
+    obj: Any, *, worker: str = "handler", config: Config | None = None, from_factory: bool = False
+) -> Handler:
     """Turn `obj` into a Handler.
 
     `obj` may be: a Handler; an object with ``__forebay_handler__()``, such as a supervisor; an agent of a framework,
@@ -51,6 +56,7 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
         obj: the object that was registered.
         worker: the worker's name, for messages.
         config: the framework's own configuration, or a plain callable that makes one for a task.
+        from_factory: whether `obj` was made for one task.
 
     Raises:
         InvalidHandler: it cannot be run; the message says what to pass instead.
@@ -60,7 +66,10 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
     adapter = None if hooked else _adapter_of(obj)
     if adapter is not None:
         _check_config(config, worker)
-        return _handler_from_framework(adapter, obj, worker, config)
+        handler = _handler_from_framework(adapter, obj, worker, config)
+        if handler.single_use and not from_factory:
+            raise InvalidHandler(worker=worker, type=_type_name(obj), hint=_SINGLE_USE)
+        return handler
     if config is not None:
         expected = "left out: only an agent of a framework takes one"
         raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)

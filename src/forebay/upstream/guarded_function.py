@@ -30,6 +30,10 @@ _TOOL: Final = (
     "it is a LangChain tool that is not made from a function. Guard what its _run and _arun call: `@upstream.guard`"
     " above that function."
 )
+_FUNCTION_TOOL: Final = (
+    "it is a tool of Agent Framework, and its approval mode would be lost. Guard the function that it is made from:"
+    " `tool(upstream.guard(function))`."
+)
 _NO_FUNCTION: Final = (
     "it cannot be called. Guard the function that it is made from, before a framework makes a tool of it:"
     " `Tool(upstream.guard(function))`."
@@ -44,6 +48,8 @@ def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, 
     if _is_tool(function):
         tool: Callable[P, T] = _guarded_tool(upstream, runner, function)
         return tool
+    if _is_a(function, "agent_framework._tools", "FunctionTool"):
+        raise NotGuardable(function=_name(function), why=_FUNCTION_TOOL)
     if not callable(function):
         raise NotGuardable(function=_name(function), why=_NO_FUNCTION)
     guard = _Guard(upstream, runner, function)
@@ -110,10 +116,11 @@ class _Guard:
 
 def _is_tool(function: Any) -> bool:
     """Return whether this is a tool of LangChain."""
-    return any(
-        base.__module__ == "langchain_core.tools.base" and base.__name__ == "BaseTool"
-        for base in type(function).__mro__
-    )
+    return _is_a(function, "langchain_core.tools.base", "BaseTool")
+
+
+def _is_a(thing: Any, module: str, name: str) -> bool:
+    return any(base.__module__ == module and base.__name__ == name for base in type(thing).__mro__)
 
 
 def _guarded_tool(upstream: FallbackTarget, runner: CallRunner, tool: Any) -> Any:

@@ -15,6 +15,7 @@ import pytest
 
 from forebay.adapters import FRAMEWORKS, Handler, as_handler, detect
 from forebay.adapters.detect import Framework
+from forebay.adapters.factory import handler_from_factory
 from forebay.errors import InvalidHandler, InvalidSetting
 from forebay.task import Task
 
@@ -154,7 +155,11 @@ class Streams:
         ("agents.team.researcher", "str", "import what it names and pass that"),
         ("agents.team.researcher", "str", "with a colon, such as 'agents.team:researcher'"),
         (object(), "object", "takes the Task"),
-        (object(), "object", "a supported framework (openai-agents, langgraph, pydantic-ai, openai-swarm)"),
+        (
+            object(),
+            "object",
+            "a supported framework (agent-framework, openai-agents, langgraph, pydantic-ai, openai-swarm)",
+        ),
     ],
 )
 def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:
@@ -225,7 +230,23 @@ def test_an_agent_is_detected_by_the_package_of_its_class(monkeypatch: pytest.Mo
     assert made == [(agent, "writer", {"verbose": False})]
 
 
-@pytest.mark.parametrize("package", ["agents", "pydantic_ai", "swarm"])
+def test_an_agent_that_keeps_state_is_taken_from_a_factory_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        @staticmethod
+        def handler(obj: Any, *, worker: str, config: Any) -> Handler:  # noqa: ARG004 - as an adapter's
+            return Handler(call=in_the_loop, single_use=True)
+
+    class Crew:
+        __module__ = "crew.team"
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.crew"))
+    monkeypatch.setattr(detect, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
+    with pytest.raises(InvalidHandler, match="keeps state from run to run: pass factory="):
+        as_handler(Crew())
+    assert not handler_from_factory(Crew).single_use
+
+
+@pytest.mark.parametrize("package", ["agent_framework", "agents", "pydantic_ai", "swarm"])
 def test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:

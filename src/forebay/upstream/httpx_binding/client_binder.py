@@ -31,6 +31,10 @@ _RETRY: Final = (
     " how often to retry by Upstream(retry=Retry(...)): `upstream.bind(model)`."
 )
 _GRAPH: Final = "bind the model that the graph is made of: `create_agent(upstream.bind(model), ...)`."
+_AGENT_FRAMEWORK: Final = (
+    "bind the SDK's client that it is given: `OpenAIChatCompletionClient(async_client=upstream.bind(AsyncOpenAI()))`."
+    " Where it takes none that can be bound, run the gateway (`forebay gateway`), and set its address as the base URL."
+)
 _PYDANTIC_AI: Final = (
     "bind the client that its provider takes, such as OpenAIProvider(openai_client=upstream.bind(AsyncOpenAI())). Where"
     " a provider takes none, ConcurrencyLimitedModel(model, UpstreamLimiter(upstream)) waits in the upstream:"
@@ -208,6 +212,8 @@ def _not_bindable(client: Any) -> NotBindable:
     package = kind.partition(".")[0]
     if kind.startswith("google.genai."):
         return NotBindable(kind=kind, advice=_GOOGLE)
+    if any(base.__module__.startswith("agent_framework.") for base in type(client).__mro__):
+        return NotBindable(kind=kind, advice=_AGENT_FRAMEWORK)
     if package == "langgraph":
         return NotBindable(kind=kind, advice=_GRAPH)
     if any(base.__module__.startswith("pydantic_ai.") for base in type(client).__mro__):
