@@ -43,7 +43,9 @@ def model_file(directory: Path, text: str) -> Path:
 def make(tmp_path: Path, _library: None) -> Callable[[str], LocalModel]:
     """Return what returns a model by its text. They are made here, outside of the event loop, as files are read."""
     made = {
-        text: LocalModel.from_gguf(model_file(tmp_path, text), slots=4, context=512, params={"cpuparams.n_threads": 3})
+        text: LocalModel.from_gguf(
+            model_file(tmp_path, text), slots=4, context=512, threads=3, params={"sampling.seed": 7}
+        )
         for text in ("bad", "slow", "good")
     }
     return made.__getitem__
@@ -75,7 +77,7 @@ async def test_a_file_is_served_while_its_worker_runs(make: Callable[[str], Loca
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("local", handler=model, task_types=["ask"], max_concurrent=4)
         results = await asyncio.gather(*(supervisor.run(Task("ask", str(number))) for number in range(4)))
-        assert [(result["output"], result["agent"]) for result in results] == [("4 2048 3 good", "good")] * 4
+        assert [(result["output"], result["agent"]) for result in results] == [("4 2048 3 7 good", "good")] * 4
         pid = pid_of(model)
         assert is_alive(pid)
     assert not is_alive(pid)
@@ -195,6 +197,7 @@ async def test_a_call_without_a_start_is_an_error(make: Callable[[str], LocalMod
     [
         ({"slots": 0}, "slots"),
         ({"context": 1.5}, "context"),
+        ({"threads": 0}, "threads"),
         ({"params": "fast"}, "params"),
         ({"options": 1}, "options"),
     ],

@@ -18,14 +18,15 @@ class CommonParams:
 
     def __init__(self) -> None:
         self.model = SimpleNamespace(path="")
-        self.cpuparams = SimpleNamespace(n_threads=0)
+        self.cpuparams, self.cpuparams_batch = SimpleNamespace(n_threads=0), SimpleNamespace(n_threads=0)
+        self.sampling = SimpleNamespace(seed=0)
         self.n_parallel = 1
         self.n_ctx = 0
         self.api_keys: list[str] = []
 
 
 class Server:
-    """A server of its file. The answer begins with the slots, the context of all of them and the threads."""
+    """A server of its file. The answer begins with the slots, the context of all of them, the threads and the seed."""
 
     def __init__(self, params: CommonParams) -> None:
         text = Path(params.model.path).read_text()
@@ -33,7 +34,7 @@ class Server:
             raise RuntimeError
         if text == "slow":
             threading.Event().wait(60)
-        answer = f"{params.n_parallel} {params.n_ctx} {params.cpuparams.n_threads} {text}"
+        answer = f"{params.n_parallel} {params.n_ctx} {params.cpuparams.n_threads} {params.sampling.seed} {text}"
 
         class Handler(BaseHTTPRequestHandler):
             """Answers each call that has the key."""

@@ -56,15 +56,19 @@ class _Job(msgspec.Struct, frozen=True):
 
     Attributes:
         path: of the model.
+        name: that it is listed by.
         slots: calls that are served at a time.
         context: tokens of each.
+        threads: that compute; None: as many as llama.cpp takes by itself.
         key: that the server asks for, because any user of this machine can connect to it.
         params: fields of xllamacpp's CommonParams, by their names.
     """
 
     path: str
+    name: str
     slots: int
     context: int
+    threads: int | None
     key: str
     params: dict[str, Any]
 
@@ -78,6 +82,7 @@ class GgufServer:
         path: of the file.
         slots: calls that are served at a time.
         context: tokens of each, its prompt and its answer.
+        threads: that compute; None: as many as llama.cpp takes by itself.
         params: fields of xllamacpp's CommonParams, such as ``{"n_gpu_layers": 0}``; that of a part with a dot.
 
     Raises:
@@ -85,9 +90,12 @@ class GgufServer:
         LocalModelNotInstalled: xllamacpp is missing.
     """
 
-    def __init__(self, path: str | Path, *, slots: int, context: int, params: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, path: str | Path, *, slots: int, context: int, threads: int | None, params: Mapping[str, Any] | None
+    ) -> None:
         check_whole(_OWNER, "slots", slots)
         check_whole(_OWNER, "context", context)
+        check_whole(_OWNER, "threads", threads, none="for as many as llama.cpp takes by itself")
         check_instance(_OWNER, "params", params, Mapping, example="{'n_gpu_layers': 0}", optional=True)
         if not Path(path).is_file():
             reject(_OWNER, "path", str(path), "a GGUF file that exists")
@@ -95,7 +103,7 @@ class GgufServer:
             raise LocalModelNotInstalled(library="xllamacpp", extra="local")
         self.path = str(path)
         self.slots = slots
-        self._job = _Job(self.path, slots, context, os.urandom(16).hex(), dict(params or {}))
+        self._job = _Job(self.path, Path(path).stem, slots, context, threads, os.urandom(16).hex(), dict(params or {}))
         self._starting = threading.Lock()
         self._lock = threading.Lock()  # for the two below
         self._users = 0
@@ -201,10 +209,13 @@ def main() -> None:
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=_Job)
     params = xllamacpp.CommonParams()
     params.model.path = job.path
+    params.model_alias = {job.name}
     params.n_parallel = job.slots
     params.n_ctx = job.slots * job.context
     params.api_keys = [job.key]
     params.verbosity = _ERRORS_ONLY
+    if job.threads is not None:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
     for name, value in job.params.items():
         *parts, last = name.split(".")
         target: Any = params

@@ -112,6 +112,7 @@ class LocalModel:
         *,
         slots: int = 1,
         context: int = 4096,
+        threads: int | None = None,
         params: Mapping[str, Any] | None = None,
         instructions: str | None = None,
         options: Mapping[str, Any] | None = None,
@@ -125,7 +126,9 @@ class LocalModel:
             path: of the file.
             slots: calls that are served at a time: the `max_concurrent` of its worker.
             context: tokens of each, its prompt and its answer; memory is taken for all of them.
-            params: fields of xllamacpp's CommonParams, such as ``{"n_gpu_layers": 0, "cpuparams.n_threads": 4}``.
+            threads: that compute, at most the cores that are free: they wait for each other without sleeping. None: as
+                many as llama.cpp takes by itself, most of the cores.
+            params: fields of xllamacpp's CommonParams, such as ``{"n_gpu_layers": 0, "sampling.seed": 7}``.
             instructions: as for a `LocalModel`.
             options: as for a `LocalModel`.
 
@@ -134,7 +137,7 @@ class LocalModel:
             LocalModelNotInstalled: the extra is missing.
         """
         made = cls(model=Path(path).stem, instructions=instructions, options=options)
-        made._server = GgufServer(path, slots=slots, context=context, params=params)
+        made._server = GgufServer(path, slots=slots, context=context, threads=threads, params=params)
         made._slots = slots
         return made
 
