@@ -30,7 +30,6 @@ def _library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.mkdir()
     shutil.copy(fake_xllamacpp.__file__, library / "xllamacpp.py")
     monkeypatch.syspath_prepend(library)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(library), *sys.path]))
 
 
 def model_file(directory: Path, text: str) -> Path:
@@ -55,6 +54,13 @@ def is_spawned(model: LocalModel) -> bool:
     return model._server is not None and model._server._process is not None
 
 
+def has_ended(model: LocalModel) -> bool:
+    """Return whether its process has ended with all its threads, the last of which close its connections."""
+    assert model._server is not None
+    assert model._server._process is not None
+    return model._server._process.poll() is not None
+
+
 def pid_of(model: LocalModel) -> int:
     assert model._server is not None
     assert model._server._process is not None
@@ -64,7 +70,7 @@ def pid_of(model: LocalModel) -> int:
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second one: it was reaped while its file was open
         return False
 
 
@@ -106,7 +112,7 @@ async def test_a_process_that_has_crashed_is_started_again_at_the_next_call(make
         await supervisor.run(Task("ask", "before"))
         pid = pid_of(model)
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: not is_alive(pid))
+        await until(lambda: has_ended(model))
         results = await asyncio.gather(*(supervisor.run(Task("ask", str(number))) for number in range(4)))
         assert all(result["output"].endswith("good") for result in results)
         again = pid_of(model)
@@ -151,7 +157,8 @@ async def test_a_supervisor_that_is_closed_while_a_model_is_loaded_leaves_no_pro
 async def test_the_process_ends_when_the_program_is_killed(tmp_path: Path) -> None:
     path = model_file(tmp_path, "good")
     program = f"""
-        import asyncio
+        import asyncio, sys
+        sys.path[:] = {sys.path!r}
         from forebay.adapters.local_model import LocalModel
         model = LocalModel.from_gguf({str(path)!r})
         async def main():

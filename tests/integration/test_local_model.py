@@ -134,11 +134,12 @@ async def test_a_server_that_is_loading_is_waited_for(server: LlamaServer) -> No
     assert server.loading == 0
 
 
-async def test_a_server_that_is_loading_for_too_long_is_an_error(server: LlamaServer) -> None:
-    server.loading = 1000
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_server_that_is_not_ready_in_time_is_an_error(server: LlamaServer, *, answers: bool) -> None:
+    server.loading, server.hangs = 1000, not answers
     supervisor = BackpressureSupervisor()
     register(supervisor, LocalModel(server.url, start_wait=0.1))
-    with pytest.raises(LocalServerUnavailable, match=r"still loading after 0\.1 s"):
+    with pytest.raises(LocalServerUnavailable, match=r"not ready within 0\.1 s"):
         await supervisor.start()
 
 
@@ -153,7 +154,7 @@ async def test_a_server_that_is_down_at_the_start_is_an_error_that_names_its_url
 
 async def test_the_slots_of_a_server_are_known_before_its_worker_is_registered(server: LlamaServer) -> None:
     assert await LocalModel(server.url).slots() is None
-    server.slots = 3
+    server.slots, server.loading = 3, 1
     assert await LocalModel(server.url).slots() == 3
 
 

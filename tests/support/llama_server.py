@@ -21,6 +21,7 @@ class LlamaServer:
         url: the base URL for clients.
         slots: that ``/props`` tells; None: there is no such path, as at other servers.
         loading: how often ``/v1/models`` answers 503 before the model is loaded.
+        hangs: whether ``/v1/models`` waits for `go`.
         api_key: that calls must have.
         refusal: the status and the message of each answer to a call; None: calls are answered.
         events: lines sent instead of the whole answer.
@@ -34,6 +35,7 @@ class LlamaServer:
         self.url = ""
         self.slots: int | None = None
         self.loading = 0
+        self.hangs = False
         self.api_key = ""
         self.refusal: tuple[int, dict[str, Any]] | None = None
         self.events: list[bytes] | None = None
@@ -45,6 +47,8 @@ class LlamaServer:
 
     async def models(self, _request: web.Request) -> web.Response:
         """Answer with the models, once one is loaded."""
+        if self.hangs:
+            await self.go.wait()
         if self.loading:
             self.loading -= 1
             return web.json_response({"error": {"code": 503, "message": "Loading model"}}, status=503)

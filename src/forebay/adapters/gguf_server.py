@@ -1,8 +1,9 @@
-"""A GGUF file, served by llama.cpp in a process of its own. Run as a module, this is the program of that process.
+"""A GGUF file, served by llama.cpp in a process of its own, whose program is `main`.
 
 llama.cpp comes as xllamacpp, which has wheels, and whose server batches the calls of its slots. It has a process of its
 own because xllamacpp (2026.10) holds the GIL while it loads a model, so that an event loop would stand still for as
 long; because an assertion that fails in C++ ends the process; and because a process gives all its memory back at once.
+See ADR 41.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ _NOT_STARTED: Final = (
     'no worker that uses it has started, or all have stopped; it needs no engine="process", having a process of its own'
 )
 _NOT_LOADED: Final = (
-    "its process ended with status {status}, and llama.cpp has said why on stderr: the file may be damaged, of an"
-    " architecture that this llama.cpp does not know, or too large for the memory"
+    "its process ended with status {status}, and has said why on stderr: the file may be damaged, of an architecture"
+    " that this llama.cpp does not know, or too large for the memory, or a name in params unknown"
+)
+# The first code of the new interpreter: it makes the same modules importable as in this one.
+_BOOT: Final = (
+    "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from forebay.adapters.gguf_server import main; main()"
 )
 _ERRORS_ONLY: Final = 1  # of llama.cpp's levels of verbosity; those go to stderr
 
@@ -105,7 +110,7 @@ class GgufServer:
         self.slots = slots
         self._job = _Job(self.path, Path(path).stem, slots, context, threads, os.urandom(16).hex(), dict(params or {}))
         self._starting = threading.Lock()
-        self._lock = threading.Lock()  # for the two below
+        self._lock = threading.Lock()  # for the three below; held for no time
         self._users = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
@@ -149,35 +154,41 @@ class GgufServer:
         return await asyncio.get_running_loop().run_in_executor(_THREADS, self._start)
 
     def _running(self) -> Address | None:
-        with self._lock:
-            process = self._process
-            return self._address if process is not None and process.poll() is None else None
+        """Return the address of the process if it runs. Without the lock: `_start` sets the address after it."""
+        process = self._process
+        return self._address if process is not None and process.poll() is None else None
 
     def _start(self) -> Address:
         """Start the process unless it runs, and wait until it has loaded the model. Blocks."""
         with self._starting:
             if (running := self._running()) is not None:
                 return running
-            with self._lock:
-                if not self._users:  # those who had started it have gone
-                    raise GgufNotLoaded(path=self.path, why=_NOT_STARTED)
-                if self._process is not None:  # it has crashed
-                    _end(self._process)
-                self._address = None
-                # A process group of its own: Ctrl-C in a terminal must not end it before the runs that use it.
-                process = self._process = subprocess.Popen(
-                    [sys.executable, "-m", "forebay.adapters.gguf_server"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    process_group=0,
-                )
+            process = self._spawn()
             url = _load(process, self._job)
             if not url:
                 raise GgufNotLoaded(path=self.path, why=_NOT_LOADED.format(status=_end(process)))
             address = Address(f"{url}/v1", self._job.key)
             with self._lock:
-                self._address = address
+                if self._process is process:
+                    self._address = address
             return address
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        """Return a new process, in place of one that has crashed."""
+        # A process group of its own: Ctrl-C in a terminal must not end it before the runs that use it.
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and code
+            [sys.executable, "-c", _BOOT, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+        )
+        with self._lock:
+            crashed, is_wanted = self._process, self._users > 0
+            self._address = None
+            self._process = process if is_wanted else None
+        if crashed is not None:
+            _end(crashed)
+        if not is_wanted:
+            _end(process)
+            raise GgufNotLoaded(path=self.path, why=_NOT_STARTED)
+        return process
 
 
 def _load(process: subprocess.Popen[bytes], job: _Job) -> str:
@@ -229,7 +240,3 @@ def main() -> None:
     print(server.listening_address, flush=True)  # noqa: T201 - the message that it is ready
     sys.stdin.buffer.read()
     os._exit(0)  # at once, also from the middle of a generation
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from forebay import clock
 from forebay._validate import check_instance, check_positive, reject
 from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler
 from forebay.adapters.gguf_server import Address, GgufServer, LocalModelNotInstalled
@@ -68,7 +67,7 @@ class LocalModel:
         instructions: a system message before each conversation that has none.
         options: further fields of each request, such as ``{"temperature": 0.2, "max_tokens": 300}``.
         api_key: that the server asks for.
-        start_wait: seconds in which a server that is loading, and answers 503, must be ready at the start.
+        start_wait: seconds in which a server that is loading, and answers 503, must be ready at the start of a worker.
 
     Raises:
         InvalidSetting: an argument is invalid.
@@ -150,9 +149,13 @@ class LocalModel:
         """Return how many calls the server runs at a time; None if it does not say: only llama.cpp's does.
 
         It is the `max_concurrent` of its worker: further calls would wait in the server, outside of any priority.
+
+        Raises:
+            LocalServerUnavailable: it accepts no connection, or is not ready within `start_wait`.
+            LocalModelFailed: it answers with an error.
         """
         if self._slots is None:
-            self._slots = await self._read_slots(self._address)
+            await self._wait_until_ready()
         return self._slots
 
     # --- its life ---
@@ -161,39 +164,43 @@ class LocalModel:
         """Load the model, or wait until the server has loaded it."""
         if self._server is not None:
             await self._server.start()
-            return
-        listed = await self._wait_until_ready(self._address)
-        if self.model is None:
-            self.model = listed
-        self._slots = await self._read_slots(self._address)
+        else:
+            await self._wait_until_ready()
 
     async def _stop(self) -> None:
         if self._server is not None:
             await self._server.stop()
 
-    async def _wait_until_ready(self, address: Address) -> str | None:
-        """Wait while the server answers 503, and return the first model that it lists.
+    async def _wait_until_ready(self) -> None:
+        """Wait while the server answers 503, then read which model it has and how many slots.
 
         Raises:
-            LocalServerUnavailable: it accepts no connection, or is not ready within `start_wait`.
-            LocalModelFailed: it answers with another error.
+            LocalServerUnavailable, LocalModelFailed: as `slots` says.
         """
-        give_up = clock.monotonic() + self._start_wait
+        try:
+            async with asyncio.timeout(self._start_wait):
+                listed = await self._listed_model()
+                self._slots = await self._read_slots()
+        except TimeoutError:
+            why = f"it was not ready within {self._start_wait:g} s"
+            raise LocalServerUnavailable(url=self._address.url, why=why) from None
+        if self.model is None:
+            self.model = listed
+
+    async def _listed_model(self) -> str | None:
+        """Return the first model that the server lists, once it has loaded it."""
         while True:
-            async with _session(address) as session, session.get(f"{address.url}/models") as response:
+            async with _session(self._address) as session, session.get(f"{self._address.url}/models") as response:
                 body = await response.read()
                 if response.status == http.HTTPStatus.OK:
                     return _first_model(body)
                 if response.status != http.HTTPStatus.SERVICE_UNAVAILABLE:
-                    raise _failure(address, response.status, body)
-            if clock.monotonic() > give_up:
-                why = f"it is still loading after {self._start_wait:g} s"
-                raise LocalServerUnavailable(url=address.url, why=why)
+                    raise _failure(self._address, response.status, body)
             await asyncio.sleep(_POLL)
 
-    async def _read_slots(self, address: Address) -> int | None:
-        root = address.url.removesuffix("/v1")
-        async with _session(address) as session, session.get(f"{root}/props") as response:
+    async def _read_slots(self) -> int | None:
+        root = self._address.url.removesuffix("/v1")
+        async with _session(self._address) as session, session.get(f"{root}/props") as response:
             told = _decoded(await response.read()) if response.status == http.HTTPStatus.OK else {}
         slots = told.get("total_slots")
         return slots if isinstance(slots, int) and slots > 0 else None
@@ -223,7 +230,7 @@ class LocalModel:
 
     async def _ask(self, address: Address, messages: list[Any]) -> dict[str, Any]:
         sent = messages
-        if self._instructions is not None and messages[0].get("role") != "system":
+        if self._instructions is not None and messages[0].get("role") not in ("system", "developer"):
             sent = [{"role": "system", "content": self._instructions}, *messages]
         request = {**self._options, "messages": sent, "stream": True, "stream_options": {"include_usage": True}}
         if self.model is not None:
