@@ -12,7 +12,7 @@ from tests.frameworks.openai_double import OpenAIDouble, openai_double
 from tests.frameworks.sample import Sample
 
 #: The modules of samples, by the package that each needs.
-SAMPLES: Final = {"agents": "openai_agents", "swarm": "openai_swarm"}
+SAMPLES: Final = {"agents": "openai_agents", "autogen_agentchat": "autogen", "swarm": "openai_swarm"}
 INSTALLED: Final = [module for package, module in SAMPLES.items() if find_spec(package) is not None]
 
 

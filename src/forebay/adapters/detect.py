@@ -34,12 +34,16 @@ _METHODS = ("ainvoke", "arun", "run_async", "kickoff_async", "invoke_async", "ru
 #: By the top-level package of an agent's class.
 FRAMEWORKS = {
     "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
+    "autogen_agentchat": Framework("autogen-agentchat", "forebay.adapters.autogen"),
+    "autogen_core": Framework("autogen-agentchat", "forebay.adapters.autogen"),  # what an agent is made of
     "langgraph": Framework("langgraph", "forebay.adapters.langgraph"),
     "swarm": Framework("openai-swarm", "forebay.adapters.openai_swarm", "Swarm"),
 }
 
 
-def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = None) -> Handler:
+def as_handler(
+    obj: Any, *, worker: str = "handler", config: Config | None = None, from_factory: bool = False
+) -> Handler:
     """Turn `obj` into a Handler.
 
     `obj` may be: a Handler; an object with ``__forebay_handler__()``, such as a supervisor; an agent of a framework,
@@ -50,6 +54,7 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
         obj: the object that was registered.
         worker: the worker's name, for messages.
         config: the framework's own configuration, or a plain callable that makes one for a task.
+        from_factory: whether `obj` was made for one task.
 
     Raises:
         InvalidHandler: it cannot be run; the message says what to pass instead.
@@ -59,7 +64,13 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
     adapter = None if hooked else _adapter_of(obj)
     if adapter is not None:
         _check_config(config, worker)
-        return _handler_from_framework(adapter, obj, worker, config)
+        handler = _handler_from_framework(adapter, obj, worker, config)
+        if handler.single_use and not from_factory:
+            once = (
+                "it keeps state from run to run: pass factory=, a function without arguments that makes one for a task"
+            )
+            raise InvalidHandler(worker=worker, type=_type_name(obj), hint=once)
+        return handler
     if config is not None:
         expected = "left out: only an agent of a framework takes one"
         raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
@@ -73,7 +84,7 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
     if callable(obj):
         _check_takes_task(obj, worker)
         return Handler(call=obj, blocking=not is_async(obj))
-    frameworks = ", ".join(framework.name for framework in FRAMEWORKS.values())
+    frameworks = ", ".join(dict.fromkeys(framework.name for framework in FRAMEWORKS.values()))
     raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=frameworks, wrapper=_wrapper(obj, worker))
 
 

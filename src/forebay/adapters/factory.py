@@ -29,7 +29,8 @@ def handler_from_factory(
 ) -> Handler:
     """Return a Handler that calls `factory` for each task and runs the task on the agent that it returns.
 
-    The factory is also called once here, to learn whether its agents need a thread, and to find mistakes early.
+    The factory is also called once here, to find mistakes early, and to learn whether its agents need a thread. That
+    agent runs no task; it checks the tasks that are submitted.
 
     Args:
         factory: makes an agent.
@@ -40,11 +41,11 @@ def handler_from_factory(
         InvalidHandler: `factory` is not callable, or its agent cannot be run.
     """
     check_factory(factory, worker)
-    sample = as_handler(factory(), worker=worker, config=config)
+    sample = as_handler(factory(), worker=worker, config=config, from_factory=True)
     live: dict[str, Handler] = {}
 
     def call(task: Task) -> Any:
-        handler = live[task.task_id] = as_handler(factory(), worker=worker, config=config)
+        handler = live[task.task_id] = as_handler(factory(), worker=worker, config=config, from_factory=True)
         return handler.call(task)
 
     def on_cancel(task: Task) -> object:
@@ -60,6 +61,7 @@ def handler_from_factory(
         call=call,
         blocking=sample.blocking,
         on_cancel=None if sample.on_cancel is None else on_cancel,
+        check=sample.check,
         on_end=on_end,
         codec=sample.codec,
     )

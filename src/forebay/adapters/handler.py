@@ -34,6 +34,8 @@ class Handler:
         stop: awaited when that supervisor closes.
         resize: called with the new number of slots when its worker is resized.
         saga: the saga behind this handler, if there is one. Its supervisor drives it, and does not use `call`.
+        single_use: True if the agent keeps state from run to run, or can run one task at a time: a worker takes it from
+            a factory only.
         codec: converts its payloads and results where no type is declared for them; None: they are plain data.
     """
 
@@ -49,6 +51,7 @@ class Handler:
     codec: Codec | None = None
     resize: Callable[[int], None] | None = None
     saga: object | None = None
+    single_use: bool = False
 
 
 class SupportsHandler(Protocol):

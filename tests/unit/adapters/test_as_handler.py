@@ -154,7 +154,7 @@ class Streams:
         ("agents.team.researcher", "str", "import what it names and pass that"),
         ("agents.team.researcher", "str", "with a colon, such as 'agents.team:researcher'"),
         (object(), "object", "takes the Task"),
-        (object(), "object", "a supported framework (openai-agents, langgraph, openai-swarm)"),
+        (object(), "object", "a supported framework (openai-agents, autogen-agentchat, langgraph, openai-swarm)"),
     ],
 )
 def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:
