@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
+import gc
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,8 +34,9 @@ from autogen_agentchat.teams import (
     Swarm,
 )
 from autogen_agentchat.tools import AgentTool
-from autogen_core import CancellationToken, RoutedAgent, SingleThreadedAgentRuntime
+from autogen_core import CancellationToken, FunctionCall, RoutedAgent, SingleThreadedAgentRuntime
 from autogen_core.code_executor import CodeExecutor
+from autogen_core.models import CreateResult, RequestUsage
 from autogen_core.tools import FunctionTool
 from autogen_ext.models.cache import ChatCompletionCache
 from autogen_ext.models.openai import AzureOpenAIChatCompletionClient, OpenAIChatCompletionClient
@@ -46,7 +47,7 @@ from forebay import BackpressureSupervisor, Priority, Task, TaskStatus
 from forebay.adapters import as_handler
 from forebay.adapters.autogen.agent_copies import AgentCopies
 from forebay.context import running_task
-from forebay.errors import AlreadyBound, InvalidHandler, InvalidSetting, NotBindable, UnusableTask
+from forebay.errors import AlreadyBound, InvalidHandler, InvalidSetting, NotBindable, NotGuardable, UnusableTask
 from forebay.upstream import Upstream
 from forebay.upstream.sdk_exceptions import find_error_answer
 
@@ -232,8 +233,10 @@ async def test_an_agent_inside_a_tool_is_copied_too(double: OpenAIDouble) -> Non
     results = await results_of(3, handler=outer)
     for number, result in enumerate(results):
         assert result.success, result.error
-        roles = [each["role"] for each in result.result["messages"]]
-        assert roles == ["user", "assistant", "tool", "assistant"], number
+        messages = result.result["messages"]
+        assert [each["role"] for each in messages] == ["user", "assistant", "tool", "assistant"]
+        assert messages[2]["content"] == "note 0"
+        assert messages[0]["content"] == f"river {number}"
         assert result.result["agent"] == "sample"
     assert inner.told == []
 
@@ -516,27 +519,87 @@ async def test_a_cancelled_run_lasts_until_its_tools_have_ended(
         await until(lambda: supervisor.workers["agent"].current_tasks == 0)
 
 
-async def test_a_team_whose_agent_swallows_its_cancellation_asks_no_further_one() -> None:
-    entered = asyncio.Event()
-    turns: list[str] = []
+class Turns(Counter):
+    """An agent that notes its turns."""
 
-    class Deaf(Counter):
-        async def on_messages(self, *_: Any) -> Any:
-            turns.append(self.name)
-            entered.set()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.Event().wait()
-            return Response(chat_message=TextMessage(content="here", source=self.name))
+    def __init__(self, name: str, turns: list[str]) -> None:
+        super().__init__(name)
+        self.note = turns.append
 
-    async with BackpressureSupervisor() as supervisor:
-        team = RoundRobinGroupChat([Deaf("one"), Deaf("two")], max_turns=4)
-        supervisor.register_worker("agent", handler=team, task_types=["ask"])
-        ticket = await supervisor.submit(Task("ask", "Which river?"))
-        await entered.wait()
-        ticket.cancel()
-        await ticket
-        await until(lambda: supervisor.workers["agent"].current_tasks == 0)
-    assert turns == ["one"]
+    async def on_messages(self, *given: Any) -> Any:
+        self.note(self.name)
+        return await super().on_messages(*given)
+
+
+def _calling(turns: list[str], name: str = "calling") -> Any:
+    """Return an agent that calls a tool twice, and makes no request."""
+
+    async def look(text: str) -> str:
+        """Look."""
+        turns.append(text)
+        await asyncio.sleep(0)
+        return text
+
+    call = CreateResult(
+        finish_reason="function_calls",
+        content=[FunctionCall(id="1", name="look", arguments='{"text": "look"}')],
+        usage=RequestUsage(prompt_tokens=1, completion_tokens=1),
+        cached=False,
+    )
+    info = {"family": "unknown", **dict.fromkeys(("vision", "json_output", "structured_output"), False)}
+    client = ReplayChatCompletionClient([call, call, "Done."], model_info={**info, "function_calling": True})
+    return AssistantAgent(name, client, tools=[look], max_tool_iterations=10)
+
+
+def two_agents(turns: list[str]) -> Any:
+    """Return a team of two agents that make no request."""
+    return RoundRobinGroupChat([Turns("one", turns), Turns("two", turns)], max_turns=3)
+
+
+def fan(turns: list[str]) -> Any:
+    """Return a graph whose first agent is followed by two at once."""
+    one, two, three = (Turns(name, turns) for name in ("one", "two", "three"))
+    builder = DiGraphBuilder()
+    builder.add_node(one).add_node(two).add_node(three).add_edge(one, two).add_edge(one, three)
+    return GraphFlow([one, two, three], builder.build())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda turns: _team(_calling(turns)),
+        lambda turns: _nested(_calling(turns)),
+        two_agents,
+        fan,
+        _calling,
+    ],
+    ids=["team", "nested", "agents", "graph", "alone"],
+)
+async def test_a_run_that_is_cancelled_at_any_time_ends_and_begins_nothing_more(
+    make: Callable[[list[str]], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = asyncio.all_tasks()
+    for steps in range(1000):
+        turns: list[str] = []
+        agent = make(turns)
+        running = asyncio.ensure_future(as_handler(agent).call(Task("ask", "Which river?")))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if running.done():
+            break
+        running.cancel()
+        await asyncio.sleep(0)  # it is delivered
+        begun = len(turns)
+        async with asyncio.timeout(5):
+            await asyncio.wait([running])
+        assert running.cancelled()
+        assert (steps, len(turns)) == (steps, begun)
+        assert asyncio.all_tasks() == before
+    assert steps > 10
+    assert (await running)["agent"] in ("calling", "one", "two", "three")
+    assert len(turns) > 1
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_a_cancelled_run_does_not_stop_the_task_that_its_tool_has_submitted(double: OpenAIDouble) -> None:
@@ -645,3 +708,13 @@ def test_an_azure_client_is_bound() -> None:
 def test_what_cannot_be_bound_is_refused_with_advice(make: Callable[[], Any]) -> None:
     with pytest.raises(NotBindable, match=r"bind the model client that it is made with"):
         Upstream("key").bind(make())
+
+
+async def test_the_function_of_a_tool_is_guarded_and_the_tool_is_not(double: OpenAIDouble) -> None:
+    upstream = Upstream("search")
+    with pytest.raises(NotGuardable, match="Guard the function that it calls"):
+        upstream.guard(FunctionTool(note, description="Notes."))
+    tool = FunctionTool(upstream.guard(note), description="Notes.")
+    assert tool.schema == FunctionTool(note, description="Notes.").schema
+    assert (await result_of(assistant(double, tool))).success
+    assert upstream.statistics().accounts[0].sent == 2

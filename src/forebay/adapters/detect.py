@@ -31,6 +31,8 @@ class Framework(NamedTuple):
 # Of agents, as frameworks name them, the async ones first: a wrapper that awaits can be cancelled.
 _METHODS = ("ainvoke", "arun", "run_async", "kickoff_async", "invoke_async", "run", "invoke", "kickoff", "execute")
 
+_SINGLE_USE = "it keeps state from run to run: pass factory=, a function without arguments that makes one for each task"
+
 #: By the top-level package of an agent's class.
 FRAMEWORKS = {
     "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
@@ -66,10 +68,7 @@ def as_handler(
         _check_config(config, worker)
         handler = _handler_from_framework(adapter, obj, worker, config)
         if handler.single_use and not from_factory:
-            once = (
-                "it keeps state from run to run: pass factory=, a function without arguments that makes one for a task"
-            )
-            raise InvalidHandler(worker=worker, type=_type_name(obj), hint=once)
+            raise InvalidHandler(worker=worker, type=_type_name(obj), hint=_SINGLE_USE)
         return handler
     if config is not None:
         expected = "left out: only an agent of a framework takes one"

@@ -30,6 +30,10 @@ _TOOL: Final = (
     "it is a LangChain tool that is not made from a function. Guard what its _run and _arun call: `@upstream.guard`"
     " above that function."
 )
+_NOT_CALLABLE: Final = (
+    "it is not callable. Guard the function that it calls; of a tool, the one that it is made from:"
+    " `FunctionTool(upstream.guard(function), ...)`."
+)
 _TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of LangChain's tools that are made from functions
 
 
@@ -40,6 +44,8 @@ def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, 
     if _is_tool(function):
         tool: Callable[P, T] = _guarded_tool(upstream, runner, function)
         return tool
+    if not callable(function):
+        raise NotGuardable(function=_name(function), why=_NOT_CALLABLE)
     guard = _Guard(upstream, runner, function)
     wrapper = guard.async_wrapper() if _is_async(function) else guard.blocking_wrapper()
     return functools.wraps(function)(wrapper)

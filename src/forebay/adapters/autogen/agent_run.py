@@ -7,14 +7,16 @@ import gc
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
+from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any, Final
 
 from autogen_core import CancellationToken, SingleThreadedAgentRuntime
 
 #: The packages whose coroutines are tasks of AutoGen.
 _PACKAGES: Final = frozenset({"autogen_agentchat", "autogen_core", "autogen_ext"})
-#: They end once the other tasks of their team have.
-_LAST: Final = frozenset({"RunContext._run", "BaseGroupChat.run_stream.<locals>.stop_runtime"})
+#: They end once the other tasks of their team have; but what a runtime runs goes on if what stops it was cancelled.
+_RUNS: Final = "RunContext._run"
+_STOPS: Final = "BaseGroupChat.run_stream.<locals>.stop_runtime"
 
 
 class AgentRun:
@@ -32,7 +34,7 @@ class AgentRun:
         """Return what `function` returns; if it fails or this is cancelled, once all its tasks have ended."""
         context = copy_context()
         context.run(_current.set, self)
-        main = asyncio.get_running_loop().create_task(_outcome(function(self.token)), context=context)
+        main = asyncio.get_running_loop().create_task(_outcome(function, self.token), context=context)
         try:
             await asyncio.wait([main])
         finally:
@@ -51,20 +53,23 @@ class AgentRun:
         """Cancel all tasks of the run, and wait until they have ended.
 
         They are cancelled in one turn of the loop, in which the token has cancelled what they wait for: so each of
-        them gets one CancelledError.
+        them gets one CancelledError. One that has not started ends by itself, because the token is cancelled; cancelled
+        then, it would not count the message that it was made for as done, for which its runtime waits.
         """
         self.token.cancel()
-        cancelled: set[asyncio.Task[Any]] = set()
-        while left := {task for task in (main, *self._tasks()) if not task.done()}:
-            for task in left - cancelled:
-                if _coroutine(task).__qualname__ not in _LAST:
+        main.cancel()
+        for task in self._tasks():
+            if _name(task) not in (_RUNS, _STOPS) and getcoroutinestate(_coroutine(task)) != CORO_CREATED:
+                task.cancel()
+        while left := self._tasks():
+            if all(_name(task) == _RUNS for task in left):
+                for task in left:
                     task.cancel()
-            cancelled |= left
             await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
 
     def _tasks(self) -> list[asyncio.Task[Any]]:
-        """Return AutoGen's tasks of this run that have not ended: it has a reference to some of them only."""
-        return [task for task in asyncio.all_tasks() if _is_of_autogen(task) and _context(task).get(_current) is self]
+        """Return the tasks of this run that have not ended: AutoGen has references to some of its own only."""
+        return [task for task in asyncio.all_tasks() if _is_of_run(task) and _context(task).get(_current) is self]
 
     def _original(self, error: BaseException) -> BaseException:
         """Return the exception that a team has made a text of; `error` if it has not."""
@@ -91,23 +96,31 @@ class RunRuntime(SingleThreadedAgentRuntime):  # type: ignore[misc]  # without i
             run.record(self._background_exception)
 
 
-async def _outcome(coroutine: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
+async def _outcome(
+    function: Callable[[CancellationToken], Coroutine[Any, Any, Any]], token: CancellationToken
+) -> tuple[Any, BaseException | None]:
     """Return a value or an exception as a value: a task that ends with SystemExit would end the event loop."""
     try:
-        return await coroutine, None
+        return await function(token), None
     except asyncio.CancelledError:
         raise
     except BaseException as error:  # noqa: BLE001 - it is raised by who waits for it
         return None, error
 
 
-def _is_of_autogen(task: asyncio.Task[Any]) -> bool:
+def _is_of_run(task: asyncio.Task[Any]) -> bool:
+    """Return whether a task runs code of AutoGen or of this module, and not what a tool has begun."""
     frame = getattr(_coroutine(task), "cr_frame", None)
-    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES
+    module = "" if frame is None else frame.f_globals.get("__name__", "")
+    return module == __name__ or module.partition(".")[0] in _PACKAGES
 
 
 def _coroutine(task: asyncio.Task[Any]) -> Any:
     return task.get_coro()
+
+
+def _name(task: asyncio.Task[Any]) -> str:
+    return str(_coroutine(task).__qualname__)
 
 
 def _context(task: asyncio.Task[Any]) -> Context:
