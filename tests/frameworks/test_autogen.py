@@ -48,6 +48,7 @@ from forebay.adapters import as_handler
 from forebay.adapters.autogen.agent_copies import AgentCopies
 from forebay.context import running_task
 from forebay.errors import AlreadyBound, InvalidHandler, InvalidSetting, NotBindable, NotGuardable, UnusableTask
+from forebay.retry import Retry
 from forebay.upstream import Upstream
 from forebay.upstream.sdk_exceptions import find_error_answer
 
@@ -491,6 +492,32 @@ async def test_a_cancelled_run_leaves_no_asyncio_task(
     assert "never retrieved" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda double, one, two: SelectorGroupChat([one, two], client_of(double), max_turns=2),
+        lambda double, one, _: MagenticOneGroupChat([one], client_of(double)),
+        lambda double, one, _: SocietyOfMindAgent("society", _team(one), client_of(double)),
+        lambda double, one, _: AssistantAgent("sample", client_of(double, stream_options={}), model_client_stream=True),
+    ],
+    ids=["selector", "orchestrator", "society", "stream"],
+)
+async def test_a_cancelled_run_stops_in_the_call_of_any_part(double: OpenAIDouble, make: Any) -> None:
+    double.hold()
+    one, two = (assistant(double, name=name) for name in ("one", "two"))
+    async with BackpressureSupervisor() as supervisor:
+        before = asyncio.all_tasks()
+        supervisor.register_worker("agent", handler=make(double, one, two), task_types=["ask"])
+        ticket = await supervisor.submit(Task("ask", "Which river?"))
+        await double.until_requests(1)
+        ticket.cancel()
+        await double.until(lambda double: double.requests[0].status == 499)
+        await until(lambda: supervisor.workers["agent"].current_tasks == 0)
+        kept = {str(each.get_coro()) for each in asyncio.all_tasks() - before if "autogen" in str(each.get_coro())}
+        assert not kept
+    assert len(double.requests) == 1
+
+
 @pytest.mark.parametrize("around", [_alone, _team])
 async def test_a_cancelled_run_lasts_until_its_tools_have_ended(
     double: OpenAIDouble, around: Callable[[Any], Any]
@@ -680,6 +707,16 @@ async def test_a_copy_of_a_bound_model_client_is_bound(double: OpenAIDouble) -> 
     await client.close()
 
 
+async def test_a_model_client_on_a_bound_http_client_is_bound(double: OpenAIDouble) -> None:
+    double.refuse(500)
+    upstream = Upstream("key", provider="openai", retry=Retry(max_attempts=1))
+    async with httpx2.AsyncClient() as http_client:
+        client = client_of(double, http_client=upstream.bind(http_client), max_retries=0)
+        result = await result_of(assistant(double, client=client))
+    assert result.status is TaskStatus.FAILED
+    assert (len(double.requests), upstream.statistics().accounts[0].sent) == (1, 1)
+
+
 async def test_a_cache_before_a_model_client_is_bound(double: OpenAIDouble) -> None:
     double.calls = 1
     upstream = Upstream("key", provider="openai")
@@ -698,15 +735,16 @@ def test_an_azure_client_is_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "advice"),
     [
-        Counter,
-        lambda: RoundRobinGroupChat([Counter()]),
-        lambda: ReplayChatCompletionClient([]),
+        (Counter, "bind the model client that it is made with"),
+        (lambda: RoundRobinGroupChat([Counter()]), "bind the model client that it is made with"),
+        (lambda: FunctionTool(note, description="Notes."), "bind the model client that it is made with"),
+        (lambda: ReplayChatCompletionClient([]), "with the base_url of an endpoint"),
     ],
 )
-def test_what_cannot_be_bound_is_refused_with_advice(make: Callable[[], Any]) -> None:
-    with pytest.raises(NotBindable, match=r"bind the model client that it is made with"):
+def test_what_cannot_be_bound_is_refused_with_advice(make: Callable[[], Any], advice: str) -> None:
+    with pytest.raises(NotBindable, match=advice):
         Upstream("key").bind(make())
 
 

@@ -34,7 +34,11 @@ _RETRY: Final = (
 _GRAPH: Final = "bind the model that the graph is made of: `create_agent(upstream.bind(model), ...)`."
 _AUTOGEN: Final = (
     "bind the model client that it is made with: `AssistantAgent('name', upstream.bind(OpenAIChatCompletionClient("
-    "...)))`. For a client that is not over OpenAI's or Anthropic's SDK run the gateway (`forebay gateway`)."
+    "...)))`."
+)
+_AUTOGEN_CLIENT: Final = (
+    "of AutoGen's model clients bind takes those over OpenAI's and Anthropic's SDKs. Use OpenAIChatCompletionClient"
+    " with the base_url of an endpoint that is compatible with OpenAI's, or of the gateway (`forebay gateway`)."
 )
 _GOOGLE: Final = (
     "give it bound HTTP clients: genai.Client(http_options={'httpx_client': upstream.bind(httpx.Client()),"
@@ -242,6 +246,8 @@ def _not_bindable(client: Any) -> NotBindable:
         return NotBindable(kind=kind, advice=_GOOGLE)
     if package == "langgraph":
         return NotBindable(kind=kind, advice=_GRAPH)
+    if _is_autogen(client):
+        return NotBindable(kind=kind, advice=_AUTOGEN_CLIENT)
     if any(base.__module__.startswith(("autogen_agentchat.", "autogen_core.")) for base in type(client).__mro__):
         return NotBindable(kind=kind, advice=_AUTOGEN)
     return NotBindable(kind=kind, advice=_ANYTHING)
