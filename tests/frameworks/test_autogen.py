@@ -20,7 +20,14 @@ if "autogen" not in INSTALLED:
     pytest.skip("it runs in an environment of its own: scripts/test.sh makes it", allow_module_level=True)
 
 import httpx2
-from autogen_agentchat.agents import AssistantAgent, BaseChatAgent, CodeExecutorAgent, SocietyOfMindAgent
+from autogen_agentchat.agents import (
+    AssistantAgent,
+    BaseChatAgent,
+    CodeExecutorAgent,
+    MessageFilterAgent,
+    MessageFilterConfig,
+    SocietyOfMindAgent,
+)
 from autogen_agentchat.agents._code_executor_agent import ApprovalResponse
 from autogen_agentchat.base import Response
 from autogen_agentchat.conditions import MaxMessageTermination, TextMentionTermination, TimeoutTermination
@@ -356,6 +363,26 @@ async def test_a_team_goes_on_from_a_conversation(double: OpenAIDouble) -> None:
     assert result.result["messages"] == [*messages, {"role": "assistant", "content": ANSWER, "name": "two"}]
 
 
+@pytest.mark.parametrize("kind", ["round", "selector", "swarm", "graph", "nested"])
+async def test_teams_of_all_kinds_go_on_from_a_conversation(double: OpenAIDouble, kind: str) -> None:
+    double.calls = 1
+    one, two = (assistant(double, name=name) for name in ("one", "two"))
+    ends = MaxMessageTermination(2)
+    graph = DiGraphBuilder().add_node(one).add_node(two).add_edge(one, two).build()
+    teams = {
+        "round": RoundRobinGroupChat([one, two], termination_condition=ends),
+        "selector": SelectorGroupChat([one, two], client_of(double), selector_func=lambda _: "one", max_turns=1),
+        "swarm": Swarm([one, two], termination_condition=ends),
+        "graph": GraphFlow([one, two], graph, termination_condition=ends),
+        "nested": RoundRobinGroupChat([RoundRobinGroupChat([one], max_turns=1, name="inner")], max_turns=1),
+    }
+    first = await result_of(teams[kind])
+    again = await result_of(teams[kind], [*first.result["messages"], {"role": "user", "content": "And where?"}])
+    assert again.success, again.error
+    assert again.result["agent"] == "one"
+    assert said(double) == [("user", "Which river?"), ("assistant", ANSWER), ("user", "And where?")]
+
+
 # --- payload and result ----------------------------------------------------------------------------------------------
 
 
@@ -379,6 +406,20 @@ async def test_an_agent_without_a_model_context_is_given_the_whole_conversation(
     assert (await result_of(Counter(), messages)).result["output"] == "a b c"
 
 
+async def test_a_message_may_be_empty(double: OpenAIDouble) -> None:
+    double.calls = 1
+    assert (await result_of(assistant(double), [{"role": "user", "content": ""}])).success
+    assert said(double) == [("user", "")]
+
+
+async def test_the_answer_of_an_agent_that_wraps_another_is_that_of_the_other(double: OpenAIDouble) -> None:
+    double.calls = 1
+    agent = MessageFilterAgent("filter", assistant(double), filter=MessageFilterConfig(per_source=[]))
+    result = await result_of(agent)
+    assert (result.result["agent"], result.result["output"]) == ("sample", ANSWER)
+    assert result.result["messages"][-1] == {"role": "assistant", "content": ANSWER}
+
+
 async def test_a_message_may_have_images(double: OpenAIDouble) -> None:
     double.calls = 1
     content = [{"type": "text", "text": "Which river?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
@@ -396,6 +437,9 @@ async def test_a_message_may_have_images(double: OpenAIDouble) -> None:
         ({"role": "user", "content": [{"type": "input_audio"}]}, "item 0 has content"),
         ({"role": "user", "content": [{"image_url": {"url": "file:///river.png"}}]}, "item 0 has content"),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "item 0 has content"),
+        ({"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}]}, "item 0 has"),
+        ({"role": "user", "content": [{"type": "text", "text": 7}]}, "item 0 has content"),
+        ({"role": "user", "content": [{"image_url": {"url": "data:image/png;base64,AAAA"}}]}, "item 0 has content"),
     ],
 )
 async def test_a_message_that_autogen_cannot_read_is_refused_when_it_is_submitted(
@@ -498,7 +542,7 @@ async def test_a_cancelled_run_leaves_no_asyncio_task(
         lambda double, one, two: SelectorGroupChat([one, two], client_of(double), max_turns=2),
         lambda double, one, _: MagenticOneGroupChat([one], client_of(double)),
         lambda double, one, _: SocietyOfMindAgent("society", _team(one), client_of(double)),
-        lambda double, one, _: AssistantAgent("sample", client_of(double, stream_options={}), model_client_stream=True),
+        lambda double, *_: AssistantAgent("sample", client_of(double, stream_options={}), model_client_stream=True),
     ],
     ids=["selector", "orchestrator", "society", "stream"],
 )

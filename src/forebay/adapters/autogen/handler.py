@@ -98,8 +98,10 @@ async def _converse(runner: Any, messages: list[Any], token: CancellationToken) 
                 progress({"text": message.content})
             else:
                 _note(message, usage)
-                if is_team or message.source == runner.name:  # not what an agent inside of a tool says
+                if is_team or message.source == runner.name:  # not what an agent inside of it says
                     conversation.add(message)
+    if not is_team and conversation.last is None:  # the answer is in the name of an agent inside of it
+        conversation.add(ended.messages[-1])
     result = {
         "output": output_of(conversation.last),
         "messages": conversation.messages,

@@ -35,7 +35,7 @@ def fault_of(messages: Sequence[Mapping[str, Any]]) -> str | None:
         try:
             _content(message)
             _calls(message)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OSError, TypeError, ValueError):
             return f"a list whose item {number} has content that is not text, or text and images as data: URLs"
     return None
 
@@ -49,8 +49,12 @@ def split(messages: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return messages as those that agents exchange. Calls of tools are not among them."""
-    return [_chat_message(message) for message in messages if message.get("content") and message["role"] != "tool"]
+    """Return messages as those that agents exchange. Calls of tools and their results are not among them."""
+    return [_chat_message(message) for message in messages if _is_said(message)]
+
+
+def _is_said(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("content")) if message["role"] == "assistant" else message["role"] != "tool"
 
 
 def _chat_message(message: Mapping[str, Any]) -> Any:
@@ -95,7 +99,7 @@ def _content(message: Mapping[str, Any]) -> str | list[Any]:
     """Return the content of a message, as text or as a list of texts and images.
 
     Raises:
-        KeyError, TypeError, ValueError: it is something else.
+        KeyError, OSError, TypeError, ValueError: it is something else.
     """
     content = message.get("content")
     if content is None and message["role"] == "assistant":
@@ -105,6 +109,8 @@ def _content(message: Mapping[str, Any]) -> str | list[Any]:
     if not isinstance(content, list):
         raise TypeError
     parts = [Image.from_uri(part["image_url"]["url"]) if "image_url" in part else part["text"] for part in content]
+    if not all(isinstance(part, str | Image) for part in parts):
+        raise TypeError
     return "\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
 
 
@@ -113,10 +119,18 @@ def _text(content: str | list[Any]) -> str:
 
 
 def _calls(message: Mapping[str, Any]) -> list[Any]:
-    return [
+    """Return the calls of tools in a message.
+
+    Raises:
+        KeyError, TypeError: they are something else.
+    """
+    calls = [
         FunctionCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"])
         for call in message.get("tool_calls") or ()
     ]
+    if not all(isinstance(part, str) for call in calls for part in (call.id, call.name, call.arguments)):
+        raise TypeError
+    return calls
 
 
 class Conversation:
