@@ -182,7 +182,7 @@ async def test_a_team_that_has_been_run_is_rejected_with_advice() -> None:
 
 
 def test_a_run_has_no_options(double: OpenAIDouble) -> None:
-    with pytest.raises(InvalidSetting, match="max_turns"):
+    with pytest.raises(InvalidSetting, match=r"max_turns.*takes none"):
         as_handler(assistant(double), config={"max_turns": 3})
 
 

@@ -118,7 +118,12 @@ def _wrapper(obj: Any, worker: str) -> str:
 
 
 def _handler_from_framework(adapter: str, obj: Any, worker: str, config: Config | None) -> Handler:
-    handler: Handler = import_module(adapter).handler(obj, worker=worker, config=config)
+    try:
+        module = import_module(adapter)
+    except ModuleNotFoundError as error:  # of a framework in several distributions, such as AutoGen
+        hint = f"the package {error.name!r} is not installed, which its adapter needs"
+        raise InvalidHandler(worker=worker, type=_type_name(obj), hint=hint) from error
+    handler: Handler = module.handler(obj, worker=worker, config=config)
     return handler
 
 

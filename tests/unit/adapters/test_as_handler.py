@@ -225,6 +225,15 @@ def test_an_agent_is_detected_by_the_package_of_its_class(monkeypatch: pytest.Mo
     assert made == [(agent, "writer", {"verbose": False})]
 
 
+def test_a_framework_that_is_installed_in_part_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Agent:
+        __module__ = "crew.agents"
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.nothing"))
+    with pytest.raises(InvalidHandler, match=r"the package 'forebay\.adapters\.nothing' is not installed"):
+        as_handler(Agent(), worker="writer")
+
+
 @pytest.mark.parametrize("package", ["agents", "swarm"])
 def test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it(
     monkeypatch: pytest.MonkeyPatch, package: str
