@@ -251,6 +251,12 @@ def test_a_plain_function_that_returns_an_awaitable_is_rejected() -> None:
     assert left(upstream) == NOTHING
 
 
+def test_an_object_that_is_not_callable_cannot_be_guarded() -> None:
+    tool: Any = object()
+    with pytest.raises(NotGuardable, match=r"object.*not callable.*Guard the function that it calls"):
+        Upstream("key").guard(tool)
+
+
 class Agent:
     """An object with an asynchronous `__call__`."""
 

@@ -15,6 +15,7 @@ from tests.frameworks.sample import Sample
 SAMPLES: Final = {
     "agent_framework": "agent_framework",
     "agents": "openai_agents",
+    "autogen_agentchat": "autogen",
     "pydantic_ai": "pydantic_ai",
     "swarm": "openai_swarm",
 }

@@ -172,7 +172,9 @@ class OpenAIDouble:
         done = sum(message["role"] == "tool" for message in body["messages"])
         tools = body.get("tools") or []
         if tools and done < self.calls - 1:
-            function = {"name": tools[0]["function"]["name"], "arguments": json.dumps({"text": f"note {done}"})}
+            parameters = tools[0]["function"].get("parameters", {}).get("properties") or ["text"]
+            arguments = json.dumps({next(iter(parameters)): f"note {done}"})
+            function = {"name": tools[0]["function"]["name"], "arguments": arguments}
             call = {"id": f"call_{done}", "type": "function", "function": function}
             message = {"role": "assistant", "content": None, "tool_calls": [call]}
             reason = "tool_calls"

@@ -151,7 +151,7 @@ class ChatUsage:
 
 
 def _check_options(options: Any, worker: str, allowed: frozenset[str]) -> None:
-    names = ", ".join(sorted(allowed))
+    names = ", ".join(sorted(allowed)) or "none"
     if not isinstance(options, Mapping):
         expected = f"a mapping, or a plain callable that returns one, with any of: {names}"
         raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=type(options).__name__, expected=expected)

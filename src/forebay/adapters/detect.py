@@ -37,6 +37,8 @@ _SINGLE_USE = "it keeps state from run to run: pass factory=, a function without
 FRAMEWORKS = {
     "agent_framework": Framework("agent-framework", "forebay.adapters.agent_framework", "AgentFrameworkException"),
     "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
+    "autogen_agentchat": Framework("autogen-agentchat", "forebay.adapters.autogen"),
+    "autogen_core": Framework("autogen-agentchat", "forebay.adapters.autogen"),  # what an agent is made of
     "langgraph": Framework("langgraph", "forebay.adapters.langgraph"),
     "pydantic_ai": Framework("pydantic-ai", "forebay.adapters.pydantic_ai", "ModelMessagesTypeAdapter"),
     "swarm": Framework("openai-swarm", "forebay.adapters.openai_swarm", "Swarm"),
@@ -83,7 +85,7 @@ def as_handler(
     if callable(obj):
         _check_takes_task(obj, worker)
         return Handler(call=obj, blocking=not is_async(obj))
-    frameworks = ", ".join(framework.name for framework in FRAMEWORKS.values())
+    frameworks = ", ".join(dict.fromkeys(framework.name for framework in FRAMEWORKS.values()))
     raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=frameworks, wrapper=_wrapper(obj, worker))
 
 
@@ -118,7 +120,12 @@ def _wrapper(obj: Any, worker: str) -> str:
 
 
 def _handler_from_framework(adapter: str, obj: Any, worker: str, config: Config | None) -> Handler:
-    handler: Handler = import_module(adapter).handler(obj, worker=worker, config=config)
+    try:
+        module = import_module(adapter)
+    except ModuleNotFoundError as error:  # of a framework in several distributions, such as AutoGen
+        hint = f"the package {error.name!r} is not installed, which its adapter needs"
+        raise InvalidHandler(worker=worker, type=_type_name(obj), hint=hint) from error
+    handler: Handler = module.handler(obj, worker=worker, config=config)
     return handler
 
 

@@ -142,10 +142,10 @@ class Upstream:
         """Return a copy of an SDK client, a LangChain model or an httpx client, whose calls go through this upstream.
 
         It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these and what
-        ``bind_tools`` and ``with_structured_output`` make of them, of httpx and of httpx2, asynchronous or not. The
-        copy keeps all settings of the client, and shares its connections: closing one closes both. Only the upstream
-        retries. A client that is bound already is returned as it is. A stream that is not read for half a minute is
-        closed if calls wait for its slot.
+        ``bind_tools`` and ``with_structured_output`` make of them, of AutoGen's model clients over these, of httpx and
+        of httpx2, asynchronous or not. The copy keeps all settings of the client, and shares its connections: closing
+        one closes both. Only the upstream retries. A client that is bound already is returned as it is. A stream that
+        is not read for half a minute is closed if calls wait for its slot.
 
         Raises:
             NotBindable: it is another kind of client, or a LangChain model ``with_retry``: the message says what to do.

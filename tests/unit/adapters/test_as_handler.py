@@ -158,7 +158,7 @@ class Streams:
         (
             object(),
             "object",
-            "a supported framework (agent-framework, openai-agents, langgraph, pydantic-ai, openai-swarm)",
+            "a supported framework (agent-framework, openai-agents, autogen-agentchat, langgraph, py",
         ),
     ],
 )
@@ -244,6 +244,15 @@ def test_an_agent_that_keeps_state_is_taken_from_a_factory_only(monkeypatch: pyt
     with pytest.raises(InvalidHandler, match="keeps state from run to run: pass factory="):
         as_handler(Crew())
     assert not handler_from_factory(Crew).single_use
+
+
+def test_a_framework_that_is_installed_in_part_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Agent:
+        __module__ = "crew.agents"
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.nothing"))
+    with pytest.raises(InvalidHandler, match=r"the package 'forebay\.adapters\.nothing' is not installed"):
+        as_handler(Agent(), worker="writer")
 
 
 @pytest.mark.parametrize("package", ["agent_framework", "agents", "pydantic_ai", "swarm"])

@@ -23,7 +23,8 @@ _SDK_BASES: Final = ("SyncAPIClient", "AsyncAPIClient")  # of every SDK generate
 _RESOURCE_BASES: Final = ("SyncAPIResource", "AsyncAPIResource")
 _ANYTHING: Final = (
     "bind takes clients of OpenAI's and Anthropic's SDKs and of their subclasses, LangChain models over these and what"
-    " bind_tools and with_structured_output make of them, and httpx or httpx2 clients. For anything else run the"
+    " bind_tools and with_structured_output make of them, AutoGen's model clients over these, and httpx or httpx2"
+    " clients. For anything else run the"
     " gateway (`forebay gateway`), and set its address as the base URL."
 )
 _RETRY: Final = (
@@ -40,11 +41,28 @@ _PYDANTIC_AI: Final = (
     " a provider takes none, ConcurrencyLimitedModel(model, UpstreamLimiter(upstream)) waits in the upstream:"
     " UpstreamLimiter is in forebay.adapters.pydantic_ai."
 )
+_AUTOGEN: Final = (
+    "bind the model client that it is made with: `AssistantAgent('name', upstream.bind(OpenAIChatCompletionClient("
+    "...)))`."
+)
+_AUTOGEN_CLIENT: Final = (
+    "of AutoGen's model clients bind takes those over OpenAI's and Anthropic's SDKs. Use OpenAIChatCompletionClient"
+    " with the base_url of an endpoint that is compatible with OpenAI's, or of the gateway (`forebay gateway`)."
+)
 _GOOGLE: Final = (
     "give it bound HTTP clients: genai.Client(http_options={'httpx_client': upstream.bind(httpx.Client()),"
     " 'httpx_async_client': upstream.bind(httpx.AsyncClient())}) with Upstream(provider='generic'). Or use the gateway"
     " (`forebay gateway`), and set its address as http_options={'base_url': ...}."
 )
+#: What to bind instead of an object of a package, by the start of the module of its class or of a base of that.
+_ADVICE: Final = {
+    "agent_framework.": _AGENT_FRAMEWORK,
+    "autogen_agentchat.": _AUTOGEN,
+    "autogen_core.": _AUTOGEN,
+    "google.genai.": _GOOGLE,
+    "langgraph.": _GRAPH,
+    "pydantic_ai.": _PYDANTIC_AI,
+}
 _LAZY: Final = ("_client", "_async_client")  # of LangChain models that take no client
 
 
@@ -80,6 +98,8 @@ class ClientBinder:
             return self._bind_sdk(client, sdk)
         if _is_langchain(client):
             return self._bind_langchain(client)
+        if _is_autogen(client):
+            return self._bind_autogen(client)
         raise _not_bindable(client)
 
     # --- httpx and httpx2 ---
@@ -140,9 +160,7 @@ class ClientBinder:
         for name in _LAZY:
             if isinstance(getattr(type(model), name, None), functools.cached_property):
                 getattr(model, name)
-        found = {name: bound for name, value in vars(model).items() if (bound := self._bind_part(value)) is not None}
-        if not found:
-            raise _not_bindable(model)
+        found = self._bound_parts(model)
         if _is_a(model, "langchain_core.runnables.retry", "RunnableRetry"):
             raise NotBindable(kind="a LangChain model .with_retry()", advice=_RETRY)
         if all(bound is vars(model)[name] for name, bound in found.items()):
@@ -151,6 +169,36 @@ class ClientBinder:
         vars(bound_model).update(found)
         return bound_model
 
+    # --- AutoGen ---
+
+    def _bind_autogen(self, client: Any) -> Any:
+        """Return a bound copy of a model client over an SDK's client, or of a cache before one."""
+        found = self._bound_parts(client)
+        if all(bound is vars(client)[name] for name, bound in found.items()):
+            return client
+        bound_client = object.__new__(type(client))  # copying it would make an SDK's client from its configuration
+        vars(bound_client).update(vars(client) | found)
+        if "_client" in found and "_raw_config" in vars(client):  # from which copies of the copy make theirs
+            bound_client._raw_config = {
+                **client._raw_config,  # noqa: SLF001
+                "http_client": found["_client"]._client,  # noqa: SLF001
+                "max_retries": 0,
+            }
+        return bound_client
+
+    # --- parts of models and model clients ---
+
+    def _bound_parts(self, model: Any) -> dict[str, Any]:
+        """Return the bound forms of the attributes that have clients, by name.
+
+        Raises:
+            NotBindable: none has.
+        """
+        found = {name: bound for name, value in vars(model).items() if (bound := self._bind_part(value)) is not None}
+        if not found:
+            raise _not_bindable(model)
+        return found
+
     def _bind_part(self, value: Any) -> Any:
         """Return the bound form of an attribute of a model; None if there is no client in it."""
         if _library_of(value) is not None or _sdk_of(value) is not None:
@@ -158,6 +206,8 @@ class ClientBinder:
         if _package_of_base(value, _RESOURCE_BASES) is not None and _sdk_of(value._client) is not None:  # noqa: SLF001
             bound = self.bind(value._client)  # noqa: SLF001
             return value if bound is value._client else type(value)(bound)  # noqa: SLF001
+        if _is_autogen(value):
+            return self._bind_autogen(value)
         if _is_langchain(value):
             return self._bind_step(value)
         if isinstance(value, list | tuple | dict):
@@ -209,16 +259,10 @@ def _package_of_base(thing: Any, names: tuple[str, ...]) -> str | None:
 def _not_bindable(client: Any) -> NotBindable:
     """Return the error for an object that cannot be bound, with what to do instead."""
     kind = f"{type(client).__module__}.{type(client).__qualname__}"
-    package = kind.partition(".")[0]
-    if kind.startswith("google.genai."):
-        return NotBindable(kind=kind, advice=_GOOGLE)
-    if any(base.__module__.startswith("agent_framework.") for base in type(client).__mro__):
-        return NotBindable(kind=kind, advice=_AGENT_FRAMEWORK)
-    if package == "langgraph":
-        return NotBindable(kind=kind, advice=_GRAPH)
-    if any(base.__module__.startswith("pydantic_ai.") for base in type(client).__mro__):
-        return NotBindable(kind=kind, advice=_PYDANTIC_AI)
-    return NotBindable(kind=kind, advice=_ANYTHING)
+    advice = _AUTOGEN_CLIENT if _is_autogen(client) else None
+    bases = [f"{base.__module__}." for base in type(client).__mro__]
+    found = (text for package, text in _ADVICE.items() if any(base.startswith(package) for base in bases))
+    return NotBindable(kind=kind, advice=advice or next(found, _ANYTHING))
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:
@@ -229,6 +273,13 @@ def _is_langchain(client: Any) -> bool:
     if any(base.__module__.startswith("langgraph.") for base in type(client).__mro__):
         return False
     return any(base.__module__.startswith("langchain_core.") for base in type(client).__mro__)
+
+
+def _is_autogen(client: Any) -> bool:
+    return any(
+        base.__name__ == "ChatCompletionClient" and base.__module__.startswith("autogen_core.")
+        for base in type(client).__mro__
+    )
 
 
 @functools.cache
