@@ -1,16 +1,17 @@
 import asyncio
 
-import openai.resources  # otherwise the first call imports it, in the event loop
 from agent_framework import Agent
 from agent_framework.openai import OpenAIChatCompletionClient
+from openai import AsyncOpenAI
 from forebay import BackpressureSupervisor, Task, Upstream
 from forebay.simulation import ProviderConfig, start_provider  # stands for OpenAI
 
 async def main(url: str) -> None:
     key = Upstream("key", provider="openai", max_concurrent=5)  # for all agents together
-    async with openai.AsyncOpenAI(api_key="sk-...", base_url=url) as client, BackpressureSupervisor() as supervisor:
-        model = OpenAIChatCompletionClient(model="gpt-4o-mini", async_client=key.bind(client))
-        agent = Agent(client=model, name="researcher", instructions="Write notes.")  # your agent, as it is
+    client = key.bind(AsyncOpenAI(api_key="sk-...", base_url=url))
+    model = OpenAIChatCompletionClient(model="gpt-4o-mini", async_client=client)
+    agent = Agent(client=model, name="researcher", instructions="Write notes.")  # your agent, as it is
+    async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("researcher", handler=agent, task_types=["research"], max_concurrent=20)
         results = await asyncio.gather(*(supervisor.run(Task("research", f"river {n}")) for n in range(50)))
     account = key.statistics().accounts[0]

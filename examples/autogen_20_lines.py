@@ -1,6 +1,5 @@
 import asyncio
 
-import openai.resources  # noqa: F401 - otherwise the first call imports it, in the event loop
 from autogen_agentchat.agents import AssistantAgent
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from forebay import BackpressureSupervisor, Task, Upstream

@@ -8,9 +8,9 @@ set_tracing_disabled(True)
 
 async def main(url: str) -> None:
     key = Upstream("key", provider="openai", max_concurrent=5)  # for all agents together
-    async with AsyncOpenAI(api_key="sk-...", base_url=url) as client, BackpressureSupervisor() as supervisor:
-        model = OpenAIChatCompletionsModel("gpt-4o-mini", key.bind(client))
-        agent = Agent(name="researcher", instructions="Write notes.", model=model)  # your agent, as it is
+    model = OpenAIChatCompletionsModel("gpt-4o-mini", key.bind(AsyncOpenAI(api_key="sk-...", base_url=url)))
+    agent = Agent(name="researcher", instructions="Write notes.", model=model)  # your agent, as it is
+    async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("researcher", handler=agent, task_types=["research"], max_concurrent=20)
         results = await asyncio.gather(*(supervisor.run(Task("research", f"river {n}")) for n in range(50)))
     account = key.statistics().accounts[0]

@@ -7,9 +7,10 @@ from forebay.simulation import ProviderConfig, start_provider  # stands for Open
 
 async def main(url: str) -> None:
     key = Upstream("key", provider="openai", max_concurrent=5)  # for all agents together
-    async with AsyncOpenAI(api_key="sk-...", base_url=url) as client, BackpressureSupervisor() as supervisor:
-        agent = Agent(name="researcher", model="gpt-4o-mini", instructions="Write notes.")  # your agent, as it is
-        supervisor.register_worker("researcher", handler=agent, config={"client": key.bind(client)},
+    client = key.bind(AsyncOpenAI(api_key="sk-...", base_url=url))
+    agent = Agent(name="researcher", model="gpt-4o-mini", instructions="Write notes.")  # your agent, as it is
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("researcher", handler=agent, config={"client": client},
                                    task_types=["research"], max_concurrent=20)
         results = await asyncio.gather(*(supervisor.run(Task("research", f"river {n}")) for n in range(50)))
     account = key.statistics().accounts[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Final, TypeVar
 
@@ -24,8 +26,7 @@ _RESOURCE_BASES: Final = ("SyncAPIResource", "AsyncAPIResource")
 _ANYTHING: Final = (
     "bind takes clients of OpenAI's and Anthropic's SDKs and of their subclasses, LangChain models over these and what"
     " bind_tools and with_structured_output make of them, AutoGen's model clients over these, and httpx or httpx2"
-    " clients. For anything else run the"
-    " gateway (`forebay gateway`), and set its address as the base URL."
+    " clients. For anything else run the gateway (`forebay gateway`), and set its address as the base URL."
 )
 _RETRY: Final = (
     "LangChain would send each call again that the upstream has retried or rejected. Leave out .with_retry(), and say"
@@ -145,6 +146,8 @@ class ClientBinder:
         http = _library_of(client._client)  # noqa: SLF001 - what with_options passes on
         if http is None:
             raise _not_bindable(client._client)  # noqa: SLF001
+        with contextlib.suppress(ImportError):
+            import_module(f"{sdk}.resources")  # the first call would, and stop the event loop for most of a second
         inner = self._bind_http(client._client, http, sdk_errors_of(sdk))  # noqa: SLF001
         if inner is client._client and client.max_retries == 0:  # noqa: SLF001
             return client

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib
 import operator
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, TypedDict
@@ -307,3 +309,12 @@ def test_a_tool_of_langchain_that_is_no_function_is_refused_with_what_to_write()
 
     with pytest.raises(NotGuardable, match="Guard what its _run and _arun call"):
         Upstream("search").guard(LookUp())  # type: ignore[arg-type]
+
+
+def test_bind_imports_what_the_first_call_would_import() -> None:
+    code = (
+        "import sys, openai; from forebay import Upstream; client = openai.AsyncOpenAI(api_key='sk-...');"
+        " assert 'openai.resources' not in sys.modules; Upstream('key').bind(client);"
+        " assert 'openai.resources' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
