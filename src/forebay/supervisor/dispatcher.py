@@ -401,10 +401,10 @@ class Dispatcher:
         priority, nested = ticket.task.priority, ticket.nested
         failed_on = None if ticket.retries is None else ticket.retries.failed_on
         if failed_on is not None:
-            other = self.start_gate.pick(pool, priority, nested=nested, avoid=failed_on)
+            other = self.start_gate.pick(pool, priority, nested=nested, avoid=failed_on, ticket=ticket)
             if other is not None:
                 return other
-        return self.start_gate.pick(pool, priority, nested=nested)
+        return self.start_gate.pick(pool, priority, nested=nested, ticket=ticket)
 
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""

@@ -137,6 +137,11 @@ class PoolGroup(SlotCounts):
         """True if it has a worker."""
         return bool(self._informed)
 
+    def expect_all(self, pool: Pool) -> None:
+        """Have the selector of `pool`, a new one, ask for the score of each worker of the group."""
+        for worker in self._informed:
+            pool.selector.expect(worker, self)
+
     def score_fell(self, worker: WorkerAgent) -> None:
         """Have each selector that knows the former score of `worker` ask for the present one."""
         informed, self._informed[worker] = self._informed[worker], []

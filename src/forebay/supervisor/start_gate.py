@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from forebay.supervisor.worker import URGENT
 from forebay.task import Priority
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.runs.run import ActiveRuns, Run
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.slot_counts import SlotCounts
+    from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
     from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -87,7 +90,7 @@ class StartGate:
             return True
         return self.may_start(worker, head[3], waiting=len(pool.queue))
 
-    def pick(
+    def pick(  # noqa: PLR0913 - the facts about a task
         self,
         pool: Pool,
         priority: Priority,
@@ -95,14 +98,21 @@ class StartGate:
         nested: bool = False,
         idle_first: bool = False,
         avoid: WorkerAgent | None = None,
+        ticket: Ticket | None = None,
     ) -> WorkerAgent | None:
         """Return the worker on which a run of `priority` may start now, if there is one, but never `avoid`.
 
-        None while its type is paused.
+        None while its type is paused. It is the cheapest that makes the deadline of `ticket`, where workers differ in
+        cost; without one, or for CRITICAL and HIGH, the one that would finish first.
         """
         if pool.paused:
             return None
-        worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
+        if pool.by_cost is not None and ticket is not None and priority > URGENT:
+            left = math.inf if ticket.deadline is None else ticket.deadline.remaining()
+            within = pool.usual_time(left, ticket.task.estimate)
+            worker = pool.by_cost.pick_cheapest(self._loop.time(), within, priority, nested=nested)
+        else:
+            worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
         if worker is avoid and worker is not None:
             worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
         if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):

@@ -199,6 +199,7 @@ class BackpressureSupervisor:
         reserve: int = 0,
         timeout: float = 300.0,
         retry: Retry | None = None,
+        cost: float | Mapping[str, float] | None = None,
         payload: Any = None,
         result: Any = None,
         config: Config | None = None,
@@ -229,6 +230,9 @@ class BackpressureSupervisor:
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             retry: how tasks whose attempts fail, or run out of time, are tried again, unless the task has a policy of
                 its own. None: they are not. Between two attempts a task holds no slot.
+            cost: US dollars that a task costs on it, or a mapping of them by task type. None: learned from what the
+                calls of its runs are charged by upstreams with budgets. Where the costs of the workers of a type
+                differ, NORMAL and LOW tasks go to the cheapest one that makes their deadline.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
@@ -269,6 +273,7 @@ class BackpressureSupervisor:
             reserve=reserve,
             timeout=timeout,
             retry=retry,
+            cost=cost,
             config=config,
             engine=engine,
             on_cancel=on_cancel,

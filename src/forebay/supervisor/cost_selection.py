@@ -1,0 +1,322 @@
+"""Cost selection: finds the cheapest worker that makes a task's deadline, in O(log workers) for each cost."""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections.abc import Callable
+from typing import Final
+
+from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_costs import AVERAGE_GAIN
+from forebay.supervisor.worker_selection import ScoreSource, WorkerSelector
+from forebay.task import Priority
+
+NO_COST: Final = math.inf  # the class of workers without a cost, or with recent failures
+_SAME_COST: Final = 1.5  # learned costs that differ by no more than this factor count as equal: each run costs another
+_SPREADS: Final = 3.0  # mean deviations above the average that a run is expected to take at most
+_FIRST_SPREAD: Final = 0.5  # of the first time, as the deviation while there is no other
+_UNKNOWN: Final = 1.0 + _SPREADS * _FIRST_SPREAD  # times the average, while no deviation is known
+_CUT_OFF: Final = 1.5  # a run that its deadline cut off is taken to need this many times its time
+_RETRIAL: Final = 60.0  # seconds after which a class that is too slow by its times is tried again
+_MAX_RETRIAL: Final = 3600.0  # the longest such time, after it was too slow again and again
+
+
+class RunTimes:
+    """The times of the runs of one worker: an average, and the mean deviation from it.
+
+    Source: V. Jacobson, "Congestion Avoidance and Control", 1988, which bounds round trips so.
+    """
+
+    __slots__ = ("average", "spread")
+
+    def __init__(self, seconds: float) -> None:
+        self.average = seconds
+        self.spread = _FIRST_SPREAD * seconds
+
+    def record(self, seconds: float) -> None:
+        """Record that a run took `seconds`."""
+        error = seconds - self.average
+        self.average += AVERAGE_GAIN * error
+        self.spread += AVERAGE_GAIN * (abs(error) - self.spread)
+
+    @property
+    def cautious(self) -> float:
+        """The seconds that a run is expected to take at most."""
+        return self.average + _SPREADS * self.spread
+
+
+class _SpeedSelector(WorkerSelector):
+    """The workers of one cost by the seconds that a run takes there at most, whatever runs there now."""
+
+    __slots__ = ("_times",)
+
+    def __init__(self, task_type: str, typical: Callable[[], float], times: dict[WorkerAgent, RunTimes]) -> None:
+        super().__init__(task_type, typical)
+        self._times = times
+
+    def _key(self, worker: WorkerAgent, typical: float) -> float:
+        times = self._times.get(worker)
+        return _UNKNOWN * worker.duration(self._task_type, typical) if times is None else times.cautious
+
+    def _score(self, worker: WorkerAgent) -> float:
+        return self._key(worker, 1.0)
+
+
+class _CostClass:
+    """The workers of one cost: by score, and by speed.
+
+    Attributes:
+        cost: dollars a task.
+        by_score: them, by score.
+        by_speed: them, by the seconds that a run takes at most.
+        workers: them.
+        seconds: average seconds of their successes; None before the first.
+        retry_at: loop time from which a task is tried there that would end too late by the times, once that is asked.
+    """
+
+    __slots__ = ("_retrial", "by_score", "by_speed", "cost", "retry_at", "seconds", "workers")
+
+    def __init__(self, cost: float, by_score: WorkerSelector, by_speed: WorkerSelector) -> None:
+        self.cost = cost
+        self.by_score = by_score
+        self.by_speed = by_speed
+        self.workers: set[WorkerAgent] = set()
+        self.seconds: float | None = None
+        self.retry_at: float | None = None
+        self._retrial = _RETRIAL
+
+    def record(self, now: float, seconds: float) -> None:
+        """Record a success."""
+        self.seconds = seconds if self.seconds is None else self.seconds + AVERAGE_GAIN * (seconds - self.seconds)
+        self._retrial = _RETRIAL
+        self.retry_at = now + _RETRIAL
+
+    def record_cut_off(self, now: float) -> None:
+        """Record that a run was cut off by its deadline: the class is tried again later each time."""
+        self.retry_at = max(self.retry_at or 0.0, now + self._retrial)
+
+    def try_again(self, now: float) -> bool:
+        """Return whether to try a task there that would end too late by the times; the next one, after a while."""
+        if self.retry_at is None or now < self.retry_at:
+            self.retry_at = self.retry_at or now + self._retrial
+            return False
+        self.retry_at = now + self._retrial
+        self._retrial = min(2 * self._retrial, _MAX_RETRIAL)
+        return True
+
+
+class CostSelector:
+    """The workers of one task type whose costs differ: by cost, and those of one cost by score.
+
+    It replaces the `WorkerSelector` of a pool once two of its workers differ in cost. A pick asks each cost in turn,
+        retry_at: loop time from which a task is tried there that would end too late by the times; None until then.
+    Workers without a cost come last, and so do those that have failed a short while ago: for them nothing but the score
+    counts.
+
+    Args:
+        task_type: the task type whose costs and durations count.
+        median: returns the median seconds of the pool's tasks, or None before the first.
+    """
+
+    __slots__ = ("_classes", "_costs", "_expected", "_filed", "_median", "_task_type", "_times")
+
+    def __init__(self, task_type: str, median: Callable[[], float | None]) -> None:
+        self._task_type = task_type
+        self._median = median
+        self._costs: list[float] = []  # of the classes, in order
+        self._classes: dict[float, _CostClass] = {}
+        self._filed: dict[WorkerAgent, float] = {}  # the class of each worker
+        self._times: dict[WorkerAgent, RunTimes] = {}
+        self._expected: dict[WorkerAgent, ScoreSource] = {}  # to be updated before the next pick
+
+    # --- workers ---
+
+    def update(self, worker: WorkerAgent) -> None:
+        """Take `worker` into account again, because it is new, finished a task, or can accept tasks again."""
+        cost = self._class_of(worker)
+        if self._filed.get(worker) != cost:
+            self._unfile(worker)
+            self._filed[worker] = cost
+            self._class(cost).workers.add(worker)
+        found = self._classes[cost]
+        found.by_score.update(worker)
+        found.by_speed.update(worker)
+
+    def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
+        """Update `worker` before the next pick, and tell `source` then that its score is known."""
+        self._expected[worker] = source
+
+    def forget(self, worker: WorkerAgent) -> None:
+        """Forget a worker that is gone."""
+        self._expected.pop(worker, None)
+        self._unfile(worker)
+        self._times.pop(worker, None)
+
+    def record(self, now: float, worker: WorkerAgent, seconds: float) -> None:
+        """Record that a run on `worker` succeeded after `seconds`."""
+        self._record_time(worker, seconds)
+        if (cost := self._filed.get(worker)) is not None:
+            self._classes[cost].record(now, seconds)
+
+    def record_cut_off(self, now: float, worker: WorkerAgent, seconds: float) -> None:
+        """Record that a run on `worker` was cut off by its deadline after `seconds`: it needs longer.
+
+        Otherwise a worker that is too slow would look as fast as its few short runs. One that was cut off early says
+        nothing.
+        """
+        times = self._times.get(worker)
+        if times is None or _CUT_OFF * seconds > times.average:
+            self._record_time(worker, _CUT_OFF * seconds)
+        if (cost := self._filed.get(worker)) is not None:
+            self._classes[cost].record_cut_off(now)
+
+    def _record_time(self, worker: WorkerAgent, seconds: float) -> None:
+        times = self._times.get(worker)
+        if times is None:
+            self._times[worker] = RunTimes(seconds)
+        else:
+            times.record(seconds)
+
+    # --- picks ---
+
+    def pick(
+        self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, idle_first: bool = False
+    ) -> WorkerAgent | None:
+        """Return the worker with the least score that can accept a task, whatever it costs. See `WorkerSelector`."""
+        self._update_expected()
+        best = [
+            worker
+            for each in self._classes.values()
+            if (worker := each.by_score.pick(priority, nested=nested, idle_first=idle_first)) is not None
+        ]
+        if idle_first:
+            best = [worker for worker in best if not worker.current_tasks] or best
+        return self._least_score(best)
+
+    def pick_cheapest(
+        self, now: float, within: float, priority: Priority, *, nested: bool = False
+    ) -> WorkerAgent | None:
+        """Return the cheapest worker that can accept a task and is expected to finish it within `within` seconds.
+
+        Of those of one cost it is the one with the least score or, if that is too slow, the fastest one. If no worker
+        with a cost makes it, it is the one with the least score of all.
+        """
+        self._update_expected()
+        untried = self._untried(priority, nested=nested)
+        if untried is not None and self._makes_it(untried, within):
+            return untried
+        for cost in (*self._costs,):  # a class may be gone when its last worker has failed
+            found = self._classes.get(cost)
+            if found is None or cost == NO_COST:
+                continue
+            worker = self._best(found, priority, nested=nested)
+            if worker is None or self._makes_it(worker, within):
+                if worker is not None:
+                    return worker
+                continue
+            fastest = found.by_speed.pick(priority, nested=nested)
+            if fastest is not None and (self._makes_it(fastest, within) or found.try_again(now)):
+                return fastest
+        return self.pick(priority, nested=nested)
+
+    def pick_other(self, *, avoid: WorkerAgent, priority: Priority, nested: bool) -> WorkerAgent | None:
+        """Return the worker with the least score, but not `avoid`, that can accept a task, or None."""
+        others = [
+            worker
+            for each in self._classes.values()
+            if (worker := each.by_score.pick_other(avoid=avoid, priority=priority, nested=nested)) is not None
+        ]
+        return self._least_score(others)
+
+    def fastest(self) -> float | None:
+        """Return the average seconds of a success at the cost where it is least, or None before the first."""
+        return min((each.seconds for each in self._classes.values() if each.seconds is not None), default=None)
+
+    def expected_time(self, worker: WorkerAgent) -> float:
+        """Return the seconds that a run on `worker` is expected to take at most; 0 while nothing is known of any."""
+        times = self._times.get(worker)
+        return _UNKNOWN * worker.duration(self._task_type, self._median() or 0.0) if times is None else times.cautious
+
+    def _makes_it(self, worker: WorkerAgent, within: float) -> bool:
+        return within == math.inf or self.expected_time(worker) <= within
+
+    def _best(self, found: _CostClass, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        """Return the worker of a class with the least score; move those out of it that have failed."""
+        while (worker := found.by_score.pick(priority, nested=nested)) is not None and worker.penalty > 1.0:
+            self.update(worker)
+        return worker
+
+    def _untried(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        """Return an idle worker whose cost is to be learned and that has not finished a task of the type yet.
+
+        It is tried with one task at a time. Otherwise, while a dear worker is fast, the cost of a cheap one might never
+        be learned.
+        """
+        found = self._classes.get(NO_COST)
+        if found is None or len(self._costs) == 1:
+            return None
+        worker = found.by_score.pick_untimed()
+        if worker is None or worker.current_tasks or worker.penalty > 1.0 or worker in self._times:
+            return None
+        return worker if worker.may_begin(priority, nested=nested) else None
+
+    def _least_score(self, workers: list[WorkerAgent]) -> WorkerAgent | None:
+        typical = self._typical()
+        return min(workers, key=lambda worker: worker.score(self._task_type, typical), default=None)
+
+    def _typical(self) -> float:
+        return self._median() or 1.0
+
+    # --- classes ---
+
+    def _class_of(self, worker: WorkerAgent) -> float:
+        """Return the class that a worker belongs to now."""
+        cost = worker.cost(self._task_type)
+        if cost is None or worker.penalty > 1.0:
+            return NO_COST
+        if worker.given_cost(self._task_type) is not None:
+            return compared_cost(cost)
+        present = self._filed.get(worker, NO_COST)
+        if _is_close(cost, present):
+            return present
+        close = [known for known in self._costs if _is_close(cost, known)]
+        return min(close, key=lambda known: abs(known - cost), default=compared_cost(cost))
+
+    def _class(self, cost: float) -> _CostClass:
+        found = self._classes.get(cost)
+        if found is None:
+            by_score = WorkerSelector(self._task_type, self._typical)
+            by_speed = _SpeedSelector(self._task_type, self._typical, self._times)
+            found = self._classes[cost] = _CostClass(cost, by_score, by_speed)
+            insort(self._costs, cost)
+        return found
+
+    def _unfile(self, worker: WorkerAgent) -> None:
+        cost = self._filed.pop(worker, None)
+        if cost is None:
+            return
+        found = self._classes[cost]
+        found.by_score.forget(worker)
+        found.by_speed.forget(worker)
+        found.workers.discard(worker)
+        if not found.workers:
+            del self._classes[cost]
+            self._costs.remove(cost)
+
+    def _update_expected(self) -> None:
+        if self._expected:
+            expected, self._expected = self._expected, {}
+            for worker, source in expected.items():
+                self.update(worker)
+                source.inform(worker, self)
+
+
+def compared_cost(cost: float) -> float:
+    """Return a cost as it is compared with others: by two digits, so that there are few."""
+    return float(f"{cost:.2g}")
+
+
+def _is_close(cost: float, other: float) -> bool:
+    """Return whether a learned cost counts as equal to `other`."""
+    return other != NO_COST and max(cost, other) <= _SAME_COST * min(cost, other)
