@@ -9,6 +9,7 @@ upstream with a budget. *Bound* is what a task costs at least: as many as the li
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ CAPACITY: Final = sum(worker["max_concurrent"] / worker["seconds"] for worker in
 SHAPE: Final = 4.0  # of the sizes
 DEADLINES: Final = (6.0, 15.0, 30.0, 60.0, 300.0)
 LOADS: Final = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5)  # of the capacity
-SIDES: Final = ("score", "given", "learned")
+SIDES: Final = ("score", "given", "learned", "waiting")
 SECONDS: Final = 1_800.0
 FROM: Final = 200.0
 
@@ -48,8 +49,11 @@ class CostRun:
             for name, worker in WORKERS.items():
                 given = {"cost": worker["usd"]} if self._side not in ("score", "learned") else {}
                 supervisor.register_worker(
-                    name, handler=self._handler(worker, upstream), task_types=["answer"],
-                    max_concurrent=int(worker["max_concurrent"]), **given,
+                    name,
+                    handler=self._handler(worker, upstream),
+                    task_types=["answer"],
+                    max_concurrent=int(worker["max_concurrent"]),
+                    **given,
                 )
             tickets = []
             while loop.time() < SECONDS:
@@ -65,7 +69,7 @@ class CostRun:
                 self._in_time += result is not None and result.status is TaskStatus.SUCCEEDED
 
     def _settings(self) -> dict[str, Any]:
-        return {}
+        return {"max_cost_wait": math.inf} if self._side == "waiting" else {}
 
     def _handler(self, worker: dict[str, float], upstream: Upstream | None) -> Any:
         async def handler(task: Task) -> None:
@@ -98,13 +102,17 @@ def one(case: tuple[str, float, float, int]) -> tuple[float, float]:
 
 def run() -> dict[str, float]:
     """Return dollars for a task in time, and shares of tasks that were not."""
-    cases = [(side, load, within, seed) for side in SIDES for within in DEADLINES for load in LOADS for seed in range(SEEDS)]
+    cases = [
+        (side, load, within, seed) for side in SIDES for within in DEADLINES for load in LOADS for seed in range(SEEDS)
+    ]
     found = dict(zip(cases, run_parallel(one, cases), strict=True))
     results: dict[str, float] = {}
     for within in DEADLINES:
         for load in LOADS:
             for side in SIDES:
                 runs = [found[side, load, within, seed] for seed in range(SEEDS)]
-                results[f"{within:.0f} s, load {load}, {side}: mUSD"] = 1000 * rounded_median(1000 * usd for usd, _ in runs) / 1000
+                results[f"{within:.0f} s, load {load}, {side}: mUSD"] = (
+                    1000 * rounded_median(1000 * usd for usd, _ in runs) / 1000
+                )
                 results[f"{within:.0f} s, load {load}, {side}: late"] = rounded_median(late for _, late in runs)
     return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from forebay.supervisor.worker import WorkerAgent
@@ -14,11 +14,11 @@ from forebay.task import Priority
 
 NO_COST: Final = math.inf  # the class of workers without a cost, or with recent failures
 _SAME_COST: Final = 1.5  # learned costs that differ by no more than this factor count as equal: each run costs another
-_SPREADS: Final = 3.0  # mean deviations above the average that a run is expected to take at most
+_SPREADS: Final = 2.5  # mean deviations above the average: 95 in a hundred end by then, even of exponential times
 _FIRST_SPREAD: Final = 0.5  # of the first time, as the deviation while there is no other
 _UNKNOWN: Final = 1.0 + _SPREADS * _FIRST_SPREAD  # times the average, while no deviation is known
 _CUT_OFF: Final = 1.5  # a run that its deadline cut off is taken to need this many times its time
-_RETRIAL: Final = 60.0  # seconds after which a class that is too slow by its times is tried again
+_RETRIAL: Final = 20.0  # seconds after which a class that is too slow by its times is tried again
 _MAX_RETRIAL: Final = 3600.0  # the longest such time, after it was too slow again and again
 
 
@@ -62,6 +62,9 @@ class _SpeedSelector(WorkerSelector):
     def _score(self, worker: WorkerAgent) -> float:
         return self._key(worker, 1.0)
 
+    def _heap_index(self, worker: WorkerAgent) -> int:
+        return 0 if worker in self._times else super()._heap_index(worker)
+
 
 class _CostClass:
     """The workers of one cost: by score, and by speed.
@@ -71,26 +74,49 @@ class _CostClass:
         by_score: them, by score.
         by_speed: them, by the seconds that a run takes at most.
         workers: them.
-        seconds: average seconds of their successes; None before the first.
-        retry_at: loop time from which a task is tried there that would end too late by the times, once that is asked.
+        times: of their successes; None before the first.
+        slots: of them, when they were counted last; None if that may have changed.
+        retry_at: loop time from which a task is tried there though it would end too late by the times; or None.
     """
 
-    __slots__ = ("_retrial", "by_score", "by_speed", "cost", "retry_at", "seconds", "workers")
+    __slots__ = ("_retrial", "by_score", "by_speed", "cost", "retry_at", "slots", "times", "workers")
 
     def __init__(self, cost: float, by_score: WorkerSelector, by_speed: WorkerSelector) -> None:
         self.cost = cost
         self.by_score = by_score
         self.by_speed = by_speed
         self.workers: set[WorkerAgent] = set()
-        self.seconds: float | None = None
+        self.times: RunTimes | None = None
+        self.slots: int | None = None
         self.retry_at: float | None = None
         self._retrial = _RETRIAL
 
+    def add(self, worker: WorkerAgent) -> None:
+        """Add a worker. Its selectors are updated next."""
+        self.workers.add(worker)
+        self.slots = None
+
+    def remove(self, worker: WorkerAgent) -> None:
+        """Remove a worker."""
+        self.by_score.forget(worker)
+        self.by_speed.forget(worker)
+        self.workers.discard(worker)
+        self.slots = None
+
     def record(self, now: float, seconds: float) -> None:
         """Record a success."""
-        self.seconds = seconds if self.seconds is None else self.seconds + AVERAGE_GAIN * (seconds - self.seconds)
+        if self.times is None:
+            self.times = RunTimes(seconds)
+        else:
+            self.times.record(seconds)
         self._retrial = _RETRIAL
         self.retry_at = now + _RETRIAL
+
+    def count_slots(self) -> int:
+        """Return the slots of its workers."""
+        if self.slots is None:
+            self.slots = sum(worker.slots for worker in self.workers)
+        return self.slots
 
     def record_cut_off(self, now: float) -> None:
         """Record that a run was cut off by its deadline: the class is tried again later each time."""
@@ -110,7 +136,7 @@ class CostSelector:
     """The workers of one task type whose costs differ: by cost, and those of one cost by score.
 
     It replaces the `WorkerSelector` of a pool once two of its workers differ in cost. A pick asks each cost in turn,
-        retry_at: loop time from which a task is tried there that would end too late by the times; None until then.
+    the cheapest first: few, because given costs are compared by two digits, and learned ones join one close to theirs.
     Workers without a cost come last, and so do those that have failed a short while ago: for them nothing but the score
     counts.
 
@@ -119,7 +145,7 @@ class CostSelector:
         median: returns the median seconds of the pool's tasks, or None before the first.
     """
 
-    __slots__ = ("_classes", "_costs", "_expected", "_filed", "_median", "_task_type", "_times")
+    __slots__ = ("_classes", "_costs", "_expected", "_filed", "_median", "_slots_version", "_task_type", "_times")
 
     def __init__(self, task_type: str, median: Callable[[], float | None]) -> None:
         self._task_type = task_type
@@ -128,6 +154,7 @@ class CostSelector:
         self._classes: dict[float, _CostClass] = {}
         self._filed: dict[WorkerAgent, float] = {}  # the class of each worker
         self._times: dict[WorkerAgent, RunTimes] = {}
+        self._slots_version = 0
         self._expected: dict[WorkerAgent, ScoreSource] = {}  # to be updated before the next pick
 
     # --- workers ---
@@ -138,7 +165,7 @@ class CostSelector:
         if self._filed.get(worker) != cost:
             self._unfile(worker)
             self._filed[worker] = cost
-            self._class(cost).workers.add(worker)
+            self._class(cost).add(worker)
         found = self._classes[cost]
         found.by_score.update(worker)
         found.by_speed.update(worker)
@@ -181,34 +208,40 @@ class CostSelector:
     # --- picks ---
 
     def pick(
-        self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, idle_first: bool = False
+        self,
+        priority: Priority = Priority.CRITICAL,
+        *,
+        nested: bool = False,
+        idle_first: bool = False,
+        skipped: Collection[float] = (),
     ) -> WorkerAgent | None:
         """Return the worker with the least score that can accept a task, whatever it costs. See `WorkerSelector`."""
         self._update_expected()
         best = [
             worker
-            for each in self._classes.values()
-            if (worker := each.by_score.pick(priority, nested=nested, idle_first=idle_first)) is not None
+            for cost, each in self._classes.items()
+            if cost not in skipped
+            and (worker := each.by_score.pick(priority, nested=nested, idle_first=idle_first)) is not None
         ]
         if idle_first:
             best = [worker for worker in best if not worker.current_tasks] or best
         return self._least_score(best)
 
     def pick_cheapest(
-        self, now: float, within: float, priority: Priority, *, nested: bool = False
+        self, now: float, within: float, priority: Priority, *, nested: bool = False, skipped: Collection[float] = ()
     ) -> WorkerAgent | None:
         """Return the cheapest worker that can accept a task and is expected to finish it within `within` seconds.
 
         Of those of one cost it is the one with the least score or, if that is too slow, the fastest one. If no worker
-        with a cost makes it, it is the one with the least score of all.
+        with a cost makes it, it is the one with the least score of all. Workers whose cost is `skipped` do not count.
         """
         self._update_expected()
-        untried = self._untried(priority, nested=nested)
+        untried = None if skipped else self._untried(priority, nested=nested)
         if untried is not None and self._makes_it(untried, within):
             return untried
         for cost in (*self._costs,):  # a class may be gone when its last worker has failed
             found = self._classes.get(cost)
-            if found is None or cost == NO_COST:
+            if found is None or cost == NO_COST or cost in skipped:
                 continue
             worker = self._best(found, priority, nested=nested)
             if worker is None or self._makes_it(worker, within):
@@ -218,7 +251,7 @@ class CostSelector:
             fastest = found.by_speed.pick(priority, nested=nested)
             if fastest is not None and (self._makes_it(fastest, within) or found.try_again(now)):
                 return fastest
-        return self.pick(priority, nested=nested)
+        return self.pick(priority, nested=nested, skipped=skipped)
 
     def pick_other(self, *, avoid: WorkerAgent, priority: Priority, nested: bool) -> WorkerAgent | None:
         """Return the worker with the least score, but not `avoid`, that can accept a task, or None."""
@@ -231,12 +264,54 @@ class CostSelector:
 
     def fastest(self) -> float | None:
         """Return the average seconds of a success at the cost where it is least, or None before the first."""
-        return min((each.seconds for each in self._classes.values() if each.seconds is not None), default=None)
+        return min((each.times.average for each in self._classes.values() if each.times is not None), default=None)
 
     def expected_time(self, worker: WorkerAgent) -> float:
         """Return the seconds that a run on `worker` is expected to take at most; 0 while nothing is known of any."""
         times = self._times.get(worker)
         return _UNKNOWN * worker.duration(self._task_type, self._median() or 0.0) if times is None else times.cautious
+
+    # --- waiting for a cheaper worker ---
+
+    def compared_cost_of(self, worker: WorkerAgent) -> float:
+        """Return the cost of a worker as it is compared with others; infinity if it has none, or has failed lately."""
+        return self._filed.get(worker, NO_COST)
+
+    def wait_for_cheaper(  # noqa: PLR0913 - the facts about a task, and what waits before it
+        self, worker: WorkerAgent, within: float, priority: Priority, *, ahead: int, max_wait: float, slots_version: int
+    ) -> float | None:
+        """Return for how many seconds to wait for a worker that is cheaper than `worker`, which is free; None: not.
+
+        A cheaper one must be expected to have a slot, and then to finish within `within` seconds, after `ahead` other
+        tasks. It is waited for as long as it would make it if it had a slot then, and `worker` would, too.
+
+        Args:
+            worker: that could start the task now.
+            within: seconds to the deadline of the task, or None.
+            priority: of the task.
+            ahead: how many tasks wait already.
+            max_wait: seconds to wait at most.
+            slots_version: changes whenever the slots of a worker do.
+        """
+        own = self.compared_cost_of(worker)
+        if own == NO_COST:
+            return None
+        if slots_version != self._slots_version:
+            self._slots_version = slots_version
+            for each in self._classes.values():
+                each.slots = None
+        rate, longest = 0.0, min(max_wait, within - self.expected_time(worker))
+        for cost in self._costs:
+            if cost >= own:
+                break
+            found = self._classes[cost]
+            if found.times is None or found.by_score.pick(priority) is not None:
+                continue  # nothing is known of it, or it has a slot now, and is too slow
+            left = within - found.times.cautious
+            if left > 0 and (slots := found.count_slots()):
+                rate += slots / found.times.average
+                longest = min(longest, left)
+        return longest if rate and (ahead + 1) / rate <= longest else None
 
     def _makes_it(self, worker: WorkerAgent, within: float) -> bool:
         return within == math.inf or self.expected_time(worker) <= within
@@ -287,7 +362,7 @@ class CostSelector:
         found = self._classes.get(cost)
         if found is None:
             by_score = WorkerSelector(self._task_type, self._typical)
-            by_speed = _SpeedSelector(self._task_type, self._typical, self._times)
+            by_speed = _SpeedSelector(self._task_type, lambda: self._median() or 0.0, self._times)
             found = self._classes[cost] = _CostClass(cost, by_score, by_speed)
             insort(self._costs, cost)
         return found
@@ -297,9 +372,7 @@ class CostSelector:
         if cost is None:
             return
         found = self._classes[cost]
-        found.by_score.forget(worker)
-        found.by_speed.forget(worker)
-        found.workers.discard(worker)
+        found.remove(worker)
         if not found.workers:
             del self._classes[cost]
             self._costs.remove(cost)

@@ -69,12 +69,12 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_delayed_of", "_given_cost", "_groups", "_not_admitted_at", "_paths", "_returned", "_sole_tenant",
-        "_standing", "_tenants", "_timeouts", "_turns", "_watched", "by_cost", "calls_per_run", "delayed",
-        "delayed_nested", "estimate_bypass", "estimated_times", "expects_records", "finishing", "max_queue_size",
-        "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "paused", "queue", "refill_policy",
-        "reserved", "resource", "retry_schedules", "selector", "service_times", "source_paths", "spilled",
-        "takes_turns", "task_type", "times_passed_over", "tracks_costs", "workers",
+        "_bounded", "_delayed_of", "_given_cost", "_groups", "_not_admitted_at", "_paths", "_returned",
+        "_sole_tenant", "_standing", "_tenants", "_timeouts", "_turns", "_watched", "by_cost", "calls_per_run",
+        "delayed", "delayed_nested", "estimate_bypass", "estimated_times", "expects_records", "finishing", "held",
+        "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "paused",
+        "queue", "refill_policy", "reserved", "resource", "retry_schedules", "selector", "service_times",
+        "source_paths", "spilled", "takes_turns", "task_type", "times_passed_over", "tracks_costs", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
@@ -112,7 +112,8 @@ class Pool(SlotCounts):
         self.delayed = 0  # tasks that wait for a time, as for their next attempt; they count as if they were queued
         self.delayed_nested = 0  # nested ones of them
         self._delayed_of: dict[tuple[str, bool], int] = {}  # the same by tenant, and whether they are nested
-        self.reserved = 0  # room kept for records that are being leased from the overflow
+        self.held = 0  # tasks that wait for a cheaper worker though a slot is free
+        self.reserved = 0  # room kept for them, and for records that are being leased from the overflow
         self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
@@ -330,6 +331,7 @@ class Pool(SlotCounts):
         reserved, taken = self.reserved_slots(priority)
         if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
+        ahead += self.held
         rate = self.service_times.drain_rate(max(0, self.usable_slots - reserved))
         wait = None if rate is None else ahead / rate if rate else math.inf
         if wait is None or (most := self._max_rate(tenant)) == math.inf:
@@ -470,8 +472,8 @@ class Pool(SlotCounts):
     def turn_came(self, now: float, ticket: Ticket, remaining: float) -> None:
         """Record how long a task has waited whose turn came `remaining` seconds before its deadline."""
         deadline, submitted_at = ticket.deadline, ticket.submitted_at
-        if deadline is None or submitted_at is None or ticket.nested or ticket.retries is not None:
-            return  # nested tasks go before the others, and the time of a retried one was not spent in the queue alone
+        if deadline is None or submitted_at is None or ticket.nested or ticket.retries is not None or ticket.held:
+            return  # nested tasks go before the others, and the time of these was not spent in the queue alone
         if ticket.task.thread_id is None:
             time, bound = deadline.at - submitted_at, self.max_wait(deadline.at - submitted_at, ticket.task.estimate)
             self._standing_queue(ticket.task.priority).observe(now, time - remaining, bound=bound, time=time)
@@ -767,6 +769,16 @@ class Pool(SlotCounts):
             del self._delayed_of[whose]
         if self._bounded:
             self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
+
+    def hold(self) -> None:
+        """Count a task that waits for a cheaper worker; it has room in the queue, where it may have to wait next."""
+        self.held += 1
+        self.reserved += 1
+
+    def stop_hold(self) -> None:
+        """Stop counting a task that waited for a cheaper worker."""
+        self.held -= 1
+        self.reserved -= 1
 
     def reserve(self, room: int) -> None:
         """Keep room for records that are being leased."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource
     from forebay.supervisor.core import Core
+    from forebay.supervisor.cost_selection import CostSelector
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns, Run
     from forebay.supervisor.runs.timers import Timer
@@ -108,16 +109,36 @@ class StartGate:
         if pool.paused:
             return None
         if pool.by_cost is not None and ticket is not None and priority > URGENT:
-            left = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-            within = pool.usual_time(left, ticket.task.estimate)
-            worker = pool.by_cost.pick_cheapest(self._loop.time(), within, priority, nested=nested)
-        else:
-            worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
+            return self._pick_cheapest(pool.by_cost, pool, ticket, avoid)
+        worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
         if worker is avoid and worker is not None:
             worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
         if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
             return worker
         return None
+
+    def _pick_cheapest(
+        self, costs: CostSelector, pool: Pool, ticket: Ticket, avoid: WorkerAgent | None
+    ) -> WorkerAgent | None:
+        priority, nested, skipped = ticket.task.priority, ticket.nested, list[float]()
+        while (worker := self.cheapest(costs, pool, ticket, skipped)) is not None:
+            if worker is avoid:
+                worker = costs.pick_other(avoid=worker, priority=priority, nested=nested)
+            if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
+                return worker
+            skipped.append(costs.compared_cost_of(worker))  # its upstream is under pressure; that of others may not be
+        return None
+
+    def cheapest(
+        self, costs: CostSelector, pool: Pool, ticket: Ticket, skipped: Collection[float] = ()
+    ) -> WorkerAgent | None:
+        """Return the cheapest worker of `pool` that can accept the task of `ticket` and makes its deadline.
+
+        See `CostSelector.pick_cheapest`.
+        """
+        left = math.inf if ticket.deadline is None else ticket.deadline.remaining()
+        within, task = pool.usual_time(left, ticket.task.estimate), ticket.task
+        return costs.pick_cheapest(self._loop.time(), within, task.priority, nested=ticket.nested, skipped=skipped)
 
     def may_start(self, worker: WorkerAgent, priority: Priority, *, waiting: int) -> bool:
         """Return whether a run of `priority` may start on `worker` now; `waiting` runs are queued for it."""

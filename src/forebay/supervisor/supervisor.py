@@ -105,6 +105,8 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
+        max_cost_wait: seconds that a task with a deadline may wait for a cheaper worker though a dearer one is free, as
+            long as that makes its deadline; ``math.inf`` for no other bound. 0: a free slot is used at once.
         tenants: the weight of a tenant, or a `Tenant` with its bounds, by name. Tenants with work waiting take turns by
             their weights; one that is not named has a weight of 1.
         strategy: which workers are started again when the life of one has ended: ``"one_for_one"``, it alone;
@@ -135,6 +137,7 @@ class BackpressureSupervisor:
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
+        max_cost_wait: float = 0.0,
         tenants: Mapping[str, float | Tenant] | None = None,
         strategy: str = "one_for_one",
         max_restarts: int = 3,
@@ -154,6 +157,7 @@ class BackpressureSupervisor:
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
+            max_cost_wait=max_cost_wait,
             tenants=tenant_settings(tenants),
             strategy=strategy,
             max_restarts=max_restarts,

@@ -14,10 +14,17 @@ _Heap = list[tuple[float, int]]
 _STAMP = 1  # index in an entry
 
 
+class Selector(Protocol):
+    """The workers of one task type, as far as a source of their scores needs it."""
+
+    def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
+        """Take the score of `worker` into account before the next pick, and tell `source` then that it is known."""
+
+
 class ScoreSource(Protocol):
     """The `PoolGroup` of a worker of many task types, as far as a selector needs it."""
 
-    def inform(self, worker: WorkerAgent, selector: WorkerSelector) -> None:
+    def inform(self, worker: WorkerAgent, selector: Selector) -> None:
         """Remember that `selector` knows the present score of `worker`."""
 
 
