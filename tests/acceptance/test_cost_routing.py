@@ -54,8 +54,8 @@ class Costs:
             agent.calls.clear()
         return self
 
-    async def __aexit__(self, *failure: object) -> None:
-        await self.supervisor.__aexit__(*failure)
+    async def __aexit__(self, *_: object) -> None:
+        await self.supervisor.__aexit__(None, None, None)
 
     async def submit(self, payload: object = None, *, within: float | None = None, **fields: Any) -> Ticket:
         deadline = None if within is None else Deadline.within(within)
@@ -98,13 +98,27 @@ async def test_an_urgent_task_goes_to_the_worker_that_finishes_it_first() -> Non
 
 
 @virtual
+async def test_a_worker_that_never_makes_the_deadline_does_not_get_every_task() -> None:
+    heavy, light = Agent(HEAVY), Agent(LIGHT)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("heavy", handler=heavy, task_types=["work"], cost=0.02)
+        supervisor.register_worker("light", handler=light, task_types=["work"], cost=0.002)
+        late = 0
+        for _ in range(60):  # nothing is known of either, and none of `light` ever succeeds
+            result = await (await supervisor.submit(Task("work", deadline=Deadline.within(8.0))))
+            late += not result.success
+        assert 1 <= late <= 5
+
+
+@virtual
 async def test_the_slowness_of_a_cheap_worker_rejects_no_task_that_a_free_one_makes() -> None:
     async with Costs() as costs:
         for _ in range(30):
             await (await costs.submit("cheap"))  # most of the latest times are those of `light`
-        ticket = await costs.submit("in a hurry", within=4.0)
-        assert ticket
-        assert (await ticket).status is TaskStatus.SUCCEEDED
+        for _ in range(4):  # one task in ten seconds passes any estimate
+            ticket = await costs.submit("in a hurry", within=4.0)
+            assert ticket
+            assert (await ticket).worker_id == "heavy"
 
 
 @virtual
@@ -194,7 +208,7 @@ async def test_what_a_task_costs_is_learned_from_what_its_calls_are_charged() ->
         ]
         for _ in range(4):
             await (await supervisor.submit(Task("work")))
-        assert [worker.cost("work") for worker in workers] == [pytest.approx(0.02), pytest.approx(0.002)]
+        assert [worker.cost("work") for worker in workers] == pytest.approx([0.02, 0.002])
         assert [worker.costs for worker in supervisor.statistics().workers] == [
             {"work": pytest.approx(0.02)},
             {"work": pytest.approx(0.002)},
@@ -219,7 +233,7 @@ async def test_calls_of_nested_tasks_are_charged_to_their_own_runs() -> None:
         outer = supervisor.register_worker("outer", handler=parent, task_types=["parent"])
         inner = supervisor.register_worker("inner", handler=Caller(key, 5.0, 1.0), task_types=["child"])
         await supervisor.run(Task("parent"))
-        assert (outer.cost("parent"), inner.cost("child")) == (pytest.approx(2.0), pytest.approx(5.0))
+        assert [outer.cost("parent"), inner.cost("child")] == pytest.approx([2.0, 5.0])
         assert outer.cost("child") is None
 
 
@@ -241,7 +255,7 @@ def test_calls_of_threads_are_charged_to_their_run() -> None:
     key = charging()
 
     def handler(_: Task) -> None:
-        for _ in range(3):
+        for _number in range(3):
             with key.call("m") as call:
                 call.settle(input_tokens=1, output_tokens=1, usd=0.5)
 
@@ -261,7 +275,7 @@ async def test_a_given_cost_is_not_changed_by_what_calls_are_charged() -> None:
         worker = supervisor.register_worker("worker", handler=handler, task_types=["work", "more"], cost={"work": 0.5})
         await supervisor.run(Task("work"))
         await supervisor.run(Task("more"))
-        assert (worker.cost("work"), worker.cost("more")) == (0.5, pytest.approx(1.0))
+        assert [worker.cost("work"), worker.cost("more")] == pytest.approx([0.5, 1.0])
 
 
 @virtual

@@ -278,21 +278,31 @@ class CostSelector:
         return self._filed.get(worker, NO_COST)
 
     def wait_for_cheaper(  # noqa: PLR0913 - the facts about a task, and what waits before it
-        self, worker: WorkerAgent, within: float, priority: Priority, *, ahead: int, max_wait: float, slots_version: int
+        self,
+        worker: WorkerAgent,
+        remaining: float,
+        priority: Priority,
+        *,
+        size: float,
+        ahead: int,
+        max_wait: float,
+        slots_version: int,
     ) -> float | None:
         """Return for how many seconds to wait for a worker that is cheaper than `worker`, which is free; None: not.
 
-        A cheaper one must be expected to have a slot, and then to finish within `within` seconds, after `ahead` other
-        tasks. It is waited for as long as it would make it if it had a slot then, and `worker` would, too.
+        A cheaper one must be expected to have a slot, after `ahead` other tasks, and then to make the deadline. It is
+        waited for as long as it would make it if it had a slot then, and `worker` would, too.
 
         Args:
             worker: that could start the task now.
-            within: seconds to the deadline of the task, or None.
+            remaining: seconds to the deadline of the task.
             priority: of the task.
+            size: how many times as long as an average task it takes.
             ahead: how many tasks wait already.
             max_wait: seconds to wait at most.
             slots_version: changes whenever the slots of a worker do.
         """
+        self._update_expected()
         own = self.compared_cost_of(worker)
         if own == NO_COST:
             return None
@@ -300,14 +310,14 @@ class CostSelector:
             self._slots_version = slots_version
             for each in self._classes.values():
                 each.slots = None
-        rate, longest = 0.0, min(max_wait, within - self.expected_time(worker))
+        rate, longest = 0.0, min(max_wait, remaining - size * self.expected_time(worker))
         for cost in self._costs:
             if cost >= own:
                 break
             found = self._classes[cost]
             if found.times is None or found.by_score.pick(priority) is not None:
                 continue  # nothing is known of it, or it has a slot now, and is too slow
-            left = within - found.times.cautious
+            left = remaining - size * found.times.cautious
             if left > 0 and (slots := found.count_slots()):
                 rate += slots / found.times.average
                 longest = min(longest, left)

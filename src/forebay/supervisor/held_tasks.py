@@ -92,11 +92,15 @@ class HeldTasks:
         if not self._max_wait or not self._may_wait(ticket, pool):
             return False
         assert pool.by_cost is not None and ticket.deadline is not None  # noqa: S101, PT018 - see `_may_wait`
-        within = pool.usual_time(ticket.deadline.remaining(), ticket.task.estimate)
-        ahead = pool.queue.length + pool.held
         priority = ticket.task.priority
         seconds = pool.by_cost.wait_for_cheaper(
-            worker, within, priority, ahead=ahead, max_wait=self._max_wait, slots_version=self._slots_version
+            worker,
+            ticket.deadline.remaining(),
+            priority,
+            size=pool.relative_size(ticket.task.estimate),
+            ahead=pool.queue.length + pool.held,
+            max_wait=self._max_wait,
+            slots_version=self._slots_version,
         )
         if not seconds:
             return False

@@ -374,9 +374,9 @@ class Pool(SlotCounts):
         known = None if estimate is None or self.estimated_times is None else self.estimated_times.of(estimate)
         return known or (self.service_times, 1.0)
 
-    def usual_time(self, seconds: float, estimate: Estimate | None) -> float:
-        """Return the seconds in which a task of usual size would do as much as one with `estimate` in `seconds`."""
-        return seconds / self._relative_size(*self.times_of(estimate))
+    def relative_size(self, estimate: Estimate | None) -> float:
+        """Return how many times as long as an average task one with `estimate` takes, if estimates predict that."""
+        return self._relative_size(*self.times_of(estimate))
 
     def max_wait(self, remaining: float, estimate: Estimate | None) -> float:
         """Return the longest acceptable wait for a task: see `ServiceTimes.max_wait`."""

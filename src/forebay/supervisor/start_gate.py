@@ -137,7 +137,7 @@ class StartGate:
         See `CostSelector.pick_cheapest`.
         """
         left = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        within, task = pool.usual_time(left, ticket.task.estimate), ticket.task
+        within, task = left / pool.relative_size(ticket.task.estimate), ticket.task
         return costs.pick_cheapest(self._loop.time(), within, task.priority, nested=ticket.nested, skipped=skipped)
 
     def may_start(self, worker: WorkerAgent, priority: Priority, *, waiting: int) -> bool:

@@ -82,6 +82,8 @@ class _Workers(dict[str, WorkerAgent]):
 class BackpressureSupervisor:
     """Admits, spills or rejects agent tasks by priority, and gives each to the worker that would finish it first.
 
+    Where the costs of workers differ, that is the cheapest one that makes the deadline.
+
     An async context manager: leaving it drains; leaving it by an error or a cancellation stops the handlers. Either way
     every ticket ends. It may be entered again, in any event loop, with its workers and settings and nothing else of its
     earlier run.

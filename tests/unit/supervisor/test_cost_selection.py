@@ -246,6 +246,15 @@ def test_a_worker_is_too_slow_if_an_average_run_would_make_it_but_not_nearly_all
     assert fleet.cheapest(25.0) is light
 
 
+def test_a_worker_whose_times_vary_is_not_trusted_with_a_deadline_that_half_of_them_miss(fleet: Fleet) -> None:
+    heavy, light = fleet.add(0.02, seconds=1.0), fleet.add(0.002)
+    for number in range(40):
+        fleet.take(light)
+        fleet.finish(light, (5.0, 15.0)[number % 2])
+    assert fleet.cheapest(12.0) is heavy
+    assert fleet.cheapest(25.0) is light
+
+
 def test_a_worker_with_steady_times_is_trusted_with_short_deadlines(fleet: Fleet) -> None:
     heavy, light = fleet.add(0.02, seconds=1.0), fleet.add(0.002)
     for _ in range(40):
