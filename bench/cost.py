@@ -1,11 +1,11 @@
 """Routing by cost: dollars for a task that is done in time, and tasks that are not, by load and deadline.
 
-One task type is served by a heavy worker, fast and dear (4 slots, 2 s, 20 thousandths of a dollar), and by a
-light one, which is slow and cheap (10 slots, 10 s, 2 thousandths). Tasks come at random, have a size (gamma, coefficient
-of variation 0.5) and a deadline. In simulated seconds, medians over seeds (SEEDS=3). Sides: *by score*, where no worker
+One task type is served by a heavy worker, fast and dear (4 slots, 2 s, 20 thousandths of a dollar), and by a light
+one, which is slow and cheap (10 slots, 10 s, 2 thousandths). Tasks come at random, have a size (gamma, coefficient of
+variation 0.5) and a deadline. In simulated seconds, medians over seeds (SEEDS=3). Sides: *by score*, where no worker
 has a cost; *by cost*, with `cost=`; *learned*, from charges of an upstream with a budget; *waiting*, with
-`max_cost_wait=math.inf` as well. *Bound*: what a task costs at least, if the light worker does as many as it can. A task
-that is cut off is paid for. The chart goes to build/bench.
+`max_cost_wait=math.inf` as well. *Bound*: what a task costs at least, if the light worker does as many as it can. A
+task that is cut off is paid for. The chart goes to build/bench.
 """
 
 from __future__ import annotations
