@@ -27,6 +27,8 @@ from forebay import (
 )
 from forebay.errors import InvalidSetting
 from forebay.simulation import simulate
+from forebay.supervisor.start_gate import StartGate
+from forebay.supervisor.worker import WorkerAgent
 
 LOW, NORMAL, HIGH = Priority.LOW, Priority.NORMAL, Priority.HIGH
 HEAVY, LIGHT = 2.0, 10.0  # seconds that a run takes
@@ -136,6 +138,23 @@ async def test_a_cheap_worker_whose_upstream_is_short_keeps_no_task_from_another
             assert await supervisor.submit(Task("work", name))
         await run_ready()
         assert (light.started, heavy.started) == (["tried"], ["task"])
+
+
+@virtual
+async def test_a_retried_task_returns_to_its_worker_if_the_upstream_of_the_other_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def may_start(_: StartGate, worker: WorkerAgent, *_facts: object, **_more: object) -> bool:
+        return worker.name != "heavy"
+
+    monkeypatch.setattr(StartGate, "may_start", may_start)
+    heavy, light = Agent(HEAVY), Agent(LIGHT, error=ValueError("no"))
+    async with BackpressureSupervisor() as supervisor:
+        options: dict[str, Any] = {"task_types": ["work"], "upstreams": [Upstream("key")]}
+        supervisor.register_worker("heavy", handler=heavy, cost=0.02, **options)
+        supervisor.register_worker("light", handler=light, cost=0.002, **options)
+        result = await (await supervisor.submit(Task("work", retry=Retry(max_attempts=3))))
+        assert (result.attempts, result.worker_id, heavy.started) == (3, "light", [])
 
 
 @virtual

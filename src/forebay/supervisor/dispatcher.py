@@ -256,16 +256,21 @@ class Dispatcher:
 
     def serve(self, pool: Pool) -> None:
         """Start what waits in the queue of `pool`, on workers that have a free slot."""
+        skipped: list[float] = []  # costs of workers that have not taken the head
         while pool.queue.length and (head := pool.queue.head()) is not None:
             if pool.by_cost is not None and head[3] > URGENT:
-                able = self.start_gate.cheapest(pool.by_cost, pool, head[2])
+                able = self.start_gate.cheapest(pool.by_cost, pool, head[2], skipped)
             else:
                 able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
             if able is None:
                 break
             self.dispatch(able)
-            if pool.queue.head() is head:  # it is the turn of another pool of that worker, or its upstream is short
-                break
+            if pool.queue.head() is not head:
+                skipped.clear()
+            elif pool.by_cost is None or head[3] <= URGENT:
+                break  # it is the turn of another pool of that worker, or its upstream is short
+            else:
+                skipped.append(pool.by_cost.compared_cost_of(able))
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -76,7 +76,7 @@ class HeldTasks:
         self._dispatcher = dispatcher
         self._max_wait = max_wait
         self._holds: dict[Ticket, _Hold] = {}
-        self._order: dict[Pool, list[_Hold]] = {}
+        self._queues: dict[Pool, dict[float, list[_Hold]]] = {}  # by the cost of the worker that was free
         self._sequence = 0
         self._slots_version = 0  # counts changes of the slots of workers
         self.count = 0
@@ -84,7 +84,7 @@ class HeldTasks:
     def begin_drain(self) -> None:
         """Hold no task any more: draining must end."""
         self._max_wait = 0.0
-        for pool in tuple(self._order):
+        for pool in tuple(self._queues):
             self._release(pool)
 
     def hold(self, ticket: Ticket, pool: Pool, worker: WorkerAgent) -> bool:
@@ -110,7 +110,7 @@ class HeldTasks:
         order = priority, ticket.deadline.at, self._sequence
         timer = self._timers.at(self._loop.time() + seconds, HeldTasks._on_due, self, ticket)
         held = self._holds[ticket] = _Hold(ticket, pool.by_cost.compared_cost_of(worker), order, timer)
-        insort(self._order.setdefault(pool, []), held)
+        insort(self._queues.setdefault(pool, {}).setdefault(held.cost, []), held)
         self.count += 1
         self._dispatcher.arm_expiry(ticket)
         return True
@@ -137,28 +137,34 @@ class HeldTasks:
         self._timers.cancel(held.timer)
         pool = self._pools[ticket.task.task_type]
         pool.stop_hold()
-        order = self._order[pool]
-        order.remove(held)
-        if not order:
-            del self._order[pool]
+        queue = self._queues[pool][held.cost]
+        del queue[bisect_left(queue, held)]
+        if not queue:
+            del self._queues[pool][held.cost]
+            if not self._queues[pool]:
+                del self._queues[pool]
 
     def slot_free(self, worker: WorkerAgent) -> None:
         """Have as many held tasks join the queues of `worker` as it has free slots, if it is cheap enough for them."""
-        for pool in tuple(self._order):
-            if worker in pool.workers and pool.by_cost is not None:
-                free, cost = worker.max_concurrent - worker.current_tasks, pool.by_cost.compared_cost_of(worker)
-                for held in [held for held in self._order[pool] if cost < held.cost][: max(0, free)]:
-                    self._join_queue(held.ticket, pool)
+        for pool in tuple(self._queues):
+            if worker not in pool.workers or pool.by_cost is None:
+                continue
+            cost = pool.by_cost.compared_cost_of(worker)
+            for _ in range(worker.max_concurrent - worker.current_tasks):
+                heads = [queue[0] for other, queue in self._queues.get(pool, {}).items() if cost < other]
+                if not heads:
+                    break
+                self._join_queue(min(heads).ticket, pool)
 
     def slots_changed(self, worker: WorkerAgent) -> None:
         """Judge held tasks again, because `worker` has more slots or fewer, or is FAILED or leaving."""
         self._slots_version += 1
-        for pool in tuple(self._order):
+        for pool in tuple(self._queues):
             if worker in pool.workers:
                 self._release(pool)
 
     def _release(self, pool: Pool) -> None:
-        for held in tuple(self._order[pool]):
+        for held in sorted(held for queue in self._queues[pool].values() for held in queue):
             self._join_queue(held.ticket, pool)
         self._loop.call_soon(self._dispatcher.serve, pool)  # not now: a slot may be about to be counted
 

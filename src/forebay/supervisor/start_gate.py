@@ -113,9 +113,7 @@ class StartGate:
         worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
         if worker is avoid and worker is not None:
             worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
-        if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
-            return worker
-        return None
+        return worker if worker is not None and self._may_start_one(worker, priority) else None
 
     def _pick_cheapest(
         self, costs: CostSelector, pool: Pool, ticket: Ticket, avoid: WorkerAgent | None
@@ -123,18 +121,22 @@ class StartGate:
         priority, nested, skipped = ticket.task.priority, ticket.nested, list[float]()
         while (worker := self.cheapest(costs, pool, ticket, skipped)) is not None:
             if worker is avoid:
-                worker = costs.pick_other(avoid=worker, priority=priority, nested=nested)
-            if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
+                other = costs.pick_other(avoid=worker, priority=priority, nested=nested)
+                return other if other is not None and self._may_start_one(other, priority) else None
+            if self._may_start_one(worker, priority):
                 return worker
             skipped.append(costs.compared_cost_of(worker))  # its upstream is under pressure; that of others may not be
         return None
+
+    def _may_start_one(self, worker: WorkerAgent, priority: Priority) -> bool:
+        return not worker.sources or self.may_start(worker, priority, waiting=1)
 
     def cheapest(
         self, costs: CostSelector, pool: Pool, ticket: Ticket, skipped: Collection[float] = ()
     ) -> WorkerAgent | None:
         """Return the cheapest worker of `pool` that can accept the task of `ticket` and makes its deadline.
 
-        See `CostSelector.pick_cheapest`.
+        It may be one that the start gate stops. See `CostSelector.pick_cheapest`.
         """
         left = math.inf if ticket.deadline is None else ticket.deadline.remaining()
         within, task = left / pool.relative_size(ticket.task.estimate), ticket.task
