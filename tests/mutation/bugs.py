@@ -3206,8 +3206,8 @@ def a_cost_that_was_slow_once_is_never_tried_again() -> None:
 
 
 def a_worker_that_fails_stays_the_cheapest() -> None:
-    def _best(_: CostSelector, found: _CostClass, priority: Priority, *, nested: bool) -> WorkerAgent | None:
-        return found.by_score.pick(priority, nested=nested)
+    def _best(_: CostSelector, workers: WorkerSelector, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        return workers.pick(priority, nested=nested)
 
     replace(CostSelector, CostSelector._best, _best)
 

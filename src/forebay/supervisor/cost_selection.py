@@ -76,10 +76,10 @@ class _CostClass:
         workers: them.
         times: of their successes; None before the first.
         slots: of them, when they were counted last; None if that may have changed.
-        retry_at: loop time from which a task is tried there though it would end too late by the times; or None.
+        known_at: loop time of the latest evidence of its times, or of a trial; None before the first.
     """
 
-    __slots__ = ("_retrial", "by_score", "by_speed", "cost", "retry_at", "slots", "times", "workers")
+    __slots__ = ("_retrial", "by_score", "by_speed", "cost", "known_at", "slots", "times", "workers")
 
     def __init__(self, cost: float, by_score: WorkerSelector, by_speed: WorkerSelector) -> None:
         self.cost = cost
@@ -88,7 +88,7 @@ class _CostClass:
         self.workers: set[WorkerAgent] = set()
         self.times: RunTimes | None = None
         self.slots: int | None = None
-        self.retry_at: float | None = None
+        self.known_at: float | None = None
         self._retrial = _RETRIAL
 
     def add(self, worker: WorkerAgent) -> None:
@@ -110,7 +110,7 @@ class _CostClass:
         else:
             self.times.record(seconds)
         self._retrial = _RETRIAL
-        self.retry_at = now + _RETRIAL
+        self.known_at = now
 
     def count_slots(self) -> int:
         """Return the slots of its workers."""
@@ -119,15 +119,19 @@ class _CostClass:
         return self.slots
 
     def record_cut_off(self, now: float) -> None:
-        """Record that a run was cut off by its deadline: the class is tried again later each time."""
-        self.retry_at = max(self.retry_at or 0.0, now + self._retrial)
+        """Record that a run was cut off by its deadline."""
+        self.known_at = now
 
-    def try_again(self, now: float) -> bool:
-        """Return whether to try a task there that would end too late by the times; the next one, after a while."""
-        if self.retry_at is None or now < self.retry_at:
-            self.retry_at = self.retry_at or now + self._retrial
+    def try_again(self, now: float, *, hopeful: bool) -> bool:
+        """Return whether to try a task there that would end too late by the times; the next one after a longer time.
+
+        One that is not `hopeful`, with less than half of the average time, hardly ever.
+        """
+        if self.known_at is None:
+            self.known_at = now
+        if now < self.known_at + (self._retrial if hopeful else _MAX_RETRIAL):
             return False
-        self.retry_at = now + self._retrial
+        self.known_at = now
         self._retrial = min(2 * self._retrial, _MAX_RETRIAL)
         return True
 
@@ -243,14 +247,13 @@ class CostSelector:
             found = self._classes.get(cost)
             if found is None or cost == NO_COST or cost in skipped:
                 continue
-            worker = self._best(found, priority, nested=nested)
-            if worker is None or self._makes_it(worker, within):
-                if worker is not None:
-                    return worker
+            worker = self._best(found.by_score, priority, nested=nested)
+            if worker is not None and not self._makes_it(worker, within):
+                worker = self._best(found.by_speed, priority, nested=nested)
+            if worker is None:
                 continue
-            fastest = found.by_speed.pick(priority, nested=nested)
-            if fastest is not None and (self._makes_it(fastest, within) or found.try_again(now)):
-                return fastest
+            if self._makes_it(worker, within) or found.try_again(now, hopeful=within >= self._average(worker) / 2):
+                return worker
         return self.pick(priority, nested=nested, skipped=skipped)
 
     def pick_other(self, *, avoid: WorkerAgent, priority: Priority, nested: bool) -> WorkerAgent | None:
@@ -269,7 +272,11 @@ class CostSelector:
     def expected_time(self, worker: WorkerAgent) -> float:
         """Return the seconds that a run on `worker` is expected to take at most; 0 while nothing is known of any."""
         times = self._times.get(worker)
-        return _UNKNOWN * worker.duration(self._task_type, self._median() or 0.0) if times is None else times.cautious
+        return _UNKNOWN * self._average(worker) if times is None else times.cautious
+
+    def _average(self, worker: WorkerAgent) -> float:
+        times = self._times.get(worker)
+        return worker.duration(self._task_type, self._median() or 0.0) if times is None else times.average
 
     # --- waiting for a cheaper worker ---
 
@@ -326,9 +333,9 @@ class CostSelector:
     def _makes_it(self, worker: WorkerAgent, within: float) -> bool:
         return within == math.inf or self.expected_time(worker) <= within
 
-    def _best(self, found: _CostClass, priority: Priority, *, nested: bool) -> WorkerAgent | None:
-        """Return the worker of a class with the least score; move those out of it that have failed."""
-        while (worker := found.by_score.pick(priority, nested=nested)) is not None and worker.penalty > 1.0:
+    def _best(self, workers: WorkerSelector, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        """Return the first of the workers of one cost; move those to another one that have failed."""
+        while (worker := workers.pick(priority, nested=nested)) is not None and worker.penalty > 1.0:
             self.update(worker)
         return worker
 
