@@ -125,7 +125,7 @@ class _CostClass:
     def try_again(self, now: float, *, hopeful: bool) -> bool:
         """Return whether to try a task there that would end too late by the times; the next one after a longer time.
 
-        One that is not `hopeful`, with less than half of the average time, hardly ever.
+        One that is not `hopeful`, because it has much less than the average time, is tried once in an hour.
         """
         if self.known_at is None:
             self.known_at = now
@@ -252,7 +252,9 @@ class CostSelector:
                 worker = self._best(found.by_speed, priority, nested=nested)
             if worker is None:
                 continue
-            if self._makes_it(worker, within) or found.try_again(now, hopeful=within >= self._average(worker) / 2):
+            if self._makes_it(worker, within) or found.try_again(
+                now, hopeful=_CUT_OFF * within >= self._average(worker)
+            ):
                 return worker
         return self.pick(priority, nested=nested, skipped=skipped)
 

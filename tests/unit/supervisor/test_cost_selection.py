@@ -386,7 +386,7 @@ def test_a_cost_that_was_slow_for_a_time_is_tried_again_and_less_often_if_in_vai
 def test_a_task_without_a_chance_is_not_used_to_try_a_slow_cost(fleet: Fleet) -> None:
     heavy, light = fleet.add(0.02, seconds=1.0), fleet.add(0.002, seconds=100.0)
     assert {fleet.cheapest(40.0, now=float(now)) for now in range(0, 3_000, 10)} == {heavy}
-    assert fleet.cheapest(60.0, now=3_000.0) is light
+    assert fleet.cheapest(70.0, now=3_000.0) is light
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
