@@ -133,6 +133,39 @@ def plot_fairness(
         figure.savefig(folder / "fairness.png")
 
 
+def plot_costs(
+    usd: Mapping[tuple[float, str], Sequence[float]],
+    late: Mapping[tuple[float, str], Sequence[float]],
+    loads: Sequence[float],
+    folder: Path,
+) -> None:
+    """Plot what a task costs, and the share of tasks that are late, over offered load, by deadline and side."""
+    deadlines = [*dict.fromkeys(within for within, _ in usd)]
+    looks = line_styles(dict.fromkeys(side for _, side in late))
+    looks["learned"]["linestyle"] = "--"  # it covers another one
+    looks["bound"] = {"color": "#999999", "linestyle": ":", "linewidth": 1.5}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(14, 6.5), dpi=80, layout="constrained")
+        axes = figure.subplots(2, len(deadlines), sharex=True, sharey="row")
+        for values, row, label in (
+            (usd, axes[0], "thousandths of a dollar"),
+            (late, axes[1], "share not done in time"),
+        ):
+            for column, within in enumerate(deadlines):
+                for (other, side), line in values.items():
+                    if other == within:
+                        row[column].plot(loads, line, label=side, **looks[side])
+                row[column].grid(axis="y")
+            row[0].set_ylabel(label)
+        for column, within in enumerate(deadlines):
+            axes[0][column].set_title(f"Deadlines of {within:.0f} s")
+            axes[1][column].set_xlabel("offered load over capacity")
+        axes[0][0].set_ylim(0, None)
+        axes[1][0].set_ylim(0, 0.2)
+        axes[0][-1].legend(frameon=False, fontsize=9)
+        figure.savefig(folder / "cost.png")
+
+
 def plot_fan_out(
     healthy: Mapping[str, Sequence[float]],
     retries: Mapping[str, Sequence[float]],

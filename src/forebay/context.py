@@ -35,6 +35,9 @@ class CallObserver(Protocol):
     def record_rejection(self, by: object, error: Overloaded) -> None:
         """Note that `by` rejected a call for good: if the run fails after that, it ends as Overloaded."""
 
+    def record_spend(self, usd: float) -> None:
+        """Note that a call was charged `usd` dollars by an upstream with budgets. Callable from any thread."""
+
     def record_upstream_fault(self) -> None:
         """Note a failure of the upstream: if the run fails after that, it does not count against its worker."""
 

@@ -103,6 +103,7 @@ from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import (
     admission_controller,
+    cost_selection,
     drain,
     failure_log,
     fan_out,
@@ -115,9 +116,11 @@ from forebay.supervisor import (
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
+from forebay.supervisor.cost_selection import CostSelector, RunTimes, _CostClass, _SpeedSelector
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
+from forebay.supervisor.held_tasks import HeldTasks
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import FewPools, PoolGroup
 from forebay.supervisor.portal import PortalSlot
@@ -146,6 +149,7 @@ from forebay.supervisor.spill.store_changes import AwaitedResults, WaitingRecord
 from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
+from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
@@ -325,15 +329,15 @@ def a_handler_that_runs_itself_stays_ahead_of_its_cancellation() -> None:
 
 
 def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:
-    original = Dispatcher._enqueue
+    original = Dispatcher.enqueue
 
-    def _enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
+    def enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
         original(self, ticket, pool)
         if ticket.nested:
             for worker in pool.workers:
                 self.dispatch(worker)
 
-    replace(Dispatcher, original, _enqueue)
+    replace(Dispatcher, original, enqueue)
 
 
 def a_nested_task_that_is_too_late_at_its_turn_is_counted_out_twice() -> None:
@@ -2222,15 +2226,15 @@ def retries_take_nothing_from_the_budget() -> None:
 
 
 def a_retry_goes_before_all_that_wait() -> None:
-    original = Dispatcher._enqueue
+    original = Dispatcher.enqueue
 
-    def _enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
+    def enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
         number = self._sequence_number
         self._sequence_number = -number if ticket.retries is not None else number
         original(self, ticket, pool)
         self._sequence_number = number + 1
 
-    replace(Dispatcher, original, _enqueue)
+    replace(Dispatcher, original, enqueue)
 
 
 def a_key_remembers_a_task_that_failed() -> None:
@@ -3223,3 +3227,99 @@ def what_cannot_be_written_is_written_again_and_again() -> None:
 
 def a_compensation_that_the_code_no_longer_has_is_called() -> None:
     skip(SagaRun._compensate, SagaRun._check_same)
+
+
+# --- routing by cost ---
+
+
+def a_task_goes_to_the_worker_that_finishes_first_whatever_it_costs() -> None:
+    def pick_cheapest(self: CostSelector, now: float, within: float, *facts: Any, **more: Any) -> WorkerAgent | None:
+        del now, within
+        return self.pick(*facts, **more)
+
+    replace(CostSelector, CostSelector.pick_cheapest, pick_cheapest)
+
+
+def a_cheap_worker_is_chosen_though_it_misses_the_deadline() -> None:
+    always(CostSelector, CostSelector._makes_it, returns=True)
+
+
+def half_of_the_tasks_of_a_cheap_worker_may_be_late() -> None:
+    setattr(RunTimes, "cautious", property(lambda self: self.average))  # noqa: B010 - mypy knows a property
+
+
+def a_fast_worker_is_not_found_behind_a_slow_one_of_its_cost() -> None:
+    replace(_SpeedSelector, _SpeedSelector._key, WorkerSelector._key)
+    replace(_SpeedSelector, _SpeedSelector._score, WorkerSelector._score)
+
+
+def a_run_that_was_cut_off_says_nothing() -> None:
+    always(CostSelector, CostSelector.record_cut_off, returns=None)
+
+
+def a_cost_that_was_slow_once_is_never_tried_again() -> None:
+    always(_CostClass, _CostClass.try_again, returns=False)
+
+
+def a_worker_that_fails_stays_the_cheapest() -> None:
+    def _best(_: CostSelector, workers: WorkerSelector, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        return workers.pick(priority, nested=nested)
+
+    replace(CostSelector, CostSelector._best, _best)
+
+
+def a_cheap_worker_is_never_tried_so_that_its_cost_is_not_learned() -> None:
+    always(CostSelector, CostSelector._untried, returns=None)
+
+
+def learned_costs_differ_by_the_noise_of_runs() -> None:
+    cost_selection._is_close.__code__ = (lambda cost, other: cost == other).__code__
+
+
+def what_a_call_is_charged_reaches_no_run() -> None:
+    always(Run, Run.record_spend, returns=None)
+
+
+def a_cheap_worker_without_calls_to_spare_keeps_the_queue() -> None:
+    def _pick_cheapest(self: StartGate, costs: CostSelector, pool: Pool, ticket: Ticket, avoid: object) -> Any:
+        del avoid
+        worker = self.cheapest(costs, pool, ticket)
+        if worker is None or not worker.sources or self.may_start(worker, ticket.task.priority, waiting=1):
+            return worker
+        return None
+
+    replace(StartGate, StartGate._pick_cheapest, _pick_cheapest)
+
+
+def the_slowness_of_cheap_workers_rejects_tasks_of_fast_ones() -> None:
+    always(CostSelector, CostSelector.fastest, returns=None)
+
+
+def a_task_is_held_however_many_wait_for_the_cheap_worker() -> None:
+    original = CostSelector.wait_for_cheaper
+
+    def wait_for_cheaper(self: CostSelector, *facts: Any, ahead: int, **others: Any) -> float | None:
+        del ahead
+        return original(self, *facts, ahead=0, **others)
+
+    replace(CostSelector, original, wait_for_cheaper)
+
+
+def a_held_task_waits_for_a_cheap_worker_that_does_not_come() -> None:
+    always(HeldTasks, HeldTasks._on_due, returns=None)
+
+
+def a_cheap_slot_serves_no_held_task() -> None:
+    always(HeldTasks, HeldTasks.slot_free, returns=None)
+
+
+def a_held_task_waits_for_a_worker_that_is_gone() -> None:
+    always(HeldTasks, HeldTasks.slots_changed, returns=None)
+
+
+def a_held_task_that_has_left_counts_for_good() -> None:
+    always(Pool, Pool.stop_hold, returns=None)
+
+
+def draining_waits_for_a_cheaper_worker() -> None:
+    always(HeldTasks, HeldTasks.begin_drain, returns=None)

@@ -22,6 +22,7 @@ from tests.acceptance import (
     test_cancelled_tasks,
     test_clock_steps,
     test_conversations,
+    test_cost_routing,
     test_delayed_tasks,
     test_drain,
     test_ending,
@@ -113,7 +114,7 @@ from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log, test_step
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
-from tests.unit.supervisor import test_failure_log, test_pool, test_pools
+from tests.unit.supervisor import test_cost_selection, test_failure_log, test_pool, test_pools
 from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_call_flow, test_core
@@ -1324,6 +1325,57 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_compensation_that_the_code_no_longer_has_is_called: (
         test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
     ),
+    # routing by cost
+    bugs.a_task_goes_to_the_worker_that_finishes_first_whatever_it_costs: (
+        test_cost_routing.test_a_task_goes_to_the_cheapest_worker_that_makes_its_deadline
+    ),
+    bugs.a_cheap_worker_is_chosen_though_it_misses_the_deadline: (
+        test_cost_routing.test_a_task_goes_to_the_cheapest_worker_that_makes_its_deadline
+    ),
+    bugs.half_of_the_tasks_of_a_cheap_worker_may_be_late: (
+        test_cost_selection.test_a_worker_whose_times_vary_is_not_trusted_with_a_deadline_that_half_of_them_miss
+    ),
+    bugs.a_fast_worker_is_not_found_behind_a_slow_one_of_its_cost: (
+        test_cost_selection.test_of_one_cost_the_least_score_is_picked_and_a_fast_one_if_that_is_too_slow
+    ),
+    bugs.a_run_that_was_cut_off_says_nothing: (
+        test_cost_routing.test_a_worker_that_never_makes_the_deadline_does_not_get_every_task
+    ),
+    bugs.a_cost_that_was_slow_once_is_never_tried_again: (
+        test_cost_selection.test_a_cost_that_was_slow_for_a_time_is_tried_again_and_less_often_if_in_vain
+    ),
+    bugs.a_worker_that_fails_stays_the_cheapest: (
+        test_cost_selection.test_one_that_fails_is_passed_over_although_nobody_has_told_the_selector
+    ),
+    bugs.a_cheap_worker_is_never_tried_so_that_its_cost_is_not_learned: (
+        test_cost_selection.test_a_worker_whose_cost_is_not_known_is_tried_with_one_task
+    ),
+    bugs.learned_costs_differ_by_the_noise_of_runs: (
+        test_cost_selection.test_learned_costs_of_equal_workers_count_as_equal_though_runs_differ
+    ),
+    bugs.what_a_call_is_charged_reaches_no_run: (
+        test_cost_routing.test_what_a_task_costs_is_learned_from_what_its_calls_are_charged
+    ),
+    bugs.a_cheap_worker_without_calls_to_spare_keeps_the_queue: (
+        test_cost_routing.test_a_cheap_worker_whose_upstream_is_short_keeps_no_task_from_another_worker
+    ),
+    bugs.the_slowness_of_cheap_workers_rejects_tasks_of_fast_ones: (
+        test_cost_routing.test_the_slowness_of_a_cheap_worker_rejects_no_task_that_a_free_one_makes
+    ),
+    bugs.a_task_is_held_however_many_wait_for_the_cheap_worker: (
+        test_cost_routing.test_only_as_many_wait_as_the_cheaper_worker_can_serve_in_time
+    ),
+    bugs.a_held_task_waits_for_a_cheap_worker_that_does_not_come: (
+        test_cost_routing.test_a_task_that_waited_in_vain_starts_on_the_dearer_worker_in_time
+    ),
+    bugs.a_cheap_slot_serves_no_held_task: (
+        test_cost_routing.test_a_task_waits_for_a_cheaper_worker_while_that_makes_its_deadline
+    ),
+    bugs.a_held_task_waits_for_a_worker_that_is_gone: (
+        test_cost_routing.test_held_tasks_go_to_another_worker_once_the_cheaper_one_is_gone
+    ),
+    bugs.a_held_task_that_has_left_counts_for_good: test_cost_routing.test_a_held_task_can_be_cancelled,
+    bugs.draining_waits_for_a_cheaper_worker: test_cost_routing.test_draining_does_not_wait_for_a_cheaper_worker,
 }
 
 

@@ -573,7 +573,8 @@ class AdmissionController:
                 return None
         elif pool.queue.ahead(priority) if priority <= URGENT else pool.queue.length:
             return None
-        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=priority <= URGENT)
+        gate = self._dispatcher.start_gate
+        return gate.pick(pool, priority, nested=ticket.nested, idle_first=priority <= URGENT, ticket=ticket)
 
     def _misses_deadline(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, remaining: float) -> bool:
         """Return whether a task that would start on `worker`, or wait, is expected to end after its deadline."""

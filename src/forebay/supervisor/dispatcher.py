@@ -11,6 +11,7 @@ from forebay.context import RunningTask
 from forebay.errors import SupervisorClosed, UnknownTask
 from forebay.events import TaskStarted
 from forebay.supervisor.conversations import Conversations
+from forebay.supervisor.held_tasks import HeldTasks
 from forebay.supervisor.load import SystemLoad
 from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool
 from forebay.supervisor.pools import ServedPools, urgency_among
@@ -47,6 +48,7 @@ class Dispatcher:
         retries: the tasks that wait for their next attempt.
         sagas: the sagas that are driven here, if there is a log.
         scheduled: the tasks that wait here for their `not_before`.
+        held: the tasks that wait for a cheaper worker though a slot is free.
         wait_listeners: called whenever a task begins to wait, or a run to await one.
     """
 
@@ -71,6 +73,7 @@ class Dispatcher:
         self.start_gate = StartGate(core, dispatch=self._dispatch_if_known, runs=self.runs)
         self.retries = TaskRetries(core, self, budget=settings.retry_budget, draw=draw)
         self.scheduled = ScheduledTasks(core, self)
+        self.held = HeldTasks(core, self, max_wait=settings.max_cost_wait)
         self.completion = RunCompletion(
             core,
             self,
@@ -164,6 +167,7 @@ class Dispatcher:
         before = worker.count_slots()
         for counts in self._counts_of[worker]:
             counts.count_slots(worker, before)
+        self.held.slots_changed(worker)
         self.dispatch(worker)
 
     def take_slot(self, run: Run) -> None:
@@ -252,13 +256,21 @@ class Dispatcher:
 
     def serve(self, pool: Pool) -> None:
         """Start what waits in the queue of `pool`, on workers that have a free slot."""
+        skipped: list[float] = []  # costs of workers that have not taken the head
         while pool.queue.length and (head := pool.queue.head()) is not None:
-            able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
+            if pool.by_cost is not None and head[3] > URGENT:
+                able = self.start_gate.cheapest(pool.by_cost, pool, head[2], skipped)
+            else:
+                able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
             if able is None:
                 break
             self.dispatch(able)
-            if pool.queue.head() is head:  # it is the turn of another pool of that worker, or its upstream is short
-                break
+            if pool.queue.head() is not head:
+                skipped.clear()
+            elif pool.by_cost is None or head[3] <= URGENT:
+                break  # it is the turn of another pool of that worker, or its upstream is short
+            else:
+                skipped.append(pool.by_cost.compared_cost_of(able))
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
@@ -285,9 +297,10 @@ class Dispatcher:
         elif worker is not None and not (self._tenants.bounded and task.tenant in self._tenants.blocked):
             if worker.reserve and task.priority <= URGENT:  # others may wait, though a slot is free
                 self._served_by[worker].pass_over(task.priority)
-            self.start(ticket, worker)
+            if pool.by_cost is None or not self.held.hold(ticket, pool, worker):
+                self.start(ticket, worker)
         else:
-            self._enqueue(ticket, pool)
+            self.enqueue(ticket, pool)
 
     def recount_conversations(self) -> None:
         """Ask the overflow, in the background, which conversations have tasks in it."""
@@ -299,7 +312,8 @@ class Dispatcher:
         pool = self._pools[ticket.task.task_type]
         self.start_or_queue(ticket, pool, self.pick_worker(pool, ticket), is_due=True)
 
-    def _enqueue(self, ticket: Ticket, pool: Pool) -> None:
+    def enqueue(self, ticket: Ticket, pool: Pool) -> None:
+        """Put a ticket into the queue, by its priority and its rank there."""
         rank, deadline = RANK_LAST, ticket.deadline
         if deadline is not None or ticket.parent is not None or ticket.nested:  # its parent may have ended
             whose = NESTED if ticket.nested else NOT_NESTED if ticket.parent is None else NESTED_ELSEWHERE
@@ -341,6 +355,8 @@ class Dispatcher:
             return True
         if ticket.retries is not None and ticket.retries.waits_here:
             return True
+        if self.held.count and self.held.is_waiting(ticket):
+            return True
         return ticket.task.not_before is not None and self.scheduled.is_waiting(ticket)
 
     def dequeue(self, ticket: Ticket) -> None:
@@ -353,6 +369,8 @@ class Dispatcher:
         # One on its way to the store waits nowhere here, and its pool may be gone.
         self._timers.cancel(ticket.clear_expiry())
         self.retries.leave(ticket)
+        if self.held.count:
+            self.held.leave(ticket)
         if ticket.task.not_before is not None:
             self.scheduled.leave(ticket)
         if self.conversations.is_parked(ticket):
@@ -377,7 +395,7 @@ class Dispatcher:
         """Start a task that waits for nothing but a worker, or queue it; return False if it came too late."""
         worker = self.pick_worker(pool, ticket)
         if worker is None:
-            self._enqueue(ticket, pool)
+            self.enqueue(ticket, pool)
         elif self._may_still_start(ticket, pool):
             self.start(ticket, worker)
         else:
@@ -401,15 +419,17 @@ class Dispatcher:
         priority, nested = ticket.task.priority, ticket.nested
         failed_on = None if ticket.retries is None else ticket.retries.failed_on
         if failed_on is not None:
-            other = self.start_gate.pick(pool, priority, nested=nested, avoid=failed_on)
+            other = self.start_gate.pick(pool, priority, nested=nested, avoid=failed_on, ticket=ticket)
             if other is not None:
                 return other
-        return self.start_gate.pick(pool, priority, nested=nested)
+        return self.start_gate.pick(pool, priority, nested=nested, ticket=ticket)
 
-    def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
+    def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:  # noqa: C901 - no calls on a hot path
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
         if worker.pending_claims:
             self.slot_claims.grant(worker)
+        if self.held.count and worker.can_accept():
+            self.held.slot_free(worker)
         served = self._served_by[worker]
         while worker.can_accept():
             entry: QueueEntry | None = None
@@ -425,7 +445,8 @@ class Dispatcher:
                 break
             ticket = pool.pop() if entry is None else pool.serve(entry)
             if (ticket.deadline is None and ticket.lease is None) or self._may_still_start(ticket, pool):
-                self.start(ticket, worker, now)
+                if pool.by_cost is None or not self.held.hold(ticket, pool, worker):
+                    self.start(ticket, worker, now)
             else:
                 self.next_in_conversation(ticket)
         if self.spill is not None:
@@ -443,7 +464,10 @@ class Dispatcher:
 
     def dispatch_to_all(self, pool: Pool) -> None:
         """Fill the free slots of all workers of a pool, and refill it."""
-        for worker in list(pool.workers):
+        workers = list(pool.workers)
+        if pool.by_cost is not None:
+            workers.sort(key=pool.by_cost.compared_cost_of)
+        for worker in workers:
             self._dispatch_if_known(worker)
         self.refill(pool)
 
@@ -466,7 +490,9 @@ class Dispatcher:
         if (deadline := ticket.deadline) is None:
             return None
         remaining = deadline.remaining()
-        time = deadline.at - ticket.submitted_at if ticket.submitted_at is not None and pool.has_waiting else None
+        time = None  # for a held task, as if it had just come
+        if ticket.submitted_at is not None and pool.has_waiting and not ticket.held:
+            time = deadline.at - ticket.submitted_at
         now, estimate = self.loop.time(), ticket.task.estimate
         crowded = time is not None and pool.is_crowded(now, ticket)
         if remaining > 0 and not pool.cannot_meet_deadline(
@@ -612,7 +638,7 @@ class Dispatcher:
     def fail_all_waiting(self, pool: Pool, error: str, *, worker_id: str | None = None) -> None:
         """End every task that waits in a pool whose workers will not come, as `fail_waiting` does."""
         self.fail_queued(pool, error, worker_id=worker_id)
-        if pool.parked or pool.delayed:
+        if pool.parked or pool.delayed or pool.held:
             for ticket in [*self._registry.live.values()]:
                 if ticket.task.task_type == pool.task_type and self.is_waiting(ticket):
                     self.fail_waiting(ticket, error, worker_id=worker_id)

@@ -18,6 +18,7 @@ from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
+    from forebay.supervisor.held_tasks import HeldTasks
     from forebay.supervisor.runs.retries import TaskRetries
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.runs.timers import Timer
@@ -73,6 +74,10 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
         """The tasks that wait for their next attempt."""
 
     @property
+    def held(self) -> HeldTasks:
+        """The tasks that wait for a cheaper worker though a slot is free."""
+
+    @property
     def sagas(self) -> SagaDriver | None:
         """The sagas that are driven here, if there is a log."""
 
@@ -126,6 +131,7 @@ class Drain:
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
         self._dispatcher.retries.begin_drain()
+        self._dispatcher.held.begin_drain()
         sagas = self._dispatcher.sagas
         if sagas is not None:
             sagas.begin_drain()

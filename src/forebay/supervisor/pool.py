@@ -17,6 +17,7 @@ from forebay.admission import (
     TenantRetrySchedules,
 )
 from forebay.overflow import RefillPolicy
+from forebay.supervisor.cost_selection import CostSelector, compared_cost
 from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.worker import URGENT, WorkerAgent
@@ -54,6 +55,9 @@ class PoolObserver(Protocol):
     def head_changed(self, pool: Pool) -> None:
         """Take the head of the queue of `pool` into account, which may be another one."""
 
+    def expect_all(self, pool: Pool) -> None:
+        """Have the selector of `pool`, a new one, ask for the score of each worker of the group."""
+
     def spilled(self, pool: Pool) -> None:
         """Remember that records of `pool` may wait in the overflow."""
 
@@ -65,12 +69,12 @@ class Pool(SlotCounts):
     """
 
     __slots__ = (
-        "_bounded", "_delayed_of", "_groups", "_not_admitted_at", "_paths", "_returned", "_sole_tenant", "_standing",
-        "_tenants", "_timeouts", "_turns", "_watched", "calls_per_run", "delayed", "delayed_nested",
-        "estimate_bypass", "estimated_times", "expects_records", "finishing", "max_queue_size", "max_timeout", "nested",
-        "nested_spilled", "nested_supervisors", "parked", "paused", "queue", "refill_policy", "reserved", "resource",
-        "retry_schedules", "selector", "service_times", "source_paths", "spilled", "takes_turns", "task_type",
-        "times_passed_over", "workers",
+        "_bounded", "_delayed_of", "_given_cost", "_groups", "_not_admitted_at", "_paths", "_returned",
+        "_sole_tenant", "_standing", "_tenants", "_timeouts", "_turns", "_watched", "by_cost", "calls_per_run",
+        "delayed", "delayed_nested", "estimate_bypass", "estimated_times", "expects_records", "finishing", "held",
+        "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "paused",
+        "queue", "refill_policy", "reserved", "resource", "retry_schedules", "selector", "service_times",
+        "source_paths", "spilled", "takes_turns", "task_type", "times_passed_over", "tracks_costs", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None, tenants: Tenants) -> None:
@@ -108,7 +112,8 @@ class Pool(SlotCounts):
         self.delayed = 0  # tasks that wait for a time, as for their next attempt; they count as if they were queued
         self.delayed_nested = 0  # nested ones of them
         self._delayed_of: dict[tuple[str, bool], int] = {}  # the same by tenant, and whether they are nested
-        self.reserved = 0  # room kept for records that are being leased from the overflow
+        self.held = 0  # tasks that wait for a cheaper worker though a slot is free
+        self.reserved = 0  # room kept for them, and for records that are being leased from the overflow
         self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
@@ -117,7 +122,12 @@ class Pool(SlotCounts):
         self._not_admitted_at = [-math.inf] * len(Priority)  # loop times, of tasks with enough time, by priority
         self.retry_schedules = TenantRetrySchedules(tenants.weight)
         self.estimate_bypass = EstimateBypass()
-        self.selector = WorkerSelector(task_type, lambda: self.service_times.median() or 1.0)
+        self.selector: WorkerSelector | CostSelector = WorkerSelector(
+            task_type, lambda: self.service_times.median() or 1.0
+        )
+        self.by_cost: CostSelector | None = None  # `selector`, once the costs of two workers differ
+        self.tracks_costs = False  # a worker has learned a cost, or costs differ
+        self._given_cost: float | None = None  # that of the first worker; all have the same unless they differ
 
     # --- room and load ---
 
@@ -321,6 +331,7 @@ class Pool(SlotCounts):
         reserved, taken = self.reserved_slots(priority)
         if not ahead and self.running - taken < self.slots - reserved:
             return 0.0
+        ahead += self.held
         rate = self.service_times.drain_rate(max(0, self.usable_slots - reserved))
         wait = None if rate is None else ahead / rate if rate else math.inf
         if wait is None or (most := self._max_rate(tenant)) == math.inf:
@@ -363,6 +374,10 @@ class Pool(SlotCounts):
         known = None if estimate is None or self.estimated_times is None else self.estimated_times.of(estimate)
         return known or (self.service_times, 1.0)
 
+    def relative_size(self, estimate: Estimate | None) -> float:
+        """Return how many times as long as an average task one with `estimate` takes, if estimates predict that."""
+        return self._relative_size(*self.times_of(estimate))
+
     def max_wait(self, remaining: float, estimate: Estimate | None) -> float:
         """Return the longest acceptable wait for a task: see `ServiceTimes.max_wait`."""
         times, units = self.times_of(estimate)
@@ -390,9 +405,26 @@ class Pool(SlotCounts):
             crowded: whether others are not admitted: see `is_crowded`.
         """
         times, units = self.times_of(estimate)
-        service = times.optimistic() if time is None else times.required_time(time / units, crowded=crowded)
-        service *= units
+        if time is None:
+            service = self._optimistic(times, units)
+        else:
+            service = units * times.required_time(time / units, crowded=crowded)
         return bool(service) and self.estimate_bypass.should_reject(now, needed=service, remaining=remaining)
+
+    def _optimistic(self, times: ServiceTimes, units: float) -> float:
+        """Return the seconds that the fastest quarter of tasks like one took, or all at the cost that is fastest.
+
+        Most tasks may run on cheap workers, which are slow; one that is in a hurry goes to the others.
+        """
+        service = units * times.optimistic()
+        fastest = None if self.by_cost is None else self.by_cost.fastest()
+        return service if fastest is None else min(service, fastest * self._relative_size(times, units))
+
+    def _relative_size(self, times: ServiceTimes, units: float) -> float:
+        """Return how many times as long a task takes as tasks of this type do on average, by its estimate."""
+        if times is self.service_times or not (usual := self.service_times.likely()):
+            return 1.0
+        return units * times.likely() / usual
 
     def would_wait_too_long(
         self, now: float, wait: float, remaining: float, priority: Priority, *, estimate: Estimate | None = None
@@ -404,7 +436,7 @@ class Pool(SlotCounts):
         queue counts as standing.
         """
         times, units = self.times_of(estimate)
-        service = units * times.optimistic()
+        service = self._optimistic(times, units)
         if wait > units * times.max_wait(remaining / units):
             queue = self._standing_queue(priority)
             if self.takes_turns or queue.stands(now):
@@ -440,8 +472,8 @@ class Pool(SlotCounts):
     def turn_came(self, now: float, ticket: Ticket, remaining: float) -> None:
         """Record how long a task has waited whose turn came `remaining` seconds before its deadline."""
         deadline, submitted_at = ticket.deadline, ticket.submitted_at
-        if deadline is None or submitted_at is None or ticket.nested or ticket.retries is not None:
-            return  # nested tasks go before the others, and the time of a retried one was not spent in the queue alone
+        if deadline is None or submitted_at is None or ticket.nested or ticket.retries is not None or ticket.held:
+            return  # nested tasks go before the others, and the time of these was not spent in the queue alone
         if ticket.task.thread_id is None:
             time, bound = deadline.at - submitted_at, self.max_wait(deadline.at - submitted_at, ticket.task.estimate)
             self._standing_queue(ticket.task.priority).observe(now, time - remaining, bound=bound, time=time)
@@ -492,6 +524,36 @@ class Pool(SlotCounts):
         self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
             self.nested_supervisors[worker] = None
+        self._compare_cost(worker)
+
+    def _compare_cost(self, new: WorkerAgent) -> None:
+        """Select by cost from now on if that of a new worker differs from that of another one."""
+        given = new.given_cost(self.task_type)
+        cost = None if given is None else compared_cost(given)
+        if len(self.workers) == 1:
+            self._given_cost = cost
+        elif self.tracks_costs or cost != self._given_cost:
+            self._select_by_cost()
+
+    def _select_by_cost(self) -> None:
+        self.tracks_costs = True
+        if self.by_cost is None:
+            self.selector = self.by_cost = CostSelector(self.task_type, self.service_times.median)
+            for worker in self.workers:
+                self.by_cost.update(worker)
+            for group in self._groups:
+                group.expect_all(self)
+
+    def record_cost(self, now: float, worker: WorkerAgent, seconds: float, usd: float | None) -> None:
+        """Record what a successful run cost, or None if none of its calls had a price, and how long it took."""
+        if worker.given_cost(self.task_type) is None:
+            worker.record_cost(self.task_type, usd)
+            if usd is not None and not self.tracks_costs:
+                self.tracks_costs = True
+                if len(self.workers) > 1:  # whose costs are given, or not learned yet
+                    self._select_by_cost()
+        if self.by_cost is not None:
+            self.by_cost.record(now, worker, seconds)
 
     def remove_worker(self, worker: WorkerAgent) -> None:
         """Remove a worker that has no slots any more, and on which nothing runs."""
@@ -707,6 +769,16 @@ class Pool(SlotCounts):
             del self._delayed_of[whose]
         if self._bounded:
             self._tenants.count_waiting(ticket.task.tenant, self.task_type, -1)
+
+    def hold(self) -> None:
+        """Count a task that waits for a cheaper worker; it has room in the queue, where it may have to wait next."""
+        self.held += 1
+        self.reserved += 1
+
+    def stop_hold(self) -> None:
+        """Stop counting a task that waited for a cheaper worker."""
+        self.held -= 1
+        self.reserved -= 1
 
     def reserve(self, room: int) -> None:
         """Keep room for records that are being leased."""

@@ -12,7 +12,7 @@ from forebay.supervisor.pool import Pool
 from forebay.supervisor.slot_counts import SlotCounts
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.worker import URGENT, WorkerAgent
-from forebay.supervisor.worker_selection import WorkerSelector
+from forebay.supervisor.worker_selection import Selector
 from forebay.task import Priority
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class PoolGroup(SlotCounts):
     def __init__(self, pools: Sequence[Pool]) -> None:
         super().__init__()
         self.pools = pools
-        self._informed: dict[WorkerAgent, list[WorkerSelector]] = {}  # selectors that know a worker's present score
+        self._informed: dict[WorkerAgent, list[Selector]] = {}  # selectors that know a worker's present score
         self._heads: dict[Pool, QueueEntry] = {}  # of the pools in which a task waits
         self._heap: list[tuple[tuple[int, Any, int], QueueEntry, Pool]] = []
         self._served_at: OrderedDict[Pool, int] = (
@@ -137,13 +137,18 @@ class PoolGroup(SlotCounts):
         """True if it has a worker."""
         return bool(self._informed)
 
+    def expect_all(self, pool: Pool) -> None:
+        """Have the selector of `pool`, a new one, ask for the score of each worker of the group."""
+        for worker in self._informed:
+            pool.selector.expect(worker, self)
+
     def score_fell(self, worker: WorkerAgent) -> None:
         """Have each selector that knows the former score of `worker` ask for the present one."""
         informed, self._informed[worker] = self._informed[worker], []
         for selector in informed:
             selector.expect(worker, self)
 
-    def inform(self, worker: WorkerAgent, selector: WorkerSelector) -> None:
+    def inform(self, worker: WorkerAgent, selector: Selector) -> None:
         """Remember that `selector` knows the present score of `worker`."""
         self._informed[worker].append(selector)
 

@@ -228,7 +228,8 @@ class QueueSpill:
         if (pool := self._core.pools.by_type.get(ticket.task.task_type)) is None:
             self._cancel(ticket, "its last worker was unregistered")
             return
-        worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
+        gate = self._dispatcher.start_gate
+        worker = gate.pick(pool, ticket.task.priority, nested=ticket.nested, ticket=ticket)
         self._dispatcher.start_or_queue(ticket, pool, worker)
         if failed:
             self._queue(ticket)

@@ -15,6 +15,7 @@ from forebay._validate import (
     check_name,
     check_positive,
     check_whole,
+    is_number,
     is_positive,
     reject,
 )
@@ -32,6 +33,7 @@ from forebay.upstream import Upstream
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _PAIR: Final = 2
+_MAX_DOLLARS: Final = 1e12  # an int of any size passes for a number
 
 
 def make_worker(  # noqa: PLR0913 - what register_worker takes
@@ -45,6 +47,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     reserve: int,
     timeout: float,
     retry: Retry | None,
+    cost: float | Mapping[str, float] | None,
     config: Config | None,
     engine: str | Engine | None,
     on_cancel: Callable[[Task], object] | None,
@@ -72,6 +75,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     check_whole(owner, "reserve", reserve, minimum=0)
     if reserve > max_concurrent:
         reject(owner, "reserve", reserve, f"at most its slots, max_concurrent={max_concurrent}")
+    cost = _check_cost(owner, cost, kinds)
     _check_hook(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
     check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
@@ -114,6 +118,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         reserve=reserve,
         timeout=float(timeout),
         retry=retry,
+        cost=cost,
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
         declared=declared,
@@ -149,6 +154,28 @@ def _check_hook(owner: str, setting: str, hook: object, expected: str) -> None:
         hook.close()  # else Python would also warn that it was never awaited
         expected = f"the function itself, without parentheses, {setting}={hook.__name__}: the supervisor calls it"
     reject(owner, setting, hook, expected)
+
+
+def _check_cost(owner: str, cost: object, kinds: Sequence[str]) -> float | Mapping[str, float] | None:
+    """Return the given dollars of a task, or those of each task type in a mapping of our own.
+
+    Raises:
+        InvalidSetting: they are not numbers of dollars of at least 0, or for a type that the worker does not take.
+    """
+    if cost is None:
+        return None
+    expected = "US dollars a task, a number from 0 to 1e12, or a mapping of them by task type; None to learn them"
+    if isinstance(cost, Mapping):
+        if unknown := [kind for kind in cost if kind not in kinds]:
+            reject(owner, "cost", unknown[0], f"for task types that it takes: {', '.join(map(repr, kinds))}")
+        return {kind: _dollars(owner, usd, expected) for kind, usd in cost.items()}
+    return _dollars(owner, cost, expected)
+
+
+def _dollars(owner: str, usd: object, expected: str) -> float:
+    if not is_number(usd) or not 0 <= usd <= _MAX_DOLLARS:
+        reject(owner, "cost", usd, expected)
+    return float(usd)
 
 
 def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[DeclaredUpstream, ...]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay._hooks import is_async
-from forebay._validate import check_choice, check_instance, check_positive, check_whole, is_positive, reject
+from forebay._validate import (
+    check_choice,
+    check_instance,
+    check_not_negative,
+    check_positive,
+    check_whole,
+    is_positive,
+    reject,
+)
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
 from forebay.retry import RetryBudget
@@ -39,6 +47,7 @@ class SupervisorSettings:
     keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
+    max_cost_wait: float
     tenants: Mapping[str, Tenant]
     strategy: str
     max_restarts: int
@@ -51,6 +60,7 @@ class SupervisorSettings:
         if not is_positive(self.lease) or self.lease > MAX_LEASE:
             reject(_OWNER, "lease", self.lease, f"a positive number of seconds, at most {MAX_LEASE:.0f}")
         check_positive(_OWNER, "result_retention", self.result_retention, unit="seconds")
+        check_not_negative(_OWNER, "max_cost_wait", self.max_cost_wait, unit="seconds", infinite=True)
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
         for name, minimum in (

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from forebay.supervisor.worker import URGENT
 from forebay.task import Priority
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource
     from forebay.supervisor.core import Core
+    from forebay.supervisor.cost_selection import CostSelector
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns, Run
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.slot_counts import SlotCounts
+    from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
     from forebay.upstream.declared_upstream import DeclaredUpstream
 
@@ -87,7 +91,7 @@ class StartGate:
             return True
         return self.may_start(worker, head[3], waiting=len(pool.queue))
 
-    def pick(
+    def pick(  # noqa: PLR0913 - the facts about a task
         self,
         pool: Pool,
         priority: Priority,
@@ -95,19 +99,48 @@ class StartGate:
         nested: bool = False,
         idle_first: bool = False,
         avoid: WorkerAgent | None = None,
+        ticket: Ticket | None = None,
     ) -> WorkerAgent | None:
         """Return the worker on which a run of `priority` may start now, if there is one, but never `avoid`.
 
-        None while its type is paused.
+        None while its type is paused. It is the cheapest that makes the deadline of `ticket`, where workers differ in
+        cost; without one, or for CRITICAL and HIGH, the one that would finish first.
         """
         if pool.paused:
             return None
+        if pool.by_cost is not None and ticket is not None and priority > URGENT:
+            return self._pick_cheapest(pool.by_cost, pool, ticket, avoid)
         worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
         if worker is avoid and worker is not None:
             worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
-        if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
-            return worker
+        return worker if worker is not None and self._may_start_one(worker, priority) else None
+
+    def _pick_cheapest(
+        self, costs: CostSelector, pool: Pool, ticket: Ticket, avoid: WorkerAgent | None
+    ) -> WorkerAgent | None:
+        priority, nested, skipped = ticket.task.priority, ticket.nested, list[float]()
+        while (worker := self.cheapest(costs, pool, ticket, skipped)) is not None:
+            if worker is avoid:
+                other = costs.pick_other(avoid=worker, priority=priority, nested=nested)
+                return other if other is not None and self._may_start_one(other, priority) else None
+            if self._may_start_one(worker, priority):
+                return worker
+            skipped.append(costs.compared_cost_of(worker))  # its upstream is under pressure; that of others may not be
         return None
+
+    def _may_start_one(self, worker: WorkerAgent, priority: Priority) -> bool:
+        return not worker.sources or self.may_start(worker, priority, waiting=1)
+
+    def cheapest(
+        self, costs: CostSelector, pool: Pool, ticket: Ticket, skipped: Collection[float] = ()
+    ) -> WorkerAgent | None:
+        """Return the cheapest worker of `pool` that can accept the task of `ticket` and makes its deadline.
+
+        It may be one that the start gate stops. See `CostSelector.pick_cheapest`.
+        """
+        left = math.inf if ticket.deadline is None else ticket.deadline.remaining()
+        within, task = left / pool.relative_size(ticket.task.estimate), ticket.task
+        return costs.pick_cheapest(self._loop.time(), within, task.priority, nested=ticket.nested, skipped=skipped)
 
     def may_start(self, worker: WorkerAgent, priority: Priority, *, waiting: int) -> bool:
         """Return whether a run of `priority` may start on `worker` now; `waiting` runs are queued for it."""

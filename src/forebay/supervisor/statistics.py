@@ -34,6 +34,7 @@ class WorkerStatistics(JsonStruct, frozen=True, kw_only=True):
         zombies_found: handlers that outlived the end of their attempt and the grace.
         busy_seconds: for how many seconds its slots were taken, summed over the slots. Its growth over a time, divided
             by ``max_concurrent`` times that time, is the worker's utilization.
+        costs: US dollars of a task, given or learned, by task type; without those that are not known.
     """
 
     name: str
@@ -54,6 +55,7 @@ class WorkerStatistics(JsonStruct, frozen=True, kw_only=True):
     expired: int = 0
     zombies_found: int = 0
     busy_seconds: float = 0.0
+    costs: Mapping[str, float] = {}
 
 
 class Statistics(JsonStruct, frozen=True, kw_only=True):
@@ -73,6 +75,7 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
         suspended: runs that have lent their slot now, because they wait for tasks.
         waiting: tasks in the queues now, those parked behind their conversation inside, and `delayed`.
         delayed: tasks that wait here now for their next attempt, or for their `not_before`, without a slot.
+        held: tasks that wait now for a cheaper worker though a slot is free. They are in `waiting`, too.
         outside: tasks in the overflow now, as far as this process knows.
         load: `system_load()`.
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
@@ -100,6 +103,7 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
     suspended: int = 0
     waiting: int = 0
     delayed: int = 0
+    held: int = 0
     outside: int = 0
     load: float = 0.0
     limited_by: str | None = None
@@ -134,6 +138,7 @@ def snapshot(
         stalls=0 if monitor is None else monitor.stalls,
         waiting=sum(pool.waiting for pool in dispatcher.core.pools.by_type.values()),
         delayed=sum(pool.delayed for pool in dispatcher.core.pools.by_type.values()),
+        held=dispatcher.held.count,
         outside=0 if spill is None else spill.refiller.spilled_tasks,
         load=highest.load,
         paused=tuple(pool.task_type for pool in dispatcher.core.pools.by_type.values() if pool.paused),
@@ -179,4 +184,11 @@ def _worker_statistics(worker: WorkerAgent, now: float) -> WorkerStatistics:
         expired=worker.other_ends[TaskStatus.EXPIRED],
         zombies_found=worker.zombies_found,
         busy_seconds=worker.busy_seconds(now),
+        costs=_costs(worker),
     )
+
+
+def _costs(worker: WorkerAgent) -> dict[str, float]:
+    if worker.costs is None:
+        return {}
+    return {kind: usd for kind in worker.task_types if (usd := worker.costs.of(kind)) is not None}

@@ -82,6 +82,8 @@ class _Workers(dict[str, WorkerAgent]):
 class BackpressureSupervisor:
     """Admits, spills or rejects agent tasks by priority, and gives each to the worker that would finish it first.
 
+    Where the costs of workers differ, that is the cheapest one that makes the deadline.
+
     An async context manager: leaving it drains; leaving it by an error or a cancellation stops the handlers. Either way
     every ticket ends. It may be entered again, in any event loop, with its workers and settings and nothing else of its
     earlier run.
@@ -105,6 +107,8 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
+        max_cost_wait: seconds that a task with a deadline may wait for a cheaper worker though a dearer one is free, as
+            long as that makes its deadline; ``math.inf`` for no other bound. 0: a free slot is used at once.
         tenants: the weight of a tenant, or a `Tenant` with its bounds, by name. Tenants with work waiting take turns by
             their weights; one that is not named has a weight of 1.
         strategy: which workers are started again when the life of one has ended: ``"one_for_one"``, it alone;
@@ -135,6 +139,7 @@ class BackpressureSupervisor:
         keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
+        max_cost_wait: float = 0.0,
         tenants: Mapping[str, float | Tenant] | None = None,
         strategy: str = "one_for_one",
         max_restarts: int = 3,
@@ -154,6 +159,7 @@ class BackpressureSupervisor:
             keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
+            max_cost_wait=max_cost_wait,
             tenants=tenant_settings(tenants),
             strategy=strategy,
             max_restarts=max_restarts,
@@ -199,6 +205,7 @@ class BackpressureSupervisor:
         reserve: int = 0,
         timeout: float = 300.0,
         retry: Retry | None = None,
+        cost: float | Mapping[str, float] | None = None,
         payload: Any = None,
         result: Any = None,
         config: Config | None = None,
@@ -229,6 +236,9 @@ class BackpressureSupervisor:
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             retry: how tasks whose attempts fail, or run out of time, are tried again, unless the task has a policy of
                 its own. None: they are not. Between two attempts a task holds no slot.
+            cost: US dollars that a task costs on it, or a mapping of them by task type. None: learned from what the
+                calls of its runs are charged by upstreams with budgets. Where the costs of the workers of a type
+                differ, NORMAL and LOW tasks go to the cheapest one that makes their deadline.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
@@ -269,6 +279,7 @@ class BackpressureSupervisor:
             reserve=reserve,
             timeout=timeout,
             retry=retry,
+            cost=cost,
             config=config,
             engine=engine,
             on_cancel=on_cancel,

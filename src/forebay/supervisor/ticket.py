@@ -163,6 +163,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
     _outcome: TaskResult[ResultT_co] | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
     found: bool = False  # made for a record that was looked up: its task is read again when the record comes back
+    held: bool = False  # it has waited for a cheaper worker though a slot was free
     retries: TicketRetries | None = None  # its failed attempts, if any may be followed by another
 
     def __repr__(self) -> str:
@@ -440,6 +441,11 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
     def wait(self) -> None:
         """Make it WAITING without an entry in the queue: behind another task of its conversation."""
         self.status = _WAITING
+
+    def hold(self) -> None:
+        """Make it WAITING for a cheaper worker, without an entry in the queue."""
+        self.status = _WAITING
+        self.held = True
 
     def enqueue(self, entry: QueueEntry) -> None:
         """Make it WAITING in the queue."""

@@ -14,11 +14,11 @@ from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
 from forebay.retry import Retry
 from forebay.supervisor.tree.worker_life import WorkerLife
+from forebay.supervisor.worker_costs import AVERAGE_GAIN, WorkerCosts
 from forebay.task import Priority, TaskStatus
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
 URGENT = Priority.HIGH  # tasks of this priority or a better one go past the queue, and may take reserved slots
-_DURATION_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
 _WORST_PENALTY = _PENALTY**5
 _OTHER_ENDS = (TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
@@ -52,7 +52,7 @@ class WorkerAgent:
     __slots__ = (
         "__weakref__", "_busy_seconds", "_declared", "_durations", "_max_concurrent", "_max_open", "_max_probes",
         "_on_resize", "_on_revive", "_orphans", "_probes_in_flight", "accepting", "breaker", "breaker_phase",
-        "claims_held_back", "counted_slots", "counts_tasks", "current_tasks", "declared", "failed", "given_up",
+        "claims_held_back", "costs", "counted_slots", "counts_tasks", "current_tasks", "declared", "failed", "given_up",
         "handler", "leaving", "life", "max_open", "name", "other_ends", "penalty", "pending_claims", "probes",
         "probing", "ready", "reserve", "restarts", "retry", "sources", "start_failed", "started", "starting", "stuck",
         "succeeded", "suspended", "suspended_open", "task_types", "timeout", "urgent_tasks", "zombies",
@@ -70,6 +70,7 @@ class WorkerAgent:
         reserve: int = 0,
         timeout: float,
         retry: Retry | None = None,
+        cost: float | Mapping[str, float] | None = None,
         breaker: Breaker,
         probes: int,
         declared: Sequence[DeclaredUpstream] = (),
@@ -86,6 +87,7 @@ class WorkerAgent:
         self.reserve = reserve  # slots, the last free ones, that only CRITICAL and HIGH tasks take
         self.timeout = timeout
         self.retry = retry
+        self.costs = None if cost is None else WorkerCosts(cost)  # None for most of ten thousand
         self.breaker = breaker
         self._max_probes = probes
         self.probes = min(probes, max_concurrent)
@@ -141,6 +143,8 @@ class WorkerAgent:
         self._busy_seconds = 0.0  # times of the returns of slots, less those at which they were taken
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
+        if self.costs is not None:
+            self.costs.forget_learned()
 
     def __repr__(self) -> str:
         return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self._max_concurrent})"
@@ -391,6 +395,22 @@ class WorkerAgent:
         """Record whether the free slots are such that no run which claims one may take it."""
         self.claims_held_back = held_back
 
+    # --- its cost ---
+
+    def cost(self, task_type: str) -> float | None:
+        """Return the US dollars of a task of that type: given or learned; None if it is not known."""
+        return None if self.costs is None else self.costs.of(task_type)
+
+    def given_cost(self, task_type: str) -> float | None:
+        """Return the US dollars that were given for a task of that type, or None."""
+        return None if self.costs is None else self.costs.given(task_type)
+
+    def record_cost(self, task_type: str, usd: float | None) -> None:
+        """Record what the calls of a successful run cost, or None if none of them had a price."""
+        if self.costs is None:
+            self.costs = WorkerCosts()
+        self.costs.record(task_type, usd)
+
     # --- its score ---
 
     def score(self, task_type: str, typical: float) -> float:
@@ -406,6 +426,10 @@ class WorkerAgent:
         duration = self._durations.get(task_type, typical)
         return (self.current_tasks + 1) * duration / self._max_concurrent * self.penalty
 
+    def duration(self, task_type: str, typical: float) -> float:
+        """Return the average seconds of a success, or `typical` before the first."""
+        return self._durations.get(task_type, typical)
+
     def has_duration(self, task_type: str) -> bool:
         """Return whether the worker has finished a task of that type."""
         return task_type in self._durations
@@ -414,7 +438,7 @@ class WorkerAgent:
         """Count a success, and record how long it took."""
         self.succeeded += 1
         duration = self._durations.get(task_type)
-        self._durations[task_type] = seconds if duration is None else duration + _DURATION_GAIN * (seconds - duration)
+        self._durations[task_type] = seconds if duration is None else duration + AVERAGE_GAIN * (seconds - duration)
 
     def record_other_end(self, status: TaskStatus) -> None:
         """Count an attempt that has ended without success."""

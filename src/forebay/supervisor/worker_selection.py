@@ -14,10 +14,17 @@ _Heap = list[tuple[float, int]]
 _STAMP = 1  # index in an entry
 
 
+class Selector(Protocol):
+    """The workers of one task type, as far as a source of their scores needs it."""
+
+    def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
+        """Take the score of `worker` into account before the next pick, and tell `source` then that it is known."""
+
+
 class ScoreSource(Protocol):
     """The `PoolGroup` of a worker of many task types, as far as a selector needs it."""
 
-    def inform(self, worker: WorkerAgent, selector: WorkerSelector) -> None:
+    def inform(self, worker: WorkerAgent, selector: Selector) -> None:
         """Remember that `selector` knows the present score of `worker`."""
 
 
@@ -88,6 +95,10 @@ class WorkerSelector:
             return self._first_idle(priority, nested=nested) or best
         return best
 
+    def pick_untimed(self) -> WorkerAgent | None:
+        """Return the best worker that can accept a task and has no duration of its own, or None."""
+        return self._top(1)
+
     def pick_other(self, *, avoid: WorkerAgent, priority: Priority, nested: bool) -> WorkerAgent | None:
         """Return the best worker but `avoid` that can accept a task, or None: a search of all."""
         able = [
@@ -99,7 +110,7 @@ class WorkerSelector:
 
     def _least_score(self, workers: Iterable[WorkerAgent]) -> WorkerAgent | None:
         typical = self._typical()
-        return min(workers, key=lambda worker: worker.score(self._task_type, typical), default=None)
+        return min(workers, key=lambda worker: self._key(worker, typical), default=None)
 
     def _first_idle(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
         """Return the worker that has been idle for longest and may begin the task; forget those that are not idle."""
@@ -132,7 +143,7 @@ class WorkerSelector:
         if timed is None or fresh is None:
             return timed or fresh
         typical = self._typical()
-        return min(timed, fresh, key=lambda worker: worker.score(self._task_type, typical))
+        return min(timed, fresh, key=lambda worker: self._key(worker, typical))
 
     def _top(self, which: int) -> WorkerAgent | None:
         heap = self._heaps[which]
@@ -153,6 +164,10 @@ class WorkerSelector:
 
     def _heap_index(self, worker: WorkerAgent) -> int:
         return 0 if worker.has_duration(self._task_type) else 1
+
+    def _key(self, worker: WorkerAgent, typical: float) -> float:
+        """Return what the workers are ordered by; `typical` is the duration of one that has none of its own."""
+        return worker.score(self._task_type, typical)
 
     def _score(self, worker: WorkerAgent) -> float:
         return worker.score(self._task_type, 1.0)

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
+from forebay.context import CallObserver
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
 from forebay.quota import QuotaReservation, RateScope
@@ -77,6 +78,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         asked_at: when it first asked for a permit; set by the account.
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
         weight: the share of turns of its tenant, unless the account's weights name it.
+        payer: the run that makes it, which is told what it was charged; or None.
     """
 
     charge: Charge = Charge()
@@ -98,6 +100,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     unmetered: Unmetered | None = None
     holder: Permit | None = None
     weight: float = 1.0
+    payer: CallObserver | None = None
 
     @property
     def goes_first(self) -> bool:

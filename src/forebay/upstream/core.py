@@ -121,7 +121,10 @@ class UpstreamCore:
             task_id=None if task is None else task.task_id,
             weight=running.tenant_weight if running is not None and own else 1.0,
         )
-        return self.request_for(caller, model, charge, free=free, price=price)
+        request = self.request_for(caller, model, charge, free=free, price=price)
+        if self.budgets.has_budgets:
+            request.payer = context.call_observer()
+        return request
 
     def request_for(
         self, caller: Caller, model: str, charge: Charge, *, free: bool = False, price: CallPrice | None = None

@@ -202,6 +202,7 @@ def late_turn(waited: float, *, time: float = 20.0, **fields: Any) -> Any:
     known = {
         "nested": False,
         "retries": None,
+        "held": False,
         "submitted_at": 1000.0,
         "deadline": deadline,
         "task": Task("a"),

@@ -129,7 +129,10 @@ class RunCompletion:
         """End a run at its timeout, or at its deadline if that came first."""
         now, timeout = self._loop.time(), run.task.timeout or run.worker.timeout
         if run.deadline is not None and now + run.deadline.remaining() <= run.started_at + timeout + _CLOCK_TOLERANCE:
-            self._pools[run.task.task_type].record_timeout(now - run.started_at, run.task.estimate)
+            pool = self._pools[run.task.task_type]
+            pool.record_timeout(now - run.started_at, run.task.estimate)
+            if pool.by_cost is not None:
+                pool.by_cost.record_cut_off(now, run.worker, now - run.started_at)
             self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
             self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {format_duration(timeout)}")
@@ -306,6 +309,8 @@ class RunCompletion:
         if task.estimate is not None:
             pool.record_estimated(seconds, task.estimate)
         worker.record_success(task.task_type, seconds)
+        if pool.tracks_costs or run.usd is not None:
+            pool.record_cost(now, worker, seconds, run.usd)
         if worker.breaker.record(now, _SUCCESS, run.breaker_epoch) is not None:
             self._update_breaker(worker, "")
         result = TaskResult(

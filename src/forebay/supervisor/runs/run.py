@@ -126,6 +126,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     # Final rejections of its calls, and when they came, by what rejected them.
     rejections: dict[object, tuple[Overloaded, float]] | None = None
     left_behind: bool = False  # a task that it, or a run below it, has submitted is left to the next process
+    usd: float | None = None  # what its calls were charged by upstreams with budgets
     upstream_failed: bool = False  # one of its calls failed because of the upstream
     in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
     continued_submission: float | None = None  # the earlier submission whose saga it goes on with
@@ -177,6 +178,13 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             return Overloaded(error.reason, limited_by=error.limited_by, load=error.load, retry_after=left)
         self.rejections = {other: rejection for other, rejection in self.rejections.items() if other is not by}
         return None
+
+    def record_spend(self, usd: float) -> None:
+        """Record that a call was charged `usd` dollars. Callable from any thread."""
+        self._in_loop(self._add_spend, usd)  # two threads that add at the same time would lose one
+
+    def _add_spend(self, usd: float) -> None:
+        self.usd = (self.usd or 0.0) + usd
 
     def record_upstream_fault(self) -> None:
         """Record that a call failed because of its upstream."""

@@ -487,8 +487,7 @@ class Account:
             failed = kind in (Outcome.FAULT, Outcome.OVERLOAD)  # a refusal for another cause is not counted either
             self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
-        for dollars in permit.spend:
-            dollars.settle(usd)
+        _settle_dollars(permit, usd, kind)
         self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
@@ -664,3 +663,12 @@ class Account:
 
 def _earliest(*times: float | None) -> float | None:
     return min((time for time in times if time is not None), default=None)
+
+
+def _settle_dollars(permit: Permit, usd: float, kind: Outcome) -> None:
+    """Replace the dollars that are held for a call by those that it has cost, and tell the run that made it."""
+    for dollars in permit.spend:
+        dollars.settle(usd)
+    payer = permit.request.payer
+    if permit.spend and payer is not None and (usd or kind is Outcome.SUCCESS):  # a refused call tells nothing
+        payer.record_spend(usd)
