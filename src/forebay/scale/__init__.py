@@ -1,0 +1,22 @@
+"""Auto-scaling: more workers while workers are the bottleneck, and only then."""
+
+from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, ScalableSupervisor
+from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
+from forebay.scale.ratio import desired_replicas
+from forebay.scale.target import Replicas, Target
+from forebay.scale.worker_target import ResizableWorker, WorkerTarget
+
+__all__ = [
+    "Autoscaler",
+    "AutoscalerStatistics",
+    "Replicas",
+    "ResizableWorker",
+    "ScalableSupervisor",
+    "ScaleDecider",
+    "ScaleDecision",
+    "ScalePolicy",
+    "Target",
+    "WorkerTarget",
+    "desired_replicas",
+    "slots_asked",
+]
