@@ -2,6 +2,7 @@
 
 from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, ScalableSupervisor
 from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
+from forebay.scale.process_target import ProcessTarget
 from forebay.scale.ratio import desired_replicas
 from forebay.scale.target import Replicas, Target
 from forebay.scale.worker_target import ResizableWorker, WorkerTarget
@@ -9,6 +10,7 @@ from forebay.scale.worker_target import ResizableWorker, WorkerTarget
 __all__ = [
     "Autoscaler",
     "AutoscalerStatistics",
+    "ProcessTarget",
     "Replicas",
     "ResizableWorker",
     "ScalableSupervisor",

@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 _PAGE: Final = 1000  # leased records that are listed at a time
 
 
-async def measure_demand(dispatcher: Dispatcher, admission: AdmissionController, pools: Collection[Pool]) -> Demand:
-    """Return the demand of the tasks of `pools`.
+async def measure_demand(
+    dispatcher: Dispatcher, admission: AdmissionController, pools: Collection[Pool], *, ask_overflow: bool
+) -> Demand:
+    """Return the demand of the tasks of `pools`; with `ask_overflow`, of those in the overflow too.
 
     Raises:
         StoreUnavailable: the overflow cannot be asked.
     """
     types = {pool.task_type for pool in pools}
-    spilled, elsewhere, spill = 0, None, dispatcher.spill
-    if spill is not None:
+    spilled, elsewhere = 0, None
+    if ask_overflow and (spill := dispatcher.spill) is not None:
         store = spill.stored.store
         depths = await store.depths()
         spilled = sum(count for (task_type, _, _), count in depths.items() if task_type in types)

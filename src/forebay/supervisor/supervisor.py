@@ -753,10 +753,12 @@ class BackpressureSupervisor:
             return Statistics(**worker_statistics(self._workers, 0.0))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
 
-    async def demand(self, task_types: Sequence[str]) -> Demand:
+    async def demand(self, task_types: Sequence[str], *, ask_overflow: bool = True) -> Demand:
         """Return the slots that the tasks of some types ask for now, for whoever adds and removes workers.
 
-        The overflow, if there is one, is asked what waits there, and what other processes run.
+        Args:
+            task_types: the types.
+            ask_overflow: ask the overflow, if there is one, what waits there and what other processes run.
 
         Raises:
             UnknownTaskType: no worker is registered for one of them.
@@ -766,7 +768,7 @@ class BackpressureSupervisor:
         """
         admission = self._admission_here()
         pools = [admission.pool_of(task_type) for task_type in dict.fromkeys(task_types)]
-        return await measure_demand(self._running(), admission, pools)
+        return await measure_demand(self._running(), admission, pools, ask_overflow=ask_overflow)
 
     def emit(self, event: Event) -> None:
         """Deliver an event to the sinks and to the iterators of `events`."""
