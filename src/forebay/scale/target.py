@@ -26,7 +26,7 @@ class Replicas(JsonStruct, frozen=True, kw_only=True):
 
 
 class ReplicaReport(JsonStruct, frozen=True, kw_only=True):
-    """What one replica that takes tasks says of itself: see the fields of `Demand`.
+    """A report of one replica that takes tasks.
 
     Attributes:
         running: slots that are taken.
