@@ -191,6 +191,26 @@ class WorkerResized(Event, frozen=True, kw_only=True):
     max_concurrent: int
 
 
+class Scaled(Event, frozen=True, kw_only=True):
+    """An autoscaler has asked its target for another number of replicas.
+
+    Attributes:
+        target: names the target.
+        before, after: replicas.
+        asked: slots that the tasks ask for, averaged.
+        panic: whether the short window counted.
+        limited_by: what is short instead of workers, so that no replica was added; None if nothing is.
+    """
+
+    kind = "scaled"
+    target: str
+    before: int
+    after: int
+    asked: float
+    panic: bool = False
+    limited_by: str | None = None
+
+
 class WorkerUnregistered(Event, frozen=True, kw_only=True):
     """A worker was unregistered; `cut` of its runs had not ended in time, and were stopped."""
 

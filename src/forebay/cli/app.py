@@ -10,6 +10,7 @@ import typer
 from forebay.cli.gateway import gateway
 from forebay.cli.overflow import overflow
 from forebay.cli.saga import saga
+from forebay.cli.worker import worker
 
 app = typer.Typer(
     help="Backpressure for fleets of AI agents.",
@@ -36,5 +37,6 @@ def _forebay(
 
 
 app.command()(gateway)
+app.command()(worker)
 app.add_typer(overflow, name="overflow")
 app.add_typer(saga, name="saga")

@@ -719,6 +719,8 @@ class AdmissionController:
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
         self._registry.forget_key(ticket)
         self.rejected += 1
+        if refusal.limited_by in (None, pool.resource, store_load.RESOURCE):
+            pool.count_refused(ticket.task.priority)
         self._submitted(ticket)
         return ticket
 

@@ -88,7 +88,24 @@ class SystemLoad:
         if pool is None or not pool.source_paths or not pool.slots:
             return resource
         blocked = [_first_blocked(path) for path in pool.source_paths]
-        return next((name for name in blocked if name is not None), resource) if None not in blocked else resource
+        names = [source.name for source in blocked if source is not None]
+        return names[0] if len(names) == len(blocked) else resource
+
+    def blocking_source(self, pool: Pool) -> str | None:
+        """Return the source that keeps runs of the pool from starting, on whatever worker, and the part that is short.
+
+        A source does so if no run of the lowest priority may start, or if tasks wait though a slot is free: what the
+        source allows now and then goes to the next run at once. None if some worker has no such source: then more slots
+        would serve what waits.
+        """
+        if not pool.source_paths or not pool.slots:
+            return None
+        idle = {tuple(worker.sources) for worker in pool.held_back_workers()}
+        blocked = [_first_blocked(path) or (_fullest(path) if path in idle else None) for path in pool.source_paths]
+        if any(source is None for source in blocked) or (source := blocked[0]) is None:
+            return None
+        part = source.load(Priority.LOW)[1]
+        return source.name if part == "nothing" else f"{source.name}:{part}"
 
     def readings(self) -> tuple[Reading, ...]:
         """Return every reading: of each pool, each nested supervisor, each load source, the overflow, and the host."""
@@ -114,6 +131,11 @@ def _highest_reading(path: tuple[LoadSource, ...], priority: Priority) -> tuple[
     return max(((source.load(priority)[0], source.name) for source in path), default=(0.0, "host"))
 
 
+def _fullest(path: tuple[LoadSource, ...]) -> LoadSource | None:
+    """Return the source with the highest load."""
+    return max(path, key=lambda source: source.load(Priority.LOW)[0], default=None)
+
+
 def _path_time_until_below(
     pool: Pool, path: tuple[LoadSource, ...], priority: Priority, load: float
 ) -> tuple[float, float]:
@@ -126,9 +148,9 @@ def _path_time_until_below(
     return last
 
 
-def _first_blocked(path: tuple[LoadSource, ...]) -> str | None:
-    """Return the name of the first source for which no run of the lowest priority may start."""
-    return next((source.name for source in path if not source.may_start(Priority.LOW)), None)
+def _first_blocked(path: tuple[LoadSource, ...]) -> LoadSource | None:
+    """Return the first source for which no run of the lowest priority may start."""
+    return next((source for source in path if not source.may_start(Priority.LOW)), None)
 
 
 def _nested_load(worker: WorkerAgent, task_type: str) -> float:

@@ -47,6 +47,7 @@ class PoolObserver(Protocol):
     own_suspended: int
     own_reserved: int
     own_reserved_taken: int
+    own_blocked: dict[WorkerAgent, None]
 
     @property
     def own_idle_blocked(self) -> int:
@@ -73,7 +74,7 @@ class Pool(SlotCounts):
         "_sole_tenant", "_standing", "_tenants", "_timeouts", "_turns", "_watched", "by_cost", "calls_per_run",
         "delayed", "delayed_nested", "estimate_bypass", "estimated_times", "expects_records", "finishing", "held",
         "max_queue_size", "max_timeout", "nested", "nested_spilled", "nested_supervisors", "parked", "paused",
-        "queue", "refill_policy", "reserved", "resource", "retry_schedules", "selector", "service_times",
+        "queue", "refill_policy", "refused", "reserved", "resource", "retry_schedules", "selector", "service_times",
         "source_paths", "spilled", "takes_turns", "task_type", "times_passed_over", "tracks_costs", "workers",
     )  # fmt: skip
 
@@ -113,7 +114,8 @@ class Pool(SlotCounts):
         self.delayed_nested = 0  # nested ones of them
         self._delayed_of: dict[tuple[str, bool], int] = {}  # the same by tenant, and whether they are nested
         self.held = 0  # tasks that wait for a cheaper worker though a slot is free
-        self.reserved = 0  # room kept for them, and for records that are being leased from the overflow
+        self.refused = 0  # tasks that were rejected because its slots are taken
+        self.reserved = 0  # room kept for held tasks, and for records that are being leased from the overflow
         self.expects_records = False  # whether a free slot is kept until records have come back from the overflow
         self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
@@ -183,6 +185,24 @@ class Pool(SlotCounts):
     def queued(self) -> int:
         """Tasks in the queue, being leased from the overflow, or waiting here for a time."""
         return self.queue.length + self.reserved + self.delayed
+
+    @property
+    def waiting_for_slots(self) -> int:
+        """The tasks that would start if there were more slots."""
+        if self.paused:
+            return 0
+        queued = self.queue.length if self._turns is None else sum(self._turns.lengths_without_blocked())
+        return queued + self.reserved
+
+    def held_back_workers(self) -> list[WorkerAgent]:
+        """Return the workers with a free slot on which the start gate lets nothing begin."""
+        blocked = [*self.own_blocked, *(worker for group in self._groups for worker in group.own_blocked)]
+        return [worker for worker in blocked if worker.slots > worker.current_tasks]
+
+    def count_refused(self, priority: Priority) -> None:
+        """Count a task that was rejected, if no slot is free for its priority."""
+        if self.free_slots(priority) <= 0:
+            self.refused += 1
 
     @property
     def waiting(self) -> int:

@@ -104,6 +104,10 @@ class RoomQueue:
             return True
         return _first(ahead) is not None
 
+    def waiting(self, task_type: str) -> int:
+        """Return how many producers of tasks of a type are in line."""
+        return sum(len(turns) for line in self._lines.get(task_type, {}).values() for turns in line)
+
     def wake_all(self) -> None:
         """Have every producer try again, because the supervisor admits nothing any more."""
         for lines in self._lines.values():

@@ -30,14 +30,15 @@ from forebay.errors import (
     UnregisteredInside,
     WrongLoop,
 )
-from forebay.events import EventBus, Sink, Subscription, TaskTypePaused, TaskTypeResumed, WorkerResized, log
-from forebay.interfaces import Reading, TaskStore
+from forebay.events import Event, EventBus, Sink, Subscription, TaskTypePaused, TaskTypeResumed, WorkerResized, log
+from forebay.interfaces import Demand, Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.retry import Retry, RetryBudget
 from forebay.saga import Saga, SagaAdmin, SagaLog, open_saga_log
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import RESUME_DELAY, Core
+from forebay.supervisor.demand import measure_demand
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut, FanOutOptions, Hedge, MapOptions, OnProgress, TaskOptions
@@ -762,6 +763,28 @@ class BackpressureSupervisor:
         if self._dispatcher is None or self._admission is None:
             return Statistics(**worker_statistics(self._workers, 0.0))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
+
+    async def demand(self, task_types: Sequence[str], *, ask_overflow: bool = True) -> Demand:
+        """Return the slots that the tasks of some types ask for now, for whoever adds and removes workers.
+
+        Args:
+            task_types: the types.
+            ask_overflow: ask the overflow, if there is one, what waits there and what other processes run.
+
+        Raises:
+            UnknownTaskType: no worker is registered for one of them.
+            StoreUnavailable: the overflow cannot be asked.
+            NotStarted, SupervisorClosed: the supervisor is not running.
+            WrongLoop: it runs on another event loop.
+        """
+        admission = self._admission_here()
+        pools = [admission.pool_of(task_type) for task_type in dict.fromkeys(task_types)]
+        return await measure_demand(self._running(), admission, pools, ask_overflow=ask_overflow)
+
+    def emit(self, event: Event) -> None:
+        """Deliver an event to the sinks and to the iterators of `events`."""
+        if self._bus.active:
+            self._bus.emit(event)
 
     def tree(self) -> TreeNode:
         """Return a snapshot of the supervision tree: the workers, and those of the supervisors below."""

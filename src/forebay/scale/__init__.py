@@ -1,0 +1,26 @@
+"""Auto-scaling: more workers while workers are the bottleneck, and only then."""
+
+from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, ScalableSupervisor
+from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
+from forebay.scale.process_target import ProcessTarget
+from forebay.scale.ratio import desired_replicas
+from forebay.scale.target import ReplicaReport, Replicas, Target, sum_up
+from forebay.scale.worker_target import ResizableWorker, WorkerTarget
+
+__all__ = [
+    "Autoscaler",
+    "AutoscalerStatistics",
+    "ProcessTarget",
+    "ReplicaReport",
+    "Replicas",
+    "ResizableWorker",
+    "ScalableSupervisor",
+    "ScaleDecider",
+    "ScaleDecision",
+    "ScalePolicy",
+    "Target",
+    "WorkerTarget",
+    "desired_replicas",
+    "slots_asked",
+    "sum_up",
+]

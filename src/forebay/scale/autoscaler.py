@@ -1,0 +1,308 @@
+"""The loop of an autoscaler: it reads, decides, and asks its target."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any, Final, Protocol, Self
+
+import msgspec
+
+from forebay import clock
+from forebay._json import JsonStruct
+from forebay._validate import check_positive, reject
+from forebay.errors import InvalidSetting
+from forebay.events import Event, Scaled, log
+from forebay.interfaces import Demand
+from forebay.retry import Retry
+from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
+from forebay.scale.target import Replicas, Target
+
+_OWNER: Final = "Autoscaler"
+_CALL_TIMEOUT: Final = 30.0  # seconds that one call of a target, or one reading, may take
+_BACKOFF: Final = Retry(base_delay=1.0, max_delay=60.0)
+
+
+class ScalableSupervisor(Protocol):
+    """The supervisor, as far as an autoscaler needs it."""
+
+    async def demand(self, task_types: Sequence[str]) -> Demand:
+        """Return the slots that the tasks of some types ask for now."""
+
+    def emit(self, event: Event) -> None:
+        """Deliver an event to whoever receives those of the supervisor."""
+
+
+class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
+    """An autoscaler at one moment.
+
+    Attributes:
+        current: replicas that its target has been asked for.
+        ready: those of them that take tasks.
+        wanted: replicas that the slots asked for need, whatever is short.
+        asked: slots that the tasks ask for, averaged.
+        load: these over the slots of the replicas; infinity without a replica, unless nothing is asked for.
+        panic: whether the short window counts.
+        limited_by: what is short instead of workers; None if nothing is.
+        scaled_up, scaled_down: how often.
+        reversals: how often one followed the other.
+        failures: readings and calls of the target that failed.
+        replica_seconds: replicas that were asked for, times the seconds for which they were.
+        unbought_seconds: the same of those that were wanted, and not asked for because something else was short.
+    """
+
+    current: int = 0
+    ready: int = 0
+    wanted: int = 0
+    asked: float = 0.0
+    load: float = 0.0
+    panic: bool = False
+    limited_by: str | None = None
+    scaled_up: int = 0
+    scaled_down: int = 0
+    reversals: int = 0
+    failures: int = 0
+    replica_seconds: float = 0.0
+    unbought_seconds: float = 0.0
+
+
+class Autoscaler:
+    """Adds replicas of workers while workers are the bottleneck, and removes them again. An async context manager.
+
+    It goes by the slots that tasks ask for, not by CPU: an agent that waits for a model uses none. See
+    `forebay.scale.slots_asked` and `forebay.scale.ScaleDecider`. Enter it after the supervisor. Leaving it closes the
+    target.
+
+    Args:
+        supervisor: a `BackpressureSupervisor` that runs: it knows what waits, in its queue and in the overflow.
+        target: what is made larger and smaller.
+        task_types: the types whose tasks the replicas take.
+        seats: slots of one replica.
+        load: share of the slots that should be taken.
+        minimum: the least replicas; 0 to have none while nothing is to be done.
+        maximum: the most.
+        interval: seconds between two readings.
+        window: seconds over which the slots asked for are averaged.
+        panic_window: the same while twice as many replicas are wanted as are ready.
+        stabilization: seconds for which fewer replicas must have been enough before any is removed.
+        drain: seconds within which tasks that wait should have begun; None for half of the window.
+        tolerance: share by which the load may differ from `load` without a change.
+        service: seconds for which a task holds a slot, until that is measured; None if it is not known.
+
+    Raises:
+        InvalidSetting: a setting is invalid.
+    """
+
+    def __init__(  # noqa: PLR0913 - every property has a name
+        self,
+        supervisor: ScalableSupervisor,
+        target: Target,
+        *,
+        task_types: Sequence[str],
+        seats: int = 1,
+        load: float = 0.7,
+        minimum: int = 1,
+        maximum: int,
+        interval: float = 2.0,
+        window: float = 60.0,
+        panic_window: float = 6.0,
+        stabilization: float = 300.0,
+        drain: float | None = None,
+        tolerance: float = 0.1,
+        service: float | None = None,
+    ) -> None:
+        self._policy = ScalePolicy(
+            seats=seats,
+            load=load,
+            minimum=minimum,
+            maximum=maximum,
+            window=window,
+            panic_window=panic_window,
+            stabilization=stabilization,
+            drain=drain,
+            tolerance=tolerance,
+        )
+        check_positive(_OWNER, "interval", interval, unit="seconds")
+        check_positive(_OWNER, "service", service, unit="seconds", none="if it is not known")
+        if isinstance(task_types, str) or not task_types or not all(isinstance(each, str) for each in task_types):
+            reject(_OWNER, "task_types", task_types, 'a list of task types, such as ["write"]')
+        _check_target(target)
+        if not target.outside and seats != 1:
+            reject(_OWNER, "seats", seats, f"1, because a replica of {target.name} is one slot")
+        if not target.outside and minimum < 1:
+            reject(_OWNER, "minimum", minimum, f"at least 1, because {target.name} keeps one slot")
+        self._supervisor = supervisor
+        self._target = target
+        self._task_types = tuple(task_types)
+        self._interval = interval
+        self._service = service
+        self._decider = ScaleDecider(self._policy)
+        self._running: asyncio.Task[None] | None = None
+        self._statistics = AutoscalerStatistics()
+        self._refused: tuple[float, int] | None = None  # loop time of a reading, and what it counted
+        self._read_at: float | None = None
+        self._asked: tuple[int, int] | None = None  # replicas that there were, and that were asked for, last
+        self._direction = 0
+        self._failed = 0  # in a row
+
+    async def __aenter__(self) -> Self:
+        """Open the target, take a first reading, and begin.
+
+        Raises:
+            InvalidSetting: the replicas take tasks from an overflow, and the supervisor has none.
+            Others: what the target raises when it is opened, and what the supervisor raises.
+        """
+        if self._running is not None:
+            raise RuntimeError("an Autoscaler can be entered once at a time")
+        await self._read()
+        try:
+            await self._target.open()
+        except BaseException:
+            await self._target.close()
+            raise
+        self._decider = ScaleDecider(self._policy)
+        self._refused = self._read_at = None
+        self._running = asyncio.ensure_future(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.cancel()
+            await asyncio.wait((running,))
+        await self._target.close()
+
+    def statistics(self) -> AutoscalerStatistics:
+        """Return a snapshot of the last reading and of the counters since the start."""
+        return self._statistics
+
+    # --- the loop ---
+
+    async def _run(self) -> None:
+        while True:
+            delay = await self._step()
+            await asyncio.sleep(delay)
+
+    async def _step(self) -> float:
+        """Read, decide and scale; return the seconds until the next time. A failure is logged, and tried again."""
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT):
+                await self._read_and_scale()
+        except Exception as error:  # noqa: BLE001 - of the target or the store: the next time it may succeed
+            return self._failure(error)
+        self._failed = 0
+        return self._interval
+
+    async def _read_and_scale(self) -> None:
+        replicas = await self._target.replicas()
+        demand = await self._read()
+        now = asyncio.get_running_loop().time()
+        decision = self._decide(now, demand, replicas)
+        self._count_time(now, replicas, decision)
+        if decision.replicas != replicas.current:
+            await self._target.scale(decision.replicas)
+            if self._asked != (asked := (replicas.current, decision.replicas)):  # else it does not follow
+                self._scaled(now, replicas, decision)
+            self._asked = asked
+        else:
+            self._asked = None
+
+    async def _read(self) -> Demand:
+        demand = await self._supervisor.demand(self._task_types)
+        if self._target.outside and demand.elsewhere is None:
+            where = f"the replicas of {self._target.name} take tasks from there"
+            expected = f"one with an overflow that other processes can use: {where}"
+            reject(_OWNER, "supervisor", "a supervisor without one", expected)
+        return demand
+
+    def _decide(self, now: float, demand: Demand, replicas: Replicas) -> ScaleDecision:
+        refused, outside = self._refused_per_second(now, demand.refused), self._target.outside
+        known = (replicas.service, demand.service) if outside else (demand.service, replicas.service)
+        service = next((seconds for seconds in known if seconds is not None), self._service)
+        asked = slots_asked(
+            demand,
+            refused_per_second=refused,
+            service=service,
+            drain=self._policy.drain_target,
+            outside=outside,
+        )
+        if not outside:  # the other workers of these types have slots of their own
+            asked = max(0.0, asked - self._policy.load * max(0, demand.slots - replicas.ready))
+        limited_by = replicas.limited_by or demand.limited_by
+        if limited_by is None and not outside and demand.host >= 1.0:
+            limited_by = "host"  # more slots on a loop that does not keep up would slow down all of them
+        return self._decider.decide(
+            now, asked=asked, current=replicas.current, ready=replicas.ready, limited_by=limited_by
+        )
+
+    def _refused_per_second(self, now: float, refused: int) -> float:
+        before, self._refused = self._refused, (now, refused)
+        if before is None or now <= before[0]:
+            return 0.0
+        return max(0, refused - before[1]) / (now - before[0])
+
+    # --- counting ---
+
+    def _count_time(self, now: float, replicas: Replicas, decision: ScaleDecision) -> None:
+        counted = self._statistics
+        seconds = 0.0 if self._read_at is None else now - self._read_at
+        self._read_at = now
+        slots = replicas.current * self._policy.seats
+        self._update(
+            current=decision.replicas,
+            ready=replicas.ready,
+            wanted=decision.wanted,
+            asked=decision.asked,
+            load=decision.asked / slots if slots else math.inf if decision.asked else 0.0,
+            panic=decision.panic,
+            limited_by=decision.limited_by,
+            replica_seconds=counted.replica_seconds + seconds * counted.current,
+            unbought_seconds=counted.unbought_seconds
+            + (seconds * max(0, counted.wanted - counted.current) if counted.limited_by is not None else 0.0),
+        )
+
+    def _scaled(self, now: float, before: Replicas, decision: ScaleDecision) -> None:
+        """Count and report what the target was asked for."""
+        counted, up = self._statistics, decision.replicas > before.current
+        direction = 1 if up else -1
+        self._update(
+            scaled_up=counted.scaled_up + up,
+            scaled_down=counted.scaled_down + (not up),
+            reversals=counted.reversals + (self._direction == -direction),
+        )
+        self._direction = direction
+        event = Scaled(
+            at=now,
+            target=self._target.name,
+            before=before.current,
+            after=decision.replicas,
+            asked=decision.asked,
+            panic=decision.panic,
+            limited_by=decision.limited_by,
+        )
+        self._supervisor.emit(event)
+
+    def _failure(self, error: Exception) -> float:
+        """Log a failure; return the seconds until the next attempt."""
+        self._failed += 1
+        self._update(failures=self._statistics.failures + 1)
+        delay = max(self._interval, _BACKOFF.delay(self._failed, draw=clock.draw()) or 0.0)
+        what = f"did not answer within {_CALL_TIMEOUT:g} s" if isinstance(error, TimeoutError) else "failed"
+        log.warning(
+            "scaling %s %s (%s: %s): the number of replicas stays as it is; tried again in %.1f s",
+            self._target.name, what, type(error).__name__, error, delay,
+            exc_info=error if self._failed == 1 else None,
+        )  # fmt: skip
+        return delay
+
+    def _update(self, **changes: Any) -> None:
+        self._statistics = msgspec.structs.replace(self._statistics, **changes)
+
+
+def _check_target(target: object) -> None:
+    methods = ("open", "close", "replicas", "scale")
+    if isinstance(target, type) or not all(callable(getattr(target, method, None)) for method in methods):
+        raise InvalidSetting(
+            owner=_OWNER, name="target", value=target, expected="a target, such as WorkerTarget(worker)"
+        )

@@ -1,0 +1,178 @@
+"""A supervisor as a worker process of a shared overflow: it runs until a signal, drains, and exits.
+
+``forebay worker module:supervisor`` runs this; so does ``python -m forebay.supervisor.worker_process``, which needs no
+library beyond Forebay's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from forebay.adapters.import_paths import import_object
+from forebay.errors import ForebayError, InvalidSetting, StoreUnavailable
+from forebay.events import log
+from forebay.interfaces import Demand
+from forebay.scale import ReplicaReport
+from forebay.supervisor.supervisor import BackpressureSupervisor
+
+REPORT_INTERVAL: Final = 1.0  # seconds between two reports to whoever manages the process
+_OWNER: Final = "forebay worker"
+_USAGE_ERROR: Final = 2
+
+
+def load_supervisor(path: str) -> BackpressureSupervisor:
+    """Return the supervisor at an import path, ``module:name`` or ``file.py:name``, or the one that a function makes.
+
+    Modules are looked for in the working directory too.
+
+    Raises:
+        InvalidSetting: the path leads to something else, or nowhere.
+        Exception: any exception that importing the module, or the function, raises.
+    """
+    expected = 'the import path of a supervisor, or of a function that returns one, such as "app:supervisor"'
+    module, _, name = path.rpartition(":")
+    if not module or not name:
+        raise InvalidSetting(owner=_OWNER, name="supervisor", value=path, expected=expected)
+    if not {"", os.getcwd()} & set(sys.path):  # noqa: PTH109 - a string among strings
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        found = import_object(path)
+    except AttributeError as error:
+        if error.name != name.rpartition(".")[2]:
+            raise
+        raise InvalidSetting(owner=_OWNER, name="supervisor", value=path, expected=expected) from error
+    if not isinstance(found, BackpressureSupervisor) and callable(found):
+        found = found()
+    if not isinstance(found, BackpressureSupervisor):
+        raise InvalidSetting(owner=_OWNER, name="supervisor", value=path, expected=expected)
+    return found
+
+
+def run_worker(
+    supervisor: BackpressureSupervisor, *, drain_timeout: float | None = None, report_to: int | None = None
+) -> int:
+    """Run a supervisor until SIGTERM or SIGINT, drain it, and return the exit status: 0, or 1 if it was cut short.
+
+    A second signal cancels what runs. What is stored in the overflow is left to other processes either way.
+
+    Args:
+        supervisor: one with an overflow.
+        drain_timeout: seconds that what runs may take to end; then it goes back to the overflow. None: no limit.
+        report_to: a socket of the process that manages this one. It gets a line of JSON every second, the first once
+            the supervisor has started; when it is closed, this process drains and exits.
+
+    Raises:
+        InvalidSetting: the supervisor has no overflow.
+        Others: as `BackpressureSupervisor.start`.
+    """
+    return asyncio.run(_WorkerProcess(supervisor, drain_timeout, report_to).run())
+
+
+class _WorkerProcess:
+    """One run of a supervisor in a process of its own."""
+
+    def __init__(self, supervisor: BackpressureSupervisor, drain_timeout: float | None, report_to: int | None) -> None:
+        self._supervisor = supervisor
+        self._drain_timeout = drain_timeout
+        self._report_to = report_to
+        self._stop = asyncio.Event()
+        self._cut_short = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        reporting: asyncio.Task[None] | None = None
+        try:
+            await self._supervisor.start()
+            await self._check_overflow()
+            if self._report_to is not None:
+                reporting = asyncio.ensure_future(self._report(self._report_to))
+            await self._stop.wait()
+            return await self._drain()
+        finally:
+            if reporting is not None:
+                reporting.cancel()
+            await self._supervisor.close()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._cut_short.set()
+        self._stop.set()
+
+    async def _check_overflow(self) -> None:
+        if (await self._demand(ask_overflow=True)).elsewhere is None:
+            expected = 'a supervisor with an overflow that other processes use, such as overflow="redis://host/0"'
+            raise InvalidSetting(owner=_OWNER, name="supervisor", value="one without it", expected=expected)
+
+    async def _drain(self) -> int:
+        draining = asyncio.ensure_future(self._supervisor.drain(self._drain_timeout))
+        cut_short = asyncio.ensure_future(self._cut_short.wait())
+        await asyncio.wait((draining, cut_short), return_when=asyncio.FIRST_COMPLETED)
+        cut_short.cancel()
+        if draining.done():
+            draining.result()
+            return 0
+        draining.cancel()
+        await asyncio.wait((draining,))
+        return 1
+
+    # --- reports ---
+
+    async def _report(self, descriptor: int) -> None:
+        """Report every second, until the other end is closed: then stop."""
+        reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
+        closed = asyncio.ensure_future(reader.read(1))
+        try:
+            while not closed.done():
+                demand = await self._demand(ask_overflow=False)
+                report = ReplicaReport(running=demand.running, service=demand.service, limited_by=demand.limited_by)
+                writer.write(msgspec.json.encode(report) + b"\n")
+                await asyncio.wait((closed,), timeout=REPORT_INTERVAL)
+        except ForebayError:  # it is closing
+            await asyncio.wait((closed,))
+        finally:
+            if not closed.cancel():
+                closed.exception()  # a reset connection is closed, too
+            writer.close()
+            if not self._stop.is_set():
+                log.warning("the process that manages this worker is gone: it drains")
+                self._stop.set()
+
+    async def _demand(self, *, ask_overflow: bool) -> Demand:
+        types = sorted({task_type for worker in self._supervisor.workers.values() for task_type in worker.task_types})
+        return await self._supervisor.demand(types, ask_overflow=ask_overflow)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the supervisor that the arguments name; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m forebay.supervisor.worker_process")
+    parser.add_argument("supervisor", help="import path of a supervisor, such as app:supervisor")
+    parser.add_argument("--drain-timeout", type=float, default=None, help="seconds that running tasks may take to end")
+    parser.add_argument("--report-to", type=int, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    return run_at(options.supervisor, drain_timeout=options.drain_timeout, report_to=options.report_to)
+
+
+def run_at(path: str, *, drain_timeout: float | None = None, report_to: int | None = None) -> int:
+    """Run the supervisor at an import path; return the exit status. A mistake, or a store that is away, is one line."""
+    try:
+        return run_worker(load_supervisor(path), drain_timeout=drain_timeout, report_to=report_to)
+    except (InvalidSetting, StoreUnavailable, ModuleNotFoundError) as error:
+        sys.stderr.write(f"forebay: {error}\n")
+        return 1 if isinstance(error, StoreUnavailable) else _USAGE_ERROR
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
