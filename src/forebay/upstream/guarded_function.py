@@ -27,10 +27,11 @@ _LATER: Final = (
     " plain; for a stream hold a permit: `async with upstream.call(...):`."
 )
 _TOOL: Final = (
-    "it is a LangChain tool that is not made from a function. Guard what its _run and _arun call: `@upstream.guard`"
-    " above that function."
+    "it is a tool of LangChain or CrewAI that is not made from a function. Guard what its _run and _arun call:"
+    " `@upstream.guard` above that function."
 )
-_TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of LangChain's tools that are made from functions
+_TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of tools that are made from functions
+_TOOL_MODULES: Final = ("langchain_core.tools.base", "crewai.tools.base_tool")
 
 
 def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, T]) -> Callable[P, T]:
@@ -103,15 +104,12 @@ class _Guard:
 
 
 def _is_tool(function: Any) -> bool:
-    """Return whether this is a tool of LangChain."""
-    return any(
-        base.__module__ == "langchain_core.tools.base" and base.__name__ == "BaseTool"
-        for base in type(function).__mro__
-    )
+    """Return whether this is a tool of LangChain or CrewAI."""
+    return any(base.__name__ == "BaseTool" and base.__module__ in _TOOL_MODULES for base in type(function).__mro__)
 
 
 def _guarded_tool(upstream: FallbackTarget, runner: CallRunner, tool: Any) -> Any:
-    """Return a copy of a LangChain tool whose functions are guarded, so that it stays a tool.
+    """Return a copy of a tool whose functions are guarded, so that it stays a tool.
 
     Raises:
         NotGuardable: it is not made from functions.
