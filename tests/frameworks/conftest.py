@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 import pytest
 from tests.frameworks.openai_double import OpenAIDouble, openai_double
 from tests.frameworks.sample import Sample
 
+# CrewAI otherwise reports to its makers, asks at the terminal whether to show a trace, and writes to the user's home.
+os.environ |= {
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "CREWAI_STORAGE_DIR": str(Path(__file__).parents[2] / "build" / "crewai"),
+}
+
 #: The modules of samples, by the package that each needs.
-SAMPLES: Final = {"agents": "openai_agents", "swarm": "openai_swarm"}
+SAMPLES: Final = {"agents": "openai_agents", "crewai": "crewai", "swarm": "openai_swarm"}
 INSTALLED: Final = [module for package, module in SAMPLES.items() if find_spec(package) is not None]
 
 

@@ -30,12 +30,44 @@ class ChatInput(NamedTuple):
     context: dict[str, Any] | None
 
 
+def chat_input(task: Task, worker: str, expected: str = _EXPECTED) -> ChatInput:
+    """Return what a payload asks for: text, a list of messages, or a mapping of both and variables.
+
+    Args:
+        task: whose payload it is.
+        worker: the worker's name, for messages.
+        expected: what may be given, for messages.
+
+    Raises:
+        UnusableTask: it is something else.
+    """
+    unusable = partial(_unusable, worker, expected)
+    payload, context = task.payload, None
+    if isinstance(payload, Mapping):
+        unknown = [key for key in payload if key not in _KEYS]
+        if unknown or "messages" not in payload:
+            raise unusable(f"dict with {_listed(unknown)}" if unknown else "dict without 'messages'")
+        context = payload.get("context")
+        if context is not None and not isinstance(context, Mapping):
+            raise unusable(f"dict whose 'context' is a {type(context).__name__}")
+        payload = payload["messages"]
+    if isinstance(payload, str):
+        payload = [{"role": "user", "content": payload}]
+    if not isinstance(payload, list | tuple) or not payload:
+        raise unusable(type(payload).__name__ if payload or payload is None else "no message")
+    for number, message in enumerate(payload):
+        if not isinstance(message, Mapping):
+            raise unusable(f"a list whose item {number} is a {type(message).__name__}")
+    return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
+
+
 def chat_handler(
     run: Callable[[ChatInput, dict[str, Any]], Awaitable[Any]],
     *,
     worker: str,
     config: Config | None,
     options: frozenset[str],
+    read: Callable[[Task, str], ChatInput] = chat_input,
 ) -> Handler:
     """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
 
@@ -44,6 +76,7 @@ def chat_handler(
         worker: the worker's name, for messages.
         config: options of its runs, or a callable that makes them for a task.
         options: the names that they may have.
+        read: returns what the payload of a task asks for, or raises UnusableTask; takes the task and the worker's name.
 
     Raises:
         InvalidSetting: `config` has another name.
@@ -55,42 +88,16 @@ def chat_handler(
         made = config(task) if callable(config) else config or {}
         if callable(config):
             _check_options(made, worker, options)
-        return await run(chat_input(task, worker), dict(made))
+        return await run(read(task, worker), dict(made))
 
-    return Handler(call=call, check=partial(_check_input, worker))
+    def check(task: Task) -> None:
+        read(task, worker)
 
-
-def chat_input(task: Task, worker: str) -> ChatInput:
-    """Return what a payload asks for: text, a list of messages, or a mapping of both and variables.
-
-    Raises:
-        UnusableTask: it is something else.
-    """
-    payload, context = task.payload, None
-    if isinstance(payload, Mapping):
-        unknown = [key for key in payload if key not in _KEYS]
-        if unknown or "messages" not in payload:
-            raise _unusable(worker, f"dict with {_listed(unknown)}" if unknown else "dict without 'messages'")
-        context = payload.get("context")
-        if context is not None and not isinstance(context, Mapping):
-            raise _unusable(worker, f"dict whose 'context' is a {type(context).__name__}")
-        payload = payload["messages"]
-    if isinstance(payload, str):
-        payload = [{"role": "user", "content": payload}]
-    if not isinstance(payload, list | tuple) or not payload:
-        raise _unusable(worker, type(payload).__name__ if payload or payload is None else "no message")
-    for number, message in enumerate(payload):
-        if not isinstance(message, Mapping):
-            raise _unusable(worker, f"a list whose item {number} is a {type(message).__name__}")
-    return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
+    return Handler(call=call, check=check)
 
 
-def _check_input(worker: str, task: Task) -> None:
-    chat_input(task, worker)
-
-
-def _unusable(worker: str, value: str) -> UnusableTask:
-    return UnusableTask(field="payload", value=value, expected=_EXPECTED.format(worker=worker))
+def _unusable(worker: str, expected: str, value: str) -> UnusableTask:
+    return UnusableTask(field="payload", value=value, expected=expected.format(worker=worker))
 
 
 def _listed(keys: list[Any]) -> str:

@@ -34,12 +34,15 @@ _METHODS = ("ainvoke", "arun", "run_async", "kickoff_async", "invoke_async", "ru
 #: By the top-level package of an agent's class.
 FRAMEWORKS = {
     "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
+    "crewai": Framework("crewai", "forebay.adapters.crewai", "Crew"),
     "langgraph": Framework("langgraph", "forebay.adapters.langgraph"),
     "swarm": Framework("openai-swarm", "forebay.adapters.openai_swarm", "Swarm"),
 }
 
 
-def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = None) -> Handler:
+def as_handler(
+    obj: Any, *, worker: str = "handler", config: Config | None = None, for_one_task: bool = False
+) -> Handler:
     """Turn `obj` into a Handler.
 
     `obj` may be: a Handler; an object with ``__forebay_handler__()``, such as a supervisor; an agent of a framework,
@@ -50,16 +53,21 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
         obj: the object that was registered.
         worker: the worker's name, for messages.
         config: the framework's own configuration, or a plain callable that makes one for a task.
+        for_one_task: whether the handler runs one task only, as those of a factory do.
 
     Raises:
-        InvalidHandler: it cannot be run; the message says what to pass instead.
+        InvalidHandler: it cannot be run, or runs one task only; the message says what to pass instead.
         InvalidSetting: `config` was given for an object that takes none, or is not a mapping or a callable.
     """
     hooked = hasattr(type(obj), "__forebay_handler__")  # outranks a framework that its class may be derived from
     adapter = None if hooked else _adapter_of(obj)
     if adapter is not None:
         _check_config(config, worker)
-        return _handler_from_framework(adapter, obj, worker, config)
+        made = _handler_from_framework(adapter, obj, worker, config)
+        if not made.reusable and not for_one_task:
+            kept = "it keeps what a task has left: pass factory=, a callable that makes one for each task"
+            raise InvalidHandler(worker=worker, type=_type_name(obj), hint=kept)
+        return made
     if config is not None:
         expected = "left out: only an agent of a framework takes one"
         raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
@@ -84,7 +92,8 @@ def is_agent(obj: Any) -> bool:
 
 def _adapter_of(obj: Any) -> str | None:
     """Return the adapter of the framework that `obj` is an agent of, also if its class was derived elsewhere."""
-    for cls in type(obj).__mro__:
+    kind = type(obj)
+    for cls in (*kind.__mro__, type(kind)):  # a metaclass is all that CrewAI's @CrewBase leaves of it
         package = cls.__module__.partition(".")[0]
         framework = FRAMEWORKS.get(package)
         if framework and (not framework.marker or hasattr(sys.modules.get(package), framework.marker)):

@@ -40,11 +40,11 @@ def handler_from_factory(
         InvalidHandler: `factory` is not callable, or its agent cannot be run.
     """
     check_factory(factory, worker)
-    sample = as_handler(factory(), worker=worker, config=config)
+    sample = as_handler(factory(), worker=worker, config=config, for_one_task=True)
     live: dict[str, Handler] = {}
 
     def call(task: Task) -> Any:
-        handler = live[task.task_id] = as_handler(factory(), worker=worker, config=config)
+        handler = live[task.task_id] = as_handler(factory(), worker=worker, config=config, for_one_task=True)
         return handler.call(task)
 
     def on_cancel(task: Task) -> object:
@@ -61,5 +61,6 @@ def handler_from_factory(
         blocking=sample.blocking,
         on_cancel=None if sample.on_cancel is None else on_cancel,
         on_end=on_end,
+        check=sample.check,
         codec=sample.codec,
     )

@@ -35,6 +35,7 @@ class Handler:
         resize: called with the new number of slots when its worker is resized.
         saga: the saga behind this handler, if there is one. Its supervisor drives it, and does not use `call`.
         codec: converts its payloads and results where no type is declared for them; None: they are plain data.
+        reusable: False if its agent keeps what a run has left, so that only a factory can make it, for each task.
     """
 
     call: Callable[[Task], Any]
@@ -49,6 +50,7 @@ class Handler:
     codec: Codec | None = None
     resize: Callable[[int], None] | None = None
     saga: object | None = None
+    reusable: bool = True
 
 
 class SupportsHandler(Protocol):

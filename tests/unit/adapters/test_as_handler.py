@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from forebay.adapters import FRAMEWORKS, Handler, as_handler, detect
 from forebay.adapters.detect import Framework
+from forebay.adapters.factory import handler_from_factory
 from forebay.errors import InvalidHandler, InvalidSetting
 from forebay.task import Task
 
@@ -154,7 +155,7 @@ class Streams:
         ("agents.team.researcher", "str", "import what it names and pass that"),
         ("agents.team.researcher", "str", "with a colon, such as 'agents.team:researcher'"),
         (object(), "object", "takes the Task"),
-        (object(), "object", "a supported framework (openai-agents, langgraph, openai-swarm)"),
+        (object(), "object", "a supported framework (openai-agents, crewai, langgraph, openai-swarm)"),
     ],
 )
 def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:
@@ -225,7 +226,30 @@ def test_an_agent_is_detected_by_the_package_of_its_class(monkeypatch: pytest.Mo
     assert made == [(agent, "writer", {"verbose": False})]
 
 
-@pytest.mark.parametrize("package", ["agents", "swarm"])
+def test_an_agent_that_keeps_what_a_task_has_left_needs_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        @staticmethod
+        def handler(obj: Any, *, worker: str, config: Any) -> Handler:  # noqa: ARG004
+            return Handler(call=in_the_loop, check=obj.check, reusable=False)
+
+    class Flow:
+        __module__ = "crew.flow"
+        checked: ClassVar[list[Task]] = []
+
+        def check(self, task: Task) -> None:
+            self.checked.append(task)
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.crew"))
+    monkeypatch.setattr(detect, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
+    with pytest.raises(InvalidHandler, match="keeps what a task has left: pass factory="):
+        as_handler(Flow())
+    made = handler_from_factory(Flow)
+    assert made.check is not None
+    made.check(TASK)
+    assert Flow.checked == [TASK]
+
+
+@pytest.mark.parametrize("package", ["agents", "crewai", "swarm"])
 def test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
