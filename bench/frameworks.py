@@ -1,4 +1,4 @@
-"""Fifty agents of each framework on one key whose rate limit direct use breaks: run it in .venv-frameworks.
+"""Fifty agents of each framework on one key whose rate limit direct use breaks: in .venv-frameworks and .venv-crewai.
 
 The agents are those of the contract suite, of three calls each with a tool between them; the provider is its double,
 which accepts 100 requests a minute, 100 of them at once. All agents start at once. *Direct*: each framework as it is,
@@ -13,16 +13,17 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, Final
 
 from tests.frameworks.conftest import INSTALLED
 from tests.frameworks.openai_double import OpenAIDouble, openai_double
-from tests.frameworks.sample import Sample
+from tests.frameworks.sample import Sample, closeable
 
 from forebay import BackpressureSupervisor, Task, Upstream
-from forebay.adapters import as_handler
-from forebay.adapters.factory import handler_from_factory
+from forebay.adapters import Handler
+from forebay.adapters.handler_spec import HandlerSpec
 
 AGENTS: Final = 50
 CALLS: Final = 3
@@ -52,12 +53,15 @@ async def _direct(sample: Sample) -> dict[str, float | str]:
     with openai_double() as double:
         async with contextlib.AsyncExitStack() as stack:
             made = sample.make(lambda kind: _client(kind, double, stack), note)
-            config = made.get("config")
-            if "factory" in made:
-                handler = handler_from_factory(made["factory"], config=config)
-            else:
-                handler = as_handler(made["handler"], config=config)
-            return await _measure(f"{sample.name}, direct", double, lambda n: handler.call(Task("ask", f"river {n}")))
+            handler = HandlerSpec(worker="agent", **made).build()
+            return await _measure(f"{sample.name}, direct", double, partial(_call, handler))
+
+
+async def _call(handler: Handler, number: int) -> Any:
+    task = Task("ask", f"river {number}")
+    if not handler.blocking:
+        return await handler.call(task)
+    return await (await asyncio.get_running_loop().run_in_executor(None, handler.call, task))
 
 
 async def _forebay(sample: Sample) -> dict[str, float | str]:
@@ -78,12 +82,13 @@ async def _forebay(sample: Sample) -> dict[str, float | str]:
     return results
 
 
-def _client(kind: type[Any], double: OpenAIDouble, stack: contextlib.AsyncExitStack) -> Any:
+def _client(kind: Callable[..., Any], double: OpenAIDouble, stack: contextlib.AsyncExitStack) -> Any:
     client = kind(api_key="sk-bench", base_url=double.url)
-    if hasattr(client, "__aenter__"):
-        stack.push_async_exit(client)
-    else:
-        stack.push(client)
+    for each in closeable(client):
+        if hasattr(each, "__aenter__"):
+            stack.push_async_exit(each)
+        else:
+            stack.push(each)
     return client
 
 

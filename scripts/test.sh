@@ -32,7 +32,7 @@ for python in "${pythons[@]}"; do
 done
 
 # Frameworks pin what they need, so they have environments of their own: requirements/NAME.txt in .venv-NAME.
-frameworks=(frameworks)
+frameworks=(frameworks crewai)
 case " $* " in "  " | *tests/frameworks*) ;; *) frameworks=() ;; esac
 for name in ${frameworks[@]+"${frameworks[@]}"}; do
     scripts/bootstrap.sh ".venv-$name" '' "requirements/$name.txt"

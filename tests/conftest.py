@@ -49,4 +49,7 @@ def blockbuster(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
         for function in watch.functions.values():
             # An import reads files: allow it, because an optional library is imported on first use.
             function.can_block_in("<frozen importlib._bootstrap>", "_find_and_load")
+            # A factory is called once on registration, and a framework may run a loop of its own in an agent's thread.
+            function.can_block_in("forebay/adapters/factory.py", "handler_from_factory")
+            function.can_block_in("forebay/adapters/agent_thread.py", "_outcome")
         yield watch

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 import pytest
 from tests.frameworks.openai_double import OpenAIDouble, openai_double
 from tests.frameworks.sample import Sample
 
+# CrewAI otherwise reports to its makers, asks at the terminal whether to show a trace, and writes to the user's home.
+os.environ |= {
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "CREWAI_STORAGE_DIR": str(Path(__file__).parents[2] / "build" / "crewai"),
+}
+
 #: The modules of samples, by the package that each needs.
 SAMPLES: Final = {
     "agent_framework": "agent_framework",
     "agents": "openai_agents",
     "autogen_agentchat": "autogen",
+    "crewai": "crewai",
     "pydantic_ai": "pydantic_ai",
     "swarm": "openai_swarm",
 }

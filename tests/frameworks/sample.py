@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,8 +10,20 @@ MODEL: Final = "gpt-4o-mini"
 
 #: A tool of the agent: takes a text and returns one.
 Tool = Callable[[str], str]
-#: Returns a client of a class of OpenAI's SDK, connected to the double, and bound if the test has an upstream.
-Connect = Callable[[type[Any]], Any]
+#: Returns a client of a class of OpenAI's SDK, or an LLM on such clients, connected to the double, and bound if the
+#: test has an upstream.
+Connect = Callable[[Callable[..., Any]], Any]
+
+
+def closeable(client: Any) -> Iterator[Any]:
+    """Yield a client, or those that an LLM has, which are to be closed."""
+    own = hasattr(client, "__enter__") or hasattr(client, "__aenter__")
+    yield from (client,) if own else (client._client, client._async_client)
+
+
+def as_it_is(prompt: str) -> str:
+    """Return a prompt."""
+    return prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +54,14 @@ class Sample:
         make: returns the arguments handler= or factory=, and config=, of `register_worker` for an agent with one tool.
         facts: about it.
         streams: whether its calls are streamed.
+        asked: returns what the submitter said, out of the first message of the user that the model is sent.
+        payloads: "messages"; or "inputs", of which text and messages are the one that it needs, and the model is sent a
+            conversation as one text; or "any inputs", of which it needs none.
     """
 
     name: str
     make: Callable[[Connect, Tool], Mapping[str, Any]]
     facts: Facts
     streams: bool = False
+    asked: Callable[[str], str] = as_it_is
+    payloads: str = "messages"

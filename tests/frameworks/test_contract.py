@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.frameworks.conftest import INSTALLED
 from tests.frameworks.openai_double import ANSWER, OpenAIDouble
-from tests.frameworks.sample import Connect, Sample, Tool
+from tests.frameworks.sample import Connect, Sample, Tool, closeable
 from tests.frameworks.waiting import until
 from tests.support.upstream_checks import check_upstream
 
@@ -29,6 +29,7 @@ from forebay.upstream.sdk_exceptions import find_error_answer
 if not INSTALLED:
     pytest.skip("frameworks run in an environment of their own: scripts/test.sh makes it", allow_module_level=True)
 
+MISSING = "inputs without 'message'"
 VARIABLE: ContextVar[str] = ContextVar("variable", default="unset")
 
 
@@ -42,12 +43,13 @@ async def connections(double: OpenAIDouble, upstream: Upstream | None = None) ->
     """Yield what connects clients, which are closed at the end."""
     async with contextlib.AsyncExitStack() as stack:
 
-        def connect(kind: type[Any]) -> Any:
+        def connect(kind: Callable[..., Any]) -> Any:
             client = kind(api_key="sk-test", base_url=double.url)
-            if hasattr(client, "__aenter__"):
-                stack.push_async_exit(client)
-            else:
-                stack.push(client)
+            for each in closeable(client):
+                if hasattr(each, "__aenter__"):
+                    stack.push_async_exit(each)
+                else:
+                    stack.push(each)
             return client if upstream is None else upstream.bind(client)
 
         yield connect
@@ -64,6 +66,11 @@ async def supervisor_of(
         yield supervisor
 
 
+def _asked(sample: Sample, double: OpenAIDouble) -> list[str]:
+    """Return what the submitters said, by the requests that have arrived."""
+    return [sample.asked(call.text) for call in double.requests]
+
+
 def upstream_of(**settings: Any) -> Upstream:
     return Upstream("key", provider="openai", **settings)
 
@@ -77,11 +84,15 @@ async def test_the_result_is_plain_data_that_a_next_task_can_go_on_from(sample: 
         assert json.loads(json.dumps(result)) == result
         assert result["output"] == ANSWER
         assert result["agent"] == "sample"
-        assert [call.text for call in double.requests] == ["Which river?"] * 3
+        assert _asked(sample, double) == ["Which river?"] * 3
         further = [*result["messages"], {"role": "user", "content": "And where?"}]
         assert (await supervisor.run(Task("ask", further)))["output"] == ANSWER
-    assert [message["role"] for message in double.requests[3].body["messages"]].count("user") == 2
-    assert double.requests[3].body["messages"][-1]["content"] == "And where?"
+    sent = [message["content"] for message in double.requests[3].body["messages"] if message["role"] == "user"]
+    assert sample.asked(sent[-1]) == "And where?"
+    if sample.payloads == "inputs":
+        assert "User: Which river?\n" in sent[-1]
+    else:
+        assert sample.asked(sent[0]) == "Which river?"
 
 
 @pytest.mark.parametrize(
@@ -100,28 +111,32 @@ async def test_a_payload_is_text_or_messages_or_both_with_variables(
     async with supervisor_of(sample, double) as supervisor:
         assert (await supervisor.run(Task("ask", payload)))["output"] == ANSWER
     sent = [message for message in double.requests[0].body["messages"] if message["role"] == "user"]
-    assert [message["content"] for message in sent] == ["Which river?"]
+    assert [sample.asked(message["content"]) for message in sent] == ["Which river?"]
 
 
 @pytest.mark.parametrize(
-    ("payload", "said"),
+    ("payload", "said", "said_of_inputs"),
     [
-        (None, "NoneType"),
-        (7, "int"),
-        ([], "no message"),
-        (["Which river?"], "item 0 is a str"),
-        ({"topic": "rivers"}, "'topic'"),
-        ({"context": {}}, "without 'messages'"),
-        ({"messages": "Which river?", "context": "Ada"}, "'context' is a str"),
+        (None, "NoneType", MISSING),
+        (7, "int", "int"),
+        ([], "no message", "no message"),
+        (["Which river?"], "item 0 is a str", "item 0 is a str"),
+        ({"topic": "rivers"}, "'topic'", MISSING),
+        ({7: "rivers"}, "dict with int", "a key that is a int"),
+        ({"context": {}}, "without 'messages'", MISSING),
+        ({"messages": "Which river?", "context": "Ada"}, "'context' is a str", "'context' is a str"),
     ],
 )
 async def test_any_other_payload_is_refused_when_it_is_submitted(
-    sample: Sample, double: OpenAIDouble, payload: Any, said: str
+    sample: Sample, double: OpenAIDouble, payload: Any, said: str, said_of_inputs: str
 ) -> None:
     async with supervisor_of(sample, double) as supervisor:
-        with pytest.raises(UnusableTask, match="a list of messages") as refused:
+        if sample.payloads == "any inputs" and said_of_inputs == MISSING:
+            assert (await supervisor.run(Task("ask", payload)))["output"] == ANSWER
+            return
+        with pytest.raises(UnusableTask, match=r"a\s+list of messages") as refused:
             await supervisor.submit(Task("ask", payload))
-    assert said in str(refused.value)
+    assert (said if sample.payloads == "messages" else said_of_inputs) in str(refused.value)
     assert not double.requests
 
 
@@ -334,7 +349,7 @@ async def test_the_calls_of_a_task_have_its_priority(sample: Sample, double: Ope
         double.release()
         for ticket in tickets:
             assert (await ticket).success
-    assert [call.text for call in double.requests] == ["first", "CRITICAL", "NORMAL", "LOW"]
+    assert _asked(sample, double) == ["first", "CRITICAL", "NORMAL", "LOW"]
 
 
 async def test_a_call_is_not_made_that_would_miss_the_deadline_of_its_task(
@@ -351,5 +366,5 @@ async def test_a_call_is_not_made_that_would_miss_the_deadline_of_its_task(
         double.release()
         assert (await first).success
         await until(lambda: supervisor.workers["agent"].current_tasks == 0)
-    assert [call.text for call in double.requests] == ["first"]
+    assert _asked(sample, double) == ["first"]
     check_upstream(upstream)

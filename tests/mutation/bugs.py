@@ -24,7 +24,7 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
-from forebay.adapters import chat, detect, factory, local_model
+from forebay.adapters import blocking_client, chat, detect, factory, local_model
 from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.gguf_server import Address, GgufServer
 from forebay.adapters.handler import Handler
@@ -3109,10 +3109,9 @@ def a_cancelled_agent_is_left_in_its_thread() -> None:
 
 def an_agent_takes_its_stop_for_a_failed_tool() -> None:
     def await_in_loop(self: AgentThread, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        self._awaited = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        if self._stopped:
-            self._awaited.cancel()
-        return self._awaited.result()
+        awaited = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self.stopping(awaited):
+            return awaited.result()
 
     replace(AgentThread, AgentThread.await_in_loop, await_in_loop)
 
@@ -3145,6 +3144,46 @@ def an_overloaded_in_an_exception_of_a_framework_is_a_failure() -> None:
     def overloaded_behind(error: BaseException) -> None: ...
 
     chat._overloaded_behind = overloaded_behind
+
+
+def a_thread_that_an_agent_has_left_behind_goes_on() -> None:
+    original = AgentThread.run
+
+    async def run(self: AgentThread, function: Callable[[], Any]) -> Any:
+        try:
+            return await original(self, function)
+        finally:
+            self._stopped = False
+
+    replace(AgentThread, original, run)
+
+
+def one_of_the_calls_of_an_agent_is_stopped() -> None:
+    original = AgentThread._stop
+
+    def stop(self: AgentThread) -> None:
+        for each in tuple(self._stoppable)[1:]:
+            self._stoppable.discard(each)
+        original(self)
+
+    replace(AgentThread, original, stop)
+
+
+def the_stream_of_a_stopped_agent_stays_open() -> None:
+    original = AgentThread.await_in_loop
+
+    def await_in_loop(self: AgentThread, coroutine: Coroutine[Any, Any, Any], *, stops: bool = True) -> Any:
+        return original(self, coroutine)
+
+    replace(AgentThread, original, await_in_loop)
+
+
+def a_call_of_an_agent_that_blocks_is_made_in_its_thread() -> None:
+    blocking_client._transport_class = lambda _: lambda *transports: transports[-1]  # type: ignore[assignment]
+
+
+def an_async_client_is_used_in_every_loop() -> None:
+    blocking_client._LOOPS = SimpleNamespace(setdefault=lambda _, loop: loop)  # type: ignore[assignment]
 
 
 def a_package_is_taken_for_a_framework_by_its_name() -> None:

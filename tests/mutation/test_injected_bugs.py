@@ -106,7 +106,13 @@ from tests.integration import (
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
 from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
-from tests.unit.adapters import test_agent_thread, test_as_handler, test_chat_handler, test_tool_threads
+from tests.unit.adapters import (
+    test_agent_thread,
+    test_as_handler,
+    test_blocking_client,
+    test_chat_handler,
+    test_tool_threads,
+)
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.engine import test_process_engine
@@ -1283,6 +1289,17 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_overloaded_in_an_exception_of_a_framework_is_a_failure: (
         test_chat_handler.test_an_overloaded_behind_an_exception_of_a_framework_is_raised
     ),
+    bugs.a_thread_that_an_agent_has_left_behind_goes_on: (
+        test_agent_thread.test_a_thread_that_a_run_has_left_behind_stops_at_its_next_call
+    ),
+    bugs.one_of_the_calls_of_an_agent_is_stopped: (
+        test_agent_thread.test_all_that_the_threads_of_a_run_await_is_cancelled
+    ),
+    bugs.the_stream_of_a_stopped_agent_stays_open: (
+        test_blocking_client.test_a_stopped_run_closes_the_stream_that_it_reads
+    ),
+    bugs.a_call_of_an_agent_that_blocks_is_made_in_its_thread: test_blocking_client.test_a_request_is_made_in_the_loop,
+    bugs.an_async_client_is_used_in_every_loop: test_blocking_client.test_an_async_client_serves_one_event_loop,
     bugs.a_package_is_taken_for_a_framework_by_its_name: (
         test_as_handler.test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from forebay.adapters.handler import Config, Handler
@@ -36,28 +37,34 @@ class ChatInput(NamedTuple):
     context: dict[str, Any] | None
 
 
-def chat_input(task: Task, worker: str) -> ChatInput:
+def chat_input(task: Task, worker: str, expected: str = _EXPECTED) -> ChatInput:
     """Return what a payload asks for: text, a list of messages, or a mapping of both and variables.
+
+    Args:
+        task: whose payload it is.
+        worker: the worker's name, for messages.
+        expected: what may be given, for messages.
 
     Raises:
         UnusableTask: it is something else.
     """
+    unusable = partial(_unusable, worker, expected)
     payload, context = task.payload, None
     if isinstance(payload, Mapping):
         unknown = [key for key in payload if key not in _KEYS]
         if unknown or "messages" not in payload:
-            raise _unusable(worker, f"dict with {_listed(unknown)}" if unknown else "dict without 'messages'")
+            raise unusable(f"dict with {_listed(unknown)}" if unknown else "dict without 'messages'")
         context = payload.get("context")
         if context is not None and not isinstance(context, Mapping):
-            raise _unusable(worker, f"dict whose 'context' is a {type(context).__name__}")
+            raise unusable(f"dict whose 'context' is a {type(context).__name__}")
         payload = payload["messages"]
     if isinstance(payload, str):
         payload = [{"role": "user", "content": payload}]
     if not isinstance(payload, list | tuple) or not payload:
-        raise _unusable(worker, type(payload).__name__ if payload or payload is None else "no message")
+        raise unusable(type(payload).__name__ if payload or payload is None else "no message")
     for number, message in enumerate(payload):
         if not isinstance(message, Mapping):
-            raise _unusable(worker, f"a list whose item {number} is a {type(message).__name__}")
+            raise unusable(f"a list whose item {number} is a {type(message).__name__}")
     return ChatInput([dict(message) for message in payload], None if context is None else dict(context))
 
 
@@ -119,8 +126,8 @@ def _overloaded_behind(error: BaseException) -> Overloaded | None:
     return None
 
 
-def _unusable(worker: str, value: str) -> UnusableTask:
-    return UnusableTask(field="payload", value=value, expected=_EXPECTED.format(worker=worker))
+def _unusable(worker: str, expected: str, value: str) -> UnusableTask:
+    return UnusableTask(field="payload", value=value, expected=expected.format(worker=worker))
 
 
 def _listed(keys: list[Any]) -> str:

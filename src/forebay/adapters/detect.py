@@ -39,6 +39,7 @@ FRAMEWORKS = {
     "agents": Framework("openai-agents", "forebay.adapters.openai_agents", "set_default_openai_client"),
     "autogen_agentchat": Framework("autogen-agentchat", "forebay.adapters.autogen"),
     "autogen_core": Framework("autogen-agentchat", "forebay.adapters.autogen"),  # what an agent is made of
+    "crewai": Framework("crewai", "forebay.adapters.crewai", "Crew"),
     "langgraph": Framework("langgraph", "forebay.adapters.langgraph"),
     "pydantic_ai": Framework("pydantic-ai", "forebay.adapters.pydantic_ai", "ModelMessagesTypeAdapter"),
     "swarm": Framework("openai-swarm", "forebay.adapters.openai_swarm", "Swarm"),
@@ -61,7 +62,7 @@ def as_handler(
         from_factory: whether `obj` was made for one task.
 
     Raises:
-        InvalidHandler: it cannot be run; the message says what to pass instead.
+        InvalidHandler: it cannot be run, or runs one task only; the message says what to pass instead.
         InvalidSetting: `config` was given for an object that takes none, or is not a mapping or a callable.
     """
     hooked = hasattr(type(obj), "__forebay_handler__")  # outranks a framework that its class may be derived from
@@ -96,7 +97,8 @@ def is_agent(obj: Any) -> bool:
 
 def _adapter_of(obj: Any) -> str | None:
     """Return the adapter of the framework that `obj` is an agent of, also if its class was derived elsewhere."""
-    for cls in type(obj).__mro__:
+    kind = type(obj)
+    for cls in (*kind.__mro__, type(kind)):  # a metaclass is all that CrewAI's @CrewBase leaves of it
         package = cls.__module__.partition(".")[0]
         framework = FRAMEWORKS.get(package)
         if framework and (not framework.marker or hasattr(sys.modules.get(package), framework.marker)):

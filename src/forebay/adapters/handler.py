@@ -34,9 +34,9 @@ class Handler:
         stop: awaited when that supervisor closes.
         resize: called with the new number of slots when its worker is resized.
         saga: the saga behind this handler, if there is one. Its supervisor drives it, and does not use `call`.
+        codec: converts its payloads and results where no type is declared for them; None: they are plain data.
         single_use: True if the agent keeps state from run to run, or can run one task at a time: a worker takes it from
             a factory only.
-        codec: converts its payloads and results where no type is declared for them; None: they are plain data.
     """
 
     call: Callable[[Task], Any]

@@ -27,8 +27,8 @@ _LATER: Final = (
     " plain; for a stream hold a permit: `async with upstream.call(...):`."
 )
 _TOOL: Final = (
-    "it is a LangChain tool that is not made from a function. Guard what its _run and _arun call: `@upstream.guard`"
-    " above that function."
+    "it is a tool of LangChain or CrewAI that is not made from a function. Guard what its _run and _arun call:"
+    " `@upstream.guard` above that function."
 )
 _FUNCTION_TOOL: Final = (
     "it is a tool of Agent Framework, and its approval mode would be lost. Guard the function that it is made from:"
@@ -38,7 +38,8 @@ _NO_FUNCTION: Final = (
     "it cannot be called. Guard the function that it is made from, before a framework makes a tool of it:"
     " `Tool(upstream.guard(function))`."
 )
-_TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of LangChain's tools that are made from functions
+_TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of tools that are made from functions
+_TOOL_MODULES: Final = ("langchain_core.tools.base", "crewai.tools.base_tool")
 
 
 def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, T]) -> Callable[P, T]:
@@ -115,8 +116,8 @@ class _Guard:
 
 
 def _is_tool(function: Any) -> bool:
-    """Return whether this is a tool of LangChain."""
-    return _is_a(function, "langchain_core.tools.base", "BaseTool")
+    """Return whether this is a tool of LangChain or CrewAI."""
+    return any(_is_a(function, module, "BaseTool") for module in _TOOL_MODULES)
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:
@@ -124,7 +125,7 @@ def _is_a(thing: Any, module: str, name: str) -> bool:
 
 
 def _guarded_tool(upstream: FallbackTarget, runner: CallRunner, tool: Any) -> Any:
-    """Return a copy of a LangChain tool whose functions are guarded, so that it stays a tool.
+    """Return a copy of a tool whose functions are guarded, so that it stays a tool.
 
     Raises:
         NotGuardable: it is not made from functions.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -117,3 +118,99 @@ def test_in_virtual_time_a_thread_cannot_wait_for_the_loop() -> None:
 
     with Simulation() as simulation:
         simulation.run(main())
+
+
+async def test_all_that_the_threads_of_a_run_await_is_cancelled() -> None:
+    thread, begun, ended = AgentThread(), [asyncio.Event(), asyncio.Event()], list[int]()
+
+    async def call(number: int) -> None:
+        begun[number].set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(number)
+
+    def agent(number: int) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            thread.await_in_loop(call(number))
+
+    def agents() -> None:
+        other = threading.Thread(target=agent, args=[0], daemon=True)
+        other.start()
+        agent(1)
+        other.join(20)
+
+    run = asyncio.create_task(thread.run(agents))
+    for each in begun:
+        await each.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert sorted(ended) == [0, 1]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_thread_that_a_run_has_left_behind_stops_at_its_next_call(*, fails: bool) -> None:
+    thread, leave = AgentThread(), threading.Event()
+    ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+    calls = list[str]()
+
+    async def call() -> None:
+        calls.append("call")
+
+    def behind() -> None:
+        leave.wait(20)
+        try:
+            thread.check_stop()
+            thread.await_in_loop(call())
+        except BaseException as error:  # noqa: BLE001 - it is what is tested
+            thread.loop.call_soon_threadsafe(ended.set_result, error)
+
+    def agent() -> None:
+        threading.Thread(target=behind).start()
+        if fails:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough") if fails else contextlib.nullcontext():
+        await thread.run(agent)
+    leave.set()
+    assert isinstance(await ended, asyncio.CancelledError)
+    assert calls == []
+
+
+async def test_a_thread_with_an_event_loop_of_its_own_can_wait_for_that_of_the_run() -> None:
+    thread = AgentThread()
+
+    async def call() -> int:
+        return 7
+
+    async def agent() -> int:
+        value: int = thread.await_in_loop(call())
+        return value
+
+    assert await thread.run(lambda: asyncio.run(agent())) == 7
+
+
+async def test_what_cleans_up_is_awaited_after_a_stop() -> None:
+    thread, entered, closed = AgentThread(), asyncio.Event(), list[str]()
+
+    async def call() -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    async def close() -> None:
+        await asyncio.sleep(0)
+        closed.append("closed")
+
+    def agent() -> None:
+        try:
+            thread.await_in_loop(call())
+        finally:
+            thread.await_in_loop(close(), stops=False)
+
+    run = asyncio.create_task(thread.run(agent))
+    await entered.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert closed == ["closed"]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -155,11 +155,7 @@ class Streams:
         ("agents.team.researcher", "str", "import what it names and pass that"),
         ("agents.team.researcher", "str", "with a colon, such as 'agents.team:researcher'"),
         (object(), "object", "takes the Task"),
-        (
-            object(),
-            "object",
-            "a supported framework (agent-framework, openai-agents, autogen-agentchat, langgraph, py",
-        ),
+        (object(), "object", "a supported framework (agent-framework, openai-agents, autogen-agentchat, crewai, lan"),
     ],
 )
 def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:
@@ -255,7 +251,30 @@ def test_a_framework_that_is_installed_in_part_is_refused_with_what_is_missing(m
         as_handler(Agent(), worker="writer")
 
 
-@pytest.mark.parametrize("package", ["agent_framework", "agents", "pydantic_ai", "swarm"])
+def test_the_agents_of_a_factory_check_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        @staticmethod
+        def handler(obj: Any, *, worker: str, config: Any) -> Handler:  # noqa: ARG004
+            return Handler(call=in_the_loop, check=obj.check, single_use=True)
+
+    class Flow:
+        __module__ = "crew.flow"
+        checked: ClassVar[list[Task]] = []
+
+        def check(self, task: Task) -> None:
+            self.checked.append(task)
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.crew"))
+    monkeypatch.setattr(detect, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
+    with pytest.raises(InvalidHandler, match="keeps state from run to run: pass factory="):
+        as_handler(Flow())
+    made = handler_from_factory(Flow)
+    assert made.check is not None
+    made.check(TASK)
+    assert Flow.checked == [TASK]
+
+
+@pytest.mark.parametrize("package", ["agent_framework", "agents", "crewai", "pydantic_ai", "swarm"])
 def test_a_package_of_yours_with_the_name_of_a_framework_is_not_taken_for_it(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:

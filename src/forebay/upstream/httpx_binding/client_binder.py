@@ -14,6 +14,7 @@ from forebay.errors import AlreadyBound, NotBindable
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.httpx_binding.bound_exchange import ClientBinding
+from forebay.upstream.httpx_binding.crewai_llm import is_crewai_llm, make_clients, without_retries
 from forebay.upstream.httpx_binding.httpx_transport import async_transport, blocking_transport
 from forebay.upstream.httpx_binding.sdk_errors import SdkErrors, sdk_errors_of
 from forebay.upstream.httpx_binding.websocket_warning import with_websocket_warning
@@ -25,8 +26,9 @@ _SDK_BASES: Final = ("SyncAPIClient", "AsyncAPIClient")  # of every SDK generate
 _RESOURCE_BASES: Final = ("SyncAPIResource", "AsyncAPIResource")
 _ANYTHING: Final = (
     "bind takes clients of OpenAI's and Anthropic's SDKs and of their subclasses, LangChain models over these and what"
-    " bind_tools and with_structured_output make of them, AutoGen's model clients over these, and httpx or httpx2"
-    " clients. For anything else run the gateway (`forebay gateway`), and set its address as the base URL."
+    " bind_tools and with_structured_output make of them, AutoGen's model clients and CrewAI's LLMs over these, and"
+    " httpx or httpx2 clients. For anything else run the gateway (`forebay gateway`), and set its address as the base"
+    " URL."
 )
 _RETRY: Final = (
     "LangChain would send each call again that the upstream has retried or rejected. Leave out .with_retry(), and say"
@@ -50,6 +52,14 @@ _AUTOGEN_CLIENT: Final = (
     "of AutoGen's model clients bind takes those over OpenAI's and Anthropic's SDKs. Use OpenAIChatCompletionClient"
     " with the base_url of an endpoint that is compatible with OpenAI's, or of the gateway (`forebay gateway`)."
 )
+_CREW: Final = "bind the LLM that its agents are made with: `Agent(llm=upstream.bind(LLM(...)))`."
+_NO_KEY: Final = "it has no clients yet: give it an api_key, or set the variable that its provider reads."
+_CREWAI_LLM: Final = (
+    "of CrewAI's LLMs bind takes those over OpenAI's and Anthropic's SDKs. Give one of Gemini bound HTTP clients:"
+    " LLM('gemini/...', client_params={'http_options': {'httpx_client': upstream.bind(httpx.Client()),"
+    " 'httpx_async_client': upstream.bind(httpx.AsyncClient())}}) with Upstream(provider='generic'); one over LiteLLM"
+    " takes the address of the gateway (`forebay gateway`) as base_url."
+)
 _GOOGLE: Final = (
     "give it bound HTTP clients: genai.Client(http_options={'httpx_client': upstream.bind(httpx.Client()),"
     " 'httpx_async_client': upstream.bind(httpx.AsyncClient())}) with Upstream(provider='generic'). Or use the gateway"
@@ -60,6 +70,7 @@ _ADVICE: Final = {
     "agent_framework.": _AGENT_FRAMEWORK,
     "autogen_agentchat.": _AUTOGEN,
     "autogen_core.": _AUTOGEN,
+    "crewai.": _CREW,
     "google.genai.": _GOOGLE,
     "langgraph.": _GRAPH,
     "pydantic_ai.": _PYDANTIC_AI,
@@ -93,14 +104,16 @@ class ClientBinder:
             NotBindable: it is another kind of client.
             AlreadyBound: it is bound to another upstream.
         """
-        if (http := _library_of(client)) is not None:
+        if (http := library_of(client)) is not None:
             return self._bind_http(client, http, None)
-        if (sdk := _sdk_of(client)) is not None:
+        if (sdk := sdk_of(client)) is not None:
             return self._bind_sdk(client, sdk)
         if _is_langchain(client):
             return self._bind_langchain(client)
         if _is_autogen(client):
             return self._bind_autogen(client)
+        if is_crewai_llm(client):
+            return self._bind_crewai(client)
         raise _not_bindable(client)
 
     # --- httpx and httpx2 ---
@@ -118,7 +131,7 @@ class ClientBinder:
         make_transport = async_transport if isinstance(client, http.AsyncClient) else blocking_transport
         wrap = make_transport(http)
         bound = copy.copy(client)
-        bound.__class__ = _without_finalizer(type(client))  # type: ignore[arg-type]  # a class can be hashed
+        bound.__class__ = without_finalizer(type(client))  # type: ignore[arg-type]  # a class can be hashed
         bound.headers, bound.cookies, bound.params = client.headers, client.cookies, client.params
         bound.event_hooks = client.event_hooks
         bound._transport = wrap(client._transport, binding)  # noqa: SLF001 - no other way in
@@ -143,7 +156,7 @@ class ClientBinder:
     def _bind_sdk(self, client: Any, sdk: str) -> Any:
         if id(client) in self._copies:
             return self._copies[id(client)]
-        http = _library_of(client._client)  # noqa: SLF001 - what with_options passes on
+        http = library_of(client._client)  # noqa: SLF001 - what with_options passes on
         if http is None:
             raise _not_bindable(client._client)  # noqa: SLF001
         with contextlib.suppress(ImportError):
@@ -204,9 +217,9 @@ class ClientBinder:
 
     def _bind_part(self, value: Any) -> Any:
         """Return the bound form of an attribute of a model; None if there is no client in it."""
-        if _library_of(value) is not None or _sdk_of(value) is not None:
+        if library_of(value) is not None or sdk_of(value) is not None:
             return self.bind(value)
-        if _package_of_base(value, _RESOURCE_BASES) is not None and _sdk_of(value._client) is not None:  # noqa: SLF001
+        if _package_of_base(value, _RESOURCE_BASES) is not None and sdk_of(value._client) is not None:  # noqa: SLF001
             bound = self.bind(value._client)  # noqa: SLF001
             return value if bound is value._client else type(value)(bound)  # noqa: SLF001
         if _is_autogen(value):
@@ -236,8 +249,23 @@ class ClientBinder:
             return {**steps, **found}
         return type(steps)(found.get(key, value) for key, value in items)
 
+    # --- CrewAI ---
 
-def _library_of(client: Any) -> ModuleType | None:
+    def _bind_crewai(self, llm: Any) -> Any:
+        """Return a bound copy of an LLM, whose usage starts at zero; itself if it is bound."""
+        make_clients(llm)
+        private: dict[str, Any] = llm.__pydantic_private__ or {}
+        found = {name: self.bind(value) for name, value in private.items() if sdk_of(value) is not None}
+        if not found and "_client" in private and private["_client"] is None:
+            raise NotBindable(kind=f"an LLM for {llm.model!r}", advice=_NO_KEY)
+        if not found:
+            raise _not_bindable(llm)
+        if all(bound is private[name] for name, bound in found.items()):
+            return llm
+        return without_retries(llm, found)
+
+
+def library_of(client: Any) -> ModuleType | None:
     """Return the HTTP library of a client; None if it is not an HTTP client."""
     for name in _LIBRARIES:
         http = sys.modules.get(name)  # a client's library is imported already
@@ -246,7 +274,7 @@ def _library_of(client: Any) -> ModuleType | None:
     return None
 
 
-def _sdk_of(client: Any) -> str | None:
+def sdk_of(client: Any) -> str | None:
     """Return the package of a client's SDK; None if it is not an SDK's client."""
     return _package_of_base(client, _SDK_BASES)
 
@@ -262,10 +290,13 @@ def _package_of_base(thing: Any, names: tuple[str, ...]) -> str | None:
 def _not_bindable(client: Any) -> NotBindable:
     """Return the error for an object that cannot be bound, with what to do instead."""
     kind = f"{type(client).__module__}.{type(client).__qualname__}"
-    advice = _AUTOGEN_CLIENT if _is_autogen(client) else None
+    if is_crewai_llm(client):
+        return NotBindable(kind=kind, advice=_CREWAI_LLM)
+    if _is_autogen(client):
+        return NotBindable(kind=kind, advice=_AUTOGEN_CLIENT)
     bases = [f"{base.__module__}." for base in type(client).__mro__]
     found = (text for package, text in _ADVICE.items() if any(base.startswith(package) for base in bases))
-    return NotBindable(kind=kind, advice=advice or next(found, _ANYTHING))
+    return NotBindable(kind=kind, advice=next(found, _ANYTHING))
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:
@@ -303,7 +334,7 @@ def _with_bound_copies(kind: Any) -> Any:
 
 
 @functools.cache
-def _without_finalizer(kind: Any) -> Any:
+def without_finalizer(kind: Any) -> Any:
     """Return a client's class without the finalizer of SDKs: it would close connections that the original uses."""
     if not hasattr(kind, "__del__"):
         return kind
