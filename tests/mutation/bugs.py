@@ -166,7 +166,7 @@ from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
-from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check, _Mark
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
@@ -1264,6 +1264,10 @@ def a_retry_after_is_believed_before_it_was_right() -> None:
 
 def no_rate_is_learned() -> None:
     always(LearnedRate, LearnedRate.learn, returns=None)
+
+
+def calls_that_are_refused_late_count_as_accepted() -> None:
+    replace(_Mark, _Mark.without, lambda self, _: self)
 
 
 def a_learned_rate_is_believed_however_far_it_falls() -> None:

@@ -503,6 +503,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_refusal_pause.test_a_retry_after_that_is_not_checked_yet_does_not_delay_the_first_trial_call
     ),
     bugs.no_rate_is_learned: test_learned_rate.test_the_calls_accepted_between_two_refusals_are_the_rate,
+    bugs.calls_that_are_refused_late_count_as_accepted: (
+        test_learned_rate.test_calls_that_are_refused_late_do_not_make_the_guess_lower
+    ),
     bugs.a_learned_rate_is_believed_however_far_it_falls: (
         test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
     ),

@@ -83,9 +83,9 @@ class RefusalControl:
         self._trial.record_sent(now)
         self.rate.record_sent(now, blocked=self._pause.silent)
 
-    def record_unsent(self) -> None:
-        """Note that a call that was recorded as sent was not."""
-        self.rate.record_refused()
+    def record_unsent(self, granted_at: float) -> None:
+        """Note that a call that was recorded as sent at `granted_at` was not."""
+        self.rate.record_refused(granted_at)
 
     def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
         """Note that a call was accepted that was sent when `in_flight` calls were in flight, itself included."""
@@ -140,7 +140,7 @@ class RefusalControl:
             repeated: the call was refused several times before: what it asks for may be the cause.
         """
         if repeated and not (self._pause.blocked or self.rate.known):
-            self.rate.record_refused()
+            self.rate.record_refused(sent_at)
             self._cause.record_unserved(now, sent_at, in_flight)
             return True
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
@@ -160,7 +160,7 @@ class RefusalControl:
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
         quiet = after >= _LONG_RETRY_AFTER and not self._trial.can_decide(now)  # then its word is all that there is
         certain = self._judged or quota_explains or late or quiet or not self._begin_trial(now, sent_at)
-        self.rate.record_refused()
+        self.rate.record_refused(sent_at)
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
         if self._pause.record_refused(now, sent_at, retry_after=after, certain=rate and certain, first_silence=silence):
             self._quota_explains = False

@@ -23,7 +23,7 @@ def block(rate: LearnedRate, began: float, ended: float, *, guess: bool = True, 
     """Refuse calls from `began` on, several until halfway to `ended`, and accept one then."""
     for _ in range(refusals):
         rate.record_sent(began, blocked=True)
-        rate.record_refused()
+        rate.record_refused(began)
     rate.record_sent(ended, blocked=True)
     refused = began if refusals == 1 else (began + ended) / 2
     rate.learn(ended, Block(began=began, refused=refused, ended=ended, refusals=refusals, paused=True), guess=guess)
@@ -67,6 +67,32 @@ def test_before_a_measurement_half_of_the_rate_before_is_a_guess_that_rises_each
     assert rate.rate == pytest.approx(10.0, rel=0.1)
     send(rate, 11.0, 13.5, per_second=100.0)
     assert rate.rate == pytest.approx(10.0 * 1.25**2, rel=0.3)
+
+
+def test_calls_that_are_refused_late_do_not_make_the_guess_lower() -> None:
+    rate = LearnedRate()
+    rate.record_sent(0.0, blocked=False)
+    for _ in range(60):
+        rate.record_sent(4.5, blocked=False)
+    send(rate, 5.0, 10.2, per_second=4.0)
+    for _ in range(60):
+        rate.record_refused(4.5)
+    block(rate, 10.2, 10.45)
+    assert rate.rate == pytest.approx(2.0, rel=0.2)
+
+
+def test_calls_that_are_refused_after_a_block_has_ended_do_not_make_the_measurement_lower() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 9.0, per_second=4.0)
+    for _ in range(60):
+        rate.record_sent(9.9, blocked=False)
+    block(rate, 10.0, 10.25, guess=False)
+    for _ in range(60):
+        rate.record_refused(9.9)
+    send(rate, 10.25, 20.0, per_second=4.0)
+    block(rate, 20.0, 20.25)
+    assert rate.measured
+    assert rate.rate == pytest.approx(0.98 * 4.0, rel=0.03)
 
 
 def test_a_guess_that_nothing_refuses_is_forgotten() -> None:
@@ -354,7 +380,7 @@ def test_the_refused_calls_of_a_trial_do_not_delay_the_next_rise() -> None:
     send(rate, 20.25, 27.0, per_second=1000.0)
     for _ in range(8):
         rate.record_sent(27.0, blocked=True)
-        rate.record_refused()
+        rate.record_refused(27.0)
     rate.record_sent(27.3, blocked=True)
     rate.learn(27.3, Block(began=27.0, refused=27.1, ended=27.3, refusals=8, paused=True), guess=True)
     learned = rate.rate
