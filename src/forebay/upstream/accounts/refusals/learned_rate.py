@@ -179,7 +179,13 @@ class LearnedRate:
 
     def wait(self, now: float, ahead: int = 0) -> float:
         """Return the seconds until a call may be sent, after `ahead` others."""
-        return max(0.0, self._next_at - now) + ahead / self.rate if self.rate < math.inf else 0.0
+        if not self.known:
+            return 0.0
+        own = max(0.0, self._next_at - now)
+        if self.measured or not ahead:
+            return own + ahead / self.rate
+        growth = math.log1p(_UNKNOWN_STEP)  # a second: a guess is low at first, and must not reject calls
+        return own + math.log1p(growth * ahead / self.rate) / growth
 
     def record_sent(self, now: float, *, blocked: bool) -> None:
         """Note that a call is sent; `blocked`: calls are refused at present."""
@@ -301,10 +307,10 @@ class LearnedRate:
 
     def _correct(self, block: Block, *, guess: bool) -> bool:
         """Set the rate by the calls accepted until the end of a block; return False if they do not tell it."""
-        if self._is_far_too_fast():
+        if (guess or self.known) and self._is_far_too_fast():
             last = self._blocks[-2]
             accepted = (self._count - last.accepted + 2) / (block.ended - last.at)
-            least = max(self.rate / _MAX_FALL, self._before_rise)
+            least = max(self.rate / _MAX_FALL, self._before_rise) if self.known else 0.0
             self.rate = self._held = min(_FALL * self.rate, max(accepted, least))
         elif (measured := self._measure(self._count - 1, block.refused)) is not None:
             if self._held < self.rate and self._is_short(block):
@@ -365,11 +371,13 @@ class LearnedRate:
 
     def _is_far_too_fast(self) -> bool:
         """Return whether far fewer calls than the rate allows were accepted since the block before."""
-        if not self.known or len(self._blocks) <= 1:
+        if len(self._blocks) <= 1:
             return False
         last, latest = self._blocks[-2], self._blocks[-1]
         seconds = latest.at - last.at
-        return seconds < _AT_ONCE and latest.accepted - last.accepted < min(_MIN_COUNT, _FAR * self.rate * seconds - 2)
+        return 0.0 < seconds < _AT_ONCE and latest.accepted - last.accepted < min(
+            _MIN_COUNT, _FAR * self.rate * seconds - 2
+        )
 
     def _begin_wait(self, now: float, block: Block, *, certain: bool) -> None:
         """Wait for a time until the rate rises, longer if it had just begun to, or if the block lasted long."""

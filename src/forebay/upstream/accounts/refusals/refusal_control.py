@@ -35,6 +35,7 @@ class RefusalControl:
         self._untried = 0  # rows of refusals since the latest trial
         self._more = False  # the row began with more calls in flight than were accepted before, which may be the cause
         self._judged = False  # a trial of the present row has found a limit
+        self._named = False  # the latest refusal names a rate, and no trial can tell
         self._quota_explains = False  # a known quota is used up in the present block
         self._began_above = False  # the block began with more calls in flight than were accepted before ...
         self._refused_below = False  # ... and then refused a call with no more than that
@@ -101,7 +102,7 @@ class RefusalControl:
         lasted = block.ended - block.began
         if block.paused:
             self._cause.leave_out(lasted)
-        rate = self._cause.is_rate(measured=self.rate.measured)
+        rate = self._cause.is_rate(measured=self.rate.measured, named=self._named)
         if self._quota_explains or rate:
             self.rate.learn(now, block, guess=not self._quota_explains)
             if self.rate.is_disproved():
@@ -168,6 +169,7 @@ class RefusalControl:
             self._began_above, self._refused_below = above, False
         self._refused_below = self._refused_below or not above
         self._quota_explains = self._quota_explains or quota_explains
+        self._named = named and late
         return rate
 
     def _begin_trial(self, now: float, sent_at: float) -> bool:

@@ -69,6 +69,38 @@ def test_before_a_measurement_half_of_the_rate_before_is_a_guess_that_rises_each
     assert rate.rate == pytest.approx(10.0 * 1.25**2, rel=0.3)
 
 
+def test_calls_expect_a_guess_to_rise_as_it_does_while_it_is_used() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=2.0)
+    block(rate, 10.0, 10.25)
+    assert not rate.measured
+    expected, sent, now = rate.wait(10.25, ahead=20), 0, 10.25
+    while sent < 20:
+        now += rate.wait(now)
+        rate.record_sent(now, blocked=False)
+        sent += 1
+    assert expected == pytest.approx(now - 10.25, rel=0.3)
+    assert expected < 0.7 * 20 / 1.0
+
+
+def test_two_blocks_at_once_are_a_first_guess() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 1.0, per_second=100.0)  # what a large bucket held
+    block(rate, 1.0, 1.6, refusals=8)
+    assert not rate.known
+    block(rate, 1.7, 2.2, refusals=8)
+    assert not rate.measured
+    assert 2.0 < rate.rate < 6.0
+
+
+def test_two_blocks_at_once_are_no_guess_where_a_known_quota_explains_them() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 1.0, per_second=100.0)
+    for began in (1.0, 1.7, 2.4):
+        block(rate, began, began + 0.5, refusals=8, guess=False)
+    assert not rate.known
+
+
 def test_calls_that_are_refused_late_do_not_make_the_guess_lower() -> None:
     rate = LearnedRate()
     rate.record_sent(0.0, blocked=False)
