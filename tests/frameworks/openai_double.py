@@ -168,23 +168,13 @@ class OpenAIDouble:
                 self._changed.notify_all()
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        done = sum(message["role"] == "tool" for message in body["messages"])
-        tools = body.get("tools") or []
-        if tools and done < self.calls - 1:
-            function = {"name": tools[0]["function"]["name"], "arguments": json.dumps({"text": f"note {done}"})}
-            call = {"id": f"call_{done}", "type": "function", "function": function}
-            message = {"role": "assistant", "content": None, "tool_calls": [call]}
-            reason = "tool_calls"
-        else:
-            message, reason = {"role": "assistant", "content": ANSWER}, "stop"
-        usage = {"prompt_tokens": INPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS}
-        usage["total_tokens"] = INPUT_TOKENS + OUTPUT_TOKENS
-        shape = {"id": "c", "created": 1, "model": body["model"]}
+        whole = completion(body, calls=self.calls)
+        choice, usage = whole["choices"][0], whole["usage"]
+        message, reason = choice["message"], choice["finish_reason"]
         if not body.get("stream"):
-            choice = {"index": 0, "message": message, "finish_reason": reason}
             told = {} if self._rate is None else self._rate.headers()
-            whole = shape | {"object": "chat.completion", "choices": [choice], "usage": usage}
             return web.json_response(whole, headers=told)
+        shape = {name: whole[name] for name in ("id", "created", "model")}
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         for chunk in _chunks(message, reason):
@@ -193,6 +183,24 @@ class OpenAIDouble:
             await _send(response, shape | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+def completion(request: dict[str, Any], *, calls: int) -> dict[str, Any]:
+    """Return the answer to a request of an agent that makes so many calls, with a call of its tool in all but one."""
+    done = sum(message["role"] == "tool" for message in request["messages"])
+    tools = request.get("tools") or []
+    if tools and done < calls - 1:
+        function = {"name": tools[0]["function"]["name"], "arguments": json.dumps({"text": f"note {done}"})}
+        call = {"id": f"call_{done}", "type": "function", "function": function}
+        message: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        reason = "tool_calls"
+    else:
+        message, reason = {"role": "assistant", "content": ANSWER}, "stop"
+    usage = {"prompt_tokens": INPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS}
+    usage["total_tokens"] = INPUT_TOKENS + OUTPUT_TOKENS
+    choice = {"index": 0, "message": message, "finish_reason": reason}
+    shape = {"id": "c", "object": "chat.completion", "created": 1, "model": request["model"]}
+    return shape | {"choices": [choice], "usage": usage}
 
 
 def _chunks(message: dict[str, Any], reason: str) -> Iterator[dict[str, Any]]:

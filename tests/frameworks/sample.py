@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,19 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InProcess:
+    """An agent whose model answers without HTTP, to measure what its adapter costs.
+
+    Attributes:
+        arguments: handler= and config= of `register_worker`.
+        run: runs the same agent as the framework itself does, in the running event loop.
+    """
+
+    arguments: Mapping[str, Any]
+    run: Callable[[str], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One way to run an agent.
 
@@ -42,9 +55,11 @@ class Sample:
         make: returns the arguments handler= and config= of `register_worker` for an agent with one tool.
         facts: about it.
         streams: whether its calls are streamed.
+        in_process: makes the agent with a model in process; None if another sample of the framework has it.
     """
 
     name: str
     make: Callable[[Connect, Tool], Mapping[str, Any]]
     facts: Facts
     streams: bool = False
+    in_process: Callable[[Tool], InProcess] | None = None
