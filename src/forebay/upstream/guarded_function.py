@@ -11,6 +11,7 @@ from forebay import clock
 from forebay.errors import NotGuardable
 from forebay.interfaces import Charge, Outcome
 from forebay.upstream.accounts.nested_calls import begin_hold, end_hold
+from forebay.upstream.binding_advice import CLASS, NOT_CALLABLE
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
@@ -40,6 +41,10 @@ def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, 
     if _is_tool(function):
         tool: Callable[P, T] = _guarded_tool(upstream, runner, function)
         return tool
+    if isinstance(function, type):
+        raise NotGuardable(function=_name(function), why=CLASS.format(name=_name(function)))
+    if not callable(function):
+        raise NotGuardable(function=_name(function), why=NOT_CALLABLE)
     guard = _Guard(upstream, runner, function)
     wrapper = guard.async_wrapper() if _is_async(function) else guard.blocking_wrapper()
     return functools.wraps(function)(wrapper)

@@ -171,8 +171,8 @@ class Upstream:
         called with the upstream to use.
 
         Raises:
-            NotGuardable: it is a generator function, or a tool that is not made from a function; or, when called, a
-                plain function returns an awaitable.
+            NotGuardable: it is a generator function, a class, not callable, or a tool that is not made from a function;
+                or, when called, a plain function returns an awaitable.
         """
         return guarded(self, self.runner, function)
 

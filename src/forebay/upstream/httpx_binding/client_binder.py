@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Final, TypeVar
 
 from forebay.errors import AlreadyBound, NotBindable
+from forebay.upstream.binding_advice import find_advice, kind_of
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.httpx_binding.bound_exchange import ClientBinding
@@ -199,13 +200,13 @@ def _package_of_base(thing: Any, names: tuple[str, ...]) -> str | None:
 
 def _not_bindable(client: Any) -> NotBindable:
     """Return the error for an object that cannot be bound, with what to do instead."""
-    kind = f"{type(client).__module__}.{type(client).__qualname__}"
+    kind = kind_of(client)
     package = kind.partition(".")[0]
     if kind.startswith("google.genai."):
         return NotBindable(kind=kind, advice=_GOOGLE)
     if package == "langgraph":
         return NotBindable(kind=kind, advice=_GRAPH)
-    return NotBindable(kind=kind, advice=_ANYTHING)
+    return NotBindable(kind=kind, advice=find_advice(client) or _ANYTHING)
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:
