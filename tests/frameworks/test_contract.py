@@ -206,6 +206,20 @@ async def test_an_error_of_the_provider_fails_the_task_and_is_found_behind_it(
     check_upstream(upstream)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_the_answer_behind_an_error_of_an_unbound_client_is_found(
+    sample: Sample, double: OpenAIDouble, status: int
+) -> None:
+    double.refuse(status, retry_after="7", x_should_retry="false")
+    async with supervisor_of(sample, double) as supervisor:
+        result = await (await supervisor.submit(Task("ask", "Which river?")))
+    assert result.cause is not None
+    found = find_error_answer(result.cause)
+    assert found is not None
+    assert (found.status, found.headers.get("retry-after")) == (status, "7")
+    assert b"refused" in found.body
+
+
 async def test_only_the_upstream_retries_a_bound_call(sample: Sample, double: OpenAIDouble) -> None:
     upstream = upstream_of(retry=Retry(max_attempts=2, base_delay=0.001))
     double.refuse(500, times=1)
