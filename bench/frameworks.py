@@ -4,12 +4,18 @@ The agents are those of the contract suite, of three calls each with a tool betw
 which accepts 100 requests a minute, 100 of them at once. All agents start at once. *Direct*: each framework as it is,
 with the retries of OpenAI's client. *Forebay*: a supervisor with a slot for each, and their client bound to an upstream
 that is not told the limit.
+
+`--only overhead` measures what the adapters cost instead: the same agents, whose models answer in process without HTTP,
+run by the framework itself in asyncio tasks, and by a supervisor. It is processor time, which a busy machine changes
+little.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import statistics
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -19,7 +25,7 @@ from typing import Any, Final
 
 from tests.frameworks.conftest import INSTALLED
 from tests.frameworks.openai_double import OpenAIDouble, openai_double
-from tests.frameworks.sample import Sample, closeable
+from tests.frameworks.sample import InProcess, Sample, closeable
 
 from forebay import BackpressureSupervisor, Task, Upstream
 from forebay.adapters import Handler
@@ -28,16 +34,20 @@ from forebay.adapters.handler_spec import HandlerSpec
 AGENTS: Final = 50
 CALLS: Final = 3
 REQUESTS, PERIOD = 100, 60.0
+OVERHEAD: Final = "overhead"
+ROUNDS: Final = 31  # of the overhead, each of one batch of agents by either way
 
 Ask = Callable[[int], Awaitable[Any]]
 
 
 def run(*, only: str = "") -> dict[str, float | str]:
-    """Return the results of each framework that is installed, or of one sample."""
+    """Return the results of each framework that is installed, or of one sample; or what their adapters cost."""
     modules = (import_module(f"tests.frameworks.samples.{name}") for name in INSTALLED)
     samples: list[Sample] = [sample for module in modules for sample in module.SAMPLES]
     results: dict[str, float | str] = {}
     for sample in samples:
+        if only == OVERHEAD and sample.in_process is not None:
+            results |= asyncio.run(_overhead(sample.name, sample.in_process(note)))
         if only in (sample.name, "") and not sample.streams:
             results |= asyncio.run(_direct(sample))
             results |= asyncio.run(_forebay(sample))
@@ -80,6 +90,31 @@ async def _forebay(sample: Sample) -> dict[str, float | str]:
     metered = (account.input_tokens, account.output_tokens)
     results[f"{sample.name}, Forebay: tokens metered / counted"] = sum(metered) / sum(double.tokens)
     return results
+
+
+async def _overhead(name: str, agent: InProcess) -> dict[str, float | str]:
+    """Return medians of alternating rounds: the milliseconds of a run, and what the supervisor and adapter add."""
+    direct: list[float] = []
+    ours: list[float] = []
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("agent", task_types=["ask"], max_concurrent=AGENTS, **agent.arguments)
+        ways = (
+            (direct, agent.run),
+            (ours, lambda text: supervisor.run(Task("ask", text))),
+        )
+        for number in range(2 * ROUNDS):
+            times, ask = ways[number % 2]
+            times.append(await _batch(ask))
+    added = statistics.median(one / other - 1 for one, other in zip(ours[1:], direct[1:], strict=True))
+    return {f"{name}: ms of a run, direct": statistics.median(direct[1:]), f"{name}: added, %": 100 * added}
+
+
+async def _batch(ask: Callable[[str], Awaitable[Any]]) -> float:
+    """Return the milliseconds of processor time of one of the agents that run at once."""
+    gc.collect()
+    began = time.process_time()
+    await asyncio.gather(*(ask(f"river {number}") for number in range(AGENTS)))
+    return 1000 * (time.process_time() - began) / AGENTS
 
 
 def _client(kind: Callable[..., Any], double: OpenAIDouble, stack: contextlib.AsyncExitStack) -> Any:

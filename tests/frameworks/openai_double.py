@@ -169,25 +169,13 @@ class OpenAIDouble:
                 self._changed.notify_all()
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        done = sum(message["role"] == "tool" for message in body["messages"])
-        tools = body.get("tools") or []
-        if tools and done < self.calls - 1:
-            parameters = tools[0]["function"].get("parameters", {}).get("properties") or ["text"]
-            arguments = json.dumps({next(iter(parameters)): f"note {done}"})
-            function = {"name": tools[0]["function"]["name"], "arguments": arguments}
-            call = {"id": f"call_{done}", "type": "function", "function": function}
-            message = {"role": "assistant", "content": None, "tool_calls": [call]}
-            reason = "tool_calls"
-        else:
-            message, reason = {"role": "assistant", "content": ANSWER}, "stop"
-        usage = {"prompt_tokens": INPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS}
-        usage["total_tokens"] = INPUT_TOKENS + OUTPUT_TOKENS
-        shape = {"id": "c", "created": 1, "model": body["model"]}
+        whole = completion(body, calls=self.calls)
+        choice, usage = whole["choices"][0], whole["usage"]
+        message, reason = choice["message"], choice["finish_reason"]
         if not body.get("stream"):
-            choice = {"index": 0, "message": message, "finish_reason": reason}
             told = {} if self._rate is None else self._rate.headers()
-            whole = shape | {"object": "chat.completion", "choices": [choice], "usage": usage}
             return web.json_response(whole, headers=told)
+        shape = {name: whole[name] for name in ("id", "created", "model")}
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         for chunk in _chunks(message, reason):
@@ -216,6 +204,26 @@ class OpenAIDouble:
         whole = {"id": f"resp_{done}", "object": "response", "created_at": 1, "status": "completed"}
         whole |= {"model": body["model"], "output": [item], "usage": usage, "tools": [], "tool_choice": "auto"}
         return web.json_response(whole | {"parallel_tool_calls": True})
+
+
+def completion(request: dict[str, Any], *, calls: int) -> dict[str, Any]:
+    """Return the answer to a request of an agent that makes so many calls, with a call of its tool in all but one."""
+    done = sum(message["role"] == "tool" for message in request["messages"])
+    tools = request.get("tools") or []
+    if tools and done < calls - 1:
+        parameters = tools[0]["function"].get("parameters", {}).get("properties") or ["text"]
+        arguments = json.dumps({next(iter(parameters)): f"note {done}"})
+        function = {"name": tools[0]["function"]["name"], "arguments": arguments}
+        call = {"id": f"call_{done}", "type": "function", "function": function}
+        message: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        reason = "tool_calls"
+    else:
+        message, reason = {"role": "assistant", "content": ANSWER}, "stop"
+    usage = {"prompt_tokens": INPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS}
+    usage["total_tokens"] = INPUT_TOKENS + OUTPUT_TOKENS
+    choice = {"index": 0, "message": message, "finish_reason": reason}
+    shape = {"id": "c", "object": "chat.completion", "created": 1, "model": request["model"]}
+    return shape | {"choices": [choice], "usage": usage}
 
 
 def _chunks(message: dict[str, Any], reason: str) -> Iterator[dict[str, Any]]:

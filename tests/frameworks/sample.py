@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,6 +46,19 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InProcess:
+    """An agent whose model answers without HTTP, to measure what its adapter costs.
+
+    Attributes:
+        arguments: handler= and config= of `register_worker`.
+        run: runs the same agent as the framework itself does, in the running event loop.
+    """
+
+    arguments: Mapping[str, Any]
+    run: Callable[[str], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One way to run an agent.
 
@@ -57,6 +70,7 @@ class Sample:
         asked: returns what the submitter said, out of the first message of the user that the model is sent.
         payloads: "messages"; or "inputs", of which text and messages are the one that it needs, and the model is sent a
             conversation as one text; or "any inputs", of which it needs none.
+        in_process: makes the agent with a model in process; None if another sample of the framework has it.
     """
 
     name: str
@@ -65,3 +79,4 @@ class Sample:
     streams: bool = False
     asked: Callable[[str], str] = as_it_is
     payloads: str = "messages"
+    in_process: Callable[[Tool], InProcess] | None = None

@@ -794,7 +794,7 @@ def test_what_cannot_be_bound_is_refused_with_advice(make: Callable[[], Any], ad
 
 async def test_the_function_of_a_tool_is_guarded_and_the_tool_is_not(double: OpenAIDouble) -> None:
     upstream = Upstream("search")
-    with pytest.raises(NotGuardable, match="Guard the function that it is made from"):
+    with pytest.raises(NotGuardable, match="Guard the function that it calls"):
         upstream.guard(FunctionTool(note, description="Notes."))
     tool = FunctionTool(upstream.guard(note), description="Notes.")
     assert tool.schema == FunctionTool(note, description="Notes.").schema

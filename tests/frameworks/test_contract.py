@@ -23,6 +23,7 @@ from forebay.errors import UnusableTask
 from forebay.events import TaskProgress
 from forebay.retry import Retry
 from forebay.task import Deadline
+from forebay.testing import run_ready
 from forebay.upstream import Upstream
 from forebay.upstream.sdk_exceptions import find_error_answer
 
@@ -223,6 +224,20 @@ async def test_an_error_of_the_provider_fails_the_task_and_is_found_behind_it(
     check_upstream(upstream)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_the_answer_behind_an_error_of_an_unbound_client_is_found(
+    sample: Sample, double: OpenAIDouble, status: int
+) -> None:
+    double.refuse(status, retry_after="7", x_should_retry="false")
+    async with supervisor_of(sample, double) as supervisor:
+        result = await (await supervisor.submit(Task("ask", "Which river?")))
+    assert result.cause is not None
+    found = find_error_answer(result.cause)
+    assert found is not None
+    assert (found.status, found.headers.get("retry-after")) == (status, "7")
+    assert b"refused" in found.body
+
+
 async def test_only_the_upstream_retries_a_bound_call(sample: Sample, double: OpenAIDouble) -> None:
     upstream = upstream_of(retry=Retry(max_attempts=2, base_delay=0.001))
     double.refuse(500, times=1)
@@ -324,6 +339,7 @@ async def test_a_tool_that_does_not_stop_keeps_a_slot_or_leaves_a_thread_as_docu
             for _ in range(50):  # turns of the loop, in which the cancellation is delivered
                 await asyncio.sleep(0)
             assert worker.current_tasks == 1
+            await run_ready()  # else the function returns before its run has been cancelled
         leave.set()
         await until(lambda: worker.current_tasks == 0 and left.is_set())
     assert len(double.requests) == 1

@@ -177,7 +177,7 @@ from forebay.upstream.accounts.kept_places import KeptPlaces
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.refusals import RefusalControl, refusal_cause
-from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check, _Mark
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
@@ -1275,6 +1275,32 @@ def a_retry_after_is_believed_before_it_was_right() -> None:
 
 def no_rate_is_learned() -> None:
     always(LearnedRate, LearnedRate.learn, returns=None)
+
+
+def calls_that_are_refused_late_count_as_accepted() -> None:
+    replace(_Mark, _Mark.without, lambda self, _: self)
+
+
+def a_guess_is_expected_to_stay_as_it_is() -> None:
+    def wait(self: LearnedRate, now: float, ahead: int = 0) -> float:
+        return max(0.0, self._next_at - now) + ahead / self.rate if self.known else 0.0
+
+    replace(LearnedRate, LearnedRate.wait, wait)
+
+
+def refusals_at_once_are_no_first_guess() -> None:
+    original = LearnedRate._is_far_too_fast
+    replace(LearnedRate, original, lambda self: self.known and original(self))
+
+
+def what_late_refusals_say_is_forgotten_when_they_end() -> None:
+    original = RefusalControl.record_accepted
+
+    def record_accepted(self: RefusalControl, now: float, sent_at: float, in_flight: int) -> None:
+        self._named = False
+        original(self, now, sent_at, in_flight)
+
+    replace(RefusalControl, original, record_accepted)
 
 
 def a_learned_rate_is_believed_however_far_it_falls() -> None:

@@ -515,6 +515,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_refusal_pause.test_a_retry_after_that_is_not_checked_yet_does_not_delay_the_first_trial_call
     ),
     bugs.no_rate_is_learned: test_learned_rate.test_the_calls_accepted_between_two_refusals_are_the_rate,
+    bugs.calls_that_are_refused_late_count_as_accepted: (
+        test_learned_rate.test_calls_that_are_refused_late_do_not_make_the_guess_lower
+    ),
+    bugs.a_guess_is_expected_to_stay_as_it_is: (
+        test_learned_rate.test_calls_expect_a_guess_to_rise_as_it_does_while_it_is_used
+    ),
+    bugs.refusals_at_once_are_no_first_guess: test_learned_rate.test_two_blocks_at_once_are_a_first_guess,
+    bugs.what_late_refusals_say_is_forgotten_when_they_end: (
+        test_refusal_control.test_a_rate_is_learned_from_refusals_too_late_for_a_trial_if_they_name_it
+    ),
     bugs.a_learned_rate_is_believed_however_far_it_falls: (
         test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
     ),

@@ -11,6 +11,7 @@ from forebay import clock
 from forebay.errors import NotGuardable
 from forebay.interfaces import Charge, Outcome
 from forebay.upstream.accounts.nested_calls import begin_hold, end_hold
+from forebay.upstream.binding_advice import CLASS, NOT_CALLABLE
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
@@ -34,10 +35,6 @@ _FUNCTION_TOOL: Final = (
     "it is a tool of Agent Framework, and its approval mode would be lost. Guard the function that it is made from:"
     " `tool(upstream.guard(function))`."
 )
-_NO_FUNCTION: Final = (
-    "it cannot be called. Guard the function that it is made from, before a framework makes a tool of it:"
-    " `Tool(upstream.guard(function))`."
-)
 _TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of tools that are made from functions
 _TOOL_MODULES: Final = ("langchain_core.tools.base", "crewai.tools.base_tool")
 
@@ -51,8 +48,10 @@ def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, 
         return tool
     if _is_a(function, "agent_framework._tools", "FunctionTool"):
         raise NotGuardable(function=_name(function), why=_FUNCTION_TOOL)
+    if isinstance(function, type):
+        raise NotGuardable(function=_name(function), why=CLASS.format(name=_name(function)))
     if not callable(function):
-        raise NotGuardable(function=_name(function), why=_NO_FUNCTION)
+        raise NotGuardable(function=_name(function), why=NOT_CALLABLE)
     guard = _Guard(upstream, runner, function)
     wrapper = guard.async_wrapper() if _is_async(function) else guard.blocking_wrapper()
     return functools.wraps(function)(wrapper)

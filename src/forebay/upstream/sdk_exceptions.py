@@ -44,19 +44,36 @@ class ErrorAnswer(NamedTuple):
 
 
 def find_error_answer(error: BaseException) -> ErrorAnswer | None:
-    """Return the answer that an exception, or one that it was raised from, reports; None if there is none."""
+    """Return the answer that an exception, or one that it was raised from, reports; None if there is none.
+
+    Frameworks raise errors of their own from those of SDKs, some with the status alone: what the first exception with a
+    status lacks is taken from further ones with the same status.
+    """
+    found: ErrorAnswer | None = None
     for each in _chain(error):
-        response = _attribute(each, "response")
-        if isinstance(response, Mapping) and isinstance(found := response.get("ResponseMetadata"), Mapping):  # botocore
-            status = found.get("HTTPStatusCode")
-            if _is_error_status(status):
-                return ErrorAnswer(int(status), _headers(found.get("HTTPHeaders")), _body(response.get("Error")))
-        for holder in (each, response):
-            for name in _STATUS_NAMES:
-                if _is_error_status(status := _attribute(holder, name)):
-                    headers = _headers(_attribute(response, "headers")) or _headers(_attribute(each, "headers"))
-                    body = _body(_attribute(each, "body")) or _body(_attribute(response, "content"))
-                    return ErrorAnswer(int(status), headers, body)
+        answer = _reported_by(each)
+        if found is None:
+            found = answer
+        elif answer is not None and answer.status == found.status:
+            found = found._replace(headers=found.headers or answer.headers, body=found.body or answer.body)
+        if found is not None and found.headers and found.body:
+            break
+    return found
+
+
+def _reported_by(error: BaseException) -> ErrorAnswer | None:
+    """Return the answer that this exception itself reports."""
+    response = _attribute(error, "response")
+    if isinstance(response, Mapping) and isinstance(found := response.get("ResponseMetadata"), Mapping):  # botocore
+        status = found.get("HTTPStatusCode")
+        if _is_error_status(status):
+            return ErrorAnswer(int(status), _headers(found.get("HTTPHeaders")), _body(response.get("Error")))
+    for holder in (error, response):
+        for name in _STATUS_NAMES:
+            if _is_error_status(status := _attribute(holder, name)):
+                headers = _headers(_attribute(response, "headers")) or _headers(_attribute(error, "headers"))
+                body = _body(_attribute(error, "body")) or _body(_attribute(response, "content"))
+                return ErrorAnswer(int(status), headers, body)
     return None
 
 

@@ -171,8 +171,8 @@ class Upstream:
         called with the upstream to use.
 
         Raises:
-            NotGuardable: it is a generator function, a tool that is not made from a function, or a tool of another
-                framework that is no function itself; or, when called, a plain function returns an awaitable.
+            NotGuardable: it is a generator function, a class, not callable, a tool that is not made from a function, or
+                one that would lose what it is by that; or, when called, a plain function returns an awaitable.
         """
         return guarded(self, self.runner, function)
 

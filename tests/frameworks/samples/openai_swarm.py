@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import swarm
 from openai import AsyncOpenAI, OpenAI
-from tests.frameworks.sample import MODEL, Connect, Facts, Sample, Tool
+from openai.types.chat import ChatCompletion
+from tests.frameworks.openai_double import completion
+from tests.frameworks.sample import MODEL, Connect, Facts, InProcess, Sample, Tool
 
 
 def make(kind: type[Any], connect: Connect, tool: Tool, **config: Any) -> dict[str, Any]:
     """Return the arguments of `register_worker`."""
-    agent = swarm.Agent(name="sample", model=MODEL, instructions="Take notes.", functions=[tool])
-    return {"handler": agent, "config": {"client": connect(kind), **config}}
+    return {"handler": _agent(tool), "config": {"client": connect(kind), **config}}
+
+
+def in_process(tool: Tool) -> InProcess:
+    """Return an agent whose client answers in process: two calls of the tool, and then text."""
+    agent = _agent(tool)
+    client: Any = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=_create)))
+
+    async def run(text: str) -> Any:
+        messages = [{"role": "user", "content": text}]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, lambda: swarm.Swarm(client).run(agent, messages))
+
+    return InProcess(arguments={"handler": agent, "config": {"client": client}}, run=run)
+
+
+def _agent(tool: Tool) -> Any:
+    return swarm.Agent(name="sample", model=MODEL, instructions="Take notes.", functions=[tool])
+
+
+def _create(**request: Any) -> Any:
+    return ChatCompletion.model_validate(completion(request, calls=3))
 
 
 def _facts(stops_at: str) -> Facts:
@@ -21,6 +45,6 @@ def _facts(stops_at: str) -> Facts:
 
 
 SAMPLES = [
-    Sample(name="openai-swarm", make=partial(make, OpenAI), facts=_facts("next call")),
+    Sample(name="openai-swarm", make=partial(make, OpenAI), facts=_facts("next call"), in_process=in_process),
     Sample(name="openai-swarm async", make=partial(make, AsyncOpenAI), facts=_facts("at once")),
 ]

@@ -55,6 +55,7 @@ def url_error() -> Exception:
         raised_from(RuntimeError("the tool failed"), raised_from(ValueError(), http_status_error())),
         raised_while(RuntimeError("the tool failed"), http_status_error()),
         ExceptionGroup("two tools failed", [ValueError(), http_status_error()]),
+        raised_from(SdkError(status_code=429, headers=None, body={"message": "no"}), http_status_error()),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -68,6 +69,13 @@ def test_the_body_is_found_too() -> None:
     answer = find_error_answer(SdkError(status_code=429, body={"error": {"code": "insufficient_quota"}}))
     assert answer is not None
     assert answer.body == b'{"error":{"code":"insufficient_quota"}}'
+
+
+def test_what_an_exception_lacks_is_not_taken_from_one_with_another_status() -> None:
+    error = raised_from(SdkError(status_code=503, body={"error": "no"}), http_status_error())
+    answer = find_error_answer(error)
+    assert answer is not None
+    assert (answer.status, dict(answer.headers), answer.body) == (503, {}, b'{"error":"no"}')
 
 
 def test_properties_that_raise_are_not_there() -> None:

@@ -535,7 +535,7 @@ class Account:
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""
         self.counts.sent -= 1
-        self._refusals.record_unsent()
+        self._refusals.record_unsent(permit.granted_at)
         self.counts.unattributed -= permit.request.task_id is None
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 

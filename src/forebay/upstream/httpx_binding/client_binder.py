@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Final, TypeVar
 
 from forebay.errors import AlreadyBound, NotBindable
+from forebay.upstream.binding_advice import find_advice, kind_of
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.httpx_binding.bound_exchange import ClientBinding
@@ -34,25 +35,10 @@ _RETRY: Final = (
     "LangChain would send each call again that the upstream has retried or rejected. Leave out .with_retry(), and say"
     " how often to retry by Upstream(retry=Retry(...)): `upstream.bind(model)`."
 )
-_GRAPH: Final = "bind the model that the graph is made of: `create_agent(upstream.bind(model), ...)`."
-_AGENT_FRAMEWORK: Final = (
-    "bind the SDK's client that it is given: `OpenAIChatCompletionClient(async_client=upstream.bind(AsyncOpenAI()))`."
-    " Where it takes none that can be bound, run the gateway (`forebay gateway`), and set its address as the base URL."
-)
-_PYDANTIC_AI: Final = (
-    "bind the client that its provider takes, such as OpenAIProvider(openai_client=upstream.bind(AsyncOpenAI())). Where"
-    " a provider takes none, ConcurrencyLimitedModel(model, UpstreamLimiter(upstream)) waits in the upstream:"
-    " UpstreamLimiter is in forebay.adapters.pydantic_ai."
-)
-_AUTOGEN: Final = (
-    "bind the model client that it is made with: `AssistantAgent('name', upstream.bind(OpenAIChatCompletionClient("
-    "...)))`."
-)
 _AUTOGEN_CLIENT: Final = (
     "of AutoGen's model clients bind takes those over OpenAI's and Anthropic's SDKs. Use OpenAIChatCompletionClient"
     " with the base_url of an endpoint that is compatible with OpenAI's, or of the gateway (`forebay gateway`)."
 )
-_CREW: Final = "bind the LLM that its agents are made with: `Agent(llm=upstream.bind(LLM(...)))`."
 _NO_KEY: Final = "it has no clients yet: give it an api_key, or set the variable that its provider reads."
 _CREWAI_LLM: Final = (
     "of CrewAI's LLMs bind takes those over OpenAI's and Anthropic's SDKs. Give one of Gemini bound HTTP clients:"
@@ -60,21 +46,6 @@ _CREWAI_LLM: Final = (
     " 'httpx_async_client': upstream.bind(httpx.AsyncClient())}}) with Upstream(provider='generic'); one over LiteLLM"
     " takes the address of the gateway (`forebay gateway`) as base_url."
 )
-_GOOGLE: Final = (
-    "give it bound HTTP clients: genai.Client(http_options={'httpx_client': upstream.bind(httpx.Client()),"
-    " 'httpx_async_client': upstream.bind(httpx.AsyncClient())}) with Upstream(provider='generic'). Or use the gateway"
-    " (`forebay gateway`), and set its address as http_options={'base_url': ...}."
-)
-#: What to bind instead of an object of a package, by the start of the module of its class or of a base of that.
-_ADVICE: Final = {
-    "agent_framework.": _AGENT_FRAMEWORK,
-    "autogen_agentchat.": _AUTOGEN,
-    "autogen_core.": _AUTOGEN,
-    "crewai.": _CREW,
-    "google.genai.": _GOOGLE,
-    "langgraph.": _GRAPH,
-    "pydantic_ai.": _PYDANTIC_AI,
-}
 _LAZY: Final = ("_client", "_async_client")  # of LangChain models that take no client
 
 
@@ -289,14 +260,12 @@ def _package_of_base(thing: Any, names: tuple[str, ...]) -> str | None:
 
 def _not_bindable(client: Any) -> NotBindable:
     """Return the error for an object that cannot be bound, with what to do instead."""
-    kind = f"{type(client).__module__}.{type(client).__qualname__}"
+    kind = kind_of(client)
     if is_crewai_llm(client):
         return NotBindable(kind=kind, advice=_CREWAI_LLM)
     if _is_autogen(client):
         return NotBindable(kind=kind, advice=_AUTOGEN_CLIENT)
-    bases = [f"{base.__module__}." for base in type(client).__mro__]
-    found = (text for package, text in _ADVICE.items() if any(base.startswith(package) for base in bases))
-    return NotBindable(kind=kind, advice=next(found, _ANYTHING))
+    return NotBindable(kind=kind, advice=find_advice(client) or _ANYTHING)
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:

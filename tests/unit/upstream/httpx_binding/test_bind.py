@@ -282,6 +282,46 @@ def test_a_tool_that_is_no_function_is_not_guarded_and_what_to_write_is_told() -
         Upstream("search").guard(made_tool)
 
 
+def instance(module: str, name: str) -> object:
+    """Return an object of a class of that name, which is in a package that is not installed."""
+    return type(name, (), {"__module__": module})()
+
+
+@pytest.mark.parametrize(
+    ("thing", "advice"),
+    [
+        (instance("agents.agent", "Agent"), r"agents\.agent\.Agent cannot.*set_default_openai_client\(upstream\.bind"),
+        (type(instance("agents.run", "Runner")), r"agents\.run\.Runner.*set_default_openai_client\(upstream\.bind"),
+        (instance("swarm.core", "Swarm"), r"config=\{'client': upstream\.bind\(AsyncOpenAI\(\)\)\}"),
+        (instance("botocore.client", "BedrockRuntime"), "Guard the function that makes the call"),
+        (ModuleType("litellm"), r"the module litellm cannot.*litellm\.aclient_session = upstream\.bind"),
+        (openai.AsyncOpenAI, r"openai\..*AsyncOpenAI cannot.*upstream\.bind\(AsyncOpenAI\(\.\.\.\)\)"),
+        (openai.AsyncOpenAI(api_key="k").chat.completions, "bind the client, and use that part of the copy"),
+        (openai.AsyncOpenAI(api_key="k").chat.completions.create, r"Completions\.create cannot.*bind the client"),
+        (instance, r"instance cannot.*upstream\.guard\(function\)"),
+        (ModuleType("mine"), "the module mine cannot.*For anything else run the gateway"),
+        ("gpt-4o", r"builtins\.str cannot.*bind takes clients"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
+)
+def test_what_is_no_client_is_not_bound_and_what_to_write_is_told(thing: Any, advice: str) -> None:
+    with pytest.raises(NotBindable, match=advice):
+        Upstream("key").bind(thing)
+
+
+@pytest.mark.parametrize(
+    "thing", [None, "search", openai.AsyncOpenAI(api_key="k"), instance("agents.tool", "FunctionTool")]
+)
+def test_what_cannot_be_called_is_not_guarded_and_what_to_write_is_told(thing: Any) -> None:
+    with pytest.raises(NotGuardable, match=r"not callable.*Tool\(upstream\.guard\(function\)\).*upstream\.bind"):
+        Upstream("search").guard(thing)
+
+
+def test_a_class_is_not_guarded_and_what_to_write_is_told() -> None:
+    with pytest.raises(NotGuardable, match=r"'AsyncOpenAI'.*class.*upstream\.bind\(AsyncOpenAI\(\.\.\.\)\)"):
+        Upstream("key").guard(openai.AsyncOpenAI)
+
+
 def test_a_guarded_tool_of_langchain_stays_a_tool() -> None:
     upstream = Upstream("search")
 

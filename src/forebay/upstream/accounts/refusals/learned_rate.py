@@ -55,9 +55,16 @@ _PASSES: Final = 2  # checks in a row that speak against a rate and disprove it
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
-class _BlockEnd(NamedTuple):
-    at: float  # when the first call was sent that was accepted
-    accepted: int  # calls until then
+class _Mark(NamedTuple):
+    """The calls accepted until a moment, as far as known: one that is refused later is taken off."""
+
+    at: float  # of a block's end, when the first call was sent that was accepted
+    accepted: int
+    counted_at: float  # all calls sent before were counted
+
+    def without(self, sent_at: float) -> _Mark:
+        """Return the mark without a call sent at `sent_at`, if that was counted."""
+        return self._replace(accepted=self.accepted - 1) if sent_at < self.counted_at else self
 
 
 class _Check(NamedTuple):
@@ -65,7 +72,7 @@ class _Check(NamedTuple):
 
     rate: float  # that is checked
     refused_rate: float  # from which it fell
-    start: _BlockEnd
+    start: _Mark
     refused_at: float  # when the last refused call before it was sent
 
 
@@ -122,9 +129,9 @@ class LearnedRate:
         self._check: _Check | None = None  # that is under way
         self._passes = 0  # checks one after the other that spoke against a rate
         self._count = 0  # calls sent and not refused
-        self._mark = self._earlier_mark = _BlockEnd(-math.inf, 0)
+        self._mark = self._earlier_mark = _Mark(-math.inf, 0, -math.inf)
         self._fastest, self._fastest_at = 0.0, -math.inf  # the highest rate of calls accepted in the last minute
-        self._blocks: deque[_BlockEnd] = deque(maxlen=_MAX_BLOCKS)
+        self._blocks: deque[_Mark] = deque(maxlen=_MAX_BLOCKS)
         self._refusals = self._learned_count = 0  # calls refused since the rate was learned, and accepted before
         self._refused_at = -math.inf  # when the latest block ended
         self._sent_at = -math.inf  # when the latest call was sent
@@ -167,12 +174,18 @@ class LearnedRate:
         fastest = max(self._fastest, self._accepted_since(self._earlier_mark, now))
         return max(fastest, self.rate) if self.known else fastest
 
-    def _accepted_since(self, mark: _BlockEnd, now: float) -> float:
+    def _accepted_since(self, mark: _Mark, now: float) -> float:
         return (self._count - mark.accepted) / max(_RECENT, now - mark.at)
 
     def wait(self, now: float, ahead: int = 0) -> float:
         """Return the seconds until a call may be sent, after `ahead` others."""
-        return max(0.0, self._next_at - now) + ahead / self.rate if self.rate < math.inf else 0.0
+        if not self.known:
+            return 0.0
+        own = max(0.0, self._next_at - now)
+        if self.measured or not ahead:
+            return own + ahead / self.rate
+        growth = math.log1p(_UNKNOWN_STEP)  # a second: a guess is low at first, and must not reject calls
+        return own + math.log1p(growth * ahead / self.rate) / growth
 
     def record_sent(self, now: float, *, blocked: bool) -> None:
         """Note that a call is sent; `blocked`: calls are refused at present."""
@@ -184,16 +197,28 @@ class LearnedRate:
             accepted = self._accepted_since(self._earlier_mark, now)
             if accepted > self._fastest or now > self._fastest_at + _FASTEST_LASTS:
                 self._fastest, self._fastest_at = accepted, now
-            self._earlier_mark, self._mark = self._mark, _BlockEnd(now, self._count)
+            self._earlier_mark, self._mark = self._mark, _Mark(now, self._count, now)
         if self.rate < math.inf:
             self._sent_in_step += 1
             self._next_at = max(self._next_at, now - _LATE) + 1.0 / self.rate
             if now >= self._next_step_at and not blocked:
                 self._rise(now)
 
-    def record_refused(self) -> None:
-        """Note that a call was refused, for whatever reason, or not sent: it was not accepted."""
+    def record_refused(self, sent_at: float) -> None:
+        """Note that a call was refused, for whatever reason, or not sent: it was not accepted.
+
+        The marks set since it was sent counted it. Without their correction a burst that is refused after a mark makes
+        the rate from that mark on far too low, or negative.
+        """
         self._count -= 1
+        self._mark = self._mark.without(sent_at)
+        self._earlier_mark = self._earlier_mark.without(sent_at)
+        for index in range(len(self._blocks) - 1, -1, -1):
+            if self._blocks[index].counted_at <= sent_at:
+                break
+            self._blocks[index] = self._blocks[index].without(sent_at)
+        if self._check is not None:
+            self._check = self._check._replace(start=self._check.start.without(sent_at))
 
     def learn(self, now: float, block: Block, *, guess: bool) -> None:
         """Learn from a block whose cause is a rate, and that is over.
@@ -206,7 +231,7 @@ class LearnedRate:
         while self._blocks and self._blocks[0].at < now - _MEMORY:
             self._blocks.popleft()
         count, refused_rate, learned = self._count, self.rate, self._learned
-        self._blocks.append(_BlockEnd(block.ended, count))
+        self._blocks.append(_Mark(block.ended, count, now))
         self._refusals += block.refusals
         if not (guess or self.known) and self._refusals <= _QUOTA_CALLS + _QUOTA_SHARE * count:
             return  # the quota limits the calls well enough: no other process uses the key
@@ -249,7 +274,7 @@ class LearnedRate:
         If the cause is no rate, each fall makes the next measurement lower, because fewer calls are sent and as many
         are refused. Only faster ones can show that.
         """
-        self._check = _Check(self.rate, refused_rate, _BlockEnd(block.ended, self._count), block.refused)
+        self._check = _Check(self.rate, refused_rate, _Mark(block.ended, self._count, now), block.refused)
         self.rate *= _FASTER
         self._next_at = now + 1.0 / self.rate
         self._begin_step(now, _CHECK_SECONDS)
@@ -282,10 +307,10 @@ class LearnedRate:
 
     def _correct(self, block: Block, *, guess: bool) -> bool:
         """Set the rate by the calls accepted until the end of a block; return False if they do not tell it."""
-        if self._is_far_too_fast():
+        if (guess or self.known) and self._is_far_too_fast():
             last = self._blocks[-2]
             accepted = (self._count - last.accepted + 2) / (block.ended - last.at)
-            least = max(self.rate / _MAX_FALL, self._before_rise)
+            least = max(self.rate / _MAX_FALL, self._before_rise) if self.known else 0.0
             self.rate = self._held = min(_FALL * self.rate, max(accepted, least))
         elif (measured := self._measure(self._count - 1, block.refused)) is not None:
             if self._held < self.rate and self._is_short(block):
@@ -346,11 +371,13 @@ class LearnedRate:
 
     def _is_far_too_fast(self) -> bool:
         """Return whether far fewer calls than the rate allows were accepted since the block before."""
-        if not self.known or len(self._blocks) <= 1:
+        if len(self._blocks) <= 1:
             return False
         last, latest = self._blocks[-2], self._blocks[-1]
         seconds = latest.at - last.at
-        return seconds < _AT_ONCE and latest.accepted - last.accepted < min(_MIN_COUNT, _FAR * self.rate * seconds - 2)
+        return 0.0 < seconds < _AT_ONCE and latest.accepted - last.accepted < min(
+            _MIN_COUNT, _FAR * self.rate * seconds - 2
+        )
 
     def _begin_wait(self, now: float, block: Block, *, certain: bool) -> None:
         """Wait for a time until the rate rises, longer if it had just begun to, or if the block lasted long."""

@@ -35,6 +35,7 @@ class RefusalControl:
         self._untried = 0  # rows of refusals since the latest trial
         self._more = False  # the row began with more calls in flight than were accepted before, which may be the cause
         self._judged = False  # a trial of the present row has found a limit
+        self._named = False  # the latest refusal names a rate, and no trial can tell
         self._quota_explains = False  # a known quota is used up in the present block
         self._began_above = False  # the block began with more calls in flight than were accepted before ...
         self._refused_below = False  # ... and then refused a call with no more than that
@@ -83,9 +84,9 @@ class RefusalControl:
         self._trial.record_sent(now)
         self.rate.record_sent(now, blocked=self._pause.silent)
 
-    def record_unsent(self) -> None:
-        """Note that a call that was recorded as sent was not."""
-        self.rate.record_refused()
+    def record_unsent(self, granted_at: float) -> None:
+        """Note that a call that was recorded as sent at `granted_at` was not."""
+        self.rate.record_refused(granted_at)
 
     def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
         """Note that a call was accepted that was sent when `in_flight` calls were in flight, itself included."""
@@ -101,7 +102,7 @@ class RefusalControl:
         lasted = block.ended - block.began
         if block.paused:
             self._cause.leave_out(lasted)
-        rate = self._cause.is_rate(measured=self.rate.measured)
+        rate = self._cause.is_rate(measured=self.rate.measured, named=self._named)
         if self._quota_explains or rate:
             self.rate.learn(now, block, guess=not self._quota_explains)
             if self.rate.is_disproved():
@@ -140,7 +141,7 @@ class RefusalControl:
             repeated: the call was refused several times before: what it asks for may be the cause.
         """
         if repeated and not (self._pause.blocked or self.rate.known):
-            self.rate.record_refused()
+            self.rate.record_refused(sent_at)
             self._cause.record_unserved(now, sent_at, in_flight)
             return True
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
@@ -160,7 +161,7 @@ class RefusalControl:
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
         quiet = after >= _LONG_RETRY_AFTER and not self._trial.can_decide(now)  # then its word is all that there is
         certain = self._judged or quota_explains or late or quiet or not self._begin_trial(now, sent_at)
-        self.rate.record_refused()
+        self.rate.record_refused(sent_at)
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
         if self._pause.record_refused(now, sent_at, retry_after=after, certain=rate and certain, first_silence=silence):
             self._quota_explains = False
@@ -168,6 +169,7 @@ class RefusalControl:
             self._began_above, self._refused_below = above, False
         self._refused_below = self._refused_below or not above
         self._quota_explains = self._quota_explains or quota_explains
+        self._named = named and late
         return rate
 
     def _begin_trial(self, now: float, sent_at: float) -> bool:

@@ -23,7 +23,7 @@ def block(rate: LearnedRate, began: float, ended: float, *, guess: bool = True, 
     """Refuse calls from `began` on, several until halfway to `ended`, and accept one then."""
     for _ in range(refusals):
         rate.record_sent(began, blocked=True)
-        rate.record_refused()
+        rate.record_refused(began)
     rate.record_sent(ended, blocked=True)
     refused = began if refusals == 1 else (began + ended) / 2
     rate.learn(ended, Block(began=began, refused=refused, ended=ended, refusals=refusals, paused=True), guess=guess)
@@ -67,6 +67,64 @@ def test_before_a_measurement_half_of_the_rate_before_is_a_guess_that_rises_each
     assert rate.rate == pytest.approx(10.0, rel=0.1)
     send(rate, 11.0, 13.5, per_second=100.0)
     assert rate.rate == pytest.approx(10.0 * 1.25**2, rel=0.3)
+
+
+def test_calls_expect_a_guess_to_rise_as_it_does_while_it_is_used() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=2.0)
+    block(rate, 10.0, 10.25)
+    assert not rate.measured
+    expected, sent, now = rate.wait(10.25, ahead=20), 0, 10.25
+    while sent < 20:
+        now += rate.wait(now)
+        rate.record_sent(now, blocked=False)
+        sent += 1
+    assert expected == pytest.approx(now - 10.25, rel=0.3)
+    assert expected < 0.7 * 20 / 1.0
+
+
+def test_two_blocks_at_once_are_a_first_guess() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 1.0, per_second=100.0)  # what a large bucket held
+    block(rate, 1.0, 1.6, refusals=8)
+    assert not rate.known
+    block(rate, 1.7, 2.2, refusals=8)
+    assert not rate.measured
+    assert 2.0 < rate.rate < 6.0
+
+
+def test_two_blocks_at_once_are_no_guess_where_a_known_quota_explains_them() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 1.0, per_second=100.0)
+    for began in (1.0, 1.7, 2.4):
+        block(rate, began, began + 0.5, refusals=8, guess=False)
+    assert not rate.known
+
+
+def test_calls_that_are_refused_late_do_not_make_the_guess_lower() -> None:
+    rate = LearnedRate()
+    rate.record_sent(0.0, blocked=False)
+    for _ in range(60):
+        rate.record_sent(4.5, blocked=False)
+    send(rate, 5.0, 10.2, per_second=4.0)
+    for _ in range(60):
+        rate.record_refused(4.5)
+    block(rate, 10.2, 10.45)
+    assert rate.rate == pytest.approx(2.0, rel=0.2)
+
+
+def test_calls_that_are_refused_after_a_block_has_ended_do_not_make_the_measurement_lower() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 9.0, per_second=4.0)
+    for _ in range(60):
+        rate.record_sent(9.9, blocked=False)
+    block(rate, 10.0, 10.25, guess=False)
+    for _ in range(60):
+        rate.record_refused(9.9)
+    send(rate, 10.25, 20.0, per_second=4.0)
+    block(rate, 20.0, 20.25)
+    assert rate.measured
+    assert rate.rate == pytest.approx(0.98 * 4.0, rel=0.03)
 
 
 def test_a_guess_that_nothing_refuses_is_forgotten() -> None:
@@ -354,7 +412,7 @@ def test_the_refused_calls_of_a_trial_do_not_delay_the_next_rise() -> None:
     send(rate, 20.25, 27.0, per_second=1000.0)
     for _ in range(8):
         rate.record_sent(27.0, blocked=True)
-        rate.record_refused()
+        rate.record_refused(27.0)
     rate.record_sent(27.3, blocked=True)
     rate.learn(27.3, Block(began=27.0, refused=27.1, ended=27.3, refusals=8, paused=True), guess=True)
     learned = rate.rate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from forebay.upstream.accounts.refusals import RefusalControl
 
 
@@ -41,6 +43,17 @@ def test_a_refusal_that_names_a_rate_pauses_once_the_calls_right_after_it_are_re
     accept(control, 0.0, 20)
     assert burst(control, 1.0, 20, named=True) == 7
     assert control.paused(1.2)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_rate_is_learned_from_refusals_too_late_for_a_trial_if_they_name_it(*, named: bool) -> None:
+    control = RefusalControl()
+    for call in range(100):
+        accept(control, call / 5, 20)
+    control.record_sent(20.0)
+    control.record_refused(22.0, 20.0, 20, named=named)
+    accept(control, 24.0, 20)
+    assert (control.rate.rate < 3.0) is named, "else it goes on as before, at five a second"
 
 
 def test_refusals_at_random_begin_no_pause_and_are_no_rate() -> None:
