@@ -26,6 +26,7 @@ PACKAGES = (
     "forebay.limit",
     "forebay.quota",
     "forebay.retry",
+    "forebay.scale",
     "forebay.state",
     "forebay.supervisor",
     "forebay.testing",

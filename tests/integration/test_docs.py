@@ -23,6 +23,7 @@ from forebay.breaker import BreakerRules
 from forebay.engine import ProcessEngine
 from forebay.quota import RateLimiter
 from forebay.retry import Retry
+from forebay.scale import Autoscaler
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -187,6 +188,10 @@ def test_the_settings_are_those_of_register_worker() -> None:
 
 def test_the_settings_are_those_of_an_upstream() -> None:
     check_settings(rows(SETTINGS, "## Upstream"), defaults(Upstream.__init__))
+
+
+def test_the_settings_are_those_of_an_autoscaler() -> None:
+    check_settings(rows(SETTINGS, "## Autoscaler"), defaults(Autoscaler.__init__))
 
 
 def test_the_settings_are_those_of_overload() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,3 +126,25 @@ def test_a_saga_that_is_killed_goes_on_when_it_is_run_again(
     assert ended["rivers-1-summarize.md"] == "# rivers\n\nThey rise in the hills.\n"
     assert ended["published/rivers-1-act.md"] == ("done once" if step == "act" else ended["rivers-1-summarize.md"])
     assert run_saga(tmp_path) == [PUBLISHED]  # it is done: nothing runs
+
+
+@pytest.mark.slow
+def test_processes_come_and_go_and_none_is_bought_for_a_quota_that_is_short(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / "autoscale.py")],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert ran.stderr == ""
+    *_, scaled, money = ran.stdout.splitlines()
+    up, down, _ = map(int, re.findall(r"\d+", scaled))
+    assert up >= 3
+    assert down >= 2
+    spent, spared = map(float, re.findall(r"\$(\d+\.\d+)", money))
+    assert spent > 0.0
+    assert spared > 0.0
+    assert (tmp_path / "autoscale.svg").read_text().count("<polyline") == 6

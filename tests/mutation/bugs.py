@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
+import signal
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
@@ -78,6 +79,7 @@ from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
 from forebay.saga.step import Raised, Step, is_ambiguous
+from forebay.scale import Autoscaler, ScaleDecider, decision, process_target, ratio
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -99,6 +101,7 @@ from forebay.storage.redis_clock import RedisClock
 from forebay.storage.redis_master import RedisMaster
 from forebay.supervisor import (
     admission_controller,
+    demand,
     drain,
     failure_log,
     fan_out,
@@ -3167,3 +3170,56 @@ def what_cannot_be_written_is_written_again_and_again() -> None:
 
 def a_compensation_that_the_code_no_longer_has_is_called() -> None:
     skip(SagaRun._compensate, SagaRun._check_same)
+
+
+# --- scaling ---
+
+
+def noise_of_the_arithmetic_asks_for_a_replica() -> None:
+    def whole_replicas(replicas: float) -> int:
+        return math.ceil(replicas)
+
+    ratio.whole_replicas.__code__ = whole_replicas.__code__
+
+
+def replicas_are_bought_while_a_quota_is_short() -> None:
+    always(ScaleDecider, ScaleDecider._bottleneck, returns=None)
+
+
+def a_shortage_counts_only_in_the_moment_of_a_reading() -> None:
+    replace(ScaleDecider, ScaleDecider._bottleneck, lambda self, _: self._readings[-1][2])
+
+
+def a_fleet_shrinks_without_stabilization() -> None:
+    replace(ScaleDecider, ScaleDecider._stabilized, lambda _, __, allowed, ___: allowed)
+
+
+def a_fleet_turns_down_as_often_as_the_load() -> None:
+    swap(ScaleDecider._stabilized, ast.Mult, ast.Sub)
+
+
+def a_surge_waits_for_the_mean_of_a_minute() -> None:
+    decision._PANIC_RATIO = math.inf  # type: ignore[misc]
+
+
+def slots_that_the_start_gate_keeps_free_are_no_sign_of_a_shortage() -> None:
+    always(Pool, Pool.held_back_workers, returns=[])
+
+
+def what_this_process_runs_counts_as_run_elsewhere() -> None:
+    swap(demand._leased_elsewhere, ast.NotIn, ast.In)
+
+
+def an_autoscaler_ends_with_the_first_error_of_its_target() -> None:
+    def _failure(_: Autoscaler, error: Exception) -> float:
+        raise error
+
+    replace(Autoscaler, Autoscaler._failure, _failure)
+
+
+def a_process_that_is_to_go_is_killed() -> None:
+    def drain(self: process_target._WorkerProcess) -> None:
+        self.draining = True
+        self.signal(signal.SIGKILL)
+
+    replace(process_target._WorkerProcess, process_target._WorkerProcess.drain, drain)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.acceptance import (
+    test_autoscaling,
     test_bad_input,
     test_budget_attacks,
     test_call_conservation,
@@ -97,6 +98,7 @@ from tests.integration import (
     test_redis_failover,
     test_redis_lost,
     test_saga_redis,
+    test_worker_processes,
 )
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
@@ -109,6 +111,7 @@ from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log, test_step
+from tests.unit.scale import test_autoscaler, test_decision, test_ratio
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools
@@ -1301,6 +1304,29 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_compensation_that_the_code_no_longer_has_is_called: (
         test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
+    ),
+    # --- scaling ---
+    bugs.noise_of_the_arithmetic_asks_for_a_replica: (test_ratio.test_six_replicas_at_their_target_need_no_seventh),
+    bugs.replicas_are_bought_while_a_quota_is_short: (
+        test_decision.test_no_replica_is_added_while_something_else_is_short
+    ),
+    bugs.a_shortage_counts_only_in_the_moment_of_a_reading: (test_decision.test_a_shortage_that_comes_and_goes_counts),
+    bugs.a_fleet_shrinks_without_stabilization: (test_decision.test_down_only_to_the_most_of_the_stabilization_window),
+    bugs.a_fleet_turns_down_as_often_as_the_load: (
+        test_decision.test_the_fleet_turns_down_once_in_two_stabilization_windows
+    ),
+    bugs.a_surge_waits_for_the_mean_of_a_minute: test_decision.test_a_surge_is_met_by_the_panic_window,
+    bugs.slots_that_the_start_gate_keeps_free_are_no_sign_of_a_shortage: (
+        test_autoscaling.test_no_slot_is_added_while_a_quota_is_the_bottleneck
+    ),
+    bugs.what_this_process_runs_counts_as_run_elsewhere: (
+        test_autoscaling.test_what_this_process_has_taken_from_the_overflow_is_not_elsewhere
+    ),
+    bugs.an_autoscaler_ends_with_the_first_error_of_its_target: (
+        test_autoscaler.test_a_target_that_fails_is_asked_again_later_and_later
+    ),
+    bugs.a_process_that_is_to_go_is_killed: (
+        test_worker_processes.test_a_process_that_goes_while_it_runs_tasks_finishes_them
     ),
 }
 

@@ -4,13 +4,14 @@ from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, ScalableS
 from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
 from forebay.scale.process_target import ProcessTarget
 from forebay.scale.ratio import desired_replicas
-from forebay.scale.target import Replicas, Target
+from forebay.scale.target import ReplicaReport, Replicas, Target, sum_up
 from forebay.scale.worker_target import ResizableWorker, WorkerTarget
 
 __all__ = [
     "Autoscaler",
     "AutoscalerStatistics",
     "ProcessTarget",
+    "ReplicaReport",
     "Replicas",
     "ResizableWorker",
     "ScalableSupervisor",
@@ -21,4 +22,5 @@ __all__ = [
     "WorkerTarget",
     "desired_replicas",
     "slots_asked",
+    "sum_up",
 ]

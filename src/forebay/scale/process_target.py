@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
+
+import msgspec
 
 from forebay import clock
-from forebay._validate import check_name, check_not_negative, check_positive, check_whole, is_number, reject
+from forebay._validate import check_name, check_not_negative, check_positive, check_whole, reject
 from forebay.events import log
 from forebay.retry import Retry
-from forebay.scale.target import Replicas
+from forebay.scale.target import ReplicaReport, Replicas, sum_up
 
 _OWNER: Final = "ProcessTarget"
 _COMMAND: Final = (sys.executable, "-m", "forebay.supervisor.worker_process")
@@ -31,19 +31,20 @@ class _WorkerProcess:
 
     Attributes:
         process: None until it was started.
-        ready: whether it has reported, so that it takes tasks.
         draining: whether it has been told to drain.
-        running: tasks that it ran when it reported.
+        last_report: None until it takes tasks.
     """
 
     def __init__(self, started_at: float) -> None:
         self.started_at = started_at
         self.process: asyncio.subprocess.Process | None = None
-        self.ready = False
         self.draining = False
-        self.running = 0
-        self.service: float | None = None
-        self.limited_by: str | None = None
+        self.last_report: ReplicaReport | None = None
+
+    @property
+    def ready(self) -> bool:
+        """True if it has reported."""
+        return self.last_report is not None
 
     def start(self, process: asyncio.subprocess.Process) -> None:
         """Record that it was started; one that is to drain already is told so now."""
@@ -64,17 +65,8 @@ class _WorkerProcess:
 
     def report(self, line: bytes) -> None:
         """Take a report in. One that cannot be read changes nothing."""
-        try:
-            report: Any = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(report, dict):
-            return
-        self.ready = True
-        running, service, limited_by = (report.get(name) for name in ("running", "service", "limited_by"))
-        self.running = running if isinstance(running, int) else 0
-        self.service = float(service) if is_number(service) else None
-        self.limited_by = limited_by if isinstance(limited_by, str) else None
+        with contextlib.suppress(msgspec.DecodeError):  # of which a ValidationError is one
+            self.last_report = msgspec.json.decode(line, type=ReplicaReport)
 
 
 class ProcessTarget:
@@ -134,15 +126,8 @@ class ProcessTarget:
 
     async def replicas(self) -> Replicas:
         """Return the processes; what most of the ready ones are short of, and their mean service time."""
-        ready = [each for each in self._processes if each.ready and not each.draining]
-        short = Counter(each.limited_by for each in ready if each.limited_by is not None)
-        known = [each.service for each in ready if each.service is not None]
-        return Replicas(
-            current=self._wanted,
-            ready=len(ready),
-            limited_by=short.most_common(1)[0][0] if 2 * short.total() >= len(ready) > 0 and short else None,
-            service=sum(known) / len(known) if known else None,
-        )
+        live = (each for each in self._processes if not each.draining)
+        return sum_up(self._wanted, [each.last_report for each in live if each.last_report is not None])
 
     async def scale(self, replicas: int) -> None:
         """Start so many processes as are missing, or have so many as are too many drain: those that run least."""
@@ -183,7 +168,7 @@ class ProcessTarget:
             for _ in range(self._wanted - len(live)):
                 each = _WorkerProcess(loop.time())
                 self._processes[each] = loop.create_task(self._run(each))
-        live.sort(key=lambda each: (each.ready, each.running))
+        live.sort(key=lambda each: -1 if each.last_report is None else each.last_report.running)
         for each in live[: max(0, len(live) - self._wanted)]:
             each.drain()
             if self._drain_timeout is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
 
 from forebay._json import JsonStruct
@@ -21,6 +23,36 @@ class Replicas(JsonStruct, frozen=True, kw_only=True):
     ready: int
     limited_by: str | None = None
     service: float | None = None
+
+
+class ReplicaReport(JsonStruct, frozen=True, kw_only=True):
+    """A report of one replica that takes tasks.
+
+    Attributes:
+        running: slots that are taken.
+        service: mean of the seconds for which a task holds its slot; None before the first has ended.
+        limited_by: what it is short of instead of slots; None if nothing.
+    """
+
+    running: int = 0
+    service: float | None = None
+    limited_by: str | None = None
+
+
+def sum_up(current: int, reports: Sequence[ReplicaReport]) -> Replicas:
+    """Return the replicas of a target, of which those that are ready have reported.
+
+    They are short of something if half of them are: a quota of a key that they share is seen by each, and not by all at
+    the same moment.
+    """
+    short = Counter(report.limited_by for report in reports if report.limited_by is not None)
+    known = [report.service for report in reports if report.service is not None]
+    return Replicas(
+        current=current,
+        ready=len(reports),
+        limited_by=short.most_common(1)[0][0] if short and 2 * short.total() >= len(reports) else None,
+        service=sum(known) / len(known) if known else None,
+    )
 
 
 class Target(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -17,10 +16,13 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
+
 from forebay.adapters.import_paths import import_object
 from forebay.errors import ForebayError, InvalidSetting, StoreUnavailable
 from forebay.events import log
 from forebay.interfaces import Demand
+from forebay.scale import ReplicaReport
 from forebay.supervisor.supervisor import BackpressureSupervisor
 
 REPORT_INTERVAL: Final = 1.0  # seconds between two reports to whoever manages the process
@@ -134,8 +136,8 @@ class _WorkerProcess:
         try:
             while not closed.done():
                 demand = await self._demand(ask_overflow=False)
-                report = {"running": demand.running, "service": demand.service, "limited_by": demand.limited_by}
-                writer.write(json.dumps(report).encode() + b"\n")
+                report = ReplicaReport(running=demand.running, service=demand.service, limited_by=demand.limited_by)
+                writer.write(msgspec.json.encode(report) + b"\n")
                 await asyncio.wait((closed,), timeout=REPORT_INTERVAL)
         except ForebayError:  # it is closing
             await asyncio.wait((closed,))
