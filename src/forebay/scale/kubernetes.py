@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import msgspec
 
 from forebay import clock
-from forebay._validate import check_positive, check_whole, reject
-from forebay.errors import ScalingFailed, StoreNotInstalled
+from forebay._validate import check_whole, reject
+from forebay.errors import ScalingFailed
 from forebay.events import log
 from forebay.retry import Retry
+from forebay.scale.kubernetes_api import WATCH, Access, KubernetesApi, Rejected, check_object_name
 from forebay.scale.target import ReplicaReport, Replicas, sum_up
-
-if TYPE_CHECKING:
-    from forebay.scale.kubernetes_api import Access, KubernetesApi, Rejected
 
 _OWNER: Final = "KubernetesTarget"
 _PLURALS: Final = {"deployment": "deployments", "statefulset": "statefulsets"}
-_NAME: Final = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 _CONFLICTS: Final = 5  # in a row, of one change: the status of a Deployment changes its version, too
 _BACKOFF: Final = Retry(base_delay=0.5, max_delay=30.0)
-_GONE: Final = HTTPStatus.GONE
+_WATCH_GRACE: Final = 10.0  # seconds for which a watch may last longer than it should
 _REPORT_INTERVAL: Final = 5.0  # seconds between two rounds of reports
-_MAX_PODS: Final = 1000  # that are listed for a round
+_REPORT_TIMEOUT: Final = 2.0  # seconds that a pod may take to report
+_MOST_ASKED: Final = 50  # pods in a round; of more, these are drawn
 
 
 class _Scale:
@@ -77,22 +75,20 @@ class KubernetesTarget:
         *,
         namespace: str | None = None,
         context: str | None = None,
-        timeout: float = 10.0,  # noqa: ASYNC109 - of each request
+        timeout: float = 10.0,
         report_port: int | None = None,
         api: KubernetesApi | None = None,
     ) -> None:
         kind, _, name = workload.partition("/") if isinstance(workload, str) else ("", "", "")
-        if kind not in _PLURALS or not _NAME.fullmatch(name):
-            reject(_OWNER, "workload", workload, '"deployment/NAME" or "statefulset/NAME", such as "deployment/workers"')
-        check_namespace(_OWNER, namespace)
-        check_positive(_OWNER, "timeout", timeout, unit="seconds")
+        if kind not in _PLURALS or not name:
+            reject(_OWNER, "workload", workload, '"deployment/NAME" or "statefulset/NAME"')
+        check_object_name(_OWNER, "workload", name)
         check_whole(_OWNER, "report_port", report_port, maximum=65_535, none="if the pods do not report")
         self._workload = workload
         self._plural, self._object = _PLURALS[kind], name
-        self._settings: dict[str, Any] = {"namespace": namespace, "context": context, "timeout": timeout}
         self._report_port = report_port
-        self._given_api = api
-        self._api: KubernetesApi | None = None
+        self._api = api or KubernetesApi(_OWNER, context=context, namespace=namespace, timeout=timeout)
+        self._owns_api = api is None
         self._scale: _Scale | None = None
         self._ready = 0
         self._watching: asyncio.Task[None] | None = None
@@ -116,7 +112,6 @@ class KubernetesTarget:
             StoreNotInstalled: `lightkube` is not installed.
             ScalingFailed: it cannot be read; the message says why, such as the right that is missing.
         """
-        self._api = self._given_api or load_api(_OWNER, **self._settings)
         await self._api.open()
         version = await self._list()
         self._scale = await self._read_scale()
@@ -132,9 +127,8 @@ class KubernetesTarget:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        api, self._api = self._api, None
-        if api is not None and api is not self._given_api:
-            await api.close()
+        if self._owns_api:
+            await self._api.close()
 
     async def replicas(self) -> Replicas:
         """Return the replicas.
@@ -182,7 +176,7 @@ class KubernetesTarget:
         body = {
             "apiVersion": "autoscaling/v1",
             "kind": "Scale",
-            "metadata": {"name": self._object, "namespace": self._open_api.namespace, "resourceVersion": known.version},
+            "metadata": {"name": self._object, "namespace": self._api.namespace, "resourceVersion": known.version},
             "spec": {"replicas": replicas},
         }
         answer = await self._request(
@@ -210,23 +204,16 @@ class KubernetesTarget:
         conflict: bool = False,
     ) -> Any:
         """Return the answer to a request; None if there is a conflict, and `conflict`."""
-        access = _access(verb, resource, name)
-        api = self._open_api
+        access = Access(verb, resource, name)
         try:
-            return await api.request(access, method, path, params=params, body=body)
-        except _rejected() as error:
+            return await self._api.request(access, method, path, params=params, body=body)
+        except Rejected as error:
             if conflict and error.status == HTTPStatus.CONFLICT:
                 return None
-            raise api.explain(access, error) from error
-
-    @property
-    def _open_api(self) -> KubernetesApi:
-        if self._api is None:
-            raise RuntimeError("a KubernetesTarget is used before open(), or after close()")
-        return self._api
+            raise self._api.explain(access, error) from error
 
     def _path(self, subresource: str = "") -> str:
-        path = f"/apis/apps/v1/namespaces/{self._open_api.namespace}/{self._plural}"
+        path = f"/apis/apps/v1/namespaces/{self._api.namespace}/{self._plural}"
         return f"{path}/{self._object}/{subresource}" if subresource else path
 
     # --- ready replicas ---
@@ -237,9 +224,7 @@ class KubernetesTarget:
 
     async def _list(self) -> str:
         """Read the ready replicas from a list; return the version to watch from."""
-        answer = await self._request(
-            "list", self._plural, self._object, "GET", self._path(), params=self._only_this
-        )
+        answer = await self._request("list", self._plural, self._object, "GET", self._path(), params=self._only_this)
         items = answer.get("items") or ()
         self._take(items[0] if items else {})
         return str((answer.get("metadata") or {}).get("resourceVersion", ""))
@@ -249,30 +234,89 @@ class KubernetesTarget:
 
     async def _watch(self, version: str) -> None:
         """Keep the ready replicas up to date; a watch that is lost is begun again from a list."""
-        failures = 0
+        failures, told = 0, False
         while True:
             try:
                 if not version:
                     version = await self._list()
                 version = await self._follow(version)
-                failures = 0
+                failures, told = 0, False
             except Exception as error:  # noqa: BLE001 - it is begun again
                 version = ""
                 failures += 1
-                gone = isinstance(error, _rejected()) and error.status == _GONE
-                if failures == 2 or (failures == 1 and not gone):  # noqa: PLR2004
+                gone = isinstance(error, Rejected)  # that is the way of things, once
+                if not told and (failures > 1 or not gone):
                     log.warning("%s: the watch is begun again (%s: %s)", self.name, type(error).__name__, error)
+                    told = True
                 await asyncio.sleep(_BACKOFF.delay(failures, draw=clock.draw()) or 0.0)
 
     async def _follow(self, version: str) -> str:
-        """Take the changes of one watch in; return the version that it came to."""
-        access = _access("watch", self._plural, self._object)
+        """Take the changes of one watch in; return the version that it came to.
+
+        Raises:
+            Rejected: the server no longer knows the changes since `version`.
+            ScalingFailed: the watch is rejected or lost.
+            TimeoutError: it has not ended when it had to, so the connection is dead.
+        """
+        access = Access("watch", self._plural, self._object)
         params = {**self._only_this, "resourceVersion": version}
-        async with contextlib.aclosing(self._open_api.watch(access, self._path(), params)) as events:
-            async for kind, workload in events:
-                version = str(workload["metadata"]["resourceVersion"])
-                if kind in ("ADDED", "MODIFIED"):
-                    self._take(workload)
-                elif kind == "DELETED":
-                    self._take({})
+        watch = self._api.watch(access, self._path(), params)
+        try:
+            async with asyncio.timeout(WATCH + _WATCH_GRACE), contextlib.aclosing(watch) as events:
+                async for kind, workload in events:
+                    version = str(workload["metadata"]["resourceVersion"])
+                    if kind in ("ADDED", "MODIFIED"):
+                        self._take(workload)
+                    elif kind == "DELETED":
+                        self._take({})
+        except Rejected as error:
+            if error.status == HTTPStatus.GONE:
+                raise
+            raise self._api.explain(access, error) from error
         return version
+
+    # --- reports ---
+
+    async def _ask_pods(self, port: int) -> None:
+        """Ask the pods for their reports, round by round."""
+        failing = False
+        while True:
+            try:
+                self._reports = await self._round(port)
+                failing = False
+            except Exception as error:  # noqa: BLE001 - the next round may succeed
+                self._reports = ()
+                if not failing:
+                    log.warning("%s: the pods cannot be asked for reports (%s)", self.name, error)
+                failing = True
+            await asyncio.sleep(_REPORT_INTERVAL)
+
+    async def _round(self, port: int) -> Sequence[ReplicaReport]:
+        selector = "" if self._scale is None else self._scale.selector
+        if not selector:
+            raise ScalingFailed(what=self.name, why="its scale names no selector of pods")
+        answer = await self._request(
+            "list", "pods", "", "GET", f"/api/v1/namespaces/{self._api.namespace}/pods",
+            params={"labelSelector": selector, "resourceVersion": "0"},
+        )  # fmt: skip
+        ips = sorted(filter(None, map(_ready_ip, answer.get("items") or ())), key=lambda _: clock.draw())
+        asked = [self._report(ip, port) for ip in ips[:_MOST_ASKED]]
+        return [report for report in await asyncio.gather(*asked) if report is not None]
+
+    async def _report(self, ip: str, port: int) -> ReplicaReport | None:
+        """Return the report of one pod; None if it does not answer, as while it goes."""
+        host = f"[{ip}]" if ":" in ip else ip
+        try:
+            content = await self._api.fetch(f"http://{host}:{port}/report", timeout=_REPORT_TIMEOUT)
+            return msgspec.json.decode(content, type=ReplicaReport)
+        except (ConnectionError, TimeoutError, msgspec.DecodeError):
+            return None
+
+
+def _ready_ip(pod: Any) -> str | None:
+    """Return the address of a pod that takes tasks."""
+    metadata, status = pod.get("metadata") or {}, pod.get("status") or {}
+    if "deletionTimestamp" in metadata:
+        return None
+    ready = any(each.get("type") == "Ready" and each.get("status") == "True" for each in status.get("conditions") or ())
+    return status.get("podIP") if ready else None
