@@ -13,7 +13,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -63,7 +63,7 @@ class Answer:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
 
 
-Fault = Callable[[Request, Callable[[], Answer]], "asyncio.Future[Answer] | Any"]
+Fault = Callable[[Request, Callable[[], Answer]], Answer | Awaitable[Answer]]
 
 
 class KubernetesDouble:
@@ -188,7 +188,7 @@ class KubernetesDouble:
             if kind == str(request):
                 del self._faults[index]
                 answer = fault(request, lambda: self._answer(request))
-                return await answer if asyncio.iscoroutine(answer) else answer
+                return answer if isinstance(answer, Answer) else await answer
         return self._answer(request)
 
     def _answer(self, request: Request) -> Answer:
@@ -311,7 +311,7 @@ def answers(status: int, *, retry_after: int | None = None, body: Any = None) ->
     return fault
 
 
-def hangs(_: Request, __: Callable[[], Answer]) -> Any:
+def hangs(_: Request, __: Callable[[], Answer]) -> Awaitable[Answer]:
     """Never answer."""
     return _forever()
 
@@ -423,23 +423,30 @@ def _application(double: KubernetesDouble) -> web.Application:
             answer = await double.handle(
                 request.method, request.path, request.query, await request.read(), _lower(request.headers)
             )
-            if answer.lines is None:
-                return web.Response(status=answer.status, headers=answer.headers, body=answer.content)
-            response = web.StreamResponse(status=answer.status, headers=answer.headers)
-            response.enable_chunked_encoding()
-            await response.prepare(request)
+        except Cut:
+            return _abort(request, web.Response())
+        if answer.lines is None:
+            return web.Response(status=answer.status, headers=answer.headers, body=answer.content)
+        response = web.StreamResponse(status=answer.status, headers=answer.headers)
+        await response.prepare(request)
+        try:
             async with contextlib.aclosing(answer.lines) as lines:  # type: ignore[type-var]
                 async for line in lines:
                     await response.write(line)
         except Cut:
-            assert request.transport is not None
-            request.transport.abort()
-            raise web.GracefulExit from None
+            return _abort(request, response)
         return response
 
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", handle)
     return application
+
+
+def _abort(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """Break the connection, so that the response does not matter."""
+    assert request.transport is not None
+    request.transport.abort()
+    return response
 
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:

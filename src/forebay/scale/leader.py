@@ -174,7 +174,9 @@ class LeaderLease:
     def _lead_until(self, until: float) -> None:
         now = _now()
         if (led := self._leads_until > now) != (leads := until > now):
-            log.info("%s %s by the lease %s", self.holder, "leads" if leads else "no longer leads", self._store.name)
+            log.info(
+                "%s %s: %s", self._store.name, "is held by this process" if leads else "is held no longer", self.holder
+            )
         self._leads_until = until
         if leads and not led:
             self._change.set()
