@@ -20,8 +20,6 @@ from forebay.overflow import open_task_store
 from forebay.quota import Budget, Price, Quota
 from forebay.scale import Autoscaler, WorkerTarget
 
-pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
-
 # --- demand -----------------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +93,7 @@ async def test_a_task_that_could_not_be_in_time_on_a_free_slot_is_not_counted() 
         assert (await supervisor.demand(["work"])).refused == 0
 
 
+@pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 @virtual
 async def test_the_overflow_says_what_waits_there_and_what_others_run(tmp_path: Path) -> None:
     store = open_task_store(f"sqlite:///{tmp_path}/spill.db?fsync=no")
@@ -109,6 +108,7 @@ async def test_the_overflow_says_what_waits_there_and_what_others_run(tmp_path: 
         await store.release([lease])
 
 
+@pytest.mark.blocks
 @virtual
 async def test_what_this_process_has_taken_from_the_overflow_is_not_elsewhere(tmp_path: Path) -> None:
     overflow = f"sqlite:///{tmp_path}/spill.db?fsync=no"
