@@ -84,7 +84,7 @@ class Pods:
         self._made = 1
 
     async def follow(self) -> None:
-        """Start and stop processes as the double is asked, for ever."""
+        """Start and stop processes as the double is asked, until it is cancelled."""
         try:
             while True:
                 wanted = self.double.replicas()

@@ -105,7 +105,7 @@ async def _leader(settings: AutoscaleSettings, stack: contextlib.AsyncExitStack)
     state = await ShardedState.connect(table.shard_url(os.environ))
     stack.push_async_callback(state.close)
     lease = StateLease(state.namespace(f"leader/{table.name}"), table.name)
-    return LeaderLease(lease, holder=table.holder, duration=table.duration)
+    return LeaderLease(lease, duration=table.duration)
 
 
 @contextlib.contextmanager

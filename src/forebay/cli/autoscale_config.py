@@ -129,7 +129,6 @@ class KubernetesLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
     name: str = "forebay-autoscaler"
     namespace: str | None = None
     context: str | None = None
-    holder: str | None = None
     duration: float = 15.0
 
     def __post_init__(self) -> None:
@@ -138,7 +137,7 @@ class KubernetesLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
     def lease(self) -> LeaderLease:
         """Return the lease."""
         store = KubernetesLease(self.name, namespace=self.namespace, context=self.context)
-        return LeaderLease(store, holder=self.holder, duration=self.duration)
+        return LeaderLease(store, duration=self.duration)
 
 
 class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,7 +152,6 @@ class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
     url: str | None = None
     url_env: str | None = None
     name: str = "autoscaler"
-    holder: str | None = None
     duration: float = 15.0
 
     def __post_init__(self) -> None:
@@ -161,8 +159,6 @@ class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
             reject(_OWNER, "url", self.url, "a URL, unless url_env names a variable that holds it")
         check_name(_OWNER, "name", self.name)
         check_positive(_OWNER, "duration", self.duration, unit="seconds")
-        if self.holder is not None:
-            check_name(_OWNER, "holder", self.holder)
 
     def shard_url(self, environment: Mapping[str, str]) -> str:
         """Return the URL of the store.

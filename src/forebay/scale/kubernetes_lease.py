@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final
@@ -90,7 +91,7 @@ class KubernetesLease:
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
             "metadata": metadata,
-            "spec": {"holderIdentity": holder, "leaseDurationSeconds": max(1, round(duration)), "renewTime": at},
+            "spec": {"holderIdentity": holder, "leaseDurationSeconds": math.ceil(duration), "renewTime": at},
         }
         access = Access("create" if after is None else "update", _RESOURCE, "" if after is None else self._object)
         method, path = ("POST", self._path()) if after is None else ("PUT", self._path(self._object))

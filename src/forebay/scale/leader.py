@@ -65,7 +65,8 @@ class LeaderLease:
 
     Args:
         store: where the lease is, such as `forebay.scale.KubernetesLease`.
-        holder: names this process; None for its host, process id and a random part.
+        holder: begins the name of this process; None for its host and process id. A random part follows, because two
+            processes with one configuration must not take each other's lease for their own.
         duration: seconds after which the lease of a leader that is gone is taken over.
 
     Raises:
@@ -76,7 +77,7 @@ class LeaderLease:
         if holder is not None:
             check_name(_OWNER, "holder", holder)
         check_positive(_OWNER, "duration", duration, unit="seconds")
-        self.holder = holder or f"{socket.gethostname()}-{os.getpid()}-{clock.new_id()[-8:]}"
+        self.holder = f"{holder or f'{socket.gethostname()}-{os.getpid()}'}-{clock.new_id()[-8:]}"
         self._store = store
         self._duration = duration
         self._leads_until = -math.inf

@@ -242,13 +242,82 @@ async def test_two_that_begin_together_make_one_lease() -> None:
 
 
 @virtual
+async def test_two_of_one_name_are_two() -> None:
+    async with cluster() as made:
+        leases = [LeaderLease(made.lease(), holder="me") for _ in range(2)]
+        async with leases[0], leases[1]:
+            await Watchman(leases).watch(30.0)
+
+
+class Trouble:
+    """Draws what happens to three processes and their server."""
+
+    def __init__(self, made: Cluster) -> None:
+        self.made = made
+        self.loop: Any = asyncio.get_running_loop()
+        self.draw = self.loop.random
+        self.late = asyncio.Event()
+
+    def happen(self) -> None:
+        self.draw.choice([self.cut_off, self.connect, self.delay, self.fail, self.stall, self.arrive])()
+
+    def cut_off(self) -> None:
+        self.draw.choice(self.made.transports).cut_off = True
+
+    def connect(self) -> None:
+        self.draw.choice(self.made.transports).cut_off = False
+
+    def delay(self) -> None:
+        self.made.double.fail(UPDATE, after(self.late))
+
+    def fail(self) -> None:
+        self.made.double.fail(UPDATE, self.draw.choice([answer_lost, cuts, answers(500), answers(429, retry_after=3)]))
+
+    def stall(self) -> None:
+        self.loop.stall(self.draw.choice([1.0, 9.0, 12.0, 20.0]))
+
+    def arrive(self) -> None:
+        self.late.set()
+        self.late = asyncio.Event()
+
+    def end(self) -> None:
+        self.late.set()
+        self.made.double.recover()
+        for transport in self.made.transports:
+            transport.cut_off = False
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_at_most_one_leads_whatever_happens(seed: int) -> None:
+    """Processes are cut off, their requests come late or fail, and the loop stands still."""
+    virtual(seed=seed)(lead_through_trouble)()
+
+
+async def lead_through_trouble() -> None:
+    async with cluster() as made:
+        leases = [LeaderLease(made.lease()) for _ in range(3)]
+        for each in leases:
+            await each.open()
+        watchman, trouble = Watchman(leases), Trouble(made)
+        for _ in range(60):
+            trouble.happen()
+            await watchman.watch(trouble.draw.uniform(0.0, 12.0), step=0.1)
+        trouble.end()
+        await watchman.watch(40.0)
+        assert watchman.leader is not None
+        for each in leases:
+            await each.close()
+
+
+@virtual
 async def test_the_lease_is_as_other_tools_expect_it() -> None:
     async with cluster() as made:
-        async with LeaderLease(made.lease(), holder="me", duration=15.0):
+        async with LeaderLease(made.lease(), holder="me", duration=14.5) as leader:
             lease = made.double.get("leases", "autoscaler")
             spec = lease["spec"]
             assert (lease["apiVersion"], lease["kind"]) == ("coordination.k8s.io/v1", "Lease")
-            assert (spec["holderIdentity"], spec["leaseDurationSeconds"]) == ("me", 15)
+            assert (spec["holderIdentity"], spec["leaseDurationSeconds"]) == (leader.holder, 15)
+            assert leader.holder.startswith("me-")
             assert spec["renewTime"].endswith("Z")
             assert len(spec["renewTime"]) == len("2026-01-01T00:00:00.000000Z")
         assert made.double.get("leases", "autoscaler")["spec"]["holderIdentity"] == ""
