@@ -25,6 +25,7 @@ _BACKOFF: Final = Retry(base_delay=0.5, max_delay=30.0)
 _WATCH_GRACE: Final = 10.0  # seconds for which a watch may last longer than it should
 _REPORT_INTERVAL: Final = 5.0  # seconds between two rounds of reports
 _REPORT_TIMEOUT: Final = 2.0  # seconds that a pod may take to report
+_MOST_LISTED: Final = 500  # pods, of which those that are asked are drawn
 _MOST_ASKED: Final = 50  # pods in a round; of more, these are drawn
 
 
@@ -297,7 +298,7 @@ class KubernetesTarget:
             raise ScalingFailed(what=self.name, why="its scale names no selector of pods")
         answer = await self._request(
             "list", "pods", "", "GET", f"/api/v1/namespaces/{self._api.namespace}/pods",
-            params={"labelSelector": selector, "resourceVersion": "0"},
+            params={"labelSelector": selector, "limit": str(_MOST_LISTED)},
         )  # fmt: skip
         ips = sorted(filter(None, map(_ready_ip, answer.get("items") or ())), key=lambda _: clock.draw())
         asked = [self._report(ip, port) for ip in ips[:_MOST_ASKED]]
