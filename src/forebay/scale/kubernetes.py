@@ -95,6 +95,7 @@ class KubernetesTarget:
         self._watching: asyncio.Task[None] | None = None
         self._reporting: asyncio.Task[None] | None = None
         self._reports: Sequence[ReplicaReport] = ()
+        self._service: float | None = None  # as the pods reported it last, which counts while there are none
 
     @property
     def name(self) -> str:
@@ -141,7 +142,9 @@ class KubernetesTarget:
         current = self._scale.replicas
         ready = min(self._ready, current)  # of a rolling update there are more
         summary = sum_up(current, self._reports)
-        return Replicas(current=current, ready=ready, limited_by=summary.limited_by, service=summary.service)
+        if summary.service is not None:
+            self._service = summary.service
+        return Replicas(current=current, ready=ready, limited_by=summary.limited_by, service=self._service)
 
     async def scale(self, replicas: int) -> None:
         """Ask for so many replicas, if there are still as many as at the last reading.

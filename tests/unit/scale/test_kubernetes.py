@@ -462,6 +462,9 @@ async def test_the_pods_that_take_tasks_are_asked_what_they_are_short_of() -> No
         await asyncio.sleep(5.0)
         replicas = await target.replicas()
         assert (replicas.limited_by, replicas.service) == (None, 4.0)
+        transport.plain.clear()
+        await asyncio.sleep(5.0)
+        assert (await target.replicas()).service == 4.0  # as they said last
         await asyncio.sleep(60.0)
         assert 11 <= double.count("list pods") <= 15
 
