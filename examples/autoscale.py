@@ -39,13 +39,18 @@ async def main() -> list[AutoscalerStatistics]:
         front.register_worker("elsewhere", handler=print, task_types=["work"])
         front.pause("work")  # here nothing runs: all waits in the file, for whatever process
         target = ProcessTarget(f"{PROGRAM}:make_supervisor")
-        quick = {
-            "interval": 0.5,
-            "window": 6.0,
-            "panic_window": 1.5,
-            "stabilization": 8.0,
-        }  # seconds: an example is short
-        scaler = Autoscaler(front, target, task_types=["work"], seats=SEATS, minimum=0, maximum=MAXIMUM, **quick)
+        scaler = Autoscaler(
+            front,
+            target,
+            task_types=["work"],
+            seats=SEATS,
+            minimum=0,
+            maximum=MAXIMUM,
+            interval=0.5,  # seconds: an example is short
+            window=6.0,
+            panic_window=1.5,
+            stabilization=8.0,
+        )
         async with scaler:
             sampling = asyncio.create_task(sample(scaler, samples))
             await offer(front, "think", per_second=2, seconds=6)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from forebay.cli.store_command import USAGE_ERROR, fail
+from forebay.gateway.address import parse_address
 from forebay.supervisor.worker_process import run_at
 
 
@@ -20,9 +22,20 @@ def worker(
             min=0.0, metavar="SECONDS", help="How long running tasks may take to end after SIGTERM; default no limit."
         ),
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Answer /healthz, /readyz and /report there, for probes and an autoscaler of pods.",
+        ),
+    ] = None,
 ) -> None:
     """Run a supervisor as a worker of its overflow until SIGTERM or SIGINT; then drain it, and exit.
 
     It takes tasks that other processes have stored there. A second signal cancels what runs.
     """
-    raise typer.Exit(run_at(supervisor, drain_timeout=drain_timeout))
+    address = None if listen is None else parse_address(listen)
+    if listen is not None and address is None:
+        fail("--listen: it must be HOST:PORT, such as 0.0.0.0:9000", status=USAGE_ERROR)
+    there = None if address is None else (address.host, address.port)
+    raise typer.Exit(run_at(supervisor, drain_timeout=drain_timeout, listen=there))

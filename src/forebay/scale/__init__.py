@@ -1,7 +1,10 @@
 """Auto-scaling: more workers while workers are the bottleneck, and only then."""
 
-from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, ScalableSupervisor
+from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, Leader, ScalableSupervisor
 from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
+from forebay.scale.kubernetes import KubernetesTarget
+from forebay.scale.kubernetes_lease import KubernetesLease
+from forebay.scale.leader import LeaderLease, LeaseRecord, LeaseStore, StateLease
 from forebay.scale.process_target import ProcessTarget
 from forebay.scale.ratio import desired_replicas
 from forebay.scale.target import ReplicaReport, Replicas, Target, sum_up
@@ -10,6 +13,12 @@ from forebay.scale.worker_target import ResizableWorker, WorkerTarget
 __all__ = [
     "Autoscaler",
     "AutoscalerStatistics",
+    "KubernetesLease",
+    "KubernetesTarget",
+    "Leader",
+    "LeaderLease",
+    "LeaseRecord",
+    "LeaseStore",
     "ProcessTarget",
     "ReplicaReport",
     "Replicas",
@@ -18,6 +27,7 @@ __all__ = [
     "ScaleDecider",
     "ScaleDecision",
     "ScalePolicy",
+    "StateLease",
     "Target",
     "WorkerTarget",
     "desired_replicas",

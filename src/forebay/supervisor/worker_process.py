@@ -23,6 +23,7 @@ from forebay.errors import ForebayError, InvalidSetting, StoreUnavailable
 from forebay.events import log
 from forebay.interfaces import Demand
 from forebay.scale import ReplicaReport
+from forebay.supervisor.report_server import ReportServer
 from forebay.supervisor.supervisor import BackpressureSupervisor
 
 REPORT_INTERVAL: Final = 1.0  # seconds between two reports to whoever manages the process
@@ -59,7 +60,11 @@ def load_supervisor(path: str) -> BackpressureSupervisor:
 
 
 def run_worker(
-    supervisor: BackpressureSupervisor, *, drain_timeout: float | None = None, report_to: int | None = None
+    supervisor: BackpressureSupervisor,
+    *,
+    drain_timeout: float | None = None,
+    report_to: int | None = None,
+    listen: tuple[str, int] | None = None,
 ) -> int:
     """Run a supervisor until SIGTERM or SIGINT, drain it, and return the exit status: 0, or 1 if it was cut short.
 
@@ -70,21 +75,30 @@ def run_worker(
         drain_timeout: seconds that what runs may take to end; then it goes back to the overflow. None: no limit.
         report_to: a socket of the process that manages this one. It gets a line of JSON every second, the first once
             the supervisor has started; when it is closed, this process drains and exits.
+        listen: host and port of the probes and reports over HTTP: see `ReportServer`. None for none.
 
     Raises:
-        InvalidSetting: the supervisor has no overflow.
+        InvalidSetting: the supervisor has no overflow, or it cannot listen there.
         Others: as `BackpressureSupervisor.start`.
     """
-    return asyncio.run(_WorkerProcess(supervisor, drain_timeout, report_to).run())
+    return asyncio.run(_WorkerProcess(supervisor, drain_timeout, report_to, listen).run())
 
 
 class _WorkerProcess:
     """One run of a supervisor in a process of its own."""
 
-    def __init__(self, supervisor: BackpressureSupervisor, drain_timeout: float | None, report_to: int | None) -> None:
+    def __init__(
+        self,
+        supervisor: BackpressureSupervisor,
+        drain_timeout: float | None,
+        report_to: int | None,
+        listen: tuple[str, int] | None,
+    ) -> None:
         self._supervisor = supervisor
         self._drain_timeout = drain_timeout
         self._report_to = report_to
+        self._listen = listen
+        self._started = False
         self._stop = asyncio.Event()
         self._cut_short = asyncio.Event()
 
@@ -93,9 +107,13 @@ class _WorkerProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         reporting: asyncio.Task[None] | None = None
+        server = None if self._listen is None else ReportServer(*self._listen, ready=self._ready, report=self._reading)
+        if server is not None:
+            await self._open(server)
         try:
             await self._supervisor.start()
             await self._check_overflow()
+            self._started = True
             if self._report_to is not None:
                 reporting = asyncio.ensure_future(self._report(self._report_to))
             await self._stop.wait()
@@ -104,6 +122,15 @@ class _WorkerProcess:
             if reporting is not None:
                 reporting.cancel()
             await self._supervisor.close()
+            if server is not None:
+                await server.close()
+
+    async def _open(self, server: ReportServer) -> None:
+        try:
+            await server.open()
+        except OSError as error:
+            expected = f"a host and port of this machine that is free ({error.strerror or error})"
+            raise InvalidSetting(owner=_OWNER, name="listen", value=self._listen, expected=expected) from error
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -129,15 +156,20 @@ class _WorkerProcess:
 
     # --- reports ---
 
+    def _ready(self) -> bool:
+        return self._started and not self._stop.is_set()
+
+    async def _reading(self) -> ReplicaReport:
+        demand = await self._demand(ask_overflow=False)
+        return ReplicaReport(running=demand.running, service=demand.service, limited_by=demand.limited_by)
+
     async def _report(self, descriptor: int) -> None:
         """Report every second, until the other end is closed: then stop."""
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
         closed = asyncio.ensure_future(reader.read(1))
         try:
             while not closed.done():
-                demand = await self._demand(ask_overflow=False)
-                report = ReplicaReport(running=demand.running, service=demand.service, limited_by=demand.limited_by)
-                writer.write(msgspec.json.encode(report) + b"\n")
+                writer.write(msgspec.json.encode(await self._reading()) + b"\n")
                 await asyncio.wait((closed,), timeout=REPORT_INTERVAL)
         except ForebayError:  # it is closing
             await asyncio.wait((closed,))
@@ -164,10 +196,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_at(options.supervisor, drain_timeout=options.drain_timeout, report_to=options.report_to)
 
 
-def run_at(path: str, *, drain_timeout: float | None = None, report_to: int | None = None) -> int:
+def run_at(
+    path: str,
+    *,
+    drain_timeout: float | None = None,
+    report_to: int | None = None,
+    listen: tuple[str, int] | None = None,
+) -> int:
     """Run the supervisor at an import path; return the exit status. A mistake, or a store that is away, is one line."""
     try:
-        return run_worker(load_supervisor(path), drain_timeout=drain_timeout, report_to=report_to)
+        return run_worker(load_supervisor(path), drain_timeout=drain_timeout, report_to=report_to, listen=listen)
     except (InvalidSetting, StoreUnavailable, ModuleNotFoundError) as error:
         sys.stderr.write(f"forebay: {error}\n")
         return 1 if isinstance(error, StoreUnavailable) else _USAGE_ERROR
