@@ -369,6 +369,13 @@ class StoreAnswerLost(StoreUnavailable):
     """The store at {where} cannot be used: {why}. It may have done what it was asked, or do it yet. {advice}"""
 
 
+class ScalingFailed(ForebayError):
+    """{what} cannot be used: {why}."""
+
+    what: str
+    why: str
+
+
 class StoreNotInstalled(ForebayError, ImportError):
     """{where} needs the library {library}, which is not installed: pip install 'forebay[{extra}]'."""
 

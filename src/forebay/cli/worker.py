@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from forebay.supervisor.worker_process import run_at
+from forebay.supervisor.worker_process import PROTECTIONS, run_at
 
 
 def worker(
@@ -20,9 +20,20 @@ def worker(
             min=0.0, metavar="SECONDS", help="How long running tasks may take to end after SIGTERM; default no limit."
         ),
     ] = None,
+    protect: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(PROTECTIONS),
+            help="Protect the EC2 instance from scale-in while it takes tasks; drain when it is to go.",
+        ),
+    ] = None,
+    drain_hook: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Lifecycle hook that keeps the EC2 instance until it has drained."),
+    ] = None,
 ) -> None:
     """Run a supervisor as a worker of its overflow until SIGTERM or SIGINT; then drain it, and exit.
 
     It takes tasks that other processes have stored there. A second signal cancels what runs.
     """
-    raise typer.Exit(run_at(supervisor, drain_timeout=drain_timeout))
+    raise typer.Exit(run_at(supervisor, drain_timeout=drain_timeout, protect=protect, drain_hook=drain_hook))

@@ -2,6 +2,7 @@
 
 from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, ScalableSupervisor
 from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
+from forebay.scale.ec2 import Ec2Target
 from forebay.scale.process_target import ProcessTarget
 from forebay.scale.ratio import desired_replicas
 from forebay.scale.target import ReplicaReport, Replicas, Target, sum_up
@@ -10,6 +11,7 @@ from forebay.scale.worker_target import ResizableWorker, WorkerTarget
 __all__ = [
     "Autoscaler",
     "AutoscalerStatistics",
+    "Ec2Target",
     "ProcessTarget",
     "ReplicaReport",
     "Replicas",

@@ -13,18 +13,21 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
 
 import msgspec
 
+from forebay._validate import check_choice
 from forebay.adapters.import_paths import import_object
-from forebay.errors import ForebayError, InvalidSetting, StoreUnavailable
+from forebay.errors import ForebayError, InvalidSetting, ScalingFailed, StoreNotInstalled, StoreUnavailable
 from forebay.events import log
 from forebay.interfaces import Demand
 from forebay.scale import ReplicaReport
 from forebay.supervisor.supervisor import BackpressureSupervisor
+from forebay.supervisor.worker_protection import MachineProtection, WorkerProtection
 
+PROTECTIONS: Final = ("ec2",)
 REPORT_INTERVAL: Final = 1.0  # seconds between two reports to whoever manages the process
 _OWNER: Final = "forebay worker"
 _USAGE_ERROR: Final = 2
@@ -58,8 +61,37 @@ def load_supervisor(path: str) -> BackpressureSupervisor:
     return found
 
 
+def open_protection(kind: str | None, *, drain_hook: str | None = None) -> MachineProtection | None:
+    """Return the protection of the machine that this process runs on; None for none.
+
+    Args:
+        kind: one of `PROTECTIONS`.
+        drain_hook: the lifecycle hook that keeps an EC2 instance until its worker has drained.
+
+    Raises:
+        InvalidSetting: `kind` is another, or is missing.
+        StoreNotInstalled: the library that it needs is not installed.
+    """
+    if kind is None and drain_hook is not None:
+        raise InvalidSetting(owner=_OWNER, name="--drain-hook", value=drain_hook, expected="given with --protect ec2")
+    if kind is None:
+        return None
+    check_choice(_OWNER, "--protect", kind, PROTECTIONS)
+    try:
+        from forebay.scale.ec2_protection import Ec2Protection  # noqa: PLC0415 - needs botocore
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "botocore":
+            raise
+        raise StoreNotInstalled(where="--protect ec2", library="botocore", extra="ec2") from None
+    return Ec2Protection(drain_hook=drain_hook)
+
+
 def run_worker(
-    supervisor: BackpressureSupervisor, *, drain_timeout: float | None = None, report_to: int | None = None
+    supervisor: BackpressureSupervisor,
+    *,
+    drain_timeout: float | None = None,
+    report_to: int | None = None,
+    protection: MachineProtection | None = None,
 ) -> int:
     """Run a supervisor until SIGTERM or SIGINT, drain it, and return the exit status: 0, or 1 if it was cut short.
 
@@ -70,21 +102,30 @@ def run_worker(
         drain_timeout: seconds that what runs may take to end; then it goes back to the overflow. None: no limit.
         report_to: a socket of the process that manages this one. It gets a line of JSON every second, the first once
             the supervisor has started; when it is closed, this process drains and exits.
+        protection: of the machine, which is on while tasks may begin. When the machine is to go, this process drains.
 
     Raises:
         InvalidSetting: the supervisor has no overflow.
+        ScalingFailed: the machine cannot be protected.
         Others: as `BackpressureSupervisor.start`.
     """
-    return asyncio.run(_WorkerProcess(supervisor, drain_timeout, report_to).run())
+    return asyncio.run(_WorkerProcess(supervisor, drain_timeout, report_to, protection).run())
 
 
 class _WorkerProcess:
     """One run of a supervisor in a process of its own."""
 
-    def __init__(self, supervisor: BackpressureSupervisor, drain_timeout: float | None, report_to: int | None) -> None:
+    def __init__(
+        self,
+        supervisor: BackpressureSupervisor,
+        drain_timeout: float | None,
+        report_to: int | None,
+        protection: MachineProtection | None,
+    ) -> None:
         self._supervisor = supervisor
         self._drain_timeout = drain_timeout
         self._report_to = report_to
+        self._protection = None if protection is None else WorkerProtection(supervisor, protection)
         self._stop = asyncio.Event()
         self._cut_short = asyncio.Event()
 
@@ -92,18 +133,48 @@ class _WorkerProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        reporting: asyncio.Task[None] | None = None
+        if self._protection is None:
+            return await self._run()
+        try:
+            return await self._run() if await self._unless_stopped(self._protection.open()) else 0
+        finally:
+            await self._protection.close()
+
+    async def _unless_stopped(self, opening: Coroutine[Any, Any, bool]) -> bool:
+        """Return what `opening` returns; False if a signal comes first."""
+        opened, stopped = asyncio.ensure_future(opening), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((opened, stopped), return_when=asyncio.FIRST_COMPLETED)
+            return opened.done() and opened.result()
+        finally:
+            stopped.cancel()
+            if not opened.done():
+                opened.cancel()
+                await asyncio.wait((opened,))
+
+    async def _run(self) -> int:
+        tasks: list[asyncio.Task[None]] = []
         try:
             await self._supervisor.start()
             await self._check_overflow()
             if self._report_to is not None:
-                reporting = asyncio.ensure_future(self._report(self._report_to))
+                tasks.append(asyncio.ensure_future(self._report(self._report_to)))
+            if self._protection is not None:
+                tasks.append(asyncio.ensure_future(self._guard(self._protection)))
             await self._stop.wait()
             return await self._drain()
         finally:
-            if reporting is not None:
-                reporting.cancel()
+            for task in tasks:
+                task.cancel()
             await self._supervisor.close()
+
+    async def _guard(self, protection: WorkerProtection) -> None:
+        """Keep the protection of the machine right; drain when the machine is to go, or if that cannot be known."""
+        try:
+            await protection.run(self._stop.set)
+        except Exception:
+            log.exception("the protection of this machine has failed: its worker drains")
+            self._stop.set()
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -116,6 +187,8 @@ class _WorkerProcess:
             raise InvalidSetting(owner=_OWNER, name="supervisor", value="one without an overflow", expected=expected)
 
     async def _drain(self) -> int:
+        if self._protection is not None:
+            self._protection.drain()
         draining = asyncio.ensure_future(self._supervisor.drain(self._drain_timeout))
         cut_short = asyncio.ensure_future(self._cut_short.wait())
         await asyncio.wait((draining, cut_short), return_when=asyncio.FIRST_COMPLETED)
@@ -159,18 +232,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m forebay.supervisor.worker_process")
     parser.add_argument("supervisor", help="import path of a supervisor, such as app:supervisor")
     parser.add_argument("--drain-timeout", type=float, default=None, help="seconds that running tasks may take to end")
+    parser.add_argument("--protect", choices=PROTECTIONS, default=None, help="what the machine is, to be protected")
+    parser.add_argument(
+        "--drain-hook", default=None, help="lifecycle hook that keeps the instance until it has drained"
+    )
     parser.add_argument("--report-to", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    return run_at(options.supervisor, drain_timeout=options.drain_timeout, report_to=options.report_to)
+    return run_at(
+        options.supervisor,
+        drain_timeout=options.drain_timeout,
+        report_to=options.report_to,
+        protect=options.protect,
+        drain_hook=options.drain_hook,
+    )
 
 
-def run_at(path: str, *, drain_timeout: float | None = None, report_to: int | None = None) -> int:
+def run_at(
+    path: str,
+    *,
+    drain_timeout: float | None = None,
+    report_to: int | None = None,
+    protect: str | None = None,
+    drain_hook: str | None = None,
+) -> int:
     """Run the supervisor at an import path; return the exit status. A mistake, or a store that is away, is one line."""
     try:
-        return run_worker(load_supervisor(path), drain_timeout=drain_timeout, report_to=report_to)
-    except (InvalidSetting, StoreUnavailable, ModuleNotFoundError) as error:
+        protection = open_protection(protect, drain_hook=drain_hook)
+        return run_worker(
+            load_supervisor(path), drain_timeout=drain_timeout, report_to=report_to, protection=protection
+        )
+    except (InvalidSetting, StoreNotInstalled, StoreUnavailable, ScalingFailed, ModuleNotFoundError) as error:
         sys.stderr.write(f"forebay: {error}\n")
-        return 1 if isinstance(error, StoreUnavailable) else _USAGE_ERROR
+        return 1 if isinstance(error, StoreUnavailable | ScalingFailed) else _USAGE_ERROR
 
 
 if __name__ == "__main__":
