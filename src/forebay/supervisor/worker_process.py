@@ -172,7 +172,7 @@ class _WorkerProcess:
         """Keep the protection of the machine right; drain when the machine is to go, or if that cannot be known."""
         try:
             await protection.run(self._stop.set)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, no task may begin on a machine that may go
             log.exception("the protection of this machine has failed: its worker drains")
             self._stop.set()
 

@@ -82,9 +82,8 @@ class WorkerProtection:
             ScalingFailed: it cannot be protected; the message says why.
         """
         await self._machine.open()
-        self._leaving = not await self._machine.protect()
-        self._protected = not self._leaving
-        return self._protected
+        await self._protect()
+        return not self._leaving
 
     async def run(self, on_leaving: Callable[[], None]) -> None:
         """Put the protection on and take it off until this is cancelled; call back once if the machine is leaving."""
@@ -163,11 +162,14 @@ class WorkerProtection:
 
     async def _take_tasks(self) -> None:
         """Put the protection on, and then let tasks begin."""
+        await self._protect()
+        if not self._leaving:
+            self._resume()
+
+    async def _protect(self) -> None:
         self._protected = None
         self._leaving = not await self._machine.protect()
-        if not self._leaving:
-            self._protected, self._failed = True, 0
-            self._resume()
+        self._protected, self._failed = not self._leaving, 0
 
     def _failure(self, now: float, error: ScalingFailed) -> None:
         self._failed += 1
