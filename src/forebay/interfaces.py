@@ -112,7 +112,8 @@ class Demand(JsonStruct, frozen=True, kw_only=True):
         running: slots that are taken here.
         queued: tasks that wait here for a slot and for nothing else, and producers that wait for room.
         spilled: tasks that wait in the overflow, for whatever process.
-        elsewhere: tasks of the overflow that other processes run; None without an overflow.
+        elsewhere: tasks of the overflow that other processes have leased; None without an overflow that other processes
+            can use.
         refused: tasks that were rejected since the start because there was no room for them.
         service: mean of the seconds for which a task holds its slot; None before the first has ended here.
         limited_by: what keeps runs from starting though they have a slot, such as an account whose quota or budget is
@@ -612,6 +613,9 @@ class TaskStore(Protocol):
 
     async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         """Return how many records are WAITING, by task type, priority and tenant."""
+
+    async def leased(self) -> Mapping[str, int]:
+        """Return how many records are LEASED, by task type. Its cost grows with these, and not with what waits."""
 
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by `thread_id`; those without one are left out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,7 @@ from forebay.breaker import BreakerRules
 from forebay.clock import wall_time
 from forebay.errors import UnknownTaskType
 from forebay.events import Scaled
-from forebay.interfaces import TaskStore
-from forebay.overflow import MemoryTaskStore
+from forebay.overflow import open_task_store
 from forebay.quota import Budget, Price, Quota
 from forebay.scale import Autoscaler, WorkerTarget
 
@@ -93,9 +93,10 @@ async def test_a_task_that_could_not_be_in_time_on_a_free_slot_is_not_counted() 
         assert (await supervisor.demand(["work"])).refused == 0
 
 
+@pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 @virtual
-async def test_the_overflow_says_what_waits_there_and_what_others_run() -> None:
-    store: TaskStore = MemoryTaskStore()
+async def test_the_overflow_says_what_waits_there_and_what_others_run(tmp_path: Path) -> None:
+    store = open_task_store(f"sqlite:///{tmp_path}/spill.db?fsync=no")
     async with supervisor_of(Agent(seconds=10.0), slots=3, overflow=store, max_queue_size=0) as supervisor:
         for number in range(10):
             await supervisor.submit(Task("work", number))
@@ -107,15 +108,26 @@ async def test_the_overflow_says_what_waits_there_and_what_others_run() -> None:
         await store.release([lease])
 
 
+@pytest.mark.blocks
 @virtual
-async def test_what_this_process_has_taken_from_the_overflow_is_not_elsewhere() -> None:
-    async with supervisor_of(Agent(seconds=10.0), slots=3, overflow=MemoryTaskStore(), max_queue_size=0) as supervisor:
+async def test_what_this_process_has_taken_from_the_overflow_is_not_elsewhere(tmp_path: Path) -> None:
+    overflow = f"sqlite:///{tmp_path}/spill.db?fsync=no"
+    async with supervisor_of(Agent(seconds=10.0), slots=3, overflow=overflow, max_queue_size=0) as supervisor:
         for number in range(10):
             await supervisor.submit(Task("work", number))
         await asyncio.sleep(15.0)
         demand = await supervisor.demand(["work"])
         assert (demand.running, demand.elsewhere) == (3, 0)
         assert demand.running + demand.spilled + demand.queued == 7
+
+
+@virtual
+async def test_an_overflow_in_memory_is_for_nobody_else() -> None:
+    async with supervisor_of(Agent(seconds=10.0), overflow="memory://", max_queue_size=0) as supervisor:
+        for number in range(10):
+            await supervisor.submit(Task("work", number))
+        demand = await supervisor.demand(["work"])
+        assert (demand.running, demand.spilled, demand.elsewhere) == (2, 8, None)
 
 
 # --- the bottleneck ---------------------------------------------------------------------------------------------------

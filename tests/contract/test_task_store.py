@@ -79,6 +79,15 @@ async def test_a_key_is_stored_once(store: TaskStore, record: MakeRecord) -> Non
     assert await store.find_key("k") == "a"
 
 
+async def test_leased_records_are_counted_by_their_type(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    assert await store.leased() == {}
+    await put_all(store, [*(record() for _ in range(3)), record(of="write"), record(of="rest")])
+    research, (write,) = await take(2), await take(of="write")
+    assert await store.leased() == {"research": 2, "write": 1}
+    await store.release([research[0], write])
+    assert await store.leased() == {"research": 1}
+
+
 async def test_records_without_a_key_do_not_collide(store: TaskStore, record: MakeRecord) -> None:
     await put_all(store, [record() for _ in range(3)])
 

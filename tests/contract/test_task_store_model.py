@@ -489,6 +489,11 @@ class TaskStoreMachine(RuleBasedStateMachine):
         assert self.run(self.store.depths()) == expected
 
     @invariant()
+    def leases_agree(self) -> None:
+        expected = Counter(stored.record.task_type for stored in self.model.within(RecordState.LEASED))
+        assert self.run(self.store.leased()) == expected
+
+    @invariant()
     def conversations_agree(self) -> None:
         threads = [stored.record.thread_id for stored in self.model.within(*UNFINISHED)]
         expected = Counter(thread_id for thread_id in threads if thread_id is not None)

@@ -3207,7 +3207,7 @@ def slots_that_the_start_gate_keeps_free_are_no_sign_of_a_shortage() -> None:
 
 
 def what_this_process_runs_counts_as_run_elsewhere() -> None:
-    swap(demand._leased_elsewhere, ast.NotIn, ast.In)
+    swap(demand.measure_demand, ast.Sub, ast.Add)
 
 
 def an_autoscaler_ends_with_the_first_error_of_its_target() -> None:
@@ -3218,8 +3218,8 @@ def an_autoscaler_ends_with_the_first_error_of_its_target() -> None:
 
 
 def a_process_that_is_to_go_is_killed() -> None:
-    def drain(self: process_target._WorkerProcess) -> None:
+    def drain(self: process_target._ReplicaProcess) -> None:
         self.draining = True
         self.signal(signal.SIGKILL)
 
-    replace(process_target._WorkerProcess, process_target._WorkerProcess.drain, drain)
+    replace(process_target._ReplicaProcess, process_target._ReplicaProcess.drain, drain)

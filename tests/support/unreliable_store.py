@@ -236,5 +236,8 @@ class UnreliableStore:
     async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         return await self._call(self._inner.depths())
 
+    async def leased(self) -> Mapping[str, int]:
+        return await self._call(self._inner.leased())
+
     async def conversations(self) -> Mapping[str, int]:
         return await self._call(self._inner.conversations())

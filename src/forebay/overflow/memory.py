@@ -430,6 +430,11 @@ class MemoryTaskStore:
         self._check_open()
         return dict(self._depths)
 
+    async def leased(self) -> Mapping[str, int]:
+        """Return how many records are LEASED."""
+        self._check_open()
+        return Counter(entry.record.task_type for _, entry in self._leased.live())
+
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by thread id."""
         self._check_open()

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -127,8 +127,9 @@ _ACKNOWLEDGED = frozenset(
 # that it needs: so a handler starts once a replica that takes over knows its lease, and lets nobody else take the
 # record. It waits for no disk, because a slot would be empty for up to two seconds.
 _REPLICATED = frozenset({"begin_attempt"})
-_READS = frozenset({"expired", "envelope", "find", "find_key", "list", "depths", "threads"})
+_READS = frozenset({"expired", "envelope", "find", "find_key", "list", "leased", "depths", "threads"})
 _ENDED = frozenset({RecordState.DONE, RecordState.DEAD})
+_LEASED_AT_A_TIME = 2000  # SCANNED, in the script
 _COUNTS = frozenset({"depths", "threads"})  # hashes that are read by a command of their own
 
 
@@ -484,6 +485,16 @@ class RedisTaskStore:
         counts: Mapping[str, int] = await self._read_counts("depths")
         return {_parse_queue(queue): count for queue, count in counts.items()}
 
+    async def leased(self) -> Mapping[str, int]:
+        """Return how many records are LEASED."""
+        found, first = Counter[str](), 0
+        while True:
+            looked_at, counts = await self._submit("leased", (first,), _decode_leased)
+            found += counts
+            first += looked_at
+            if looked_at < _LEASED_AT_A_TIME:
+                return found
+
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by thread id."""
         counts: Mapping[str, int] = await self._read_counts("threads")
@@ -779,6 +790,15 @@ def _decode_completion_of(blob: bytes | None, ahead: float) -> Completion | None
         return None
     completion = _decode_completion(blob)
     return msgspec.structs.replace(completion, finished_at=completion.finished_at + ahead) if ahead else completion
+
+
+def _decode_leased(reply: Sequence[Any]) -> tuple[int, Counter[str]]:
+    """Return how many leased records were looked at, and how many of them there are of each task type."""
+    looked_at, *counts = reply
+    found = Counter[str]()
+    for queue, count in zip(counts[::2], counts[1::2], strict=True):
+        found[_parse_queue(queue.decode())[0]] += int(count)
+    return int(looked_at), found
 
 
 def _decode_list(reply: Sequence[Any], *, ahead: float) -> tuple[Sequence[StoredRecord], tuple[float, str] | None]:

@@ -21,7 +21,7 @@ local heads, threads, depths, sequence, bound, last = KEYS[13], KEYS[14], KEYS[1
 local store_id = KEYS[19]
 
 local CHUNK = 1000 -- arguments of one command: the stack of Lua is bounded
-local SCANNED = 2000 -- records that one listing looks at, so that no other client waits long
+local SCANNED = 2000 -- records that one listing, or count, looks at, so that no other client waits long
 local REMEMBERED = 3600 -- seconds for which a group is told from its repetition
 
 local call = redis.call
@@ -709,6 +709,22 @@ local function is_behind(member, other)
     end
   end
   return #member > #other
+end
+
+-- Count leased records by queue, up to SCANNED of them from a rank on, and say how many these are.
+function reads.leased(op)
+  local sequences, counts = call('ZRANGE', leased, op[2], op[2] + SCANNED - 1), {}
+  in_chunks('HMGET', tasks, sequences, function(_, text)
+    if text then
+      count(counts, cjson.decode(text)[QUEUE], 1)
+    end
+  end)
+  local found = { #sequences }
+  for queue, number in pairs(counts) do
+    found[#found + 1] = queue
+    found[#found + 1] = number
+  end
+  return found
 end
 
 -- List up to `limit` records of a state behind a time and id, and where to go on; false: that is all.

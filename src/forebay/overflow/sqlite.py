@@ -174,6 +174,7 @@ _DELETE_DEAD = "DELETE FROM task WHERE task_id = ? AND state = 3"
 _FIND = f"SELECT {_ROW}, state, completion FROM task WHERE task_id = ?"
 _FIND_KEY = "SELECT task_id FROM task WHERE key = ? AND state < 3"
 _DEPTHS = "SELECT task_type, priority, tenant, waiting FROM depth WHERE waiting > 0"
+_LEASED = "SELECT task_type, count(*) FROM task WHERE state = 1 GROUP BY task_type"
 _DELETE_EMPTY_DEPTHS = "DELETE FROM depth WHERE waiting = 0"
 
 # A record; its fence and until when, if it is put LEASED; the present time.
@@ -405,6 +406,10 @@ class SqliteTaskStore:
     async def depths(self) -> Mapping[tuple[str, Priority, str], int]:
         """Return how many records are WAITING."""
         return await self._writer.run(_depths, writes=False)
+
+    async def leased(self) -> Mapping[str, int]:
+        """Return how many records are LEASED."""
+        return await self._writer.run(_leased, writes=False)
 
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by thread id."""
@@ -700,6 +705,10 @@ def _find_key(key: str, connection: sqlite3.Connection) -> str | None:
 def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority, str], int]:
     rows = connection.execute(_DEPTHS).fetchall()
     return {(task_type, Priority(priority), tenant): waiting for task_type, priority, tenant, waiting in rows}
+
+
+def _leased(connection: sqlite3.Connection) -> Mapping[str, int]:
+    return dict(connection.execute(_LEASED).fetchall())
 
 
 def _conversations(connection: sqlite3.Connection) -> Mapping[str, int]:

@@ -850,6 +850,11 @@ class SqsTaskStore:
                 visible, _ = await self._queues.count(priority)
                 self._strangers[priority] = max(0, visible + len(self._in_hand[priority]) - waiting)
 
+    async def leased(self) -> Mapping[str, int]:
+        """Return how many records are LEASED. Without a shared index, those of this process."""
+        self._check_open()
+        return {name: count for name, count in (await self._index.leased()).items() if name != _RESERVED}
+
     async def conversations(self) -> Mapping[str, int]:
         """Return how many records have not ended, by thread id."""
         self._check_open()

@@ -155,10 +155,7 @@ class Autoscaler:
         """
         if self._running is not None:
             raise RuntimeError("an Autoscaler can be entered once at a time")
-        demand = await self._supervisor.demand(self._task_types)
-        if self._target.outside and demand.elsewhere is None:
-            expected = f"one with an overflow, from which the replicas of {self._target.name} take their tasks"
-            reject(_OWNER, "supervisor", "a supervisor without an overflow", expected)
+        await self._read()
         try:
             await self._target.open()
         except BaseException:
@@ -199,7 +196,7 @@ class Autoscaler:
 
     async def _read_and_scale(self) -> None:
         replicas = await self._target.replicas()
-        demand = await self._supervisor.demand(self._task_types)
+        demand = await self._read()
         now = asyncio.get_running_loop().time()
         decision = self._decide(now, demand, replicas)
         self._count_time(now, replicas, decision)
@@ -210,6 +207,14 @@ class Autoscaler:
             self._asked = asked
         else:
             self._asked = None
+
+    async def _read(self) -> Demand:
+        demand = await self._supervisor.demand(self._task_types)
+        if self._target.outside and demand.elsewhere is None:
+            where = f"the replicas of {self._target.name} take tasks from there"
+            expected = f"one with an overflow that other processes can use: {where}"
+            reject(_OWNER, "supervisor", "a supervisor without one", expected)
+        return demand
 
     def _decide(self, now: float, demand: Demand, replicas: Replicas) -> ScaleDecision:
         refused, outside = self._refused_per_second(now, demand.refused), self._target.outside

@@ -26,7 +26,7 @@ _LONG_LIFE: Final = 60.0  # seconds after which the death of a process says noth
 _BACKOFF: Final = Retry(base_delay=1.0, max_delay=60.0)
 
 
-class _WorkerProcess:
+class _ReplicaProcess:
     """One replica: a process, and what it last reported.
 
     Attributes:
@@ -112,7 +112,7 @@ class ProcessTarget:
         self._env = dict(env or {})
         self._command = tuple(command)
         self._wanted = 0
-        self._processes: dict[_WorkerProcess, asyncio.Task[None]] = {}
+        self._processes: dict[_ReplicaProcess, asyncio.Task[None]] = {}
         self._failures = 0  # in a row: processes that did not live long
         self._restart: asyncio.TimerHandle | None = None
 
@@ -166,7 +166,7 @@ class ProcessTarget:
         live = [each for each in self._processes if not each.draining]
         if len(live) < self._wanted and self._restart is None:
             for _ in range(self._wanted - len(live)):
-                each = _WorkerProcess(loop.time())
+                each = _ReplicaProcess(loop.time())
                 self._processes[each] = loop.create_task(self._run(each))
         live.sort(key=lambda each: -1 if each.last_report is None else each.last_report.running)
         for each in live[: max(0, len(live) - self._wanted)]:
@@ -174,7 +174,7 @@ class ProcessTarget:
             if self._drain_timeout is not None:
                 loop.call_later(self._drain_timeout + _GRACE, each.signal, signal.SIGKILL)
 
-    async def _run(self, each: _WorkerProcess) -> None:
+    async def _run(self, each: _ReplicaProcess) -> None:
         """Run one process from its start to its end."""
         status: int | None = None
         try:
@@ -188,7 +188,7 @@ class ProcessTarget:
         elif status and each.ready:  # else it was told before it could listen
             log.warning("%s: a process that drained ended with status %s", self.name, status)
 
-    async def _run_process(self, each: _WorkerProcess) -> int:
+    async def _run_process(self, each: _ReplicaProcess) -> int:
         ours, theirs = socket.socketpair()
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
@@ -225,7 +225,7 @@ class ProcessTarget:
             start_new_session=True,  # a Ctrl-C is for this process, which has them drain
         )
 
-    async def _read_reports(self, each: _WorkerProcess, reader: asyncio.StreamReader) -> None:
+    async def _read_reports(self, each: _ReplicaProcess, reader: asyncio.StreamReader) -> None:
         """Take reports in until the process closes its end. Kill one that does not report in time."""
         try:
             async with asyncio.timeout(self._start_timeout):
@@ -240,7 +240,7 @@ class ProcessTarget:
         while line := await reader.readline():
             each.report(line)
 
-    def _died(self, each: _WorkerProcess, status: int | None) -> None:
+    def _died(self, each: _ReplicaProcess, status: int | None) -> None:
         """Replace a process that has ended by itself; the more of them have not lived long, the later."""
         loop = asyncio.get_running_loop()
         self._failures = 0 if each.ready and loop.time() - each.started_at > _LONG_LIFE else self._failures + 1

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from forebay.interfaces import Demand, RecordState, TaskStore
+from forebay.interfaces import Demand
 
 if TYPE_CHECKING:
     from forebay.supervisor.admission_controller import AdmissionController
     from forebay.supervisor.dispatcher import Dispatcher
     from forebay.supervisor.load import SystemLoad
     from forebay.supervisor.pool import Pool
-
-_PAGE: Final = 1000  # leased records that are listed at a time
 
 
 async def measure_demand(
@@ -28,11 +27,11 @@ async def measure_demand(
     spilled, elsewhere = 0, None
     if ask_overflow and (spill := dispatcher.spill) is not None:
         store = spill.stored.store
-        depths = await store.depths()
+        depths, leased = await store.depths(), await store.leased()
         spilled = sum(count for (task_type, _, _), count in depths.items() if task_type in types)
-        elsewhere = await _leased_elsewhere(
-            store, types, held={lease.record.task_id for lease in spill.stored.leases.held()}
-        )
+        if store.durable:  # what ends with this process, no other one can use
+            held = Counter(lease.record.task_type for lease in spill.stored.leases.held())
+            elsewhere = sum(max(0, leased.get(name, 0) - held[name]) for name in types)
     workers = {worker for pool in pools for worker in pool.workers}
     return Demand(
         slots=sum(worker.slots for worker in workers),
@@ -45,17 +44,6 @@ async def measure_demand(
         limited_by=_bottleneck(dispatcher.load, pools),
         host=dispatcher.load.host,
     )
-
-
-async def _leased_elsewhere(store: TaskStore, types: Collection[str], *, held: Collection[str]) -> int:
-    """Return how many records of `types` are leased, and not `held` here."""
-    count, after = 0, None
-    while page := await store.list_records(RecordState.LEASED, _PAGE, after=after):
-        count += sum(each.record.task_type in types and each.record.task_id not in held for each in page)
-        if len(page) < _PAGE:
-            break
-        after = page[-1].position
-    return count
 
 
 def _service(pools: Iterable[Pool]) -> float | None:

@@ -183,8 +183,8 @@ class _WorkerProcess:
 
     async def _check_overflow(self) -> None:
         if (await self._demand(ask_overflow=True)).elsewhere is None:
-            expected = 'a supervisor with an overflow, such as overflow="redis://host/0": its tasks come from there'
-            raise InvalidSetting(owner=_OWNER, name="supervisor", value="one without an overflow", expected=expected)
+            expected = 'a supervisor with an overflow that other processes use, such as overflow="redis://host/0"'
+            raise InvalidSetting(owner=_OWNER, name="supervisor", value="one without it", expected=expected)
 
     async def _drain(self) -> int:
         if self._protection is not None:

@@ -91,6 +91,7 @@ async def test_any_text_may_be_an_id_a_key_a_type_a_tenant_and_a_thread(
     assert await store.lease(text, 1, until=9.0, shares={text + "|": 1}) == []
     (lease,) = await store.lease(text, 1, until=9.0, shares={text: 1})
     assert lease.record == one
+    assert await store.leased() == {text: 1}
     assert await renew(store, [lease], until=10.0) == []
     assert await store.delay(after_failure(lease, error=text), due=1.0)
     await store.wake(now=2.0)
@@ -127,6 +128,14 @@ async def test_times_are_kept_to_the_last_digit(store: RedisTaskStore, number: f
     await store.wake(now=number)
     (lease,) = await store.lease("t", 1, until=number)
     assert lease.record.total_delay == number + 0.2
+
+
+@pytest.mark.parametrize("count", [1999, 2000, 2001])  # the script looks at 2,000 at a time
+async def test_leased_records_are_counted_whatever_their_number(store: RedisTaskStore, count: int) -> None:
+    await asyncio.gather(*(store.put(record(f"{number}", task_type=f"{number % 2}")) for number in range(count)))
+    for task_type in ("0", "1"):
+        await store.lease(task_type, count, until=9.0)
+    assert await store.leased() == {"0": -(-count // 2), "1": count // 2}
 
 
 # --- lost answers ----------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ SCANS = {
     "_ANY_WAITING": "as many rows as types, priorities and tenants with tasks that have waited lately",
     "_DEPTHS": "as many rows as types, priorities and tenants with tasks that wait",
     "_DELETE_EMPTY_DEPTHS": "as many rows as types, priorities and tenants with tasks that have waited lately",
+    "_LEASED": "an index of the records that run, for an autoscaler",
     "_PARKED": "an index alone, once in a third of a lease",
     **dict.fromkeys((f"_LIST of {state}" for state in ("waiting", "parked", "leased", "delayed")), "for a person"),
     "_DELAYED": "an index alone, once in a third of a lease and where a retry is due",
@@ -57,6 +58,7 @@ SCANS = {
 
 # The statements that sort rows, and why that is acceptable.
 SORTS = {
+    "_LEASED": "as many rows as records run, for an autoscaler",
     "_LEASE": "a supervisor says how many of each tenant it leases",
     **dict.fromkeys(
         (f"_LIST of {state}" for state in ("waiting", "parked", "leased", "delayed", "done")), "for a person"

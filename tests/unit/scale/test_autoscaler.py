@@ -273,7 +273,7 @@ async def test_other_workers_of_the_types_keep_their_share() -> None:
 @virtual
 async def test_replicas_outside_need_an_overflow() -> None:
     supervisor, target = ScriptedSupervisor(Demand()), ScriptedTarget()
-    with pytest.raises(InvalidSetting, match="with an overflow, from which the replicas of scripted take their tasks"):
+    with pytest.raises(InvalidSetting, match="the replicas of scripted take tasks from there"):
         await autoscaler(supervisor, target).__aenter__()
     assert not target.is_open
 
