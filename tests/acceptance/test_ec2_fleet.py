@@ -58,7 +58,7 @@ class InstanceProtection:
     async def keep_waiting(self) -> None:
         """Do nothing."""
 
-    async def let_go(self) -> None:
+    async def complete(self) -> None:
         """Complete the lifecycle action."""
         if self._group.hook is not None:
             self._group.complete_lifecycle_action(

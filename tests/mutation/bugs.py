@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import math
 import signal
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
+from forebay._threads import DaemonThreadExecutor
 from forebay.adapters import detect
 from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
@@ -43,6 +45,7 @@ from forebay.admission import (
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
 from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
+from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
@@ -79,7 +82,18 @@ from forebay.saga.redis_log import RedisSagaLog
 from forebay.saga.run import SagaRun
 from forebay.saga.sqlite_log import SqliteSagaLog
 from forebay.saga.step import Raised, Step, is_ambiguous
-from forebay.scale import Autoscaler, ScaleDecider, decision, process_target, ratio
+from forebay.scale import (
+    Autoscaler,
+    Ec2Target,
+    ScaleDecider,
+    decision,
+    ec2,
+    ec2_client,
+    ec2_protection,
+    process_target,
+    ratio,
+)
+from forebay.scale.ec2_client import AutoScalingClient
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -154,6 +168,7 @@ from forebay.supervisor.tree.restart_policy import RestartType
 from forebay.supervisor.tree.supervision import Supervision
 from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_protection import WorkerProtection
 from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.supervisor.worker_starts import WorkerStarts
@@ -3223,3 +3238,69 @@ def a_process_that_is_to_go_is_killed() -> None:
         self.signal(signal.SIGKILL)
 
     replace(process_target._ReplicaProcess, process_target._ReplicaProcess.drain, drain)
+
+
+# --- scaling: EC2 ---
+
+
+def a_worker_takes_tasks_while_its_machine_may_go() -> None:
+    skip(WorkerProtection._take_none, WorkerProtection._pause)
+
+
+def a_protection_that_has_failed_counts_as_on() -> None:
+    async def _protect(self: WorkerProtection) -> None:
+        with contextlib.suppress(ScalingFailed):
+            self._leaving = not await self._machine.protect()
+        self._protected = not self._leaving
+
+    replace(WorkerProtection, WorkerProtection._protect, _protect)
+
+
+def a_task_that_runs_keeps_no_protection() -> None:
+    always(WorkerProtection, WorkerProtection._is_busy, returns=False)
+
+
+def a_machine_that_is_to_go_is_not_seen() -> None:
+    always(ec2_protection.Ec2Protection, ec2_protection.Ec2Protection.is_leaving, returns=False)
+
+
+def an_instance_in_trouble_is_taken_for_one_that_leaves() -> None:
+    def _is_leaving(_: str | None) -> bool:
+        return True
+
+    ec2_protection._is_leaving.__code__ = _is_leaving.__code__
+
+
+def several_processes_protect_one_instance() -> None:
+    def _lock(_: str) -> None:
+        return None
+
+    ec2_protection._lock.__code__ = _lock.__code__
+
+
+def an_instance_that_runs_tasks_is_released_without_a_hook() -> None:
+    async def _release(self: Ec2Target, group: ec2.Group, desired: int) -> None:
+        for each in group.instances_to_release(desired):
+            await self._call("SetInstanceProtection", InstanceIds=[each], ProtectedFromScaleIn=False)
+
+    replace(Ec2Target, Ec2Target._release, _release)
+
+
+def what_an_instance_too_many_keeps_is_never_taken_again() -> None:
+    skip(Ec2Target.replicas, Ec2Target._release)
+
+
+def the_bounds_of_a_group_do_not_bind() -> None:
+    ec2.clamp = lambda replicas, *_: replicas  # type: ignore[assignment]
+
+
+def calls_of_an_instance_group_overtake_each_other() -> None:
+    async def open_with_many_threads(self: AutoScalingClient) -> None:
+        self._executor = DaemonThreadExecutor("forebay-ec2", max_threads=8)
+        self._client = await self._run("", self._connect)
+
+    replace(AutoScalingClient, AutoScalingClient.open, open_with_many_threads)
+
+
+def a_call_that_is_throttled_is_not_repeated() -> None:
+    ec2_client._ATTEMPTS = 1  # type: ignore[misc]

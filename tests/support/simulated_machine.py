@@ -64,9 +64,9 @@ class SimulatedMachine:
         self.kept_waiting = True
         await asyncio.Event().wait()
 
-    async def let_go(self) -> None:
+    async def complete(self) -> None:
         """Let it go."""
-        self.log.append("let go")
+        self.log.append("complete")
 
     async def _call(self, name: str) -> None:
         self.log.append(name)

@@ -168,7 +168,7 @@ class Ec2Protection:
             await asyncio.sleep(self._heartbeat / 3)
             await self._tell_hook("RecordLifecycleActionHeartbeat")
 
-    async def let_go(self) -> None:
+    async def complete(self) -> None:
         """Let an instance that is leaving go on: the worker has drained."""
         if self._drain_hook is not None:
             await self._tell_hook("CompleteLifecycleAction", LifecycleActionResult="CONTINUE")

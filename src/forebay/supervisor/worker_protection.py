@@ -44,7 +44,7 @@ class MachineProtection(Protocol):
     async def keep_waiting(self) -> None:
         """Have a machine that is leaving wait for its worker, until this is cancelled."""
 
-    async def let_go(self) -> None:
+    async def complete(self) -> None:
         """Let a machine that is leaving go: its worker has drained."""
 
 
@@ -107,7 +107,7 @@ class WorkerProtection:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
                 if self._leaving:
-                    await self._machine.let_go()
+                    await self._machine.complete()
                 elif self._protected is not False:
                     await self._machine.unprotect()
         except (ScalingFailed, TimeoutError) as error:

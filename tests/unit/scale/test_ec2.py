@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("botocore")
 
 from botocore.exceptions import ConnectTimeoutError, NoCredentialsError
+from tests.support.faulty_proxy import THROTTLING, UNAVAILABLE, faulty_proxy
 from tests.support.simulated_group import SimulatedGroup, service_error
 
 from forebay.errors import InvalidSetting, ScalingFailed, StoreNotInstalled
@@ -255,6 +256,17 @@ async def test_a_failure_says_what_to_do(connect: Connect, error: Exception, wor
         await target.scale(2)
     await target.scale(2)
     assert group.desired == 2
+
+
+async def test_a_call_that_is_throttled_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    with faulty_proxy("http://127.0.0.1:9") as proxy:
+        proxy.faults["DescribeAutoScalingGroups"] = [THROTTLING, UNAVAILABLE, (400, "ValidationError")]
+        target = Ec2Target("workers", region="eu-west-1", endpoint=proxy.url)
+        with pytest.raises(ScalingFailed, match="was answered with ValidationError: try later"):
+            await target.open()
+        await target.close()
 
 
 async def test_without_a_region_it_says_where_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:

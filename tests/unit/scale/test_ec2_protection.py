@@ -129,7 +129,7 @@ async def test_metadata_that_cannot_be_read_mean_nothing_and_are_logged_once(
     assert group.instances
 
 
-async def test_the_hook_keeps_the_instance_until_it_is_let_go(
+async def test_the_hook_keeps_the_instance_until_it_is_completed(
     group: SimulatedGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protection = await opened("drain")
@@ -144,14 +144,14 @@ async def test_the_hook_keeps_the_instance_until_it_is_let_go(
         await asyncio.sleep(0.001)
     waiting.cancel()
     await asyncio.wait((waiting,))
-    await protection.let_go()
+    await protection.complete()
     assert instance not in group.instances
     await protection.close()
 
 
 async def test_a_hook_that_has_ended_is_logged(group: SimulatedGroup, caplog: pytest.LogCaptureFixture) -> None:
     protection = await opened("drain")
-    await protection.let_go()
+    await protection.complete()
     assert "No active Lifecycle Action" in caplog.text
     await protection.close()
     assert group.instances
@@ -160,7 +160,7 @@ async def test_a_hook_that_has_ended_is_logged(group: SimulatedGroup, caplog: py
 async def test_without_a_hook_nothing_is_told(group: SimulatedGroup) -> None:
     protection = await opened()
     await protection.keep_waiting()
-    await protection.let_go()
+    await protection.complete()
     assert group.calls == ["DescribeAutoScalingInstances"]
     await protection.close()
 

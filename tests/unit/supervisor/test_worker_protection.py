@@ -186,7 +186,7 @@ def test_a_protection_that_could_not_be_taken_off_is_taken_off_later(make_worker
     run()
 
 
-def test_a_machine_that_is_to_go_is_drained_and_then_let_go(make_worker: Callable[[], Worker]) -> None:
+def test_a_machine_that_is_to_go_is_drained_and_then_completes(make_worker: Callable[[], Worker]) -> None:
     @virtual
     async def run() -> None:
         worker = make_worker()
@@ -200,7 +200,7 @@ def test_a_machine_that_is_to_go_is_drained_and_then_let_go(make_worker: Callabl
             worker.protection.drain()
             await worker.supervisor.drain()
             assert (await ticket).success
-        assert worker.machine.log == ["open", "protect", "let go", "close"]
+        assert worker.machine.log == ["open", "protect", "complete", "close"]
 
     run()
 
@@ -231,12 +231,14 @@ def test_a_machine_that_is_leaving_when_it_starts_takes_nothing(tmp_path: Path) 
         protection = Worker(tmp_path, machine).protection
         assert not await protection.open()
         await protection.close()
-        assert machine.log == ["open", "protect", "let go", "close"]
+        assert machine.log == ["open", "protect", "complete", "close"]
 
     run()
 
 
-def test_a_machine_that_may_have_been_protected_is_let_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_machine_that_may_have_been_protected_is_unprotected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     @virtual
     async def run() -> None:
         machine = SimulatedMachine()
