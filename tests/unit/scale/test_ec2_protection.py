@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,7 @@ from tests.support.metadata_server import MetadataServer, metadata_server
 from tests.support.simulated_group import SimulatedGroup, service_error
 
 from forebay.errors import ScalingFailed
-from forebay.scale import ec2_protection
+from forebay.scale import Ec2Target, ec2_protection
 from forebay.scale.ec2_client import AutoScalingClient
 from forebay.scale.ec2_protection import Ec2Protection
 
@@ -201,3 +204,46 @@ async def test_it_is_used_between_open_and_close(group: SimulatedGroup) -> None:
     with pytest.raises(ScalingFailed, match="not open"):
         await protection.unprotect()
     assert group.instances
+
+
+# --- rights ---
+
+
+def allowed_by_the_page() -> list[set[str]]:
+    """Return the operations that the IAM policies on the page allow, in their order."""
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "autoscaling-ec2.md").read_text()
+    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    return [
+        {action.removeprefix("autoscaling:") for statement in policy["Statement"] for action in statement["Action"]}
+        for policy in policies
+    ]
+
+
+async def test_the_policies_on_the_page_allow_what_is_called_and_no_more(
+    group: SimulatedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_autoscaler, of_instance = allowed_by_the_page()
+    protection = await opened("drain")
+    await protection.protect()
+    group.desired = 2
+    await protection.unprotect()
+    group.settle()
+    monkeypatch.setattr(protection, "_heartbeat", 0.003)
+    waiting = asyncio.ensure_future(protection.keep_waiting())
+    while not group.instances[0].heartbeats:  # noqa: ASYNC110 - of a thread, which sets no event
+        await asyncio.sleep(0.001)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    await protection.complete()
+    await protection.close()
+    assert set(group.calls) == of_instance
+
+    group.calls.clear()
+    for each in group.instances:
+        each.protected = True
+    target = Ec2Target("workers", drain_hook="drain")
+    await target.open()
+    await target.replicas()
+    await target.scale(1)
+    await target.close()
+    assert set(group.calls) == of_autoscaler
