@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from forebay.cli.autoscale import autoscale
 from forebay.cli.gateway import gateway
 from forebay.cli.overflow import overflow
 from forebay.cli.saga import saga
@@ -38,5 +39,6 @@ def _forebay(
 
 app.command()(gateway)
 app.command()(worker)
+app.command()(autoscale)
 app.add_typer(overflow, name="overflow")
 app.add_typer(saga, name="saga")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from forebay.cli.store_command import USAGE_ERROR, fail
+from forebay.gateway.address import parse_address
 from forebay.supervisor.worker_process import PROTECTIONS, run_at
 
 
@@ -18,6 +20,13 @@ def worker(
         float | None,
         typer.Option(
             min=0.0, metavar="SECONDS", help="How long running tasks may take to end after SIGTERM; default no limit."
+        ),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Answer /healthz, /readyz and /report there, for probes and an autoscaler.",
         ),
     ] = None,
     protect: Annotated[
@@ -36,4 +45,9 @@ def worker(
 
     It takes tasks that other processes have stored there. A second signal cancels what runs.
     """
-    raise typer.Exit(run_at(supervisor, drain_timeout=drain_timeout, protect=protect, drain_hook=drain_hook))
+    address = None if listen is None else parse_address(listen)
+    if listen is not None and address is None:
+        fail("--listen: it must be HOST:PORT, such as 0.0.0.0:9000", status=USAGE_ERROR)
+    there = None if address is None else (address.host, address.port)
+    status = run_at(supervisor, drain_timeout=drain_timeout, listen=there, protect=protect, drain_hook=drain_hook)
+    raise typer.Exit(status)

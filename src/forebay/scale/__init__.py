@@ -1,8 +1,11 @@
 """Auto-scaling: more workers while workers are the bottleneck, and only then."""
 
-from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, ScalableSupervisor
+from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, Leader, ScalableSupervisor
 from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
 from forebay.scale.ec2 import Ec2Target
+from forebay.scale.kubernetes import KubernetesTarget
+from forebay.scale.kubernetes_lease import KubernetesLease
+from forebay.scale.leader import LeaderLease, LeaseRecord, LeaseStore, StateLease
 from forebay.scale.process_target import ProcessTarget
 from forebay.scale.ratio import desired_replicas
 from forebay.scale.target import ReplicaReport, Replicas, Target, sum_up
@@ -12,6 +15,12 @@ __all__ = [
     "Autoscaler",
     "AutoscalerStatistics",
     "Ec2Target",
+    "KubernetesLease",
+    "KubernetesTarget",
+    "Leader",
+    "LeaderLease",
+    "LeaseRecord",
+    "LeaseStore",
     "ProcessTarget",
     "ReplicaReport",
     "Replicas",
@@ -20,6 +29,7 @@ __all__ = [
     "ScaleDecider",
     "ScaleDecision",
     "ScalePolicy",
+    "StateLease",
     "Target",
     "WorkerTarget",
     "desired_replicas",

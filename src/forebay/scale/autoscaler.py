@@ -34,6 +34,20 @@ class ScalableSupervisor(Protocol):
         """Deliver an event to whoever receives those of the supervisor."""
 
 
+class Leader(Protocol):
+    """A lease that one process holds at a time, such as `forebay.scale.LeaderLease`."""
+
+    @property
+    def leads_until(self) -> float:
+        """Loop time until which this process leads; in the past if it does not."""
+
+    async def open(self) -> None:
+        """Begin to compete for the lease."""
+
+    async def close(self) -> None:
+        """Give it back."""
+
+
 class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
     """An autoscaler at one moment.
 
@@ -45,6 +59,7 @@ class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
         load: these over the slots of the replicas; infinity without a replica, unless nothing is asked for.
         panic: whether the short window counts.
         limited_by: what is short instead of workers; None if nothing is.
+        leads: whether it acts; False while another autoscaler of the target does, and then the rest is older.
         scaled_up, scaled_down: how often.
         reversals: how often one followed the other.
         failures: readings and calls of the target that failed.
@@ -59,6 +74,7 @@ class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
     load: float = 0.0
     panic: bool = False
     limited_by: str | None = None
+    leads: bool = True
     scaled_up: int = 0
     scaled_down: int = 0
     reversals: int = 0
@@ -89,6 +105,7 @@ class Autoscaler:
         drain: seconds within which tasks that wait should have begun; None for half of the window.
         tolerance: share by which the load may differ from `load` without a change.
         service: seconds for which a task holds a slot, until that is measured; None if it is not known.
+        leader: of several autoscalers of one target, the one whose lease this is acts; None if there is no other.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -111,6 +128,7 @@ class Autoscaler:
         drain: float | None = None,
         tolerance: float = 0.1,
         service: float | None = None,
+        leader: Leader | None = None,
     ) -> None:
         self._policy = ScalePolicy(
             seats=seats,
@@ -137,6 +155,7 @@ class Autoscaler:
         self._task_types = tuple(task_types)
         self._interval = interval
         self._service = service
+        self._leader = leader
         self._decider = ScaleDecider(self._policy)
         self._running: asyncio.Task[None] | None = None
         self._statistics = AutoscalerStatistics()
@@ -158,11 +177,12 @@ class Autoscaler:
         await self._read()
         try:
             await self._target.open()
+            if self._leader is not None:
+                await self._leader.open()
         except BaseException:
             await self._target.close()
             raise
-        self._decider = ScaleDecider(self._policy)
-        self._refused = self._read_at = None
+        self._begin()
         self._running = asyncio.ensure_future(self._run())
         return self
 
@@ -171,7 +191,11 @@ class Autoscaler:
         if running is not None:
             running.cancel()
             await asyncio.wait((running,))
-        await self._target.close()
+        try:
+            if self._leader is not None:
+                await self._leader.close()  # the next one need not wait for the target
+        finally:
+            await self._target.close()
 
     def statistics(self) -> AutoscalerStatistics:
         """Return a snapshot of the last reading and of the counters since the start."""
@@ -184,10 +208,24 @@ class Autoscaler:
             delay = await self._step()
             await asyncio.sleep(delay)
 
+    def _begin(self) -> None:
+        """Forget what was read: the first reading begins the windows."""
+        self._decider = ScaleDecider(self._policy)
+        self._refused = self._read_at = self._asked = None
+
+    def _leads(self, now: float) -> bool:
+        return self._leader is None or now < self._leader.leads_until
+
     async def _step(self) -> float:
         """Read, decide and scale; return the seconds until the next time. A failure is logged, and tried again."""
+        now = asyncio.get_running_loop().time()
+        if not self._leads(now):
+            self._begin()
+            self._update(leads=False)
+            return self._interval
+        lease = math.inf if self._leader is None else self._leader.leads_until
         try:
-            async with asyncio.timeout(_CALL_TIMEOUT):
+            async with asyncio.timeout_at(min(now + _CALL_TIMEOUT, lease)):  # a call under way ends with the lease
                 await self._read_and_scale()
         except Exception as error:  # noqa: BLE001 - of the target or the store: the next time it may succeed
             return self._failure(error)
@@ -257,6 +295,7 @@ class Autoscaler:
             load=decision.asked / slots if slots else math.inf if decision.asked else 0.0,
             panic=decision.panic,
             limited_by=decision.limited_by,
+            leads=True,
             replica_seconds=counted.replica_seconds + seconds * counted.current,
             unbought_seconds=counted.unbought_seconds
             + (seconds * max(0, counted.wanted - counted.current) if counted.limited_by is not None else 0.0),
@@ -288,7 +327,14 @@ class Autoscaler:
         self._failed += 1
         self._update(failures=self._statistics.failures + 1)
         delay = max(self._interval, _BACKOFF.delay(self._failed, draw=clock.draw()) or 0.0)
-        what = f"did not answer within {_CALL_TIMEOUT:g} s" if isinstance(error, TimeoutError) else "failed"
+        what = "failed"
+        if isinstance(error, TimeoutError):
+            limit = (
+                f"within {_CALL_TIMEOUT:g} s"
+                if self._leads(asyncio.get_running_loop().time())
+                else "by the end of the lease"
+            )
+            what = f"did not answer {limit}"
         log.warning(
             "scaling %s %s (%s: %s): the number of replicas stays as it is; tried again in %.1f s",
             self._target.name, what, type(error).__name__, error, delay,

@@ -24,6 +24,7 @@ from forebay.errors import ForebayError, InvalidSetting, ScalingFailed, StoreNot
 from forebay.events import log
 from forebay.interfaces import Demand
 from forebay.scale import ReplicaReport
+from forebay.supervisor.report_server import ReportServer
 from forebay.supervisor.supervisor import BackpressureSupervisor
 from forebay.supervisor.worker_protection import MachineProtection, WorkerProtection
 
@@ -91,6 +92,7 @@ def run_worker(
     *,
     drain_timeout: float | None = None,
     report_to: int | None = None,
+    listen: tuple[str, int] | None = None,
     protection: MachineProtection | None = None,
 ) -> int:
     """Run a supervisor until SIGTERM or SIGINT, drain it, and return the exit status: 0, or 1 if it was cut short.
@@ -102,14 +104,15 @@ def run_worker(
         drain_timeout: seconds that what runs may take to end; then it goes back to the overflow. None: no limit.
         report_to: a socket of the process that manages this one. It gets a line of JSON every second, the first once
             the supervisor has started; when it is closed, this process drains and exits.
+        listen: host and port of the probes and reports over HTTP: see `ReportServer`. None for none.
         protection: of the machine, which is on while tasks may begin. When the machine is to go, this process drains.
 
     Raises:
-        InvalidSetting: the supervisor has no overflow.
+        InvalidSetting: the supervisor has no overflow, or it cannot listen there.
         ScalingFailed: the machine cannot be protected.
         Others: as `BackpressureSupervisor.start`.
     """
-    return asyncio.run(_WorkerProcess(supervisor, drain_timeout, report_to, protection).run())
+    return asyncio.run(_WorkerProcess(supervisor, drain_timeout, report_to, listen, protection).run())
 
 
 class _WorkerProcess:
@@ -120,11 +123,14 @@ class _WorkerProcess:
         supervisor: BackpressureSupervisor,
         drain_timeout: float | None,
         report_to: int | None,
+        listen: tuple[str, int] | None,
         protection: MachineProtection | None,
     ) -> None:
         self._supervisor = supervisor
         self._drain_timeout = drain_timeout
         self._report_to = report_to
+        self._listen = listen
+        self._started = False
         self._protection = None if protection is None else WorkerProtection(supervisor, protection)
         self._stop = asyncio.Event()
         self._cut_short = asyncio.Event()
@@ -133,6 +139,17 @@ class _WorkerProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        server = None if self._listen is None else ReportServer(*self._listen, ready=self._ready, report=self._reading)
+        if server is not None:
+            await self._open(server)
+        try:
+            return await self._run_protected()
+        finally:
+            if server is not None:
+                await server.close()
+
+    async def _run_protected(self) -> int:
+        """Run the supervisor once the machine is protected, if it is to be."""
         if self._protection is None:
             return await self._run()
         try:
@@ -157,6 +174,7 @@ class _WorkerProcess:
         try:
             await self._supervisor.start()
             await self._check_overflow()
+            self._started = True
             if self._report_to is not None:
                 tasks.append(asyncio.ensure_future(self._report(self._report_to)))
             if self._protection is not None:
@@ -167,6 +185,13 @@ class _WorkerProcess:
             for task in tasks:
                 task.cancel()
             await self._supervisor.close()
+
+    async def _open(self, server: ReportServer) -> None:
+        try:
+            await server.open()
+        except OSError as error:
+            expected = f"a host and port of this machine that is free ({error.strerror or error})"
+            raise InvalidSetting(owner=_OWNER, name="listen", value=self._listen, expected=expected) from error
 
     async def _guard(self, protection: WorkerProtection) -> None:
         """Keep the protection of the machine right; drain when the machine is to go, or if that cannot be known."""
@@ -202,15 +227,20 @@ class _WorkerProcess:
 
     # --- reports ---
 
+    def _ready(self) -> bool:
+        return self._started and not self._stop.is_set()
+
+    async def _reading(self) -> ReplicaReport:
+        demand = await self._demand(ask_overflow=False)
+        return ReplicaReport(running=demand.running, service=demand.service, limited_by=demand.limited_by)
+
     async def _report(self, descriptor: int) -> None:
         """Report every second, until the other end is closed: then stop."""
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
         closed = asyncio.ensure_future(reader.read(1))
         try:
             while not closed.done():
-                demand = await self._demand(ask_overflow=False)
-                report = ReplicaReport(running=demand.running, service=demand.service, limited_by=demand.limited_by)
-                writer.write(msgspec.json.encode(report) + b"\n")
+                writer.write(msgspec.json.encode(await self._reading()) + b"\n")
                 await asyncio.wait((closed,), timeout=REPORT_INTERVAL)
         except ForebayError:  # it is closing
             await asyncio.wait((closed,))
@@ -247,19 +277,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def run_at(
+def run_at(  # noqa: PLR0913 - the options of the command
     path: str,
     *,
     drain_timeout: float | None = None,
     report_to: int | None = None,
+    listen: tuple[str, int] | None = None,
     protect: str | None = None,
     drain_hook: str | None = None,
 ) -> int:
     """Run the supervisor at an import path; return the exit status. A mistake, or a store that is away, is one line."""
     try:
-        protection = open_protection(protect, drain_hook=drain_hook)
         return run_worker(
-            load_supervisor(path), drain_timeout=drain_timeout, report_to=report_to, protection=protection
+            load_supervisor(path),
+            drain_timeout=drain_timeout,
+            report_to=report_to,
+            listen=listen,
+            protection=open_protection(protect, drain_hook=drain_hook),
         )
     except (InvalidSetting, StoreNotInstalled, StoreUnavailable, ScalingFailed, ModuleNotFoundError) as error:
         sys.stderr.write(f"forebay: {error}\n")

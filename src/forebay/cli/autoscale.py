@@ -1,0 +1,145 @@
+"""The command ``forebay autoscale``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forebay.cli.autoscale_config import AutoscaleSettings, StateLeaderTable, load_autoscale_settings
+from forebay.cli.store_command import USAGE_ERROR, fail
+from forebay.cli.toml_document import InvalidConfiguration
+from forebay.errors import ForebayError, InvalidOverflowUrl, InvalidSetting, InvalidShardUrl, StoreNotInstalled
+from forebay.events import Event, Scaled, log
+from forebay.scale import Autoscaler, LeaderLease, StateLease
+from forebay.state import ShardedState
+from forebay.supervisor.overflow_demand import OverflowDemand
+
+_MISTAKES = (InvalidConfiguration, InvalidSetting, InvalidOverflowUrl, InvalidShardUrl, StoreNotInstalled)
+
+
+def autoscale(
+    *,
+    config: Annotated[
+        Path, typer.Option(metavar="FILE", help="Configuration, such as autoscale.toml.", show_default=False)
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Print the configuration in a few lines, or its problems, and exit.")
+    ] = False,
+) -> None:
+    """Add workers while workers are the bottleneck, and remove them again, until SIGTERM or SIGINT.
+
+    It reads what waits in an overflow, and runs no tasks itself. Several of them share a lease: one acts.
+    """
+    try:
+        settings = load_autoscale_settings(config)
+        if check:
+            typer.echo("\n".join(_summary(settings)))
+            return
+        with _log_to_stderr():
+            asyncio.run(_run(settings))
+    except InvalidConfiguration as error:
+        typer.echo(f"{error}", err=True)
+        raise typer.Exit(USAGE_ERROR) from None
+    except _MISTAKES as error:
+        fail(str(error), status=USAGE_ERROR)
+    except ForebayError as error:
+        fail(str(error))
+
+
+async def _run(settings: AutoscaleSettings) -> None:
+    """Scale until a signal; a second one does not wait for what drains."""
+    signals: asyncio.Queue[None] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, None)
+    scaling = asyncio.ensure_future(_scale(settings))
+    while not scaling.done():
+        stop = asyncio.ensure_future(signals.get())
+        await asyncio.wait((scaling, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not stop.cancel():
+            scaling.cancel()
+    if not scaling.cancelled():
+        scaling.result()
+
+
+async def _scale(settings: AutoscaleSettings) -> None:
+    """Scale until it is cancelled."""
+    table, policy = settings.autoscaler, settings.autoscaler.policy()
+    async with contextlib.AsyncExitStack() as stack:
+        overflow = OverflowDemand(table.overflow_url(os.environ), on_event=_print)
+        await stack.enter_async_context(overflow)
+        target = settings.target.target()
+        scaler = Autoscaler(
+            overflow,
+            target,
+            task_types=table.task_types,
+            seats=policy.seats,
+            load=policy.load,
+            minimum=policy.minimum,
+            maximum=policy.maximum,
+            interval=table.interval,
+            window=policy.window,
+            panic_window=policy.panic_window,
+            stabilization=policy.stabilization,
+            drain=policy.drain,
+            tolerance=policy.tolerance,
+            service=table.service,
+            leader=await _leader(settings, stack),
+        )
+        await stack.enter_async_context(scaler)
+        typer.echo(f"scaling {target.name}")
+        await asyncio.Event().wait()
+
+
+async def _leader(settings: AutoscaleSettings, stack: contextlib.AsyncExitStack) -> LeaderLease | None:
+    table = settings.leader
+    if not isinstance(table, StateLeaderTable):
+        return None if table is None else table.lease()
+    state = await ShardedState.connect(table.shard_url(os.environ))
+    stack.push_async_callback(state.close)
+    lease = StateLease(state.namespace(f"leader/{table.name}"), table.name)
+    return LeaderLease(lease, duration=table.duration)
+
+
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Show what is logged from INFO up: who leads, and what fails."""
+    handler, level = logging.StreamHandler(), log.level
+    handler.setFormatter(logging.Formatter("forebay: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _print(event: Event) -> None:
+    if isinstance(event, Scaled):
+        why = f"{event.asked:.1f} slots asked for"
+        if event.limited_by is not None:
+            why += f", short of {event.limited_by}"
+        typer.echo(f"{event.target}: {event.before} -> {event.after} ({why})")
+
+
+def _summary(settings: AutoscaleSettings) -> list[str]:
+    """Return the configuration in words, a line each."""
+    table = settings.autoscaler
+    where = "the overflow"
+    if table.overflow_env is not None:
+        missing = "" if table.overflow_env in os.environ else ", which is not set"
+        where = f"the overflow in ${table.overflow_env}{missing}"
+    leader = "no other autoscaler of it" if settings.leader is None else "the holder of a lease acts"
+    replicas = f"{table.minimum} to {table.maximum} replicas of {table.seats} slots"
+    return [
+        f"tasks of {', '.join(table.task_types)} in {where}",
+        f"{settings.target.target().name}: {replicas}; {leader}",
+    ]

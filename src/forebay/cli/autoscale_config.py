@@ -1,0 +1,237 @@
+"""The configuration of ``forebay autoscale``: a TOML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeVar
+
+import msgspec
+
+from forebay._validate import check_name, check_positive, reject
+from forebay.cli.settings_reader import SettingsReader, SettingsSource
+from forebay.cli.toml_document import read_document
+from forebay.scale import KubernetesLease, KubernetesTarget, LeaderLease, ProcessTarget, ScalePolicy, Target
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+_OWNER: Final = "forebay autoscale"
+_TABLES: Final = ("autoscaler", "target", "leader")
+
+
+class AutoscalerTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The table ``[autoscaler]``: the overflow, and the settings of `forebay.scale.Autoscaler`.
+
+    Attributes:
+        overflow: URL of the overflow; or `overflow_env`.
+        overflow_env: the environment variable that holds it.
+        task_types: the types whose tasks the replicas take.
+    """
+
+    task_types: tuple[str, ...]
+    maximum: int
+    overflow: str | None = None
+    overflow_env: str | None = None
+    seats: int = 1
+    load: float = 0.7
+    minimum: int = 1
+    interval: float = 2.0
+    window: float = 60.0
+    panic_window: float = 6.0
+    stabilization: float = 300.0
+    drain: float | None = None
+    tolerance: float = 0.1
+    service: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.overflow is None) is (self.overflow_env is None):
+            reject(_OWNER, "overflow", self.overflow, "a URL, unless overflow_env names a variable that holds it")
+        if not self.task_types:
+            reject(_OWNER, "task_types", self.task_types, 'a list of task types, such as ["write"]')
+        check_positive(_OWNER, "interval", self.interval, unit="seconds")
+        check_positive(_OWNER, "service", self.service, unit="seconds", none="if it is not known")
+        self.policy()
+
+    def policy(self) -> ScalePolicy:
+        """Return the settings by which it decides.
+
+        Raises:
+            InvalidSetting: one is invalid.
+        """
+        return ScalePolicy(
+            seats=self.seats,
+            load=self.load,
+            minimum=self.minimum,
+            maximum=self.maximum,
+            window=self.window,
+            panic_window=self.panic_window,
+            stabilization=self.stabilization,
+            drain=self.drain,
+            tolerance=self.tolerance,
+        )
+
+    def overflow_url(self, environment: Mapping[str, str]) -> str:
+        """Return the URL of the overflow.
+
+        Raises:
+            InvalidSetting: the environment variable is not set.
+        """
+        if self.overflow is not None:
+            return self.overflow
+        url = environment.get(self.overflow_env or "")
+        if not url:
+            reject(_OWNER, "overflow_env", self.overflow_env, "the name of an environment variable that is set")
+        return url
+
+
+class KubernetesTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The table ``[target.kubernetes]``: the settings of `forebay.scale.KubernetesTarget`."""
+
+    workload: str
+    namespace: str | None = None
+    context: str | None = None
+    timeout: float = 10.0
+    report_port: int | None = None
+
+    def __post_init__(self) -> None:
+        self.target()
+
+    def target(self) -> Target:
+        """Return the target."""
+        return KubernetesTarget(
+            self.workload,
+            namespace=self.namespace,
+            context=self.context,
+            timeout=self.timeout,
+            report_port=self.report_port,
+        )
+
+
+class ProcessTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The table ``[target.process]``: the settings of `forebay.scale.ProcessTarget`."""
+
+    supervisor: str
+    drain_timeout: float | None = None
+    start_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        self.target()
+
+    def target(self) -> Target:
+        """Return the target."""
+        return ProcessTarget(self.supervisor, drain_timeout=self.drain_timeout, start_timeout=self.start_timeout)
+
+
+class KubernetesLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The table ``[leader.kubernetes]``: the settings of `forebay.scale.KubernetesLease`, and of the lease."""
+
+    name: str = "forebay-autoscaler"
+    namespace: str | None = None
+    context: str | None = None
+    duration: float = 15.0
+
+    def __post_init__(self) -> None:
+        self.lease()
+
+    def lease(self) -> LeaderLease:
+        """Return the lease."""
+        store = KubernetesLease(self.name, namespace=self.namespace, context=self.context)
+        return LeaderLease(store, duration=self.duration)
+
+
+class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The table ``[leader.state]``: a lease in a store that the autoscalers share.
+
+    Attributes:
+        url: of a shard of `forebay.state.ShardedState`; or `url_env`.
+        url_env: the environment variable that holds it.
+        name: of the lease.
+    """
+
+    url: str | None = None
+    url_env: str | None = None
+    name: str = "autoscaler"
+    duration: float = 15.0
+
+    def __post_init__(self) -> None:
+        if (self.url is None) is (self.url_env is None):
+            reject(_OWNER, "url", self.url, "a URL, unless url_env names a variable that holds it")
+        check_name(_OWNER, "name", self.name)
+        check_positive(_OWNER, "duration", self.duration, unit="seconds")
+
+    def shard_url(self, environment: Mapping[str, str]) -> str:
+        """Return the URL of the store.
+
+        Raises:
+            InvalidSetting: the environment variable is not set.
+        """
+        if self.url is not None:
+            return self.url
+        url = environment.get(self.url_env or "")
+        if not url:
+            reject(_OWNER, "url_env", self.url_env, "the name of an environment variable that is set")
+        return url
+
+
+TARGETS: Final[Mapping[str, type[KubernetesTable | ProcessTable]]] = MappingProxyType(
+    {"kubernetes": KubernetesTable, "process": ProcessTable}
+)
+"""The targets, by their tables in ``[target]``."""
+
+LEADERS: Final[Mapping[str, type[KubernetesLeaderTable | StateLeaderTable]]] = MappingProxyType(
+    {"kubernetes": KubernetesLeaderTable, "state": StateLeaderTable}
+)
+"""The places of a lease, by their tables in ``[leader]``."""
+
+
+class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """A configuration of ``forebay autoscale``.
+
+    Attributes:
+        autoscaler: what is read, and how it is decided.
+        target: what is made larger and smaller.
+        leader: where the lease is; None if there is no other autoscaler of this target.
+    """
+
+    autoscaler: AutoscalerTable
+    target: KubernetesTable | ProcessTable
+    leader: KubernetesLeaderTable | StateLeaderTable | None
+
+
+def load_autoscale_settings(file: Path) -> AutoscaleSettings:
+    """Return the settings in a file.
+
+    Raises:
+        InvalidConfiguration: with every mistake that was found, each with its file and line.
+    """
+    source = SettingsSource(read_document(file), str(file))
+    reader = SettingsReader(source)
+    reader.known_keys((), source.values, _TABLES)
+    autoscaler = reader.read_struct(AutoscalerTable, ("autoscaler",), source.values.get("autoscaler", {}))
+    target = _read_one(reader, source, "target", TARGETS)
+    leader = _read_one(reader, source, "leader", LEADERS) if "leader" in source.values else None
+    if target is None and not reader.problems:
+        reader.add_problem(("target",), f"there is no target: add one of the tables {_tables('target', TARGETS)}")
+    reader.raise_problems()
+    assert autoscaler is not None  # noqa: S101 - else a problem was raised
+    assert target is not None  # noqa: S101
+    return AutoscaleSettings(autoscaler=autoscaler, target=target, leader=leader)
+
+
+def _read_one(reader: SettingsReader, source: SettingsSource, name: str, kinds: Mapping[str, type[S]]) -> S | None:
+    """Return the struct of the one table below `name`; None if there is none, or a problem."""
+    table = source.values.get(name, {})
+    if not isinstance(table, dict):
+        reader.add_problem((name,), f"{name} must be one of the tables {_tables(name, kinds)}")
+        return None
+    found = [
+        reader.read_struct(kinds[key], (name, key), table[key]) for key in reader.known_keys((name,), table, kinds)
+    ]
+    if len(found) > 1:
+        reader.add_problem((name,), f"{name} has {len(found)} tables; keep one of {_tables(name, kinds)}")
+    return found[0] if found else None
+
+
+def _tables(name: str, kinds: Mapping[str, object]) -> str:
+    return ", ".join(f"[{name}.{key}]" for key in kinds)

@@ -1,0 +1,145 @@
+"""The connection to a Kubernetes API server, as `lightkube` configures it: the one module that imports it.
+
+Configuration and credentials are those of `lightkube` (kubeconfig, the service account of a pod, exec plugins, tokens
+that change). The requests are plain HTTP by the client that it makes: a watch of `lightkube` itself follows the one
+before at once, even on a stream that was empty, and its errors need a Content-Type, which a proxy may leave out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import httpx2
+from lightkube import ConfigError, KubeConfig
+from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.kubeconfig import SingleConfig
+from lightkube.config.models import User
+
+
+class Response(NamedTuple):
+    """The answer of the server to one request."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    content: bytes
+
+
+class KubernetesClient:
+    """Connections to one API server.
+
+    Args:
+        config: the server and the credentials.
+        timeout: seconds that each part of a request may take.
+        transport: a transport of `httpx2`; None for its own.
+
+    Raises:
+        Others: what `lightkube` raises if the configuration is invalid. It reads files, so it blocks.
+    """
+
+    def __init__(
+        self,
+        config: SingleConfig,
+        *,
+        timeout: float = 10.0,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.namespace = config.namespace
+        self._timeout = timeout
+        if config.user is None:  # as in front of `kubectl proxy`
+            config = config._replace(user=User())
+        parameters = ConnectionParams(httpx2.Timeout(timeout), transport=transport)  # type: ignore[arg-type]
+        self._client = AsyncClient(config, parameters)
+        self._pods = httpx2.AsyncClient(trust_env=False, transport=transport)
+
+    async def request(
+        self, method: str, path: str, *, params: Mapping[str, str], body: Mapping[str, Any] | None
+    ) -> Response:
+        """Return the answer to a request, whatever its status.
+
+        Raises:
+            ConnectionError: there is no answer.
+        """
+        with _connection_errors():
+            response = await self._client.request(method, path, params=dict(params), json=body)
+        return _response(response)
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, path: str, *, params: Mapping[str, str]
+    ) -> AsyncIterator[tuple[Response, AsyncIterator[str]]]:
+        """Open a stream of lines; the response has a content only if it is an error.
+
+        Raises:
+            ConnectionError: there is no answer, or it breaks off; it may be silent for any time.
+        """
+        timeout = httpx2.Timeout(self._timeout, read=None)
+        with _connection_errors():
+            async with self._client.stream("GET", path, params=dict(params), timeout=timeout) as response:
+                if not response.is_success:
+                    await response.aread()
+                yield _response(response), response.aiter_lines()
+
+    async def fetch(self, url: str) -> Response:
+        """Return the answer of a pod at `url`, without credentials.
+
+        Raises:
+            ConnectionError: there is no answer.
+        """
+        with _connection_errors():
+            response = await self._pods.get(url)
+        return _response(response)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+        await self._pods.aclose()
+
+
+def connect(context: str | None, timeout: float) -> KubernetesClient:
+    """Return the client of the environment: of KUBECONFIG, of the pod that this runs in, or of ``~/.kube/config``.
+
+    It reads files, so it blocks.
+
+    Args:
+        context: of the file; None for its current one.
+        timeout: seconds that each part of a request may take.
+
+    Raises:
+        Others: there is none, or it is invalid.
+    """
+    if path := os.environ.get("KUBECONFIG"):
+        files = [each for each in path.split(os.pathsep) if each]
+        if len(files) != 1:
+            raise ValueError(f"KUBECONFIG names {len(files)} files; merge them into one")
+        found = KubeConfig.from_file(files[0])
+    else:
+        found = KubeConfig.from_env()
+    config = found.get(context)
+    if config is None:
+        raise ValueError("it has no current context")
+    return KubernetesClient(config, timeout=timeout)
+
+
+def client_of(url: str, *, namespace: str = "default", **settings: Any) -> KubernetesClient:
+    """Return the client of a server that needs no credentials, such as ``kubectl proxy``."""
+    config = KubeConfig.from_server(url, namespace).get()
+    assert config is not None  # noqa: S101 - it has been made with a context
+    return KubernetesClient(config, **settings)
+
+
+def _response(response: httpx2.Response) -> Response:
+    content = b"" if response.is_success and not response.is_closed else response.content
+    return Response(response.status_code, response.reason_phrase, response.headers, content)
+
+
+@contextlib.contextmanager
+def _connection_errors() -> Iterator[None]:
+    """Raise ConnectionError for errors of the libraries, of exec plugins, and of files of tokens."""
+    try:
+        yield
+    except (httpx2.HTTPError, httpx2.StreamError, ConfigError, OSError) as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error

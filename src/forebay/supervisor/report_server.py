@@ -1,0 +1,96 @@
+"""A small HTTP server by which a worker process says how it is: for probes, and for an autoscaler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+
+from forebay.errors import ForebayError
+from forebay.scale import ReplicaReport
+
+_MAX_HEAD: Final = 8 * 1024  # bytes
+_TIMEOUT: Final = 5.0  # seconds for one request, its answer included
+_MAX_CONNECTIONS: Final = 64
+
+
+class ReportServer:
+    """Answers ``GET /healthz`` (200), ``/readyz`` (200 or 503) and ``/report`` (a `ReplicaReport` as JSON, or 503).
+
+    It has no secrets to tell, and takes no orders; so it asks for no token.
+
+    Args:
+        host: on which it listens.
+        port: the same; 0 for any free one.
+        ready: whether the worker takes tasks.
+        report: returns the report of a worker that is ready.
+    """
+
+    def __init__(
+        self, host: str, port: int, *, ready: Callable[[], bool], report: Callable[[], Awaitable[ReplicaReport]]
+    ) -> None:
+        self._host = host
+        self.port = port
+        self._ready = ready
+        self._report = report
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address is taken, or is none of this machine.
+        """
+        self._server = await asyncio.start_server(self._accept, self._host, self.port, limit=_MAX_HEAD)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Stop listening, and cut off what is under way."""
+        if self._server is not None:
+            self._server.close()
+            for connection in self._connections:
+                connection.cancel()
+            if self._connections:
+                await asyncio.wait(tuple(self._connections))
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= _MAX_CONNECTIONS:
+            writer.close()
+            return
+        connection = asyncio.ensure_future(self._serve(reader, writer))
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ForebayError):
+                async with asyncio.timeout(_TIMEOUT):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(await self._answer(head))
+                    await writer.drain()
+        finally:
+            writer.close()
+
+    async def _answer(self, head: bytes) -> bytes:
+        method, _, rest = head.partition(b" ")
+        path = rest.partition(b" ")[0].partition(b"?")[0]
+        if path not in (b"/healthz", b"/readyz", b"/report"):
+            return _response("404 Not Found", b'{"paths": ["/healthz", "/readyz", "/report"]}')
+        if method != b"GET":
+            return _response("405 Method Not Allowed", b"{}")
+        if path != b"/healthz" and not self._ready():
+            return _response("503 Service Unavailable", b'{"ready": false}')
+        if path == b"/report":
+            return _response("200 OK", msgspec.json.encode(await self._report()))
+        return _response("200 OK", b'{"ready": true}' if self._ready() else b'{"ready": false}')
+
+
+def _response(status: str, body: bytes) -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    )
+    return head.encode() + b"\r\n" + body

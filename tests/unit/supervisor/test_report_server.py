@@ -1,0 +1,103 @@
+"""The HTTP server of a worker process, for probes and for an autoscaler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from forebay.scale import ReplicaReport
+from forebay.supervisor.report_server import ReportServer
+
+
+class Worker:
+    """What a worker says of itself."""
+
+    def __init__(self) -> None:
+        self.is_ready = True
+        self.hangs = False
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    async def report(self) -> ReplicaReport:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return ReplicaReport(running=2, service=1.5, limited_by="upstream:openai:rpm")
+
+
+@contextlib.asynccontextmanager
+async def served(worker: Worker) -> AsyncIterator[ReportServer]:
+    server = ReportServer("127.0.0.1", 0, ready=worker.ready, report=worker.report)
+    await server.open()
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+async def ask(server: ReportServer, request: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        writer.write(request)
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+async def get(server: ReportServer, path: str, method: str = "GET") -> tuple[int, Any]:
+    answer = await ask(server, f"{method} {path} HTTP/1.1\r\nHost: there\r\n\r\n".encode())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+    return int(head.split()[1]), json.loads(body)
+
+
+async def test_it_answers_probes_and_reports() -> None:
+    worker = Worker()
+    async with served(worker) as server:
+        assert await get(server, "/healthz") == (200, {"ready": True})
+        assert await get(server, "/readyz?verbose") == (200, {"ready": True})
+        report = {"running": 2, "service": 1.5, "limited_by": "upstream:openai:rpm"}
+        assert await get(server, "/report") == (200, report)
+        worker.is_ready = False  # it starts, or drains
+        assert await get(server, "/healthz") == (200, {"ready": False})
+        assert await get(server, "/readyz") == (503, {"ready": False})
+        assert (await get(server, "/report"))[0] == 503
+        assert (await get(server, "/"))[0] == 404
+        assert (await get(server, "/report", "DELETE"))[0] == 405
+
+
+@pytest.mark.parametrize("request_", [b"", b"\r\n\r\n", b"\x00\xff\r\n\r\n", b"GET", b"a" * 20_000 + b"\r\n\r\n"])
+async def test_what_is_no_request_does_no_harm(request_: bytes) -> None:
+    worker = Worker()
+    async with served(worker) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        with contextlib.suppress(OSError):
+            writer.write(request_)
+            writer.write_eof()
+            assert (await reader.read())[:12] in (b"", b"HTTP/1.1 404")
+        writer.close()
+        assert await get(server, "/healthz") == (200, {"ready": True})
+
+
+async def test_connections_are_bounded_and_cut_off_when_it_closes() -> None:
+    worker = Worker()
+    worker.hangs = True
+    async with served(worker) as server:
+        open_ones = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(64)]
+        for _, writer in open_ones:
+            writer.write(b"GET /report HTTP/1.1\r\n\r\n")
+        while len(server._connections) < 64:  # noqa: ASYNC110 - accepted by the system, not yet here
+            await asyncio.sleep(0)
+        with contextlib.suppress(OSError):
+            assert await ask(server, b"GET /healthz HTTP/1.1\r\n\r\n") == b""
+        assert len(server._connections) == 64
+    for reader, writer in open_ones:
+        with contextlib.suppress(OSError):
+            assert await reader.read() == b""
+        writer.close()
+    assert not server._connections
