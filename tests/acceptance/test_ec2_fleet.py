@@ -15,7 +15,7 @@ from tests.support.simulated_group import SimulatedGroup, SimulatedInstance
 
 from forebay import BackpressureSupervisor, Task
 from forebay.scale import Autoscaler, Ec2Target
-from forebay.scale.ec2_client import AutoScalingClient
+from forebay.scale.ec2_client import AwsClient
 from forebay.supervisor.worker_protection import WorkerProtection
 from forebay.testing import now, virtual
 
@@ -179,7 +179,7 @@ def test_scale_in_interrupts_no_task(overflow: str, monkeypatch: pytest.MonkeyPa
     @virtual
     async def run() -> None:
         fleet = Fleet(overflow, hook=hook)
-        monkeypatch.setattr(AutoScalingClient, "_connect", lambda _: fleet.group)
+        monkeypatch.setattr(AwsClient, "_connect", lambda _: fleet.group)
         scaler = await serve_two_surges(fleet)
         assert fleet.most > 4
         assert len(fleet.group.live) <= 2
@@ -194,7 +194,7 @@ def test_without_protection_tasks_are_interrupted_and_run_again(overflow: str, m
     @virtual
     async def run() -> None:
         fleet = Fleet(overflow, hook=None, protects=False)
-        monkeypatch.setattr(AutoScalingClient, "_connect", lambda _: fleet.group)
+        monkeypatch.setattr(AwsClient, "_connect", lambda _: fleet.group)
         await serve_two_surges(fleet)
         assert fleet.interrupted > 0
 

@@ -93,7 +93,8 @@ from forebay.scale import (
     process_target,
     ratio,
 )
-from forebay.scale.ec2_client import AutoScalingClient
+from forebay.scale.ec2_client import AwsClient
+from forebay.scale.ec2_reports import InstanceReports
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -3298,11 +3299,15 @@ def the_bounds_of_a_group_do_not_bind() -> None:
 
 
 def calls_of_an_instance_group_overtake_each_other() -> None:
-    async def open_with_many_threads(self: AutoScalingClient) -> None:
+    async def open_with_many_threads(self: AwsClient) -> None:
         self._executor = DaemonThreadExecutor("forebay-ec2", max_threads=8)
         self._client = await self._run("", self._connect)
 
-    replace(AutoScalingClient, AutoScalingClient.open, open_with_many_threads)
+    replace(AwsClient, AwsClient.open, open_with_many_threads)
+
+
+def a_quota_that_instances_are_short_of_is_never_seen() -> None:
+    always(InstanceReports, InstanceReports.follow, returns=None)
 
 
 def a_call_that_is_throttled_is_not_repeated() -> None:

@@ -111,7 +111,7 @@ from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log, test_step
-from tests.unit.scale import test_autoscaler, test_decision, test_ec2, test_ec2_protection, test_ratio
+from tests.unit.scale import test_autoscaler, test_decision, test_ec2, test_ec2_protection, test_ec2_reports, test_ratio
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import test_failure_log, test_pool, test_pools, test_worker_protection
@@ -1350,6 +1350,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_bounds_of_a_group_do_not_bind: test_ec2.test_the_bounds_of_the_group_hold_and_are_named_once,
     bugs.calls_of_an_instance_group_overtake_each_other: (
         test_ec2.test_a_call_that_was_given_up_is_over_before_the_next_one
+    ),
+    bugs.a_quota_that_instances_are_short_of_is_never_seen: (
+        test_ec2_reports.test_the_reports_of_instances_are_summed_up
     ),
     bugs.a_call_that_is_throttled_is_not_repeated: test_ec2.test_a_call_that_is_throttled_is_repeated,
 }

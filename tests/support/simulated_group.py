@@ -132,6 +132,17 @@ class SimulatedGroup:
 
         return self._call("DescribeAutoScalingInstances", describe)
 
+    def describe_instances(self, *, Filters: list[dict[str, Any]]) -> Any:  # noqa: N803
+        """Return the private addresses of instances: that of this machine."""
+
+        def describe() -> Any:
+            (wanted,) = (each["Values"] for each in Filters if each["Name"] == "instance-id")
+            found = [each.instance_id for each in self.instances if each.instance_id in wanted]
+            instances = [{"InstanceId": each, "PrivateIpAddress": "127.0.0.1"} for each in found]
+            return {"Reservations": [{"Instances": [each]} for each in instances]}
+
+        return self._call("DescribeInstances", describe)
+
     def set_desired_capacity(
         self,
         *,

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from forebay._validate import check_name, check_whole
 from forebay.errors import ScalingFailed, StoreNotInstalled
 from forebay.events import log
 from forebay.scale.ratio import clamp
-from forebay.scale.target import Replicas
+from forebay.scale.target import Replicas, sum_up
 
 if TYPE_CHECKING:
-    from forebay.scale.ec2_client import AutoScalingClient
+    from forebay.scale.ec2_client import AwsClient
+    from forebay.scale.ec2_reports import InstanceReports
 
 _OWNER: Final = "Ec2Target"
 _MAX_BATCH: Final = 50  # instances of a call of SetInstanceProtection
@@ -82,9 +85,14 @@ class Group:
         )
 
     @property
+    def ready_instances(self) -> Sequence[Instance]:
+        """Those that are in service and healthy."""
+        return [each for each in self.instances if each.in_service and each.healthy]
+
+    @property
     def ready(self) -> int:
         """The capacity in service, at most what is wanted: instances that leave, or are to leave, do not count."""
-        return min(self.desired, sum(each.weight for each in self.instances if each.in_service and each.healthy))
+        return min(self.desired, sum(each.weight for each in self.ready_instances))
 
     def instances_to_release(self, desired: int) -> Sequence[str]:
         """Return the protected instances that must lose their protection, so that no more than `desired` remain.
@@ -119,6 +127,9 @@ class Ec2Target:
         region: None for that of the environment or the profile.
         drain_hook: name of a lifecycle hook of the group for instances that terminate; None if there is none. The
             workers need the same name: ``forebay worker --protect ec2 --drain-hook NAME``.
+        report_port: port on which each instance reports what it is short of and how long its tasks take (``forebay
+            worker --listen``), in its private network; None if they do not. Without reports, no bottleneck of the
+            instances is known: replicas are added while a quota that they share is used up.
         endpoint: address of the service; None for that of the region.
 
     Raises:
@@ -131,16 +142,20 @@ class Ec2Target:
         *,
         region: str | None = None,
         drain_hook: str | None = None,
+        report_port: int | None = None,
         endpoint: str | None = None,
     ) -> None:
         for name, value in (("group", group), ("region", region), ("drain_hook", drain_hook), ("endpoint", endpoint)):
             if value is not None or name == "group":
                 check_name(_OWNER, name, value)
+        check_whole(_OWNER, "report_port", report_port, maximum=65_535, none="if the instances do not report")
         self._group = group
         self._region = region
         self._drain_hook = drain_hook
+        self._report_port = report_port
         self._endpoint = endpoint
-        self._client: AutoScalingClient | None = None
+        self._client: AwsClient | None = None
+        self._reports: InstanceReports | None = None
         self._warned: dict[str, str] = {}  # what was logged last, by what it is about
 
     @property
@@ -161,19 +176,28 @@ class Ec2Target:
             ScalingFailed: they cannot be read, or there is none; the message says why.
         """
         try:
-            from forebay.scale.ec2_client import AutoScalingClient  # noqa: PLC0415 - needs botocore
+            from forebay.scale.ec2_client import AwsClient  # noqa: PLC0415 - needs botocore
+            from forebay.scale.ec2_reports import InstanceReports  # noqa: PLC0415
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "botocore":
                 raise
             raise StoreNotInstalled(where=_OWNER, library="botocore", extra="ec2") from None
-        self._client = AutoScalingClient(self.name, region=self._region, endpoint=self._endpoint)
+        self._client = AwsClient(self.name, region=self._region, endpoint=self._endpoint)
         await self._client.open()
         await self._read()
         if self._drain_hook is not None:
             await find_hook(self._client, self.name, self._group, self._drain_hook)
+        if self._report_port is not None:
+            self._reports = InstanceReports(
+                self.name, port=self._report_port, region=self._region, endpoint=self._endpoint
+            )
+            await self._reports.open()
 
     async def close(self) -> None:
         """Disconnect. The instances stay."""
+        reports, self._reports = self._reports, None
+        if reports is not None:
+            await reports.close()
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -186,7 +210,11 @@ class Ec2Target:
         """
         group = await self._read()
         await self._release(group, group.desired)
-        return Replicas(current=group.desired, ready=group.ready)
+        if self._reports is None:
+            return Replicas(current=group.desired, ready=group.ready)
+        self._reports.follow([each.instance_id for each in group.ready_instances])
+        summary = sum_up(group.desired, self._reports.last)
+        return msgspec.structs.replace(summary, ready=group.ready)
 
     async def scale(self, replicas: int) -> None:
         """Ask for so many instances, within the bounds of the group.
@@ -261,7 +289,7 @@ class Ec2Target:
             log.warning("%s: %s", self.name, message)
 
 
-async def find_hook(client: AutoScalingClient, what: str, group: str, hook: str) -> float:
+async def find_hook(client: AwsClient, what: str, group: str, hook: str) -> float:
     """Return the seconds that a lifecycle hook for instances that terminate keeps one without a sign of life.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The API of EC2 Auto Scaling, with its failures in words. It needs botocore, and is imported when it is used."""
+"""The APIs of EC2 and its Auto Scaling, with failures in words. It needs botocore, and is imported when it is used."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ _BAD_CREDENTIALS: Final = (
 )
 
 
-class AutoScalingClient:
-    """The calls of EC2 Auto Scaling, each of them in the order in which it was made.
+class AwsClient:
+    """The calls of one service, each of them in the order in which it was made.
 
     They block, and run in one thread: so a call that was given up, and that the service may yet carry out, is over
     before the next one begins. One that is throttled, or answered with a 5xx, is repeated twice.
 
     Args:
         what: names whatever uses it, in errors.
+        service: ``"autoscaling"`` or ``"ec2"``.
         region: None for that of the environment or the profile.
         endpoint: the address of the service; None for that of the region.
     """
 
-    def __init__(self, what: str, *, region: str | None, endpoint: str | None) -> None:
+    def __init__(self, what: str, service: str = "autoscaling", *, region: str | None, endpoint: str | None) -> None:
         self._what = what
+        self._service = service
         self._region = region
         self._endpoint = endpoint
         self._executor: DaemonThreadExecutor | None = None
@@ -53,7 +55,7 @@ class AutoScalingClient:
 
     def _connect(self) -> Any:
         return aws.create_client(
-            "autoscaling",
+            self._service,
             region=self._region,
             endpoint=self._endpoint,
             connections=1,
@@ -89,18 +91,17 @@ class AutoScalingClient:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         except aws.FAILURES as error:
-            raise ScalingFailed(what=self._what, why=_why(operation, error)) from error
+            raise ScalingFailed(what=self._what, why=self._why(operation, error)) from error
 
-
-def _why(operation: str, error: Exception) -> str:
-    """Return why an operation failed, and what to do."""
-    code = aws.error_code(error)
-    if code is None:
-        why, advice = aws.failure_in_words(error, setting="the target")
-        return f"{why}. {advice}".removesuffix(".")
-    if code in _DENIED:
-        return f"its credentials may not call autoscaling:{operation}: allow it in their IAM policy"
-    if code in _BAD_CREDENTIALS:
-        return f"the service rejects its credentials ({code}): renew them, and check the clock of this machine"
-    response: Any = getattr(error, "response", {})
-    return f"{operation} was answered with {code}: {response.get('Error', {}).get('Message') or 'no reason given'}"
+    def _why(self, operation: str, error: Exception) -> str:
+        """Return why an operation failed, and what to do."""
+        code = aws.error_code(error)
+        if code is None:
+            why, advice = aws.failure_in_words(error, setting="the target")
+            return f"{why}. {advice}".removesuffix(".")
+        if code in _DENIED:
+            return f"its credentials may not call {self._service}:{operation}: allow it in their IAM policy"
+        if code in _BAD_CREDENTIALS:
+            return f"the service rejects its credentials ({code}): renew them, and check the clock of this machine"
+        response: Any = getattr(error, "response", {})
+        return f"{operation} was answered with {code}: {response.get('Error', {}).get('Message') or 'no reason given'}"

@@ -16,7 +16,7 @@ from forebay._threads import DaemonThreadExecutor
 from forebay.errors import ScalingFailed
 from forebay.events import log
 from forebay.scale.ec2 import find_hook
-from forebay.scale.ec2_client import AutoScalingClient
+from forebay.scale.ec2_client import AwsClient
 
 _METADATA: Final = "http://169.254.169.254"
 _METADATA_VARIABLE: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # that of the AWS SDKs
@@ -83,7 +83,7 @@ class Ec2Protection:
         self._endpoint = endpoint
         self._metadata = InstanceMetadata()
         self._executor = DaemonThreadExecutor("forebay-metadata", max_threads=1)
-        self._client: AutoScalingClient | None = None
+        self._client: AwsClient | None = None
         self._lock: socket.socket | None = None
         self._instance_id = self._group = ""
         self._heartbeat = 3600.0  # seconds that the hook waits for a sign of life
@@ -107,7 +107,7 @@ class Ec2Protection:
             why = f"there is no metadata service ({type(error).__name__}); in a container its hop limit must be 2"
             raise ScalingFailed(what=self.name, why=f"{why}. Without an EC2 instance, leave --protect out") from error
         self._lock = _lock(self.name)
-        self._client = AutoScalingClient(self.name, region=region, endpoint=self._endpoint)
+        self._client = AwsClient(self.name, region=region, endpoint=self._endpoint)
         await self._client.open()
         state = await self._state()
         while state is not None and state.startswith("Pending"):
@@ -196,7 +196,7 @@ class Ec2Protection:
             return str(each["LifecycleState"])
         return None
 
-    def _opened(self) -> AutoScalingClient:
+    def _opened(self) -> AwsClient:
         if self._client is None:
             raise ScalingFailed(what=self.name, why="it is not open: use it between open() and close()")
         return self._client

@@ -18,7 +18,7 @@ from tests.support.simulated_group import SimulatedGroup, service_error
 
 from forebay.errors import InvalidSetting, ScalingFailed, StoreNotInstalled
 from forebay.scale import Ec2Target, Replicas
-from forebay.scale.ec2_client import AutoScalingClient
+from forebay.scale.ec2_client import AwsClient
 
 Connect = Callable[[SimulatedGroup], None]
 
@@ -28,7 +28,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
     """Return a function that puts a group in the place of the service."""
 
     def connect(group: SimulatedGroup) -> None:
-        monkeypatch.setattr(AutoScalingClient, "_connect", lambda _: group)
+        monkeypatch.setattr(AwsClient, "_connect", lambda _: group)
 
     return connect
 

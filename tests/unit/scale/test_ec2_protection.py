@@ -16,8 +16,8 @@ from tests.support.metadata_server import MetadataServer, metadata_server
 from tests.support.simulated_group import SimulatedGroup, service_error
 
 from forebay.errors import ScalingFailed
-from forebay.scale import Ec2Target, ec2_protection
-from forebay.scale.ec2_client import AutoScalingClient
+from forebay.scale import Ec2Target, ec2_protection, ec2_reports
+from forebay.scale.ec2_client import AwsClient
 from forebay.scale.ec2_protection import Ec2Protection
 
 
@@ -34,7 +34,7 @@ def group(metadata: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> Simulate
     """Return the group whose first instance this machine is."""
     group = SimulatedGroup(3, hook="drain")
     metadata.items["instance-id"] = group.instances[0].instance_id
-    monkeypatch.setattr(AutoScalingClient, "_connect", lambda _: group)
+    monkeypatch.setattr(AwsClient, "_connect", lambda _: group)
     return group
 
 
@@ -214,7 +214,7 @@ def allowed_by_the_page() -> list[set[str]]:
     page = (Path(__file__).parents[3] / "docs" / "guide" / "autoscaling-ec2.md").read_text()
     policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
     return [
-        {action.removeprefix("autoscaling:") for statement in policy["Statement"] for action in statement["Action"]}
+        {action.rpartition(":")[2] for statement in policy["Statement"] for action in statement["Action"]}
         for policy in policies
     ]
 
@@ -241,9 +241,12 @@ async def test_the_policies_on_the_page_allow_what_is_called_and_no_more(
     group.calls.clear()
     for each in group.instances:
         each.protected = True
-    target = Ec2Target("workers", drain_hook="drain")
+    monkeypatch.setattr(ec2_reports, "_INTERVAL", 0.001)
+    target = Ec2Target("workers", drain_hook="drain", report_port=9)
     await target.open()
     await target.replicas()
+    while "DescribeInstances" not in group.calls:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
     await target.scale(1)
     await target.close()
     assert set(group.calls) == of_autoscaler
