@@ -85,11 +85,17 @@ from forebay.saga.step import Raised, Step, is_ambiguous
 from forebay.scale import (
     Autoscaler,
     Ec2Target,
+    KubernetesLease,
+    KubernetesTarget,
+    LeaderLease,
+    LeaseRecord,
     ScaleDecider,
     decision,
     ec2,
     ec2_client,
     ec2_protection,
+    kubernetes_api,
+    leader,
     process_target,
     ratio,
 )
@@ -132,6 +138,7 @@ from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
+from forebay.supervisor.overflow_demand import OverflowDemand
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import FewPools, PoolGroup
 from forebay.supervisor.portal import PortalSlot
@@ -3239,6 +3246,49 @@ def a_process_that_is_to_go_is_killed() -> None:
         self.signal(signal.SIGKILL)
 
     replace(process_target._ReplicaProcess, process_target._ReplicaProcess.drain, drain)
+
+
+def what_somebody_else_has_scaled_is_overwritten() -> None:
+    swap(KubernetesTarget.scale, ast.NotIn, ast.In)
+
+
+def a_retry_after_of_kubernetes_is_not_kept() -> None:
+    def _retry_after(_: object) -> float | None:
+        return None
+
+    kubernetes_api._retry_after.__code__ = _retry_after.__code__
+
+
+def a_lost_watch_is_not_begun_from_a_list() -> None:
+    always(KubernetesTarget, KubernetesTarget._list, returns="0")
+
+
+def what_pods_are_short_of_is_not_asked() -> None:
+    always(KubernetesTarget, KubernetesTarget._report, returns=None)
+
+
+def a_leader_acts_past_its_lease() -> None:
+    leader._LEAD_SHARE = 4 / 3  # type: ignore[misc]
+
+
+def a_lease_is_taken_from_a_leader_that_lives() -> None:
+    always(LeaderLease, LeaderLease._may_take, returns=True)
+
+
+def a_conflict_about_a_lease_is_taken_for_a_success() -> None:
+    async def write(self: KubernetesLease, holder: str, duration: float, *, after: LeaseRecord | None) -> LeaseRecord:
+        return await original(self, holder, duration, after=after) or LeaseRecord(holder, duration, "0")
+
+    original = KubernetesLease.write
+    replace(KubernetesLease, KubernetesLease.write, write)
+
+
+def every_autoscaler_acts() -> None:
+    always(Autoscaler, Autoscaler._leads, returns=True)
+
+
+def an_autoscaler_without_a_program_sees_no_tasks_that_run() -> None:
+    swap(OverflowDemand.demand, ast.In, ast.NotIn)
 
 
 # --- scaling: EC2 ---

@@ -111,10 +111,25 @@ from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log, test_step
-from tests.unit.scale import test_autoscaler, test_decision, test_ec2, test_ec2_protection, test_ec2_reports, test_ratio
+from tests.unit.scale import (
+    test_autoscaler,
+    test_decision,
+    test_ec2,
+    test_ec2_protection,
+    test_ec2_reports,
+    test_kubernetes,
+    test_leader,
+    test_ratio,
+)
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
-from tests.unit.supervisor import test_failure_log, test_pool, test_pools, test_worker_protection
+from tests.unit.supervisor import (
+    test_failure_log,
+    test_overflow_demand,
+    test_pool,
+    test_pools,
+    test_worker_protection,
+)
 from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_call_flow, test_core
@@ -1327,6 +1342,21 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_process_that_is_to_go_is_killed: (
         test_worker_processes.test_a_process_that_goes_while_it_runs_tasks_finishes_them
+    ),
+    bugs.what_somebody_else_has_scaled_is_overwritten: (
+        test_kubernetes.test_what_somebody_else_has_scaled_meanwhile_is_decided_again
+    ),
+    bugs.a_retry_after_of_kubernetes_is_not_kept: test_kubernetes.test_a_retry_after_is_kept,
+    bugs.a_lost_watch_is_not_begun_from_a_list: test_kubernetes.test_a_lost_watch_is_begun_again_from_a_list,
+    bugs.what_pods_are_short_of_is_not_asked: (
+        test_kubernetes.test_the_pods_that_take_tasks_are_asked_what_they_are_short_of
+    ),
+    bugs.a_leader_acts_past_its_lease: test_leader.test_a_leader_that_is_cut_off_stops_before_another_begins,
+    bugs.a_lease_is_taken_from_a_leader_that_lives: test_leader.test_one_leads_and_goes_on_leading,
+    bugs.a_conflict_about_a_lease_is_taken_for_a_success: test_leader.test_two_that_begin_together_make_one_lease,
+    bugs.every_autoscaler_acts: test_leader.test_of_two_autoscalers_one_acts,
+    bugs.an_autoscaler_without_a_program_sees_no_tasks_that_run: (
+        test_overflow_demand.test_it_counts_what_waits_and_what_runs_whoever_runs_it
     ),
     # --- scaling: EC2 ---
     bugs.a_worker_takes_tasks_while_its_machine_may_go: (

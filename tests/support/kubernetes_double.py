@@ -21,6 +21,7 @@ import httpx2
 from aiohttp import web
 
 NAMESPACE: Final = "agents"
+_LATENCY: Final = 0.005  # seconds until a request arrives
 _PATH: Final = re.compile(
     r"/api(?:s/(?P<group>[^/]+))?/v1/namespaces/(?P<namespace>[^/]+)/(?P<resource>[^/]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>[^/]+))?"
@@ -377,6 +378,7 @@ class KubernetesTransport(httpx2.AsyncBaseTransport):
             if (content := self.plain.get(str(request.url))) is None:
                 raise httpx2.ConnectError("refused", request=request)
             return httpx2.Response(200, content=content)
+        await asyncio.sleep(_LATENCY)
         try:
             answer = await self.double.handle(
                 request.method, request.url.path, dict(request.url.params), request.content, request.headers

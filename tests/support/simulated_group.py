@@ -37,11 +37,14 @@ class SimulatedInstance:
 class SimulatedGroup:
     """A group, and the client of its API. A change of the desired capacity is carried out by `settle`.
 
-    It chooses the oldest of the instances without protection. With a hook, one that it has chosen waits.
+    It chooses the oldest of the instances without protection. With a hook, one that it has chosen waits. A `quick`
+    group settles and launches with each call.
     """
 
-    def __init__(self, desired: int = 0, *, minimum: int = 0, maximum: int = 20, hook: str | None = None) -> None:
-        self.desired, self.minimum, self.maximum, self.hook = desired, minimum, maximum, hook
+    def __init__(
+        self, desired: int = 0, *, minimum: int = 0, maximum: int = 20, hook: str | None = None, quick: bool = False
+    ) -> None:
+        self.desired, self.minimum, self.maximum, self.hook, self.quick = desired, minimum, maximum, hook, quick
         self.instances: list[SimulatedInstance] = []
         self.suspended: list[str] = []
         self.status: str | None = None
@@ -230,6 +233,9 @@ class SimulatedGroup:
 
     def _call(self, operation: str, act: Callable[[], Any]) -> Any:
         self.calls.append(operation)
+        if self.quick:
+            self.launch_all()
+            self.settle()
         for faults in (self.faults, self.lost):
             if faults.get(operation):
                 error = faults[operation].pop(0)

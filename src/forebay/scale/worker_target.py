@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from forebay._validate import check_whole
 from forebay.scale.target import Replicas
 
 
@@ -58,4 +59,5 @@ class WorkerTarget:
 
     async def scale(self, replicas: int) -> None:
         """Resize the worker."""
+        check_whole("WorkerTarget", "replicas", replicas, minimum=0)
         self._worker.resize(max(1, replicas))

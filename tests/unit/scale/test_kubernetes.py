@@ -27,7 +27,7 @@ from forebay.interfaces import Demand
 from forebay.scale import Autoscaler, KubernetesTarget, ReplicaReport
 from forebay.scale.kubernetes_api import KubernetesApi
 from forebay.scale.kubernetes_client import client_of
-from forebay.testing import now, run_ready, virtual
+from forebay.testing import now, virtual
 
 GET, PUT, LIST, WATCH = "get deployments/scale", "update deployments/scale", "list deployments", "watch deployments"
 SERVER_ERRORS = [500, 502, 503, 504]
@@ -108,7 +108,7 @@ async def test_more_pods_than_replicas_as_in_a_rolling_update_are_no_more_ready_
     double.workload(replicas=2)
     async with target_of(double) as target:
         double.set_ready("workers", 3)
-        await run_ready()
+        await asyncio.sleep(0.1)
         assert (await target.replicas()).ready == 2
 
 
@@ -197,6 +197,7 @@ async def test_a_long_retry_after_is_left_to_the_autoscaler() -> None:
     double = KubernetesDouble()
     double.workload(replicas=1)
     async with target_of(double) as target:
+        await asyncio.sleep(0.1)
         double.fail(GET, answers(503, retry_after=60))
         requests = len(double.requests)
         for _ in range(3):
@@ -265,7 +266,7 @@ async def test_an_object_that_is_missing_is_named() -> None:
         with pytest.raises(ScalingFailed, match=r'there is no such object \(404: deployments.apps "workers" not found'):
             await target.replicas()
         double.workload(replicas=3)
-        await run_ready()
+        await asyncio.sleep(0.1)
         assert (await target.replicas()).ready == 3
 
 
@@ -339,7 +340,7 @@ async def test_a_watch_that_ends_goes_on_where_it_was() -> None:
         assert double.count(WATCH) in (30, 31)
         for ready in (3, 2):
             double.end_watches()
-            await run_ready()
+            await asyncio.sleep(0.1)
             double.set_ready("workers", ready)
             await asyncio.sleep(2.0)
             assert (await target.replicas()).ready == ready
@@ -363,7 +364,7 @@ async def test_a_lost_watch_is_begun_again_from_a_list(gone: str, caplog: pytest
     double = KubernetesDouble()
     double.workload(replicas=4)
     async with target_of(double) as target:
-        await run_ready()
+        await asyncio.sleep(0.1)
         if gone == "cut":
             double.end_watches(cut=True)
         elif gone == "forgotten by status":
@@ -387,7 +388,7 @@ async def test_a_watch_that_says_nothing_is_taken_for_dead() -> None:
     double = KubernetesDouble()
     double.workload(replicas=4)
     async with target_of(double) as target:
-        await run_ready()
+        await asyncio.sleep(0.1)
         double.end_watches()
         double.fail(WATCH, hangs)  # from now on
         await asyncio.sleep(5.0)
@@ -401,7 +402,7 @@ async def test_a_watch_of_a_server_that_is_away_waits_longer_and_longer() -> Non
     double = KubernetesDouble()
     double.workload(replicas=4)
     async with target_of(double) as target:
-        await run_ready()
+        await asyncio.sleep(0.1)
         requests = len(double.requests)
         double.fail(LIST, cuts, times=1000)
         double.end_watches(cut=True)
@@ -421,7 +422,7 @@ async def test_a_watch_that_cannot_be_read_is_begun_again(line: bytes) -> None:
     async with target_of(double) as target:
         await asyncio.sleep(3.0)
         double.set_ready("workers", 1)
-        await run_ready()
+        await asyncio.sleep(0.1)
         assert (await target.replicas()).ready == 1
 
 

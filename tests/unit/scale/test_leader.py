@@ -24,8 +24,9 @@ from forebay.interfaces import Demand
 from forebay.scale import Autoscaler, KubernetesLease, KubernetesTarget, LeaderLease, LeaseStore, StateLease
 from forebay.scale.kubernetes_api import KubernetesApi
 from forebay.scale.kubernetes_client import client_of
+from forebay.simulation.loop.virtual_loop import virtual_loop
 from forebay.state import ShardedState
-from forebay.testing import now, run_ready, virtual
+from forebay.testing import now, virtual
 
 UPDATE = "update leases"
 
@@ -254,7 +255,7 @@ class Trouble:
 
     def __init__(self, made: Cluster) -> None:
         self.made = made
-        self.loop: Any = asyncio.get_running_loop()
+        self.loop = virtual_loop()
         self.draw = self.loop.random
         self.late = asyncio.Event()
 
@@ -376,7 +377,7 @@ async def test_a_paused_leader_does_not_act_after_its_lease() -> None:
         made.double.fail("update deployments/scale", after(arrives))
         first, second = LeaderLease(made.lease()), LeaderLease(made.lease())
         async with scaler(supervisor, paused, first), scaler(supervisor, following, second):
-            await run_ready(50)
+            await asyncio.sleep(0.1)
             made.transports[0].cut_off = made.transports[2].cut_off = True
             supervisor.answer = Demand(elsewhere=8, service=1.0)
             await asyncio.sleep(60.0)
@@ -415,9 +416,8 @@ async def test_a_loop_that_was_blocked_past_the_lease_does_not_act() -> None:
         async with scaler(supervisor, target, lease):
             await asyncio.sleep(60.0)
             supervisor.answer = Demand(elsewhere=8, service=1.0)
-            loop: Any = asyncio.get_running_loop()
             made.transports[0].cut_off = True
-            loop.stall(30.0)  # as in a process that is stopped
+            virtual_loop().stall(30.0)  # as in a process that is stopped
             await asyncio.sleep(30.0)
             assert target.asked == []
             made.transports[0].cut_off = False
