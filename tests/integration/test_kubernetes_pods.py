@@ -209,7 +209,52 @@ async def test_pods_come_with_a_surge_and_drain_after_it(tmp_path: Path, monkeyp
         runs = (tmp_path / "runs").read_text().split("\n")[:-1]
         assert sorted(int(line.split()[0]) for line in runs) == list(range(120))  # none lost, none twice
         assert double.count("list pods") > 1
-        assert double.get("leases", "forebay-autoscaler")["spec"]["holderIdentity"] == ""  # given back
+        assert "holderIdentity" not in double.get("leases", "forebay-autoscaler")["spec"]  # given back
+
+
+async def test_a_leader_that_is_stopped_or_killed_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "autoscale.toml"
+    config.write_text(CONFIG.format(folder=tmp_path, port=free_port()).replace("minimum = 0", "minimum = 2"))
+    command = [sys.executable, "-m", "forebay.cli", "autoscale", "--config", str(config)]
+    async with cluster(tmp_path, monkeypatch, replicas=2) as double:
+        scalers = [await asyncio.create_subprocess_exec(*command) for _ in range(3)]
+
+        def leader() -> asyncio.subprocess.Process | None:
+            lease = double.find("leases", "forebay-autoscaler")
+            holder = "" if lease is None else lease["spec"].get("holderIdentity", "")
+            return next((each for each in scalers if f"-{each.pid}-" in holder), None)
+
+        async def acts(by: asyncio.subprocess.Process) -> None:
+            """Wait until what somebody else has scaled is set right, by the leader alone."""
+            double.set_replicas(1)
+            await until(lambda: double.replicas() == 2)
+            assert leader() is by
+
+        try:
+            await until(leader)
+            first = leader()
+            assert first is not None
+            await acts(first)
+            first.send_signal(signal.SIGSTOP)
+            await until(lambda: leader() is not first)
+            second = leader()
+            assert second is not None
+            await acts(second)
+            first.send_signal(signal.SIGCONT)
+            await acts(second)
+            second.kill()
+            await second.wait()
+            await until(lambda: leader() not in (None, second))
+            third = leader()
+            assert third is not None
+            await acts(third)
+        finally:
+            for each in scalers:
+                if each.returncode is None:
+                    each.send_signal(signal.SIGCONT)
+                    each.send_signal(signal.SIGTERM)
+                    await each.wait()
+        assert sorted(each.returncode or 0 for each in scalers) == [-signal.SIGKILL, 0, 0]
 
 
 async def test_over_http_a_watch_is_cut_and_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

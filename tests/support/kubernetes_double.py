@@ -114,6 +114,10 @@ class KubernetesDouble:
         """Return an object."""
         return self._objects[resource, name]
 
+    def find(self, resource: str, name: str) -> dict[str, Any] | None:
+        """Return an object, or None."""
+        return self._objects.get((resource, name))
+
     def replicas(self, name: str = "workers", *, resource: str = "deployments") -> int:
         """Return how many replicas a workload has been asked for."""
         return int(self.get(resource, name)["spec"].get("replicas", 0))

@@ -189,11 +189,11 @@ class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidSetting: the environment variable is not set.
         """
-        if self.url is not None:
-            return self.url
-        url = environment.get(self.url_env or "")
+        url = environment.get(self.url_env or "") if self.url is None else self.url
         if not url:
             reject(_OWNER, "url_env", self.url_env, "the name of an environment variable that is set")
+        if url.strip().startswith("memory:"):
+            reject(_OWNER, "url", "one in memory", 'one that the other autoscalers see, too, such as "redis://host/0"')
         return url
 
 

@@ -25,6 +25,7 @@ _BACKOFF: Final = Retry(base_delay=0.5, max_delay=30.0)
 _WATCH_GRACE: Final = 10.0  # seconds for which a watch may last longer than it should
 _REPORT_INTERVAL: Final = 5.0  # seconds between two rounds of reports
 _REPORT_TIMEOUT: Final = 2.0  # seconds that a pod may take to report
+_MOST_LISTED: Final = 500  # pods, of which those that are asked are drawn
 _MOST_ASKED: Final = 50  # pods in a round; of more, these are drawn
 
 
@@ -94,6 +95,7 @@ class KubernetesTarget:
         self._watching: asyncio.Task[None] | None = None
         self._reporting: asyncio.Task[None] | None = None
         self._reports: Sequence[ReplicaReport] = ()
+        self._service: float | None = None  # as the pods reported it last, which counts while there are none
 
     @property
     def name(self) -> str:
@@ -140,7 +142,9 @@ class KubernetesTarget:
         current = self._scale.replicas
         ready = min(self._ready, current)  # of a rolling update there are more
         summary = sum_up(current, self._reports)
-        return Replicas(current=current, ready=ready, limited_by=summary.limited_by, service=summary.service)
+        if summary.service is not None:
+            self._service = summary.service
+        return Replicas(current=current, ready=ready, limited_by=summary.limited_by, service=self._service)
 
     async def scale(self, replicas: int) -> None:
         """Ask for so many replicas, if there are still as many as at the last reading.
@@ -297,7 +301,7 @@ class KubernetesTarget:
             raise ScalingFailed(what=self.name, why="its scale names no selector of pods")
         answer = await self._request(
             "list", "pods", "", "GET", f"/api/v1/namespaces/{self._api.namespace}/pods",
-            params={"labelSelector": selector, "resourceVersion": "0"},
+            params={"labelSelector": selector, "limit": str(_MOST_LISTED)},
         )  # fmt: skip
         ips = sorted(filter(None, map(_ready_ip, answer.get("items") or ())), key=lambda _: clock.draw())
         asked = [self._report(ip, port) for ip in ips[:_MOST_ASKED]]

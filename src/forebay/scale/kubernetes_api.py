@@ -129,7 +129,8 @@ class KubernetesApi:
             return connect(self._context, self._timeout)
         except Exception as error:
             advice = "set KUBECONFIG to a file that kubectl accepts, or run in a pod with a service account"
-            why = f"its configuration is missing or invalid ({type(error).__name__}: {error}); {advice}"
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            why = f"its configuration is missing or invalid ({what}); {advice}"
             raise ScalingFailed(what="Kubernetes", why=why) from error
 
     async def request(

@@ -138,8 +138,10 @@ def _response(response: httpx2.Response) -> Response:
 
 @contextlib.contextmanager
 def _connection_errors() -> Iterator[None]:
-    """Raise ConnectionError for errors of the libraries, of exec plugins, and of files of tokens."""
+    """Raise ConnectionError for errors of the libraries, of exec plugins and their output, and of files of tokens."""
     try:
         yield
-    except (httpx2.HTTPError, httpx2.StreamError, ConfigError, OSError) as error:
+    except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
         raise ConnectionError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+    except (ConfigError, OSError, ValueError, KeyError) as error:
+        raise ConnectionError(f"its credentials cannot be read: {type(error).__name__}: {error}") from error

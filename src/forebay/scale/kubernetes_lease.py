@@ -87,12 +87,10 @@ class KubernetesLease:
         metadata = {"name": self._object, "namespace": self._api.namespace}
         if after is not None:
             metadata["resourceVersion"] = after.version
-        body = {
-            "apiVersion": "coordination.k8s.io/v1",
-            "kind": "Lease",
-            "metadata": metadata,
-            "spec": {"holderIdentity": holder, "leaseDurationSeconds": math.ceil(duration), "renewTime": at},
-        }
+        spec: dict[str, Any] = {"leaseDurationSeconds": math.ceil(duration), "renewTime": at}
+        if holder:
+            spec["holderIdentity"] = holder
+        body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
         access = Access("create" if after is None else "update", _RESOURCE, "" if after is None else self._object)
         method, path = ("POST", self._path()) if after is None else ("PUT", self._path(self._object))
         try:

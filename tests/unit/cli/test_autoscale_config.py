@@ -129,6 +129,8 @@ def test_variables_of_the_environment() -> None:
     assert state.shard_url({"STATE": "redis://there"}) == "redis://there"
     with pytest.raises(InvalidSetting, match="environment variable that is set"):
         state.shard_url({"STATE": ""})
+    with pytest.raises(InvalidSetting, match="that the other autoscalers see, too"):
+        StateLeaderTable(url="memory://").shard_url({})
 
 
 def test_check_prints_what_it_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,3 +162,9 @@ def test_what_it_cannot_begin_with_is_a_line(
     assert done.exit_code == status
     assert why in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", ":9000", "127.0.0.1:90000"])
+def test_a_worker_listens_at_an_address(address: str) -> None:
+    done = CliRunner().invoke(app, ["worker", "app:supervisor", "--listen", address])
+    assert (done.exit_code, done.stderr) == (2, "forebay: --listen: it must be HOST:PORT, such as 0.0.0.0:9000\n")

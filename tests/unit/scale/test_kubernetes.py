@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -27,15 +27,16 @@ from forebay.interfaces import Demand
 from forebay.scale import Autoscaler, KubernetesTarget, ReplicaReport
 from forebay.scale.kubernetes_api import KubernetesApi
 from forebay.scale.kubernetes_client import client_of
+from forebay.simulation.loop.virtual_loop import virtual_loop
 from forebay.testing import now, virtual
 
 GET, PUT, LIST, WATCH = "get deployments/scale", "update deployments/scale", "list deployments", "watch deployments"
 SERVER_ERRORS = [500, 502, 503, 504]
 
 
-def api_of(double: KubernetesDouble, transport: KubernetesTransport | None = None, **settings: Any) -> KubernetesApi:
+def api_of(double: KubernetesDouble, transport: KubernetesTransport | None = None) -> KubernetesApi:
     transport = transport or KubernetesTransport(double)
-    return KubernetesApi(client=client_of("http://kubernetes", namespace=NAMESPACE, transport=transport), **settings)
+    return KubernetesApi(client=client_of("http://kubernetes", namespace=NAMESPACE, transport=transport))
 
 
 @contextlib.asynccontextmanager
@@ -461,6 +462,9 @@ async def test_the_pods_that_take_tasks_are_asked_what_they_are_short_of() -> No
         await asyncio.sleep(5.0)
         replicas = await target.replicas()
         assert (replicas.limited_by, replicas.service) == (None, 4.0)
+        transport.plain.clear()
+        await asyncio.sleep(5.0)
+        assert (await target.replicas()).service == 4.0  # as they said last
         await asyncio.sleep(60.0)
         assert 11 <= double.count("list pods") <= 15
 
@@ -504,6 +508,48 @@ async def test_an_autoscaler_scales_pods_through_trouble() -> None:
         await asyncio.sleep(300.0)
         assert double.replicas() == 2
     assert double.watchers == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_autoscaler_comes_to_the_right_number_whatever_the_server_does(seed: int) -> None:
+    """Answers fail, come late, are lost or conflict; watches break and are forgotten; somebody else scales, too."""
+    virtual(seed=seed)(scale_through_trouble)()
+
+
+async def scale_through_trouble() -> None:
+    draw = virtual_loop().random
+    double = KubernetesDouble(start=20.0)
+    double.workload(replicas=1)
+    faults = [
+        *(answers(status) for status in (429, 500, 503)), answers(503, retry_after=2), answers(429, retry_after=40),
+        answers(200, body=b"<html>"), cuts, hangs, answer_lost, meanwhile(double.touch),
+        meanwhile(lambda: double.set_replicas(draw.randint(1, 20))),
+    ]  # fmt: skip
+    troubles: list[Callable[[], object]] = [
+        lambda: double.fail(draw.choice([GET, PUT, LIST, WATCH]), draw.choice(faults), times=draw.randint(1, 5)),
+        lambda: double.end_watches(cut=draw.random() < 0.5),
+        double.forget,
+        double.recover,
+        lambda: double.set_replicas(draw.randint(1, 20)),
+    ]
+    supervisor = ScriptedSupervisor(Demand(elsewhere=1, service=1.0))
+    async with contextlib.AsyncExitStack() as stack:
+        api = api_of(double)
+        stack.push_async_callback(api.close)
+        target = KubernetesTarget("deployment/workers", api=api)
+        scaler = Autoscaler(supervisor, target, task_types=["work"], load=0.5, maximum=20, stabilization=20.0)
+        async with scaler:
+            for _ in range(200):
+                draw.choice(troubles)()
+                supervisor.answer = Demand(elsewhere=draw.randint(0, 12), service=1.0)
+                await asyncio.sleep(draw.uniform(0.0, 15.0))
+                assert 1 <= double.replicas() <= 20
+            double.recover()
+            supervisor.answer = Demand(elsewhere=6, service=1.0)
+            await asyncio.sleep(200.0)
+            assert 11 <= double.replicas() <= 13  # a tenth is tolerated
+            assert scaler.statistics().ready == double.replicas()
+            assert double.watchers == 1
 
 
 # --- settings ---
