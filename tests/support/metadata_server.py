@@ -18,6 +18,7 @@ class MetadataServer(ThreadingHTTPServer):
         self.items = {"placement/region": "eu-west-1"}
         self.token = "token-1"  # noqa: S105 - of a double
         self.requests: list[str] = []
+        self.nonsense = b""  # sent instead of an answer
 
     @property
     def url(self) -> str:
@@ -42,6 +43,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, "not found")
 
     def _answer(self, status: int, text: str) -> None:
+        if self.server.nonsense:
+            self.wfile.write(self.server.nonsense)
+            return
         self.server.requests.append(f"{self.command} {self.path} {status}")
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import socket
 import sys
@@ -58,9 +59,12 @@ class InstanceMetadata:
 
     def _send(self, method: str, path: str, headers: dict[str, str]) -> str:
         request = urllib.request.Request(self._base + path, method=method, headers=headers)  # noqa: S310 - see _METADATA
-        with self._opener.open(request, timeout=_METADATA_TIMEOUT) as answer:
-            text: bytes = answer.read()
-        return text.decode().strip()
+        try:
+            with self._opener.open(request, timeout=_METADATA_TIMEOUT) as answer:
+                text: bytes = answer.read()
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"the answer breaks off or is none ({type(error).__name__})") from error
+        return text.decode(errors="replace").strip()
 
 
 class Ec2Protection:

@@ -132,6 +132,17 @@ async def test_metadata_that_cannot_be_read_mean_nothing_and_are_logged_once(
     assert group.instances
 
 
+@pytest.mark.parametrize("nonsense", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nTerm"])
+async def test_metadata_that_are_none_mean_nothing(
+    group: SimulatedGroup, metadata: MetadataServer, nonsense: bytes
+) -> None:
+    protection = await opened()
+    metadata.nonsense = nonsense
+    assert not await protection.is_leaving()
+    await protection.close()
+    assert group.instances
+
+
 async def test_the_hook_keeps_the_instance_until_it_is_completed(
     group: SimulatedGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
