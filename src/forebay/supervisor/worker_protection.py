@@ -15,6 +15,7 @@ from forebay.supervisor.supervisor import BackpressureSupervisor
 
 IDLE: Final = 30.0  # seconds without a task after which the protection is taken off
 _INTERVAL: Final = 1.0  # seconds between two looks
+_START_ATTEMPTS: Final = 8  # to protect a machine, before its worker gives up: some minutes, if none is answered
 _CLOSE_TIMEOUT: Final = 10.0  # seconds that the last call may take
 _BACKOFF: Final = Retry(base_delay=1.0, max_delay=60.0)
 
@@ -79,9 +80,17 @@ class WorkerProtection:
         """Protect the machine, before the supervisor starts. Return False if it is leaving.
 
         Raises:
-            ScalingFailed: it cannot be protected; the message says why.
+            ScalingFailed: it cannot be protected, after some attempts; the message says why.
         """
         await self._machine.open()
+        for attempt in range(1, _START_ATTEMPTS):
+            try:
+                await self._protect()
+            except ScalingFailed as error:
+                log.warning("%s; its worker takes no tasks until this succeeds", error)
+                await asyncio.sleep(_BACKOFF.delay(attempt, draw=clock.draw()) or 0.0)
+            else:
+                return not self._leaving
         await self._protect()
         return not self._leaving
 
