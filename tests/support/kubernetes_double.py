@@ -479,8 +479,8 @@ def _scale_of(found: dict[str, Any]) -> dict[str, Any]:
         "kind": "Scale",
         "apiVersion": "autoscaling/v1",
         "metadata": found["metadata"],
-        "spec": {"replicas": replicas} if replicas else {},  # Go leaves out a number that is 0
-        "status": {"selector": selector, **({"replicas": replicas} if replicas else {})},
+        "spec": {"replicas": replicas} if replicas else {},  # which Kubernetes leaves out if it is 0
+        "status": {"selector": selector, "replicas": replicas},
     }
 
 
