@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
+from unittest import mock
 
 import pytest
 from tests.support.kubernetes_double import KubernetesDouble
@@ -15,7 +16,7 @@ from tests.unit.scale.test_kubernetes import api_of
 
 from forebay import BackpressureSupervisor, Task
 from forebay.errors import InvalidSetting
-from forebay.scale import KubernetesTarget, ProcessTarget, Target, WorkerTarget
+from forebay.scale import Ec2Target, KubernetesTarget, ProcessTarget, Target, WorkerTarget
 
 # A worker process that reports once, and ends when it is told to.
 PROCESS: Final = """
@@ -54,11 +55,24 @@ def pods(workload: str) -> Callable[[], AbstractAsyncContextManager[Target]]:
     return made
 
 
+@contextlib.asynccontextmanager
+async def instances() -> AsyncIterator[Target]:
+    pytest.importorskip("botocore")
+    from tests.support.simulated_group import SimulatedGroup  # noqa: PLC0415
+
+    from forebay.scale.ec2_client import AwsClient  # noqa: PLC0415 - as above
+
+    group = SimulatedGroup(1, quick=True)
+    with mock.patch.object(AwsClient, "_connect", return_value=group):
+        yield Ec2Target("workers")
+
+
 TARGETS: Final[dict[str, Callable[[], AbstractAsyncContextManager[Target]]]] = {
     "worker": worker,
     "processes": processes,
     "deployment": pods("deployment"),
     "statefulset": pods("statefulset"),
+    "instances": instances,
 }
 
 pytestmark = [pytest.mark.parametrize("made", TARGETS.values(), ids=TARGETS), pytest.mark.blocks]

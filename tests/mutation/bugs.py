@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import math
 import signal
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from tests.mutation.injection import always, edit_redis_script, edit_state_scrip
 
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
+from forebay._threads import DaemonThreadExecutor
 from forebay.adapters import blocking_client, chat, detect, factory, local_model
 from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.gguf_server import Address, GgufServer
@@ -47,6 +49,7 @@ from forebay.admission import (
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
 from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
+from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import forwarded_call
 from forebay.gateway.body_memory import BodyMemory
@@ -85,17 +88,23 @@ from forebay.saga.sqlite_log import SqliteSagaLog
 from forebay.saga.step import Raised, Step, is_ambiguous
 from forebay.scale import (
     Autoscaler,
+    Ec2Target,
     KubernetesLease,
     KubernetesTarget,
     LeaderLease,
     LeaseRecord,
     ScaleDecider,
     decision,
+    ec2,
+    ec2_client,
+    ec2_protection,
     kubernetes_api,
     leader,
     process_target,
     ratio,
 )
+from forebay.scale.ec2_client import AwsClient
+from forebay.scale.ec2_reports import InstanceReports
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -175,6 +184,7 @@ from forebay.supervisor.tree.restart_policy import RestartType
 from forebay.supervisor.tree.supervision import Supervision
 from forebay.supervisor.tree.worker_life import WorkerLife
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_protection import WorkerProtection
 from forebay.supervisor.worker_removal import WorkerRemoval
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.supervisor.worker_starts import WorkerStarts
@@ -3500,3 +3510,76 @@ def every_autoscaler_acts() -> None:
 
 def an_autoscaler_without_a_program_sees_no_tasks_that_run() -> None:
     swap(OverflowDemand.demand, ast.In, ast.NotIn)
+
+
+# --- scaling: EC2 ---
+
+
+def a_worker_takes_tasks_while_its_machine_may_go() -> None:
+    skip(WorkerProtection._take_none, WorkerProtection._pause)
+
+
+def a_protection_that_has_failed_counts_as_on() -> None:
+    async def _protect(self: WorkerProtection) -> None:
+        with contextlib.suppress(ScalingFailed):
+            self._leaving = not await self._machine.protect()
+        self._protected = not self._leaving
+
+    replace(WorkerProtection, WorkerProtection._protect, _protect)
+
+
+def a_task_that_runs_keeps_no_protection() -> None:
+    always(WorkerProtection, WorkerProtection._is_busy, returns=False)
+
+
+def a_machine_that_is_to_go_is_not_seen() -> None:
+    always(ec2_protection.Ec2Protection, ec2_protection.Ec2Protection.is_leaving, returns=False)
+
+
+def an_instance_in_trouble_is_taken_for_one_that_leaves() -> None:
+    def _is_leaving(_: str | None) -> bool:
+        return True
+
+    ec2_protection._is_leaving.__code__ = _is_leaving.__code__
+
+
+def several_processes_protect_one_instance() -> None:
+    def _lock(_: str) -> None:
+        return None
+
+    ec2_protection._lock.__code__ = _lock.__code__
+
+
+def an_instance_that_runs_tasks_is_released_without_a_hook() -> None:
+    async def _release(self: Ec2Target, group: ec2.Group, desired: int) -> None:
+        for each in group.instances_to_release(desired):
+            await self._call("SetInstanceProtection", InstanceIds=[each], ProtectedFromScaleIn=False)
+
+    replace(Ec2Target, Ec2Target._release, _release)
+
+
+def what_an_instance_too_many_keeps_is_never_taken_again() -> None:
+    skip(Ec2Target.replicas, Ec2Target._release)
+
+
+def the_bounds_of_a_group_do_not_bind() -> None:
+    def clamp(replicas: int, _: int, __: int | None) -> int:
+        return replicas
+
+    ratio.clamp.__code__ = clamp.__code__
+
+
+def calls_of_an_instance_group_overtake_each_other() -> None:
+    async def open_with_many_threads(self: AwsClient) -> None:
+        self._executor = DaemonThreadExecutor("forebay-ec2", max_threads=8)
+        self._client = await self._run("", self._connect)
+
+    replace(AwsClient, AwsClient.open, open_with_many_threads)
+
+
+def a_quota_that_instances_are_short_of_is_never_seen() -> None:
+    always(InstanceReports, InstanceReports.follow, returns=None)
+
+
+def a_call_that_is_throttled_is_not_repeated() -> None:
+    ec2_client._ATTEMPTS = 1  # type: ignore[misc]

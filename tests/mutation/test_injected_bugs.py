@@ -120,10 +120,26 @@ from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
 from tests.unit.saga import test_agent_steps, test_errors_of_clients, test_saga_admin, test_sqlite_log, test_step
-from tests.unit.scale import test_autoscaler, test_decision, test_kubernetes, test_leader, test_ratio
+from tests.unit.scale import (
+    test_autoscaler,
+    test_decision,
+    test_ec2,
+    test_ec2_protection,
+    test_ec2_reports,
+    test_kubernetes,
+    test_leader,
+    test_ratio,
+)
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
-from tests.unit.supervisor import test_cost_selection, test_failure_log, test_overflow_demand, test_pool, test_pools
+from tests.unit.supervisor import (
+    test_cost_selection,
+    test_failure_log,
+    test_overflow_demand,
+    test_pool,
+    test_pools,
+    test_worker_protection,
+)
 from tests.unit.supervisor.runs import test_timers
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_call_flow, test_core
@@ -1444,6 +1460,33 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_autoscaler_without_a_program_sees_no_tasks_that_run: (
         test_overflow_demand.test_it_counts_what_waits_and_what_runs_whoever_runs_it
     ),
+    # --- scaling: EC2 ---
+    bugs.a_worker_takes_tasks_while_its_machine_may_go: (
+        test_worker_protection.test_the_protection_goes_off_when_idle_and_on_before_a_task
+    ),
+    bugs.a_protection_that_has_failed_counts_as_on: (
+        test_worker_protection.test_no_task_begins_until_a_call_that_failed_has_succeeded
+    ),
+    bugs.a_task_that_runs_keeps_no_protection: test_worker_protection.test_a_long_task_keeps_the_protection,
+    bugs.a_machine_that_is_to_go_is_not_seen: test_ec2_protection.test_its_metadata_says_whether_it_is_leaving,
+    bugs.an_instance_in_trouble_is_taken_for_one_that_leaves: (
+        test_ec2_protection.test_a_failure_of_a_call_does_not_mean_that_it_is_leaving
+    ),
+    bugs.several_processes_protect_one_instance: test_ec2_protection.test_one_process_of_an_instance_protects_it,
+    bugs.an_instance_that_runs_tasks_is_released_without_a_hook: (
+        test_ec2.test_the_group_chooses_among_those_without_a_task
+    ),
+    bugs.what_an_instance_too_many_keeps_is_never_taken_again: (
+        test_ec2.test_one_that_protects_itself_in_between_is_released_at_the_next_reading
+    ),
+    bugs.the_bounds_of_a_group_do_not_bind: test_ec2.test_the_bounds_of_the_group_hold_and_are_named_once,
+    bugs.calls_of_an_instance_group_overtake_each_other: (
+        test_ec2.test_a_call_that_was_given_up_is_over_before_the_next_one
+    ),
+    bugs.a_quota_that_instances_are_short_of_is_never_seen: (
+        test_ec2_reports.test_the_reports_of_instances_are_summed_up
+    ),
+    bugs.a_call_that_is_throttled_is_not_repeated: test_ec2.test_a_call_that_is_throttled_is_repeated,
 }
 
 

@@ -12,7 +12,7 @@ import msgspec
 from forebay._validate import check_name, check_positive, reject
 from forebay.cli.settings_reader import SettingsReader, SettingsSource
 from forebay.cli.toml_document import read_document
-from forebay.scale import KubernetesLease, KubernetesTarget, LeaderLease, ProcessTarget, ScalePolicy, Target
+from forebay.scale import Ec2Target, KubernetesLease, KubernetesTarget, LeaderLease, ProcessTarget, ScalePolicy, Target
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -108,6 +108,29 @@ class KubernetesTable(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Ec2Table(msgspec.Struct, frozen=True, kw_only=True):
+    """The table ``[target.ec2]``: the settings of `forebay.scale.Ec2Target`."""
+
+    group: str
+    region: str | None = None
+    drain_hook: str | None = None
+    report_port: int | None = None
+    endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        self.target()
+
+    def target(self) -> Target:
+        """Return the target."""
+        return Ec2Target(
+            self.group,
+            region=self.region,
+            drain_hook=self.drain_hook,
+            report_port=self.report_port,
+            endpoint=self.endpoint,
+        )
+
+
 class ProcessTable(msgspec.Struct, frozen=True, kw_only=True):
     """The table ``[target.process]``: the settings of `forebay.scale.ProcessTarget`."""
 
@@ -174,8 +197,8 @@ class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
         return url
 
 
-TARGETS: Final[Mapping[str, type[KubernetesTable | ProcessTable]]] = MappingProxyType(
-    {"kubernetes": KubernetesTable, "process": ProcessTable}
+TARGETS: Final[Mapping[str, type[KubernetesTable | Ec2Table | ProcessTable]]] = MappingProxyType(
+    {"kubernetes": KubernetesTable, "ec2": Ec2Table, "process": ProcessTable}
 )
 """The targets, by their tables in ``[target]``."""
 
@@ -195,7 +218,7 @@ class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     autoscaler: AutoscalerTable
-    target: KubernetesTable | ProcessTable
+    target: KubernetesTable | Ec2Table | ProcessTable
     leader: KubernetesLeaderTable | StateLeaderTable | None
 
 

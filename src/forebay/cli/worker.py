@@ -8,7 +8,7 @@ import typer
 
 from forebay.cli.store_command import USAGE_ERROR, fail
 from forebay.gateway.address import parse_address
-from forebay.supervisor.worker_process import run_at
+from forebay.supervisor.worker_process import PROTECTIONS, run_at
 
 
 def worker(
@@ -26,8 +26,19 @@ def worker(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Answer /healthz, /readyz and /report there, for probes and an autoscaler of pods.",
+            help="Answer /healthz, /readyz and /report there, for probes and an autoscaler.",
         ),
+    ] = None,
+    protect: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(PROTECTIONS),
+            help="Protect the EC2 instance from scale-in while it takes tasks; drain when it is to go.",
+        ),
+    ] = None,
+    drain_hook: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Lifecycle hook that keeps the EC2 instance until it has drained."),
     ] = None,
 ) -> None:
     """Run a supervisor as a worker of its overflow until SIGTERM or SIGINT; then drain it, and exit.
@@ -38,4 +49,5 @@ def worker(
     if listen is not None and address is None:
         fail("--listen: it must be HOST:PORT, such as 0.0.0.0:9000", status=USAGE_ERROR)
     there = None if address is None else (address.host, address.port)
-    raise typer.Exit(run_at(supervisor, drain_timeout=drain_timeout, listen=there))
+    status = run_at(supervisor, drain_timeout=drain_timeout, listen=there, protect=protect, drain_hook=drain_hook)
+    raise typer.Exit(status)

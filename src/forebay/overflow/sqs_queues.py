@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -16,16 +15,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import botocore.exceptions
-import botocore.loaders
-import botocore.session
 import msgspec
-from botocore.config import Config
 
 from forebay._threads import DaemonThreadExecutor
 from forebay.clock import now
 from forebay.errors import StoreUnavailable
 from forebay.events import log
 from forebay.interfaces import TaskRecord
+from forebay.storage import aws
 from forebay.storage.url import SqsUrl
 from forebay.task import Priority
 
@@ -38,14 +35,12 @@ _DEFAULT_MAX_BYTES = 256 << 10  # of a message, where the queue does not say; 1 
 _HEADER_BYTES = 4096  # of a message, for all but the envelope
 _MAX_REQUESTS = 8  # at a time, of one operation
 _THREADS = 32
-_CONNECT_TIMEOUT, _READ_TIMEOUT, _ATTEMPTS = 3, 8, 2  # a call that is not answered ends, so that nothing hangs
+_READ_TIMEOUT, _ATTEMPTS = 8, 2  # a call that is not answered ends, so that nothing hangs
 
 _VERSION = 1
 _UNREADABLE = 900  # seconds for which a message that cannot be read is left alone
 
 _T = TypeVar("_T")
-
-_FAILURES = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError, ValueError)
 
 _ADVICE = {
     "AccessDenied": "Allow sqs:SendMessage, ReceiveMessage, DeleteMessage, ChangeMessageVisibility, GetQueueUrl,"
@@ -158,16 +153,13 @@ class SqsQueues:
             raise
 
     def _connect(self) -> Any:
-        config = Config(
-            connect_timeout=_CONNECT_TIMEOUT,
+        return aws.create_client(
+            "sqs",
+            region=self._url.region,
+            endpoint=self._url.endpoint,
+            connections=_THREADS,
             read_timeout=_READ_TIMEOUT,
-            max_pool_connections=_THREADS,
-            retries={"total_max_attempts": _ATTEMPTS, "mode": "standard"},
-        )
-        session = botocore.session.get_session()
-        session.register_component("data_loader", _loader())
-        return session.create_client(
-            "sqs", region_name=self._url.region, endpoint_url=self._url.endpoint, config=config
+            attempts=_ATTEMPTS,
         )
 
     async def close(self) -> None:
@@ -186,7 +178,7 @@ class SqsQueues:
             raise StoreUnavailable(where=self.where, why="it is not open", advice=advice)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, partial(work, *args))
-        except _FAILURES as error:
+        except aws.FAILURES as error:
             raise self._unavailable(error) from None
 
     async def _call(self, operation: str, **parameters: Any) -> Any:
@@ -353,7 +345,7 @@ class SqsQueues:
                 for entries in _visibility_entries(items):
                     if client is not None:  # closed meanwhile
                         client.change_message_visibility_batch(QueueUrl=self._queues[priority], Entries=entries)
-        except _FAILURES as error:
+        except aws.FAILURES as error:
             raise self._unavailable(error) from None
 
     async def delete(self, messages: Sequence[Message]) -> Sequence[Message]:
@@ -398,23 +390,10 @@ class SqsQueues:
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         """Return the error for a failed call. Its text is left out: it might quote what was sent."""
-        match error:
-            case botocore.exceptions.ClientError():
-                return self._rejected(_code(error))
-            case botocore.exceptions.NoCredentialsError() | botocore.exceptions.PartialCredentialsError():
-                why, advice = "there are no credentials", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role."
-            case botocore.exceptions.NoRegionError():
-                why, advice = "there is no region", "Add region= to the URL, or set AWS_DEFAULT_REGION."
-            case _:
-                why = f"it does not answer ({type(error).__name__})"
-                advice = "Check the endpoint, the region and the network."
+        if aws.error_code(error) is not None:
+            return self._rejected(_code(error))
+        why, advice = aws.failure_in_words(error, setting="the URL")
         return StoreUnavailable(where=self.where, why=why, advice=advice)
-
-
-@functools.cache
-def _loader() -> Any:
-    """Return the loader of the client's descriptions, which takes a second to read them and keeps what it has read."""
-    return botocore.loaders.create_loader()
 
 
 def _read(text: str, priority: Priority) -> _Body | None:
@@ -426,9 +405,8 @@ def _read(text: str, priority: Priority) -> _Body | None:
     return body if body.version <= _VERSION and body.record.priority is priority else None
 
 
-def _code(error: botocore.exceptions.ClientError) -> str:
-    code = str(error.response.get("Error", {}).get("Code", "an error"))
-    code = code.removeprefix("AWS.SimpleQueueService.")
+def _code(error: Exception) -> str:
+    code = (aws.error_code(error) or "").removeprefix("AWS.SimpleQueueService.")
     return "NonExistentQueue" if code == "QueueDoesNotExist" else code
 
 

@@ -2,6 +2,7 @@
 
 from forebay.scale.autoscaler import Autoscaler, AutoscalerStatistics, Leader, ScalableSupervisor
 from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
+from forebay.scale.ec2 import Ec2Target
 from forebay.scale.kubernetes import KubernetesTarget
 from forebay.scale.kubernetes_lease import KubernetesLease
 from forebay.scale.leader import LeaderLease, LeaseRecord, LeaseStore, StateLease
@@ -13,6 +14,7 @@ from forebay.scale.worker_target import ResizableWorker, WorkerTarget
 __all__ = [
     "Autoscaler",
     "AutoscalerStatistics",
+    "Ec2Target",
     "KubernetesLease",
     "KubernetesTarget",
     "Leader",

@@ -12,6 +12,7 @@ from forebay.cli.app import app
 from forebay.cli.autoscale_config import (
     AutoscalerTable,
     AutoscaleSettings,
+    Ec2Table,
     KubernetesLeaderTable,
     KubernetesTable,
     ProcessTable,
@@ -23,6 +24,7 @@ from forebay.errors import InvalidSetting
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "autoscale.toml"
 AUTOSCALER = '[autoscaler]\noverflow = "sqlite:///a.db"\ntask_types = ["work"]\nmaximum = 3\n'
+TARGETS = "[target.kubernetes], [target.ec2], [target.process]"
 TARGET = '[target.kubernetes]\nworkload = "deployment/workers"\n'
 
 
@@ -58,18 +60,33 @@ def test_processes_with_a_lease_in_a_store(tmp_path: Path) -> None:
     assert settings.target.target().name == "process:app:supervisor"
 
 
+def test_an_auto_scaling_group(tmp_path: Path) -> None:
+    text = (
+        AUTOSCALER + '[target.ec2]\ngroup = "workers"\nregion = "eu-west-1"\ndrain_hook = "drain"\nreport_port = 9000\n'
+    )
+    settings = load_autoscale_settings(write(text, tmp_path))
+    assert settings.target == Ec2Table(group="workers", region="eu-west-1", drain_hook="drain", report_port=9000)
+    assert settings.target.target().name == "ec2:workers"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", ["f: autoscaler needs maximum", "f: autoscaler needs task_types"]),
-        (AUTOSCALER, ["f: there is no target: add one of the tables [target.kubernetes], [target.process]"]),
+        (
+            AUTOSCALER,
+            [f"f: there is no target: add one of the tables {TARGETS}"],
+        ),
         (AUTOSCALER + "target = 3\n", ["f:5: autoscaler.target is not a setting; known settings are"]),
-        ("target = 3\n" + AUTOSCALER, ["f:1: target must be one of the tables [target.kubernetes], [target.process]"]),
+        (
+            "target = 3\n" + AUTOSCALER,
+            [f"f:1: target must be one of the tables {TARGETS}"],
+        ),
         (AUTOSCALER + "[target.kubernets]\n", ["f:5: target.kubernets is not a setting; did you mean kubernetes?"]),
         (AUTOSCALER + "[target.kubernetes]\n", ["f:5: target.kubernetes needs workload"]),
         (
             AUTOSCALER + TARGET + '[target.process]\nsupervisor = "a:b"\n',
-            ["f:5: target has 2 tables; keep one of [target.kubernetes], [target.process]"],
+            [f"f:5: target has 2 tables; keep one of {TARGETS}"],
         ),
         (
             AUTOSCALER + TARGET.replace("deployment", "daemonset"),
