@@ -107,9 +107,10 @@ class _WorkerProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         reporting: asyncio.Task[None] | None = None
-        server = None if self._listen is None else ReportServer(*self._listen, ready=self._ready, report=self._reading)
-        if server is not None:
-            await self._open(server)
+        server = None
+        if self._listen is not None:
+            server = ReportServer(*self._listen, ready=self._ready, report=self._reading, owner=_OWNER)
+            await server.open()
         try:
             await self._supervisor.start()
             await self._check_overflow()
@@ -124,13 +125,6 @@ class _WorkerProcess:
             await self._supervisor.close()
             if server is not None:
                 await server.close()
-
-    async def _open(self, server: ReportServer) -> None:
-        try:
-            await server.open()
-        except OSError as error:
-            expected = f"a host and port of this machine that is free ({error.strerror or error})"
-            raise InvalidSetting(owner=_OWNER, name="listen", value=self._listen, expected=expected) from error
 
     def _on_signal(self) -> None:
         if self._stop.is_set():

@@ -20,7 +20,7 @@ from forebay.testing import virtual
 
 PAGE = Path(__file__).parents[3] / "docs" / "guide" / "autoscaling.md"
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-MANIFESTS = [manifest for block in BLOCKS for manifest in yaml.safe_load_all(block)]  # type: ignore[no-untyped-call]
+MANIFESTS = [manifest for block in BLOCKS for manifest in yaml.safe_load_all(block)]
 
 
 def manifest(kind: str) -> Any:
