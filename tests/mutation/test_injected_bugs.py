@@ -106,6 +106,8 @@ from tests.simulation import test_blame, test_misleading_headers, test_quota_deb
 from tests.unit.adapters import test_agent_thread, test_as_handler
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
+from tests.unit.cli import test_autoscale, test_autoscale_metrics
+from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
@@ -1342,6 +1344,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.every_autoscaler_acts: test_leader.test_of_two_autoscalers_one_acts,
     bugs.an_autoscaler_without_a_program_sees_no_tasks_that_run: (
         test_overflow_demand.test_it_counts_what_waits_and_what_runs_whoever_runs_it
+    ),
+    bugs.an_autoscaler_that_only_publishes_scales: test_autoscale.test_it_scales_or_only_publishes_and_says_how_it_is,
+    bugs.an_autoscaler_that_does_not_lead_publishes_old_readings: (
+        test_autoscale_metrics.test_readings_are_those_of_the_one_that_leads
+    ),
+    bugs.a_gateway_drains_for_as_long_as_its_file_says: (
+        test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
     ),
 }
 
