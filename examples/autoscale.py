@@ -7,6 +7,7 @@ them from there. The second surge calls a provider whose quota is soon used up: 
 import asyncio
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from forebay import BackpressureSupervisor, Task, Upstream
 from forebay.quota import Quota
@@ -39,7 +40,7 @@ async def main() -> list[AutoscalerStatistics]:
         front.register_worker("elsewhere", handler=print, task_types=["work"])
         front.pause("work")  # here nothing runs: all waits in the file, for whatever process
         target = ProcessTarget(f"{PROGRAM}:make_supervisor")
-        quick = {
+        quick: dict[str, Any] = {
             "interval": 0.5,
             "window": 6.0,
             "panic_window": 1.5,
