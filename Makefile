@@ -3,7 +3,7 @@
 
 VENV := .venv
 RUN  := $(VENV)/bin/python -m
-CODE := $(wildcard src tests demo bench examples)
+CODE := $(wildcard src tests demo bench examples deploy)
 JOBS ?= 2
 export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # otherwise every process that pytest starts compiles every library again

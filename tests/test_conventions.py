@@ -173,13 +173,14 @@ PHRASE = re.compile(rf"(?<![a-z])(?:{'|'.join(PRIVATE_PHRASES).replace(' ', '[ _
 # Lines that may hold a listed word: a part of the line, and why.
 ALLOWED: dict[str, str] = {}
 
-DIRECTORIES = ("src", "tests", "bench", "demo", "examples", "docs")
+DIRECTORIES = ("src", "tests", "bench", "demo", "deploy", "examples", "docs")
+SUFFIXES = {".py", ".md", ".toml", ".tpl", ".txt", ".yaml"}
 FILES = ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")
 DEFINE_WORDS = {"docs/glossary.md", "CHANGELOG.md", "tests/test_conventions.py"}
 
 
 def searched_files() -> list[Path]:
-    in_directories = [path for top in DIRECTORIES for path in (ROOT / top).rglob("*") if path.suffix in {".py", ".md"}]
+    in_directories = [path for top in DIRECTORIES for path in (ROOT / top).rglob("*") if path.suffix in SUFFIXES]
     return sorted(in_directories) + [ROOT / name for name in FILES]
 
 

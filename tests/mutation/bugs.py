@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context
 from dataclasses import replace as replace_fields
 from functools import partial
@@ -47,11 +47,13 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
+from forebay.cli import autoscale_metrics
+from forebay.cli import gateway as gateway_command
 from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import forwarded_call
+from forebay.gateway import GatewaySettings, forwarded_call
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
@@ -88,11 +90,13 @@ from forebay.saga.sqlite_log import SqliteSagaLog
 from forebay.saga.step import Raised, Step, is_ambiguous
 from forebay.scale import (
     Autoscaler,
+    AutoscalerStatistics,
     Ec2Target,
     KubernetesLease,
     KubernetesTarget,
     LeaderLease,
     LeaseRecord,
+    PublishedTarget,
     ScaleDecider,
     decision,
     ec2,
@@ -3583,3 +3587,30 @@ def a_quota_that_instances_are_short_of_is_never_seen() -> None:
 
 def a_call_that_is_throttled_is_not_repeated() -> None:
     ec2_client._ATTEMPTS = 1  # type: ignore[misc]
+
+
+def an_autoscaler_that_only_publishes_scales() -> None:
+    async def scale(self: PublishedTarget, replicas: int) -> None:
+        await self._target.scale(replicas)
+
+    replace(PublishedTarget, PublishedTarget.scale, scale)
+
+
+def an_autoscaler_that_does_not_lead_publishes_old_readings() -> None:
+    def _lines(target: str, seen: AutoscalerStatistics) -> Iterator[str]:
+        return original(target, msgspec.structs.replace(seen, leads=True))
+
+    original = autoscale_metrics._lines
+    autoscale_metrics._lines = _lines
+
+
+def a_gateway_drains_for_as_long_as_its_file_says() -> None:
+    def load(*arguments: Any, **settings: Any) -> GatewaySettings:
+        settings["gateway"] = settings["gateway"] | {"drain_timeout": None}
+        loaded = original(*arguments, **settings)
+        assert isinstance(loaded, GatewaySettings)
+        return loaded
+
+    names = vars(gateway_command)
+    original = names["load_gateway_settings"]
+    names["load_gateway_settings"] = load

@@ -115,6 +115,8 @@ from tests.unit.adapters import (
 )
 from tests.unit.admission import test_estimated_times, test_thresholds
 from tests.unit.breaker import test_breaker
+from tests.unit.cli import test_autoscale, test_autoscale_metrics
+from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
@@ -1487,6 +1489,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_ec2_reports.test_the_reports_of_instances_are_summed_up
     ),
     bugs.a_call_that_is_throttled_is_not_repeated: test_ec2.test_a_call_that_is_throttled_is_repeated,
+    bugs.an_autoscaler_that_only_publishes_scales: test_autoscale.test_it_scales_or_only_publishes_and_says_how_it_is,
+    bugs.an_autoscaler_that_does_not_lead_publishes_old_readings: (
+        test_autoscale_metrics.test_readings_are_those_of_the_one_that_leads
+    ),
+    bugs.a_gateway_drains_for_as_long_as_its_file_says: (
+        test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
+    ),
 }
 
 

@@ -14,13 +14,16 @@ from typing import Annotated
 import typer
 
 from forebay.cli.autoscale_config import AutoscaleSettings, StateLeaderTable, load_autoscale_settings
+from forebay.cli.autoscale_metrics import render_metrics
+from forebay.cli.listen_address import listen_address
 from forebay.cli.store_command import USAGE_ERROR, fail
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidOverflowUrl, InvalidSetting, InvalidShardUrl, StoreNotInstalled
 from forebay.events import Event, Scaled, log
-from forebay.scale import Autoscaler, LeaderLease, StateLease
+from forebay.scale import Autoscaler, AutoscalerStatistics, LeaderLease, PublishedTarget, StateLease
 from forebay.state import ShardedState
 from forebay.supervisor.overflow_demand import OverflowDemand
+from forebay.supervisor.report_server import ReportServer
 
 _MISTAKES = (InvalidConfiguration, InvalidSetting, InvalidOverflowUrl, InvalidShardUrl, StoreNotInstalled)
 
@@ -33,18 +36,23 @@ def autoscale(
     check: Annotated[
         bool, typer.Option("--check", help="Print the configuration in a few lines, or its problems, and exit.")
     ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Answer /healthz, /readyz, /report and /metrics there."),
+    ] = None,
 ) -> None:
     """Add workers while workers are the bottleneck, and remove them again, until SIGTERM or SIGINT.
 
     It reads what waits in an overflow, and runs no tasks itself. Several of them share a lease: one acts.
     """
+    address = listen_address(listen)
     try:
         settings = load_autoscale_settings(config)
         if check:
             typer.echo("\n".join(_summary(settings)))
             return
         with _log_to_stderr():
-            asyncio.run(_run(settings))
+            asyncio.run(_run(settings, address))
     except InvalidConfiguration as error:
         typer.echo(f"{error}", err=True)
         raise typer.Exit(USAGE_ERROR) from None
@@ -54,12 +62,12 @@ def autoscale(
         fail(str(error))
 
 
-async def _run(settings: AutoscaleSettings) -> None:
+async def _run(settings: AutoscaleSettings, listen: tuple[str, int] | None) -> None:
     """Scale until a signal; a second one does not wait for what drains."""
     signals: asyncio.Queue[None] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, None)
-    scaling = asyncio.ensure_future(_scale(settings))
+    scaling = asyncio.ensure_future(_scale(settings, listen))
     while not scaling.done():
         stop = asyncio.ensure_future(signals.get())
         await asyncio.wait((scaling, stop), return_when=asyncio.FIRST_COMPLETED)
@@ -69,13 +77,15 @@ async def _run(settings: AutoscaleSettings) -> None:
         scaling.result()
 
 
-async def _scale(settings: AutoscaleSettings) -> None:
+async def _scale(settings: AutoscaleSettings, listen: tuple[str, int] | None) -> None:
     """Scale until it is cancelled."""
     table, policy = settings.autoscaler, settings.autoscaler.policy()
     async with contextlib.AsyncExitStack() as stack:
         overflow = OverflowDemand(table.overflow_url(os.environ), on_event=_print)
         await stack.enter_async_context(overflow)
         target = settings.target.target()
+        if table.publish_only:
+            target = PublishedTarget(target)
         scaler = Autoscaler(
             overflow,
             target,
@@ -93,9 +103,32 @@ async def _scale(settings: AutoscaleSettings) -> None:
             service=table.service,
             leader=await _leader(settings, stack),
         )
+        running = asyncio.Event()
+        if listen is not None:
+            await _serve(listen, scaler, target.name, running, stack)
         await stack.enter_async_context(scaler)
+        running.set()
         typer.echo(f"scaling {target.name}")
         await asyncio.Event().wait()
+
+
+async def _serve(
+    listen: tuple[str, int], scaler: Autoscaler, target: str, running: asyncio.Event, stack: contextlib.AsyncExitStack
+) -> None:
+    """Answer probes and scrapers until the stack is left."""
+
+    async def report() -> AutoscalerStatistics:
+        return scaler.statistics()
+
+    server = ReportServer(
+        *listen,
+        ready=running.is_set,
+        report=report,
+        metrics=lambda: render_metrics(target, scaler.statistics()) if running.is_set() else "",
+        owner="forebay autoscale",
+    )
+    await server.open()
+    stack.push_async_callback(server.close)
 
 
 async def _leader(settings: AutoscaleSettings, stack: contextlib.AsyncExitStack) -> LeaderLease | None:
@@ -137,9 +170,12 @@ def _summary(settings: AutoscaleSettings) -> list[str]:
     if table.overflow_env is not None:
         missing = "" if table.overflow_env in os.environ else ", which is not set"
         where = f"the overflow in ${table.overflow_env}{missing}"
-    leader = "no other autoscaler of it" if settings.leader is None else "the holder of a lease acts"
+    if table.publish_only:
+        who = "their number is published, and something else sets it"
+    else:
+        who = "no other autoscaler of it" if settings.leader is None else "the holder of a lease acts"
     replicas = f"{table.minimum} to {table.maximum} replicas of {table.seats} slots"
     return [
         f"tasks of {', '.join(table.task_types)} in {where}",
-        f"{settings.target.target().name}: {replicas}; {leader}",
+        f"{settings.target.target().name}: {replicas}; {who}",
     ]

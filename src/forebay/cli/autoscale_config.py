@@ -27,6 +27,7 @@ class AutoscalerTable(msgspec.Struct, frozen=True, kw_only=True):
         overflow: URL of the overflow; or `overflow_env`.
         overflow_env: the environment variable that holds it.
         task_types: the types whose tasks the replicas take.
+        publish_only: it decides, and something else, which reads that from its metrics, sets the replicas.
     """
 
     task_types: tuple[str, ...]
@@ -43,6 +44,7 @@ class AutoscalerTable(msgspec.Struct, frozen=True, kw_only=True):
     drain: float | None = None
     tolerance: float = 0.1
     service: float | None = None
+    publish_only: bool = False
 
     def __post_init__(self) -> None:
         if (self.overflow is None) is (self.overflow_env is None):
@@ -236,6 +238,9 @@ def load_autoscale_settings(file: Path) -> AutoscaleSettings:
     leader = _read_one(reader, source, "leader", LEADERS) if "leader" in source.values else None
     if target is None and not reader.problems:
         reader.add_problem(("target",), f"there is no target: add one of the tables {_tables('target', TARGETS)}")
+    if autoscaler is not None and autoscaler.publish_only and leader is not None:
+        problem = "leader and autoscaler.publish_only exclude each other: leave one of them out, since nobody acts"
+        reader.add_problem(("leader",), problem)
     reader.raise_problems()
     assert autoscaler is not None  # noqa: S101 - else a problem was raised
     assert target is not None  # noqa: S101

@@ -51,6 +51,10 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
     token_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the token that callers present.")
     ] = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long calls in progress may take to end after SIGTERM; default 30."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, such as forebay.toml; options override it.")
     ] = None,
@@ -76,7 +80,12 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
             targets=target or (),
             limits={name: texts or () for name, texts in limits.items()},
             share_keys=share_keys,
-            gateway={"listen": listen, "token_env": token_env, "token_file": token_file},
+            gateway={
+                "listen": listen,
+                "token_env": token_env,
+                "token_file": token_file,
+                "drain_timeout": drain_timeout,
+            },
         )
         _check_fallbacks(settings)
         proxies = {each.name: http_proxy_for(each.url, os.environ) for each in settings.targets}

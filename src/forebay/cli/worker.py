@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from forebay.cli.store_command import USAGE_ERROR, fail
-from forebay.gateway.address import parse_address
+from forebay.cli.listen_address import listen_address
 from forebay.supervisor.worker_process import PROTECTIONS, run_at
 
 
@@ -45,9 +44,11 @@ def worker(
 
     It takes tasks that other processes have stored there. A second signal cancels what runs.
     """
-    address = None if listen is None else parse_address(listen)
-    if listen is not None and address is None:
-        fail("--listen: it must be HOST:PORT, such as 0.0.0.0:9000", status=USAGE_ERROR)
-    there = None if address is None else (address.host, address.port)
-    status = run_at(supervisor, drain_timeout=drain_timeout, listen=there, protect=protect, drain_hook=drain_hook)
+    status = run_at(
+        supervisor,
+        drain_timeout=drain_timeout,
+        listen=listen_address(listen),
+        protect=protect,
+        drain_hook=drain_hook,
+    )
     raise typer.Exit(status)

@@ -7,6 +7,7 @@ from forebay.scale.kubernetes import KubernetesTarget
 from forebay.scale.kubernetes_lease import KubernetesLease
 from forebay.scale.leader import LeaderLease, LeaseRecord, LeaseStore, StateLease
 from forebay.scale.process_target import ProcessTarget
+from forebay.scale.published_target import PublishedTarget
 from forebay.scale.ratio import desired_replicas
 from forebay.scale.target import ReplicaReport, Replicas, Target, sum_up
 from forebay.scale.worker_target import ResizableWorker, WorkerTarget
@@ -22,6 +23,7 @@ __all__ = [
     "LeaseRecord",
     "LeaseStore",
     "ProcessTarget",
+    "PublishedTarget",
     "ReplicaReport",
     "Replicas",
     "ResizableWorker",

@@ -1,4 +1,4 @@
-"""A small HTTP server by which a worker process says how it is: for probes, and for an autoscaler."""
+"""A small HTTP server by which a worker process, or an autoscaler, says how it is: for probes and for scrapers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Final
 
 import msgspec
 
+from forebay._json import JsonStruct
+from forebay._validate import reject
 from forebay.errors import ForebayError
-from forebay.scale import ReplicaReport
 
 _MAX_HEAD: Final = 8 * 1024  # bytes
 _TIMEOUT: Final = 5.0  # seconds for one request, its answer included
@@ -18,24 +19,35 @@ _MAX_CONNECTIONS: Final = 64
 
 
 class ReportServer:
-    """Answers ``GET /healthz`` (200), ``/readyz`` (200 or 503) and ``/report`` (a `ReplicaReport` as JSON, or 503).
+    """Answers ``GET /healthz`` (200), ``/readyz`` (200 or 503) and ``/report`` (JSON, or 503); and ``/metrics``.
 
     It has no secrets to tell, and takes no orders; so it asks for no token.
 
     Args:
         host: on which it listens.
         port: the same; 0 for any free one.
-        ready: whether the worker takes tasks.
-        report: returns the report of a worker that is ready.
+        ready: whether the process does its work: a worker takes tasks.
+        report: returns the report of a process that is ready.
+        metrics: returns the metrics in Prometheus's text format; None if it has none.
+        owner: the command that listens, for errors.
     """
 
-    def __init__(
-        self, host: str, port: int, *, ready: Callable[[], bool], report: Callable[[], Awaitable[ReplicaReport]]
+    def __init__(  # noqa: PLR0913 - every property has a name
+        self,
+        host: str,
+        port: int,
+        *,
+        ready: Callable[[], bool],
+        report: Callable[[], Awaitable[JsonStruct]],
+        metrics: Callable[[], str] | None = None,
+        owner: str = "ReportServer",
     ) -> None:
         self._host = host
         self.port = port
+        self._owner = owner
         self._ready = ready
         self._report = report
+        self._metrics = metrics
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -43,9 +55,13 @@ class ReportServer:
         """Listen.
 
         Raises:
-            OSError: the address is taken, or is none of this machine.
+            InvalidSetting: the address is taken, or is none of this machine.
         """
-        self._server = await asyncio.start_server(self._accept, self._host, self.port, limit=_MAX_HEAD)
+        try:
+            self._server = await asyncio.start_server(self._accept, self._host, self.port, limit=_MAX_HEAD)
+        except OSError as error:
+            expected = f"a host and port of this machine that is free ({error.strerror or error})"
+            reject(self._owner, "listen", (self._host, self.port), expected)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
@@ -78,10 +94,13 @@ class ReportServer:
     async def _answer(self, head: bytes) -> bytes:
         method, _, rest = head.partition(b" ")
         path = rest.partition(b" ")[0].partition(b"?")[0]
-        if path not in (b"/healthz", b"/readyz", b"/report"):
-            return _response("404 Not Found", b'{"paths": ["/healthz", "/readyz", "/report"]}')
+        paths = ("/healthz", "/readyz", "/report", *(("/metrics",) if self._metrics is not None else ()))
+        if path not in map(str.encode, paths):
+            return _response("404 Not Found", msgspec.json.encode({"paths": paths}))
         if method != b"GET":
             return _response("405 Method Not Allowed", b"{}")
+        if path == b"/metrics" and self._metrics is not None:
+            return _response("200 OK", self._metrics().encode(), "text/plain; version=0.0.4")
         if path != b"/healthz" and not self._ready():
             return _response("503 Service Unavailable", b'{"ready": false}')
         if path == b"/report":
@@ -89,8 +108,6 @@ class ReportServer:
         return _response("200 OK", b'{"ready": true}' if self._ready() else b'{"ready": false}')
 
 
-def _response(status: str, body: bytes) -> bytes:
-    head = (
-        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
-    )
+def _response(status: str, body: bytes, content_type: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
     return head.encode() + b"\r\n" + body

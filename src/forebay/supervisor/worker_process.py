@@ -139,9 +139,10 @@ class _WorkerProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        server = None if self._listen is None else ReportServer(*self._listen, ready=self._ready, report=self._reading)
-        if server is not None:
-            await self._open(server)
+        server = None
+        if self._listen is not None:
+            server = ReportServer(*self._listen, ready=self._ready, report=self._reading, owner=_OWNER)
+            await server.open()
         try:
             return await self._run_protected()
         finally:
@@ -185,13 +186,6 @@ class _WorkerProcess:
             for task in tasks:
                 task.cancel()
             await self._supervisor.close()
-
-    async def _open(self, server: ReportServer) -> None:
-        try:
-            await server.open()
-        except OSError as error:
-            expected = f"a host and port of this machine that is free ({error.strerror or error})"
-            raise InvalidSetting(owner=_OWNER, name="listen", value=self._listen, expected=expected) from error
 
     async def _guard(self, protection: WorkerProtection) -> None:
         """Keep the protection of the machine right; drain when the machine is to go, or if that cannot be known."""

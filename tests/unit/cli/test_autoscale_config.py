@@ -89,6 +89,10 @@ def test_an_auto_scaling_group(tmp_path: Path) -> None:
             [f"f:5: target has 2 tables; keep one of {TARGETS}"],
         ),
         (
+            AUTOSCALER + "publish_only = true\n" + TARGET + "[leader.kubernetes]\n",
+            ["f:8: leader and autoscaler.publish_only exclude each other: leave one of them out, since nobody acts"],
+        ),
+        (
             AUTOSCALER + TARGET.replace("deployment", "daemonset"),
             ["f:6: target.kubernetes.workload is 'daemonset/workers'; it must be \"deployment/NAME\" or"],
         ),
@@ -141,6 +145,17 @@ def test_check_prints_what_it_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
         "tasks of write in the overflow in $FOREBAY_OVERFLOW, which is not set",
         "kubernetes:deployment/workers: 0 to 20 replicas of 4 slots; the holder of a lease acts",
     ]
+
+
+def test_check_says_that_it_only_publishes(tmp_path: Path) -> None:
+    file = write(AUTOSCALER + "publish_only = true\n" + TARGET, tmp_path)
+    done = CliRunner().invoke(app, ["autoscale", "--config", str(file), "--check"])
+    assert done.stdout.endswith("1 to 3 replicas of 1 slots; their number is published, and something else sets it\n")
+
+
+def test_an_address_to_listen_on_that_is_none_is_a_line() -> None:
+    done = CliRunner().invoke(app, ["autoscale", "--config", str(EXAMPLE), "--listen", "here"])
+    assert (done.exit_code, done.stderr) == (2, "forebay: --listen: it must be HOST:PORT, such as 0.0.0.0:9000\n")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySet
         *OPENAI,
         *("--config", str(file), "--listen", "0.0.0.0:0", "--token-env", "MINE", "--share-keys"),
         *("--rpm", "500", "--rpm", "anthropic=6", "--input-tpm", "1", "--output-tpm", "2", "--tpm", "3"),
-        *("--max-concurrent", "4", "--budget-usd", "25"),
+        *("--max-concurrent", "4", "--budget-usd", "25", "--drain-timeout", "90"),
     )
     assert (done.exit_code, done.output) == (7, "listening on http://0.0.0.0:4242\n")
     limits: dict[str, Any] = {
@@ -64,6 +64,7 @@ def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySet
         GatewaySettings(
             listen="0.0.0.0:0",
             token_env="MINE",
+            drain_timeout=90.0,
             targets=(
                 TargetSettings(name="anthropic", url="https://api.anthropic.com", rpm=6, **limits),
                 TargetSettings(name="openai", url="https://api.openai.com", rpm=500, **limits),
@@ -77,6 +78,17 @@ def test_a_mistake_is_reported_and_nothing_is_started(served: list[GatewaySettin
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr == "--rpm: targets.openai.rpm is 0; it must be a whole number of at least 1\n"
     assert served == []
+
+
+def test_an_option_overrides_how_long_the_file_lets_calls_drain(served: list[GatewaySettings], tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text("[gateway]\ndrain_timeout = 5\n")
+    run(*OPENAI, "--config", str(file), "--drain-timeout", "90")
+    assert served[0].drain_timeout == 90.0
+    done = run(*OPENAI, "--drain-timeout", "-1")
+    assert (done.exit_code, done.stderr) == (
+        2, "--drain-timeout: gateway.drain_timeout is -1.0; it must be a positive number of seconds\n"
+    )  # fmt: skip
 
 
 def test_check_prints_the_configuration_and_starts_nothing(

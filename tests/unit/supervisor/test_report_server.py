@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forebay.errors import InvalidSetting
 from forebay.scale import ReplicaReport
 from forebay.supervisor.report_server import ReportServer
 
@@ -101,3 +102,34 @@ async def test_connections_are_bounded_and_cut_off_when_it_closes() -> None:
             assert await reader.read() == b""
         writer.close()
     assert not server._connections
+
+
+async def test_metrics_are_text_and_there_before_it_is_ready() -> None:
+    worker = Worker()
+    worker.is_ready = False
+    server = ReportServer(
+        "127.0.0.1", 0, ready=worker.ready, report=worker.report, metrics=lambda: "forebay_desired_replicas 3\n"
+    )
+    await server.open()
+    try:
+        answer = await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert b"\r\nContent-Type: text/plain; version=0.0.4\r\n" in answer
+        assert answer.endswith(b"\r\n\r\nforebay_desired_replicas 3\n")
+        assert (await get(server, "/metric"))[1] == {"paths": ["/healthz", "/readyz", "/report", "/metrics"]}
+    finally:
+        await server.close()
+
+
+async def test_a_worker_has_no_metrics() -> None:
+    async with served(Worker()) as server:
+        assert await get(server, "/metrics") == (404, {"paths": ["/healthz", "/readyz", "/report"]})
+
+
+async def test_an_address_that_is_taken_is_an_error_in_words() -> None:
+    worker = Worker()
+    async with served(worker) as server:
+        again = ReportServer(
+            "127.0.0.1", server.port, ready=worker.ready, report=worker.report, owner="forebay autoscale"
+        )
+        with pytest.raises(InvalidSetting, match=r"forebay autoscale.*listen.*that is free \(.*in use"):
+            await again.open()
