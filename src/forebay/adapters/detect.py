@@ -84,10 +84,12 @@ def as_handler(
     if hooked:
         return _handler_from_hook(obj, worker)
     if callable(obj):
+        _check_no_method_of_agent(obj, worker)
         _check_takes_task(obj, worker)
         return Handler(call=obj, blocking=not is_async(obj))
     frameworks = ", ".join(dict.fromkeys(framework.name for framework in FRAMEWORKS.values()))
-    raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=frameworks, wrapper=_wrapper(obj, worker))
+    wrapper = _wrapper(obj, worker, from_factory=from_factory)
+    raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=frameworks, wrapper=wrapper)
 
 
 def is_agent(obj: Any) -> bool:
@@ -106,16 +108,21 @@ def _adapter_of(obj: Any) -> str | None:
     return None
 
 
-def _wrapper(obj: Any, worker: str) -> str:
+def _wrapper(obj: Any, worker: str, *, from_factory: bool) -> str:
     """Return the function that runs an agent of an unsupported framework, as source; empty for a builtin."""
     if type(obj).__module__ == "builtins":
         return ""
     found = (name for name in _METHODS if callable(getattr(type(obj), name, None)))
     name = next(found, "run")
-    awaits = is_async(getattr(type(obj), name, None))
+    method = getattr(type(obj), name, None)
+    awaits = is_async(method)
+    agent = f"{type(obj).__name__}(...)" if from_factory else "agent"
+    body = [f"    return {'await ' if awaits else ''}{agent}.{name}(task.payload)"]
+    if unwrapped_is(method, inspect.isasyncgenfunction):
+        body = [f"    async for part in {agent}.{name}(task.payload):", "        progress(part)", "    return part"]
     lines = (
         f"{'async ' if awaits else ''}def run_agent(task):",
-        f"    return {'await ' if awaits else ''}agent.{name}(task.payload)",
+        *body,
         f"supervisor.register_worker({worker!r}, handler=run_agent, ...)",
     )
     return "\n\nFor an agent of another framework write:\n\n    " + "\n    ".join(lines)
@@ -173,6 +180,16 @@ def advice_on_name(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     path = f"{module or 'package.module'}:{attribute or 'name'}"
     return f"it is a name: import what it names and pass that, or give its import path, with a colon, such as {path!r}"
+
+
+def _check_no_method_of_agent(obj: Any, worker: str) -> None:
+    """Check that `obj` is no method that an agent has from its framework: that takes no Task."""
+    if not inspect.ismethod(obj) or _adapter_of(obj.__self__) is None:
+        return
+    package = str(getattr(obj, "__module__", None)).partition(".")[0]
+    if package in FRAMEWORKS:
+        hint = f"it is a method of an agent of {FRAMEWORKS[package].name}, which takes no Task: pass the agent itself"
+        raise InvalidHandler(worker=worker, type=_type_name(obj), hint=hint)
 
 
 def _check_takes_task(obj: Any, worker: str) -> None:

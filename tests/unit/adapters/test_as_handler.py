@@ -312,6 +312,36 @@ def test_an_agent_of_no_supported_framework_is_rejected_with_the_function_that_r
     assert message.endswith("supervisor.register_worker('writer', handler=run_agent, ...)")
 
 
+def test_the_function_that_runs_an_agent_of_a_factory_makes_one_and_passes_its_stream_on() -> None:
+    class Crew:
+        async def run(self, text: str) -> AsyncIterator[str]:
+            yield text
+
+    with pytest.raises(InvalidHandler) as caught:
+        handler_from_factory(Crew, worker="writer")
+    assert (
+        "async def run_agent(task):\n        async for part in Crew(...).run(task.payload):\n"
+        "            progress(part)\n        return part\n"
+    ) in str(caught.value)
+
+
+def test_a_method_of_an_agent_is_refused_and_one_of_your_own_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Agent:
+        __module__ = "crew.agents"
+
+        async def run(self, text: Any) -> None: ...
+
+    Agent.run.__module__ = "crew.agents"
+
+    class MyAgent(Agent):
+        async def run_task(self, task: Task) -> None: ...
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.crew"))
+    with pytest.raises(InvalidHandler, match="a method of an agent of crew, which takes no Task: pass the agent"):
+        as_handler(MyAgent().run, worker="writer")
+    assert not as_handler(MyAgent().run_task).blocking
+
+
 @pytest.mark.parametrize("config", [7, "fast", in_the_loop])
 def test_a_config_that_is_neither_a_mapping_nor_a_plain_callable_is_rejected(config: Any) -> None:
     class Agent:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, Final, cast
 
 from forebay.errors import ForebayError
@@ -81,8 +82,10 @@ def start_provider(
         traffic: traffic whose output lengths are drawn where a call does not fix them: "conversation" or "code".
 
     Raises:
-        ProviderProcessFailed: the process did not start within 30 s.
+        ProviderProcessFailed: the process did not start within 30 s, or aiohttp is not installed.
     """
+    if find_spec("aiohttp") is None:
+        raise ProviderProcessFailed(why="it needs aiohttp: pip install 'forebay[sim]'")
     config = config or ProviderConfig()
     options = ["--attached", "--seed", str(seed), "--traffic", traffic, "--config", config.to_json().decode()]
     command = [sys.executable, "-m", "forebay.simulation", *options]
