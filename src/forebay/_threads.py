@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 _IDLE_TIMEOUT = 30.0  # seconds after which a thread without a job ends
 
+#: The threads of all executors that wait for a job: they do nothing, and end by themselves.
+idle_threads: set[threading.Thread] = set()
+
 
 class DaemonThreadExecutor(Executor):
     """An executor that starts a daemon thread whenever none is idle, and never joins one.
@@ -87,7 +90,9 @@ class DaemonThreadExecutor(Executor):
                 self._jobs.put(None)
 
     def _work(self) -> None:
+        thread = threading.current_thread()
         while True:
+            idle_threads.add(thread)
             try:
                 job = self._jobs.get(timeout=_IDLE_TIMEOUT)
             except queue.Empty:
@@ -97,6 +102,8 @@ class DaemonThreadExecutor(Executor):
                         self._threads -= 1
                         return
                 continue
+            finally:
+                idle_threads.discard(thread)
             if job is None:
                 return
             job()

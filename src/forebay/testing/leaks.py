@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from forebay import clock
+from forebay._threads import idle_threads
 from forebay.errors import ForebayError
 
 _ITERATIONS = 20  # of the event loop, in which cancelled tasks may end
@@ -23,6 +24,8 @@ class LeakFound(ForebayError, AssertionError):
 @asynccontextmanager
 async def no_leaks(grace: float = 1.0) -> AsyncIterator[None]:
     """Fail if the block leaves asyncio tasks or threads that did not run before it.
+
+    Threads of Forebay that wait for their next job do not count: they end after 30 seconds.
 
     Args:
         grace: real seconds to wait for threads that are ending.
@@ -39,8 +42,9 @@ async def no_leaks(grace: float = 1.0) -> AsyncIterator[None]:
     leaks = [_describe(task) for task in asyncio.all_tasks() - tasks]
     until = clock.monotonic() + grace
     for thread in set(threading.enumerate()) - threads:
-        thread.join(max(0.0, until - clock.monotonic()))
-        if thread.is_alive():
+        if thread not in idle_threads:
+            thread.join(max(0.0, until - clock.monotonic()))
+        if thread.is_alive() and thread not in idle_threads:
             leaks.append(f"thread {thread.name!r}")
     if leaks:
         listing = "".join(f"\n  {line}" for line in sorted(leaks))

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from forebay import BackpressureSupervisor, Task
+from forebay._threads import DaemonThreadExecutor
 from forebay.testing import LeakFound, SlowHandler, no_leaks, virtual
 
 pytestmark = pytest.mark.blocks  # it waits for threads
@@ -38,6 +39,25 @@ async def test_a_leaked_thread_is_named() -> None:
 
 
 @virtual
+async def test_a_thread_of_forebay_that_waits_for_a_job_is_no_leak_and_one_that_runs_it_is() -> None:
+    executor = DaemonThreadExecutor("forebay-tool")
+    started, leave = threading.Event(), threading.Event()
+
+    def job() -> None:
+        started.set()
+        leave.wait(10)
+
+    async with no_leaks():
+        executor.submit(int).result(10)
+    with pytest.raises(LeakFound, match="forebay-tool-"):
+        async with no_leaks(grace=0):
+            executor.submit(job)
+            executor.submit(job)
+            started.wait(10)
+    leave.set()
+    executor.shutdown()
+
+
 async def test_tasks_and_threads_from_before_the_block_are_ignored() -> None:
     task = asyncio.create_task(asyncio.sleep(60.0))
     async with no_leaks():
