@@ -3444,3 +3444,26 @@ def a_process_that_is_to_go_is_killed() -> None:
         self.signal(signal.SIGKILL)
 
     replace(process_target._ReplicaProcess, process_target._ReplicaProcess.drain, drain)
+
+
+# --- progress ---
+
+
+def progress_wakes_the_loop_though_nobody_listens() -> None:
+    replace(Run, Run.report, lambda self, value: self._in_loop(self._emit_progress, value))
+
+
+def progress_reaches_the_listeners_of_the_ticket_alone() -> None:
+    def report(self: Run, value: Any) -> None:
+        if self.ticket.listeners is not None:
+            self._in_loop(self._emit_progress, value)
+
+    replace(Run, Run.report, report)
+
+
+def progress_reaches_the_listeners_of_the_supervisor_alone() -> None:
+    def report(self: Run, value: Any) -> None:
+        if self.dispatcher.core.bus.active:
+            self._in_loop(self._emit_progress, value)
+
+    replace(Run, Run.report, report)

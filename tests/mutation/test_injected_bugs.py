@@ -77,6 +77,7 @@ from tests.acceptance import (
     test_supervision,
     test_tenants,
     test_tenants_in_the_overflow,
+    test_threads,
     test_upstream,
     test_upstream_retries,
     test_worker_changes,
@@ -1428,6 +1429,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_process_that_is_to_go_is_killed: (
         test_worker_processes.test_a_process_that_goes_while_it_runs_tasks_finishes_them
+    ),
+    # --- progress ---
+    bugs.progress_wakes_the_loop_though_nobody_listens: (
+        test_threads.test_progress_that_nobody_listens_to_does_not_wake_the_loop
+    ),
+    bugs.progress_reaches_the_listeners_of_the_ticket_alone: (
+        test_threads.test_a_listener_that_comes_during_a_run_gets_the_later_progress
+    ),
+    bugs.progress_reaches_the_listeners_of_the_supervisor_alone: (
+        test_threads.test_a_listener_that_comes_during_a_run_gets_the_later_progress
     ),
 }
 
