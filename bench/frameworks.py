@@ -36,8 +36,9 @@ AGENTS: Final = 50
 CALLS: Final = 3
 REQUESTS, PERIOD = 100, 60.0
 OVERHEAD: Final = "overhead"
-ROUNDS, LEAST_ROUNDS = 31, 7  # of the overhead, each of one batch of agents by either way
-SECONDS: Final = 40.0  # after which a sample has no further rounds
+BATCH: Final = 10  # agents at once of the overhead
+ROUNDS, LEAST_ROUNDS = 301, 31  # of the overhead, each of one batch by either way
+SECONDS: Final = 20.0  # after which a sample has no further rounds
 
 Ask = Callable[[int], Awaitable[Any]]
 
@@ -99,7 +100,7 @@ async def _overhead(name: str, agent: InProcess) -> dict[str, float | str]:
     direct: list[float] = []
     ours: list[float] = []
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("agent", task_types=["ask"], max_concurrent=AGENTS, **agent.arguments)
+        supervisor.register_worker("agent", task_types=["ask"], max_concurrent=BATCH, **agent.arguments)
         ways = (
             (direct, agent.run),
             (ours, lambda text: supervisor.run(Task("ask", text))),
@@ -110,7 +111,7 @@ async def _overhead(name: str, agent: InProcess) -> dict[str, float | str]:
         gc.freeze()  # the modules of the frameworks are not looked at again
         ends = time.perf_counter() + SECONDS
         while len(direct) < ROUNDS and (len(direct) < LEAST_ROUNDS or time.perf_counter() < ends):
-            for times, ask in ways:
+            for times, ask in ways if len(direct) % 2 else reversed(ways):
                 times.append(await _batch(ask))
     alone, added = statistics.median(direct), statistics.median(map(sub, ours, direct))
     return {f"{name}: us, direct": alone, f"{name}: us added": added, f"{name}: added, %": 100 * added / alone}
@@ -120,8 +121,8 @@ async def _batch(ask: Callable[[str], Awaitable[Any]]) -> float:
     """Return the microseconds of processor time of one of the agents that run at once."""
     gc.collect()
     began = time.process_time()
-    await asyncio.gather(*(ask(f"river {number}") for number in range(AGENTS)))
-    return 1e6 * (time.process_time() - began) / AGENTS
+    await asyncio.gather(*(ask(f"river {number}") for number in range(BATCH)))
+    return 1e6 * (time.process_time() - began) / BATCH
 
 
 def _client(kind: Callable[..., Any], double: OpenAIDouble, stack: contextlib.AsyncExitStack) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -63,16 +65,14 @@ def in_process(tool: Tool) -> InProcess:
     crew = _crew(_agent(_Model(model="sample"), tool))
     return InProcess(
         arguments={"handler": crew},
-        run=lambda text: asyncio.to_thread(lambda: crew.copy().kickoff({"message": text})),
+        run=lambda text: _in_thread(lambda: crew.copy().kickoff({"message": text})),
     )
 
 
 def alone_in_process(tool: Tool) -> InProcess:
     """Return such an agent by itself, copied for each run."""
     agent = _agent(_Model(model="sample"), tool)
-    return InProcess(
-        arguments={"handler": agent}, run=lambda text: asyncio.to_thread(lambda: agent.copy().kickoff(text))
-    )
+    return InProcess(arguments={"handler": agent}, run=lambda text: _in_thread(lambda: agent.copy().kickoff(text)))
 
 
 def flow_in_process(tool: Tool) -> InProcess:
@@ -80,8 +80,13 @@ def flow_in_process(tool: Tool) -> InProcess:
     kind = _flow_class(_Model(model="sample"), tool)
     return InProcess(
         arguments={"factory": kind},
-        run=lambda text: asyncio.to_thread(lambda: kind().kickoff({"messages": text})),
+        run=lambda text: _in_thread(lambda: kind().kickoff({"messages": text})),
     )
+
+
+def _in_thread(function: Callable[[], Any]) -> Awaitable[Any]:
+    """Run a function in a thread, in a copy of this context, as ``kickoff_async`` does."""
+    return asyncio.get_running_loop().run_in_executor(None, copy_context().run, function)
 
 
 class _Model(BaseLLM):  # type: ignore[misc]
