@@ -51,7 +51,7 @@ def make_workflow(connect: Connect, tool: Tool) -> dict[str, Any]:
 def in_process(tool: Tool) -> InProcess:
     """Return an agent whose model calls the tool twice and then answers, without HTTP."""
     agent = _agent(_Client(), tool)
-    return InProcess(arguments={"handler": agent}, run=agent.run)
+    return InProcess(arguments={"handler": agent}, ready=lambda: agent.run)
 
 
 def workflow_in_process(tool: Tool) -> InProcess:
@@ -61,7 +61,7 @@ def workflow_in_process(tool: Tool) -> InProcess:
     def build() -> Workflow:
         return WorkflowBuilder(start_executor=agent).build()
 
-    return InProcess(arguments={"factory": build}, run=lambda text: build().run(text))
+    return InProcess(arguments={"factory": build}, ready=lambda: build().run)
 
 
 class _Client(FunctionInvocationLayer, ChatMiddlewareLayer, ChatTelemetryLayer, BaseChatClient):  # type: ignore[misc]

@@ -73,18 +73,19 @@ def _team(member: Any) -> Any:
 def in_process(tool: Tool) -> InProcess:
     """Return an agent whose model calls the tool twice and then answers, without HTTP; made for each run."""
     client = _Client()
-    return InProcess(
-        arguments={"handler": _assistant(client, tool)}, run=lambda text: _assistant(client, tool).run(task=text)
-    )
+    return InProcess(arguments={"handler": _assistant(client, tool)}, ready=lambda: _runs(_assistant(client, tool)))
 
 
 def team_in_process(tool: Tool) -> InProcess:
     """Return a team of such an agent, made for each run."""
     client = _Client()
     return InProcess(
-        arguments={"handler": _team(_assistant(client, tool))},
-        run=lambda text: _team(_assistant(client, tool)).run(task=text),
+        arguments={"handler": _team(_assistant(client, tool))}, ready=lambda: _runs(_team(_assistant(client, tool)))
     )
+
+
+def _runs(agent: Any) -> Any:
+    return lambda text: agent.run(task=text)
 
 
 class _Client(ChatCompletionClient):  # type: ignore[misc]
@@ -103,7 +104,8 @@ class _Client(ChatCompletionClient):  # type: ignore[misc]
     async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
         """Return a call of the tool, or the text after two of them."""
         results = sum(isinstance(each, FunctionExecutionResultMessage) for each in messages)
-        reason, content = "stop", "The Danube."
+        reason: Any = "stop"
+        content: Any = "The Danube."
         if results < 2:
             call = FunctionCall(id=f"call_{next(self._numbers)}", name="note", arguments='{"text": "n"}')
             reason, content = "function_calls", [call]

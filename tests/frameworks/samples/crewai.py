@@ -61,32 +61,32 @@ def _flow_class(llm: Any, tool: Tool) -> Any:
 
 
 def in_process(tool: Tool) -> InProcess:
-    """Return a crew whose model calls the tool twice and then answers, without HTTP; copied for each run."""
+    """Return a crew whose model calls the tool twice and then answers, without HTTP; each run has a copy."""
     crew = _crew(_agent(_Model(model="sample"), tool))
     return InProcess(
-        arguments={"handler": crew},
-        run=lambda text: _in_thread(lambda: crew.copy().kickoff({"message": text})),
+        arguments={"handler": crew}, ready=lambda: _runs(crew.copy().kickoff, lambda text: {"message": text})
     )
 
 
 def alone_in_process(tool: Tool) -> InProcess:
-    """Return such an agent by itself, copied for each run."""
+    """Return such an agent by itself; each run has a copy."""
     agent = _agent(_Model(model="sample"), tool)
-    return InProcess(arguments={"handler": agent}, run=lambda text: _in_thread(lambda: agent.copy().kickoff(text)))
+    return InProcess(arguments={"handler": agent}, ready=lambda: _runs(agent.copy().kickoff, str))
 
 
 def flow_in_process(tool: Tool) -> InProcess:
     """Return a flow of such an agent, made for each run."""
     kind = _flow_class(_Model(model="sample"), tool)
-    return InProcess(
-        arguments={"factory": kind},
-        run=lambda text: _in_thread(lambda: kind().kickoff({"messages": text})),
-    )
+    return InProcess(arguments={"factory": kind}, ready=lambda: _runs(kind().kickoff, lambda text: {"messages": text}))
 
 
-def _in_thread(function: Callable[[], Any]) -> Awaitable[Any]:
-    """Run a function in a thread, in a copy of this context, as ``kickoff_async`` does."""
-    return asyncio.get_running_loop().run_in_executor(None, copy_context().run, function)
+def _runs(kickoff: Any, inputs: Callable[[str], Any]) -> Callable[[str], Awaitable[Any]]:
+    """Return what kicks off in a thread, in a copy of the context, as ``kickoff_async`` does."""
+
+    def run(text: str) -> Awaitable[Any]:
+        return asyncio.get_running_loop().run_in_executor(None, copy_context().run, kickoff, inputs(text))
+
+    return run
 
 
 class _Model(BaseLLM):  # type: ignore[misc]

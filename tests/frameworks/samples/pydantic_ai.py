@@ -23,7 +23,7 @@ def make(connect: Connect, tool: Tool, **config: Any) -> dict[str, Any]:
 def in_process(tool: Tool) -> InProcess:
     """Return an agent whose model calls the tool twice and then answers, without HTTP."""
     agent = _agent(FunctionModel(_answer), tool)
-    return InProcess(arguments={"handler": agent}, run=agent.run)
+    return InProcess(arguments={"handler": agent}, ready=lambda: agent.run)
 
 
 def _agent(model: Any, tool: Tool) -> Any:
