@@ -38,7 +38,7 @@ CALLS: Final = 3
 REQUESTS, PERIOD = 100, 60.0
 OVERHEAD: Final = "overhead"
 BATCH: Final = 10  # agents at once of the overhead
-ROUNDS, LEAST_ROUNDS = 301, 31  # of the overhead, each of one batch by either way
+ROUNDS, LEAST_ROUNDS = 301, 11  # of the overhead, each of one batch by either way
 SECONDS: Final = 20.0  # after which a sample has no further rounds
 
 Ask = Callable[[int], Awaitable[Any]]
