@@ -115,6 +115,57 @@ async def test_progress_comes_from_a_thread_in_order(supervisor: BackpressureSup
     assert values == list(range(100))
 
 
+async def test_progress_that_nobody_listens_to_does_not_wake_the_loop(
+    supervisor: BackpressureSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handler(_: Task) -> None:
+        for number in range(100):
+            progress(number)
+
+    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    woken = []
+    loop = asyncio.get_running_loop()
+    wake = loop.call_soon_threadsafe
+
+    def call_soon_threadsafe(*arguments: Any, **how: Any) -> asyncio.Handle:
+        woken.append(arguments)
+        return wake(*arguments, **how)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", call_soon_threadsafe)
+    assert (await supervisor.run(Task("work"))) is None
+    assert len(woken) < 100  # the end of the thread wakes it
+
+
+@pytest.mark.parametrize("listens_to", ["task", "supervisor"])
+async def test_a_listener_that_comes_during_a_run_gets_the_later_progress(
+    supervisor: BackpressureSupervisor, listens_to: str
+) -> None:
+    reported, go_on = threading.Event(), threading.Event()
+
+    def handler(_: Task) -> None:
+        progress("early")
+        reported.set()
+        go_on.wait(PATIENCE)
+        progress("late")
+
+    supervisor.register_worker("worker", handler=handler, task_types=["work"])
+    ticket = await supervisor.submit(Task("work"))
+    await in_a_thread(lambda: reported.wait(PATIENCE))
+    values: list[Any] = []
+    if listens_to == "task":
+        async for event in ticket.events():
+            go_on.set()
+            values += [event.value] if isinstance(event, TaskProgress) else []
+    else:
+        async with supervisor.events() as events:
+            go_on.set()
+            async for event in events:
+                values += [event.value] if isinstance(event, TaskProgress) else []
+                if event.kind == "finished":
+                    break
+    assert values == ["late"]
+
+
 note: contextvars.ContextVar[str] = contextvars.ContextVar("note", default="blank")
 
 

@@ -51,11 +51,12 @@ class InProcess:
 
     Attributes:
         arguments: handler= and config= of `register_worker`.
-        run: runs the same agent as the framework itself does, in the running event loop.
+        ready: makes the agent, if it serves one run only, and returns what runs it as the framework itself does, in the
+            running event loop.
     """
 
     arguments: Mapping[str, Any]
-    run: Callable[[str], Awaitable[Any]]
+    ready: Callable[[], Callable[[str], Awaitable[Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from agent_framework import (
     AgentResponse,
     AgentSession,
     BaseAgent,
+    Content,
     Executor,
     FunctionInvocationContext,
     InMemoryCheckpointStorage,
@@ -38,9 +39,10 @@ from agent_framework import (
 from agent_framework.openai import OpenAIChatClient, OpenAIChatCompletionClient
 from openai import AsyncOpenAI
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from forebay import BackpressureSupervisor, Priority, Task, TaskStatus, Upstream
-from forebay.adapters import as_handler
+from forebay.adapters import agent_framework, as_handler
 from forebay.adapters.chat import ApprovalNeeded
 from forebay.errors import InvalidHandler, InvalidSetting, NotBindable, NotGuardable, UnusableTask
 from forebay.events import TaskProgress
@@ -228,6 +230,38 @@ async def test_messages_of_the_chat_api_arrive_as_they_are(client: Any, double: 
 async def test_any_other_message_is_refused_when_it_is_submitted(client: Any, message: Any) -> None:
     with pytest.raises(UnusableTask, match="item 1 is another dict"):
         await result_of(Agent(client=client), [{"role": "user", "content": "Which?"}, message])
+
+
+CONTENTS = [
+    Content.from_text("x"),
+    Content.from_text("x", additional_properties={"a": 1}),
+    Content.from_text("x", annotations=[{"type": "citation", "title": "t"}], raw_representation=object()),
+    Content.from_text_reasoning(text="why", protected_data="secret"),
+    Content.from_function_call(call_id="a", name="note", arguments="{}"),
+    Content.from_function_call(call_id="a", name="note", arguments={"text": "n"}),
+    Content.from_function_call(call_id="a", name="note", arguments="{}", informational_only=True),
+    Content.from_function_result(call_id="a", result="n"),
+    Content.from_function_result(call_id="a", result={"n": [1]}),
+    Content.from_function_result(call_id="a", result="n", exception="secret"),
+    Content.from_uri("https://rivers.example/danube.png", media_type="image/png"),
+    Content.from_usage({"input_token_count": 1}),
+    Content.from_error(message="no", error_code="1"),
+]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        *[Message("assistant", [content]) for content in CONTENTS],
+        Message("tool", CONTENTS, author_name="sample", message_id="m1"),
+        Message("user", ["x"], additional_properties={"a": 1}, raw_representation=object()),
+        Message("user", []),
+    ],
+)
+def test_messages_are_plain_data_as_the_framework_makes_it(message: Message) -> None:
+    made = agent_framework._plain([message])
+    assert made == [to_jsonable_python(message.to_dict())]
+    assert Message.from_dict(made[0]).to_dict() == message.to_dict()
 
 
 async def test_a_structured_output_is_plain_data(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3614,3 +3614,26 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     names = vars(gateway_command)
     original = names["load_gateway_settings"]
     names["load_gateway_settings"] = load
+
+
+# --- progress ---
+
+
+def progress_wakes_the_loop_though_nobody_listens() -> None:
+    replace(Run, Run.report, lambda self, value: self._in_loop(self._emit_progress, value))
+
+
+def progress_reaches_the_listeners_of_the_ticket_alone() -> None:
+    def report(self: Run, value: Any) -> None:
+        if self.ticket.listeners is not None:
+            self._in_loop(self._emit_progress, value)
+
+    replace(Run, Run.report, report)
+
+
+def progress_reaches_the_listeners_of_the_supervisor_alone() -> None:
+    def report(self: Run, value: Any) -> None:
+        if self.dispatcher.core.bus.active:
+            self._in_loop(self._emit_progress, value)
+
+    replace(Run, Run.report, report)

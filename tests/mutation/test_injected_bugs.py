@@ -77,6 +77,7 @@ from tests.acceptance import (
     test_supervision,
     test_tenants,
     test_tenants_in_the_overflow,
+    test_threads,
     test_upstream,
     test_upstream_retries,
     test_worker_changes,
@@ -1495,6 +1496,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
+    # --- progress ---
+    bugs.progress_wakes_the_loop_though_nobody_listens: (
+        test_threads.test_progress_that_nobody_listens_to_does_not_wake_the_loop
+    ),
+    bugs.progress_reaches_the_listeners_of_the_ticket_alone: (
+        test_threads.test_a_listener_that_comes_during_a_run_gets_the_later_progress
+    ),
+    bugs.progress_reaches_the_listeners_of_the_supervisor_alone: (
+        test_threads.test_a_listener_that_comes_during_a_run_gets_the_later_progress
     ),
 }
 

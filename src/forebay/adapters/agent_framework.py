@@ -70,6 +70,10 @@ _HINTS: Final[list[tuple[Any, str]]] = [
     ),
 ]
 _MESSAGE: Final = Message("user", ["any"])
+_PLAIN_FIELDS: Final = frozenset(
+    {"type", "role", "author_name", "message_id", "text", "call_id", "name", "arguments", "result", "hosted", "id"}
+)
+_CONTENTS: Final = frozenset({"contents", "items"})
 
 #: The workflows of handlers, and their executors that have a state.
 _claimed: WeakSet[Any] = WeakSet()
@@ -410,4 +414,26 @@ def _plain(data: Any) -> Any:
     """Return plain data."""
     if isinstance(data, list):
         return [_plain(each) for each in data]
-    return to_jsonable_python(data.to_dict() if isinstance(data, Message | Content) else data)
+    if isinstance(data, Message | Content):
+        return _plain_fields(data) or to_jsonable_python(data.to_dict())
+    return to_jsonable_python(data)
+
+
+def _plain_fields(data: Any) -> dict[str, Any] | None:
+    """Return what ``to_dict`` does, in a tenth of its time; None if a field is none of those that most have."""
+    kind = type(data)
+    if kind is not Message and kind is not Content:
+        return None
+    made: dict[str, Any] = {"type": "message"} if kind is Message else {}
+    for name, value in data.__dict__.items():
+        if value is None or name == "raw_representation":
+            continue
+        if name in _PLAIN_FIELDS and type(value) in (str, bool):
+            made[name] = value
+        elif name in _CONTENTS and type(value) is list:
+            made[name] = _plain(value)
+        elif name == "additional_properties" and value == {}:
+            made[name] = {}
+        elif value is not False or name != "informational_only":
+            return None
+    return made

@@ -25,7 +25,7 @@ def make(connect: Connect, tool: Tool, **config: Any) -> dict[str, Any]:
 def in_process(tool: Tool) -> InProcess:
     """Return an agent whose model calls the tool twice and then answers, without HTTP."""
     agent = _agent(_Model(), tool)
-    return InProcess(arguments={"handler": agent}, run=lambda text: agents.Runner.run(agent, text))
+    return InProcess(arguments={"handler": agent}, ready=lambda: partial(agents.Runner.run, agent))
 
 
 def _agent(model: Any, tool: Tool) -> Any:

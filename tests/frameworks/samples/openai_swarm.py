@@ -29,7 +29,7 @@ def in_process(tool: Tool) -> InProcess:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, lambda: swarm.Swarm(client).run(agent, messages))
 
-    return InProcess(arguments={"handler": agent, "config": {"client": client}}, run=run)
+    return InProcess(arguments={"handler": agent, "config": {"client": client}}, ready=lambda: run)
 
 
 def _agent(tool: Tool) -> Any:

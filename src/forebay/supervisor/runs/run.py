@@ -198,8 +198,9 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         self.left_behind = True
 
     def report(self, value: Any) -> None:
-        """Send `value` to the listeners of the task's events. Callable from any thread."""
-        self._in_loop(self._emit_progress, value)
+        """Send `value` to the listeners of the task's events, if it has any now. Callable from any thread."""
+        if self.ticket.listeners is not None or self.dispatcher.core.bus.active:  # else the loop is not woken in vain
+            self._in_loop(self._emit_progress, value)
 
     def _in_loop(self, callback: Callable[[*Ts], object], *arguments: *Ts) -> None:
         if asyncio._get_running_loop() is self.dispatcher.core.loop:  # noqa: SLF001 - documented; None in a thread
