@@ -1496,6 +1496,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
+    ),
     # --- progress ---
     bugs.progress_wakes_the_loop_though_nobody_listens: (
         test_threads.test_progress_that_nobody_listens_to_does_not_wake_the_loop

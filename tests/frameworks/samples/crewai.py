@@ -44,7 +44,7 @@ def make_alone(connect: Connect, tool: Tool) -> dict[str, Any]:
 
 def make_flow(connect: Connect, tool: Tool) -> dict[str, Any]:
     """Return the arguments of `register_worker` for a flow of one method, which asks an agent."""
-    return {"handler": _flow_class(connect(partial(LLM, f"openai/{MODEL}")), tool), "config": None}
+    return {"factory": _flow_class(connect(partial(LLM, f"openai/{MODEL}")), tool), "config": None}
 
 
 def _flow_class(llm: Any, tool: Tool) -> Any:

@@ -47,13 +47,16 @@ async def test_a_thread_of_forebay_that_waits_for_a_job_is_no_leak_and_one_that_
         started.set()
         leave.wait(10)
 
+    def submit_both() -> None:
+        executor.submit(job)
+        executor.submit(job)
+        started.wait(10)
+
     async with no_leaks():
         executor.submit(int).result(10)
     with pytest.raises(LeakFound, match="forebay-tool-"):
         async with no_leaks(grace=0):
-            executor.submit(job)
-            executor.submit(job)
-            started.wait(10)
+            submit_both()
     leave.set()
     executor.shutdown()
 
