@@ -96,6 +96,7 @@ from forebay.scale import (
     KubernetesTarget,
     LeaderLease,
     LeaseRecord,
+    ProcessTarget,
     PublishedTarget,
     ScaleDecider,
     decision,
@@ -3471,6 +3472,32 @@ def a_process_that_is_to_go_is_killed() -> None:
         self.signal(signal.SIGKILL)
 
     replace(process_target._ReplicaProcess, process_target._ReplicaProcess.drain, drain)
+
+
+def the_death_of_a_process_is_seen_by_its_socket() -> None:
+    async def _run_process(self: ProcessTarget, each: process_target._ReplicaProcess) -> int:
+        ours, theirs = each.connect()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        process = await self._spawn(theirs.fileno())
+        theirs.close()
+        each.start(process)
+        await self._read_reports(each, reader)
+        writer.close()
+        return await process.wait()
+
+    replace(ProcessTarget, ProcessTarget._run_process, _run_process)
+
+
+def a_process_that_reports_no_more_goes_on_counting() -> None:
+    always(process_target._ReplicaProcess, process_target._ReplicaProcess.look, returns=None)
+
+
+def a_process_that_drains_by_itself_counts_as_ready() -> None:
+    always(process_target._ReplicaProcess, process_target._ReplicaProcess.drains_itself, returns=False)
+
+
+def one_that_waits_to_be_replaced_holds_back_all() -> None:
+    always(ProcessTarget, ProcessTarget._cancel_restart, returns=None)
 
 
 def what_somebody_else_has_scaled_is_overwritten() -> None:

@@ -1448,6 +1448,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_process_that_is_to_go_is_killed: (
         test_worker_processes.test_a_process_that_goes_while_it_runs_tasks_finishes_them
     ),
+    bugs.the_death_of_a_process_is_seen_by_its_socket: (
+        test_worker_processes.test_a_process_that_dies_is_replaced_though_its_socket_is_held_open
+    ),
+    bugs.a_process_that_reports_no_more_goes_on_counting: (
+        test_worker_processes.test_a_process_that_reports_no_more_counts_no_more_and_is_killed
+    ),
+    bugs.a_process_that_drains_by_itself_counts_as_ready: (
+        test_worker_processes.test_a_process_that_drains_by_itself_is_not_ready_and_replaced
+    ),
+    bugs.one_that_waits_to_be_replaced_holds_back_all: (
+        test_worker_processes.test_one_that_waits_to_be_replaced_holds_back_no_others
+    ),
     bugs.what_somebody_else_has_scaled_is_overwritten: (
         test_kubernetes.test_what_somebody_else_has_scaled_meanwhile_is_decided_again
     ),

@@ -139,13 +139,19 @@ class ProcessTable(msgspec.Struct, frozen=True, kw_only=True):
     supervisor: str
     drain_timeout: float | None = None
     start_timeout: float = 60.0
+    report_timeout: float | None = 20.0
 
     def __post_init__(self) -> None:
         self.target()
 
     def target(self) -> Target:
         """Return the target."""
-        return ProcessTarget(self.supervisor, drain_timeout=self.drain_timeout, start_timeout=self.start_timeout)
+        return ProcessTarget(
+            self.supervisor,
+            drain_timeout=self.drain_timeout,
+            start_timeout=self.start_timeout,
+            report_timeout=self.report_timeout,
+        )
 
 
 class KubernetesLeaderTable(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,7 +42,8 @@ def worker(
 ) -> None:
     """Run a supervisor as a worker of its overflow until SIGTERM or SIGINT; then drain it, and exit.
 
-    It takes tasks that other processes have stored there. A second signal cancels what runs.
+    It takes tasks that other processes have stored there. A second signal cancels what runs, but not a
+    SIGTERM within a second of the first.
     """
     status = run_at(
         supervisor,

@@ -32,11 +32,13 @@ class ReplicaReport(JsonStruct, frozen=True, kw_only=True):
         running: slots that are taken.
         service: mean of the seconds for which a task holds its slot; None before the first has ended.
         limited_by: what it is short of instead of slots; None if nothing.
+        draining: whether it takes no more tasks, and goes.
     """
 
     running: int = 0
     service: float | None = None
     limited_by: str | None = None
+    draining: bool = False
 
 
 def sum_up(current: int, reports: Sequence[ReplicaReport]) -> Replicas:

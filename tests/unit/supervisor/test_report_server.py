@@ -62,7 +62,7 @@ async def test_it_answers_probes_and_reports() -> None:
     async with served(worker) as server:
         assert await get(server, "/healthz") == (200, {"ready": True})
         assert await get(server, "/readyz?verbose") == (200, {"ready": True})
-        report = {"running": 2, "service": 1.5, "limited_by": "upstream:openai:rpm"}
+        report = {"running": 2, "service": 1.5, "limited_by": "upstream:openai:rpm", "draining": False}
         assert await get(server, "/report") == (200, report)
         worker.is_ready = False  # it starts, or drains
         assert await get(server, "/healthz") == (200, {"ready": False})
