@@ -137,7 +137,7 @@ def bounded(most: int) -> dict[str, Tenant]:
 @pytest.mark.parametrize("room", [1, 1000])  # most of them are in the overflow, or in the queue
 @virtual
 async def test_of_a_tenant_no_more_tasks_ask_for_slots_than_its_bound_lets_begin(room: int) -> None:
-    settings = {"max_queue_size": room, "tenants": bounded(3), "overflow": "memory://"}
+    settings: dict[str, Any] = {"max_queue_size": room, "tenants": bounded(3), "overflow": "memory://"}
     async with supervisor_of(Agent(seconds=10.0), **settings) as supervisor:
         for number in range(100):
             await supervisor.submit(Task("work", number, tenant="small"))
@@ -152,7 +152,7 @@ async def test_of_a_tenant_no_more_tasks_ask_for_slots_than_its_bound_lets_begin
 @pytest.mark.parametrize("room", [5, 1000])
 @virtual
 async def test_no_slot_is_added_for_the_tasks_of_a_tenant_that_has_its_bound(room: int) -> None:
-    settings = {"max_queue_size": room, "tenants": bounded(3), "overflow": "memory://"}
+    settings: dict[str, Any] = {"max_queue_size": room, "tenants": bounded(3), "overflow": "memory://"}
     async with supervisor_of(Agent(seconds=10.0), slots=5, **settings) as supervisor:
         worker = supervisor.workers["worker"]
         async with Autoscaler(supervisor, WorkerTarget(worker), task_types=["work"], maximum=40, service=10.0):

@@ -147,7 +147,7 @@ class ScaleDecider:
         self._goes_up = True  # the direction of the last change
         self._turned_down_at = -math.inf
 
-    def decide(
+    def decide(  # noqa: PLR0913 - a reading
         self,
         now: float,
         *,
