@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 import msgspec
 
 from forebay import clock
+from forebay._cancellation import is_being_cancelled
 from forebay._json import JsonStruct
 from forebay._validate import check_positive, reject
 from forebay.errors import ScalingFailed
@@ -230,7 +231,7 @@ class Autoscaler:
 
     async def _run(self) -> None:
         delay = 0.0
-        while not _is_cancelled():  # a call may have swallowed it
+        while not is_being_cancelled():  # a call may have swallowed it
             await asyncio.sleep(delay)
             delay = await self._step()
 
@@ -309,7 +310,7 @@ class Autoscaler:
             when = f"within {_CALL_TIMEOUT:g} s" if now + _CALL_TIMEOUT <= end else "by the end of the lease"
             raise ScalingFailed(what=what, why=f"it did not answer {when}") from error
         except asyncio.CancelledError as error:
-            if _is_cancelled():
+            if is_being_cancelled():
                 raise
             raise ScalingFailed(what=what, why="it was cancelled by itself") from error
 
@@ -434,9 +435,3 @@ def _check_target(target: object) -> None:
         reject(_OWNER, "target", target, "a target, such as WorkerTarget(worker)")
     if not isinstance(getattr(target, "name", None), str) or not isinstance(getattr(target, "outside", None), bool):
         reject(_OWNER, "target", target, "a target with a `name`, and with `outside` True or False")
-
-
-def _is_cancelled() -> bool:
-    """Return whether somebody has cancelled the task that runs."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
