@@ -31,7 +31,7 @@ _BACKOFF: Final = Retry(base_delay=1.0, max_delay=60.0)
 
 
 class ScalableSupervisor(Protocol):
-    """The supervisor, as far as an autoscaler needs it."""
+    """The supervisor, as far as an autoscaler needs it; for a `WorkerTarget`, with its `workers` by name."""
 
     async def demand(self, task_types: Sequence[str]) -> Demand:
         """Return the slots that the tasks of some types ask for now."""

@@ -195,7 +195,7 @@ async def test_a_call_of_the_store_that_is_cancelled_by_itself_does_not_end_the_
             raise asyncio.CancelledError
 
         async with LeaderLease(cancelled) as lease:
-            cancelled.read = fail  # type: ignore[method-assign, assignment]
+            cancelled.read = fail  # type: ignore[method-assign]
             await asyncio.sleep(20.0)
             assert lease.leads_until < now()
             cancelled.read = read  # type: ignore[method-assign]
