@@ -131,6 +131,7 @@ from forebay.supervisor import (
     drain,
     failure_log,
     fan_out,
+    held_tasks,
     nested_supervisor,
     pools,
     registration,
@@ -3401,7 +3402,27 @@ def a_held_task_waits_for_a_cheap_worker_that_does_not_come() -> None:
 
 
 def a_cheap_slot_serves_no_held_task() -> None:
-    always(HeldTasks, HeldTasks.slot_free, returns=None)
+    always(HeldTasks, HeldTasks.next_for, returns=None)
+
+
+def a_free_slot_takes_held_tasks_for_which_it_is_too_slow() -> None:
+    swap(held_tasks._first_in_time, ast.LtE, ast.NotEq)
+
+
+def a_held_task_is_taken_for_a_slot_that_it_may_not_have() -> None:
+    original = HeldTasks.next_for
+
+    def next_for(self: HeldTasks, worker: WorkerAgent) -> Ticket | None:
+        if (ticket := original(self, worker)) is not None and worker.sources:
+            self._join_queue(ticket, self._pools[ticket.task.task_type])
+            return None
+        return ticket
+
+    replace(HeldTasks, original, next_for)
+
+
+def reserved_slots_of_a_cheap_worker_are_waited_for() -> None:
+    replace(_CostClass, _CostClass.count_slots, lambda self: sum(worker.slots for worker in self.workers))
 
 
 def a_held_task_waits_for_a_worker_that_is_gone() -> None:

@@ -34,6 +34,7 @@ from tests.acceptance import (
     test_gateway_end,
     test_gateway_responses,
     test_handler_context,
+    test_held_tasks,
     test_hooks,
     test_json,
     test_leases,
@@ -1416,6 +1417,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_cheap_slot_serves_no_held_task: (
         test_cost_routing.test_a_task_waits_for_a_cheaper_worker_while_that_makes_its_deadline
+    ),
+    bugs.a_free_slot_takes_held_tasks_for_which_it_is_too_slow: (
+        test_held_tasks.test_a_held_task_is_not_started_on_a_worker_that_is_too_slow_for_it
+    ),
+    bugs.a_held_task_is_taken_for_a_slot_that_it_may_not_have: (
+        test_held_tasks.test_a_slot_whose_upstream_is_short_keeps_no_held_task_from_another_worker
+    ),
+    bugs.reserved_slots_of_a_cheap_worker_are_waited_for: (
+        test_held_tasks.test_no_task_waits_for_a_worker_whose_slots_are_all_reserved
     ),
     bugs.a_held_task_waits_for_a_worker_that_is_gone: (
         test_cost_routing.test_held_tasks_go_to_another_worker_once_the_cheaper_one_is_gone

@@ -75,7 +75,7 @@ class _CostClass:
         by_speed: them, by the seconds that a run takes at most.
         workers: them.
         times: of their successes; None before the first.
-        slots: of them, when they were counted last; None if that may have changed.
+        slots: of them that are not reserved, when they were counted last; None if that may have changed.
         known_at: loop time of the latest evidence of its times, or of a trial; None before the first.
     """
 
@@ -113,9 +113,9 @@ class _CostClass:
         self.known_at = now
 
     def count_slots(self) -> int:
-        """Return the slots of its workers."""
+        """Return the slots of its workers that a NORMAL or LOW task may take."""
         if self.slots is None:
-            self.slots = sum(worker.slots for worker in self.workers)
+            self.slots = sum(min(worker.slots, worker.slots_for(Priority.NORMAL)) for worker in self.workers)
         return self.slots
 
     def record_cut_off(self, now: float) -> None:

@@ -428,10 +428,10 @@ class Dispatcher:
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
         if worker.pending_claims:
             self.slot_claims.grant(worker)
-        if self.held.count and worker.can_accept():
-            self.held.slot_free(worker)
         served = self._served_by[worker]
         while worker.can_accept():
+            if self.held.count and self._start_held(worker, served, now):
+                continue
             entry: QueueEntry | None = None
             if (worker.suspended or worker.reserve) and not worker.may_begin(Priority.LOW):
                 pool, entry = served.first_for(worker)
@@ -451,6 +451,27 @@ class Dispatcher:
                 self.next_in_conversation(ticket)
         if self.spill is not None:
             self.spill.slot_freed(worker, served.with_spilled())
+
+    def _start_held(self, worker: WorkerAgent, served: ServedPools, now: float | None) -> bool:
+        """Start a held task on `worker`, if one may start there before what is queued; return whether one was taken."""
+        if (ticket := self.held.next_for(worker)) is None:
+            return False
+        task, pool = ticket.task, self._pools[ticket.task.task_type]
+        first = served.most_urgent()
+        if first is not None and ticket.deadline is not None:
+            queued = first[3], first[0]
+            if queued < (task.priority, (NOT_NESTED, ticket.deadline.at)):
+                return False  # the start gate or a reserve that stops it stops the held one, too
+        if worker.sources and not self.start_gate.may_start(worker, task.priority, waiting=1):
+            return False
+        self.held.leave(ticket)
+        if first is not None:
+            served.pass_over(task.priority)
+        if self._may_still_start(ticket, pool):
+            self.start(ticket, worker, now)
+        else:
+            self.next_in_conversation(ticket)
+        return True
 
     def refill(self, pool: Pool) -> None:
         """Take tasks of `pool` back from the overflow, if there is room for them."""
