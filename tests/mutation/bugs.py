@@ -3321,6 +3321,13 @@ def a_compensation_that_the_code_no_longer_has_is_called() -> None:
     skip(SagaRun._compensate, SagaRun._check_same)
 
 
+# --- reserved slots ---
+
+
+def an_urgent_task_whose_turn_comes_waits_behind_others_for_their_slots() -> None:
+    replace(Pool, Pool.has_ahead, lambda self, _: self.has_head)
+
+
 # --- routing by cost ---
 
 

@@ -1372,6 +1372,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_compensation_that_the_code_no_longer_has_is_called: (
         test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
     ),
+    # reserved slots
+    bugs.an_urgent_task_whose_turn_comes_waits_behind_others_for_their_slots: (
+        test_reserve.test_an_urgent_task_that_has_waited_outside_of_the_queue_takes_a_reserved_slot
+    ),
     # routing by cost
     bugs.a_task_goes_to_the_worker_that_finishes_first_whatever_it_costs: (
         test_cost_routing.test_a_task_goes_to_the_cheapest_worker_that_makes_its_deadline

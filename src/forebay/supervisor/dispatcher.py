@@ -295,12 +295,16 @@ class Dispatcher:
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self._tenants.bounded and task.tenant in self._tenants.blocked):
-            if worker.reserve and task.priority <= URGENT:  # others may wait, though a slot is free
-                self._served_by[worker].pass_over(task.priority)
+            self._overtake(ticket, worker)
             if pool.by_cost is None or not self.held.hold(ticket, pool, worker):
                 self.start(ticket, worker)
         else:
             self.enqueue(ticket, pool)
+
+    def _overtake(self, ticket: Ticket, worker: WorkerAgent) -> None:
+        """Count the tasks that wait for the slots of `worker` as passed over, if `ticket` need not wait for its own."""
+        if worker.reserve and ticket.task.priority <= URGENT:  # else none waits while a slot is free
+            self._served_by[worker].pass_over(ticket.task.priority)
 
     def recount_conversations(self) -> None:
         """Ask the overflow, in the background, which conversations have tasks in it."""
@@ -397,6 +401,7 @@ class Dispatcher:
         if worker is None:
             self.enqueue(ticket, pool)
         elif self._may_still_start(ticket, pool):
+            self._overtake(ticket, worker)
             self.start(ticket, worker)
         else:
             return False
@@ -414,7 +419,7 @@ class Dispatcher:
 
         It is not the one on which the task failed last, if another one may start it.
         """
-        if pool.has_head or ticket.task.tenant in self._tenants.blocked:
+        if pool.has_ahead(ticket.task.priority) or ticket.task.tenant in self._tenants.blocked:
             return None
         priority, nested = ticket.task.priority, ticket.nested
         failed_on = None if ticket.retries is None else ticket.retries.failed_on
