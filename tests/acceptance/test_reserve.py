@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from typing import Any
 
 import pytest
 from tests.support.task_plane import flood, now, rejected, results, statuses, virtual
@@ -286,7 +287,8 @@ async def test_an_urgent_task_that_has_waited_outside_of_the_queue_takes_a_reser
         supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=2, reserve=1)
         supervisor.register_worker("other", handler=Slots(1.0), task_types=["other"])
         tasks = flood(supervisor, "work", 2)  # one runs, and the other one waits for its slot
-        began, fields = now(), {}
+        began = now()
+        fields: dict[str, Any] = {}
         if why == "its conversation":
             fields = {"thread_id": "conversation"}
             await supervisor.submit(Task("other", **fields))

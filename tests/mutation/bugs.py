@@ -141,7 +141,7 @@ from forebay.supervisor import (
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
-from forebay.supervisor.cost_selection import CostSelector, RunTimes, _CostClass, _SpeedSelector
+from forebay.supervisor.cost_selection import CostSelector, RunTimes, _CostClass, _SpeedSelector, _Trial
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
@@ -175,7 +175,7 @@ from forebay.supervisor.spill.store_changes import AwaitedResults, WaitingRecord
 from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
-from forebay.supervisor.start_gate import StartGate
+from forebay.supervisor.start_gate import OtherWorkers, StartGate
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
@@ -3361,7 +3361,10 @@ def a_cost_that_was_slow_once_is_never_tried_again() -> None:
 
 
 def a_worker_that_fails_stays_the_cheapest() -> None:
-    def _best(_: CostSelector, workers: WorkerSelector, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+    def _best(
+        _: CostSelector, workers: WorkerSelector, priority: Priority, *, nested: bool, eligible: object
+    ) -> WorkerAgent | None:
+        del eligible
         return workers.pick(priority, nested=nested)
 
     replace(CostSelector, CostSelector._best, _best)
@@ -3369,6 +3372,31 @@ def a_worker_that_fails_stays_the_cheapest() -> None:
 
 def a_cheap_worker_is_never_tried_so_that_its_cost_is_not_learned() -> None:
     always(CostSelector, CostSelector._untried, returns=None)
+
+
+def a_cheap_worker_whose_first_run_cost_nothing_is_never_tried_again() -> None:
+    def cost_nothing(self: _Trial, _: float) -> None:
+        self.due = math.inf
+
+    replace(_Trial, _Trial.cost_nothing, cost_nothing)
+
+
+def a_hopeless_task_is_used_to_try_a_slow_cost() -> None:
+    original = _CostClass.try_again
+
+    def try_again(self: _CostClass, now: float, within: float, average: float) -> bool:
+        self._fastest = 0.0
+        return original(self, now, within, average)
+
+    replace(_CostClass, original, try_again)
+
+
+def many_slots_make_a_slow_worker_fast() -> None:
+    always(CostSelector, CostSelector._seconds, returns=0.0)
+
+
+def what_stops_one_worker_of_a_type_stops_all() -> None:
+    always(OtherWorkers, OtherWorkers.__bool__, returns=False)
 
 
 def learned_costs_differ_by_the_noise_of_runs() -> None:

@@ -1401,6 +1401,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cheap_worker_is_never_tried_so_that_its_cost_is_not_learned: (
         test_cost_selection.test_a_worker_whose_cost_is_not_known_is_tried_with_one_task
     ),
+    bugs.a_cheap_worker_whose_first_run_cost_nothing_is_never_tried_again: (
+        test_cost_selection.test_a_run_that_cost_nothing_is_not_the_last_trial
+    ),
+    bugs.a_hopeless_task_is_used_to_try_a_slow_cost: (
+        test_cost_selection.test_a_task_without_the_time_of_the_fastest_success_never_tries_a_slow_cost
+    ),
+    bugs.many_slots_make_a_slow_worker_fast: test_cost_selection.test_many_slots_make_no_worker_fast,
+    bugs.what_stops_one_worker_of_a_type_stops_all: (
+        test_cost_routing.test_a_worker_whose_upstream_is_short_keeps_no_task_from_another_one_of_its_cost
+    ),
     bugs.learned_costs_differ_by_the_noise_of_runs: (
         test_cost_selection.test_learned_costs_of_equal_workers_count_as_equal_though_runs_differ
     ),

@@ -22,7 +22,7 @@ from forebay.supervisor.runs.runner import RunnerPool
 from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
 from forebay.supervisor.runs.slot_loans import lend_slots
 from forebay.supervisor.spill.spill import Spill
-from forebay.supervisor.start_gate import StartGate
+from forebay.supervisor.start_gate import OtherWorkers, StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
 from forebay.supervisor.tree.supervision import Supervision
@@ -256,21 +256,25 @@ class Dispatcher:
 
     def serve(self, pool: Pool) -> None:
         """Start what waits in the queue of `pool`, on workers that have a free slot."""
-        skipped: list[float] = []  # costs of workers that have not taken the head
-        while pool.queue.length and (head := pool.queue.head()) is not None:
+        others: OtherWorkers | None = None  # those that have not been asked to take the head
+        while pool.queue.length and not pool.paused and (head := pool.queue.head()) is not None:
+            nested = head[0][0] == NESTED
             if pool.by_cost is not None and head[3] > URGENT:
-                able = self.start_gate.cheapest(pool.by_cost, pool, head[2], skipped)
+                able = self.start_gate.cheapest(pool.by_cost, pool, head[2], others)
+            elif others is None:
+                able = pool.selector.pick(head[3], nested=nested)
             else:
-                able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
+                able = pool.selector.pick_among(others.count, head[3], nested=nested)
             if able is None:
                 break
             self.dispatch(able)
             if pool.queue.head() is not head:
-                skipped.clear()
-            elif pool.by_cost is None or head[3] <= URGENT:
-                break  # it is the turn of another pool of that worker, or its upstream is short
-            else:
-                skipped.append(pool.by_cost.compared_cost_of(able))
+                others = None
+            elif able.can_accept():  # its upstream is short; else it was the turn of another of its pools
+                others = others or OtherWorkers(pool)
+                others.skip(able)
+                if not others:
+                    break
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
