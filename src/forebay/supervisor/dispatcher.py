@@ -299,15 +299,16 @@ class Dispatcher:
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self._tenants.bounded and task.tenant in self._tenants.blocked):
-            self._overtake(ticket, worker)
+            if worker.reserve:
+                self._overtake(ticket, worker)
             if pool.by_cost is None or not self.held.hold(ticket, pool, worker):
                 self.start(ticket, worker)
         else:
             self.enqueue(ticket, pool)
 
     def _overtake(self, ticket: Ticket, worker: WorkerAgent) -> None:
-        """Count the tasks that wait for the slots of `worker` as passed over, if `ticket` need not wait for its own."""
-        if worker.reserve and ticket.task.priority <= URGENT:  # else none waits while a slot is free
+        """Count those that wait as passed over, if `ticket` starts on `worker` because it may take a reserved slot."""
+        if ticket.task.priority <= URGENT:
             self._served_by[worker].pass_over(ticket.task.priority)
 
     def recount_conversations(self) -> None:
@@ -405,7 +406,8 @@ class Dispatcher:
         if worker is None:
             self.enqueue(ticket, pool)
         elif self._may_still_start(ticket, pool):
-            self._overtake(ticket, worker)
+            if worker.reserve:
+                self._overtake(ticket, worker)
             self.start(ticket, worker)
         else:
             return False
