@@ -1,4 +1,4 @@
-"""Random scripts of tasks on workers of different costs: no slot that may take a waiting task idles, and none is lost."""
+"""Random scripts of tasks on workers of different costs: no slot that may take a waiting task idles."""
 
 from __future__ import annotations
 
