@@ -141,6 +141,27 @@ async def test_a_cheap_worker_whose_upstream_is_short_keeps_no_task_from_another
 
 
 @virtual
+@pytest.mark.parametrize("cost", [0.002, None])
+async def test_a_worker_whose_upstream_is_short_keeps_no_task_from_another_one_of_its_cost(cost: float | None) -> None:
+    key = Upstream("key", quotas=[Quota(requests=1, per="hour")])
+    async with key.call("m"):
+        pass
+    short, other = Agent(1.0), Agent(5.0)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("heavy", handler=Agent(), task_types=["other", "work"], cost=cost and 10 * cost)
+        supervisor.register_worker(
+            "short", handler=short, task_types=["work"], cost=cost, upstreams=[key], max_concurrent=9
+        )
+        supervisor.register_worker("other", handler=other, task_types=["work"], cost=cost, max_concurrent=2)
+        await supervisor.submit(Task("other"))  # `heavy` is busy
+        for name in ("tried", "task", "another"):
+            assert await supervisor.submit(Task("work", name))
+        await run_ready()
+        assert sorted(short.started + other.started) == ["another", "task", "tried"]
+        assert len(short.started) == 1
+
+
+@virtual
 async def test_a_retried_task_returns_to_its_worker_if_the_upstream_of_the_other_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -150,9 +171,9 @@ async def test_a_retried_task_returns_to_its_worker_if_the_upstream_of_the_other
     monkeypatch.setattr(StartGate, "may_start", may_start)
     heavy, light = Agent(HEAVY), Agent(LIGHT, error=ValueError("no"))
     async with BackpressureSupervisor() as supervisor:
-        options: dict[str, Any] = {"task_types": ["work"], "upstreams": [Upstream("key")]}
-        supervisor.register_worker("heavy", handler=heavy, cost=0.02, **options)
-        supervisor.register_worker("light", handler=light, cost=0.002, **options)
+        for name, agent, cost in (("heavy", heavy, 0.02), ("light", light, 0.002)):
+            key = Upstream(f"key of {name}")
+            supervisor.register_worker(name, handler=agent, cost=cost, task_types=["work"], upstreams=[key])
         result = await (await supervisor.submit(Task("work", retry=Retry(max_attempts=3))))
         assert (result.attempts, result.worker_id, heavy.started) == (3, "light", [])
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from typing import Any
 
 import pytest
 from tests.support.task_plane import flood, now, rejected, results, statuses, virtual
 
-from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus
+from forebay import BackpressureSupervisor, Overloaded, Priority, Retry, Task, TaskStatus, clock
 from forebay.errors import InvalidSetting
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -267,3 +268,35 @@ async def test_better_tasks_that_need_not_wait_starve_no_priority(types: int) ->
             assert urgent[-1].status is TaskStatus.RUNNING
         assert sum(ticket.done() for ticket in low) >= 4
         await results([*urgent, *low])
+
+
+@virtual
+@pytest.mark.parametrize("why", ["its conversation", "a time", "its next attempt"])
+async def test_an_urgent_task_that_has_waited_outside_of_the_queue_takes_a_reserved_slot(why: str) -> None:
+    starts: list[float] = []
+
+    async def handler(task: Task) -> None:
+        if task.priority > Priority.HIGH:
+            await asyncio.sleep(100.0)
+        elif task.payload == "urgent":
+            starts.append(now())
+            if why == "its next attempt" and len(starts) == 1:
+                raise ValueError
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=2, reserve=1)
+        supervisor.register_worker("other", handler=Slots(1.0), task_types=["other"])
+        tasks = flood(supervisor, "work", 2)  # one runs, and the other one waits for its slot
+        began = now()
+        fields: dict[str, Any] = {}
+        if why == "its conversation":
+            fields = {"thread_id": "conversation"}
+            await supervisor.submit(Task("other", **fields))
+        elif why == "a time":
+            fields = {"not_before": clock.wall_time() + 5.0}
+        else:
+            fields = {"retry": Retry(max_attempts=3)}
+        await (await supervisor.submit(Task("work", "urgent", priority=Priority.HIGH, **fields)))
+        assert starts[-1] - began < 20.0
+        for ticket in tasks:
+            ticket.cancel()

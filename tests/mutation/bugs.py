@@ -139,6 +139,7 @@ from forebay.supervisor import (
     drain,
     failure_log,
     fan_out,
+    held_tasks,
     nested_supervisor,
     pools,
     registration,
@@ -148,7 +149,7 @@ from forebay.supervisor import (
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.core import Core
-from forebay.supervisor.cost_selection import CostSelector, RunTimes, _CostClass, _SpeedSelector
+from forebay.supervisor.cost_selection import CostSelector, RunTimes, _CostClass, _SpeedSelector, _Trial
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.fan_out import FanOut
@@ -182,7 +183,7 @@ from forebay.supervisor.spill.store_changes import AwaitedResults, WaitingRecord
 from forebay.supervisor.spill.store_load import StoreLoad
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
-from forebay.supervisor.start_gate import StartGate
+from forebay.supervisor.start_gate import OtherWorkers, StartGate
 from forebay.supervisor.tenants import Tenants
 from forebay.supervisor.ticket import Ticket, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
@@ -3328,6 +3329,13 @@ def a_compensation_that_the_code_no_longer_has_is_called() -> None:
     skip(SagaRun._compensate, SagaRun._check_same)
 
 
+# --- reserved slots ---
+
+
+def an_urgent_task_whose_turn_comes_waits_behind_others_for_their_slots() -> None:
+    replace(Pool, Pool.has_ahead, lambda self, _: self.has_head)
+
+
 # --- routing by cost ---
 
 
@@ -3361,7 +3369,10 @@ def a_cost_that_was_slow_once_is_never_tried_again() -> None:
 
 
 def a_worker_that_fails_stays_the_cheapest() -> None:
-    def _best(_: CostSelector, workers: WorkerSelector, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+    def _best(
+        _: CostSelector, workers: WorkerSelector, priority: Priority, *, nested: bool, eligible: object
+    ) -> WorkerAgent | None:
+        del eligible
         return workers.pick(priority, nested=nested)
 
     replace(CostSelector, CostSelector._best, _best)
@@ -3369,6 +3380,31 @@ def a_worker_that_fails_stays_the_cheapest() -> None:
 
 def a_cheap_worker_is_never_tried_so_that_its_cost_is_not_learned() -> None:
     always(CostSelector, CostSelector._untried, returns=None)
+
+
+def a_cheap_worker_whose_first_run_cost_nothing_is_never_tried_again() -> None:
+    def cost_nothing(self: _Trial, _: float) -> None:
+        self.due = math.inf
+
+    replace(_Trial, _Trial.cost_nothing, cost_nothing)
+
+
+def a_hopeless_task_is_used_to_try_a_slow_cost() -> None:
+    original = _CostClass.try_again
+
+    def try_again(self: _CostClass, now: float, within: float, average: float) -> bool:
+        self._fastest = 0.0
+        return original(self, now, within, average)
+
+    replace(_CostClass, original, try_again)
+
+
+def many_slots_make_a_slow_worker_fast() -> None:
+    always(CostSelector, CostSelector._seconds, returns=0.0)
+
+
+def what_stops_one_worker_of_a_type_stops_all() -> None:
+    always(OtherWorkers, OtherWorkers.__bool__, returns=False)
 
 
 def learned_costs_differ_by_the_noise_of_runs() -> None:
@@ -3409,7 +3445,27 @@ def a_held_task_waits_for_a_cheap_worker_that_does_not_come() -> None:
 
 
 def a_cheap_slot_serves_no_held_task() -> None:
-    always(HeldTasks, HeldTasks.slot_free, returns=None)
+    always(HeldTasks, HeldTasks.next_for, returns=None)
+
+
+def a_free_slot_takes_held_tasks_for_which_it_is_too_slow() -> None:
+    swap(held_tasks._first_in_time, ast.LtE, ast.NotEq)
+
+
+def a_held_task_is_taken_for_a_slot_that_it_may_not_have() -> None:
+    original = HeldTasks.next_for
+
+    def next_for(self: HeldTasks, worker: WorkerAgent) -> Ticket | None:
+        if (ticket := original(self, worker)) is not None and worker.sources:
+            self._join_queue(ticket, self._pools[ticket.task.task_type])
+            return None
+        return ticket
+
+    replace(HeldTasks, original, next_for)
+
+
+def reserved_slots_of_a_cheap_worker_are_waited_for() -> None:
+    replace(_CostClass, _CostClass.count_slots, lambda self: sum(worker.slots for worker in self.workers))
 
 
 def a_held_task_waits_for_a_worker_that_is_gone() -> None:

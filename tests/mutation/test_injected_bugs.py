@@ -34,6 +34,7 @@ from tests.acceptance import (
     test_gateway_end,
     test_gateway_responses,
     test_handler_context,
+    test_held_tasks,
     test_hooks,
     test_json,
     test_leases,
@@ -1375,6 +1376,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_compensation_that_the_code_no_longer_has_is_called: (
         test_saga_errors.test_a_saga_that_goes_back_is_parked_if_a_compensation_is_gone
     ),
+    # reserved slots
+    bugs.an_urgent_task_whose_turn_comes_waits_behind_others_for_their_slots: (
+        test_reserve.test_an_urgent_task_that_has_waited_outside_of_the_queue_takes_a_reserved_slot
+    ),
     # routing by cost
     bugs.a_task_goes_to_the_worker_that_finishes_first_whatever_it_costs: (
         test_cost_routing.test_a_task_goes_to_the_cheapest_worker_that_makes_its_deadline
@@ -1400,6 +1405,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cheap_worker_is_never_tried_so_that_its_cost_is_not_learned: (
         test_cost_selection.test_a_worker_whose_cost_is_not_known_is_tried_with_one_task
     ),
+    bugs.a_cheap_worker_whose_first_run_cost_nothing_is_never_tried_again: (
+        test_cost_selection.test_a_run_that_cost_nothing_is_not_the_last_trial
+    ),
+    bugs.a_hopeless_task_is_used_to_try_a_slow_cost: (
+        test_cost_selection.test_a_task_without_the_time_of_the_fastest_success_never_tries_a_slow_cost
+    ),
+    bugs.many_slots_make_a_slow_worker_fast: test_cost_selection.test_many_slots_make_no_worker_fast,
+    bugs.what_stops_one_worker_of_a_type_stops_all: (
+        test_cost_routing.test_a_worker_whose_upstream_is_short_keeps_no_task_from_another_one_of_its_cost
+    ),
     bugs.learned_costs_differ_by_the_noise_of_runs: (
         test_cost_selection.test_learned_costs_of_equal_workers_count_as_equal_though_runs_differ
     ),
@@ -1420,6 +1435,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_cheap_slot_serves_no_held_task: (
         test_cost_routing.test_a_task_waits_for_a_cheaper_worker_while_that_makes_its_deadline
+    ),
+    bugs.a_free_slot_takes_held_tasks_for_which_it_is_too_slow: (
+        test_held_tasks.test_a_held_task_is_not_started_on_a_worker_that_is_too_slow_for_it
+    ),
+    bugs.a_held_task_is_taken_for_a_slot_that_it_may_not_have: (
+        test_held_tasks.test_a_slot_whose_upstream_is_short_keeps_no_held_task_from_another_worker
+    ),
+    bugs.reserved_slots_of_a_cheap_worker_are_waited_for: (
+        test_held_tasks.test_no_task_waits_for_a_worker_whose_slots_are_all_reserved
     ),
     bugs.a_held_task_waits_for_a_worker_that_is_gone: (
         test_cost_routing.test_held_tasks_go_to_another_worker_once_the_cheaper_one_is_gone

@@ -59,6 +59,7 @@ class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
 
     Attributes:
         current: replicas that its target has been asked for, as the target says.
+        desired: replicas that it decided for.
         ready: those of them that take tasks.
         wanted: replicas that the slots asked for need, whatever is short.
         asked: slots that the tasks ask for, averaged.
@@ -74,6 +75,7 @@ class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
     """
 
     current: int = 0
+    desired: int = 0
     ready: int = 0
     wanted: int = 0
     asked: float = 0.0
@@ -380,6 +382,7 @@ class Autoscaler:
         slots = replicas.current * self._policy.seats
         self._update(
             current=replicas.current,
+            desired=decision.replicas,
             ready=replicas.ready,
             wanted=decision.wanted,
             asked=decision.asked,

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable, Collection
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Literal
 
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_costs import AVERAGE_GAIN
 from forebay.supervisor.worker_selection import ScoreSource, WorkerSelector
 from forebay.task import Priority
 
+Eligible = Callable[[WorkerAgent], bool]  # says whether a worker counts
+
 NO_COST: Final = math.inf  # the class of workers without a cost, or with recent failures
 _SAME_COST: Final = 1.5  # learned costs that differ by no more than this factor count as equal: each run costs another
 _SPREADS: Final = 2.5  # mean deviations above the average: 95 in a hundred end by then, even of exponential times
 _FIRST_SPREAD: Final = 0.5  # of the first time, as the deviation while there is no other
 _UNKNOWN: Final = 1.0 + _SPREADS * _FIRST_SPREAD  # times the average, while no deviation is known
+_SAME_TIME: Final = 1.5  # times that differ by no more than this factor count as equal for who is in a hurry
 _CUT_OFF: Final = 1.5  # a run that its deadline cut off is taken to need this many times its time
 _RETRIAL: Final = 20.0  # seconds after which a class that is too slow by its times is tried again
+_FEW: Final = 5  # successes that say little; workers to be tried that are looked at for a task
 _MAX_RETRIAL: Final = 3600.0  # the longest such time, after it was too slow again and again
 
 
@@ -57,13 +61,35 @@ class _SpeedSelector(WorkerSelector):
 
     def _key(self, worker: WorkerAgent, typical: float) -> float:
         times = self._times.get(worker)
-        return _UNKNOWN * worker.duration(self._task_type, typical) if times is None else times.cautious
+        seconds = _UNKNOWN * worker.duration(self._task_type, typical) if times is None else times.cautious
+        return seconds * worker.penalty
 
     def _score(self, worker: WorkerAgent) -> float:
         return self._key(worker, 1.0)
 
     def _heap_index(self, worker: WorkerAgent) -> int:
         return 0 if worker in self._times else super()._heap_index(worker)
+
+
+class _Trial:
+    """The trials of a worker whose cost is to be learned.
+
+    It is tried with one task at a time, and less and less often if its successes cost nothing.
+
+    Attributes:
+        due: loop time of the next one.
+    """
+
+    __slots__ = ("_pause", "due")
+
+    def __init__(self) -> None:
+        self.due = -math.inf
+        self._pause = _RETRIAL
+
+    def cost_nothing(self, now: float) -> None:
+        """Record a success that has taught no cost: it is tried less and less often."""
+        self.due = now + self._pause
+        self._pause = min(2 * self._pause, _MAX_RETRIAL)
 
 
 class _CostClass:
@@ -75,11 +101,22 @@ class _CostClass:
         by_speed: them, by the seconds that a run takes at most.
         workers: them.
         times: of their successes; None before the first.
-        slots: of them, when they were counted last; None if that may have changed.
+        slots: of them that are not reserved, when they were counted last; None if that may have changed.
         known_at: loop time of the latest evidence of its times, or of a trial; None before the first.
     """
 
-    __slots__ = ("_retrial", "by_score", "by_speed", "cost", "known_at", "slots", "times", "workers")
+    __slots__ = (
+        "_fastest",
+        "_retrial",
+        "_successes",
+        "by_score",
+        "by_speed",
+        "cost",
+        "known_at",
+        "slots",
+        "times",
+        "workers",
+    )
 
     def __init__(self, cost: float, by_score: WorkerSelector, by_speed: WorkerSelector) -> None:
         self.cost = cost
@@ -89,6 +126,8 @@ class _CostClass:
         self.times: RunTimes | None = None
         self.slots: int | None = None
         self.known_at: float | None = None
+        self._successes = 0
+        self._fastest = math.inf  # seconds of its fastest success
         self._retrial = _RETRIAL
 
     def add(self, worker: WorkerAgent) -> None:
@@ -109,26 +148,36 @@ class _CostClass:
             self.times = RunTimes(seconds)
         else:
             self.times.record(seconds)
+        self._successes += 1
+        self._fastest = min(self._fastest, seconds)
         self._retrial = _RETRIAL
         self.known_at = now
 
     def count_slots(self) -> int:
-        """Return the slots of its workers."""
+        """Return the slots of its workers that a NORMAL or LOW task may take."""
         if self.slots is None:
-            self.slots = sum(worker.slots for worker in self.workers)
+            self.slots = sum(min(worker.slots, worker.slots_for(Priority.NORMAL)) for worker in self.workers)
         return self.slots
 
     def record_cut_off(self, now: float) -> None:
         """Record that a run was cut off by its deadline."""
         self.known_at = now
 
-    def try_again(self, now: float, *, hopeful: bool) -> bool:
-        """Return whether to try a task there that would end too late by the times; the next one after a longer time.
+    def try_again(self, now: float, within: float, average: float) -> bool:
+        """Return whether a task tries one of its workers now that is too slow by its times; if so, count it as tried.
 
-        One that is not `hopeful`, because it has much less than the average time, is tried once in an hour.
+        A task without the time of its fastest success never does, once there have been a few: it would be lost.
+
+        Args:
+            now: loop time, in seconds.
+            within: seconds that the task has.
+            average: seconds of a success of the worker.
         """
         if self.known_at is None:
             self.known_at = now
+        hopeful = _CUT_OFF * within >= average
+        if within < self._fastest and not hopeful and self._successes >= _FEW:
+            return False
         if now < self.known_at + (self._retrial if hopeful else _MAX_RETRIAL):
             return False
         self.known_at = now
@@ -149,7 +198,17 @@ class CostSelector:
         median: returns the median seconds of the pool's tasks, or None before the first.
     """
 
-    __slots__ = ("_classes", "_costs", "_expected", "_filed", "_median", "_slots_version", "_task_type", "_times")
+    __slots__ = (
+        "_classes",
+        "_costs",
+        "_expected",
+        "_filed",
+        "_median",
+        "_slots_version",
+        "_task_type",
+        "_times",
+        "_trials",
+    )
 
     def __init__(self, task_type: str, median: Callable[[], float | None]) -> None:
         self._task_type = task_type
@@ -158,6 +217,7 @@ class CostSelector:
         self._classes: dict[float, _CostClass] = {}
         self._filed: dict[WorkerAgent, float] = {}  # the class of each worker
         self._times: dict[WorkerAgent, RunTimes] = {}
+        self._trials: dict[WorkerAgent, _Trial] = {}  # workers whose cost is to be learned
         self._slots_version = 0
         self._expected: dict[WorkerAgent, ScoreSource] = {}  # to be updated before the next pick
 
@@ -173,6 +233,10 @@ class CostSelector:
         found = self._classes[cost]
         found.by_score.update(worker)
         found.by_speed.update(worker)
+        if worker.cost(self._task_type) is not None:
+            self._trials.pop(worker, None)
+        elif worker not in self._trials:
+            self._trials[worker] = _Trial()
 
     def expect(self, worker: WorkerAgent, source: ScoreSource) -> None:
         """Update `worker` before the next pick, and tell `source` then that its score is known."""
@@ -183,12 +247,15 @@ class CostSelector:
         self._expected.pop(worker, None)
         self._unfile(worker)
         self._times.pop(worker, None)
+        self._trials.pop(worker, None)
 
     def record(self, now: float, worker: WorkerAgent, seconds: float) -> None:
         """Record that a run on `worker` succeeded after `seconds`."""
         self._record_time(worker, seconds)
         if (cost := self._filed.get(worker)) is not None:
             self._classes[cost].record(now, seconds)
+        if (trial := self._trials.get(worker)) is not None:
+            trial.cost_nothing(now)
 
     def record_cut_off(self, now: float, worker: WorkerAgent, seconds: float) -> None:
         """Record that a run on `worker` was cut off by its deadline after `seconds`: it needs longer.
@@ -217,55 +284,75 @@ class CostSelector:
         *,
         nested: bool = False,
         idle_first: bool = False,
-        skipped: Collection[float] = (),
+        eligible: Eligible | None = None,
     ) -> WorkerAgent | None:
-        """Return the worker with the least score that can accept a task, whatever it costs. See `WorkerSelector`."""
+        """Return the worker that can accept a task and is expected to finish it first, whatever it costs.
+
+        Among free slots the number of those of a worker says nothing about that. Of workers that are about as fast as
+        the fastest, it is the one with the least score, or with `idle_first` an IDLE one before others.
+        """
         self._update_expected()
-        best = [
-            worker
-            for cost, each in self._classes.items()
-            if cost not in skipped
-            and (worker := each.by_score.pick(priority, nested=nested, idle_first=idle_first)) is not None
-        ]
+        fastest, least = self._candidates("by_speed", priority, nested, eligible=eligible), math.inf
+        if fastest:
+            least = _SAME_TIME * min(map(self._seconds, fastest))
+        best = self._candidates("by_score", priority, nested, eligible=eligible, idle_first=idle_first)
+        best = [worker for worker in (*best, *fastest) if self._seconds(worker) <= least]
         if idle_first:
             best = [worker for worker in best if not worker.current_tasks] or best
         return self._least_score(best)
 
+    def _candidates(
+        self,
+        selector: Literal["by_score", "by_speed"],
+        priority: Priority,
+        nested: bool,  # noqa: FBT001 - as for `pick`
+        *,
+        eligible: Eligible | None,
+        idle_first: bool = False,
+    ) -> list[WorkerAgent]:
+        """Return the best worker of each cost."""
+        found = []
+        for each in self._classes.values():
+            workers: WorkerSelector = getattr(each, selector)
+            worker = workers.pick(priority, nested=nested, idle_first=idle_first)
+            if worker is not None and eligible is not None and not eligible(worker):
+                worker = workers.pick_among(eligible, priority, nested=nested)
+            if worker is not None:
+                found.append(worker)
+        return found
+
+    def _seconds(self, worker: WorkerAgent) -> float:
+        """Return the seconds that a run on `worker` is expected to take at most, longer after recent failures."""
+        return self.expected_time(worker) * worker.penalty
+
     def pick_cheapest(
-        self, now: float, within: float, priority: Priority, *, nested: bool = False, skipped: Collection[float] = ()
+        self, now: float, within: float, priority: Priority, *, nested: bool = False, eligible: Eligible | None = None
     ) -> WorkerAgent | None:
         """Return the cheapest worker that can accept a task and is expected to finish it within `within` seconds.
 
         Of those of one cost it is the one with the least score or, if that is too slow, the fastest one. If no worker
-        with a cost makes it, it is the one with the least score of all. Workers whose cost is `skipped` do not count.
+        with a cost makes it, it is the one that is expected to finish it first. Only `eligible` workers count.
         """
         self._update_expected()
-        untried = None if skipped else self._untried(priority, nested=nested)
+        untried = None if eligible is not None else self._untried(now, priority, nested=nested)
         if untried is not None and self._makes_it(untried, within):
             return untried
         for cost in (*self._costs,):  # a class may be gone when its last worker has failed
             found = self._classes.get(cost)
-            if found is None or cost == NO_COST or cost in skipped:
+            if found is None or cost == NO_COST:
                 continue
-            worker = self._best(found.by_score, priority, nested=nested)
+            worker = self._best(found.by_score, priority, nested=nested, eligible=eligible)
             if worker is not None and not self._makes_it(worker, within):
-                worker = self._best(found.by_speed, priority, nested=nested)
+                worker = self._best(found.by_speed, priority, nested=nested, eligible=eligible)
             if worker is None:
                 continue
-            if self._makes_it(worker, within) or found.try_again(
-                now, hopeful=_CUT_OFF * within >= self._average(worker)
-            ):
+            if self._makes_it(worker, within) or found.try_again(now, within, self._average(worker)):
                 return worker
-        return self.pick(priority, nested=nested, skipped=skipped)
+        return self.pick(priority, nested=nested, eligible=eligible)
 
-    def pick_other(self, *, avoid: WorkerAgent, priority: Priority, nested: bool) -> WorkerAgent | None:
-        """Return the worker with the least score, but not `avoid`, that can accept a task, or None."""
-        others = [
-            worker
-            for each in self._classes.values()
-            if (worker := each.by_score.pick_other(avoid=avoid, priority=priority, nested=nested)) is not None
-        ]
-        return self._least_score(others)
+    def pick_among(self, eligible: Eligible, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        """Return the `eligible` worker that can accept a task and is expected to finish it first, or None."""
+        return self.pick(priority, nested=nested, eligible=eligible)
 
     def fastest(self) -> float | None:
         """Return the average seconds of a success at the cost where it is least, or None before the first."""
@@ -335,25 +422,33 @@ class CostSelector:
     def _makes_it(self, worker: WorkerAgent, within: float) -> bool:
         return within == math.inf or self.expected_time(worker) <= within
 
-    def _best(self, workers: WorkerSelector, priority: Priority, *, nested: bool) -> WorkerAgent | None:
-        """Return the first of the workers of one cost; move those to another one that have failed."""
+    def _best(
+        self, workers: WorkerSelector, priority: Priority, *, nested: bool, eligible: Eligible | None
+    ) -> WorkerAgent | None:
+        """Return the first eligible one of the workers of one cost; move those to another one that have failed."""
         while (worker := workers.pick(priority, nested=nested)) is not None and worker.penalty > 1.0:
             self.update(worker)
-        return worker
+        if worker is None or eligible is None or eligible(worker):
+            return worker
+        return workers.pick_among(lambda other: other.penalty == 1.0 and eligible(other), priority, nested=nested)
 
-    def _untried(self, priority: Priority, *, nested: bool) -> WorkerAgent | None:
-        """Return an idle worker whose cost is to be learned and that has not finished a task of the type yet.
+    def _untried(self, now: float, priority: Priority, *, nested: bool) -> WorkerAgent | None:
+        """Return an idle worker whose cost is to be learned, and that is to be tried now.
 
-        It is tried with one task at a time. Otherwise, while a dear worker is fast, the cost of a cheap one might never
-        be learned.
+        It is tried with one task at a time; again after a while if that has cost nothing, since the answer may have
+        been in a cache. Otherwise, while a dear worker is fast, the cost of a cheap one might never be learned.
         """
-        found = self._classes.get(NO_COST)
-        if found is None or len(self._costs) == 1:
+        if not self._trials or len(self._costs) == 1:
             return None
-        worker = found.by_score.pick_untimed()
-        if worker is None or worker.current_tasks or worker.penalty > 1.0 or worker in self._times:
-            return None
-        return worker if worker.may_begin(priority, nested=nested) else None
+        for _ in range(min(len(self._trials), _FEW)):
+            worker, trial = next(iter(self._trials.items()))
+            del self._trials[worker]
+            self._trials[worker] = trial  # the others come first next time
+            if worker.current_tasks or worker.penalty > 1.0 or now < trial.due or not worker.can_accept():
+                continue
+            if worker.may_begin(priority, nested=nested):
+                return worker
+        return None
 
     def _least_score(self, workers: list[WorkerAgent]) -> WorkerAgent | None:
         typical = self._typical()

@@ -22,7 +22,7 @@ from forebay.supervisor.runs.runner import RunnerPool
 from forebay.supervisor.runs.scheduled_tasks import ScheduledTasks
 from forebay.supervisor.runs.slot_loans import lend_slots
 from forebay.supervisor.spill.spill import Spill
-from forebay.supervisor.start_gate import StartGate
+from forebay.supervisor.start_gate import OtherWorkers, StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
 from forebay.supervisor.tree.supervision import Supervision
@@ -256,21 +256,25 @@ class Dispatcher:
 
     def serve(self, pool: Pool) -> None:
         """Start what waits in the queue of `pool`, on workers that have a free slot."""
-        skipped: list[float] = []  # costs of workers that have not taken the head
-        while pool.queue.length and (head := pool.queue.head()) is not None:
+        others: OtherWorkers | None = None  # those that have not been asked to take the head
+        while pool.queue.length and not pool.paused and (head := pool.queue.head()) is not None:
+            nested = head[0][0] == NESTED
             if pool.by_cost is not None and head[3] > URGENT:
-                able = self.start_gate.cheapest(pool.by_cost, pool, head[2], skipped)
+                able = self.start_gate.cheapest(pool.by_cost, pool, head[2], others)
+            elif others is None:
+                able = pool.selector.pick(head[3], nested=nested)
             else:
-                able = pool.selector.pick(head[3], nested=head[0][0] == NESTED)
+                able = pool.selector.pick_among(others.count, head[3], nested=nested)
             if able is None:
                 break
             self.dispatch(able)
             if pool.queue.head() is not head:
-                skipped.clear()
-            elif pool.by_cost is None or head[3] <= URGENT:
-                break  # it is the turn of another pool of that worker, or its upstream is short
-            else:
-                skipped.append(pool.by_cost.compared_cost_of(able))
+                others = None
+            elif able.can_accept():  # its upstream is short; else it was the turn of another of its pools
+                others = others or OtherWorkers(pool)
+                others.skip(able)
+                if not others:
+                    break
 
     def lend_slots(self, running: RunningTask | None, awaited: Ticket | None) -> Reclaim | None:
         """Lend the slot of `running`, which awaits a task here or room for one, and those above it where needed."""
@@ -295,12 +299,17 @@ class Dispatcher:
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
         elif worker is not None and not (self.tenants.bounded and task.tenant in self.tenants.blocked):
-            if worker.reserve and task.priority <= URGENT:  # others may wait, though a slot is free
-                self._served_by[worker].pass_over(task.priority)
+            if worker.reserve:
+                self._overtake(ticket, worker)
             if pool.by_cost is None or not self.held.hold(ticket, pool, worker):
                 self.start(ticket, worker)
         else:
             self.enqueue(ticket, pool)
+
+    def _overtake(self, ticket: Ticket, worker: WorkerAgent) -> None:
+        """Count those that wait as passed over, if `ticket` starts on `worker` because it may take a reserved slot."""
+        if ticket.task.priority <= URGENT:
+            self._served_by[worker].pass_over(ticket.task.priority)
 
     def recount_conversations(self) -> None:
         """Ask the overflow, in the background, which conversations have tasks in it."""
@@ -397,6 +406,8 @@ class Dispatcher:
         if worker is None:
             self.enqueue(ticket, pool)
         elif self._may_still_start(ticket, pool):
+            if worker.reserve:
+                self._overtake(ticket, worker)
             self.start(ticket, worker)
         else:
             return False
@@ -414,7 +425,7 @@ class Dispatcher:
 
         It is not the one on which the task failed last, if another one may start it.
         """
-        if pool.has_head or ticket.task.tenant in self.tenants.blocked:
+        if pool.has_ahead(ticket.task.priority) or ticket.task.tenant in self.tenants.blocked:
             return None
         priority, nested = ticket.task.priority, ticket.nested
         failed_on = None if ticket.retries is None else ticket.retries.failed_on
@@ -428,10 +439,10 @@ class Dispatcher:
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
         if worker.pending_claims:
             self.slot_claims.grant(worker)
-        if self.held.count and worker.can_accept():
-            self.held.slot_free(worker)
         served = self._served_by[worker]
         while worker.can_accept():
+            if self.held.count and self._start_held(worker, served, now):
+                continue
             entry: QueueEntry | None = None
             if (worker.suspended or worker.reserve) and not worker.may_begin(Priority.LOW):
                 pool, entry = served.first_for(worker)
@@ -451,6 +462,27 @@ class Dispatcher:
                 self.next_in_conversation(ticket)
         if self.spill is not None:
             self.spill.slot_freed(worker, served.with_spilled())
+
+    def _start_held(self, worker: WorkerAgent, served: ServedPools, now: float | None) -> bool:
+        """Start a held task on `worker`, if one may start there before what is queued; return whether one was taken."""
+        if (ticket := self.held.next_for(worker)) is None:
+            return False
+        task, pool = ticket.task, self._pools[ticket.task.task_type]
+        first = served.most_urgent()
+        if first is not None and ticket.deadline is not None:
+            queued = first[3], first[0]
+            if queued < (task.priority, (NOT_NESTED, ticket.deadline.at)):
+                return False  # the start gate or a reserve that stops it stops the held one, too
+        if worker.sources and not self.start_gate.may_start(worker, task.priority, waiting=1):
+            return False
+        self.held.leave(ticket)
+        if first is not None:
+            served.pass_over(task.priority)
+        if self._may_still_start(ticket, pool):
+            self.start(ticket, worker, now)
+        else:
+            self.next_in_conversation(ticket)
+        return True
 
     def refill(self, pool: Pool) -> None:
         """Take tasks of `pool` back from the overflow, if there is room for them."""

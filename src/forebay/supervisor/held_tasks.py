@@ -56,9 +56,10 @@ class HeldTasks:
 
     A task is held when its turn has come, while every cheaper worker is busy and one of them is expected to have a slot
     in time, after all that waits already. It counts in the load as if it were queued, but only a cheaper worker serves
-    it. When a slot there becomes free, when the cheaper worker would not make the deadline any more, or when the slots
-    of a worker change, it joins the queue, where any worker takes it. No task is held while work waits in the overflow,
-    tenants take turns, or the supervisor drains; none that is urgent, nested, retried or stored; and none twice.
+    it: one that has a free slot, makes its deadline, and may begin it. When the cheaper worker would not make the
+    deadline any more, or when the slots of a worker change, it joins the queue, where any worker takes it. No task is
+    held while work waits in the overflow, tenants take turns, or the supervisor drains; none that is urgent, nested,
+    retried or stored; and none twice.
 
     Args:
         core: the objects that the parts of the supervisor share.
@@ -144,17 +145,24 @@ class HeldTasks:
             if not self._queues[pool]:
                 del self._queues[pool]
 
-    def slot_free(self, worker: WorkerAgent) -> None:
-        """Have as many held tasks join the queues of `worker` as it has free slots, if it is cheap enough for them."""
+    def next_for(self, worker: WorkerAgent) -> Ticket | None:
+        """Return the most urgent held task that may start on `worker`, or None.
+
+        It is cheaper there, and is expected to end in time. It stays held: the start gate may stop it, and then nobody
+        else could start it from the queue, though other workers have free slots.
+        """
+        found: list[_Hold] = []
         for pool in tuple(self._queues):
-            if worker not in pool.workers or pool.by_cost is None:
+            if worker not in pool.workers or pool.by_cost is None or pool.paused:
                 continue
-            cost = pool.by_cost.compared_cost_of(worker)
-            for _ in range(worker.max_concurrent - worker.current_tasks):
-                heads = [queue[0] for other, queue in self._queues.get(pool, {}).items() if cost < other]
-                if not heads:
-                    break
-                self._join_queue(min(heads).ticket, pool)
+            if pool.takes_turns or pool.spilled:
+                self._release(pool)  # they take their turns, too
+                continue
+            cost, seconds = pool.by_cost.compared_cost_of(worker), pool.by_cost.expected_time(worker)
+            for other, queue in self._queues[pool].items():
+                if cost < other and (held := _first_in_time(queue, worker, pool, seconds)) is not None:
+                    found.append(held)
+        return min(found).ticket if found else None
 
     def slots_changed(self, worker: WorkerAgent) -> None:
         """Judge held tasks again, because `worker` has more slots or fewer, or is FAILED or leaving."""
@@ -176,3 +184,14 @@ class HeldTasks:
     def _join_queue(self, ticket: Ticket, pool: Pool) -> None:
         self.leave(ticket)
         self._dispatcher.enqueue(ticket, pool)
+
+
+def _first_in_time(queue: list[_Hold], worker: WorkerAgent, pool: Pool, seconds: float) -> _Hold | None:
+    """Return the first of the held tasks that `worker` may begin, and makes if an average one takes `seconds`."""
+    for held in queue:
+        task, deadline = held.ticket.task, held.ticket.deadline
+        if not worker.may_begin(task.priority):
+            return None
+        if deadline is not None and pool.relative_size(task.estimate) * seconds <= deadline.remaining():
+            return held
+    return None

@@ -226,6 +226,16 @@ class Pool(SlotCounts):
             return False
         return self._turns is None or self._turns.head() is not None
 
+    def has_ahead(self, priority: Priority) -> bool:
+        """Return whether a task waits in the queue that one of `priority`, whose turn comes now, may not overtake.
+
+        CRITICAL and HIGH go past lower priorities: these may wait for slots that are not reserved.
+        """
+        if self._turns is not None:
+            head = self._turns.head()
+            return head is not None and (priority > URGENT or head[3] <= priority)
+        return (self.queue.ahead(priority) if priority <= URGENT else self.queue.length) > 0
+
     def must_wait(self, priority: Priority, tenant: str) -> bool:
         """Return whether a new task of `tenant` waits though a slot is free, while tenants take turns.
 

@@ -35,6 +35,9 @@ class ServedPools(Protocol):
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
         """Return the pool and the entry of the task that a worker may begin first: one with a reserve or many runs."""
 
+    def most_urgent(self) -> QueueEntry | None:
+        """Return the most urgent of the entries that are served next, or None if no task waits."""
+
     def pass_over(self, priority: Priority) -> None:
         """Count the lower priorities that wait as passed over, because a task of `priority` did not wait."""
 
@@ -72,6 +75,11 @@ class FewPools:
     def first_for(self, worker: WorkerAgent) -> tuple[Pool, QueueEntry] | tuple[None, None]:
         """Return the pool and the entry of the task that a worker with many open runs may begin first, if any."""
         return first_for(worker, self.pools)
+
+    def most_urgent(self) -> QueueEntry | None:
+        """Return the most urgent of the entries that are served next, or None if no task waits."""
+        heads = [head for pool in self.pools if not pool.paused and (head := pool.queue.head()) is not None]
+        return min(heads, key=_urgency, default=None)
 
     def pass_over(self, priority: Priority) -> None:
         """Count the lower priorities that wait as passed over, because a task of `priority` did not wait."""
@@ -206,6 +214,10 @@ class PoolGroup(SlotCounts):
             return None, None
         self._serve(pool)
         return pool, entry
+
+    def most_urgent(self) -> QueueEntry | None:
+        """Return the most urgent of the entries that are served next, or None if no task waits."""
+        return self._most_urgent()[1] if self._heads else None
 
     def pass_over(self, priority: Priority) -> None:
         """Count the lower priorities that wait as passed over, because a task of `priority` did not wait."""

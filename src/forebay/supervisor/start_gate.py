@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +25,34 @@ if TYPE_CHECKING:
     from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _MIN_RECHECK: Final = 0.25  # seconds, at least, until a source that blocks all runs is asked again
+
+
+class OtherWorkers:
+    """The workers of a pool that are left for a task after one has not taken it. True while there may be any.
+
+    What stops a run is the load of its worker's sources, so those that use the same ones are skipped with it, and there
+    are no more searches than different sets of them.
+
+    Args:
+        pool: the pool.
+        avoid: a worker that does not count.
+    """
+
+    def __init__(self, pool: Pool, avoid: WorkerAgent | None = None) -> None:
+        self._paths = max(1, len(pool.source_paths))
+        self._avoid = avoid
+        self._skipped: set[tuple[LoadSource, ...]] = set()
+
+    def __bool__(self) -> bool:
+        return len(self._skipped) < self._paths
+
+    def skip(self, worker: WorkerAgent) -> None:
+        """Skip `worker`, and those that use the same sources."""
+        self._skipped.add(tuple(worker.sources))
+
+    def count(self, worker: WorkerAgent) -> bool:
+        """Return whether `worker` is one of them."""
+        return worker is not self._avoid and tuple(worker.sources) not in self._skipped
 
 
 class StartGate:
@@ -111,36 +139,45 @@ class StartGate:
         if pool.by_cost is not None and ticket is not None and priority > URGENT:
             return self._pick_cheapest(pool.by_cost, pool, ticket, avoid)
         worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
-        if worker is avoid and worker is not None:
-            worker = pool.selector.pick_other(avoid=worker, priority=priority, nested=nested)
-        return worker if worker is not None and self._may_start_one(worker, priority) else None
+        if worker is None or (worker is not avoid and self._may_start_one(worker, priority)):
+            return worker
+        others = OtherWorkers(pool, avoid)
+        if worker is not avoid:
+            others.skip(worker)
+        while others and (other := pool.selector.pick_among(others.count, priority, nested=nested)) is not None:
+            if self._may_start_one(other, priority):
+                return other
+            others.skip(other)
+        return None
 
     def _pick_cheapest(
         self, costs: CostSelector, pool: Pool, ticket: Ticket, avoid: WorkerAgent | None
     ) -> WorkerAgent | None:
-        priority, nested, skipped = ticket.task.priority, ticket.nested, list[float]()
-        while (worker := self.cheapest(costs, pool, ticket, skipped)) is not None:
-            if worker is avoid:
-                other = costs.pick_other(avoid=worker, priority=priority, nested=nested)
-                return other if other is not None and self._may_start_one(other, priority) else None
-            if self._may_start_one(worker, priority):
+        others = None if avoid is None else OtherWorkers(pool, avoid)
+        while (worker := self.cheapest(costs, pool, ticket, others)) is not None:
+            if self._may_start_one(worker, ticket.task.priority):
                 return worker
-            skipped.append(costs.compared_cost_of(worker))  # its upstream is under pressure; that of others may not be
+            others = others or OtherWorkers(pool, avoid)
+            others.skip(worker)
+            if not others:
+                break
         return None
 
     def _may_start_one(self, worker: WorkerAgent, priority: Priority) -> bool:
         return not worker.sources or self.may_start(worker, priority, waiting=1)
 
     def cheapest(
-        self, costs: CostSelector, pool: Pool, ticket: Ticket, skipped: Collection[float] = ()
+        self, costs: CostSelector, pool: Pool, ticket: Ticket, others: OtherWorkers | None = None
     ) -> WorkerAgent | None:
         """Return the cheapest worker of `pool` that can accept the task of `ticket` and makes its deadline.
 
-        It may be one that the start gate stops. See `CostSelector.pick_cheapest`.
+        It is one of the `others`, if they are given, and may be one that the start gate stops. See
+        `CostSelector.pick_cheapest`.
         """
         left = math.inf if ticket.deadline is None else ticket.deadline.remaining()
         within, task = left / pool.relative_size(ticket.task.estimate), ticket.task
-        return costs.pick_cheapest(self._loop.time(), within, task.priority, nested=ticket.nested, skipped=skipped)
+        count = None if others is None else others.count
+        return costs.pick_cheapest(self._loop.time(), within, task.priority, nested=ticket.nested, eligible=count)
 
     def may_start(self, worker: WorkerAgent, priority: Priority, *, waiting: int) -> bool:
         """Return whether a run of `priority` may start on `worker` now; `waiting` runs are queued for it."""

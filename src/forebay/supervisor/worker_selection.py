@@ -95,16 +95,14 @@ class WorkerSelector:
             return self._first_idle(priority, nested=nested) or best
         return best
 
-    def pick_untimed(self) -> WorkerAgent | None:
-        """Return the best worker that can accept a task and has no duration of its own, or None."""
-        return self._top(1)
-
-    def pick_other(self, *, avoid: WorkerAgent, priority: Priority, nested: bool) -> WorkerAgent | None:
-        """Return the best worker but `avoid` that can accept a task, or None: a search of all."""
+    def pick_among(
+        self, eligible: Callable[[WorkerAgent], bool], priority: Priority, *, nested: bool
+    ) -> WorkerAgent | None:
+        """Return the best of the `eligible` workers that can accept a task, or None: a search of all."""
         able = [
             worker
             for worker in self._stamps
-            if worker is not avoid and worker.can_accept() and worker.may_begin(priority, nested=nested)
+            if worker.can_accept() and worker.may_begin(priority, nested=nested) and eligible(worker)
         ]
         return self._least_score(able)
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forebay.adapters import as_handler
 from forebay.breaker import Breaker, BreakerRules
-from forebay.supervisor.cost_selection import NO_COST, CostSelector, compared_cost
+from forebay.supervisor.cost_selection import _SAME_TIME, NO_COST, CostSelector, compared_cost
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.pools import PoolGroup, Pools
 from forebay.supervisor.tenants import Tenants
@@ -162,11 +162,13 @@ class CostMachine(RuleBasedStateMachine):
     def accepting(self) -> list[WorkerAgent]:
         return [worker for worker in self.fleet.workers if worker.can_accept()]
 
-    def score(self, worker: WorkerAgent) -> float:
-        return worker.score(KIND, self.fleet.median or 1.0)
+    def is_fast(self, worker: WorkerAgent) -> bool:
+        seconds = {each: self.fleet.selector.expected_time(each) * each.penalty for each in self.accepting}
+        return seconds[worker] <= _SAME_TIME * 1.001 * min(seconds.values())
 
     def is_untried(self, worker: WorkerAgent) -> bool:
-        return worker.cost(KIND) is None and not worker.has_duration(KIND) and not worker.current_tasks
+        trial = self.fleet.selector._trials.get(worker)
+        return trial is not None and trial.due <= 0.0 and not worker.current_tasks
 
     @invariant()
     def picks_the_cheapest_that_makes_it(self) -> None:
@@ -186,7 +188,7 @@ class CostMachine(RuleBasedStateMachine):
             if self.is_untried(picked):
                 continue
             if not able:
-                assert self.score(picked) == pytest.approx(min(map(self.score, accepting)))
+                assert self.is_fast(picked)
                 continue
             assert picked in able
             given = [cost for worker in able if (cost := worker.given_cost(KIND)) is not None]
@@ -197,11 +199,10 @@ class CostMachine(RuleBasedStateMachine):
             assert all(cost <= _LEARNED_APART * 1.05 * (other or 0.0) for other in learned)
 
     @invariant()
-    def picks_the_least_score_where_costs_are_no_matter(self) -> None:
+    def picks_one_of_the_fastest_where_costs_are_no_matter(self) -> None:
         picked, accepting = self.fleet.selector.pick(), self.accepting
         assert (picked is None) == (not accepting)
-        if picked is not None:
-            assert self.score(picked) == pytest.approx(min(map(self.score, accepting)))
+        assert picked is None or self.is_fast(picked)
 
     @invariant()
     def keeps_no_more_than_it_needs(self) -> None:
@@ -303,6 +304,8 @@ def test_one_that_fails_is_passed_over_although_nobody_has_told_the_selector(fle
 
 def test_a_worker_without_a_cost_comes_after_those_with_one(fleet: Fleet) -> None:
     unknown, dear = fleet.add(seconds=1.0), fleet.add(5.0, seconds=10.0)
+    fleet.take(unknown)
+    fleet.finish(unknown, 1.0)
     assert fleet.cheapest() is dear
     assert fleet.cheapest(5.0) is unknown
 
@@ -387,6 +390,66 @@ def test_a_task_without_a_chance_is_not_used_to_try_a_slow_cost(fleet: Fleet) ->
     heavy, light = fleet.add(0.02, seconds=1.0), fleet.add(0.002, seconds=100.0)
     assert {fleet.cheapest(40.0, now=float(now)) for now in range(0, 3_000, 10)} == {heavy}
     assert fleet.cheapest(70.0, now=3_000.0) is light
+
+
+def test_a_task_without_the_time_of_the_fastest_success_never_tries_a_slow_cost(fleet: Fleet) -> None:
+    heavy, light = fleet.add(0.02, seconds=0.1), fleet.add(0.002, seconds=10.0)
+    for _ in range(6):
+        fleet.take(light)
+        fleet.finish(light, 10.0)
+    assert {fleet.cheapest(2.0, now=3_000.0 * hour) for hour in range(20)} == {heavy}
+    for _ in range(10):
+        fleet.take(light)
+        fleet.finish(light, 100.0)
+    assert fleet.cheapest(11.0, now=100_000.0) is light  # it may be fast again
+
+
+# --- who is in a hurry ---
+
+
+def test_many_slots_make_no_worker_fast(fleet: Fleet) -> None:
+    heavy = fleet.add(0.02, slots=1, seconds=1.0)
+    fleet.add(0.002, slots=20, seconds=10.0)
+    assert fleet.selector.pick(Priority.HIGH, idle_first=True) is heavy
+    assert fleet.cheapest(0.5) is heavy
+
+
+def test_an_idle_worker_is_preferred_only_if_it_is_about_as_fast(fleet: Fleet) -> None:
+    heavy, light = fleet.add(0.02, slots=4, seconds=1.0), fleet.add(0.002, seconds=10.0)
+    fleet.take(heavy)
+    assert fleet.selector.pick(Priority.HIGH, idle_first=True) is heavy
+    middle = fleet.add(0.01, seconds=1.2)
+    assert fleet.selector.pick(Priority.HIGH, idle_first=True) is middle
+    assert light.current_tasks == 0
+
+
+# --- costs to be learned ---
+
+
+def test_a_run_that_cost_nothing_is_not_the_last_trial(fleet: Fleet) -> None:
+    heavy, light = fleet.add(0.02, slots=10, seconds=1.0), fleet.add(slots=10)
+    fleet.take(light)
+    fleet.finish(light, 1.0, usd=None)
+    tried = []
+    for now in range(3_600):
+        if (picked := fleet.cheapest(now=float(now))) is light:
+            tried.append(now)
+            fleet.selector.record(float(now), light, 1.0)
+        else:
+            assert picked is heavy
+    gaps = [later - earlier for earlier, later in itertools.pairwise(tried)]
+    assert 4 <= len(tried) <= 10
+    assert gaps == sorted(gaps)
+    assert gaps[-1] >= 2 * gaps[0]
+
+
+def test_a_busy_worker_keeps_no_other_from_being_tried(fleet: Fleet) -> None:
+    fleet.add(0.02, slots=10, seconds=1.0)
+    busy = [fleet.add(slots=50) for _ in range(12)]
+    for worker in busy:
+        fleet.take(worker)
+    light = fleet.add(slots=10)
+    assert light in {fleet.cheapest() for _ in range(10)}
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
