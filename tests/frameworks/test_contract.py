@@ -314,6 +314,24 @@ async def test_a_run_whose_time_is_up_stops(sample: Sample, double: OpenAIDouble
         await _stops(sample, double, supervisor, ticket)
 
 
+async def test_a_tool_that_exits_harms_no_other_task(sample: Sample, double: OpenAIDouble) -> None:
+    def leave(text: str) -> str:
+        """Exit."""
+        raise SystemExit(text)
+
+    async def other(task: Task) -> Any:
+        await agent_ended.wait()
+        return task.payload
+
+    agent_ended = asyncio.Event()
+    async with supervisor_of(sample, double, tool=leave) as supervisor:
+        supervisor.register_worker("other", task_types=["other"], handler=other)
+        ticket = await supervisor.submit(Task("other", 7))
+        assert (await (await supervisor.submit(Task("ask", "Which river?")))).status is not TaskStatus.TIMED_OUT
+        agent_ended.set()
+        assert (await ticket).result == 7
+
+
 async def test_a_tool_that_does_not_stop_keeps_a_slot_or_leaves_a_thread_as_documented(
     sample: Sample, double: OpenAIDouble
 ) -> None:

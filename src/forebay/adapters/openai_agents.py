@@ -2,8 +2,8 @@
 
 The SDK (openai-agents 0.24) treats a run as follows:
 
-- Cancelling the run cancels its call and its async tools. A *plain* tool runs in the event loop's default executor;
-  cancelling leaves its thread running, and the run ends without it.
+- Cancelling the run cancels its call and its async tools, and ends it without them. A *plain* tool runs in the event
+  loop's default executor; cancelling leaves its thread running. Here the run waits for all of them (`RunTasks`).
 - Errors of the client reach the caller as they are. The runner retries no call unless ``ModelSettings.retry`` says so;
   an unbound client makes two retries of its own.
 - Context variables reach the tools, plain ones too.
@@ -36,6 +36,7 @@ _OPTIONS: Final = frozenset(
         *("previous_response_id", "auto_previous_response_id", "conversation_id"),
     }
 )
+_MODULES: Final = ("agents.run", "agents.tool")
 
 
 def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
@@ -51,7 +52,7 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
     if not isinstance(agent, Agent):
         hint = "pass an Agent of the OpenAI Agents SDK, or an async function that takes the Task and calls this object"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
-    return chat_handler(partial(_run, agent, worker), worker=worker, config=config, options=_OPTIONS)
+    return chat_handler(partial(_run, agent, worker), worker=worker, config=config, options=_OPTIONS, modules=_MODULES)
 
 
 async def _run(agent: Any, worker: str, given: ChatInput, options: dict[str, Any]) -> Any:

@@ -38,5 +38,5 @@ def _facts(progress: str, threads_left: int = 0) -> Facts:
 SAMPLES = [
     Sample(name="agent-framework", make=make, facts=_facts("steps")),
     Sample(name="agent-framework streamed", make=partial(make, stream=True), facts=_facts("text"), streams=True),
-    Sample(name="agent-framework workflow", make=make_workflow, facts=_facts("no", threads_left=1)),
+    Sample(name="agent-framework workflow", make=make_workflow, facts=_facts("no", threads_left=0)),
 ]
