@@ -18,7 +18,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
 
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 from swarm import Agent, Swarm
 
 from forebay.adapters.agent_thread import AgentThread
@@ -103,6 +103,17 @@ def _result(agent: Any, swarm: Any, given: ChatInput, options: Mapping[str, Any]
         "output": last.get("content"),
         "messages": to_jsonable_python([*given.messages, *response.messages]),
         "agent": None if response.agent is None else response.agent.name,
-        "context": to_jsonable_python(response.context_variables),
+        "context": _plain_values(response.context_variables),
         "usage": usage.as_dict(),
     }
+
+
+def _plain_values(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables that are plain data: the others, such as a connection, are no reason to lose an answer."""
+    made = {}
+    for name, value in variables.items():
+        try:
+            made[str(name)] = to_jsonable_python(value)
+        except (PydanticSerializationError, ValueError):
+            continue
+    return made

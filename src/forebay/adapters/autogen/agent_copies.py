@@ -176,7 +176,8 @@ def _threaded(function: Callable[..., Any]) -> Callable[..., Any]:
 def _contained(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that fails where `function` exits, or is cancelled by itself.
 
-    AutoGen calls it in a task: an exit would end the loop, and of anything else that is no Exception it hears nothing.
+    AutoGen calls it in a task: an exit would end the loop, and after anything else that is no Exception the run would
+    never end.
     """
 
     async def call(**arguments: Any) -> Any:
