@@ -156,6 +156,7 @@ async def test_a_task_that_its_framework_has_cancelled_cleans_up_undisturbed() -
             await asyncio.shield(task)
         except asyncio.CancelledError:
             task.cancel()
+            await turns()
             raise
 
     run = await _begin(body)
