@@ -12,8 +12,8 @@ import math
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import ParamSpec, TypeVar
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,3 +112,29 @@ class DaemonThreadExecutor(Executor):
                 if self._closed and self._free >= 0:
                     return
                 self._free += 1
+
+
+class LoopExecutor(ThreadPoolExecutor):
+    """A default executor of an event loop, some of whose jobs run elsewhere.
+
+    Args:
+        before: what was the default executor until now; it runs all other jobs. None: asyncio would make one now.
+        elsewhere: returns the executor of a job, the callable that is to be run; None: the default one. Called in the
+            context of who gives the job to the loop.
+    """
+
+    def __init__(self, before: Executor | None, elsewhere: Callable[[Callable[..., Any]], Executor | None]) -> None:
+        super().__init__(thread_name_prefix="asyncio")
+        self._before = before
+        self._elsewhere = elsewhere
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run ``fn(*args, **kwargs)`` in a thread."""
+        executor = self._elsewhere(fn) or self._before
+        return super().submit(fn, *args, **kwargs) if executor is None else executor.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - the base's
+        """Shut down the default executor; the others belong to those who chose them."""
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if self._before is not None:
+            self._before.shutdown(wait, cancel_futures=cancel_futures)

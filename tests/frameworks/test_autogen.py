@@ -721,6 +721,20 @@ async def test_a_tool_that_exits_fails_alone(double: OpenAIDouble, *, is_async: 
     assert said(double)[-1] == ("tool", "the tool raised SystemExit")
 
 
+async def test_a_tool_that_was_cancelled_by_itself_fails_alone(double: OpenAIDouble) -> None:
+    async def look(text: str) -> str:
+        """Look."""
+        inner = asyncio.ensure_future(asyncio.Event().wait())
+        asyncio.get_running_loop().call_soon(inner.cancel)
+        await inner
+        return text
+
+    double.calls = 2
+    async with asyncio.timeout(20):
+        assert (await result_of(assistant(double, look))).success
+    assert said(double)[-1] == ("tool", "what the tool has waited for was cancelled")
+
+
 async def test_an_agent_that_exits_fails_its_task() -> None:
     class Leaving(Counter):
         async def on_messages(self, *_: Any) -> Any:

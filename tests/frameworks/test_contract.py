@@ -141,6 +141,57 @@ async def test_any_other_payload_is_refused_when_it_is_submitted(
     assert not double.requests
 
 
+TOOL_ROUND = [
+    {"role": "user", "content": "Which river?", "name": "Ann B."},
+    {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "note", "arguments": '{"text": "n"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "noted n"},
+    {"role": "assistant", "content": "The Inn.", "refusal": None},
+    {"role": "user", "content": [{"type": "text", "text": "And then?"}]},
+]
+
+
+async def test_messages_of_the_chat_api_are_a_payload_with_names_and_calls_of_tools(
+    sample: Sample, double: OpenAIDouble
+) -> None:
+    double.calls = 1
+    async with supervisor_of(sample, double) as supervisor:
+        assert (await supervisor.run(Task("ask", TOOL_ROUND)))["output"] == ANSWER
+    if sample.payloads == "messages":
+        sent = json.dumps(double.requests[0].body["messages"])
+        assert all(part in sent for part in ("Which river?", "The Inn.", "And then?"))
+        assert ("noted n" in sent) is (sample.name != "autogen team")  # whose agents see the calls of their own alone
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "Which river?"},
+        {"role": "robot", "content": "Which river?"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": ["Which river?"]},
+        {"role": "tool", "content": "noted"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]},
+    ],
+)
+async def test_messages_that_the_chat_api_does_not_take_are_refused_or_answered(
+    sample: Sample, double: OpenAIDouble, message: Any
+) -> None:
+    double.calls = 1
+    async with supervisor_of(sample, double) as supervisor:
+        try:
+            ticket = await supervisor.submit(Task("ask", [message, {"role": "user", "content": "Which river?"}]))
+        except UnusableTask:
+            assert not double.requests
+        else:
+            assert (await ticket).success
+
+
 async def test_one_agent_runs_many_tasks_at_once_and_mixes_none(sample: Sample, double: OpenAIDouble) -> None:
     async with supervisor_of(sample, double, upstream=upstream_of(), max_concurrent=8) as supervisor:
         tickets = [await supervisor.submit(Task("ask", f"river {n}")) for n in range(8)]
@@ -312,6 +363,24 @@ async def test_a_run_whose_time_is_up_stops(sample: Sample, double: OpenAIDouble
         await double.until_requests(1)
         assert (await ticket).status is TaskStatus.TIMED_OUT
         await _stops(sample, double, supervisor, ticket)
+
+
+async def test_a_tool_that_exits_harms_no_other_task(sample: Sample, double: OpenAIDouble) -> None:
+    def leave(text: str) -> str:
+        """Exit."""
+        raise SystemExit(text)
+
+    async def other(task: Task) -> Any:
+        await agent_ended.wait()
+        return task.payload
+
+    agent_ended = asyncio.Event()
+    async with supervisor_of(sample, double, tool=leave) as supervisor:
+        supervisor.register_worker("other", task_types=["other"], handler=other)
+        ticket = await supervisor.submit(Task("other", 7))
+        assert (await (await supervisor.submit(Task("ask", "Which river?")))).status is not TaskStatus.TIMED_OUT
+        agent_ended.set()
+        assert (await ticket).result == 7
 
 
 async def test_a_tool_that_does_not_stop_keeps_a_slot_or_leaves_a_thread_as_documented(

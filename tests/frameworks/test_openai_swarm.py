@@ -59,6 +59,16 @@ async def test_the_context_of_the_payload_reaches_the_functions_and_comes_back(c
     assert result.result["context"] == {"user": "Ada", "looked": 2}
 
 
+async def test_variables_that_are_no_plain_data_are_left_out_of_the_result(client: AsyncOpenAI) -> None:
+    def look(text: str) -> Any:
+        return swarm_types.Result(value=text, context_variables={"connection": object(), "raw": b"\xff"})
+
+    payload = {"messages": "Which river?", "context": {"user": "Ada"}}
+    result = await result_of(swarm.Agent(functions=[look]), payload, config={"client": client})
+    assert result.result["output"] == ANSWER
+    assert result.result["context"] == {"user": "Ada"}
+
+
 async def test_a_handoff_names_the_last_agent(client: AsyncOpenAI, double: OpenAIDouble) -> None:
     double.calls = 2
     other = swarm.Agent(name="other", functions=[])

@@ -435,20 +435,47 @@ async def test_an_executor_of_yours_runs_the_plain_tools_of_its_agent() -> None:
 
 
 async def test_a_plain_tool_that_has_outlived_its_timeout_does_not_keep_the_result() -> None:
-    leave = threading.Event()
+    leave, called = threading.Event(), []
 
     def stuck(text: str) -> str:
-        """Hang."""
-        leave.wait(20)
+        """Hang once."""
+        called.append(text)
+        if len(called) == 1:
+            leave.wait(20)
         return text
 
     try:
         agent = Agent(Scripted(), tools=[pydantic_ai.Tool(stuck, timeout=0.05)])
         async with asyncio.timeout(10):
             result = await result_of(agent)
+            assert not leave.is_set()
     finally:
         leave.set()
-    assert result.status is TaskStatus.FAILED
+    assert result.success
+
+
+async def test_a_run_that_fails_in_one_tool_lasts_until_another_has_returned() -> None:
+    entered, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(text: str) -> str:
+        """Take long."""
+        entered.set()
+        assert leave.wait(20)
+        left.set()
+        return text
+
+    def boom(text: str) -> str:
+        """Fail."""
+        assert entered.wait(20)
+        raise ValueError(text)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("agent", handler=Agent(Scripted(), tools=[slow, boom]), task_types=["ask"])
+        ticket = await supervisor.submit(Task("ask", "Which river?"))
+        threading.Timer(0.3, leave.set).start()  # long after the other one has failed
+        result = await ticket  # of one answer, which calls both
+        assert left.is_set()
+    assert isinstance(result.cause, ValueError)
 
 
 # --- models that fall back -------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from forebay.adapters.langgraph.checkpoint_keys import digest
 from forebay.adapters.langgraph.handler import _repeated_answer
 from forebay.adapters.langgraph.thread_checkpoints import Record, StoredWrite, ThreadCheckpoints
 from forebay.adapters.langgraph.thread_index import ThreadIndex
+from forebay.adapters.run_tasks import RunTasks, _Contained
 from forebay.adapters.tool_threads import ToolThreads
 from forebay.admission import (
     EstimatedTimes,
@@ -3180,6 +3181,34 @@ def a_cancelled_agent_does_not_wait_for_tools_whose_caller_was_cancelled() -> No
             future.cancel()
 
     replace(ToolThreads, ToolThreads.wait, wait)
+
+
+def a_task_of_an_agent_that_exits_ends_the_loop() -> None:
+    def send(self: _Contained, value: Any) -> Any:
+        return self._coroutine.send(value)
+
+    replace(_Contained, _Contained.send, send)
+
+
+def a_failed_agent_leaves_its_tasks() -> None:
+    async def stop(self: RunTasks) -> None:
+        pass
+
+    replace(RunTasks, RunTasks._stop, stop)
+
+
+def the_clean_up_of_a_cancelled_tool_is_cancelled_again() -> None:
+    async def stop(self: RunTasks) -> None:
+        for task in self._tasks:
+            task.cancel()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    replace(RunTasks, RunTasks._stop, stop)
+
+
+def plain_tools_take_the_threads_of_the_loop() -> None:
+    replace(RunTasks, RunTasks.executor_for, lambda _, __: None)
 
 
 def an_agent_that_keeps_state_serves_all_tasks() -> None:

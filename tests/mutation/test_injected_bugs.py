@@ -113,6 +113,7 @@ from tests.unit.adapters import (
     test_as_handler,
     test_blocking_client,
     test_chat_handler,
+    test_run_tasks,
     test_tool_threads,
 )
 from tests.unit.admission import test_estimated_times, test_thresholds
@@ -1312,6 +1313,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_cancelled_agent_does_not_wait_for_tools_whose_caller_was_cancelled: (
         test_tool_threads.test_waiting_lasts_until_a_tool_has_returned_whose_caller_was_cancelled
+    ),
+    bugs.a_task_of_an_agent_that_exits_ends_the_loop: (
+        test_run_tasks.test_a_task_that_exits_fails_instead_of_ending_the_loop
+    ),
+    bugs.a_failed_agent_leaves_its_tasks: (
+        test_run_tasks.test_a_failed_run_cancels_its_tasks_and_lasts_until_they_have_cleaned_up
+    ),
+    bugs.the_clean_up_of_a_cancelled_tool_is_cancelled_again: (
+        test_run_tasks.test_a_task_that_its_framework_has_cancelled_cleans_up_undisturbed
+    ),
+    bugs.plain_tools_take_the_threads_of_the_loop: (
+        test_run_tasks.test_jobs_of_the_loop_itself_run_in_the_executor_that_it_had
     ),
     bugs.an_agent_that_keeps_state_serves_all_tasks: (
         test_as_handler.test_an_agent_that_keeps_state_is_taken_from_a_factory_only

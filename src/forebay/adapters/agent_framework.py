@@ -2,9 +2,8 @@
 
 The framework (agent-framework-core 1.23) treats a run as follows:
 
-- Cancelling the run cancels its calls, its async tools and the executors of a workflow, and waits for them. A *plain*
-  tool runs in the event loop's default executor; cancelling leaves its thread running. Here the run of an agent waits
-  for it; that of a workflow, to which no middleware can be given, ends without it.
+- Cancelling the run cancels its calls, its async tools and the executors of a workflow. A *plain* tool runs in the
+  event loop's default executor; cancelling leaves its thread running. Here the run waits for all of them (`RunTasks`).
 - An error of a client is wrapped in a ``ChatClientException``, with the client's own as ``__cause__``. It retries no
   call; an unbound client of OpenAI makes two retries. An exception of a tool is told to the model.
 - Context variables reach the tools and the executors, plain tools too.
@@ -18,9 +17,8 @@ The framework (agent-framework-core 1.23) treats a run as follows:
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -50,7 +48,6 @@ from agent_framework import (
 )
 from pydantic_core import to_jsonable_python
 
-from forebay._hooks import is_async
 from forebay.adapters.chat import ApprovalNeeded, ChatInput, ChatUsage, chat_handler, chat_input
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
@@ -69,6 +66,7 @@ _HINTS: Final[list[tuple[Any, str]]] = [
         "pass an async function that takes the Task and awaits the run of a workflow that it builds",
     ),
 ]
+_MODULES: Final = ("agent_framework._tools", "agent_framework._workflows")
 _MESSAGE: Final = Message("user", ["any"])
 _PLAIN_FIELDS: Final = frozenset(
     {"type", "role", "author_name", "message_id", "text", "call_id", "name", "arguments", "result", "hosted", "id"}
@@ -106,7 +104,9 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
         run = partial(_run_workflow, agent, worker)
         if not _takes(agent, [_MESSAGE]):
             parse = partial(_workflow_input, agent)
-    return chat_handler(run, worker=worker, config=config, options=options, parse=parse, single_use=single_use)
+    return chat_handler(
+        run, worker=worker, config=config, options=options, parse=parse, single_use=single_use, modules=_MODULES
+    )
 
 
 def _claim(workflow: Any, worker: str) -> None:
@@ -289,31 +289,15 @@ class _ModelSteps(ChatMiddleware):  # type: ignore[misc]  # without its package 
 
 
 class _ToolSteps(FunctionMiddleware):  # type: ignore[misc]
-    """Reports the tools of a run as progress, and lets a cancelled run last until its plain tools have returned."""
+    """Reports the tools of a run as progress."""
 
     def __init__(self, agent: str) -> None:
         self._agent = agent
 
     async def process(self, context: Any, call_next: Callable[[], Any]) -> None:
         """Call a tool."""
-        if is_async(context.function.func):
-            await call_next()
-        else:
-            await _to_its_end(call_next())
+        await call_next()
         progress({"step": "tool", "agent": self._agent, "tool": context.function.name})
-
-
-async def _to_its_end(call: Awaitable[None]) -> None:
-    """Wait for the thread of a plain tool, also if this is cancelled."""
-    running = asyncio.ensure_future(call)
-    try:
-        await asyncio.wait([running])  # does not cancel it
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        if not running.cancelled():
-            running.exception()  # nobody else asks for it
-        raise
-    running.result()
 
 
 def _report(update: Any) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from forebay.adapters.handler import Config, Handler
+from forebay.adapters.run_tasks import RunTasks
 from forebay.errors import ForebayError, InvalidSetting, Overloaded, UnusableTask
 from forebay.task import Task
 
@@ -76,6 +77,7 @@ def chat_handler(  # noqa: PLR0913 - what an adapter says
     options: frozenset[str],
     parse: Callable[[Task, str], Any] = chat_input,
     single_use: bool = False,
+    modules: tuple[str, ...] = (),
 ) -> Handler:
     """Return the handler of a chat agent, which checks payloads at submission and makes the options of each run.
 
@@ -88,6 +90,7 @@ def chat_handler(  # noqa: PLR0913 - what an adapter says
         options: the names that they may have.
         parse: returns the input of a task for the agent of a worker, or raises UnusableTask.
         single_use: as of Handler.
+        modules: as of RunTasks, of a framework that makes asyncio tasks; () for another.
 
     Raises:
         InvalidSetting: `config` has another name.
@@ -101,7 +104,10 @@ def chat_handler(  # noqa: PLR0913 - what an adapter says
             _check_options(made, worker, options)
         given = parse(task, worker)
         try:
-            return await run(given, dict(made))
+            if not modules:
+                return await run(given, dict(made))
+            async with RunTasks(modules):
+                return await run(given, dict(made))
         except Exception as error:
             overloaded = _overloaded_behind(error)
             if overloaded is None:

@@ -2,8 +2,8 @@
 
 The SDK (openai-agents 0.24) treats a run as follows:
 
-- Cancelling the run cancels its call and its async tools. A *plain* tool runs in the event loop's default executor;
-  cancelling leaves its thread running, and the run ends without it.
+- Cancelling the run cancels its call and its async tools, and ends it without them. A *plain* tool runs in the event
+  loop's default executor; cancelling leaves its thread running. Here the run waits for all of them (`RunTasks`).
 - Errors of the client reach the caller as they are. The runner retries no call unless ``ModelSettings.retry`` says so;
   an unbound client makes two retries of its own.
 - Context variables reach the tools, plain ones too.
@@ -14,7 +14,7 @@ The SDK (openai-agents 0.24) treats a run as follows:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, Final
 from agents import Agent, ModelSettings, RunConfig, RunHooks, Runner
 from pydantic_core import to_jsonable_python
 
-from forebay.adapters.chat import ApprovalNeeded, ChatInput, ChatUsage, chat_handler
+from forebay.adapters.chat import ApprovalNeeded, ChatInput, ChatUsage, chat_handler, chat_input
+from forebay.adapters.chat_messages import check_messages
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
 from forebay.errors import InvalidHandler
+from forebay.task import Task
 
 if TYPE_CHECKING:
     from agents.result import RunResultBase, RunResultStreaming
@@ -36,6 +38,7 @@ _OPTIONS: Final = frozenset(
         *("previous_response_id", "auto_previous_response_id", "conversation_id"),
     }
 )
+_MODULES: Final = ("agents.run", "agents.tool")
 
 
 def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
@@ -51,7 +54,38 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
     if not isinstance(agent, Agent):
         hint = "pass an Agent of the OpenAI Agents SDK, or an async function that takes the Task and calls this object"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
-    return chat_handler(partial(_run, agent, worker), worker=worker, config=config, options=_OPTIONS)
+    run = partial(_run, agent, worker)
+    return chat_handler(run, worker=worker, config=config, options=_OPTIONS, parse=_parse, modules=_MODULES)
+
+
+def _parse(task: Task, worker: str) -> ChatInput:
+    """Return the input of a run, its messages as items of the SDK; a result's are such items already."""
+    given = chat_input(task, worker)
+    check_messages([each for each in given.messages if not _is_item(each)], worker)
+    return given._replace(messages=[item for each in given.messages for item in _items(each)])
+
+
+def _is_item(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("type"), str)
+
+
+def _items(message: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the items of a message of the chat API, which the SDK takes if they have a role and a content alone."""
+    if _is_item(message):
+        yield message
+        return
+    role, content = message["role"], message.get("content")
+    if role == "tool":
+        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
+        yield {"type": "function_call_output", "call_id": message["tool_call_id"], "output": text}
+        return
+    calls = message.get("tool_calls") or ()
+    if content or not calls:
+        yield {"role": role, "content": "" if content is None else content}
+    for call in calls:
+        function = call["function"]
+        arguments = {"name": function["name"], "arguments": function["arguments"]}
+        yield {"type": "function_call", "call_id": call["id"], **arguments}
 
 
 async def _run(agent: Any, worker: str, given: ChatInput, options: dict[str, Any]) -> Any:

@@ -18,14 +18,16 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
 
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 from swarm import Agent, Swarm
 
 from forebay.adapters.agent_thread import AgentThread
-from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler
+from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler, chat_input
+from forebay.adapters.chat_messages import check_messages
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
 from forebay.errors import InvalidHandler
+from forebay.task import Task
 
 # Not stream: 0.1.1 fails on chunks without a choice, and reads them by methods that pydantic has deprecated.
 _OPTIONS: Final = frozenset({"client", "context_variables", "model_override", "max_turns", "execute_tools", "debug"})
@@ -46,7 +48,13 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
         if isinstance(agent, Swarm):
             hint = "pass its Agent, and the client of this Swarm by config={'client': client}"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
-    return chat_handler(partial(_run, agent), worker=worker, config=config, options=_OPTIONS)
+    return chat_handler(partial(_run, agent), worker=worker, config=config, options=_OPTIONS, parse=_parse)
+
+
+def _parse(task: Task, worker: str) -> ChatInput:
+    given = chat_input(task, worker)
+    check_messages(given.messages, worker)
+    return given
 
 
 async def _run(agent: Any, given: ChatInput, options: dict[str, Any]) -> Any:
@@ -95,6 +103,17 @@ def _result(agent: Any, swarm: Any, given: ChatInput, options: Mapping[str, Any]
         "output": last.get("content"),
         "messages": to_jsonable_python([*given.messages, *response.messages]),
         "agent": None if response.agent is None else response.agent.name,
-        "context": to_jsonable_python(response.context_variables),
+        "context": _plain_values(response.context_variables),
         "usage": usage.as_dict(),
     }
+
+
+def _plain_values(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables that are plain data: the others, such as a connection, are no reason to lose an answer."""
+    made = {}
+    for name, value in variables.items():
+        try:
+            made[str(name)] = to_jsonable_python(value)
+        except (PydanticSerializationError, ValueError):
+            continue
+    return made

@@ -1,10 +1,11 @@
-"""The threads of the plain tools of one run, so that a cancelled run can wait for them."""
+"""The threads of the plain tools of one run, so that it can wait for them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 from forebay._threads import DaemonThreadExecutor
@@ -22,9 +23,14 @@ class ToolThreads(Executor):
     def __init__(self) -> None:
         self._running: set[Future[object]] = set()
 
+    @property
+    def running(self) -> int:
+        """The number of those that have not returned yet."""
+        return len(self._running)
+
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` in a thread."""
-        future = _THREADS.submit(fn, *args, **kwargs)
+        future: Future[T] = _THREADS.submit(_without_exit, partial(fn, *args, **kwargs))
         self._running.add(future)  # type: ignore[arg-type]  # a future of some type
         future.add_done_callback(self._running.discard)
         return future
@@ -36,3 +42,15 @@ class ToolThreads(Executor):
             ended = asyncio.Event()
             future.add_done_callback(lambda _, ended=ended: loop.call_soon_threadsafe(ended.set))  # type: ignore[misc]
             await ended.wait()
+
+
+def exit_error(error: BaseException) -> RuntimeError:
+    """Return what is raised instead of a SystemExit or a KeyboardInterrupt: either of them ends the event loop."""
+    return RuntimeError(f"the code of the agent raised {error!r}")
+
+
+def _without_exit(function: Callable[[], T]) -> T:
+    try:
+        return function()
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise exit_error(error) from error

@@ -90,7 +90,7 @@ SAMPLES = [
     Sample(
         name="agent-framework workflow",
         make=make_workflow,
-        facts=_facts("no", threads_left=1),
+        facts=_facts("no"),
         in_process=workflow_in_process,
     ),
 ]

@@ -57,13 +57,13 @@ class _Model(agents.Model):  # type: ignore[misc]  # without its package it has 
         raise NotImplementedError
 
 
-FACTS = Facts(stops_at="at once", calls_if_direct=3, counts_usage=True, threads_left=1, progress="steps")
+FACTS = Facts(stops_at="at once", calls_if_direct=3, counts_usage=True, threads_left=0, progress="steps")
 SAMPLES = [
     Sample(name="openai-agents", make=make, facts=FACTS, in_process=in_process),
     Sample(
         name="openai-agents streamed",
         make=partial(make, stream=True),
-        facts=Facts(stops_at="at once", calls_if_direct=3, counts_usage=True, threads_left=1, progress="text"),
+        facts=Facts(stops_at="at once", calls_if_direct=3, counts_usage=True, threads_left=0, progress="text"),
         streams=True,
     ),
 ]

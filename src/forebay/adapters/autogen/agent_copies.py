@@ -23,7 +23,7 @@ from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, Workbenc
 
 from forebay._hooks import is_async
 from forebay.adapters.agent_thread import AgentThread
-from forebay.adapters.autogen.agent_run import RunRuntime
+from forebay.adapters.autogen.agent_run import RunRuntime, is_stopped
 
 # What has no part in a conversation, or is meant to be shared: bound clients stay bound.
 _SHARED: Final = (ChatCompletionClient, BaseTool, Workbench, Memory, CacheStore)
@@ -174,12 +174,22 @@ def _threaded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _contained(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that fails where `function` exits: AutoGen calls it in a task, which would end the loop."""
+    """Return a function that fails where `function` exits, or is cancelled by itself.
+
+    AutoGen calls it in a task: an exit would end the loop, and after anything else that is no Exception the run would
+    never end.
+    """
 
     async def call(**arguments: Any) -> Any:
         try:
             return await function(**arguments)
-        except (KeyboardInterrupt, SystemExit) as error:
+        except asyncio.CancelledError as error:
+            if is_stopped():
+                raise
+            raise RuntimeError("what the tool has waited for was cancelled") from error
+        except Exception:
+            raise
+        except BaseException as error:
             raise RuntimeError(f"the tool raised {type(error).__name__}") from error
 
     return call

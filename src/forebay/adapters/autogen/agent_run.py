@@ -80,6 +80,12 @@ class AgentRun:
 _current: ContextVar[AgentRun] = ContextVar("forebay_autogen_run")
 
 
+def is_stopped() -> bool:
+    """Return whether the current run was cancelled or has failed."""
+    run = _current.get(None)
+    return run is None or run.token.is_cancelled()
+
+
 class RunRuntime(SingleThreadedAgentRuntime):  # type: ignore[misc]  # without its package it has no type
     """The runtime of a team's copy: it delivers nothing once its run is cancelled, and keeps exceptions."""
 

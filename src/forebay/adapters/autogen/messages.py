@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -92,7 +93,7 @@ def model_messages(messages: Sequence[Mapping[str, Any]], agent: str | None) -> 
 
 
 def _source(message: Mapping[str, Any]) -> str:
-    return str(message.get("name") or message["role"])
+    return re.sub(r"[^A-Za-z0-9_-]", "_", str(message.get("name") or message["role"]))  # AutoGen takes no other name
 
 
 def _content(message: Mapping[str, Any]) -> str | list[Any]:

@@ -3,8 +3,8 @@
 pydantic-ai (2.38) treats a run as follows:
 
 - Cancelling the run cancels its call and its async tools. A *plain* tool runs in a thread, which anyio keeps for other
-  runs; cancelled there, the run ends without it. Here such tools run in threads of the run (`ToolThreads`), and a
-  cancelled run lasts until they have returned.
+  runs; the run ends without it if it is cancelled or another tool fails. Here such tools run in threads of the run
+  (`RunTasks`), which lasts until they have returned.
 - Errors of the client are raised as ``ModelHTTPError`` or ``ModelAPIError``, from the client's own. It retries no call;
   an unbound client of OpenAI makes two retries. A tool that raises ``ModelRetry``, or whose arguments or output do not
   validate, costs another call each time: one by default, ``retries=`` of the agent.
@@ -16,7 +16,6 @@ pydantic-ai (2.38) treats a run as follows:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable
 from functools import partial
 from typing import Any, Final
@@ -39,7 +38,7 @@ from pydantic_core import to_jsonable_python
 from forebay.adapters.chat import ApprovalNeeded, ChatUsage, chat_handler
 from forebay.adapters.handler import Config, Handler
 from forebay.adapters.pydantic_ai.run_input import InputReader, RunInput, plain_messages
-from forebay.adapters.tool_threads import ToolThreads
+from forebay.adapters.run_tasks import run_threads
 from forebay.context import progress
 from forebay.errors import ForebayError, InvalidHandler
 
@@ -51,6 +50,8 @@ _OPTIONS: Final = frozenset(
         "usage_limits",
     }
 )
+
+_MODULES: Final = ("pydantic_ai._agent_graph", "pydantic_ai._tool_execution")
 
 
 class ToolResultNeeded(ForebayError, RuntimeError):
@@ -72,7 +73,8 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
         hint = "pass an Agent of pydantic-ai, or an async function that takes the Task and calls this object"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
     parse = InputReader(agent.deps_type).read
-    return chat_handler(partial(_run, agent, worker), worker=worker, config=config, options=_OPTIONS, parse=parse)
+    run = partial(_run, agent, worker)
+    return chat_handler(run, worker=worker, config=config, options=_OPTIONS, parse=parse, modules=_MODULES)
 
 
 async def _run(agent: Any, worker: str, given: RunInput, options: dict[str, Any]) -> Any:
@@ -85,16 +87,11 @@ async def _run(agent: Any, worker: str, given: RunInput, options: dict[str, Any]
     if options.pop("stream", False):
         watch = watch or _report_events
     arguments = {"user_prompt": given.prompt, "message_history": given.history, "infer_name": False, **options}
-    threads = ToolThreads()
-    try:
-        with Agent.using_thread_executor(threads):
-            if watch is not None:
-                result = await agent.run(event_stream_handler=watch, **arguments)
-            else:
-                result = await _run_by_steps(agent, arguments)
-    except asyncio.CancelledError:
-        await threads.wait()
-        raise
+    with Agent.using_thread_executor(run_threads()):
+        if watch is not None:
+            result = await agent.run(event_stream_handler=watch, **arguments)
+        else:
+            result = await _run_by_steps(agent, arguments)
     return _result(agent, worker, result)
 
 
