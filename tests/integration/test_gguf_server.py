@@ -18,8 +18,9 @@ import pytest
 from tests.frameworks.waiting import until
 from tests.support import fake_xllamacpp
 
-from forebay import BackpressureSupervisor, Task
+from forebay import BackpressureSupervisor, Task, WorkerState
 from forebay.adapters.gguf_server import GgufNotLoaded
+from forebay.adapters.handler import Handler
 from forebay.adapters.local_model import LocalModel
 from forebay.errors import InvalidSetting
 
@@ -48,6 +49,14 @@ def make(tmp_path: Path, _library: None) -> Callable[[str], LocalModel]:
         for text in ("bad", "slow", "good")
     }
     return made.__getitem__
+
+
+async def started(model: LocalModel) -> Handler:
+    """Return the handler of a worker that has started."""
+    handler = model.__forebay_handler__()
+    assert handler.start is not None
+    await handler.start()
+    return handler
 
 
 def is_spawned(model: LocalModel) -> bool:
@@ -120,6 +129,45 @@ async def test_a_process_that_has_crashed_is_started_again_at_the_next_call(make
     assert not is_alive(again)
 
 
+async def test_a_worker_that_is_stopped_after_a_start_that_failed_takes_the_model_from_no_other(
+    make: Callable[[str], LocalModel], tmp_path: Path
+) -> None:
+    model = make("good")
+    file, away = tmp_path / "good.gguf", tmp_path / "away"
+    failed = model.__forebay_handler__()
+    assert failed.start is not None
+    assert failed.stop is not None
+    file.rename(away)
+    with pytest.raises(GgufNotLoaded):
+        await failed.start()
+    away.rename(file)
+    healthy = await started(model)
+    assert healthy.stop is not None
+    pid = pid_of(model)
+    for _ in range(2):
+        await failed.stop()
+    assert (await healthy.call(Task("ask", "Which river?")))["output"].endswith("good")
+    assert pid_of(model) == pid
+    await healthy.stop()
+    await healthy.stop()
+    assert not is_alive(pid)
+    again = await started(model)
+    assert again.stop is not None
+    await again.stop()
+
+
+async def test_a_model_is_used_again_after_a_worker_that_did_not_start_in_time(
+    make: Callable[[str], LocalModel],
+) -> None:
+    model = make("good")
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("local", handler=model, task_types=["ask"], start_timeout=0.001)
+        await until(lambda: worker.state is WorkerState.FAILED)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("local", handler=model, task_types=["ask"])
+        assert (await supervisor.run(Task("ask", "Which river?")))["output"].endswith("good")
+
+
 async def test_a_file_that_cannot_be_loaded_is_an_error_at_the_start(make: Callable[[str], LocalModel]) -> None:
     supervisor = BackpressureSupervisor()
     model = make("bad")
@@ -162,7 +210,7 @@ async def test_the_process_ends_when_the_program_is_killed(tmp_path: Path) -> No
         from forebay.adapters.local_model import LocalModel
         model = LocalModel.from_gguf({str(path)!r})
         async def main():
-            await model._start()
+            await model.__forebay_handler__().start()
             print(model._server._process.pid, flush=True)
             await asyncio.sleep(60)
         asyncio.run(main())
@@ -182,7 +230,7 @@ async def test_the_process_ends_when_the_program_is_killed(tmp_path: Path) -> No
 
 async def test_the_event_loop_runs_while_a_model_is_loaded(make: Callable[[str], LocalModel]) -> None:
     model = make("slow")
-    starting = asyncio.create_task(model._start())
+    starting = asyncio.create_task(started(model))
     began = time.monotonic()  # noqa: TID251 - of the real time that the loop takes
     for _ in range(50):
         await asyncio.sleep(0)

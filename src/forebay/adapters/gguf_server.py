@@ -111,33 +111,36 @@ class GgufServer:
         self._job = _Job(self.path, Path(path).stem, slots, context, threads, os.urandom(16).hex(), dict(params or {}))
         self._starting = threading.Lock()
         self._lock = threading.Lock()  # for the three below; held for no time
-        self._users = 0
+        self._users: set[object] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
 
-    async def start(self) -> Address:
+    async def start(self, user: object) -> Address:
         """Add a user, and return the address once the model has been loaded.
 
+        Args:
+            user: whoever stops it again. One that has started it already stays one user.
+
         Raises:
-            GgufNotLoaded: it cannot be loaded; then, and if this is cancelled, no user was added.
+            GgufNotLoaded: it cannot be loaded; then, and if this is cancelled, it is no user.
         """
         with self._lock:
-            self._users += 1
+            self._users.add(user)
         try:
             return await self.address()
         except BaseException:
-            self._leave()  # not awaited: this may be a cancellation
+            self._leave(user)  # not awaited: this may be a cancellation
             raise
 
-    async def stop(self) -> None:
-        """Remove a user. Without any, kill the process, and wait until its memory is free."""
-        if (ending := self._leave()) is not None:
+    async def stop(self, user: object) -> None:
+        """Remove a user, if it is one. Without any, kill the process, and wait until its memory is free."""
+        if (ending := self._leave(user)) is not None:
             await ending
 
-    def _leave(self) -> asyncio.Future[int] | None:
+    def _leave(self, user: object) -> asyncio.Future[int] | None:
         """Remove a user. Without any, kill the process, and return a future that is done once it has ended."""
         with self._lock:
-            self._users -= 1
+            self._users.discard(user)  # a worker is also stopped after a start that has failed
             if self._users or self._process is None:
                 return None
             process, self._process = self._process, None
@@ -180,7 +183,7 @@ class GgufServer:
             [sys.executable, "-c", _BOOT, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
         )
         with self._lock:
-            crashed, is_wanted = self._process, self._users > 0
+            crashed, is_wanted = self._process, bool(self._users)
             self._address = None
             self._process = process if is_wanted else None
         if crashed is not None:

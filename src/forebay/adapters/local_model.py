@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import http
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, cast
@@ -143,7 +144,9 @@ class LocalModel:
     def __forebay_handler__(self) -> Handler:
         """Return the handler that runs tasks on this model."""
         handler = chat_handler(self._run, worker=self.model or self._address.url, config=None, options=frozenset())
-        return Handler(call=handler.call, check=handler.check, start=self._start, stop=self._stop)
+        user = object()  # each worker is one, however often it is started and stopped
+        start, stop = partial(self._start, user), partial(self._stop, user)
+        return Handler(call=handler.call, check=handler.check, start=start, stop=stop)
 
     async def slots(self) -> int | None:
         """Return how many calls the server runs at a time; None if it does not say: only llama.cpp's does.
@@ -160,16 +163,16 @@ class LocalModel:
 
     # --- its life ---
 
-    async def _start(self) -> None:
+    async def _start(self, user: object) -> None:
         """Load the model, or wait until the server has loaded it."""
         if self._server is not None:
-            await self._server.start()
+            await self._server.start(user)
         else:
             await self._wait_until_ready()
 
-    async def _stop(self) -> None:
+    async def _stop(self, user: object) -> None:
         if self._server is not None:
-            await self._server.stop()
+            await self._server.stop(user)
 
     async def _wait_until_ready(self) -> None:
         """Wait while the server answers 503, then read which model it has and how many slots.
