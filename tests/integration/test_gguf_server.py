@@ -202,15 +202,19 @@ async def test_a_supervisor_that_is_closed_while_a_model_is_loaded_leaves_no_pro
     await until(lambda: not is_alive(pid))
 
 
-async def test_the_process_ends_when_the_program_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forks", [False, True])
+async def test_the_process_ends_when_the_program_is_killed(tmp_path: Path, *, forks: bool) -> None:
     path = model_file(tmp_path, "good")
     program = f"""
-        import asyncio, sys
+        import asyncio, os, sys
         sys.path[:] = {sys.path!r}
         from forebay.adapters.local_model import LocalModel
         model = LocalModel.from_gguf({str(path)!r})
         async def main():
             await model.__forebay_handler__().start()
+            if {forks} and os.fork() == 0:  # it has all files of its parent, and goes on without it
+                sys.stdin.read()
+                os._exit(0)
             print(model._server._process.pid, flush=True)
             await asyncio.sleep(60)
         asyncio.run(main())
@@ -218,14 +222,20 @@ async def test_the_process_ends_when_the_program_is_killed(tmp_path: Path) -> No
 
     def kill_it() -> int:
         command = [sys.executable, "-c", textwrap.dedent(program)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        with subprocess.Popen(command, stdin=ours, stdout=subprocess.PIPE) as running:
             assert running.stdout is not None
             pid = int(running.stdout.readline())
             running.kill()
+            running.wait()
         return pid
 
-    pid = await asyncio.get_running_loop().run_in_executor(None, kill_it)
-    await until(lambda: not is_alive(pid))
+    ours, fork_lives = os.pipe()
+    try:
+        pid = await asyncio.get_running_loop().run_in_executor(None, kill_it)
+        await until(lambda: not is_alive(pid))
+    finally:
+        os.close(ours)
+        os.close(fork_lives)
 
 
 async def test_the_event_loop_runs_while_a_model_is_loaded(make: Callable[[str], LocalModel]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -36,9 +37,13 @@ _NOT_LOADED: Final = (
 )
 # The first code of the new interpreter: it makes the same modules importable as in this one.
 _BOOT: Final = (
-    "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from forebay.adapters.gguf_server import main; main()"
+    "import sys; parent = int(sys.argv[1]); sys.path[:] = sys.argv[2:]; sys.argv[1:] = [];"
+    " from forebay.adapters.gguf_server import main; main(parent)"
 )
 _ERRORS_ONLY: Final = 1  # of llama.cpp's levels of verbosity; those go to stderr
+_PARENT_POLL: Final = 0.5  # seconds between two looks whether the other process lives
+_CRASH_TIME: Final = 10.0  # seconds that a process may take to end that answers no more: it frees or dumps its memory
+_CRASH_POLL: Final = 0.02  # seconds between two looks whether it has
 
 
 class LocalModelNotInstalled(ForebayError, ImportError):
@@ -50,10 +55,11 @@ class GgufNotLoaded(ForebayError, RuntimeError):
 
 
 class Address(NamedTuple):
-    """The address of a server, and the key that it asks for."""
+    """The address of a server, the key that it asks for, and the id of its process, if this one has started it."""
 
     url: str
     key: str
+    pid: int | None = None
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -156,6 +162,17 @@ class GgufServer:
             return running
         return await asyncio.get_running_loop().run_in_executor(_THREADS, self._start)
 
+    async def has_crashed(self, address: Address) -> bool:
+        """Return whether the process at an address has ended. It may take a moment, and answers no more meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CRASH_TIME):
+                while (process := self._process) is not None and process.pid == address.pid:
+                    if process.poll() is not None:
+                        break
+                    await asyncio.sleep(_CRASH_POLL)
+                return True
+        return False
+
     def _running(self) -> Address | None:
         """Return the address of the process if it runs. Without the lock: `_start` sets the address after it."""
         process = self._process
@@ -170,7 +187,7 @@ class GgufServer:
             url = _load(process, self._job)
             if not url:
                 raise GgufNotLoaded(path=self.path, why=_NOT_LOADED.format(status=_end(process)))
-            address = Address(f"{url}/v1", self._job.key)
+            address = Address(f"{url}/v1", self._job.key, process.pid)
             with self._lock:
                 if self._process is process:
                     self._address = address
@@ -180,7 +197,10 @@ class GgufServer:
         """Return a new process, in place of one that has crashed."""
         # A process group of its own: Ctrl-C in a terminal must not end it before the runs that use it.
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and code
-            [sys.executable, "-c", _BOOT, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+            [sys.executable, "-c", _BOOT, str(os.getpid()), *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,
         )
         with self._lock:
             crashed, is_wanted = self._process, bool(self._users)
@@ -216,8 +236,11 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def main() -> None:
-    """Serve the model that standard input names until it is closed, as it is when the other process ends."""
+def main(parent: int) -> None:
+    """Serve the model that standard input names until it is closed, or the process `parent` has ended.
+
+    A fork of that one keeps the other end of standard input open, and may outlive it.
+    """
     import xllamacpp  # noqa: PLC0415 - only this process needs it
 
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=_Job)
@@ -241,5 +264,6 @@ def main() -> None:
     except RuntimeError:
         os._exit(1)  # it has written why, and a traceback tells no more
     print(server.listening_address, flush=True)  # noqa: T201 - the message that it is ready
-    sys.stdin.buffer.read()
+    while os.getppid() == parent and not select.select([sys.stdin], [], [], _PARENT_POLL)[0]:
+        pass
     os._exit(0)  # at once, also from the middle of a generation
