@@ -13,15 +13,17 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.frameworks.waiting import until
 from tests.support import fake_xllamacpp
 
 from forebay import BackpressureSupervisor, Task, WorkerState
+from forebay.adapters import gguf_server
 from forebay.adapters.gguf_server import GgufNotLoaded
 from forebay.adapters.handler import Handler
-from forebay.adapters.local_model import LocalModel
+from forebay.adapters.local_model import LocalModel, LocalServerUnavailable
 from forebay.errors import InvalidSetting
 
 
@@ -168,6 +170,48 @@ async def test_a_model_is_used_again_after_a_worker_that_did_not_start_in_time(
         assert (await supervisor.run(Task("ask", "Which river?")))["output"].endswith("good")
 
 
+async def test_a_call_to_a_process_that_is_about_to_end_is_made_once_more(
+    make: Callable[[str], LocalModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("good")
+    handler = await started(model)
+    assert handler.stop is not None
+    pid = pid_of(model)
+    poll, alive = subprocess.Popen.poll, 3
+
+    def late_poll(self: subprocess.Popen[bytes]) -> int | None:
+        """Return None for a while after the end, as the kernel does while it frees the memory."""
+        nonlocal alive
+        if self.pid == pid and alive:
+            alive -= 1
+            return None
+        return poll(self)
+
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: not is_alive(pid))
+    monkeypatch.setattr(subprocess.Popen, "poll", late_poll)
+    assert (await handler.call(Task("ask", "Which river?")))["output"].endswith("good")
+    assert alive == 0
+    assert pid_of(model) != pid
+    await handler.stop()
+
+
+async def test_a_call_that_fails_while_its_process_lives_is_made_once(
+    make: Callable[[str], LocalModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("good")
+    handler = await started(model)
+    assert handler.stop is not None
+    monkeypatch.setattr(gguf_server, "_CRASH_TIME", 0.1)
+    assert model._server is not None
+    address = await model._server.address()
+    monkeypatch.setattr(model._server, "_address", address._replace(url="http://127.0.0.1:9/v1"))
+    with pytest.raises(LocalServerUnavailable):
+        await handler.call(Task("ask", "Which river?"))
+    assert is_alive(pid_of(model))
+    await handler.stop()
+
+
 async def test_a_file_that_cannot_be_loaded_is_an_error_at_the_start(make: Callable[[str], LocalModel]) -> None:
     supervisor = BackpressureSupervisor()
     model = make("bad")
@@ -264,9 +308,17 @@ async def test_a_call_without_a_start_is_an_error(make: Callable[[str], LocalMod
         ({"context": 1.5}, "context"),
         ({"threads": 0}, "threads"),
         ({"params": "fast"}, "params"),
+        ({"params": {"sampling.seed": object()}}, r"params\['sampling.seed'\]"),
+        ({"slots": 10**30}, "slots"),
         ({"options": 1}, "options"),
     ],
 )
 def test_an_invalid_argument_is_an_error(tmp_path: Path, settings: dict[str, object], said: str) -> None:
     with pytest.raises(InvalidSetting, match=said):
         LocalModel.from_gguf(model_file(tmp_path, ""), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [None, 5, b"tiny.gguf", "/none\0.gguf", "/\udcff.gguf", "/"])
+def test_what_is_no_path_of_a_file_is_an_error(path: Any) -> None:
+    with pytest.raises(InvalidSetting, match="a GGUF file that exists"):
+        LocalModel.from_gguf(path)

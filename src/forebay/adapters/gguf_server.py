@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import select
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from forebay._text import is_unicode
 from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_instance, check_whole, reject
 from forebay.errors import ForebayError
@@ -41,9 +43,38 @@ _BOOT: Final = (
     " from forebay.adapters.gguf_server import main; main(parent)"
 )
 _ERRORS_ONLY: Final = 1  # of llama.cpp's levels of verbosity; those go to stderr
+_MOST: Final = 2**31 - 1  # of what llama.cpp has an int for
 _PARENT_POLL: Final = 0.5  # seconds between two looks whether the other process lives
 _CRASH_TIME: Final = 10.0  # seconds that a process may take to end that answers no more: it frees or dumps its memory
 _CRASH_POLL: Final = 0.02  # seconds between two looks whether it has
+
+
+def to_json(value: Any) -> bytes:
+    """Return plain data as JSON.
+
+    Raises:
+        ValueError: JSON cannot carry it.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # msgspec writes NaN as null
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def check_plain(owner: str, name: str, value: Mapping[str, Any] | None) -> None:
+    """Check that a mapping, or None, is by text, and that JSON can carry it.
+
+    Raises:
+        InvalidSetting: it is not so.
+    """
+    for key, each in (value or {}).items():
+        expected = "plain data by text: text without surrogates, numbers but not NaN, lists and dicts"
+        try:
+            to_json({key: each})
+        except ValueError:
+            reject(owner, f"{name}[{key!r}]" if isinstance(key, str) and is_unicode(key) else name, each, expected)
+        if not isinstance(key, str):
+            reject(owner, name, value, expected)
 
 
 class LocalModelNotInstalled(ForebayError, ImportError):
@@ -104,12 +135,13 @@ class GgufServer:
     def __init__(
         self, path: str | Path, *, slots: int, context: int, threads: int | None, params: Mapping[str, Any] | None
     ) -> None:
-        check_whole(_OWNER, "slots", slots)
-        check_whole(_OWNER, "context", context)
-        check_whole(_OWNER, "threads", threads, none="for as many as llama.cpp takes by itself")
+        check_whole(_OWNER, "slots", slots, maximum=_MOST)
+        check_whole(_OWNER, "context", context, maximum=_MOST)
+        check_whole(_OWNER, "threads", threads, maximum=_MOST, none="for as many as llama.cpp takes by itself")
         check_instance(_OWNER, "params", params, Mapping, example="{'n_gpu_layers': 0}", optional=True)
-        if not Path(path).is_file():
-            reject(_OWNER, "path", str(path), "a GGUF file that exists")
+        check_plain(_OWNER, "params", params)
+        if not isinstance(path, str | Path) or not is_unicode(str(path)) or not Path(path).is_file():
+            reject(_OWNER, "path", path if path is None else str(path), "a GGUF file that exists")
         if find_spec("xllamacpp") is None:
             raise LocalModelNotInstalled(library="xllamacpp", extra="local")
         self.path = str(path)
@@ -219,7 +251,7 @@ def _load(process: subprocess.Popen[bytes], job: _Job) -> str:
     assert process.stdin is not None  # noqa: S101 - opened as a pipe
     assert process.stdout is not None  # noqa: S101
     try:
-        process.stdin.write(msgspec.json.encode(job) + b"\n")
+        process.stdin.write(to_json(msgspec.to_builtins(job)) + b"\n")
         process.stdin.flush()
         return process.stdout.readline().decode().strip()
     except (OSError, ValueError):  # the pipe of a process that has ended, or was closed by `_end`
