@@ -353,7 +353,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """What a server sends at a time: a part of an answer, the whole one, or an error."""
+    """A part of an answer, a whole one, or an error: what a server sends at a time."""
 
     choices: list[_Choice] | None = None
     usage: Any = None
