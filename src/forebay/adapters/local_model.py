@@ -68,7 +68,7 @@ class LocalModel:
 
     Args:
         url: the base URL of a server with OpenAI's chat completions.
-        model: the name of the model; None: the first one that the server lists.
+        model: the name of the model; None: the first one that the server lists at the start of a worker.
         instructions: a system message before each conversation that has none.
         options: further fields of each request, such as ``{"temperature": 0.2, "max_tokens": 300}``.
         api_key: that the server asks for.
