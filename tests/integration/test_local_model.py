@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ import pytest
 from tests.support.llama_server import INPUT_TOKENS, OUTPUT_TOKENS, WORDS, LlamaServer, llama_server
 
 from forebay import BackpressureSupervisor, Retry, Task, TaskFailed, TaskStatus, WorkerState
-from forebay.adapters import gguf_server
+from forebay.adapters import gguf_server, local_model
 from forebay.adapters.gguf_server import LocalModelNotInstalled
 from forebay.adapters.local_model import LocalModel, LocalModelFailed, LocalServerUnavailable
 from forebay.errors import InvalidSetting, UnusableTask
@@ -26,6 +27,8 @@ from forebay.simulation.provider import ProviderConfig, ProviderProcess, TokenPr
 from forebay.upstream.sdk_exceptions import find_error_answer
 
 ANSWER = "".join(WORDS)
+BEGIN = b'data: {"choices": [{"delta": {"content": "hel"}}]}\n\n'
+END = b'data: {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
 
 
 @pytest.fixture
@@ -51,6 +54,7 @@ async def test_a_task_is_answered_by_the_server_and_its_result_is_that_of_every_
             "messages": [{"role": "user", "content": "Which river?"}, {"role": "assistant", "content": ANSWER}],
             "agent": "tiny.gguf",
             "usage": {"requests": 1, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS},
+            "finish_reason": "stop",
         }
         further = [*result["messages"], {"role": "user", "content": "And where?"}]
         await supervisor.run(Task("ask", {"messages": further, "context": {"user": "Ada"}}))
@@ -81,6 +85,21 @@ async def test_any_other_payload_is_refused_when_it_is_submitted(server: LlamaSe
         register(supervisor, LocalModel(server.url))
         with pytest.raises(UnusableTask, match="a list of messages"):
             await supervisor.submit(Task("ask", {"topic": "rivers"}))
+    assert not server.bodies
+
+
+@pytest.mark.parametrize(
+    "content", ["a lone \ud800", object(), float("nan"), b"bytes"], ids=["surrogate", "object", "nan", "bytes"]
+)
+async def test_a_conversation_that_json_cannot_carry_is_refused_when_it_is_submitted(
+    server: LlamaServer, content: object
+) -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = register(supervisor, LocalModel(server.url))
+        for _ in range(10):
+            with pytest.raises(UnusableTask, match="plain data"):
+                await supervisor.submit(Task("ask", [{"role": "user", "content": content}]))
+        assert worker.state is WorkerState.IDLE
     assert not server.bodies
 
 
@@ -158,6 +177,34 @@ async def test_the_slots_of_a_server_are_known_before_its_worker_is_registered(s
     assert await LocalModel(server.url).slots() == 3
 
 
+@pytest.mark.parametrize(
+    "props",
+    ["hangs", b"garbage", b'{"total_slots": true}', b'{"total_slots": "4"}', b"[" * 99_999],
+    ids=["hangs", "garbage", "bool", "text", "deep"],
+)
+async def test_a_server_that_does_not_tell_its_slots_is_used_without(
+    server: LlamaServer, props: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.props_body = props
+    monkeypatch.setattr(local_model, "_PROPS_WAIT", 0.1)
+    assert await LocalModel(server.url, start_wait=5).slots() is None
+
+
+async def test_a_server_that_hangs_up_instead_of_telling_its_slots_is_used_without(server: LlamaServer) -> None:
+    server.props_body = None
+    assert await LocalModel(server.url).slots() is None
+
+
+async def test_the_first_model_of_a_server_is_read_at_each_start(server: LlamaServer) -> None:
+    model = LocalModel(server.url)
+    for name in ("tiny.gguf", "other.gguf"):
+        server.model = name
+        async with BackpressureSupervisor() as supervisor:
+            register(supervisor, model)
+            assert (await supervisor.run(Task("ask", "Which river?")))["agent"] == name
+    assert [body["model"] for body in server.bodies] == ["tiny.gguf", "other.gguf"]
+
+
 async def test_a_worker_with_more_slots_than_its_server_is_warned_of_once(
     server: LlamaServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,7 +269,18 @@ async def test_a_request_that_the_server_refuses_does_not_count_against_the_work
         ([b'data: {"choices": [{"delta": {"content": "The"}}]}\n\n'], "ended a stream early"),
         ([b'data: {"error": {"code": 500, "message": "out of memory"}}\n\n'], "with 500: out of memory"),
         ([b'error: {"code": 500, "message": "out of memory"}\n\n'], "with 500: out of memory"),
-        ([b"data: {broken\n\n"], "ended a stream early"),
+        ([BEGIN, b'data: {"choices": [{"delta": {"content": "XX\n\n', END], "no chunk of a chat completion"),
+        ([BEGIN, b'data: {"choices": "\xff"}\n\n', END], "no chunk of a chat completion"),
+        ([b"data: [1, 2]\n\n", END], "no chunk of a chat completion"),
+        ([b'data: {"choices": 5}\n\n', END], "no chunk of a chat completion"),
+        ([b'data: {"choices": ["x"]}\n\n', END], "no chunk of a chat completion"),
+        ([b'data: {"choices": [{"delta": "x"}]}\n\n', END], "no chunk of a chat completion"),
+        ([b'data: {"choices": [{"delta": {"content": [1]}}]}\n\n', END], "no chunk of a chat completion"),
+        ([b'data: {"more": ' + b"[" * 100_000 + b"\n\n", END], "no chunk of a chat completion"),
+        ([b"data: " + b"x" * (3 << 20) + b"\n\n", END], "Got more than"),
+        ([b'{"choices": [{"message": \n'], "no chunk of a chat completion"),
+        ([b"<html>\n"], "holds no event"),
+        ([], "holds no event"),
         ([b'data: {"error": "overloaded"}\n\n'], "overloaded"),
     ],
 )
@@ -230,8 +288,10 @@ async def test_a_stream_that_fails_fails_its_task(server: LlamaServer, events: l
     server.events = events
     async with BackpressureSupervisor() as supervisor:
         register(supervisor, LocalModel(server.url))
-        with pytest.raises(TaskFailed, match=said):
-            await supervisor.run(Task("ask", "Which river?"))
+        result = await (await supervisor.submit(Task("ask", "Which river?")))
+    assert isinstance(result.cause, LocalModelFailed | LocalServerUnavailable)
+    assert re.search(said, str(result.cause))
+    assert ".." not in str(result.cause).replace("...", "")
 
 
 async def test_a_comment_a_long_event_and_a_missing_usage_are_no_failure(server: LlamaServer) -> None:
@@ -243,6 +303,60 @@ async def test_a_comment_a_long_event_and_a_missing_usage_are_no_failure(server:
         result = await supervisor.run(Task("ask", "Which river?"))
     assert result["output"] == text
     assert result["usage"] == {"requests": 1, "input_tokens": 0, "output_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [BEGIN.replace(b": {", b":{", 1), b":ping\n\n", b"data:\n\n", END.replace(b"data: ", b"data:")],
+        [b'{"choices": [{"message":\n', b'{"content": "hello"}, "finish_reason": "stop"}]}'],
+        [b'data: {"error": null, "choices": null}\n\n', BEGIN, END],
+    ],
+    ids=["without a space", "not streamed", "null error"],
+)
+async def test_an_answer_in_another_valid_form_is_taken(server: LlamaServer, lines: list[bytes]) -> None:
+    server.events = lines
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, LocalModel(server.url))
+        result = await supervisor.run(Task("ask", "Which river?"))
+    assert (result["output"], result["finish_reason"]) == ("hello", "stop")
+
+
+async def test_an_answer_that_was_cut_says_so(server: LlamaServer) -> None:
+    server.events = [BEGIN, END.replace(b'"stop"', b'"length"')]
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, LocalModel(server.url))
+        assert (await supervisor.run(Task("ask", "Which river?")))["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("tokens", ["abc", -5, 1.5, [1], True, None])
+async def test_tokens_that_are_no_count_are_left_out(server: LlamaServer, tokens: object) -> None:
+    usage = {"prompt_tokens": tokens, "completion_tokens": 3}
+    server.events = [BEGIN, b"data: " + json.dumps({"usage": usage}).encode() + b"\n\n", END]
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, LocalModel(server.url))
+        result = await supervisor.run(Task("ask", "Which river?"))
+    assert result["usage"] == {"requests": 1, "input_tokens": 0, "output_tokens": 3}
+
+
+async def test_no_more_of_an_error_is_read_than_can_be_shown(server: LlamaServer) -> None:
+    server.endless_error = True
+    async with BackpressureSupervisor() as supervisor:
+        register(supervisor, LocalModel(server.url))
+        with pytest.raises(TaskFailed, match="answered with 500: no message"):
+            await supervisor.run(Task("ask", "Which river?"))
+
+
+@pytest.mark.parametrize(
+    ("path", "is_hinted"), [("", True), ("/v1/chat/completions", True), ("/v1", False)], ids=["root", "call", "v1"]
+)
+async def test_a_url_that_is_not_the_base_url_is_hinted_at(server: LlamaServer, path: str, *, is_hinted: bool) -> None:
+    model = LocalModel(server.url.removesuffix("/v1") + path)
+    server.refusal = 404, {"error": {"message": "File Not Found.\n"}}
+    with pytest.raises(LocalModelFailed, match=r"answered with 404: ") as raised:
+        await model.__forebay_handler__().call(Task("ask", "Which river?"))
+    assert ("It usually ends in /v1" in str(raised.value)) == is_hinted
+    assert not str(raised.value).endswith("..")
 
 
 @pytest.fixture
@@ -279,6 +393,19 @@ async def test_tasks_go_to_the_other_worker_once_the_server_has_been_killed(proc
     [
         ({"url": "127.0.0.1:8080"}, "the base URL of a server"),
         ({"url": None}, "the base URL of a server"),
+        ({"url": "http://[::1"}, "the base URL of a server"),
+        ({"url": "http://127.0.0.1:99999/v1"}, "the base URL of a server"),
+        ({"url": " http://127.0.0.1:8080/v1"}, "the base URL of a server"),
+        ({"url": "http://127.0.0.1:8080/v1?x=1"}, "put at its end"),
+        ({"url": "http://127.0.0.1:8080/v1#x"}, "put at its end"),
+        ({"url": "http://ada:secret@127.0.0.1:8080/v1"}, r"url='\.\.\.'.*give api_key"),
+        ({"api_key": "secret\r\nb: c"}, r"api_key='\.\.\.'"),
+        ({"model": ""}, "non-empty"),
+        ({"instructions": "\ud800"}, "valid Unicode"),
+        ({"options": {"temperature": float("nan")}}, r"options\['temperature'\].*NaN"),
+        ({"options": {"x": object()}}, r"options\['x'\]"),
+        ({"options": {"x": "\ud800"}}, r"options\['x'\]"),
+        ({"options": {1: 2}}, "plain data by text"),
         ({"model": 7}, '"llama3.2"'),
         ({"instructions": ["Summarize."]}, '"Summarize."'),
         ({"options": "fast"}, "temperature"),

@@ -3300,6 +3300,37 @@ def a_request_that_a_local_server_refuses_is_a_fault() -> None:
     vars(local_model)["_BAD_REQUESTS"] = frozenset()
 
 
+def a_worker_that_has_not_started_takes_a_user_off_its_model() -> None:
+    leave = GgufServer._leave
+
+    def _leave(self: GgufServer, user: object) -> Any:
+        return leave(self, user if user in self._users else next(iter(self._users), user))
+
+    replace(GgufServer, leave, _leave)
+
+
+def a_call_to_a_process_that_has_crashed_is_not_made_again() -> None:
+    async def has_crashed(_: GgufServer, __: Address) -> bool:
+        return False
+
+    replace(GgufServer, GgufServer.has_crashed, has_crashed)
+
+
+def an_event_that_cannot_be_read_is_dropped() -> None:
+    read = local_model._event
+
+    def _event(body: bytes) -> Any:
+        with contextlib.suppress(local_model._UnreadableEvent):
+            return read(body)
+        return local_model._Event()
+
+    vars(local_model)["_event"] = _event
+
+
+def a_conversation_that_json_cannot_carry_is_admitted() -> None:
+    vars(local_model)["_plain_chat_input"] = chat.chat_input
+
+
 # --- sagas: the order of a replay ---
 
 

@@ -1357,6 +1357,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_request_that_a_local_server_refuses_is_a_fault: (
         test_local_model.test_a_request_that_the_server_refuses_does_not_count_against_the_worker
     ),
+    bugs.a_worker_that_has_not_started_takes_a_user_off_its_model: (
+        test_gguf_server.test_a_worker_that_is_stopped_after_a_start_that_failed_takes_the_model_from_no_other
+    ),
+    bugs.a_call_to_a_process_that_has_crashed_is_not_made_again: (
+        test_gguf_server.test_a_call_to_a_process_that_is_about_to_end_is_made_once_more
+    ),
+    bugs.an_event_that_cannot_be_read_is_dropped: test_local_model.test_a_stream_that_fails_fails_its_task,
+    bugs.a_conversation_that_json_cannot_carry_is_admitted: (
+        test_local_model.test_a_conversation_that_json_cannot_carry_is_refused_when_it_is_submitted
+    ),
     bugs.a_compensation_waits_for_the_slot_of_its_saga: (
         test_saga_slots.test_a_compensation_at_the_end_of_a_saga_may_need_its_slot
     ),

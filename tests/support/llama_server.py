@@ -21,6 +21,9 @@ class LlamaServer:
         url: the base URL for clients.
         slots: that ``/props`` tells; None: there is no such path, as at other servers.
         loading: how often ``/v1/models`` answers 503 before the model is loaded.
+        props_body: what ``/props`` answers with instead; "hangs": nothing, until `go`; None: it closes the connection.
+        model: the first one that is listed.
+        endless_error: whether each call is answered with an error that does not end.
         hangs: whether ``/v1/models`` waits for `go`.
         api_key: that calls must have.
         refusal: the status and the message of each answer to a call; None: calls are answered.
@@ -34,6 +37,9 @@ class LlamaServer:
     def __init__(self) -> None:
         self.url = ""
         self.slots: int | None = None
+        self.props_body: object = ""
+        self.model = "tiny.gguf"
+        self.endless_error = False
         self.loading = 0
         self.hangs = False
         self.api_key = ""
@@ -52,10 +58,17 @@ class LlamaServer:
         if self.loading:
             self.loading -= 1
             return web.json_response({"error": {"code": 503, "message": "Loading model"}}, status=503)
-        return web.json_response({"object": "list", "data": [{"id": "tiny.gguf"}, {"id": "another"}]})
+        return web.json_response({"object": "list", "data": [{"id": self.model}, {"id": "another"}]})
 
-    async def props(self, _request: web.Request) -> web.Response:
+    async def props(self, request: web.Request) -> web.Response:
         """Answer with the properties, as llama-server does."""
+        if self.props_body == "hangs":
+            await self.go.wait()
+        if self.props_body is None:
+            assert request.transport is not None
+            request.transport.abort()
+        if isinstance(self.props_body, bytes):
+            return web.Response(body=self.props_body)
         if self.slots is None:
             return web.json_response({"error": "not found"}, status=404)
         return web.json_response({"total_slots": self.slots, "model_path": "/models/tiny.gguf"})
@@ -68,7 +81,9 @@ class LlamaServer:
             return web.json_response({"error": {"code": 401, "message": "Invalid API Key"}}, status=401)
         if self.refusal is not None:
             return web.json_response(self.refusal[1], status=self.refusal[0])
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        response = web.StreamResponse(
+            status=500 if self.endless_error else 200, headers={"content-type": "text/event-stream"}
+        )
         await response.prepare(request)
         try:
             async for line in self._lines():
@@ -80,6 +95,8 @@ class LlamaServer:
         return response
 
     async def _lines(self) -> AsyncIterator[bytes]:
+        while self.endless_error:
+            yield b"x" * 65_536
         if self.events is not None:
             for line in self.events:
                 yield line

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from forebay._text import is_unicode
 from forebay._threads import DaemonThreadExecutor
 from forebay._validate import check_instance, check_whole, reject
 from forebay.errors import ForebayError
@@ -36,9 +39,42 @@ _NOT_LOADED: Final = (
 )
 # The first code of the new interpreter: it makes the same modules importable as in this one.
 _BOOT: Final = (
-    "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from forebay.adapters.gguf_server import main; main()"
+    "import sys; parent = int(sys.argv[1]); sys.path[:] = sys.argv[2:]; sys.argv[1:] = [];"
+    " from forebay.adapters.gguf_server import main; main(parent)"
 )
 _ERRORS_ONLY: Final = 1  # of llama.cpp's levels of verbosity; those go to stderr
+_MOST: Final = 2**31 - 1  # of what llama.cpp has an int for
+_PARENT_POLL: Final = 0.5  # seconds between two looks whether the other process lives
+_CRASH_TIME: Final = 10.0  # seconds that a process may take to end that answers no more: it frees or dumps its memory
+_CRASH_POLL: Final = 0.02  # seconds between two looks whether it has
+
+
+def to_json(value: Any) -> bytes:
+    """Return plain data as JSON.
+
+    Raises:
+        ValueError: JSON cannot carry it.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # msgspec writes NaN as null
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def check_plain(owner: str, name: str, value: Mapping[str, Any] | None) -> None:
+    """Check that a mapping, or None, is by text, and that JSON can carry it.
+
+    Raises:
+        InvalidSetting: it is not so.
+    """
+    for key, each in (value or {}).items():
+        expected = "plain data by text: text without surrogates, numbers but not NaN, lists and dicts"
+        try:
+            to_json({key: each})
+        except ValueError:
+            reject(owner, f"{name}[{key!r}]" if isinstance(key, str) and is_unicode(key) else name, each, expected)
+        if not isinstance(key, str):
+            reject(owner, name, value, expected)
 
 
 class LocalModelNotInstalled(ForebayError, ImportError):
@@ -50,10 +86,11 @@ class GgufNotLoaded(ForebayError, RuntimeError):
 
 
 class Address(NamedTuple):
-    """The address of a server, and the key that it asks for."""
+    """The address of a server, the key that it asks for, and the id of its process, if this one has started it."""
 
     url: str
     key: str
+    pid: int | None = None
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -98,12 +135,13 @@ class GgufServer:
     def __init__(
         self, path: str | Path, *, slots: int, context: int, threads: int | None, params: Mapping[str, Any] | None
     ) -> None:
-        check_whole(_OWNER, "slots", slots)
-        check_whole(_OWNER, "context", context)
-        check_whole(_OWNER, "threads", threads, none="for as many as llama.cpp takes by itself")
+        check_whole(_OWNER, "slots", slots, maximum=_MOST)
+        check_whole(_OWNER, "context", context, maximum=_MOST)
+        check_whole(_OWNER, "threads", threads, maximum=_MOST, none="for as many as llama.cpp takes by itself")
         check_instance(_OWNER, "params", params, Mapping, example="{'n_gpu_layers': 0}", optional=True)
-        if not Path(path).is_file():
-            reject(_OWNER, "path", str(path), "a GGUF file that exists")
+        check_plain(_OWNER, "params", params)
+        if not isinstance(path, str | Path) or not is_unicode(str(path)) or not Path(path).is_file():
+            reject(_OWNER, "path", path if path is None else str(path), "a GGUF file that exists")
         if find_spec("xllamacpp") is None:
             raise LocalModelNotInstalled(library="xllamacpp", extra="local")
         self.path = str(path)
@@ -111,33 +149,36 @@ class GgufServer:
         self._job = _Job(self.path, Path(path).stem, slots, context, threads, os.urandom(16).hex(), dict(params or {}))
         self._starting = threading.Lock()
         self._lock = threading.Lock()  # for the three below; held for no time
-        self._users = 0
+        self._users: set[object] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
 
-    async def start(self) -> Address:
+    async def start(self, user: object) -> Address:
         """Add a user, and return the address once the model has been loaded.
 
+        Args:
+            user: whoever stops it again. One that has started it already stays one user.
+
         Raises:
-            GgufNotLoaded: it cannot be loaded; then, and if this is cancelled, no user was added.
+            GgufNotLoaded: it cannot be loaded; then, and if this is cancelled, it is no user.
         """
         with self._lock:
-            self._users += 1
+            self._users.add(user)
         try:
             return await self.address()
         except BaseException:
-            self._leave()  # not awaited: this may be a cancellation
+            self._leave(user)  # not awaited: this may be a cancellation
             raise
 
-    async def stop(self) -> None:
-        """Remove a user. Without any, kill the process, and wait until its memory is free."""
-        if (ending := self._leave()) is not None:
+    async def stop(self, user: object) -> None:
+        """Remove a user, if it is one. Without any, kill the process, and wait until its memory is free."""
+        if (ending := self._leave(user)) is not None:
             await ending
 
-    def _leave(self) -> asyncio.Future[int] | None:
+    def _leave(self, user: object) -> asyncio.Future[int] | None:
         """Remove a user. Without any, kill the process, and return a future that is done once it has ended."""
         with self._lock:
-            self._users -= 1
+            self._users.discard(user)  # a worker is also stopped after a start that has failed
             if self._users or self._process is None:
                 return None
             process, self._process = self._process, None
@@ -153,6 +194,17 @@ class GgufServer:
             return running
         return await asyncio.get_running_loop().run_in_executor(_THREADS, self._start)
 
+    async def has_crashed(self, address: Address) -> bool:
+        """Return whether the process at an address has ended. It may take a moment, and answers no more meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CRASH_TIME):
+                while (process := self._process) is not None and process.pid == address.pid:
+                    if process.poll() is not None:
+                        break
+                    await asyncio.sleep(_CRASH_POLL)
+                return True
+        return False
+
     def _running(self) -> Address | None:
         """Return the address of the process if it runs. Without the lock: `_start` sets the address after it."""
         process = self._process
@@ -167,7 +219,7 @@ class GgufServer:
             url = _load(process, self._job)
             if not url:
                 raise GgufNotLoaded(path=self.path, why=_NOT_LOADED.format(status=_end(process)))
-            address = Address(f"{url}/v1", self._job.key)
+            address = Address(f"{url}/v1", self._job.key, process.pid)
             with self._lock:
                 if self._process is process:
                     self._address = address
@@ -177,10 +229,13 @@ class GgufServer:
         """Return a new process, in place of one that has crashed."""
         # A process group of its own: Ctrl-C in a terminal must not end it before the runs that use it.
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and code
-            [sys.executable, "-c", _BOOT, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+            [sys.executable, "-c", _BOOT, str(os.getpid()), *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,
         )
         with self._lock:
-            crashed, is_wanted = self._process, self._users > 0
+            crashed, is_wanted = self._process, bool(self._users)
             self._address = None
             self._process = process if is_wanted else None
         if crashed is not None:
@@ -196,7 +251,7 @@ def _load(process: subprocess.Popen[bytes], job: _Job) -> str:
     assert process.stdin is not None  # noqa: S101 - opened as a pipe
     assert process.stdout is not None  # noqa: S101
     try:
-        process.stdin.write(msgspec.json.encode(job) + b"\n")
+        process.stdin.write(to_json(msgspec.to_builtins(job)) + b"\n")
         process.stdin.flush()
         return process.stdout.readline().decode().strip()
     except (OSError, ValueError):  # the pipe of a process that has ended, or was closed by `_end`
@@ -213,8 +268,11 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def main() -> None:
-    """Serve the model that standard input names until it is closed, as it is when the other process ends."""
+def main(parent: int) -> None:
+    """Serve the model that standard input names until it is closed, or the process `parent` has ended.
+
+    A fork of that one keeps the other end of standard input open, and may outlive it.
+    """
     import xllamacpp  # noqa: PLC0415 - only this process needs it
 
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=_Job)
@@ -238,5 +296,6 @@ def main() -> None:
     except RuntimeError:
         os._exit(1)  # it has written why, and a traceback tells no more
     print(server.listening_address, flush=True)  # noqa: T201 - the message that it is ready
-    sys.stdin.buffer.read()
+    while os.getppid() == parent and not select.select([sys.stdin], [], [], _PARENT_POLL)[0]:
+        pass
     os._exit(0)  # at once, also from the middle of a generation
