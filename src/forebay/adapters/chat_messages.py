@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from forebay.adapters.chat import ChatInput, chat_input
 from forebay.errors import UnusableTask
+from forebay.task import Task
 
 ROLES: Final = ("user", "assistant", "tool", "system", "developer")
+
+
+def checked_input(task: Task, worker: str) -> ChatInput:
+    """Return what a payload asks for: see `chat_input`, and `check_messages`.
+
+    Raises:
+        UnusableTask: it is something else.
+    """
+    given = chat_input(task, worker)
+    check_messages(given.messages, worker)
+    return given
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]], worker: str) -> None:

@@ -42,6 +42,7 @@ from pydantic_core import to_jsonable_python
 from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.blocking_client import in_loop
 from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler, chat_input
+from forebay.adapters.chat_messages import check_messages, checked_input
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
 from forebay.errors import InvalidHandler, UnusableTask
@@ -85,7 +86,9 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
         read = partial(_crew_input, names=_names_of(agent), given=given)
         return chat_handler(partial(_run_crew, agent), worker=worker, config=config, options=_CREW_OPTIONS, parse=read)
     if isinstance(agent, Agent):
-        return chat_handler(partial(_run_agent, agent), worker=worker, config=config, options=_AGENT_OPTIONS)
+        return chat_handler(
+            partial(_run_agent, agent), worker=worker, config=config, options=_AGENT_OPTIONS, parse=checked_input
+        )
     if isinstance(agent, Flow):
         run = partial(_run_flow, agent)
         once = chat_handler(run, worker=worker, config=config, options=_FLOW_OPTIONS, parse=_inputs)
@@ -131,6 +134,7 @@ def _inputs(task: Task, worker: str, names: frozenset[str] | None = None) -> Cha
             raise _unusable(worker, names, f"a dict with a key that is a {type(wrong).__name__}")
         return ChatInput([], dict(payload))
     given = chat_input(task, worker, _expected(names))
+    check_messages(given.messages, worker)
     asked = next((each for each in reversed(given.messages) if each.get("role") == "user"), given.messages[-1])
     text = message_content_text(asked)
     return ChatInput(given.messages, {**(given.context or {}), _MESSAGE: text, "messages": given.messages})

@@ -22,12 +22,11 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from swarm import Agent, Swarm
 
 from forebay.adapters.agent_thread import AgentThread
-from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler, chat_input
-from forebay.adapters.chat_messages import check_messages
+from forebay.adapters.chat import ChatInput, ChatUsage, chat_handler
+from forebay.adapters.chat_messages import checked_input
 from forebay.adapters.handler import Config, Handler
 from forebay.context import progress
 from forebay.errors import InvalidHandler
-from forebay.task import Task
 
 # Not stream: 0.1.1 fails on chunks without a choice, and reads them by methods that pydantic has deprecated.
 _OPTIONS: Final = frozenset({"client", "context_variables", "model_override", "max_turns", "execute_tools", "debug"})
@@ -48,13 +47,7 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
         if isinstance(agent, Swarm):
             hint = "pass its Agent, and the client of this Swarm by config={'client': client}"
         raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
-    return chat_handler(partial(_run, agent), worker=worker, config=config, options=_OPTIONS, parse=_parse)
-
-
-def _parse(task: Task, worker: str) -> ChatInput:
-    given = chat_input(task, worker)
-    check_messages(given.messages, worker)
-    return given
+    return chat_handler(partial(_run, agent), worker=worker, config=config, options=_OPTIONS, parse=checked_input)
 
 
 async def _run(agent: Any, given: ChatInput, options: dict[str, Any]) -> Any:
