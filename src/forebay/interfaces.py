@@ -111,7 +111,8 @@ class Demand(JsonStruct, frozen=True, kw_only=True):
         slots: slots of the workers here that are not FAILED.
         running: slots that are taken here.
         queued: tasks that wait here for a slot and for nothing else, and producers that wait for room.
-        spilled: tasks that wait in the overflow, for whatever process.
+        spilled: tasks that wait in the overflow for a slot and for nothing else, of whatever process.
+        paused: those of `spilled` whose type is paused here: only other processes begin them.
         elsewhere: tasks of the overflow that other processes have leased; None without an overflow that other processes
             can use.
         refused: tasks that were rejected since the start because there was no room for them.
@@ -126,6 +127,7 @@ class Demand(JsonStruct, frozen=True, kw_only=True):
     running: int = 0
     queued: int = 0
     spilled: int = 0
+    paused: int = 0
     elsewhere: int | None = None
     refused: int = 0
     service: float | None = None

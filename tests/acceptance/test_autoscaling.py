@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.support.task_plane import Agent, flood, now, run_ready, virtual
 
-from forebay import BackpressureSupervisor, Deadline, Task, Upstream, Verdict
+from forebay import BackpressureSupervisor, Deadline, Task, Tenant, Upstream, Verdict
 from forebay.breaker import BreakerRules
 from forebay.clock import wall_time
 from forebay.errors import UnknownTaskType
@@ -128,6 +128,55 @@ async def test_an_overflow_in_memory_is_for_nobody_else() -> None:
             await supervisor.submit(Task("work", number))
         demand = await supervisor.demand(["work"])
         assert (demand.running, demand.spilled, demand.elsewhere) == (2, 8, None)
+
+
+def bounded(most: int) -> dict[str, Tenant]:
+    return {"small": Tenant(max_running=most)}
+
+
+@pytest.mark.parametrize("room", [1, 1000])  # most of them are in the overflow, or in the queue
+@virtual
+async def test_of_a_tenant_no_more_tasks_ask_for_slots_than_its_bound_lets_begin(room: int) -> None:
+    settings: dict[str, Any] = {"max_queue_size": room, "tenants": bounded(3), "overflow": "memory://"}
+    async with supervisor_of(Agent(seconds=10.0), **settings) as supervisor:
+        for number in range(100):
+            await supervisor.submit(Task("work", number, tenant="small"))
+        demand = await supervisor.demand(["work"])
+        assert (demand.running, demand.queued + demand.spilled) == (2, 1)  # three of its tasks may run
+        for number in range(10):
+            await supervisor.submit(Task("work", number, tenant="other"))
+        demand = await supervisor.demand(["work"])
+        assert (demand.running, demand.queued + demand.spilled) == (2, 11)
+
+
+@pytest.mark.parametrize("room", [5, 1000])
+@virtual
+async def test_no_slot_is_added_for_the_tasks_of_a_tenant_that_has_its_bound(room: int) -> None:
+    settings: dict[str, Any] = {"max_queue_size": room, "tenants": bounded(3), "overflow": "memory://"}
+    async with supervisor_of(Agent(seconds=10.0), slots=5, **settings) as supervisor:
+        worker = supervisor.workers["worker"]
+        async with Autoscaler(supervisor, WorkerTarget(worker), task_types=["work"], maximum=40, service=10.0):
+            for number in range(500):
+                await supervisor.submit(Task("work", number, tenant="small"))
+            await asyncio.sleep(60.0)
+            assert worker.max_concurrent == 5
+
+
+@virtual
+async def test_no_slot_is_added_for_tasks_of_a_paused_type() -> None:
+    async with supervisor_of(Agent(seconds=10.0), max_queue_size=5, overflow="memory://") as supervisor:
+        worker = supervisor.workers["worker"]
+        supervisor.pause("work")
+        async with Autoscaler(supervisor, WorkerTarget(worker), task_types=["work"], maximum=40, service=10.0):
+            for number in range(300):
+                await supervisor.submit(Task("work", number))
+            await asyncio.sleep(60.0)
+            demand = await supervisor.demand(["work"])
+            assert demand.paused == demand.spilled > 200  # which other processes may begin
+            assert worker.max_concurrent == 2
+            supervisor.resume("work")
+            await asyncio.sleep(60.0)
+            assert worker.max_concurrent > 20
 
 
 # --- the bottleneck ---------------------------------------------------------------------------------------------------

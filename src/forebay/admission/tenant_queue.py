@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
@@ -190,6 +191,13 @@ class TenantQueue(PriorityQueue[T], Generic[T]):
     def length_in_group(self, tenant: str, group: int) -> int:
         """Return the number of items of a tenant whose rank begins with `group`."""
         return sum(groups[group].lengths.get(tenant, 0) for groups in self._lanes if group in groups)
+
+    def lengths_by_tenant(self) -> Mapping[str, int]:
+        """Return the number of items of each tenant that has any."""
+        found = Counter[str]()
+        for lanes in self._all_lanes():
+            found.update(lanes.lengths)
+        return found
 
     def lengths_without_blocked(self) -> Sequence[int]:
         """Return the number of items by priority, without those of blocked tenants."""

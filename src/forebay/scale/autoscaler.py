@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from typing import Any, Final, Protocol, Self
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import msgspec
 
 from forebay import clock
 from forebay._json import JsonStruct
 from forebay._validate import check_positive, reject
-from forebay.errors import InvalidSetting
+from forebay.errors import ScalingFailed
 from forebay.events import Event, Scaled, log
 from forebay.interfaces import Demand
 from forebay.retry import Retry
 from forebay.scale.decision import ScaleDecider, ScaleDecision, ScalePolicy, slots_asked
 from forebay.scale.target import Replicas, Target
+from forebay.scale.unserved import UnservedTasks
+from forebay.scale.worker_target import WorkerTarget
+
+T = TypeVar("T")
 
 _OWNER: Final = "Autoscaler"
 _CALL_TIMEOUT: Final = 30.0  # seconds that one call of a target, or one reading, may take
@@ -52,7 +57,7 @@ class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
     """An autoscaler at one moment.
 
     Attributes:
-        current: replicas that its target has been asked for.
+        current: replicas that its target has been asked for, as the target says.
         ready: those of them that take tasks.
         wanted: replicas that the slots asked for need, whatever is short.
         asked: slots that the tasks ask for, averaged.
@@ -96,7 +101,8 @@ class Autoscaler:
         task_types: the types whose tasks the replicas take.
         seats: slots of one replica.
         load: share of the slots that should be taken.
-        minimum: the least replicas; 0 to have none while nothing is to be done.
+        minimum: the least replicas; 0 to have none while nothing is to be done. A worker has at least one slot more
+            than it reserves.
         maximum: the most.
         interval: seconds between two readings.
         window: seconds over which the slots asked for are averaged.
@@ -146,6 +152,10 @@ class Autoscaler:
         if isinstance(task_types, str) or not task_types or not all(isinstance(each, str) for each in task_types):
             reject(_OWNER, "task_types", task_types, 'a list of task types, such as ["write"]')
         _check_target(target)
+        if isinstance(target, WorkerTarget):
+            if maximum < target.least:
+                reject(_OWNER, "maximum", maximum, f"at least one more than {target.name} reserves, {target.least}")
+            self._policy = replace(self._policy, minimum=max(minimum, target.least))
         if not target.outside and seats != 1:
             reject(_OWNER, "seats", seats, f"1, because a replica of {target.name} is one slot")
         if not target.outside and minimum < 1:
@@ -157,30 +167,38 @@ class Autoscaler:
         self._service = service
         self._leader = leader
         self._decider = ScaleDecider(self._policy)
+        self._unserved = UnservedTasks(self._policy.window)
         self._running: asyncio.Task[None] | None = None
         self._statistics = AutoscalerStatistics()
+        self._measured: float | None = None  # seconds of a task, as the replicas told last: there may be none by now
+        self._check_worker()
         self._refused: tuple[float, int] | None = None  # loop time of a reading, and what it counted
         self._read_at: float | None = None
         self._asked: tuple[int, int] | None = None  # replicas that there were, and that were asked for, last
         self._direction = 0
-        self._failed = 0  # in a row
+        self._failed_readings = 0  # in a row
+        self._failed_calls = 0  # of `scale`, in a row
+        self._failed_at: tuple[int, float] | None = None  # replicas it failed at, and when they are asked for again
 
     async def __aenter__(self) -> Self:
         """Open the target, take a first reading, and begin.
 
         Raises:
-            InvalidSetting: the replicas take tasks from an overflow, and the supervisor has none.
+            InvalidSetting: the replicas take tasks from an overflow, and the supervisor has none; or the worker whose
+                slots they are has left it.
+            ScalingFailed: the target does not open, or the supervisor does not answer, within 30 seconds.
             Others: what the target raises when it is opened, and what the supervisor raises.
         """
         if self._running is not None:
             raise RuntimeError("an Autoscaler can be entered once at a time")
-        await self._read()
+        self._check_worker()
+        await self._within(math.inf, "the demand of its tasks", self._read)
         try:
-            await self._target.open()
+            await self._within(math.inf, "open()", self._target.open)
             if self._leader is not None:
                 await self._leader.open()
         except BaseException:
-            await self._target.close()
+            await self._close_target()
             raise
         self._begin()
         self._running = asyncio.ensure_future(self._run())
@@ -188,14 +206,21 @@ class Autoscaler:
 
     async def __aexit__(self, *_: object) -> None:
         running, self._running = self._running, None
-        if running is not None:
-            running.cancel()
-            await asyncio.wait((running,))
         try:
+            if running is not None:
+                running.cancel()
+                await asyncio.wait((running,))
             if self._leader is not None:
                 await self._leader.close()  # the next one need not wait for the target
         finally:
+            await self._close_target()
+
+    async def _close_target(self) -> None:
+        """Close the target. What it raises is logged: an error of the caller is not to be hidden by it."""
+        try:
             await self._target.close()
+        except Exception as error:  # noqa: BLE001 - of the target
+            log.warning("%s could not be closed (%s: %s)", self._target.name, type(error).__name__, error)
 
     def statistics(self) -> AutoscalerStatistics:
         """Return a snapshot of the last reading and of the counters since the start."""
@@ -204,17 +229,23 @@ class Autoscaler:
     # --- the loop ---
 
     async def _run(self) -> None:
-        while True:
-            delay = await self._step()
+        delay = 0.0
+        while not _is_cancelled():  # a call may have swallowed it
             await asyncio.sleep(delay)
+            delay = await self._step()
 
     def _begin(self) -> None:
         """Forget what was read: the first reading begins the windows."""
         self._decider = ScaleDecider(self._policy)
-        self._refused = self._read_at = self._asked = None
+        self._refused = self._read_at = self._asked = self._failed_at = None
+        self._unserved = UnservedTasks(self._policy.window)
+
+    @property
+    def _leads_until(self) -> float:
+        return math.inf if self._leader is None else self._leader.leads_until
 
     def _leads(self, now: float) -> bool:
-        return self._leader is None or now < self._leader.leads_until
+        return now < self._leads_until
 
     async def _step(self) -> float:
         """Read, decide and scale; return the seconds until the next time. A failure is logged, and tried again."""
@@ -223,28 +254,64 @@ class Autoscaler:
             self._begin()
             self._update(leads=False)
             return self._interval
-        lease = math.inf if self._leader is None else self._leader.leads_until
         try:
-            async with asyncio.timeout_at(min(now + _CALL_TIMEOUT, lease)):  # a call under way ends with the lease
-                await self._read_and_scale()
+            self._check_worker()
+            replicas = await self._within(self._leads_until, "replicas()", self._target.replicas)
+            demand = await self._within(self._leads_until, "the demand of its tasks", self._read)
+            now = asyncio.get_running_loop().time()
+            decision = self._decide(now, demand, replicas)
+            self._count_time(now, replicas, decision)
         except Exception as error:  # noqa: BLE001 - of the target or the store: the next time it may succeed
-            return self._failure(error)
-        self._failed = 0
+            self._failed_readings += 1
+            return self._failure(error, self._failed_readings)
+        self._failed_readings = 0
+        await self._scale(now, replicas, decision)
         return self._interval
 
-    async def _read_and_scale(self) -> None:
-        replicas = await self._target.replicas()
-        demand = await self._read()
-        now = asyncio.get_running_loop().time()
-        decision = self._decide(now, demand, replicas)
-        self._count_time(now, replicas, decision)
-        if decision.replicas != replicas.current:
-            await self._target.scale(decision.replicas)
-            if self._asked != (asked := (replicas.current, decision.replicas)):  # else it does not follow
-                self._scaled(now, replicas, decision)
-            self._asked = asked
-        else:
-            self._asked = None
+    async def _scale(self, now: float, replicas: Replicas, decision: ScaleDecision) -> None:
+        """Ask the target for other replicas. After a failure it reads on, and asks again later, or at once for more."""
+        before, after = replicas.current, decision.replicas
+        if after == before:
+            self._asked = self._failed_at = None
+            self._failed_calls = 0
+            return
+        if self._failed_at is not None:
+            number, again_at = self._failed_at
+            if now < again_at and after <= max(before, number):
+                return
+        try:
+            await self._within(self._leads_until, f"scale({after})", self._target.scale, after)
+        except Exception as error:  # noqa: BLE001 - of the target
+            self._failed_calls += 1
+            self._failed_at = after, now + self._failure(error, self._failed_calls)
+            return
+        self._failed_at, self._failed_calls = None, 0
+        if self._asked != (before, after):  # else it does not follow
+            self._scaled(now, replicas, decision)
+        self._asked = before, after
+
+    async def _within(self, end: float, what: str, call: Callable[..., Awaitable[T]], *arguments: object) -> T:
+        """Return the answer of a call, which is cancelled when it takes too long, and at the loop time `end`.
+
+        Raises:
+            ScalingFailed: it was cancelled, by this or by itself; or `end` is over.
+            Others: what it raises.
+        """
+        now, what = asyncio.get_running_loop().time(), f"{self._target.name}: {what}"
+        if end <= now:
+            raise ScalingFailed(what=what, why="the lease has ended")
+        try:
+            async with asyncio.timeout_at(min(now + _CALL_TIMEOUT, end)) as limit:
+                return await call(*arguments)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            when = f"within {_CALL_TIMEOUT:g} s" if now + _CALL_TIMEOUT <= end else "by the end of the lease"
+            raise ScalingFailed(what=what, why=f"it did not answer {when}") from error
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            raise ScalingFailed(what=what, why="it was cancelled by itself") from error
 
     async def _read(self) -> Demand:
         demand = await self._supervisor.demand(self._task_types)
@@ -256,7 +323,9 @@ class Autoscaler:
 
     def _decide(self, now: float, demand: Demand, replicas: Replicas) -> ScaleDecision:
         refused, outside = self._refused_per_second(now, demand.refused), self._target.outside
-        known = (replicas.service, demand.service) if outside else (demand.service, replicas.service)
+        if replicas.service is not None:
+            self._measured = replicas.service
+        known = (self._measured, demand.service) if outside else (demand.service, self._measured)
         service = next((seconds for seconds in known if seconds is not None), self._service)
         asked = slots_asked(
             demand,
@@ -267,12 +336,33 @@ class Autoscaler:
         )
         if not outside:  # the other workers of these types have slots of their own
             asked = max(0.0, asked - self._policy.load * max(0, demand.slots - replicas.ready))
-        limited_by = replicas.limited_by or demand.limited_by
-        if limited_by is None and not outside and demand.host >= 1.0:
-            limited_by = "host"  # more slots on a loop that does not keep up would slow down all of them
+        elif self._unserved.observe(now, demand, replicas):
+            log.warning(
+                "%s: %d replicas are ready, and have taken none of the %d tasks that wait in the overflow for %g s: do "
+                "they use this overflow, and have workers for %s?",
+                self._target.name, replicas.ready, demand.spilled, self._policy.window, ", ".join(self._task_types),
+            )  # fmt: skip
         return self._decider.decide(
-            now, asked=asked, current=replicas.current, ready=replicas.ready, limited_by=limited_by
+            now,
+            asked=asked,
+            current=replicas.current,
+            ready=replicas.ready,
+            limited_by=self._bottleneck(demand, replicas),
+            double=service is None,
         )
+
+    def _bottleneck(self, demand: Demand, replicas: Replicas) -> str | None:
+        """Return what the replicas are short of. Those outside have their own workers and accounts, so they tell."""
+        if self._target.outside and replicas.ready:
+            return replicas.limited_by
+        limited_by = replicas.limited_by or demand.limited_by
+        if limited_by is None and not self._target.outside and demand.host >= 1.0:
+            limited_by = "host"  # more slots on a loop that does not keep up would slow down all of them
+        return limited_by
+
+    def _check_worker(self) -> None:
+        if isinstance(self._target, WorkerTarget):
+            self._target.check(getattr(self._supervisor, "workers", {}), self._task_types)
 
     def _refused_per_second(self, now: float, refused: int) -> float:
         before, self._refused = self._refused, (now, refused)
@@ -288,7 +378,7 @@ class Autoscaler:
         self._read_at = now
         slots = replicas.current * self._policy.seats
         self._update(
-            current=decision.replicas,
+            current=replicas.current,
             ready=replicas.ready,
             wanted=decision.wanted,
             asked=decision.asked,
@@ -296,9 +386,9 @@ class Autoscaler:
             panic=decision.panic,
             limited_by=decision.limited_by,
             leads=True,
-            replica_seconds=counted.replica_seconds + seconds * counted.current,
+            replica_seconds=counted.replica_seconds + seconds * replicas.current,  # which it has since the last reading
             unbought_seconds=counted.unbought_seconds
-            + (seconds * max(0, counted.wanted - counted.current) if counted.limited_by is not None else 0.0),
+            + (seconds * max(0, counted.wanted - replicas.current) if counted.limited_by is not None else 0.0),
         )
 
     def _scaled(self, now: float, before: Replicas, decision: ScaleDecision) -> None:
@@ -306,6 +396,7 @@ class Autoscaler:
         counted, up = self._statistics, decision.replicas > before.current
         direction = 1 if up else -1
         self._update(
+            current=decision.replicas,
             scaled_up=counted.scaled_up + up,
             scaled_down=counted.scaled_down + (not up),
             reversals=counted.reversals + (self._direction == -direction),
@@ -322,23 +413,14 @@ class Autoscaler:
         )
         self._supervisor.emit(event)
 
-    def _failure(self, error: Exception) -> float:
+    def _failure(self, error: Exception, in_a_row: int) -> float:
         """Log a failure; return the seconds until the next attempt."""
-        self._failed += 1
         self._update(failures=self._statistics.failures + 1)
-        delay = max(self._interval, _BACKOFF.delay(self._failed, draw=clock.draw()) or 0.0)
-        what = "failed"
-        if isinstance(error, TimeoutError):
-            limit = (
-                f"within {_CALL_TIMEOUT:g} s"
-                if self._leads(asyncio.get_running_loop().time())
-                else "by the end of the lease"
-            )
-            what = f"did not answer {limit}"
+        delay = max(self._interval, _BACKOFF.delay(in_a_row, draw=clock.draw()) or 0.0)
         log.warning(
-            "scaling %s %s (%s: %s): the number of replicas stays as it is; tried again in %.1f s",
-            self._target.name, what, type(error).__name__, error, delay,
-            exc_info=error if self._failed == 1 else None,
+            "scaling %s failed (%s: %s): the number of replicas stays as it is; tried again in %.1f s",
+            self._target.name, type(error).__name__, error, delay,
+            exc_info=error if in_a_row == 1 else None,
         )  # fmt: skip
         return delay
 
@@ -349,6 +431,12 @@ class Autoscaler:
 def _check_target(target: object) -> None:
     methods = ("open", "close", "replicas", "scale")
     if isinstance(target, type) or not all(callable(getattr(target, method, None)) for method in methods):
-        raise InvalidSetting(
-            owner=_OWNER, name="target", value=target, expected="a target, such as WorkerTarget(worker)"
-        )
+        reject(_OWNER, "target", target, "a target, such as WorkerTarget(worker)")
+    if not isinstance(getattr(target, "name", None), str) or not isinstance(getattr(target, "outside", None), bool):
+        reject(_OWNER, "target", target, "a target with a `name`, and with `outside` True or False")
+
+
+def _is_cancelled() -> bool:
+    """Return whether somebody has cancelled the task that runs."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -14,6 +14,7 @@ from forebay.scale.ratio import clamp, desired_replicas, whole_replicas
 _OWNER: Final = "Autoscaler"
 _PANIC_RATIO: Final = 2.0  # of what is wanted over what is ready; Knative's
 _FROZEN_SHARE: Final = 0.5  # of the readings of the panic window that name a bottleneck
+_LEAST_SERVICE: Final = 1e-6  # seconds that a task counts as taking at least: whatever waits asks for something
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +67,18 @@ class ScalePolicy:
     def replicas_for(self, asked: float, current: int) -> int:
         """Return how many replicas `asked` slots need, unless the `current` ones are about as many.
 
-        From zero it is by demand, since there is no ratio to nothing.
+        From zero it is by demand, since there is no ratio to nothing. However little is asked for, one is needed.
         """
+        least = max(self.minimum, 1) if asked > 0 else self.minimum
         if not current:
-            return clamp(whole_replicas(asked / (self.seats * self.load)), self.minimum, self.maximum)
+            needed = min(asked / (self.seats * self.load), float(self.maximum))
+            return clamp(whole_replicas(needed), least, self.maximum)
         return desired_replicas(
             current=current,
             reading=asked / (current * self.seats),
             target=self.load,
             tolerance=self.tolerance,
-            minimum=self.minimum,
+            minimum=least,
             maximum=self.maximum,
         )
 
@@ -88,8 +91,8 @@ def slots_asked(
     Those that run have one each. Of those that wait, as many need one at a time as let them all begin within `drain`
     seconds. Those that are refused would hold ``refused per second * service`` slots (Little's law).
 
-    While the service time is unknown, tasks that wait count as at most twice what runs, and one: the first to end
-    tell it, and until then each step doubles the fleet at most.
+    While the service time is unknown, those that wait count as at most as many as run, and one: the first to end tell
+    it. Whoever scales by this adds no more replicas than are ready until then; see `ScaleDecider.decide`.
 
     Args:
         demand: the reading.
@@ -99,10 +102,10 @@ def slots_asked(
         outside: the slots are those of other processes, which take tasks from the overflow alone.
     """
     running = (demand.elsewhere or 0) if outside else demand.running
-    waiting = demand.spilled if outside else demand.spilled + demand.queued
+    waiting = demand.spilled if outside else demand.spilled - demand.paused + demand.queued
     if service is None:
         return running + min(float(waiting), max(1.0, float(running)))
-    return running + refused_per_second * service + waiting * min(1.0, service / drain)
+    return running + refused_per_second * service + waiting * min(1.0, max(service, _LEAST_SERVICE) / drain)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +133,8 @@ class ScaleDecider:
     Up at once, by the mean of the window; by that of the panic window while at least twice as many replicas are wanted
     as are ready, and for one window after that. Down to the most that was wanted within the stabilization window, never
     in panic, and to a turn down only once in two such windows: so over a run there is at most one reversal for each.
-    Never up while a quota, a budget or a breaker is short: more workers would wait for it as well.
+    Never up while a quota, a budget or a breaker is short: more workers would wait for it as well. From zero one may
+    start all the same: whether it is short of that too, it alone can tell.
 
     Sources: Kubernetes, "Horizontal Pod Autoscaling" (ratio, tolerance, stabilization); Knative, "KPA" (panic).
     """
@@ -143,8 +147,15 @@ class ScaleDecider:
         self._goes_up = True  # the direction of the last change
         self._turned_down_at = -math.inf
 
-    def decide(
-        self, now: float, *, asked: float, current: int, ready: int, limited_by: str | None = None
+    def decide(  # noqa: PLR0913 - a reading
+        self,
+        now: float,
+        *,
+        asked: float,
+        current: int,
+        ready: int,
+        limited_by: str | None = None,
+        double: bool = False,
     ) -> ScaleDecision:
         """Return how many replicas there should be.
 
@@ -154,6 +165,7 @@ class ScaleDecider:
             current: replicas that there are, or that have been asked for; those that drain do not count.
             ready: those of them that take tasks.
             limited_by: what is short now instead of workers, or None.
+            double: go no further up than to twice what is ready, because too little is known of what is asked for.
         """
         policy = self.policy
         if not self._wanted:
@@ -167,7 +179,11 @@ class ScaleDecider:
         if panic:
             wanted, mean = max(wanted, sudden, clamp(current, policy.minimum, policy.maximum)), max(mean, burst)
         short = self._bottleneck(now)
-        allowed = wanted if short is None else min(wanted, max(current, policy.minimum))
+        allowed = wanted
+        if short is not None:
+            allowed = min(allowed, max(current, policy.minimum, 1))
+        if double:
+            allowed = min(allowed, max(current, policy.minimum, 2 * ready, 1))
         self._recommend(now, allowed)
         replicas = self._stabilized(now, allowed, current)
         return ScaleDecision(replicas=replicas, wanted=wanted, asked=mean, panic=panic, limited_by=short)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from forebay.interfaces import Demand
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.dispatcher import Dispatcher
     from forebay.supervisor.load import SystemLoad
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.tenants import Tenants
 
 
 async def measure_demand(
@@ -24,26 +25,58 @@ async def measure_demand(
         StoreUnavailable: the overflow cannot be asked.
     """
     types = {pool.task_type for pool in pools}
-    spilled, elsewhere = 0, None
+    asleep = {pool.task_type for pool in pools if pool.paused}
+    waiting, spilled, paused = Counter[str](), Counter[str](), Counter[str]()  # by tenant
+    elsewhere = None
+    for pool in pools:
+        waiting.update(pool.waiting_by_tenant())
     if ask_overflow and (spill := dispatcher.spill) is not None:
         store = spill.stored.store
         depths, leased = await store.depths(), await store.leased()
-        spilled = sum(count for (task_type, _, _), count in depths.items() if task_type in types)
+        for (task_type, _, tenant), count in depths.items():
+            if task_type in types:
+                (paused if task_type in asleep else spilled)[tenant] += count
         if store.durable:  # what ends with this process, no other one can use
             held = Counter(lease.record.task_type for lease in spill.stored.leases.held())
             elsewhere = sum(max(0, leased.get(name, 0) - held[name]) for name in types)
+    startable = _Startable(dispatcher.tenants)
+    queued, stored, stored_paused = startable.take(waiting), startable.take(spilled), startable.take(paused)
     workers = {worker for pool in pools for worker in pool.workers}
     return Demand(
         slots=sum(worker.slots for worker in workers),
         running=sum(worker.current_tasks for worker in workers),
-        queued=sum(pool.waiting_for_slots + admission.room.waiting(pool.task_type) for pool in pools),
-        spilled=spilled,
+        queued=queued + sum(_unseen(pool) + admission.room.waiting(pool.task_type) for pool in pools),
+        spilled=stored + stored_paused,
+        paused=stored_paused,
         elsewhere=elsewhere,
         refused=sum(pool.refused for pool in pools),
         service=_service(pools),
         limited_by=_bottleneck(dispatcher.load, pools),
         host=dispatcher.load.host,
     )
+
+
+class _Startable:
+    """The tasks that would start if there were slots: of each tenant as many as its bound leaves."""
+
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
+        self._room: dict[str, float] = {}
+
+    def take(self, waiting: Mapping[str, int]) -> int:
+        """Return how many of the tasks that wait, by tenant, would start beside those that were counted before."""
+        total = 0
+        for tenant, count in waiting.items():
+            room = self._room.setdefault(tenant, self._tenants.room(tenant))
+            startable = count if count <= room else int(room)
+            self._room[tenant] -= startable
+            total += startable
+        return total
+
+
+def _unseen(pool: Pool) -> int:
+    """Return the tasks of a pool that are on their way between its queue and the overflow."""
+    return 0 if pool.paused else pool.reserved
 
 
 def _service(pools: Iterable[Pool]) -> float | None:

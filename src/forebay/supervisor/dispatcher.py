@@ -99,7 +99,7 @@ class Dispatcher:
         )
         self._registry = core.registry
         self._timers = core.timers
-        self._tenants = core.tenants
+        self.tenants = core.tenants
         self._bus = core.bus
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._served_by: Mapping[WorkerAgent, ServedPools] = core.pools.by_worker
@@ -116,7 +116,7 @@ class Dispatcher:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker; it takes tasks at once."""
         self.workers[worker.name] = worker
-        if worker.reserve or self._tenants.bounded:
+        if worker.reserve or self.tenants.bounded:
             worker.count_tasks()
         if worker.handler.nested_supervisor is not None:
             self._nested[worker] = cast("NestedSupervisor", worker.handler.nested_supervisor)
@@ -221,9 +221,9 @@ class Dispatcher:
                 counts.count_reserve(worker)
         if task.priority <= URGENT:
             worker.count_urgent(by)
-        if self._tenants.count_running(task.tenant, by):
+        if self.tenants.count_running(task.tenant, by):
             self._tenant_changed(task.tenant)
-        elif by < 0 and self._tenants.has_claims(task.tenant):
+        elif by < 0 and self.tenants.has_claims(task.tenant):
             self.loop.call_soon(self._serve_tenant, task.tenant)
 
     def count_claims(self, tenant: str, by: int) -> None:
@@ -231,13 +231,13 @@ class Dispatcher:
 
         New tasks of the tenant do not take the slots that these may have next, on whatever worker.
         """
-        if self._tenants.count_claims(tenant, by):
+        if self.tenants.count_claims(tenant, by):
             self._tenant_changed(tenant)
 
     def _tenant_changed(self, tenant: str) -> None:
         """Serve a tenant no more because its bound is reached, or again."""
-        blocked = tenant in self._tenants.blocked
-        for task_type in self._tenants.waiting_types(tenant):
+        blocked = tenant in self.tenants.blocked
+        for task_type in self.tenants.waiting_types(tenant):
             self._pools[task_type].tenant_blocked(tenant, blocked=blocked)
         if not blocked:
             self.loop.call_soon(self._serve_tenant, tenant)  # not now: its run is still ending
@@ -246,7 +246,7 @@ class Dispatcher:
         """Give slots to runs of a tenant that claim them, and start what waits of it, where a slot is free."""
         for worker in self.slot_claims.waiting():
             self.dispatch(worker)
-        pools = [self._pools[task_type] for task_type in self._tenants.waiting_types(tenant)]
+        pools = [self._pools[task_type] for task_type in self.tenants.waiting_types(tenant)]
         heads = [(pool, pool.queue.head()) for pool in pools]
         for pool, _ in sorted(((pool, head) for pool, head in heads if head is not None), key=urgency_among):
             self.serve(pool)
@@ -294,7 +294,7 @@ class Dispatcher:
             self._tell_drains()
         elif ticket.retries is not None and not self.retries.allow(ticket):
             pass  # it waits for the retry budget, or has ended
-        elif worker is not None and not (self._tenants.bounded and task.tenant in self._tenants.blocked):
+        elif worker is not None and not (self.tenants.bounded and task.tenant in self.tenants.blocked):
             if worker.reserve and task.priority <= URGENT:  # others may wait, though a slot is free
                 self._served_by[worker].pass_over(task.priority)
             if pool.by_cost is None or not self.held.hold(ticket, pool, worker):
@@ -414,7 +414,7 @@ class Dispatcher:
 
         It is not the one on which the task failed last, if another one may start it.
         """
-        if pool.has_head or ticket.task.tenant in self._tenants.blocked:
+        if pool.has_head or ticket.task.tenant in self.tenants.blocked:
             return None
         priority, nested = ticket.task.priority, ticket.nested
         failed_on = None if ticket.retries is None else ticket.retries.failed_on

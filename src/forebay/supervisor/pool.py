@@ -186,13 +186,11 @@ class Pool(SlotCounts):
         """Tasks in the queue, being leased from the overflow, or waiting here for a time."""
         return self.queue.length + self.reserved + self.delayed
 
-    @property
-    def waiting_for_slots(self) -> int:
-        """The tasks that would start if there were more slots."""
+    def waiting_by_tenant(self) -> Mapping[str, int]:
+        """Return how many tasks of the queue wait for a slot, by tenant; all as those of one unless it matters."""
         if self.paused:
-            return 0
-        queued = self.queue.length if self._turns is None else sum(self._turns.lengths_without_blocked())
-        return queued + self.reserved
+            return {}
+        return {"": self.queue.length} if self._turns is None else self._turns.lengths_by_tenant()
 
     def held_back_workers(self) -> list[WorkerAgent]:
         """Return the workers with a free slot on which the start gate lets nothing begin."""

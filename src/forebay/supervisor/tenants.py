@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final, TypeGuard
 
@@ -111,6 +112,13 @@ class Tenants:
         """Return how many slots tasks of a tenant may hold at a time; None if it has no bound."""
         use = self._uses.get(name)
         return None if use is None else use.tenant.max_running
+
+    def room(self, name: str) -> float:
+        """Return how many more slots new tasks of a tenant may take; infinity if it has no bound."""
+        use = self._uses.get(name)
+        if use is None or use.tenant.max_running is None:
+            return math.inf
+        return max(0, use.tenant.max_running - use.running - use.claims)
 
     def load(self, name: str) -> float:
         """Return what a tenant has waiting over what it may have; 0.0 if it has no bound."""

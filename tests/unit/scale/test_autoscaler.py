@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from forebay.errors import InvalidSetting
+from forebay.errors import InvalidSetting, ScalingFailed
 from forebay.events import Event, Scaled
 from forebay.interfaces import Demand
 from forebay.scale import Autoscaler, Replicas
@@ -181,6 +182,243 @@ async def test_a_target_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) 
 
 
 @virtual
+async def test_a_call_that_is_cancelled_by_itself_is_a_failure_like_others(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+    target.error = asyncio.CancelledError()
+    async with autoscaler(supervisor, target) as scaler:
+        await asyncio.sleep(10.0)
+        assert scaler.statistics().failures > 0
+        target.error = None
+        await asyncio.sleep(60.0)
+        assert target.current == 8
+        supervisor.answer = asyncio.CancelledError()
+        await asyncio.sleep(10.0)
+        readings = len(supervisor.readings)
+        supervisor.answer = Demand(elsewhere=8, service=1.0)
+        await asyncio.sleep(60.0)
+        assert len(supervisor.readings) > readings + 10
+    assert "it was cancelled by itself" in caplog.text
+
+
+@virtual
+async def test_each_call_has_a_limit_of_its_own() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+    replicas, scale = target.replicas, target.scale
+
+    async def slow_replicas() -> Replicas:
+        await asyncio.sleep(20.0)
+        return await replicas()
+
+    async def slow_scale(number: int) -> None:
+        await asyncio.sleep(20.0)
+        await scale(number)
+
+    target.replicas, target.scale = slow_replicas, slow_scale  # type: ignore[method-assign]
+    async with autoscaler(supervisor, target) as scaler:
+        await asyncio.sleep(45.0)
+        assert (target.current, scaler.statistics().failures) == (8, 0)
+
+
+@virtual
+async def test_a_time_out_of_the_target_itself_is_told_as_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+    target.error = TimeoutError("connect timed out after 0.1 s")
+    async with autoscaler(supervisor, target):
+        await asyncio.sleep(1.0)
+    assert "connect timed out after 0.1 s" in caplog.text
+    assert "did not answer" not in caplog.text
+
+
+@virtual
+async def test_a_target_that_fails_is_read_on_and_asked_at_once_for_more_than_it_failed_at() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=1, service=1.0)), ScriptedTarget(5)
+    target.error = OSError("the cluster is away")
+    async with autoscaler(supervisor, target, window=6.0, stabilization=0.0):
+        await asyncio.sleep(300.0)  # by now a drop is tried every minute
+        readings, asked = len(supervisor.readings), len(target.asked)
+        assert {*target.asked} == {2}
+        assert readings > 140
+        target.error = None
+        await asyncio.sleep(2.0)
+        assert len(target.asked) == asked
+        supervisor.answer = Demand(elsewhere=10, service=1.0)
+        await asyncio.sleep(4.0)
+        assert target.current > 10
+
+
+@virtual
+async def test_an_autoscaler_that_is_left_ends_though_a_call_swallows_the_cancellation() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+    begun = asyncio.Event()
+
+    async def scale(_: int) -> None:
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(20.0)
+
+    target.scale = scale  # type: ignore[method-assign]
+    async with asyncio.timeout(5.0), autoscaler(supervisor, target):
+        await begun.wait()
+    assert not target.is_open
+
+
+@virtual
+async def test_a_target_is_closed_though_leaving_is_cancelled() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+    begun = asyncio.Event()
+
+    async def scale(_: int) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(20.0)
+        finally:
+            await asyncio.sleep(5.0)  # it winds up
+
+    async def scene() -> None:
+        async with autoscaler(supervisor, target):
+            await asyncio.Event().wait()
+
+    target.scale = scale  # type: ignore[method-assign]
+    running = asyncio.create_task(scene())
+    await begun.wait()
+    for _ in range(2):
+        running.cancel()
+        await asyncio.sleep(0.1)
+    assert running.done()
+    assert not target.is_open
+    await asyncio.sleep(5.0)
+
+
+class TargetInTrouble(ScriptedTarget):
+    """A target that does not open, or does not close."""
+
+    async def open(self) -> None:
+        """Fail, or wait, as the test has set."""
+        await super().open()
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.error is not None:
+            raise self.error
+
+    async def close(self) -> None:
+        """Fail."""
+        await super().close()
+        raise ConnectionError("it is gone")
+
+
+@virtual
+async def test_what_closing_raises_is_logged_and_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=0)), TargetInTrouble()
+    async with autoscaler(supervisor, target):
+        pass
+    assert "scripted could not be closed (ConnectionError: it is gone)" in caplog.text
+    target.error = ValueError("it does not open")
+    with pytest.raises(ValueError, match="it does not open"):
+        await autoscaler(supervisor, target).__aenter__()
+    assert not target.is_open
+
+
+@virtual
+async def test_a_target_that_does_not_open_in_time_is_given_up() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=0)), TargetInTrouble()
+    target.hangs = True
+    began = now()
+    with pytest.raises(ScalingFailed, match=r"scripted: open\(\).*did not answer within 30 s"):
+        await autoscaler(supervisor, target).__aenter__()
+    assert now() - began == pytest.approx(30.0, abs=0.1)
+    assert not target.is_open
+
+
+@virtual
+async def test_statistics_count_the_replicas_that_the_target_has() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+
+    async def scale(replicas: int) -> None:
+        target.current = min(replicas, 3)  # as a group whose greatest size is 3
+
+    target.scale = scale  # type: ignore[method-assign]
+    async with autoscaler(supervisor, target) as scaler:
+        await asyncio.sleep(101.0)
+        statistics = scaler.statistics()
+        assert (statistics.current, statistics.wanted, statistics.scaled_up) == (3, 8, 2)
+        assert statistics.replica_seconds == pytest.approx(300.0, abs=3.0)
+
+
+@virtual
+async def test_statistics_do_not_count_replicas_that_were_refused() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+    target.error = OSError("no more instances")
+    async with autoscaler(supervisor, target) as scaler:
+        await asyncio.sleep(101.0)
+        statistics = scaler.statistics()
+        assert statistics.current == 1
+        assert statistics.replica_seconds == pytest.approx(100.0, abs=3.0)
+
+
+@virtual
+async def test_the_service_time_that_replicas_told_counts_while_there_are_none() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=1, service=0.001)), ScriptedTarget()
+    target.service = 30.0
+    async with autoscaler(supervisor, target, minimum=0, window=6.0, stabilization=10.0):
+        await asyncio.sleep(5.0)
+        supervisor.answer = Demand(elsewhere=0)
+        await asyncio.sleep(60.0)
+        assert target.current == 0
+        target.service, supervisor.answer = None, Demand(elsewhere=0, spilled=1000)
+        await asyncio.sleep(4.0)
+        assert target.current == 20
+
+
+@virtual
+async def test_until_a_service_time_is_known_the_fleet_doubles_at_most() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, spilled=1000)), ScriptedTarget(4)
+    async with autoscaler(supervisor, target):
+        target.ready = 4
+        await asyncio.sleep(60.0)
+        assert target.asked == [8]  # of which four are not ready
+
+
+@virtual
+async def test_tasks_that_no_ready_replica_takes_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=0, spilled=10, service=1.0)), ScriptedTarget()
+    async with autoscaler(supervisor, target):
+        await asyncio.sleep(59.0)
+        assert "have taken none" not in caplog.text
+        await asyncio.sleep(200.0)
+        assert caplog.text.count("have taken none of the 10 tasks that wait in the overflow for 60 s") == 1
+        assert "have workers for work?" in caplog.text
+        for demand in (Demand(elsewhere=1, spilled=9), Demand(elsewhere=0, spilled=8)):
+            supervisor.answer = demand
+            await asyncio.sleep(59.0)
+        assert caplog.text.count("have taken none") == 1
+        await asyncio.sleep(10.0)
+        assert caplog.text.count("have taken none") == 2
+
+
+@pytest.mark.parametrize(
+    ("demand", "ready", "limited_by"),
+    [
+        (Demand(elsewhere=0, spilled=10), 0, None),  # none has started
+        (Demand(elsewhere=0, spilled=10), 1, "key:requests"),
+        (Demand(elsewhere=1, spilled=10), 1, None),
+        (Demand(elsewhere=0, spilled=0), 1, None),
+    ],
+)
+def test_tasks_that_wait_for_a_reason_are_not_told(
+    demand: Demand, ready: int, limited_by: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    @virtual
+    async def scene() -> None:
+        target = ScriptedTarget()
+        target.ready, target.limited_by = ready, limited_by
+        async with autoscaler(ScriptedSupervisor(demand), target):
+            await asyncio.sleep(300.0)
+
+    scene()
+    assert "have taken none" not in caplog.text
+
+
+@virtual
 async def test_a_supervisor_that_cannot_be_read_changes_nothing() -> None:
     supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
     async with autoscaler(supervisor, target) as scaler:
@@ -236,13 +474,11 @@ def test_whose_service_time_counts(outside: bool) -> None:  # noqa: FBT001 - a r
 
 
 @virtual
-async def test_no_replica_is_added_while_the_replicas_or_the_supervisor_are_short_of_something_else() -> None:
-    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0, limited_by="key:budget")), ScriptedTarget()
+async def test_no_replica_is_added_while_the_replicas_are_short_of_something_else() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
+    target.limited_by = "key:requests"
     async with autoscaler(supervisor, target) as scaler:
-        await asyncio.sleep(60.0)
-        assert (target.asked, scaler.statistics().limited_by) == ([], "key:budget")
-        supervisor.answer, target.limited_by = Demand(elsewhere=4, service=1.0), "key:requests"
-        await asyncio.sleep(60.0)
+        await asyncio.sleep(120.0)
         statistics = scaler.statistics()
         assert (target.asked, statistics.limited_by, statistics.wanted) == ([], "key:requests", 8)
         assert statistics.replica_seconds == pytest.approx(120.0, abs=3.0)
@@ -250,6 +486,41 @@ async def test_no_replica_is_added_while_the_replicas_or_the_supervisor_are_shor
         target.limited_by = None
         await asyncio.sleep(10.0)
         assert target.current == 8
+
+
+@virtual
+async def test_what_the_supervisor_itself_is_short_of_does_not_keep_replicas_elsewhere_from_being_added() -> None:
+    demand = Demand(elsewhere=4, service=1.0, limited_by="worker:local")
+    supervisor, target = ScriptedSupervisor(demand), ScriptedTarget()
+    async with autoscaler(supervisor, target) as scaler:
+        await asyncio.sleep(5.0)
+        assert (target.current, scaler.statistics().limited_by) == (8, None)
+
+
+@virtual
+async def test_while_no_replica_can_tell_what_it_is_short_of_one_is_started() -> None:
+    demand = Demand(elsewhere=0, spilled=300, service=30.0, limited_by="worker:local")
+    supervisor, target = ScriptedSupervisor(demand), ScriptedTarget(0)
+    target.ready = 0
+    async with autoscaler(supervisor, target, minimum=0) as scaler:
+        await asyncio.sleep(60.0)
+        assert (target.asked, scaler.statistics().limited_by) == ([1], "worker:local")
+        target.ready = None
+        await asyncio.sleep(10.0)
+        assert target.current == 20
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_what_a_slot_here_is_short_of_is_for_the_supervisor_to_tell(outside: bool) -> None:  # noqa: FBT001 - a row
+    @virtual
+    async def scene() -> None:
+        demand = Demand(running=4, elsewhere=4, slots=1, service=1.0, limited_by="key:budget")
+        target = ScriptedTarget(outside=outside)
+        async with autoscaler(ScriptedSupervisor(demand), target):
+            await asyncio.sleep(60.0)
+            assert target.current == (8 if outside else 1)
+
+    scene()
 
 
 @virtual
@@ -278,6 +549,13 @@ async def test_replicas_outside_need_an_overflow() -> None:
     assert not target.is_open
 
 
+def unnamed(**attributes: Any) -> ScriptedTarget:
+    target = ScriptedTarget()
+    for name, value in attributes.items():
+        setattr(target, name, value)
+    return target
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -290,6 +568,8 @@ async def test_replicas_outside_need_an_overflow() -> None:
         ({"minimum": 0, "outside": False}, "at least 1, because scripted keeps one slot"),
         ({"target": object()}, "such as WorkerTarget"),
         ({"target": ScriptedTarget}, "such as WorkerTarget"),
+        ({"target": unnamed(name=None)}, "`name`, and with `outside` True or False"),
+        ({"target": unnamed(outside=None)}, "`name`, and with `outside` True or False"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:

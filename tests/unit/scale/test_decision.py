@@ -50,6 +50,7 @@ def decide(decider: ScaleDecider, *asked: float, start: float = 0.0, current: in
         (Demand(spilled=1000, elsewhere=6), 0.0, None, True, 12.0),
         (Demand(spilled=2, elsewhere=6), 0.0, None, True, 8.0),
         (Demand(), 0.0, None, False, 0.0),
+        (Demand(spilled=3, elsewhere=0), 0.0, 0.0, True, 1e-7),  # tasks that take no time ask for something
     ],
 )
 def test_tasks_ask_for_slots(
@@ -115,6 +116,36 @@ def test_from_zero_by_demand_and_back_when_a_window_was_empty() -> None:
     assert replicas.index(0) == 80  # at 166 s: 60 s until the window is empty, and the stabilization
 
 
+@pytest.mark.parametrize("asked", [1e-15, 1e-9, 0.01])
+def test_however_little_is_asked_for_one_replica_starts_and_stays(asked: float) -> None:
+    policy = ScalePolicy(seats=100, minimum=0, maximum=10, stabilization=0.0, window=2.0, panic_window=2.0)
+    assert decide(ScaleDecider(policy), asked, asked, asked, current=0, ready=0) == [1, 1, 1]
+    assert decide(ScaleDecider(policy), *[asked] * 100) == [1] * 100
+    assert decide(ScaleDecider(policy), 0.0, 0.0, current=1)[-1] == 0
+
+
+def test_a_load_that_no_float_divides_by_asks_for_the_maximum() -> None:
+    policy = ScalePolicy(load=1e-320, maximum=10)
+    assert (policy.replicas_for(10.0, 2), policy.replicas_for(10.0, 0)) == (10, 10)
+
+
+@pytest.mark.parametrize("load", [0.2, 0.7])
+def test_without_a_service_time_the_fleet_doubles_at_most_until_the_next_ones_are_ready(load: float) -> None:
+    policy = ScalePolicy(seats=2, load=load, minimum=0, maximum=1000)
+    decider, current, ready = ScaleDecider(policy), 0, 0
+    steps = []
+    for number in range(100):
+        if number % 20 == 0:
+            ready = current
+        demand = Demand(spilled=10_000, elsewhere=2 * ready)
+        asked = slots_asked(demand, refused_per_second=0.0, service=None, drain=30.0, outside=True)
+        decision = decider.decide(2.0 * number, asked=asked, current=current, ready=ready, double=True)
+        assert decision.replicas <= max(1, 2 * ready)
+        current = decision.replicas
+        steps.append(current)
+    assert steps[::20] == [1, 2, 4, 8, 16]
+
+
 def test_the_bounds_hold_whatever_there_is() -> None:
     policy = ScalePolicy(minimum=3, maximum=5)
     assert decide(ScaleDecider(policy), 0.0, current=1) == [3]
@@ -172,6 +203,11 @@ def test_replicas_are_added_once_nothing_else_has_been_short_for_a_panic_window(
     assert decide(decider, 50.0, 50.0, 50.0, start=60.0, current=10) == [10, 100, 100]
 
 
+def test_from_zero_one_starts_though_something_else_is_short_and_no_second_one() -> None:
+    decider = ScaleDecider(ScalePolicy(load=0.5, minimum=0, maximum=100))
+    assert decide(decider, *[50.0] * 5, current=0, ready=0, limited_by=QUOTA) == [1] * 5
+
+
 def test_a_frozen_fleet_shrinks_and_has_its_minimum() -> None:
     decider = ScaleDecider(ScalePolicy(minimum=2, maximum=100, stabilization=10.0))
     assert decide(decider, 50.0, current=0, limited_by=QUOTA) == [2]
@@ -209,7 +245,7 @@ def test_bounds_hold_and_nothing_is_added_while_frozen(
         assert policy.minimum <= decision.replicas <= policy.maximum
         if short is not None:
             assert decision.limited_by == short
-            assert decision.replicas <= max(current, policy.minimum)
+            assert decision.replicas <= max(current, policy.minimum, 1)
         if decision.panic and current <= policy.maximum:
             assert decision.replicas >= current
         if decision.replicas < current <= policy.maximum and rose:

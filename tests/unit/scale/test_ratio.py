@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay.errors import InvalidSetting
 from forebay.scale import desired_replicas
 from forebay.scale.ratio import whole_replicas
 
@@ -65,3 +69,25 @@ def test_six_replicas_at_their_target_need_no_seventh() -> None:
 @given(replicas=st.integers(1, 10_000), target=st.floats(0.01, 100.0))
 def test_what_a_number_of_replicas_needs_is_that_number(replicas: int, target: float) -> None:
     assert desired_replicas(current=1, reading=replicas * target, target=target, tolerance=0.0) == replicas
+
+
+@pytest.mark.parametrize("reading", [math.inf, 1e308])
+def test_a_reading_beyond_all_bounds_asks_for_the_maximum(reading: float) -> None:
+    assert desired_replicas(current=10, reading=reading, target=0.1, maximum=40) == 40
+    assert desired_replicas(current=0, reading=reading, target=0.1, minimum=2, maximum=40) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0.0}, "target.*positive"),
+        ({"target": -1.0}, "target.*positive"),
+        ({"target": math.nan}, "target.*positive"),
+        ({"minimum": 9, "maximum": 4}, "maximum.*at least the minimum, 9"),
+        ({"reading": math.nan}, "reading.*a number"),
+        ({"reading": math.inf}, "reading.*finite, unless there is a maximum"),
+    ],
+)
+def test_what_has_no_answer_is_said(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        desired_replicas(**{"current": 3, "reading": 1.0, "target": 0.7, **arguments})
