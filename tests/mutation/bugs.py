@@ -3589,6 +3589,10 @@ def a_call_that_is_throttled_is_not_repeated() -> None:
     ec2_client._ATTEMPTS = 1  # type: ignore[misc]
 
 
+def a_call_that_was_given_up_is_sent_again() -> None:
+    always(AwsClient, AwsClient._check_wanted, returns=None)
+
+
 def an_autoscaler_that_only_publishes_scales() -> None:
     async def scale(self: PublishedTarget, replicas: int) -> None:
         await self._target.scale(replicas)

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("botocore")
 
+from botocore.parsers import ResponseParserError
 from tests.support.metadata_server import MetadataServer, metadata_server
 from tests.support.simulated_group import SimulatedGroup, service_error
 
@@ -169,6 +170,17 @@ async def test_a_hook_that_has_ended_is_logged(group: SimulatedGroup, caplog: py
     assert "No active Lifecycle Action" in caplog.text
     await protection.close()
     assert group.instances
+
+
+async def test_a_page_of_a_proxy_ends_no_worker(group: SimulatedGroup, caplog: pytest.LogCaptureFixture) -> None:
+    protection = await opened("drain")
+    group.faults["CompleteLifecycleAction"] = [ResponseParserError("a page")]
+    await protection.complete()
+    assert "is no service of AWS" in caplog.text
+    group.faults["SetInstanceProtection"] = [ResponseParserError("a page")]
+    with pytest.raises(ScalingFailed, match="is no service of AWS"):
+        await protection.unprotect()
+    await protection.close()
 
 
 async def test_without_a_hook_nothing_is_told(group: SimulatedGroup) -> None:
