@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
 import pytest
 from tests.support.kubernetes_double import (
@@ -27,6 +27,8 @@ from forebay.scale.kubernetes_client import client_of
 from forebay.simulation.loop.virtual_loop import virtual_loop
 from forebay.state import ShardedState
 from forebay.testing import now, virtual
+
+T = TypeVar("T")
 
 UPDATE = "update leases"
 
@@ -342,6 +344,25 @@ async def test_a_right_to_the_lease_that_is_missing_is_named() -> None:
 # --- with autoscalers ---
 
 
+def after_20_seconds(call: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    async def late(*arguments: Any) -> T:
+        await asyncio.sleep(20.0)
+        return await call(*arguments)
+
+    return late
+
+
+class SlowTarget(ScriptedTarget):
+    """A target that takes 20 seconds for one of its calls."""
+
+    def __init__(self, slow: str) -> None:
+        super().__init__(2)
+        if slow == "reading":
+            self.replicas = after_20_seconds(self.replicas)  # type: ignore[method-assign]
+        elif slow == "scaling":
+            self.scale = after_20_seconds(self.scale)  # type: ignore[method-assign]
+
+
 def scaler(supervisor: ScriptedSupervisor, target: Any, lease: LeaderLease, **settings: Any) -> Autoscaler:
     return Autoscaler(supervisor, target, task_types=["work"], load=0.5, maximum=20, leader=lease, **settings)
 
@@ -405,6 +426,30 @@ async def test_a_call_that_is_under_way_ends_with_the_lease(caplog: pytest.LogCa
             await asyncio.sleep(60.0)
             assert len(target.asked) == 1
             assert not only.statistics().leads
+            made.transports[0].cut_off = False
+
+
+@virtual
+@pytest.mark.parametrize("slow", ["reading", "demand", "scaling"])
+async def test_a_call_that_takes_longer_than_a_renewal_lasts_is_over_before_the_lease(slow: str) -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=8, service=1.0)), SlowTarget(slow)
+    if slow == "demand":
+        supervisor.demand = after_20_seconds(supervisor.demand)  # type: ignore[method-assign]
+    async with cluster() as made:
+        async with scaler(supervisor, target, LeaderLease(made.lease())) as only:
+            await asyncio.sleep(60.0)
+            assert target.current == 16
+            assert only.statistics().failures == 0
+
+
+@virtual
+async def test_a_reading_that_is_over_after_the_lease_changes_nothing() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=8, service=1.0)), SlowTarget("reading")
+    async with cluster() as made:
+        async with scaler(supervisor, target, LeaderLease(made.lease())) as only:
+            made.transports[0].cut_off = True
+            await asyncio.sleep(60.0)
+            assert (target.asked, only.statistics().leads, only.statistics().failures) == ([], False, 0)
             made.transports[0].cut_off = False
 
 
