@@ -43,6 +43,7 @@ async def opened(drain_hook: str | None = None) -> Ec2Protection:
     protection = Ec2Protection(drain_hook=drain_hook)
     try:
         await protection.open()
+        await protection.wait_until_in_service()
     except BaseException:
         await protection.close()
         raise
@@ -59,11 +60,12 @@ async def test_it_protects_its_own_instance(group: SimulatedGroup) -> None:
     await protection.close()
 
 
+@pytest.mark.parametrize("state", ["Pending:Wait", "Warmed:Running", "Warmed:Pending:Wait"])
 async def test_it_waits_until_the_instance_is_in_service(
-    group: SimulatedGroup, monkeypatch: pytest.MonkeyPatch
+    group: SimulatedGroup, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     monkeypatch.setattr(ec2_protection, "_PENDING_INTERVAL", 0.001)
-    group.instances[0].state = "Pending:Wait"
+    group.instances[0].state = state
     opening = asyncio.ensure_future(opened())
     while group.calls.count("DescribeAutoScalingInstances") < 3:  # noqa: ASYNC110 - of a thread, which sets no event
         await asyncio.sleep(0.001)
