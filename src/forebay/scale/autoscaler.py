@@ -163,7 +163,7 @@ class Autoscaler:
             reject(_OWNER, "minimum", minimum, f"at least 1, because {target.name} keeps one slot")
         self._supervisor = supervisor
         self._target = target
-        self._task_types = tuple(task_types)
+        self._task_types = tuple(dict.fromkeys(task_types))  # one that is named twice counts once
         self._interval = interval
         self._service = service
         self._leader = leader
@@ -340,6 +340,7 @@ class Autoscaler:
     def _ended_with_lease(self, limit: asyncio.Timeout) -> Iterator[None]:
         """Let a time limit be over when the lease ends, as it has been renewed by then."""
         loop = asyncio.get_running_loop()
+        watching: asyncio.TimerHandle | None = None
 
         def watch() -> None:
             nonlocal watching
@@ -348,7 +349,8 @@ class Autoscaler:
             elif (end := limit.when()) is not None and end > loop.time():
                 limit.reschedule(loop.time())
 
-        watching = None if self._leader is None else loop.call_at(self._leads_until, watch)
+        if self._leader is not None:
+            watching = loop.call_at(self._leads_until, watch)
         try:
             yield
         finally:

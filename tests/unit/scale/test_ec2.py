@@ -270,16 +270,14 @@ async def test_a_call_that_is_throttled_is_repeated(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("page", [HTML, XHTML, *((status, HTML[1]) for status in (403, 404, 407, 503))])
-async def test_a_page_of_a_proxy_is_a_failure_in_words(
-    monkeypatch: pytest.MonkeyPatch, page: tuple[int, str]
-) -> None:
+async def test_a_page_of_a_proxy_is_a_failure_in_words(monkeypatch: pytest.MonkeyPatch, page: tuple[int, str]) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setattr(ec2_client, "_ATTEMPTS", 1)
     with faulty_proxy("http://127.0.0.1:9") as proxy:
         proxy.faults["DescribeAutoScalingGroups"] = [page]
         target = Ec2Target("workers", region="eu-west-1", endpoint=proxy.url)
-        with pytest.raises(ScalingFailed, match="^ec2:workers cannot be used: "):
+        with pytest.raises(ScalingFailed, match=r"^ec2:workers cannot be used: "):
             await target.open()
         await target.close()
 
@@ -349,7 +347,12 @@ async def test_a_call_that_was_given_up_is_not_sent_again(monkeypatch: pytest.Mo
         monkeypatch.setenv(name, "testing")
     go, came = threading.Event(), threading.Event()
     with faulty_proxy("http://127.0.0.1:9") as proxy:
-        proxy.before_answer = lambda: (came.set(), go.wait(10.0))
+
+        def answer_later() -> None:
+            came.set()
+            go.wait(10.0)
+
+        proxy.before_answer = answer_later
         proxy.faults["SetDesiredCapacity"] = [UNAVAILABLE] * 9
         proxy.faults["DescribeAutoScalingGroups"] = [(400, "ValidationError")]
         client = AwsClient("ec2:workers", region="eu-west-1", endpoint=proxy.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -245,6 +246,17 @@ async def test_two_that_begin_together_make_one_lease() -> None:
 
 
 @virtual
+async def test_who_waits_says_once_for_whom(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with cluster() as made:
+        first, second = LeaderLease(made.lease()), LeaderLease(made.lease())
+        async with first, second:
+            await asyncio.sleep(60.0)
+            assert f"is held by {first.holder}: this process waits ({second.holder})" in caplog.text
+            assert caplog.text.count("this process waits") == 1
+
+
+@virtual
 async def test_two_of_one_name_are_two() -> None:
     async with cluster() as made:
         leases = [LeaderLease(made.lease(), holder="me") for _ in range(2)]
@@ -358,9 +370,9 @@ class SlowTarget(ScriptedTarget):
     def __init__(self, slow: str) -> None:
         super().__init__(2)
         if slow == "reading":
-            self.replicas = after_20_seconds(self.replicas)  # type: ignore[method-assign]
+            vars(self)["replicas"] = after_20_seconds(self.replicas)
         elif slow == "scaling":
-            self.scale = after_20_seconds(self.scale)  # type: ignore[method-assign]
+            vars(self)["scale"] = after_20_seconds(self.scale)
 
 
 def scaler(supervisor: ScriptedSupervisor, target: Any, lease: LeaderLease, **settings: Any) -> Autoscaler:
@@ -434,23 +446,21 @@ async def test_a_call_that_is_under_way_ends_with_the_lease(caplog: pytest.LogCa
 async def test_a_call_that_takes_longer_than_a_renewal_lasts_is_over_before_the_lease(slow: str) -> None:
     supervisor, target = ScriptedSupervisor(Demand(elsewhere=8, service=1.0)), SlowTarget(slow)
     if slow == "demand":
-        supervisor.demand = after_20_seconds(supervisor.demand)  # type: ignore[method-assign]
-    async with cluster() as made:
-        async with scaler(supervisor, target, LeaderLease(made.lease())) as only:
-            await asyncio.sleep(60.0)
-            assert target.current == 16
-            assert only.statistics().failures == 0
+        vars(supervisor)["demand"] = after_20_seconds(supervisor.demand)
+    async with cluster() as made, scaler(supervisor, target, LeaderLease(made.lease())) as only:
+        await asyncio.sleep(60.0)
+        assert target.current == 16
+        assert only.statistics().failures == 0
 
 
 @virtual
 async def test_a_reading_that_is_over_after_the_lease_changes_nothing() -> None:
     supervisor, target = ScriptedSupervisor(Demand(elsewhere=8, service=1.0)), SlowTarget("reading")
-    async with cluster() as made:
-        async with scaler(supervisor, target, LeaderLease(made.lease())) as only:
-            made.transports[0].cut_off = True
-            await asyncio.sleep(60.0)
-            assert (target.asked, only.statistics().leads, only.statistics().failures) == ([], False, 0)
-            made.transports[0].cut_off = False
+    async with cluster() as made, scaler(supervisor, target, LeaderLease(made.lease())) as only:
+        made.transports[0].cut_off = True
+        await asyncio.sleep(60.0)
+        assert (target.asked, only.statistics().leads, only.statistics().failures) == ([], False, 0)
+        made.transports[0].cut_off = False
 
 
 @virtual

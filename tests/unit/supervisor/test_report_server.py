@@ -57,7 +57,7 @@ async def open_connections(
     found = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(number)]
     for _, writer in found:
         writer.write(request)
-    while request and sum(server._connections.values()) < number:
+    while request and sum(server._connections.values()) < number:  # noqa: ASYNC110
         await asyncio.sleep(0)
     return found
 
