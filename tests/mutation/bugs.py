@@ -98,6 +98,8 @@ from forebay.scale import (
     LeaseRecord,
     PublishedTarget,
     ScaleDecider,
+    ScalePolicy,
+    WorkerTarget,
     decision,
     ec2,
     ec2_client,
@@ -106,6 +108,7 @@ from forebay.scale import (
     leader,
     process_target,
     ratio,
+    slots_asked,
 )
 from forebay.scale.ec2_client import AwsClient
 from forebay.scale.ec2_reports import InstanceReports
@@ -3459,10 +3462,44 @@ def what_this_process_runs_counts_as_run_elsewhere() -> None:
 
 
 def an_autoscaler_ends_with_the_first_error_of_its_target() -> None:
-    def _failure(_: Autoscaler, error: Exception) -> float:
+    def _failure(_: Autoscaler, error: Exception, in_a_row: int) -> float:
         raise error
 
     replace(Autoscaler, Autoscaler._failure, _failure)
+
+
+def a_call_that_is_cancelled_by_itself_ends_an_autoscaler() -> None:
+    async def _within(
+        _: Autoscaler, __: float, ___: str, call: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any
+    ) -> Any:
+        async with asyncio.timeout(30.0):
+            return await call(*arguments)
+
+    replace(Autoscaler, Autoscaler._within, _within)
+
+
+def a_scale_that_has_failed_is_not_asked_for_more_until_its_backoff_is_over() -> None:
+    swap(Autoscaler._scale, ast.LtE, ast.NotEq)
+
+
+def a_shortage_of_the_supervisor_keeps_replicas_elsewhere_from_being_added() -> None:
+    replace(Autoscaler, Autoscaler._bottleneck, lambda _, demand, replicas: replicas.limited_by or demand.limited_by)
+
+
+def an_empty_fleet_waits_until_more_than_noise_is_asked_for() -> None:
+    swap(ScalePolicy.replicas_for, ast.Gt, ast.Lt)
+
+
+def a_worker_shrinks_to_the_slots_that_it_reserves() -> None:
+    swap(WorkerTarget.least.fget, ast.Add, ast.Mult)  # type: ignore[attr-defined]
+
+
+def tasks_beyond_the_bound_of_their_tenant_ask_for_slots() -> None:
+    always(Tenants, Tenants.room, returns=math.inf)
+
+
+def tasks_of_a_paused_type_ask_for_slots_here() -> None:
+    swap(slots_asked, ast.Sub, ast.Add)
 
 
 def a_process_that_is_to_go_is_killed() -> None:

@@ -131,6 +131,7 @@ from tests.unit.scale import (
     test_kubernetes,
     test_leader,
     test_ratio,
+    test_worker_target,
 )
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
@@ -1444,6 +1445,25 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_autoscaler_ends_with_the_first_error_of_its_target: (
         test_autoscaler.test_a_target_that_fails_is_asked_again_later_and_later
     ),
+    bugs.a_call_that_is_cancelled_by_itself_ends_an_autoscaler: (
+        test_autoscaler.test_a_call_that_is_cancelled_by_itself_is_a_failure_like_others
+    ),
+    bugs.a_scale_that_has_failed_is_not_asked_for_more_until_its_backoff_is_over: (
+        test_autoscaler.test_a_target_that_fails_is_read_on_and_asked_at_once_for_more_than_it_failed_at
+    ),
+    bugs.a_shortage_of_the_supervisor_keeps_replicas_elsewhere_from_being_added: (
+        test_autoscaler.test_what_the_supervisor_itself_is_short_of_does_not_keep_replicas_elsewhere_from_being_added
+    ),
+    bugs.an_empty_fleet_waits_until_more_than_noise_is_asked_for: (
+        test_decision.test_however_little_is_asked_for_one_replica_starts_and_stays
+    ),
+    bugs.a_worker_shrinks_to_the_slots_that_it_reserves: (
+        test_worker_target.test_it_may_not_be_asked_for_no_more_than_it_reserves
+    ),
+    bugs.tasks_beyond_the_bound_of_their_tenant_ask_for_slots: (
+        test_autoscaling.test_of_a_tenant_no_more_tasks_ask_for_slots_than_its_bound_lets_begin
+    ),
+    bugs.tasks_of_a_paused_type_ask_for_slots_here: (test_autoscaling.test_no_slot_is_added_for_tasks_of_a_paused_type),
     bugs.a_process_that_is_to_go_is_killed: (
         test_worker_processes.test_a_process_that_goes_while_it_runs_tasks_finishes_them
     ),

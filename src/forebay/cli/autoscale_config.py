@@ -279,7 +279,7 @@ class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lease_target(self) -> str:
-        """What the target is called in the name of a lease: two targets must not share one."""
+        """The name of the target in that of a lease: two targets must not share one."""
         name = self.target.target().name.removeprefix("kubernetes:")
         namespace = self.target.namespace if isinstance(self.target, KubernetesTable) else None
         return name if namespace is None else f"{namespace}/{name}"

@@ -23,7 +23,7 @@ def _lines(target: str, seen: AutoscalerStatistics) -> Iterator[str]:
     yield from _metric("forebay_autoscaler_leads", "gauge", "1 if it acts", {target: seen.leads})
     if seen.leads:
         gauges = {
-            "forebay_desired_replicas": ("replicas that it decided for", seen.current),
+            "forebay_desired_replicas": ("replicas that it decided for", seen.desired),
             "forebay_wanted_replicas": ("replicas that the load needs, whatever is short", seen.wanted),
             "forebay_ready_replicas": ("replicas that take tasks", seen.ready),
             "forebay_slots_asked": ("slots that tasks ask for", seen.asked),

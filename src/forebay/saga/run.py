@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
+from forebay._cancellation import is_being_cancelled
 from forebay._hooks import call_hook, is_async, is_interrupt, raise_again_if_interrupt, raise_if_cancelled
 from forebay._text import as_clause, error_text, format_duration
 from forebay._validate import is_number
@@ -329,10 +330,10 @@ class SagaRun:
             CancelledError: it has.
             _Parking: it does not.
         """
-        if not _is_being_cancelled():  # while it was undone
+        if not is_being_cancelled():  # while it was undone
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(_REPLAY_WAIT)
-        if _is_being_cancelled():
+        if is_being_cancelled():
             if not self._is_stopped():
                 await self._wait_for_replay(step, record.told)
             raise asyncio.CancelledError
@@ -469,7 +470,7 @@ class SagaRun:
 
     @staticmethod
     def _is_cancelled(error: BaseException) -> bool:
-        return isinstance(error, asyncio.CancelledError) and _is_being_cancelled()
+        return isinstance(error, asyncio.CancelledError) and is_being_cancelled()
 
     async def _call(self, step: Step) -> bytes:
         """Call the function of a step, and return its output as the log stores it."""
@@ -518,7 +519,7 @@ class SagaRun:
             raise _Parking(self._why_open(step, error, may_be_done=may_be_done), step.name) from error
         is_open &= past_pivot  # before it, a step without compensation is one whose effect may stay
         self._note_failed(step, error, clean=clean or (step.compensate is None and not is_open))
-        if _is_being_cancelled():  # now: its process may be lost while it is undone
+        if is_being_cancelled():  # now: its process may be lost while it is undone
             self._note_cut_off(step.name)
         if past_pivot:
             effect = "; it may have had its effect" if is_open else ""
@@ -975,11 +976,6 @@ _CHANGED = (
     ". Its code has changed since, depends on something else than its payload and the outputs of its steps, or waits"
     " for long outside of them. Let the old code finish it, or close it by hand"
 )
-
-
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _first(places: Mapping[str, int]) -> float:

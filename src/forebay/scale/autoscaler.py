@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 import msgspec
 
 from forebay import clock
+from forebay._cancellation import is_being_cancelled
 from forebay._json import JsonStruct
 from forebay._validate import check_positive, reject
 from forebay.errors import ScalingFailed
@@ -31,7 +32,7 @@ _BACKOFF: Final = Retry(base_delay=1.0, max_delay=60.0)
 
 
 class ScalableSupervisor(Protocol):
-    """The supervisor, as far as an autoscaler needs it."""
+    """The supervisor, as far as an autoscaler needs it; for a `WorkerTarget`, with its `workers` by name."""
 
     async def demand(self, task_types: Sequence[str]) -> Demand:
         """Return the slots that the tasks of some types ask for now."""
@@ -60,6 +61,7 @@ class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
     Attributes:
         current: replicas that its target has been asked for, as the target says.
         ready: those of them that take tasks.
+        desired: replicas that it has decided on.
         wanted: replicas that the slots asked for need, whatever is short.
         asked: slots that the tasks ask for, averaged.
         load: these over the slots of the replicas; infinity without a replica, unless nothing is asked for.
@@ -75,6 +77,7 @@ class AutoscalerStatistics(JsonStruct, frozen=True, kw_only=True):
 
     current: int = 0
     ready: int = 0
+    desired: int = 0
     wanted: int = 0
     asked: float = 0.0
     load: float = 0.0
@@ -231,7 +234,7 @@ class Autoscaler:
 
     async def _run(self) -> None:
         delay = 0.0
-        while not _is_cancelled():  # a call may have swallowed it
+        while not is_being_cancelled():  # a call may have swallowed it
             await asyncio.sleep(delay)
             delay = await self._step()
 
@@ -332,7 +335,7 @@ class Autoscaler:
             when = "by the end of the lease" if late else f"within {_CALL_TIMEOUT:g} s"
             raise ScalingFailed(what=what, why=f"it did not answer {when}") from error
         except asyncio.CancelledError as error:
-            if _is_cancelled():
+            if is_being_cancelled():
                 raise
             raise ScalingFailed(what=what, why="it was cancelled by itself") from error
 
@@ -424,6 +427,7 @@ class Autoscaler:
         self._update(
             current=replicas.current,
             ready=replicas.ready,
+            desired=decision.replicas,
             wanted=decision.wanted,
             asked=decision.asked,
             load=decision.asked / slots if slots else math.inf if decision.asked else 0.0,
@@ -478,9 +482,3 @@ def _check_target(target: object) -> None:
         reject(_OWNER, "target", target, "a target, such as WorkerTarget(worker)")
     if not isinstance(getattr(target, "name", None), str) or not isinstance(getattr(target, "outside", None), bool):
         reject(_OWNER, "target", target, "a target with a `name`, and with `outside` True or False")
-
-
-def _is_cancelled() -> bool:
-    """Return whether somebody has cancelled the task that runs."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -8,7 +8,7 @@ from forebay.scale.target import Replicas, Target
 class PublishedTarget:
     """A target that is read, and that something else scales: a HorizontalPodAutoscaler, or KEDA.
 
-    An `forebay.scale.Autoscaler` decides as ever; its decision, ``statistics().current``, is the number to follow.
+    An `forebay.scale.Autoscaler` decides as ever; its decision, ``statistics().desired``, is the number to follow.
 
     Args:
         target: the replicas to read.

@@ -80,7 +80,7 @@ async def test_it_scales_or_only_publishes_and_says_how_it_is(
     assert target.scaled == scaled
     metrics = await get(port, "/metrics")
     assert '\nforebay_desired_replicas{target="pods"} 2\n' in metrics
-    assert '"current":2,' in await get(port, "/report")
+    assert '"desired":2,' in await get(port, "/report")
     for path in ("/healthz", "/readyz"):
         assert (await get(port, path)).startswith("HTTP/1.1 200 ")
     running.cancel()

@@ -233,15 +233,15 @@ async def test_a_call_that_is_cancelled_by_itself_is_a_failure_like_others(caplo
 @virtual
 async def test_each_call_has_a_limit_of_its_own() -> None:
     supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
-    replicas, scale = target.replicas, target.scale
+    read, scale = target.replicas, target.scale
 
     async def slow_replicas() -> Replicas:
         await asyncio.sleep(20.0)
-        return await replicas()
+        return await read()
 
-    async def slow_scale(number: int) -> None:
+    async def slow_scale(replicas: int) -> None:
         await asyncio.sleep(20.0)
-        await scale(number)
+        await scale(replicas)
 
     target.replicas, target.scale = slow_replicas, slow_scale  # type: ignore[method-assign]
     async with autoscaler(supervisor, target) as scaler:
@@ -281,7 +281,7 @@ async def test_an_autoscaler_that_is_left_ends_though_a_call_swallows_the_cancel
     supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
     begun = asyncio.Event()
 
-    async def scale(_: int) -> None:
+    async def scale(replicas: int) -> None:  # noqa: ARG001 - it has this name
         begun.set()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(20.0)
@@ -297,7 +297,7 @@ async def test_a_target_is_closed_though_leaving_is_cancelled() -> None:
     supervisor, target = ScriptedSupervisor(Demand(elsewhere=4, service=1.0)), ScriptedTarget()
     begun = asyncio.Event()
 
-    async def scale(_: int) -> None:
+    async def scale(replicas: int) -> None:  # noqa: ARG001 - it has this name
         begun.set()
         try:
             await asyncio.sleep(20.0)

@@ -187,6 +187,25 @@ async def test_a_leader_that_is_cut_off_stops_before_another_begins() -> None:
         assert watchman.leader is second
 
 
+@KINDS
+@virtual
+async def test_a_call_of_the_store_that_is_cancelled_by_itself_does_not_end_the_renewing(kind: str) -> None:
+    async with stores(kind) as store:
+        cancelled = store()
+        read = cancelled.read
+
+        async def fail() -> None:
+            raise asyncio.CancelledError
+
+        async with LeaderLease(cancelled) as lease:
+            cancelled.read = fail  # type: ignore[method-assign]
+            await asyncio.sleep(20.0)
+            assert lease.leads_until < now()
+            cancelled.read = read  # type: ignore[method-assign]
+            await asyncio.sleep(5.0)
+            assert lease.leads_until > now()
+
+
 @virtual
 async def test_a_renewal_that_arrives_late_does_not_take_the_lease_back() -> None:
     arrives = asyncio.Event()

@@ -45,7 +45,7 @@ async def follow(pods: Pods, scaler: Autoscaler) -> None:
     """Scale pods as a HorizontalPodAutoscaler does: an external metric, 1 for each pod, and a tolerance of a tenth."""
     while True:
         await asyncio.sleep(SYNC)
-        metric = scaler.statistics().current
+        metric = scaler.statistics().desired
         if abs(metric / pods.current - 1.0) > 0.1:
             pods.current = max(1, math.ceil(metric))
 
@@ -66,7 +66,7 @@ async def test_pods_follow_the_number_up_and_down() -> None:
     pods, supervisor = Pods(1), ScriptedSupervisor(Demand(elsewhere=28))
     async with published(pods, supervisor) as scaler:
         await asyncio.sleep(60.0)
-        assert (pods.current, scaler.statistics().current) == (10, 10)
+        assert (pods.current, scaler.statistics().desired) == (10, 10)
         supervisor.answer = Demand(elsewhere=2)
         await asyncio.sleep(300.0)
         assert pods.current == 10  # the stabilization is the autoscaler's
