@@ -29,7 +29,8 @@ def samples(statistics: AutoscalerStatistics) -> dict[tuple[str, frozenset[tuple
 
 def test_prometheus_reads_what_it_has_read_and_decided() -> None:
     statistics = AutoscalerStatistics(
-        current=4, desired=5, ready=3, wanted=9, asked=12.5, load=math.inf, limited_by='upstream:"x"', scaled_up=4, scaled_down=2,
+        current=4, desired=5, ready=3, wanted=9, asked=12.5, load=math.inf, limited_by='upstream:"x"', scaled_up=4,
+        scaled_down=2,
         failures=1, replica_seconds=1e9 + 0.5, unbought_seconds=60.0,
     )  # fmt: skip
     none: frozenset[tuple[str, str]] = frozenset()

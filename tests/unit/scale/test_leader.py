@@ -358,6 +358,19 @@ async def test_the_lease_is_as_other_tools_expect_it() -> None:
 
 
 @virtual
+async def test_what_others_have_set_in_the_lease_stays() -> None:
+    async with cluster() as made:
+        async with LeaderLease(made.lease()):
+            found = made.double.get("leases", "autoscaler")
+            found["metadata"]["labels"] = {"owner": "us"}
+            found["spec"]["leaseTransitions"] = 7
+            await asyncio.sleep(10.0)
+            assert made.double.get("leases", "autoscaler")["spec"]["renewTime"] != found["spec"]["renewTime"]
+        lease = made.double.get("leases", "autoscaler")
+        assert (lease["metadata"]["labels"], lease["spec"]["leaseTransitions"]) == ({"owner": "us"}, 7)
+
+
+@virtual
 async def test_a_right_to_the_lease_that_is_missing_is_named() -> None:
     async with cluster() as made:
         for verb in ("get", "create"):
