@@ -37,6 +37,9 @@ class InstanceProtection:
     async def open(self) -> None:
         """Do nothing."""
 
+    async def wait_until_in_service(self) -> None:
+        """Do nothing."""
+
     async def close(self) -> None:
         """Do nothing."""
 

@@ -470,7 +470,7 @@ async def test_the_autoscaler_uses_each_of_its_rights_and_needs_no_others(
     lease = None
     if settings.leader is not None:
         assert isinstance(settings.leader, KubernetesLeaderTable)
-        lease = LeaderLease(KubernetesLease(settings.leader.name, api=api))
+        lease = LeaderLease(KubernetesLease(settings.leader.lease_name(settings.lease_target), api=api))
     busy = ScriptedSupervisor(Demand(elsewhere=40))
     await api.open()
     async with Autoscaler(busy, target, task_types=["work"], maximum=10, leader=lease) as scaler:

@@ -89,7 +89,7 @@ def test_keda_asks_the_autoscaler_for_a_number_that_it_reports(installed: list[M
     service = only(installed, "Service", "-autoscaler")
     assert (url.hostname, url.port) == (service["metadata"]["name"], service["spec"]["ports"][0]["port"])
     assert url.path == "/report"
-    report = json.loads(msgspec.json.encode(AutoscalerStatistics(current=7)))
+    report = json.loads(msgspec.json.encode(AutoscalerStatistics(desired=7)))
     assert report[trigger["metadata"]["valueLocation"]] == 7
     assert (trigger["metricType"], trigger["metadata"]["targetValue"]) == ("AverageValue", "1")
 
@@ -102,7 +102,7 @@ def test_the_metric_is_one_that_the_autoscaler_has(installed: list[Manifest], tm
     (metric,) = load("hpa.yaml")["spec"]["metrics"]
     (rule,) = load("prometheus-adapter.yaml")["rules"]["external"]
     name = metric["external"]["metric"]["name"]
-    text = render_metrics(settings.target.target().name, AutoscalerStatistics(current=7))
+    text = render_metrics(settings.target.target().name, AutoscalerStatistics(desired=7))
     assert f"\n{rule['seriesQuery']} 7\n" in text
     assert rule["seriesQuery"].startswith(f"{name}{{")
     labels = rule["seriesQuery"].removeprefix(f"{name}{{")

@@ -209,7 +209,9 @@ async def test_pods_come_with_a_surge_and_drain_after_it(tmp_path: Path, monkeyp
         runs = (tmp_path / "runs").read_text().split("\n")[:-1]
         assert sorted(int(line.split()[0]) for line in runs) == list(range(120))  # none lost, none twice
         assert double.count("list pods") > 1
-        assert "holderIdentity" not in double.get("leases", "forebay-autoscaler")["spec"]  # given back
+        assert (
+            "holderIdentity" not in double.get("leases", "forebay-autoscaler-deployment-workers")["spec"]
+        )  # given back
 
 
 async def test_a_leader_that_is_stopped_or_killed_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +222,7 @@ async def test_a_leader_that_is_stopped_or_killed_is_followed(tmp_path: Path, mo
         scalers = [await asyncio.create_subprocess_exec(*command) for _ in range(3)]
 
         def leader() -> asyncio.subprocess.Process | None:
-            lease = double.find("leases", "forebay-autoscaler")
+            lease = double.find("leases", "forebay-autoscaler-deployment-workers")
             holder = "" if lease is None else lease["spec"].get("holderIdentity", "")
             return next((each for each in scalers if f"-{each.pid}-" in holder), None)
 

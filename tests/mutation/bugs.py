@@ -3769,6 +3769,18 @@ def a_call_that_is_throttled_is_not_repeated() -> None:
     ec2_client._ATTEMPTS = 1  # type: ignore[misc]
 
 
+def a_call_that_was_given_up_is_sent_again() -> None:
+    always(AwsClient, AwsClient._check_wanted, returns=None)
+
+
+def one_reading_after_an_outage_decides() -> None:
+    always(Autoscaler, Autoscaler._was_away, returns=False)
+
+
+def a_call_of_a_leader_outlasts_its_lease() -> None:
+    always(Autoscaler, Autoscaler._ended_with_lease, returns=contextlib.nullcontext())
+
+
 def an_autoscaler_that_only_publishes_scales() -> None:
     async def scale(self: PublishedTarget, replicas: int) -> None:
         await self._target.scale(replicas)

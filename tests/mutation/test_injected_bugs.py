@@ -1569,6 +1569,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_ec2_reports.test_the_reports_of_instances_are_summed_up
     ),
     bugs.a_call_that_is_throttled_is_not_repeated: test_ec2.test_a_call_that_is_throttled_is_repeated,
+    bugs.a_call_that_was_given_up_is_sent_again: test_ec2.test_a_call_that_was_given_up_is_not_sent_again,
+    bugs.one_reading_after_an_outage_decides: test_autoscaler.test_the_first_reading_after_an_outage_removes_nothing,
+    bugs.a_call_of_a_leader_outlasts_its_lease: test_leader.test_a_call_that_is_under_way_ends_with_the_lease,
     bugs.an_autoscaler_that_only_publishes_scales: test_autoscale.test_it_scales_or_only_publishes_and_says_how_it_is,
     bugs.an_autoscaler_that_does_not_lead_publishes_old_readings: (
         test_autoscale_metrics.test_readings_are_those_of_the_one_that_leads

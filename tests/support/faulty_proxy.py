@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import http.client
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
 THROTTLING: Final = (400, "Throttling")
 UNAVAILABLE: Final = (503, "ServiceUnavailable")
+HTML: Final = (200, "<html><body><h1>Proxy<br></body>")  # a page of a proxy on the way; other statuses have it too
+XHTML: Final = (200, "<html><body/></html>")
 CUT: Final = (0, "")  # the connection is closed without an answer
 LOST: Final = (-1, "")  # the same, after the service has done it
 
@@ -22,6 +24,7 @@ class FaultyProxy(ThreadingHTTPServer):
     Attributes:
         faults: by action: what happens to its next requests.
         actions: those that were asked for, in order.
+        before_answer: called with each request, before it is answered.
     """
 
     daemon_threads = True
@@ -31,6 +34,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.upstream = urlsplit(endpoint).netloc
         self.faults: dict[str, list[tuple[int, str]]] = {}
         self.actions: list[str] = []
+        self.before_answer: Callable[[], object] = lambda: None
 
     @property
     def url(self) -> str:
@@ -45,6 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         action = parse_qs(body.decode())["Action"][0]
         self.server.actions.append(action)
+        self.server.before_answer()
         faults = self.server.faults.get(action)
         status, code = faults.pop(0) if faults else (None, "")
         if status is None or (status, code) == LOST:
@@ -54,6 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         if not code:
             self.close_connection = True
+            return
+        if code.startswith("<"):
+            self._answer(status or 500, code.encode())
             return
         error = f"<ErrorResponse><Error><Code>{code}</Code><Message>try later</Message></Error></ErrorResponse>"
         self._answer(status or 500, error.encode())

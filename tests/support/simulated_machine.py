@@ -16,6 +16,7 @@ class SimulatedMachine:
         leaving: it is to go, and cannot be protected any more.
         log: what its worker has done, in order.
         faults: how many of the next calls fail; the last `late` of them after they were carried out.
+        faults_at_start: how many looks at whether it is in service fail.
         before_unprotect: called first by each `unprotect`.
     """
 
@@ -27,6 +28,7 @@ class SimulatedMachine:
         self.log: list[str] = []
         self.faults = 0
         self.late = 0
+        self.faults_at_start = 0
         self.seconds = 0.0
         self.before_unprotect: Callable[[], None] = lambda: None
         self.kept_waiting = False
@@ -34,6 +36,12 @@ class SimulatedMachine:
     async def open(self) -> None:
         """Prepare."""
         self.log.append("open")
+
+    async def wait_until_in_service(self) -> None:
+        """Return at once, unless the test wants failures."""
+        if self.faults_at_start:
+            self.faults_at_start -= 1
+            raise ScalingFailed(what=self.name, why="the test says so, at the start")
 
     async def close(self) -> None:
         """Release."""

@@ -134,10 +134,12 @@ async def _serve(
 async def _leader(settings: AutoscaleSettings, stack: contextlib.AsyncExitStack) -> LeaderLease | None:
     table = settings.leader
     if not isinstance(table, StateLeaderTable):
-        return None if table is None else table.lease()
+        return None if table is None else table.lease(settings.lease_target)
+    table.check_shard(os.environ)
+    name = table.lease_name(settings.lease_target)
     state = await ShardedState.connect(table.shard_url(os.environ))
     stack.push_async_callback(state.close)
-    lease = StateLease(state.namespace(f"leader/{table.name}"), table.name)
+    lease = StateLease(state.namespace(f"leader/{name}"), name)
     return LeaderLease(lease, duration=table.duration)
 
 
@@ -164,16 +166,28 @@ def _print(event: Event) -> None:
 
 
 def _summary(settings: AutoscaleSettings) -> list[str]:
-    """Return the configuration in words, a line each."""
-    table = settings.autoscaler
+    """Return the configuration in words, a line each.
+
+    Raises:
+        Others: what is raised for a URL that cannot be used.
+    """
+    table, leader = settings.autoscaler, settings.leader
+    table.check_overflow(os.environ)
+    if isinstance(leader, StateLeaderTable):
+        leader.check_shard(os.environ)
     where = "the overflow"
     if table.overflow_env is not None:
-        missing = "" if table.overflow_env in os.environ else ", which is not set"
+        missing = "" if os.environ.get(table.overflow_env) else ", which is not set"
         where = f"the overflow in ${table.overflow_env}{missing}"
     if table.publish_only:
         who = "their number is published, and something else sets it"
+    elif leader is None:
+        who = "no other autoscaler of it"
     else:
-        who = "no other autoscaler of it" if settings.leader is None else "the holder of a lease acts"
+        who = f"the holder of the lease {leader.lease_name(settings.lease_target)} acts"
+        variable = leader.url_env if isinstance(leader, StateLeaderTable) else None
+        if variable is not None and not os.environ.get(variable):
+            who += f", in ${variable}, which is not set"
     replicas = f"{table.minimum} to {table.maximum} replicas of {table.seats} slots"
     return [
         f"tasks of {', '.join(table.task_types)} in {where}",

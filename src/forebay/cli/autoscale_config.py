@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +14,28 @@ from forebay._validate import check_name, check_positive, reject
 from forebay.cli.settings_reader import SettingsReader, SettingsSource
 from forebay.cli.toml_document import read_document
 from forebay.scale import Ec2Target, KubernetesLease, KubernetesTarget, LeaderLease, ProcessTarget, ScalePolicy, Target
+from forebay.scale.leader import check_duration
+from forebay.state.shard_url import open_shard
+from forebay.supervisor.overflow_demand import OverflowDemand
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 _OWNER: Final = "forebay autoscale"
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NOT_IN_NAMES: Final = re.compile(r"[^a-z0-9.-]+")  # of Kubernetes
+_MAX_NAME: Final = 253
 _TABLES: Final = ("autoscaler", "target", "leader")
+
+
+def _check_url(name: str, url: str | None, variable: str | None) -> None:
+    """Check that either a URL is given or a variable that holds it. No message has the URL, whatever is mistaken."""
+    expected = f"a URL, unless {name}_env names a variable that holds it"
+    if url is not None and variable is not None:
+        reject(_OWNER, name, f"given, and {name}_env too", expected)
+    if variable is None and not url:
+        reject(_OWNER, name, url, expected)
+    if variable is not None and not _VARIABLE.fullmatch(variable):
+        reject(_OWNER, f"{name}_env", "something else", f"the name of an environment variable; a URL belongs in {name}")
 
 
 class AutoscalerTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +65,11 @@ class AutoscalerTable(msgspec.Struct, frozen=True, kw_only=True):
     publish_only: bool = False
 
     def __post_init__(self) -> None:
-        if (self.overflow is None) is (self.overflow_env is None):
-            reject(_OWNER, "overflow", self.overflow, "a URL, unless overflow_env names a variable that holds it")
-        if not self.task_types:
+        _check_url("overflow", self.overflow, self.overflow_env)
+        if not self.task_types or not all(self.task_types):
             reject(_OWNER, "task_types", self.task_types, 'a list of task types, such as ["write"]')
+        if len(set(self.task_types)) < len(self.task_types):
+            reject(_OWNER, "task_types", self.task_types, "a list that has each task type once")
         check_positive(_OWNER, "interval", self.interval, unit="seconds")
         check_positive(_OWNER, "service", self.service, unit="seconds", none="if it is not known")
         self.policy()
@@ -72,6 +91,15 @@ class AutoscalerTable(msgspec.Struct, frozen=True, kw_only=True):
             drain=self.drain,
             tolerance=self.tolerance,
         )
+
+    def check_overflow(self, environment: Mapping[str, str]) -> None:
+        """Check the URL of the overflow, if it is given here or set. Nothing is connected.
+
+        Raises:
+            InvalidOverflowUrl, InvalidSetting, StoreNotInstalled: as `OverflowDemand` raises them.
+        """
+        if self.overflow_env is None or environment.get(self.overflow_env):
+            OverflowDemand(self.overflow_url(environment))
 
     def overflow_url(self, environment: Mapping[str, str]) -> str:
         """Return the URL of the overflow.
@@ -155,19 +183,29 @@ class ProcessTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KubernetesLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
-    """The table ``[leader.kubernetes]``: the settings of `forebay.scale.KubernetesLease`, and of the lease."""
+    """The table ``[leader.kubernetes]``: the settings of `forebay.scale.KubernetesLease`, and of the lease.
 
-    name: str = "forebay-autoscaler"
+    Attributes:
+        name: of the lease; None for one that ends with the name of the target.
+    """
+
+    name: str | None = None
     namespace: str | None = None
     context: str | None = None
     duration: float = 15.0
 
     def __post_init__(self) -> None:
-        self.lease()
+        self.lease("target")
 
-    def lease(self) -> LeaderLease:
-        """Return the lease."""
-        store = KubernetesLease(self.name, namespace=self.namespace, context=self.context)
+    def lease_name(self, target: str) -> str:
+        """Return the name of the lease of the autoscalers of a target."""
+        if self.name is not None:
+            return self.name
+        return f"forebay-autoscaler-{_NOT_IN_NAMES.sub('-', target.lower())}"[:_MAX_NAME].rstrip("-.")
+
+    def lease(self, target: str) -> LeaderLease:
+        """Return the lease of the autoscalers of a target."""
+        store = KubernetesLease(self.lease_name(target), namespace=self.namespace, context=self.context)
         return LeaderLease(store, duration=self.duration)
 
 
@@ -177,19 +215,23 @@ class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: of a shard of `forebay.state.ShardedState`; or `url_env`.
         url_env: the environment variable that holds it.
-        name: of the lease.
+        name: of the lease; None for one that ends with the name of the target.
     """
 
     url: str | None = None
     url_env: str | None = None
-    name: str = "autoscaler"
+    name: str | None = None
     duration: float = 15.0
 
     def __post_init__(self) -> None:
-        if (self.url is None) is (self.url_env is None):
-            reject(_OWNER, "url", self.url, "a URL, unless url_env names a variable that holds it")
-        check_name(_OWNER, "name", self.name)
-        check_positive(_OWNER, "duration", self.duration, unit="seconds")
+        _check_url("url", self.url, self.url_env)
+        if self.name is not None:
+            check_name(_OWNER, "name", self.name)
+        check_duration(_OWNER, self.duration)
+
+    def lease_name(self, target: str) -> str:
+        """Return the name of the lease of the autoscalers of a target."""
+        return f"autoscaler/{target}" if self.name is None else self.name
 
     def shard_url(self, environment: Mapping[str, str]) -> str:
         """Return the URL of the store.
@@ -200,9 +242,21 @@ class StateLeaderTable(msgspec.Struct, frozen=True, kw_only=True):
         url = environment.get(self.url_env or "") if self.url is None else self.url
         if not url:
             reject(_OWNER, "url_env", self.url_env, "the name of an environment variable that is set")
-        if url.strip().startswith("memory:"):
-            reject(_OWNER, "url", "one in memory", 'one that the other autoscalers see, too, such as "redis://host/0"')
         return url
+
+    def check_shard(self, environment: Mapping[str, str]) -> None:
+        """Check the URL of the store, if it is given here or set. Nothing is connected.
+
+        Raises:
+            InvalidShardUrl, StoreNotInstalled: as `forebay.state.ShardedState` raises them.
+            InvalidSetting: it is in memory.
+        """
+        if self.url_env is None or environment.get(self.url_env):
+            url = self.shard_url(environment)
+            if url.strip().startswith("memory:"):
+                expected = 'one that the other autoscalers see, too, such as "redis://host/0"'
+                reject(_OWNER, "url", "one in memory", expected)
+            open_shard(url)
 
 
 TARGETS: Final[Mapping[str, type[KubernetesTable | Ec2Table | ProcessTable]]] = MappingProxyType(
@@ -229,6 +283,13 @@ class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True):
     target: KubernetesTable | Ec2Table | ProcessTable
     leader: KubernetesLeaderTable | StateLeaderTable | None
 
+    @property
+    def lease_target(self) -> str:
+        """The name of the target in that of a lease: two targets must not share one."""
+        name = self.target.target().name.removeprefix("kubernetes:")
+        namespace = self.target.namespace if isinstance(self.target, KubernetesTable) else None
+        return name if namespace is None else f"{namespace}/{name}"
+
 
 def load_autoscale_settings(file: Path) -> AutoscaleSettings:
     """Return the settings in a file.
@@ -244,6 +305,9 @@ def load_autoscale_settings(file: Path) -> AutoscaleSettings:
     leader = _read_one(reader, source, "leader", LEADERS) if "leader" in source.values else None
     if target is None and not reader.problems:
         reader.add_problem(("target",), f"there is no target: add one of the tables {_tables('target', TARGETS)}")
+    if source.values.get("leader") == {}:
+        problem = f"there is no lease in it: leave [leader] out, or add one of the tables {_tables('leader', LEADERS)}"
+        reader.add_problem(("leader",), problem)
     if autoscaler is not None and autoscaler.publish_only and leader is not None:
         problem = "leader and autoscaler.publish_only exclude each other: leave one of them out, since nobody acts"
         reader.add_problem(("leader",), problem)

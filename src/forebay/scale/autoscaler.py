@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -165,7 +166,7 @@ class Autoscaler:
             reject(_OWNER, "minimum", minimum, f"at least 1, because {target.name} keeps one slot")
         self._supervisor = supervisor
         self._target = target
-        self._task_types = tuple(task_types)
+        self._task_types = tuple(dict.fromkeys(task_types))  # one that is named twice counts once
         self._interval = interval
         self._service = service
         self._leader = leader
@@ -195,9 +196,9 @@ class Autoscaler:
         if self._running is not None:
             raise RuntimeError("an Autoscaler can be entered once at a time")
         self._check_worker()
-        await self._within(math.inf, "the demand of its tasks", self._read)
+        await self._within("the demand of its tasks", self._read)
         try:
-            await self._within(math.inf, "open()", self._target.open)
+            await self._within("open()", self._target.open)
             if self._leader is not None:
                 await self._leader.open()
         except BaseException:
@@ -243,6 +244,10 @@ class Autoscaler:
         self._refused = self._read_at = self._asked = self._failed_at = None
         self._unserved = UnservedTasks(self._policy.window)
 
+    def _was_away(self, now: float) -> bool:
+        """Return whether nothing was read for so long that the windows tell nothing of what is asked for."""
+        return self._read_at is not None and now - self._read_at > max(self._policy.window, 2 * self._interval)
+
     @property
     def _leads_until(self) -> float:
         return math.inf if self._leader is None else self._leader.leads_until
@@ -254,14 +259,16 @@ class Autoscaler:
         """Read, decide and scale; return the seconds until the next time. A failure is logged, and tried again."""
         now = asyncio.get_running_loop().time()
         if not self._leads(now):
-            self._begin()
-            self._update(leads=False)
-            return self._interval
+            return self._follow()
         try:
             self._check_worker()
-            replicas = await self._within(self._leads_until, "replicas()", self._target.replicas)
-            demand = await self._within(self._leads_until, "the demand of its tasks", self._read)
+            replicas = await self._within("replicas()", self._target.replicas)
+            demand = await self._within("the demand of its tasks", self._read)
             now = asyncio.get_running_loop().time()
+            if not self._leads(now):
+                return self._follow()
+            if self._was_away(now):
+                self._decider = ScaleDecider(self._policy)  # as a new leader, which removes nothing by its first look
             decision = self._decide(now, demand, replicas)
             self._count_time(now, replicas, decision)
         except Exception as error:  # noqa: BLE001 - of the target or the store: the next time it may succeed
@@ -269,6 +276,12 @@ class Autoscaler:
             return self._failure(error, self._failed_readings)
         self._failed_readings = 0
         await self._scale(now, replicas, decision)
+        return self._interval
+
+    def _follow(self) -> float:
+        """Do nothing, since another one leads; return the seconds until the next look."""
+        self._begin()
+        self._update(leads=False)
         return self._interval
 
     async def _scale(self, now: float, replicas: Replicas, decision: ScaleDecision) -> None:
@@ -283,7 +296,7 @@ class Autoscaler:
             if now < again_at and after <= max(before, number):
                 return
         try:
-            await self._within(self._leads_until, f"scale({after})", self._target.scale, after)
+            await self._within(f"scale({after})", self._target.scale, after, leading=True)
         except Exception as error:  # noqa: BLE001 - of the target
             self._failed_calls += 1
             self._failed_at = after, now + self._failure(error, self._failed_calls)
@@ -293,28 +306,59 @@ class Autoscaler:
             self._scaled(now, replicas, decision)
         self._asked = before, after
 
-    async def _within(self, end: float, what: str, call: Callable[..., Awaitable[T]], *arguments: object) -> T:
-        """Return the answer of a call, which is cancelled when it takes too long, and at the loop time `end`.
+    async def _within(
+        self, what: str, call: Callable[..., Awaitable[T]], *arguments: object, leading: bool = False
+    ) -> T:
+        """Return the answer of a call, which is cancelled when it takes too long.
+
+        Args:
+            what: it does, in errors.
+            call: it.
+            arguments: of it.
+            leading: it is cancelled at the end of the lease, too, unless that is renewed meanwhile.
 
         Raises:
-            ScalingFailed: it was cancelled, by this or by itself; or `end` is over.
+            ScalingFailed: it was cancelled, by this or by itself; or the lease is over.
             Others: what it raises.
         """
-        now, what = asyncio.get_running_loop().time(), f"{self._target.name}: {what}"
-        if end <= now:
+        loop, what = asyncio.get_running_loop(), f"{self._target.name}: {what}"
+        if leading and not self._leads(loop.time()):
             raise ScalingFailed(what=what, why="the lease has ended")
         try:
-            async with asyncio.timeout_at(min(now + _CALL_TIMEOUT, end)) as limit:
-                return await call(*arguments)
+            async with asyncio.timeout(_CALL_TIMEOUT) as limit:
+                with self._ended_with_lease(limit) if leading else contextlib.nullcontext():
+                    return await call(*arguments)
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            when = f"within {_CALL_TIMEOUT:g} s" if now + _CALL_TIMEOUT <= end else "by the end of the lease"
+            late = leading and not self._leads(loop.time())
+            when = "by the end of the lease" if late else f"within {_CALL_TIMEOUT:g} s"
             raise ScalingFailed(what=what, why=f"it did not answer {when}") from error
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise
             raise ScalingFailed(what=what, why="it was cancelled by itself") from error
+
+    @contextlib.contextmanager
+    def _ended_with_lease(self, limit: asyncio.Timeout) -> Iterator[None]:
+        """Let a time limit be over when the lease ends, as it has been renewed by then."""
+        loop = asyncio.get_running_loop()
+        watching: asyncio.TimerHandle | None = None
+
+        def watch() -> None:
+            nonlocal watching
+            if self._leads(loop.time()):
+                watching = loop.call_at(self._leads_until, watch)
+            elif (end := limit.when()) is not None and end > loop.time():
+                limit.reschedule(loop.time())
+
+        if self._leader is not None:
+            watching = loop.call_at(self._leads_until, watch)
+        try:
+            yield
+        finally:
+            if watching is not None:
+                watching.cancel()
 
     async def _read(self) -> Demand:
         demand = await self._supervisor.demand(self._task_types)

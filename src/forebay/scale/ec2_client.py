@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from functools import partial
 from typing import Any, Final
 
@@ -23,11 +24,16 @@ _BAD_CREDENTIALS: Final = (
 )
 
 
+class _GivenUp(Exception):
+    """Nobody waits for the answer to a call any more."""
+
+
 class AwsClient:
     """The calls of one service, each of them in the order in which it was made.
 
     They block, and run in one thread: so a call that was given up, and that the service may yet carry out, is over
-    before the next one begins. One that is throttled, or answered with a 5xx, is repeated twice.
+    before the next one begins. One that is throttled, or answered with a 5xx, is repeated twice; not once it was given
+    up, as at the end of a lease: what it asks for may be out of date by then.
 
     Args:
         what: names whatever uses it, in errors.
@@ -43,6 +49,7 @@ class AwsClient:
         self._endpoint = endpoint
         self._executor: DaemonThreadExecutor | None = None
         self._client: Any = None
+        self._given_up = threading.Event()  # of the call that the thread makes
 
     async def open(self) -> None:
         """Make the client. It does not connect yet.
@@ -54,7 +61,7 @@ class AwsClient:
         self._client = await self._run("", self._connect)
 
     def _connect(self) -> Any:
-        return aws.create_client(
+        client = aws.create_client(
             self._service,
             region=self._region,
             endpoint=self._endpoint,
@@ -62,6 +69,12 @@ class AwsClient:
             read_timeout=_READ_TIMEOUT,
             attempts=_ATTEMPTS,
         )
+        client.meta.events.register("before-send", self._check_wanted)  # it comes before each attempt
+        return client
+
+    def _check_wanted(self, **_: Any) -> None:
+        if self._given_up.is_set():
+            raise _GivenUp
 
     async def close(self) -> None:
         """Disconnect. Idempotent."""
@@ -80,10 +93,15 @@ class AwsClient:
         """
         if self._client is None:
             raise ScalingFailed(what=self._what, why="it is not open: use it between open() and close()")
-        return await self._run(operation, partial(self._client_call, self._client, operation, parameters))
+        given_up = threading.Event()
+        try:
+            return await self._run(operation, partial(self._client_call, self._client, operation, parameters, given_up))
+        finally:
+            given_up.set()  # it matters if this was cancelled
 
-    @staticmethod
-    def _client_call(client: Any, operation: str, parameters: Any) -> Any:
+    def _client_call(self, client: Any, operation: str, parameters: Any, given_up: threading.Event) -> Any:
+        self._given_up = given_up
+        self._check_wanted()
         name = "".join(f"_{each.lower()}" if each.isupper() else each for each in operation).removeprefix("_")
         return getattr(client, name)(**parameters)
 

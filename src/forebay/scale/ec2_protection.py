@@ -23,7 +23,8 @@ _METADATA: Final = "http://169.254.169.254"
 _METADATA_VARIABLE: Final = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # that of the AWS SDKs
 _METADATA_TIMEOUT: Final = 2.0  # seconds
 _TOKEN_SECONDS: Final = 21600
-_PENDING_INTERVAL: Final = 5.0  # seconds between two looks at an instance that is being launched
+_PENDING_INTERVAL: Final = 15.0  # seconds between two looks at an instance that is not in service yet
+_NOT_YET: Final = ("Pending", "Warmed:")  # what the states begin with of one that may come into service
 _LEAVING_TARGETS: Final = ("Terminated", "Detached", "Warmed:")  # what the states begin with that it is brought to
 _LEAVING_STATES: Final = ("Terminat", "Detach", "Warmed:")  # what the states begin with that it is in
 
@@ -99,10 +100,10 @@ class Ec2Protection:
         return f"ec2:{self._instance_id or 'this instance'}"
 
     async def open(self) -> None:
-        """Learn which instance of which group this is, and wait until it is in service.
+        """Learn which instance this is, and take the right to protect it.
 
         Raises:
-            ScalingFailed: it is not an instance of a group, or that cannot be read; the message says why.
+            ScalingFailed: it is none, or another process protects it; the message says why.
         """
         try:
             self._instance_id = await self._read_metadata("instance-id") or ""
@@ -113,14 +114,22 @@ class Ec2Protection:
         self._lock = _lock(self.name)
         self._client = AwsClient(self.name, region=region, endpoint=self._endpoint)
         await self._client.open()
+
+    async def wait_until_in_service(self) -> None:
+        """Return when the instance is in service, or leaves. One in a warm pool waits until it is wanted.
+
+        Raises:
+            ScalingFailed: it is in no group, the group lacks the hook, or that cannot be read; the message says why.
+        """
+        client = self._opened()
         state = await self._state()
-        while state is not None and state.startswith("Pending"):
+        while state is not None and state.startswith(_NOT_YET):
             await asyncio.sleep(_PENDING_INTERVAL)
             state = await self._state()
         if state is None:
             raise ScalingFailed(what=self.name, why="it is in no Auto Scaling group: leave --protect out")
         if self._drain_hook is not None:
-            self._heartbeat = await find_hook(self._client, self.name, self._group, self._drain_hook)
+            self._heartbeat = await find_hook(client, self.name, self._group, self._drain_hook)
 
     async def close(self) -> None:
         """Disconnect; the protection stays as it is."""

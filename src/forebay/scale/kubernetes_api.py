@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _ATTEMPTS: Final = 4
 _BACKOFF: Final = Retry(base_delay=0.25, max_delay=4.0)
 _MAX_PAUSE: Final = 8.0  # seconds that a request waits for a Retry-After; a longer one is left to the caller
+_MAX_RETRY_AFTER: Final = 60.0  # seconds for which no request is sent at all; then the server is asked how it is
 WATCH: Final = 120  # seconds after which the server ends a watch; one that lasts longer is dead
 _SHORT_WATCH: Final = 1.0  # seconds; after a watch that has ended sooner there is a pause
 _PASSING: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})  # and 500 to 599
@@ -263,9 +264,9 @@ def _message(response: Response) -> str:
 
 
 def _retry_after(response: Response) -> float | None:
-    """Return the seconds of a Retry-After, which Kubernetes gives as a whole number."""
+    """Return the seconds of a Retry-After, which Kubernetes gives as a whole number; a minute at most."""
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isascii() and text.isdigit() else None
+    return min(float(text), _MAX_RETRY_AFTER) if text.isascii() and text.isdigit() else None
 
 
 def _event(line: str) -> tuple[str, Any]:

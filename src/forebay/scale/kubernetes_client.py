@@ -7,14 +7,18 @@ before at once, even on a stream that was empty, and its errors need a Content-T
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import httpx2
 from lightkube import ConfigError, KubeConfig
-from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.client_adapter import AsyncClient, ConnectionParams, ExecAuth
 from lightkube.config.kubeconfig import SingleConfig
 from lightkube.config.models import User
 
@@ -26,6 +30,49 @@ class Response(NamedTuple):
     reason: str
     headers: Mapping[str, str]
     content: bytes
+
+
+class _PluginAuth(httpx2.Auth):
+    """The token of an exec plugin. That of `lightkube` leaves a plugin running when its request is given up."""
+
+    def __init__(self, auth: ExecAuth) -> None:
+        self._exec = auth._exec  # noqa: SLF001 - lightkube has no other way to it
+        self._token: str | None = None
+
+    async def async_auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
+        """Send a request with the token; with a new one if there is none, or it has expired."""
+        if self._token is not None:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+            response = yield request
+            if response.status_code != HTTPStatus.UNAUTHORIZED:
+                return
+        self._token = await self._ask()
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        yield request
+
+    async def _ask(self) -> str:
+        plugin = await asyncio.create_subprocess_exec(
+            self._exec.command,
+            *(self._exec.args or ()),
+            env={**os.environ, **{each.name: each.value for each in self._exec.env or ()}},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # a secret may be in it
+            start_new_session=True,
+        )
+        try:
+            output, _ = await plugin.communicate()
+        finally:
+            if plugin.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(plugin.pid, signal.SIGKILL)
+        if plugin.returncode:
+            raise ValueError(f"the plugin {self._exec.command} has ended with {plugin.returncode}: run it by hand")
+        try:
+            return str(json.loads(output)["status"]["token"])
+        except (ValueError, LookupError, TypeError) as error:
+            what = f"the plugin {self._exec.command} gives no token ({type(error).__name__})"
+            raise ValueError(f"{what}; certificates of plugins are not supported") from error
 
 
 class KubernetesClient:
@@ -53,6 +100,8 @@ class KubernetesClient:
             config = config._replace(user=User())
         parameters = ConnectionParams(httpx2.Timeout(timeout), transport=transport)  # type: ignore[arg-type]
         self._client = AsyncClient(config, parameters)
+        if isinstance(self._client.auth, ExecAuth):
+            self._client.auth = _PluginAuth(self._client.auth)
         self._pods = httpx2.AsyncClient(trust_env=False, transport=transport)
 
     async def request(

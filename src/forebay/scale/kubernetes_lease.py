@@ -43,6 +43,7 @@ class KubernetesLease:
         self._object = name
         self._api = api or KubernetesApi(_OWNER, context=context, namespace=namespace, timeout=timeout)
         self._owns_api = api is None
+        self._found: dict[str, Any] = {}  # the object, as it was read or written last
 
     @property
     def name(self) -> str:
@@ -84,13 +85,15 @@ class KubernetesLease:
             ScalingFailed: the API server does not do it.
         """
         at = datetime.fromtimestamp(clock.wall_time(), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        metadata = {"name": self._object, "namespace": self._api.namespace}
+        found = {} if after is None else self._found  # what others have set in it, such as labels, stays
+        metadata = {**found.get("metadata", {}), "name": self._object, "namespace": self._api.namespace}
         if after is not None:
             metadata["resourceVersion"] = after.version
-        spec: dict[str, Any] = {"leaseDurationSeconds": math.ceil(duration), "renewTime": at}
+        spec = {**(found.get("spec") or {}), "leaseDurationSeconds": math.ceil(duration), "renewTime": at}
+        spec.pop("holderIdentity", None)
         if holder:
             spec["holderIdentity"] = holder
-        body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
+        body = {**found, "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
         access = Access("create" if after is None else "update", _RESOURCE, "" if after is None else self._object)
         method, path = ("POST", self._path()) if after is None else ("PUT", self._path(self._object))
         try:
@@ -103,7 +106,7 @@ class KubernetesLease:
     def _record(self, answer: Any) -> LeaseRecord:
         try:
             spec = answer.get("spec") or {}
-            return LeaseRecord(
+            record = LeaseRecord(
                 str(spec.get("holderIdentity") or ""),
                 float(spec.get("leaseDurationSeconds") or 0),
                 str(answer["metadata"]["resourceVersion"]),
@@ -111,6 +114,8 @@ class KubernetesLease:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             why = f"the API server has answered with something that is not a lease ({type(error).__name__})"
             raise ScalingFailed(what=self.name, why=why) from error
+        self._found = answer
+        return record
 
     def _path(self, name: str = "") -> str:
         path = f"/apis/coordination.k8s.io/v1/namespaces/{self._api.namespace}/leases"

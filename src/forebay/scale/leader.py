@@ -12,15 +12,27 @@ import msgspec
 
 from forebay import clock
 from forebay._cancellation import is_being_cancelled
-from forebay._validate import check_name, check_positive
+from forebay._validate import check_name, check_positive, is_positive, reject
 from forebay.errors import Conflict
 from forebay.events import log
 
 _OWNER: Final = "LeaderLease"
 _LEAD_SHARE: Final = 2 / 3  # of the duration: for so long a leader acts; the rest is for calls under way, and clocks
 _RENEW_SHARE: Final = 2 / 15  # of the duration, between two looks at the lease; as Kubernetes's own leaders
+_MAX_DURATION: Final = 3600.0
 _NOBODY: Final = ""
 _KEY: Final = "leader"
+
+
+def check_duration(owner: str, duration: object) -> None:
+    """Check the duration of a lease.
+
+    Raises:
+        InvalidSetting: it is no number of seconds above 0, or more than an hour.
+    """
+    check_positive(owner, "duration", duration, unit="seconds")
+    if not (is_positive(duration) and duration <= _MAX_DURATION):
+        reject(owner, "duration", duration, f"at most {_MAX_DURATION:g} seconds: so long nobody follows a leader")
 
 
 class LeaseRecord(msgspec.Struct, frozen=True):
@@ -77,7 +89,7 @@ class LeaderLease:
     def __init__(self, store: LeaseStore, *, holder: str | None = None, duration: float = 15.0) -> None:
         if holder is not None:
             check_name(_OWNER, "holder", holder)
-        check_positive(_OWNER, "duration", duration, unit="seconds")
+        check_duration(_OWNER, duration)
         self.holder = f"{holder or f'{socket.gethostname()}-{os.getpid()}'}-{clock.new_id()[-8:]}"
         self._store = store
         self._duration = duration
@@ -86,6 +98,7 @@ class LeaderLease:
         self._seen_at = -math.inf
         self._renewing: asyncio.Task[None] | None = None
         self._failing = False
+        self._follows = _NOBODY  # who was seen to lead
         self._change = asyncio.Event()  # set when the lead is taken
 
     @property
@@ -163,13 +176,16 @@ class LeaderLease:
         if found != self._seen:
             self._seen, self._seen_at = found, _now()
         if found is not None and not self._may_take(found):
+            if found.holder != self._follows:
+                log.info("%s is held by %s: this process waits (%s)", self._store.name, found.holder, self.holder)
+            self._follows = found.holder
             self._lead_until(-math.inf)
             return
         written = await self._store.write(self.holder, self._duration, after=found)
         if written is None:  # another one was faster; if the answer to a write of our own was lost, it is seen as ours
             self._lead_until(-math.inf)
             return
-        self._seen, self._seen_at = written, _now()
+        self._seen, self._seen_at, self._follows = written, _now(), _NOBODY
         self._lead_until(begun + _LEAD_SHARE * self._duration)
 
     def _may_take(self, found: LeaseRecord) -> bool:

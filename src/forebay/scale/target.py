@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Final, Protocol
+
+import msgspec
 
 from forebay._json import JsonStruct
+
+_LONGEST_SERVICE: Final = 1e7  # seconds, 16 weeks; more is a mistake of whoever reports
 
 
 class Replicas(JsonStruct, frozen=True, kw_only=True):
@@ -26,7 +30,7 @@ class Replicas(JsonStruct, frozen=True, kw_only=True):
 
 
 class ReplicaReport(JsonStruct, frozen=True, kw_only=True):
-    """A report of one replica that takes tasks.
+    """A report of one replica that takes tasks. One with a number that cannot be is none.
 
     Attributes:
         running: slots that are taken.
@@ -35,9 +39,9 @@ class ReplicaReport(JsonStruct, frozen=True, kw_only=True):
         draining: whether it takes no more tasks, and goes.
     """
 
-    running: int = 0
-    service: float | None = None
-    limited_by: str | None = None
+    running: Annotated[int, msgspec.Meta(ge=0)] = 0
+    service: Annotated[float, msgspec.Meta(ge=0, le=_LONGEST_SERVICE)] | None = None
+    limited_by: Annotated[str, msgspec.Meta(max_length=500)] | None = None
     draining: bool = False
 
 

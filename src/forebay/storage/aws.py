@@ -10,11 +10,19 @@ from typing import Any, Final
 
 import botocore.exceptions
 import botocore.loaders
+import botocore.parsers
 import botocore.session
 from botocore.config import Config
 
 CONNECT_TIMEOUT: Final = 3  # seconds
-FAILURES: Final = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError, ValueError)
+_UNREADABLE: Final = (botocore.parsers.ResponseParserError, LookupError)  # such as a page of a proxy
+FAILURES: Final = (
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    OSError,
+    ValueError,
+    *_UNREADABLE,
+)
 
 _NO_CREDENTIALS: Final = (
     botocore.exceptions.NoCredentialsError,
@@ -72,4 +80,7 @@ def failure_in_words(error: Exception, *, setting: str) -> tuple[str, str]:
         return "there are no credentials", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role."
     if isinstance(error, botocore.exceptions.NoRegionError):
         return "there is no region", f"Add region= to {setting}, or set AWS_DEFAULT_REGION."
+    if isinstance(error, _UNREADABLE):
+        why = f"what answers in its place is no service of AWS ({type(error).__name__})"
+        return why, "Check the endpoint, and a proxy on the way."
     return f"it does not answer ({type(error).__name__})", "Check the endpoint, the region and the network."

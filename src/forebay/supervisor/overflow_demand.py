@@ -50,7 +50,7 @@ class OverflowDemand:
         depths, leased = await self._store.depths(), await self._store.leased()
         return Demand(
             spilled=sum(count for (task_type, _, _), count in depths.items() if task_type in task_types),
-            elsewhere=sum(leased.get(task_type, 0) for task_type in task_types),
+            elsewhere=sum(leased.get(task_type, 0) for task_type in set(task_types)),
         )
 
     def emit(self, event: Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -49,7 +50,7 @@ class ReportServer:
         self._report = report
         self._metrics = metrics
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], bool] = {}  # in their order; True once a request has come
 
     async def open(self) -> None:
         """Listen.
@@ -74,22 +75,31 @@ class ReportServer:
                 await asyncio.wait(tuple(self._connections))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection. If there are too many, the oldest is cut off: first of those that have asked nothing."""
         if len(self._connections) >= _MAX_CONNECTIONS:
-            writer.close()
-            return
+            oldest = min(self._connections, key=lambda each: self._connections[each])
+            del self._connections[oldest]
+            oldest.cancel()
         connection = asyncio.ensure_future(self._serve(reader, writer))
-        self._connections.add(connection)
-        connection.add_done_callback(self._connections.discard)
+        self._connections[connection] = False
+        connection.add_done_callback(partial(self._ended, writer))
+
+    def _ended(self, writer: asyncio.StreamWriter, connection: asyncio.Task[None]) -> None:
+        self._connections.pop(connection, None)
+        writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ForebayError):
-                async with asyncio.timeout(_TIMEOUT):
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    writer.write(await self._answer(head))
-                    await writer.drain()
-        finally:
-            writer.close()
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ForebayError):
+            async with asyncio.timeout(_TIMEOUT):
+                head = await reader.readuntil(b"\r\n\r\n")
+                self._has_asked()
+                writer.write(await self._answer(head))
+                await writer.drain()
+
+    def _has_asked(self) -> None:
+        connection = asyncio.current_task()
+        if connection is not None and connection in self._connections:  # else it was cut off
+            self._connections[connection] = True
 
     async def _answer(self, head: bytes) -> bytes:
         method, _, rest = head.partition(b" ")

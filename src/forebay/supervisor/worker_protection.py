@@ -28,7 +28,10 @@ class MachineProtection(Protocol):
         """Names the machine, in messages."""
 
     async def open(self) -> None:
-        """Prepare, and wait until the machine can be protected."""
+        """Prepare. It is called once."""
+
+    async def wait_until_in_service(self) -> None:
+        """Return when the machine can be protected. It is called again after a failure."""
 
     async def close(self) -> None:
         """Release what it holds; the protection stays as it is."""
@@ -80,18 +83,19 @@ class WorkerProtection:
         """Protect the machine, before the supervisor starts. Return False if it is leaving.
 
         Raises:
-            ScalingFailed: it cannot be protected, after some attempts; the message says why.
+            ScalingFailed: it cannot be protected, after some attempts if that may pass; the message says why.
         """
         await self._machine.open()
-        for attempt in range(1, _START_ATTEMPTS):
-            try:
-                await self._protect()
-            except ScalingFailed as error:
-                log.warning("%s; its worker takes no tasks until this succeeds", error)
-                await asyncio.sleep(_BACKOFF.delay(attempt, draw=clock.draw()) or 0.0)
-            else:
-                return not self._leaving
-        await self._protect()
+        for call in (self._machine.wait_until_in_service, self._protect):
+            for attempt in range(1, _START_ATTEMPTS + 1):
+                try:
+                    await call()
+                    break
+                except ScalingFailed as error:
+                    if attempt == _START_ATTEMPTS:
+                        raise
+                    log.warning("%s; its worker takes no tasks until this succeeds", error)
+                    await asyncio.sleep(_BACKOFF.delay(attempt, draw=clock.draw()) or 0.0)
         return not self._leaving
 
     async def run(self, on_leaving: Callable[[], None]) -> None:

@@ -108,18 +108,36 @@ def test_an_auto_scaling_group(tmp_path: Path) -> None:
             AUTOSCALER + 'maximun = 3\nload = "a"\n' + TARGET,
             ["f:5: autoscaler.maximun", "f:6: autoscaler.load is a string"],
         ),
-        (AUTOSCALER + 'overflow_env = "A"\n' + TARGET, ["f:2: autoscaler.overflow is 'sqlite:///a.db'"]),
+        (
+            AUTOSCALER + 'overflow_env = "A"\n' + TARGET,
+            ["f:2: autoscaler.overflow is 'given, and overflow_env too'; it must be a URL, unless overflow_env names"],
+        ),
+        (
+            AUTOSCALER.replace("overflow =", "overflow_env =") + TARGET,
+            ["f:2: autoscaler.overflow_env is 'something else'; it must be the name of an environment variable; a URL"],
+        ),
+        (
+            AUTOSCALER + TARGET + '[leader.state]\nurl = "redis://h"\nurl_env = "A"\n',
+            ["f:8: leader.state.url is 'given, and url_env too'; it must be a URL, unless url_env names"],
+        ),
+        (
+            AUTOSCALER + TARGET + '[leader.state]\nurl_env = "redis://:secret@h"\n',
+            ["f:8: leader.state.url_env is 'something else'; it must be the name of an environment variable"],
+        ),
+        (AUTOSCALER.replace('["work"]', '["a", ""]') + TARGET, ["f:3: autoscaler.task_types is a tuple; it must be"]),
+        (
+            AUTOSCALER.replace('["work"]', '["a", "a"]') + TARGET,
+            ["f:3: autoscaler.task_types is a tuple; it must be a"],
+        ),
         (AUTOSCALER.replace('["work"]', "[]") + TARGET, ["f:3: autoscaler.task_types is a tuple; it must be a list"]),
-        (AUTOSCALER + TARGET + "[leader]\n", []),
+        (AUTOSCALER + TARGET + "[leader]\n", ["f:7: there is no lease in it: leave [leader] out, or add one of the"]),
+        (AUTOSCALER + TARGET + "[leader.kubernetes]\nduration = 1e9\n", ["f:8: leader.kubernetes.duration is 1000000"]),
         (AUTOSCALER + TARGET + "[leader.kubernetes]\nduration = 0\n", ["f:8: leader.kubernetes.duration is 0"]),
         (AUTOSCALER + TARGET + "[leader.state]\n", ["f:7: leader.state.url is not given; it must be a URL"]),
         (AUTOSCALER + TARGET + "[leader.redis]\n", ["f:7: leader.redis is not a setting"]),
     ],
 )
 def test_mistakes_have_their_lines(text: str, expected: list[str], tmp_path: Path) -> None:
-    if not expected:
-        assert load_autoscale_settings(write(text, tmp_path)).leader is None
-        return
     found = problems(text, tmp_path)
     assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
 
@@ -134,7 +152,7 @@ def test_variables_of_the_environment() -> None:
     with pytest.raises(InvalidSetting, match="environment variable that is set"):
         state.shard_url({"STATE": ""})
     with pytest.raises(InvalidSetting, match="that the other autoscalers see, too"):
-        StateLeaderTable(url="memory://").shard_url({})
+        StateLeaderTable(url="memory://").check_shard({})
 
 
 def test_check_prints_what_it_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,8 +161,48 @@ def test_check_prints_what_it_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0
     assert done.stdout.splitlines() == [
         "tasks of write in the overflow in $FOREBAY_OVERFLOW, which is not set",
-        "kubernetes:deployment/workers: 0 to 20 replicas of 4 slots; the holder of a lease acts",
+        "kubernetes:deployment/workers: 0 to 20 replicas of 4 slots; the holder of the lease forebay-autoscaler acts",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (AUTOSCALER.replace("sqlite:///a.db", "redsi://:secret@h/0") + TARGET, "there is no store 'redsi'"),
+        (AUTOSCALER.replace("sqlite:///a.db", "memory://") + TARGET, "it must be one that other processes use"),
+        (AUTOSCALER + TARGET + '[leader.state]\nurl = "redsi://:secret@h"\n', "cannot be opened"),
+        (AUTOSCALER + TARGET + '[leader.state]\nurl = "memory://"\n', "that the other autoscalers see, too"),
+    ],
+)
+def test_check_finds_urls_that_cannot_be_used_and_shows_no_password(text: str, why: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["autoscale", "--config", str(write(text, tmp_path)), "--check"])
+    assert done.exit_code == 2
+    assert why in done.stderr
+    assert "secret" not in done.output
+
+
+def test_check_says_which_variables_are_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STATE", raising=False)
+    file = write(AUTOSCALER + TARGET + '[leader.state]\nurl_env = "STATE"\n', tmp_path)
+    done = CliRunner().invoke(app, ["autoscale", "--config", str(file), "--check"])
+    lease = "the holder of the lease autoscaler/deployment/workers acts, in $STATE, which is not set\n"
+    assert (done.exit_code, done.stdout.endswith(lease)) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (TARGET, "forebay-autoscaler-deployment-workers"),
+        (TARGET + 'namespace = "agents"\n', "forebay-autoscaler-agents-deployment-workers"),
+        ('[target.ec2]\ngroup = "My_Group "\n', "forebay-autoscaler-ec2-my-group"),
+        (f'[target.ec2]\ngroup = "{"a" * 300}"\n', "forebay-autoscaler-ec2-" + "a" * 230),
+    ],
+)
+def test_each_target_has_a_lease_of_its_own(target: str, name: str, tmp_path: Path) -> None:
+    settings = load_autoscale_settings(write(AUTOSCALER + target + "[leader.kubernetes]\n", tmp_path))
+    assert isinstance(settings.leader, KubernetesLeaderTable)
+    assert settings.leader.lease_name(settings.lease_target) == name
+    settings.leader.lease(settings.lease_target)  # it may be one
 
 
 def test_check_says_that_it_only_publishes(tmp_path: Path) -> None:
@@ -164,7 +222,11 @@ def test_an_address_to_listen_on_that_is_none_is_a_line() -> None:
         (AUTOSCALER + TARGET.replace("deployment", "a"), 2, "target.kubernetes.workload"),
         (AUTOSCALER.replace("sqlite:///a.db", "memory://") + TARGET, 2, "it must be one that other processes use"),
         (AUTOSCALER.replace("sqlite:///a.db", "nonsense") + TARGET, 2, "does not begin with the name of a store"),
-        (AUTOSCALER.replace("overflow =", "overflow_env =") + TARGET, 2, "an environment variable that is set"),
+        (
+            AUTOSCALER.replace("sqlite:///a.db", "UNSET").replace("overflow =", "overflow_env =") + TARGET,
+            2,
+            "that is set",
+        ),
         (AUTOSCALER + TARGET, 1, "Kubernetes cannot be used: its configuration is missing or invalid"),
     ],
 )

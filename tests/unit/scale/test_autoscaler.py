@@ -56,6 +56,7 @@ class ScriptedTarget:
         self.current = current
         self.ready: int | None = None
         self.error: BaseException | None = None
+        self.replicas_error: BaseException | None = None
         self.hangs = False
         self.asked: list[int] = []
         self.is_open = False
@@ -72,6 +73,8 @@ class ScriptedTarget:
 
     async def replicas(self) -> Replicas:
         """Return the replicas."""
+        if self.replicas_error is not None:
+            raise self.replicas_error
         ready = self.current if self.ready is None else self.ready
         return Replicas(current=self.current, ready=ready, limited_by=self.limited_by, service=self.service)
 
@@ -144,6 +147,33 @@ async def test_it_stops_when_it_is_left_and_closes_the_target() -> None:
         with pytest.raises(RuntimeError, match="once at a time"):
             await scaler.__aenter__()
     assert len(supervisor.readings) > readings
+
+
+@virtual
+@pytest.mark.parametrize("away", ["target", "overflow"])
+async def test_the_first_reading_after_an_outage_removes_nothing(away: str) -> None:
+    demand = Demand(elsewhere=10, service=1.0)
+    supervisor, target = ScriptedSupervisor(demand), ScriptedTarget(20)
+    async with autoscaler(supervisor, target, minimum=0):
+        await asyncio.sleep(400.0)
+        if away == "target":
+            target.replicas_error = OSError("the cluster is away")
+        else:
+            supervisor.answer = OSError("the overflow is away")
+        await asyncio.sleep(3600.0)
+        target.replicas_error, supervisor.answer = None, Demand(elsewhere=0, service=1.0)
+        await asyncio.sleep(280.0)
+        assert target.current == 20
+        await asyncio.sleep(100.0)
+        assert target.current == 0
+
+
+@virtual
+async def test_readings_that_are_far_apart_are_no_outage() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=0, service=1.0)), ScriptedTarget(20)
+    async with autoscaler(supervisor, target, interval=100.0):
+        await asyncio.sleep(500.0)
+        assert target.current == 1
 
 
 @virtual

@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("botocore")
 
 from botocore.exceptions import ConnectTimeoutError, NoCredentialsError
-from tests.support.faulty_proxy import THROTTLING, UNAVAILABLE, faulty_proxy
+from tests.support.faulty_proxy import HTML, THROTTLING, UNAVAILABLE, XHTML, faulty_proxy
 from tests.support.simulated_group import SimulatedGroup, service_error
 
 from forebay.errors import InvalidSetting, ScalingFailed, StoreNotInstalled
-from forebay.scale import Ec2Target, Replicas
+from forebay.scale import Ec2Target, Replicas, ec2_client
 from forebay.scale.ec2_client import AwsClient
 
 Connect = Callable[[SimulatedGroup], None]
@@ -269,6 +269,19 @@ async def test_a_call_that_is_throttled_is_repeated(monkeypatch: pytest.MonkeyPa
         await target.close()
 
 
+@pytest.mark.parametrize("page", [HTML, XHTML, *((status, HTML[1]) for status in (403, 404, 407, 503))])
+async def test_a_page_of_a_proxy_is_a_failure_in_words(monkeypatch: pytest.MonkeyPatch, page: tuple[int, str]) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setattr(ec2_client, "_ATTEMPTS", 1)
+    with faulty_proxy("http://127.0.0.1:9") as proxy:
+        proxy.faults["DescribeAutoScalingGroups"] = [page]
+        target = Ec2Target("workers", region="eu-west-1", endpoint=proxy.url)
+        with pytest.raises(ScalingFailed, match=r"^ec2:workers cannot be used: "):
+            await target.open()
+        await target.close()
+
+
 async def test_without_a_region_it_says_where_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_DEFAULT_REGION", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
@@ -327,6 +340,32 @@ async def test_a_call_that_was_given_up_is_over_before_the_next_one(
     go.set()
     await later
     assert (order, group.desired) == ([9, 2], 2)
+
+
+async def test_a_call_that_was_given_up_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    go, came = threading.Event(), threading.Event()
+    with faulty_proxy("http://127.0.0.1:9") as proxy:
+
+        def answer_later() -> None:
+            came.set()
+            go.wait(10.0)
+
+        proxy.before_answer = answer_later
+        proxy.faults["SetDesiredCapacity"] = [UNAVAILABLE] * 9
+        proxy.faults["DescribeAutoScalingGroups"] = [(400, "ValidationError")]
+        client = AwsClient("ec2:workers", region="eu-west-1", endpoint=proxy.url)
+        await client.open()
+        asked = asyncio.ensure_future(client.call("SetDesiredCapacity", AutoScalingGroupName="g", DesiredCapacity=9))
+        await asyncio.get_running_loop().run_in_executor(None, came.wait, 10.0)
+        asked.cancel()
+        await asyncio.wait((asked,))
+        go.set()
+        with pytest.raises(ScalingFailed, match="ValidationError"):  # the next one, which is sent after it has ended
+            await client.call("DescribeAutoScalingGroups", AutoScalingGroupNames=["g"])
+        await client.close()
+        assert proxy.actions == ["SetDesiredCapacity", "DescribeAutoScalingGroups"]
 
 
 def test_its_name() -> None:

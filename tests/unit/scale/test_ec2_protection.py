@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("botocore")
 
+from botocore.parsers import ResponseParserError
 from tests.support.metadata_server import MetadataServer, metadata_server
 from tests.support.simulated_group import SimulatedGroup, service_error
 
@@ -42,6 +43,7 @@ async def opened(drain_hook: str | None = None) -> Ec2Protection:
     protection = Ec2Protection(drain_hook=drain_hook)
     try:
         await protection.open()
+        await protection.wait_until_in_service()
     except BaseException:
         await protection.close()
         raise
@@ -58,11 +60,12 @@ async def test_it_protects_its_own_instance(group: SimulatedGroup) -> None:
     await protection.close()
 
 
+@pytest.mark.parametrize("state", ["Pending:Wait", "Warmed:Running", "Warmed:Pending:Wait"])
 async def test_it_waits_until_the_instance_is_in_service(
-    group: SimulatedGroup, monkeypatch: pytest.MonkeyPatch
+    group: SimulatedGroup, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     monkeypatch.setattr(ec2_protection, "_PENDING_INTERVAL", 0.001)
-    group.instances[0].state = "Pending:Wait"
+    group.instances[0].state = state
     opening = asyncio.ensure_future(opened())
     while group.calls.count("DescribeAutoScalingInstances") < 3:  # noqa: ASYNC110 - of a thread, which sets no event
         await asyncio.sleep(0.001)
@@ -169,6 +172,17 @@ async def test_a_hook_that_has_ended_is_logged(group: SimulatedGroup, caplog: py
     assert "No active Lifecycle Action" in caplog.text
     await protection.close()
     assert group.instances
+
+
+async def test_a_page_of_a_proxy_ends_no_worker(group: SimulatedGroup, caplog: pytest.LogCaptureFixture) -> None:
+    protection = await opened("drain")
+    group.faults["CompleteLifecycleAction"] = [ResponseParserError("a page")]
+    await protection.complete()
+    assert "is no service of AWS" in caplog.text
+    group.faults["SetInstanceProtection"] = [ResponseParserError("a page")]
+    with pytest.raises(ScalingFailed, match="is no service of AWS"):
+        await protection.unprotect()
+    await protection.close()
 
 
 async def test_without_a_hook_nothing_is_told(group: SimulatedGroup) -> None:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("botocore")
@@ -152,3 +153,13 @@ async def test_one_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatc
 def test_a_port_that_is_none_is_rejected(port: Any) -> None:
     with pytest.raises(InvalidSetting, match="Ec2Target was given report_port="):
         Ec2Target("workers", report_port=port)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [b'{"service": -1e6}', b'{"service": 1e308}', b'{"service": 1e400}', b'{"service": NaN}', b'{"running": -1}',
+     b'{"limited_by": "' + b"a" * 501 + b'"}', b'{"service": "1"}', b"[]"],
+)  # fmt: skip
+def test_a_report_with_a_number_that_cannot_be_is_none(wrong: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        msgspec.json.decode(wrong, type=ReplicaReport)

@@ -194,6 +194,19 @@ async def test_a_retry_after_is_kept() -> None:
 
 
 @virtual
+@pytest.mark.parametrize("seconds", [86_400, int("9" * 400)])
+async def test_a_retry_after_holds_for_a_minute_at_most(seconds: int) -> None:
+    double = KubernetesDouble()
+    double.workload(replicas=2)
+    async with target_of(double) as target:
+        double.fail(GET, answers(503, retry_after=seconds))
+        with pytest.raises(ScalingFailed, match=r"has asked for a pause of 6[0-9] s more"):
+            await target.replicas()
+        await asyncio.sleep(66.0)
+        assert (await target.replicas()).current == 2
+
+
+@virtual
 async def test_a_long_retry_after_is_left_to_the_autoscaler() -> None:
     double = KubernetesDouble()
     double.workload(replicas=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +14,7 @@ from tests.support.kubernetes_double import NAMESPACE, KubernetesDouble, serve
 
 from forebay.errors import ScalingFailed, StoreNotInstalled
 from forebay.scale import KubernetesLease, KubernetesTarget
+from forebay.scale.kubernetes_client import connect
 
 KUBECONFIG = """
 apiVersion: v1
@@ -66,6 +69,15 @@ async def test_several_files_and_none(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "~/.kube/config not found" in await failure(KubernetesTarget("deployment/workers"))
 
 
+def with_plugin(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configure a plugin, which is a shell script."""
+    plugin = folder / "plugin"
+    plugin.write_text(f"#!/bin/sh\n{script}\n")
+    plugin.chmod(0o755)
+    user = f"{{exec: {{apiVersion: client.authentication.k8s.io/v1, command: {plugin}}}}}"
+    config(folder, monkeypatch, KUBECONFIG.replace("URL", "http://127.0.0.1:1").replace("USER", user))
+
+
 @pytest.mark.blocks
 async def test_a_plugin_that_gives_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = tmp_path / "plugin"
@@ -86,6 +98,44 @@ async def test_a_plugin_that_gives_the_token(tmp_path: Path, monkeypatch: pytest
         assert "its credentials cannot be read: FileNotFoundError" in await failure(
             KubernetesTarget("deployment/workers")
         )
+
+
+@pytest.mark.blocks
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo password=secret >&2; exit 3", "plugin has ended with 3: run it by hand"),
+        ("echo secret", "plugin gives no token (JSONDecodeError)"),
+        (
+            """echo '{"status": {"clientKeyData": "secret"}}'""",
+            "gives no token (KeyError); certificates of plugins are",
+        ),
+    ],
+)
+async def test_a_plugin_that_gives_no_token(
+    script: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_plugin(script, tmp_path, monkeypatch)
+    client = connect(None, 5.0)
+    with pytest.raises(ConnectionError, match=re.escape(why)) as failed:
+        await client.request("GET", "/", params={}, body=None)
+    assert "secret" not in str(failed.value)
+    await client.close()
+
+
+@pytest.mark.blocks
+async def test_a_plugin_that_hangs_ends_with_its_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_plugin(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 300", tmp_path, monkeypatch)
+    client = connect(None, 5.0)
+    asking = asyncio.ensure_future(client.request("GET", "/", params={}, body=None))
+    while not (tmp_path / "pid").exists():  # noqa: ASYNC110 - another process makes it
+        await asyncio.sleep(0.01)
+    asking.cancel()
+    await asyncio.wait((asking,))
+    stat = Path("/proc") / (tmp_path / "pid").read_text().strip() / "stat"
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":  # noqa: ASYNC110
+        await asyncio.sleep(0.01)  # it has been killed, and the system may take a moment
+    await client.close()
 
 
 @pytest.mark.blocks

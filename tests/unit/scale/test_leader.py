@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
 import pytest
 from tests.support.kubernetes_double import (
@@ -27,6 +28,8 @@ from forebay.scale.kubernetes_client import client_of
 from forebay.simulation.loop.virtual_loop import virtual_loop
 from forebay.state import ShardedState
 from forebay.testing import now, virtual
+
+T = TypeVar("T")
 
 UPDATE = "update leases"
 
@@ -262,6 +265,17 @@ async def test_two_that_begin_together_make_one_lease() -> None:
 
 
 @virtual
+async def test_who_waits_says_once_for_whom(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with cluster() as made:
+        first, second = LeaderLease(made.lease()), LeaderLease(made.lease())
+        async with first, second:
+            await asyncio.sleep(60.0)
+            assert f"is held by {first.holder}: this process waits ({second.holder})" in caplog.text
+            assert caplog.text.count("this process waits") == 1
+
+
+@virtual
 async def test_two_of_one_name_are_two() -> None:
     async with cluster() as made:
         leases = [LeaderLease(made.lease(), holder="me") for _ in range(2)]
@@ -344,6 +358,19 @@ async def test_the_lease_is_as_other_tools_expect_it() -> None:
 
 
 @virtual
+async def test_what_others_have_set_in_the_lease_stays() -> None:
+    async with cluster() as made:
+        async with LeaderLease(made.lease()):
+            found = made.double.get("leases", "autoscaler")
+            found["metadata"]["labels"] = {"owner": "us"}
+            found["spec"]["leaseTransitions"] = 7
+            await asyncio.sleep(10.0)
+            assert made.double.get("leases", "autoscaler")["spec"]["renewTime"] != found["spec"]["renewTime"]
+        lease = made.double.get("leases", "autoscaler")
+        assert (lease["metadata"]["labels"], lease["spec"]["leaseTransitions"]) == ({"owner": "us"}, 7)
+
+
+@virtual
 async def test_a_right_to_the_lease_that_is_missing_is_named() -> None:
     async with cluster() as made:
         for verb in ("get", "create"):
@@ -359,6 +386,25 @@ async def test_a_right_to_the_lease_that_is_missing_is_named() -> None:
 
 
 # --- with autoscalers ---
+
+
+def after_20_seconds(call: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    async def late(*arguments: Any) -> T:
+        await asyncio.sleep(20.0)
+        return await call(*arguments)
+
+    return late
+
+
+class SlowTarget(ScriptedTarget):
+    """A target that takes 20 seconds for one of its calls."""
+
+    def __init__(self, slow: str) -> None:
+        super().__init__(2)
+        if slow == "reading":
+            vars(self)["replicas"] = after_20_seconds(self.replicas)
+        elif slow == "scaling":
+            vars(self)["scale"] = after_20_seconds(self.scale)
 
 
 def scaler(supervisor: ScriptedSupervisor, target: Any, lease: LeaderLease, **settings: Any) -> Autoscaler:
@@ -425,6 +471,28 @@ async def test_a_call_that_is_under_way_ends_with_the_lease(caplog: pytest.LogCa
             assert len(target.asked) == 1
             assert not only.statistics().leads
             made.transports[0].cut_off = False
+
+
+@virtual
+@pytest.mark.parametrize("slow", ["reading", "demand", "scaling"])
+async def test_a_call_that_takes_longer_than_a_renewal_lasts_is_over_before_the_lease(slow: str) -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=8, service=1.0)), SlowTarget(slow)
+    if slow == "demand":
+        vars(supervisor)["demand"] = after_20_seconds(supervisor.demand)
+    async with cluster() as made, scaler(supervisor, target, LeaderLease(made.lease())) as only:
+        await asyncio.sleep(60.0)
+        assert target.current == 16
+        assert only.statistics().failures == 0
+
+
+@virtual
+async def test_a_reading_that_is_over_after_the_lease_changes_nothing() -> None:
+    supervisor, target = ScriptedSupervisor(Demand(elsewhere=8, service=1.0)), SlowTarget("reading")
+    async with cluster() as made, scaler(supervisor, target, LeaderLease(made.lease())) as only:
+        made.transports[0].cut_off = True
+        await asyncio.sleep(60.0)
+        assert (target.asked, only.statistics().leads, only.statistics().failures) == ([], False, 0)
+        made.transports[0].cut_off = False
 
 
 @virtual

@@ -50,6 +50,18 @@ async def ask(server: ReportServer, request: bytes) -> bytes:
         writer.close()
 
 
+async def open_connections(
+    server: ReportServer, number: int, request: bytes = b""
+) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Return connections of which the server has read the requests, if there are any."""
+    found = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(number)]
+    for _, writer in found:
+        writer.write(request)
+    while request and sum(server._connections.values()) < number:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    return found
+
+
 async def get(server: ReportServer, path: str, method: str = "GET") -> tuple[int, Any]:
     answer = await ask(server, f"{method} {path} HTTP/1.1\r\nHost: there\r\n\r\n".encode())
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -89,19 +101,30 @@ async def test_connections_are_bounded_and_cut_off_when_it_closes() -> None:
     worker = Worker()
     worker.hangs = True
     async with served(worker) as server:
-        open_ones = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(64)]
-        for _, writer in open_ones:
-            writer.write(b"GET /report HTTP/1.1\r\n\r\n")
-        while len(server._connections) < 64:  # noqa: ASYNC110 - accepted by the system, not yet here
-            await asyncio.sleep(0)
-        with contextlib.suppress(OSError):
-            assert await ask(server, b"GET /healthz HTTP/1.1\r\n\r\n") == b""
-        assert len(server._connections) == 64
+        open_ones = await open_connections(server, 64, b"GET /report HTTP/1.1\r\n\r\n")
+        assert await get(server, "/healthz") == (200, {"ready": True})
+        assert await open_ones[0][0].read() == b""  # the oldest made room
+        assert len(server._connections) == 63
     for reader, writer in open_ones:
         with contextlib.suppress(OSError):
             assert await reader.read() == b""
         writer.close()
     assert not server._connections
+
+
+async def test_who_asks_nothing_keeps_nobody_out() -> None:
+    worker = Worker()
+    worker.hangs = True
+    async with served(worker) as server:
+        asking = await open_connections(server, 1, b"GET /report HTTP/1.1\r\n\r\n")
+        idle = await open_connections(server, 200)
+        assert await get(server, "/healthz") == (200, {"ready": True})
+        assert len(server._connections) == 63
+        assert await idle[0][0].read() == b""
+        assert not asking[0][0].at_eof()
+        worker.hangs = False
+        for _, writer in [*asking, *idle]:
+            writer.close()
 
 
 async def test_metrics_are_text_and_there_before_it_is_ready() -> None:

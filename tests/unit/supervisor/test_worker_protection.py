@@ -265,6 +265,27 @@ def test_a_machine_that_may_have_been_protected_is_unprotected(
     assert len(caplog.records) == 7  # attempts before the last
 
 
+@pytest.mark.parametrize(("faults", "starts"), [(7, True), (8, False)])
+def test_a_state_that_cannot_be_read_at_the_start_is_asked_for_again(
+    tmp_path: Path, faults: int, *, starts: bool
+) -> None:
+    @virtual
+    async def run() -> None:
+        machine = SimulatedMachine()
+        machine.faults_at_start = faults
+        protection = Worker(tmp_path, machine).protection
+        if starts:
+            assert await protection.open()
+        else:
+            with pytest.raises(ScalingFailed, match="at the start"):
+                await protection.open()
+        assert machine.protected == starts
+        assert machine.log.count("open") == 1
+        await protection.close()
+
+    run()
+
+
 def test_a_last_call_that_fails_is_logged(make_worker: Callable[[], Worker], caplog: pytest.LogCaptureFixture) -> None:
     @virtual
     async def run() -> None:
