@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import threading
 from collections.abc import AsyncIterator
@@ -22,6 +21,7 @@ if "crewai" not in INSTALLED:
 
 from crewai import LLM, Agent, Crew
 from crewai import Task as CrewTask
+from crewai.events.event_bus import crewai_event_bus
 from crewai.flow import Flow, listen, start
 from crewai.llms.base_llm import BaseLLM
 from crewai.llms.hooks import BaseInterceptor
@@ -302,7 +302,7 @@ async def test_what_a_callback_makes_of_the_output_is_the_output(
     assert result.success, result.error
     assert result.result["output"] == value
     assert result.result["messages"][-1]["content"] == said
-    assert result.result["tasks"] == [{"name": None, "agent": "agent 0", "output": ANSWER}]
+    assert result.result["tasks"] == [{"name": "Which river?", "agent": "agent 0", "output": ANSWER}]
 
 
 async def test_a_flow_that_streams_by_itself_returns_its_output() -> None:
@@ -373,21 +373,23 @@ async def test_the_context_of_a_task_is_the_output_of_the_very_task_that_it_name
     assert ["AAAA" in asked, "BBBB" in asked] == [True, False]
 
 
-@pytest.mark.parametrize("ours", [True, False])
-async def test_nothing_of_ended_tasks_is_kept_where_there_is_a_flow(llm: Any, double: OpenAIDouble, ours: bool) -> None:
+@pytest.mark.parametrize("own", [[], [Notes]])
+async def test_crewai_keeps_nothing_of_a_task_in_the_context_that_registers_its_worker(
+    llm: Any, double: OpenAIDouble, own: list[Any]
+) -> None:
     double.calls = 1
-    kept = None if ours else Notes()  # it makes CrewAI note a run in this context
+    crewai_event_bus.reset_runtime_state()
+    kept = [make() for make in own]
     async with supervisor_of(factory=Notes) as supervisor:
         supervisor.register_worker("crew", handler=crew_of(llm, "{message}"), task_types=["crew"])
-        for number in range(3):
-            assert (await (await supervisor.submit(Task("crew", "Which river?")))).success
-            assert (await (await supervisor.submit(Task("ask", {})))).success
-            gc.collect()
-            left = [type(each) for each in gc.get_objects() if isinstance(each, Crew | Notes)]
-            if number == 0:
-                first = sorted(map(str, left))
-        assert sorted(map(str, left)) == first
-    del kept
+        state = crewai_event_bus.runtime_state
+        at_first = list(state.root) if state else []
+        for kind, payload in (("crew", "Which river?"), ("ask", {})):
+            assert (await (await supervisor.submit(Task(kind, payload)))).success
+        assert crewai_event_bus.runtime_state is state
+        assert bool(at_first) == bool(kept)
+        assert (list(state.root) if state else []) == at_first
+    crewai_event_bus.reset_runtime_state()
 
 
 async def test_a_planner_and_a_manager_are_bound_and_counted(
@@ -589,12 +591,14 @@ class Awaiting(Flow):  # type: ignore[misc]
         return "".join([each.choices[0].delta.content or "" async for each in chunks if each.choices])
 
 
-@pytest.mark.parametrize("streams", [False, True])
-async def test_flows_await_a_bound_llm_one_after_another(llm: Any, double: OpenAIDouble, streams: bool) -> None:
+@pytest.mark.parametrize("fields", [{}, {"stream_calls": True}])
+async def test_flows_await_a_bound_llm_one_after_another(
+    llm: Any, double: OpenAIDouble, fields: dict[str, bool]
+) -> None:
     double.calls = 1
     upstream = upstream_of()
     bound = upstream.bind(llm)
-    async with supervisor_of(factory=partial(Awaiting, llm=bound, stream_calls=streams)) as supervisor:
+    async with supervisor_of(factory=partial(Awaiting, llm=bound, **fields)) as supervisor:
         for _ in range(3):
             result = await (await supervisor.submit(Task("ask", {})))
             assert result.success, result.error

@@ -273,6 +273,7 @@ async def _run_flow(flow: Any, given: ChatInput, options: dict[str, Any]) -> Any
     run = _Run()
     inputs = {**(options.pop("inputs", None) or {}), **(given.context or {})}
     flow.stream = False
+    _forget(flow)
 
     async def kickoff() -> Any:
         with run.thread.stopping(_CurrentTask()):
@@ -290,6 +291,17 @@ async def _run_flow(flow: Any, given: ChatInput, options: dict[str, Any]) -> Any
         "state": {str(name): _plain_or_none(each) for name, each in dict(flow.state).items()},
         "usage": ChatUsage(used.successful_requests, used.prompt_tokens, used.completion_tokens).as_dict(),
     }
+
+
+def _forget(flow: Any) -> None:
+    """Take a flow out of the run that CrewAI notes in this context, which a flow of yours may have begun.
+
+    That run is for good, and a flow that a task makes joins it.
+    """
+    state = crewai_event_bus.runtime_state
+    if state is not None:
+        with crewai_event_bus._instance_lock:  # noqa: SLF001 - under which others join
+            state.root[:] = [each for each in state.root if each is not flow]
 
 
 def _plain_and_said(output: Any) -> tuple[Any, str]:
