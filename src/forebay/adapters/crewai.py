@@ -118,7 +118,7 @@ def _check_crew(crew: Crew, worker: str) -> None:
 
 
 def _check_limits(agent: Any, parts: Iterable[Any], worker: str) -> None:
-    """Check that CrewAI's own limit is off: each copy would count for itself, and wait where no cancellation ends it."""
+    """Check that CrewAI's own limit is off: each copy would count for itself, and wait where nothing can cancel it."""
     if any(getattr(part, "max_rpm", None) for part in parts):
         hint = (
             "max_rpm= counts the calls of one copy, and each task has its own: leave it out, and limit all of them by"
