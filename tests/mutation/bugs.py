@@ -3189,7 +3189,7 @@ def an_agent_that_keeps_state_serves_all_tasks() -> None:
 
 def a_factory_may_return_an_agent_that_keeps_state_again() -> None:
     class Forgetful(weakref.WeakValueDictionary[Any, Any]):
-        def get(self, *_: Any) -> None:  # type: ignore[override]
+        def get(self, *_: Any) -> None:
             return None
 
     vars(factory)["weakref"] = SimpleNamespace(WeakValueDictionary=Forgetful)
