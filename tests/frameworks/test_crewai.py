@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import pytest
+from tests.frameworks import openai_double
 from tests.frameworks.conftest import INSTALLED
 from tests.frameworks.openai_double import ANSWER, OpenAIDouble
 from tests.frameworks.waiting import until
@@ -20,6 +21,7 @@ if "crewai" not in INSTALLED:
 
 from crewai import LLM, Agent, Crew
 from crewai import Task as CrewTask
+from crewai.events.event_bus import crewai_event_bus
 from crewai.flow import Flow, listen, start
 from crewai.llms.base_llm import BaseLLM
 from crewai.llms.hooks import BaseInterceptor
@@ -104,6 +106,14 @@ def take(text: str) -> str:
     return text
 
 
+def log(_: Any) -> None:
+    """Return nothing, as a callback that only looks does."""
+
+
+def shorten(_: Any) -> str:
+    return "short"
+
+
 def with_topic(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "topic": "rivers"}
 
@@ -132,6 +142,35 @@ async def test_a_crew_that_asks_a_person_at_the_terminal_is_rejected(llm: Any) -
     crew.tasks[0].human_input = True
     with pytest.raises(InvalidHandler, match="human_input=True"):
         as_handler(crew)
+
+
+@pytest.mark.parametrize("part", ["crew", "agent", "agent in a crew"])
+async def test_a_limit_of_crewai_that_counts_for_one_copy_is_rejected(llm: Any, part: str) -> None:
+    limited = agent_of(llm, max_rpm=None if part == "crew" else 5)
+    handler = limited if part == "agent" else crew_of(llm, "Look", agent=limited)
+    if part == "crew":
+        handler.max_rpm = 5
+    with pytest.raises(InvalidHandler, match=r"max_rpm= counts the calls of one copy.*Quota"):
+        as_handler(handler)
+
+
+async def test_an_agent_of_a_task_that_the_crew_does_not_have_is_rejected(llm: Any) -> None:
+    task = CrewTask(description="Look", expected_output="A river", agent=agent_of(llm, backstory="Outside."))
+    with pytest.raises(InvalidHandler, match="the agent of a task is not one of its agents"):
+        as_handler(Crew(agents=[agent_of(llm)], tasks=[task]))
+
+
+async def test_a_task_of_a_context_that_the_crew_does_not_have_is_rejected(llm: Any) -> None:
+    crew, other = crew_of(llm, "Look"), crew_of(llm, "Elsewhere")
+    crew.tasks[0].context = other.tasks
+    with pytest.raises(InvalidHandler, match="a task in the context of another is not one of its tasks"):
+        as_handler(crew)
+
+
+async def test_a_factory_that_returns_one_flow_twice_fails_its_task_with_advice() -> None:
+    result = await result_of(factory=partial(lambda flow: flow, Notes()), payload={})
+    assert isinstance(result.cause, InvalidHandler)
+    assert "let it make a new one each time" in str(result.cause)
 
 
 def test_a_flow_needs_a_factory() -> None:
@@ -185,6 +224,26 @@ async def test_an_input_that_is_missing_is_refused_when_the_task_is_submitted(
     assert said in str(refused.value)
 
 
+async def test_an_input_of_the_file_of_an_output_is_asked_for(llm: Any) -> None:
+    crew = crew_of(llm, "Look")
+    crew.tasks[0].output_file = "{topic}.md"
+    async with supervisor_of(crew) as supervisor:
+        with pytest.raises(UnusableTask, match="inputs without 'topic'"):
+            await supervisor.submit(Task("ask", {}))
+
+
+@pytest.mark.parametrize("value", [object(), b"rivers", {"deep": [{1, 2}]}])
+async def test_an_input_that_crewai_cannot_fill_in_is_refused_when_the_task_is_submitted(llm: Any, value: Any) -> None:
+    given = (
+        (crew_of(llm, "Look at {topic}"), {"topic": value}),
+        (agent_of(llm), {"messages": "Which?", "context": {"topic": value}}),
+    )
+    for handler, payload in given:
+        async with supervisor_of(handler) as supervisor:
+            with pytest.raises(UnusableTask, match="an input that is no plain data: Invalid value for key 'topic'"):
+                await supervisor.submit(Task("ask", payload))
+
+
 async def test_a_crew_that_makes_its_inputs_itself_is_asked_for_none(llm: Any, double: OpenAIDouble) -> None:
     double.calls = 1
     crew = crew_of(llm, "Look at {topic}", before_kickoff_callbacks=[with_topic])
@@ -205,6 +264,45 @@ async def test_a_flow_has_its_inputs_as_its_state_and_returns_it() -> None:
     assert result.result["output"] == "rivers"
     assert result.result["state"]["topic"] == "rivers"
     assert (await result_of(factory=Notes, payload={})).result["output"] == "nothing"
+
+
+async def test_what_is_no_plain_data_in_the_state_of_a_flow_is_left_out() -> None:
+    class Locked(Flow):  # type: ignore[misc]
+        @start()  # type: ignore[untyped-decorator]
+        def ask(self) -> Any:
+            self.state.update(lock=threading.Lock(), topic="rivers")
+            return "done"
+
+    result = await result_of(factory=Locked, payload={})
+    assert result.success, result.error
+    assert result.result["output"] == "done"
+    assert (result.result["state"]["lock"], result.result["state"]["topic"]) == (None, "rivers")
+
+
+async def test_the_state_of_a_flow_may_be_a_model() -> None:
+    class Topic(BaseModel):
+        topic: str = ""
+
+    class Typed(Flow[Topic]):  # type: ignore[misc]
+        @start()  # type: ignore[untyped-decorator]
+        def ask(self) -> Any:
+            return self.state.topic
+
+    result = await result_of(factory=Typed, payload={"topic": "rivers"})
+    assert result.success, result.error
+    assert result.result["state"]["topic"] == "rivers"
+
+
+@pytest.mark.parametrize(("callback", "value", "said"), [(log, None, "null"), (shorten, "short", "short")])
+async def test_what_a_callback_makes_of_the_output_is_the_output(
+    llm: Any, double: OpenAIDouble, callback: Any, value: Any, said: str
+) -> None:
+    double.calls = 1
+    result = await result_of(crew_of(llm, "{message}", after_kickoff_callbacks=[callback]))
+    assert result.success, result.error
+    assert result.result["output"] == value
+    assert result.result["messages"][-1]["content"] == said
+    assert result.result["tasks"] == [{"name": "Which river?", "agent": "agent 0", "output": ANSWER}]
 
 
 async def test_a_flow_that_streams_by_itself_returns_its_output() -> None:
@@ -254,6 +352,44 @@ async def test_agents_of_one_role_stay_apart_in_a_copy(llm: Any, double: OpenAID
     assert (await result_of(Crew(agents=agents, tasks=tasks), {})).success
     told = [each.body["messages"][0]["content"] for each in double.requests]
     assert ["You know rivers." in told[0], "You know lakes." in told[1]] == [True, True]
+
+
+async def test_the_context_of_a_task_is_the_output_of_the_very_task_that_it_names(
+    llm: Any, double: OpenAIDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def completion(body: Any, *, calls: int) -> Any:
+        answer = made(body, calls=calls)
+        answer["choices"][0]["message"]["content"] = body["messages"][0]["content"].split("You are ")[1][:4]
+        return answer
+
+    made = openai_double.completion
+    monkeypatch.setattr(openai_double, "completion", completion)
+    double.calls = 1
+    agents = [agent_of(llm, role) for role in ("AAAA", "BBBB", "CCCC")]
+    first, second = (CrewTask(description="Look", expected_output="A view", agent=each) for each in agents[:2])
+    last = CrewTask(description="Judge", expected_output="A view", agent=agents[2], context=[first])
+    assert (await result_of(Crew(agents=agents, tasks=[first, second, last]), {})).success
+    asked = json.dumps(double.requests[-1].body)
+    assert ["AAAA" in asked, "BBBB" in asked] == [True, False]
+
+
+@pytest.mark.parametrize("own", [[], [Notes]])
+async def test_crewai_keeps_nothing_of_a_task_in_the_context_that_registers_its_worker(
+    llm: Any, double: OpenAIDouble, own: list[Any]
+) -> None:
+    double.calls = 1
+    crewai_event_bus.reset_runtime_state()
+    kept = [make() for make in own]
+    async with supervisor_of(factory=Notes) as supervisor:
+        supervisor.register_worker("crew", handler=crew_of(llm, "{message}"), task_types=["crew"])
+        state = crewai_event_bus.runtime_state
+        at_first = list(state.root) if state else []
+        for kind, payload in (("crew", "Which river?"), ("ask", {})):
+            assert (await (await supervisor.submit(Task(kind, payload)))).success
+        assert crewai_event_bus.runtime_state is state
+        assert bool(at_first) == bool(kept)
+        assert (list(state.root) if state else []) == at_first
+    crewai_event_bus.reset_runtime_state()
 
 
 async def test_a_planner_and_a_manager_are_bound_and_counted(
@@ -439,6 +575,47 @@ async def test_a_call_that_waits_for_the_upstream_leaves_its_queue(llm: Any, dou
         double.release()
         assert (await first).success
     assert prompts(double) == ["first"]
+
+
+class Awaiting(Flow):  # type: ignore[misc]
+    llm: Any = None
+    stream_calls: bool = False
+
+    @start()  # type: ignore[untyped-decorator]
+    async def ask(self) -> Any:
+        if not self.stream_calls:
+            return await self.llm.acall("Which river?")
+        chunks = await self.llm._async_client.chat.completions.create(
+            model="gpt-4o-mini", messages=[{"role": "user", "content": "Which river?"}], stream=True
+        )
+        return "".join([each.choices[0].delta.content or "" async for each in chunks if each.choices])
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream_calls": True}])
+async def test_flows_await_a_bound_llm_one_after_another(
+    llm: Any, double: OpenAIDouble, fields: dict[str, bool]
+) -> None:
+    double.calls = 1
+    upstream = upstream_of()
+    bound = upstream.bind(llm)
+    async with supervisor_of(factory=partial(Awaiting, llm=bound, **fields)) as supervisor:
+        for _ in range(3):
+            result = await (await supervisor.submit(Task("ask", {})))
+            assert result.success, result.error
+            assert result.result["output"] == ANSWER
+    (account,) = upstream.statistics().accounts
+    assert (account.sent, account.succeeded, account.in_flight) == (double.answered, 3, 0)
+
+
+async def test_a_call_that_a_flow_awaits_stops_at_once(llm: Any, double: OpenAIDouble) -> None:
+    upstream = upstream_of()
+    bound = upstream.bind(llm)
+    double.hold()
+    async with supervisor_of(factory=partial(Awaiting, llm=bound)) as supervisor:
+        await _cancel(supervisor, double)
+        await double.until(lambda double: [each.status for each in double.requests] == [499])
+        await until(lambda: supervisor.workers["agent"].current_tasks == 0)
+    assert upstream.statistics().accounts[0].in_flight == 0
 
 
 # --- bind ------------------------------------------------------------------------------------------------------------

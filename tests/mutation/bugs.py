@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import math
 import signal
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context
 from dataclasses import replace as replace_fields
@@ -3218,6 +3219,22 @@ def an_agent_that_keeps_state_serves_all_tasks() -> None:
         return replace_fields(original(*arguments), single_use=False)
 
     detect._handler_from_framework = handler_from_framework  # type: ignore[assignment]
+
+
+def a_factory_may_return_an_agent_that_keeps_state_again() -> None:
+    class Forgetful(weakref.WeakValueDictionary[Any, Any]):
+        def get(self, *_: Any) -> None:
+            return None
+
+    vars(factory)["weakref"] = SimpleNamespace(WeakValueDictionary=Forgetful)
+
+
+def the_first_agent_of_a_factory_is_made_in_the_context_of_its_registration() -> None:
+    vars(factory)["copy_context"] = lambda: SimpleNamespace(run=lambda function: function())
+
+
+def a_bound_async_client_sends_in_a_loop_that_a_thread_of_an_agent_makes() -> None:
+    vars(httpx_transport)["other_loop"] = lambda: None
 
 
 def the_agents_of_a_factory_take_any_payload() -> None:

@@ -1329,6 +1329,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_agent_that_keeps_state_serves_all_tasks: (
         test_as_handler.test_an_agent_that_keeps_state_is_taken_from_a_factory_only
     ),
+    bugs.a_factory_may_return_an_agent_that_keeps_state_again: (
+        test_as_handler.test_an_agent_that_keeps_state_is_not_taken_twice_from_a_factory
+    ),
+    bugs.the_first_agent_of_a_factory_is_made_in_the_context_of_its_registration: (
+        test_as_handler.test_what_a_factory_sets_for_its_first_agent_is_not_seen_by_later_tasks
+    ),
+    bugs.a_bound_async_client_sends_in_a_loop_that_a_thread_of_an_agent_makes: (
+        test_blocking_client.test_a_bound_async_client_in_a_loop_of_a_thread_sends_in_that_of_the_run
+    ),
     bugs.the_agents_of_a_factory_take_any_payload: test_chat_handler.test_the_agents_of_a_factory_check_the_payloads,
     bugs.an_overloaded_in_an_exception_of_a_framework_is_a_failure: (
         test_chat_handler.test_an_overloaded_behind_an_exception_of_a_framework_is_raised

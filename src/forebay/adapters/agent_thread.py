@@ -10,6 +10,7 @@ from contextvars import copy_context
 from typing import Any, Final, Protocol
 
 from forebay._threads import DaemonThreadExecutor
+from forebay.upstream.httpx_binding.home_loop import HOME_LOOP
 
 #: Its threads are as many as runs of such agents, which the slots of their workers bound.
 _THREADS: Final = DaemonThreadExecutor("forebay-agent")
@@ -46,8 +47,13 @@ class AgentThread:
         return self._stopped
 
     async def run(self, function: Callable[[], Any]) -> Any:
-        """Return what `function` returns in a thread, in a copy of this context."""
-        ended = self._loop.run_in_executor(_THREADS, copy_context().run, _outcome, function)
+        """Return what `function` returns in a thread, in a copy of this context.
+
+        Bound async clients that it uses in event loops of its own send in this loop.
+        """
+        context = copy_context()
+        context.run(HOME_LOOP.set, self._loop)
+        ended = self._loop.run_in_executor(_THREADS, context.run, _outcome, function)
         try:
             await asyncio.wait([ended])
         except asyncio.CancelledError:

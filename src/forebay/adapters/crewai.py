@@ -23,21 +23,24 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 from crewai import Agent, Crew, Flow
 from crewai import Task as CrewTask
+from crewai.crews.crew_output import CrewOutput
+from crewai.events.event_bus import crewai_event_bus
 from crewai.flow.async_feedback.types import HumanFeedbackPending
 from crewai.hooks import HookAborted, InterceptionPoint
 from crewai.hooks.dispatch import scoped_hooks
 from crewai.llms.base_llm import BaseLLM
 from crewai.tools import BaseTool
 from crewai.utilities.message_utils import message_content_text
+from crewai.utilities.string_utils import interpolate_only
 from crewai.utilities.task_output_storage_handler import TaskOutputStorageHandler
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from forebay.adapters.agent_thread import AgentThread
 from forebay.adapters.blocking_client import in_loop
@@ -54,7 +57,7 @@ _AGENT_OPTIONS: Final = frozenset({"response_format", "input_files", "stream"})
 _FLOW_OPTIONS: Final = frozenset({"inputs", "input_files", "restore_from_state_id"})
 _MESSAGE: Final = "message"  # the input for text and for the last message of a list
 _PLACEHOLDER: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_-]*)}")  # as CrewAI fills them in
-_TEXTS: Final = ("description", "expected_output", "role", "goal", "backstory")
+_TEXTS: Final = ("description", "expected_output", "output_file", "role", "goal", "backstory")
 _LEFT_OUT: Final = ("apps", "mcps")  # of a copy of an agent
 _COPYING: Final = threading.Lock()  # a new crew opens a file of the machine, for which crews wait by polling
 _HINTS: Final = (
@@ -86,9 +89,9 @@ def handler(agent: Any, *, worker: str, config: Config | None) -> Handler:
         read = partial(_crew_input, names=_names_of(agent), given=given)
         return chat_handler(partial(_run_crew, agent), worker=worker, config=config, options=_CREW_OPTIONS, parse=read)
     if isinstance(agent, Agent):
-        return chat_handler(
-            partial(_run_agent, agent), worker=worker, config=config, options=_AGENT_OPTIONS, parse=checked_input
-        )
+        _check_limits(agent, (agent,), worker)
+        run = partial(_run_agent, agent)
+        return chat_handler(run, worker=worker, config=config, options=_AGENT_OPTIONS, parse=_agent_input)
     if isinstance(agent, Flow):
         run = partial(_run_flow, agent)
         once = chat_handler(run, worker=worker, config=config, options=_FLOW_OPTIONS, parse=_inputs)
@@ -106,8 +109,33 @@ def _check_crew(crew: Crew, worker: str) -> None:
         hint = "its copy(), of which each task gets one, makes a plain Crew: write a copy() for its class"
     elif any(task.human_input for task in crew.tasks):
         hint = "a task of it has human_input=True, which asks at the terminal: leave that out"
+    elif any(task.agent is not None and _index(crew.agents, task.agent) is None for task in crew.tasks):
+        hint = "the agent of a task is not one of its agents, which are what a copy has: Crew(agents=[...]) with all"
+    elif any(_index(crew.tasks, each) is None for task in crew.tasks for each in _context_of(task)):
+        hint = "a task in the context of another is not one of its tasks, which are what a copy has: put it into tasks"
     if hint:
         raise InvalidHandler(worker=worker, type=type(crew).__name__, hint=hint)
+    _check_limits(crew, (crew, *crew.agents, crew.manager_agent), worker)
+
+
+def _check_limits(agent: Any, parts: Iterable[Any], worker: str) -> None:
+    """Check that CrewAI's own limit is off: each copy would count for itself, and wait where nothing can cancel it."""
+    if any(getattr(part, "max_rpm", None) for part in parts):
+        hint = (
+            "max_rpm= counts the calls of one copy, and each task has its own: leave it out, and limit all of them by"
+            " Upstream(quotas=[Quota(requests=..., per='minute')])"
+        )
+        raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=hint)
+
+
+def _context_of(task: CrewTask) -> Sequence[CrewTask]:
+    """Return the tasks whose outputs a task is given; none if it does not say which."""
+    return task.context if isinstance(task.context, list) else ()
+
+
+def _index(parts: Sequence[Any], part: Any) -> int | None:
+    """Return where an object itself is in a sequence, and not one that equals it; None if it is not in it."""
+    return next((number for number, each in enumerate(parts) if each is part), None)
 
 
 # --- payloads ---
@@ -162,7 +190,31 @@ def _crew_input(task: Task, worker: str, *, names: frozenset[str] | None, given:
     missing = () if names is None or given is None else sorted(names - inputs.keys() - given)
     if missing:
         raise _unusable(worker, names, f"inputs without {', '.join(map(repr, missing))}")
+    if names is not None and (wrong := _not_plain(inputs)):
+        raise _unusable(worker, names, wrong)
     return ChatInput(found.messages, inputs)
+
+
+def _agent_input(task: Task, worker: str) -> ChatInput:
+    """Return the messages of a payload, and the context that fills the placeholders of an agent.
+
+    Raises:
+        UnusableTask: it is something else.
+    """
+    given = checked_input(task, worker)
+    if wrong := _not_plain(given.context or {}):
+        expected = f"plain values in the 'context' of a task of worker {worker!r}, which fill the agent's placeholders"
+        raise UnusableTask(field="payload", value=wrong, expected=expected)
+    return given
+
+
+def _not_plain(inputs: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with values that CrewAI cannot fill in; None if it can."""
+    try:
+        interpolate_only(None, dict(inputs))
+    except ValueError as error:
+        return f"an input that is no plain data: {error}"
+    return None
 
 
 def _unusable(worker: str, names: frozenset[str] | None, value: str) -> UnusableTask:
@@ -181,13 +233,20 @@ async def _run_crew(crew: Crew, given: ChatInput, options: dict[str, Any]) -> An
     inputs = {**(options.pop("inputs", None) or {}), **(given.context or {})}
 
     def kickoff() -> dict[str, Any]:
-        output = run.copy_of(crew, streams=streams).kickoff(inputs=inputs, **options)
-        value = output.pydantic if output.pydantic is not None else output.json_dict
+        copied = run.copy_of(crew, streams=streams)
+        output = copied.kickoff(inputs=inputs, **options)
+        if isinstance(output, CrewOutput):
+            value = output.pydantic if output.pydantic is not None else output.json_dict
+            value, said = to_jsonable_python(output.raw if value is None else value), output.raw
+            done = output.tasks_output
+        else:  # what an after_kickoff callback made of it
+            value, said = _plain_and_said(output)
+            done = [task.output for task in copied.tasks if task.output is not None]
         return {
-            "output": output.raw if value is None else to_jsonable_python(value),
-            "messages": to_jsonable_python([*given.messages, {"role": "assistant", "content": output.raw}]),
-            "agent": output.tasks_output[-1].agent,
-            "tasks": [{"name": each.name, "agent": each.agent, "output": each.raw} for each in output.tasks_output],
+            "output": value,
+            "messages": to_jsonable_python([*given.messages, {"role": "assistant", "content": said}]),
+            "agent": done[-1].agent,
+            "tasks": [{"name": each.name, "agent": each.agent, "output": each.raw} for each in done],
             "usage": run.usage().as_dict(),
         }
 
@@ -216,6 +275,7 @@ async def _run_flow(flow: Any, given: ChatInput, options: dict[str, Any]) -> Any
     run = _Run()
     inputs = {**(options.pop("inputs", None) or {}), **(given.context or {})}
     flow.stream = False
+    _forget(flow)
 
     async def kickoff() -> Any:
         with run.thread.stopping(_CurrentTask()):
@@ -224,16 +284,40 @@ async def _run_flow(flow: Any, given: ChatInput, options: dict[str, Any]) -> Any
     value = await run.do(lambda: asyncio.run(kickoff()))
     if isinstance(value, HumanFeedbackPending):
         raise value
-    output = getattr(value, "raw", value)  # of a crew or an agent
+    output, said = _plain_and_said(getattr(value, "raw", value))  # of a crew or an agent
     used = flow.usage_metrics
-    said = output if isinstance(output, str) else json.dumps(to_jsonable_python(output))
     return {
-        "output": to_jsonable_python(output),
+        "output": output,
         "messages": to_jsonable_python([*given.messages, {"role": "assistant", "content": said}]),
         "agent": flow.name or type(flow).__name__,
-        "state": to_jsonable_python(flow.state),
+        "state": {str(name): _plain_or_none(each) for name, each in dict(flow.state).items()},
         "usage": ChatUsage(used.successful_requests, used.prompt_tokens, used.completion_tokens).as_dict(),
     }
+
+
+def _forget(flow: Any) -> None:
+    """Take a flow out of the run that CrewAI notes in this context, which a flow of yours may have begun.
+
+    That run is for good, and a flow that a task makes joins it.
+    """
+    state = crewai_event_bus.runtime_state
+    if state is not None:
+        with crewai_event_bus._instance_lock:  # noqa: SLF001 - under which others join
+            state.root[:] = [each for each in state.root if each is not flow]
+
+
+def _plain_and_said(output: Any) -> tuple[Any, str]:
+    """Return an output as plain data and as the text of a message."""
+    value = to_jsonable_python(output)
+    return value, value if isinstance(value, str) else json.dumps(value)
+
+
+def _plain_or_none(value: Any) -> Any:
+    """Return a value as plain data; None for an object such as a lock or a client, for which no work is thrown away."""
+    try:
+        return to_jsonable_python(value)
+    except (PydanticSerializationError, ValueError):
+        return None
 
 
 def _new_messages(given: list[Any], messages: list[Any]) -> list[Any]:
@@ -261,6 +345,7 @@ class _Run:
                 InterceptionPoint.PRE_TOOL_CALL: [self._check_stop],
                 InterceptionPoint.POST_TOOL_CALL: [_report_tool],
             }
+            crewai_event_bus.reset_runtime_state()  # of the context: a run would add its copies to it, for good
             with scoped_hooks(hooks):
                 return kickoff()
 
@@ -281,9 +366,11 @@ class _Run:
         if isinstance(crew.planning_llm, BaseLLM):  # the copy has one with other clients
             copied.planning_llm = self._own(copy.copy(crew.planning_llm), streams=streams)
         for task, original_task in zip(copied.tasks, crew.tasks, strict=True):
-            for number, original in enumerate(crew.agents):
-                if original is original_task.agent:  # CrewAI finds it by its role, which others may share
-                    task.agent = copied.agents[number]
+            number = _index(crew.agents, original_task.agent)
+            if number is not None:  # CrewAI finds it by its role, which others may share
+                task.agent = copied.agents[number]
+            if context := _context_of(original_task):  # CrewAI finds these by their texts, which others may share
+                task.context = [copied.tasks[_index(crew.tasks, each)] for each in context]
         return copied
 
     def agent_of(self, agent: Agent, *, streams: bool) -> Agent:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable
-from typing import Any
+from contextvars import copy_context
+from typing import Any, Final
 
 from forebay.adapters.detect import advice_on_name, as_handler
 from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidHandler
 from forebay.task import Task
+
+_SAME_AGENT: Final = (
+    "factory= has returned the same object twice, which keeps state from run to run: let it make a new one each time"
+)
 
 
 def check_factory(factory: Any, worker: str) -> None:
@@ -38,14 +45,27 @@ def handler_from_factory(
         config: the framework's own configuration, or a callable that makes one for a task.
 
     Raises:
-        InvalidHandler: `factory` is not callable, or its agent cannot be run.
+        InvalidHandler: `factory` is not callable, or its agent cannot be run. A task fails with it if `factory` returns
+            an agent that keeps state a second time.
     """
     check_factory(factory, worker)
-    sample = as_handler(factory(), worker=worker, config=config, from_factory=True)
     live: dict[str, Handler] = {}
+    made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def make() -> Handler:
+        agent = factory()
+        handler = as_handler(agent, worker=worker, config=config, from_factory=True)
+        if handler.single_use:
+            if made.get(id(agent)) is agent:
+                raise InvalidHandler(worker=worker, type=type(agent).__name__, hint=_SAME_AGENT)
+            with contextlib.suppress(TypeError):  # not all objects can be watched
+                made[id(agent)] = agent
+        return handler
+
+    sample = copy_context().run(make)  # what it sets there, such as the run that CrewAI notes, is not for later tasks
 
     def call(task: Task) -> Any:
-        handler = live[task.task_id] = as_handler(factory(), worker=worker, config=config, from_factory=True)
+        handler = live[task.task_id] = make()
         return handler.call(task)
 
     def on_cancel(task: Task) -> object:

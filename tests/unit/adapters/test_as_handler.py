@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -240,6 +241,38 @@ def test_an_agent_that_keeps_state_is_taken_from_a_factory_only(monkeypatch: pyt
     with pytest.raises(InvalidHandler, match="keeps state from run to run: pass factory="):
         as_handler(Crew())
     assert not handler_from_factory(Crew).single_use
+
+
+def test_an_agent_that_keeps_state_is_not_taken_twice_from_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        @staticmethod
+        def handler(obj: Any, *, worker: str, config: Any) -> Handler:  # noqa: ARG004 - as an adapter's
+            return Handler(call=in_the_loop, single_use=obj.keeps_state)
+
+    class Crew:
+        __module__ = "crew.team"
+
+        def __init__(self, keeps_state: object) -> None:
+            self.keeps_state = keeps_state
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", Framework("crew", "forebay.adapters.crew"))
+    monkeypatch.setattr(detect, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
+    agents = {keeps_state: Crew(keeps_state) for keeps_state in (True, False)}
+    handlers = {key: handler_from_factory(functools.partial(agents.get, key)) for key in agents}
+    with pytest.raises(InvalidHandler, match="let it make a new one each time"):
+        handlers[True].call(TASK)
+    handlers[False].call(TASK).close()
+
+
+def test_what_a_factory_sets_for_its_first_agent_is_not_seen_by_later_tasks() -> None:
+    noted: ContextVar[str] = ContextVar("noted", default="nothing")
+
+    def make() -> Any:
+        noted.set("an agent")
+        return in_the_loop
+
+    handler_from_factory(make)
+    assert noted.get() == "nothing"
 
 
 def test_a_framework_that_is_installed_in_part_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

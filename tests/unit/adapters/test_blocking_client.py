@@ -141,3 +141,30 @@ def test_an_async_client_serves_one_event_loop() -> None:
         assert first.run(is_used())
         assert first.run(is_used())
     assert not asyncio.run(is_used())
+
+
+async def test_a_bound_async_client_in_a_loop_of_a_thread_sends_in_that_of_the_run() -> None:
+    made_in, home = list[Any](), asyncio.get_running_loop()
+
+    async def answer(request: httpx2.Request) -> httpx2.Response:
+        made_in.append(asyncio.get_running_loop())
+        if b"stream" in request.content:
+            return httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=b"data: [DONE]\n\n")
+        return httpx2.Response(200, json=ANSWER)
+
+    upstream = Upstream("key", provider="openai")
+    bound = upstream.bind(httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://p/v1"))
+
+    async def call(body: dict[str, Any]) -> bytes:
+        async with bound.stream("POST", "/chat/completions", json={"model": "m", "messages": [], **body}) as response:
+            return b"".join([chunk async for chunk in response.aiter_bytes()])
+
+    def run() -> list[bytes]:
+        return [asyncio.run(call(body)) for body in ({}, {"stream": True})]
+
+    plain, streamed = await AgentThread().run(run)
+    assert b"The Danube." in plain
+    assert b"[DONE]" in streamed
+    assert made_in == [home, home]
+    (account,) = upstream.statistics().accounts
+    assert (account.sent, account.in_flight) == (2, 0)

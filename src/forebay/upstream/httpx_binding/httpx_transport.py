@@ -16,6 +16,7 @@ from forebay import clock
 from forebay.errors import Overloaded
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.httpx_binding.bound_exchange import BoundExchange, ClientBinding
+from forebay.upstream.httpx_binding.home_loop import await_in, other_loop
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers
 from forebay.upstream.sdk_exceptions import mark_judged
@@ -142,6 +143,36 @@ class AsyncBody(OpenBody):
             _start_thread(self._stream.abandon)
 
 
+class BodyElsewhere:
+    """The body of a streaming answer that another event loop reads.
+
+    Args:
+        loop: that loop.
+        body: the body in it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, body: AsyncBody) -> None:
+        self._loop = loop
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunks = aiter(self._body)
+        while chunk := await await_in(self._loop, _next_chunk(chunks)):
+            yield chunk
+
+    async def aclose(self) -> None:
+        """Close the answer, if it has not ended."""
+        await await_in(self._loop, self._body.aclose())
+
+
+async def _next_chunk(chunks: AsyncIterator[bytes]) -> bytes:
+    """Return the next part of a body that is not empty; an empty one at its end."""
+    async for chunk in chunks:
+        if chunk:
+            return chunk
+    return b""
+
+
 class AsyncTransport:
     """Sends the requests of an asynchronous client through an upstream.
 
@@ -151,6 +182,7 @@ class AsyncTransport:
     """
 
     body: type[AsyncBody]
+    body_elsewhere: type[BodyElsewhere]
 
     def __init__(self, inner: Any, binding: ClientBinding) -> None:
         self.inner = inner
@@ -158,6 +190,14 @@ class AsyncTransport:
 
     async def handle_async_request(self, request: Any) -> Any:
         """Return the answer to a request, after all its attempts."""
+        if (home := other_loop()) is None:
+            return await self._handle(request)
+        response = await await_in(home, self._handle(request))
+        if isinstance(response.stream, AsyncBody):
+            response.stream = self.body_elsewhere(home, response.stream)
+        return response
+
+    async def _handle(self, request: Any) -> Any:
         exchange = BoundExchange(self.binding, request)
         exchange.check_sdk_retry()
         try:
@@ -297,8 +337,11 @@ class BlockingTransport:
 @cache
 def async_transport(http: ModuleType) -> type[Any]:
     """Return the transport of asynchronous clients of `http`, which is the module httpx or httpx2."""
-    body = type("AsyncBody", (AsyncBody, http.AsyncByteStream), {})
-    return type("UpstreamTransport", (AsyncTransport, http.AsyncBaseTransport), {"body": body})
+    members = {
+        "body": type("AsyncBody", (AsyncBody, http.AsyncByteStream), {}),
+        "body_elsewhere": type("BodyElsewhere", (BodyElsewhere, http.AsyncByteStream), {}),
+    }
+    return type("UpstreamTransport", (AsyncTransport, http.AsyncBaseTransport), members)
 
 
 @cache
