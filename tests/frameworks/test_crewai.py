@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import contextlib
 import json
 import threading
@@ -733,6 +734,7 @@ async def test_headers_tell_a_gateway_the_priority_of_the_task(double: OpenAIDou
     assert double.requests[0].headers["x-forebay-priority"] == "high"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_clients_of_another_event_loop_are_not_used_in_this_one(double: OpenAIDouble) -> None:
     made = LLM("openai/gpt-4o-mini", api_key="sk-test", base_url=double.url)
     run = partial(result_of, crew_of(made, "{message}"))
@@ -740,3 +742,5 @@ def test_the_clients_of_another_event_loop_are_not_used_in_this_one(double: Open
         assert asyncio.run(run()).success
         result = asyncio.run(run())
         assert result.success, result.error
+    del made, run
+    gc.collect()  # the connection of the first loop, which nothing can close any more
