@@ -3846,3 +3846,7 @@ def progress_reaches_the_listeners_of_the_supervisor_alone() -> None:
             self._in_loop(self._emit_progress, value)
 
     replace(Run, Run.report, report)
+
+
+def a_worker_that_was_skipped_with_a_stopped_one_is_forgotten() -> None:
+    skip(Dispatcher._dispatch_if_known, Dispatcher.serve)

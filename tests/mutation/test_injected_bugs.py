@@ -107,7 +107,7 @@ from tests.integration import (
 )
 from tests.mutation import bugs
 from tests.mutation.plugin import ENDED
-from tests.simulation import test_blame, test_misleading_headers, test_quota_debt
+from tests.simulation import test_blame, test_cost_scripts, test_misleading_headers, test_quota_debt
 from tests.unit.adapters import (
     test_agent_thread,
     test_as_handler,
@@ -1597,6 +1597,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.progress_reaches_the_listeners_of_the_supervisor_alone: (
         test_threads.test_a_listener_that_comes_during_a_run_gets_the_later_progress
+    ),
+    bugs.a_worker_that_was_skipped_with_a_stopped_one_is_forgotten: (
+        test_cost_scripts.test_a_worker_that_was_skipped_with_one_that_the_start_gate_stopped_is_not_forgotten
     ),
 }
 

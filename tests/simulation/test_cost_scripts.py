@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+from bench.cost import CostRun
 from tests.support.task_plane import Agent, run_ready
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, Ticket, clock
@@ -76,3 +77,9 @@ def test_no_slot_idles_that_may_take_a_waiting_task(seed: int) -> None:
             assert (statistics.held, statistics.waiting) == (0, 0)
 
     simulate(main, seed=seed)
+
+
+def test_a_worker_that_was_skipped_with_one_that_the_start_gate_stopped_is_not_forgotten() -> None:
+    """Both use one upstream, whose limit falls for a while; afterwards tasks wait, and the dear worker stands idle."""
+    _, late = CostRun("learned", load=0.6, within=60.0, seed=1).result()
+    assert late < 0.01

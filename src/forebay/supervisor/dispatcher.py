@@ -490,9 +490,17 @@ class Dispatcher:
             self.spill.refiller.refill(pool)
 
     def _dispatch_if_known(self, worker: WorkerAgent) -> None:
-        """Dispatch to a worker that may have been unregistered since somebody asked for this."""
-        if worker in self._served_by:
-            self.dispatch(worker)
+        """Dispatch to a worker that the start gate has stopped, and may have been unregistered since.
+
+        Then to those that were skipped with it, because they use the same sources: nothing else remembers them.
+        """
+        if worker not in self._served_by:
+            return
+        self.dispatch(worker)
+        for task_type in worker.task_types:
+            pool = self._pools[task_type]
+            if pool.queue.length and len(pool.workers) > 1:
+                self.serve(pool)
 
     def dispatch_to_all(self, pool: Pool) -> None:
         """Fill the free slots of all workers of a pool, and refill it."""
