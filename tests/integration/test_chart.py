@@ -478,7 +478,8 @@ async def test_the_autoscaler_uses_each_of_its_rights_and_needs_no_others(
         statistics = scaler.statistics()
     await api.close()
     assert used(double) == granted(role)
-    assert (statistics.current, statistics.failures) == (10, 0)
+    # Nobody follows what is published here, and until a service time is known it is twice what is ready at most.
+    assert (statistics.desired, statistics.failures) == (4 if publish_only else 10, 0)
     assert double.replicas(name) == (2 if publish_only else 10)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 

@@ -3604,8 +3604,9 @@ def an_autoscaler_ends_with_the_first_error_of_its_target() -> None:
 
 def a_call_that_is_cancelled_by_itself_ends_an_autoscaler() -> None:
     async def _within(
-        _: Autoscaler, __: float, ___: str, call: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any
+        _: Autoscaler, __: str, call: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any, leading: bool = False
     ) -> Any:
+        del leading
         async with asyncio.timeout(30.0):
             return await call(*arguments)
 
