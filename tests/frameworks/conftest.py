@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -44,3 +46,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def double() -> Iterator[OpenAIDouble]:
     with openai_double() as running:
         yield running
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Collect what CrewAI has kept of event loops that have ended: nobody can close these connections any more."""
+    if find_spec("crewai") is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
