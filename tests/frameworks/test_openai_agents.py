@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.frameworks.conftest import INSTALLED
 from tests.frameworks.openai_double import ANSWER, OpenAIDouble
-from tests.frameworks.waiting import until
+from tests.frameworks.waiting import check_cancelled_run_holds_its_slot, until
 
 if "openai_agents" not in INSTALLED:
     pytest.skip("it runs in an environment of its own: scripts/test.sh makes it", allow_module_level=True)
@@ -185,12 +185,4 @@ async def test_a_cancelled_run_lasts_until_its_model_has_stopped(*, stream: bool
     async with BackpressureSupervisor() as supervisor:
         agent = agents.Agent(name="sample", model=Slow())
         supervisor.register_worker("agent", handler=agent, task_types=["ask"], config={"stream": stream})
-        ticket = await supervisor.submit(Task("ask", "Which river?"))
-        await entered.wait()
-        ticket.cancel()
-        await ticket
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert supervisor.workers["agent"].current_tasks == 1
-        leave.set()
-        await until(lambda: supervisor.workers["agent"].current_tasks == 0)
+        await check_cancelled_run_holds_its_slot(supervisor, entered, leave)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.frameworks.conftest import INSTALLED
 from tests.frameworks.openai_double import ANSWER, OpenAIDouble
-from tests.frameworks.waiting import until
+from tests.frameworks.waiting import check_cancelled_run_holds_its_slot, until
 
 if "pydantic_ai" not in INSTALLED:
     pytest.skip("it runs in an environment of its own: scripts/test.sh makes it", allow_module_level=True)
@@ -409,15 +409,7 @@ async def test_a_cancelled_run_lasts_until_its_tools_and_its_model_have_stopped(
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("agent", handler=Agent(Scripted(), tools=[slow]), task_types=["ask"])
-        ticket = await supervisor.submit(Task("ask", "Which river?"))
-        await entered.wait()
-        ticket.cancel()
-        await ticket
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert supervisor.workers["agent"].current_tasks == 1
-        leave.set()
-        await until(lambda: supervisor.workers["agent"].current_tasks == 0)
+        await check_cancelled_run_holds_its_slot(supervisor, entered, leave)
 
 
 async def test_an_executor_of_yours_runs_the_plain_tools_of_its_agent() -> None:

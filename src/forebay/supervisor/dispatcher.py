@@ -492,11 +492,14 @@ class Dispatcher:
     def _dispatch_if_known(self, worker: WorkerAgent) -> None:
         """Dispatch to a worker that the start gate has stopped, and may have been unregistered since.
 
-        Then to those that were skipped with it, because they use the same sources: nothing else remembers them.
+        Once it is full, to those that were skipped with it, because they use the same sources: nothing else remembers
+        them. If it has a free slot still, the gate is shut for them, too, or nothing waits.
         """
         if worker not in self._served_by:
             return
         self.dispatch(worker)
+        if worker.can_accept():
+            return
         for task_type in worker.task_types:
             pool = self._pools[task_type]
             if pool.queue.length and len(pool.workers) > 1:
