@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from forebay import clock
+from forebay._cancellation import raise_own_cancellation
 from forebay.events import log
 from forebay.scale.ec2_client import AwsClient
 from forebay.scale.target import ReplicaReport
@@ -68,7 +69,8 @@ class InstanceReports:
             try:
                 await self._round()
                 failing = False
-            except Exception as error:  # noqa: BLE001 - the next round may succeed
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the next round may succeed
+                raise_own_cancellation(error)
                 self.last = ()
                 if not failing:
                     log.warning("%s: its instances cannot be asked for reports (%s)", self._what, error)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from forebay import clock
+from forebay._cancellation import raise_own_cancellation
 from forebay._validate import check_whole, reject
 from forebay.errors import ScalingFailed
 from forebay.events import log
@@ -245,7 +246,8 @@ class KubernetesTarget:
                     version = await self._list()
                 version = await self._follow(version)
                 failures, told = 0, False
-            except Exception as error:  # noqa: BLE001 - it is begun again
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it is begun again
+                raise_own_cancellation(error)
                 version = ""
                 failures += 1
                 gone = isinstance(error, Rejected)  # that is the way of things, once
@@ -288,7 +290,8 @@ class KubernetesTarget:
             try:
                 self._reports = await self._round(port)
                 failing = False
-            except Exception as error:  # noqa: BLE001 - the next round may succeed
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the next round may succeed
+                raise_own_cancellation(error)
                 self._reports = ()
                 if not failing:
                     log.warning("%s: the pods cannot be asked for reports (%s)", self.name, error)

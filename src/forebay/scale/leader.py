@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, Self
 import msgspec
 
 from forebay import clock
-from forebay._cancellation import is_being_cancelled
+from forebay._cancellation import raise_own_cancellation
 from forebay._validate import check_name, check_positive, is_positive, reject
 from forebay.errors import Conflict
 from forebay.events import log
@@ -158,9 +158,8 @@ class LeaderLease:
             try:
                 async with asyncio.timeout(_LEAD_SHARE * self._duration):
                     await self._look()
-            except (Exception, asyncio.CancelledError) as error:  # the store is away: what is led ends by itself
-                if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
-                    raise
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the store is away: what is led ends by itself
+                raise_own_cancellation(error)
                 if not self._failing:
                     log.warning(
                         "the lease %s cannot be renewed (%s: %s)", self._store.name, type(error).__name__, error

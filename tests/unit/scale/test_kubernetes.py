@@ -362,6 +362,26 @@ async def test_a_watch_that_ends_goes_on_where_it_was() -> None:
 
 
 @virtual
+async def test_a_watch_that_is_cancelled_by_itself_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    double = KubernetesDouble()
+    double.workload(replicas=4)
+    async with target_of(double) as target:
+        follow = target._follow
+
+        async def cancelled(_: str) -> str:
+            monkeypatch.setattr(target, "_follow", follow)
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(target, "_follow", cancelled)
+        await asyncio.sleep(0)
+        double.end_watches()
+        await asyncio.sleep(10.0)
+        double.set_ready("workers", 2)
+        await asyncio.sleep(10.0)
+        assert (await target.replicas()).ready == 2
+
+
+@virtual
 async def test_a_watch_that_ends_at_once_is_not_begun_again_at_once() -> None:
     double = KubernetesDouble()
     double.workload(replicas=4)
