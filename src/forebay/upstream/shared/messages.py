@@ -25,11 +25,19 @@ class QuotaTerms(msgspec.Struct, frozen=True):
 
 
 class BudgetTerms(msgspec.Struct, frozen=True):
-    """The terms of a budget. See `forebay.quota.Budget`."""
+    """The terms of a budget. See `forebay.quota.Budget`.
+
+    Attributes:
+        usd: how much may be spent in each period.
+        per: ``"hour"``, ``"day"``, ``"month"``, or None.
+        reserved_share: the share kept for HIGH and CRITICAL.
+        forget_after: seconds without an exchange after which a budget that never renews is forgotten; None: never.
+    """
 
     usd: float
     per: str | None = None
     reserved_share: float = 0.0
+    forget_after: float | None = None
 
     def __str__(self) -> str:
         period = "in all" if self.per is None else f"per {self.per}"
@@ -178,10 +186,10 @@ class BudgetReply(msgspec.Struct, frozen=True):
     """
 
     period: float
-    ends_in: float | None
     held: float
     spent: float
     reserved: float
+    ends_in: float | None = None
     recall: bool = False
 
 
