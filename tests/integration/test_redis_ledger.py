@@ -114,9 +114,7 @@ def test_the_script_decides_as_the_ledger_in_python(
         replies[member] = expected
 
 
-def request_of(
-    step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: ExchangeReply | None
-) -> ExchangeRequest:
+def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: ExchangeReply | None) -> ExchangeRequest:
     if step["other_terms"]:
         terms = msgspec.structs.replace(terms, quotas=(QuotaTerms("requests", 32.0, 64.0),))
     amounts = iter(step["amounts"])
