@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 
 from forebay import clock, context
@@ -18,6 +19,7 @@ from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
+from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -34,6 +36,7 @@ class UpstreamCore:
         budgets: dollars that its calls may spend.
         prices: of its models.
         retry: of its calls.
+        link: to the ledgers of its accounts, which processes share; None: they are this process's.
 
     Attributes:
         profile: how the provider's API works.
@@ -54,6 +57,7 @@ class UpstreamCore:
         budgets: UpstreamBudgets,
         prices: Prices,
         retry: Retry,
+        link: LedgerLink | None = None,
     ) -> None:
         self.name = name
         self.provider = provider
@@ -62,7 +66,10 @@ class UpstreamCore:
         self.budgets = budgets
         self.prices = prices
         self.retry = retry
-        self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
+        self.link = link
+        if link is not None:  # what it holds is free for others as soon as nobody uses the upstream any more
+            weakref.finalize(self, link.begin_close).atexit = False
+        self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw, link=link)
         self.accepted_keys = AcceptedKeys()
         self.background: StoredResponses[BackgroundResponse] = StoredResponses()
         self.stored_tokens: StoredResponses[int] = StoredResponses()

@@ -24,6 +24,9 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
+from forebay.upstream.shared.link import LedgerLink
+from forebay.upstream.shared.open_store import open_ledger_store
+from forebay.upstream.shared.store import LedgerStore
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
 from forebay.upstream.weak_lru import WeakLRU
@@ -68,6 +71,8 @@ class Upstream:
         prices: by model, of those that the price list lacks or has wrong.
         unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
             their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        shared: the store that makes quotas, `max_concurrent` and budgets one for all processes that name it, such as
+            ``"sqlite:///account.db"``; None: they hold for this process alone. What is learned is each process's own.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -98,6 +103,7 @@ class Upstream:
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
         unmetered: Literal["reject", "allow"] = "reject",
+        shared: str | LedgerStore | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -119,15 +125,17 @@ class Upstream:
             weights=weights,
             unmetered=unmetered,
         )
+        link = None if shared is None else LedgerLink(open_ledger_store(owner, shared), name)
         self.name = name
         self.provider = provider
         self.core = UpstreamCore(
             name,
             provider,
             settings=settings,
-            budgets=UpstreamBudgets(name, budget, tenant_budget, task_budget),
+            budgets=UpstreamBudgets(name, budget, tenant_budget, task_budget, link=link),
             prices=Prices(prices),
             retry=retry or Retry(),
+            link=link,
         )
         self.fallbacks = check_fallbacks(self.core, fallback)
         self.runner = CallRunner(self.core, FallbackResolver(self))

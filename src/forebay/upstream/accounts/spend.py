@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from forebay import clock
 from forebay.events import log
 from forebay.quota import Budget, BudgetReservation, BudgetTracker
 from forebay.task import Priority
+from forebay.upstream.accounts.budget_rejection import budget_rejection
 from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
+from forebay.upstream.shared.leased_budget import LeasedBudget
+from forebay.upstream.shared.link import LedgerLink
+from forebay.upstream.shared.messages import ledger_key
 from forebay.upstream.weak_lru import WeakLRU
 
-_RETURNED_AFTER: Final = 4.0  # seconds, on average, after which reserved dollars may have been returned
 _MAX_TENANTS: Final = 131_072  # budgets of tenants: of those that have spent none is forgotten in its period
+_KEEP_TASK: Final = 30 * 86400.0  # seconds for which the budget of a task without calls is kept for all processes
 _MAX_TASKS: Final = 131_072  # budgets of tasks; that of the task whose last call is longest ago is forgotten first
 
 
@@ -40,19 +43,21 @@ class SharedBudget:
         with self._lock:
             budget = self._tracker.budget
             used = budget.usd - self._tracker.remaining(now)
-            retry_after = None if usd > budget.usd else self._tracker.resets_in(now)
+            resets_in = self._tracker.resets_in(now)
             affordable_later = self._tracker.can_afford_unreserved(now, usd, priority)
-        if affordable_later:  # calls under way hold the most that they may cost, and return what they do not
-            retry_after = min(_RETURNED_AFTER * (0.5 + clock.draw()), math.inf if retry_after is None else retry_after)
-        period = "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
-        reserved = budget.usd * budget.reserved_share
-        kept = f", {reserved:,.3g} of it for HIGH and CRITICAL alone" if reserved else ""
-        advice = ": ask for less, or raise that budget" if retry_after is None else ""
-        reason = (
-            f"{self.name} would be overspent: it has {budget.usd:,.12g} USD {period}{kept}, of which {used:,.3g} are"
-            f" spent or reserved, and this may cost {usd:,.3g}{advice}"
+        return budget_rejection(
+            self.name,
+            budget,
+            usd,
+            used=used,
+            resets_in=resets_in,
+            affordable_later=affordable_later,
+            draw=clock.draw() if affordable_later else 0.0,
         )
-        return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after)
+
+    def wait(self, usd: float, priority: Priority) -> float:  # noqa: ARG002 - of a budget that processes share
+        """Return 0: what can be afforded can be reserved at once."""
+        return 0.0
 
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
         """Reserve `usd` dollars, or return None if they may not be: check and take are one step, under one lock."""
@@ -112,25 +117,58 @@ class _HeldDollars:
         self._budget.revise(self._reservation, usd)
 
 
+UpstreamBudget: TypeAlias = SharedBudget | LeasedBudget
+
+
 class UpstreamBudgets:
     """The budgets of an upstream: one for all calls, one for each tenant and one for each task, where these are set.
 
     Both tables are bounded. When more tenants have spent in their period than the table holds, further ones share one
     budget. A task's name is its caller's to choose, so its budget is forgotten once that many others came later.
+
+    Args:
+        name: of the upstream.
+        budget: of all calls.
+        tenant: of each tenant.
+        task: of each task.
+        link: to the ledgers of the budgets, for all processes that share them; None: they are this process's.
     """
 
-    def __init__(self, name: str, budget: Budget | None, tenant: Budget | None, task: Budget | None) -> None:
-        self.upstream_budget = SharedBudget(f"the budget of {name}", budget) if budget is not None else None
+    def __init__(
+        self,
+        name: str,
+        budget: Budget | None,
+        tenant: Budget | None,
+        task: Budget | None,
+        *,
+        link: LedgerLink | None = None,
+    ) -> None:
+        self._name = name
+        self._link = link
+        self.upstream_budget = None
+        if budget is not None:
+            self.upstream_budget = self._open(f"the budget of {name}", budget, "budget")
         self.has_budgets = any(budget is not None for budget in (budget, tenant, task))
         self._tenant = tenant
         self._task = task
-        self._further_tenants: SharedBudget | None = None
-        self._tenants: WeakLRU[str, SharedBudget] = WeakLRU(
+        self._further_tenants: UpstreamBudget | None = None
+        self._tenants: WeakLRU[str, UpstreamBudget] = WeakLRU(
             _MAX_TENANTS, expendable=lambda _, budget: budget.is_fresh(), overflow=self._budget_of_further_tenants
         )
-        self._tasks: WeakLRU[str, SharedBudget] = WeakLRU(_MAX_TASKS)
+        self._tasks: WeakLRU[str, UpstreamBudget] = WeakLRU(_MAX_TASKS)
 
-    def for_request(self, request: CallRequest) -> Sequence[SharedBudget]:
+    def _open(self, name: str, budget: Budget, *key: str) -> UpstreamBudget:
+        """Return a budget: of this process, or leased from its ledger."""
+        link = self._link
+        if link is None:
+            return SharedBudget(name, budget)
+        kept = _KEEP_TASK if key[0] == "task" else None
+        ledger = ledger_key(key[0], self._name, *key[1:])
+        lease = link.lease(ledger, lambda: LeasedBudget(link, ledger, name, budget, forget_after=kept))
+        assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
+        return lease
+
+    def for_request(self, request: CallRequest) -> Sequence[UpstreamBudget]:
         """Return the budgets that a call spends from."""
         if not self.has_budgets or request.free:
             return ()
@@ -148,20 +186,20 @@ class UpstreamBudgets:
         for budget in self.all_budgets():
             budget.reset_after_fork()
 
-    def all_budgets(self) -> Sequence[SharedBudget]:
+    def all_budgets(self) -> Sequence[UpstreamBudget]:
         """Return all budgets that exist now."""
         single = [budget for budget in (self.upstream_budget, self._further_tenants) if budget is not None]
         return [*single, *self._tenants.values(), *self._tasks.values()]
 
-    def _new_tenant_budget(self, tenant: str) -> SharedBudget:
+    def _new_tenant_budget(self, tenant: str) -> UpstreamBudget:
         assert self._tenant is not None  # noqa: S101 - tenants have budgets
-        return SharedBudget(f"the budget of tenant {tenant!r}", self._tenant)
+        return self._open(f"the budget of tenant {tenant!r}", self._tenant, "tenant", tenant)
 
-    def _new_task_budget(self, task_id: str) -> SharedBudget:
+    def _new_task_budget(self, task_id: str) -> UpstreamBudget:
         assert self._task is not None  # noqa: S101 - tasks have budgets
-        return SharedBudget(f"the budget of task {task_id!r}", self._task)
+        return self._open(f"the budget of task {task_id!r}", self._task, "task", task_id)
 
-    def _budget_of_further_tenants(self, tenant: str) -> SharedBudget:
+    def _budget_of_further_tenants(self, tenant: str) -> UpstreamBudget:
         """Return the budget that a tenant beyond the bound of the table shares with others. Called under its lock."""
         del tenant
         if self._further_tenants is None:
@@ -170,5 +208,5 @@ class UpstreamBudgets:
                 "more than %d tenants have spent: others share one budget until its period is over", _MAX_TENANTS
             )
             name = f"the budget that all tenants beyond {_MAX_TENANTS:,} share"
-            self._further_tenants = SharedBudget(name, self._tenant)
+            self._further_tenants = self._open(name, self._tenant, "tenants")
         return self._further_tenants

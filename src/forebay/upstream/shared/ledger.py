@@ -20,6 +20,7 @@ from forebay.upstream.shared.budget_shares import (
 )
 from forebay.upstream.shared.ledger_state import EndedMember, LedgerState, MemberState
 from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms
+from forebay.upstream.shared.periods import period_end
 from forebay.upstream.shared.quota_shares import (
     grant_quotas,
     quota_replies,
@@ -90,6 +91,22 @@ class AccountLedger:
         if request.leaving:
             self._end(name)
         return reply
+
+    def expires_at(self) -> float | None:
+        """Return when a store may forget the ledger if no exchange comes, in its epoch seconds; None for never.
+
+        A new ledger would be the same then: its quotas are full, and the period of its budget is over.
+        """
+        state = self.state
+        kept = LEASE + _KEEP_ENDED
+        for quota, level in zip(state.terms.quotas, state.levels, strict=True):
+            kept = max(kept, _KEEP_ENDED + (quota.amount - level) * quota.seconds / quota.amount)
+        if (budget := state.terms.budget) is not None:
+            end = period_end(budget.per, state.period)
+            if end is None and budget.forget_after is None:
+                return None
+            kept = max(kept, budget.forget_after or 0.0 if end is None else end - state.clock)
+        return state.clock + kept
 
     def _advance(self, now: float) -> None:
         """Let time pass, and end the leases that are over."""

@@ -7,6 +7,11 @@ import msgspec
 from forebay._text import format_duration
 
 
+def ledger_key(kind: str, *parts: str) -> str:
+    """Return the key of a ledger: another one for each kind and each list of parts."""
+    return msgspec.json.encode([kind, *parts]).decode()
+
+
 class QuotaTerms(msgspec.Struct, frozen=True):
     """One quota of an account.
 
@@ -122,8 +127,8 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         ledger: the key of the ledger in its store.
         member: the id of the member: of one process, and of one upstream in it.
-        sequence: counts the member's exchanges with this ledger, from 1. A request that is repeated, because its reply
-            was lost, has the same one and the same contents.
+        sequence: larger than that of each earlier request of the member, at least 1. A request that is repeated,
+            because its reply was lost, has the same one and the same contents.
         epoch: the ledger's, as its last reply told it; empty before the first.
         terms: the settings of this process.
         priority: of the first waiting call; the lowest number is served first.

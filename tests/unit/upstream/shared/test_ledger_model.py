@@ -92,8 +92,8 @@ class LedgerMachine(RuleBasedStateMachine):
         member = self.members[name]
         if self.now >= member.lease_until or member.pending is not None:
             return
-        for number, amount in enumerate((float(requests), tokens)):
-            amount = min(amount, member.held[number] - member.used[number])
+        for number, wanted in enumerate((float(requests), tokens)):
+            amount = min(wanted, member.held[number] - member.used[number])
             if amount > 0.0:
                 member.used[number] += amount
                 self.used[number] += amount
@@ -139,15 +139,16 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.apply(member, request, reply)
 
-    def new_request(  # noqa: PLR0913 - the wishes of a member
+    def new_request(
         self,
         member: Member,
+        *,
         needed: tuple[float, float],
         extra: float,
         slots: int,
         usd: float,
-        important: bool,  # noqa: FBT001
-        leaving: bool,  # noqa: FBT001
+        important: bool,
+        leaving: bool,
     ) -> ExchangeRequest:
         member.sequence += 1
         leaving = leaving and not member.in_flight and not member.usd_reserved
