@@ -12,8 +12,22 @@ import pytest
 import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.redis_servers import RedisServer, missing, redis_server, shared
+from tests.support.cutting_proxy import Side
+from tests.support.redis_servers import (
+    START as START_TIME,
+)
+from tests.support.redis_servers import (
+    StandaloneRedis,
+    missing,
+    redis_cluster,
+    redis_sentinels,
+    redis_server,
+    shared,
+)
 
+from forebay import clock
+from forebay.errors import StoreUnavailable
+from forebay.storage import parse_url, redis_master
 from forebay.upstream.shared.ledger import AccountLedger
 from forebay.upstream.shared.messages import (
     BudgetRequest,
@@ -25,6 +39,7 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
+from forebay.upstream.shared.redis_store import RedisLedgerStore
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -39,12 +54,12 @@ eighths = st.integers(0, 512).map(lambda eighth: eighth / 8)  # sums of these ar
 
 
 @pytest.fixture(scope="module")
-def server() -> RedisServer:
+def server() -> StandaloneRedis:
     return shared(redis_server)
 
 
 @pytest.fixture(scope="module")
-def decide(server: RedisServer) -> Iterator[Callable[[str, float, ExchangeRequest], ExchangeReply]]:
+def decide(server: StandaloneRedis) -> Iterator[Callable[[str, float, ExchangeRequest], ExchangeReply]]:
     assert CLOCK in SCRIPT
     client = redis.Redis.from_url(server.url)
     script = client.register_script(SCRIPT.replace(CLOCK, "return tonumber(ARGV[2])"))
@@ -78,6 +93,7 @@ steps = st.lists(
             "seconds": st.sampled_from([0.0, 0.0, 0.0, 0.125, 1.0, 2.0, 8.0, 3700.0, -4.0, 40 * 86400.0]),
             "member": st.sampled_from("abcd"),
             "repeats": st.sampled_from([False, False, False, True]),
+            "answered": st.sampled_from(["own", "own", 0, 1000]),
             "epoch": st.sampled_from(["own", "own", "own", "another", ""]),
             "other_terms": st.sampled_from([False] * 9 + [True]),
             "priority": st.integers(0, 3),
@@ -131,6 +147,7 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         ledger="l",
         member=step["member"],
         sequence=sequence,
+        answered=0 if step["answered"] == "own" else step["answered"],
         epoch=epoch,
         terms=terms,
         priority=step["priority"],
@@ -151,3 +168,102 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         ),
         leaving=step["leaving"],
     )
+
+
+def spend_a_dollar(store: RedisLedgerStore, sequence: int, reply: ExchangeReply | None) -> ExchangeReply:
+    """Return the reply to an exchange that reports two calls and, but for the first one, a dollar."""
+    known = None if reply is None else reply.budget
+    request = ExchangeRequest(
+        ledger="l",
+        member="a",
+        sequence=sequence,
+        answered=sequence - 1,
+        epoch="" if reply is None else reply.epoch,
+        terms=LedgerTerms(quotas=QUOTAS[:1], budget=BudgetTerms(usd=64.0)),
+        quotas=(QuotaRequest(used=2.0, needed=1.0, wanted=1.0),),
+        budget=BudgetRequest(
+            period=-1.0 if known is None else known.period,
+            spent=0.0 if known is None else 1.0,
+            known_spent=0.0 if known is None else known.spent,
+        ),
+    )
+    return exchange_with(store, request)
+
+
+def exchange_with(store: RedisLedgerStore, request: ExchangeRequest) -> ExchangeReply:
+    """Return the reply to a request, which is repeated as it is until it is answered."""
+    limit = clock.monotonic() + START_TIME
+    while True:
+        try:
+            (reply,) = store.exchange([request])
+        except StoreUnavailable:
+            assert clock.monotonic() < limit
+        else:
+            return reply
+
+
+def spend_dollars(store: RedisLedgerStore, numbers: range, reply: ExchangeReply | None = None) -> ExchangeReply:
+    for sequence in numbers:
+        reply = spend_a_dollar(store, sequence, reply)
+    assert reply is not None
+    return reply
+
+
+def open_store(servers: Any, name: str = "") -> RedisLedgerStore:
+    url = parse_url(f"{servers.url}?name={name or f'ledger-{next(numbers)}'}").redis
+    assert url is not None
+    return RedisLedgerStore(url)
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+def test_a_cut_at_any_command_counts_nothing_twice(lost: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_master, "_RETRY_INTERVAL", 0.001)
+    with redis_server(proxied=True) as server:
+        [proxy] = server.proxies
+        spend_dollars(open_store(server), range(1, 6))
+        for number in range(1, len(proxy.commands) + 1):
+            proxy.cut_at(number, lost)
+            reply = spend_dollars(open_store(server), range(1, 6))
+            assert proxy.has_cut
+            assert reply.budget is not None
+            assert reply.budget.spent == 4.0, f"after a cut at command {number}, {proxy.commands[number - 1]}"
+
+
+def test_a_server_that_comes_back_without_its_data_is_told_what_was_spent() -> None:
+    with redis_server() as server:
+        store = open_store(server)
+        before = spend_dollars(store, range(1, 6))
+        server.servers[0].kill()
+        server.servers[0].start()
+        after = spend_a_dollar(store, 6, before)
+        assert after.epoch != before.epoch
+        assert after.budget is not None
+        assert after.budget.spent == 5.0
+        assert after.quotas[0].held == 0.0  # the quota begins empty
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [redis_sentinels, redis_cluster], ids=["sentinel", "cluster"])
+def test_a_failover_forgets_no_money_that_a_member_knows_of(start: Callable[..., Any]) -> None:
+    with start(proxied=True) as servers:
+        store = open_store(servers, "forebay")
+        before = spend_dollars(store, range(1, 11))
+        servers.kill_master()
+        servers.promote()
+        after = spend_a_dollar(store, 11, before)
+        assert after.budget is not None
+        assert after.budget.spent == 10.0
+
+
+def test_a_late_copy_is_told_what_it_has_missed(server: StandaloneRedis) -> None:
+    store = open_store(server, "late")
+    before = spend_dollars(store, range(1, 6))
+    with redis.Redis.from_url(server.url) as client:
+        copy = client.get("{late}:ledger:l")
+        assert isinstance(copy, bytes)
+        latest = spend_dollars(store, range(6, 11), before)
+        client.set("{late}:ledger:l", copy)
+    after = spend_a_dollar(store, 11, latest)
+    assert after.epoch == latest.epoch
+    assert after.budget is not None
+    assert after.budget.spent == 10.0

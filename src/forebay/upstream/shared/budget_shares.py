@@ -37,6 +37,12 @@ def recover_spend(state: LedgerState, asked: BudgetRequest) -> None:
         state.recovered = max(state.recovered, asked.known_spent)
 
 
+def restore_spend(state: LedgerState, asked: BudgetRequest) -> None:
+    """Count what a member knows to have been spent, and its store has forgotten: it has failed over to a late copy."""
+    if asked.period == state.period:
+        state.recovered += max(0.0, asked.known_spent - state.spent)
+
+
 def report_spend(state: LedgerState, member: MemberState, asked: BudgetRequest) -> None:
     """Count what a member has spent, and take back what it does not want to hold any more."""
     if asked.period < state.period:  # it belongs to a period that is over

@@ -89,7 +89,7 @@ class LedgerLease(ABC):
         self.until = -math.inf  # when the lease ends
         self.members = self.rank = 0
         self.conflict: LedgerTerms | None = None
-        self._sequence = 0
+        self._sequence = self._answered = 0
         self._epoch = ""
         self._pending: ExchangeRequest | None = None
         self._sent_at = -math.inf
@@ -161,6 +161,7 @@ class LedgerLease(ABC):
             ledger=self.key,
             member=self.link.member,
             sequence=self._sequence,
+            answered=self._answered,
             epoch=self._epoch,
             terms=self.terms,
             priority=priority,
@@ -182,7 +183,7 @@ class LedgerLease(ABC):
                 self.due = now + _CONFLICT_RETRY
                 self.keep_unreported()
                 return
-            self._epoch = reply.epoch
+            self._epoch, self._answered = reply.epoch, request.sequence
             self.members, self.rank = (0, 0) if request.leaving else (reply.members, reply.rank)
             self.until = -math.inf if request.leaving else self._sent_at + LEASE - _MARGIN
             self.due = now + (_HEARTBEAT if self.is_busy(now) else _SLOW_HEARTBEAT)

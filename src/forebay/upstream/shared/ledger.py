@@ -17,6 +17,7 @@ from forebay.upstream.shared.budget_shares import (
     money_retry,
     recover_spend,
     report_spend,
+    restore_spend,
 )
 from forebay.upstream.shared.ledger_state import EndedMember, LedgerState, MemberState
 from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms
@@ -80,11 +81,14 @@ class AccountLedger:
             if state.others(name):
                 return ExchangeReply(epoch=state.epoch, members=len(state.members), rank=0, conflict=state.terms)
             self._replace_terms(now, request.terms)
+        forgotten = request.answered > self._latest_sequence(name)
         member, counts = self._join(request)
         member.sequence, member.seen, member.until = request.sequence, state.time, state.time + LEASE
         if counts:
             report_quotas(state, member, request.quotas)
             if request.budget is not None:
+                if forgotten:
+                    restore_spend(state, request.budget)
                 report_spend(state, member, request.budget)
         reply = self._decide(request, member)
         member.reply = reply
@@ -130,6 +134,11 @@ class AccountLedger:
         while len(state.ended) > _MAX_ENDED:
             oldest = min(state.ended, key=lambda other: (state.ended[other].at, other))
             del state.ended[oldest]
+
+    def _latest_sequence(self, name: str) -> int:
+        """Return the sequence number of the latest request of a member that is known; 0 if none is."""
+        known = self.state.members.get(name) or self.state.ended.get(name)
+        return 0 if known is None else known.sequence
 
     def _join(self, request: ExchangeRequest) -> tuple[MemberState, bool]:
         """Return the member that asks, and whether what it reports counts: it does not if it was counted before."""

@@ -129,6 +129,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
         member: the id of the member: of one process, and of one upstream in it.
         sequence: larger than that of each earlier request of the member, at least 1. A request that is repeated,
             because its reply was lost, has the same one and the same contents.
+        answered: the sequence number of the member's latest request that was answered; 0 before the first.
         epoch: the ledger's, as its last reply told it; empty before the first.
         terms: the settings of this process.
         priority: of the first waiting call; the lowest number is served first.
@@ -141,6 +142,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     ledger: str
     member: str
     sequence: int
+    answered: int = 0
     epoch: str = ""
     terms: LedgerTerms
     priority: int = 0

@@ -6,12 +6,15 @@ from typing import Final, NoReturn
 from urllib.parse import parse_qsl, urlsplit
 
 from forebay._validate import reject
-from forebay.errors import InvalidOverflowUrl
+from forebay.errors import InvalidOverflowUrl, StoreNotInstalled
 from forebay.storage import Fsync, StoreUrl, parse_url
 from forebay.storage.shown_url import shown_url
 from forebay.upstream.shared.store import LedgerStore
 
-_FORMS: Final = "sqlite:///account.db, sqlite:////absolute/account.db (?fsync=yes, checkpoint or no)"
+_FORMS: Final = (
+    "sqlite:///account.db, sqlite:////absolute/account.db (?fsync=yes, checkpoint or no), redis://host:6379/0,"
+    " redis+sentinel://host:26379/service/0, redis+cluster://host:6379 (rediss for TLS; ?name=, replicas=, fsync=yes)"
+)
 
 
 def open_ledger_store(owner: str, shared: str | LedgerStore) -> LedgerStore:
@@ -19,10 +22,12 @@ def open_ledger_store(owner: str, shared: str | LedgerStore) -> LedgerStore:
 
     Args:
         owner: whose argument it is, for messages.
-        shared: ``sqlite:///relative.db`` or ``sqlite:////absolute.db`` (with ``?fsync=yes|checkpoint|no``), or a store.
+        shared: ``sqlite:///relative.db`` or ``sqlite:////absolute.db`` (with ``?fsync=yes|checkpoint|no``),
+            ``redis://host:port/database``, ``redis+sentinel://...``, ``redis+cluster://...``, or a store.
 
     Raises:
         InvalidSetting: it is neither a URL of these nor a store.
+        StoreNotInstalled: the library for Redis is missing.
     """
     if not isinstance(shared, str):
         if not hasattr(shared, "exchange") or not hasattr(shared, "reset_after_fork"):
@@ -37,7 +42,11 @@ def _open(owner: str, shared: str, store: StoreUrl) -> LedgerStore:
 
         return SqliteLedgerStore(store.path, fsync=store.fsync if "fsync" in _options(shared) else Fsync.CHECKPOINT)
     if store.redis is not None:
-        _reject(owner, shared, "accounts cannot be shared over Redis yet, only in a file on one machine")
+        try:
+            from forebay.upstream.shared.redis_store import RedisLedgerStore  # noqa: PLC0415 - it imports redis
+        except ModuleNotFoundError:
+            raise StoreNotInstalled(where=str(store.redis), library="redis", extra="redis") from None
+        return RedisLedgerStore(store.redis)
     if store.scheme == "memory":
         _reject(owner, shared, "no other process can see what is in memory: leave shared= out")
     return _reject(owner, shared, f"no account is kept in {store.scheme}://")

@@ -256,6 +256,11 @@ local function begin_period(state, budget, now)
   state.period = start
 end
 
+local function restore_spend(state, asked)
+  if asked.period ~= state.period then return end
+  state.recovered = state.recovered + max(0, asked.known_spent - spent_by_all(state))
+end
+
 local function report_spend(state, member, asked)
   if asked.period < state.period then
     member.usd, member.usd_reserved = 0, 0
@@ -447,12 +452,18 @@ if not equal(request.terms, state.terms) then
     end
   end
   replace_terms(state, now, request.terms)
+  known = nil
 end
+local heard = known or state.ended[request.member]
+local forgotten = request.answered > (heard and heard.sequence or 0)
 local member, counts = join(state, request)
 member.sequence, member.seen, member.until_ = request.sequence, state.time, state.time + LEASE
 if counts then
   report_quotas(state, sorted_names(state.members), member, request.quotas)
-  if request.budget then report_spend(state, member, request.budget) end
+  if request.budget then
+    if forgotten then restore_spend(state, request.budget) end
+    report_spend(state, member, request.budget)
+  end
 end
 local reply = cmsgpack.pack(decide(state, request, member))
 member.reply = reply
