@@ -91,10 +91,12 @@ class SlotRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         in_use: its calls in flight.
+        held: the calls that it may have in flight until the reply comes: those that it has, or was allowed.
         wanted: its calls in flight and those that wait for a slot.
     """
 
     in_use: int = 0
+    held: int = 0
     wanted: int = 0
 
 
