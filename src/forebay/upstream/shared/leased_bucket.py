@@ -198,8 +198,10 @@ class LeasedBucket(Bucket):
         needed = self.held + first if first and not leaving else 0.0
         wanted = self.held + target
         self._reported = self._used
-        self._returning = max(0.0, self._granted - self._used - max(needed, wanted))
-        return QuotaRequest(used=self._used, needed=needed, wanted=wanted)
+        request = QuotaRequest(used=self._used, reserved=self.held, needed=needed, wanted=wanted)
+        balance = max(0.0, self._granted - self._used)
+        self._returning = balance - request.kept(balance)
+        return request
 
     def receive(self, now: float, reply: QuotaReply | None, competing: int) -> None:
         """Take over what was granted; None: nothing, since this process has left."""

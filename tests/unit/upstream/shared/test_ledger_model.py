@@ -163,11 +163,22 @@ class World:
         wanted_usd = 0.0 if leaving else member.usd_reserved + wishes.usd
         extra = 0.0 if leaving else wishes.extra
         calls = 0 if leaving else wishes.calls
-        member.returning = [
-            max(0.0, held - used - need - extra)
-            for held, used, need in zip(member.held, member.used, needed, strict=True)
-        ]
-        member.usd_returning = max(0.0, member.usd - member.usd_spent - wanted_usd - extra)
+        quotas = tuple(
+            QuotaRequest(used=used, needed=need, wanted=need + extra)
+            for used, need in zip(member.used, needed, strict=True)
+        )
+        held = [max(0.0, held - used) for held, used in zip(member.held, member.used, strict=True)]
+        member.returning = [amount - quota.kept(amount) for amount, quota in zip(held, quotas, strict=True)]
+        budget = BudgetRequest(
+            period=member.period,
+            spent=member.usd_spent,
+            reserved=member.usd_reserved,
+            needed=wanted_usd,
+            important=wishes.important,
+            wanted=wanted_usd + extra,
+        )
+        usd = max(0.0, member.usd - member.usd_spent)
+        member.usd_returning = usd - max(min(usd, member.usd_reserved), budget.kept(usd))
         member.allowed = min(member.allowed, member.in_flight + calls)
         member.sequence += 1
         member.sent_at = self.now
@@ -177,22 +188,13 @@ class World:
             sequence=member.sequence,
             epoch=member.epoch,
             terms=TERMS,
-            quotas=tuple(
-                QuotaRequest(used, need, need + extra) for used, need in zip(member.used, needed, strict=True)
-            ),
+            quotas=quotas,
             slots=SlotRequest(
                 member.in_flight,
                 max(member.in_flight, 0 if member.is_late else member.allowed),
                 member.in_flight + calls,
             ),
-            budget=BudgetRequest(
-                period=member.period,
-                spent=member.usd_spent,
-                reserved=member.usd_reserved,
-                needed=wanted_usd,
-                important=wishes.important,
-                wanted=wanted_usd + extra,
-            ),
+            budget=budget,
             leaving=leaving,
         )
 
