@@ -224,7 +224,7 @@ class Spenders:
             try:
                 async with self.upstreams[process].call("m", output_tokens=40) as call:
                     await asyncio.sleep(0.3)
-                    call.settle(output_tokens=25)
+                    call.settle(input_tokens=0, output_tokens=25)
                     self.spent += 0.025
             except Overloaded:
                 self.rejected += 1
@@ -238,6 +238,7 @@ def test_processes_spend_one_budget_to_the_last_call_that_it_can_pay(losses: flo
         tasks = [asyncio.create_task(spenders.call(process)) for process in range(4) for _ in range(5)]
         await asyncio.sleep(120.0)
         for task in tasks:
+            assert not task.done()
             task.cancel()
         await asyncio.sleep(5.0)
         return spenders

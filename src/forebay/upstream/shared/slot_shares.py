@@ -25,7 +25,7 @@ def grant_slots(state: LedgerState, name: str, asked: SlotRequest, *, may_grow: 
     wanted = max(asked.in_use, asked.wanted) if may_grow else asked.in_use
     member.slots = max(asked.in_use, asked.held)
     member.slots_wanted = wanted
-    held_by_others = sum(other.slots for other in state.others(name))
+    held_by_others = sum(other.slots for other in state.others(name)) + state.slots_of_the_absent()
     demand = {other: each.slot_demand(state.time) for other, each in state.members.items()}
     allowed = max(0, min(_share(state, name, limit, demand), wanted, limit - held_by_others))
     if allowed > member.slots:
