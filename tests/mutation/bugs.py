@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import itertools
 import math
 import signal
 import weakref
@@ -28,7 +29,7 @@ from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay._threads import DaemonThreadExecutor
 from forebay.adapters import blocking_client, chat, detect, factory, local_model
-from forebay.adapters.agent_thread import AgentThread
+from forebay.adapters.agent_thread import AgentThread, Stoppable
 from forebay.adapters.gguf_server import Address, GgufServer
 from forebay.adapters.handler import Handler
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
@@ -3263,14 +3264,18 @@ def a_thread_that_an_agent_has_left_behind_goes_on() -> None:
 
 
 def one_of_the_calls_of_an_agent_is_stopped() -> None:
-    original = AgentThread._stop
+    numbers = itertools.count()
 
-    def stop(self: AgentThread) -> None:
-        for each in tuple(self._stoppable)[1:]:
-            self._stoppable.discard(each)
-        original(self)
+    @contextlib.contextmanager
+    def stopping(self: AgentThread, stoppable: Stoppable) -> Iterator[None]:
+        if next(numbers):  # the first alone is cancelled, whenever the stop comes
+            yield
+            return
+        with original(self, stoppable):
+            yield
 
-    replace(AgentThread, original, stop)
+    original = AgentThread.stopping
+    replace(AgentThread, original, stopping)
 
 
 def the_stream_of_a_stopped_agent_stays_open() -> None:
