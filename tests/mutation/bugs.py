@@ -58,6 +58,7 @@ from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import GatewaySettings, forwarded_call
 from forebay.gateway.body_memory import BodyMemory
+from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.request_validator import RequestValidator
@@ -1575,6 +1576,14 @@ def a_process_without_files_blames_its_provider() -> None:
         return False
 
     forwarded_call._is_out_of_files.__code__ = _is_out_of_files.__code__
+
+
+def a_models_name_beyond_the_bound_has_series_of_its_own() -> None:
+    always(BoundedLabel, BoundedLabel.has_room, returns=True)
+
+
+def tokens_of_a_stored_response_are_counted_at_each_fetch() -> None:
+    always(ForwardedCall, ForwardedCall._was_counted, returns=False)
 
 
 def the_last_callers_are_reset() -> None:

@@ -32,6 +32,7 @@ from tests.acceptance import (
     test_gateway_attacks,
     test_gateway_connections,
     test_gateway_end,
+    test_gateway_metrics,
     test_gateway_responses,
     test_handler_context,
     test_held_tasks,
@@ -636,6 +637,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_is_bound_to_fail_again_is_sent_again: test_gateway_attacks.test_an_invalid_response_is_a_502,
     bugs.a_process_without_files_blames_its_provider: (
         test_gateway_responses.test_a_process_without_files_is_no_fault_of_the_provider
+    ),
+    bugs.a_models_name_beyond_the_bound_has_series_of_its_own: (
+        test_gateway_metrics.test_models_beyond_the_bound_count_together
+    ),
+    bugs.tokens_of_a_stored_response_are_counted_at_each_fetch: (
+        test_gateway_metrics.test_a_stored_response_that_is_fetched_counts_no_tokens_again
     ),
     bugs.the_last_callers_are_reset: (test_gateway_end.test_a_caller_that_is_about_to_send_its_first_request_is_told),
     bugs.sinks_are_called_in_the_middle_of_the_supervisors_work: (

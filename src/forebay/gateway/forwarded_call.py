@@ -16,15 +16,17 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from multidict import CIMultiDict
 from yarl import URL
 
+from forebay import clock
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
+from forebay.gateway.call_record import CallRecord
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
-from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.metrics import GatewayMetrics, Operation
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.exchange import REDIRECTS, Exchange
+from forebay.upstream.exchange import ERRORS, REDIRECTS, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
@@ -148,6 +150,27 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     read_timeout: float
 
 
+class _SpendCounter:
+    """A counter of the dollars of one call. The call would refer to itself, and hold its body, if it were the counter.
+
+    Args:
+        metrics: count the dollars.
+        operation: what was sent.
+        record: of the call.
+    """
+
+    __slots__ = ("_metrics", "_operation", "_record")
+
+    def __init__(self, metrics: GatewayMetrics, operation: Operation, record: CallRecord) -> None:
+        self._metrics = metrics
+        self._operation = operation
+        self._record = record
+
+    def record_spend(self, usd: float) -> None:
+        """See `SpendObserver`."""
+        self._metrics.count_spend(self._operation, self._record, usd)
+
+
 class ForwardedCall(Exchange):
     """The exchange of a gateway's call.
 
@@ -158,10 +181,17 @@ class ForwardedCall(Exchange):
         request: as it was received.
         client: sends it.
         held: the memory that its response takes until it is passed on.
-        metrics: count its tokens.
+        metrics: count its attempts, tokens and dollars.
+        record: of the call.
+
+    Attributes:
+        record: of the call, whichever account serves it.
     """
 
-    __slots__ = ("_body", "_client", "_headers", "_held", "_metrics", "_request", "_timeout", "_url")
+    __slots__ = (
+        *("_body", "_client", "_error_type", "_headers", "_held", "_metrics", "_operation", "_request", "_rerouted"),
+        *("_timeout", "_url", "record"),
+    )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
@@ -173,6 +203,7 @@ class ForwardedCall(Exchange):
         client: HttpClient,
         held: BodyReservation,
         metrics: GatewayMetrics,
+        record: CallRecord,
     ) -> None:
         super().__init__(
             core,
@@ -187,6 +218,12 @@ class ForwardedCall(Exchange):
         self._client = client
         self._held = held
         self._metrics = metrics
+        self.record = record
+        self._operation = Operation(core.name, core.profile.provider, self.parsed.endpoint, self.call_request.model)
+        self._error_type = ""
+        self._rerouted = False
+        if core.budgets.has_budgets:
+            self.call_request.payer = _SpendCounter(metrics, self._operation, record)
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
@@ -207,9 +244,23 @@ class ForwardedCall(Exchange):
             body=rerouted.body,
             caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
         )
-        return ForwardedCall(
-            route.core, url, rerouted.path, moved, client=self._client, held=self._held, metrics=self._metrics
+        call = ForwardedCall(
+            route.core,
+            url,
+            rerouted.path,
+            moved,
+            client=self._client,
+            held=self._held,
+            metrics=self._metrics,
+            record=self.record,
         )
+        call._rerouted = True
+        return call
+
+    @property
+    def key_digest(self) -> str:
+        """The digits that stand for its API key; empty if it has none, or its callers share the accounts."""
+        return self.core.accounts.key_digest(self.call_request.model, self.api_key)
 
     @property
     def wire_protocol(self) -> StreamProtocol:
@@ -226,17 +277,38 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
+        self.record.end_wait(permit.granted_at)
+        if permit.request.retries:
+            self._metrics.count_retry(self._operation)
+        self._error_type = ""
         try:
             result = await self._attempt(permit)
-        except BaseException:
-            self._metrics.count_attempt(self.core.name, Outcome.IGNORED)
+        except BaseException as error:
+            self._error_type = type(error).__name__
+            self._record_end(permit, CallOutcome(kind=Outcome.IGNORED))
             raise
-        if not result.streaming:  # else it is counted at the end of the stream
-            self._metrics.count_attempt(self.core.name, result.outcome.kind)
+        finally:
+            self.record.begin_wait(clock.now())  # should it be sent again
+        if result.streaming:
+            self._metrics.admit(self._operation, self.record)
+        else:  # what streams is recorded at its end
+            self._record_end(permit, result.outcome)
+        if self._rerouted and result.outcome.kind is Outcome.SUCCESS:
+            self._metrics.count_fallback(self.record.target, self.core.name)
         return result
 
+    def _record_end(self, permit: Permit, outcome: CallOutcome) -> None:
+        seconds = clock.now() - permit.granted_at
+        self._metrics.record_attempt(self._operation, outcome, seconds, error_type=self._error_type)
+
     def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
-        self._metrics.count_attempt(self.core.name, end.kind)
+        if end.kind is not Outcome.SUCCESS:
+            self._error_type = "abandoned" if end.kind is Outcome.IGNORED else "incomplete"
+        self._record_end(permit, CallOutcome(kind=end.kind))
+        first_chunk, first_token = (
+            None if at is None else at - permit.granted_at for at in (end.first_chunk_at, end.output_at)
+        )
+        self._metrics.record_stream(self._operation, first_chunk, first_token)
         super()._settle_stream(permit, meter, end)
 
     async def _attempt(self, permit: Permit) -> AttemptResult:
@@ -267,6 +339,8 @@ class ForwardedCall(Exchange):
         else:
             response.close()
         result = self.judge_answer(permit, response.status, headers, content)
+        if response.status >= ERRORS:
+            self._error_type = str(response.status)
         result.value = GatewayResponse(response.status, tuple(returned.items()), body)
         return result
 
@@ -303,6 +377,7 @@ class ForwardedCall(Exchange):
 
     def _failed(self, permit: Permit, error: Exception, connection: ResponseHandler | None) -> AttemptResult:
         """Return the result of an attempt whose connection failed, before the response or within it."""
+        self._error_type = type(error).__name__
         if _is_out_of_files(error):
             return self.connection_failed(permit, OutOfFiles(str(error)), local=True)
         sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
@@ -323,9 +398,15 @@ class ForwardedCall(Exchange):
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
         """See `Exchange.call_outcome`; the tokens count in the metrics."""
-        if usage is not None:
-            self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
+        if kind is Outcome.SUCCESS:  # before its tokens are counted
+            self._metrics.admit(self._operation, self.record)
+        if usage is not None and not self._was_counted():
+            self._metrics.count_tokens(self._operation, self.record, usage)
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
+
+    def _was_counted(self) -> bool:
+        """Return whether the answer was metered when it was generated: this call fetches it."""
+        return self.parsed.free and self.core.background.get(self.parsed.response_id) is None
 
 
 def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[str]:

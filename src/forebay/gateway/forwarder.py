@@ -17,6 +17,7 @@ from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
+from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.error_responses import (
@@ -108,7 +109,7 @@ class Forwarder:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
-        self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
+        self.metrics = GatewayMetrics(self.targets, settings)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
         self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
@@ -163,13 +164,13 @@ class Forwarder:
             destination = self._find_destination(request.raw_path, headers)
         except EarlyResponse as early:
             return self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
-        started = clock.now()
+        record = CallRecord(destination.target.name, clock.now())
         status = _CLIENT_CLOSED
         self._in_progress += 1
         self._idle.clear()
         try:
             with BodyReservation(self.body_memory) as body, BodyReservation(self.response_memory) as held:
-                response, status = await self._forward(request, headers, destination, body, held)
+                response, status = await self._forward(request, headers, destination, body, held, record=record)
         except EarlyResponse as early:
             response = self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
             status = response.status
@@ -182,7 +183,7 @@ class Forwarder:
             status = _BUG
             raise
         finally:
-            self.metrics.count_response(destination.target.name, status, clock.now() - started)
+            self.metrics.record_call(record, status, clock.now())
             self._in_progress -= 1
             if not self._in_progress:
                 self._idle.set()
@@ -213,7 +214,8 @@ class Forwarder:
             message = f"this gateway needs its token in the header {TOKEN_HEADER}"
             raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
         if path == "/metrics":
-            return web.Response(body=self.metrics.render(), headers={"content-type": "text/plain; version=0.0.4"})
+            page, content_type = self.metrics.render_for(headers.get("accept", ""))
+            return web.Response(body=page, headers={"content-type": content_type})
         return None
 
     def _find_destination(self, path: str, headers: Headers) -> Destination:
@@ -234,18 +236,20 @@ class Forwarder:
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
-    async def _forward(
+    async def _forward(  # noqa: PLR0913 - the parts of a call
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         body: BodyReservation,
         held: BodyReservation,
+        *,
+        record: CallRecord,
     ) -> tuple[web.StreamResponse, int]:
         """Return the response, which has been written, and the status that it counts as."""
         try:
             async with self._abortable_block():
-                call = await self._read_call(request, headers, destination, body, held)
+                call = await self._read_call(request, headers, destination, body, held, record=record)
                 started = clock.now()
                 try:
                     answer = await self._call(call, destination.target)
@@ -271,6 +275,7 @@ class Forwarder:
         Raises:
             EarlyResponse: the upstream rejected the call, or its last attempt failed.
         """
+        call.record.begin_wait(clock.now())
         try:
             answer: GatewayResponse | StreamingResponse = await target.upstream.runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
@@ -281,15 +286,19 @@ class Forwarder:
         except TRANSPORT_ERRORS as error:
             message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
+        finally:
+            call.record.end_wait(clock.now())
         return answer
 
-    async def _read_call(
+    async def _read_call(  # noqa: PLR0913 - the parts of a call
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         reservation: BodyReservation,
         held: BodyReservation,
+        *,
+        record: CallRecord,
     ) -> ForwardedCall:
         """Read a request, and return the call to make.
 
@@ -327,7 +336,9 @@ class Forwarder:
             client=self._client,
             held=held,
             metrics=self.metrics,
+            record=record,
         )
+        record.identify(model=call.call_request.model, tenant=call.call_request.tenant, key=call.key_digest)
         _check_call(call, body, target.protocol)
         return call
 

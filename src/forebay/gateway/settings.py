@@ -293,6 +293,9 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         drain_timeout: seconds for calls in progress to end when the gateway stops.
         client_timeout: seconds that a caller is assumed to wait for its answer if nothing tells how long.
         max_metrics_accounts: accounts of each target with gauges of their own in ``/metrics``, the busiest ones.
+        max_metrics_models: models with a label of their own in ``/metrics``; those served later count as ``other``.
+        max_metrics_tenants: the same of tenants; 0 for none.
+        max_metrics_keys: the same of API keys, of which eight digits of the digest are shown.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -314,6 +317,9 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     drain_timeout: float = 30.0
     client_timeout: float = 300.0
     max_metrics_accounts: int = 100
+    max_metrics_models: int = 100
+    max_metrics_tenants: int = 100
+    max_metrics_keys: int = 100
 
     def __post_init__(self) -> None:
         self._check_targets()
@@ -323,6 +329,9 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
             self._reject("listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
         self._check_whole("max_body_bytes", "max_held_bytes", "max_held_response_bytes")
         self._check_whole("max_header_bytes", "max_connections", "max_metrics_accounts")
+        for name in ("max_metrics_models", "max_metrics_tenants", "max_metrics_keys"):
+            if getattr(self, name) != 0 or isinstance(getattr(self, name), bool | float):
+                self._check_whole(name)
         if self.max_held_bytes < self.max_body_bytes:
             self._reject("max_held_bytes", f"at least max_body_bytes ({self.max_body_bytes:,}), to hold one such body")
         self._check_positive(

@@ -8,7 +8,6 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
-from forebay.context import CallObserver
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
 from forebay.quota import QuotaReservation, RateScope
@@ -55,6 +54,13 @@ class CallPrice(NamedTuple):
     unmetered: Unmetered | None = None
 
 
+class SpendObserver(Protocol):
+    """Whoever is told what a call was charged."""
+
+    def record_spend(self, usd: float) -> None:
+        """Note that the call was charged `usd` dollars, under a budget. Callable from any thread, and under a lock."""
+
+
 class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     """The needs of a call. Times are seconds of the account's clock.
 
@@ -78,7 +84,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         asked_at: when it first asked for a permit; set by the account.
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
         weight: the share of turns of its tenant, unless the account's weights name it.
-        payer: the run that makes it, which is told what it was charged; or None.
+        payer: the run or the call that is told what it was charged; or None.
     """
 
     charge: Charge = Charge()
@@ -100,7 +106,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     unmetered: Unmetered | None = None
     holder: Permit | None = None
     weight: float = 1.0
-    payer: CallObserver | None = None
+    payer: SpendObserver | None = None
 
     @property
     def goes_first(self) -> bool:

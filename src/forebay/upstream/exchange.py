@@ -34,7 +34,7 @@ from forebay.upstream.providers.classify import NO_RESPONSE
 from forebay.upstream.sdk_exceptions import ErrorAnswer
 
 REDIRECTS: Final = 300
-_ERRORS: Final = 400
+ERRORS: Final = 400
 _KEY_REFUSED: Final = (401, 403)
 _UNREAD: Final = (Endpoint.OTHER, Endpoint.SPEECH)  # their answers pass as they arrive
 
@@ -202,7 +202,7 @@ class Exchange:
         """
         self.error_kind = ErrorKind.SUCCESS
         self._status = status
-        if status >= _ERRORS:
+        if status >= ERRORS:
             self.error_kind = classify(status, headers, body)
             answer = ErrorAnswer(status, headers, body)
             result = judge_error_answer(

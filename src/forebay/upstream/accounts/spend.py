@@ -29,6 +29,11 @@ class SharedBudget:
         self._tracker = BudgetTracker(budget)
         self._lock = threading.Lock()
 
+    @property
+    def usd(self) -> float:
+        """The dollars that may be spent in each period."""
+        return self._tracker.budget.usd
+
     def can_afford(self, usd: float, priority: Priority) -> bool:
         """Return whether `usd` dollars may be reserved; False, even for 0, once the budget is spent."""
         with self._lock:
