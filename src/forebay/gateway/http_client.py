@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -12,6 +13,7 @@ from yarl import URL
 from forebay.gateway.http_proxy import http_proxy_for
 
 _HEADERS_NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
+_LONG_BODY: Final = 1 << 20  # bytes, beyond which aiohttp warns of bytes, and writes a file piece by piece
 
 
 class HttpClient:
@@ -50,7 +52,7 @@ class HttpClient:
             method,
             url,
             headers=headers,
-            data=body or None,
+            data=io.BytesIO(body) if len(body) > _LONG_BODY else body or None,
             allow_redirects=False,
             skip_auto_headers=_HEADERS_NOT_ADDED,
             timeout=limits,
