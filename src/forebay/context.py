@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 NO_VARIABLES: Final = Context()
 
 
+class EventReceiver(Protocol):
+    """A supervisor, as a receiver of the events of upstreams."""
+
+    def receive(self, event: Any) -> None:
+        """Deliver an `Event` to the sinks and subscriptions. Callable from any thread; it calls no user code."""
+
+
 class CallObserver(Protocol):
     """A run that reports its calls to its supervisor, which learns from them which load sources it depends on."""
 
@@ -37,6 +44,10 @@ class CallObserver(Protocol):
 
     def record_spend(self, usd: float) -> None:
         """Note that a call was charged `usd` dollars by an upstream with budgets. Callable from any thread."""
+
+    @property
+    def event_receiver(self) -> EventReceiver:
+        """The receiver of the events of the upstreams that it calls: its supervisor."""
 
     def record_upstream_fault(self) -> None:
         """Note a failure of the upstream: if the run fails after that, it does not count against its worker."""

@@ -158,6 +158,16 @@ class SpendReservation(Protocol):
         """Correct the cost, after `settle`, by usage that became known later."""
 
 
+class CallRecord(Protocol):
+    """The record of one call in a spend log. It is settled at most once: a call that costs nothing may not be."""
+
+    def settle(self, usd: float, *, input_tokens: int, output_tokens: int) -> None:
+        """Record the call, with its cost."""
+
+    def revise(self, usd: float, *, input_tokens: int, output_tokens: int) -> None:
+        """Correct what was recorded, by usage that became known later."""
+
+
 class CallBudget(Protocol):
     """A budget that calls spend from. It knows the time."""
 
@@ -186,6 +196,7 @@ class Permit(msgspec.Struct, eq=False):
         account: the account that granted it.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
+        record: of the call, in the spend log; None without one.
     """
 
     request: CallRequest
@@ -197,6 +208,7 @@ class Permit(msgspec.Struct, eq=False):
     account: object = None
     accepted: bool = False
     closed: bool = False
+    record: CallRecord | None = None
 
 
 class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -215,6 +227,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
         latency: seconds that it took; None if that says nothing about the upstream.
+        input_tokens: that it sent, cached ones included; None if they are not known.
         output_tokens: of a success, if known.
         estimated_input_tokens: the estimate made before it was sent; None if it cannot be compared with `used`.
         final: it is not retried. Only final attempts count for the breaker.
@@ -232,6 +245,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     rate_limit_headers: tuple[RateLimitHeaders, ...] = ()
     usd: float | None = None
     latency: float | None = None
+    input_tokens: int | None = None
     output_tokens: int = 0
     estimated_input_tokens: int | None = None
     final: bool = True

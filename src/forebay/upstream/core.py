@@ -19,6 +19,7 @@ from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
+from forebay.upstream.upstream_events import UpstreamEvents
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 _WARNED = 1_000  # unpriced models that are warned about: the callers of a gateway can name any model
@@ -34,6 +35,7 @@ class UpstreamCore:
         budgets: dollars that its calls may spend.
         prices: of its models.
         retry: of its calls.
+        events: delivers its events; None: to supervisors only.
 
     Attributes:
         profile: how the provider's API works.
@@ -54,12 +56,14 @@ class UpstreamCore:
         budgets: UpstreamBudgets,
         prices: Prices,
         retry: Retry,
+        events: UpstreamEvents | None = None,
     ) -> None:
         self.name = name
         self.provider = provider
         self.profile = profile_for(provider)
         self.settings = settings
         self.budgets = budgets
+        self.events = events or UpstreamEvents(name)
         self.prices = prices
         self.retry = retry
         self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
@@ -80,6 +84,7 @@ class UpstreamCore:
         """
         self._lock = threading.Lock()
         self.budgets.reset_after_fork()
+        self.events.reset_after_fork()
         self.accounts.reset_after_fork()
         self.accepted_keys.reset_after_fork()
         self.background = StoredResponses()  # the parent gets their usage
@@ -123,7 +128,9 @@ class UpstreamCore:
         )
         request = self.request_for(caller, model, charge, free=free, price=price)
         if self.budgets.has_budgets:
-            request.payer = context.call_observer()
+            request.payer = payer = context.call_observer()
+            if payer is not None:
+                self.events.add_receiver(payer.event_receiver)
         return request
 
     def request_for(
@@ -152,7 +159,7 @@ class UpstreamCore:
     def cost(
         self, model: str, usage: BilledUsage, *, answered_by: str = "", alternatives: Sequence[str] = ()
     ) -> float | None:
-        """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
+        """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if nothing counts them.
 
         Args:
             model: the model of the call.
@@ -160,7 +167,7 @@ class UpstreamCore:
             answered_by: the model that has answered, by the answer; if it is dearer, that counts.
             alternatives: models that may have answered; if the answer tells none with a price, the dearest counts.
         """
-        if not self.budgets.has_budgets:
+        if not self.budgets.counts_dollars:
             return 0.0
         usd = self.prices.cost(self.provider, model, usage)
         if usd is None or answered_by == model:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from forebay.upstream.call_request import SpendReservation
+from forebay.upstream.call_request import CallRecord, SpendReservation
 
 ValueT = TypeVar("ValueT")
 
@@ -21,11 +21,13 @@ class BackgroundResponse(NamedTuple):
         model: that it was requested from.
         tier: that it was requested with.
         spend: the dollars that were counted for it, of each budget.
+        record: of its call, in the spend log; None without one.
     """
 
     model: str
     tier: str
     spend: Sequence[SpendReservation]
+    record: CallRecord | None = None
 
 
 class StoredResponses(Generic[ValueT]):

@@ -16,6 +16,7 @@ import msgspec
 
 from forebay import clock
 from forebay._hooks import await_hook, call_hook, is_awaitable, is_interrupt
+from forebay.context import EventReceiver
 from forebay.errors import Overloaded, fresh_copy
 from forebay.events import TaskProgress
 from forebay.task import Deadline, Priority, Task, TaskStatus
@@ -185,6 +186,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def _add_spend(self, usd: float) -> None:
         self.usd = (self.usd or 0.0) + usd
+
+    @property
+    def event_receiver(self) -> EventReceiver:
+        """The supervisor, as a receiver of the events of upstreams."""
+        return self.dispatcher.core
 
     def record_upstream_fault(self) -> None:
         """Record that a call failed because of its upstream."""

@@ -31,6 +31,7 @@ from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
     CallOutcome,
+    CallRecord,
     CallRequest,
     Permit,
     Queued,
@@ -85,6 +86,8 @@ class Account:
         weights: tenants' shares of turns; for a tenant that is not named, the weight of its call counts.
         has_key: its calls have an API key, which may be invented.
         draw: returns random numbers from [0, 1).
+        record: returns the record of a call in the spend log, or None for one that is not recorded; None: there is no
+            log.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of an account
@@ -100,6 +103,7 @@ class Account:
         weights: Mapping[str, float] | None = None,
         has_key: bool = False,
         draw: Callable[[], float],
+        record: Callable[[CallRequest], CallRecord | None] | None = None,
     ) -> None:
         self.name = name
         self._has_key = has_key
@@ -118,6 +122,7 @@ class Account:
         self.places = KeptPlaces()
         self.open_answers = OpenAnswers(patience=_UNREAD_SHARE * max_wait)
         self._budgets = budgets
+        self._record = record
         self._upstream_budget = upstream_budget
         self._max_wait = max_wait
         self._draw = draw
@@ -265,6 +270,7 @@ class Account:
         grant = self.limit.grant(now, self.in_flight)
         self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
+        permit.record = None if self._record is None else self._record(request)
         self._unconfirmed.append(permit)
         self._suspension.record_sent(permit)
         return permit
@@ -487,7 +493,7 @@ class Account:
             failed = kind in (Outcome.FAULT, Outcome.OVERLOAD)  # a refusal for another cause is not counted either
             self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
-        _settle_dollars(permit, usd, kind)
+        _settle_dollars(permit, usd, outcome)
         self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
@@ -665,10 +671,16 @@ def _earliest(*times: float | None) -> float | None:
     return min((time for time in times if time is not None), default=None)
 
 
-def _settle_dollars(permit: Permit, usd: float, kind: Outcome) -> None:
+def _settle_dollars(permit: Permit, usd: float, outcome: CallOutcome) -> None:
     """Replace the dollars that are held for a call by those that it has cost, and tell the run that made it."""
     for dollars in permit.spend:
         dollars.settle(usd)
+    if not usd and outcome.kind is not Outcome.SUCCESS:
+        return  # a refused call tells nothing
+    if permit.record is not None:  # after its budgets: an alert that is written after what caused it may come twice
+        used = permit.request.charge if outcome.used is None else outcome.used
+        sent = used.input_tokens if outcome.input_tokens is None else outcome.input_tokens
+        permit.record.settle(usd, input_tokens=sent, output_tokens=outcome.output_tokens or used.output_tokens)
     payer = permit.request.payer
-    if permit.spend and payer is not None and (usd or kind is Outcome.SUCCESS):  # a refused call tells nothing
+    if permit.spend and payer is not None:
         payer.record_spend(usd)

@@ -175,6 +175,7 @@ class AccountRegistry:
     def _make(self, place: tuple[str, str], levels: _QuotaLevels | None = None) -> SharedAccount:
         mark, group = place
         settings = self.settings
+        recorder = self.budgets.recorder(mark[:_SHOWN])
 
         def open_account() -> Account:
             return Account(
@@ -188,6 +189,7 @@ class AccountRegistry:
                 weights=settings.weights,
                 has_key=bool(mark),
                 draw=self._draw,
+                record=None if recorder is None else recorder.begin,
             )
 
         return SharedAccount(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from forebay import clock
-from forebay.events import log
-from forebay.quota import Budget, BudgetReservation, BudgetTracker
+from forebay.events import BudgetAlert, log
+from forebay.quota import Budget, BudgetReservation, BudgetTracker, period_start
+from forebay.spend_log import SpendLog
+from forebay.spend_log.spend_record import AlertPlace, GivenAlert
 from forebay.task import Priority
+from forebay.upstream.accounts.spend_recorder import SpendRecorder
 from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
 from forebay.upstream.weak_lru import WeakLRU
 
@@ -20,19 +24,32 @@ _MAX_TASKS: Final = 131_072  # budgets of tasks; that of the task whose last cal
 
 
 class SharedBudget:
-    """A budget that the calls of several accounts spend from. Safe to use from any thread."""
+    """A budget that the calls of several accounts spend from. Safe to use from any thread.
 
-    __slots__ = ("__weakref__", "_lock", "_tracker", "name")
+    Args:
+        name: in messages.
+        budget: the amount and its period.
+        on_alert: called once an alert is due, with the share of it and the dollars spent. It may not block, or use the
+            budget.
+    """
 
-    def __init__(self, name: str, budget: Budget) -> None:
+    __slots__ = ("__weakref__", "_lock", "_on_alert", "_tracker", "name")
+
+    def __init__(self, name: str, budget: Budget, *, on_alert: Callable[[float, float], None] | None = None) -> None:
         self.name = name
         self._tracker = BudgetTracker(budget)
+        self._on_alert = on_alert
         self._lock = threading.Lock()
 
     @property
     def usd(self) -> float:
         """The dollars that may be spent in each period."""
         return self._tracker.budget.usd
+
+    def restore(self, at: float, usd: float, *, alerted: float) -> None:
+        """Begin with what was spent before. See `BudgetTracker.restore`."""
+        with self._lock:
+            self._tracker.restore(at, usd, alerted=alerted)
 
     def can_afford(self, usd: float, priority: Priority) -> bool:
         """Return whether `usd` dollars may be reserved; False, even for 0, once the budget is spent."""
@@ -47,9 +64,10 @@ class SharedBudget:
             used = budget.usd - self._tracker.remaining(now)
             retry_after = None if usd > budget.usd else self._tracker.resets_in(now)
             affordable_later = self._tracker.can_afford_unreserved(now, usd, priority)
+        self._alert_if_due(rejected=usd)
         if affordable_later:  # calls under way hold the most that they may cost, and return what they do not
             retry_after = min(_RETURNED_AFTER * (0.5 + clock.draw()), math.inf if retry_after is None else retry_after)
-        period = "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
+        period = _period_text(budget)
         reserved = budget.usd * budget.reserved_share
         kept = f", {reserved:,.3g} of it for HIGH and CRITICAL alone" if reserved else ""
         advice = ": ask for less, or raise that budget" if retry_after is None else ""
@@ -69,11 +87,21 @@ class SharedBudget:
         """Replace a reservation by the dollars that its call has cost."""
         with self._lock:
             self._tracker.settle(clock.wall_time(), reservation, usd)
+        self._alert_if_due()
 
     def revise(self, reservation: BudgetReservation, usd: float) -> None:
         """Correct the cost of a call that was settled before its usage was known."""
         with self._lock:
             self._tracker.revise(clock.wall_time(), reservation, usd)
+        self._alert_if_due()
+
+    def _alert_if_due(self, *, rejected: float | None = None) -> None:
+        now = clock.wall_time()
+        with self._lock:
+            share = self._tracker.take_alert(now, rejected=rejected)
+            spent = 0.0 if share is None else self._tracker.spent(now)
+        if share is not None and self._on_alert is not None:
+            self._on_alert(share, spent)
 
     def spent(self) -> float:
         """Return the dollars spent in this period."""
@@ -122,10 +150,30 @@ class UpstreamBudgets:
 
     Both tables are bounded. When more tenants have spent in their period than the table holds, further ones share one
     budget. A task's name is its caller's to choose, so its budget is forgotten once that many others came later.
+
+    Args:
+        name: of the upstream.
+        budget: of all calls.
+        tenant: of each tenant.
+        task: of each task.
+        spend_log: what was spent before, and where spend is recorded; open. None: nothing is kept.
+        on_alert: called with each alert. It may not block, or use a budget.
     """
 
-    def __init__(self, name: str, budget: Budget | None, tenant: Budget | None, task: Budget | None) -> None:
-        self.upstream_budget = SharedBudget(f"the budget of {name}", budget) if budget is not None else None
+    def __init__(  # noqa: PLR0913 - three budgets, and what they share
+        self,
+        name: str,
+        budget: Budget | None,
+        tenant: Budget | None,
+        task: Budget | None,
+        *,
+        spend_log: SpendLog | None = None,
+        on_alert: Callable[[BudgetAlert], None] | None = None,
+    ) -> None:
+        self._name = name
+        self._spend_log = spend_log
+        self._on_alert = on_alert
+        self.upstream_budget = self._new_budget(f"the budget of {name}", budget, "budget") if budget else None
         self.has_budgets = any(budget is not None for budget in (budget, tenant, task))
         self._tenant = tenant
         self._task = task
@@ -134,6 +182,21 @@ class UpstreamBudgets:
             _MAX_TENANTS, expendable=lambda _, budget: budget.is_fresh(), overflow=self._budget_of_further_tenants
         )
         self._tasks: WeakLRU[str, SharedBudget] = WeakLRU(_MAX_TASKS)
+
+    @property
+    def counts_dollars(self) -> bool:
+        """True if it matters what calls cost."""
+        return self.has_budgets or self._spend_log is not None
+
+    def recorder(self, key: str) -> SpendRecorder | None:
+        """Return the recorder of an account; None if nothing is recorded.
+
+        Args:
+            key: the digest of its API key, as it is shown.
+        """
+        if self._spend_log is None:
+            return None
+        return SpendRecorder(self._spend_log, self._name, key, by_task=self._task is not None)
 
     def for_request(self, request: CallRequest) -> Sequence[SharedBudget]:
         """Return the budgets that a call spends from."""
@@ -160,11 +223,48 @@ class UpstreamBudgets:
 
     def _new_tenant_budget(self, tenant: str) -> SharedBudget:
         assert self._tenant is not None  # noqa: S101 - tenants have budgets
-        return SharedBudget(f"the budget of tenant {tenant!r}", self._tenant)
+        return self._new_budget(f"the budget of tenant {tenant!r}", self._tenant, "tenant_budget", tenant)
 
     def _new_task_budget(self, task_id: str) -> SharedBudget:
         assert self._task is not None  # noqa: S101 - tasks have budgets
-        return SharedBudget(f"the budget of task {task_id!r}", self._task)
+        return self._new_budget(f"the budget of task {task_id!r}", self._task, "task_budget", task_id)
+
+    def _new_budget(self, name: str, budget: Budget, setting: str, subject: str = "") -> SharedBudget:
+        """Return a budget that begins with what the spend log has of it.
+
+        Args:
+            name: in messages.
+            budget: the amount and its period.
+            setting: of the upstream, which it is by.
+            subject: the tenant or the task; empty for the budget of all calls.
+        """
+        place = AlertPlace(self._name, setting, subject)
+        made = SharedBudget(name, budget, on_alert=functools.partial(self._alert, name, budget, place))
+        if self._spend_log is not None:
+            now = clock.wall_time()
+            spent = self._spend_log.spent(place, budget.per, now)
+            made.restore(now, spent, alerted=self._spend_log.alerted(place, period_start(budget.per, now)))
+        return made
+
+    def _alert(self, name: str, budget: Budget, place: AlertPlace, share: float, spent: float) -> None:
+        period = period_start(budget.per, clock.wall_time())
+        if self._spend_log is not None:
+            self._spend_log.record_alert(place, GivenAlert(period, share))
+        log.warning("%s: %s", name, _alert_text(budget, share, spent))
+        if self._on_alert is not None:
+            alert = BudgetAlert(
+                at=clock.now(),
+                upstream=place.upstream,
+                budget=place.budget,
+                tenant=place.subject if place.budget == "tenant_budget" else None,
+                task=place.subject if place.budget == "task_budget" else None,
+                share=share,
+                usd=budget.usd,
+                spent=spent,
+                per=budget.per,
+                period=period,
+            )
+            self._on_alert(alert)
 
     def _budget_of_further_tenants(self, tenant: str) -> SharedBudget:
         """Return the budget that a tenant beyond the bound of the table shares with others. Called under its lock."""
@@ -177,3 +277,15 @@ class UpstreamBudgets:
             name = f"the budget that all tenants beyond {_MAX_TENANTS:,} share"
             self._further_tenants = SharedBudget(name, self._tenant)
         return self._further_tenants
+
+
+def _period_text(budget: Budget) -> str:
+    return "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
+
+
+def _alert_text(budget: Budget, share: float, spent: float) -> str:
+    whole = f"{budget.usd:,.12g} USD {_period_text(budget)}"
+    if share < 1.0:
+        return f"{share:.0%} of {whole} is spent: {spent:,.4g} USD"
+    until = "" if budget.per is None else f" until the next {budget.per}"
+    return f"{spent:,.4g} of {whole} are spent; calls are rejected{until}"
