@@ -71,6 +71,7 @@ lock: install ## pin requirements/*.in again: ARGS=--upgrade for the newest vers
 	$(RUN) $(LOCK) requirements/local.in --output-file requirements/local.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/mutation.in --output-file requirements/mutation.txt --constraint requirements/dev.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/dbos.in --output-file requirements/dbos.txt $(ARGS)
+	$(RUN) $(LOCK) requirements/litellm.in --output-file requirements/litellm.txt $(ARGS)
 
 clean: ## drop caches and what was built; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
