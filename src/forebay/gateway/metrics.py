@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from forebay.events import BudgetAlert
 from forebay.gateway.targets import Target
 from forebay.interfaces import Outcome
 from forebay.upstream.providers import Usage
@@ -59,6 +60,12 @@ class GatewayMetrics:
         self._attempts = Counter(
             "forebay_attempts", "Attempts of calls, by outcome.", ["target", "outcome"], registry=self._registry
         )
+        self._budget_alerts = Counter(
+            "forebay_budget_alerts",
+            "Budgets of which a share was spent, once each a period.",
+            ["target", "budget", "share"],
+            registry=self._registry,
+        )
         self._registry.register(_AccountCollector(targets, max_accounts))
 
     def count_tokens(self, target: str, model: str, usage: Usage) -> None:
@@ -81,6 +88,10 @@ class GatewayMetrics:
     def count_rejection(self, target: str, limited_by: str) -> None:
         """Count a call that was rejected here, by the limit that rejected it."""
         self._counter(self._rejections, target, limited_by).inc()
+
+    def count_budget_alert(self, alert: BudgetAlert) -> None:
+        """Count an alert: a share of a budget is spent."""
+        self._counter(self._budget_alerts, alert.upstream, alert.budget, f"{alert.share:g}").inc()
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
