@@ -12,11 +12,13 @@ import typer
 from forebay import gateway as gateway_package
 from forebay.cli.config import load_gateway_settings
 from forebay.cli.extras import missing_extra_message
+from forebay.cli.state_directory import make_state_directory, with_default_spend_log
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
 from forebay.gateway.targets import make_targets
+from forebay.spend_log import parse_spend_log
 
 _EACH: Final = "for all targets, or NAME=NUMBER for one; repeatable."
 _USAGE_ERROR: Final = 2  # exit status, as typer's
@@ -50,6 +52,14 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
     ] = None,
     token_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the token that callers present.")
+    ] = None,
+    spend_log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="File that keeps what calls cost, sqlite:////absolute.db, or none; default with a budget: one in"
+            " $XDG_STATE_HOME/forebay.",
+        ),
     ] = None,
     drain_timeout: Annotated[
         float | None,
@@ -85,8 +95,10 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
                 "token_env": token_env,
                 "token_file": token_file,
                 "drain_timeout": drain_timeout,
+                "spend_log": spend_log,
             },
         )
+        settings = with_default_spend_log(settings, os.environ)
         _check_fallbacks(settings)
         proxies = {each.name: http_proxy_for(each.url, os.environ) for each in settings.targets}
     except (InvalidConfiguration, InvalidSetting) as error:
@@ -114,6 +126,7 @@ def _serve(settings: GatewaySettings) -> int:
         typer.echo(missing_extra_message(missing, "gateway"), err=True)
         return 1
     try:
+        make_state_directory(settings, os.environ)
         return gateway_package.serve(settings, ready=lambda running: _print_address(settings, running.port))
     except ForebayError as error:
         typer.echo(f"forebay: {error}", err=True)
@@ -122,7 +135,7 @@ def _serve(settings: GatewaySettings) -> int:
 
 def _print_address(settings: GatewaySettings, port: int) -> None:
     host = settings.listen.rpartition(":")[0]
-    typer.echo(f"listening on http://{host}:{port}")  # click flushes
+    typer.echo("\n".join([f"listening on http://{host}:{port}", *_spend_log_summary(settings)]))  # click flushes
 
 
 def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> list[str]:
@@ -138,8 +151,18 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
     return [
         f"listening on {settings.listen}; callers need {callers}",
         f"may set priority, deadline, tenant and task: {settings.trust}",
+        *_spend_log_summary(settings),
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
     ]
+
+
+def _spend_log_summary(settings: GatewaySettings) -> list[str]:
+    """Return where spend is kept; nothing if there is none to keep."""
+    if settings.spend_log_url is not None:
+        return [f"what calls cost is kept in {parse_spend_log(settings.spend_log_url).path}"]
+    if any(target.has_budgets for target in settings.targets):
+        return ["what calls cost is kept in memory: a restart refills the budgets"]
+    return []
 
 
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:

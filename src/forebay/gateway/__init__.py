@@ -33,6 +33,7 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
         MissingFallbackKey: the API key of a fallback is missing.
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
         CannotListen: the address is in use, or not one of this machine.
+        StoreUnavailable: the spend log cannot be opened.
     """
     from forebay.gateway.server import run_forever  # noqa: PLC0415 - aiohttp and prometheus_client are extras
 

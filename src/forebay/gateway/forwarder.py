@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 
 from forebay import clock
 from forebay.errors import Overloaded
-from forebay.events import log
+from forebay.events import BudgetAlert, Event, log
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
@@ -45,6 +45,7 @@ from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
+from forebay.spend_log import SpendLog
 from forebay.upstream.providers import Endpoint, Headers
 from forebay.upstream.providers.json_text import replace_lone_surrogates
 
@@ -90,6 +91,7 @@ class Forwarder:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         session: sends the calls.
+        spend_log: keeps what calls cost; open. None for none.
 
     Attributes:
         targets: the providers.
@@ -105,10 +107,15 @@ class Forwarder:
     """
 
     def __init__(
-        self, settings: GatewaySettings, environment: Mapping[str, str], *, session: aiohttp.ClientSession
+        self,
+        settings: GatewaySettings,
+        environment: Mapping[str, str],
+        *,
+        session: aiohttp.ClientSession,
+        spend_log: SpendLog | None = None,
     ) -> None:
         self._settings = settings
-        self.targets = make_targets(settings, environment)
+        self.targets = make_targets(settings, environment, spend_log=spend_log, on_event=self._on_event)
         self.metrics = GatewayMetrics(self.targets, settings)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
@@ -126,6 +133,11 @@ class Forwarder:
         self._abortable: set[asyncio.Timeout] = set()
         self._aborted = False
         self._files_logged_at = -math.inf
+
+    def _on_event(self, event: Event) -> None:
+        """Count the alerts of budgets; the upstream logs them."""
+        if isinstance(event, BudgetAlert):
+            self.metrics.count_budget_alert(event)
 
     def drain(self) -> None:
         """Reject new calls from now on."""

@@ -105,6 +105,13 @@ SPEND: Final = MetricDefinition(
     "US dollars",
     "US dollars that calls were charged, where a budget is set.",
 )
+BUDGET_ALERTS: Final = MetricDefinition(
+    "forebay_budget_alerts_total",
+    "counter",
+    ("target", "budget", "share"),
+    "alerts",
+    "Budgets of which a share was spent, once each a period.",
+)
 OPERATION_DURATION: Final = MetricDefinition(
     "gen_ai_client_operation_duration_seconds",
     "histogram",
@@ -177,6 +184,7 @@ BUILD: Final = MetricDefinition("forebay_build_info", "gauge", ("version",), "",
 
 METRICS: Final = (
     *(REQUESTS, REQUEST_DURATION, WAIT, REJECTIONS, FALLBACKS, ATTEMPTS, RETRIES, TIME_TO_FIRST_TOKEN, TOKENS, SPEND),
+    BUDGET_ALERTS,
     *(OPERATION_DURATION, TIME_TO_FIRST_CHUNK, TOKEN_USAGE),
     *(IN_FLIGHT, LIMIT, QUEUED, LOAD, BREAKER),
     *(QUOTA_REQUESTS_REMAINING, QUOTA_REQUESTS_LIMIT, QUOTA_TOKENS_REMAINING, QUOTA_TOKENS_LIMIT),

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import choose_encoder
 
 from forebay import __version__
+from forebay.events import BudgetAlert
 from forebay.gateway import metric_definitions as definitions
 from forebay.gateway.account_collector import AccountCollector
 from forebay.gateway.bounded_label import OTHER, BoundedLabel
@@ -38,7 +39,7 @@ _COUNTED: Final = (
     *(definitions.REQUESTS, definitions.REQUEST_DURATION, definitions.WAIT, definitions.REJECTIONS),
     *(definitions.FALLBACKS, definitions.ATTEMPTS, definitions.RETRIES, definitions.TIME_TO_FIRST_TOKEN),
     *(definitions.TOKENS, definitions.SPEND, definitions.OPERATION_DURATION, definitions.TIME_TO_FIRST_CHUNK),
-    definitions.TOKEN_USAGE,
+    *(definitions.TOKEN_USAGE, definitions.BUDGET_ALERTS),
 )
 
 
@@ -169,6 +170,10 @@ class GatewayMetrics:
         return labels
 
     # --- the page ---
+
+    def count_budget_alert(self, alert: BudgetAlert) -> None:
+        """Count an alert: a share of a budget is spent."""
+        self._child(definitions.BUDGET_ALERTS, alert.upstream, alert.budget, f"{alert.share:g}").inc()
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus's text format."""

@@ -27,6 +27,7 @@ from forebay.gateway.error_responses import error_response
 from forebay.gateway.file_limit import fit_connections
 from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.settings import GatewaySettings
+from forebay.spend_log import SpendLog
 
 _TOO_MANY_CONNECTIONS: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -342,6 +343,7 @@ class Gateway:
         MissingFallbackKey: on entering; the API key of a fallback is missing.
         InvalidSetting: on entering; a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
         CannotListen: on entering; the address is in use, or not one of this machine.
+        StoreUnavailable: on entering; the spend log cannot be opened.
     """
 
     def __init__(
@@ -356,6 +358,7 @@ class Gateway:
         self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
+        self._spend_log: SpendLog | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -369,12 +372,16 @@ class Gateway:
         )
         address = self.settings.address
         try:
-            self.forwarder = Forwarder(self.settings, self._environment, session=self._session)
+            await self._open_spend_log()
+            self.forwarder = Forwarder(
+                self.settings, self._environment, session=self._session, spend_log=self._spend_log
+            )
             self._web = _Server(self.forwarder, self.settings)
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
             await self._session.close()
+            await self._close_spend_log()
             if isinstance(error, OSError):
                 raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
@@ -409,6 +416,18 @@ class Gateway:
             await self._web.answer_last_requests()
             await self._web.end()
             await self._session.close()
+            await self._close_spend_log()
+
+    async def _open_spend_log(self) -> None:
+        if (url := self.settings.spend_log_url) is not None:
+            spend_log = SpendLog(url)
+            await asyncio.get_running_loop().run_in_executor(None, spend_log.open)
+            self._spend_log = spend_log
+
+    async def _close_spend_log(self) -> None:
+        """Write what calls have cost, and close the file."""
+        if self._spend_log is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._spend_log.close)
 
     async def _stop_listening(self) -> None:
         """Stop listening, and take over what has connected by then: the system would reset it."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, NoReturn
 
 import msgspec
 from msgspec import field
 
-from forebay._validate import is_positive, is_whole, reject
-from forebay.errors import InvalidSetting
+from forebay._validate import is_number, is_positive, is_whole, reject
+from forebay.errors import InvalidSetting, InvalidSpendLogUrl
+from forebay.events import Event
 from forebay.gateway.address import Address, parse_address, url_problem
 from forebay.gateway.secret import read_api_key, read_token
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
+from forebay.spend_log import SpendLog, parse_spend_log
+from forebay.storage.shown_url import shown_url
 from forebay.upstream import Fallback, Upstream
 from forebay.upstream.providers import profile_for
 
@@ -24,6 +27,7 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # it appears in paths, 
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, a field name
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 _PASSWORD: Final = re.compile(r"://[^/?#]*@")
+_NO_SPEND_LOG: Final = "none"
 _UNKNOWN_SERVER: Final = "openai-compatible"
 
 
@@ -153,6 +157,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         budget_usd: US dollars that all its calls together may spend in a day, in UTC.
         tenant_budget_usd: US dollars that each tenant may spend in a day.
         task_budget_usd: US dollars that each task may spend in all.
+        budget_alert: the share of the first two from which the log and a metric say, once a day, that so much is spent;
+            None: only that all is. See `forebay.Budget`.
         prices: US dollars per million tokens, by pattern of model, of models that the price list lacks.
         unmetered: what happens to calls that a budget or a rate limit cannot count, because their body cannot be read
             or their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
@@ -175,6 +181,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     budget_usd: float | None = None
     tenant_budget_usd: float | None = None
     task_budget_usd: float | None = None
+    budget_alert: float | None = 0.8
     prices: dict[str, Price] = field(default_factory=dict)
     unmetered: Literal["reject", "allow"] = "reject"
     share_keys: bool = False
@@ -203,6 +210,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         self._check_whole("max_attempts")
         self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
         self._check_positive("max_wait", unit="seconds")
+        if self.budget_alert is not None and not (is_number(self.budget_alert) and 0 < self.budget_alert < 1):
+            self._reject("budget_alert", "a share above 0 and below 1, such as 0.8")
         if self.unmetered not in ("reject", "allow"):
             self._reject("unmetered", "'reject' or 'allow'")
         for tenant, weight in self.weights.items():
@@ -225,15 +234,32 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         """The retry policy of its calls."""
         return Retry(max_attempts=self.max_attempts, max_total_delay=self.max_wait)
 
-    def upstream(self, fallbacks: Sequence[Fallback] = ()) -> Upstream:
-        """Return a new upstream with these settings and `fallbacks`."""
+    @property
+    def has_budgets(self) -> bool:
+        """True if it may spend no more than a budget."""
+        return any(usd is not None for usd in (self.budget_usd, self.tenant_budget_usd, self.task_budget_usd))
+
+    def upstream(
+        self,
+        fallbacks: Sequence[Fallback] = (),
+        *,
+        spend_log: SpendLog | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> Upstream:
+        """Return a new upstream with these settings.
+
+        Args:
+            fallbacks: of its calls.
+            spend_log: where it keeps what its calls cost; open.
+            on_event: called with its events.
+        """
         return Upstream(
             self.name,
             provider=self.resolved_provider,
             models={pattern: limits.quotas() for pattern, limits in self.models.items()},
             quotas=self.quotas(),
-            budget=_budget(self.budget_usd, "day"),
-            tenant_budget=_budget(self.tenant_budget_usd, "day"),
+            budget=_budget(self.budget_usd, "day", self.budget_alert),
+            tenant_budget=_budget(self.tenant_budget_usd, "day", self.budget_alert),
             task_budget=_budget(self.task_budget_usd, None),
             max_concurrent=self.max_concurrent,
             retry=self.retry,
@@ -242,6 +268,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             prices=self.prices,
             unmetered=self.unmetered,
             fallback=fallbacks,
+            spend_log=spend_log,
+            on_event=on_event,
         )
 
 
@@ -296,6 +324,8 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         max_metrics_models: models with a label of their own in ``/metrics``; those served later count as ``other``.
         max_metrics_tenants: the same of tenants; 0 for none.
         max_metrics_keys: the same of API keys, of which eight digits of the digest are shown.
+        spend_log: the file that keeps what calls cost, ``sqlite:////absolute.db``; ``"none"`` for none. None: none,
+            but the command ``forebay gateway`` has one of its own where a target has a budget.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -320,6 +350,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     max_metrics_models: int = 100
     max_metrics_tenants: int = 100
     max_metrics_keys: int = 100
+    spend_log: str | None = None
 
     def __post_init__(self) -> None:
         self._check_targets()
@@ -338,6 +369,13 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
             *("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", "client_timeout"), unit="seconds"
         )
         self._check_token(address)
+        if self.spend_log_url is not None:
+            try:
+                parse_spend_log(self.spend_log_url)
+            except InvalidSpendLogUrl as error:
+                expected = f"a file, such as 'sqlite:////var/lib/forebay/spend.db', or 'none': {error.why}"
+                shown = shown_url(self.spend_log_url) if isinstance(self.spend_log_url, str) else self.spend_log_url
+                self._reject("spend_log", expected, value=shown)
 
     def _check_targets(self) -> None:
         if not self.targets:
@@ -380,6 +418,11 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
             self._reject("context.trust", expected, value=self.context.trust)
 
     @property
+    def spend_log_url(self) -> str | None:
+        """The URL of the spend log; None if there is none."""
+        return None if self.spend_log == _NO_SPEND_LOG else self.spend_log
+
+    @property
     def address(self) -> Address:
         """The address on which it listens."""
         address = parse_address(self.listen)
@@ -417,5 +460,5 @@ def _reachable(edges: Mapping[str, Sequence[str]], name: str) -> set[str]:
     return found
 
 
-def _budget(usd: float | None, per: Literal["day"] | None) -> Budget | None:
-    return None if usd is None else Budget(usd=usd, per=per)
+def _budget(usd: float | None, per: Literal["day"] | None, alert: float | None = None) -> Budget | None:
+    return None if usd is None else Budget(usd=usd, per=per, alert=alert)

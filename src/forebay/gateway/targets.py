@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
+from forebay.events import Event
 from forebay.gateway.error_responses import ApiProtocol
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
+from forebay.spend_log import SpendLog
 from forebay.upstream import Fallback
 
 _RESOURCE: Final = re.compile(r"/v1/([^/]+)")
@@ -28,6 +30,8 @@ class Target:
     Args:
         settings: of the target.
         fallbacks: of its upstream.
+        spend_log: of the gateway, open; None for none.
+        on_event: called with the events of its upstream.
 
     Attributes:
         settings: of the target.
@@ -37,16 +41,35 @@ class Target:
         protocol: of its API.
     """
 
-    def __init__(self, settings: TargetSettings, fallbacks: Sequence[Fallback] = ()) -> None:
+    def __init__(
+        self,
+        settings: TargetSettings,
+        fallbacks: Sequence[Fallback] = (),
+        *,
+        spend_log: SpendLog | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
         self.settings = settings
         self.name = settings.name
-        self.upstream = settings.upstream(fallbacks)
+        self.upstream = settings.upstream(fallbacks, spend_log=spend_log, on_event=on_event)
         self.protocol: ApiProtocol = "anthropic" if settings.resolved_provider == "anthropic" else "openai"
         self.base_url = settings.url.rstrip("/")
 
 
-def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
+def make_targets(
+    settings: GatewaySettings,
+    environment: Mapping[str, str],
+    *,
+    spend_log: SpendLog | None = None,
+    on_event: Callable[[Event], object] | None = None,
+) -> list[Target]:
     """Return the targets of a gateway, in the order of its settings.
+
+    Args:
+        settings: of the gateway.
+        environment: variables with the API keys of fallbacks.
+        spend_log: of the gateway, open; None for none.
+        on_event: called with the events of their upstreams.
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
@@ -58,7 +81,7 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
     def make(name: str) -> Target:
         if name not in made:
             fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
-            made[name] = Target(by_name[name], fallbacks)
+            made[name] = Target(by_name[name], fallbacks, spend_log=spend_log, on_event=on_event)
         return made[name]
 
     def make_fallback(settings: FallbackSettings) -> Fallback:

@@ -1,6 +1,6 @@
 """Quotas and budgets: rates that refill, money that runs out, and prices. Reserved before a call, settled after it."""
 
-from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars, period_start
+from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import BilledUsage, Price, Prices
 from forebay.quota.quota import Quota, RateScope
 from forebay.quota.rate_limiter import HeldCharge, QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
@@ -21,5 +21,4 @@ __all__ = [
     "RateLimiter",
     "RateScope",
     "check_dollars",
-    "period_start",
 ]

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
-from forebay.quota import period_start
+from forebay.quota.budget import period_start
 from forebay.spend_log.spend_record import AlertPlace, GivenAlert
 from forebay.spend_log.spent_totals import SpentTotals
 from forebay.spend_log.unwritten_spend import SpendBatch
@@ -255,4 +255,6 @@ def open_existing(path: Path) -> SpendFile:
     if not path.is_file():
         advice = "Give the file that `forebay gateway --check` names, or the spend_log of the upstream."
         raise StoreUnavailable(where=str(path), why="there is no such file", advice=advice)
+    if not path.stat().st_size:
+        raise StoreUnavailable(where=str(path), why="it is empty", advice="Name a spend log.")
     return SpendFile(path, Fsync.YES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final, TypeAlias
 
-from forebay.quota import period_start
+from forebay.quota.budget import period_start
 
 _MAX_SUBJECTS: Final = 262_144  # tenants and tasks; the oldest are forgotten first
 

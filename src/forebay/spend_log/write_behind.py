@@ -108,9 +108,9 @@ class SpendLog:
         Raises:
             StoreUnavailable: the file cannot be opened or read; the message says why and what to do.
         """
+        if self._opened:  # without the lock, which is held while the file is written
+            return
         with self._file_lock:
-            if self._opened:
-                return
             now = clock.wall_time()
             self._file = SpendFile(*self._url)
             try:

@@ -23,6 +23,13 @@ OPENAI = ("--target", "openai=https://api.openai.com")
 PAGE = Path(__file__).parents[3] / "docs" / "gateway.md"
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory in which the commands keep what survives them."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state" / "forebay"
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["gateway", *arguments])
 
@@ -42,7 +49,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
     return settings
 
 
-def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySettings], tmp_path: Path) -> None:
+def test_it_serves_with_the_settings_of_options_and_file(
+    served: list[GatewaySettings], tmp_path: Path, state: Path
+) -> None:
     file = tmp_path / "forebay.toml"
     file.write_text("[targets.anthropic]\nurl = 'https://api.anthropic.com'\nrpm = 5\n")
     done = run(
@@ -51,7 +60,10 @@ def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySet
         *("--rpm", "500", "--rpm", "anthropic=6", "--input-tpm", "1", "--output-tpm", "2", "--tpm", "3"),
         *("--max-concurrent", "4", "--budget-usd", "25", "--drain-timeout", "90"),
     )
-    assert (done.exit_code, done.output) == (7, "listening on http://0.0.0.0:4242\n")
+    kept = state / "gateway-0.db"
+    assert (done.exit_code, done.output.splitlines()) == (
+        7, ["listening on http://0.0.0.0:4242", f"what calls cost is kept in {kept}"]
+    )  # fmt: skip
     limits: dict[str, Any] = {
         "input_tpm": 1,
         "output_tpm": 2,
@@ -65,6 +77,7 @@ def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySet
             listen="0.0.0.0:0",
             token_env="MINE",
             drain_timeout=90.0,
+            spend_log=f"sqlite:///{kept}",
             targets=(
                 TargetSettings(name="anthropic", url="https://api.anthropic.com", rpm=6, **limits),
                 TargetSettings(name="openai", url="https://api.openai.com", rpm=500, **limits),
@@ -92,7 +105,7 @@ def test_an_option_overrides_how_long_the_file_lets_calls_drain(served: list[Gat
 
 
 def test_check_prints_the_configuration_and_starts_nothing(
-    served: list[GatewaySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: list[GatewaySettings], tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MINE", raising=False)
     file = tmp_path / "forebay.toml"
@@ -108,6 +121,7 @@ def test_check_prints_the_configuration_and_starts_nothing(
     assert done.stdout.splitlines() == [
         "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
         "may set priority, deadline, tenant and task: anyone",
+        f"what calls cost is kept in {state / 'gateway-8787.db'}",
         "openai: https://api.openai.com; rules of openai; accounts of its own for each API key",
         "    1,000 USD per day",
         "    200,000 input tokens per minute of gpt*",
@@ -126,6 +140,51 @@ def test_check_prints_the_configuration_and_starts_nothing(
     summary = run("--config", str(file), "--check", "--target", "mine=http://h.example").stdout
     assert "fall back to mine, with the API key in $MINE, which is not set\n" in summary
     assert "callers need no token\n" in run(*OPENAI, "--check").stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--budget-usd", "5", "--spend-log", "none"), "kept in memory: a restart refills the budgets\n"),
+        (("--spend-log", "sqlite:////var/lib/spend.db"), "kept in /var/lib/spend.db\n"),
+        (("--budget-usd", "5", "--spend-log", "sqlite:////var/lib/spend.db"), "kept in /var/lib/spend.db\n"),
+    ],
+)
+def test_where_spend_is_kept_may_be_chosen(given: tuple[str, ...], says: str) -> None:
+    done = run(*OPENAI, *given, "--check")
+    assert f"what calls cost is {says}" in done.stdout
+
+
+def test_without_a_budget_no_file_is_made(served: list[GatewaySettings], state: Path) -> None:
+    assert "kept" not in run(*OPENAI).output
+    assert served[0].spend_log is None
+    assert not state.exists()
+
+
+def test_the_directory_of_the_default_file_is_made_and_of_no_other(
+    served: list[GatewaySettings], state: Path, tmp_path: Path
+) -> None:
+    assert run(*OPENAI, "--budget-usd", "5", "--spend-log", f"sqlite:///{tmp_path}/other/spend.db").exit_code == 7
+    assert not (tmp_path / "other").exists()
+    assert run(*OPENAI, "--budget-usd", "5").exit_code == 7
+    assert state.is_dir()
+    assert len(served) == 2
+
+
+@pytest.mark.usefixtures("served")
+def test_a_directory_that_cannot_be_made_is_an_error_with_advice(state: Path) -> None:
+    state.parent.write_text("a file is in its place")
+    done = run(*OPENAI, "--budget-usd", "5")
+    assert done.exit_code == 1
+    assert "its directory cannot be made" in done.stderr
+    assert "give --spend-log none to keep no spend" in done.stderr
+
+
+def test_an_invalid_spend_log_is_reported(served: list[GatewaySettings]) -> None:
+    done = run(*OPENAI, "--spend-log", "redis://host")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("--spend-log: gateway.spend_log is 'redis://host'; it must be a file, such as")
+    assert served == []
 
 
 def test_check_fails_if_there_is_a_mistake() -> None:

@@ -10,7 +10,8 @@ from typing import Final
 
 from forebay import clock
 from forebay.events import BudgetAlert, log
-from forebay.quota import Budget, BudgetReservation, BudgetTracker, period_start
+from forebay.quota import Budget, BudgetReservation, BudgetTracker
+from forebay.quota.budget import period_start
 from forebay.spend_log import SpendLog
 from forebay.spend_log.spend_record import AlertPlace, GivenAlert
 from forebay.task import Priority
