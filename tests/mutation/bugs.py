@@ -3489,7 +3489,7 @@ def learned_costs_differ_by_the_noise_of_runs() -> None:
 
 
 def what_a_call_is_charged_reaches_no_run() -> None:
-    always(Run, Run.record_spend, returns=None)
+    always(Run, Run.record_usage, returns=None)
 
 
 def a_cheap_worker_without_calls_to_spare_keeps_the_queue() -> None:

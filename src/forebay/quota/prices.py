@@ -82,6 +82,7 @@ class BilledUsage(msgspec.Struct, frozen=True, kw_only=True):
         web_searches: searches by the provider's web search tool.
         file_searches: searches by the provider's file search tool.
         characters: of text that was sent to be spoken.
+        reasoning_tokens: those of the output that were hidden reasoning. They cost as much as the others.
         tier: the service tier or speed: ``"priority"``, ``"fast"``, ``"flex"``...; empty for the usual one.
         factor: by which the tokens are dearer than usual, for the place where they are computed.
     """
@@ -98,6 +99,7 @@ class BilledUsage(msgspec.Struct, frozen=True, kw_only=True):
     web_searches: int = 0
     file_searches: int = 0
     characters: int = 0
+    reasoning_tokens: int = 0
     tier: str = ""
     factor: float = 1.0
 
