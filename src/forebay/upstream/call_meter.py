@@ -86,7 +86,9 @@ class CallMeter:
             return price
         if parsed.free or not core.budgets.has_budgets:
             return CallPrice()
-        if unpriced := unreadable or find_unpriced(parsed):
+        if unreadable:  # and such calls pass
+            return core.unpriced_call(unreadable, model, allow=True)
+        if unpriced := find_unpriced(parsed):
             return core.unpriced_call(unpriced, model)
         usage = core.profile.estimate_usage(
             parsed,
@@ -183,7 +185,7 @@ class CallMeter:
             alternatives=parsed.alternatives,
         )
         if usd is None and self.price.usd:
-            core.count_unpriced()
+            core.count_unpriced(parsed.model or "")
         if usd is not None and answer is not None and not answer.whole:
             return max(usd, self.price.usd)
         return usd

@@ -207,26 +207,32 @@ class UpstreamCore:
                 at_once = max(at_once, usd - made * usage.output_tokens / per_second.output_tokens)
         return CallPrice(dearest, rate, at_once)
 
-    def count_unpriced(self) -> None:
-        """Count a call that had a price, and has used something that has none."""
-        with self._lock:
-            self.unpriced_calls += 1
+    def count_unpriced(self, model: str) -> None:
+        """Count and log a call of a model with a price that has used something that has none."""
+        reason = f"no price is known for some of what calls of model {model!r} use"
+        if self._is_first_unpriced(reason):
+            log.warning("calls of %r count in its budget as they were reserved, because %s", self, reason)
 
     def unpriced_call(self, reason: str, model: str, *, allow: bool = False) -> CallPrice:
         """Return the price of a call whose price is not known: it is rejected, or counts as free and is logged."""
-        with self._lock:
-            self.unpriced_calls += 1
-            new = (model or reason) not in self._unpriced and len(self._unpriced) < _WARNED
-            if new:
-                self._unpriced.add(model or reason)
-        if self.settings.unmetered == "reject" and not allow:
-            advice = "(unmetered='allow' lets such calls pass, and counts them as free)"
+        first = self._is_first_unpriced(model or reason)
+        if self.settings.refuses_unpriced and not allow:
+            advice = "(unpriced='warn' lets such calls pass, counts them as free, and logs the first)"
             return CallPrice(
                 unmetered=Unmetered(f"it cannot be counted in a budget, because {reason} {advice}", UNPRICED)
             )
-        if new:
+        if first:
             log.warning("calls of %r cannot be counted in its budget, because %s", self, reason)
         return CallPrice()
+
+    def _is_first_unpriced(self, what: str) -> bool:
+        """Count a call without a price, and return whether it is the first of its model or reason."""
+        with self._lock:
+            self.unpriced_calls += 1
+            first = what not in self._unpriced and len(self._unpriced) < _WARNED
+            if first:
+                self._unpriced.add(what)
+        return first
 
     def unreadable_call(self, reason: str) -> CallPrice | None:
         """Return the price of a call that cannot be read: it is rejected, or None if such calls pass."""
