@@ -83,7 +83,8 @@ class BilledUsage(msgspec.Struct, frozen=True, kw_only=True):
         file_searches: searches by the provider's file search tool.
         characters: of text that was sent to be spoken.
         reasoning_tokens: those of the output that were hidden reasoning. They cost as much as the others.
-        tier: the service tier or speed: ``"priority"``, ``"fast"``, ``"flex"``...; empty for the usual one.
+        tier: the service tier or speed: ``"priority"``, ``"fast"``, ``"flex"``, or ``"batch"`` for a call that was in a
+            batch; empty for the usual one.
         factor: by which the tokens are dearer than usual, for the place where they are computed.
     """
 
@@ -231,7 +232,7 @@ class _ListedModel:
     def _context(self, tier: str) -> tuple[dict[str, str], float]:
         """Return the context by which the list finds the prices of a tier, or the factor for one that it lacks."""
         for when in () if tier in _USUAL_TIERS else self._variants:
-            if list(when.values()) == [tier] and "processing" not in when:
+            if list(when.values()) == [tier]:  # a service tier, a speed, or the processing in a batch
                 return when, 1.0
         return {}, _TIER_FACTORS.get(tier, 1.0)
 
