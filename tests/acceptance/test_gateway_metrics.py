@@ -106,7 +106,14 @@ def settings_with_fallback(harness: GatewayHarness, **gateway: Any) -> GatewaySe
     spare = TargetSettings(name="spare", url=harness.url, provider="openai-compatible", prices=PRICES, budget_usd=1e6)
     elsewhere = FallbackSettings(target="spare", api_key_env="SPARE")
     own = TargetSettings(
-        name="openai", url=harness.url, rpm=1, tpm=10**6, fallback=(elsewhere,), prices=PRICES, budget_usd=1e6
+        name="openai",
+        url=harness.url,
+        rpm=1,
+        tpm=10**6,
+        fallback=(elsewhere,),
+        prices=PRICES,
+        budget_usd=1e6,
+        budget_alert=1e-12,
     )
     return GatewaySettings(targets=(own, spare), listen="127.0.0.1:0", **gateway)
 

@@ -25,7 +25,7 @@ COST = 0.05
 CALLS = 400  # that the budget of the surges lasts for
 AT_ONCE = 20  # calls
 WRITTEN = 60  # calls of a process that is killed that are written before
-SPENT = 'forebay_spent_usd{target="openai"}'
+SPENT = 'forebay_budget_spent_usd{target="openai"}'
 CONFIG = f"""
 [targets.openai]
 url = "{{url}}"

@@ -17,6 +17,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from forebay import clock
+from forebay.call_usage import CallUsage
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
@@ -166,9 +167,10 @@ class _SpendCounter:
         self._operation = operation
         self._record = record
 
-    def record_spend(self, usd: float) -> None:
-        """See `SpendObserver`."""
-        self._metrics.count_spend(self._operation, self._record, usd)
+    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:
+        """See `UsageObserver`."""
+        if (cost := usage.usd if usd is None else usd) > 0.0:
+            self._metrics.count_spend(self._operation, self._record, cost)
 
 
 class ForwardedCall(Exchange):
@@ -222,8 +224,7 @@ class ForwardedCall(Exchange):
         self._operation = Operation(core.name, core.profile.provider, self.parsed.endpoint, self.call_request.model)
         self._error_type = ""
         self._rerouted = False
-        if core.budgets.has_budgets:
-            self.call_request.payer = _SpendCounter(metrics, self._operation, record)
+        self.call_request.payer = _SpendCounter(metrics, self._operation, record)
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)

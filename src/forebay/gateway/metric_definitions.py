@@ -103,7 +103,7 @@ SPEND: Final = MetricDefinition(
     "counter",
     ("target", "model", "tenant", "key"),
     "US dollars",
-    "US dollars that calls were charged, where a budget is set.",
+    "US dollars that calls have cost, where their price is known.",
 )
 BUDGET_ALERTS: Final = MetricDefinition(
     "forebay_budget_alerts_total",

@@ -160,8 +160,10 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         budget_alert: the share of the first two from which the log and a metric say, once a day, that so much is spent;
             None: only that all is. See `forebay.Budget`.
         prices: US dollars per million tokens, by pattern of model, of models that the price list lacks.
-        unmetered: what happens to calls that a budget or a rate limit cannot count, because their body cannot be read
-            or their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unmetered: what happens to calls that a budget or a rate limit cannot count, because their body cannot be read:
+            ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unpriced: what happens to calls whose price a budget does not know: ``"refuse"``, or ``"warn"``: they count as
+            free, and are logged once for each model or reason. None: ``"refuse"``, unless `unmetered` is ``"allow"``.
         share_keys: whether callers with different API keys share the accounts; else each key has its own.
         max_wait: seconds that a call may be expected to wait, if its caller waits that long; else it is rejected.
         max_attempts: of each call, the first included.
@@ -184,6 +186,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     budget_alert: float | None = 0.8
     prices: dict[str, Price] = field(default_factory=dict)
     unmetered: Literal["reject", "allow"] = "reject"
+    unpriced: Literal["warn", "refuse"] | None = None
     share_keys: bool = False
     max_wait: float = 600.0
     max_attempts: int = 6
@@ -208,15 +211,20 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
                 self._reject("provider", vars(error)["expected"])
         self._check_whole("max_concurrent", optional=True)
         self._check_whole("max_attempts")
-        self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
         self._check_positive("max_wait", unit="seconds")
+        self._check_money()
+        for tenant, weight in self.weights.items():
+            if not is_positive(weight):
+                self._reject(f"weights.{tenant}", "a positive number", value=weight)
+
+    def _check_money(self) -> None:
+        self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
         if self.budget_alert is not None and not (is_number(self.budget_alert) and 0 < self.budget_alert < 1):
             self._reject("budget_alert", "a share above 0 and below 1, such as 0.8")
         if self.unmetered not in ("reject", "allow"):
             self._reject("unmetered", "'reject' or 'allow'")
-        for tenant, weight in self.weights.items():
-            if not is_positive(weight):
-                self._reject(f"weights.{tenant}", "a positive number", value=weight)
+        if self.unpriced not in ("warn", "refuse", None):
+            self._reject("unpriced", "'warn' or 'refuse'")
         Prices(self.prices)
 
     @property
@@ -267,6 +275,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             weights=self.weights,
             prices=self.prices,
             unmetered=self.unmetered,
+            unpriced=self.unpriced,
             fallback=fallbacks,
             spend_log=spend_log,
             on_event=on_event,

@@ -69,8 +69,11 @@ class Upstream:
         weights: tenants' shares of turns. A tenant that is not named has the weight that the supervisor of the calling
             task gives it (``tenants=``), or 1.0.
         prices: by model, of those that the price list lacks or has wrong.
-        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
-            their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read:
+            ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unpriced: what happens to calls whose price a budget does not know: ``"refuse"``, or ``"warn"``: they count
+            as free, and are logged once for each model or reason. While the budget is spent, no
+            call passes, whatever its price. None: ``"refuse"``, unless `unmetered` is ``"allow"``.
         spend_log: the file that keeps what calls have cost, such as ``"sqlite:///spend.db"``: budgets go on after a
             restart with what is spent. Several upstreams may share a `SpendLog`. None: a restart begins at zero.
         on_event: called with each `Event` of the upstream, such as a `BudgetAlert`, in a turn of its own of the event
@@ -111,6 +114,7 @@ class Upstream:
         unmetered: Literal["reject", "allow"] = "reject",
         spend_log: SpendLog | str | None = None,
         on_event: Callable[[Event], object] | None = None,
+        unpriced: Literal["warn", "refuse"] | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -131,6 +135,7 @@ class Upstream:
             max_start_wait=max_start_wait,
             weights=weights,
             unmetered=unmetered,
+            unpriced=unpriced,
         )
         self.name = name
         self.provider = provider

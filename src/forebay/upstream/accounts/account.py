@@ -451,8 +451,11 @@ class Account:
             unconfirmed.popleft()
         return None
 
-    def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> None:
+    def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> float:
         """Close a permit: return its slot, and the reserved amounts that were not used.
+
+        Returns:
+            The dollars that the call was charged, or would have been by a budget.
 
         Raises:
             AssertionError: it is closed already: a bug of the caller.
@@ -500,6 +503,7 @@ class Account:
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
         if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
+        return usd
 
     def _unreported_cost(self, now: float, permit: Permit, kind: Outcome) -> float:
         """Return the dollars to count for a call that was sent, and whose usage never arrived.
@@ -672,7 +676,7 @@ def _earliest(*times: float | None) -> float | None:
 
 
 def _settle_dollars(permit: Permit, usd: float, outcome: CallOutcome) -> None:
-    """Replace the dollars that are held for a call by those that it has cost, and tell the run that made it."""
+    """Replace the dollars that are held for a call by those that it has cost, and record it in the spend log."""
     for dollars in permit.spend:
         dollars.settle(usd)
     if not usd and outcome.kind is not Outcome.SUCCESS:
@@ -681,6 +685,3 @@ def _settle_dollars(permit: Permit, usd: float, outcome: CallOutcome) -> None:
         used = permit.request.charge if outcome.used is None else outcome.used
         sent = used.input_tokens if outcome.input_tokens is None else outcome.input_tokens
         permit.record.settle(usd, input_tokens=sent, output_tokens=outcome.output_tokens or used.output_tokens)
-    payer = permit.request.payer
-    if permit.spend and payer is not None:
-        payer.record_spend(usd)
