@@ -1,6 +1,7 @@
 """Forebay: backpressure for fleets of AI agents."""
 
 from forebay.adapters import as_handler
+from forebay.call_usage import CallUsage
 from forebay.carried_context import carry
 from forebay.context import progress
 from forebay.errors import (
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackpressureSupervisor",
     "Budget",
+    "CallUsage",
     "Deadline",
     "DrainReport",
     "Estimate",

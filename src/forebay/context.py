@@ -11,6 +11,7 @@ import msgspec
 from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
+    from forebay.call_usage import CallUsage
     from forebay.errors import Overloaded
     from forebay.interfaces import LoadSource
 
@@ -35,11 +36,20 @@ class CallObserver(Protocol):
     def record_rejection(self, by: object, error: Overloaded) -> None:
         """Note that `by` rejected a call for good: if the run fails after that, it ends as Overloaded."""
 
-    def record_spend(self, usd: float) -> None:
-        """Note that a call was charged `usd` dollars by an upstream with budgets. Callable from any thread."""
-
     def record_upstream_fault(self) -> None:
         """Note a failure of the upstream: if the run fails after that, it does not count against its worker."""
+
+
+class UsageObserver(Protocol):
+    """A running task that adds up what its calls use."""
+
+    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:
+        """Add `usage` to that of the task. Callable from any thread.
+
+        Args:
+            usage: of a call that has ended; or a correction, or the note that a call begins.
+            usd: dollars that an upstream with budgets has charged for the call; None if it has none.
+        """
 
 
 class RunningTask(Protocol):
@@ -118,6 +128,11 @@ class DetachedTask:
     def report(self, value: Any) -> None:
         """See `RunningTask`: nobody listens any more."""
 
+    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:
+        """See `UsageObserver`. The calls of a compensation are those of the run that waits for it."""
+        if hasattr(self.awaited_by, "record_usage"):
+            cast("UsageObserver", self.awaited_by).record_usage(usage, usd=usd)
+
 
 # Calls made inside a saga that has begun are of this priority at least.
 _least_priority: ContextVar[Priority] = ContextVar("forebay_least_priority", default=Priority.LOW)
@@ -144,6 +159,12 @@ def call_observer() -> CallObserver | None:
     if running is None or not hasattr(running, "record_call"):
         return None
     return cast("CallObserver", running)
+
+
+def usage_observer() -> UsageObserver | None:
+    """Return the running task if it adds up what its calls use, otherwise None."""
+    running = _current.get()
+    return cast("UsageObserver", running) if hasattr(running, "record_usage") else None
 
 
 def progress(value: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from forebay._json import JsonStruct
+from forebay.call_usage import CallUsage
 from forebay.task import DEFAULT_TENANT, Priority, Task
 
 
@@ -323,6 +324,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         duration_ms: milliseconds of the last attempt.
         attempts: starts of the handler.
         finished_at: epoch seconds.
+        usage: of the calls that the task made; None if it made none, or an earlier version stored it.
     """
 
     status: str
@@ -332,6 +334,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     finished_at: float = 0.0
+    usage: CallUsage | None = None
 
 
 class DeadRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,6 +49,7 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
+from forebay.call_usage import NO_USAGE
 from forebay.cli import autoscale_metrics
 from forebay.cli import gateway as gateway_command
 from forebay.context import running_task
@@ -188,7 +189,7 @@ from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.start_gate import OtherWorkers, StartGate
 from forebay.supervisor.tenants import Tenants
-from forebay.supervisor.ticket import Ticket, found_ticket
+from forebay.supervisor.ticket import Ticket, TicketRun, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.tree import supervision, worker_life
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
@@ -220,6 +221,7 @@ from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
@@ -891,6 +893,29 @@ def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
 # --- spend and quotas ---
 
 
+def the_usage_of_an_attempt_that_failed_is_lost() -> None:
+    original = Ticket.start
+
+    def start(self: Ticket, run: TicketRun) -> None:
+        original(self, run)
+        self.usage = NO_USAGE
+
+    replace(Ticket, original, start)
+
+
+def a_call_without_a_price_passes_a_spent_budget() -> None:
+    original = BudgetTracker.can_afford
+
+    def can_afford(self: BudgetTracker, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
+        return usd == 0.0 or original(self, now, usd, priority)
+
+    replace(BudgetTracker, original, can_afford)
+
+
+def a_call_under_way_when_its_task_ends_is_not_mentioned() -> None:
+    always(UsageRecorder, UsageRecorder.begin, returns=None)
+
+
 def what_others_have_reserved_is_spent_again() -> None:
     original = BudgetTracker.can_afford
 
@@ -904,10 +929,10 @@ def what_others_have_reserved_is_spent_again() -> None:
 def a_call_that_failed_midway_costs_nothing() -> None:
     original = Account.settle
 
-    def settle(self: Account, now: float, permit: Permit, outcome: CallOutcome) -> None:
+    def settle(self: Account, now: float, permit: Permit, outcome: CallOutcome) -> float:
         if outcome.kind is Outcome.FAULT and outcome.usd is None:
             outcome = msgspec.structs.replace(outcome, usd=0.0)
-        original(self, now, permit, outcome)
+        return original(self, now, permit, outcome)
 
     replace(Account, original, settle)
 
@@ -3498,7 +3523,7 @@ def learned_costs_differ_by_the_noise_of_runs() -> None:
 
 
 def what_a_call_is_charged_reaches_no_run() -> None:
-    always(Run, Run.record_spend, returns=None)
+    always(Run, Run.record_usage, returns=None)
 
 
 def a_cheap_worker_without_calls_to_spare_keeps_the_queue() -> None:

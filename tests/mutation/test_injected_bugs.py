@@ -77,10 +77,12 @@ from tests.acceptance import (
     test_stored_tickets,
     test_submitting,
     test_supervision,
+    test_task_usage,
     test_tenants,
     test_tenants_in_the_overflow,
     test_threads,
     test_upstream,
+    test_upstream_bad_input,
     test_upstream_retries,
     test_worker_changes,
     test_worker_counters,
@@ -393,6 +395,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_stored_text.test_an_error_of_any_text_is_stored_and_its_task_not_run_again
     ),
     bugs.an_orderly_stop_counts_as_a_crash: test_drain.test_orderly_stops_are_no_crashes,
+    bugs.the_usage_of_an_attempt_that_failed_is_lost: test_task_usage.test_the_usage_of_attempts_that_failed_counts,
+    bugs.a_call_without_a_price_passes_a_spent_budget: (
+        test_upstream_bad_input.test_a_call_without_a_price_never_passes_a_spent_budget
+    ),
+    bugs.a_call_under_way_when_its_task_ends_is_not_mentioned: (
+        test_task_usage.test_a_call_that_is_under_way_when_its_task_times_out_is_unfinished
+    ),
     bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_dollars_are_not_available_to_others,
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
     bugs.dollars_that_another_account_has_taken_are_reserved: (

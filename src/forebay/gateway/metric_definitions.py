@@ -103,7 +103,7 @@ SPEND: Final = MetricDefinition(
     "counter",
     ("target", "model", "tenant", "key"),
     "US dollars",
-    "US dollars that calls were charged, where a budget is set.",
+    "US dollars that calls have cost, by the price list.",
 )
 OPERATION_DURATION: Final = MetricDefinition(
     "gen_ai_client_operation_duration_seconds",

@@ -154,8 +154,10 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         tenant_budget_usd: US dollars that each tenant may spend in a day.
         task_budget_usd: US dollars that each task may spend in all.
         prices: US dollars per million tokens, by pattern of model, of models that the price list lacks.
-        unmetered: what happens to calls that a budget or a rate limit cannot count, because their body cannot be read
-            or their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unmetered: what happens to calls that a budget or a rate limit cannot count, because their body cannot be read:
+            ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unpriced: what happens to calls whose price a budget does not know: ``"refuse"``, or ``"warn"``: they count as
+            free, and are logged once for each model or reason. None: ``"refuse"``, unless `unmetered` is ``"allow"``.
         share_keys: whether callers with different API keys share the accounts; else each key has its own.
         max_wait: seconds that a call may be expected to wait, if its caller waits that long; else it is rejected.
         max_attempts: of each call, the first included.
@@ -177,6 +179,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     task_budget_usd: float | None = None
     prices: dict[str, Price] = field(default_factory=dict)
     unmetered: Literal["reject", "allow"] = "reject"
+    unpriced: Literal["warn", "refuse"] | None = None
     share_keys: bool = False
     max_wait: float = 600.0
     max_attempts: int = 6
@@ -205,6 +208,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         self._check_positive("max_wait", unit="seconds")
         if self.unmetered not in ("reject", "allow"):
             self._reject("unmetered", "'reject' or 'allow'")
+        if self.unpriced not in ("warn", "refuse", None):
+            self._reject("unpriced", "'warn' or 'refuse'")
         for tenant, weight in self.weights.items():
             if not is_positive(weight):
                 self._reject(f"weights.{tenant}", "a positive number", value=weight)
@@ -241,6 +246,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             weights=self.weights,
             prices=self.prices,
             unmetered=self.unmetered,
+            unpriced=self.unpriced,
             fallback=fallbacks,
         )
 

@@ -86,7 +86,9 @@ class CallMeter:
             return price
         if parsed.free or not core.budgets.has_budgets:
             return CallPrice()
-        if unpriced := unreadable or find_unpriced(parsed):
+        if unreadable:  # and such calls pass
+            return core.unpriced_call(unreadable, model, allow=True)
+        if unpriced := find_unpriced(parsed):
             return core.unpriced_call(unpriced, model)
         usage = core.profile.estimate_usage(
             parsed,
@@ -169,13 +171,13 @@ class CallMeter:
             output_tokens=usage.output_tokens,
             estimated_input_tokens=self._parsed.input_tokens if reported else None,
             rate_limit_headers=rate_limit_headers,
+            usage=usage,
+            reported=not usage.estimated,
         )
 
     def _cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
         """Return the dollars of a usage; None for as many as were reserved."""
         core, parsed = self._core, self._parsed
-        if not core.budgets.has_budgets:
-            return 0.0
         usd = core.cost(
             parsed.model or "",
             usage.billed(tier=parsed.tier, web_searches=parsed.searches),
@@ -183,7 +185,7 @@ class CallMeter:
             alternatives=parsed.alternatives,
         )
         if usd is None and self.price.usd:
-            core.count_unpriced()
+            core.count_unpriced(parsed.model or "")
         if usd is not None and answer is not None and not answer.whole:
             return max(usd, self.price.usd)
         return usd
@@ -191,12 +193,12 @@ class CallMeter:
     def _remember(self, permit: Permit, response_id: str, usage: Usage | None) -> None:
         """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""
         core, parsed = self._core, self._parsed
-        if parsed.endpoint is not Endpoint.RESPONSES or not permit.spend:
+        if parsed.endpoint is not Endpoint.RESPONSES:
             return
         if usage is not None and not usage.estimated:
             core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
         elif parsed.background:
-            core.background.add(response_id, BackgroundResponse(parsed.model or "", parsed.tier, permit.spend))
+            core.background.add(response_id, BackgroundResponse(parsed.model or "", parsed.tier, permit))
 
     def _correct_background(self, response_id: str, usage: Usage, *, answered_by: str) -> None:
         """Replace the dollars counted for a response in the background by those of its usage."""
@@ -205,6 +207,7 @@ class CallMeter:
             return
         usd = self._core.cost(response.model, usage.billed(tier=response.tier), answered_by=answered_by)
         if usd is not None:
-            for counted in response.spend:
+            for counted in response.permit.spend:
                 counted.revise(usd)
+        self._core.recorder.correct(response.permit, usage, usd)
         self._core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)

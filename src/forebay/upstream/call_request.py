@@ -8,10 +8,13 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
+from forebay.call_usage import CallUsage
+from forebay.context import UsageObserver
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
-from forebay.quota import QuotaReservation, RateScope
+from forebay.quota import BilledUsage, QuotaReservation, RateScope
 from forebay.task import DEFAULT_TENANT, Priority
+from forebay.upstream.usage_table import UsageLabels
 
 _REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 UNREADABLE: Final = "unreadable"
@@ -54,13 +57,6 @@ class CallPrice(NamedTuple):
     unmetered: Unmetered | None = None
 
 
-class SpendObserver(Protocol):
-    """Whoever is told what a call was charged."""
-
-    def record_spend(self, usd: float) -> None:
-        """Note that the call was charged `usd` dollars, under a budget. Callable from any thread, and under a lock."""
-
-
 class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     """The needs of a call. Times are seconds of the account's clock.
 
@@ -84,7 +80,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         asked_at: when it first asked for a permit; set by the account.
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
         weight: the share of turns of its tenant, unless the account's weights name it.
-        payer: the run or the call that is told what it was charged; or None.
+        payer: the task that makes it, which is told what it has used and was charged; or None.
     """
 
     charge: Charge = Charge()
@@ -106,7 +102,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     unmetered: Unmetered | None = None
     holder: Permit | None = None
     weight: float = 1.0
-    payer: SpendObserver | None = None
+    payer: UsageObserver | None = None
 
     @property
     def goes_first(self) -> bool:
@@ -173,6 +169,13 @@ class CallBudget(Protocol):
         """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
 
 
+class CountedUsage(NamedTuple):
+    """The usage of a call as it was recorded, and the labels by which it was."""
+
+    labels: UsageLabels
+    usage: CallUsage
+
+
 class Permit(msgspec.Struct, eq=False):
     """The right to send one call: a slot, quotas and dollars are held for it. It is closed exactly once.
 
@@ -186,6 +189,7 @@ class Permit(msgspec.Struct, eq=False):
         account: the account that granted it.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
+        counted: the usage that was recorded for the call, once it has ended and if it has any.
     """
 
     request: CallRequest
@@ -197,6 +201,7 @@ class Permit(msgspec.Struct, eq=False):
     account: object = None
     accepted: bool = False
     closed: bool = False
+    counted: CountedUsage | None = None
 
 
 class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,6 +223,8 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         output_tokens: of a success, if known.
         estimated_input_tokens: the estimate made before it was sent; None if it cannot be compared with `used`.
         final: it is not retried. Only final attempts count for the breaker.
+        usage: all that it used, where that is known.
+        reported: the provider reported that usage; else it is an estimate.
     """
 
     kind: Outcome
@@ -235,6 +242,8 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     estimated_input_tokens: int | None = None
     final: bool = True
+    usage: BilledUsage | None = None
+    reported: bool = False
 
     @property
     def refused_by_limit(self) -> bool:

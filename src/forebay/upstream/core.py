@@ -16,6 +16,7 @@ from forebay.task import DEFAULT_TENANT, Deadline, Priority
 from forebay.upstream.accepted_keys import AcceptedKeys
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
@@ -37,6 +38,7 @@ class UpstreamCore:
 
     Attributes:
         profile: how the provider's API works.
+        recorder: attributes the usage of calls; its table has that of all calls.
         accounts: the accounts, by API key and model group.
         accepted_keys: the API keys of a gateway's callers that may use the key of a fallback.
         background: stored responses whose usage comes later; the oldest stay paid as they were reserved.
@@ -62,7 +64,8 @@ class UpstreamCore:
         self.budgets = budgets
         self.prices = prices
         self.retry = retry
-        self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
+        self.recorder = UsageRecorder(provider, prices)
+        self.accounts = AccountRegistry(settings, budgets, retry, recorder=self.recorder, draw=clock.draw)
         self.accepted_keys = AcceptedKeys()
         self.background: StoredResponses[BackgroundResponse] = StoredResponses()
         self.stored_tokens: StoredResponses[int] = StoredResponses()
@@ -80,6 +83,7 @@ class UpstreamCore:
         """
         self._lock = threading.Lock()
         self.budgets.reset_after_fork()
+        self.recorder.table.reset_after_fork()
         self.accounts.reset_after_fork()
         self.accepted_keys.reset_after_fork()
         self.background = StoredResponses()  # the parent gets their usage
@@ -122,8 +126,7 @@ class UpstreamCore:
             weight=running.tenant_weight if running is not None and own else 1.0,
         )
         request = self.request_for(caller, model, charge, free=free, price=price)
-        if self.budgets.has_budgets:
-            request.payer = context.call_observer()
+        request.payer = context.usage_observer()
         return request
 
     def request_for(
@@ -152,7 +155,7 @@ class UpstreamCore:
     def cost(
         self, model: str, usage: BilledUsage, *, answered_by: str = "", alternatives: Sequence[str] = ()
     ) -> float | None:
-        """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
+        """Return the dollars that a call costs: None if no price is known for some of it.
 
         Args:
             model: the model of the call.
@@ -160,8 +163,6 @@ class UpstreamCore:
             answered_by: the model that has answered, by the answer; if it is dearer, that counts.
             alternatives: models that may have answered; if the answer tells none with a price, the dearest counts.
         """
-        if not self.budgets.has_budgets:
-            return 0.0
         usd = self.prices.cost(self.provider, model, usage)
         if usd is None or answered_by == model:
             return usd
@@ -206,26 +207,32 @@ class UpstreamCore:
                 at_once = max(at_once, usd - made * usage.output_tokens / per_second.output_tokens)
         return CallPrice(dearest, rate, at_once)
 
-    def count_unpriced(self) -> None:
-        """Count a call that had a price, and has used something that has none."""
-        with self._lock:
-            self.unpriced_calls += 1
+    def count_unpriced(self, model: str) -> None:
+        """Count and log a call of a model with a price that has used something that has none."""
+        reason = f"no price is known for some of what calls of model {model!r} use"
+        if self._is_first_unpriced(reason):
+            log.warning("calls of %r count in its budget as they were reserved, because %s", self, reason)
 
     def unpriced_call(self, reason: str, model: str, *, allow: bool = False) -> CallPrice:
         """Return the price of a call whose price is not known: it is rejected, or counts as free and is logged."""
-        with self._lock:
-            self.unpriced_calls += 1
-            new = (model or reason) not in self._unpriced and len(self._unpriced) < _WARNED
-            if new:
-                self._unpriced.add(model or reason)
-        if self.settings.unmetered == "reject" and not allow:
-            advice = "(unmetered='allow' lets such calls pass, and counts them as free)"
+        first = self._is_first_unpriced(model or reason)
+        if self.settings.refuses_unpriced and not allow:
+            advice = "(unpriced='warn' lets such calls pass, counts them as free, and logs the first)"
             return CallPrice(
                 unmetered=Unmetered(f"it cannot be counted in a budget, because {reason} {advice}", UNPRICED)
             )
-        if new:
+        if first:
             log.warning("calls of %r cannot be counted in its budget, because %s", self, reason)
         return CallPrice()
+
+    def _is_first_unpriced(self, what: str) -> bool:
+        """Count a call without a price, and return whether it is the first of its model or reason."""
+        with self._lock:
+            self.unpriced_calls += 1
+            first = what not in self._unpriced and len(self._unpriced) < _WARNED
+            if first:
+                self._unpriced.add(what)
+        return first
 
     def unreadable_call(self, reason: str) -> CallPrice | None:
         """Return the price of a call that cannot be read: it is rejected, or None if such calls pass."""

@@ -66,8 +66,11 @@ class Upstream:
         weights: tenants' shares of turns. A tenant that is not named has the weight that the supervisor of the calling
             task gives it (``tenants=``), or 1.0.
         prices: by model, of those that the price list lacks or has wrong.
-        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
-            their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read:
+            ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unpriced: what happens to calls whose price a budget does not know: ``"refuse"``, or ``"warn"``: they count
+            as free, and are logged once for each model or reason. While the budget is spent, no
+            call passes, whatever its price. None: ``"refuse"``, unless `unmetered` is ``"allow"``.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -98,6 +101,7 @@ class Upstream:
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
         unmetered: Literal["reject", "allow"] = "reject",
+        unpriced: Literal["warn", "refuse"] | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -118,6 +122,7 @@ class Upstream:
             max_start_wait=max_start_wait,
             weights=weights,
             unmetered=unmetered,
+            unpriced=unpriced,
         )
         self.name = name
         self.provider = provider

@@ -39,6 +39,7 @@ class UpstreamSettings:
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
         unmetered: str = "reject",
+        unpriced: str | None = None,
     ) -> None:
         owner = f"Upstream {name!r}"
         _check_models(owner, models or {})
@@ -53,7 +54,10 @@ class UpstreamSettings:
         _check_weights(owner, weights or {})
         if unmetered not in ("reject", "allow"):
             reject(owner, "unmetered", unmetered, "'reject' or 'allow'")
+        if unpriced not in ("warn", "refuse", None):
+            reject(owner, "unpriced", unpriced, "'warn', 'refuse', or None to refuse them unless unmetered is 'allow'")
         self.unmetered = unmetered
+        self.refuses_unpriced = unmetered == "reject" if unpriced is None else unpriced == "refuse"
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)

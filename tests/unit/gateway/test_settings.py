@@ -135,6 +135,7 @@ def test_a_target_without_limits_is_learned() -> None:
         ({"max_wait": None}, "max_wait"),
         ({"max_attempts": 0}, "max_attempts"),
         ({"weights": {"acme": 0}}, "weights.acme"),
+        ({"unpriced": "allow"}, "unpriced"),
     ],
 )
 def test_an_invalid_target_setting_is_named(wrong: dict[str, Any], name: str) -> None:

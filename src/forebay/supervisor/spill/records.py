@@ -10,6 +10,7 @@ import msgspec
 from forebay import clock
 from forebay._hooks import raise_again_if_interrupt
 from forebay._text import error_text
+from forebay.call_usage import NO_USAGE
 from forebay.errors import NotSerializable, PayloadTooLarge, ResultUnavailable
 from forebay.events import log
 from forebay.interfaces import Codec, Completion, TaskRecord, TypeMismatch
@@ -76,6 +77,7 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
         duration_ms=result.duration_ms,
         attempts=result.attempts,
         finished_at=clock.wall_time(),
+        usage=None if result.usage == NO_USAGE else result.usage,
     )
 
 
@@ -112,6 +114,7 @@ def result_of_record(record: TaskRecord, stored: Completion, codecs: TaskCodecs)
         error=error,
         duration_ms=stored.duration_ms,
         attempts=stored.attempts,
+        usage=stored.usage or NO_USAGE,
         cause=cause,
     )
 

@@ -445,8 +445,11 @@ class Account:
             unconfirmed.popleft()
         return None
 
-    def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> None:
+    def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> float:
         """Close a permit: return its slot, and the reserved amounts that were not used.
+
+        Returns:
+            The dollars that the call was charged, or would have been by a budget.
 
         Raises:
             AssertionError: it is closed already: a bug of the caller.
@@ -487,13 +490,15 @@ class Account:
             failed = kind in (Outcome.FAULT, Outcome.OVERLOAD)  # a refusal for another cause is not counted either
             self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
-        _settle_dollars(permit, usd, kind)
+        for dollars in permit.spend:
+            dollars.settle(usd)
         self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
         if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
+        return usd
 
     def _unreported_cost(self, now: float, permit: Permit, kind: Outcome) -> float:
         """Return the dollars to count for a call that was sent, and whose usage never arrived.
@@ -663,12 +668,3 @@ class Account:
 
 def _earliest(*times: float | None) -> float | None:
     return min((time for time in times if time is not None), default=None)
-
-
-def _settle_dollars(permit: Permit, usd: float, kind: Outcome) -> None:
-    """Replace the dollars that are held for a call by those that it has cost, and tell the run that made it."""
-    for dollars in permit.spend:
-        dollars.settle(usd)
-    payer = permit.request.payer
-    if permit.spend and payer is not None and (usd or kind is Outcome.SUCCESS):  # a refused call tells nothing
-        payer.record_spend(usd)

@@ -20,6 +20,7 @@ from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.guarded_limit import guarded_limit
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.providers.credentials import normalize_credential
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
@@ -53,15 +54,23 @@ class AccountRegistry:
         settings: of the upstream.
         budgets: that its calls spend from.
         retry: of its calls.
+        recorder: is told what its calls have used.
         draw: returns random numbers from [0, 1).
     """
 
     def __init__(
-        self, settings: UpstreamSettings, budgets: UpstreamBudgets, retry: Retry, *, draw: Callable[[], float]
+        self,
+        settings: UpstreamSettings,
+        budgets: UpstreamBudgets,
+        retry: Retry,
+        *,
+        recorder: UsageRecorder,
+        draw: Callable[[], float],
     ) -> None:
         self.settings = settings
         self.budgets = budgets
         self._retry = retry
+        self._recorder = recorder
         self._draw = draw
         self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(
             _CACHED, expendable=lambda _, account: account.is_expendable()
@@ -86,10 +95,6 @@ class AccountRegistry:
         """
         place = self._known.get((model, key)) or self._place(model, key)
         return self._accounts.get(place, self._open)
-
-    def key_digest(self, model: str, key: str) -> str:
-        """Return the digits that stand for an API key wherever it is shown; empty if there is none."""
-        return (self._known.get((model, key)) or self._place(model, key))[0][:_SHOWN]
 
     def accounts_of(self, model: str) -> Sequence[SharedAccount]:
         """Return the open accounts of `model`, or of all models if it is empty; if there are none, an unopened one."""
@@ -194,6 +199,8 @@ class AccountRegistry:
             open_account,
             upstream=settings.name,
             retries=AccountRetries(self._retry, draw=self._draw),
+            recorder=self._recorder,
+            key=mark[:_SHOWN],
             suspend_key=functools.partial(self._suspend_key, mark),
             max_start_wait=settings.max_start_wait,
         )

@@ -22,6 +22,7 @@ from forebay.upstream.accounts.nested_calls import find_holder
 from forebay.upstream.accounts.open_answers import OpenAnswer
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
 from forebay.upstream.call_request import UNMETERED, Admitted, CallOutcome, CallRequest, Permit, Rejected
 
@@ -38,6 +39,8 @@ class SharedAccount:
         open_account: returns a new account, which makes the decisions: one now, and one in each forked child.
         upstream: name of the account's upstream, for messages.
         retries: of its calls.
+        recorder: is told what its calls have used.
+        key: its API key, as it is shown.
         suspend_key: suspends all accounts of its API key for some seconds, itself included, but those that have
             accepted a call sent after some time.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
@@ -48,12 +51,14 @@ class SharedAccount:
         served_by_fallback: calls of this account that another account has served.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of an account
         self,
         open_account: Callable[[], Account],
         *,
         upstream: str,
         retries: AccountRetries,
+        recorder: UsageRecorder,
+        key: str,
         suspend_key: Callable[[float, float, SharedAccount], None],
         max_start_wait: float | None,
     ) -> None:
@@ -61,6 +66,8 @@ class SharedAccount:
         self.name = self.account.name
         self._open_account = open_account
         self.retries = retries
+        self._recorder = recorder
+        self._key = key
         self._suspend_key = suspend_key
         self.token_estimates = TokenEstimates()
         self.served_by_fallback = 0
@@ -140,6 +147,7 @@ class SharedAccount:
             if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
+                self._recorder.begin(decision.permit)
                 return decision.permit
             if isinstance(decision, Rejected):
                 raise self._overloaded(decision, sole_account=sole_account)
@@ -153,6 +161,7 @@ class SharedAccount:
             raise self._overloaded(decision, sole_account=sole_account)
         with self._lock:
             self.account.take_grant(call)
+        self._recorder.begin(decision.permit)
         return decision.permit
 
     def _overloaded(self, rejected: Rejected, *, sole_account: bool) -> Overloaded:
@@ -223,10 +232,11 @@ class SharedAccount:
             if permit.account is not self.account:
                 permit.closed = True
                 return
-            self.account.settle(now, permit, outcome)
+            usd = self.account.settle(now, permit, outcome)
             if outcome.estimated_input_tokens is not None and outcome.used is not None:
                 self.token_estimates.observe(now, outcome.estimated_input_tokens, outcome.used)
             relieved = self._serve_queue(now)
+        self._recorder.end(permit, outcome, usd, key=self._key)
         for callback in relieved:
             callback()
 
