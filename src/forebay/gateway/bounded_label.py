@@ -26,7 +26,9 @@ class BoundedLabel:
 
     def admit(self, value: str) -> None:
         """Admit a value if there is room: at most 200 characters, all printable."""
-        if value not in self._admitted and self.has_room() and len(value) <= _MAX_LENGTH and value.isprintable():
+        if value in self._admitted or value == OTHER or not self.has_room():
+            return
+        if len(value) <= _MAX_LENGTH and value.isprintable():
             self._admitted.add(value)
 
     def has_room(self) -> bool:

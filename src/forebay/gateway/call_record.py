@@ -1,4 +1,4 @@
-"""The record of one call of a caller: whose it is, and how long it has waited."""
+"""The record of one call of a caller: what it is for, and how long it has waited."""
 
 from __future__ import annotations
 
@@ -14,25 +14,17 @@ class CallRecord:
         target: that its caller asked for.
         received_at: when its request arrived.
         model: that its caller asked for; empty until the request is read, or if it names none.
-        tenant: that it is made for.
-        key: the first digits of the digest of its API key; empty if callers share the accounts.
         waited: seconds that it has waited for permits so far; None if it has not asked for one.
     """
 
-    __slots__ = ("_waits_since", "key", "model", "received_at", "target", "tenant", "waited")
+    __slots__ = ("_waits_since", "model", "received_at", "target", "waited")
 
     def __init__(self, target: str, received_at: float) -> None:
         self.target = target
         self.received_at = received_at
         self.model = ""
-        self.tenant = ""
-        self.key = ""
         self.waited: float | None = None
         self._waits_since: float | None = None
-
-    def identify(self, *, model: str, tenant: str, key: str) -> None:
-        """Note what its request says."""
-        self.model, self.tenant, self.key = model, tenant, key
 
     def begin_wait(self, now: float) -> None:
         """Note that it waits for a permit, or would: an attempt has ended."""

@@ -17,7 +17,6 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from forebay import clock
-from forebay.call_usage import CallUsage
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
@@ -151,28 +150,6 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     read_timeout: float
 
 
-class _SpendCounter:
-    """A counter of the dollars of one call. The call would refer to itself, and hold its body, if it were the counter.
-
-    Args:
-        metrics: count the dollars.
-        operation: what was sent.
-        record: of the call.
-    """
-
-    __slots__ = ("_metrics", "_operation", "_record")
-
-    def __init__(self, metrics: GatewayMetrics, operation: Operation, record: CallRecord) -> None:
-        self._metrics = metrics
-        self._operation = operation
-        self._record = record
-
-    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:
-        """See `UsageObserver`."""
-        if (cost := usage.usd if usd is None else usd) > 0.0:
-            self._metrics.count_spend(self._operation, self._record, cost)
-
-
 class ForwardedCall(Exchange):
     """The exchange of a gateway's call.
 
@@ -183,7 +160,7 @@ class ForwardedCall(Exchange):
         request: as it was received.
         client: sends it.
         held: the memory that its response takes until it is passed on.
-        metrics: count its attempts, tokens and dollars.
+        metrics: of the gateway.
         record: of the call.
 
     Attributes:
@@ -224,7 +201,6 @@ class ForwardedCall(Exchange):
         self._operation = Operation(core.name, core.profile.provider, self.parsed.endpoint, self.call_request.model)
         self._error_type = ""
         self._rerouted = False
-        self.call_request.payer = _SpendCounter(metrics, self._operation, record)
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
@@ -257,11 +233,6 @@ class ForwardedCall(Exchange):
         )
         call._rerouted = True
         return call
-
-    @property
-    def key_digest(self) -> str:
-        """The digits that stand for its API key; empty if it has none, or its callers share the accounts."""
-        return self.core.accounts.key_digest(self.call_request.model, self.api_key)
 
     @property
     def wire_protocol(self) -> StreamProtocol:
@@ -398,11 +369,11 @@ class ForwardedCall(Exchange):
         answer: ReadAnswer | None = None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
-        """See `Exchange.call_outcome`; the tokens count in the metrics."""
-        if kind is Outcome.SUCCESS:  # before its tokens are counted
+        """See `Exchange.call_outcome`; the metrics record the tokens."""
+        if kind is Outcome.SUCCESS:  # before its tokens are recorded
             self._metrics.admit(self._operation, self.record)
         if usage is not None and not self._was_counted():
-            self._metrics.count_tokens(self._operation, self.record, usage)
+            self._metrics.record_tokens(self._operation, usage)
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
     def _was_counted(self) -> bool:

@@ -350,7 +350,7 @@ class Forwarder:
             metrics=self.metrics,
             record=record,
         )
-        record.identify(model=call.call_request.model, tenant=call.call_request.tenant, key=call.key_digest)
+        record.model = call.call_request.model
         _check_call(call, body, target.protocol)
         return call
 

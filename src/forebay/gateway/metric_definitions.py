@@ -103,7 +103,7 @@ SPEND: Final = MetricDefinition(
     "counter",
     ("target", "model", "tenant", "key"),
     "US dollars",
-    "US dollars that calls have cost, where their price is known.",
+    "US dollars that calls have cost, by the price list.",
 )
 BUDGET_ALERTS: Final = MetricDefinition(
     "forebay_budget_alerts_total",

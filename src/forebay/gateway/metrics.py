@@ -12,11 +12,12 @@ from forebay import __version__
 from forebay.events import BudgetAlert
 from forebay.gateway import metric_definitions as definitions
 from forebay.gateway.account_collector import AccountCollector
-from forebay.gateway.bounded_label import OTHER, BoundedLabel
+from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.metric_definitions import MetricDefinition
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Target
+from forebay.gateway.usage_collector import UsageCollector
 from forebay.interfaces import Outcome
 from forebay.upstream.call_request import CallOutcome
 from forebay.upstream.providers import Endpoint, Usage
@@ -34,12 +35,11 @@ _OPERATIONS: Final = {  # OpenTelemetry's values of gen_ai.operation.name; other
     Endpoint.COMPLETIONS: "text_completion",
 }
 _PROVIDERS: Final = {"azure": "azure.ai.openai"}  # its values of gen_ai.provider.name, where ours is another
-_MAX_USAGE_SERIES: Final = 5_000  # combinations of target, model, tenant and key
 _COUNTED: Final = (
     *(definitions.REQUESTS, definitions.REQUEST_DURATION, definitions.WAIT, definitions.REJECTIONS),
     *(definitions.FALLBACKS, definitions.ATTEMPTS, definitions.RETRIES, definitions.TIME_TO_FIRST_TOKEN),
-    *(definitions.TOKENS, definitions.SPEND, definitions.OPERATION_DURATION, definitions.TIME_TO_FIRST_CHUNK),
-    *(definitions.TOKEN_USAGE, definitions.BUDGET_ALERTS),
+    *(definitions.OPERATION_DURATION, definitions.TIME_TO_FIRST_CHUNK, definitions.TOKEN_USAGE),
+    definitions.BUDGET_ALERTS,
 )
 
 
@@ -70,13 +70,12 @@ class GatewayMetrics:
     def __init__(self, targets: Sequence[Target], settings: GatewaySettings) -> None:
         self._registry = CollectorRegistry()
         self._models = BoundedLabel(settings.max_metrics_models)
-        self._tenants = BoundedLabel(settings.max_metrics_tenants)
-        self._keys = BoundedLabel(settings.max_metrics_keys)
-        self._usage_series: set[tuple[str, ...]] = set()
         self._metrics = {definition.name: _new_metric(definition, self._registry) for definition in _COUNTED}
         self._children: dict[tuple[str, ...], Any] = {}
         build = Gauge(definitions.BUILD.name, definitions.BUILD.text, definitions.BUILD.labels, registry=self._registry)
         build.labels(__version__).set(1)
+        tenants, keys = BoundedLabel(settings.max_metrics_tenants), BoundedLabel(settings.max_metrics_keys)
+        self._registry.register(UsageCollector(targets, models=self._models, tenants=tenants, keys=keys))
         self._registry.register(AccountCollector(targets, settings.max_metrics_accounts))
 
     # --- calls ---
@@ -100,11 +99,9 @@ class GatewayMetrics:
     # --- attempts ---
 
     def admit(self, operation: Operation, record: CallRecord) -> None:
-        """Give the model, tenant and key of a call that a provider has served series of their own, within bounds."""
+        """Give the models of a call that a provider has served series of their own, within bounds."""
         self._models.admit(record.model)
         self._models.admit(operation.model)
-        self._tenants.admit(record.tenant)
-        self._keys.admit(record.key)
 
     def count_retry(self, operation: Operation) -> None:
         """Count an attempt that is a retry."""
@@ -134,40 +131,11 @@ class GatewayMetrics:
 
     # --- usage ---
 
-    def count_tokens(self, operation: Operation, record: CallRecord, usage: Usage) -> None:
-        """Count the tokens of a call."""
+    def record_tokens(self, operation: Operation, usage: Usage) -> None:
+        """Record the tokens of a call. The upstream adds them up; see `UsageCollector`."""
         provider_labels = self._provider_labels(operation)
         self._child(definitions.TOKEN_USAGE, *provider_labels, "input").observe(usage.input_tokens)
         self._child(definitions.TOKEN_USAGE, *provider_labels, "output").observe(usage.output_tokens)
-        labels = self._usage_labels(operation, record)
-        read, written = usage.cached_input_tokens, usage.cache_write_tokens
-        self._count_tokens(labels, "input", "uncached", usage.input_tokens - read - written)
-        self._count_tokens(labels, "input", "cache_read", read)
-        self._count_tokens(labels, "input", "cache_write", written)
-        self._count_tokens(labels, "output", "generated", usage.output_tokens)
-
-    def _count_tokens(self, labels: tuple[str, ...], direction: str, kind: str, tokens: int) -> None:
-        if tokens > 0:
-            self._child(definitions.TOKENS, *labels, direction, kind).inc(tokens)
-
-    def count_spend(self, operation: Operation, record: CallRecord, usd: float) -> None:
-        """Count the dollars that a call was charged."""
-        self._child(definitions.SPEND, *self._usage_labels(operation, record)).inc(usd)
-
-    def _usage_labels(self, operation: Operation, record: CallRecord) -> tuple[str, ...]:
-        """Return target, model, tenant and key; all but the target are ``other`` once there are too many of them."""
-        labels = (
-            operation.target,
-            self._models.label(operation.model),
-            self._tenants.label(record.tenant),
-            self._keys.label(record.key),
-        )
-        if labels in self._usage_series:
-            return labels
-        if len(self._usage_series) >= _MAX_USAGE_SERIES:
-            return operation.target, OTHER, OTHER, OTHER
-        self._usage_series.add(labels)
-        return labels
 
     # --- the page ---
 

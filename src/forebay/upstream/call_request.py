@@ -80,7 +80,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         asked_at: when it first asked for a permit; set by the account.
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
         weight: the share of turns of its tenant, unless the account's weights name it.
-        payer: the task or the call that is told what was used and charged; or None.
+        payer: the task that makes it, which is told what it has used and was charged; or None.
     """
 
     charge: Charge = Charge()

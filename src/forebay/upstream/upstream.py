@@ -112,9 +112,9 @@ class Upstream:
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
         unmetered: Literal["reject", "allow"] = "reject",
+        unpriced: Literal["warn", "refuse"] | None = None,
         spend_log: SpendLog | str | None = None,
         on_event: Callable[[Event], object] | None = None,
-        unpriced: Literal["warn", "refuse"] | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"

@@ -96,10 +96,6 @@ class AccountRegistry:
         place = self._known.get((model, key)) or self._place(model, key)
         return self._accounts.get(place, self._open)
 
-    def key_digest(self, model: str, key: str) -> str:
-        """Return the digits that stand for an API key wherever it is shown; empty if there is none."""
-        return (self._known.get((model, key)) or self._place(model, key))[0][:_SHOWN]
-
     def accounts_of(self, model: str) -> Sequence[SharedAccount]:
         """Return the open accounts of `model`, or of all models if it is empty; if there are none, an unopened one."""
         group = self.settings.model_group(model) if model else ""
