@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import msgspec
 import typer
 
 from forebay import gateway as gateway_package
@@ -104,6 +105,8 @@ def _check_fallbacks(settings: GatewaySettings) -> None:
     Raises:
         InvalidSetting: they do not.
     """
+    keyless = [msgspec.structs.replace(each, api_key_env=None, api_key_file=None) for each in settings.targets]
+    settings = msgspec.structs.replace(settings, targets=tuple(keyless))
     fallbacks = [fallback for target in settings.targets for fallback in target.fallback]
     make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
 
@@ -144,6 +147,12 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
 
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
     keys = "one account for all API keys" if target.share_keys else "accounts of its own for each API key"
+    if target.api_key_env is not None:
+        missing = "" if target.api_key_env in os.environ else ", which is not set"
+        keys = f"calls are sent with the API key in ${target.api_key_env}{missing}"
+    elif target.api_key_file is not None:
+        missing = "" if Path(target.api_key_file).is_file() else ", which does not exist"
+        keys = f"calls are sent with the API key in {target.api_key_file}{missing}"
     amounts = {
         "calls in flight": target.max_concurrent,
         "USD per day": target.budget_usd,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from forebay.gateway.secret import InvalidSecret, MissingFallbackKey
+from forebay.gateway.secret import InvalidProviderKey, InvalidSecret, MissingFallbackKey
 from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
         CannotListen: the address is in use, or not one of this machine.
     """
@@ -43,6 +44,7 @@ __all__ = [
     "ContextSettings",
     "FallbackSettings",
     "GatewaySettings",
+    "InvalidProviderKey",
     "InvalidSecret",
     "MissingFallbackKey",
     "QuotaSettings",

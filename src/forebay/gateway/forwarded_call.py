@@ -7,7 +7,7 @@ import errno
 import functools
 import re
 from collections.abc import Container
-from typing import Final, TypeAlias
+from typing import Final
 
 import aiohttp
 import msgspec
@@ -20,6 +20,7 @@ from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyToo
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.provider_key import RawHeaders
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
@@ -30,8 +31,6 @@ from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
 from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream
 from forebay.upstream.providers.content_encoding import decompress_end
-
-RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
 _CONNECT_TIMEOUT: Final = 10.0  # seconds

@@ -40,6 +40,7 @@ from forebay.gateway.forwarded_call import (
 )
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.provider_key import without_query_keys
 from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
@@ -64,9 +65,10 @@ _MAX_COMPRESSED_PART: Final = 1 << 13  # bytes of a compressed stream that are r
 _MAX_PART: Final = 1 << 18  # bytes of any other that are passed on at a time
 _FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may have ended
 _FILES_LOG_INTERVAL: Final = 10.0  # seconds
+_KEY_LOG_INTERVAL: Final = 60.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
 _CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
-_BUG, _BAD_GATEWAY, _UNAVAILABLE = 500, 502, 503
+_UNAUTHORIZED, _BUG, _BAD_GATEWAY, _UNAVAILABLE = 401, 500, 502, 503
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -100,6 +102,7 @@ class Forwarder:
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
@@ -125,6 +128,7 @@ class Forwarder:
         self._abortable: set[asyncio.Timeout] = set()
         self._aborted = False
         self._files_logged_at = -math.inf
+        self._refused_logged_at: dict[str, float] = {}  # by target
 
     def drain(self) -> None:
         """Reject new calls from now on."""
@@ -281,7 +285,22 @@ class Forwarder:
         except TRANSPORT_ERRORS as error:
             message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
+        if target.key is not None and isinstance(answer, GatewayResponse):
+            if answer.status == _UNAUTHORIZED:
+                raise self._key_refused(target)
+            return target.key.redact(answer)
         return answer
+
+    def _key_refused(self, target: Target) -> EarlyResponse:
+        """Return the response to a call whose provider refused the key that this gateway holds: no fault of its caller.
+
+        The provider's own answer may quote the key.
+        """
+        if clock.now() >= self._refused_logged_at.get(target.name, -math.inf) + _KEY_LOG_INTERVAL:
+            self._refused_logged_at[target.name] = clock.now()
+            log.error("%s refused the API key that this gateway holds for it (401): replace it", target.name)
+        message = f"the provider {target.name!r} refused the API key that this gateway holds: tell who runs the gateway"
+        return EarlyResponse(error_response(target.protocol, 502, "forebay_provider_key", message))
 
     async def _read_call(
         self,
@@ -299,8 +318,10 @@ class Forwarder:
         target = destination.target
         try:
             offset = clock.now() - clock.wall_time()
-            caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
-            if caller.api_key is None:
+            caller = self._callers.read(
+                headers, offset=offset, shared_account=target.settings.share_keys and target.key is None
+            )
+            if caller.api_key is None and target.key is None:
                 check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
@@ -311,9 +332,14 @@ class Forwarder:
             raise self._body_memory_full(target) from None
         now = clock.now()
         timeouts = self._client_timeouts.read(now, headers)
+        raw_headers = request.raw_headers
+        if target.key is not None:  # the caller's own credentials end here
+            destination = destination._replace(path=without_query_keys(destination.path))
+            raw_headers = target.key.replace_credentials(raw_headers, destination.path)
+            headers = Headers.from_wire(raw_headers)
         incoming = IncomingRequest(
             method=request.method,
-            raw_headers=request.raw_headers,
+            raw_headers=raw_headers,
             headers=headers,
             body=body,
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),

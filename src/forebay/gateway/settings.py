@@ -12,7 +12,7 @@ from msgspec import field
 from forebay._validate import is_positive, is_whole, reject
 from forebay.errors import InvalidSetting
 from forebay.gateway.address import Address, parse_address, url_problem
-from forebay.gateway.secret import read_api_key, read_token
+from forebay.gateway.secret import read_api_key, read_provider_key, read_token
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.upstream import Fallback, Upstream
@@ -148,6 +148,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         name: lower-case letters, digits and ``._-``; callers may name it in their base URL.
         url: of the provider, without the ``/v1`` that starts the path of each call.
         provider: whose rules apply; by default those of the provider that `name` names, else ``"openai-compatible"``.
+        api_key_env: environment variable with an API key that all calls are sent with, in place of what callers send.
+        api_key_file: file with that key.
         models: rate limits of groups of models, by pattern of name such as ``"gpt-4o*"``; each has its own account.
         max_concurrent: calls in flight at most, of each account; None learns how many the provider takes.
         budget_usd: US dollars that all its calls together may spend in a day, in UTC.
@@ -170,6 +172,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     name: str
     url: str
     provider: str | None = None
+    api_key_env: str | None = None
+    api_key_file: str | None = None
     models: dict[str, QuotaSettings] = field(default_factory=dict)
     max_concurrent: int | None = None
     budget_usd: float | None = None
@@ -199,6 +203,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
                 profile_for(self.provider)
             except InvalidSetting as error:
                 self._reject("provider", vars(error)["expected"])
+        self._check_api_key()
         self._check_whole("max_concurrent", optional=True)
         self._check_whole("max_attempts")
         self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
@@ -209,6 +214,29 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             if not is_positive(weight):
                 self._reject(f"weights.{tenant}", "a positive number", value=weight)
         Prices(self.prices)
+
+    def _check_api_key(self) -> None:
+        for name in ("api_key_env", "api_key_file"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                self._reject(name, "the name of an environment variable or a file, not the key itself")
+        if self.api_key_env is not None and self.api_key_file is not None:
+            self._reject("api_key_file", "left out if api_key_env is given: there is one key")
+
+    @property
+    def holds_key(self) -> bool:
+        """True if the gateway holds the API key of this provider."""
+        return self.api_key_env is not None or self.api_key_file is not None
+
+    def api_key(self, environment: Mapping[str, str]) -> str | None:
+        """Return the API key that calls are sent with, read now; None if callers send their own.
+
+        Raises:
+            InvalidProviderKey: it is missing, or a header cannot carry it.
+        """
+        if not self.holds_key:
+            return None
+        return read_provider_key(self.name, self.api_key_env, self.api_key_file, environment)
 
     @property
     def resolved_provider(self) -> str:

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.upstream import Fallback
 
@@ -28,6 +29,7 @@ class Target:
     Args:
         settings: of the target.
         fallbacks: of its upstream.
+        api_key: that the gateway holds, or None.
 
     Attributes:
         settings: of the target.
@@ -35,14 +37,21 @@ class Target:
         upstream: paces its calls.
         base_url: without a slash at its end.
         protocol: of its API.
+        key: the API key that the gateway holds; None if callers send their own.
     """
 
-    def __init__(self, settings: TargetSettings, fallbacks: Sequence[Fallback] = ()) -> None:
+    def __init__(
+        self, settings: TargetSettings, fallbacks: Sequence[Fallback] = (), *, api_key: str | None = None
+    ) -> None:
         self.settings = settings
         self.name = settings.name
         self.upstream = settings.upstream(fallbacks)
         self.protocol: ApiProtocol = "anthropic" if settings.resolved_provider == "anthropic" else "openai"
         self.base_url = settings.url.rstrip("/")
+        core = self.upstream.core
+        self.key = None if api_key is None else ProviderKey(api_key, core.profile)
+        if api_key is not None:  # a call with it is no stranger's, so it may be sent with the key of a fallback
+            core.accepted_keys.record(api_key, accepted=True)
 
 
 def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
@@ -50,6 +59,7 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol.
     """
     by_name = {target.name: target for target in settings.targets}
@@ -58,7 +68,7 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
     def make(name: str) -> Target:
         if name not in made:
             fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
-            made[name] = Target(by_name[name], fallbacks)
+            made[name] = Target(by_name[name], fallbacks, api_key=by_name[name].api_key(environment))
         return made[name]
 
     def make_fallback(settings: FallbackSettings) -> Fallback:
@@ -72,7 +82,7 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
             models=settings.models,
             model=settings.model,
             base_url=target.base_url if target.protocol == "anthropic" else f"{target.base_url}/v1",
-            api_key=settings.api_key(environment),
+            api_key=settings.api_key(environment) or (None if target.key is None else target.key.key),
         )
 
     return [make(target.name) for target in settings.targets]
