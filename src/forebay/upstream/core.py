@@ -147,10 +147,17 @@ class UpstreamCore:
             task_id=caller.task_id,
             model=model,
             free=free,
+            budgets=caller.budgets,
         )
 
     def cost(
-        self, model: str, usage: BilledUsage, *, answered_by: str = "", alternatives: Sequence[str] = ()
+        self,
+        model: str,
+        usage: BilledUsage,
+        *,
+        answered_by: str = "",
+        alternatives: Sequence[str] = (),
+        budgeted: bool = False,
     ) -> float | None:
         """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
 
@@ -159,8 +166,9 @@ class UpstreamCore:
             usage: of the call.
             answered_by: the model that has answered, by the answer; if it is dearer, that counts.
             alternatives: models that may have answered; if the answer tells none with a price, the dearest counts.
+            budgeted: its caller has a budget, or its cost is to be known all the same.
         """
-        if not self.budgets.has_budgets:
+        if not (self.budgets.has_budgets or budgeted):
             return 0.0
         usd = self.prices.cost(self.provider, model, usage)
         if usd is None or answered_by == model:
@@ -170,7 +178,7 @@ class UpstreamCore:
             answered = max((self.prices.cost(self.provider, name, usage) or 0.0 for name in alternatives), default=0.0)
         return max(usd, answered)
 
-    def price(
+    def price(  # noqa: PLR0913 - the facts about a call
         self,
         model: str,
         usage: BilledUsage,
@@ -178,6 +186,7 @@ class UpstreamCore:
         alternatives: Sequence[str] = (),
         per_second: BilledUsage | None = None,
         by_hand: bool = False,
+        budgeted: bool = False,
     ) -> CallPrice:
         """Return the price of a call before it is sent.
 
@@ -187,8 +196,9 @@ class UpstreamCore:
             alternatives: models that may answer instead; the dearest counts.
             per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
+            budgeted: its caller has a budget.
         """
-        if not self.budgets.has_budgets:
+        if not (self.budgets.has_budgets or budgeted):
             return CallPrice()
         dearest = rate = at_once = 0.0
         for name in (model, *alternatives):

@@ -99,7 +99,7 @@ class Exchange:
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
             core.warn_unmetered()
-        self._meter = meter = CallMeter(core, self.account, parsed, body)
+        self._meter = meter = CallMeter(core, self.account, parsed, body, caller)
         if caller is None:
             self.call_request = core.request(model, meter.charge, free=parsed.free, price=meter.price)
         else:
