@@ -2,8 +2,8 @@
 
 They hold over all targets together. A call takes what it needs of its callers' rates and slots before it asks its
 target's account for a permit, and waits for it in a queue of the same kind: by priority and deadline, and with a
-Retry-After where the wait would be too long. Dollars are reserved and settled by the account of the target, as those of its own
-budgets are, since it knows the price of a call.
+Retry-After where the wait would be too long. Dollars are reserved and settled by the account of the target, as those of
+its own budgets are, since it knows the price of a call.
 """
 
 from __future__ import annotations
