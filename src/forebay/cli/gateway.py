@@ -17,6 +17,7 @@ from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
+from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.targets import make_targets
 
 _EACH: Final = "for all targets, or NAME=NUMBER for one; repeatable."
@@ -52,6 +53,10 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
     token_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the token that callers present.")
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="File of the keys that callers present, such as sqlite:///keys.db."),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="How long calls in progress may take to end after SIGTERM; default 30."),
@@ -85,6 +90,7 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
                 "listen": listen,
                 "token_env": token_env,
                 "token_file": token_file,
+                "keys": keys,
                 "drain_timeout": drain_timeout,
             },
         )
@@ -138,6 +144,10 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         callers = f"the token in {settings.token_file}{missing}"
     else:
         callers = "no token"
+    if settings.keys is not None:
+        path = parse_keys_url(settings.keys)
+        missing = "" if path.is_file() else ", which does not exist"
+        callers = f"a key of {path}{missing}" if settings.require_key else f"{callers}, or a key of {path}{missing}"
     return [
         f"listening on {settings.listen}; callers need {callers}",
         f"may set priority, deadline, tenant and task: {settings.trust}",

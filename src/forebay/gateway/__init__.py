@@ -33,6 +33,7 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
         MissingFallbackKey: the API key of a fallback is missing.
         InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
+        StoreUnavailable: the file of issued keys is missing, or cannot be read.
         CannotListen: the address is in use, or not one of this machine.
     """
     from forebay.gateway.server import run_forever  # noqa: PLC0415 - aiohttp and prometheus_client are extras

@@ -19,6 +19,7 @@ from yarl import URL
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
+from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.provider_key import RawHeaders
 from forebay.interfaces import Outcome, RateLimitHeaders
@@ -137,6 +138,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
         body: its bytes.
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
+        key: the issued key of the caller, or None.
     """
 
     method: str
@@ -145,6 +147,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     caller: Caller
     read_timeout: float
+    key: IssuedKey | None = None
 
 
 class ForwardedCall(Exchange):
@@ -191,7 +194,10 @@ class ForwardedCall(Exchange):
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
 
     def reroute(self, route: FallbackRoute) -> ForwardedCall | None:
-        """See `CallRoute`."""
+        """See `CallRoute`. A call with an issued key goes only where the key may go."""
+        key = self._request.key
+        if key is not None and not (key.allows_target(route.core.name) and key.allows_model(route.model)):
+            return None
         rerouted = self.rerouted_request(route)
         if rerouted is None:
             return None

@@ -39,8 +39,12 @@ from forebay.gateway.forwarded_call import (
     StreamingResponse,
 )
 from forebay.gateway.http_client import HttpClient
+from forebay.gateway.issued_keys import IssuedKey, contains_key
+from forebay.gateway.key_file import parse_keys_url
+from forebay.gateway.key_permission import find_forbidden, headers_with_key
+from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
 from forebay.gateway.metrics import GatewayMetrics
-from forebay.gateway.provider_key import without_query_keys
+from forebay.gateway.provider_key import RawHeaders, without_headers, without_query_keys
 from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
@@ -97,6 +101,7 @@ class Forwarder:
         metrics: of the gateway.
         body_memory: the memory that request bodies take.
         response_memory: the memory that responses take.
+        keys: that the gateway has issued; None if it issues none. Whoever opens the gateway loads them.
         draining: new calls are rejected.
 
     Raises:
@@ -119,8 +124,10 @@ class Forwarder:
         self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
         self._validator = RequestValidator(
             max_header_bytes=settings.max_header_bytes,
-            local_only=settings.address.loopback and not settings.has_token,
+            local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
         )
+        self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
+        self.keys = None if settings.keys is None else KeyRegistry(parse_keys_url(settings.keys))
         self.draining = False
         self._in_progress = 0
         self._idle = asyncio.Event()
@@ -164,7 +171,8 @@ class Forwarder:
             self._validate(request, headers)
             if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
-            destination = self._find_destination(request.raw_path, headers)
+            key = self._authenticate(request.raw_path, headers)
+            destination = self._find_destination(request.raw_path, headers, key)
         except EarlyResponse as early:
             return self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
         started = clock.now()
@@ -213,23 +221,89 @@ class Forwarder:
         if path == "/healthz":
             body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
             return web.Response(status=503 if self.draining else 200, body=body, content_type=JSON)
-        if not self._callers.is_authorized(headers):
-            message = f"this gateway needs its token in the header {TOKEN_HEADER}"
-            raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
         if path == "/metrics":
+            self._check_operator(path, headers)
             return web.Response(body=self.metrics.render(), headers={"content-type": "text/plain; version=0.0.4"})
         return None
 
-    def _find_destination(self, path: str, headers: Headers) -> Destination:
+    def _check_token(self, path: str, headers: Headers) -> None:
+        """Check that a caller presents the gateway's token, if one is needed.
+
+        Raises:
+            EarlyResponse: it does not.
+        """
+        if not self._callers.is_authorized(headers):
+            message = f"this gateway needs its token in the header {TOKEN_HEADER}"
+            raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
+
+    def _check_operator(self, path: str, headers: Headers) -> None:
+        """Check that a caller may see what all callers do: with the token, or without one on this machine.
+
+        Raises:
+            EarlyResponse: it may not.
+        """
+        self._check_token(path, headers)
+        if self._settings.has_token or not self._settings.needs_key:
+            return
+        if not self._settings.address.loopback:
+            message = f"{path} tells about all callers, so it needs the gateway's token, which is not configured"
+            raise EarlyResponse(error_response("openai", 403, "forebay_token", message))
+        if (error := self._own_pages_validator.find_error("GET", headers, ())) is not None:
+            raise EarlyResponse(error_response("openai", error.status, error.code, error.message))
+
+    def _authenticate(self, path: str, headers: Headers) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none.
+
+        Raises:
+            EarlyResponse: it has none that is valid, or not the token that it needs instead.
+        """
+        if self.keys is None:
+            self._check_token(path, headers)
+            return None
+        try:
+            return self._find_key(self.keys, path, headers)
+        except KeyRefusal as refusal:
+            response = error_response(detect_protocol(path, headers), 401, "invalid_api_key", f"{refusal}")
+            raise EarlyResponse(response) from None
+
+    def _find_key(self, keys: KeyRegistry, path: str, headers: Headers) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none.
+
+        Raises:
+            KeyRefusal: it has none that is valid.
+            EarlyResponse: it has not the token that it needs instead.
+        """
+        if contains_key(path):  # it is in the logs of whatever is on the way by now
+            raise KeyRefusal("an API key of this gateway is in the URL: send it in a header, and let it be replaced")
+        presented = set(headers_with_key(headers).values())
+        if len(presented) > 1:
+            raise KeyRefusal("two different API keys of this gateway were sent: send one")
+        if presented:
+            return keys.find(presented.pop())
+        if self._settings.require_key:
+            message = "this gateway needs one of its API keys, as Authorization: Bearer, or in the header x-api-key"
+            raise KeyRefusal(message)
+        self._check_token(path, headers)
+        return None
+
+    def _find_destination(self, path: str, headers: Headers, key: IssuedKey | None) -> Destination:
         """Return the destination of a call.
 
         Raises:
-            EarlyResponse: the gateway is draining, or no target has this path.
+            EarlyResponse: the gateway is draining, no target has this path, or the key is not for the one that has.
         """
         protocol = detect_protocol(path, headers)
         if self.draining:
             raise _draining_response(protocol)
-        destination = find_destination(self.targets, path, headers)
+        allowed = [each for each in self.targets if key is None or key.allows_target(each.name)]
+        destination = find_destination(allowed, path, headers)
+        if destination is not None:
+            return destination._replace(key=key)
+        if len(allowed) < len(self.targets):
+            destination = find_destination(self.targets, path, headers)
+        if destination is not None:
+            message = f"this API key is not for the target {destination.target.name!r}"
+            raise EarlyResponse(error_response(protocol, 403, "forebay_target", message))
         if destination is None:
             names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
             paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /metrics"
@@ -315,14 +389,17 @@ class Forwarder:
         Raises:
             EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
         """
-        target = destination.target
+        target, key = destination.target, destination.key
+        raw_headers, sent, destination = _without_own_credentials(request.raw_headers, headers, destination)
         try:
             offset = clock.now() - clock.wall_time()
-            caller = self._callers.read(
-                headers, offset=offset, shared_account=target.settings.share_keys and target.key is None
-            )
+            shared = target.settings.share_keys and target.key is None
+            if key is None:
+                caller = self._callers.read(headers, offset=offset, shared_account=shared)
+            else:
+                caller = self._callers.read_with_key(headers, key, offset=offset, shared_account=shared)
             if caller.api_key is None and target.key is None:
-                check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
+                check_one_credential(sent, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
             raise EarlyResponse(response, close=True) from None
@@ -332,18 +409,14 @@ class Forwarder:
             raise self._body_memory_full(target) from None
         now = clock.now()
         timeouts = self._client_timeouts.read(now, headers)
-        raw_headers = request.raw_headers
-        if target.key is not None:  # the caller's own credentials end here
-            destination = destination._replace(path=without_query_keys(destination.path))
-            raw_headers = target.key.replace_credentials(raw_headers, destination.path)
-            headers = Headers.from_wire(raw_headers)
         incoming = IncomingRequest(
             method=request.method,
             raw_headers=raw_headers,
-            headers=headers,
+            headers=sent,
             body=body,
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
+            key=key,
         )
         call = ForwardedCall(
             target.upstream.core,
@@ -355,6 +428,8 @@ class Forwarder:
             metrics=self.metrics,
         )
         _check_call(call, body, target.protocol)
+        if key is not None and (forbidden := find_forbidden(key, call.parsed, body)):
+            raise EarlyResponse(error_response(target.protocol, 403, "model_not_found", forbidden))
         return call
 
     async def _stream(
@@ -454,6 +529,24 @@ async def _pass_on(chunk: bytes, streaming: StreamingResponse, response: web.Str
 def _broke_off(streaming: StreamingResponse, error: Exception) -> str:
     streaming.reader.fail(error)
     return f"the provider broke off: {_describe(error)}"
+
+
+def _without_own_credentials(
+    raw_headers: RawHeaders, headers: Headers, destination: Destination
+) -> tuple[RawHeaders, Headers, Destination]:
+    """Return the headers of a request and its destination as they are sent: without the keys that end here.
+
+    That is the issued key and, if the gateway holds a key of the target, every credential of the caller.
+    """
+    held = destination.target.key
+    if destination.key is None and held is None:
+        return raw_headers, headers, destination
+    if destination.key is not None:
+        raw_headers = without_headers(raw_headers, headers_with_key(headers))
+    if held is not None:
+        destination = destination._replace(path=without_query_keys(destination.path))
+        raw_headers = held.replace_credentials(raw_headers, destination.path)
+    return raw_headers, Headers.from_wire(raw_headers), destination
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container
 from typing import Final, TypeAlias
 from urllib.parse import unquote_plus
 
@@ -58,7 +58,7 @@ class ProviderKey:
         return msgspec.structs.replace(response, body=response.body.replace(secret, b"***"))
 
 
-def without_headers(raw_headers: RawHeaders, dropped: Sequence[str] | frozenset[str]) -> RawHeaders:
+def without_headers(raw_headers: RawHeaders, dropped: Container[str]) -> RawHeaders:
     """Return headers without those of these names, which are in lower case."""
     return tuple([pair for pair in raw_headers if pair[0].decode("latin-1").lower() not in dropped])
 

@@ -342,6 +342,7 @@ class Gateway:
         MissingFallbackKey: on entering; the API key of a fallback is missing.
         InvalidProviderKey: on entering; the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: on entering; a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
+        StoreUnavailable: on entering; the file of issued keys is missing, or cannot be read.
         CannotListen: on entering; the address is in use, or not one of this machine.
     """
 
@@ -357,6 +358,7 @@ class Gateway:
         self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
+        self._key_watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -373,13 +375,26 @@ class Gateway:
             self.forwarder = Forwarder(self.settings, self._environment, session=self._session)
             self._web = _Server(self.forwarder, self.settings)
             loop = asyncio.get_running_loop()
+            if (keys := self.forwarder.keys) is not None:
+                await loop.run_in_executor(None, keys.load)
+                self._key_watch = loop.create_task(keys.watch())
             self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
+            await self._stop_key_watch()
             await self._session.close()
             if isinstance(error, OSError):
                 raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
         return self
+
+    async def _stop_key_watch(self) -> None:
+        if self._key_watch is None:
+            return
+        watch, self._key_watch = self._key_watch, None
+        watch.cancel()
+        await asyncio.wait([watch])
+        if self.forwarder.keys is not None:
+            await self.forwarder.keys.refresh()  # which notes the last use of keys
 
     def _new_pool(self) -> aiohttp.BaseConnector:
         return ConnectionPool(self.settings.max_connections)
@@ -409,6 +424,7 @@ class Gateway:
             await self._stop_listening()
             await self._web.answer_last_requests()
             await self._web.end()
+            await self._stop_key_watch()
             await self._session.close()
 
     async def _stop_listening(self) -> None:

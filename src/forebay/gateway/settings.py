@@ -12,6 +12,7 @@ from msgspec import field
 from forebay._validate import is_positive, is_whole, reject
 from forebay.errors import InvalidSetting
 from forebay.gateway.address import Address, parse_address, url_problem
+from forebay.gateway.key_file import InvalidKeysUrl, parse_keys_url
 from forebay.gateway.secret import read_api_key, read_provider_key, read_token
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
@@ -307,7 +308,9 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         targets: its providers.
         listen: ``"HOST:PORT"``, an IPv6 host in brackets; port 0 takes a free one.
         token_env: environment variable with the token that all callers present, in ``x-forebay-token``.
-        token_file: file with that token; one of the two is needed to listen on anything but loopback.
+        token_file: file with that token; one of the two, or `keys`, is needed to listen on anything but loopback.
+        keys: URL of the file of the keys that the gateway issues to its callers.
+        require_key: whether each caller needs one of these keys; else those without one are served as without `keys`.
         context: whose headers are trusted for a call's priority, deadline, tenant and task.
         max_body_bytes: of a request's body.
         max_held_bytes: of the bodies of all requests together, each held until its call has ended.
@@ -330,6 +333,8 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8787"
     token_env: str | None = None
     token_file: str | None = None
+    keys: str | None = None
+    require_key: bool = True
     context: ContextSettings = ContextSettings()
     max_body_bytes: int = 32 * 1024 * 1024
     max_held_bytes: int = 512 * 1024 * 1024
@@ -356,7 +361,18 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         self._check_positive(
             *("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", "client_timeout"), unit="seconds"
         )
+        self._check_keys()
         self._check_token(address)
+
+    def _check_keys(self) -> None:
+        if self.keys is not None:
+            try:
+                parse_keys_url(self.keys)
+            except InvalidKeysUrl as error:
+                expected = f"the URL of a SQLite file, such as sqlite:///keys.db: {vars(error)['why']}"
+                self._reject("keys", expected, value=vars(error)["url"])
+        if not isinstance(self.require_key, bool) or (not self.require_key and self.keys is None):
+            self._reject("require_key", "true or false, and false only beside keys, which it is for")
 
     def _check_targets(self) -> None:
         if not self.targets:
@@ -388,10 +404,10 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
             self._reject("token_file", "left out if token_env is given: there is one token")
         if self.has_token:
             return
-        if not address.loopback:
+        if not address.loopback and not self.needs_key:
             expected = (
                 "a loopback address, such as 127.0.0.1:8787; to be reachable from other machines, give a token with"
-                " --token-env VARIABLE or --token-file FILE"
+                " --token-env VARIABLE or --token-file FILE, or keys with --keys URL"
             )
             self._reject("listen", expected)
         if self.context.trust == "token":
@@ -409,6 +425,11 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     def has_token(self) -> bool:
         """True if callers must present a token."""
         return self.token_env is not None or self.token_file is not None
+
+    @property
+    def needs_key(self) -> bool:
+        """True if callers must present an issued key."""
+        return self.keys is not None and self.require_key
 
     @property
     def trust(self) -> Trust:

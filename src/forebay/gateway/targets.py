@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.upstream import Fallback
@@ -94,10 +95,12 @@ class Destination(NamedTuple):
     Attributes:
         target: the provider.
         path: below its base URL, with the query.
+        key: the issued key of the caller, or None.
     """
 
     target: Target
     path: str
+    key: IssuedKey | None = None
 
     @property
     def url(self) -> str:
