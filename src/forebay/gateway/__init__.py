@@ -6,7 +6,14 @@ import importlib.util
 from typing import TYPE_CHECKING, Final
 
 from forebay.gateway.secret import InvalidProviderKey, InvalidSecret, MissingFallbackKey
-from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.settings import (
+    ContextSettings,
+    FallbackSettings,
+    GatewaySettings,
+    QuotaSettings,
+    TargetSettings,
+    TenantSettings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +57,7 @@ __all__ = [
     "MissingFallbackKey",
     "QuotaSettings",
     "TargetSettings",
+    "TenantSettings",
     "missing_libraries",
     "serve",
 ]

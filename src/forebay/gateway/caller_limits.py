@@ -2,8 +2,8 @@
 
 They hold over all targets together. A call takes what it needs of its callers' rates and slots before it asks its
 target's account for a permit, and waits for it in a queue of the same kind: by priority and deadline, and with a
-Retry-After where the wait would be too long. Dollars are reserved and settled by the account of the target, as those of
-its own budgets are, since it knows the price of a call.
+Retry-After where the wait would be too long. Dollars are reserved and settled by the account of the target, as those
+of its own budgets are, since it knows the price of a call.
 """
 
 from __future__ import annotations
@@ -251,20 +251,36 @@ class CallerHold:
         self._permits: list[CallerPermit] = []
 
     async def __aenter__(self) -> Self:
-        try:
-            for limits in self._limits:
-                self._permits.append(await limits.acquire(self._request))
-        except BaseException:
-            for permit in self._permits:
-                permit.release()
-            raise
+        await self.acquire()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    async def acquire(self) -> None:
+        """Wait for the permits; `close` returns them, and must be called unless this raises.
+
+        Raises:
+            Overloaded: a caller's limits reject the call; nothing is held then.
+        """
+        try:
+            for limits in self._limits:
+                self._permits.append(await limits.acquire(self._request))
+        except BaseException:
+            permits, self._permits = self._permits, []
+            for permit in permits:
+                permit.release()
+            raise
+
+    def close(self) -> None:
+        """Return the permits. Without any this does nothing."""
+        if not self._permits:
+            return
+        permits, self._permits = self._permits, []
         used = self._used()
-        for permit in self._permits:
+        for permit in permits:
             if used is not None and not used.requests:
                 permit.release()
             else:

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Final
 
 import aiohttp
@@ -17,6 +17,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
+from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerHold, CallerLimits
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.issued_keys import IssuedKey
@@ -161,9 +163,15 @@ class ForwardedCall(Exchange):
         client: sends it.
         held: the memory that its response takes until it is passed on.
         metrics: count its tokens.
+        record: of the request.
+        limits: of its callers. A call that falls back holds none of its own.
+
+    Attributes:
+        record: of the request.
+        hold: what it holds of the limits of its callers; closed by whoever passes its answer on.
     """
 
-    __slots__ = ("_body", "_client", "_headers", "_held", "_metrics", "_request", "_timeout", "_url")
+    __slots__ = ("_body", "_client", "_headers", "_held", "_metrics", "_request", "_timeout", "_url", "hold", "record")
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
@@ -175,6 +183,8 @@ class ForwardedCall(Exchange):
         client: HttpClient,
         held: BodyReservation,
         metrics: GatewayMetrics,
+        record: CallRecord,
+        limits: Sequence[CallerLimits] = (),
     ) -> None:
         super().__init__(
             core,
@@ -189,6 +199,8 @@ class ForwardedCall(Exchange):
         self._client = client
         self._held = held
         self._metrics = metrics
+        self.record = record
+        self.hold = CallerHold(limits, self.call_request, lambda: record.used)
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
@@ -213,7 +225,14 @@ class ForwardedCall(Exchange):
             caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
         )
         return ForwardedCall(
-            route.core, url, rerouted.path, moved, client=self._client, held=self._held, metrics=self._metrics
+            route.core,
+            url,
+            rerouted.path,
+            moved,
+            client=self._client,
+            held=self._held,
+            metrics=self._metrics,
+            record=self.record,
         )
 
     @property
@@ -231,17 +250,20 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
+        self.record.begin_attempt(self.core.name, self.call_request.model, self.account.name)
         try:
             result = await self._attempt(permit)
         except BaseException:
             self._metrics.count_attempt(self.core.name, Outcome.IGNORED)
             raise
+        self.record.end_attempt()
         if not result.streaming:  # else it is counted at the end of the stream
             self._metrics.count_attempt(self.core.name, result.outcome.kind)
         return result
 
     def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
         self._metrics.count_attempt(self.core.name, end.kind)
+        self.record.first_output_at = end.output_at
         super()._settle_stream(permit, meter, end)
 
     async def _attempt(self, permit: Permit) -> AttemptResult:
@@ -253,6 +275,7 @@ class ForwardedCall(Exchange):
             )
             connection = response.connection.protocol if response.connection is not None else None
             headers = Headers.from_wire(response.raw_headers)
+            self.record.note_answer(headers)
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 return self._stream(permit, response, headers, returned)
@@ -330,6 +353,7 @@ class ForwardedCall(Exchange):
         """See `Exchange.call_outcome`; the tokens count in the metrics."""
         if usage is not None:
             self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
+            self.record.add_usage(usage, None if self.parsed.free else self.list_cost(usage, answer))
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
 

@@ -66,6 +66,11 @@ def contains_key(text: str) -> bool:
     return KEY_PREFIX in text and _KEY.search(text) is not None
 
 
+def hide_keys(text: str) -> str:
+    """Return a text with asterisks for each key in it."""
+    return _KEY.sub(f"{KEY_PREFIX}***", text) if KEY_PREFIX in text else text
+
+
 def key_digest(text: str) -> bytes:
     """Return the hash by which a key is stored and found.
 
