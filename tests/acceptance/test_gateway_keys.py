@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +540,38 @@ async def test_the_keys_stay_while_their_file_cannot_be_read(
             await refresh(gateway)
         assert "can be read again" in caplog.text
         assert (await harness.post(gateway, headers=bearer(text)))[0] == 401
+
+
+async def test_the_keys_stay_while_their_file_is_locked(harness: GatewayHarness, keys: IssuedKeys) -> None:
+    text = await keys.create("writer")
+
+    def lock() -> sqlite3.Connection:
+        holder = sqlite3.connect(keys.path, isolation_level=None, check_same_thread=False)
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        holder.execute("UPDATE change SET mark = randomblob(16)")
+        return holder
+
+    async with opened(harness, keys) as gateway:
+        holder = await in_thread(lock)
+        await refresh(gateway)
+        assert (await harness.post(gateway, headers=bearer(text)))[0] == 200
+        await in_thread(holder.close)
+        await keys.revoke("writer")
+        await refresh(gateway)
+        assert (await harness.post(gateway, headers=bearer(text)))[0] == 401
+
+
+async def test_a_key_for_an_unknown_target_is_worth_one_warning(
+    harness: GatewayHarness, keys: IssuedKeys, caplog: pytest.LogCaptureFixture
+) -> None:
+    await keys.create("writer", targets=("openai", "opnai"))
+    with caplog.at_level(logging.WARNING, logger="forebay"):
+        async with opened(harness, keys) as gateway:
+            await keys.update("writer", rpm=1)
+            await refresh(gateway)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["the key 'writer' is for the target 'opnai', which this gateway does not have"]
 
 
 async def test_a_file_that_is_replaced_counts_at_once(

@@ -139,7 +139,9 @@ class Forwarder:
             local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
         )
         self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
-        self.keys = None if settings.keys is None else KeyRegistry(parse_keys_url(settings.keys))
+        self.keys: KeyRegistry | None = None
+        if settings.keys is not None:
+            self.keys = KeyRegistry(parse_keys_url(settings.keys), [target.name for target in self.targets])
         self.draining = False
         self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -40,10 +40,13 @@ class KeyRegistry:
 
     Args:
         path: the file.
+        targets: the names of the gateway's targets; a key for another one is worth a warning.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, targets: Sequence[str]) -> None:
         self._path = path
+        self._targets = frozenset(targets)
+        self._warned: set[tuple[str, str]] = set()  # keys and targets
         self._files = (os.fspath(path), f"{path}-wal")
         self._snapshot = KeySnapshot(b"", {}, {})
         self._limits: dict[str, CallerLimits] = {}  # by the name of the key
@@ -123,12 +126,26 @@ class KeyRegistry:
     def _replace(self, snapshot: KeySnapshot) -> None:
         """Let other keys be in force. What was used of their limits and spent stays used and spent."""
         before, self._snapshot = self._snapshot.keys, snapshot
+        self._warn_of_targets(snapshot)
         for name in list(self._limits):
             key = snapshot.keys.get(name)
             if key is None:
                 del self._limits[name]
             elif key != before.get(name):
                 self._limits[name].change(quotas=key.quotas(), max_concurrent=key.max_concurrent, budget=key.budget())
+
+    def _warn_of_targets(self, snapshot: KeySnapshot) -> None:
+        """Log which active keys are for targets that this gateway does not have."""
+        unknown = {
+            (key.name, target)
+            for key in snapshot.keys.values()
+            if key.targets and key.revoked_at is None
+            for target in key.targets
+            if target not in self._targets
+        }
+        for name, target in sorted(unknown - self._warned):
+            log.warning("the key %r is for the target %r, which this gateway does not have", name, target)
+        self._warned |= unknown
 
     def _note_use(self, name: str, now: float) -> None:
         hour = now - now % _USED_TO
