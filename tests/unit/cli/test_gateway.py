@@ -136,6 +136,31 @@ def test_check_prints_the_configuration_and_starts_nothing(
     assert "callers need no token\n" in run(*OPENAI, "--check").stdout
 
 
+@pytest.mark.usefixtures("served")
+def test_check_says_where_keys_are_and_shows_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELD", "sk-held")
+    file = tmp_path / "forebay.toml"
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        api_key_env = "HELD"
+        [targets.anthropic]
+        url = "https://api.anthropic.com"
+        api_key_file = "anthropic.key"
+    """)
+    keys = tmp_path / "keys.db"
+    done = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert f"callers need a key of {keys}, which does not exist\n" in done.stdout
+    assert "calls are sent with the API key in $HELD\n" in done.stdout
+    assert f"calls are sent with the API key in {tmp_path / 'anthropic.key'}, which does not exist\n" in done.stdout
+    assert "sk-held" not in done.stdout
+    keys.touch()
+    file.write_text("gateway.require_key = false\ntargets.openai.url = 'https://api.openai.com'")
+    summary = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}").stdout
+    assert f"callers need no token, or a key of {keys}\n" in summary
+
+
 def test_check_fails_if_there_is_a_mistake() -> None:
     assert run("--check").exit_code == 2
 
