@@ -62,6 +62,10 @@ from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
+from forebay.gateway.issued_keys import IssuedKey
+from forebay.gateway.key_file import KeySnapshot
+from forebay.gateway.key_registry import KeyRegistry
+from forebay.gateway.provider_key import ProviderKey, RawHeaders
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
@@ -1543,6 +1547,33 @@ def a_call_that_is_not_retried_is_tried() -> None:
 
 def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
+
+
+def a_revoked_key_is_valid_until_a_restart() -> None:
+    always(KeyRegistry, KeyRegistry._read_if_changed, returns=None)
+
+
+def a_changed_key_has_its_budget_again() -> None:
+    original = KeyRegistry._replace
+
+    def _replace(self: KeyRegistry, snapshot: KeySnapshot) -> None:
+        self._limits.clear()
+        original(self, snapshot)
+
+    replace(KeyRegistry, original, _replace)
+
+
+def a_key_for_some_models_is_for_all() -> None:
+    always(IssuedKey, IssuedKey.allows_model, returns=True)
+
+
+def credentials_of_a_caller_go_with_the_held_key() -> None:
+    def replace_credentials(self: ProviderKey, raw_headers: RawHeaders, path: str) -> RawHeaders:
+        name, value = self.header(path)
+        kept = [pair for pair in raw_headers if pair[0].decode().lower() != name]
+        return (*kept, (name.encode(), value.encode()))
+
+    replace(ProviderKey, ProviderKey.replace_credentials, replace_credentials)
 
 
 def callers_of_different_keys_share_connections() -> None:

@@ -32,7 +32,10 @@ from tests.acceptance import (
     test_gateway_attacks,
     test_gateway_connections,
     test_gateway_end,
+    test_gateway_key_limits,
+    test_gateway_keys,
     test_gateway_metrics,
+    test_gateway_provider_keys,
     test_gateway_responses,
     test_handler_context,
     test_held_tasks,
@@ -626,6 +629,14 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_call_that_is_not_retried_is_tried: test_upstream_retries.test_a_call_that_is_not_retried_is_no_trial_call,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
+    bugs.a_revoked_key_is_valid_until_a_restart: (
+        test_gateway_keys.test_calls_in_progress_of_a_revoked_key_end_as_they_are
+    ),
+    bugs.a_changed_key_has_its_budget_again: test_gateway_key_limits.test_a_raised_budget_keeps_what_was_spent,
+    bugs.a_key_for_some_models_is_for_all: test_gateway_keys.test_a_key_for_some_models_is_for_no_others,
+    bugs.credentials_of_a_caller_go_with_the_held_key: (
+        test_gateway_provider_keys.test_a_call_is_sent_with_the_held_key_where_its_provider_reads_it
+    ),
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent

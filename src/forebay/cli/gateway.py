@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import msgspec
 import typer
 
 from forebay import gateway as gateway_package
@@ -15,8 +16,10 @@ from forebay.cli.extras import missing_extra_message
 from forebay.cli.state_directory import make_state_directory, with_default_spend_log
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
-from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway import GatewaySettings, TargetSettings, TenantSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
+from forebay.gateway.key_file import parse_keys_url
+from forebay.gateway.settings import OTHER_TENANTS
 from forebay.gateway.targets import make_targets
 from forebay.spend_log import parse_spend_log
 
@@ -61,9 +64,19 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
             " $XDG_STATE_HOME/forebay.",
         ),
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="File of the keys that callers present, such as sqlite:///keys.db."),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="How long calls in progress may take to end after SIGTERM; default 30."),
+    ] = None,
+    access_log: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="A line for each request: text (default), json, or off.")
+    ] = None,
+    access_log_to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where these lines go: stdout (default), stderr, or a file.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, such as forebay.toml; options override it.")
@@ -94,8 +107,11 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
                 "listen": listen,
                 "token_env": token_env,
                 "token_file": token_file,
+                "keys": keys,
                 "drain_timeout": drain_timeout,
                 "spend_log": spend_log,
+                "access_log": access_log,
+                "access_log_to": access_log_to,
             },
         )
         settings = with_default_spend_log(settings, os.environ)
@@ -116,6 +132,8 @@ def _check_fallbacks(settings: GatewaySettings) -> None:
     Raises:
         InvalidSetting: they do not.
     """
+    keyless = [msgspec.structs.replace(each, api_key_env=None, api_key_file=None) for each in settings.targets]
+    settings = msgspec.structs.replace(settings, targets=tuple(keyless))
     fallbacks = [fallback for target in settings.targets for fallback in target.fallback]
     make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
 
@@ -148,10 +166,17 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         callers = f"the token in {settings.token_file}{missing}"
     else:
         callers = "no token"
+    if settings.keys is not None:
+        path = parse_keys_url(settings.keys)
+        missing = "" if path.is_file() else ", which does not exist"
+        callers = f"a key of {path}{missing}" if settings.require_key else f"{callers}, or a key of {path}{missing}"
+    log_format = settings.access_log or "text"
     return [
         f"listening on {settings.listen}; callers need {callers}",
         f"may set priority, deadline, tenant and task: {settings.trust}",
         *_spend_log_summary(settings),
+        f"access log: {'off' if log_format == 'off' else f'{log_format} to {settings.access_log_to}'}",
+        *(_tenant_summary(tenant) for tenant in settings.tenants),
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
     ]
 
@@ -165,8 +190,30 @@ def _spend_log_summary(settings: GatewaySettings) -> list[str]:
     return []
 
 
+def _tenant_summary(tenant: TenantSettings) -> str:
+    who = "each other tenant" if tenant.name == OTHER_TENANTS else f"tenant {tenant.name!r}"
+    limits = [f"{quota.amount:,} {quota.unit.replace('_', ' ')} per minute" for quota in tenant.quotas()]
+    if tenant.max_concurrent is not None:
+        limits.append(f"{tenant.max_concurrent:,} calls in progress")
+    if tenant.budget_usd is not None:
+        limits.append(f"{tenant.budget_usd:,.12g} USD per day")
+    if tenant.priority is not None:
+        limits.append(f"priority {tenant.priority}")
+    if tenant.max_priority != "critical":
+        limits.append(f"at most {tenant.max_priority}")
+    if tenant.weight != 1.0:
+        limits.append(f"weight {tenant.weight:g}")
+    return f"{who}: {', '.join(limits) or 'no limits'}"
+
+
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
     keys = "one account for all API keys" if target.share_keys else "accounts of its own for each API key"
+    if target.api_key_env is not None:
+        missing = "" if target.api_key_env in os.environ else ", which is not set"
+        keys = f"calls are sent with the API key in ${target.api_key_env}{missing}"
+    elif target.api_key_file is not None:
+        missing = "" if Path(target.api_key_file).is_file() else ", which does not exist"
+        keys = f"calls are sent with the API key in {target.api_key_file}{missing}"
     amounts = {
         "calls in flight": target.max_concurrent,
         "USD per day": target.budget_usd,

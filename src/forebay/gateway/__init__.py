@@ -5,8 +5,15 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from forebay.gateway.secret import InvalidSecret, MissingFallbackKey
-from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.secret import InvalidProviderKey, InvalidSecret, MissingFallbackKey
+from forebay.gateway.settings import (
+    ContextSettings,
+    FallbackSettings,
+    GatewaySettings,
+    QuotaSettings,
+    TargetSettings,
+    TenantSettings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +38,9 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
+        StoreUnavailable: the file of issued keys is missing, or cannot be read.
         CannotListen: the address is in use, or not one of this machine.
         StoreUnavailable: the spend log cannot be opened.
     """
@@ -44,10 +53,12 @@ __all__ = [
     "ContextSettings",
     "FallbackSettings",
     "GatewaySettings",
+    "InvalidProviderKey",
     "InvalidSecret",
     "MissingFallbackKey",
     "QuotaSettings",
     "TargetSettings",
+    "TenantSettings",
     "missing_libraries",
     "serve",
 ]

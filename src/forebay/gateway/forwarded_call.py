@@ -6,8 +6,8 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container
-from typing import Final, TypeAlias
+from collections.abc import Container, Sequence
+from typing import Final
 
 import aiohttp
 import msgspec
@@ -19,9 +19,12 @@ from yarl import URL
 from forebay import clock
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerHold, CallerLimits
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
+from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.metrics import GatewayMetrics, Operation
+from forebay.gateway.provider_key import RawHeaders
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
@@ -32,8 +35,6 @@ from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
 from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream
 from forebay.upstream.providers.content_encoding import decompress_end
-
-RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
 _CONNECT_TIMEOUT: Final = 10.0  # seconds
@@ -140,6 +141,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
         body: its bytes.
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
+        key: the issued key of the caller, or None.
     """
 
     method: str
@@ -148,6 +150,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     caller: Caller
     read_timeout: float
+    key: IssuedKey | None = None
 
 
 class ForwardedCall(Exchange):
@@ -161,15 +164,17 @@ class ForwardedCall(Exchange):
         client: sends it.
         held: the memory that its response takes until it is passed on.
         metrics: of the gateway.
-        record: of the call.
+        record: of the request.
+        limits: of its callers. A call that falls back holds none of its own.
 
     Attributes:
-        record: of the call, whichever account serves it.
+        record: of the request, whichever account serves it.
+        hold: what it holds of the limits of its callers; closed by whoever passes its answer on.
     """
 
     __slots__ = (
         *("_body", "_client", "_error_type", "_headers", "_held", "_metrics", "_operation", "_request", "_rerouted"),
-        *("_timeout", "_url", "record"),
+        *("_timeout", "_url", "hold", "record"),
     )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
@@ -183,6 +188,7 @@ class ForwardedCall(Exchange):
         held: BodyReservation,
         metrics: GatewayMetrics,
         record: CallRecord,
+        limits: Sequence[CallerLimits] = (),
     ) -> None:
         super().__init__(
             core,
@@ -201,12 +207,16 @@ class ForwardedCall(Exchange):
         self._operation = Operation(core.name, core.profile.provider, self.parsed.endpoint, self.call_request.model)
         self._error_type = ""
         self._rerouted = False
+        self.hold = CallerHold(limits, self.call_request, lambda: record.used)
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
 
     def reroute(self, route: FallbackRoute) -> ForwardedCall | None:
-        """See `CallRoute`."""
+        """See `CallRoute`. A call with an issued key goes only where the key may go."""
+        key = self._request.key
+        if key is not None and not (key.allows_target(route.core.name) and key.allows_model(route.model)):
+            return None
         rerouted = self.rerouted_request(route)
         if rerouted is None:
             return None
@@ -249,7 +259,7 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
-        self.record.end_wait(permit.granted_at)
+        self.record.begin_attempt(self.core.name, self.call_request.model, self.account.name)
         if permit.request.retries:
             self._metrics.count_retry(self._operation)
         self._error_type = ""
@@ -260,13 +270,13 @@ class ForwardedCall(Exchange):
             self._record_end(permit, CallOutcome(kind=Outcome.IGNORED))
             raise
         finally:
-            self.record.begin_wait(clock.now())  # should it be sent again
+            self.record.end_attempt()
         if result.streaming:
             self._metrics.admit(self._operation, self.record)
         else:  # what streams is recorded at its end
             self._record_end(permit, result.outcome)
         if self._rerouted and result.outcome.kind is Outcome.SUCCESS:
-            self._metrics.count_fallback(self.record.target, self.core.name)
+            self._metrics.count_fallback(self.record.asked_target, self.core.name)
         return result
 
     def _record_end(self, permit: Permit, outcome: CallOutcome) -> None:
@@ -274,6 +284,7 @@ class ForwardedCall(Exchange):
         self._metrics.record_attempt(self._operation, outcome, seconds, error_type=self._error_type)
 
     def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
+        self.record.first_output_at = end.output_at
         if end.kind is not Outcome.SUCCESS:
             self._error_type = "abandoned" if end.kind is Outcome.IGNORED else "incomplete"
         self._record_end(permit, CallOutcome(kind=end.kind))
@@ -292,6 +303,7 @@ class ForwardedCall(Exchange):
             )
             connection = response.connection.protocol if response.connection is not None else None
             headers = Headers.from_wire(response.raw_headers)
+            self.record.note_answer(headers)
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 return self._stream(permit, response, headers, returned)
@@ -369,11 +381,13 @@ class ForwardedCall(Exchange):
         answer: ReadAnswer | None = None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
-        """See `Exchange.call_outcome`; the metrics record the tokens."""
+        """See `Exchange.call_outcome`; the metrics record the tokens, and the record the usage."""
         if kind is Outcome.SUCCESS:  # before its tokens are recorded
             self._metrics.admit(self._operation, self.record)
-        if usage is not None and not self._was_counted():
-            self._metrics.record_tokens(self._operation, usage)
+        if usage is not None:
+            if not self._was_counted():
+                self._metrics.record_tokens(self._operation, usage)
+            self.record.add_usage(usage, None if self.parsed.free else self.list_cost(usage, answer))
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
     def _was_counted(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -16,9 +16,11 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import BudgetAlert, Event, log
+from forebay.gateway.access_log import AccessLog, make_entry
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
+from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.error_responses import (
     JSON,
@@ -40,11 +42,17 @@ from forebay.gateway.forwarded_call import (
     StreamingResponse,
 )
 from forebay.gateway.http_client import HttpClient
+from forebay.gateway.issued_keys import IssuedKey, contains_key, hide_keys
+from forebay.gateway.key_file import parse_keys_url
+from forebay.gateway.key_permission import find_forbidden, headers_with_key
+from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
 from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.provider_key import RawHeaders, without_headers, without_query_keys
 from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
+from forebay.gateway.tenants import Tenants, with_limits
 from forebay.spend_log import SpendLog
 from forebay.upstream.providers import Endpoint, Headers
 from forebay.upstream.providers.json_text import replace_lone_surrogates
@@ -66,9 +74,10 @@ _MAX_COMPRESSED_PART: Final = 1 << 13  # bytes of a compressed stream that are r
 _MAX_PART: Final = 1 << 18  # bytes of any other that are passed on at a time
 _FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may have ended
 _FILES_LOG_INTERVAL: Final = 10.0  # seconds
+_KEY_LOG_INTERVAL: Final = 60.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
 _CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
-_BUG, _BAD_GATEWAY, _UNAVAILABLE = 500, 502, 503
+_ERRORS, _UNAUTHORIZED, _BUG, _BAD_GATEWAY, _UNAVAILABLE = 400, 401, 500, 502, 503
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -92,17 +101,20 @@ class Forwarder:
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         session: sends the calls.
         spend_log: keeps what calls cost; open. None for none.
+        access_log: gets a line for each request; None for no log.
 
     Attributes:
         targets: the providers.
         metrics: of the gateway.
         body_memory: the memory that request bodies take.
         response_memory: the memory that responses take.
+        keys: that the gateway has issued; None if it issues none. Whoever opens the gateway loads them.
         draining: new calls are rejected.
 
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
@@ -113,8 +125,11 @@ class Forwarder:
         *,
         session: aiohttp.ClientSession,
         spend_log: SpendLog | None = None,
+        access_log: AccessLog | None = None,
     ) -> None:
         self._settings = settings
+        self._access_log = access_log
+        self._tenants = Tenants(settings.tenants)
         self.targets = make_targets(settings, environment, spend_log=spend_log, on_event=self._on_event)
         self.metrics = GatewayMetrics(self.targets, settings)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
@@ -124,15 +139,21 @@ class Forwarder:
         self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
         self._validator = RequestValidator(
             max_header_bytes=settings.max_header_bytes,
-            local_only=settings.address.loopback and not settings.has_token,
+            local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
         )
+        self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
+        self.keys: KeyRegistry | None = None
+        if settings.keys is not None:
+            self.keys = KeyRegistry(parse_keys_url(settings.keys), [target.name for target in self.targets])
         self.draining = False
+        self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._abortable: set[asyncio.Timeout] = set()
         self._aborted = False
         self._files_logged_at = -math.inf
+        self._refused_logged_at: dict[str, float] = {}  # by target
 
     def _on_event(self, event: Event) -> None:
         """Count the alerts of budgets; the upstream logs them."""
@@ -142,6 +163,14 @@ class Forwarder:
     def drain(self) -> None:
         """Reject new calls from now on."""
         self.draining = True
+
+    def add_readiness_check(self, check: Callable[[], str | None]) -> None:
+        """Add a check to those of ``/readyz``: it returns why no call can be taken now, without secrets, or None."""
+        self._readiness_checks.append(check)
+
+    def readiness_problems(self) -> list[str]:
+        """Return why no call can be taken now; empty if calls can be."""
+        return [problem for check in self._readiness_checks if (problem := check())]
 
     async def wait_idle(self) -> None:
         """Wait until no call is in progress."""
@@ -169,37 +198,65 @@ class Forwarder:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return the response to one request."""
         headers = Headers.from_wire(request.raw_headers)
+        record = CallRecord(request.method, hide_keys(request.raw_path), headers)
         try:
             self._validate(request, headers)
             if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
-            destination = self._find_destination(request.raw_path, headers)
+            key = self._authenticate(request.raw_path, headers)
+            record.key_name = "" if key is None else key.name
+            destination = self._find_destination(request.raw_path, headers, key)
         except EarlyResponse as early:
-            return self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
-        record = CallRecord(destination.target.name, clock.now())
+            response: web.StreamResponse = self._early_response(request, early, record)
+            self._log(record, response.status)
+            return response
         status = _CLIENT_CLOSED
         self._in_progress += 1
         self._idle.clear()
         try:
             with BodyReservation(self.body_memory) as body, BodyReservation(self.response_memory) as held:
-                response, status = await self._forward(request, headers, destination, body, held, record=record)
+                response, status = await self._forward(request, headers, destination, body, held, record)
         except EarlyResponse as early:
-            response = self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
+            response = self._early_response(request, early, record)
             status = response.status
         except _CutOff as cut:
             status = cut.status
             raise
         except (asyncio.CancelledError, ConnectionError):  # the caller has gone
+            record.result = "caller_left"
             raise
         except BaseException:
             status = _BUG
+            record.result = "bug"
             raise
         finally:
-            self.metrics.record_call(record, status, clock.now())
+            self._log(record, status)
+            self.metrics.record_call(destination.target.name, record, status)
             self._in_progress -= 1
             if not self._in_progress:
                 self._idle.set()
         return response
+
+    def _log(self, record: CallRecord, status: int) -> None:
+        """Write the line of a request that has ended."""
+        record.end_waiting()
+        if self._access_log is not None:
+            self._access_log.add(make_entry(record, status, wall=clock.wall_time()))
+
+    def _early_response(self, request: web.BaseRequest, early: EarlyResponse, record: CallRecord) -> web.Response:
+        record.end_waiting()
+        response = _to_aiohttp(early.response, close=early.close)
+        self._add_headers(response.headers, record, detect_protocol(request.raw_path, {}))
+        return self._close_if_needed(request, response)
+
+    def _add_headers(self, headers: CIMultiDict[str], record: CallRecord, protocol: ApiProtocol) -> None:
+        """Add to the headers of an answer what is known of its call. A request id of the provider stays."""
+        if not self._settings.response_headers:
+            return
+        for name, value in record.headers():
+            headers[name] = value
+        for name, value in record.request_ids(protocol):
+            headers.setdefault(name, value)
 
     def _close_if_needed(self, request: web.BaseRequest, response: web.Response) -> web.Response:
         """Close the connection after this response while draining, or if the body of the request was not read."""
@@ -221,62 +278,159 @@ class Forwarder:
         """
         if path == "/healthz":
             body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
-            return web.Response(status=503 if self.draining else 200, body=body, content_type=JSON)
-        if not self._callers.is_authorized(headers):
-            message = f"this gateway needs its token in the header {TOKEN_HEADER}"
-            raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
+            return web.Response(body=body, content_type=JSON)
+        if path == "/readyz":
+            problems = self.readiness_problems()
+            body = msgspec.json.encode({"status": "unready" if problems else "ready", "problems": problems})
+            return web.Response(status=503 if problems else 200, body=body, content_type=JSON)
         if path == "/metrics":
+            self._check_operator(path, headers)
             page, content_type = self.metrics.render_for(headers.get("accept", ""))
             return web.Response(body=page, headers={"content-type": content_type})
         return None
 
-    def _find_destination(self, path: str, headers: Headers) -> Destination:
+    def _check_token(self, path: str, headers: Headers) -> None:
+        """Check that a caller presents the gateway's token, if one is needed.
+
+        Raises:
+            EarlyResponse: it does not.
+        """
+        if not self._callers.is_authorized(headers):
+            message = f"this gateway needs its token in the header {TOKEN_HEADER}"
+            raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
+
+    def _check_operator(self, path: str, headers: Headers) -> None:
+        """Check that a caller may see what all callers do: with the token, or without one on this machine.
+
+        Raises:
+            EarlyResponse: it may not.
+        """
+        self._check_token(path, headers)
+        if self._settings.has_token or not self._settings.needs_key:
+            return
+        if not self._settings.address.loopback:
+            message = f"{path} tells about all callers, so it needs the gateway's token, which is not configured"
+            raise EarlyResponse(error_response("openai", 403, "forebay_token", message))
+        if (error := self._own_pages_validator.find_error("GET", headers, ())) is not None:
+            raise EarlyResponse(error_response("openai", error.status, error.code, error.message))
+
+    def _authenticate(self, path: str, headers: Headers) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none.
+
+        Raises:
+            EarlyResponse: it has none that is valid, or not the token that it needs instead.
+        """
+        if self.keys is None:
+            self._check_token(path, headers)
+            return None
+        try:
+            return self._find_key(self.keys, path, headers)
+        except KeyRefusal as refusal:
+            response = error_response(detect_protocol(path, headers), 401, "invalid_api_key", f"{refusal}")
+            raise EarlyResponse(response) from None
+
+    def _find_key(self, keys: KeyRegistry, path: str, headers: Headers) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none.
+
+        Raises:
+            KeyRefusal: it has none that is valid.
+            EarlyResponse: it has not the token that it needs instead.
+        """
+        if contains_key(path):  # it is in the logs of whatever is on the way by now
+            raise KeyRefusal("an API key of this gateway is in the URL: send it in a header, and let it be replaced")
+        presented = set(headers_with_key(headers).values())
+        if len(presented) > 1:
+            raise KeyRefusal("two different API keys of this gateway were sent: send one")
+        if presented:
+            return keys.find(presented.pop())
+        if self._settings.require_key:
+            message = "this gateway needs one of its API keys, as Authorization: Bearer, or in the header x-api-key"
+            raise KeyRefusal(message)
+        self._check_token(path, headers)
+        return None
+
+    def _find_destination(self, path: str, headers: Headers, key: IssuedKey | None) -> Destination:
         """Return the destination of a call.
 
         Raises:
-            EarlyResponse: the gateway is draining, or no target has this path.
+            EarlyResponse: the gateway is draining, no target has this path, or the key is not for the one that has.
         """
         protocol = detect_protocol(path, headers)
         if self.draining:
             raise _draining_response(protocol)
-        destination = find_destination(self.targets, path, headers)
+        allowed = [each for each in self.targets if key is None or key.allows_target(each.name)]
+        destination = find_destination(allowed, path, headers)
+        if destination is not None:
+            return destination._replace(key=key)
+        if len(allowed) < len(self.targets):
+            destination = find_destination(self.targets, path, headers)
+        if destination is not None:
+            message = f"this API key is not for the target {destination.target.name!r}"
+            raise EarlyResponse(error_response(protocol, 403, "forebay_target", message))
         if destination is None:
             names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
-            paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /metrics"
+            paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /readyz, /metrics"
             shown = path.partition("?")[0][:_MAX_PATH_SHOWN]  # a query may contain an API key
             message = f"the path {shown!r} leads nowhere; the paths of this gateway are {paths}"
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
-    async def _forward(  # noqa: PLR0913 - the parts of a call
+    async def _forward(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         body: BodyReservation,
         held: BodyReservation,
-        *,
         record: CallRecord,
     ) -> tuple[web.StreamResponse, int]:
         """Return the response, which has been written, and the status that it counts as."""
+        call: ForwardedCall | None = None
         try:
-            async with self._abortable_block():
-                call = await self._read_call(request, headers, destination, body, held, record=record)
-                started = clock.now()
-                try:
-                    answer = await self._call(call, destination.target)
-                except asyncio.CancelledError:
-                    if not self.draining:
-                        now = clock.now()
-                        self._client_timeouts.record_hang_up(now, headers, now - started)
-                    raise
+            try:
+                async with self._abortable_block():
+                    call = await self._read_call(request, headers, destination, body, held, record)
+                    answer = await self._wait_for_answer(call, headers, destination.target)
+            except TimeoutError:
+                record.result = "shut_down"
+                raise _draining_response(destination.target.protocol) from None
+            return await self._pass_answer(request, answer, call, held)
+        finally:
+            if call is not None:
+                call.hold.close()
+
+    async def _wait_for_answer(
+        self, call: ForwardedCall, headers: Headers, target: Target
+    ) -> GatewayResponse | StreamingResponse:
+        """Return the provider's response, and learn how long the caller waits for it."""
+        started = clock.now()
+        try:
+            answer = await self._call(call, target)
+        except asyncio.CancelledError:
+            if not self.draining:
                 now = clock.now()
-                self._client_timeouts.record_answer(now, headers, now - started)
-        except TimeoutError:
-            raise _draining_response(destination.target.protocol) from None
+                self._client_timeouts.record_hang_up(now, headers, now - started)
+            raise
+        now = clock.now()
+        self._client_timeouts.record_answer(now, headers, now - started)
+        return answer
+
+    async def _pass_answer(
+        self,
+        request: web.BaseRequest,
+        answer: GatewayResponse | StreamingResponse,
+        call: ForwardedCall,
+        held: BodyReservation,
+    ) -> tuple[web.StreamResponse, int]:
+        """Pass the answer of a provider on; return the response and the status that it counts as."""
+        call.record.end_waiting()
+        protocol: ApiProtocol = "anthropic" if call.wire_protocol == "anthropic" else "openai"
         if isinstance(answer, StreamingResponse):
+            self._add_headers(answer.headers, call.record, protocol)
             return await self._stream(request, answer, call, held)
         response = self._close_if_needed(request, _to_aiohttp(answer))
+        self._add_headers(response.headers, call.record, protocol)
+        call.record.result = "answered" if response.status < _ERRORS else "provider_error"
         await response.prepare(request)
         await response.write_eof()  # until its caller has taken it, it is held
         return response, response.status
@@ -287,29 +441,47 @@ class Forwarder:
         Raises:
             EarlyResponse: the upstream rejected the call, or its last attempt failed.
         """
-        call.record.begin_wait(clock.now())
         try:
+            await call.hold.acquire()
             answer: GatewayResponse | StreamingResponse = await target.upstream.runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
+            call.record.reject(error.limited_by or "")
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
         except OutOfFiles:
+            call.record.reject("host:files")
             raise self._out_of_files(target) from None
         except TRANSPORT_ERRORS as error:
+            call.record.result = "unreachable"
             message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
         finally:
-            call.record.end_wait(clock.now())
+            call.record.end_waiting()
+        if target.key is not None and isinstance(answer, GatewayResponse):
+            if answer.status == _UNAUTHORIZED:
+                call.record.result = "provider_error"
+                raise self._key_refused(target)
+            return target.key.redact(answer)
         return answer
 
-    async def _read_call(  # noqa: PLR0913 - the parts of a call
+    def _key_refused(self, target: Target) -> EarlyResponse:
+        """Return the response to a call whose provider refused the key that this gateway holds: no fault of its caller.
+
+        The provider's own answer may quote the key.
+        """
+        if clock.now() >= self._refused_logged_at.get(target.name, -math.inf) + _KEY_LOG_INTERVAL:
+            self._refused_logged_at[target.name] = clock.now()
+            log.error("%s refused the API key that this gateway holds for it (401): replace it", target.name)
+        message = f"the provider {target.name!r} refused the API key that this gateway holds: tell who runs the gateway"
+        return EarlyResponse(error_response(target.protocol, 502, "forebay_provider_key", message))
+
+    async def _read_call(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         reservation: BodyReservation,
         held: BodyReservation,
-        *,
         record: CallRecord,
     ) -> ForwardedCall:
         """Read a request, and return the call to make.
@@ -317,28 +489,39 @@ class Forwarder:
         Raises:
             EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
         """
-        target = destination.target
+        target, key = destination.target, destination.key
+        raw_headers, sent, destination = _without_own_credentials(request.raw_headers, headers, destination)
         try:
             offset = clock.now() - clock.wall_time()
-            caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
-            if caller.api_key is None:
-                check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
+            shared = target.settings.share_keys and target.key is None
+            if key is None:
+                caller = self._callers.read(headers, offset=offset, shared_account=shared)
+            else:
+                caller = self._callers.read_with_key(headers, key, offset=offset, shared_account=shared)
+            named = key is not None or self._callers.names_priority(headers)
+            caller = self._tenants.caller(caller, names_priority=named)
+            if caller.api_key is None and target.key is None:
+                check_one_credential(sent, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
             raise EarlyResponse(response, close=True) from None
         try:
             body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
+            record.reject("host:bodies")
             raise self._body_memory_full(target) from None
+        limits = self._limits_of(key, caller.tenant)
+        caller = with_limits(caller, limits)
         now = clock.now()
         timeouts = self._client_timeouts.read(now, headers)
         incoming = IncomingRequest(
             method=request.method,
-            raw_headers=request.raw_headers,
-            headers=headers,
+            raw_headers=raw_headers,
+            headers=sent,
             body=body,
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
+            key=key,
         )
         call = ForwardedCall(
             target.upstream.core,
@@ -349,10 +532,18 @@ class Forwarder:
             held=held,
             metrics=self.metrics,
             record=record,
+            limits=limits,
         )
-        record.model = call.call_request.model
+        record.begin(caller, target.name, call.call_request.model, call.account.name)
         _check_call(call, body, target.protocol)
+        if key is not None and (forbidden := find_forbidden(key, call.parsed, body)):
+            raise EarlyResponse(error_response(target.protocol, 403, "model_not_found", forbidden))
         return call
+
+    def _limits_of(self, key: IssuedKey | None, tenant: str) -> list[CallerLimits]:
+        """Return the limits of the callers of a call, which it takes in this order: of its key, and of its tenant."""
+        of_key = None if key is None or self.keys is None else self.keys.limits_of(key)
+        return [each for each in (of_key, self._tenants.limits_of(tenant)) if each is not None]
 
     async def _stream(
         self, request: web.BaseRequest, streaming: StreamingResponse, call: ForwardedCall, held: BodyReservation
@@ -374,10 +565,12 @@ class Forwarder:
                 async with self._abortable_block():
                     await response.prepare(request)
                     problem = await _copy(streaming, held, response)
+                call.record.result = "broke_off" if problem else "answered"
                 if problem:
                     status = _BAD_GATEWAY
             except TimeoutError:
                 problem, status = "this gateway was shut down", _UNAVAILABLE
+                call.record.result = "shut_down"
             if not problem:
                 upstream.release()
             elif streaming.at_event_boundary and not (self._aborted and request.protocol.writing_paused):
@@ -451,6 +644,24 @@ async def _pass_on(chunk: bytes, streaming: StreamingResponse, response: web.Str
 def _broke_off(streaming: StreamingResponse, error: Exception) -> str:
     streaming.reader.fail(error)
     return f"the provider broke off: {_describe(error)}"
+
+
+def _without_own_credentials(
+    raw_headers: RawHeaders, headers: Headers, destination: Destination
+) -> tuple[RawHeaders, Headers, Destination]:
+    """Return the headers of a request and its destination as they are sent: without the keys that end here.
+
+    That is the issued key and, if the gateway holds a key of the target, every credential of the caller.
+    """
+    held = destination.target.key
+    if destination.key is None and held is None:
+        return raw_headers, headers, destination
+    if destination.key is not None:
+        raw_headers = without_headers(raw_headers, headers_with_key(headers))
+    if held is not None:
+        destination = destination._replace(path=without_query_keys(destination.path))
+        raw_headers = held.replace_credentials(raw_headers, destination.path)
+    return raw_headers, Headers.from_wire(raw_headers), destination
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, NoReturn
 
@@ -13,7 +14,8 @@ from forebay._validate import is_number, is_positive, is_whole, reject
 from forebay.errors import InvalidSetting, InvalidSpendLogUrl
 from forebay.events import Event
 from forebay.gateway.address import Address, parse_address, url_problem
-from forebay.gateway.secret import read_api_key, read_token
+from forebay.gateway.key_file import InvalidKeysUrl, parse_keys_url
+from forebay.gateway.secret import read_api_key, read_provider_key, read_token
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.spend_log import SpendLog, parse_spend_log
@@ -22,13 +24,20 @@ from forebay.upstream import Fallback, Upstream
 from forebay.upstream.providers import profile_for
 
 Trust = Literal["anyone", "token", "nobody"]
+AccessLogKind = Literal["text", "json", "off"]
+PriorityName = Literal["critical", "high", "normal", "low"]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # it appears in paths, metrics and on the command line
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, a field name
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 _PASSWORD: Final = re.compile(r"://[^/?#]*@")
 _NO_SPEND_LOG: Final = "none"
+_MAX_TENANT: Final = 256  # characters, as in the header
 _UNKNOWN_SERVER: Final = "openai-compatible"
+STDOUT: Final = "stdout"
+STDERR: Final = "stderr"
+OTHER_TENANTS: Final = "*"
+"""The name of the limits that hold for each tenant without limits of its own."""
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +161,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         name: lower-case letters, digits and ``._-``; callers may name it in their base URL.
         url: of the provider, without the ``/v1`` that starts the path of each call.
         provider: whose rules apply; by default those of the provider that `name` names, else ``"openai-compatible"``.
+        api_key_env: environment variable with an API key that all calls are sent with, in place of what callers send.
+        api_key_file: file with that key.
         models: rate limits of groups of models, by pattern of name such as ``"gpt-4o*"``; each has its own account.
         max_concurrent: calls in flight at most, of each account; None learns how many the provider takes.
         budget_usd: US dollars that all its calls together may spend in a day, in UTC.
@@ -178,6 +189,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     name: str
     url: str
     provider: str | None = None
+    api_key_env: str | None = None
+    api_key_file: str | None = None
     models: dict[str, QuotaSettings] = field(default_factory=dict)
     max_concurrent: int | None = None
     budget_usd: float | None = None
@@ -209,6 +222,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
                 profile_for(self.provider)
             except InvalidSetting as error:
                 self._reject("provider", vars(error)["expected"])
+        self._check_api_key()
         self._check_whole("max_concurrent", optional=True)
         self._check_whole("max_attempts")
         self._check_positive("max_wait", unit="seconds")
@@ -226,6 +240,29 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         if self.unpriced not in ("warn", "refuse", None):
             self._reject("unpriced", "'warn' or 'refuse'")
         Prices(self.prices)
+
+    def _check_api_key(self) -> None:
+        for name in ("api_key_env", "api_key_file"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                self._reject(name, "the name of an environment variable or a file, not the key itself")
+        if self.api_key_env is not None and self.api_key_file is not None:
+            self._reject("api_key_file", "left out if api_key_env is given: there is one key")
+
+    @property
+    def holds_key(self) -> bool:
+        """True if the gateway holds the API key of this provider."""
+        return self.api_key_env is not None or self.api_key_file is not None
+
+    def api_key(self, environment: Mapping[str, str]) -> str | None:
+        """Return the API key that calls are sent with, read now; None if callers send their own.
+
+        Raises:
+            InvalidProviderKey: it is missing, or a header cannot carry it.
+        """
+        if not self.holds_key:
+            return None
+        return read_provider_key(self.name, self.api_key_env, self.api_key_file, environment)
 
     @property
     def resolved_provider(self) -> str:
@@ -309,6 +346,60 @@ class ContextSettings(_Settings, frozen=True, kw_only=True):
                 self._reject("tenant_headers", expected, value=header)
 
 
+class TenantSettings(_Settings, frozen=True, kw_only=True):
+    """The limits of one tenant over all targets together, and its calls' place among those of others.
+
+    Attributes:
+        name: of the tenant; ``"*"`` for each tenant without settings of its own, all of which are separate.
+        rpm: requests per minute.
+        input_tpm: LLM tokens sent per minute.
+        output_tpm: LLM tokens received per minute.
+        tpm: LLM tokens per minute, sent and received together.
+        max_concurrent: calls in progress at a time, those that wait for a target's account included.
+        budget_usd: US dollars that its calls may spend in a day, in UTC.
+        max_wait: seconds that a call may be expected to wait for these limits, if its caller waits that long.
+        weight: its share of turns at each target that has no ``weights`` for it.
+        priority: of its calls that name none.
+        max_priority: the best that its calls may have; those that name a better one get this.
+
+    Raises:
+        InvalidSetting: a setting is invalid.
+    """
+
+    name: str
+    rpm: int | None = None
+    input_tpm: int | None = None
+    output_tpm: int | None = None
+    tpm: int | None = None
+    max_concurrent: int | None = None
+    budget_usd: float | None = None
+    max_wait: float = 600.0
+    weight: float = 1.0
+    priority: PriorityName | None = None
+    max_priority: PriorityName = "critical"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 1 <= len(self.name) <= _MAX_TENANT or not self.name.isprintable():
+            self._reject("name", f"1 to {_MAX_TENANT} printable characters, or '*' for each tenant without its own")
+        self._check_whole("rpm", "input_tpm", "output_tpm", "tpm", "max_concurrent", optional=True)
+        self._check_positive("budget_usd", unit="US dollars", optional=True)
+        self._check_positive("max_wait", unit="seconds")
+        self._check_positive("weight", unit="turns")
+        for name in ("priority", "max_priority"):
+            value = getattr(self, name)
+            if value not in typing.get_args(PriorityName) and not (value is None and name == "priority"):
+                self._reject(name, "'critical', 'high', 'normal' or 'low'")
+
+    def quotas(self) -> list[Quota]:
+        """Return its rates as an account takes them."""
+        rates = {name: getattr(self, name) for name in ("rpm", "input_tpm", "output_tpm", "tpm")}
+        return QuotaSettings(**rates).quotas()
+
+    def budget(self) -> Budget | None:
+        """Return its budget; None if it has none."""
+        return _budget(self.budget_usd, "day")
+
+
 class GatewaySettings(_Settings, frozen=True, kw_only=True):
     """One gateway.
 
@@ -316,7 +407,9 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         targets: its providers.
         listen: ``"HOST:PORT"``, an IPv6 host in brackets; port 0 takes a free one.
         token_env: environment variable with the token that all callers present, in ``x-forebay-token``.
-        token_file: file with that token; one of the two is needed to listen on anything but loopback.
+        token_file: file with that token; one of the two, or `keys`, is needed to listen on anything but loopback.
+        keys: URL of the file of the keys that the gateway issues to its callers.
+        require_key: whether each caller needs one of these keys; else those without one are served as without `keys`.
         context: whose headers are trusted for a call's priority, deadline, tenant and task.
         max_body_bytes: of a request's body.
         max_held_bytes: of the bodies of all requests together, each held until its call has ended.
@@ -335,6 +428,12 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         max_metrics_keys: the same of API keys, of which eight digits of the digest are shown.
         spend_log: the file that keeps what calls cost, ``sqlite:////absolute.db``; ``"none"`` for none. None: none,
             but the command ``forebay gateway`` has one of its own where a target has a budget.
+        tenants: limits of tenants over all targets.
+        response_headers: whether answers have a request id, and say how long the call was held, its attempts, its
+            account, its cost.
+        access_log: a line for each request: ``"text"``, ``"json"`` or ``"off"``; None: ``"text"`` for the command
+            ``forebay gateway``, ``"off"`` for a `Gateway` in a program of its own.
+        access_log_to: ``"stdout"``, ``"stderr"`` or the path of a file, which is opened again on SIGHUP.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -344,6 +443,8 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8787"
     token_env: str | None = None
     token_file: str | None = None
+    keys: str | None = None
+    require_key: bool = True
     context: ContextSettings = ContextSettings()
     max_body_bytes: int = 32 * 1024 * 1024
     max_held_bytes: int = 512 * 1024 * 1024
@@ -360,9 +461,14 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     max_metrics_tenants: int = 100
     max_metrics_keys: int = 100
     spend_log: str | None = None
+    tenants: tuple[TenantSettings, ...] = ()
+    response_headers: bool = True
+    access_log: AccessLogKind | None = None
+    access_log_to: str = STDOUT
 
     def __post_init__(self) -> None:
         self._check_targets()
+        self._check_observation()
         self._check_fallbacks()
         address = parse_address(self.listen)
         if address is None:
@@ -377,6 +483,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         self._check_positive(
             *("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", "client_timeout"), unit="seconds"
         )
+        self._check_keys()
         self._check_token(address)
         if self.spend_log_url is not None:
             try:
@@ -386,6 +493,16 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
                 shown = shown_url(self.spend_log_url) if isinstance(self.spend_log_url, str) else self.spend_log_url
                 self._reject("spend_log", expected, value=shown)
 
+    def _check_keys(self) -> None:
+        if self.keys is not None:
+            try:
+                parse_keys_url(self.keys)
+            except InvalidKeysUrl as error:
+                expected = f"the URL of a SQLite file, such as sqlite:///keys.db: {vars(error)['why']}"
+                self._reject("keys", expected, value=vars(error)["url"])
+        if not isinstance(self.require_key, bool) or (not self.require_key and self.keys is None):
+            self._reject("require_key", "true or false, and false only beside keys, which it is for")
+
     def _check_targets(self) -> None:
         if not self.targets:
             self._reject("targets", "at least one, by --target NAME=URL or a table [targets.NAME]", value="none")
@@ -393,6 +510,18 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         for name in names:
             if names.count(name) > 1:
                 self._reject("targets", "targets of different names", value=name)
+
+    def _check_observation(self) -> None:
+        names = [tenant.name for tenant in self.tenants]
+        for name in names:
+            if names.count(name) > 1:
+                self._reject("tenants", "tenants of different names", value=name)
+        if not isinstance(self.response_headers, bool):
+            self._reject("response_headers", "true or false")
+        if self.access_log not in (*typing.get_args(AccessLogKind), None):
+            self._reject("access_log", "'text', 'json' or 'off'")
+        if not isinstance(self.access_log_to, str) or not self.access_log_to or "\0" in self.access_log_to:
+            self._reject("access_log_to", "'stdout', 'stderr' or the path of a file")
 
     def _check_fallbacks(self) -> None:
         edges = {
@@ -416,10 +545,10 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
             self._reject("token_file", "left out if token_env is given: there is one token")
         if self.has_token:
             return
-        if not address.loopback:
+        if not address.loopback and not self.needs_key:
             expected = (
                 "a loopback address, such as 127.0.0.1:8787; to be reachable from other machines, give a token with"
-                " --token-env VARIABLE or --token-file FILE"
+                " --token-env VARIABLE or --token-file FILE, or keys with --keys URL"
             )
             self._reject("listen", expected)
         if self.context.trust == "token":
@@ -442,6 +571,11 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     def has_token(self) -> bool:
         """True if callers must present a token."""
         return self.token_env is not None or self.token_file is not None
+
+    @property
+    def needs_key(self) -> bool:
+        """True if callers must present an issued key."""
+        return self.keys is not None and self.require_key
 
     @property
     def trust(self) -> Trust:

@@ -9,6 +9,8 @@ from urllib.parse import unquote
 
 from forebay.events import Event
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.issued_keys import IssuedKey
+from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.spend_log import SpendLog
 from forebay.upstream import Fallback
@@ -32,6 +34,7 @@ class Target:
         fallbacks: of its upstream.
         spend_log: of the gateway, open; None for none.
         on_event: called with the events of its upstream.
+        api_key: that the gateway holds, or None.
 
     Attributes:
         settings: of the target.
@@ -39,6 +42,7 @@ class Target:
         upstream: paces its calls.
         base_url: without a slash at its end.
         protocol: of its API.
+        key: the API key that the gateway holds; None if callers send their own.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Target:
         settings: TargetSettings,
         fallbacks: Sequence[Fallback] = (),
         *,
+        api_key: str | None = None,
         spend_log: SpendLog | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
@@ -54,6 +59,10 @@ class Target:
         self.upstream = settings.upstream(fallbacks, spend_log=spend_log, on_event=on_event)
         self.protocol: ApiProtocol = "anthropic" if settings.resolved_provider == "anthropic" else "openai"
         self.base_url = settings.url.rstrip("/")
+        core = self.upstream.core
+        self.key = None if api_key is None else ProviderKey(api_key, core.profile)
+        if api_key is not None:  # a call with it is no stranger's, so it may be sent with the key of a fallback
+            core.accepted_keys.record(api_key, accepted=True)
 
 
 def make_targets(
@@ -73,6 +82,7 @@ def make_targets(
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol.
     """
     by_name = {target.name: target for target in settings.targets}
@@ -81,7 +91,8 @@ def make_targets(
     def make(name: str) -> Target:
         if name not in made:
             fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
-            made[name] = Target(by_name[name], fallbacks, spend_log=spend_log, on_event=on_event)
+            key = by_name[name].api_key(environment)
+            made[name] = Target(by_name[name], fallbacks, api_key=key, spend_log=spend_log, on_event=on_event)
         return made[name]
 
     def make_fallback(settings: FallbackSettings) -> Fallback:
@@ -95,7 +106,7 @@ def make_targets(
             models=settings.models,
             model=settings.model,
             base_url=target.base_url if target.protocol == "anthropic" else f"{target.base_url}/v1",
-            api_key=settings.api_key(environment),
+            api_key=settings.api_key(environment) or (None if target.key is None else target.key.key),
         )
 
     return [make(target.name) for target in settings.targets]
@@ -107,10 +118,12 @@ class Destination(NamedTuple):
     Attributes:
         target: the provider.
         path: below its base URL, with the query.
+        key: the issued key of the caller, or None.
     """
 
     target: Target
     path: str
+    key: IssuedKey | None = None
 
     @property
     def url(self) -> str:

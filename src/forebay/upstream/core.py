@@ -157,6 +157,7 @@ class UpstreamCore:
             task_id=caller.task_id,
             model=model,
             free=free,
+            budgets=caller.budgets,
         )
 
     def cost(
@@ -178,7 +179,7 @@ class UpstreamCore:
             answered = max((self.prices.cost(self.provider, name, usage) or 0.0 for name in alternatives), default=0.0)
         return max(usd, answered)
 
-    def price(
+    def price(  # noqa: PLR0913 - the facts about a call
         self,
         model: str,
         usage: BilledUsage,
@@ -186,6 +187,7 @@ class UpstreamCore:
         alternatives: Sequence[str] = (),
         per_second: BilledUsage | None = None,
         by_hand: bool = False,
+        budgeted: bool = False,
     ) -> CallPrice:
         """Return the price of a call before it is sent.
 
@@ -195,8 +197,9 @@ class UpstreamCore:
             alternatives: models that may answer instead; the dearest counts.
             per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
+            budgeted: its caller has a budget.
         """
-        if not self.budgets.has_budgets:
+        if not (self.budgets.has_budgets or budgeted):
             return CallPrice()
         dearest = rate = at_once = 0.0
         for name in (model, *alternatives):

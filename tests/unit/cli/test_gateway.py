@@ -16,7 +16,14 @@ from typer.testing import CliRunner, Result
 
 from forebay import gateway
 from forebay.cli.app import app
-from forebay.gateway import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway import (
+    ContextSettings,
+    FallbackSettings,
+    GatewaySettings,
+    QuotaSettings,
+    TargetSettings,
+    TenantSettings,
+)
 from forebay.quota import Price
 
 OPENAI = ("--target", "openai=https://api.openai.com")
@@ -122,6 +129,7 @@ def test_check_prints_the_configuration_and_starts_nothing(
         "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
         "may set priority, deadline, tenant and task: anyone",
         f"what calls cost is kept in {state / 'gateway-8787.db'}",
+        "access log: text to stdout",
         "openai: https://api.openai.com; rules of openai; accounts of its own for each API key",
         "    1,000 USD per day",
         "    200,000 input tokens per minute of gpt*",
@@ -187,6 +195,31 @@ def test_an_invalid_spend_log_is_reported(served: list[GatewaySettings]) -> None
     assert served == []
 
 
+@pytest.mark.usefixtures("served")
+def test_check_says_where_keys_are_and_shows_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELD", "sk-held")
+    file = tmp_path / "forebay.toml"
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        api_key_env = "HELD"
+        [targets.anthropic]
+        url = "https://api.anthropic.com"
+        api_key_file = "anthropic.key"
+    """)
+    keys = tmp_path / "keys.db"
+    done = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert f"callers need a key of {keys}, which does not exist\n" in done.stdout
+    assert "calls are sent with the API key in $HELD\n" in done.stdout
+    assert f"calls are sent with the API key in {tmp_path / 'anthropic.key'}, which does not exist\n" in done.stdout
+    assert "sk-held" not in done.stdout
+    keys.touch()
+    file.write_text("gateway.require_key = false\ntargets.openai.url = 'https://api.openai.com'")
+    summary = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}").stdout
+    assert f"callers need no token, or a key of {keys}\n" in summary
+
+
 def test_check_fails_if_there_is_a_mistake() -> None:
     assert run("--check").exit_code == 2
 
@@ -230,8 +263,9 @@ def rows(heading: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("heading", "kind", "excluded"),
     [
-        ("**`[gateway]`**", GatewaySettings, {"targets", "context"}),
+        ("**`[gateway]`**", GatewaySettings, {"targets", "context", "tenants"}),
         ("**`[gateway.context]`**", ContextSettings, set()),
+        ("**`[tenants.NAME]`**", TenantSettings, {"name"}),
         ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback"}),
         ("**`[targets.NAME.models.PATTERN]`**", QuotaSettings, set()),
         ("**`[targets.NAME.prices.PATTERN]`**", Price, set()),

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from forebay.gateway.call_record import CallRecord
+from forebay.simulation import Simulation
+from forebay.upstream.call_request import Caller
+
+
+def new_record() -> CallRecord:
+    return CallRecord("POST", "/v1/chat/completions", {})
 
 
 def test_a_call_waits_for_its_permits_and_not_while_an_attempt_is_under_way() -> None:
-    record = CallRecord("openai", 0.0)
-    record.begin_wait(1.0)
-    record.end_wait(4.0)  # it got a permit
-    record.begin_wait(10.0)  # its attempt has ended
-    record.end_wait(12.0)  # it got another one
-    assert record.waited == 5.0
+    async def main() -> float:
+        record = new_record()
+        record.begin(Caller(), "openai", "gpt-4o", "account")
+        await asyncio.sleep(3.0)
+        record.begin_attempt("openai", "gpt-4o", "account")
+        await asyncio.sleep(6.0)
+        record.end_attempt()
+        await asyncio.sleep(2.0)  # it is sent again
+        record.begin_attempt("openai", "gpt-4o", "account")
+        await asyncio.sleep(6.0)
+        return record.waited
+
+    with Simulation() as simulation:
+        assert simulation.run(main()) == pytest.approx(5.0)
 
 
 def test_a_call_that_asked_for_no_permit_has_not_waited() -> None:
-    record = CallRecord("openai", 0.0)
-    record.end_wait(3.0)
-    assert record.waited is None
+    async def main() -> float:
+        record = new_record()
+        await asyncio.sleep(3.0)
+        record.end_waiting()
+        return record.waited
+
+    with Simulation() as simulation:
+        assert simulation.run(main()) == 0.0
 
 
-def test_the_end_of_an_attempt_is_no_wait() -> None:
-    record = CallRecord("openai", 0.0)
-    record.begin_wait(1.0)
-    record.end_wait(1.0)
-    record.end_wait(9.0)
-    assert record.waited == 0.0
+def test_the_end_of_the_last_attempt_is_no_wait() -> None:
+    async def main() -> float:
+        record = new_record()
+        record.begin(Caller(), "openai", "gpt-4o", "account")
+        record.begin_attempt("openai", "gpt-4o", "account")
+        record.end_attempt()
+        record.end_waiting()
+        await asyncio.sleep(3.0)
+        record.end_waiting()
+        return record.waited
 
-
-def test_a_permit_that_was_granted_before_a_clock_went_back_was_not_waited_for() -> None:
-    record = CallRecord("openai", 0.0)
-    record.begin_wait(5.0)
-    record.end_wait(4.0)
-    assert record.waited == 0.0
+    with Simulation() as simulation:
+        assert simulation.run(main()) == 0.0

@@ -16,7 +16,7 @@ from forebay.spend_log import SpendLog
 from forebay.spend_log.spend_record import AlertPlace, GivenAlert
 from forebay.task import Priority
 from forebay.upstream.accounts.spend_recorder import SpendRecorder
-from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
+from forebay.upstream.call_request import CallBudget, CallRequest, Rejected, SpendReservation
 from forebay.upstream.weak_lru import WeakLRU
 
 _RETURNED_AFTER: Final = 4.0  # seconds, on average, after which reserved dollars may have been returned
@@ -104,6 +104,11 @@ class SharedBudget:
         if share is not None and self._on_alert is not None:
             self._on_alert(share, spent)
 
+    def change(self, budget: Budget) -> None:
+        """Set another amount or period. What was spent and is reserved stays so."""
+        with self._lock:
+            self._tracker.change(clock.wall_time(), budget)
+
     def spent(self) -> float:
         """Return the dollars spent in this period."""
         with self._lock:
@@ -184,11 +189,6 @@ class UpstreamBudgets:
         )
         self._tasks: WeakLRU[str, SharedBudget] = WeakLRU(_MAX_TASKS)
 
-    @property
-    def counts_dollars(self) -> bool:
-        """True if it matters what calls cost."""
-        return self.has_budgets or self._spend_log is not None
-
     def recorder(self, key: str) -> SpendRecorder | None:
         """Return the recorder of an account; None if nothing is recorded.
 
@@ -199,11 +199,15 @@ class UpstreamBudgets:
             return None
         return SpendRecorder(self._spend_log, self._name, key, by_task=self._task is not None)
 
-    def for_request(self, request: CallRequest) -> Sequence[SharedBudget]:
-        """Return the budgets that a call spends from."""
-        if not self.has_budgets or request.free:
+    def for_request(self, request: CallRequest) -> Sequence[CallBudget]:
+        """Return the budgets that a call spends from, those of its caller included."""
+        if request.free:
             return ()
-        budgets = [] if self.upstream_budget is None else [self.upstream_budget]
+        if not self.has_budgets:
+            return request.budgets
+        budgets: list[CallBudget] = list(request.budgets)
+        if self.upstream_budget is not None:
+            budgets.append(self.upstream_budget)
         if self._tenant is not None:
             budgets.append(self._tenants.get(request.tenant, self._new_tenant_budget))
         if self._task is not None and request.task_id is not None:
