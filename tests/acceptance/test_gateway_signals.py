@@ -69,9 +69,9 @@ async def start(harness: GatewayHarness, tmp_path: Path) -> AsyncIterator[Start]
 
 async def wait_until_draining(harness: GatewayHarness, running: GatewayProcess) -> None:
     while True:
-        async with harness.session.get(f"{running.url}/healthz") as response:
+        async with harness.session.get(f"{running.url}/readyz") as response:
             if response.status == 503:
-                assert await response.json() == {"status": "draining"}
+                assert await response.json() == {"status": "unready", "problems": ["draining"]}
                 return
 
 

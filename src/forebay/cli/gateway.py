@@ -14,8 +14,9 @@ from forebay.cli.config import load_gateway_settings
 from forebay.cli.extras import missing_extra_message
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
-from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway import GatewaySettings, TargetSettings, TenantSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
+from forebay.gateway.settings import OTHER_TENANTS
 from forebay.gateway.targets import make_targets
 
 _EACH: Final = "for all targets, or NAME=NUMBER for one; repeatable."
@@ -55,6 +56,12 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
         float | None,
         typer.Option(metavar="SECONDS", help="How long calls in progress may take to end after SIGTERM; default 30."),
     ] = None,
+    access_log: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="A line for each request: text (default), json, or off.")
+    ] = None,
+    access_log_to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where these lines go: stdout (default), stderr, or a file.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, such as forebay.toml; options override it.")
     ] = None,
@@ -85,6 +92,8 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
                 "token_env": token_env,
                 "token_file": token_file,
                 "drain_timeout": drain_timeout,
+                "access_log": access_log,
+                "access_log_to": access_log_to,
             },
         )
         _check_fallbacks(settings)
@@ -135,11 +144,30 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         callers = f"the token in {settings.token_file}{missing}"
     else:
         callers = "no token"
+    log_format = settings.access_log or "text"
     return [
         f"listening on {settings.listen}; callers need {callers}",
         f"may set priority, deadline, tenant and task: {settings.trust}",
+        f"access log: {'off' if log_format == 'off' else f'{log_format} to {settings.access_log_to}'}",
+        *(_tenant_summary(tenant) for tenant in settings.tenants),
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
     ]
+
+
+def _tenant_summary(tenant: TenantSettings) -> str:
+    who = "each other tenant" if tenant.name == OTHER_TENANTS else f"tenant {tenant.name!r}"
+    limits = [f"{quota.amount:,} {quota.unit.replace('_', ' ')} per minute" for quota in tenant.quotas()]
+    if tenant.max_concurrent is not None:
+        limits.append(f"{tenant.max_concurrent:,} calls in progress")
+    if tenant.budget_usd is not None:
+        limits.append(f"{tenant.budget_usd:,.12g} USD per day")
+    if tenant.priority is not None:
+        limits.append(f"priority {tenant.priority}")
+    if tenant.max_priority != "critical":
+        limits.append(f"at most {tenant.max_priority}")
+    if tenant.weight != 1.0:
+        limits.append(f"weight {tenant.weight:g}")
+    return f"{who}: {', '.join(limits) or 'no limits'}"
 
 
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:

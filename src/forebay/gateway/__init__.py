@@ -6,7 +6,14 @@ import importlib.util
 from typing import TYPE_CHECKING, Final
 
 from forebay.gateway.secret import InvalidSecret, MissingFallbackKey
-from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.settings import (
+    ContextSettings,
+    FallbackSettings,
+    GatewaySettings,
+    QuotaSettings,
+    TargetSettings,
+    TenantSettings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +54,7 @@ __all__ = [
     "MissingFallbackKey",
     "QuotaSettings",
     "TargetSettings",
+    "TenantSettings",
     "missing_libraries",
     "serve",
 ]

@@ -79,6 +79,10 @@ class CallerReader:
             api_key=key,
         )
 
+    def names_priority(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a trusted header says the priority of a call."""
+        return "x-forebay-priority" in headers and self._trusts(headers)
+
     def _trusts(self, headers: Mapping[str, str]) -> bool:
         return self._trust == "anyone" or (self._trust == "token" and self._has_token(headers))
 

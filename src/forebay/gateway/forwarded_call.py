@@ -6,7 +6,7 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Final, TypeAlias
 
 import aiohttp
@@ -19,6 +19,7 @@ from yarl import URL
 from forebay import clock
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerHold, CallerLimits
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics, Operation
@@ -161,15 +162,17 @@ class ForwardedCall(Exchange):
         client: sends it.
         held: the memory that its response takes until it is passed on.
         metrics: of the gateway.
-        record: of the call.
+        record: of the request.
+        limits: of its callers. A call that falls back holds none of its own.
 
     Attributes:
-        record: of the call, whichever account serves it.
+        record: of the request.
+        hold: what it holds of the limits of its callers; closed by whoever passes its answer on.
     """
 
     __slots__ = (
         *("_body", "_client", "_error_type", "_headers", "_held", "_metrics", "_operation", "_request", "_rerouted"),
-        *("_timeout", "_url", "record"),
+        *("_timeout", "_url", "hold", "record"),
     )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
@@ -183,6 +186,7 @@ class ForwardedCall(Exchange):
         held: BodyReservation,
         metrics: GatewayMetrics,
         record: CallRecord,
+        limits: Sequence[CallerLimits] = (),
     ) -> None:
         super().__init__(
             core,
@@ -201,6 +205,7 @@ class ForwardedCall(Exchange):
         self._operation = Operation(core.name, core.profile.provider, self.parsed.endpoint, self.call_request.model)
         self._error_type = ""
         self._rerouted = False
+        self.hold = CallerHold(limits, self.call_request, lambda: record.used)
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
@@ -249,7 +254,7 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
-        self.record.end_wait(permit.granted_at)
+        self.record.begin_attempt(self.core.name, self.call_request.model, self.account.name)
         if permit.request.retries:
             self._metrics.count_retry(self._operation)
         self._error_type = ""
@@ -259,14 +264,13 @@ class ForwardedCall(Exchange):
             self._error_type = type(error).__name__
             self._record_end(permit, CallOutcome(kind=Outcome.IGNORED))
             raise
-        finally:
-            self.record.begin_wait(clock.now())  # should it be sent again
+        self.record.end_attempt()
         if result.streaming:
             self._metrics.admit(self._operation, self.record)
         else:  # what streams is recorded at its end
             self._record_end(permit, result.outcome)
         if self._rerouted and result.outcome.kind is Outcome.SUCCESS:
-            self._metrics.count_fallback(self.record.target, self.core.name)
+            self._metrics.count_fallback(self.record.asked_target, self.core.name)
         return result
 
     def _record_end(self, permit: Permit, outcome: CallOutcome) -> None:
@@ -274,6 +278,7 @@ class ForwardedCall(Exchange):
         self._metrics.record_attempt(self._operation, outcome, seconds, error_type=self._error_type)
 
     def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
+        self.record.first_output_at = end.output_at
         if end.kind is not Outcome.SUCCESS:
             self._error_type = "abandoned" if end.kind is Outcome.IGNORED else "incomplete"
         self._record_end(permit, CallOutcome(kind=end.kind))
@@ -292,6 +297,7 @@ class ForwardedCall(Exchange):
             )
             connection = response.connection.protocol if response.connection is not None else None
             headers = Headers.from_wire(response.raw_headers)
+            self.record.note_answer(headers)
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 return self._stream(permit, response, headers, returned)
@@ -369,11 +375,13 @@ class ForwardedCall(Exchange):
         answer: ReadAnswer | None = None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
-        """See `Exchange.call_outcome`; the metrics record the tokens."""
-        if kind is Outcome.SUCCESS:  # before its tokens are recorded
+        """See `Exchange.call_outcome`; the metrics and the record get the usage."""
+        if kind is Outcome.SUCCESS:
             self._metrics.admit(self._operation, self.record)
-        if usage is not None and not self._was_counted():
-            self._metrics.record_tokens(self._operation, usage)
+        if usage is not None:
+            if not self._was_counted():
+                self._metrics.record_tokens(self._operation, usage)
+            self.record.add_usage(usage, None if self.parsed.free else self.list_cost(usage, answer))
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
     def _was_counted(self) -> bool:

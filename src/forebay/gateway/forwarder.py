@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
+from forebay.gateway.access_log import AccessLog, make_entry
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
@@ -45,6 +46,7 @@ from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
+from forebay.gateway.tenants import Tenants, with_limits
 from forebay.upstream.providers import Endpoint, Headers
 from forebay.upstream.providers.json_text import replace_lone_surrogates
 
@@ -67,7 +69,7 @@ _FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may ha
 _FILES_LOG_INTERVAL: Final = 10.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
 _CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
-_BUG, _BAD_GATEWAY, _UNAVAILABLE = 500, 502, 503
+_ERRORS, _BUG, _BAD_GATEWAY, _UNAVAILABLE = 400, 500, 502, 503
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -90,6 +92,7 @@ class Forwarder:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         session: sends the calls.
+        access_log: gets a line for each request; None for no log.
 
     Attributes:
         targets: the providers.
@@ -105,9 +108,16 @@ class Forwarder:
     """
 
     def __init__(
-        self, settings: GatewaySettings, environment: Mapping[str, str], *, session: aiohttp.ClientSession
+        self,
+        settings: GatewaySettings,
+        environment: Mapping[str, str],
+        *,
+        session: aiohttp.ClientSession,
+        access_log: AccessLog | None = None,
     ) -> None:
         self._settings = settings
+        self._access_log = access_log
+        self._tenants = Tenants(settings.tenants)
         self.targets = make_targets(settings, environment)
         self.metrics = GatewayMetrics(self.targets, settings)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
@@ -120,6 +130,7 @@ class Forwarder:
             local_only=settings.address.loopback and not settings.has_token,
         )
         self.draining = False
+        self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -130,6 +141,14 @@ class Forwarder:
     def drain(self) -> None:
         """Reject new calls from now on."""
         self.draining = True
+
+    def add_readiness_check(self, check: Callable[[], str | None]) -> None:
+        """Add a check to those of ``/readyz``: it returns why no call can be taken now, without secrets, or None."""
+        self._readiness_checks.append(check)
+
+    def readiness_problems(self) -> list[str]:
+        """Return why no call can be taken now; empty if calls can be."""
+        return [problem for check in self._readiness_checks if (problem := check())]
 
     async def wait_idle(self) -> None:
         """Wait until no call is in progress."""
@@ -157,37 +176,63 @@ class Forwarder:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return the response to one request."""
         headers = Headers.from_wire(request.raw_headers)
+        record = CallRecord(request.method, request.raw_path, headers)
         try:
             self._validate(request, headers)
             if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
             destination = self._find_destination(request.raw_path, headers)
         except EarlyResponse as early:
-            return self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
-        record = CallRecord(destination.target.name, clock.now())
+            response: web.StreamResponse = self._early_response(request, early, record)
+            self._log(record, response.status)
+            return response
         status = _CLIENT_CLOSED
         self._in_progress += 1
         self._idle.clear()
         try:
             with BodyReservation(self.body_memory) as body, BodyReservation(self.response_memory) as held:
-                response, status = await self._forward(request, headers, destination, body, held, record=record)
+                response, status = await self._forward(request, headers, destination, body, held, record)
         except EarlyResponse as early:
-            response = self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
+            response = self._early_response(request, early, record)
             status = response.status
         except _CutOff as cut:
             status = cut.status
             raise
         except (asyncio.CancelledError, ConnectionError):  # the caller has gone
+            record.result = "caller_left"
             raise
         except BaseException:
             status = _BUG
+            record.result = "bug"
             raise
         finally:
-            self.metrics.record_call(record, status, clock.now())
+            self._log(record, status)
+            self.metrics.record_call(destination.target.name, record, status)
             self._in_progress -= 1
             if not self._in_progress:
                 self._idle.set()
         return response
+
+    def _log(self, record: CallRecord, status: int) -> None:
+        """Write the line of a request that has ended."""
+        record.end_waiting()
+        if self._access_log is not None:
+            self._access_log.add(make_entry(record, status, wall=clock.wall_time()))
+
+    def _early_response(self, request: web.BaseRequest, early: EarlyResponse, record: CallRecord) -> web.Response:
+        record.end_waiting()
+        response = _to_aiohttp(early.response, close=early.close)
+        self._add_headers(response.headers, record, detect_protocol(request.raw_path, {}))
+        return self._close_if_needed(request, response)
+
+    def _add_headers(self, headers: CIMultiDict[str], record: CallRecord, protocol: ApiProtocol) -> None:
+        """Add to the headers of an answer what is known of its call. A request id of the provider stays."""
+        if not self._settings.response_headers:
+            return
+        for name, value in record.headers():
+            headers[name] = value
+        for name, value in record.request_ids(protocol):
+            headers.setdefault(name, value)
 
     def _close_if_needed(self, request: web.BaseRequest, response: web.Response) -> web.Response:
         """Close the connection after this response while draining, or if the body of the request was not read."""
@@ -209,7 +254,11 @@ class Forwarder:
         """
         if path == "/healthz":
             body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
-            return web.Response(status=503 if self.draining else 200, body=body, content_type=JSON)
+            return web.Response(body=body, content_type=JSON)
+        if path == "/readyz":
+            problems = self.readiness_problems()
+            body = msgspec.json.encode({"status": "unready" if problems else "ready", "problems": problems})
+            return web.Response(status=503 if problems else 200, body=body, content_type=JSON)
         if not self._callers.is_authorized(headers):
             message = f"this gateway needs its token in the header {TOKEN_HEADER}"
             raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
@@ -230,41 +279,68 @@ class Forwarder:
         destination = find_destination(self.targets, path, headers)
         if destination is None:
             names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
-            paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /metrics"
+            paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /readyz, /metrics"
             shown = path.partition("?")[0][:_MAX_PATH_SHOWN]  # a query may contain an API key
             message = f"the path {shown!r} leads nowhere; the paths of this gateway are {paths}"
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
-    async def _forward(  # noqa: PLR0913 - the parts of a call
+    async def _forward(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         body: BodyReservation,
         held: BodyReservation,
-        *,
         record: CallRecord,
     ) -> tuple[web.StreamResponse, int]:
         """Return the response, which has been written, and the status that it counts as."""
+        call: ForwardedCall | None = None
         try:
-            async with self._abortable_block():
-                call = await self._read_call(request, headers, destination, body, held, record=record)
-                started = clock.now()
-                try:
-                    answer = await self._call(call, destination.target)
-                except asyncio.CancelledError:
-                    if not self.draining:
-                        now = clock.now()
-                        self._client_timeouts.record_hang_up(now, headers, now - started)
-                    raise
+            try:
+                async with self._abortable_block():
+                    call = await self._read_call(request, headers, destination, body, held, record)
+                    answer = await self._wait_for_answer(call, headers, destination.target)
+            except TimeoutError:
+                record.result = "shut_down"
+                raise _draining_response(destination.target.protocol) from None
+            return await self._pass_answer(request, answer, call, held)
+        finally:
+            if call is not None:
+                call.hold.close()
+
+    async def _wait_for_answer(
+        self, call: ForwardedCall, headers: Headers, target: Target
+    ) -> GatewayResponse | StreamingResponse:
+        """Return the provider's response, and learn how long the caller waits for it."""
+        started = clock.now()
+        try:
+            answer = await self._call(call, target)
+        except asyncio.CancelledError:
+            if not self.draining:
                 now = clock.now()
-                self._client_timeouts.record_answer(now, headers, now - started)
-        except TimeoutError:
-            raise _draining_response(destination.target.protocol) from None
+                self._client_timeouts.record_hang_up(now, headers, now - started)
+            raise
+        now = clock.now()
+        self._client_timeouts.record_answer(now, headers, now - started)
+        return answer
+
+    async def _pass_answer(
+        self,
+        request: web.BaseRequest,
+        answer: GatewayResponse | StreamingResponse,
+        call: ForwardedCall,
+        held: BodyReservation,
+    ) -> tuple[web.StreamResponse, int]:
+        """Pass the answer of a provider on; return the response and the status that it counts as."""
+        call.record.end_waiting()
+        protocol: ApiProtocol = "anthropic" if call.wire_protocol == "anthropic" else "openai"
         if isinstance(answer, StreamingResponse):
+            self._add_headers(answer.headers, call.record, protocol)
             return await self._stream(request, answer, call, held)
         response = self._close_if_needed(request, _to_aiohttp(answer))
+        self._add_headers(response.headers, call.record, protocol)
+        call.record.result = "answered" if response.status < _ERRORS else "provider_error"
         await response.prepare(request)
         await response.write_eof()  # until its caller has taken it, it is held
         return response, response.status
@@ -275,29 +351,29 @@ class Forwarder:
         Raises:
             EarlyResponse: the upstream rejected the call, or its last attempt failed.
         """
-        call.record.begin_wait(clock.now())
         try:
+            await call.hold.acquire()
             answer: GatewayResponse | StreamingResponse = await target.upstream.runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
+            call.record.reject(error.limited_by or "")
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
         except OutOfFiles:
+            call.record.reject("host:files")
             raise self._out_of_files(target) from None
         except TRANSPORT_ERRORS as error:
+            call.record.result = "unreachable"
             message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
-        finally:
-            call.record.end_wait(clock.now())
         return answer
 
-    async def _read_call(  # noqa: PLR0913 - the parts of a call
+    async def _read_call(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         reservation: BodyReservation,
         held: BodyReservation,
-        *,
         record: CallRecord,
     ) -> ForwardedCall:
         """Read a request, and return the call to make.
@@ -309,6 +385,7 @@ class Forwarder:
         try:
             offset = clock.now() - clock.wall_time()
             caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
+            caller = self._tenants.caller(caller, names_priority=self._callers.names_priority(headers))
             if caller.api_key is None:
                 check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
@@ -317,7 +394,10 @@ class Forwarder:
         try:
             body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
+            record.reject("host:bodies")
             raise self._body_memory_full(target) from None
+        limits = [each for each in (self._tenants.limits_of(caller.tenant),) if each is not None]
+        caller = with_limits(caller, limits)
         now = clock.now()
         timeouts = self._client_timeouts.read(now, headers)
         incoming = IncomingRequest(
@@ -337,8 +417,9 @@ class Forwarder:
             held=held,
             metrics=self.metrics,
             record=record,
+            limits=limits,
         )
-        record.model = call.call_request.model
+        record.begin(caller, target.name, call.call_request.model, call.account.name)
         _check_call(call, body, target.protocol)
         return call
 
@@ -362,10 +443,12 @@ class Forwarder:
                 async with self._abortable_block():
                     await response.prepare(request)
                     problem = await _copy(streaming, held, response)
+                call.record.result = "broke_off" if problem else "answered"
                 if problem:
                     status = _BAD_GATEWAY
             except TimeoutError:
                 problem, status = "this gateway was shut down", _UNAVAILABLE
+                call.record.result = "shut_down"
             if not problem:
                 upstream.release()
             elif streaming.at_event_boundary and not (self._aborted and request.protocol.writing_paused):

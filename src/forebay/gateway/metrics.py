@@ -78,12 +78,12 @@ class GatewayMetrics:
 
     # --- calls ---
 
-    def record_call(self, record: CallRecord, status: int, now: float) -> None:
-        """Record a call whose response has ended, with the status that it counts as."""
-        target, model, shown = record.target, self._models.label(record.model), str(status)
+    def record_call(self, target: str, record: CallRecord, status: int) -> None:
+        """Record a call for `target` whose response has ended, with the status that it counts as."""
+        model, shown = self._models.label(record.asked_model), str(status)
         self._child(definitions.REQUESTS, target, shown).inc()
-        self._child(definitions.REQUEST_DURATION, target, model, shown).observe(now - record.received_at)
-        if record.waited is not None:
+        self._child(definitions.REQUEST_DURATION, target, model, shown).observe(record.duration)
+        if record.asked_target:  # else it was rejected before it asked for a permit
             self._child(definitions.WAIT, target, model, shown).observe(record.waited)
 
     def count_rejection(self, target: str, limited_by: str) -> None:
@@ -98,7 +98,7 @@ class GatewayMetrics:
 
     def admit(self, operation: Operation, record: CallRecord) -> None:
         """Give the models of a call that a provider has served series of their own, within bounds."""
-        self._models.admit(record.model)
+        self._models.admit(record.asked_model)
         self._models.admit(operation.model)
 
     def count_retry(self, operation: Operation) -> None:

@@ -22,11 +22,14 @@ from forebay import clock
 from forebay._text import format_duration
 from forebay.errors import ForebayError
 from forebay.events import log
+from forebay.gateway.access_log import AccessLog
+from forebay.gateway.call_record import REQUEST_ID
 from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.file_limit import fit_connections
 from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.settings import GatewaySettings
+from forebay.quota import Prices
 
 _TOO_MANY_CONNECTIONS: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -109,6 +112,7 @@ class _Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type] # aiohttp's way to have none
         )
         self._max_header_bytes = settings.max_header_bytes
+        self._response_headers = settings.response_headers
         self._send_timeout = settings.send_timeout
         self._head_bytes = 0  # of a head that is not complete yet
         self._last_body: aiohttp.StreamReader | None = None  # of the request that came last
@@ -261,6 +265,8 @@ class _Connection(web.RequestHandler):
         else:
             error = error_response("openai", status, "forebay_bad_request", _describe_invalid(exc))
         response = web.Response(status=error.status, headers=dict(error.headers), body=error.body)
+        if self._response_headers:
+            response.headers[REQUEST_ID] = clock.new_id()
         response.force_close()
         return response
 
@@ -342,6 +348,7 @@ class Gateway:
         MissingFallbackKey: on entering; the API key of a fallback is missing.
         InvalidSetting: on entering; a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
         CannotListen: on entering; the address is in use, or not one of this machine.
+        CannotWriteLog: on entering; the access log cannot be opened.
     """
 
     def __init__(
@@ -356,6 +363,7 @@ class Gateway:
         self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
+        self._access_log: AccessLog | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -369,13 +377,18 @@ class Gateway:
         )
         address = self.settings.address
         try:
-            self.forwarder = Forwarder(self.settings, self._environment, session=self._session)
+            self._access_log = _open_access_log(self.settings)
+            self.forwarder = Forwarder(
+                self.settings, self._environment, session=self._session, access_log=self._access_log
+            )
             self._web = _Server(self.forwarder, self.settings)
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
             await self._session.close()
-            if isinstance(error, OSError):
+            if self._access_log is not None:
+                await self._access_log.close()
+            if isinstance(error, OSError) and not isinstance(error, ForebayError):
                 raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
         return self
@@ -409,6 +422,8 @@ class Gateway:
             await self._web.answer_last_requests()
             await self._web.end()
             await self._session.close()
+            if self._access_log is not None:
+                await self._access_log.close()
 
     async def _stop_listening(self) -> None:
         """Stop listening, and take over what has connected by then: the system would reset it."""
@@ -441,6 +456,13 @@ class Gateway:
         self.forwarder.abort()
 
 
+def _open_access_log(settings: GatewaySettings) -> AccessLog | None:
+    """Return the access log; None if there is to be none."""
+    if settings.access_log in (None, "off"):
+        return None
+    return AccessLog("json" if settings.access_log == "json" else "text", settings.access_log_to)
+
+
 def _accept_all(listening: socket.socket) -> Iterator[socket.socket]:
     """Yield the connections that have been made and not accepted."""
     listening.setblocking(False)
@@ -466,8 +488,9 @@ def _reason(error: OSError) -> str:
 def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:
     """See `forebay.gateway.serve`."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
+    Prices().has_price("openai", "gpt-4o")  # loads the list now: it takes a third of a second
     fitting = fit_connections(settings.max_connections, least=_LEAST_CONNECTIONS)
-    settings = msgspec.structs.replace(settings, max_connections=fitting)
+    settings = msgspec.structs.replace(settings, max_connections=fitting, access_log=settings.access_log or "text")
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(_run(settings, ready))
     return 0

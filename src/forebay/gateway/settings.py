@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NoReturn
 
@@ -19,12 +20,19 @@ from forebay.upstream import Fallback, Upstream
 from forebay.upstream.providers import profile_for
 
 Trust = Literal["anyone", "token", "nobody"]
+AccessLogKind = Literal["text", "json", "off"]
+PriorityName = Literal["critical", "high", "normal", "low"]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # it appears in paths, metrics and on the command line
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, a field name
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 _PASSWORD: Final = re.compile(r"://[^/?#]*@")
+_MAX_TENANT: Final = 256  # characters, as in the header
 _UNKNOWN_SERVER: Final = "openai-compatible"
+STDOUT: Final = "stdout"
+STDERR: Final = "stderr"
+OTHER_TENANTS: Final = "*"
+"""The name of the limits that hold for each tenant without limits of its own."""
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -278,6 +286,60 @@ class ContextSettings(_Settings, frozen=True, kw_only=True):
                 self._reject("tenant_headers", expected, value=header)
 
 
+class TenantSettings(_Settings, frozen=True, kw_only=True):
+    """The limits of one tenant over all targets together, and its calls' place among those of others.
+
+    Attributes:
+        name: of the tenant; ``"*"`` for each tenant without settings of its own, all of which are separate.
+        rpm: requests per minute.
+        input_tpm: LLM tokens sent per minute.
+        output_tpm: LLM tokens received per minute.
+        tpm: LLM tokens per minute, sent and received together.
+        max_concurrent: calls in progress at a time, those that wait for a target's account included.
+        budget_usd: US dollars that its calls may spend in a day, in UTC.
+        max_wait: seconds that a call may be expected to wait for these limits, if its caller waits that long.
+        weight: its share of turns at each target that has no ``weights`` for it.
+        priority: of its calls that name none.
+        max_priority: the best that its calls may have; those that name a better one get this.
+
+    Raises:
+        InvalidSetting: a setting is invalid.
+    """
+
+    name: str
+    rpm: int | None = None
+    input_tpm: int | None = None
+    output_tpm: int | None = None
+    tpm: int | None = None
+    max_concurrent: int | None = None
+    budget_usd: float | None = None
+    max_wait: float = 600.0
+    weight: float = 1.0
+    priority: PriorityName | None = None
+    max_priority: PriorityName = "critical"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 1 <= len(self.name) <= _MAX_TENANT or not self.name.isprintable():
+            self._reject("name", f"1 to {_MAX_TENANT} printable characters, or '*' for each tenant without its own")
+        self._check_whole("rpm", "input_tpm", "output_tpm", "tpm", "max_concurrent", optional=True)
+        self._check_positive("budget_usd", unit="US dollars", optional=True)
+        self._check_positive("max_wait", unit="seconds")
+        self._check_positive("weight", unit="turns")
+        for name in ("priority", "max_priority"):
+            value = getattr(self, name)
+            if value not in typing.get_args(PriorityName) and not (value is None and name == "priority"):
+                self._reject(name, "'critical', 'high', 'normal' or 'low'")
+
+    def quotas(self) -> list[Quota]:
+        """Return its rates as an account takes them."""
+        rates = {name: getattr(self, name) for name in ("rpm", "input_tpm", "output_tpm", "tpm")}
+        return QuotaSettings(**rates).quotas()
+
+    def budget(self) -> Budget | None:
+        """Return its budget; None if it has none."""
+        return _budget(self.budget_usd, "day")
+
+
 class GatewaySettings(_Settings, frozen=True, kw_only=True):
     """One gateway.
 
@@ -302,6 +364,12 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         max_metrics_models: models with a label of their own in ``/metrics``; those served later count as ``other``.
         max_metrics_tenants: the same of tenants; 0 for none.
         max_metrics_keys: the same of API keys, of which eight digits of the digest are shown.
+        tenants: limits of tenants over all targets.
+        response_headers: whether answers have a request id, and say how long the call was held, its attempts, its
+            account, its cost.
+        access_log: a line for each request: ``"text"``, ``"json"`` or ``"off"``; None: ``"text"`` for the command
+            ``forebay gateway``, ``"off"`` for a `Gateway` in a program of its own.
+        access_log_to: ``"stdout"``, ``"stderr"`` or the path of a file, which is opened again on SIGHUP.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -326,9 +394,14 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     max_metrics_models: int = 100
     max_metrics_tenants: int = 100
     max_metrics_keys: int = 100
+    tenants: tuple[TenantSettings, ...] = ()
+    response_headers: bool = True
+    access_log: AccessLogKind | None = None
+    access_log_to: str = STDOUT
 
     def __post_init__(self) -> None:
         self._check_targets()
+        self._check_observation()
         self._check_fallbacks()
         address = parse_address(self.listen)
         if address is None:
@@ -352,6 +425,18 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         for name in names:
             if names.count(name) > 1:
                 self._reject("targets", "targets of different names", value=name)
+
+    def _check_observation(self) -> None:
+        names = [tenant.name for tenant in self.tenants]
+        for name in names:
+            if names.count(name) > 1:
+                self._reject("tenants", "tenants of different names", value=name)
+        if not isinstance(self.response_headers, bool):
+            self._reject("response_headers", "true or false")
+        if self.access_log not in (*typing.get_args(AccessLogKind), None):
+            self._reject("access_log", "'text', 'json' or 'off'")
+        if not isinstance(self.access_log_to, str) or not self.access_log_to or "\0" in self.access_log_to:
+            self._reject("access_log_to", "'stdout', 'stderr' or the path of a file")
 
     def _check_fallbacks(self) -> None:
         edges = {

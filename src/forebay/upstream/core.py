@@ -150,10 +150,16 @@ class UpstreamCore:
             task_id=caller.task_id,
             model=model,
             free=free,
+            budgets=caller.budgets,
         )
 
     def cost(
-        self, model: str, usage: BilledUsage, *, answered_by: str = "", alternatives: Sequence[str] = ()
+        self,
+        model: str,
+        usage: BilledUsage,
+        *,
+        answered_by: str = "",
+        alternatives: Sequence[str] = (),
     ) -> float | None:
         """Return the dollars that a call costs: None if no price is known for some of it.
 
@@ -171,7 +177,7 @@ class UpstreamCore:
             answered = max((self.prices.cost(self.provider, name, usage) or 0.0 for name in alternatives), default=0.0)
         return max(usd, answered)
 
-    def price(
+    def price(  # noqa: PLR0913 - the facts about a call
         self,
         model: str,
         usage: BilledUsage,
@@ -179,6 +185,7 @@ class UpstreamCore:
         alternatives: Sequence[str] = (),
         per_second: BilledUsage | None = None,
         by_hand: bool = False,
+        budgeted: bool = False,
     ) -> CallPrice:
         """Return the price of a call before it is sent.
 
@@ -188,8 +195,9 @@ class UpstreamCore:
             alternatives: models that may answer instead; the dearest counts.
             per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
+            budgeted: its caller has a budget.
         """
-        if not self.budgets.has_budgets:
+        if not (self.budgets.has_budgets or budgeted):
             return CallPrice()
         dearest = rate = at_once = 0.0
         for name in (model, *alternatives):

@@ -16,7 +16,14 @@ from typer.testing import CliRunner, Result
 
 from forebay import gateway
 from forebay.cli.app import app
-from forebay.gateway import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway import (
+    ContextSettings,
+    FallbackSettings,
+    GatewaySettings,
+    QuotaSettings,
+    TargetSettings,
+    TenantSettings,
+)
 from forebay.quota import Price
 
 OPENAI = ("--target", "openai=https://api.openai.com")
@@ -108,6 +115,7 @@ def test_check_prints_the_configuration_and_starts_nothing(
     assert done.stdout.splitlines() == [
         "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
         "may set priority, deadline, tenant and task: anyone",
+        "access log: text to stdout",
         "openai: https://api.openai.com; rules of openai; accounts of its own for each API key",
         "    1,000 USD per day",
         "    200,000 input tokens per minute of gpt*",
@@ -171,8 +179,9 @@ def rows(heading: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("heading", "kind", "excluded"),
     [
-        ("**`[gateway]`**", GatewaySettings, {"targets", "context"}),
+        ("**`[gateway]`**", GatewaySettings, {"targets", "context", "tenants"}),
         ("**`[gateway.context]`**", ContextSettings, set()),
+        ("**`[tenants.NAME]`**", TenantSettings, {"name"}),
         ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback"}),
         ("**`[targets.NAME.models.PATTERN]`**", QuotaSettings, set()),
         ("**`[targets.NAME.prices.PATTERN]`**", Price, set()),

@@ -39,7 +39,7 @@ class SharedAccount:
         open_account: returns a new account, which makes the decisions: one now, and one in each forked child.
         upstream: name of the account's upstream, for messages.
         retries: of its calls.
-        recorder: is told what its calls have used.
+        recorder: is told what its calls have used; None if another account of theirs has one.
         key: its API key, as it is shown.
         suspend_key: suspends all accounts of its API key for some seconds, itself included, but those that have
             accepted a call sent after some time.
@@ -57,10 +57,10 @@ class SharedAccount:
         *,
         upstream: str,
         retries: AccountRetries,
-        recorder: UsageRecorder,
-        key: str,
         suspend_key: Callable[[float, float, SharedAccount], None],
         max_start_wait: float | None,
+        recorder: UsageRecorder | None = None,
+        key: str = "",
     ) -> None:
         self.account = open_account()
         self.name = self.account.name
@@ -147,8 +147,7 @@ class SharedAccount:
             if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
-                self._recorder.begin(decision.permit)
-                return decision.permit
+                return self._begun(decision.permit)
             if isinstance(decision, Rejected):
                 raise self._overloaded(decision, sole_account=sole_account)
             waiter = make_waiter(self._look)
@@ -161,8 +160,13 @@ class SharedAccount:
             raise self._overloaded(decision, sole_account=sole_account)
         with self._lock:
             self.account.take_grant(call)
-        self._recorder.begin(decision.permit)
-        return decision.permit
+        return self._begun(decision.permit)
+
+    def _begun(self, permit: Permit) -> Permit:
+        """Record that a call begins, and return its permit."""
+        if self._recorder is not None:
+            self._recorder.begin(permit)
+        return permit
 
     def _overloaded(self, rejected: Rejected, *, sole_account: bool) -> Overloaded:
         """Count a rejection, and return it as an error."""
@@ -236,7 +240,8 @@ class SharedAccount:
             if outcome.estimated_input_tokens is not None and outcome.used is not None:
                 self.token_estimates.observe(now, outcome.estimated_input_tokens, outcome.used)
             relieved = self._serve_queue(now)
-        self._recorder.end(permit, outcome, usd, key=self._key)
+        if self._recorder is not None:
+            self._recorder.end(permit, outcome, usd, key=self._key)
         for callback in relieved:
             callback()
 

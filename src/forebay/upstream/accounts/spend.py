@@ -11,7 +11,7 @@ from forebay import clock
 from forebay.events import log
 from forebay.quota import Budget, BudgetReservation, BudgetTracker
 from forebay.task import Priority
-from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
+from forebay.upstream.call_request import CallBudget, CallRequest, Rejected, SpendReservation
 from forebay.upstream.weak_lru import WeakLRU
 
 _RETURNED_AFTER: Final = 4.0  # seconds, on average, after which reserved dollars may have been returned
@@ -75,6 +75,11 @@ class SharedBudget:
         with self._lock:
             self._tracker.revise(clock.wall_time(), reservation, usd)
 
+    def change(self, budget: Budget) -> None:
+        """Set another amount or period. What was spent and is reserved stays so."""
+        with self._lock:
+            self._tracker.change(clock.wall_time(), budget)
+
     def spent(self) -> float:
         """Return the dollars spent in this period."""
         with self._lock:
@@ -135,11 +140,15 @@ class UpstreamBudgets:
         )
         self._tasks: WeakLRU[str, SharedBudget] = WeakLRU(_MAX_TASKS)
 
-    def for_request(self, request: CallRequest) -> Sequence[SharedBudget]:
-        """Return the budgets that a call spends from."""
-        if not self.has_budgets or request.free:
+    def for_request(self, request: CallRequest) -> Sequence[CallBudget]:
+        """Return the budgets that a call spends from, those of its caller included."""
+        if request.free:
             return ()
-        budgets = [] if self.upstream_budget is None else [self.upstream_budget]
+        if not self.has_budgets:
+            return request.budgets
+        budgets: list[CallBudget] = list(request.budgets)
+        if self.upstream_budget is not None:
+            budgets.append(self.upstream_budget)
         if self._tenant is not None:
             budgets.append(self._tenants.get(request.tenant, self._new_tenant_budget))
         if self._task is not None and request.task_id is not None:
