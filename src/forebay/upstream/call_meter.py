@@ -54,7 +54,8 @@ class CallMeter:
             parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
         self._sent_tokens = self.charge.input_tokens
-        self.price = self._price(body, estimates) if core.is_metered else CallPrice()
+        priced = core.is_metered or core.budgets.counts_dollars
+        self.price = self._price(body, estimates) if priced else CallPrice()
         if not parsed.free and core.settings.has_strict_quota(parsed.model or ""):
             self._reserve_most(estimates)
 
@@ -82,9 +83,9 @@ class CallMeter:
         core, parsed = self._core, self._parsed
         model = parsed.model or ""
         unreadable = find_unreadable(parsed, body)
-        if unreadable and (price := core.unreadable_call(unreadable)) is not None:
+        if unreadable and core.is_metered and (price := core.unreadable_call(unreadable)) is not None:
             return price
-        if parsed.free or not core.budgets.has_budgets:
+        if parsed.free or not core.budgets.counts_dollars:
             return CallPrice()
         if unpriced := unreadable or find_unpriced(parsed):
             return core.unpriced_call(unpriced, model)

@@ -195,7 +195,7 @@ class UpstreamCore:
             per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
         """
-        if not self.budgets.has_budgets:
+        if not self.budgets.counts_dollars:
             return CallPrice()
         dearest = rate = at_once = 0.0
         for name in (model, *alternatives):
@@ -225,13 +225,13 @@ class UpstreamCore:
             new = (model or reason) not in self._unpriced and len(self._unpriced) < _WARNED
             if new:
                 self._unpriced.add(model or reason)
-        if self.settings.unmetered == "reject" and not allow:
+        if self.settings.unmetered == "reject" and self.budgets.has_budgets and not allow:
             advice = "(unmetered='allow' lets such calls pass, and counts them as free)"
             return CallPrice(
                 unmetered=Unmetered(f"it cannot be counted in a budget, because {reason} {advice}", UNPRICED)
             )
         if new:
-            log.warning("calls of %r cannot be counted in its budget, because %s", self, reason)
+            log.warning("calls of %r count as free, because %s", self, reason)
         return CallPrice()
 
     def unreadable_call(self, reason: str) -> CallPrice | None:
