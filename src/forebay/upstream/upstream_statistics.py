@@ -65,8 +65,8 @@ class UpstreamStatistics(JsonStruct, frozen=True, kw_only=True):
     Attributes:
         name: the upstream's.
         spent_usd: dollars spent in this period of its budget; None without a budget.
-        unpriced: calls whose price was not known, which were rejected or counted as free; 0 without a budget and a spend
-            log.
+        unpriced: calls whose price was not known, which were rejected or counted as free; 0 with neither a budget
+            nor a spend log.
         accounts: each of its accounts.
     """
 
