@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.task_plane import virtual
+from tests.unit.upstream.httpx_binding.wire import Reply, Script
 
 from forebay import BackpressureSupervisor, Budget, Overloaded, Price, Task, Upstream
 from forebay.errors import InvalidSetting, InvalidSpendLogUrl
 from forebay.events import BudgetAlert, Event
+from forebay.simulation import simulate
 from forebay.spend_log import SpendLog, SpendQuery, read_spend
 
 PRICES = {"gpt-4o": Price(input=2.5, output=10.0)}  # dollars per million tokens
+OPENAI = "https://provider.test/v1"
 COST = 0.0035  # of a call with 1,000 tokens sent and 100 received
 
 
@@ -173,15 +181,15 @@ def test_an_alert_reaches_the_hook_of_the_upstream_once(restarts: Restarts) -> N
     assert alert.period <= alert.time
 
 
-def test_a_restart_does_not_alert_again(restarts: Restarts) -> None:
+def test_a_restart_does_not_alert_again(restarts: Restarts, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
-        upstream = restarts.start(budget=Budget(usd=10 * COST, per="month", alert=0.1))
-        call(upstream)
-        wait_for(lambda: restarts.alerts)
-    upstream = restarts.start(budget=Budget(usd=3 * COST, per="month", alert=0.1))
-    call(upstream)
-    wait_for(lambda: len(restarts.alerts) > 1)
-    assert [alert.share for alert in restarts.alerts] == [0.1, 1.0]
+        call(restarts.start(budget=Budget(usd=10 * COST, per="month", alert=0.1)))
+    call(restarts.start(budget=Budget(usd=3 * COST, per="month", alert=0.1)))
+    alerts = [record.getMessage() for record in caplog.records if "the budget of" in record.getMessage()]
+    assert alerts == [
+        "the budget of openai: 10% of 0.035 USD a month is spent: 0.0035 USD",
+        "the budget of openai: 0.0105 of 0.0105 USD a month are spent; calls are rejected until the next month",
+    ]
 
 
 def test_what_processes_have_spent_together_alerts_at_the_next_start(restarts: Restarts) -> None:
@@ -258,3 +266,133 @@ def test_a_hook_may_call_the_upstream_and_raise(caplog: pytest.LogCaptureFixture
 def test_a_hook_that_cannot_be_called_is_an_error() -> None:
     with pytest.raises(InvalidSetting, match="a plain function that takes an event"):
         Upstream("openai", on_event="alert")  # type: ignore[arg-type]
+
+
+# --- whatever becomes of calls ---
+
+
+def json_reply(**fields: Any) -> Reply:
+    return Reply(body=[json.dumps(fields).encode()], headers={"content-type": "application/json"})
+
+
+def of_http_calls(spend_log: SpendLog) -> Upstream:
+    prices = {"gpt-5": Price(input=0.0, output=10.0), "gpt-4o": Price(input=1.0, output=1.0)}
+    return Upstream("openai", provider="openai", budget=Budget(usd=100), prices=prices, spend_log=spend_log)
+
+
+@pytest.mark.blocks  # a virtual loop writes inline
+@virtual
+async def test_a_correction_of_a_response_in_the_background_is_in_the_log(tmp_path: Path) -> None:
+    spend_log = SpendLog(f"sqlite:///{tmp_path / 'spend.db'}")
+    upstream = of_http_calls(spend_log)
+    script = Script(httpx2, json_reply(id="resp_1", status="queued", usage=None))
+    asked = {"model": "gpt-5", "input": "think", "background": True, "max_output_tokens": 50_000}
+    await script.client(upstream).post(OPENAI + "/responses", json=asked)
+    usage = {"input_tokens": 7, "output_tokens": 8_000}
+    script.replies = [json_reply(id="resp_1", status="completed", usage=usage)]
+    await script.client(upstream).get(OPENAI + "/responses/resp_1")
+    spend_log.close()
+    (group,) = read_spend(spend_log.path, SpendQuery(by=("model",)))
+    amounts = group.amounts
+    assert (amounts.calls, amounts.input_tokens, amounts.output_tokens) == (1, 7, 8_000)
+    assert amounts.usd == pytest.approx(0.08)
+    assert upstream.statistics().spent_usd == pytest.approx(0.08)
+
+
+@pytest.mark.blocks
+@virtual
+async def test_cached_tokens_count_as_sent_and_the_key_is_told_by_its_digest(tmp_path: Path) -> None:
+    spend_log = SpendLog(f"sqlite:///{tmp_path / 'spend.db'}")
+    upstream = of_http_calls(spend_log)
+    usage = {"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 90}}
+    script = Script(httpx2, json_reply(id="c", model="gpt-4o", choices=[], usage=usage))
+    headers = {"authorization": "Bearer sk-secret"}
+    asked = {"model": "gpt-4o", "messages": []}
+    await script.client(upstream).post(OPENAI + "/chat/completions", json=asked, headers=headers)
+    spend_log.close()
+    (group,) = read_spend(spend_log.path, SpendQuery(by=("key",)))
+    assert (group.amounts.input_tokens, group.amounts.output_tokens) == (100, 5)
+    (account,) = upstream.statistics().accounts
+    assert group.values[0]
+    assert str(group.values[0]) in account.name
+    assert b"sk-secret" not in spend_log.path.read_bytes()
+
+
+ENDS = ("settled", "left", "failed", "overloaded", "ignored", "cancelled", "rejected")
+
+
+async def end_call(upstream: Upstream, end: str, tokens: int, seconds: float) -> None:
+    """Make a call that ends so, after some seconds."""
+    async with upstream.call("gpt-4o", input_tokens=10**8 if end == "rejected" else 1_000) as made:
+        await asyncio.sleep(seconds)
+        if end == "cancelled":
+            await asyncio.Event().wait()
+        if end == "settled":
+            made.settle(input_tokens=tokens, output_tokens=0)
+        elif end == "overloaded":
+            made.overloaded()
+        elif end == "ignored":
+            made.ignored()
+        elif end == "failed":
+            raise OSError
+
+
+@pytest.mark.blocks
+@given(
+    ends=st.lists(st.tuples(st.sampled_from(ENDS), st.integers(0, 10**6), st.booleans()), max_size=30),
+    pause=st.floats(0, 3_600),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_log_has_what_the_budget_counts(
+    ends: list[tuple[str, int, bool]],
+    pause: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    spend_log = SpendLog(f"sqlite:///{tmp_path_factory.mktemp('spend')}/spend.db?fsync=no")
+    upstream = Upstream("openai", provider="openai", budget=Budget(usd=50), prices=PRICES, spend_log=spend_log)
+
+    async def main() -> None:
+        tasks = []
+        for end, tokens, waits in ends:
+            task = asyncio.create_task(end_call(upstream, end, tokens, pause / 30))
+            await asyncio.sleep(pause / 60)
+            if end == "cancelled":
+                task.cancel()
+            if waits:
+                await asyncio.wait([task])
+            tasks.append(task)
+        if tasks:
+            await asyncio.wait(tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    simulate(main())
+    spent = upstream.statistics().spent_usd
+    spend_log.close()
+    assert sum(group.amounts.usd for group in read_spend(spend_log.path, SpendQuery(by=()))) == pytest.approx(spent)
+
+
+def test_without_a_budget_calls_are_priced_and_none_is_rejected_for_that(
+    restarts: Restarts, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream = restarts.start()
+    for model in ("gpt-4o", "unknown", "unknown"):
+        with upstream.call(model, input_tokens=1_000, output_tokens=100):
+            pass  # what is expected counts
+    assert restarts.rows("model") == {("gpt-4o",): COST, ("unknown",): 0.0}
+    assert upstream.statistics().unpriced == 2
+    assert caplog.text.count("count as free, because no price is known for model 'unknown'") == 1
+
+
+@pytest.mark.blocks
+@virtual
+async def test_without_a_budget_a_request_that_cannot_be_priced_is_sent(tmp_path: Path) -> None:
+    spend_log = SpendLog(f"sqlite:///{tmp_path / 'spend.db'}")
+    upstream = Upstream("openai", provider="openai", prices=PRICES, spend_log=spend_log)
+    usage = {"prompt_tokens": 1_000, "completion_tokens": 100}
+    script = Script(httpx2, json_reply(id="c", model="gpt-4o", choices=[], usage=usage))
+    client = script.client(upstream)
+    for body in (b'{"model":"unknown","messages":[]}', b'{"model":"gpt-4o","messages":[]}', b"not JSON"):
+        assert (await client.post(OPENAI + "/chat/completions", content=body)).status_code == 200
+    spend_log.close()
+    groups = read_spend(spend_log.path, SpendQuery(by=("model",)))
+    assert {group.values[0]: group.amounts.usd for group in groups} == {"gpt-4o": COST, "unknown": 0.0, "": 0.0}

@@ -122,6 +122,8 @@ from forebay.scale import (
 )
 from forebay.scale.ec2_client import AwsClient
 from forebay.scale.ec2_reports import InstanceReports
+from forebay.spend_log import SpendLog
+from forebay.spend_log.unwritten_spend import UnwrittenSpend
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -963,6 +965,18 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
         return usd <= self.budget.usd - self.spent(now)
 
     replace(BudgetTracker, BudgetTracker.can_afford_unreserved, can_afford_unreserved)
+
+
+def a_restart_refills_a_budget() -> None:
+    always(SharedBudget, SharedBudget.restore, returns=None)
+
+
+def a_restart_alerts_again() -> None:
+    always(SpendLog, SpendLog.alerted, returns=0.0)
+
+
+def spend_that_could_not_be_written_is_lost() -> None:
+    always(UnwrittenSpend, UnwrittenSpend.return_batch, returns=None)
 
 
 def a_tenant_that_has_spent_is_forgotten() -> None:

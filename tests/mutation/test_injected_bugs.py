@@ -70,6 +70,7 @@ from tests.acceptance import (
     test_shared_overflow,
     test_silent_store,
     test_slot,
+    test_spend_log,
     test_start_deadlines,
     test_start_gate,
     test_state_faults,
@@ -142,6 +143,7 @@ from tests.unit.scale import (
     test_ratio,
     test_worker_target,
 )
+from tests.unit.spend_log import test_write_behind
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import (
@@ -412,6 +414,11 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_free_call_is_told_to_come_back_for_a_budget_that_never_refills: (
         test_start_gate.test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills
+    ),
+    bugs.a_restart_refills_a_budget: test_spend_log.test_a_restart_does_not_refill_a_budget,
+    bugs.a_restart_alerts_again: test_spend_log.test_a_restart_does_not_alert_again,
+    bugs.spend_that_could_not_be_written_is_lost: (
+        test_write_behind.test_a_file_that_cannot_be_written_costs_nothing_and_is_written_later
     ),
     bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
     bugs.debts_of_a_given_quota_are_forgiven: (

@@ -26,11 +26,16 @@ class _Spent:
     def add(self, periods: tuple[float, float, float], usd: float) -> None:
         """Add dollars that were spent in periods that began at these times."""
         self.ever += usd
-        if periods != self.periods:
-            self._move_on(periods)
+        amounts = self.usd
+        if periods == self.periods:  # as nearly always, on the path of each call
+            amounts[0] += usd
+            amounts[1] += usd
+            amounts[2] += usd
+            return
+        self._move_on(periods)
         for index, start in enumerate(periods):
             if start == self.periods[index]:
-                self.usd[index] += usd
+                amounts[index] += usd
 
     def _move_on(self, periods: tuple[float, float, float]) -> None:
         """Begin those periods that are later than the present ones."""

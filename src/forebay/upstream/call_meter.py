@@ -45,7 +45,7 @@ class CallMeter:
         price: dollars that it is expected to cost at most, or why it cannot be metered.
     """
 
-    __slots__ = ("_budgeted", "_core", "_metered", "_parsed", "_sent_tokens", "charge", "price")
+    __slots__ = ("_budgeted", "_core", "_metered", "_parsed", "_priced", "_sent_tokens", "charge", "price")
 
     def __init__(
         self,
@@ -59,12 +59,13 @@ class CallMeter:
         self._parsed = parsed
         self._metered = core.is_metered or (caller is not None and caller.metered)
         self._budgeted = core.budgets.has_budgets or (caller is not None and bool(caller.budgets))
+        self._priced = self._budgeted or core.budgets.counts_dollars
         estimates = account.token_estimates
         self.charge = core.profile.estimate_charge(
             parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
         self._sent_tokens = self.charge.input_tokens
-        self.price = self._price(body, estimates) if self._metered else CallPrice()
+        self.price = self._price(body, estimates) if self._metered or self._priced else CallPrice()
         if not parsed.free and core.settings.has_strict_quota(parsed.model or ""):
             self._reserve_most(estimates)
 
@@ -92,14 +93,14 @@ class CallMeter:
         core, parsed = self._core, self._parsed
         model = parsed.model or ""
         unreadable = find_unreadable(parsed, body)
-        if unreadable and (price := core.unreadable_call(unreadable)) is not None:
+        if unreadable and core.is_metered and (price := core.unreadable_call(unreadable)) is not None:
             return price
-        if parsed.free or not self._budgeted:
+        if parsed.free or not self._priced:
             return CallPrice()
         if unreadable:  # and such calls pass
             return core.unpriced_call(unreadable, model, allow=True)
         if unpriced := find_unpriced(parsed):
-            return core.unpriced_call(unpriced, model)
+            return core.unpriced_call(unpriced, model, allow=not self._budgeted)
         usage = core.profile.estimate_usage(
             parsed,
             largest_output=estimates.largest_output(clock.now()),

@@ -199,7 +199,7 @@ class UpstreamCore:
             by_hand: its block may report its dollars, so that it passes without a price.
             budgeted: its caller has a budget.
         """
-        if not (self.budgets.has_budgets or budgeted):
+        if not (self.budgets.counts_dollars or budgeted):
             return CallPrice()
         dearest = rate = at_once = 0.0
         for name in (model, *alternatives):
@@ -207,7 +207,8 @@ class UpstreamCore:
             if usd is None:
                 named = f"no price is known for model {name!r}: give the upstream prices=, or its target prices"
                 reason = named if name else "it names no model, so that no price is known"
-                return self.unpriced_call(reason, name, allow=by_hand)
+                allow = by_hand or not (self.budgets.has_budgets or budgeted)
+                return self.unpriced_call(reason, name, allow=allow)
             dearest = max(dearest, usd)
             if per_second is None:
                 at_once = max(at_once, usd)
@@ -232,7 +233,7 @@ class UpstreamCore:
                 unmetered=Unmetered(f"it cannot be counted in a budget, because {reason} {advice}", UNPRICED)
             )
         if first:
-            log.warning("calls of %r cannot be counted in its budget, because %s", self, reason)
+            log.warning("calls of %r count as free, because %s", self, reason)
         return CallPrice()
 
     def _is_first_unpriced(self, what: str) -> bool:

@@ -67,7 +67,8 @@ class UpstreamStatistics(JsonStruct, frozen=True, kw_only=True):
     Attributes:
         name: the upstream's.
         spent_usd: dollars spent in this period of its budget; None without a budget.
-        unpriced: calls whose price was not known, which were rejected or counted as free; 0 without a budget.
+        unpriced: calls whose price was not known, which were rejected or counted as free; 0 with neither a budget
+            nor a spend log.
         accounts: each of its accounts.
         used: of all calls that have ended: tokens, dollars by the price list, with or without a budget.
         usage: the same by tenant, model and API key, those that have cost most first. Each row stays, so they sum up to

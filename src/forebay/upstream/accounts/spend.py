@@ -189,6 +189,11 @@ class UpstreamBudgets:
         )
         self._tasks: WeakLRU[str, SharedBudget] = WeakLRU(_MAX_TASKS)
 
+    @property
+    def counts_dollars(self) -> bool:
+        """True if it matters what calls cost."""
+        return self.has_budgets or self._spend_log is not None
+
     def recorder(self, key: str) -> SpendRecorder | None:
         """Return the recorder of an account; None if nothing is recorded.
 

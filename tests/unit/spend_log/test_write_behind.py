@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from forebay import clock
 from forebay.errors import InvalidSpendLogUrl, StoreUnavailable
 from forebay.simulation import simulate
 from forebay.spend_log import SpendAmounts, SpendLabels, SpendLog, SpendQuery, read_spend
@@ -27,6 +28,11 @@ ACME = AlertPlace("openai", "tenant_budget", "acme")
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "spend.db"
+
+
+@pytest.fixture(autouse=True)
+def now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "wall_time", lambda: NOON + 60.0)
 
 
 @pytest.fixture
