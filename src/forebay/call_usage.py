@@ -37,6 +37,10 @@ class CallUsage(JsonStruct, frozen=True, kw_only=True, omit_defaults=True):
     unpriced: int = 0
     unfinished: int = 0
 
+    def __bool__(self) -> bool:
+        """Return whether there was any call."""
+        return self != NO_USAGE
+
     def __add__(self, other: CallUsage) -> CallUsage:
         """Return the usage of both together."""
         return CallUsage(

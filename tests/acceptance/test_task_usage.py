@@ -15,7 +15,7 @@ from tests.support.task_stores import DURABLE_STORES, StoreBackend
 from tests.unit.upstream.httpx_binding.wire import CHAT, REQUEST, URL, Reply, Script
 
 from forebay import BackpressureSupervisor, Budget, CallUsage, Price, Retry, Task, TaskStatus, Upstream
-from forebay.events import TaskFinished
+from forebay.events import Event, TaskFinished, TaskRetried
 from forebay.interfaces import Completion
 
 PRICES = {"gpt-4o": Price(input=10_000, output=20_000, cached_input=5_000)}  # a cent, and two, a token
@@ -240,3 +240,31 @@ async def test_another_process_reads_the_usage_of_a_stored_result(backend: Store
 def test_a_completion_that_an_earlier_version_stored_is_read_without_usage() -> None:
     stored = msgspec.msgpack.encode({"status": "succeeded", "attempts": 1})
     assert msgspec.msgpack.decode(stored, type=Completion).usage is None
+
+
+@pytest.mark.blocks
+@pytest.mark.parametrize("backend", DURABLE_STORES, ids=str)
+@virtual
+async def test_another_process_goes_on_with_the_usage_of_the_attempts_that_failed(
+    backend: StoreBackend, tmp_path: Path
+) -> None:
+    url, client = backend.fast_url(tmp_path), Script(httpx2).client(make_upstream())
+    later = Retry(max_attempts=2, base_delay=60.0, max_delay=60.0)
+    retried = asyncio.Event()
+
+    def note(event: Event) -> None:
+        if isinstance(event, TaskRetried):
+            retried.set()
+
+    async with BackpressureSupervisor(overflow=url, on_event=note) as supervisor:
+        supervisor.register_worker("agent", handler=Asker(client, failures=1), task_types=["ask"], retry=later)
+        await supervisor.submit(Task("ask", task_id="a", durable=True))
+        await retried.wait()
+        await supervisor.drain(0.0)
+    async with BackpressureSupervisor(overflow=url) as supervisor:
+        supervisor.register_worker("agent", handler=Asker(client), task_types=["ask"], retry=later)
+        ticket = await supervisor.find("a")
+        assert ticket is not None
+        result = await ticket
+    assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 2)
+    assert (result.usage.calls, result.usage.usd) == (2, approx(1.4))

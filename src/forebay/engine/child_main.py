@@ -241,8 +241,7 @@ class ChildRuntime:
                 failure = messages.RemoteFailure(messages.NOT_TRANSFERABLE, why, "")
             except BaseException as error:  # noqa: BLE001 - a value of the user's, which may do anything
                 failure = failure_of(error)
-        usage = None if task_context.usage == NO_USAGE else task_context.usage
-        self._send(messages.RunFinished(run.number, encoded, failure, usage))
+        self._send(messages.RunFinished(run.number, encoded, failure, task_context.usage or None))
 
     def _run(self, own: contextvars.Context, task: Task) -> tuple[Any, BaseException | None]:
         if not self._handler.blocking:

@@ -568,6 +568,9 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         """Take over a stored task, with the attempts that were made so far."""
         self.hold_lease(lease)
         self.attempts = lease.record.attempts
+        used = lease.record.usage  # by attempts elsewhere, too; or less than is known here by now
+        if used is not None and (not self.usage or used.calls > self.usage.calls):
+            self.usage = used
 
     def read_attempts(self, attempts: int) -> None:
         """Set the number of its attempts to what the store says: other processes made them."""

@@ -38,6 +38,7 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         failures=0 if retries is None else retries.state.failed,
         total_delay=0.0 if retries is None else retries.state.total_delay,
         last_error=None if retries is None or retries.result is None else retries.result.error,
+        usage=ticket.usage or None,
         tenant=task.tenant,
         not_before=task.not_before,
     )
@@ -77,7 +78,7 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
         duration_ms=result.duration_ms,
         attempts=result.attempts,
         finished_at=clock.wall_time(),
-        usage=None if result.usage == NO_USAGE else result.usage,
+        usage=result.usage or None,
     )
 
 
