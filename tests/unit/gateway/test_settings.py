@@ -16,6 +16,7 @@ from forebay.gateway import (
     InvalidSecret,
     QuotaSettings,
     TargetSettings,
+    TenantSettings,
 )
 from forebay.gateway.targets import make_targets
 from forebay.quota import Price, Quota
@@ -348,3 +349,43 @@ def test_a_missing_token_is_reported_with_its_variable_or_file(tmp_path: Path) -
     (tmp_path / "binary").write_bytes(b"\xff" * 40)
     with pytest.raises(InvalidSecret, match="not UTF-8"):
         gateway(token_file=str(tmp_path / "binary")).token({})
+
+
+# --- tenants ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "x" * 257}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"name": "ü"}, "name"),  # a header would not have it so
+        ({"rpm": 0}, "rpm"),
+        ({"tpm": True}, "tpm"),
+        ({"max_concurrent": 1.5}, "max_concurrent"),
+        ({"budget_usd": 0}, "budget_usd"),
+        ({"max_wait": -1}, "max_wait"),
+        ({"weight": 0}, "weight"),
+        ({"priority": "urgent"}, "priority"),
+        ({"max_priority": None}, "max_priority"),
+    ],
+)
+def test_a_wrong_setting_of_a_tenant_is_rejected(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidSetting, match=f"^TenantSettings was given {named}="):
+        TenantSettings(**{"name": "acme", **wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tenants": (TenantSettings(name="a"), TenantSettings(name="a"))},
+        {"response_headers": 1},
+        {"access_log": "xml"},
+        {"access_log_to": ""},
+        {"access_log_to": "a\0b"},
+    ],
+)
+def test_a_wrong_setting_of_what_is_shown_is_rejected(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting, match=next(iter(wrong))):
+        GatewaySettings(targets=(TargetSettings(name="openai", url="https://h.example"),), **wrong)
