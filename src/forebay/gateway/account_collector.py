@@ -46,7 +46,7 @@ class AccountCollector(Collector):
 
     def __init__(self, targets: Sequence[Target], max_accounts: int) -> None:
         self._targets = targets
-        self._max_accounts = max_accounts
+        self.max_accounts = max_accounts
 
     def collect(self) -> Iterable[Metric]:
         """See `Collector`."""
@@ -56,7 +56,7 @@ class AccountCollector(Collector):
             families[definitions.ACCOUNTS].add_metric([target.name], len(statistics.accounts))
             families[definitions.UNPRICED].add_metric([target.name], statistics.unpriced)
             _add_budget(families, target)
-            for account in heapq.nlargest(self._max_accounts, statistics.accounts, key=_activity):
+            for account in heapq.nlargest(self.max_accounts, statistics.accounts, key=_activity):
                 _add_account(families, [target.name, account.name], account)
         return families.values()
 

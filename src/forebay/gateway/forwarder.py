@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
@@ -101,6 +101,7 @@ class Forwarder:
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         session: sends the calls.
         spend_log: keeps what calls cost; open. None for none.
+        token: of the gateway, that callers present; None if they need none.
         access_log: gets a line for each request; None for no log.
 
     Attributes:
@@ -112,35 +113,36 @@ class Forwarder:
         draining: new calls are rejected.
 
     Raises:
-        InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
         InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a gateway gives it
         self,
         settings: GatewaySettings,
         environment: Mapping[str, str],
         *,
         session: aiohttp.ClientSession,
+        token: str | None = None,
         spend_log: SpendLog | None = None,
         access_log: AccessLog | None = None,
     ) -> None:
         self._settings = settings
+        self._environment = environment
+        self._session = session
         self._access_log = access_log
         self._tenants = Tenants(settings.tenants)
-        self.targets = make_targets(settings, environment, spend_log=spend_log, on_event=self._on_event)
+        self._spend_log = spend_log
+        self.targets = self._make_targets(settings)
+        self._removed: dict[str, Target] = {}  # what they have spent counts if they come back
         self.metrics = GatewayMetrics(self.targets, settings)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
-        self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
-        self._callers = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._client = self._make_client(self.targets)
+        self._callers = _make_callers(settings, token)
         self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
-        self._validator = RequestValidator(
-            max_header_bytes=settings.max_header_bytes,
-            local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
-        )
+        self._validator = _make_validator(settings)
         self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
         self.keys: KeyRegistry | None = None
         if settings.keys is not None:
@@ -159,6 +161,44 @@ class Forwarder:
         """Count the alerts of budgets; the upstream logs them."""
         if isinstance(event, BudgetAlert):
             self.metrics.count_budget_alert(event)
+
+    def _make_client(self, targets: Sequence[Target]) -> HttpClient:
+        return HttpClient(self._session, [target.base_url for target in targets], self._environment)
+
+    def _make_targets(self, settings: GatewaySettings) -> list[Target]:
+        return make_targets(settings, self._environment, spend_log=self._spend_log, on_event=self._on_event)
+
+    def reload(self, settings: GatewaySettings, *, token: str | None, access_log: AccessLog | None) -> None:
+        """Serve by other settings from now on; calls in progress end by the old ones. All or nothing.
+
+        Targets of the same name keep what they have spent and, at the same address, the accounts whose limits are the
+        same.
+
+        Args:
+            settings: of the gateway, with the address on which it listens.
+            token: of the gateway; None if callers need none.
+            access_log: gets a line for each request; None for no log.
+
+        Raises:
+            MissingFallbackKey, InvalidProviderKey, InvalidSetting: as when it is made; nothing has changed then.
+        """
+        targets = self._make_targets(settings)
+        client, callers = self._make_client(targets), _make_callers(settings, token)
+        # From here on nothing can fail.
+        known = self._removed | {target.name: target for target in self.targets}
+        for target in targets:
+            if (old := known.pop(target.name, None)) is not None:
+                target.adopt(old)
+        self._removed = known
+        self.targets[:] = targets  # the metrics have the list
+        self.metrics.show_accounts(settings.max_metrics_accounts)
+        self.body_memory.change(settings.max_body_bytes, settings.max_held_bytes)
+        self.response_memory.change(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
+        self._client, self._callers, self._validator = client, callers, _make_validator(settings)
+        self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
+        self._client_timeouts.change(settings.client_timeout)
+        self._tenants.change(settings.tenants)
+        self._settings, self._access_log = settings, access_log
 
     def drain(self) -> None:
         """Reject new calls from now on."""
@@ -605,6 +645,17 @@ class Forwarder:
         message = f"with this call the bodies of all calls would exceed {limit:,} bytes together (max_held_bytes)"
         seconds = _BODY_RETRY_AFTER * (0.5 + clock.draw())
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
+
+
+def _make_callers(settings: GatewaySettings, token: str | None) -> CallerReader:
+    return CallerReader(settings.trust, token, settings.context.tenant_headers)
+
+
+def _make_validator(settings: GatewaySettings) -> RequestValidator:
+    return RequestValidator(
+        max_header_bytes=settings.max_header_bytes,
+        local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
+    )
 
 
 async def _copy(streaming: StreamingResponse, held: BodyReservation, response: web.StreamResponse) -> str:

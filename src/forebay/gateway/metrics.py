@@ -76,7 +76,12 @@ class GatewayMetrics:
         build.labels(__version__).set(1)
         tenants, keys = BoundedLabel(settings.max_metrics_tenants), BoundedLabel(settings.max_metrics_keys)
         self._registry.register(UsageCollector(targets, models=self._models, tenants=tenants, keys=keys))
-        self._registry.register(AccountCollector(targets, settings.max_metrics_accounts))
+        self._accounts = AccountCollector(targets, settings.max_metrics_accounts)
+        self._registry.register(self._accounts)
+
+    def show_accounts(self, most: int) -> None:
+        """Give so many accounts of a target gauges of their own from now on: the busiest ones."""
+        self._accounts.max_accounts = most
 
     # --- calls ---
 

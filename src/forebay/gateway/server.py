@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Literal, Self, cast
 
 import aiohttp
 import msgspec
@@ -56,6 +56,15 @@ _FIRST_PROBE: Final = 0.05  # seconds until a caller who has closed its sending 
 _PROBE: Final = 1.0  # seconds between the probes after that
 _LAST_REQUEST_GRACE: Final = 0.5  # seconds for requests that are on their way when the gateway stops
 _ACCEPTING: Final = 3  # turns in which asyncio's event loop makes a transport for a connection that it has accepted
+# Settings that a reload does not change, besides `listen`.
+_UNTIL_RESTART: Final = (
+    "keys",
+    "require_key",
+    "spend_log",
+    "max_metrics_models",
+    "max_metrics_tenants",
+    "max_metrics_keys",
+)
 _ABORT_GRACE: Final = 1.0  # seconds for error responses to reach the callers of aborted calls
 
 
@@ -296,6 +305,10 @@ class _Server(web.Server):
         self._rejected: set[_TooManyConnections] = set()
         self._answered: asyncio.Event | None = None  # once no new connections are accepted
 
+    def change(self, settings: GatewaySettings) -> None:
+        """Bound connections that are made from now on by other settings."""
+        self._settings = settings
+
     def __call__(self) -> Any:
         if len(self.connections) >= self._settings.max_connections:
             return _TooManyConnections(self._rejected, 1 + self._settings.max_connections // _REJECTED_SHARE)
@@ -384,16 +397,18 @@ class Gateway:
         address = self.settings.address
         try:
             await self._open_spend_log()
-            self._access_log = _open_access_log(self.settings)
+            loop = asyncio.get_running_loop()
+            token = await loop.run_in_executor(None, self.settings.token, self._environment)
+            self._access_log = await loop.run_in_executor(None, _open_access_log, self.settings)
             self.forwarder = Forwarder(
                 self.settings,
                 self._environment,
                 session=self._session,
+                token=token,
                 spend_log=self._spend_log,
                 access_log=self._access_log,
             )
             self._web = _Server(self.forwarder, self.settings)
-            loop = asyncio.get_running_loop()
             if (keys := self.forwarder.keys) is not None:
                 await loop.run_in_executor(None, keys.load)
                 self._key_watch = loop.create_task(keys.watch())
@@ -420,6 +435,49 @@ class Gateway:
 
     def _new_pool(self) -> aiohttp.BaseConnector:
         return ConnectionPool(self.settings.max_connections)
+
+    async def reload(self, settings: GatewaySettings) -> list[str]:
+        """Serve by other settings from now on; calls in progress end by the old ones. All or nothing.
+
+        Secrets are read again, and the file of the access log is opened again.
+
+        Args:
+            settings: of the gateway.
+
+        Returns:
+            What is not as `settings` say, because it needs a restart.
+
+        Raises:
+            InvalidSecret, MissingFallbackKey, InvalidSetting, CannotWriteLog: as on entering; nothing has changed then.
+        """
+        old, kept = self.settings, []
+        if settings.listen != old.listen:
+            kept.append(f"it listens on {old.listen} until it is started again, not on {settings.listen}")
+            settings = msgspec.structs.replace(settings, listen=old.listen)  # checks that a token fits the address
+        for name in _UNTIL_RESTART:
+            if getattr(settings, name) != getattr(old, name):
+                kept.append(f"{name} stays {getattr(old, name)!r} until it is started again")
+                settings = msgspec.structs.replace(settings, **{name: getattr(old, name)})
+        log_settings = (settings.access_log, settings.access_log_to)
+        loop = asyncio.get_running_loop()
+        token = await loop.run_in_executor(None, settings.token, self._environment)
+        old_log = log_ = self._access_log
+        if log_settings != (old.access_log, old.access_log_to):
+            log_ = await loop.run_in_executor(None, _open_access_log, settings)
+        try:
+            self.forwarder.reload(settings, token=token, access_log=log_)
+        except BaseException:
+            if log_ is not None and log_ is not old_log:
+                await log_.close()
+            raise
+        self._web.change(settings)
+        self.settings, self._access_log = settings, log_
+        if old_log is not None:
+            if old_log is log_:
+                old_log.reopen()
+            else:
+                await old_log.close()
+        return kept
 
     @property
     def port(self) -> int:
@@ -523,40 +581,120 @@ def _reason(error: OSError) -> str:
     return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
-def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:
+def run_forever(
+    settings: GatewaySettings,
+    ready: Callable[[Gateway], object],
+    reload: Callable[[], GatewaySettings] | None,
+    reloaded: Callable[[], object],
+) -> int:
     """See `forebay.gateway.serve`."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
     Prices().has_price("openai", "gpt-4o")  # loads the list now: it takes a third of a second
-    fitting = fit_connections(settings.max_connections, least=_LEAST_CONNECTIONS)
-    settings = msgspec.structs.replace(settings, max_connections=fitting, access_log=settings.access_log or "text")
     with asyncio.Runner(loop_factory=_new_loop) as runner:
-        runner.run(_run(settings, ready))
+        runner.run(_Program(settings, reload, reloaded).run(ready))
     return 0
 
 
-async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> None:
-    stop = asyncio.Event()
+def _fitted(settings: GatewaySettings) -> GatewaySettings:
+    """Return settings as a program of its own can serve by them."""
+    fitting = fit_connections(settings.max_connections, least=_LEAST_CONNECTIONS)
+    return msgspec.structs.replace(settings, max_connections=fitting, access_log=settings.access_log or "text")
 
-    def on_signal() -> None:
-        if stop.is_set():
-            gateway.abort()  # the second signal
-        stop.set()
 
-    async with Gateway(settings) as gateway:
+def effect_of_hang_up(*, reloads: bool, ignored: bool, terminal_closed: bool) -> Literal["reload", "stop", "none"]:
+    """Return what a SIGHUP does.
+
+    Args:
+        reloads: the settings can be read again.
+        ignored: the signal was ignored when the program started, as nohup has it.
+        terminal_closed: the program's terminal was closed, which sends the signal too.
+    """
+    if reloads and not terminal_closed:
+        return "reload"
+    return "none" if ignored else "stop"
+
+
+class _Program:
+    """The program ``forebay gateway``: a gateway that runs until a signal stops it.
+
+    Args:
+        settings: of the gateway.
+        reload: returns its settings, read again; None if they cannot be.
+        reloaded: called once the gateway serves by them.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        reload: Callable[[], GatewaySettings] | None,
+        reloaded: Callable[[], object],
+    ) -> None:
+        self._gateway = Gateway(_fitted(settings))
+        self._reload = reload
+        self._reloaded = reloaded
+        self._stop = asyncio.Event()
+        self._reload_asked = asyncio.Event()
+
+    async def run(self, ready: Callable[[Gateway], object]) -> None:
+        """Serve until a signal; `ready` is called once it listens."""
+        async with self._gateway as gateway:
+            self._handle_signals()
+            ready(gateway)
+            reload = self._reload
+            reloading = None if reload is None else asyncio.create_task(self._reload_when_asked(reload))
+            await self._stop.wait()
+            if reloading is not None:
+                reloading.cancel()
+            timeout = format_duration(gateway.settings.drain_timeout)
+            log.info("draining: calls in progress have %s to end", timeout)
+
+    def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in _stop_signals():
-            loop.add_signal_handler(number, on_signal)
-        ready(gateway)
-        await stop.wait()
-        log.info("draining: calls in progress have %s to end", format_duration(settings.drain_timeout))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        if not hasattr(signal, "SIGHUP"):
+            return
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+        if not ignored or self._reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up, _has_terminal(), ignored)
+
+    def _end(self) -> None:
+        if self._stop.is_set():
+            self._gateway.abort()  # the second signal
+        self._stop.set()
+
+    def _hang_up(self, had_terminal: bool, ignored: bool) -> None:  # noqa: FBT001 - of a signal handler
+        closed = had_terminal and not _has_terminal()
+        effect = effect_of_hang_up(reloads=self._reload is not None, ignored=ignored, terminal_closed=closed)
+        if effect == "reload":
+            self._reload_asked.set()
+        elif effect == "stop":
+            self._end()
+
+    async def _reload_when_asked(self, reload: Callable[[], GatewaySettings]) -> None:
+        while True:
+            await self._reload_asked.wait()
+            self._reload_asked.clear()
+            try:
+                settings = await asyncio.get_running_loop().run_in_executor(None, reload)
+                kept = await self._gateway.reload(_fitted(settings))
+            except ForebayError as error:
+                log.error("nothing is reloaded, and the old settings stay: %s", error)
+            except Exception:  # noqa: BLE001 - the gateway serves on, and the next reload may work
+                log.exception("nothing is reloaded, by a bug of the gateway")
+            else:
+                for each in kept:
+                    log.warning("reloaded, but %s", each)
+                self._reloaded()
 
 
-def _stop_signals() -> list[signal.Signals]:
-    """Return the signals that stop the gateway. A closed terminal (SIGHUP) does, unless nohup has it ignored."""
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return numbers
+def _has_terminal() -> bool:
+    """Return whether the process has a terminal that can send it a hang-up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -93,7 +93,7 @@ class CallMeter:
         core, parsed = self._core, self._parsed
         model = parsed.model or ""
         unreadable = find_unreadable(parsed, body)
-        if unreadable and core.is_metered and (price := core.unreadable_call(unreadable)) is not None:
+        if unreadable and self._metered and (price := core.unreadable_call(unreadable)) is not None:
             return price
         if parsed.free or not self._priced:
             return CallPrice()
