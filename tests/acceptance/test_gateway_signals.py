@@ -240,7 +240,8 @@ async def test_a_hang_up_reloads_the_file_and_what_was_spent_stays_spent(
 async def spent(harness: GatewayHarness, running: GatewayProcess) -> float:
     async with harness.session.get(f"{running.url}/metrics") as response:
         lines = (await response.text()).splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith('forebay_budget_spent_usd{target="openai"}'))
+    name = 'forebay_budget_spent_usd{target="openai"}'
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 async def test_a_file_with_a_mistake_is_not_reloaded(harness: GatewayHarness, start: Start, tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ class Bucket:
             return False
         return self.level + (now - self.updated_at) * self.rate >= self.capacity
 
+    def remaining(self, now: float) -> float:
+        """Return what is left; below 0 is a debt."""
+        self.refill(now)
+        return self.level
+
     @property
     def lowest(self) -> float:
         """The lowest level that it can have."""

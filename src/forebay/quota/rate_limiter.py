@@ -373,9 +373,8 @@ class RateLimiter:
         self._advance(now)
         levels = []
         for unit, bucket, observed in self._buckets():
-            bucket.refill(now)
             name = _name(unit, bucket.period)
-            levels.append(QuotaLevel(name, bucket.amount, bucket.level, learned=observed is not None))
+            levels.append(QuotaLevel(name, bucket.amount, bucket.remaining(now), learned=observed is not None))
         return levels
 
     def _buckets(self) -> list[tuple[str, Bucket, ObservedLimit | None]]:

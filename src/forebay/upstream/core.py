@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 
 from forebay import clock, context
@@ -19,6 +20,7 @@ from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
+from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
 from forebay.upstream.upstream_events import UpstreamEvents
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -37,6 +39,7 @@ class UpstreamCore:
         prices: of its models.
         retry: of its calls.
         events: delivers its events; None: to supervisors only.
+        link: to the ledgers of its accounts, which processes share; None: they are this process's.
 
     Attributes:
         profile: how the provider's API works.
@@ -59,6 +62,7 @@ class UpstreamCore:
         prices: Prices,
         retry: Retry,
         events: UpstreamEvents | None = None,
+        link: LedgerLink | None = None,
     ) -> None:
         self.name = name
         self.provider = provider
@@ -69,7 +73,10 @@ class UpstreamCore:
         self.prices = prices
         self.retry = retry
         self.recorder = UsageRecorder(provider, prices)
-        self.accounts = AccountRegistry(settings, budgets, retry, recorder=self.recorder, draw=clock.draw)
+        self.link = link
+        if link is not None:  # what it holds is free for others as soon as nobody uses the upstream any more
+            weakref.finalize(self, link.begin_close).atexit = False
+        self.accounts = AccountRegistry(settings, budgets, retry, recorder=self.recorder, draw=clock.draw, link=link)
         self.accepted_keys = AcceptedKeys()
         self.background: StoredResponses[BackgroundResponse] = StoredResponses()
         self.stored_tokens: StoredResponses[int] = StoredResponses()

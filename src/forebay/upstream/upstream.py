@@ -26,6 +26,9 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
+from forebay.upstream.shared.link import LedgerLink
+from forebay.upstream.shared.open_store import open_ledger_store
+from forebay.upstream.shared.store import LedgerStore
 from forebay.upstream.upstream_events import UpstreamEvents
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
@@ -79,6 +82,8 @@ class Upstream:
         on_event: called with each `Event` of the upstream, such as a `BudgetAlert`, in a turn of its own of the event
             loop or in a thread: a plain function that does not block. Supervisors whose tasks call the upstream have
             these events too.
+        shared: the store that makes quotas, `max_concurrent` and budgets one for all processes that name it, such as
+            ``"sqlite:///account.db"``; None: they hold for this process alone. What is learned is each process's own.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -115,6 +120,7 @@ class Upstream:
         unpriced: Literal["warn", "refuse"] | None = None,
         spend_log: SpendLog | str | None = None,
         on_event: Callable[[Event], object] | None = None,
+        shared: str | LedgerStore | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -137,6 +143,7 @@ class Upstream:
             unmetered=unmetered,
             unpriced=unpriced,
         )
+        link = None if shared is None else LedgerLink(open_ledger_store(owner, shared), name)
         self.name = name
         self.provider = provider
         if on_event is not None and not callable(on_event):
@@ -148,11 +155,12 @@ class Upstream:
             provider,
             settings=settings,
             budgets=UpstreamBudgets(
-                name, budget, tenant_budget, task_budget, spend_log=self.spend_log, on_alert=events.emit
+                name, budget, tenant_budget, task_budget, spend_log=self.spend_log, on_alert=events.emit, link=link
             ),
             prices=Prices(prices),
             retry=retry or Retry(),
             events=events,
+            link=link,
         )
         self.fallbacks = check_fallbacks(self.core, fallback)
         self.runner = CallRunner(self.core, FallbackResolver(self))

@@ -39,6 +39,8 @@ from forebay.upstream.call_request import (
     SpendReservation,
     scale_charge,
 )
+from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.lease import SHARED_ACCOUNT
 
 _LOST_LOOK: Final = 1.0  # seconds until permits are looked for that nobody can take, while calls wait
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
@@ -85,6 +87,9 @@ class Account:
         max_wait: seconds of expected wait above which a call is rejected.
         weights: tenants' shares of turns; for a tenant that is not named, the weight of its call counts.
         has_key: its calls have an API key, which may be invented.
+        lease: on the account's ledger, which counts its quotas and slots for all processes; None: they are this one's.
+        money_wait: returns the seconds that a call has to wait for its money, which processes share; None: its money
+            is this process's, and can be reserved at once.
         draw: returns random numbers from [0, 1).
         record: returns the record of a call in the spend log, or None for one that is not recorded; None: there is no
             log.
@@ -102,6 +107,8 @@ class Account:
         max_wait: float,
         weights: Mapping[str, float] | None = None,
         has_key: bool = False,
+        lease: AccountLease | None = None,
+        money_wait: Callable[[CallRequest], float] | None = None,
         draw: Callable[[], float],
         record: Callable[[CallRequest], CallRecord | None] | None = None,
     ) -> None:
@@ -125,6 +132,8 @@ class Account:
         self._record = record
         self._upstream_budget = upstream_budget
         self._max_wait = max_wait
+        self._lease = lease
+        self._money_wait = money_wait
         self._draw = draw
         self._retry_after = RetryAfterSchedule()
         self._suspension = SpendSuspension()
@@ -151,12 +160,16 @@ class Account:
             and self._refusals.wait(now) <= 0.0
             and self._quota_wait(now, request) <= 0.0
         )
+        if at_once and self._money_wait is not None:
+            at_once = self._money_wait(request) <= 0.0
         rejection = self._rejection(now, request, fits=at_once)
         if rejection is not None:
             return rejection
         if at_once:
             return self._too_late(now, request) or self._admit(now, request)
         seconds, limited_by = self._expected_wait_of(now, request)
+        if self._money_wait is not None and (money := self._money_wait(request)) > seconds:
+            seconds, limited_by = money, SHARED_ACCOUNT
         if self._is_queue_full(request):
             reason = f"{_QUEUE_BOUND} calls wait already"
             return Rejected(reason, "queue", 1.0, self._schedule_retry(now, request, seconds))
@@ -185,6 +198,10 @@ class Account:
         """Return the seconds that a call has to wait for its quotas."""
         held, trial = self._held_from(now, request), self._may_try(request)
         return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
+
+    def is_paused(self, now: float) -> bool:
+        """Return whether no call is sent now because calls were refused."""
+        return self._refusals.wait(now) > 0.0
 
     def _may_try(self, request: CallRequest) -> bool:
         """Return whether a call may be a trial call of a quota: it can be retried, and takes no place that is kept."""
@@ -227,6 +244,8 @@ class Account:
             now: the time.
             request: of the call; None for any. One that has failed there does not probe: it may be at fault itself.
         """
+        if self._lease is not None and (unusable := self._lease.unusable(now)) is not None:
+            return unusable
         free, failed = (False, False) if request is None else (request.free, request.failed)
         probe = max(_PROBE_DURATION, self.durations.typical)
         if not free and (left := self._suspension.time_left(now, request, probe_duration=probe)) is not None:
@@ -251,11 +270,18 @@ class Account:
         return Rejected("it is not expected to be answered before its deadline", "deadline", 1.0, retry_after)
 
     def _has_slot(self, now: float) -> bool:
+        if self._lease is not None and self.in_flight >= self._lease.slots(now):
+            return False
         return self.in_flight < self._slots(now)
 
     def _slots(self, now: float) -> int:
-        """Return how many calls may be in flight now."""
+        """Return how many calls may be in flight now, by the limit: a ledger may have fewer for this process."""
         return self._refusals.limit(now, self.limit.limit(now))
+
+    def _likely_slots(self, now: float) -> int:
+        """Return how many calls can be expected to be in flight."""
+        slots = self._slots(now)
+        return slots if self._lease is None else int(min(slots, self._lease.likely_slots(now)))
 
     def _take(self, now: float, request: CallRequest) -> Permit | Rejected:
         """Take dollars, a slot and quotas for a call; a rejection if another account took the dollars meanwhile."""
@@ -314,24 +340,39 @@ class Account:
                 self._resolve(call, rejection)
                 continue
             if not self._has_slot(now):
-                if confirmed_at is None and (stuck := self._deadlocked()) is not None:
-                    self._resolve(stuck, Rejected(_WAITS_FOR_ITSELF, "concurrency", 1.0, _NESTED_RETRY))
+                if self._reject_deadlocked(now, confirmed_at):
                     continue
-                look = self.open_answers.next_look(now)
-                lost_at = now + _LOST_LOOK if self._untaken else None
-                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
-            if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
-                return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
-            if (seconds := self._quota_wait(now, call.request)) > 0.0:
+                return self._next_look_for_slot(now, confirmed_at)
+            pause = self._refusals.wait(now)  # it holds back every call: none can overtake
+            if pause <= 0.0 and (seconds := self._quota_wait(now, call.request)) > 0.0:
                 bypass = self._bypass_head(now)
                 if bypass > 0.0:
                     look, place = now + min(seconds, bypass), self.places.next_end()
                     return _earliest(look, self.queue.next_deadline(), confirmed_at, place)
                 continue
+            if pause <= 0.0 and self._money_wait is not None:
+                pause = self._money_wait(call.request)
+            if pause > 0.0:
+                return _earliest(now + pause, self.queue.next_deadline(), confirmed_at)
             # A trial call must not be one that may be refused for what it asks.
             untried = self._untried(now) if self._refusals.blocked and call.request.retries else None
             self._send(now, untried or self.queue.serve_head(now, entry))
         return None
+
+    def _reject_deadlocked(self, now: float, confirmed_at: float | None) -> bool:
+        """Reject a nested call if only its own kind could free a slot for it; return False if there is none."""
+        if confirmed_at is not None or self.in_flight < self._slots(now) or (stuck := self._deadlocked()) is None:
+            return False
+        self._resolve(stuck, Rejected(_WAITS_FOR_ITSELF, "concurrency", 1.0, _NESTED_RETRY))
+        return True
+
+    def _next_look_for_slot(self, now: float, confirmed_at: float | None) -> float | None:
+        """Return when to look for a slot again; None if only the end of a call can free one."""
+        if self.in_flight < self._slots(now):  # another process may have it: a reply of the ledger wakes the queue
+            return _earliest(self.queue.next_deadline(), confirmed_at, now + _LOST_LOOK)
+        look = self.open_answers.next_look(now)
+        lost_at = now + _LOST_LOOK if self._untaken else None
+        return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
 
     def _remove_gone(self, now: float) -> None:
         """Remove the calls that nobody waits for any more, and reject those that have waited for too long."""
@@ -363,7 +404,10 @@ class Account:
     def _untried(self, now: float) -> QueuedCall | None:
         """Return the first queued call that has not been tried yet and need not wait for a quota, or None."""
         fresh = (call for call in self.queue.in_order() if not call.request.retries)
-        return next((call for call in fresh if self._quota_wait(now, call.request) <= 0.0), None)
+        found = next((call for call in fresh if self._quota_wait(now, call.request) <= 0.0), None)
+        if found is not None and self._money_wait is not None and self._money_wait(found.request) > 0.0:
+            return None
+        return found
 
     def _bypass_head(self, now: float) -> float:
         """Send a call behind the head, which waits for a quota, if that delays nobody ahead of it.
@@ -372,11 +416,15 @@ class Account:
             0 if one was sent; otherwise the seconds until one can be, or infinity.
         """
         slots = self._slots(now) - self.in_flight
+        if self._lease is not None:
+            slots = int(min(slots, self._lease.slots(now) - self.in_flight))
         if slots == 1 or len(self.queue) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
             return math.inf  # the only slot, or the probe, is the head's
         held = partial(self._held_from, now)
         seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots, held=held)
         if call is not None and not seconds:
+            if self._money_wait is not None and (money := self._money_wait(call.request)) > 0.0:
+                return money
             self._send(now, call)
         return seconds
 
@@ -480,6 +528,8 @@ class Account:
             counts.failed += 1
         counts.throttled += outcome.spend_cap
         self.in_flight -= 1
+        if self._lease is not None:
+            self._lease.record_end()
         self.limit.observe(now, permit.grant, cause, slowdown=slowdown)
         if outcome.rate_limit_headers and not outcome.rate_limited:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
@@ -611,13 +661,15 @@ class Account:
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
         if (paused := self._refusals.expected_wait(now, ahead)) > seconds:
             seconds, limited_by = paused, _PAUSED if self._refusals.paused(now) else _LEARNED_RATE
-        limit = self._slots(now)
+        limit = self._likely_slots(now)
         free = limit - self.in_flight - ahead
         if free <= 0:
             rounds = (1 - free) / max(1, limit)
             slot_wait = rounds * (self.durations.held or guess)
             if slot_wait > seconds:
                 return slot_wait, "concurrency"
+        if self._lease is not None and (exchange := self._lease.slot_wait(now, self.in_flight + ahead)) > seconds:
+            return exchange, SHARED_ACCOUNT
         return seconds, limited_by
 
     def blocking_reason(self, now: float, usd: float, priority: Priority) -> Rejected | None:

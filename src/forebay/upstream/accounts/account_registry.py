@@ -22,6 +22,9 @@ from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.providers.credentials import normalize_credential
+from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.link import LedgerLink
+from forebay.upstream.shared.messages import LedgerTerms, QuotaTerms, ledger_key
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 
@@ -56,9 +59,10 @@ class AccountRegistry:
         retry: of its calls.
         recorder: is told what its calls have used.
         draw: returns random numbers from [0, 1).
+        link: to the ledgers of the accounts, for all processes that share them; None: they are this process's.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what accounts are made of
         self,
         settings: UpstreamSettings,
         budgets: UpstreamBudgets,
@@ -66,12 +70,14 @@ class AccountRegistry:
         *,
         recorder: UsageRecorder,
         draw: Callable[[], float],
+        link: LedgerLink | None = None,
     ) -> None:
         self.settings = settings
         self.budgets = budgets
         self._retry = retry
         self._recorder = recorder
         self._draw = draw
+        self._link = link
         self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(
             _CACHED, expendable=lambda _, account: account.is_expendable()
         )
@@ -172,10 +178,11 @@ class AccountRegistry:
         return place
 
     def _open(self, place: tuple[str, str]) -> SharedAccount:
-        levels = self._levels.get(place, self._new_levels) if self._quotas(place[1]) else None
+        lease = self._lease(place)
+        levels = self._levels.get(place, self._new_levels) if self._quotas(place[1]) and lease is None else None
         if levels is _SHARED:
             return self._shared_account(place[1])
-        account = self._make(place, levels)
+        account = self._make(place, levels, lease)
         self._continue_suspension(place[0], account)
         if (single := self.settings.single_limit) is not None:
             if self._limit_place not in (None, place):
@@ -198,6 +205,25 @@ class AccountRegistry:
     def _quotas(self, group: str) -> Sequence[Quota]:
         return self.settings.models.get(group, self.settings.quotas)
 
+    def _lease(self, place: tuple[str, str]) -> AccountLease | None:
+        """Return the lease on the ledger of an account; None if processes do not share it, or it has no limits."""
+        link, settings = self._link, self.settings
+        terms = LedgerTerms(
+            quotas=tuple(
+                sorted(
+                    (QuotaTerms(quota.counted, quota.amount, quota.seconds) for quota in self._quotas(place[1])),
+                    key=lambda quota: (quota.unit, quota.seconds, quota.amount),
+                )
+            ),
+            max_concurrent=settings.max_concurrent,
+        )
+        if link is None or terms == LedgerTerms():
+            return None
+        key = ledger_key("account", settings.name, *place)
+        lease = link.lease(key, lambda: AccountLease(link, key, terms))
+        assert isinstance(lease, AccountLease)  # noqa: S101 - the key is that of an account
+        return lease
+
     def _new_levels(self, place: tuple[str, str]) -> _QuotaLevels:
         return _QuotaLevels(new_buckets(self._quotas(place[1])))
 
@@ -206,22 +232,30 @@ class AccountRegistry:
         now = clock.now()
         return all(bucket.is_full(now) for bucket in levels.buckets) and not self._accounts.holds(place)
 
-    def _make(self, place: tuple[str, str], levels: _QuotaLevels | None = None) -> SharedAccount:
+    def _make(
+        self, place: tuple[str, str], levels: _QuotaLevels | None = None, lease: AccountLease | None = None
+    ) -> SharedAccount:
         mark, group = place
         settings = self.settings
         recorder = self.budgets.recorder(mark[:_SHOWN])
+        quotas = self._quotas(group)
+        buckets = None if levels is None else levels.buckets
+        if lease is not None:
+            buckets = [lease.bucket(quota.counted, quota.amount, quota.seconds) for quota in quotas]
 
         def open_account() -> Account:
             return Account(
                 ":".join(part for part in (f"upstream:{settings.name}", mark[:_SHOWN], group) if part),
                 limit=guarded_limit(settings.new_limit()),
-                quotas=RateLimiter(self._quotas(group), buckets=None if levels is None else levels.buckets),
+                quotas=RateLimiter(quotas, buckets=buckets),
                 breaker=Breaker(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,
                 upstream_budget=self.budgets.upstream_budget,
                 max_wait=settings.max_wait,
                 weights=settings.weights,
                 has_key=bool(mark),
+                lease=lease,
+                money_wait=None if self._link is None else self.budgets.lease_wait,
                 draw=self._draw,
                 record=None if recorder is None else recorder.begin,
             )
@@ -234,4 +268,6 @@ class AccountRegistry:
             key=mark[:_SHOWN],
             suspend_key=functools.partial(self._suspend_key, mark),
             max_start_wait=settings.max_start_wait,
+            lease=lease,
+            link=self._link,
         )

@@ -26,6 +26,8 @@ from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
 from forebay.upstream.call_request import UNMETERED, Admitted, CallOutcome, CallRequest, Permit, Rejected
+from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.link import LedgerLink
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 
@@ -46,6 +48,8 @@ class SharedAccount:
             typical call.
         recorder: is told what its calls have used; None: nobody is.
         key: its API key, as it is shown.
+        lease: on the account's ledger; None: this process does not share its quotas and slots.
+        link: to the ledgers of its upstream; None: this process shares none.
 
     Attributes:
         token_estimates: the tokens that its calls use, learned from those that have ended.
@@ -62,6 +66,8 @@ class SharedAccount:
         max_start_wait: float | None,
         recorder: UsageRecorder | None = None,
         key: str = "",
+        lease: AccountLease | None = None,
+        link: LedgerLink | None = None,
     ) -> None:
         self.account = open_account()
         self.name = self.account.name
@@ -79,6 +85,22 @@ class SharedAccount:
         self._held_back: dict[object, int] = {}
         self._critical: set[object] = set()  # holders whose next run is CRITICAL: it may start where others may not
         self._on_relief: dict[object, Callable[[], None]] = {}
+        self._lease = lease
+        self._link = link
+        self._bind_lease()
+
+    def _bind_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.bind(self.account, self._lock, self._look)
+
+    def _update_lease(self, now: float) -> None:
+        """Ask the ledger for what is needed, and look again when it answers. The lock is held."""
+        if self._link is None:
+            return
+        if self._lease is not None:
+            self._lease.update(now)
+        if self.account.queue.length:
+            self._link.add_waiter(self._look)
 
     def reset_after_fork(self) -> None:
         """See `ForkAware`. The calls, and the runs that wait for its relief, are the parent's.
@@ -87,6 +109,7 @@ class SharedAccount:
         """
         self._lock = threading.RLock()
         self.account = self._open_account()
+        self._bind_lease()
         self.retries.reset_after_fork()
         self._held_back.clear()
         self._critical.clear()
@@ -154,12 +177,14 @@ class SharedAccount:
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
                 self._record_begin(decision.permit)
+                self._update_lease(now)
                 return decision.permit
             if isinstance(decision, Rejected):
                 raise self._overloaded(decision, sole_account=sole_account)
             waiter = make_waiter(self._look)
             call = self.account.queue.enqueue(now, request, waiter)
             self.account.serve_queue(now)
+            self._update_lease(now)
         return call, waiter
 
     def _permit_of(self, call: QueuedCall, decision: Admitted | Rejected, *, sole_account: bool) -> Permit:
@@ -213,6 +238,7 @@ class SharedAccount:
     def _serve_queue(self, now: float) -> Iterable[Callable[[], None]]:
         """Answer queued calls; return the callbacks of the holders whose runs may start now, to be called unlocked."""
         self.account.serve_queue(now)
+        self._update_lease(now)
         if not self._held_back:
             return ()
         if self._may_start(now, Priority.NORMAL):

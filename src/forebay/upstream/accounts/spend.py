@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeAlias
 
 from forebay import clock
 from forebay.events import BudgetAlert, log
@@ -15,12 +14,16 @@ from forebay.quota.budget import period_start
 from forebay.spend_log import SpendLog
 from forebay.spend_log.spend_record import AlertPlace, GivenAlert
 from forebay.task import Priority
+from forebay.upstream.accounts.budget_rejection import budget_rejection
 from forebay.upstream.accounts.spend_recorder import SpendRecorder
 from forebay.upstream.call_request import CallBudget, CallRequest, Rejected, SpendReservation
+from forebay.upstream.shared.leased_budget import LeasedBudget
+from forebay.upstream.shared.link import LedgerLink
+from forebay.upstream.shared.messages import ledger_key
 from forebay.upstream.weak_lru import WeakLRU
 
-_RETURNED_AFTER: Final = 4.0  # seconds, on average, after which reserved dollars may have been returned
 _MAX_TENANTS: Final = 131_072  # budgets of tenants: of those that have spent none is forgotten in its period
+_KEEP_TASK: Final = 30 * 86400.0  # seconds for which the budget of a task without calls is kept for all processes
 _MAX_TASKS: Final = 131_072  # budgets of tasks; that of the task whose last call is longest ago is forgotten first
 
 
@@ -63,20 +66,18 @@ class SharedBudget:
         with self._lock:
             budget = self._tracker.budget
             used = budget.usd - self._tracker.remaining(now)
-            retry_after = None if usd > budget.usd else self._tracker.resets_in(now)
+            resets_in = self._tracker.resets_in(now)
             affordable_later = self._tracker.can_afford_unreserved(now, usd, priority)
         self._alert_if_due(rejected=usd)
-        if affordable_later:  # calls under way hold the most that they may cost, and return what they do not
-            retry_after = min(_RETURNED_AFTER * (0.5 + clock.draw()), math.inf if retry_after is None else retry_after)
-        period = _period_text(budget)
-        reserved = budget.usd * budget.reserved_share
-        kept = f", {reserved:,.3g} of it for HIGH and CRITICAL alone" if reserved else ""
-        advice = ": ask for less, or raise that budget" if retry_after is None else ""
-        reason = (
-            f"{self.name} would be overspent: it has {budget.usd:,.12g} USD {period}{kept}, of which {used:,.3g} are"
-            f" spent or reserved, and this may cost {usd:,.3g}{advice}"
+        return budget_rejection(
+            self.name,
+            budget,
+            usd,
+            used=used,
+            resets_in=resets_in,
+            affordable_later=affordable_later,
+            draw=clock.draw() if affordable_later else 0.0,
         )
-        return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after)
 
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
         """Reserve `usd` dollars, or return None if they may not be: check and take are one step, under one lock."""
@@ -156,6 +157,9 @@ class _HeldDollars:
         self._budget.revise(self._reservation, usd)
 
 
+UpstreamBudget: TypeAlias = SharedBudget | LeasedBudget
+
+
 class UpstreamBudgets:
     """The budgets of an upstream: one for all calls, one for each tenant and one for each task, where these are set.
 
@@ -169,6 +173,7 @@ class UpstreamBudgets:
         task: of each task.
         spend_log: what was spent before, and where spend is recorded; open. None: nothing is kept.
         on_alert: called with each alert. It may not block, or use a budget.
+        link: to the ledgers of the budgets, for all processes that share them; None: they are this process's.
     """
 
     def __init__(  # noqa: PLR0913 - three budgets, and what they share
@@ -180,19 +185,21 @@ class UpstreamBudgets:
         *,
         spend_log: SpendLog | None = None,
         on_alert: Callable[[BudgetAlert], None] | None = None,
+        link: LedgerLink | None = None,
     ) -> None:
         self._name = name
         self._spend_log = spend_log
         self._on_alert = on_alert
+        self._link = link
         self.upstream_budget = self._new_budget(f"the budget of {name}", budget, "budget") if budget else None
         self.has_budgets = any(budget is not None for budget in (budget, tenant, task))
         self._tenant = tenant
         self._task = task
-        self._further_tenants: SharedBudget | None = None
-        self._tenants: WeakLRU[str, SharedBudget] = WeakLRU(
+        self._further_tenants: UpstreamBudget | None = None
+        self._tenants: WeakLRU[str, UpstreamBudget] = WeakLRU(
             _MAX_TENANTS, expendable=lambda _, budget: budget.is_fresh(), overflow=self._budget_of_further_tenants
         )
-        self._tasks: WeakLRU[str, SharedBudget] = WeakLRU(_MAX_TASKS)
+        self._tasks: WeakLRU[str, UpstreamBudget] = WeakLRU(_MAX_TASKS)
 
     @property
     def counts_dollars(self) -> bool:
@@ -237,6 +244,13 @@ class UpstreamBudgets:
                 for budget in budgets:
                     budget.change(amount)
 
+    def lease_wait(self, request: CallRequest) -> float:
+        """Return the seconds until the money of a call is expected to be leased; 0 if it is. It is asked for then."""
+        return max((budget.wait(request.usd, request.priority) for budget in self._leased(request)), default=0.0)
+
+    def _leased(self, request: CallRequest) -> Iterator[LeasedBudget]:
+        return (budget for budget in self.for_request(request) if isinstance(budget, LeasedBudget))
+
     def reset_after_fork(self) -> None:
         """See `ForkAware`."""
         self._tenants.reset_after_fork()
@@ -244,21 +258,21 @@ class UpstreamBudgets:
         for budget in self.all_budgets():
             budget.reset_after_fork()
 
-    def all_budgets(self) -> Sequence[SharedBudget]:
+    def all_budgets(self) -> Sequence[UpstreamBudget]:
         """Return all budgets that exist now."""
         single = [budget for budget in (self.upstream_budget, self._further_tenants) if budget is not None]
         return [*single, *self._tenants.values(), *self._tasks.values()]
 
-    def _new_tenant_budget(self, tenant: str) -> SharedBudget:
+    def _new_tenant_budget(self, tenant: str) -> UpstreamBudget:
         assert self._tenant is not None  # noqa: S101 - tenants have budgets
         return self._new_budget(f"the budget of tenant {tenant!r}", self._tenant, "tenant_budget", tenant)
 
-    def _new_task_budget(self, task_id: str) -> SharedBudget:
+    def _new_task_budget(self, task_id: str) -> UpstreamBudget:
         assert self._task is not None  # noqa: S101 - tasks have budgets
         return self._new_budget(f"the budget of task {task_id!r}", self._task, "task_budget", task_id)
 
-    def _new_budget(self, name: str, budget: Budget, setting: str, subject: str = "") -> SharedBudget:
-        """Return a budget that begins with what the spend log has of it.
+    def _new_budget(self, name: str, budget: Budget, setting: str, subject: str = "") -> UpstreamBudget:
+        """Return a budget that begins with what the spend log has of it, or one that is leased from its ledger.
 
         Args:
             name: in messages.
@@ -267,12 +281,29 @@ class UpstreamBudgets:
             subject: the tenant or the task; empty for the budget of all calls.
         """
         place = AlertPlace(self._name, setting, subject)
-        made = SharedBudget(name, budget, on_alert=functools.partial(self._alert, name, budget, place))
+        on_alert = functools.partial(self._alert, name, budget, place)
+        if self._link is not None:
+            return self._lease(self._link, name, budget, setting, subject, on_alert=on_alert)
+        made = SharedBudget(name, budget, on_alert=on_alert)
         if self._spend_log is not None:
             now = clock.wall_time()
             spent = self._spend_log.spent(place, budget.per, now)
             made.restore(now, spent, alerted=self._spend_log.alerted(place, period_start(budget.per, now)))
         return made
+
+    def _lease(
+        self,
+        link: LedgerLink,
+        name: str,
+        budget: Budget,
+        *place: str,
+        on_alert: Callable[[float, float], None] | None = None,
+    ) -> LeasedBudget:
+        key = ledger_key(place[0], self._name, *place[1:])
+        kept = _KEEP_TASK if place[0] == "task_budget" else None
+        lease = link.lease(key, lambda: LeasedBudget(link, key, name, budget, forget_after=kept, on_alert=on_alert))
+        assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
+        return lease
 
     def _alert(self, name: str, budget: Budget, place: AlertPlace, share: float, spent: float) -> None:
         period = period_start(budget.per, clock.wall_time())
@@ -294,7 +325,7 @@ class UpstreamBudgets:
             )
             self._on_alert(alert)
 
-    def _budget_of_further_tenants(self, tenant: str) -> SharedBudget:
+    def _budget_of_further_tenants(self, tenant: str) -> UpstreamBudget:
         """Return the budget that a tenant beyond the bound of the table shares with others. Called under its lock."""
         del tenant
         if self._further_tenants is None:
@@ -303,7 +334,12 @@ class UpstreamBudgets:
                 "more than %d tenants have spent: others share one budget until its period is over", _MAX_TENANTS
             )
             name = f"the budget that all tenants beyond {_MAX_TENANTS:,} share"
-            self._further_tenants = SharedBudget(name, self._tenant)
+            link = self._link
+            self._further_tenants = (
+                SharedBudget(name, self._tenant)
+                if link is None
+                else self._lease(link, name, self._tenant, "further_tenants")
+            )
         return self._further_tenants
 
 

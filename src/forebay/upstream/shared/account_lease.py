@@ -1,0 +1,237 @@
+"""The lease of this process on the ledger of one account: its quotas and its slots."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from itertools import islice
+from typing import Final, Protocol
+
+from forebay.interfaces import Charge
+from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.shared.lease import ExchangeLink, LedgerLease
+from forebay.upstream.shared.leased_bucket import LeasedBucket
+from forebay.upstream.shared.messages import (
+    ExchangeReply,
+    ExchangeRequest,
+    LedgerTerms,
+    QuotaRequest,
+    SlotReply,
+    SlotRequest,
+)
+
+_LOOK_AHEAD: Final = 64  # waiting calls whose needs are added up
+_PATIENCE: Final = 600.0  # seconds without a call after which the process leaves the ledger
+_PATIENT: Final = 4.0  # times that of a process which has none
+_SLOT_POLL: Final = (0.005, 0.05)  # seconds between two requests for a slot, at least and at most ...
+_SLOT_POLL_SHARE: Final = 0.02  # ... and of the time for which a call holds one
+_IDLE_SLOTS: Final = 0.05  # seconds after which free slots are returned
+
+
+class CallDemand(Protocol):
+    """The part of an `Account` that its lease looks at.
+
+    Attributes:
+        in_flight: calls under way.
+        queue: the calls that wait.
+        durations: how long calls take.
+    """
+
+    in_flight: int
+    queue: CallQueue
+    durations: CallDurations
+
+    def is_paused(self, now: float) -> bool:
+        """Return whether no call is sent now, whatever the ledger grants."""
+
+
+class AccountLease(LedgerLease):
+    """The lease of this process on the quotas and the slots of one account.
+
+    Its lock is that of the account, which is held where a method does not say otherwise.
+
+    Args:
+        link: see `LedgerLease`.
+        key: see `LedgerLease`.
+        terms: see `LedgerLease`.
+
+    Attributes:
+        buckets: the quotas, in the order of the terms.
+    """
+
+    def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
+        self.buckets: tuple[LeasedBucket, ...] = ()
+        self._demand: CallDemand | None = None
+        self._look: Callable[[], None] = _do_nothing
+        super().__init__(link, key, terms, patience=_PATIENCE)
+        self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
+
+    def reset(self) -> None:
+        """See `LedgerLease`."""
+        super().reset()
+        for bucket in self.buckets:
+            bucket.reset_lease()
+        self._slots = SlotReply(allowed=0)
+        self._allowed = 0  # calls in flight
+        self._counted = 0  # slots that this process holds, as the ledger has it
+        self._retry_at = math.inf  # when to ask again for what was not granted
+
+    def bind(self, demand: CallDemand, lock: threading.RLock, look: Callable[[], None]) -> None:
+        """Use the calls of an account, its lock, and what serves its queue."""
+        self._demand, self.lock, self._look = demand, lock, look
+
+    def bucket(self, unit: str, amount: float, seconds: float) -> LeasedBucket:
+        """Return the bucket of a quota of the terms."""
+        return next(
+            bucket
+            for quota, bucket in zip(self.terms.quotas, self.buckets, strict=True)
+            if (quota.unit, quota.amount, quota.seconds) == (unit, amount, seconds)
+        )
+
+    # --- slots ---
+
+    @property
+    def limit(self) -> int | None:
+        """The calls that all processes may have in flight; None if the ledger does not bound them."""
+        return self.terms.max_concurrent
+
+    def slots(self, now: float) -> float:
+        """Return how many calls may be in flight in this process now."""
+        if self.limit is None:
+            return math.inf
+        if self.is_leased(now):
+            return self._allowed
+        return self._fair_slots() if self.is_away(now) else 0
+
+    def likely_slots(self, now: float) -> float:
+        """Return how many calls this process can expect to have in flight, if it asks for them; at least one."""
+        if self.limit is None:
+            return math.inf
+        if self.is_leased(now):
+            return max(1, self._allowed + self._slots.free)
+        return max(1, self._fair_slots()) if self.is_away(now) else self.limit
+
+    def slot_wait(self, now: float, in_flight: int) -> float:
+        """Return the seconds until a slot is here, if the ledger has one: 0, or those of an exchange."""
+        return 0.0 if in_flight < self.slots(now) else self.link.exchange_time
+
+    def record_end(self) -> None:
+        """Note that a call has ended. Its slot is not used again if others wait for it and take turns."""
+        if self._slots.give_back and self._demand is not None:
+            self._allowed = min(self._allowed, self._demand.in_flight)
+
+    def _fair_slots(self) -> int:
+        """Return the share of this process while the store is away."""
+        assert self.limit is not None  # noqa: S101 - the ledger counts slots
+        return self.limit // self.members + (self.rank < self.limit % self.members)
+
+    # --- exchanges ---
+
+    def is_busy(self, now: float) -> bool:
+        """See `LedgerLease`."""
+        calls = self._demand is not None and (self._demand.in_flight or self._demand.queue.length)
+        return bool(calls) or not all(bucket.is_full(now) for bucket in self.buckets)
+
+    def make_request(self, now: float, *, leaving: bool) -> ExchangeRequest:
+        """See `LedgerLease`."""
+        demand = self._demand
+        waiting: list[QueuedCall] = []
+        if demand is not None and not leaving and demand.queue.length and not demand.is_paused(now):
+            waiting = list(islice(demand.queue.in_order(), _LOOK_AHEAD))
+        charges = [call.request.charge for call in waiting]
+        slots = None
+        if self.limit is not None:
+            in_use = 0 if demand is None else demand.in_flight
+            calls = demand.queue.length if demand is not None and waiting else 0
+            wanted = in_use + min(calls, self.limit)
+            self._allowed = min(self._allowed, wanted)
+            slots = SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)
+        return self.new_request(
+            leaving=leaving,
+            priority=int(waiting[0].priority) if waiting else 0,
+            quotas=tuple(
+                _report(now, quota.unit, bucket, charges, leaving=leaving)
+                for quota, bucket in zip(self.terms.quotas, self.buckets, strict=True)
+            ),
+            slots=slots,
+        )
+
+    def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
+        """See `LedgerLease`."""
+        quotas = reply.quotas or (None,) * len(self.buckets)
+        for bucket, quota in zip(self.buckets, quotas, strict=True):
+            bucket.receive(now, quota, reply.competing)
+        retry_in = math.inf if reply.retry_in is None else reply.retry_in
+        if reply.slots is not None and request.slots is not None:
+            self._slots = reply.slots
+            self._allowed = reply.slots.allowed
+            self._counted = max(request.slots.held, self._allowed)
+            if reply.retry_in is None and reply.slots.allowed < request.slots.wanted:
+                retry_in = self._slot_poll()
+        self._retry_at = now + retry_in
+
+    def keep_unreported(self) -> None:
+        """See `LedgerLease`."""
+        for bucket in self.buckets:
+            bucket.keep_unreported()
+        self._allowed = 0
+
+    def _slot_poll(self) -> float:
+        """Return the seconds after which to ask for a slot again."""
+        least, most = _SLOT_POLL
+        if self._allowed:
+            least *= _PATIENT
+        held = 0.0 if self._demand is None else self._demand.durations.held
+        return min(most, max(least, _SLOT_POLL_SHARE * held))
+
+    def update(self, now: float) -> None:
+        """See `LedgerLease`."""
+        demand = self._demand
+        if demand is None or self._pending is not None or self.link.is_failing():
+            return  # the reply, or the next attempt, brings what is needed
+        if not self.is_leased(now):
+            if demand.queue.length or self.is_busy(now):
+                self.ask_at(now)
+            return
+        head = demand.queue.head() if demand.queue.length else None
+        if head is not None and not demand.is_paused(now):
+            charge: Charge = head[2].request.charge
+            if self._is_short_for(now, demand, charge):
+                self.ask_at(self._retry_at if self._has_asked_for(charge) else now)
+        if any(bucket.is_low(now) for bucket in self.buckets):
+            self.ask_at(now)
+        if self.limit is not None:
+            if max(demand.in_flight, self._allowed) < self._counted:  # others wait for what was given back
+                self.ask_at(now)
+            elif demand.in_flight < self._allowed:
+                self.ask_at(now + _IDLE_SLOTS)
+
+    def _is_short_for(self, now: float, demand: CallDemand, charge: Charge) -> bool:
+        """Return whether a call waits for the ledger."""
+        if demand.in_flight >= self.slots(now):
+            return True
+        quotas = zip(self.terms.quotas, self.buckets, strict=True)
+        return any(bucket.time_until(now, getattr(charge, quota.unit)) > 0.0 for quota, bucket in quotas)
+
+    def _has_asked_for(self, charge: Charge) -> bool:
+        """Return whether the ledger was asked for such a call, and has not granted it yet."""
+        if self._retry_at == math.inf:
+            return False
+        quotas = zip(self.terms.quotas, self.buckets, strict=True)
+        return all(getattr(charge, quota.unit) <= bucket.asked for quota, bucket in quotas)
+
+    def wake(self) -> None:
+        """See `LedgerLease`."""
+        self._look()
+
+
+def _do_nothing() -> None:
+    """Do nothing: no account is bound yet."""
+
+
+def _report(now: float, unit: str, bucket: LeasedBucket, charges: list[Charge], *, leaving: bool) -> QuotaRequest:
+    """Return what to report of one quota, and to ask for, for calls that wait."""
+    amounts = [float(getattr(charge, unit)) for charge in charges]
+    return bucket.report(now, first=amounts[0] if amounts else 0.0, waiting=sum(amounts), leaving=leaving)

@@ -1,0 +1,135 @@
+"""The state of a ledger, as a store keeps it. Times are seconds of the ledger's own clock, but for `clock`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, SlotRequest
+
+LAPSE = 1.5
+"""Seconds after which the wishes of a member that has not asked again count no more; what it holds does."""
+
+
+class MemberState(msgspec.Struct):
+    """One member: a live process, as long as its lease lasts.
+
+    Attributes:
+        sequence: of its latest request.
+        until: when its lease ends.
+        seen: when its latest request came.
+        held: of each quota.
+        short: of each quota: what it needs and does not hold; all 0 if it waits for none.
+        lost: of each quota: what it held when an earlier lease of its own ended, which counts as used.
+        waiting_since: when it began to wait for a quota or for money.
+        is_waiting: it waits for a quota or for money.
+        priority: of the call for which it waits.
+        slots: that it holds: its calls in flight, or what it was allowed, if that is more.
+        slots_wanted: its calls in flight, and those that wait for a slot.
+        served_at: when it was last allowed more slots.
+        usd: dollars that it holds.
+        usd_reserved: the part of them that calls in flight may cost.
+        usd_short: dollars that it needs and does not hold; 0 if it waits for none.
+        reply: the reply to its latest request.
+    """
+
+    sequence: int
+    until: float
+    seen: float
+    held: list[float]
+    short: list[float]
+    lost: list[float]
+    waiting_since: float = 0.0
+    is_waiting: bool = False
+    priority: int = 0
+    slots: int = 0
+    slots_wanted: int = 0
+    served_at: float = 0.0
+    usd: float = 0.0
+    usd_reserved: float = 0.0
+    usd_short: float = 0.0
+    reply: ExchangeReply | None = None
+
+    def wishes(self, time: float) -> bool:
+        """Return whether its wishes count: it has asked lately."""
+        return time <= self.seen + LAPSE
+
+    def slot_demand(self, time: float) -> int:
+        """Return the slots that it uses and asks for."""
+        return max(self.slots, self.slots_wanted) if self.wishes(time) else self.slots
+
+    def report_slots(self, slots: SlotRequest) -> None:
+        """Note how many slots it uses and asks for."""
+        self.slots_wanted = max(slots.in_use, slots.wanted)
+
+
+class EndedMember(msgspec.Struct):
+    """A member whose lease has ended, or that has left: a repeat of its requests must not count twice.
+
+    Attributes:
+        sequence: of its latest request.
+        at: when it ended.
+        lost: of each quota: what it held, which counts as used.
+        slots: its fair share, which it uses if it is alive and the store was away; 0 if it has left.
+    """
+
+    sequence: int
+    at: float
+    lost: list[float]
+    slots: int = 0
+
+
+class LedgerState(msgspec.Struct):
+    """All that a ledger knows.
+
+    Attributes:
+        epoch: its id.
+        terms: its settings.
+        clock: the latest reading of the store's clock, in epoch seconds.
+        time: its own clock: it goes on from where it was if the store's goes back.
+        levels: of each quota: what nobody holds.
+        members: by id.
+        ended: members that have ended lately, by id.
+        recovers_until: all members' leases had ended together, so the store was away: until then members that have not
+            come back are taken to use their fair share of the slots.
+        period: when the period of its budget began, in epoch seconds.
+        recovered: dollars that were spent in this period by what members of an earlier epoch knew.
+        reported: dollars that members have spent in this period besides.
+    """
+
+    epoch: str
+    terms: LedgerTerms
+    clock: float
+    time: float = 0.0
+    levels: list[float] = []
+    members: dict[str, MemberState] = {}
+    ended: dict[str, EndedMember] = {}
+    recovers_until: float = 0.0
+    period: float = -1.0
+    recovered: float = 0.0
+    reported: float = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Dollars spent in this period."""
+        return self.recovered + self.reported
+
+    def slots_of_the_absent(self) -> int:
+        """Return the slots that members may use that have not come back since the store was away."""
+        return sum(ended.slots for ended in self.ended.values()) if self.time < self.recovers_until else 0
+
+    def others(self, member: str) -> list[MemberState]:
+        """Return all members but one."""
+        return [state for other, state in self.members.items() if other != member]
+
+    def others_before(self, member: str) -> list[MemberState]:
+        """Return the members that wait for a quota or for money and are served before `member`."""
+        own = self.members[member]
+        mine = (own.priority, own.waiting_since, member)
+        return [
+            state
+            for other, state in self.members.items()
+            if other != member
+            and state.is_waiting
+            and state.wishes(self.time)
+            and (state.priority, state.waiting_since, other) < mine
+        ]

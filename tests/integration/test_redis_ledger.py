@@ -1,0 +1,274 @@
+"""Ledgers on Redis decide as those in Python do: random exchanges at the same times have the same replies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from typing import Any, Final
+
+import msgspec
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.cutting_proxy import Side
+from tests.support.redis_servers import (
+    START as START_TIME,
+)
+from tests.support.redis_servers import (
+    StandaloneRedis,
+    missing,
+    redis_cluster,
+    redis_sentinels,
+    redis_server,
+    shared,
+)
+
+from forebay import clock
+from forebay.errors import StoreUnavailable
+from forebay.storage import parse_url, redis_master
+from forebay.upstream.shared.ledger import AccountLedger
+from forebay.upstream.shared.messages import (
+    BudgetRequest,
+    BudgetTerms,
+    ExchangeReply,
+    ExchangeRequest,
+    LedgerTerms,
+    QuotaRequest,
+    QuotaTerms,
+    SlotRequest,
+)
+from forebay.upstream.shared.redis_store import RedisLedgerStore
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+SCRIPT: Final = files("forebay.upstream.shared").joinpath("redis_exchange.lua").read_text()
+CLOCK: Final = "local time = redis.call('TIME')\n  return tonumber(time[1]) + tonumber(time[2]) / 1000000"
+START: Final = 1_751_327_990.0  # ten seconds before a month ends
+QUOTAS: Final = (QuotaTerms("requests", 64.0, 64.0), QuotaTerms("tokens", 8192.0, 64.0))
+PERIODS: Final = (None, "hour", "day", "month")
+
+numbers = itertools.count()
+eighths = st.integers(0, 512).map(lambda eighth: eighth / 8)  # sums of these are exact: no order changes them
+
+
+@pytest.fixture(scope="module")
+def server() -> StandaloneRedis:
+    return shared(redis_server)
+
+
+@pytest.fixture(scope="module")
+def decide(server: StandaloneRedis) -> Iterator[Callable[[str, float, ExchangeRequest], ExchangeReply]]:
+    assert CLOCK in SCRIPT
+    client = redis.Redis.from_url(server.url)
+    script = client.register_script(SCRIPT.replace(CLOCK, "return tonumber(ARGV[2])"))
+
+    def exchange(key: str, now: float, request: ExchangeRequest) -> ExchangeReply:
+        answer = script(keys=[key], args=[msgspec.msgpack.encode(request), repr(now)])
+        return msgspec.msgpack.decode(answer, type=ExchangeReply)
+
+    yield exchange
+    client.close()
+
+
+terms = st.builds(
+    LedgerTerms,
+    quotas=st.sampled_from([(), QUOTAS[:1], QUOTAS]),
+    max_concurrent=st.sampled_from([None, 1, 2, 5]),
+    budget=st.one_of(
+        st.none(),
+        st.builds(
+            BudgetTerms,
+            usd=st.just(64.0),
+            per=st.sampled_from(PERIODS),
+            reserved_share=st.sampled_from([0.0, 0.125]),
+            forget_after=st.sampled_from([None, 600.0]),
+        ),
+    ),
+)
+steps = st.lists(
+    st.fixed_dictionaries(
+        {
+            "seconds": st.sampled_from([0.0, 0.0, 0.0, 0.125, 1.0, 2.0, 8.0, 3700.0, -4.0, 40 * 86400.0]),
+            "member": st.sampled_from("abcd"),
+            "repeats": st.sampled_from([False, False, False, True]),
+            "answered": st.sampled_from(["own", "own", 0, 1000]),
+            "epoch": st.sampled_from(["own", "own", "own", "another", ""]),
+            "other_terms": st.sampled_from([False] * 9 + [True]),
+            "priority": st.integers(0, 3),
+            "amounts": st.lists(eighths, min_size=10, max_size=10),
+            "in_use": st.integers(0, 6),
+            "kept_slots": st.integers(0, 2),
+            "more_slots": st.integers(0, 6),
+            "period": st.sampled_from(["own", "own", "unknown", "earlier"]),
+            "important": st.booleans(),
+            "leaving": st.sampled_from([False] * 7 + [True]),
+        }
+    ),
+    max_size=40,
+)
+
+
+@given(terms=terms, steps=steps)
+@settings(max_examples=100)
+def test_the_script_decides_as_the_ledger_in_python(
+    decide: Callable[[str, float, ExchangeRequest], ExchangeReply], terms: LedgerTerms, steps: list[dict[str, Any]]
+) -> None:
+    key, now, ledger = f"{{ledgers}}:{next(numbers)}", START, None
+    replies, latest = dict[str, ExchangeReply](), dict[str, ExchangeRequest]()
+    for sequence, step in enumerate(steps, 1):
+        now += step["seconds"]
+        member = step["member"]
+        request = latest.get(member) if step["repeats"] else None
+        if request is None:
+            request = request_of(step, sequence, terms, replies.get(member))
+        latest[member] = request
+        if ledger is None:
+            ledger = AccountLedger.open(now, request)
+        expected = ledger.exchange(now, request)
+        assert decide(key, now, request) == expected, f"exchange {sequence}"
+        replies[member] = expected
+
+
+def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: ExchangeReply | None) -> ExchangeRequest:
+    if step["other_terms"]:
+        terms = msgspec.structs.replace(terms, quotas=(QuotaTerms("requests", 32.0, 64.0),))
+    amounts = iter(step["amounts"])
+    quotas = []
+    for _ in terms.quotas:
+        used, needed, extra = next(amounts) / 64, next(amounts) / 4, next(amounts)
+        quotas.append(QuotaRequest(used=used, reserved=needed / 2, needed=needed, wanted=needed + extra))
+    epoch = step["epoch"] if reply is None or step["epoch"] != "own" else reply.epoch
+    known = None if reply is None else reply.budget
+    period = -1.0 if known is None or step["period"] == "unknown" else known.period
+    period -= 3600.0 if step["period"] == "earlier" else 0.0
+    spent, reserved, more, extra = (next(amounts) / 64 for _ in range(4))
+    return ExchangeRequest(
+        ledger="l",
+        member=step["member"],
+        sequence=sequence,
+        answered=0 if step["answered"] == "own" else step["answered"],
+        epoch=epoch,
+        terms=terms,
+        priority=step["priority"],
+        quotas=tuple(quotas),
+        slots=None
+        if terms.max_concurrent is None
+        else SlotRequest(
+            in_use=step["in_use"],
+            held=step["in_use"] + step["kept_slots"],
+            wanted=step["in_use"] + step["more_slots"],
+        ),
+        budget=None
+        if terms.budget is None
+        else BudgetRequest(
+            period=period,
+            spent=spent,
+            reserved=reserved,
+            needed=reserved + more,
+            important=step["important"],
+            wanted=reserved + more + extra,
+            known_spent=0.0 if known is None else known.spent,
+        ),
+        leaving=step["leaving"],
+    )
+
+
+def spend_a_dollar(store: RedisLedgerStore, sequence: int, reply: ExchangeReply | None) -> ExchangeReply:
+    """Return the reply to an exchange that reports two calls and, but for the first one, a dollar."""
+    known = None if reply is None else reply.budget
+    request = ExchangeRequest(
+        ledger="l",
+        member="a",
+        sequence=sequence,
+        answered=sequence - 1,
+        epoch="" if reply is None else reply.epoch,
+        terms=LedgerTerms(quotas=QUOTAS[:1], budget=BudgetTerms(usd=64.0)),
+        quotas=(QuotaRequest(used=2.0, needed=1.0, wanted=1.0),),
+        budget=BudgetRequest(
+            period=-1.0 if known is None else known.period,
+            spent=0.0 if known is None else 1.0,
+            known_spent=0.0 if known is None else known.spent,
+        ),
+    )
+    return exchange_with(store, request)
+
+
+def exchange_with(store: RedisLedgerStore, request: ExchangeRequest) -> ExchangeReply:
+    """Return the reply to a request, which is repeated as it is until it is answered."""
+    limit = clock.monotonic() + START_TIME
+    while True:
+        try:
+            (reply,) = store.exchange([request])
+        except StoreUnavailable:
+            assert clock.monotonic() < limit
+        else:
+            return reply
+
+
+def spend_dollars(store: RedisLedgerStore, numbers: range, reply: ExchangeReply | None = None) -> ExchangeReply:
+    for sequence in numbers:
+        reply = spend_a_dollar(store, sequence, reply)
+    assert reply is not None
+    return reply
+
+
+def open_store(servers: Any, name: str = "") -> RedisLedgerStore:
+    url = parse_url(f"{servers.url}?name={name or f'ledger-{next(numbers)}'}").redis
+    assert url is not None
+    return RedisLedgerStore(url)
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+def test_a_cut_at_any_command_counts_nothing_twice(lost: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_master, "_RETRY_INTERVAL", 0.001)
+    with redis_server(proxied=True) as server:
+        [proxy] = server.proxies
+        spend_dollars(open_store(server), range(1, 6))
+        for number in range(1, len(proxy.commands) + 1):
+            proxy.cut_at(number, lost)
+            reply = spend_dollars(open_store(server), range(1, 6))
+            assert proxy.has_cut
+            assert reply.budget is not None
+            assert reply.budget.spent == 4.0, f"after a cut at command {number}, {proxy.commands[number - 1]}"
+
+
+def test_a_server_that_comes_back_without_its_data_is_told_what_was_spent() -> None:
+    with redis_server() as server:
+        store = open_store(server)
+        before = spend_dollars(store, range(1, 6))
+        server.servers[0].kill()
+        server.servers[0].start()
+        after = spend_a_dollar(store, 6, before)
+        assert after.epoch != before.epoch
+        assert after.budget is not None
+        assert after.budget.spent == 5.0
+        assert after.quotas[0].held == 0.0  # the quota begins empty
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [redis_sentinels, redis_cluster], ids=["sentinel", "cluster"])
+def test_a_failover_forgets_no_money_that_a_member_knows_of(start: Callable[..., Any]) -> None:
+    with start(proxied=True) as servers:
+        store = open_store(servers, "forebay")
+        before = spend_dollars(store, range(1, 11))
+        servers.kill_master()
+        servers.promote()
+        after = spend_a_dollar(store, 11, before)
+        assert after.budget is not None
+        assert after.budget.spent == 10.0
+
+
+def test_a_late_copy_is_told_what_it_has_missed(server: StandaloneRedis) -> None:
+    store = open_store(server, "late")
+    before = spend_dollars(store, range(1, 6))
+    with redis.Redis.from_url(server.url) as client:
+        copy = client.get("{late}:ledger:l")
+        assert isinstance(copy, bytes)
+        latest = spend_dollars(store, range(6, 11), before)
+        client.set("{late}:ledger:l", copy)
+    after = spend_a_dollar(store, 11, latest)
+    assert after.epoch == latest.epoch
+    assert after.budget is not None
+    assert after.budget.spent == 10.0
