@@ -104,13 +104,15 @@ class TicketRegistry:
 
     def settle(self, ticket: Ticket, result: TaskResult) -> None:
         """Resolve a ticket, and keep it for a while among those that ended."""
+        task, ended, kept = ticket.task, self.ended, ticket
+        counts = self.types.of(task.task_type)
         if result.status is _SUCCEEDED:
             self.succeeded += 1
+            counts.count_success(result.usage)
         else:
             self.ends[result.status] += 1
+            counts.count_other_end(result.status, result.usage)
             self.forget_key(ticket)
-        task, ended, kept = ticket.task, self.ended, ticket
-        self.types.of(task.task_type).count_end(result)
         task_id = task.task_id
         self.live.pop(task_id, None)
         if result.cause is not None:

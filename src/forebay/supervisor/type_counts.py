@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from forebay.call_usage import NO_USAGE, CallUsage
-from forebay.task import TaskResult, TaskStatus
+from forebay.task import TaskStatus
 
 OTHER: Final = "other"
 """Stands for the task types that found no place among the counts."""
@@ -17,7 +17,6 @@ _OTHER_ENDS: Final = {
     status: status.value
     for status in (TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
 }
-_SUCCEEDED = TaskStatus.SUCCEEDED  # attribute access on an enum is slow on the hot path
 
 
 class TaskTypeCounts(msgspec.Struct):
@@ -34,14 +33,17 @@ class TaskTypeCounts(msgspec.Struct):
     expired: int = 0
     usage: CallUsage = NO_USAGE
 
-    def count_end(self, result: TaskResult) -> None:
-        """Count a task that has ended, and the usage of its calls."""
-        if result.status is _SUCCEEDED:
-            self.succeeded += 1
-        elif (name := _OTHER_ENDS.get(result.status)) is not None:
+    def count_success(self, usage: CallUsage) -> None:
+        """Count a task that has succeeded, and the usage of its calls."""
+        self.succeeded += 1
+        if usage is not NO_USAGE:
+            self.usage += usage
+
+    def count_other_end(self, status: TaskStatus, usage: CallUsage) -> None:
+        """Count a task that has ended in another way, and the usage of its calls."""
+        if (name := _OTHER_ENDS.get(status)) is not None:
             setattr(self, name, getattr(self, name) + 1)
-        if result.usage is not NO_USAGE:
-            self.usage += result.usage
+        self.usage += usage
 
 
 class TypeCounts:
@@ -52,8 +54,8 @@ class TypeCounts:
 
     def of(self, task_type: str) -> TaskTypeCounts:
         """Return the counts of a task type, to be changed."""
-        counts = self.by_type.get(task_type)
-        if counts is None:
+        try:  # this is on the hot path
+            return self.by_type[task_type]
+        except KeyError:
             name = task_type if len(self.by_type) < _MAX_TYPES else OTHER
-            counts = self.by_type.setdefault(name, TaskTypeCounts())
-        return counts
+            return self.by_type.setdefault(name, TaskTypeCounts())
