@@ -646,9 +646,9 @@ def _without_own_credentials(
     held = destination.target.key
     if destination.key is None and held is None:
         return raw_headers, headers, destination
-    if destination.key is not None:
-        raw_headers = without_headers(raw_headers, headers_with_key(headers))
-    if held is not None:
+    if held is None:
+        raw_headers = without_headers(raw_headers, [name.encode() for name in headers_with_key(headers)])
+    else:
         destination = destination._replace(path=without_query_keys(destination.path))
         raw_headers = held.replace_credentials(raw_headers, destination.path)
     return raw_headers, Headers.from_wire(raw_headers), destination
