@@ -195,8 +195,7 @@ class Forwarder:
             self._validate(request, headers)
             if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
-            key = self._authenticate(request.raw_path, headers)
-            record.key_name = "" if key is None else key.name
+            key = self._authenticate(request.raw_path, headers, record)
             destination = self._find_destination(request.raw_path, headers, key)
         except EarlyResponse as early:
             response: web.StreamResponse = self._early_response(request, early, record)
@@ -306,8 +305,8 @@ class Forwarder:
         if (error := self._own_pages_validator.find_error("GET", headers, ())) is not None:
             raise EarlyResponse(error_response("openai", error.status, error.code, error.message))
 
-    def _authenticate(self, path: str, headers: Headers) -> IssuedKey | None:
-        """Return the issued key of a caller; None if it needs none, and has none.
+    def _authenticate(self, path: str, headers: Headers, record: CallRecord) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none. The record gets its name.
 
         Raises:
             EarlyResponse: it has none that is valid, or not the token that it needs instead.
@@ -316,10 +315,13 @@ class Forwarder:
             self._check_token(path, headers)
             return None
         try:
-            return self._find_key(self.keys, path, headers)
+            key = self._find_key(self.keys, path, headers)
         except KeyRefusal as refusal:
+            record.key_name = refusal.key_name
             response = error_response(detect_protocol(path, headers), 401, "invalid_api_key", f"{refusal}")
             raise EarlyResponse(response) from None
+        record.key_name = "" if key is None else key.name
+        return key
 
     def _find_key(self, keys: KeyRegistry, path: str, headers: Headers) -> IssuedKey | None:
         """Return the issued key of a caller; None if it needs none, and has none.

@@ -30,7 +30,16 @@ _REFUSALS: Final[Mapping[str, str]] = {
 
 
 class KeyRefusal(Exception):
-    """The refusal of a key that a caller presents, with a reason that it may know."""
+    """The refusal of a key that a caller presents, or of one that is missing.
+
+    Args:
+        reason: that the caller may know.
+        key_name: of the key; empty if it is none of the file.
+    """
+
+    def __init__(self, reason: str, key_name: str = "") -> None:
+        super().__init__(reason)
+        self.key_name = key_name
 
 
 class KeyRegistry:
@@ -104,9 +113,9 @@ class KeyRegistry:
         if secret is None or key is None:
             raise KeyRefusal("this API key is not one of this gateway: check that it is complete")
         if (state := key.state(now)) != "active":
-            raise KeyRefusal(_REFUSALS[state])
+            raise KeyRefusal(_REFUSALS[state], key.name)
         if not secret.is_valid(now):
-            raise KeyRefusal("this API key was replaced by another one: use that")
+            raise KeyRefusal("this API key was replaced by another one: use that", key.name)
         self._note_use(key.name, now)
         return key
 

@@ -18,7 +18,11 @@ RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 # What says whose account pays: with a key that is held, that is for the gateway alone to say. A project or organization
 # of a caller would be refused, or would be another one that the key has.
 _OF_THE_ACCOUNT: Final = frozenset(
-    {*(name.encode() for name in CREDENTIAL_HEADERS), b"cookie", b"openai-organization", b"openai-project"}
+    {
+        *(name.encode() for name in CREDENTIAL_HEADERS),
+        *(b"cookie", b"sec-websocket-protocol"),  # browsers put keys into the second
+        *(b"openai-organization", b"openai-project", b"x-goog-user-project"),
+    }
 )
 _KEY_PARAMETERS: Final = frozenset(
     {"key", "api-key", "api_key", "apikey", "x-api-key", "subscription-key", "access_token"}
