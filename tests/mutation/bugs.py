@@ -57,6 +57,8 @@ from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import GatewaySettings, forwarded_call
 from forebay.gateway.body_memory import BodyMemory
+from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.issued_keys import IssuedKey
@@ -226,6 +228,7 @@ from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutV
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
+from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
@@ -3843,6 +3846,23 @@ def an_autoscaler_that_does_not_lead_publishes_old_readings() -> None:
 
     original = autoscale_metrics._lines
     autoscale_metrics._lines = _lines
+
+
+def a_query_is_in_the_access_log() -> None:
+    def keep_path(self: CallRecord, method: str, path: str, headers: Mapping[str, str]) -> None:
+        original(self, method, path, headers)
+        self.path = path
+
+    original = CallRecord.__init__
+    replace(CallRecord, original, keep_path)
+
+
+def a_reload_refills_a_budget() -> None:
+    always(UpstreamCore, UpstreamCore.adopt, returns=None)
+
+
+def what_a_call_holds_is_kept_if_another_limit_rejects_it() -> None:
+    always(CallerPermit, CallerPermit.release, returns=None)
 
 
 def a_gateway_drains_for_as_long_as_its_file_says() -> None:

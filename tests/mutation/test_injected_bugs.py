@@ -34,7 +34,9 @@ from tests.acceptance import (
     test_gateway_end,
     test_gateway_key_limits,
     test_gateway_keys,
+    test_gateway_operation,
     test_gateway_provider_keys,
+    test_gateway_reload,
     test_gateway_responses,
     test_handler_context,
     test_held_tasks,
@@ -124,6 +126,7 @@ from tests.unit.breaker import test_breaker
 from tests.unit.cli import test_autoscale, test_autoscale_metrics
 from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
+from tests.unit.gateway import test_caller_limits
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
@@ -1595,6 +1598,11 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_autoscaler_that_only_publishes_scales: test_autoscale.test_it_scales_or_only_publishes_and_says_how_it_is,
     bugs.an_autoscaler_that_does_not_lead_publishes_old_readings: (
         test_autoscale_metrics.test_readings_are_those_of_the_one_that_leads
+    ),
+    bugs.a_query_is_in_the_access_log: test_gateway_operation.test_no_query_is_logged,
+    bugs.a_reload_refills_a_budget: test_gateway_reload.test_a_reload_refills_no_budget,
+    bugs.what_a_call_holds_is_kept_if_another_limit_rejects_it: (
+        test_caller_limits.test_what_was_taken_of_one_caller_is_returned_if_another_rejects_the_call
     ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -87,23 +88,23 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
         "max_concurrent": max_concurrent,
         "budget_usd": budget_usd,
     }
+    options: dict[str, Any] = {
+        "targets": target or (),
+        "limits": {name: texts or () for name, texts in limits.items()},
+        "share_keys": share_keys,
+        "gateway": {
+            "listen": listen,
+            "token_env": token_env,
+            "token_file": token_file,
+            "keys": keys,
+            "drain_timeout": drain_timeout,
+            "access_log": access_log,
+            "access_log_to": access_log_to,
+        },
+    }
+    load = functools.partial(_load, config, options)
     try:
-        settings = load_gateway_settings(
-            config,
-            targets=target or (),
-            limits={name: texts or () for name, texts in limits.items()},
-            share_keys=share_keys,
-            gateway={
-                "listen": listen,
-                "token_env": token_env,
-                "token_file": token_file,
-                "keys": keys,
-                "drain_timeout": drain_timeout,
-                "access_log": access_log,
-                "access_log_to": access_log_to,
-            },
-        )
-        _check_fallbacks(settings)
+        settings = load()
         proxies = {each.name: http_proxy_for(each.url, os.environ) for each in settings.targets}
     except (InvalidConfiguration, InvalidSetting) as error:
         typer.echo(f"{error}", err=True)
@@ -111,7 +112,18 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
     if check:
         typer.echo("\n".join(_summary(settings, proxies)))
         return
-    raise typer.Exit(_serve(settings))
+    raise typer.Exit(_serve(settings, config, load))
+
+
+def _load(config: Path | None, options: Mapping[str, Any]) -> GatewaySettings:
+    """Return the settings of the file, if there is one, and of the options, which override it.
+
+    Raises:
+        InvalidConfiguration, InvalidSetting: with each mistake that was found.
+    """
+    settings = load_gateway_settings(config, **options)
+    _check_fallbacks(settings)
+    return settings
 
 
 def _check_fallbacks(settings: GatewaySettings) -> None:
@@ -126,13 +138,18 @@ def _check_fallbacks(settings: GatewaySettings) -> None:
     make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
 
 
-def _serve(settings: GatewaySettings) -> int:
-    """Run the gateway until it is stopped; return the exit status."""
+def _serve(settings: GatewaySettings, config: Path | None, load: Callable[[], GatewaySettings]) -> int:
+    """Run the gateway until it is stopped; return the exit status. With a file, a SIGHUP reloads it."""
     if missing := gateway_package.missing_libraries():
         typer.echo(missing_extra_message(missing, "gateway"), err=True)
         return 1
     try:
-        return gateway_package.serve(settings, ready=lambda running: _print_address(settings, running.port))
+        return gateway_package.serve(
+            settings,
+            ready=lambda running: _print_address(settings, running.port),
+            reload=None if config is None else load,
+            reloaded=lambda: typer.echo(f"reloaded {config}"),
+        )
     except ForebayError as error:
         typer.echo(f"forebay: {error}", err=True)
         return 1

@@ -28,12 +28,21 @@ def missing_libraries() -> list[str]:
     return [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
 
 
-def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lambda _: None) -> int:
+def serve(
+    settings: GatewaySettings,
+    *,
+    ready: Callable[[Gateway], object] = lambda _: None,
+    reload: Callable[[], GatewaySettings] | None = None,
+    reloaded: Callable[[], object] = lambda: None,
+) -> int:
     """Serve until SIGTERM or SIGINT, then drain; return the exit status.
 
     Args:
         settings: of the gateway.
         ready: called once it listens.
+        reload: returns the settings to go on with after a SIGHUP; it may raise a `ForebayError`, and then nothing
+            changes. It is called in a thread. None: a SIGHUP stops the gateway, unless it is ignored.
+        reloaded: called once the gateway serves by these settings.
 
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
@@ -45,7 +54,7 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
     """
     from forebay.gateway.server import run_forever  # noqa: PLC0415 - aiohttp and prometheus_client are extras
 
-    return run_forever(settings, ready)
+    return run_forever(settings, ready, reload, reloaded)
 
 
 __all__ = [

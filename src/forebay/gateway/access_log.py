@@ -194,6 +194,7 @@ class AccessLog:
         self._idle.set()
         self._reported_at: float | None = None
         self._unreported = 0
+        self._closing = False
         self.dropped = 0
 
     def add(self, entry: AccessEntry) -> None:
@@ -212,6 +213,8 @@ class AccessLog:
 
     async def close(self, seconds: float = 1.0) -> None:
         """Write what waits, for at most `seconds`, and close the file."""
+        self._closing = True
+        self._drop(0, "they came faster than they could be written")  # reports those that were dropped of late
         if self._timer is not None:
             self._timer.cancel()
             self._write_soon()
@@ -269,11 +272,12 @@ class AccessLog:
             self._idle.set()
 
     def _drop(self, lines: int, reason: str) -> None:
-        """Count lines that are not written, and report that at most once a minute."""
+        """Count lines that are not written, and report that at most once a minute, and at the end."""
         self.dropped += lines
         self._unreported += lines
         now = clock.now()
-        if self._unreported and (self._reported_at is None or now - self._reported_at >= _REPORTED):
+        due = self._closing or self._reported_at is None or now - self._reported_at >= _REPORTED
+        if self._unreported and due:
             log.warning("%d lines of the access log (%s) were not written: %s", self._unreported, self._to, reason)
             self._reported_at, self._unreported = now, 0
 

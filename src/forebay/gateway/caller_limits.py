@@ -19,8 +19,7 @@ from forebay.errors import Overloaded
 from forebay.interfaces import Charge, Outcome
 from forebay.limit import Grant, Limit
 from forebay.quota import Budget, Quota, RateLimiter
-from forebay.quota.bucket import Bucket
-from forebay.quota.rate_limiter import new_buckets
+from forebay.quota.rate_limiter import new_buckets, resize_buckets
 from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
@@ -102,7 +101,7 @@ class CallerLimits:
         self._slots.change(max_concurrent)
         self._limits_slots = max_concurrent is not None
         if (tuple(quotas), max_wait) != (self._quotas, self._max_wait):
-            self._buckets = _resized(self._quotas, self._buckets, quotas)
+            self._buckets = resize_buckets(clock.now(), self._quotas, self._buckets, quotas)
             self._quotas, self._max_wait = tuple(quotas), max_wait
             self._account = self._open()
         if budget is None:
@@ -285,15 +284,3 @@ class CallerHold:
                 permit.release()
             else:
                 permit.settle(used)
-
-
-def _resized(before: Sequence[Quota], buckets: Sequence[Bucket], quotas: Sequence[Quota]) -> tuple[Bucket, ...]:
-    """Return the levels of changed quotas: what is missing of a quota of the same unit and period stays missing."""
-    now = clock.now()
-    old = {(quota.counted, quota.per): bucket for quota, bucket in zip(before, buckets, strict=True)}
-    resized = new_buckets(quotas)
-    for quota, bucket in zip(quotas, resized, strict=True):
-        if (earlier := old.get((quota.counted, quota.per))) is not None:
-            earlier.refill(now)
-            bucket.take(now, max(0.0, earlier.capacity - earlier.level))
-    return resized

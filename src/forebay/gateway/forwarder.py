@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
@@ -43,7 +43,6 @@ from forebay.gateway.forwarded_call import (
 )
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.issued_keys import IssuedKey, contains_key, hide_keys
-from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.key_permission import find_forbidden, headers_with_key
 from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
 from forebay.gateway.metrics import GatewayMetrics
@@ -99,49 +98,51 @@ class Forwarder:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         session: sends the calls.
+        token: of the gateway, that callers present; None if they need none.
         access_log: gets a line for each request; None for no log.
+        keys: that the gateway has issued; None if it issues none.
 
     Attributes:
         targets: the providers.
         metrics: of the gateway.
         body_memory: the memory that request bodies take.
         response_memory: the memory that responses take.
-        keys: that the gateway has issued; None if it issues none. Whoever opens the gateway loads them.
+        keys: that the gateway has issued; None if it issues none.
         draining: new calls are rejected.
 
     Raises:
-        InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
         InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what is opened before it
         self,
         settings: GatewaySettings,
         environment: Mapping[str, str],
         *,
         session: aiohttp.ClientSession,
+        token: str | None = None,
         access_log: AccessLog | None = None,
+        keys: KeyRegistry | None = None,
     ) -> None:
         self._settings = settings
+        self._environment = environment
+        self._session = session
         self._access_log = access_log
         self._tenants = Tenants(settings.tenants)
         self.targets = make_targets(settings, environment)
+        self._removed: dict[str, Target] = {}  # what they have spent counts if they come back
         self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
-        self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
-        self._callers = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._client = self._make_client(self.targets)
+        self._callers = _make_callers(settings, token)
         self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
-        self._validator = RequestValidator(
-            max_header_bytes=settings.max_header_bytes,
-            local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
-        )
+        self._validator = _make_validator(settings)
         self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
-        self.keys: KeyRegistry | None = None
-        if settings.keys is not None:
-            self.keys = KeyRegistry(parse_keys_url(settings.keys), [target.name for target in self.targets])
+        self.keys = keys
+        self._warn_of_unknown_targets()
         self.draining = False
         self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0
@@ -151,6 +152,53 @@ class Forwarder:
         self._aborted = False
         self._files_logged_at = -math.inf
         self._refused_logged_at: dict[str, float] = {}  # by target
+
+    def _make_client(self, targets: Sequence[Target]) -> HttpClient:
+        return HttpClient(self._session, [target.base_url for target in targets], self._environment)
+
+    def reload(
+        self,
+        settings: GatewaySettings,
+        *,
+        token: str | None,
+        access_log: AccessLog | None,
+        keys: KeyRegistry | None = None,
+    ) -> None:
+        """Serve by other settings from now on; calls in progress end by the old ones. All or nothing.
+
+        Targets of the same name keep what they have spent and, at the same address, the accounts whose limits are the
+        same.
+
+        Args:
+            settings: of the gateway, with the address on which it listens.
+            token: of the gateway; None if callers need none.
+            access_log: gets a line for each request; None for no log.
+            keys: that the gateway has issued; None if it issues none.
+
+        Raises:
+            MissingFallbackKey, InvalidProviderKey, InvalidSetting: as when it is made; nothing has changed then.
+        """
+        targets = make_targets(settings, self._environment)
+        client, callers = self._make_client(targets), _make_callers(settings, token)
+        # From here on nothing can fail.
+        known = self._removed | {target.name: target for target in self.targets}
+        for target in targets:
+            if (old := known.pop(target.name, None)) is not None:
+                target.adopt(old)
+        self._removed = known
+        self.targets[:] = targets  # the metrics have the list
+        self.metrics.show_accounts(settings.max_metrics_accounts)
+        self.body_memory.change(settings.max_body_bytes, settings.max_held_bytes)
+        self.response_memory.change(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
+        self._client, self._callers, self._validator = client, callers, _make_validator(settings)
+        self._client_timeouts.change(settings.client_timeout)
+        self._tenants.change(settings.tenants)
+        self._settings, self._access_log, self.keys = settings, access_log, keys
+        self._warn_of_unknown_targets()
+
+    def _warn_of_unknown_targets(self) -> None:
+        if self.keys is not None:
+            self.keys.set_targets([target.name for target in self.targets])
 
     def drain(self) -> None:
         """Reject new calls from now on."""
@@ -597,6 +645,17 @@ class Forwarder:
         message = f"with this call the bodies of all calls would exceed {limit:,} bytes together (max_held_bytes)"
         seconds = _BODY_RETRY_AFTER * (0.5 + clock.draw())
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
+
+
+def _make_callers(settings: GatewaySettings, token: str | None) -> CallerReader:
+    return CallerReader(settings.trust, token, settings.context.tenant_headers)
+
+
+def _make_validator(settings: GatewaySettings) -> RequestValidator:
+    return RequestValidator(
+        max_header_bytes=settings.max_header_bytes,
+        local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
+    )
 
 
 async def _copy(streaming: StreamingResponse, held: BodyReservation, response: web.StreamResponse) -> str:

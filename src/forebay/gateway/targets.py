@@ -54,6 +54,15 @@ class Target:
         if api_key is not None:  # a call with it is no stranger's, so it may be sent with the key of a fallback
             core.accepted_keys.record(api_key, accepted=True)
 
+    def adopt(self, old: Target) -> None:
+        """Take over the state of the target that this one replaces. See `UpstreamCore.adopt`."""
+        same_accounts = (self.base_url, self.settings.resolved_provider, self.settings.share_keys) == (
+            old.base_url,
+            old.settings.resolved_provider,
+            old.settings.share_keys,
+        )
+        self.upstream.core.adopt(old.upstream.core, accounts=same_accounts)
+
 
 def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
     """Return the targets of a gateway, in the order of its settings.

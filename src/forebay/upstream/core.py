@@ -85,6 +85,26 @@ class UpstreamCore:
         self.background = StoredResponses()  # the parent gets their usage
         self.stored_tokens.reset_after_fork()
 
+    def adopt(self, old: UpstreamCore, *, accounts: bool) -> None:
+        """Take over the state of an upstream that this one replaces, which has made its last call.
+
+        What was spent stays spent, by the amounts and periods of this one's budgets. Calls in progress end as they are.
+
+        Args:
+            old: the upstream.
+            accounts: its accounts too, if their limits are the same: it has the same provider and address.
+        """
+        had_budget = old.budgets.upstream_budget is not None
+        keeps = accounts and had_budget == (self.budgets.upstream_budget is not None)  # accounts have a reference to it
+        old.budgets.change_to(self.budgets)
+        self.budgets = self.accounts.budgets = old.budgets
+        self.background, self.stored_tokens = old.background, old.stored_tokens
+        self.unpriced_calls = old.unpriced_calls
+        if accounts:
+            self.accepted_keys = old.accepted_keys
+        if keeps:
+            self.accounts.adopt(old.accounts)
+
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
 

@@ -79,6 +79,14 @@ class UpstreamSettings:
         matching = [pattern for pattern in self.models if fnmatchcase(model, pattern)]
         return max(matching, key=len) if matching else _DATE.sub("", model)
 
+    def is_like(self, other: UpstreamSettings) -> bool:
+        """Return whether accounts have the same limits by other settings, apart from their quotas."""
+        ours, theirs = (
+            (each.max_concurrent, each.breaker, each.max_wait, each.max_start_wait, each.weights, each._limit)  # noqa: SLF001
+            for each in (self, other)
+        )
+        return ours == theirs
+
     def has_strict_quota(self, model: str) -> bool:
         """Return whether a quota of `model` is strict, so that its calls reserve the most that they may use."""
         if not self._has_strict:

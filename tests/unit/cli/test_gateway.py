@@ -39,7 +39,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
     """Return the settings with which gateways were started."""
     settings: list[GatewaySettings] = []
 
-    def serve(started: GatewaySettings, *, ready: Callable[[Any], object]) -> int:
+    def serve(started: GatewaySettings, *, ready: Callable[[Any], object], **_: object) -> int:
         settings.append(started)
         ready(SimpleNamespace(port=4242))
         return 7

@@ -70,6 +70,11 @@ class SharedBudget:
         with self._lock:
             self._tracker.revise(clock.wall_time(), reservation, usd)
 
+    @property
+    def budget(self) -> Budget:
+        """The amount and its period."""
+        return self._tracker.budget
+
     def change(self, budget: Budget) -> None:
         """Set another amount or period. What was spent and is reserved stays so."""
         with self._lock:
@@ -149,6 +154,19 @@ class UpstreamBudgets:
         if self._task is not None and request.task_id is not None:
             budgets.append(self._tasks.get(request.task_id, self._new_task_budget))
         return budgets
+
+    def change_to(self, other: UpstreamBudgets) -> None:
+        """Take the amounts and periods of other budgets. What was spent and is reserved stays so."""
+        if self.upstream_budget is None or other.upstream_budget is None:
+            self.upstream_budget = other.upstream_budget
+        else:
+            self.upstream_budget.change(other.upstream_budget.budget)
+        self._tenant, self._task, self.has_budgets = other._tenant, other._task, other.has_budgets
+        tenants = [*self._tenants.values(), *([] if self._further_tenants is None else [self._further_tenants])]
+        for budgets, amount in ((tenants, self._tenant), (self._tasks.values(), self._task)):
+            if amount is not None:
+                for budget in budgets:
+                    budget.change(amount)
 
     def reset_after_fork(self) -> None:
         """See `ForkAware`."""
