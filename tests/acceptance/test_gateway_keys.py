@@ -601,6 +601,59 @@ async def test_two_gateways_share_a_file(harness: GatewayHarness, keys: IssuedKe
             assert statuses == [401, 200]
 
 
+# --- other settings while it runs ---
+
+
+async def test_a_reload_can_begin_and_end_to_ask_for_keys(harness: GatewayHarness, keys: IssuedKeys) -> None:
+    text = await keys.create("writer", rpm=2)
+    without = harness.settings()
+    settings = harness.settings(gateway={"keys": keys.url})
+    statuses = []
+    async with Gateway(without) as gateway:
+        for reloaded in (settings, settings, without):
+            await gateway.reload(reloaded)
+            for headers in ({}, {**bearer(text), "x-stainless-read-timeout": "2"}):
+                statuses.append((await harness.post(gateway, headers=headers))[0])  # noqa: PERF401 - in turn
+        assert leftovers(gateway) == NOTHING_LEFT
+    assert statuses == [401, 200, 401, 200, 200, 200]
+
+
+async def test_a_reload_keeps_what_was_used_of_the_limits_of_keys(harness: GatewayHarness, keys: IssuedKeys) -> None:
+    text = await keys.create("writer", rpm=1)
+    settings = harness.settings(gateway={"keys": keys.url})
+    async with Gateway(settings) as gateway:
+        statuses = []
+        for _ in range(2):
+            headers = {**bearer(text), "x-stainless-read-timeout": "2"}
+            statuses.append((await harness.post(gateway, headers=headers))[0])
+            await gateway.reload(settings)
+    assert statuses == [200, 429]
+
+
+async def test_a_reload_to_another_file_that_is_missing_changes_nothing(
+    harness: GatewayHarness, keys: IssuedKeys, tmp_path: Path
+) -> None:
+    text = await keys.create("writer")
+    others = IssuedKeys(tmp_path / "others.db")
+    async with Gateway(harness.settings(gateway={"keys": keys.url})) as gateway:
+        with pytest.raises(StoreUnavailable):
+            await gateway.reload(harness.settings(gateway={"keys": others.url}))
+        assert (await harness.post(gateway, headers=bearer(text)))[0] == 200
+        other = await others.create("reader")
+        await gateway.reload(harness.settings(gateway={"keys": others.url}))
+        statuses = [(await harness.post(gateway, headers=bearer(each)))[0] for each in (text, other)]
+    assert statuses == [401, 200]
+
+
+async def test_a_reload_with_another_provider_key_sends_it(harness: GatewayHarness) -> None:
+    environment = {"ONE": "sk-1", "TWO": "sk-2"}
+    async with Gateway(harness.settings(api_key_env="ONE"), environment) as gateway:
+        await harness.post(gateway)
+        await gateway.reload(harness.settings(api_key_env="TWO"))
+        await harness.post(gateway)
+    assert [each.headers["authorization"] for each in harness.provider.requests] == ["Bearer sk-1", "Bearer sk-2"]
+
+
 # --- secrecy ---
 
 

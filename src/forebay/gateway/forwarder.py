@@ -43,7 +43,6 @@ from forebay.gateway.forwarded_call import (
 )
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.issued_keys import IssuedKey, contains_key, hide_keys
-from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.key_permission import find_forbidden, headers_with_key
 from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
 from forebay.gateway.metrics import GatewayMetrics
@@ -103,13 +102,14 @@ class Forwarder:
         spend_log: keeps what calls cost; open. None for none.
         token: of the gateway, that callers present; None if they need none.
         access_log: gets a line for each request; None for no log.
+        keys: that the gateway has issued; None if it issues none.
 
     Attributes:
         targets: the providers.
         metrics: of the gateway.
         body_memory: the memory that request bodies take.
         response_memory: the memory that responses take.
-        keys: that the gateway has issued; None if it issues none. Whoever opens the gateway loads them.
+        keys: that the gateway has issued; None if it issues none.
         draining: new calls are rejected.
 
     Raises:
@@ -127,6 +127,7 @@ class Forwarder:
         token: str | None = None,
         spend_log: SpendLog | None = None,
         access_log: AccessLog | None = None,
+        keys: KeyRegistry | None = None,
     ) -> None:
         self._settings = settings
         self._environment = environment
@@ -144,9 +145,8 @@ class Forwarder:
         self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
         self._validator = _make_validator(settings)
         self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
-        self.keys: KeyRegistry | None = None
-        if settings.keys is not None:
-            self.keys = KeyRegistry(parse_keys_url(settings.keys), [target.name for target in self.targets])
+        self.keys = keys
+        self._warn_of_unknown_targets()
         self.draining = False
         self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0
@@ -168,7 +168,14 @@ class Forwarder:
     def _make_targets(self, settings: GatewaySettings) -> list[Target]:
         return make_targets(settings, self._environment, spend_log=self._spend_log, on_event=self._on_event)
 
-    def reload(self, settings: GatewaySettings, *, token: str | None, access_log: AccessLog | None) -> None:
+    def reload(
+        self,
+        settings: GatewaySettings,
+        *,
+        token: str | None,
+        access_log: AccessLog | None,
+        keys: KeyRegistry | None = None,
+    ) -> None:
         """Serve by other settings from now on; calls in progress end by the old ones. All or nothing.
 
         Targets of the same name keep what they have spent and, at the same address, the accounts whose limits are the
@@ -178,6 +185,7 @@ class Forwarder:
             settings: of the gateway, with the address on which it listens.
             token: of the gateway; None if callers need none.
             access_log: gets a line for each request; None for no log.
+            keys: that the gateway has issued; None if it issues none.
 
         Raises:
             MissingFallbackKey, InvalidProviderKey, InvalidSetting: as when it is made; nothing has changed then.
@@ -198,7 +206,12 @@ class Forwarder:
         self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
         self._client_timeouts.change(settings.client_timeout)
         self._tenants.change(settings.tenants)
-        self._settings, self._access_log = settings, access_log
+        self._settings, self._access_log, self.keys = settings, access_log, keys
+        self._warn_of_unknown_targets()
+
+    def _warn_of_unknown_targets(self) -> None:
+        if self.keys is not None:
+            self.keys.set_targets([target.name for target in self.targets])
 
     def drain(self) -> None:
         """Reject new calls from now on."""
@@ -243,8 +256,7 @@ class Forwarder:
             self._validate(request, headers)
             if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
-            key = self._authenticate(request.raw_path, headers)
-            record.key_name = "" if key is None else key.name
+            key = self._authenticate(request.raw_path, headers, record)
             destination = self._find_destination(request.raw_path, headers, key)
         except EarlyResponse as early:
             response: web.StreamResponse = self._early_response(request, early, record)
@@ -354,8 +366,8 @@ class Forwarder:
         if (error := self._own_pages_validator.find_error("GET", headers, ())) is not None:
             raise EarlyResponse(error_response("openai", error.status, error.code, error.message))
 
-    def _authenticate(self, path: str, headers: Headers) -> IssuedKey | None:
-        """Return the issued key of a caller; None if it needs none, and has none.
+    def _authenticate(self, path: str, headers: Headers, record: CallRecord) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none. The record gets its name.
 
         Raises:
             EarlyResponse: it has none that is valid, or not the token that it needs instead.
@@ -364,10 +376,13 @@ class Forwarder:
             self._check_token(path, headers)
             return None
         try:
-            return self._find_key(self.keys, path, headers)
+            key = self._find_key(self.keys, path, headers)
         except KeyRefusal as refusal:
+            record.key_name = refusal.key_name
             response = error_response(detect_protocol(path, headers), 401, "invalid_api_key", f"{refusal}")
             raise EarlyResponse(response) from None
+        record.key_name = "" if key is None else key.name
+        return key
 
     def _find_key(self, keys: KeyRegistry, path: str, headers: Headers) -> IssuedKey | None:
         """Return the issued key of a caller; None if it needs none, and has none.
@@ -707,9 +722,9 @@ def _without_own_credentials(
     held = destination.target.key
     if destination.key is None and held is None:
         return raw_headers, headers, destination
-    if destination.key is not None:
-        raw_headers = without_headers(raw_headers, headers_with_key(headers))
-    if held is not None:
+    if held is None:
+        raw_headers = without_headers(raw_headers, [name.encode() for name in headers_with_key(headers)])
+    else:
         destination = destination._replace(path=without_query_keys(destination.path))
         raw_headers = held.replace_credentials(raw_headers, destination.path)
     return raw_headers, Headers.from_wire(raw_headers), destination

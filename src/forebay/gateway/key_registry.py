@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +30,16 @@ _REFUSALS: Final[Mapping[str, str]] = {
 
 
 class KeyRefusal(Exception):
-    """The refusal of a key that a caller presents, with a reason that it may know."""
+    """The refusal of a key that a caller presents, or of one that is missing.
+
+    Args:
+        reason: that the caller may know.
+        key_name: of the key; empty if it is none of the file.
+    """
+
+    def __init__(self, reason: str, key_name: str = "") -> None:
+        super().__init__(reason)
+        self.key_name = key_name
 
 
 class KeyRegistry:
@@ -40,12 +49,14 @@ class KeyRegistry:
 
     Args:
         path: the file.
-        targets: the names of the gateway's targets; a key for another one is worth a warning.
+
+    Attributes:
+        path: the file.
     """
 
-    def __init__(self, path: Path, targets: Sequence[str]) -> None:
-        self._path = path
-        self._targets = frozenset(targets)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._targets: frozenset[str] | None = None
         self._warned: set[tuple[str, str]] = set()  # keys and targets
         self._files = (os.fspath(path), f"{path}-wal")
         self._snapshot = KeySnapshot(b"", {}, {})
@@ -64,7 +75,7 @@ class KeyRegistry:
             StoreUnavailable: it is missing, cannot be read, or is no key file.
         """
         self._stamp = self._read_stamp()
-        snapshot = read_snapshot(self._path, timeout=_PATIENCE)
+        snapshot = read_snapshot(self.path, timeout=_PATIENCE)
         assert snapshot is not None  # noqa: S101 - it is the first
         self._look_again = True
         self._replace(snapshot)
@@ -104,9 +115,9 @@ class KeyRegistry:
         if secret is None or key is None:
             raise KeyRefusal("this API key is not one of this gateway: check that it is complete")
         if (state := key.state(now)) != "active":
-            raise KeyRefusal(_REFUSALS[state])
+            raise KeyRefusal(_REFUSALS[state], key.name)
         if not secret.is_valid(now):
-            raise KeyRefusal("this API key was replaced by another one: use that")
+            raise KeyRefusal("this API key was replaced by another one: use that", key.name)
         self._note_use(key.name, now)
         return key
 
@@ -126,7 +137,7 @@ class KeyRegistry:
     def _replace(self, snapshot: KeySnapshot) -> None:
         """Let other keys be in force. What was used of their limits and spent stays used and spent."""
         before, self._snapshot = self._snapshot.keys, snapshot
-        self._warn_of_targets(snapshot)
+        self._warn_of_targets()
         for name in list(self._limits):
             key = snapshot.keys.get(name)
             if key is None:
@@ -134,18 +145,19 @@ class KeyRegistry:
             elif key != before.get(name):
                 self._limits[name].change(quotas=key.quotas(), max_concurrent=key.max_concurrent, budget=key.budget())
 
-    def _warn_of_targets(self, snapshot: KeySnapshot) -> None:
-        """Log which active keys are for targets that this gateway does not have."""
-        unknown = {
-            (key.name, target)
-            for key in snapshot.keys.values()
-            if key.targets and key.revoked_at is None
-            for target in key.targets
-            if target not in self._targets
-        }
+    def set_targets(self, targets: Iterable[str]) -> None:
+        """Set the names of the gateway's targets: an active key for another one is worth a warning."""
+        self._targets = frozenset(targets)
+        self._warn_of_targets()
+
+    def _warn_of_targets(self) -> None:
+        if self._targets is None:
+            return
+        named = {(key.name, each) for key in self._snapshot.keys.values() if not key.revoked_at for each in key.targets}
+        unknown = {(name, target) for name, target in named if target not in self._targets}
         for name, target in sorted(unknown - self._warned):
             log.warning("the key %r is for the target %r, which this gateway does not have", name, target)
-        self._warned |= unknown
+        self._warned = unknown
 
     def _note_use(self, name: str, now: float) -> None:
         hour = now - now % _USED_TO
@@ -162,7 +174,7 @@ class KeyRegistry:
         if not changed and not again:
             return None
         self._look_again = True  # also after a failure
-        snapshot = read_snapshot(self._path, since=since, timeout=_BUSY_TIMEOUT)
+        snapshot = read_snapshot(self.path, since=since, timeout=_BUSY_TIMEOUT)
         self._stamp, self._look_again = stamp, changed
         return snapshot
 
@@ -181,7 +193,7 @@ class KeyRegistry:
     def _write_used(self, used: Mapping[str, float]) -> bool:
         """Note the last use of keys in the file; return whether that worked."""
         try:
-            write_last_used(self._path, used, timeout=_BUSY_TIMEOUT)
+            write_last_used(self.path, used, timeout=_BUSY_TIMEOUT)
         except StoreUnavailable as error:
             if not self._write_failure_logged:
                 log.warning("when keys were used last cannot be noted: %s", error)
@@ -202,5 +214,5 @@ class KeyRegistry:
 
     def _record_success(self) -> None:
         if self._failure_logged:
-            log.warning("the keys in %s can be read again", self._path)
+            log.warning("the keys in %s can be read again", self.path)
         self._failing_since, self._failure_logged = math.inf, False

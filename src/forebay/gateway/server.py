@@ -28,6 +28,8 @@ from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.file_limit import fit_connections
 from forebay.gateway.forwarder import Forwarder
+from forebay.gateway.key_file import parse_keys_url
+from forebay.gateway.key_registry import KeyRegistry
 from forebay.gateway.settings import GatewaySettings
 from forebay.quota import Prices
 from forebay.spend_log import SpendLog
@@ -58,8 +60,6 @@ _LAST_REQUEST_GRACE: Final = 0.5  # seconds for requests that are on their way w
 _ACCEPTING: Final = 3  # turns in which asyncio's event loop makes a transport for a connection that it has accepted
 # Settings that a reload does not change, besides `listen`.
 _UNTIL_RESTART: Final = (
-    "keys",
-    "require_key",
     "spend_log",
     "max_metrics_models",
     "max_metrics_tenants",
@@ -381,6 +381,7 @@ class Gateway:
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
         self._spend_log: SpendLog | None = None
+        self._keys: KeyRegistry | None = None
         self._key_watch: asyncio.Task[None] | None = None
         self._access_log: AccessLog | None = None
 
@@ -400,6 +401,7 @@ class Gateway:
             loop = asyncio.get_running_loop()
             token = await loop.run_in_executor(None, self.settings.token, self._environment)
             self._access_log = await loop.run_in_executor(None, _open_access_log, self.settings)
+            keys = await self._open_keys(self.settings)
             self.forwarder = Forwarder(
                 self.settings,
                 self._environment,
@@ -407,14 +409,13 @@ class Gateway:
                 token=token,
                 spend_log=self._spend_log,
                 access_log=self._access_log,
+                keys=keys,
             )
             self._web = _Server(self.forwarder, self.settings)
-            if (keys := self.forwarder.keys) is not None:
-                await loop.run_in_executor(None, keys.load)
-                self._key_watch = loop.create_task(keys.watch())
+            await self._watch_keys(keys)
             self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
-            await self._stop_key_watch()
+            await self._watch_keys(None)
             await self._session.close()
             await self._close_spend_log()
             if self._access_log is not None:
@@ -424,14 +425,32 @@ class Gateway:
             raise
         return self
 
-    async def _stop_key_watch(self) -> None:
-        if self._key_watch is None:
+    async def _open_keys(self, settings: GatewaySettings) -> KeyRegistry | None:
+        """Return the keys of the file that settings name: those that it has, if it is the same file.
+
+        Raises:
+            StoreUnavailable: the file is missing, or cannot be read.
+        """
+        if settings.keys is None:
+            return None
+        path = parse_keys_url(settings.keys)
+        if self._keys is not None and self._keys.path == path:
+            return self._keys
+        keys = KeyRegistry(path)
+        await asyncio.get_running_loop().run_in_executor(None, keys.load)
+        return keys
+
+    async def _watch_keys(self, keys: KeyRegistry | None) -> None:
+        """Follow the changes of the file of these keys, and no longer those of the file before."""
+        if keys is self._keys:
             return
-        watch, self._key_watch = self._key_watch, None
-        watch.cancel()
-        await asyncio.wait([watch])
-        if self.forwarder.keys is not None:
-            await self.forwarder.keys.refresh()  # which notes the last use of keys
+        before, watch = self._keys, self._key_watch
+        self._keys = keys
+        self._key_watch = None if keys is None else asyncio.get_running_loop().create_task(keys.watch())
+        if before is not None and watch is not None:
+            watch.cancel()
+            await asyncio.wait([watch])
+            await before.refresh()  # which notes the last use of keys
 
     def _new_pool(self) -> aiohttp.BaseConnector:
         return ConnectionPool(self.settings.max_connections)
@@ -448,7 +467,8 @@ class Gateway:
             What is not as `settings` say, because it needs a restart.
 
         Raises:
-            InvalidSecret, MissingFallbackKey, InvalidSetting, CannotWriteLog: as on entering; nothing has changed then.
+            InvalidSecret, MissingFallbackKey, InvalidProviderKey, InvalidSetting: as on entering; nothing has changed.
+            StoreUnavailable, CannotWriteLog: the same.
         """
         old, kept = self.settings, []
         if settings.listen != old.listen:
@@ -465,13 +485,15 @@ class Gateway:
         if log_settings != (old.access_log, old.access_log_to):
             log_ = await loop.run_in_executor(None, _open_access_log, settings)
         try:
-            self.forwarder.reload(settings, token=token, access_log=log_)
+            keys = await self._open_keys(settings)
+            self.forwarder.reload(settings, token=token, access_log=log_, keys=keys)
         except BaseException:
             if log_ is not None and log_ is not old_log:
                 await log_.close()
             raise
         self._web.change(settings)
         self.settings, self._access_log = settings, log_
+        await self._watch_keys(keys)
         if old_log is not None:
             if old_log is log_:
                 old_log.reopen()
@@ -504,7 +526,7 @@ class Gateway:
             await self._stop_listening()
             await self._web.answer_last_requests()
             await self._web.end()
-            await self._stop_key_watch()
+            await self._watch_keys(None)
             await self._session.close()
             await self._close_spend_log()
             if self._access_log is not None:

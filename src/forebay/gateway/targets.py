@@ -61,8 +61,7 @@ class Target:
         self.base_url = settings.url.rstrip("/")
         core = self.upstream.core
         self.key = None if api_key is None else ProviderKey(api_key, core.profile)
-        if api_key is not None:  # a call with it is no stranger's, so it may be sent with the key of a fallback
-            core.accepted_keys.record(api_key, accepted=True)
+        self._accept_own_key()
 
     def adopt(self, old: Target) -> None:
         """Take over the state of the target that this one replaces. See `UpstreamCore.adopt`."""
@@ -72,6 +71,12 @@ class Target:
             old.settings.share_keys,
         )
         self.upstream.core.adopt(old.upstream.core, accounts=same_accounts)
+        self._accept_own_key()
+
+    def _accept_own_key(self) -> None:
+        """Let calls with the key that is held be sent with the key of a fallback: they are no stranger's."""
+        if self.key is not None:
+            self.upstream.core.accepted_keys.record(self.key.key, accepted=True)
 
 
 def make_targets(

@@ -91,3 +91,13 @@ def test_the_protocol_is_detected_by_path_and_headers() -> None:
     assert detect_protocol("/v1/messages", {}) == "anthropic"
     assert detect_protocol("/v1/models", {"anthropic-version": "2023-06-01"}) == "anthropic"
     assert detect_protocol("/v1/responses", {}) == "openai"
+
+
+def test_calls_with_a_held_key_may_use_the_key_of_a_fallback_also_after_a_reload() -> None:
+    settings = TargetSettings(name="openai", url="https://api.openai.com", api_key_env="HELD")
+    old = Target(settings)
+    assert "sk-1" in Target(settings, api_key="sk-1").upstream.core.accepted_keys
+    new = Target(settings, api_key="sk-2")
+    new.adopt(old)
+    assert "Bearer sk-2" in new.upstream.core.accepted_keys
+    assert "sk-1" not in new.upstream.core.accepted_keys
