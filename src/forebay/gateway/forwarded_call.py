@@ -7,7 +7,7 @@ import errno
 import functools
 import re
 from collections.abc import Container
-from typing import Final, TypeAlias
+from typing import Final
 
 import aiohttp
 import msgspec
@@ -17,8 +17,10 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
+from forebay.gateway.connection_pool import hash_credentials
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
-from forebay.gateway.http_client import HttpClient
+from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
@@ -31,8 +33,6 @@ from forebay.upstream.metered_stream import MeteredStream, StreamEnd
 from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream
 from forebay.upstream.providers.content_encoding import decompress_end
 
-RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
-
 TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
 _CONNECT_TIMEOUT: Final = 10.0  # seconds
 _MAX_ERROR: Final = 1 << 20  # bytes of an error that are kept
@@ -40,6 +40,10 @@ _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that 
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
 _NEVER: Final = re.compile(r"q=0(\.0*)?")  # the weight of an encoding that is not accepted
+_MAX_CACHED_NAMES: Final = 1000
+_MAX_CACHED_LENGTH: Final = 64  # characters of a name
+_CONTROLS: Final = bytes({*range(9), *range(10, 32), 127})  # the tab is none
+_SPACES: Final = bytes.maketrans(_CONTROLS, b" " * len(_CONTROLS))  # for controls, with which it could not be sent
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 # Headers that hold for one connection only. Source: RFC 9110, 7.6.1.
@@ -81,7 +85,7 @@ class StreamingResponse:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        response: ProviderResponse,
         headers: CIMultiDict[str],
         reader: MeteredStream,
         first_bytes: bytes = b"",
@@ -161,7 +165,7 @@ class ForwardedCall(Exchange):
         metrics: count its tokens.
     """
 
-    __slots__ = ("_body", "_client", "_headers", "_held", "_metrics", "_request", "_timeout", "_url")
+    __slots__ = ("_client", "_held", "_metrics", "_outgoing", "_request", "_url")
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
@@ -187,9 +191,15 @@ class ForwardedCall(Exchange):
         self._client = client
         self._held = held
         self._metrics = metrics
-        self._body = request.body if self.changed_body is None else self.changed_body
-        self._headers = _request_headers(request, metered=self.changed_body is not None)
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
+        changed = self.changed_body
+        self._outgoing = OutgoingRequest(
+            method=request.method,
+            url=self._url,
+            headers=_request_headers(request, metered=changed is not None),
+            body=request.body if changed is None else changed,
+            credentials=hash_credentials(request.headers),
+            limits=_time_limits(request.read_timeout),
+        )
 
     def reroute(self, route: FallbackRoute) -> ForwardedCall | None:
         """See `CallRoute`."""
@@ -240,13 +250,11 @@ class ForwardedCall(Exchange):
         super()._settle_stream(permit, meter, end)
 
     async def _attempt(self, permit: Permit) -> AttemptResult:
-        response: aiohttp.ClientResponse | None = None
+        response: ProviderResponse | None = None
         connection: ResponseHandler | None = None
         try:
-            response = await self._client.send(
-                self._request.method, self._url, self._headers, self._body, self._timeout
-            )
-            connection = response.connection.protocol if response.connection is not None else None
+            response = await self._client.send(self._outgoing)
+            connection = connection_of(response)
             headers = Headers.from_wire(response.raw_headers)
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
@@ -273,7 +281,7 @@ class ForwardedCall(Exchange):
     def _stream(
         self,
         permit: Permit,
-        response: aiohttp.ClientResponse,
+        response: ProviderResponse,
         headers: Headers,
         returned: CIMultiDict[str],
         first_bytes: bytes = b"",
@@ -283,7 +291,7 @@ class ForwardedCall(Exchange):
         result.value = StreamingResponse(response, returned, reader, first_bytes)
         return result
 
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
+    async def _read(self, response: ProviderResponse) -> tuple[bytes, bool]:
         """Return the body as it was sent, as far as it may be held, and whether that is all of it."""
         held = self._held
         held.release()  # of an attempt before
@@ -328,19 +336,47 @@ class ForwardedCall(Exchange):
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
 
-def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[str]:
+@functools.lru_cache(maxsize=64)
+def _time_limits(read_timeout: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=read_timeout)
+
+
+def _request_headers(request: IncomingRequest, *, metered: bool) -> RawHeaders:
     """Return the headers that the provider gets.
 
     Args:
         request: as it was received.
         metered: whether the response must be read, so that it may not be compressed.
     """
-    headers = _end_to_end(request.raw_headers, _NOT_SENT)
-    for name in [name for name in headers if name.startswith("x-forebay-")]:
-        headers.popall(name, None)
+    raw = request.raw_headers
+    dropped = _hop_by_hop_names(request.headers.get("connection"), raw)
+    sent = [(name, value.translate(_SPACES)) for name, value in raw if _sent(name) not in dropped]
     gzip = not metered and _accepts_gzip(request.headers.get("accept-encoding", ""))
-    headers.add("accept-encoding", "gzip" if gzip else "identity")  # encodings that can be metered
-    return headers
+    sent.append((b"accept-encoding", b"gzip" if gzip else b"identity"))  # encodings that can be metered
+    return tuple(sent)
+
+
+class _SentNames(dict[bytes, str]):
+    """A cache of header names in lower case, by name on the wire; empty for a header that is not sent on."""
+
+    def __missing__(self, name: bytes) -> str:
+        lower = name.decode("latin-1").lower()
+        sent = "" if lower in _NOT_SENT or lower.startswith("x-forebay-") else lower
+        if len(self) < _MAX_CACHED_NAMES and len(name) <= _MAX_CACHED_LENGTH:
+            self[name] = sent
+        return sent
+
+
+_sent: Final = _SentNames().__getitem__
+_DROPPED: Final = frozenset({""})
+
+
+def _hop_by_hop_names(connection: str | None, raw_headers: RawHeaders) -> frozenset[str]:
+    """Return the names that are not sent on: the empty one, and those that the Connection headers list."""
+    if connection is None or connection == "keep-alive":
+        return _DROPPED
+    listed = b",".join([value for name, value in raw_headers if name.lower() == b"connection"]).decode("latin-1")
+    return _DROPPED.union(name.strip().lower() for name in listed.split(","))
 
 
 def _accepts_gzip(accept_encoding: str) -> bool:
@@ -352,7 +388,7 @@ def _accepts_gzip(accept_encoding: str) -> bool:
     return False
 
 
-def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
+def _response_headers(response: ProviderResponse) -> CIMultiDict[str]:
     """Return the headers that the caller gets. They tell its SDK not to retry: retries happen here.
 
     Raises:
