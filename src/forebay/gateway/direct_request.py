@@ -32,7 +32,7 @@ RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 
 class ConnectionRequest(aiohttp.ClientRequest):
-    """What aiohttp needs to open a connection to a provider. It is never sent.
+    """A request that names a connection to a provider, for aiohttp to open it or find it in the pool. It is never sent.
 
     Args:
         url: of the provider.
