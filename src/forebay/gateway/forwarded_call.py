@@ -6,7 +6,6 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container
 from typing import Final
 
 import aiohttp
@@ -275,7 +274,7 @@ class ForwardedCall(Exchange):
         else:
             response.close()
         result = self.judge_answer(permit, response.status, headers, content)
-        result.value = GatewayResponse(response.status, tuple(returned.items()), body)
+        result.value = GatewayResponse(response.status, tuple(returned), body)
         return result
 
     def _stream(
@@ -283,12 +282,12 @@ class ForwardedCall(Exchange):
         permit: Permit,
         response: ProviderResponse,
         headers: Headers,
-        returned: CIMultiDict[str],
+        returned: list[tuple[str, str]],
         first_bytes: bytes = b"",
     ) -> AttemptResult:
         result = self.stream_result()
         reader = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
-        result.value = StreamingResponse(response, returned, reader, first_bytes)
+        result.value = StreamingResponse(response, CIMultiDict(returned), reader, first_bytes)
         return result
 
     async def _read(self, response: ProviderResponse) -> tuple[bytes, bool]:
@@ -356,18 +355,33 @@ def _request_headers(request: IncomingRequest, *, metered: bool) -> RawHeaders:
     return tuple(sent)
 
 
-class _SentNames(dict[bytes, str]):
-    """A cache of header names in lower case, by name on the wire; empty for a header that is not sent on."""
+class _PassedNames(dict[bytes, str]):
+    """A cache of names of headers that are passed on, by name on the wire; of others the name is empty.
+
+    Args:
+        dropped: names of headers that are not passed on, in lower case.
+        beginnings: of other such names.
+        lower: returns names in lower case, not as they were received.
+    """
+
+    def __init__(self, dropped: frozenset[str], *beginnings: str, lower: bool) -> None:
+        super().__init__()
+        self._dropped = dropped
+        self._beginnings = beginnings
+        self._lower = lower
 
     def __missing__(self, name: bytes) -> str:
-        lower = name.decode("latin-1").lower()
-        sent = "" if lower in _NOT_SENT or lower.startswith("x-forebay-") else lower
+        text = name.decode("latin-1")
+        lower = text.lower()
+        dropped = lower in self._dropped or lower.startswith(self._beginnings)
+        passed = "" if dropped else lower if self._lower else text
         if len(self) < _MAX_CACHED_NAMES and len(name) <= _MAX_CACHED_LENGTH:
-            self[name] = sent
-        return sent
+            self[name] = passed
+        return passed
 
 
-_sent: Final = _SentNames().__getitem__
+_sent: Final = _PassedNames(_NOT_SENT, "x-forebay-", lower=True).__getitem__
+_returned: Final = _PassedNames(_NOT_RETURNED, lower=False).__getitem__
 _DROPPED: Final = frozenset({""})
 
 
@@ -388,7 +402,7 @@ def _accepts_gzip(accept_encoding: str) -> bool:
     return False
 
 
-def _response_headers(response: ProviderResponse) -> CIMultiDict[str]:
+def _response_headers(response: ProviderResponse) -> list[tuple[str, str]]:
     """Return the headers that the caller gets. They tell its SDK not to retry: retries happen here.
 
     Raises:
@@ -396,24 +410,18 @@ def _response_headers(response: ProviderResponse) -> CIMultiDict[str]:
     """
     if response.status == _SWITCHING_PROTOCOLS:
         raise UnexpectedUpgrade("the provider switched to another protocol, unasked")
-    headers = _end_to_end(response.raw_headers, _NOT_RETURNED)
-    headers.add("x-should-retry", "false")
-    return headers
-
-
-def _end_to_end(raw_headers: RawHeaders, dropped: Container[str]) -> CIMultiDict[str]:
-    """Return headers without those in `dropped`, and those that a Connection header names: they are hop-by-hop too."""
-    headers: CIMultiDict[str] = CIMultiDict()
-    connection = []
-    for name, value in raw_headers:
-        lower = name.decode("latin-1").lower()
-        if lower == "connection":
-            connection.append(value)
-        if lower not in dropped:
-            headers.add(lower, printable(value.decode("utf-8", "surrogateescape")))
-    for named in b",".join(connection).decode("latin-1").split(",") if connection else ():
-        headers.popall(named.strip(), None)
-    return headers
+    raw = response.raw_headers
+    listed = None
+    headers = []
+    for name, value in raw:
+        returned = _returned(name)
+        if returned:
+            headers.append((returned, printable(value.decode("utf-8", "surrogateescape"))))
+        elif name.lower() == b"connection":
+            listed = value.decode("latin-1").lower()
+    headers.append(("x-should-retry", "false"))
+    hop_by_hop = _hop_by_hop_names(listed, raw)
+    return headers if hop_by_hop is _DROPPED else [pair for pair in headers if pair[0].lower() not in hop_by_hop]
 
 
 async def _decompress(headers: Headers, body: bytes) -> bytes:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -16,6 +15,7 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
+from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.client_timeouts import ClientTimeoutReader
@@ -122,7 +122,7 @@ class Forwarder:
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._abortable: set[asyncio.Timeout] = set()
+        self._abortable: set[AbortableBlock] = set()
         self._aborted = False
         self._files_logged_at = -math.inf
 
@@ -139,19 +139,12 @@ class Forwarder:
         if self._abortable:
             log.warning("aborting %d calls that are still in progress", len(self._abortable))
         self._aborted = True
-        for timeout in self._abortable:
-            if not timeout.expired():  # else it was aborted before, and has not noticed yet
-                timeout.reschedule(0.0)
+        for block in self._abortable:
+            block.abort()
 
-    @contextlib.asynccontextmanager
-    async def _abortable_block(self) -> AsyncIterator[None]:
-        """Run a block that raises TimeoutError when `abort` is called."""
-        async with asyncio.timeout(0.0 if self._aborted else None) as timeout:
-            self._abortable.add(timeout)
-            try:
-                yield
-            finally:
-                self._abortable.discard(timeout)
+    def _abortable_block(self) -> AbortableBlock:
+        """Return a block that raises TimeoutError when `abort` is called."""
+        return AbortableBlock(self._abortable, aborted=self._aborted)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return the response to one request."""
@@ -244,7 +237,7 @@ class Forwarder:
     ) -> tuple[web.StreamResponse, int]:
         """Return the response, which has been written, and the status that it counts as."""
         try:
-            async with self._abortable_block():
+            with self._abortable_block():
                 call = await self._read_call(request, headers, destination, body, held)
                 started = clock.now()
                 try:
@@ -348,7 +341,7 @@ class Forwarder:
                 response.content_length = streaming.length
             status = response.status
             try:
-                async with self._abortable_block():
+                with self._abortable_block():
                     await response.prepare(request)
                     problem = await _copy(streaming, held, response)
                 if problem:
