@@ -82,7 +82,7 @@ class HttpClient:
         if request.method == "POST" and proxy is None and len(request.body) <= _LONG_BODY:
             return await send_post(
                 self._connection_request(request),
-                path=request.url.raw_path_qs.encode("ascii"),
+                path=request.url.raw_path_qs.encode("utf-8", "surrogateescape"),  # as it was received
                 head=b"".join([b"%b: %b\r\n" % header for header in request.headers]),
                 body=request.body,
                 connector=self._connector,
