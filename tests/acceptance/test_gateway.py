@@ -27,6 +27,7 @@ from tests.support.gateway_harness import (
     until,
 )  # fmt: skip
 from tests.support.metric_samples import total
+from yarl import URL
 
 from forebay import clock
 from forebay.gateway import (
@@ -54,6 +55,17 @@ async def test_a_response_passes_and_is_not_to_be_retried(harness: GatewayHarnes
         assert request.headers["x-custom"] == "ü"
         assert request.headers["host"] == harness.url.removeprefix("http://")
         assert leftovers(gateway) == NOTHING_LEFT
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("query", ["?beta=true", "?name=%C3%BC&other=a+b", ""], ids=["plain", "escaped", "none"])
+async def test_a_query_arrives_as_it_was_sent(harness: GatewayHarness, method: str, query: str) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        url = URL(harness.at(gateway, "/v1/chat/completions" + query), encoded=True)
+        async with harness.session.request(method, url, json=CHAT_REQUEST) as response:
+            assert response.status == 200
+        (request,) = harness.provider.requests
+        assert request.raw_path == "/v1/chat/completions" + query
 
 
 async def test_a_provider_is_reached_through_the_http_proxy_of_the_environment(harness: GatewayHarness) -> None:

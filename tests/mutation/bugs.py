@@ -57,12 +57,13 @@ from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import GatewaySettings, forwarded_call
+from forebay.gateway import GatewaySettings, connection_pool, forwarded_call
+from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller_limits import CallerPermit
-from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
+from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.key_file import KeySnapshot
@@ -240,7 +241,17 @@ from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.httpx_binding import httpx_transport
 from forebay.upstream.metered_stream import MeteredStream
-from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
+from forebay.upstream.providers import (
+    ProviderProfile,
+    Usage,
+    UsageMeter,
+    credentials,
+    endpoints,
+    http_headers,
+    metering,
+    rate_limit_headers,
+    request,
+)
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -1594,7 +1605,22 @@ def credentials_of_a_caller_go_with_the_held_key() -> None:
 
 
 def callers_of_different_keys_share_connections() -> None:
-    always(PooledRequest, PooledRequest.credentials, returns=())
+    def hash_credentials(headers: object) -> int:
+        return 0
+
+    connection_pool.hash_credentials.__code__ = hash_credentials.__code__
+
+
+def a_call_that_has_ended_is_aborted() -> None:
+    def abort(self: AbortableBlock) -> None:
+        assert self._task is not None
+        self._task.cancel()
+
+    replace(AbortableBlock, AbortableBlock.abort, abort)
+
+
+def a_retry_after_that_litellm_has_renamed_is_not_read() -> None:
+    vars(rate_limit_headers)["RETRY_AFTER_HEADERS"] = http_headers.RETRY_AFTER_HEADERS[:2]
 
 
 def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:

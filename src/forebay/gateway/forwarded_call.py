@@ -6,7 +6,7 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import aiohttp
@@ -20,11 +20,12 @@ from forebay import clock
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller_limits import CallerHold, CallerLimits
+from forebay.gateway.connection_pool import hash_credentials
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
-from forebay.gateway.http_client import HttpClient
+from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.metrics import GatewayMetrics, Operation
-from forebay.gateway.provider_key import RawHeaders
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
@@ -43,6 +44,10 @@ _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that 
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
 _NEVER: Final = re.compile(r"q=0(\.0*)?")  # the weight of an encoding that is not accepted
+_MAX_CACHED_NAMES: Final = 1000
+_MAX_CACHED_LENGTH: Final = 64  # characters of a name
+_CONTROLS: Final = bytes({*range(9), *range(10, 32), 127})  # the tab is none
+_SPACES: Final = bytes.maketrans(_CONTROLS, b" " * len(_CONTROLS))  # for controls, with which it could not be sent
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 # Headers that hold for one connection only. Source: RFC 9110, 7.6.1.
@@ -84,7 +89,7 @@ class StreamingResponse:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        response: ProviderResponse,
         headers: CIMultiDict[str],
         reader: MeteredStream,
         first_bytes: bytes = b"",
@@ -173,8 +178,8 @@ class ForwardedCall(Exchange):
     """
 
     __slots__ = (
-        *("_body", "_client", "_error_type", "_headers", "_held", "_metrics", "_operation", "_request", "_rerouted"),
-        *("_timeout", "_url", "hold", "record"),
+        *("_client", "_error_type", "_held", "_metrics", "_operation", "_outgoing", "_request", "_rerouted", "_url"),
+        *("hold", "record"),
     )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
@@ -208,9 +213,15 @@ class ForwardedCall(Exchange):
         self._error_type = ""
         self._rerouted = False
         self.hold = CallerHold(limits, self.call_request, lambda: record.used)
-        self._body = request.body if self.changed_body is None else self.changed_body
-        self._headers = _request_headers(request, metered=self.changed_body is not None)
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
+        changed = self.changed_body
+        self._outgoing = OutgoingRequest(
+            method=request.method,
+            url=self._url,
+            headers=_request_headers(request, metered=changed is not None),
+            body=request.body if changed is None else changed,
+            credentials=hash_credentials(request.headers),
+            limits=_time_limits(request.read_timeout),
+        )
 
     def reroute(self, route: FallbackRoute) -> ForwardedCall | None:
         """See `CallRoute`. A call with an issued key goes only where the key may go."""
@@ -295,13 +306,11 @@ class ForwardedCall(Exchange):
         super()._settle_stream(permit, meter, end)
 
     async def _attempt(self, permit: Permit) -> AttemptResult:
-        response: aiohttp.ClientResponse | None = None
+        response: ProviderResponse | None = None
         connection: ResponseHandler | None = None
         try:
-            response = await self._client.send(
-                self._request.method, self._url, self._headers, self._body, self._timeout
-            )
-            connection = response.connection.protocol if response.connection is not None else None
+            response = await self._client.send(self._outgoing)
+            connection = connection_of(response)
             headers = Headers.from_wire(response.raw_headers)
             self.record.note_answer(headers)
             returned = _response_headers(response)
@@ -325,23 +334,23 @@ class ForwardedCall(Exchange):
         result = self.judge_answer(permit, response.status, headers, content)
         if response.status >= ERRORS:
             self._error_type = str(response.status)
-        result.value = GatewayResponse(response.status, tuple(returned.items()), body)
+        result.value = GatewayResponse(response.status, tuple(returned), body)
         return result
 
     def _stream(
         self,
         permit: Permit,
-        response: aiohttp.ClientResponse,
+        response: ProviderResponse,
         headers: Headers,
-        returned: CIMultiDict[str],
+        returned: list[tuple[str, str]],
         first_bytes: bytes = b"",
     ) -> AttemptResult:
         result = self.stream_result()
         reader = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
-        result.value = StreamingResponse(response, returned, reader, first_bytes)
+        result.value = StreamingResponse(response, CIMultiDict(returned), reader, first_bytes)
         return result
 
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
+    async def _read(self, response: ProviderResponse) -> tuple[bytes, bool]:
         """Return the body as it was sent, as far as it may be held, and whether that is all of it."""
         held = self._held
         held.release()  # of an attempt before
@@ -395,19 +404,62 @@ class ForwardedCall(Exchange):
         return self.parsed.free and self.core.background.get(self.parsed.response_id) is None
 
 
-def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[str]:
+@functools.lru_cache(maxsize=64)
+def _time_limits(read_timeout: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=read_timeout)
+
+
+def _request_headers(request: IncomingRequest, *, metered: bool) -> RawHeaders:
     """Return the headers that the provider gets.
 
     Args:
         request: as it was received.
         metered: whether the response must be read, so that it may not be compressed.
     """
-    headers = _end_to_end(request.raw_headers, _NOT_SENT)
-    for name in [name for name in headers if name.startswith("x-forebay-")]:
-        headers.popall(name, None)
+    raw = request.raw_headers
+    dropped = _hop_by_hop_names(request.headers.get("connection"), raw)
+    sent = [(name, value.translate(_SPACES)) for name, value in raw if _sent(name) not in dropped]
     gzip = not metered and _accepts_gzip(request.headers.get("accept-encoding", ""))
-    headers.add("accept-encoding", "gzip" if gzip else "identity")  # encodings that can be metered
-    return headers
+    sent.append((b"accept-encoding", b"gzip" if gzip else b"identity"))  # encodings that can be metered
+    return tuple(sent)
+
+
+class _PassedNames(dict[bytes, str]):
+    """A cache of names of headers that are passed on, by name on the wire; of others the name is empty.
+
+    Args:
+        dropped: names of headers that are not passed on, in lower case.
+        beginnings: of other such names.
+        lower: returns names in lower case, not as they were received.
+    """
+
+    def __init__(self, dropped: frozenset[str], *beginnings: str, lower: bool) -> None:
+        super().__init__()
+        self._dropped = dropped
+        self._beginnings = beginnings
+        self._lower = lower
+
+    def __missing__(self, name: bytes) -> str:
+        text = name.decode("latin-1")
+        lower = text.lower()
+        dropped = lower in self._dropped or lower.startswith(self._beginnings)
+        passed = "" if dropped else lower if self._lower else text
+        if len(self) < _MAX_CACHED_NAMES and len(name) <= _MAX_CACHED_LENGTH:
+            self[name] = passed
+        return passed
+
+
+_sent: Final = _PassedNames(_NOT_SENT, "x-forebay-", lower=True).__getitem__
+_returned: Final = _PassedNames(_NOT_RETURNED, lower=False).__getitem__
+_DROPPED: Final = frozenset({""})
+
+
+def _hop_by_hop_names(connection: str | None, raw_headers: RawHeaders) -> frozenset[str]:
+    """Return the names that are not sent on: the empty one, and those that the Connection headers list."""
+    if connection is None or connection == "keep-alive":
+        return _DROPPED
+    listed = b",".join([value for name, value in raw_headers if name.lower() == b"connection"]).decode("latin-1")
+    return _DROPPED.union(name.strip().lower() for name in listed.split(","))
 
 
 def _accepts_gzip(accept_encoding: str) -> bool:
@@ -419,7 +471,7 @@ def _accepts_gzip(accept_encoding: str) -> bool:
     return False
 
 
-def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
+def _response_headers(response: ProviderResponse) -> list[tuple[str, str]]:
     """Return the headers that the caller gets. They tell its SDK not to retry: retries happen here.
 
     Raises:
@@ -427,24 +479,18 @@ def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
     """
     if response.status == _SWITCHING_PROTOCOLS:
         raise UnexpectedUpgrade("the provider switched to another protocol, unasked")
-    headers = _end_to_end(response.raw_headers, _NOT_RETURNED)
-    headers.add("x-should-retry", "false")
-    return headers
-
-
-def _end_to_end(raw_headers: RawHeaders, dropped: Container[str]) -> CIMultiDict[str]:
-    """Return headers without those in `dropped`, and those that a Connection header names: they are hop-by-hop too."""
-    headers: CIMultiDict[str] = CIMultiDict()
-    connection = []
-    for name, value in raw_headers:
-        lower = name.decode("latin-1").lower()
-        if lower == "connection":
-            connection.append(value)
-        if lower not in dropped:
-            headers.add(lower, printable(value.decode("utf-8", "surrogateescape")))
-    for named in b",".join(connection).decode("latin-1").split(",") if connection else ():
-        headers.popall(named.strip(), None)
-    return headers
+    raw = response.raw_headers
+    listed = None
+    headers = []
+    for name, value in raw:
+        returned = _returned(name)
+        if returned:
+            headers.append((returned, printable(value.decode("utf-8", "surrogateescape"))))
+        elif name.lower() == b"connection":
+            listed = value.decode("latin-1").lower()
+    headers.append(("x-should-retry", "false"))
+    hop_by_hop = _hop_by_hop_names(listed, raw)
+    return headers if hop_by_hop is _DROPPED else [pair for pair in headers if pair[0].lower() not in hop_by_hop]
 
 
 async def _decompress(headers: Headers, body: bytes) -> bytes:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
@@ -16,12 +15,14 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import BudgetAlert, Event, log
+from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.access_log import AccessLog, make_entry
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -46,7 +47,7 @@ from forebay.gateway.issued_keys import IssuedKey, contains_key, hide_keys
 from forebay.gateway.key_permission import find_forbidden, headers_with_key
 from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
 from forebay.gateway.metrics import GatewayMetrics
-from forebay.gateway.provider_key import RawHeaders, without_headers, without_query_keys
+from forebay.gateway.provider_key import without_headers, without_query_keys
 from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
@@ -152,7 +153,7 @@ class Forwarder:
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._abortable: set[asyncio.Timeout] = set()
+        self._abortable: set[AbortableBlock] = set()
         self._aborted = False
         self._files_logged_at = -math.inf
         self._refused_logged_at: dict[str, float] = {}  # by target
@@ -234,19 +235,12 @@ class Forwarder:
         if self._abortable:
             log.warning("aborting %d calls that are still in progress", len(self._abortable))
         self._aborted = True
-        for timeout in self._abortable:
-            if not timeout.expired():  # else it was aborted before, and has not noticed yet
-                timeout.reschedule(0.0)
+        for block in self._abortable:
+            block.abort()
 
-    @contextlib.asynccontextmanager
-    async def _abortable_block(self) -> AsyncIterator[None]:
-        """Run a block that raises TimeoutError when `abort` is called."""
-        async with asyncio.timeout(0.0 if self._aborted else None) as timeout:
-            self._abortable.add(timeout)
-            try:
-                yield
-            finally:
-                self._abortable.discard(timeout)
+    def _abortable_block(self) -> AbortableBlock:
+        """Return a block that raises TimeoutError when `abort` is called."""
+        return AbortableBlock(self._abortable, aborted=self._aborted)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return the response to one request."""
@@ -443,7 +437,7 @@ class Forwarder:
         call: ForwardedCall | None = None
         try:
             try:
-                async with self._abortable_block():
+                with self._abortable_block():
                     call = await self._read_call(request, headers, destination, body, held, record)
                     answer = await self._wait_for_answer(call, headers, destination.target)
             except TimeoutError:
@@ -617,7 +611,7 @@ class Forwarder:
                 response.content_length = streaming.length
             status = response.status
             try:
-                async with self._abortable_block():
+                with self._abortable_block():
                     await response.prepare(request)
                     problem = await _copy(streaming, held, response)
                 call.record.result = "broke_off" if problem else "answered"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Final, TypeAlias
+from typing import Final
 from urllib.parse import unquote_plus
 
 import msgspec
 
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import GatewayResponse
 from forebay.upstream.providers import CREDENTIAL_HEADERS, ProviderProfile
 
 _ERRORS: Final = 400
 
-RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 # What says whose account pays: with a key that is held, that is for the gateway alone to say. A project or organization
 # of a caller would be refused, or would be another one that the key has.

@@ -25,6 +25,7 @@ from forebay.events import log
 from forebay.gateway.access_log import AccessLog
 from forebay.gateway.call_record import REQUEST_ID
 from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
+from forebay.gateway.direct_request import RESPONSE_BOUNDS
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.file_limit import fit_connections
 from forebay.gateway.forwarder import Forwarder
@@ -49,8 +50,6 @@ _INVALID: Final[dict[type[BaseException], str]] = {
     BadHttpMethod: "this is not HTTP/1.1: the method is invalid",
 }
 _MAX_FIELDS: Final = 200  # header fields of a request
-_MAX_RESPONSE_FIELD: Final = 128 << 10  # bytes of a header field of a provider's response
-_MAX_RESPONSE_FIELDS: Final = 1000
 _REJECTED_SHARE: Final = 8  # connections for each one beyond the limit whose request is read
 _LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
 _LEAST_CONNECTIONS: Final = 5_000  # a default that is lowered to fewer is worth a warning
@@ -391,9 +390,7 @@ class Gateway:
             request_class=PooledRequest,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            max_line_size=_MAX_RESPONSE_FIELD,
-            max_field_size=_MAX_RESPONSE_FIELD,
-            max_headers=_MAX_RESPONSE_FIELDS,
+            **RESPONSE_BOUNDS,  # type: ignore[arg-type] # aiohttp's other parameters are of other types
         )
         address = self.settings.address
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -15,6 +16,7 @@ from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSe
 from forebay.spend_log import SpendLog
 from forebay.upstream import Fallback
 
+_MAX_CACHED_PATH: Final = 100  # characters of a path whose check is remembered; callers choose them
 _RESOURCE: Final = re.compile(r"/v1/([^/]+)")
 _ANTHROPIC_RESOURCES: Final = frozenset({"messages", "complete"})
 _SHARED_RESOURCES: Final = frozenset({"models", "files"})  # of both protocols; all others are OpenAI's
@@ -199,6 +201,15 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
 
 def _is_unambiguous(path: str) -> bool:
     """Return whether every server reads the path alike, so that it stays below the target's URL and is metered."""
+    return _is_unambiguous_cached(path) if len(path) <= _MAX_CACHED_PATH else _check_unambiguous(path)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_unambiguous_cached(path: str) -> bool:
+    return _check_unambiguous(path)
+
+
+def _check_unambiguous(path: str) -> bool:
     if not path.startswith("/") or "\\" in path or _NEEDLESSLY_ESCAPED.search(path) or _BADLY_ESCAPED.search(path):
         return False
     try:

@@ -126,9 +126,24 @@ async def test_the_gateway_retries_for_claude_code(harness: GatewayHarness, run:
         assert counts == ["0"] * 3
 
 
-async def _claude(run: Run, gateway: Gateway, directory: Path, *options: str) -> Any:
+@installed
+@pytest.mark.slow
+async def test_claude_code_presents_the_token_of_the_gateway(
+    harness: GatewayHarness, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "0123456789abcdef"  # noqa: S105 - it opens nothing else
+    monkeypatch.setenv("GATEWAY_TOKEN", token)
+    harness.provider.behaviour = answering([text("The Danube.")], [])
+    async with Gateway(harness.settings(gateway={"token_env": "GATEWAY_TOKEN"})) as gateway:
+        custom = {"ANTHROPIC_CUSTOM_HEADERS": f"x-forebay-token: {token}"}
+        assert (await _claude(run, gateway, tmp_path, **custom))["result"] == "The Danube."
+        (received,) = harness.provider.requests
+        assert "x-forebay-token" not in received.headers
+
+
+async def _claude(run: Run, gateway: Gateway, directory: Path, *options: str, **variables: str) -> Any:
     program = find_program()
     assert program is not None
     command = (str(program), "-p", "Where does the Danube rise?", "--output-format", "json", *options)
     url = f"http://127.0.0.1:{gateway.port}"
-    return await run(*command, environment=environment(directory, url), cwd=directory)
+    return await run(*command, environment={**environment(directory, url), **variables}, cwd=directory)
