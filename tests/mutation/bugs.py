@@ -64,11 +64,12 @@ from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller_limits import CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.key_file import KeySnapshot
 from forebay.gateway.key_registry import KeyRegistry
-from forebay.gateway.provider_key import ProviderKey, RawHeaders
+from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
