@@ -436,6 +436,8 @@ class Gateway:
                 await log_.close()
             raise
         self._web.change(settings)
+        if self._session is not None and isinstance(self._session.connector, ConnectionPool):
+            self._session.connector.change(settings.max_connections)
         self.settings, self._access_log = settings, log_
         if old_log is not None:
             if old_log is log_:
