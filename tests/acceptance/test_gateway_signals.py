@@ -194,6 +194,14 @@ async def test_the_limit_of_open_files_is_raised(harness: GatewayHarness, start:
     assert await running.ended() == 0
 
 
+async def test_the_access_log_is_on_the_standard_output_by_default(harness: GatewayHarness, start: Start) -> None:
+    running = await start()
+    assert (await read(harness, running))[0] == 200
+    assert " 200 answered POST /v1/chat/completions tenant=default " in await line_of(running.process.stdout, "20")
+    running.process.terminate()
+    assert await running.ended() == 0
+
+
 # --- SIGHUP, with a file ---
 
 

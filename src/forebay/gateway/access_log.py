@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import functools
 import os
+import re
 import select
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -24,6 +26,7 @@ from forebay.gateway.settings import STDERR, STDOUT
 LogFormat = Literal["text", "json"]
 
 _STREAMS: Final = MappingProxyType({STDOUT: 1, STDERR: 2})
+_PLAIN: Final = re.compile(r'[^ "=]+').fullmatch
 _MAX_HELD: Final = 10_000  # lines that wait to be written; further ones are dropped
 _DELAY: Final = 0.1  # seconds for which lines are gathered: each write takes a thread
 _REPORTED: Final = 60.0  # seconds between two reports of dropped lines
@@ -89,7 +92,7 @@ def make_entry(record: CallRecord, status: int, *, wall: float) -> AccessEntry:
     """Return the line of a request that has just ended, at `wall` epoch seconds."""
     usage, first = record.usage, record.first_output
     return AccessEntry(
-        time=dt.datetime.fromtimestamp(wall, dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        time=f"{_second(int(wall))}.{int(wall % 1.0 * 1000):03}Z",
         request_id=record.request_id,
         provider_request_id=_name(record.provider_request_id),
         method=_name(record.method) or "",
@@ -112,6 +115,12 @@ def make_entry(record: CallRecord, status: int, *, wall: float) -> AccessEntry:
     )
 
 
+@functools.lru_cache(maxsize=2)
+def _second(epoch: int) -> str:
+    """Return a second of UTC as text; many requests end in it."""
+    return dt.datetime.fromtimestamp(epoch, dt.UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
 def _name(text: str) -> str | None:
     """Return a name as a line may hold it: bounded, with an escape for each character that is not printable."""
     if not text:
@@ -125,25 +134,22 @@ def _name(text: str) -> str | None:
 
 def format_text(entry: AccessEntry) -> bytes:
     """Return an entry as a line for people: the facts of HTTP, then ``name=value``, without those that are missing."""
-    head = f"{entry.time} {entry.status} {entry.result} {entry.method} {entry.path or '-'}"
-    fields: Mapping[str, object] = {
-        "tenant": entry.tenant,
-        "key": entry.key,
-        "target": entry.target,
-        "model": entry.model,
-        "account": entry.account,
-        "waited": f"{entry.waited_seconds:.3f}",
-        "first": None if entry.first_output_seconds is None else f"{entry.first_output_seconds:.3f}",
-        "duration": f"{entry.duration_seconds:.3f}",
-        "attempts": entry.attempts,
-        "tokens": None if entry.input_tokens is None else f"{entry.input_tokens}/{entry.output_tokens}",
-        "usd": None if entry.cost_usd is None else format_usd(entry.cost_usd),
-        "limited_by": entry.limited_by,
-        "id": entry.request_id,
-        "provider_id": entry.provider_request_id,
-    }
-    shown = [f"{name}={_quoted(f'{value}')}" for name, value in fields.items() if value is not None]
-    return " ".join([head, *shown]).encode() + b"\n"
+    parts = [f"{entry.time} {entry.status} {entry.result} {entry.method} {entry.path or '-'}"]
+    names = (("tenant", entry.tenant), ("key", entry.key), ("target", entry.target), ("model", entry.model))
+    parts += [f"{name}={_quoted(value)}" for name, value in names if value is not None]
+    if entry.account is not None:
+        parts.append(f"account={_quoted(entry.account)}")
+    parts.append(f"waited={entry.waited_seconds:.3f}")
+    if entry.first_output_seconds is not None:
+        parts.append(f"first={entry.first_output_seconds:.3f}")
+    parts.append(f"duration={entry.duration_seconds:.3f} attempts={entry.attempts}")
+    if entry.input_tokens is not None:
+        parts.append(f"tokens={entry.input_tokens}/{entry.output_tokens}")
+    if entry.cost_usd is not None:
+        parts.append(f"usd={format_usd(entry.cost_usd)}")
+    ids = (("limited_by", entry.limited_by), ("id", entry.request_id), ("provider_id", entry.provider_request_id))
+    parts += [f"{name}={_quoted(value)}" for name, value in ids if value is not None]
+    return " ".join(parts).encode() + b"\n"
 
 
 def format_json(entry: AccessEntry) -> bytes:
@@ -153,7 +159,7 @@ def format_json(entry: AccessEntry) -> bytes:
 
 def _quoted(value: str) -> str:
     """Return a value in quotes if it would not end at the next space otherwise."""
-    if value and not {" ", '"', "="}.intersection(value):
+    if _PLAIN(value):
         return value
     return msgspec.json.encode(value).decode()
 

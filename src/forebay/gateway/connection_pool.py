@@ -161,6 +161,10 @@ class ConnectionPool(aiohttp.TCPConnector):
         self._distrusted: dict[tuple[str, int | None], float] = {}  # until when, by address: as few as targets
         self._idle_times: dict[tuple[str, int | None], tuple[float, float]] = {}  # the shortest, and until when
 
+    def change(self, max_connections: int) -> None:
+        """Set another bound for the next connections."""
+        self._max_connections = max_connections
+
     def record_opened(self) -> None:
         """Count a connection that was opened."""
         self._open += 1

@@ -475,6 +475,8 @@ class Gateway:
                 await log_.close()
             raise
         self._web.change(settings)
+        if self._session is not None and isinstance(self._session.connector, ConnectionPool):
+            self._session.connector.change(settings.max_connections)
         self.settings, self._access_log = settings, log_
         await self._watch_keys(keys)
         if old_log is not None:

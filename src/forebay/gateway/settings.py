@@ -28,7 +28,8 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # it appears in paths, 
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, a field name
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 _PASSWORD: Final = re.compile(r"://[^/?#]*@")
-_MAX_TENANT: Final = 256  # characters, as in the header
+_TENANT: Final = re.compile(r"[ -~]{1,256}")  # others do not arrive in a header as they are written here
+_TENANT_NAMES: Final = "1 to 256 printable characters of ASCII, as a header has them"
 _UNKNOWN_SERVER: Final = "openai-compatible"
 STDOUT: Final = "stdout"
 STDERR: Final = "stderr"
@@ -342,8 +343,8 @@ class TenantSettings(_Settings, frozen=True, kw_only=True):
     max_priority: PriorityName = "critical"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not 1 <= len(self.name) <= _MAX_TENANT or not self.name.isprintable():
-            self._reject("name", f"1 to {_MAX_TENANT} printable characters, or '*' for each tenant without its own")
+        if not isinstance(self.name, str) or not _TENANT.fullmatch(self.name):
+            self._reject("name", f"{_TENANT_NAMES}, or '*' for each tenant without its own table")
         self._check_whole("rpm", "input_tpm", "output_tpm", "tpm", "max_concurrent", optional=True)
         self._check_positive("budget_usd", unit="US dollars", optional=True)
         self._check_positive("max_wait", unit="seconds")

@@ -17,6 +17,7 @@ from forebay.gateway import (
     InvalidSecret,
     QuotaSettings,
     TargetSettings,
+    TenantSettings,
 )
 from forebay.gateway.targets import make_targets
 from forebay.quota import Price, Quota
@@ -401,3 +402,43 @@ def test_a_mistake_in_the_settings_of_keys_is_named(settings: dict[str, Any], ex
     with pytest.raises(InvalidSetting, match=expected) as caught:
         gateway(**settings)
     assert "hidden" not in str(caught.value)
+
+
+# --- tenants ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "x" * 257}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"name": "ü"}, "name"),  # a header would not have it so
+        ({"rpm": 0}, "rpm"),
+        ({"tpm": True}, "tpm"),
+        ({"max_concurrent": 1.5}, "max_concurrent"),
+        ({"budget_usd": 0}, "budget_usd"),
+        ({"max_wait": -1}, "max_wait"),
+        ({"weight": 0}, "weight"),
+        ({"priority": "urgent"}, "priority"),
+        ({"max_priority": None}, "max_priority"),
+    ],
+)
+def test_a_wrong_setting_of_a_tenant_is_rejected(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidSetting, match=f"^TenantSettings was given {named}="):
+        TenantSettings(**{"name": "acme", **wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tenants": (TenantSettings(name="a"), TenantSettings(name="a"))},
+        {"response_headers": 1},
+        {"access_log": "xml"},
+        {"access_log_to": ""},
+        {"access_log_to": "a\0b"},
+    ],
+)
+def test_a_wrong_setting_of_what_is_shown_is_rejected(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting, match=next(iter(wrong))):
+        GatewaySettings(targets=(TargetSettings(name="openai", url="https://h.example"),), **wrong)
