@@ -276,6 +276,7 @@ async def test_calls_in_progress_of_a_revoked_key_end_as_they_are(harness: Gatew
     async with opened(harness, keys) as gateway:
         call = asyncio.create_task(harness.post(gateway, headers=bearer(text)))
         await until(lambda: bool(harness.provider.requests))
+        harness.provider.behaviour = harness.provider.reply  # of later calls, which would not wait
         await keys.revoke("writer")
         await refresh(gateway)
         status, _, body = await harness.post(gateway, headers=bearer(text))
