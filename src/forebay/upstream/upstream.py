@@ -24,6 +24,7 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
+from forebay.upstream.provider_key_limits import ProviderKeyLimits
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
 from forebay.upstream.weak_lru import WeakLRU
@@ -68,6 +69,8 @@ class Upstream:
         prices: by model, of those that the price list lacks or has wrong.
         unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
             their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        key_limits: limits of particular API keys, by key, and the name that stands for each; other keys have `quotas`
+            and `max_concurrent`.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -98,6 +101,7 @@ class Upstream:
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
         unmetered: Literal["reject", "allow"] = "reject",
+        key_limits: Mapping[str, ProviderKeyLimits] | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -118,6 +122,7 @@ class Upstream:
             max_start_wait=max_start_wait,
             weights=weights,
             unmetered=unmetered,
+            key_limits=key_limits,
         )
         self.name = name
         self.provider = provider

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -20,13 +19,12 @@ from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.guarded_limit import guarded_limit
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
-from forebay.upstream.providers.credentials import normalize_credential
+from forebay.upstream.providers.credentials import digest_credential
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 
 _CACHED: Final = 1_000  # accounts that nobody holds; those that a new one could replace go first
 _MAX_LEVELS: Final = 131_072  # accounts whose given quotas are not full: none of them is forgotten
-_SHOWN: Final = 8  # hex digits that stand for an API key wherever it is shown
 _KNOWN: Final = 1_000  # pairs of model and API key whose account is remembered
 
 
@@ -125,16 +123,14 @@ class AccountRegistry:
             account.suspend_alone(seconds)
 
     def _place(self, model: str, key: str) -> tuple[str, str]:
-        normal = normalize_credential(key)
-        mark = hashlib.sha256(normal.encode()).hexdigest() if normal else ""  # all of it: short ones can be made equal
-        place = (mark, self.settings.model_group(model))
+        place = (digest_credential(key), self.settings.model_group(model))
         if len(self._known) >= _KNOWN:
             self._known = {}
         self._known[model, key] = place
         return place
 
     def _open(self, place: tuple[str, str]) -> SharedAccount:
-        levels = self._levels.get(place, self._new_levels) if self._quotas(place[1]) else None
+        levels = self._levels.get(place, self._new_levels) if self._quotas(place) else None
         if levels is _SHARED:
             return self._shared_account(place[1])
         account = self._make(place, levels)
@@ -157,11 +153,11 @@ class AccountRegistry:
             self._shared[group] = self._make(("others", group))
         return self._shared[group]
 
-    def _quotas(self, group: str) -> Sequence[Quota]:
-        return self.settings.models.get(group, self.settings.quotas)
+    def _quotas(self, place: tuple[str, str]) -> Sequence[Quota]:
+        return self.settings.quotas_of(*place)
 
     def _new_levels(self, place: tuple[str, str]) -> _QuotaLevels:
-        return _QuotaLevels(new_buckets(self._quotas(place[1])))
+        return _QuotaLevels(new_buckets(self._quotas(place)))
 
     def _is_expendable(self, place: tuple[str, str], levels: _QuotaLevels) -> bool:
         """Return whether levels may be forgotten: they are full, and no account uses them."""
@@ -174,9 +170,9 @@ class AccountRegistry:
 
         def open_account() -> Account:
             return Account(
-                ":".join(part for part in (f"upstream:{settings.name}", mark[:_SHOWN], group) if part),
-                limit=guarded_limit(settings.new_limit()),
-                quotas=RateLimiter(self._quotas(group), buckets=None if levels is None else levels.buckets),
+                ":".join(part for part in (f"upstream:{settings.name}", settings.label_of(mark), group) if part),
+                limit=guarded_limit(settings.new_limit(mark)),
+                quotas=RateLimiter(self._quotas(place), buckets=None if levels is None else levels.buckets),
                 breaker=Breaker(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,
                 upstream_budget=self.budgets.upstream_budget,
