@@ -14,7 +14,7 @@ from forebay.cli.config import load_gateway_settings
 from forebay.cli.extras import missing_extra_message
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
-from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway import GatewaySettings, KeySettings, ModelSettings, TargetSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
 from forebay.gateway.targets import make_targets
 
@@ -105,7 +105,9 @@ def _check_fallbacks(settings: GatewaySettings) -> None:
         InvalidSetting: they do not.
     """
     fallbacks = [fallback for target in settings.targets for fallback in target.fallback]
-    make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
+    held = [key.api_key_env for target in settings.targets for key in target.keys]
+    variables = [*held, *(fallback.api_key_env for fallback in fallbacks if fallback.api_key_env)]
+    make_targets(settings, {name: f"set-{number}" for number, name in enumerate(variables)})
 
 
 def _serve(settings: GatewaySettings) -> int:
@@ -139,11 +141,42 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         f"listening on {settings.listen}; callers need {callers}",
         f"may set priority, deadline, tenant and task: {settings.trust}",
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
+        *(line for alias in settings.models for line in _alias_summary(alias, settings)),
     ]
+
+
+def _alias_summary(alias: ModelSettings, settings: GatewaySettings) -> list[str]:
+    """Return the deployments of an alias, in words."""
+    keys = {target.name: len(target.keys) for target in settings.targets}
+    places = []
+    for deployment in alias.deployments:
+        model = "the same name" if deployment.model is None else deployment.model
+        where = "the target of the call's path" if deployment.target is None else deployment.target
+        shared = keys.get(deployment.target or "", 0)
+        by_keys = f" by {shared} keys" if shared > 1 else ""
+        weight = "" if deployment.weight == 1.0 else f", weight {deployment.weight:,.6g}"
+        places.append(f"{model} at {where}{by_keys}{weight}")
+    kind = "models" if alias.is_pattern else "model"
+    if len(places) == 1:
+        return [f"{kind} {alias.name}: {places[0]}"]
+    return [f"{kind} {alias.name}: shared by {len(places)} deployments", *(f"    {place}" for place in places)]
+
+
+def _key_summary(key: KeySettings) -> str:
+    limits = [
+        *(f"{quota.amount:,} {quota.unit.replace('_', ' ')} per minute" for quota in key.quotas()),
+        *([] if key.max_concurrent is None else [f"{key.max_concurrent:,} calls in flight"]),
+        *([] if key.weight == 1.0 else [f"weight {key.weight:,.6g}"]),
+    ]
+    missing = "" if key.api_key_env in os.environ else ", which is not set"
+    shown = f": {', '.join(limits)}" if limits else ""
+    return f"key {key.label} in ${key.api_key_env}{missing}{shown}"
 
 
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
     keys = "one account for all API keys" if target.share_keys else "accounts of its own for each API key"
+    if target.keys:
+        keys = "calls are made with the gateway's own keys"
     amounts = {
         "calls in flight": target.max_concurrent,
         "USD per day": target.budget_usd,
@@ -158,6 +191,7 @@ def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
             + (", strict" if quota.strict else "")
             for quota in rates.quotas()
         ]
+    limits += [_key_summary(key) for key in target.keys]
     for fallback in target.fallback:
         where = " at ".join(part for part in (fallback.model, fallback.target) if part)
         models = "" if fallback.models == "*" else f" of {fallback.models}"

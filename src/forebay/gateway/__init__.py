@@ -5,8 +5,17 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from forebay.gateway.secret import InvalidSecret, MissingFallbackKey
-from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.secret import InvalidSecret, MissingFallbackKey, MissingProviderKey
+from forebay.gateway.settings import (
+    ContextSettings,
+    DeploymentSettings,
+    FallbackSettings,
+    GatewaySettings,
+    KeySettings,
+    ModelSettings,
+    QuotaSettings,
+    TargetSettings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,10 +50,14 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
 
 __all__ = [
     "ContextSettings",
+    "DeploymentSettings",
     "FallbackSettings",
     "GatewaySettings",
     "InvalidSecret",
+    "KeySettings",
     "MissingFallbackKey",
+    "MissingProviderKey",
+    "ModelSettings",
     "QuotaSettings",
     "TargetSettings",
     "missing_libraries",

@@ -17,7 +17,13 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
-from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
+from forebay.gateway.error_responses import (
+    ApiProtocol,
+    GatewayResponse,
+    StreamProtocol,
+    error_response,
+    printable,
+)
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.interfaces import Outcome, RateLimitHeaders
@@ -39,6 +45,7 @@ _MAX_ERROR: Final = 1 << 20  # bytes of an error that are kept
 _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that are read
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
+_BAD_GATEWAY: Final = 502
 _NEVER: Final = re.compile(r"q=0(\.0*)?")  # the weight of an encoding that is not accepted
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
@@ -205,7 +212,12 @@ class ForwardedCall(Exchange):
             raw_headers=(*kept, *added),
             headers=rerouted.headers(request.headers),
             body=rerouted.body,
-            caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
+            caller=msgspec.structs.replace(
+                request.caller,
+                deadline=self.call_request.deadline,
+                api_key=None,
+                key_is_held=request.caller.key_is_held or route.api_key is not None,
+            ),
         )
         return ForwardedCall(
             route.core, url, rerouted.path, moved, client=self._client, held=self._held, metrics=self._metrics
@@ -268,6 +280,12 @@ class ForwardedCall(Exchange):
             response.close()
         result = self.judge_answer(permit, response.status, headers, content)
         result.value = GatewayResponse(response.status, tuple(returned.items()), body)
+        if self.held_key_invalid():  # such an answer may show a part of the key, and the caller's own is not meant
+            message = (
+                f"the provider {self.core.name!r} refuses the API key of this gateway: its operator has to replace it"
+            )
+            protocol: ApiProtocol = "anthropic" if self.core.profile.provider == "anthropic" else "openai"
+            result.value = error_response(protocol, _BAD_GATEWAY, "forebay_key_refused", message)
         return result
 
     def _stream(

@@ -19,6 +19,7 @@ from forebay.events import log
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.client_timeouts import ClientTimeoutReader
+from forebay.gateway.deployments import ModelDirectory, WrongProtocol
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -40,10 +41,13 @@ from forebay.gateway.forwarded_call import (
 )
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.model_list import is_model_list, model_in_path, model_response, with_aliases
 from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, without_compression
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
+from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.providers import Endpoint, Headers
 from forebay.upstream.providers.json_text import replace_lone_surrogates
 
@@ -100,6 +104,7 @@ class Forwarder:
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        MissingProviderKey: an API key of a target is missing.
         InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
@@ -108,6 +113,7 @@ class Forwarder:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
+        self._models = ModelDirectory(settings.models, self.targets)
         self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
@@ -161,6 +167,8 @@ class Forwarder:
             if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
             destination = self._find_destination(request.raw_path, headers)
+            if (own := self._alias_response(request.method, destination)) is not None:
+                return self._close_if_needed(request, own)
         except EarlyResponse as early:
             return self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
         started = clock.now()
@@ -234,6 +242,13 @@ class Forwarder:
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
+    def _alias_response(self, method: str, destination: Destination) -> web.Response | None:
+        """Return the description of an alias (``/v1/models/NAME``); None for any other request."""
+        aliases = self._models.aliases
+        if destination.by_name or not aliases or (name := model_in_path(method, destination.path)) not in aliases:
+            return None
+        return _to_aiohttp(model_response(name, aliases[name] or destination.target.protocol))
+
     async def _forward(
         self,
         request: web.BaseRequest,
@@ -245,10 +260,10 @@ class Forwarder:
         """Return the response, which has been written, and the status that it counts as."""
         try:
             async with self._abortable_block():
-                call = await self._read_call(request, headers, destination, body, held)
+                call, runner = await self._read_call(request, headers, destination, body, held)
                 started = clock.now()
                 try:
-                    answer = await self._call(call, destination.target)
+                    answer = await self._call(call, runner, destination.target)
                 except asyncio.CancelledError:
                     if not self.draining:
                         now = clock.now()
@@ -260,19 +275,27 @@ class Forwarder:
             raise _draining_response(destination.target.protocol) from None
         if isinstance(answer, StreamingResponse):
             return await self._stream(request, answer, call, held)
+        if self._lists_aliases(request.method, destination):
+            answer = with_aliases(answer, self._models.aliases, destination.target.protocol)
         response = self._close_if_needed(request, _to_aiohttp(answer))
         await response.prepare(request)
         await response.write_eof()  # until its caller has taken it, it is held
         return response, response.status
 
-    async def _call(self, call: ForwardedCall, target: Target) -> GatewayResponse | StreamingResponse:
+    def _lists_aliases(self, method: str, destination: Destination) -> bool:
+        """Return whether a request asks for the list of models to which the aliases are added."""
+        return not destination.by_name and bool(self._models.aliases) and is_model_list(method, destination.path)
+
+    async def _call(
+        self, call: ForwardedCall, runner: CallRunner, target: Target
+    ) -> GatewayResponse | StreamingResponse:
         """Return the provider's response.
 
         Raises:
             EarlyResponse: the upstream rejected the call, or its last attempt failed.
         """
         try:
-            answer: GatewayResponse | StreamingResponse = await target.upstream.runner.run(call, ForwardedCall.attempt)
+            answer: GatewayResponse | StreamingResponse = await runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
@@ -290,8 +313,8 @@ class Forwarder:
         destination: Destination,
         reservation: BodyReservation,
         held: BodyReservation,
-    ) -> ForwardedCall:
-        """Read a request, and return the call to make.
+    ) -> tuple[ForwardedCall, CallRunner]:
+        """Read a request, and return the call to make, and what runs it.
 
         Raises:
             EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
@@ -300,7 +323,7 @@ class Forwarder:
         try:
             offset = clock.now() - clock.wall_time()
             caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
-            if caller.api_key is None:
+            if caller.api_key is None and not target.keys:
                 check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
@@ -319,8 +342,11 @@ class Forwarder:
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
         )
+        if self._lists_aliases(request.method, destination):
+            incoming = without_compression(incoming)  # it is read
+        incoming, destination, runner = self._choose_deployment(incoming, destination)
         call = ForwardedCall(
-            target.upstream.core,
+            destination.target.upstream.core,
             destination.url,
             destination.path,
             incoming,
@@ -329,7 +355,26 @@ class Forwarder:
             metrics=self.metrics,
         )
         _check_call(call, body, target.protocol)
-        return call
+        return call, runner
+
+    def _choose_deployment(
+        self, incoming: IncomingRequest, destination: Destination
+    ) -> tuple[IncomingRequest, Destination, CallRunner]:
+        """Return a request as the deployment of its model takes it, where it goes, and what runs its call.
+
+        Raises:
+            EarlyResponse: the model speaks another protocol, its name cannot be replaced, or two keys are given.
+        """
+        target = destination.target
+        try:
+            chosen = self._models.find(destination, incoming.body)
+            if chosen is None:
+                return incoming, destination, target.upstream.runner
+            return rewrite_request(incoming, destination, chosen)
+        except (WrongProtocol, NotRewritable) as error:
+            raise EarlyResponse(error_response(target.protocol, 400, "forebay_model", str(error))) from None
+        except InvalidHeader as error:
+            raise EarlyResponse(error_response(target.protocol, 400, "forebay_bad_header", str(error))) from None
 
     async def _stream(
         self, request: web.BaseRequest, streaming: StreamingResponse, call: ForwardedCall, held: BodyReservation

@@ -10,6 +10,7 @@ from typing import Final
 from forebay.errors import ForebayError
 
 _TOKEN: Final = re.compile(r"[!-~]{16,4096}")  # a header carries it unchanged; a shorter one could be guessed
+_KEY: Final = re.compile(r"[!-~]+")
 
 
 class InvalidSecret(ForebayError, ValueError):
@@ -18,6 +19,19 @@ class InvalidSecret(ForebayError, ValueError):
 
 class MissingFallbackKey(ForebayError, LookupError):
     """The API key of a fallback is missing: set the environment variable {variable}, which is empty or not set."""
+
+    variable: str
+
+
+class MissingProviderKey(ForebayError, LookupError):
+    """An API key of the target {target} is missing: set the environment variable {variable}, empty or not set now."""
+
+    target: str
+    variable: str
+
+
+class InvalidProviderKey(ForebayError, ValueError):
+    """The API key in the environment variable {variable} is invalid: it must be printable ASCII without spaces."""
 
     variable: str
 
@@ -49,6 +63,21 @@ def read_api_key(variable: str, environment: Mapping[str, str]) -> str:
     key = environment.get(variable, "").strip()
     if not key:
         raise MissingFallbackKey(variable=variable)
+    return key
+
+
+def read_provider_key(target: str, variable: str, environment: Mapping[str, str]) -> str:
+    """Return an API key of a target, which is in an environment variable.
+
+    Raises:
+        MissingProviderKey: it is empty or not set.
+        InvalidProviderKey: a header cannot carry it.
+    """
+    key = environment.get(variable, "").strip()
+    if not key:
+        raise MissingProviderKey(target=target, variable=variable)
+    if not _KEY.fullmatch(key):
+        raise InvalidProviderKey(variable=variable)
     return key
 
 

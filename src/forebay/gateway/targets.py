@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
+from forebay._validate import reject
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.secret import read_provider_key
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.upstream import Fallback
 
@@ -22,12 +24,30 @@ _NEEDLESSLY_ESCAPED: Final = re.compile(r"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][
 _BADLY_ESCAPED: Final = re.compile(r"%(25[0-9A-Fa-f]{2}|[01][0-9A-Fa-f]|7[Ff]|(?![0-9A-Fa-f]{2}))")
 
 
+class ProviderKey(NamedTuple):
+    """An API key that the gateway holds for a target. It is never shown.
+
+    Attributes:
+        label: stands for it in metrics and messages.
+        secret: the key.
+        weight: its share of calls.
+    """
+
+    label: str
+    secret: str
+    weight: float
+
+    def __repr__(self) -> str:
+        return f"ProviderKey({self.label!r})"
+
+
 class Target:
     """A provider behind the gateway.
 
     Args:
         settings: of the target.
         fallbacks: of its upstream.
+        keys: that the gateway holds for it.
 
     Attributes:
         settings: of the target.
@@ -35,14 +55,24 @@ class Target:
         upstream: paces its calls.
         base_url: without a slash at its end.
         protocol: of its API.
+        keys: that the gateway holds for it; none if calls are sent with those of their callers.
     """
 
-    def __init__(self, settings: TargetSettings, fallbacks: Sequence[Fallback] = ()) -> None:
+    def __init__(
+        self, settings: TargetSettings, fallbacks: Sequence[Fallback] = (), keys: Sequence[ProviderKey] = ()
+    ) -> None:
         self.settings = settings
         self.name = settings.name
-        self.upstream = settings.upstream(fallbacks)
-        self.protocol: ApiProtocol = "anthropic" if settings.resolved_provider == "anthropic" else "openai"
+        limits = {key.secret: each.limits() for key, each in zip(keys, settings.keys, strict=True)} if keys else {}
+        self.upstream = settings.upstream(fallbacks, limits)
+        self.protocol: ApiProtocol = settings.protocol
         self.base_url = settings.url.rstrip("/")
+        self.keys = tuple(keys)
+
+    @property
+    def sdk_url(self) -> str:
+        """The base URL as an SDK takes it."""
+        return self.base_url if self.protocol == "anthropic" else f"{self.base_url}/v1"
 
 
 def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
@@ -50,7 +80,9 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
-        InvalidSetting: a fallback leads to a target of another protocol.
+        MissingProviderKey: an API key of a target is missing.
+        InvalidProviderKey: an API key of a target cannot be sent.
+        InvalidSetting: a fallback leads to a target of another protocol, or two keys of a target are the same.
     """
     by_name = {target.name: target for target in settings.targets}
     made: dict[str, Target] = {}
@@ -58,7 +90,7 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
     def make(name: str) -> Target:
         if name not in made:
             fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
-            made[name] = Target(by_name[name], fallbacks)
+            made[name] = Target(by_name[name], fallbacks, _read_keys(by_name[name], environment))
         return made[name]
 
     def make_fallback(settings: FallbackSettings) -> Fallback:
@@ -71,11 +103,23 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
             load_threshold=settings.load_threshold,
             models=settings.models,
             model=settings.model,
-            base_url=target.base_url if target.protocol == "anthropic" else f"{target.base_url}/v1",
+            base_url=target.sdk_url,
             api_key=settings.api_key(environment),
         )
 
     return [make(target.name) for target in settings.targets]
+
+
+def _read_keys(settings: TargetSettings, environment: Mapping[str, str]) -> list[ProviderKey]:
+    """Return the keys that the gateway holds for a target."""
+    keys: list[ProviderKey] = []
+    for each in settings.keys:
+        secret = read_provider_key(settings.name, each.api_key_env, environment)
+        if same := next((key.label for key in keys if key.secret == secret), None):
+            expected = f"a key of its own: {each.label!r} has the same one as {same!r}, so that their limits are one"
+            reject(f"targets.{settings.name}", "keys", each.label, expected)
+        keys.append(ProviderKey(each.label, secret, each.weight))
+    return keys
 
 
 class Destination(NamedTuple):
@@ -84,10 +128,12 @@ class Destination(NamedTuple):
     Attributes:
         target: the provider.
         path: below its base URL, with the query.
+        by_name: the path of the request names the target.
     """
 
     target: Target
     path: str
+    by_name: bool = False
 
     @property
     def url(self) -> str:
@@ -137,7 +183,7 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
     first, _, rest = path[1:].partition("/")
     for target in targets:
         if first == target.name and rest:
-            return Destination(target, "/" + rest)
+            return Destination(target, "/" + rest, by_name=True)
     if first != "v1" or not rest:
         return None
     protocols = [detect_protocol(path, headers)]

@@ -54,7 +54,7 @@ _WAITS_FOR_ITSELF: Final = (
     "it waits for a slot that its own caller holds, and all others are held by such callers: a guarded function, or a"
     " block with a permit, must make no calls through the same upstream (guard the function, or bind its client)"
 )
-_MINUTE: Final = 60.0  # seconds
+_CALLS_OF_A_SLOT: Final = 60  # in a minute: not by measured latency, or what was fast once would get all calls
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -644,8 +644,7 @@ class Account:
         if seconds > self._acceptable_wait(now, request, limited_by):
             seconds = math.inf
         free = max(0, self._slots(now) - self.in_flight - self.queue.length)
-        a_minute = free * _MINUTE / typical  # in the unit of the quotas, most of which have it
-        return Prospect(seconds, min(a_minute, self.quotas.calls_left(now, request.charge)))
+        return Prospect(seconds, min(free * _CALLS_OF_A_SLOT, self.quotas.calls_left(now, request.charge)))
 
     def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
         """Return the seconds that a call may be expected to wait: longer for a quota, whose wait is known well."""
