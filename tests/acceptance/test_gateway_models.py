@@ -23,8 +23,8 @@ from forebay.gateway import (
     DeploymentSettings,
     FallbackSettings,
     GatewaySettings,
+    InvalidProviderKey,
     KeySettings,
-    MissingProviderKey,
     ModelSettings,
     TargetSettings,
 )
@@ -247,7 +247,7 @@ async def test_if_every_key_is_refused_the_caller_learns_nothing_of_it(
         status, headers, answer = await harness.post(gateway)
     assert status == 502
     assert "sk-" not in str(headers) + str(answer)
-    assert "key of this gateway" in answer["error"]["message"]
+    assert "API key that this gateway holds" in answer["error"]["message"]
 
 
 async def test_calls_without_a_model_use_the_first_key(harness: GatewayHarness) -> None:
@@ -259,7 +259,7 @@ async def test_calls_without_a_model_use_the_first_key(harness: GatewayHarness) 
 
 
 async def test_a_key_that_is_not_set_stops_the_start(harness: GatewayHarness) -> None:
-    with pytest.raises(MissingProviderKey, match="KEY_B"):
+    with pytest.raises(InvalidProviderKey, match="KEY_B"):
         async with Gateway(settings(harness, a={"keys": TWO_KEYS}), {"KEY_A": "sk-first", "KEY_B": " "}):
             pass
 

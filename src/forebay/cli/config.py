@@ -47,7 +47,7 @@ def load_gateway_settings(
         InvalidConfiguration: with every mistake that was found, each with its file and line, or its option.
     """
     source = SettingsSource(None if file is None else read_document(file), "forebay gateway")
-    _resolve_token_file(source, file)
+    _resolve_files(source, file)
     for name, url in _parse_targets(targets):
         source.override(("targets", name, "url"), url, "--target")
     names = source.values.get("targets", {})
@@ -86,12 +86,15 @@ def _tables_of_models(models: Any) -> Any:
     return {alias: {"model": value} if isinstance(value, str) else value for alias, value in models.items()}
 
 
-def _resolve_token_file(source: SettingsSource, file: Path | None) -> None:
-    """Make the path of a token file, if it stands in a configuration file, relative to that file."""
-    table = source.values.get("gateway")
-    path = table.get("token_file") if isinstance(table, dict) else None
-    if file is not None and isinstance(table, dict) and isinstance(path, str) and path:
-        table["token_file"] = str(file.parent / path)
+def _resolve_files(source: SettingsSource, file: Path | None) -> None:
+    """Make the paths of files with secrets, if they stand in a configuration file, relative to that file."""
+    targets = source.values.get("targets")
+    tables = [(source.values.get("gateway"), "token_file")]
+    tables += [(target, "api_key_file") for target in (targets.values() if isinstance(targets, dict) else ())]
+    for table, name in tables:
+        path = table.get(name) if isinstance(table, dict) else None
+        if file is not None and isinstance(table, dict) and isinstance(path, str) and path:
+            table[name] = str(file.parent / path)
 
 
 def _option(field: str) -> str:

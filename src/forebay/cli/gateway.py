@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import msgspec
 import typer
 
 from forebay import gateway as gateway_package
@@ -104,10 +105,10 @@ def _check_fallbacks(settings: GatewaySettings) -> None:
     Raises:
         InvalidSetting: they do not.
     """
+    keyless = [msgspec.structs.replace(each, api_key_env=None, api_key_file=None, keys=()) for each in settings.targets]
+    settings = msgspec.structs.replace(settings, targets=tuple(keyless))
     fallbacks = [fallback for target in settings.targets for fallback in target.fallback]
-    held = [key.api_key_env for target in settings.targets for key in target.keys]
-    variables = [*held, *(fallback.api_key_env for fallback in fallbacks if fallback.api_key_env)]
-    make_targets(settings, {name: f"set-{number}" for number, name in enumerate(variables)})
+    make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
 
 
 def _serve(settings: GatewaySettings) -> int:
@@ -175,8 +176,14 @@ def _key_summary(key: KeySettings) -> str:
 
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
     keys = "one account for all API keys" if target.share_keys else "accounts of its own for each API key"
-    if target.keys:
-        keys = "calls are made with the gateway's own keys"
+    if target.api_key_env is not None:
+        missing = "" if target.api_key_env in os.environ else ", which is not set"
+        keys = f"calls are sent with the API key in ${target.api_key_env}{missing}"
+    elif target.api_key_file is not None:
+        missing = "" if Path(target.api_key_file).is_file() else ", which does not exist"
+        keys = f"calls are sent with the API key in {target.api_key_file}{missing}"
+    elif target.keys:
+        keys = "calls are sent with the API keys of the gateway"
     amounts = {
         "calls in flight": target.max_concurrent,
         "USD per day": target.budget_usd,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from forebay.gateway.secret import InvalidSecret, MissingFallbackKey, MissingProviderKey
+from forebay.gateway.secret import InvalidProviderKey, InvalidSecret, MissingFallbackKey
 from forebay.gateway.settings import (
     ContextSettings,
     DeploymentSettings,
@@ -40,6 +40,7 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
         CannotListen: the address is in use, or not one of this machine.
     """
@@ -53,10 +54,10 @@ __all__ = [
     "DeploymentSettings",
     "FallbackSettings",
     "GatewaySettings",
+    "InvalidProviderKey",
     "InvalidSecret",
     "KeySettings",
     "MissingFallbackKey",
-    "MissingProviderKey",
     "ModelSettings",
     "QuotaSettings",
     "TargetSettings",

@@ -13,8 +13,9 @@ import msgspec
 from forebay import clock
 from forebay.errors import ForebayError
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.settings import ModelSettings
-from forebay.gateway.targets import Destination, ProviderKey, Target
+from forebay.gateway.targets import Destination, Target
 from forebay.upstream import Fallback
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
@@ -81,7 +82,7 @@ class Deployment(NamedTuple):
             models=models,
             model=model,
             base_url=self.target.sdk_url,
-            api_key=None if self.key is None else self.key.secret,
+            api_key=None if self.key is None else self.key.key,
         )
 
 
@@ -154,7 +155,7 @@ class DeploymentPool:
 
 def _order(choice: ChosenDeployment) -> tuple[float, float]:
     deployment = choice.deployment
-    credential = "" if deployment.key is None else deployment.key.secret
+    credential = "" if deployment.key is None else deployment.key.key
     account = deployment.target.upstream.core.accounts.account(choice.model or "", credential)
     return choice_order(account.prospect_for(), deployment.weight, clock.draw())
 

@@ -6,8 +6,9 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container
-from typing import Final, TypeAlias
+from collections.abc import Container, Mapping
+from types import MappingProxyType
+from typing import Final
 
 import aiohttp
 import msgspec
@@ -17,15 +18,10 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
-from forebay.gateway.error_responses import (
-    ApiProtocol,
-    GatewayResponse,
-    StreamProtocol,
-    error_response,
-    printable,
-)
+from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.provider_key import ProviderKey, RawHeaders
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
@@ -34,10 +30,8 @@ from forebay.upstream.exchange import REDIRECTS, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
-from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream
+from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream, normalize_credential
 from forebay.upstream.providers.content_encoding import decompress_end
-
-RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
 _CONNECT_TIMEOUT: Final = 10.0  # seconds
@@ -45,7 +39,6 @@ _MAX_ERROR: Final = 1 << 20  # bytes of an error that are kept
 _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that are read
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
-_BAD_GATEWAY: Final = 502
 _NEVER: Final = re.compile(r"q=0(\.0*)?")  # the weight of an encoding that is not accepted
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
@@ -145,6 +138,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
         body: its bytes.
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
+        held_keys: the keys of the gateway, by key: it may be sent with one of them.
     """
 
     method: str
@@ -153,6 +147,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     caller: Caller
     read_timeout: float
+    held_keys: Mapping[str, ProviderKey] = MappingProxyType({})
 
 
 class ForwardedCall(Exchange):
@@ -168,7 +163,7 @@ class ForwardedCall(Exchange):
         metrics: count its tokens.
     """
 
-    __slots__ = ("_body", "_client", "_headers", "_held", "_metrics", "_request", "_timeout", "_url")
+    __slots__ = ("_body", "_client", "_headers", "_held", "_held_key", "_metrics", "_request", "_timeout", "_url")
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
@@ -194,6 +189,7 @@ class ForwardedCall(Exchange):
         self._client = client
         self._held = held
         self._metrics = metrics
+        self._held_key = request.held_keys.get(normalize_credential(self.api_key)) if request.held_keys else None
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
@@ -279,13 +275,8 @@ class ForwardedCall(Exchange):
         else:
             response.close()
         result = self.judge_answer(permit, response.status, headers, content)
-        result.value = GatewayResponse(response.status, tuple(returned.items()), body)
-        if self.held_key_invalid():  # such an answer may show a part of the key, and the caller's own is not meant
-            message = (
-                f"the provider {self.core.name!r} refuses the API key of this gateway: its operator has to replace it"
-            )
-            protocol: ApiProtocol = "anthropic" if self.core.profile.provider == "anthropic" else "openai"
-            result.value = error_response(protocol, _BAD_GATEWAY, "forebay_key_refused", message)
+        answer = GatewayResponse(response.status, tuple(returned.items()), body)
+        result.value = answer if self._held_key is None else self._held_key.passed_on(answer, self.core.name)
         return result
 
     def _stream(

@@ -104,7 +104,7 @@ class Forwarder:
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
-        MissingProviderKey: an API key of a target is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
@@ -113,6 +113,7 @@ class Forwarder:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
+        self._held_keys = {key.key: key for target in self.targets for key in target.keys}
         self._models = ModelDirectory(settings.models, self.targets)
         self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
@@ -322,7 +323,9 @@ class Forwarder:
         target = destination.target
         try:
             offset = clock.now() - clock.wall_time()
-            caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
+            caller = self._callers.read(
+                headers, offset=offset, shared_account=target.settings.share_keys and not target.keys
+            )
             if caller.api_key is None and not target.keys:
                 check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
@@ -341,6 +344,7 @@ class Forwarder:
             body=body,
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
+            held_keys=self._held_keys,
         )
         if self._lists_aliases(request.method, destination):
             incoming = without_compression(incoming)  # it is read

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import msgspec
 
 from forebay.errors import ForebayError
 from forebay.gateway.caller import check_one_credential
-from forebay.gateway.deployments import ChosenDeployment, Deployment
+from forebay.gateway.deployments import ChosenDeployment
 from forebay.gateway.forwarded_call import IncomingRequest
-from forebay.gateway.targets import Destination, ProviderKey, Target
+from forebay.gateway.provider_key import ProviderKey, without_account, without_query_keys
+from forebay.gateway.targets import Destination
 from forebay.upstream.call_flow import CallRunner
-from forebay.upstream.fallbacks.reroute import without_secrets
-from forebay.upstream.providers import CREDENTIAL_HEADERS, Endpoint, Headers, path_with_model, with_model
-
-# What belongs to the key of the caller: with the gateway's key, the provider would refuse another organization.
-_OF_OWN_KEY: Final = frozenset({*CREDENTIAL_HEADERS, "openai-organization", "openai-project", "cookie"})
+from forebay.upstream.providers import Headers, path_with_model, with_model
 
 
 class NotRewritable(ForebayError, ValueError):
@@ -58,27 +53,17 @@ def rewrite_request(
             check_one_credential(request.headers, path, target.upstream.core.profile.provider)
         request = msgspec.structs.replace(request, caller=msgspec.structs.replace(request.caller, api_key=api_key))
     else:
-        request, path = _with_held_key(request, chosen.deployment), without_secrets(path, Endpoint.OTHER)
+        path = without_query_keys(path)
+        request = _with_held_key(request, chosen.deployment.key, path)
     return request, Destination(target, path), chosen.runner
 
 
-def _with_held_key(request: IncomingRequest, deployment: Deployment) -> IncomingRequest:
-    """Return a request with the key of the gateway, or with none, instead of that of its caller."""
-    added = {} if deployment.key is None else _auth_headers(deployment.key, deployment.target)
-    raw = [pair for pair in request.raw_headers if pair[0].decode("latin-1").lower() not in _OF_OWN_KEY]
-    kept = {name: value for name, value in request.headers.items() if name not in _OF_OWN_KEY}
+def _with_held_key(request: IncomingRequest, key: ProviderKey | None, path: str) -> IncomingRequest:
+    """Return a request with a key of the gateway, or with none, instead of what its caller sent."""
+    raw = without_account(request.raw_headers) if key is None else key.replace_credentials(request.raw_headers, path)
     return msgspec.structs.replace(
         request,
-        raw_headers=(*raw, *((name.encode(), value.encode()) for name, value in added.items())),
-        headers=Headers({**kept, **added}),
+        raw_headers=raw,
+        headers=Headers.from_wire(raw),
         caller=msgspec.structs.replace(request.caller, api_key=None, key_is_held=True),
     )
-
-
-def _auth_headers(key: ProviderKey, target: Target) -> dict[str, str]:
-    """Return the headers with a key of the gateway, as the provider of a target takes it."""
-    if target.upstream.core.provider == "azure":
-        return {"api-key": key.secret}
-    if target.protocol == "anthropic":
-        return {"x-api-key": key.secret}
-    return {"authorization": f"Bearer {key.secret}"}

@@ -9,8 +9,8 @@ from typing import Final
 
 from forebay.errors import ForebayError
 
+_KEY: Final = re.compile(r"[!-~]{1,4096}")
 _TOKEN: Final = re.compile(r"[!-~]{16,4096}")  # a header carries it unchanged; a shorter one could be guessed
-_KEY: Final = re.compile(r"[!-~]+")
 
 
 class InvalidSecret(ForebayError, ValueError):
@@ -23,17 +23,8 @@ class MissingFallbackKey(ForebayError, LookupError):
     variable: str
 
 
-class MissingProviderKey(ForebayError, LookupError):
-    """An API key of the target {target} is missing: set the environment variable {variable}, empty or not set now."""
-
-    target: str
-    variable: str
-
-
 class InvalidProviderKey(ForebayError, ValueError):
-    """The API key in the environment variable {variable} is invalid: it must be printable ASCII without spaces."""
-
-    variable: str
+    """The API key of target {target!r} cannot be read from {where}: {problem}."""
 
 
 def read_token(variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
@@ -42,13 +33,9 @@ def read_token(variable: str | None, file: str | None, environment: Mapping[str,
     Raises:
         InvalidSecret: it is missing, or not fit to be a token.
     """
-    if variable is not None:
-        where, text = f"the environment variable {variable}", environment.get(variable, "")
-    else:
-        where, text = f"the file {file}", _read_file(str(file))
-    token = text.strip()
-    if not token:
-        raise InvalidSecret(where=where, problem="it is empty or not set")
+    where, token, problem = _read(variable, file, environment)
+    if problem:
+        raise InvalidSecret(where=where, problem=problem)
     if not _TOKEN.fullmatch(token):
         raise InvalidSecret(where=where, problem="it must be 16 to 4,096 printable characters without spaces")
     return token
@@ -66,24 +53,35 @@ def read_api_key(variable: str, environment: Mapping[str, str]) -> str:
     return key
 
 
-def read_provider_key(target: str, variable: str, environment: Mapping[str, str]) -> str:
-    """Return an API key of a target, which is in an environment variable.
+def read_provider_key(target: str, variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
+    """Return the API key of a target, in an environment variable or, if that is None, in a file.
 
     Raises:
-        MissingProviderKey: it is empty or not set.
-        InvalidProviderKey: a header cannot carry it.
+        InvalidProviderKey: it is missing, or a header cannot carry it.
     """
-    key = environment.get(variable, "").strip()
-    if not key:
-        raise MissingProviderKey(target=target, variable=variable)
-    if not _KEY.fullmatch(key):
-        raise InvalidProviderKey(variable=variable)
+    where, key, problem = _read(variable, file, environment)
+    if not problem and not _KEY.fullmatch(key):
+        problem = "it must be the key alone: printable characters of ASCII without spaces"
+    if problem:
+        raise InvalidProviderKey(target=target, where=where, problem=problem)
     return key
 
 
-def _read_file(file: str) -> str:
+def _read(variable: str | None, file: str | None, environment: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return where a secret is, the secret without surrounding spaces, and why it cannot be read, or nothing."""
+    if variable is not None:
+        where, text, problem = f"the environment variable {variable}", environment.get(variable, ""), ""
+    else:
+        where, (text, problem) = f"the file {file}", _read_file(str(file))
+    secret = text.strip()
+    return where, secret, problem or ("" if secret else "it is empty or not set")
+
+
+def _read_file(file: str) -> tuple[str, str]:
+    """Return the text of a file, and why it cannot be read, or nothing."""
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InvalidSecret(where=f"the file {file}", problem=f"{problem}") from None
+        return Path(file).read_text(encoding="utf-8"), ""
+    except OSError as error:
+        return "", f"{error.strerror}"
+    except ValueError:
+        return "", "it is not UTF-8 text"

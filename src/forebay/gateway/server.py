@@ -340,6 +340,7 @@ class Gateway:
     Raises:
         InvalidSecret: on entering; the token is missing, or not fit to be one.
         MissingFallbackKey: on entering; the API key of a fallback is missing.
+        InvalidProviderKey: on entering; the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: on entering; a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
         CannotListen: on entering; the address is in use, or not one of this machine.
     """

@@ -12,7 +12,7 @@ from msgspec import field
 from forebay._validate import is_positive, is_whole, reject
 from forebay.errors import InvalidSetting
 from forebay.gateway.address import Address, parse_address, url_problem
-from forebay.gateway.secret import read_api_key, read_token
+from forebay.gateway.secret import read_api_key, read_provider_key, read_token
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.upstream import Fallback, ProviderKeyLimits, Upstream
@@ -262,6 +262,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         name: lower-case letters, digits and ``._-``; callers may name it in their base URL.
         url: of the provider, without the ``/v1`` that starts the path of each call.
         provider: whose rules apply; by default those of the provider that `name` names, else ``"openai-compatible"``.
+        api_key_env: environment variable with an API key that all calls are sent with, in place of what callers send.
+        api_key_file: file with that key.
         models: rate limits of groups of models, by pattern of name such as ``"gpt-4o*"``; each has its own account.
         max_concurrent: calls in flight at most, of each account; None learns how many the provider takes.
         budget_usd: US dollars that all its calls together may spend in a day, in UTC.
@@ -286,6 +288,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     name: str
     url: str
     provider: str | None = None
+    api_key_env: str | None = None
+    api_key_file: str | None = None
     models: dict[str, QuotaSettings] = field(default_factory=dict)
     max_concurrent: int | None = None
     budget_usd: float | None = None
@@ -317,6 +321,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
                 profile_for(self.provider)
             except InvalidSetting as error:
                 self._reject("provider", vars(error)["expected"])
+        self._check_api_key()
         self._check_whole("max_concurrent", optional=True)
         self._check_whole("max_attempts")
         self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
@@ -329,8 +334,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         Prices(self.prices)
 
     def _check_keys(self) -> None:
-        if self.keys and self.share_keys:
-            self._reject("share_keys", "left out if there are keys, which are used instead of those of the callers")
+        if self.keys and self.holds_key:
+            self._reject("keys", "left out if api_key_env or api_key_file is given, or all of them here", value="given")
         for attribute in ("label", "api_key_env"):
             values = [getattr(key, attribute) for key in self.keys]
             for value in values:
@@ -339,6 +344,29 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         for key in self.keys:
             if key.strict:
                 self._reject("keys", "without strict, which is a setting of the target", value="strict")
+
+    def _check_api_key(self) -> None:
+        for name in ("api_key_env", "api_key_file"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                self._reject(name, "the name of an environment variable or a file, not the key itself")
+        if self.api_key_env is not None and self.api_key_file is not None:
+            self._reject("api_key_file", "left out if api_key_env is given: there is one key")
+
+    @property
+    def holds_key(self) -> bool:
+        """True if the gateway holds the API key of this provider."""
+        return self.api_key_env is not None or self.api_key_file is not None
+
+    def api_key(self, environment: Mapping[str, str]) -> str | None:
+        """Return the API key that calls are sent with, read now; None if callers send their own.
+
+        Raises:
+            InvalidProviderKey: it is missing, or a header cannot carry it.
+        """
+        if not self.holds_key:
+            return None
+        return read_provider_key(self.name, self.api_key_env, self.api_key_file, environment)
 
     @property
     def resolved_provider(self) -> str:

@@ -9,9 +9,11 @@ from urllib.parse import unquote
 
 from forebay._validate import reject
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.secret import read_provider_key
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.upstream import Fallback
+from forebay.upstream.providers import profile_for
 
 _RESOURCE: Final = re.compile(r"/v1/([^/]+)")
 _ANTHROPIC_RESOURCES: Final = frozenset({"messages", "complete"})
@@ -22,23 +24,6 @@ _NEEDLESSLY_ESCAPED: Final = re.compile(r"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][
 
 # An escape of an escape, of a control character, or of nothing.
 _BADLY_ESCAPED: Final = re.compile(r"%(25[0-9A-Fa-f]{2}|[01][0-9A-Fa-f]|7[Ff]|(?![0-9A-Fa-f]{2}))")
-
-
-class ProviderKey(NamedTuple):
-    """An API key that the gateway holds for a target. It is never shown.
-
-    Attributes:
-        label: stands for it in metrics and messages.
-        secret: the key.
-        weight: its share of calls.
-    """
-
-    label: str
-    secret: str
-    weight: float
-
-    def __repr__(self) -> str:
-        return f"ProviderKey({self.label!r})"
 
 
 class Target:
@@ -63,11 +48,13 @@ class Target:
     ) -> None:
         self.settings = settings
         self.name = settings.name
-        limits = {key.secret: each.limits() for key, each in zip(keys, settings.keys, strict=True)} if keys else {}
+        limits = {key.key: each.limits() for key, each in zip(keys, settings.keys, strict=False)}
         self.upstream = settings.upstream(fallbacks, limits)
         self.protocol: ApiProtocol = settings.protocol
         self.base_url = settings.url.rstrip("/")
         self.keys = tuple(keys)
+        for key in keys:  # a call with it is no stranger's, so it may be sent with the key of a fallback
+            self.upstream.core.accepted_keys.record(key.key, accepted=True)
 
     @property
     def sdk_url(self) -> str:
@@ -80,8 +67,7 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
-        MissingProviderKey: an API key of a target is missing.
-        InvalidProviderKey: an API key of a target cannot be sent.
+        InvalidProviderKey: an API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol, or two keys of a target are the same.
     """
     by_name = {target.name: target for target in settings.targets}
@@ -89,36 +75,44 @@ def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> l
 
     def make(name: str) -> Target:
         if name not in made:
-            fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
+            fallbacks = [made for fallback in by_name[name].fallback for made in make_fallbacks(fallback)]
             made[name] = Target(by_name[name], fallbacks, _read_keys(by_name[name], environment))
         return made[name]
 
-    def make_fallback(settings: FallbackSettings) -> Fallback:
+    def make_fallbacks(settings: FallbackSettings) -> list[Fallback]:
         if settings.target is None:
             assert settings.model is not None  # noqa: S101 - FallbackSettings checks it
-            return Fallback(settings.model, load_threshold=settings.load_threshold, models=settings.models)
+            return [Fallback(settings.model, load_threshold=settings.load_threshold, models=settings.models)]
         target = make(settings.target)
-        return Fallback(
-            target.upstream,
-            load_threshold=settings.load_threshold,
-            models=settings.models,
-            model=settings.model,
-            base_url=target.sdk_url,
-            api_key=settings.api_key(environment),
-        )
+        own = settings.api_key(environment)
+        keys = [own] if own is not None or not target.keys else [key.key for key in target.keys]
+        return [
+            Fallback(
+                target.upstream,
+                load_threshold=settings.load_threshold,
+                models=settings.models,
+                model=settings.model,
+                base_url=target.sdk_url,
+                api_key=key,
+            )
+            for key in keys
+        ]
 
     return [make(target.name) for target in settings.targets]
 
 
 def _read_keys(settings: TargetSettings, environment: Mapping[str, str]) -> list[ProviderKey]:
     """Return the keys that the gateway holds for a target."""
+    profile = profile_for(settings.resolved_provider)
+    if (only := settings.api_key(environment)) is not None:
+        return [ProviderKey(only, profile)]
     keys: list[ProviderKey] = []
     for each in settings.keys:
-        secret = read_provider_key(settings.name, each.api_key_env, environment)
-        if same := next((key.label for key in keys if key.secret == secret), None):
+        secret = read_provider_key(settings.name, each.api_key_env, None, environment)
+        if same := next((key.label for key in keys if key.key == secret), None):
             expected = f"a key of its own: {each.label!r} has the same one as {same!r}, so that their limits are one"
             reject(f"targets.{settings.name}", "keys", each.label, expected)
-        keys.append(ProviderKey(each.label, secret, each.weight))
+        keys.append(ProviderKey(secret, profile, label=each.label, weight=each.weight))
     return keys
 
 

@@ -105,7 +105,7 @@ def reroute_request(
         body, path = renamed, path_with_model(path, route.model)
     if not route.other_upstream:
         return ReroutedRequest(origin=None, path=path, to_other=False, added_headers={}, body=body)
-    origin, path = None, without_secrets(path, parsed.endpoint)
+    origin, path = None, _without_secrets(path, parsed.endpoint)
     if route.base_url is not None:
         azure = route.core.provider == "azure"
         origin, path = _below(route.base_url, path, parsed.endpoint, azure=azure)
@@ -118,7 +118,7 @@ def reroute_request(
     )
 
 
-def without_secrets(path: str, endpoint: Endpoint) -> str:
+def _without_secrets(path: str, endpoint: Endpoint) -> str:
     """Return a path whose query has no key in it. Of an endpoint that is not known, any other parameter may matter."""
     resource, _, query = path.partition("?")
     pairs = parse_qsl(query, keep_blank_values=True)
