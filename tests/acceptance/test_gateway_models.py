@@ -32,6 +32,7 @@ from forebay.gateway.server import Gateway
 
 KEYS = {"KEY_A": "sk-first", "KEY_B": "sk-second"}
 TWO_KEYS = (KeySettings(api_key_env="KEY_A", name="a"), KeySettings(api_key_env="KEY_B", name="b"))
+USAGE = {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12}
 FAST = {**CHAT_REQUEST, "model": "fast"}
 
 
@@ -322,3 +323,36 @@ async def test_a_mistake_of_the_caller_is_answered_by_one_deployment(harness: Ga
         status, _, answer = await harness.post(gateway, json=FAST)
     assert (status, answer) == (400, {"error": {"message": "bad"}})
     assert len(harness.provider.requests) == 1
+
+
+# --- stored responses ---
+
+
+async def test_what_continues_or_fetches_a_stored_response_goes_to_the_key_that_has_made_it(
+    harness: GatewayHarness,
+) -> None:
+    made: dict[str, str] = {}
+
+    async def respond(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        if request.method == "POST":
+            made[f"resp_{len(made)}"] = request.headers["authorization"]
+            answer = {"object": "response", "id": f"resp_{len(made) - 1}", "status": "completed", "usage": USAGE}
+            return web.json_response(answer)
+        return web.json_response({})
+
+    harness.provider.behaviour = respond
+    alias = pool(("b", "x", 1.0), ("c", "x", 1.0))
+    targets = {"b": {"keys": TWO_KEYS[:1]}, "c": {"keys": TWO_KEYS[1:]}}
+    async with Gateway(settings(harness, alias, a={}, **targets), KEYS) as gateway:
+        for _ in range(20):
+            await harness.post(gateway, "/v1/responses", json={"model": "fast", "input": "Rivers?"})
+        assert len(set(made.values())) == 2
+        first = dict(made)
+        for response_id, key in first.items():
+            body = {"model": "fast", "input": "More?", "previous_response_id": response_id}
+            await harness.post(gateway, "/v1/responses", json=body)
+            assert harness.provider.requests[-1].headers["authorization"] == key
+            async with harness.session.get(harness.at(gateway, f"/v1/responses/{response_id}")) as response:
+                assert response.status == 200
+            assert harness.provider.requests[-1].headers["authorization"] == key

@@ -55,10 +55,11 @@ from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import GatewaySettings, forwarded_call
+from forebay.gateway import GatewaySettings, forwarded_call, provider_key, rewritten_request
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
+from forebay.gateway.provider_key import RawHeaders
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
@@ -224,10 +225,20 @@ from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
+from forebay.upstream.fallbacks.load_balancer import LoadBalancer, Peer
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.httpx_binding import httpx_transport
 from forebay.upstream.metered_stream import MeteredStream
-from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
+from forebay.upstream.providers import (
+    ProviderProfile,
+    Usage,
+    UsageMeter,
+    credentials,
+    endpoints,
+    metering,
+    request,
+    rewrite,
+)
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -3824,6 +3835,36 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     names = vars(gateway_command)
     original = names["load_gateway_settings"]
     names["load_gateway_settings"] = load
+
+
+# --- aliases and pools ---
+
+
+def an_alias_is_sent_as_it_was_named() -> None:
+    def with_model(body: bytes, _: str) -> bytes:
+        return body
+
+    names = vars(rewritten_request)
+    assert names["with_model"] is rewrite.with_model
+    names["with_model"] = with_model
+
+
+def the_account_of_a_caller_is_sent_with_the_key_of_the_gateway() -> None:
+    def without_account(raw_headers: RawHeaders) -> RawHeaders:
+        return raw_headers
+
+    provider_key.without_account.__code__ = without_account.__code__
+
+
+def a_full_account_gets_the_next_call_while_another_is_free() -> None:
+    def choose(self: LoadBalancer[Any], _: float, __: Callable[[], float]) -> Peer[Any] | None:
+        return self._open[0] if self._open else None
+
+    replace(LoadBalancer, LoadBalancer.choose, choose)
+
+
+def a_key_that_is_refused_ends_the_call() -> None:
+    always(FallbackChain, FallbackChain.judge, returns=None)
 
 
 # --- progress ---

@@ -21,32 +21,70 @@ from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.fallbacks.load_balancer import choice_order
 from forebay.upstream.providers.json_text import replace_lone_surrogates
+from forebay.upstream.stored_responses import StoredResponses
 
 _CACHED: Final = 1_000  # names of models whose deployments are kept
 _DEPLOYMENT: Final = re.compile(r"/deployments/([^/?#]+)/", re.IGNORECASE)  # Azure names the model in the path
+_RESPONSE: Final = re.compile(r"/responses/([^/]+)")
 _SPECIAL: Final = re.compile(r"([*?\[])")
 
 
-class _NamedModel(msgspec.Struct):
-    """The field of a request's body that names its model."""
+class _Fields(msgspec.Struct):
+    """The fields of a request's body that say where it goes."""
 
     model: str | None = None
+    previous_response_id: str | None = None
+    conversation: msgspec.Raw = msgspec.Raw(b"null")
 
 
-_decoder: Final = msgspec.json.Decoder(_NamedModel)
+_decoder: Final = msgspec.json.Decoder(_Fields)
 
 
-def read_model(path: str, body: bytes) -> str | None:
-    """Return the model that a request names, in its JSON body or in its path; None if it names none."""
+class RequestedModel(NamedTuple):
+    """What a request says about the deployment that it goes to.
+
+    Attributes:
+        model: that it names, in its JSON body or in its path; None if it names none.
+        response_id: of the stored response that it continues or fetches, or None.
+        stored: it depends on what its provider stores under one API key.
+    """
+
+    model: str | None = None
+    response_id: str | None = None
+    stored: bool = False
+
+
+def read_requested_model(path: str, body: bytes) -> RequestedModel:
+    """Return what a request says about the deployment that it goes to."""
+    resource = path.partition("?")[0]
+    if found := _RESPONSE.search(resource):
+        return RequestedModel(response_id=found[1], stored=True)
+    fields = _Fields()
     if body.lstrip()[:1] == b"{":
         try:
-            model = _decoder.decode(replace_lone_surrogates(body)).model
+            fields = _decoder.decode(replace_lone_surrogates(body))
         except (msgspec.MsgspecError, ValueError, RecursionError):
-            return None  # what is wrong with it is said later
-        if model is not None:
-            return model
-    found = _DEPLOYMENT.search(path)
-    return None if found is None else found[1]
+            return RequestedModel()  # what is wrong with it is said later
+    model = fields.model
+    if model is None and (found := _DEPLOYMENT.search(resource)):
+        model = found[1]
+    stored = fields.previous_response_id is not None or bytes(fields.conversation) != b"null"
+    return RequestedModel(model, fields.previous_response_id, stored)
+
+
+class StoredPlace(NamedTuple):
+    """Where a response is stored.
+
+    Attributes:
+        target: name of the target that has made it.
+        key: the key of the gateway under which it was made; empty if it was made with none.
+    """
+
+    target: str
+    key: str
+
+    def __repr__(self) -> str:
+        return f"StoredPlace({self.target!r})"
 
 
 class Deployment(NamedTuple):
@@ -63,6 +101,11 @@ class Deployment(NamedTuple):
     model: str | None
     key: ProviderKey | None
     weight: float
+
+    @property
+    def place(self) -> StoredPlace:
+        """Where its responses are stored."""
+        return StoredPlace(self.target.name, "" if self.key is None else self.key.key)
 
     def as_peer(self, own_model: str, called: str, *, takes_own_key: bool) -> Fallback:
         """Return the way to it for calls that were prepared for another deployment of the same pool.
@@ -122,15 +165,20 @@ class DeploymentPool:
         """The protocol of its targets."""
         return self.deployments[0].target.protocol
 
-    def choose(self, model: str | None) -> ChosenDeployment:
+    def choose(self, request: RequestedModel, place: StoredPlace | None) -> ChosenDeployment:
         """Return the deployment that a call goes to first: that which would send a typical one soonest.
 
+        A call that depends on what is stored under a key goes there. Where that is not known, the first deployment
+        serves all of these, and so it does for calls without a model.
+
         Args:
-            model: that the call names. One without a model may be for what is stored under a key, so the first
-                deployment serves all of these.
+            request: what the call says.
+            place: where the response that it continues or fetches is stored, if that is known.
         """
-        choices = self._choices(model)
-        if model is None or len(choices) == 1:
+        choices = self._choices(request.model)
+        if place is not None:
+            return next((choice for choice in choices if choice.deployment.place == place), choices[0])
+        if request.model is None or request.stored or len(choices) == 1:
             return choices[0]
         return min(choices, key=_order)
 
@@ -174,12 +222,14 @@ class ModelDirectory:
     Attributes:
         aliases: the names by which callers use models, patterns left out, in the order of the settings, each with the
             protocol by which it is called, or None for either.
+        responses: where responses are stored, by id.
     """
 
     def __init__(self, models: Sequence[ModelSettings], targets: Sequence[Target]) -> None:
         by_name = {target.name: target for target in targets}
         self._by_target = {target.name: DeploymentPool(_deployments(target, None, 1.0)) for target in targets}
         self._pools: dict[tuple[str, str], DeploymentPool] = {}  # by alias and, if it names no target, by target
+        self.responses: StoredResponses[StoredPlace] = StoredResponses()
         self._exact: dict[str, ModelSettings] = {}
         self._patterns: list[ModelSettings] = []
         self.aliases: dict[str, ApiProtocol | None] = {}
@@ -209,6 +259,10 @@ class ModelDirectory:
             return alias
         return next((alias for alias in self._patterns if fnmatchcase(model, alias.name)), None)
 
+    def record_stored(self, response_id: str, target: str, key: ProviderKey | None) -> None:
+        """Note where a response is stored; see `IncomingRequest.on_stored`."""
+        self.responses.add(response_id, StoredPlace(target, "" if key is None else key.key))
+
     def find(self, destination: Destination, body: bytes) -> ChosenDeployment | None:
         """Return the deployment that a request goes to; None if it goes as it is to the target of its path.
 
@@ -223,14 +277,18 @@ class ModelDirectory:
         aliased = not destination.by_name and bool(self._exact or self._patterns)
         if not aliased and not target.keys:
             return None
-        model = read_model(destination.path, body)
-        alias = self.find_alias(model) if aliased else None
+        request = read_requested_model(destination.path, body)
+        alias = self.find_alias(request.model) if aliased else None
+        place = self.responses.get(request.response_id)
+        fetched = request.model is None and not destination.by_name
+        if fetched and place is not None and place.key:  # a caller's own key is for the target of its path only
+            return self._by_target[place.target].choose(request, place)
         if alias is None and not target.keys:
             return None
         pool = self._pool(alias, target)
         if pool.protocol != target.protocol:
-            raise WrongProtocol(model=model, protocol=pool.protocol)
-        return pool.choose(model)
+            raise WrongProtocol(model=request.model, protocol=pool.protocol)
+        return pool.choose(request, place)
 
     def _pool(self, alias: ModelSettings | None, target: Target) -> DeploymentPool:
         if alias is None:

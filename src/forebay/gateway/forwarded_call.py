@@ -6,7 +6,7 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -139,6 +139,8 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
         held_keys: the keys of the gateway, by key: it may be sent with one of them.
+        on_stored: called with the id of a response that is stored, the target's name, and the key of the gateway with
+            which it was made, if that has one; None if nobody needs to know.
     """
 
     method: str
@@ -148,6 +150,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     caller: Caller
     read_timeout: float
     held_keys: Mapping[str, ProviderKey] = MappingProxyType({})
+    on_stored: Callable[[str, str, ProviderKey | None], None] | None = None
 
 
 class ForwardedCall(Exchange):
@@ -332,6 +335,8 @@ class ForwardedCall(Exchange):
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
         """See `Exchange.call_outcome`; the tokens count in the metrics."""
+        if answer is not None and answer.response_id is not None and self._request.on_stored is not None:
+            self._request.on_stored(answer.response_id, self.core.name, self._held_key)
         if usage is not None:
             self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)

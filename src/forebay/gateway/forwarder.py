@@ -374,6 +374,7 @@ class Forwarder:
             chosen = self._models.find(destination, incoming.body)
             if chosen is None:
                 return incoming, destination, target.upstream.runner
+            incoming = msgspec.structs.replace(incoming, on_stored=self._models.record_stored)
             return rewrite_request(incoming, destination, chosen)
         except (WrongProtocol, NotRewritable) as error:
             raise EarlyResponse(error_response(target.protocol, 400, "forebay_model", str(error))) from None

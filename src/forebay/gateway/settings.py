@@ -158,7 +158,7 @@ class KeySettings(QuotaSettings, frozen=True, kw_only=True):
     """
 
     api_key_env: str
-    name: str = ""
+    name: str | None = None
     max_concurrent: int | None = None
     weight: float = 1.0
 
@@ -166,7 +166,7 @@ class KeySettings(QuotaSettings, frozen=True, kw_only=True):
         super().__post_init__()
         if not isinstance(self.api_key_env, str) or not self.api_key_env:
             self._reject("api_key_env", "the name of an environment variable")
-        if not isinstance(self.name, str) or (self.name and not _KEY_NAME.fullmatch(self.name)):
+        if self.name is not None and (not isinstance(self.name, str) or not _KEY_NAME.fullmatch(self.name)):
             self._reject("name", "1 to 64 letters, digits, dots, hyphens and underscores")
         self._check_whole("max_concurrent", optional=True)
         self._check_positive("weight", unit="shares")
