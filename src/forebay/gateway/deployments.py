@@ -41,7 +41,7 @@ _decoder: Final = msgspec.json.Decoder(_Fields)
 
 
 class RequestedModel(NamedTuple):
-    """What a request says about the deployment that it goes to.
+    """The model of a request, and what binds it to one deployment.
 
     Attributes:
         model: that it names, in its JSON body or in its path; None if it names none.
@@ -73,7 +73,7 @@ def read_requested_model(path: str, body: bytes) -> RequestedModel:
 
 
 class StoredPlace(NamedTuple):
-    """Where a response is stored.
+    """The place where a response is stored.
 
     Attributes:
         target: name of the target that has made it.
@@ -104,7 +104,7 @@ class Deployment(NamedTuple):
 
     @property
     def place(self) -> StoredPlace:
-        """Where its responses are stored."""
+        """The place where its responses are stored."""
         return StoredPlace(self.target.name, "" if self.key is None else self.key.key)
 
     def as_peer(self, own_model: str, called: str, *, takes_own_key: bool) -> Fallback:
