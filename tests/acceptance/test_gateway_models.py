@@ -223,7 +223,7 @@ async def test_a_throttled_key_leaves_its_call_to_the_other_one_at_once(harness:
     async with Gateway(settings(harness, a={"keys": TWO_KEYS}), KEYS) as gateway:
         statuses = [(await harness.post(gateway))[0] for _ in range(30)]
     assert statuses == [200] * 30
-    assert keys_used(harness)["Bearer sk-first"] <= 1
+    assert keys_used(harness)["Bearer sk-first"] <= 4  # one whose refusal names no limit is tried again
 
 
 async def test_a_key_that_the_provider_refuses_fails_no_call_and_is_soon_left_alone(harness: GatewayHarness) -> None:
