@@ -120,7 +120,7 @@ async def test_a_compressed_stream_stays_compressed_and_is_metered(harness: Gate
 
 async def test_pages_of_the_gateway_are_found_with_a_query(harness: GatewayHarness) -> None:
     async with Gateway(harness.settings()) as gateway:
-        for path in ("/metrics?name[]=forebay_tokens_total", "/metrics?", "/healthz?verbose"):
+        for path in ("/metrics?name[]=forebay_tokens_total", "/metrics?", "/healthz?verbose", "/readyz?verbose"):
             async with harness.session.get(harness.at(gateway, path)) as response:
                 assert response.status == 200
     assert harness.provider.requests == []
@@ -255,8 +255,9 @@ async def test_beyond_loopback_a_token_is_needed(harness: GatewayHarness, monkey
         status, _, _ = await harness.post(gateway, headers={"x-forebay-token": token})
         assert status == 200
         assert token not in repr(harness.provider.requests[0].headers)
-        async with harness.session.get(harness.at(gateway, "/healthz")) as response:
-            assert await response.json() == {"status": "ok"}
+        for path, expected in (("/healthz", {"status": "ok"}), ("/readyz", {"status": "ready", "problems": []})):
+            async with harness.session.get(harness.at(gateway, path)) as response:
+                assert await response.json() == expected
 
 
 async def test_only_a_trusted_caller_may_name_its_tenant(harness: GatewayHarness) -> None:
@@ -630,9 +631,11 @@ async def test_draining_finishes_calls_in_progress_and_rejects_new_ones(harness:
     await until(lambda: leftovers(gateway)[:2] == (1, 1))
     end = asyncio.create_task(gateway.__aexit__(None, None, None))
     await until(lambda: gateway.forwarder.draining)
-    async with harness.session.get(harness.at(gateway, "/healthz")) as response:
-        assert (response.status, await response.json()) == (503, {"status": "draining"})
+    async with harness.session.get(harness.at(gateway, "/readyz")) as response:
+        assert (response.status, await response.json()) == (503, {"status": "unready", "problems": ["draining"]})
         assert response.headers["connection"] == "close"
+    async with harness.session.get(harness.at(gateway, "/healthz")) as response:
+        assert (response.status, await response.json()) == (200, {"status": "draining"})
     status, headers, body = await harness.post(gateway, "/v1/messages")
     assert (status, body["type"]) == (503, "error")
     assert headers["connection"] == "close"

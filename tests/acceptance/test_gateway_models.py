@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from tests.support.gateway_harness import (
@@ -17,6 +19,7 @@ from tests.support.gateway_harness import (
     leftovers,
     responding,
 )
+from tests.support.issued_keys import IssuedKeys
 
 from forebay.errors import InvalidSetting
 from forebay.gateway import (
@@ -356,3 +359,31 @@ async def test_what_continues_or_fetches_a_stored_response_goes_to_the_key_that_
             async with harness.session.get(harness.at(gateway, f"/v1/responses/{response_id}")) as response:
                 assert response.status == 200
             assert harness.provider.requests[-1].headers["authorization"] == key
+
+
+# --- with keys that the gateway issues ---
+
+
+async def test_an_issued_key_is_for_the_alias_by_its_name_and_for_the_targets_that_serve_it(
+    harness: GatewayHarness, tmp_path: Path
+) -> None:
+    keys = IssuedKeys(tmp_path / "keys.db")
+    alias = ModelSettings(name="fast", target="b", model="gpt-4o")
+    by_alias = await keys.create("by-alias", models=("fast",))
+    by_model = await keys.create("by-model", models=("gpt-4o",))
+    elsewhere = await keys.create("elsewhere", targets=("a",))
+    made = msgspec.structs.replace(settings(harness, alias, a={}, b={"keys": TWO_KEYS}), keys=keys.url)
+    async with Gateway(made, KEYS) as gateway:
+        statuses = [
+            (await harness.post(gateway, json=FAST, headers={"authorization": f"Bearer {key}"}))[0]
+            for key in (by_alias, by_model, elsewhere)
+        ]
+        harness.provider.behaviour = listing()
+        async with harness.session.get(
+            harness.at(gateway, "/v1/models"), headers={"authorization": f"Bearer {by_model}"}
+        ) as response:
+            listed = await response.json()
+    assert statuses == [200, 403, 403]
+    assert listed["data"] == []
+    assert harness.provider.bodies == [{**FAST, "model": "gpt-4o"}]
+    assert not any("fb-" in str(request.headers) for request in harness.provider.requests)

@@ -25,6 +25,8 @@ CREDENTIALS = {
     "cookie": "session=sk-of-the-caller",
     "openai-organization": "org-of-the-caller",
     "openai-project": "proj-of-the-caller",
+    "x-goog-user-project": "proj-of-the-caller",
+    "sec-websocket-protocol": "realtime, openai-insecure-api-key.sk-of-the-caller",
 }
 MESSAGE = {
     "id": "msg_1",

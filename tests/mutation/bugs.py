@@ -57,9 +57,14 @@ from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
 from forebay.gateway import GatewaySettings, forwarded_call, provider_key, rewritten_request
 from forebay.gateway.body_memory import BodyMemory
+from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
 from forebay.gateway.forwarded_call import ForwardedCall
-from forebay.gateway.provider_key import RawHeaders
+from forebay.gateway.issued_keys import IssuedKey
+from forebay.gateway.key_file import KeySnapshot
+from forebay.gateway.key_registry import KeyRegistry
+from forebay.gateway.provider_key import ProviderKey, RawHeaders
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
@@ -223,6 +228,7 @@ from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutV
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
+from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.load_balancer import LoadBalancer, Peer
@@ -1527,6 +1533,33 @@ def a_call_that_is_not_retried_is_tried() -> None:
 
 def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
+
+
+def a_revoked_key_is_valid_until_a_restart() -> None:
+    always(KeyRegistry, KeyRegistry._read_if_changed, returns=None)
+
+
+def a_changed_key_has_its_budget_again() -> None:
+    original = KeyRegistry._replace
+
+    def _replace(self: KeyRegistry, snapshot: KeySnapshot) -> None:
+        self._limits.clear()
+        original(self, snapshot)
+
+    replace(KeyRegistry, original, _replace)
+
+
+def a_key_for_some_models_is_for_all() -> None:
+    always(IssuedKey, IssuedKey.allows_model, returns=True)
+
+
+def credentials_of_a_caller_go_with_the_held_key() -> None:
+    def replace_credentials(self: ProviderKey, raw_headers: RawHeaders, path: str) -> RawHeaders:
+        name, value = self.header(path)
+        kept = [pair for pair in raw_headers if pair[0].decode().lower() != name]
+        return (*kept, (name.encode(), value.encode()))
+
+    replace(ProviderKey, ProviderKey.replace_credentials, replace_credentials)
 
 
 def callers_of_different_keys_share_connections() -> None:
@@ -3823,6 +3856,23 @@ def an_autoscaler_that_does_not_lead_publishes_old_readings() -> None:
 
     original = autoscale_metrics._lines
     autoscale_metrics._lines = _lines
+
+
+def a_query_is_in_the_access_log() -> None:
+    def keep_path(self: CallRecord, method: str, path: str, headers: Mapping[str, str]) -> None:
+        original(self, method, path, headers)
+        self.path = path
+
+    original = CallRecord.__init__
+    replace(CallRecord, original, keep_path)
+
+
+def a_reload_refills_a_budget() -> None:
+    always(UpstreamCore, UpstreamCore.adopt, returns=None)
+
+
+def what_a_call_holds_is_kept_if_another_limit_rejects_it() -> None:
+    always(CallerPermit, CallerPermit.release, returns=None)
 
 
 def a_gateway_drains_for_as_long_as_its_file_says() -> None:

@@ -32,7 +32,12 @@ from tests.acceptance import (
     test_gateway_attacks,
     test_gateway_connections,
     test_gateway_end,
+    test_gateway_key_limits,
+    test_gateway_keys,
     test_gateway_models,
+    test_gateway_operation,
+    test_gateway_provider_keys,
+    test_gateway_reload,
     test_gateway_responses,
     test_handler_context,
     test_held_tasks,
@@ -123,6 +128,7 @@ from tests.unit.breaker import test_breaker
 from tests.unit.cli import test_autoscale, test_autoscale_metrics
 from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
+from tests.unit.gateway import test_caller_limits
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
@@ -618,6 +624,14 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_call_that_is_not_retried_is_tried: test_upstream_retries.test_a_call_that_is_not_retried_is_no_trial_call,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
+    bugs.a_revoked_key_is_valid_until_a_restart: (
+        test_gateway_keys.test_calls_in_progress_of_a_revoked_key_end_as_they_are
+    ),
+    bugs.a_changed_key_has_its_budget_again: test_gateway_key_limits.test_a_raised_budget_keeps_what_was_spent,
+    bugs.a_key_for_some_models_is_for_all: test_gateway_keys.test_a_key_for_some_models_is_for_no_others,
+    bugs.credentials_of_a_caller_go_with_the_held_key: (
+        test_gateway_provider_keys.test_a_call_is_sent_with_the_held_key_where_its_provider_reads_it
+    ),
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
@@ -1596,6 +1610,11 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_autoscaler_that_only_publishes_scales: test_autoscale.test_it_scales_or_only_publishes_and_says_how_it_is,
     bugs.an_autoscaler_that_does_not_lead_publishes_old_readings: (
         test_autoscale_metrics.test_readings_are_those_of_the_one_that_leads
+    ),
+    bugs.a_query_is_in_the_access_log: test_gateway_operation.test_no_query_is_logged,
+    bugs.a_reload_refills_a_budget: test_gateway_reload.test_a_reload_refills_no_budget,
+    bugs.what_a_call_holds_is_kept_if_another_limit_rejects_it: (
+        test_caller_limits.test_what_was_taken_of_one_caller_is_returned_if_another_rejects_the_call
     ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain

@@ -9,6 +9,7 @@ import typer
 
 from forebay.cli.autoscale import autoscale
 from forebay.cli.gateway import gateway
+from forebay.cli.keys import keys
 from forebay.cli.overflow import overflow
 from forebay.cli.saga import saga
 from forebay.cli.worker import worker
@@ -40,5 +41,6 @@ def _forebay(
 app.command()(gateway)
 app.command()(worker)
 app.command()(autoscale)
+app.add_typer(keys, name="keys")
 app.add_typer(overflow, name="overflow")
 app.add_typer(saga, name="saga")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -15,8 +16,10 @@ from forebay.cli.config import load_gateway_settings
 from forebay.cli.extras import missing_extra_message
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
-from forebay.gateway import GatewaySettings, KeySettings, ModelSettings, TargetSettings
+from forebay.gateway import GatewaySettings, KeySettings, ModelSettings, TargetSettings, TenantSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
+from forebay.gateway.key_file import parse_keys_url
+from forebay.gateway.settings import OTHER_TENANTS
 from forebay.gateway.targets import make_targets
 
 _EACH: Final = "for all targets, or NAME=NUMBER for one; repeatable."
@@ -52,9 +55,19 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
     token_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the token that callers present.")
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="File of the keys that callers present, such as sqlite:///keys.db."),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="How long calls in progress may take to end after SIGTERM; default 30."),
+    ] = None,
+    access_log: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="A line for each request: text (default), json, or off.")
+    ] = None,
+    access_log_to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where these lines go: stdout (default), stderr, or a file.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, such as forebay.toml; options override it.")
@@ -75,20 +88,23 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
         "max_concurrent": max_concurrent,
         "budget_usd": budget_usd,
     }
+    options: dict[str, Any] = {
+        "targets": target or (),
+        "limits": {name: texts or () for name, texts in limits.items()},
+        "share_keys": share_keys,
+        "gateway": {
+            "listen": listen,
+            "token_env": token_env,
+            "token_file": token_file,
+            "keys": keys,
+            "drain_timeout": drain_timeout,
+            "access_log": access_log,
+            "access_log_to": access_log_to,
+        },
+    }
+    load = functools.partial(_load, config, options)
     try:
-        settings = load_gateway_settings(
-            config,
-            targets=target or (),
-            limits={name: texts or () for name, texts in limits.items()},
-            share_keys=share_keys,
-            gateway={
-                "listen": listen,
-                "token_env": token_env,
-                "token_file": token_file,
-                "drain_timeout": drain_timeout,
-            },
-        )
-        _check_fallbacks(settings)
+        settings = load()
         proxies = {each.name: http_proxy_for(each.url, os.environ) for each in settings.targets}
     except (InvalidConfiguration, InvalidSetting) as error:
         typer.echo(f"{error}", err=True)
@@ -96,7 +112,18 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
     if check:
         typer.echo("\n".join(_summary(settings, proxies)))
         return
-    raise typer.Exit(_serve(settings))
+    raise typer.Exit(_serve(settings, config, load))
+
+
+def _load(config: Path | None, options: Mapping[str, Any]) -> GatewaySettings:
+    """Return the settings of the file, if there is one, and of the options, which override it.
+
+    Raises:
+        InvalidConfiguration, InvalidSetting: with each mistake that was found.
+    """
+    settings = load_gateway_settings(config, **options)
+    _check_fallbacks(settings)
+    return settings
 
 
 def _check_fallbacks(settings: GatewaySettings) -> None:
@@ -111,13 +138,18 @@ def _check_fallbacks(settings: GatewaySettings) -> None:
     make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
 
 
-def _serve(settings: GatewaySettings) -> int:
-    """Run the gateway until it is stopped; return the exit status."""
+def _serve(settings: GatewaySettings, config: Path | None, load: Callable[[], GatewaySettings]) -> int:
+    """Run the gateway until it is stopped; return the exit status. With a file, a SIGHUP reloads it."""
     if missing := gateway_package.missing_libraries():
         typer.echo(missing_extra_message(missing, "gateway"), err=True)
         return 1
     try:
-        return gateway_package.serve(settings, ready=lambda running: _print_address(settings, running.port))
+        return gateway_package.serve(
+            settings,
+            ready=lambda running: _print_address(settings, running.port),
+            reload=None if config is None else load,
+            reloaded=lambda: typer.echo(f"reloaded {config}"),
+        )
     except ForebayError as error:
         typer.echo(f"forebay: {error}", err=True)
         return 1
@@ -138,9 +170,16 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         callers = f"the token in {settings.token_file}{missing}"
     else:
         callers = "no token"
+    if settings.keys is not None:
+        path = parse_keys_url(settings.keys)
+        missing = "" if path.is_file() else ", which does not exist"
+        callers = f"a key of {path}{missing}" if settings.require_key else f"{callers}, or a key of {path}{missing}"
+    log_format = settings.access_log or "text"
     return [
         f"listening on {settings.listen}; callers need {callers}",
         f"may set priority, deadline, tenant and task: {settings.trust}",
+        f"access log: {'off' if log_format == 'off' else f'{log_format} to {settings.access_log_to}'}",
+        *(_tenant_summary(tenant) for tenant in settings.tenants),
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
         *(line for alias in settings.models for line in _alias_summary(alias, settings)),
     ]
@@ -172,6 +211,22 @@ def _key_summary(key: KeySettings) -> str:
     missing = "" if key.api_key_env in os.environ else ", which is not set"
     shown = f": {', '.join(limits)}" if limits else ""
     return f"key {key.label} in ${key.api_key_env}{missing}{shown}"
+
+
+def _tenant_summary(tenant: TenantSettings) -> str:
+    who = "each other tenant" if tenant.name == OTHER_TENANTS else f"tenant {tenant.name!r}"
+    limits = [f"{quota.amount:,} {quota.unit.replace('_', ' ')} per minute" for quota in tenant.quotas()]
+    if tenant.max_concurrent is not None:
+        limits.append(f"{tenant.max_concurrent:,} calls in progress")
+    if tenant.budget_usd is not None:
+        limits.append(f"{tenant.budget_usd:,.12g} USD per day")
+    if tenant.priority is not None:
+        limits.append(f"priority {tenant.priority}")
+    if tenant.max_priority != "critical":
+        limits.append(f"at most {tenant.max_priority}")
+    if tenant.weight != 1.0:
+        limits.append(f"weight {tenant.weight:g}")
+    return f"{who}: {', '.join(limits) or 'no limits'}"
 
 
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:

@@ -15,6 +15,7 @@ from forebay.gateway.settings import (
     ModelSettings,
     QuotaSettings,
     TargetSettings,
+    TenantSettings,
 )
 
 if TYPE_CHECKING:
@@ -30,23 +31,33 @@ def missing_libraries() -> list[str]:
     return [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
 
 
-def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lambda _: None) -> int:
+def serve(
+    settings: GatewaySettings,
+    *,
+    ready: Callable[[Gateway], object] = lambda _: None,
+    reload: Callable[[], GatewaySettings] | None = None,
+    reloaded: Callable[[], object] = lambda: None,
+) -> int:
     """Serve until SIGTERM or SIGINT, then drain; return the exit status.
 
     Args:
         settings: of the gateway.
         ready: called once it listens.
+        reload: returns the settings to go on with after a SIGHUP; it may raise a `ForebayError`, and then nothing
+            changes. It is called in a thread. None: a SIGHUP stops the gateway, unless it is ignored.
+        reloaded: called once the gateway serves by these settings.
 
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
         InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
+        StoreUnavailable: the file of issued keys is missing, or cannot be read.
         CannotListen: the address is in use, or not one of this machine.
     """
     from forebay.gateway.server import run_forever  # noqa: PLC0415 - aiohttp and prometheus_client are extras
 
-    return run_forever(settings, ready)
+    return run_forever(settings, ready, reload, reloaded)
 
 
 __all__ = [
@@ -61,6 +72,7 @@ __all__ = [
     "ModelSettings",
     "QuotaSettings",
     "TargetSettings",
+    "TenantSettings",
     "missing_libraries",
     "serve",
 ]

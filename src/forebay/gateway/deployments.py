@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Final, NamedTuple
+from urllib.parse import unquote
 
 import msgspec
 
@@ -65,9 +66,8 @@ def read_requested_model(path: str, body: bytes) -> RequestedModel:
             fields = _decoder.decode(replace_lone_surrogates(body))
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return RequestedModel()  # what is wrong with it is said later
-    model = fields.model
-    if model is None and (found := _DEPLOYMENT.search(resource)):
-        model = found[1]
+    found = _DEPLOYMENT.search(resource)  # which counts, where the body names another one
+    model = fields.model if found is None else unquote(found[1])
     stored = fields.previous_response_id is not None or bytes(fields.conversation) != b"null"
     return RequestedModel(model, fields.previous_response_id, stored)
 
@@ -138,6 +138,7 @@ class ChosenDeployment(NamedTuple):
         model: the model's name there.
         runner: runs the call, at other deployments too.
         takes_own_key: the call is sent with the API key of its caller.
+        targets: names of the targets of all deployments that may serve it.
     """
 
     deployment: Deployment
@@ -145,6 +146,7 @@ class ChosenDeployment(NamedTuple):
     model: str | None
     runner: CallRunner
     takes_own_key: bool
+    targets: frozenset[str]
 
 
 class DeploymentPool:
@@ -156,7 +158,8 @@ class DeploymentPool:
 
     def __init__(self, deployments: Sequence[Deployment]) -> None:
         self.deployments = tuple(deployments)
-        one_target = len({deployment.target.name for deployment in self.deployments}) == 1
+        self._targets = frozenset(deployment.target.name for deployment in self.deployments)
+        one_target = len(self._targets) == 1
         self._takes_own_key = one_target and self.deployments[0].key is None  # which is for one provider only
         self._choices = functools.lru_cache(_CACHED)(self._choices_for)
 
@@ -197,7 +200,7 @@ class DeploymentPool:
             )
             resolver = FallbackResolver(own.target.upstream, peers, own_weight=own.weight, drawn=True)
             runner = CallRunner(own.target.upstream.core, resolver)
-            choices.append(ChosenDeployment(own, model, named, runner, self._takes_own_key))
+            choices.append(ChosenDeployment(own, model, named, runner, self._takes_own_key, self._targets))
         return tuple(choices)
 
 

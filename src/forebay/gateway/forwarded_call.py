@@ -6,7 +6,7 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -18,8 +18,11 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
+from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerHold, CallerLimits
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient
+from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.provider_key import ProviderKey, RawHeaders
 from forebay.interfaces import Outcome, RateLimitHeaders
@@ -138,9 +141,10 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
         body: its bytes.
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
-        held_keys: the keys of the gateway, by key: it may be sent with one of them.
+        held_keys: the keys of the gateway, by target and key: it may be sent with one of them.
         on_stored: called with the id of a response that is stored, the target's name, and the key of the gateway with
             which it was made, if that has one; None if nobody needs to know.
+        key: the issued key of the caller, or None.
     """
 
     method: str
@@ -149,8 +153,9 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     caller: Caller
     read_timeout: float
-    held_keys: Mapping[str, ProviderKey] = MappingProxyType({})
+    held_keys: Mapping[tuple[str, str], ProviderKey] = MappingProxyType({})
     on_stored: Callable[[str, str, ProviderKey | None], None] | None = None
+    key: IssuedKey | None = None
 
 
 class ForwardedCall(Exchange):
@@ -164,9 +169,27 @@ class ForwardedCall(Exchange):
         client: sends it.
         held: the memory that its response takes until it is passed on.
         metrics: count its tokens.
+        record: of the request.
+        limits: of its callers. A call that falls back holds none of its own.
+
+    Attributes:
+        record: of the request.
+        hold: what it holds of the limits of its callers; closed by whoever passes its answer on.
     """
 
-    __slots__ = ("_body", "_client", "_headers", "_held", "_held_key", "_metrics", "_request", "_timeout", "_url")
+    __slots__ = (
+        "_body",
+        "_client",
+        "_headers",
+        "_held",
+        "_held_key",
+        "_metrics",
+        "_request",
+        "_timeout",
+        "_url",
+        "hold",
+        "record",
+    )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
@@ -178,6 +201,8 @@ class ForwardedCall(Exchange):
         client: HttpClient,
         held: BodyReservation,
         metrics: GatewayMetrics,
+        record: CallRecord,
+        limits: Sequence[CallerLimits] = (),
     ) -> None:
         super().__init__(
             core,
@@ -192,13 +217,20 @@ class ForwardedCall(Exchange):
         self._client = client
         self._held = held
         self._metrics = metrics
-        self._held_key = request.held_keys.get(normalize_credential(self.api_key)) if request.held_keys else None
+        self._held_key: ProviderKey | None = None
+        if request.held_keys:
+            self._held_key = request.held_keys.get((core.name, normalize_credential(self.api_key)))
+        self.record = record
+        self.hold = CallerHold(limits, self.call_request, lambda: record.used)
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
 
     def reroute(self, route: FallbackRoute) -> ForwardedCall | None:
-        """See `CallRoute`."""
+        """See `CallRoute`. A call with an issued key goes only where the key may go."""
+        key = self._request.key
+        if key is not None and not (key.allows_target(route.core.name) and key.allows_model(route.model)):
+            return None
         rerouted = self.rerouted_request(route)
         if rerouted is None:
             return None
@@ -219,7 +251,14 @@ class ForwardedCall(Exchange):
             ),
         )
         return ForwardedCall(
-            route.core, url, rerouted.path, moved, client=self._client, held=self._held, metrics=self._metrics
+            route.core,
+            url,
+            rerouted.path,
+            moved,
+            client=self._client,
+            held=self._held,
+            metrics=self._metrics,
+            record=self.record,
         )
 
     @property
@@ -237,17 +276,20 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
+        self.record.begin_attempt(self.core.name, self.call_request.model, self.account.name)
         try:
             result = await self._attempt(permit)
         except BaseException:
             self._metrics.count_attempt(self.core.name, Outcome.IGNORED)
             raise
+        self.record.end_attempt()
         if not result.streaming:  # else it is counted at the end of the stream
             self._metrics.count_attempt(self.core.name, result.outcome.kind)
         return result
 
     def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
         self._metrics.count_attempt(self.core.name, end.kind)
+        self.record.first_output_at = end.output_at
         super()._settle_stream(permit, meter, end)
 
     async def _attempt(self, permit: Permit) -> AttemptResult:
@@ -259,6 +301,7 @@ class ForwardedCall(Exchange):
             )
             connection = response.connection.protocol if response.connection is not None else None
             headers = Headers.from_wire(response.raw_headers)
+            self.record.note_answer(headers)
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 return self._stream(permit, response, headers, returned)
@@ -339,6 +382,7 @@ class ForwardedCall(Exchange):
             self._request.on_stored(answer.response_id, self.core.name, self._held_key)
         if usage is not None:
             self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
+            self.record.add_usage(usage, None if self.parsed.free else self.list_cost(usage, answer))
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
 

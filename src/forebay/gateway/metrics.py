@@ -59,7 +59,12 @@ class GatewayMetrics:
         self._attempts = Counter(
             "forebay_attempts", "Attempts of calls, by outcome.", ["target", "outcome"], registry=self._registry
         )
-        self._registry.register(_AccountCollector(targets, max_accounts))
+        self._accounts = _AccountCollector(targets, max_accounts)
+        self._registry.register(self._accounts)
+
+    def show_accounts(self, most: int) -> None:
+        """Give so many accounts of a target gauges of their own from now on: the busiest ones."""
+        self._accounts.max_accounts = most
 
     def count_tokens(self, target: str, model: str, usage: Usage) -> None:
         """Count the tokens of a call."""
@@ -108,7 +113,7 @@ class _AccountCollector(Collector):
 
     def __init__(self, targets: Sequence[Target], max_accounts: int) -> None:
         self._targets = targets
-        self._max_accounts = max_accounts
+        self.max_accounts = max_accounts
 
     def collect(self) -> Iterable[Metric]:
         """See `Collector`."""
@@ -131,7 +136,7 @@ class _AccountCollector(Collector):
             if statistics.spent_usd is not None:
                 spent.add_metric([target.name], statistics.spent_usd)
             accounts.add_metric([target.name], len(statistics.accounts))
-            for account in heapq.nlargest(self._max_accounts, statistics.accounts, key=_activity):
+            for account in heapq.nlargest(self.max_accounts, statistics.accounts, key=_activity):
                 values = [target.name, account.name]
                 for name, gauge in gauges.items():
                     gauge.add_metric(values, getattr(account, name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container
 from typing import Final, TypeAlias
 from urllib.parse import unquote_plus
 
@@ -21,7 +21,13 @@ RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 # What says whose account pays: with a key that is held, that is for the gateway alone to say. A project or organization
 # of a caller would be refused, or would be another one that the key has.
-_OF_THE_ACCOUNT: Final = frozenset({*CREDENTIAL_HEADERS, "cookie", "openai-organization", "openai-project"})
+_OF_THE_ACCOUNT: Final = frozenset(
+    {
+        *(name.encode() for name in CREDENTIAL_HEADERS),
+        *(b"cookie", b"sec-websocket-protocol"),  # browsers put keys into the second
+        *(b"openai-organization", b"openai-project", b"x-goog-user-project"),
+    }
+)
 _KEY_PARAMETERS: Final = frozenset(
     {"key", "api-key", "api_key", "apikey", "x-api-key", "subscription-key", "access_token"}
 )
@@ -96,9 +102,9 @@ def without_account(raw_headers: RawHeaders) -> RawHeaders:
     return without_headers(raw_headers, _OF_THE_ACCOUNT)
 
 
-def without_headers(raw_headers: RawHeaders, dropped: Sequence[str] | frozenset[str]) -> RawHeaders:
+def without_headers(raw_headers: RawHeaders, dropped: Container[bytes]) -> RawHeaders:
     """Return headers without those of these names, which are in lower case."""
-    return tuple([pair for pair in raw_headers if pair[0].decode("latin-1").lower() not in dropped])
+    return tuple([pair for pair in raw_headers if pair[0].lower() not in dropped])
 
 
 def without_query_keys(path: str) -> str:

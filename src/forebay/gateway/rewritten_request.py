@@ -10,7 +10,6 @@ from forebay.gateway.deployments import ChosenDeployment
 from forebay.gateway.forwarded_call import IncomingRequest
 from forebay.gateway.provider_key import ProviderKey, without_account, without_query_keys
 from forebay.gateway.targets import Destination
-from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.providers import Headers, path_with_model, with_model
 
 
@@ -27,8 +26,8 @@ def without_compression(request: IncomingRequest) -> IncomingRequest:
 
 def rewrite_request(
     request: IncomingRequest, destination: Destination, chosen: ChosenDeployment
-) -> tuple[IncomingRequest, Destination, CallRunner]:
-    """Return a request as a deployment takes it, where it goes, and what runs its call.
+) -> tuple[IncomingRequest, Destination]:
+    """Return a request as a deployment takes it, and where it goes.
 
     Args:
         request: as it was received.
@@ -55,7 +54,7 @@ def rewrite_request(
     else:
         path = without_query_keys(path)
         request = _with_held_key(request, chosen.deployment.key, path)
-    return request, Destination(target, path), chosen.runner
+    return request, destination._replace(target=target, path=path)
 
 
 def _with_held_key(request: IncomingRequest, key: ProviderKey | None, path: str) -> IncomingRequest:

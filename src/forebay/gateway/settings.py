@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NoReturn
 
@@ -12,6 +13,7 @@ from msgspec import field
 from forebay._validate import is_positive, is_whole, reject
 from forebay.errors import InvalidSetting
 from forebay.gateway.address import Address, parse_address, url_problem
+from forebay.gateway.key_file import InvalidKeysUrl, parse_keys_url
 from forebay.gateway.secret import read_api_key, read_provider_key, read_token
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
@@ -19,6 +21,8 @@ from forebay.upstream import Fallback, ProviderKeyLimits, Upstream
 from forebay.upstream.providers import profile_for
 
 Trust = Literal["anyone", "token", "nobody"]
+AccessLogKind = Literal["text", "json", "off"]
+PriorityName = Literal["critical", "high", "normal", "low"]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # it appears in paths, metrics and on the command line
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, a field name
@@ -27,7 +31,12 @@ _PASSWORD: Final = re.compile(r"://[^/?#]*@")
 _KEY_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _WILDCARD: Final = re.compile(r"[*?\[]")
 _MAX_NAME: Final = 256  # characters of a model's name
+_MAX_TENANT: Final = 256  # characters, as in the header
 _UNKNOWN_SERVER: Final = "openai-compatible"
+STDOUT: Final = "stdout"
+STDERR: Final = "stderr"
+OTHER_TENANTS: Final = "*"
+"""The name of the limits that hold for each tenant without limits of its own."""
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -438,6 +447,60 @@ class ContextSettings(_Settings, frozen=True, kw_only=True):
                 self._reject("tenant_headers", expected, value=header)
 
 
+class TenantSettings(_Settings, frozen=True, kw_only=True):
+    """The limits of one tenant over all targets together, and its calls' place among those of others.
+
+    Attributes:
+        name: of the tenant; ``"*"`` for each tenant without settings of its own, all of which are separate.
+        rpm: requests per minute.
+        input_tpm: LLM tokens sent per minute.
+        output_tpm: LLM tokens received per minute.
+        tpm: LLM tokens per minute, sent and received together.
+        max_concurrent: calls in progress at a time, those that wait for a target's account included.
+        budget_usd: US dollars that its calls may spend in a day, in UTC.
+        max_wait: seconds that a call may be expected to wait for these limits, if its caller waits that long.
+        weight: its share of turns at each target that has no ``weights`` for it.
+        priority: of its calls that name none.
+        max_priority: the best that its calls may have; those that name a better one get this.
+
+    Raises:
+        InvalidSetting: a setting is invalid.
+    """
+
+    name: str
+    rpm: int | None = None
+    input_tpm: int | None = None
+    output_tpm: int | None = None
+    tpm: int | None = None
+    max_concurrent: int | None = None
+    budget_usd: float | None = None
+    max_wait: float = 600.0
+    weight: float = 1.0
+    priority: PriorityName | None = None
+    max_priority: PriorityName = "critical"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 1 <= len(self.name) <= _MAX_TENANT or not self.name.isprintable():
+            self._reject("name", f"1 to {_MAX_TENANT} printable characters, or '*' for each tenant without its own")
+        self._check_whole("rpm", "input_tpm", "output_tpm", "tpm", "max_concurrent", optional=True)
+        self._check_positive("budget_usd", unit="US dollars", optional=True)
+        self._check_positive("max_wait", unit="seconds")
+        self._check_positive("weight", unit="turns")
+        for name in ("priority", "max_priority"):
+            value = getattr(self, name)
+            if value not in typing.get_args(PriorityName) and not (value is None and name == "priority"):
+                self._reject(name, "'critical', 'high', 'normal' or 'low'")
+
+    def quotas(self) -> list[Quota]:
+        """Return its rates as an account takes them."""
+        rates = {name: getattr(self, name) for name in ("rpm", "input_tpm", "output_tpm", "tpm")}
+        return QuotaSettings(**rates).quotas()
+
+    def budget(self) -> Budget | None:
+        """Return its budget; None if it has none."""
+        return _budget(self.budget_usd, "day")
+
+
 class GatewaySettings(_Settings, frozen=True, kw_only=True):
     """One gateway.
 
@@ -446,7 +509,9 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         models: aliases of models, and pools of several deployments.
         listen: ``"HOST:PORT"``, an IPv6 host in brackets; port 0 takes a free one.
         token_env: environment variable with the token that all callers present, in ``x-forebay-token``.
-        token_file: file with that token; one of the two is needed to listen on anything but loopback.
+        token_file: file with that token; one of the two, or `keys`, is needed to listen on anything but loopback.
+        keys: URL of the file of the keys that the gateway issues to its callers.
+        require_key: whether each caller needs one of these keys; else those without one are served as without `keys`.
         context: whose headers are trusted for a call's priority, deadline, tenant and task.
         max_body_bytes: of a request's body.
         max_held_bytes: of the bodies of all requests together, each held until its call has ended.
@@ -460,6 +525,12 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         drain_timeout: seconds for calls in progress to end when the gateway stops.
         client_timeout: seconds that a caller is assumed to wait for its answer if nothing tells how long.
         max_metrics_accounts: accounts of each target with gauges of their own in ``/metrics``, the busiest ones.
+        tenants: limits of tenants over all targets.
+        response_headers: whether answers have a request id, and say how long the call was held, its attempts, its
+            account, its cost.
+        access_log: a line for each request: ``"text"``, ``"json"`` or ``"off"``; None: ``"text"`` for the command
+            ``forebay gateway``, ``"off"`` for a `Gateway` in a program of its own.
+        access_log_to: ``"stdout"``, ``"stderr"`` or the path of a file, which is opened again on SIGHUP.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -470,6 +541,8 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8787"
     token_env: str | None = None
     token_file: str | None = None
+    keys: str | None = None
+    require_key: bool = True
     context: ContextSettings = ContextSettings()
     max_body_bytes: int = 32 * 1024 * 1024
     max_held_bytes: int = 512 * 1024 * 1024
@@ -482,9 +555,14 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     drain_timeout: float = 30.0
     client_timeout: float = 300.0
     max_metrics_accounts: int = 100
+    tenants: tuple[TenantSettings, ...] = ()
+    response_headers: bool = True
+    access_log: AccessLogKind | None = None
+    access_log_to: str = STDOUT
 
     def __post_init__(self) -> None:
         self._check_targets()
+        self._check_observation()
         self._check_fallbacks()
         self._check_models()
         address = parse_address(self.listen)
@@ -497,7 +575,18 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         self._check_positive(
             *("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", "client_timeout"), unit="seconds"
         )
+        self._check_keys()
         self._check_token(address)
+
+    def _check_keys(self) -> None:
+        if self.keys is not None:
+            try:
+                parse_keys_url(self.keys)
+            except InvalidKeysUrl as error:
+                expected = f"the URL of a SQLite file, such as sqlite:///keys.db: {vars(error)['why']}"
+                self._reject("keys", expected, value=vars(error)["url"])
+        if not isinstance(self.require_key, bool) or (not self.require_key and self.keys is None):
+            self._reject("require_key", "true or false, and false only beside keys, which it is for")
 
     def _check_targets(self) -> None:
         if not self.targets:
@@ -506,6 +595,18 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         for name in names:
             if names.count(name) > 1:
                 self._reject("targets", "targets of different names", value=name)
+
+    def _check_observation(self) -> None:
+        names = [tenant.name for tenant in self.tenants]
+        for name in names:
+            if names.count(name) > 1:
+                self._reject("tenants", "tenants of different names", value=name)
+        if not isinstance(self.response_headers, bool):
+            self._reject("response_headers", "true or false")
+        if self.access_log not in (*typing.get_args(AccessLogKind), None):
+            self._reject("access_log", "'text', 'json' or 'off'")
+        if not isinstance(self.access_log_to, str) or not self.access_log_to or "\0" in self.access_log_to:
+            self._reject("access_log_to", "'stdout', 'stderr' or the path of a file")
 
     def _check_fallbacks(self) -> None:
         edges = {
@@ -547,10 +648,10 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
             self._reject("token_file", "left out if token_env is given: there is one token")
         if self.has_token:
             return
-        if not address.loopback:
+        if not address.loopback and not self.needs_key:
             expected = (
                 "a loopback address, such as 127.0.0.1:8787; to be reachable from other machines, give a token with"
-                " --token-env VARIABLE or --token-file FILE"
+                " --token-env VARIABLE or --token-file FILE, or keys with --keys URL"
             )
             self._reject("listen", expected)
         if self.context.trust == "token":
@@ -568,6 +669,11 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     def has_token(self) -> bool:
         """True if callers must present a token."""
         return self.token_env is not None or self.token_file is not None
+
+    @property
+    def needs_key(self) -> bool:
+        """True if callers must present an issued key."""
+        return self.keys is not None and self.require_key
 
     @property
     def trust(self) -> Trust:

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 from forebay._validate import reject
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.secret import read_provider_key
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
@@ -60,6 +61,15 @@ class Target:
     def sdk_url(self) -> str:
         """The base URL as an SDK takes it."""
         return self.base_url if self.protocol == "anthropic" else f"{self.base_url}/v1"
+
+    def adopt(self, old: Target) -> None:
+        """Take over the state of the target that this one replaces. See `UpstreamCore.adopt`."""
+        same_accounts = (self.base_url, self.settings.resolved_provider, self.settings.share_keys) == (
+            old.base_url,
+            old.settings.resolved_provider,
+            old.settings.share_keys,
+        )
+        self.upstream.core.adopt(old.upstream.core, accounts=same_accounts)
 
 
 def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
@@ -123,11 +133,13 @@ class Destination(NamedTuple):
         target: the provider.
         path: below its base URL, with the query.
         by_name: the path of the request names the target.
+        key: the issued key of the caller, or None.
     """
 
     target: Target
     path: str
     by_name: bool = False
+    key: IssuedKey | None = None
 
     @property
     def url(self) -> str:

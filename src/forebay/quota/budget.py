@@ -91,6 +91,12 @@ class BudgetTracker:
         self._period = _BudgetPeriod(-math.inf)
         self._previous: _BudgetPeriod | None = None
 
+    def change(self, now: float, budget: Budget) -> None:
+        """Set another amount or period. What was spent in the present period counts in the one that is present then."""
+        period = self._present(now)
+        self.budget = budget
+        period.start = _period_start(budget.per, now)
+
     def can_afford(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
         """Return whether `usd` may be reserved. Reserved dollars count as spent; once all is spent nothing may be."""
         period = self._present(now)

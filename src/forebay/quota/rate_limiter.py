@@ -503,6 +503,26 @@ def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
     return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf, strict=quota.strict) for quota in quotas)
 
 
+def resize_buckets(
+    now: float, before: Sequence[Quota], buckets: Sequence[Bucket], quotas: Sequence[Quota]
+) -> tuple[Bucket, ...]:
+    """Return the levels of changed quotas: what is missing of a quota of the same unit and period stays missing.
+
+    Args:
+        now: the time.
+        before: the quotas until now.
+        buckets: their levels.
+        quotas: from now on.
+    """
+    old = {(quota.counted, quota.per): bucket for quota, bucket in zip(before, buckets, strict=True)}
+    resized = new_buckets(quotas)
+    for quota, bucket in zip(quotas, resized, strict=True):
+        if (earlier := old.get((quota.counted, quota.per))) is not None:
+            earlier.refill(now)
+            bucket.take(now, max(0.0, earlier.capacity - earlier.level))
+    return resized
+
+
 def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> bool:
     """Return whether a refusal that asks to wait `wanted` seconds can be for a quota of this unit and period."""
     unit = unit_of(unit)

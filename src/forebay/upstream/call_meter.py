@@ -9,7 +9,7 @@ from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.quota import BilledUsage
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
-from forebay.upstream.call_request import TOKENS_PER_SECOND, CallOutcome, CallPrice, Permit
+from forebay.upstream.call_request import TOKENS_PER_SECOND, Caller, CallOutcome, CallPrice, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.metered_stream import StreamEnd
 from forebay.upstream.providers import (
@@ -38,23 +38,33 @@ class CallMeter:
         account: that it uses.
         parsed: the request.
         body: of the request, as its caller sent it.
+        caller: a caller in another process, who may have rates and budgets of its own; or None.
 
     Attributes:
         charge: requests and tokens that it is expected to use.
         price: dollars that it is expected to cost at most, or why it cannot be metered.
     """
 
-    __slots__ = ("_core", "_parsed", "_sent_tokens", "charge", "price")
+    __slots__ = ("_budgeted", "_core", "_metered", "_parsed", "_sent_tokens", "charge", "price")
 
-    def __init__(self, core: UpstreamCore, account: SharedAccount, parsed: ProviderRequest, body: bytes) -> None:
+    def __init__(
+        self,
+        core: UpstreamCore,
+        account: SharedAccount,
+        parsed: ProviderRequest,
+        body: bytes,
+        caller: Caller | None = None,
+    ) -> None:
         self._core = core
         self._parsed = parsed
+        self._metered = core.is_metered or (caller is not None and caller.metered)
+        self._budgeted = core.budgets.has_budgets or (caller is not None and bool(caller.budgets))
         estimates = account.token_estimates
         self.charge = core.profile.estimate_charge(
             parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
         self._sent_tokens = self.charge.input_tokens
-        self.price = self._price(body, estimates) if core.is_metered else CallPrice()
+        self.price = self._price(body, estimates) if self._metered else CallPrice()
         if not parsed.free and core.settings.has_strict_quota(parsed.model or ""):
             self._reserve_most(estimates)
 
@@ -84,7 +94,7 @@ class CallMeter:
         unreadable = find_unreadable(parsed, body)
         if unreadable and (price := core.unreadable_call(unreadable)) is not None:
             return price
-        if parsed.free or not core.budgets.has_budgets:
+        if parsed.free or not self._budgeted:
             return CallPrice()
         if unpriced := unreadable or find_unpriced(parsed):
             return core.unpriced_call(unpriced, model)
@@ -101,6 +111,7 @@ class CallMeter:
             usage,
             alternatives=parsed.alternatives,
             per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if parsed.generates_tokens else None,
+            budgeted=self._budgeted,
         )
         return price._replace(bounded=not parsed.generates_tokens or parsed.max_output_tokens is not None)
 
@@ -122,7 +133,7 @@ class CallMeter:
         parsed = self._parsed
         if parsed.background or not parsed.generates_tokens or not end.readable or isinstance(meter, BodyMeter):
             return None
-        if meter.complete and self._core.is_metered:
+        if meter.complete and self._metered:
             return None
         if end.ended and meter.complete:
             return usage
@@ -173,20 +184,25 @@ class CallMeter:
 
     def _cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
         """Return the dollars of a usage; None for as many as were reserved."""
-        core, parsed = self._core, self._parsed
-        if not core.budgets.has_budgets:
+        if not self._budgeted:
             return 0.0
-        usd = core.cost(
+        usd = self.list_cost(usage, answer)
+        if usd is None and self.price.usd:
+            self._core.count_unpriced()
+        if usd is not None and answer is not None and not answer.whole:
+            return max(usd, self.price.usd)
+        return usd
+
+    def list_cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
+        """Return the dollars of a usage by the prices of its model; None if these are not known."""
+        parsed = self._parsed
+        return self._core.cost(
             parsed.model or "",
             usage.billed(tier=parsed.tier, web_searches=parsed.searches),
             answered_by=(answer.model if answer is not None else None) or "",
             alternatives=parsed.alternatives,
+            budgeted=True,
         )
-        if usd is None and self.price.usd:
-            core.count_unpriced()
-        if usd is not None and answer is not None and not answer.whole:
-            return max(usd, self.price.usd)
-        return usd
 
     def _remember(self, permit: Permit, response_id: str, usage: Usage | None) -> None:
         """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""
@@ -203,7 +219,9 @@ class CallMeter:
         response = self._core.background.pop(response_id)
         if response is None:
             return
-        usd = self._core.cost(response.model, usage.billed(tier=response.tier), answered_by=answered_by)
+        usd = self._core.cost(
+            response.model, usage.billed(tier=response.tier), answered_by=answered_by, budgeted=self._budgeted
+        )
         if usd is not None:
             for counted in response.spend:
                 counted.revise(usd)

@@ -79,6 +79,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
         weight: the share of turns of its tenant, unless the account's weights name it.
         payer: the run that makes it, which is told what it was charged; or None.
+        budgets: of its caller, from which it spends besides those of the upstream.
     """
 
     charge: Charge = Charge()
@@ -101,6 +102,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     holder: Permit | None = None
     weight: float = 1.0
     payer: CallObserver | None = None
+    budgets: tuple[CallBudget, ...] = ()
 
     @property
     def goes_first(self) -> bool:
@@ -131,8 +133,10 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         tenant: who pays for the call.
         task_id: the task that the call belongs to, or None.
         api_key: the API key that the account belongs to; None to read it from the request.
-        weight: the share of turns that the task's supervisor gives the tenant.
+        weight: the share of turns that the task's supervisor, or the gateway, gives the tenant.
         key_is_held: the API key of the request is that of the operator, who lets the caller use it.
+        budgets: of the caller, from which its calls spend besides those of the upstream.
+        metered: the caller has rates or budgets of its own, so that its calls must be readable.
     """
 
     priority: Priority = Priority.NORMAL
@@ -142,6 +146,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     weight: float = 1.0
     key_is_held: bool = False
+    budgets: tuple[CallBudget, ...] = ()
+    metered: bool = False
 
 
 class SpendReservation(Protocol):

@@ -85,6 +85,26 @@ class UpstreamCore:
         self.background = StoredResponses()  # the parent gets their usage
         self.stored_tokens.reset_after_fork()
 
+    def adopt(self, old: UpstreamCore, *, accounts: bool) -> None:
+        """Take over the state of an upstream that this one replaces, which has made its last call.
+
+        What was spent stays spent, by the amounts and periods of this one's budgets. Calls in progress end as they are.
+
+        Args:
+            old: the upstream.
+            accounts: its accounts too, if their limits are the same: it has the same provider and address.
+        """
+        had_budget = old.budgets.upstream_budget is not None
+        keeps = accounts and had_budget == (self.budgets.upstream_budget is not None)  # accounts have a reference to it
+        old.budgets.change_to(self.budgets)
+        self.budgets = self.accounts.budgets = old.budgets
+        self.background, self.stored_tokens = old.background, old.stored_tokens
+        self.unpriced_calls = old.unpriced_calls
+        if accounts:
+            self.accepted_keys = old.accepted_keys
+        if keeps:
+            self.accounts.adopt(old.accounts)
+
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
 
@@ -147,10 +167,17 @@ class UpstreamCore:
             task_id=caller.task_id,
             model=model,
             free=free,
+            budgets=caller.budgets,
         )
 
     def cost(
-        self, model: str, usage: BilledUsage, *, answered_by: str = "", alternatives: Sequence[str] = ()
+        self,
+        model: str,
+        usage: BilledUsage,
+        *,
+        answered_by: str = "",
+        alternatives: Sequence[str] = (),
+        budgeted: bool = False,
     ) -> float | None:
         """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
 
@@ -159,8 +186,9 @@ class UpstreamCore:
             usage: of the call.
             answered_by: the model that has answered, by the answer; if it is dearer, that counts.
             alternatives: models that may have answered; if the answer tells none with a price, the dearest counts.
+            budgeted: its caller has a budget, or its cost is to be known all the same.
         """
-        if not self.budgets.has_budgets:
+        if not (self.budgets.has_budgets or budgeted):
             return 0.0
         usd = self.prices.cost(self.provider, model, usage)
         if usd is None or answered_by == model:
@@ -170,7 +198,7 @@ class UpstreamCore:
             answered = max((self.prices.cost(self.provider, name, usage) or 0.0 for name in alternatives), default=0.0)
         return max(usd, answered)
 
-    def price(
+    def price(  # noqa: PLR0913 - the facts about a call
         self,
         model: str,
         usage: BilledUsage,
@@ -178,6 +206,7 @@ class UpstreamCore:
         alternatives: Sequence[str] = (),
         per_second: BilledUsage | None = None,
         by_hand: bool = False,
+        budgeted: bool = False,
     ) -> CallPrice:
         """Return the price of a call before it is sent.
 
@@ -187,8 +216,9 @@ class UpstreamCore:
             alternatives: models that may answer instead; the dearest counts.
             per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
+            budgeted: its caller has a budget.
         """
-        if not self.budgets.has_budgets:
+        if not (self.budgets.has_budgets or budgeted):
             return CallPrice()
         dearest = rate = at_once = 0.0
         for name in (model, *alternatives):

@@ -101,7 +101,7 @@ class Exchange:
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
             core.warn_unmetered()
-        self._meter = meter = CallMeter(core, self.account, parsed, body)
+        self._meter = meter = CallMeter(core, self.account, parsed, body, caller)
         if caller is None:
             self.call_request = core.request(model, meter.charge, free=parsed.free, price=meter.price)
         else:
@@ -252,6 +252,10 @@ class Exchange:
         result = judge_failure(self.account, permit, error) if failed else judge_unsent(error, local=local)
         result.retryable = result.retryable and self._original_body is not None
         return result
+
+    def list_cost(self, usage: Usage, answer: ReadAnswer | None = None) -> float | None:
+        """Return the dollars of a usage by the prices of its model, see `CallMeter.list_cost`."""
+        return self._meter.list_cost(usage, answer)
 
     def call_outcome(
         self,

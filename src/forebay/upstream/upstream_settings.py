@@ -88,6 +88,14 @@ class UpstreamSettings:
         matching = [pattern for pattern in self.models if fnmatchcase(model, pattern)]
         return max(matching, key=len) if matching else _DATE.sub("", model)
 
+    def is_like(self, other: UpstreamSettings) -> bool:
+        """Return whether accounts have the same limits by other settings, apart from their quotas."""
+        ours, theirs = (
+            (each.max_concurrent, each.breaker, each.max_wait, each.max_start_wait, each.weights, each._limit)  # noqa: SLF001
+            for each in (self, other)
+        )
+        return ours == theirs
+
     def has_strict_quota(self, model: str) -> bool:
         """Return whether a quota of `model` is strict, so that its calls reserve the most that they may use."""
         if not self._has_strict:
@@ -100,6 +108,10 @@ class UpstreamSettings:
         limits = self._keys.get(mark)
         own = self.quotas if limits is None or limits.quotas is None else tuple(limits.quotas)
         return self.models.get(group, own)
+
+    def limits_of_key(self, mark: str) -> ProviderKeyLimits | None:
+        """Return the limits of an API key, by its digest; None if it has those of all."""
+        return self._keys.get(mark)
 
     def label_of(self, mark: str) -> str:
         """Return what stands for an API key wherever it is shown: its name, or some digits of its digest."""

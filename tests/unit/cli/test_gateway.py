@@ -25,6 +25,7 @@ from forebay.gateway import (
     ModelSettings,
     QuotaSettings,
     TargetSettings,
+    TenantSettings,
 )
 from forebay.quota import Price
 
@@ -41,7 +42,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
     """Return the settings with which gateways were started."""
     settings: list[GatewaySettings] = []
 
-    def serve(started: GatewaySettings, *, ready: Callable[[Any], object]) -> int:
+    def serve(started: GatewaySettings, *, ready: Callable[[Any], object], **_: object) -> int:
         settings.append(started)
         ready(SimpleNamespace(port=4242))
         return 7
@@ -117,6 +118,7 @@ def test_check_prints_the_configuration_and_starts_nothing(
     assert done.stdout.splitlines() == [
         "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
         "may set priority, deadline, tenant and task: anyone",
+        "access log: text to stdout",
         "openai: https://api.openai.com; rules of openai; accounts of its own for each API key",
         "    1,000 USD per day",
         "    200,000 input tokens per minute of gpt*",
@@ -135,6 +137,31 @@ def test_check_prints_the_configuration_and_starts_nothing(
     summary = run("--config", str(file), "--check", "--target", "mine=http://h.example").stdout
     assert "fall back to mine, with the API key in $MINE, which is not set\n" in summary
     assert "callers need no token\n" in run(*OPENAI, "--check").stdout
+
+
+@pytest.mark.usefixtures("served")
+def test_check_says_where_keys_are_and_shows_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELD", "sk-held")
+    file = tmp_path / "forebay.toml"
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        api_key_env = "HELD"
+        [targets.anthropic]
+        url = "https://api.anthropic.com"
+        api_key_file = "anthropic.key"
+    """)
+    keys = tmp_path / "keys.db"
+    done = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert f"callers need a key of {keys}, which does not exist\n" in done.stdout
+    assert "calls are sent with the API key in $HELD\n" in done.stdout
+    assert f"calls are sent with the API key in {tmp_path / 'anthropic.key'}, which does not exist\n" in done.stdout
+    assert "sk-held" not in done.stdout
+    keys.touch()
+    file.write_text("gateway.require_key = false\ntargets.openai.url = 'https://api.openai.com'")
+    summary = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}").stdout
+    assert f"callers need no token, or a key of {keys}\n" in summary
 
 
 def test_check_prints_aliases_pools_and_keys(
@@ -159,7 +186,7 @@ def test_check_prints_aliases_pools_and_keys(
     """)
     done = run("--config", str(file), "--check")
     assert (done.exit_code, done.stderr, served) == (0, "", [])
-    assert done.stdout.splitlines()[2:] == [
+    assert done.stdout.splitlines()[3:] == [
         "openai: https://api.openai.com; rules of openai; calls are sent with the API keys of the gateway",
         "    key paid in $KEY_A: 300 requests per minute, 8 calls in flight",
         "    key KEY_B in $KEY_B, which is not set: weight 2",
@@ -244,8 +271,9 @@ def rows(heading: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("heading", "kind", "excluded"),
     [
-        ("**`[gateway]`**", GatewaySettings, {"targets", "context", "models"}),
+        ("**`[gateway]`**", GatewaySettings, {"targets", "context", "tenants", "models"}),
         ("**`[gateway.context]`**", ContextSettings, set()),
+        ("**`[tenants.NAME]`**", TenantSettings, {"name"}),
         ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback", "keys"}),
         ("**`[[targets.NAME.keys]]`**", KeySettings, {"strict"}),
         ("**`[models.NAME]`**, whose", ModelSettings, {"name"}),

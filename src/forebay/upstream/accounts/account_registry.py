@@ -12,7 +12,7 @@ from forebay.breaker import Breaker
 from forebay.events import log
 from forebay.quota import Quota, RateLimiter
 from forebay.quota.bucket import Bucket
-from forebay.quota.rate_limiter import new_buckets
+from forebay.quota.rate_limiter import new_buckets, resize_buckets
 from forebay.retry import Retry
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
@@ -84,6 +84,41 @@ class AccountRegistry:
         """
         place = self._known.get((model, key)) or self._place(model, key)
         return self._accounts.get(place, self._open)
+
+    def adopt(self, old: AccountRegistry) -> None:
+        """Take over the accounts of a registry that this one replaces, if their limits are the same.
+
+        Other accounts start empty, but what was used of a given quota stays used. Calls in progress end as they are.
+        """
+        now = clock.now()
+        self._suspended_until.update(old._suspended_until)
+        for place, levels in old._levels.items():
+            before, quotas = old._quotas(place), self._quotas(place)
+            if self._is_group(place[1]) and quotas and levels is not _SHARED:
+                if tuple(before) != tuple(quotas):
+                    levels = _QuotaLevels(resize_buckets(now, before, levels.buckets, quotas))  # noqa: PLW2901
+                self._levels.get(place, lambda _, kept=levels: kept)  # type: ignore[misc]
+        for place, account in old._accounts.items():
+            if self._has_limits_of(old, place):
+                self._accounts.get(place, lambda _, kept=account: kept)  # type: ignore[misc]
+                account.move(functools.partial(self._suspend_key, place[0]), self._retry)
+        self._shared.update(
+            (group, each) for group, each in old._shared.items() if self._has_limits_of(old, ("others", group))
+        )
+
+    def _is_group(self, group: str) -> bool:
+        """Return whether there are accounts of that model group."""
+        return group in self.settings.models or self.settings.model_group(group) == group
+
+    def _has_limits_of(self, old: AccountRegistry, place: tuple[str, str]) -> bool:
+        """Return whether an account has the same limits here as in another registry."""
+        mark, group = place
+        return (
+            self._is_group(group)
+            and tuple(old._quotas(place)) == tuple(self._quotas(place))
+            and old.settings.limits_of_key(mark) == self.settings.limits_of_key(mark)
+            and old.settings.is_like(self.settings)
+        )
 
     def accounts_of(self, model: str) -> Sequence[SharedAccount]:
         """Return the open accounts of `model`, or of all models if it is empty; if there are none, an unopened one."""

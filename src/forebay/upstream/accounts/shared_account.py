@@ -14,6 +14,7 @@ from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import QuotaLevel
+from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
@@ -93,6 +94,11 @@ class SharedAccount:
         self._held_back.clear()
         self._critical.clear()
         self._on_relief.clear()
+
+    def move(self, suspend_key: Callable[[float, float, SharedAccount], None], retry: Retry) -> None:
+        """Belong to another registry from now on. See `__init__` and `AccountRetries`."""
+        self._suspend_key = suspend_key
+        self.retries.retry = retry
 
     # --- permits ---
 

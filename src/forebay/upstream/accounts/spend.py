@@ -11,7 +11,7 @@ from forebay import clock
 from forebay.events import log
 from forebay.quota import Budget, BudgetReservation, BudgetTracker
 from forebay.task import Priority
-from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
+from forebay.upstream.call_request import CallBudget, CallRequest, Rejected, SpendReservation
 from forebay.upstream.weak_lru import WeakLRU
 
 _RETURNED_AFTER: Final = 4.0  # seconds, on average, after which reserved dollars may have been returned
@@ -69,6 +69,16 @@ class SharedBudget:
         """Correct the cost of a call that was settled before its usage was known."""
         with self._lock:
             self._tracker.revise(clock.wall_time(), reservation, usd)
+
+    @property
+    def budget(self) -> Budget:
+        """The amount and its period."""
+        return self._tracker.budget
+
+    def change(self, budget: Budget) -> None:
+        """Set another amount or period. What was spent and is reserved stays so."""
+        with self._lock:
+            self._tracker.change(clock.wall_time(), budget)
 
     def spent(self) -> float:
         """Return the dollars spent in this period."""
@@ -130,16 +140,33 @@ class UpstreamBudgets:
         )
         self._tasks: WeakLRU[str, SharedBudget] = WeakLRU(_MAX_TASKS)
 
-    def for_request(self, request: CallRequest) -> Sequence[SharedBudget]:
-        """Return the budgets that a call spends from."""
-        if not self.has_budgets or request.free:
+    def for_request(self, request: CallRequest) -> Sequence[CallBudget]:
+        """Return the budgets that a call spends from, those of its caller included."""
+        if request.free:
             return ()
-        budgets = [] if self.upstream_budget is None else [self.upstream_budget]
+        if not self.has_budgets:
+            return request.budgets
+        budgets: list[CallBudget] = list(request.budgets)
+        if self.upstream_budget is not None:
+            budgets.append(self.upstream_budget)
         if self._tenant is not None:
             budgets.append(self._tenants.get(request.tenant, self._new_tenant_budget))
         if self._task is not None and request.task_id is not None:
             budgets.append(self._tasks.get(request.task_id, self._new_task_budget))
         return budgets
+
+    def change_to(self, other: UpstreamBudgets) -> None:
+        """Take the amounts and periods of other budgets. What was spent and is reserved stays so."""
+        if self.upstream_budget is None or other.upstream_budget is None:
+            self.upstream_budget = other.upstream_budget
+        else:
+            self.upstream_budget.change(other.upstream_budget.budget)
+        self._tenant, self._task, self.has_budgets = other._tenant, other._task, other.has_budgets
+        tenants = [*self._tenants.values(), *([] if self._further_tenants is None else [self._further_tenants])]
+        for budgets, amount in ((tenants, self._tenant), (self._tasks.values(), self._task)):
+            if amount is not None:
+                for budget in budgets:
+                    budget.change(amount)
 
     def reset_after_fork(self) -> None:
         """See `ForkAware`."""
