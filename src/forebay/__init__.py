@@ -26,7 +26,7 @@ from forebay.supervisor import (
     progress_bar,
 )
 from forebay.task import Deadline, Estimate, Priority, Resume, Task, TaskResult, TaskStatus, Verdict
-from forebay.upstream import Fallback, Upstream
+from forebay.upstream import Fallback, ProviderKeyLimits, Upstream
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "Overloaded",
     "Price",
     "Priority",
+    "ProviderKeyLimits",
     "Quota",
     "Reading",
     "Resume",

@@ -57,7 +57,7 @@ from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import GatewaySettings, connection_pool, forwarded_call
+from forebay.gateway import GatewaySettings, connection_pool, forwarded_call, provider_key, rewritten_request
 from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
@@ -239,6 +239,7 @@ from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, P
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
+from forebay.upstream.fallbacks.load_balancer import LoadBalancer, Peer
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.httpx_binding import httpx_transport
 from forebay.upstream.metered_stream import MeteredStream
@@ -252,6 +253,7 @@ from forebay.upstream.providers import (
     metering,
     rate_limit_headers,
     request,
+    rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -3955,6 +3957,36 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     names = vars(gateway_command)
     original = names["load_gateway_settings"]
     names["load_gateway_settings"] = load
+
+
+# --- aliases and pools ---
+
+
+def an_alias_is_sent_as_it_was_named() -> None:
+    def with_model(body: bytes, _: str) -> bytes:
+        return body
+
+    names = vars(rewritten_request)
+    assert names["with_model"] is rewrite.with_model
+    names["with_model"] = with_model
+
+
+def the_account_of_a_caller_is_sent_with_the_key_of_the_gateway() -> None:
+    def without_account(raw_headers: RawHeaders) -> RawHeaders:
+        return raw_headers
+
+    provider_key.without_account.__code__ = without_account.__code__
+
+
+def a_full_account_gets_the_next_call_while_another_is_free() -> None:
+    def choose(self: LoadBalancer[Any], _: float, __: Callable[[], float]) -> Peer[Any] | None:
+        return self._open[0] if self._open else None
+
+    replace(LoadBalancer, LoadBalancer.choose, choose)
+
+
+def a_key_that_is_refused_ends_the_call() -> None:
+    always(FallbackChain, FallbackChain.judge, returns=None)
 
 
 # --- progress ---

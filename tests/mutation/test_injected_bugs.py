@@ -35,6 +35,7 @@ from tests.acceptance import (
     test_gateway_key_limits,
     test_gateway_keys,
     test_gateway_metrics,
+    test_gateway_models,
     test_gateway_operation,
     test_gateway_provider_keys,
     test_gateway_reload,
@@ -45,6 +46,7 @@ from tests.acceptance import (
     test_json,
     test_leases,
     test_lifecycle,
+    test_load_balancing,
     test_lost_file,
     test_many_supervisors,
     test_nested,
@@ -802,6 +804,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_dropped_answer_goes_on_at_its_provider: (
         test_dropped_streams.test_a_stream_that_is_dropped_unread_is_closed_before_its_permit_is_released
+    ),
+    bugs.an_alias_is_sent_as_it_was_named: (test_gateway_models.test_an_alias_is_sent_as_the_model_that_it_stands_for),
+    bugs.the_account_of_a_caller_is_sent_with_the_key_of_the_gateway: (
+        test_gateway_models.test_the_keys_of_a_target_share_its_calls_and_no_caller_s_key_is_sent
+    ),
+    bugs.a_full_account_gets_the_next_call_while_another_is_free: (
+        test_load_balancing.test_a_full_account_gets_no_call_while_another_has_room
+    ),
+    bugs.a_key_that_is_refused_ends_the_call: (
+        test_gateway_models.test_a_key_that_the_provider_refuses_fails_no_call_and_is_soon_left_alone
     ),
     bugs.any_caller_may_use_the_key_of_a_fallback: (
         test_gateway_attacks.test_callers_whose_key_was_not_tried_get_no_key_of_a_fallback

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from forebay.cli.settings_reader import SettingsReader, SettingsSource
 from forebay.cli.toml_document import InvalidConfiguration, read_document
-from forebay.gateway import GatewaySettings, TargetSettings, TenantSettings
+from forebay.gateway import GatewaySettings, ModelSettings, TargetSettings, TenantSettings
 from forebay.gateway.settings import STDERR, STDOUT
 
 LIMIT_OPTIONS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
@@ -25,7 +25,7 @@ LIMIT_OPTIONS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
 )
 """The limits that options set, for all targets or for one, with the type of their values."""
 
-_TABLES: Final = ("gateway", "targets", "tenants")
+_TABLES: Final = ("gateway", "targets", "models", "tenants")
 _PATHS: Final = ("token_file", "access_log_to")
 
 
@@ -77,11 +77,21 @@ def _read(source: SettingsSource) -> GatewaySettings:
         reader.add_problem(
             ("targets",), "there is no target: give --target NAME=URL, or a table [targets.NAME] with its url"
         )
+    models = reader.read_named(ModelSettings, ("models",), _tables_of_models(source.values.get("models", {})))
     table, build = source.values.get("gateway", {}), not reader.problems
-    settings = reader.read_struct(GatewaySettings, ("gateway",), table, build=build, targets=targets, tenants=tenants)
+    settings = reader.read_struct(
+        GatewaySettings, ("gateway",), table, build=build, targets=targets, models=models, tenants=tenants
+    )
     reader.raise_problems()
     assert settings is not None  # noqa: S101 - else a problem was raised
     return settings
+
+
+def _tables_of_models(models: Any) -> Any:
+    """Return the table of models with a table for each that is written as a name: ``fast = "gpt-4o-mini"``."""
+    if not isinstance(models, dict):
+        return models
+    return {alias: {"model": value} if isinstance(value, str) else value for alias, value in models.items()}
 
 
 def _resolve_paths(source: SettingsSource, file: Path | None) -> None:

@@ -17,7 +17,7 @@ from forebay.cli.extras import missing_extra_message
 from forebay.cli.state_directory import make_state_directory, with_default_spend_log
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
-from forebay.gateway import GatewaySettings, TargetSettings, TenantSettings
+from forebay.gateway import GatewaySettings, KeySettings, ModelSettings, TargetSettings, TenantSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
 from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.settings import OTHER_TENANTS
@@ -143,7 +143,7 @@ def _check_fallbacks(settings: GatewaySettings) -> None:
     Raises:
         InvalidSetting: they do not.
     """
-    keyless = [msgspec.structs.replace(each, api_key_env=None, api_key_file=None) for each in settings.targets]
+    keyless = [msgspec.structs.replace(each, api_key_env=None, api_key_file=None, keys=()) for each in settings.targets]
     settings = msgspec.structs.replace(settings, targets=tuple(keyless))
     fallbacks = [fallback for target in settings.targets for fallback in target.fallback]
     make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
@@ -194,6 +194,7 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         f"access log: {'off' if log_format == 'off' else f'{log_format} to {settings.access_log_to}'}",
         *(_tenant_summary(tenant) for tenant in settings.tenants),
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
+        *(line for alias in settings.models for line in _alias_summary(alias, settings)),
     ]
 
 
@@ -204,6 +205,34 @@ def _spend_log_summary(settings: GatewaySettings) -> list[str]:
     if any(target.has_budgets for target in settings.targets):
         return ["what calls cost is kept in memory: a restart refills the budgets"]
     return []
+
+
+def _alias_summary(alias: ModelSettings, settings: GatewaySettings) -> list[str]:
+    """Return the deployments of an alias, in words."""
+    keys = {target.name: len(target.keys) for target in settings.targets}
+    places = []
+    for deployment in alias.deployments:
+        model = "the same name" if deployment.model is None else deployment.model
+        where = "the target of the call's path" if deployment.target is None else deployment.target
+        shared = keys.get(deployment.target or "", 0)
+        by_keys = f" by {shared} keys" if shared > 1 else ""
+        weight = "" if deployment.weight == 1.0 else f", weight {deployment.weight:,.6g}"
+        places.append(f"{model} at {where}{by_keys}{weight}")
+    kind = "models" if alias.is_pattern else "model"
+    if len(places) == 1:
+        return [f"{kind} {alias.name}: {places[0]}"]
+    return [f"{kind} {alias.name}: shared by {len(places)} deployments", *(f"    {place}" for place in places)]
+
+
+def _key_summary(key: KeySettings) -> str:
+    limits = [
+        *(f"{quota.amount:,} {quota.unit.replace('_', ' ')} per minute" for quota in key.quotas()),
+        *([] if key.max_concurrent is None else [f"{key.max_concurrent:,} calls in flight"]),
+        *([] if key.weight == 1.0 else [f"weight {key.weight:,.6g}"]),
+    ]
+    missing = "" if key.api_key_env in os.environ else ", which is not set"
+    shown = f": {', '.join(limits)}" if limits else ""
+    return f"key {key.label} in ${key.api_key_env}{missing}{shown}"
 
 
 def _tenant_summary(tenant: TenantSettings) -> str:
@@ -230,6 +259,8 @@ def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
     elif target.api_key_file is not None:
         missing = "" if Path(target.api_key_file).is_file() else ", which does not exist"
         keys = f"calls are sent with the API key in {target.api_key_file}{missing}"
+    elif target.keys:
+        keys = "calls are sent with the API keys of the gateway"
     amounts = {
         "calls in flight": target.max_concurrent,
         "USD per day": target.budget_usd,
@@ -244,6 +275,7 @@ def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
             + (", strict" if quota.strict else "")
             for quota in rates.quotas()
         ]
+    limits += [_key_summary(key) for key in target.keys]
     for fallback in target.fallback:
         where = " at ".join(part for part in (fallback.model, fallback.target) if part)
         models = "" if fallback.models == "*" else f" of {fallback.models}"

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Final
 from forebay.gateway.secret import InvalidProviderKey, InvalidSecret, MissingFallbackKey
 from forebay.gateway.settings import (
     ContextSettings,
+    DeploymentSettings,
     FallbackSettings,
     GatewaySettings,
+    KeySettings,
+    ModelSettings,
     QuotaSettings,
     TargetSettings,
     TenantSettings,
@@ -60,11 +63,14 @@ def serve(
 
 __all__ = [
     "ContextSettings",
+    "DeploymentSettings",
     "FallbackSettings",
     "GatewaySettings",
     "InvalidProviderKey",
     "InvalidSecret",
+    "KeySettings",
     "MissingFallbackKey",
+    "ModelSettings",
     "QuotaSettings",
     "TargetSettings",
     "TenantSettings",

@@ -6,7 +6,8 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 import aiohttp
@@ -26,6 +27,7 @@ from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, pri
 from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.metrics import GatewayMetrics, Operation
+from forebay.gateway.provider_key import ProviderKey
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
@@ -34,7 +36,7 @@ from forebay.upstream.exchange import ERRORS, REDIRECTS, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
-from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream
+from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream, normalize_credential
 from forebay.upstream.providers.content_encoding import decompress_end
 
 TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
@@ -146,6 +148,9 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
         body: its bytes.
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
+        held_keys: the keys of the gateway, by target and key: it may be sent with one of them.
+        on_stored: called with the id of a response that is stored, the target's name, and the key of the gateway with
+            which it was made, if that has one; None if nobody needs to know.
         key: the issued key of the caller, or None.
     """
 
@@ -155,6 +160,8 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     caller: Caller
     read_timeout: float
+    held_keys: Mapping[tuple[str, str], ProviderKey] = MappingProxyType({})
+    on_stored: Callable[[str, str, ProviderKey | None], None] | None = None
     key: IssuedKey | None = None
 
 
@@ -178,8 +185,8 @@ class ForwardedCall(Exchange):
     """
 
     __slots__ = (
-        *("_client", "_error_type", "_held", "_metrics", "_operation", "_outgoing", "_request", "_rerouted", "_url"),
-        *("hold", "record"),
+        *("_client", "_error_type", "_held", "_held_key", "_metrics", "_operation", "_outgoing", "_request"),
+        *("_rerouted", "_url", "hold", "record"),
     )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
@@ -208,6 +215,9 @@ class ForwardedCall(Exchange):
         self._client = client
         self._held = held
         self._metrics = metrics
+        self._held_key: ProviderKey | None = None
+        if request.held_keys:
+            self._held_key = request.held_keys.get((core.name, normalize_credential(self.api_key)))
         self.record = record
         self._operation = Operation(core.name, core.profile.provider, self.parsed.endpoint, self.call_request.model)
         self._error_type = ""
@@ -240,7 +250,12 @@ class ForwardedCall(Exchange):
             raw_headers=(*kept, *added),
             headers=rerouted.headers(request.headers),
             body=rerouted.body,
-            caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
+            caller=msgspec.structs.replace(
+                request.caller,
+                deadline=self.call_request.deadline,
+                api_key=None,
+                key_is_held=request.caller.key_is_held or route.api_key is not None,
+            ),
         )
         call = ForwardedCall(
             route.core,
@@ -334,7 +349,8 @@ class ForwardedCall(Exchange):
         result = self.judge_answer(permit, response.status, headers, content)
         if response.status >= ERRORS:
             self._error_type = str(response.status)
-        result.value = GatewayResponse(response.status, tuple(returned), body)
+        answer = GatewayResponse(response.status, tuple(returned), body)
+        result.value = answer if self._held_key is None else self._held_key.passed_on(answer, self.core.name)
         return result
 
     def _stream(
@@ -391,6 +407,8 @@ class ForwardedCall(Exchange):
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
         """See `Exchange.call_outcome`; the metrics record the tokens, and the record the usage."""
+        if answer is not None and answer.response_id is not None and self._request.on_stored is not None:
+            self._request.on_stored(answer.response_id, self.core.name, self._held_key)
         if kind is Outcome.SUCCESS:  # before its tokens are recorded
             self._metrics.admit(self._operation, self.record)
         if usage is not None:

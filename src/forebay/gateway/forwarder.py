@@ -22,6 +22,7 @@ from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
+from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, WrongProtocol
 from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import (
     JSON,
@@ -47,14 +48,17 @@ from forebay.gateway.issued_keys import IssuedKey, contains_key, hide_keys
 from forebay.gateway.key_permission import find_forbidden, headers_with_key
 from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
 from forebay.gateway.metrics import GatewayMetrics
-from forebay.gateway.provider_key import without_headers, without_query_keys
+from forebay.gateway.model_list import is_model_list, model_in_path, model_response, with_aliases
+from forebay.gateway.provider_key import ProviderKey, without_headers
 from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, without_compression
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.gateway.tenants import Tenants, with_limits
 from forebay.spend_log import SpendLog
-from forebay.upstream.providers import Endpoint, Headers
+from forebay.upstream.call_flow import CallRunner
+from forebay.upstream.providers import Endpoint, Headers, ProviderRequest
 from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _JSON_ENDPOINTS: Final = frozenset(
@@ -74,10 +78,9 @@ _MAX_COMPRESSED_PART: Final = 1 << 13  # bytes of a compressed stream that are r
 _MAX_PART: Final = 1 << 18  # bytes of any other that are passed on at a time
 _FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may have ended
 _FILES_LOG_INTERVAL: Final = 10.0  # seconds
-_KEY_LOG_INTERVAL: Final = 60.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
 _CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
-_ERRORS, _UNAUTHORIZED, _BUG, _BAD_GATEWAY, _UNAVAILABLE = 400, 401, 500, 502, 503
+_ERRORS, _BUG, _BAD_GATEWAY, _UNAVAILABLE = 400, 500, 502, 503
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -138,6 +141,8 @@ class Forwarder:
         self._spend_log = spend_log
         self.targets = self._make_targets(settings)
         self._removed: dict[str, Target] = {}  # what they have spent counts if they come back
+        self._held_keys = _held_keys(self.targets)
+        self._models = ModelDirectory(settings.models, self.targets)
         self.metrics = GatewayMetrics(self.targets, settings)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
@@ -156,7 +161,6 @@ class Forwarder:
         self._abortable: set[AbortableBlock] = set()
         self._aborted = False
         self._files_logged_at = -math.inf
-        self._refused_logged_at: dict[str, float] = {}  # by target
 
     def _on_event(self, event: Event) -> None:
         """Count the alerts of budgets; the upstream logs them."""
@@ -200,6 +204,8 @@ class Forwarder:
                 target.adopt(old)
         self._removed = known
         self.targets[:] = targets  # the metrics have the list
+        self._held_keys = _held_keys(targets)
+        self._models = ModelDirectory(settings.models, targets)
         self.metrics.show_accounts(settings.max_metrics_accounts)
         self.body_memory.change(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory.change(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
@@ -252,6 +258,8 @@ class Forwarder:
                 return self._close_if_needed(request, own)
             key = self._authenticate(request.raw_path, headers, record)
             destination = self._find_destination(request.raw_path, headers, key)
+            if (own := self._alias_response(request.method, destination)) is not None:
+                return self._close_if_needed(request, own)
         except EarlyResponse as early:
             response: web.StreamResponse = self._early_response(request, early, record)
             self._log(record, response.status)
@@ -424,6 +432,13 @@ class Forwarder:
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
+    def _alias_response(self, method: str, destination: Destination) -> web.Response | None:
+        """Return the description of an alias (``/v1/models/NAME``); None for any other request."""
+        aliases = self._aliases_for(destination.key)
+        if destination.by_name or not aliases or (name := model_in_path(method, destination.path)) not in aliases:
+            return None
+        return _to_aiohttp(model_response(name, aliases[name] or destination.target.protocol))
+
     async def _forward(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
@@ -438,23 +453,23 @@ class Forwarder:
         try:
             try:
                 with self._abortable_block():
-                    call = await self._read_call(request, headers, destination, body, held, record)
-                    answer = await self._wait_for_answer(call, headers, destination.target)
+                    call, runner = await self._read_call(request, headers, destination, body, held, record)
+                    answer = await self._wait_for_answer(call, runner, headers, destination.target)
             except TimeoutError:
                 record.result = "shut_down"
                 raise _draining_response(destination.target.protocol) from None
-            return await self._pass_answer(request, answer, call, held)
+            return await self._pass_answer(request, answer, call, destination, held)
         finally:
             if call is not None:
                 call.hold.close()
 
     async def _wait_for_answer(
-        self, call: ForwardedCall, headers: Headers, target: Target
+        self, call: ForwardedCall, runner: CallRunner, headers: Headers, target: Target
     ) -> GatewayResponse | StreamingResponse:
         """Return the provider's response, and learn how long the caller waits for it."""
         started = clock.now()
         try:
-            answer = await self._call(call, target)
+            answer = await self._call(call, runner, target)
         except asyncio.CancelledError:
             if not self.draining:
                 now = clock.now()
@@ -469,6 +484,7 @@ class Forwarder:
         request: web.BaseRequest,
         answer: GatewayResponse | StreamingResponse,
         call: ForwardedCall,
+        destination: Destination,
         held: BodyReservation,
     ) -> tuple[web.StreamResponse, int]:
         """Pass the answer of a provider on; return the response and the status that it counts as."""
@@ -477,6 +493,8 @@ class Forwarder:
         if isinstance(answer, StreamingResponse):
             self._add_headers(answer.headers, call.record, protocol)
             return await self._stream(request, answer, call, held)
+        if self._lists_aliases(request.method, destination):
+            answer = with_aliases(answer, self._aliases_for(destination.key), destination.target.protocol)
         response = self._close_if_needed(request, _to_aiohttp(answer))
         self._add_headers(response.headers, call.record, protocol)
         call.record.result = "answered" if response.status < _ERRORS else "provider_error"
@@ -484,7 +502,18 @@ class Forwarder:
         await response.write_eof()  # until its caller has taken it, it is held
         return response, response.status
 
-    async def _call(self, call: ForwardedCall, target: Target) -> GatewayResponse | StreamingResponse:
+    def _aliases_for(self, key: IssuedKey | None) -> dict[str, ApiProtocol | None]:
+        """Return the aliases that a caller may use, with their protocols."""
+        aliases = self._models.aliases
+        return aliases if key is None else {name: aliases[name] for name in aliases if key.allows_model(name)}
+
+    def _lists_aliases(self, method: str, destination: Destination) -> bool:
+        """Return whether a request asks for the list of models to which the aliases are added."""
+        return not destination.by_name and bool(self._models.aliases) and is_model_list(method, destination.path)
+
+    async def _call(
+        self, call: ForwardedCall, runner: CallRunner, target: Target
+    ) -> GatewayResponse | StreamingResponse:
         """Return the provider's response.
 
         Raises:
@@ -492,7 +521,7 @@ class Forwarder:
         """
         try:
             await call.hold.acquire()
-            answer: GatewayResponse | StreamingResponse = await target.upstream.runner.run(call, ForwardedCall.attempt)
+            answer: GatewayResponse | StreamingResponse = await runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
             call.record.reject(error.limited_by or "")
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
@@ -506,23 +535,7 @@ class Forwarder:
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
         finally:
             call.record.end_waiting()
-        if target.key is not None and isinstance(answer, GatewayResponse):
-            if answer.status == _UNAUTHORIZED:
-                call.record.result = "provider_error"
-                raise self._key_refused(target)
-            return target.key.redact(answer)
         return answer
-
-    def _key_refused(self, target: Target) -> EarlyResponse:
-        """Return the response to a call whose provider refused the key that this gateway holds: no fault of its caller.
-
-        The provider's own answer may quote the key.
-        """
-        if clock.now() >= self._refused_logged_at.get(target.name, -math.inf) + _KEY_LOG_INTERVAL:
-            self._refused_logged_at[target.name] = clock.now()
-            log.error("%s refused the API key that this gateway holds for it (401): replace it", target.name)
-        message = f"the provider {target.name!r} refused the API key that this gateway holds: tell who runs the gateway"
-        return EarlyResponse(error_response(target.protocol, 502, "forebay_provider_key", message))
 
     async def _read_call(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
@@ -532,24 +545,24 @@ class Forwarder:
         reservation: BodyReservation,
         held: BodyReservation,
         record: CallRecord,
-    ) -> ForwardedCall:
-        """Read a request, and return the call to make.
+    ) -> tuple[ForwardedCall, CallRunner]:
+        """Read a request, and return the call to make, and what runs it.
 
         Raises:
             EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
         """
         target, key = destination.target, destination.key
-        raw_headers, sent, destination = _without_own_credentials(request.raw_headers, headers, destination)
+        raw_headers, sent = _without_issued_key(request.raw_headers, headers, key)
         try:
             offset = clock.now() - clock.wall_time()
-            shared = target.settings.share_keys and target.key is None
+            shared = target.settings.share_keys and not target.keys
             if key is None:
                 caller = self._callers.read(headers, offset=offset, shared_account=shared)
             else:
                 caller = self._callers.read_with_key(headers, key, offset=offset, shared_account=shared)
             named = key is not None or self._callers.names_priority(headers)
             caller = self._tenants.caller(caller, names_priority=named)
-            if caller.api_key is None and target.key is None:
+            if caller.api_key is None and not target.keys:
                 check_one_credential(sent, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
@@ -571,9 +584,17 @@ class Forwarder:
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
             key=key,
+            held_keys=self._held_keys,
         )
+        if self._lists_aliases(request.method, destination):
+            incoming = without_compression(incoming)  # it is read
+        chosen = self._choose_deployment(incoming, destination)
+        called, runner = None, target.upstream.runner
+        if chosen is not None:
+            called, runner = chosen.called if chosen.called != chosen.model else None, chosen.runner
+            incoming, destination = self._rewrite(incoming, destination, chosen)
         call = ForwardedCall(
-            target.upstream.core,
+            destination.target.upstream.core,
             destination.url,
             destination.path,
             incoming,
@@ -583,11 +604,44 @@ class Forwarder:
             record=record,
             limits=limits,
         )
-        record.begin(caller, target.name, call.call_request.model, call.account.name)
+        record.begin(caller, destination.target.name, call.call_request.model, call.account.name)
         _check_call(call, body, target.protocol)
-        if key is not None and (forbidden := find_forbidden(key, call.parsed, body)):
+        if key is not None and (forbidden := find_forbidden(key, _as_called(call.parsed, called), body)):
             raise EarlyResponse(error_response(target.protocol, 403, "model_not_found", forbidden))
-        return call
+        return call, runner
+
+    def _choose_deployment(self, incoming: IncomingRequest, destination: Destination) -> ChosenDeployment | None:
+        """Return the deployment that serves a request; None if it goes as it is to the target of its path.
+
+        Raises:
+            EarlyResponse: the model speaks another protocol, or is at a target that the caller's key is not for.
+        """
+        protocol, key = destination.target.protocol, incoming.key
+        try:
+            chosen = self._models.find(destination, incoming.body)
+        except WrongProtocol as error:
+            raise EarlyResponse(error_response(protocol, 400, "forebay_model", str(error))) from None
+        if chosen is not None and key is not None:
+            for name in sorted(chosen.targets):
+                if not key.allows_target(name):
+                    message = f"this API key is not for the target {name!r}, which serves this model"
+                    raise EarlyResponse(error_response(protocol, 403, "forebay_target", message))
+        return chosen
+
+    def _rewrite(
+        self, incoming: IncomingRequest, destination: Destination, chosen: ChosenDeployment
+    ) -> tuple[IncomingRequest, Destination]:
+        """Return a request as a deployment takes it, and where it goes.
+
+        Raises:
+            EarlyResponse: the model's name cannot be replaced, or two keys are given.
+        """
+        incoming = msgspec.structs.replace(incoming, on_stored=self._models.record_stored)
+        try:
+            return rewrite_request(incoming, destination, chosen)
+        except (InvalidHeader, NotRewritable) as error:
+            code = "forebay_bad_header" if isinstance(error, InvalidHeader) else "forebay_model"
+            raise EarlyResponse(error_response(destination.target.protocol, 400, code, str(error))) from None
 
     def _limits_of(self, key: IssuedKey | None, tenant: str) -> list[CallerLimits]:
         """Return the limits of the callers of a call, which it takes in this order: of its key, and of its tenant."""
@@ -656,6 +710,11 @@ class Forwarder:
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
 
 
+def _held_keys(targets: Sequence[Target]) -> dict[tuple[str, str], ProviderKey]:
+    """Return the keys that the gateway holds, by target and key."""
+    return {(target.name, key.key): key for target in targets for key in target.keys}
+
+
 def _make_callers(settings: GatewaySettings, token: str | None) -> CallerReader:
     return CallerReader(settings.trust, token, settings.context.tenant_headers)
 
@@ -706,22 +765,17 @@ def _broke_off(streaming: StreamingResponse, error: Exception) -> str:
     return f"the provider broke off: {_describe(error)}"
 
 
-def _without_own_credentials(
-    raw_headers: RawHeaders, headers: Headers, destination: Destination
-) -> tuple[RawHeaders, Headers, Destination]:
-    """Return the headers of a request and its destination as they are sent: without the keys that end here.
+def _without_issued_key(raw_headers: RawHeaders, headers: Headers, key: IssuedKey | None) -> tuple[RawHeaders, Headers]:
+    """Return the headers of a request without the issued key of its caller, which ends here."""
+    if key is None:
+        return raw_headers, headers
+    raw_headers = without_headers(raw_headers, [name.encode() for name in headers_with_key(headers)])
+    return raw_headers, Headers.from_wire(raw_headers)
 
-    That is the issued key and, if the gateway holds a key of the target, every credential of the caller.
-    """
-    held = destination.target.key
-    if destination.key is None and held is None:
-        return raw_headers, headers, destination
-    if held is None:
-        raw_headers = without_headers(raw_headers, [name.encode() for name in headers_with_key(headers)])
-    else:
-        destination = destination._replace(path=without_query_keys(destination.path))
-        raw_headers = held.replace_credentials(raw_headers, destination.path)
-    return raw_headers, Headers.from_wire(raw_headers), destination
+
+def _as_called(parsed: ProviderRequest, called: str | None) -> ProviderRequest:
+    """Return what is read of a request, with the alias that its caller used, which its key permits or not."""
+    return parsed if called is None else msgspec.structs.replace(parsed, model=called)
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:

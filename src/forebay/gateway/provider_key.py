@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from typing import Final
 from urllib.parse import unquote_plus
 
 import msgspec
 
+from forebay import clock
+from forebay.events import log
 from forebay.gateway.direct_request import RawHeaders
-from forebay.gateway.error_responses import GatewayResponse
+from forebay.gateway.error_responses import ApiProtocol, GatewayResponse, error_response
 from forebay.upstream.providers import CREDENTIAL_HEADERS, ProviderProfile
 
-_ERRORS: Final = 400
+_LOG_INTERVAL: Final = 60.0  # seconds
+_ERRORS, _UNAUTHORIZED, _BAD_GATEWAY = 400, 401, 502
 
 
 # What says whose account pays: with a key that is held, that is for the gateway alone to say. A project or organization
@@ -30,18 +34,28 @@ _KEY_PARAMETERS: Final = frozenset(
 
 
 class ProviderKey:
-    """The API key of one target.
+    """An API key of one target.
 
     Args:
         key: as the provider gave it.
         profile: of the provider.
+        label: stands for the key in messages, where there are several.
+        weight: its share of calls, where there are several.
+
+    Attributes:
+        key: as given.
+        label: as given.
+        weight: as given.
     """
 
-    __slots__ = ("_profile", "key")
+    __slots__ = ("_logged_at", "_profile", "key", "label", "weight")
 
-    def __init__(self, key: str, profile: ProviderProfile) -> None:
+    def __init__(self, key: str, profile: ProviderProfile, *, label: str = "", weight: float = 1.0) -> None:
         self.key = key
+        self.label = label
+        self.weight = weight
         self._profile = profile
+        self._logged_at = -math.inf
 
     def __repr__(self) -> str:
         return "ProviderKey(...)"
@@ -53,8 +67,27 @@ class ProviderKey:
     def replace_credentials(self, raw_headers: RawHeaders, path: str) -> RawHeaders:
         """Return the headers of a request with this key, and without anything of its caller's own account."""
         name, value = self.header(path)
-        kept = without_headers(raw_headers, _OF_THE_ACCOUNT)
+        kept = without_account(raw_headers)
         return (*kept, (name.encode(), value.encode()))
+
+    def passed_on(self, response: GatewayResponse, target: str) -> GatewayResponse:
+        """Return an answer to a call with this key as its caller gets it.
+
+        That the key was refused (401) is no fault of the caller, and is logged, once a minute. Any error may quote it.
+
+        Args:
+            response: of the provider.
+            target: its name.
+        """
+        if response.status != _UNAUTHORIZED:
+            return self.redact(response)
+        if clock.now() >= self._logged_at + _LOG_INTERVAL:
+            self._logged_at = clock.now()
+            which = f" {self.label!r}" if self.label else ""
+            log.error("%s refused the API key%s that this gateway holds for it (401): replace it", target, which)
+        protocol: ApiProtocol = "anthropic" if self._profile.provider == "anthropic" else "openai"
+        message = f"the provider {target!r} refused the API key that this gateway holds: tell who runs the gateway"
+        return error_response(protocol, _BAD_GATEWAY, "forebay_provider_key", message)
 
     def redact(self, response: GatewayResponse) -> GatewayResponse:
         """Return an answer without this key, which an error may quote."""
@@ -62,6 +95,11 @@ class ProviderKey:
         if response.status < _ERRORS or secret not in response.body:
             return response
         return msgspec.structs.replace(response, body=response.body.replace(secret, b"***"))
+
+
+def without_account(raw_headers: RawHeaders) -> RawHeaders:
+    """Return the headers of a request without anything of its caller's own account."""
+    return without_headers(raw_headers, _OF_THE_ACCOUNT)
 
 
 def without_headers(raw_headers: RawHeaders, dropped: Container[bytes]) -> RawHeaders:

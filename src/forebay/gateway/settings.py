@@ -20,7 +20,7 @@ from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.spend_log import SpendLog, parse_spend_log
 from forebay.storage.shown_url import shown_url
-from forebay.upstream import Fallback, Upstream
+from forebay.upstream import Fallback, ProviderKeyLimits, Upstream
 from forebay.upstream.providers import profile_for
 
 Trust = Literal["anyone", "token", "nobody"]
@@ -34,6 +34,9 @@ _PASSWORD: Final = re.compile(r"://[^/?#]*@")
 _NO_SPEND_LOG: Final = "none"
 _TENANT: Final = re.compile(r"[ -~]{1,256}")  # others do not arrive in a header as they are written here
 _TENANT_NAMES: Final = "1 to 256 printable characters of ASCII, as a header has them"
+_KEY_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_WILDCARD: Final = re.compile(r"[*?\[]")
+_MAX_NAME: Final = 256  # characters of a model's name
 _UNKNOWN_SERVER: Final = "openai-compatible"
 STDOUT: Final = "stdout"
 STDERR: Final = "stderr"
@@ -155,6 +158,117 @@ class FallbackSettings(_Settings, frozen=True, kw_only=True):
         return None if self.api_key_env is None else read_api_key(self.api_key_env, environment)
 
 
+class KeySettings(QuotaSettings, frozen=True, kw_only=True):
+    """One of several API keys that the gateway holds for a target. Its rates hold instead of those of the target.
+
+    Attributes:
+        api_key_env: environment variable with the API key.
+        name: stands for the key in metrics and messages; by default the name of that variable.
+        max_concurrent: calls in flight at most, of each account of the key; None for that of the target.
+        weight: share of the calls that it gets while several keys have room.
+
+    Raises:
+        InvalidSetting: a setting is invalid.
+    """
+
+    api_key_env: str
+    name: str | None = None
+    max_concurrent: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.api_key_env, str) or not self.api_key_env:
+            self._reject("api_key_env", "the name of an environment variable")
+        if self.name is not None and (not isinstance(self.name, str) or not _KEY_NAME.fullmatch(self.name)):
+            self._reject("name", "1 to 64 letters, digits, dots, hyphens and underscores")
+        self._check_whole("max_concurrent", optional=True)
+        self._check_positive("weight", unit="shares")
+
+    @property
+    def label(self) -> str:
+        """The name that stands for the key."""
+        return self.name or self.api_key_env
+
+    def limits(self) -> ProviderKeyLimits:
+        """Return them as an upstream takes them."""
+        return ProviderKeyLimits(self.label, quotas=self.quotas() or None, max_concurrent=self.max_concurrent)
+
+
+class DeploymentSettings(_Settings, frozen=True, kw_only=True):
+    """One of several places that serve a model: a target, and the model's name there.
+
+    Attributes:
+        target: of the gateway. All its keys serve the model, if it has several.
+        model: the model's name there; None for the name that callers use.
+        weight: share of the calls that it gets while several have room.
+
+    Raises:
+        InvalidSetting: a setting is invalid.
+    """
+
+    target: str
+    model: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_model_name(self, "target", self.target)
+        _check_model_name(self, "model", self.model)
+        self._check_positive("weight", unit="shares")
+
+
+class ModelSettings(_Settings, frozen=True, kw_only=True):
+    """An alias: a model's name, or a pattern of names, by which callers use a model of a target, or one of a pool.
+
+    Attributes:
+        name: that callers use, such as ``"fast"``, or a pattern, such as ``"llama-*"``; the longest pattern counts.
+        target: that serves it; None for the one that the call goes to by its path.
+        model: the model's name there; None for the name that callers use.
+        pool: several deployments that share the calls, instead of `target` and `model`.
+
+    Raises:
+        InvalidSetting: a setting is invalid.
+    """
+
+    name: str
+    target: str | None = None
+    model: str | None = None
+    pool: tuple[DeploymentSettings, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_model_name(self, "name", self.name)
+        _check_model_name(self, "target", self.target)
+        _check_model_name(self, "model", self.model)
+        if self.pool and (self.target is not None or self.model is not None):
+            self._reject("pool", "left out if there is a target or a model: give those in each table of the pool")
+        if not self.pool and self.target is None and self.model in (None, self.name):
+            self._reject("model", "another name than the alias, or given together with a target, or a pool of several")
+        places = [(deployment.target, deployment.model or self.name) for deployment in self.pool]
+        for target, model in places:
+            if places.count((target, model)) > 1:
+                self._reject("pool", "made of different deployments: give one a weight instead", value=model)
+
+    @property
+    def is_pattern(self) -> bool:
+        """True if it is for several names."""
+        return _WILDCARD.search(self.name) is not None
+
+    @property
+    def deployments(self) -> tuple[DeploymentSettings | ModelSettings, ...]:
+        """The places that serve it: those of its pool, or itself."""
+        return self.pool or (self,)
+
+    @property
+    def weight(self) -> float:
+        """The weight of a place that serves a model alone."""
+        return 1.0
+
+
+def _check_model_name(settings: _Settings, name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MAX_NAME):
+        settings._reject(name, f"a name of 1 to {_MAX_NAME} printable characters")  # noqa: SLF001 - of this module
+
+
 class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     """One provider, and its limits. The rate limits here apply to models that match no pattern of `models`.
 
@@ -181,6 +295,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         max_attempts: of each call, the first included.
         weights: tenants' shares of turns; 1.0 for a tenant without one.
         fallback: tried in this order.
+        keys: API keys that the gateway holds for this target, instead of those of its callers. Calls are shared by
+            them, by the room of each: each has its own accounts.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -206,9 +322,11 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     max_attempts: int = 6
     weights: dict[str, float] = field(default_factory=dict)
     fallback: tuple[FallbackSettings, ...] = ()
+    keys: tuple[KeySettings, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_keys()
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             expected = "1 to 63 lower-case letters, digits, dots, hyphens and underscores, a letter or digit first"
             self._reject("name", expected)
@@ -241,6 +359,18 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         if self.unpriced not in ("warn", "refuse", None):
             self._reject("unpriced", "'warn' or 'refuse'")
         Prices(self.prices)
+
+    def _check_keys(self) -> None:
+        if self.keys and self.holds_key:
+            self._reject("keys", "left out if api_key_env or api_key_file is given, or all of them here", value="given")
+        for attribute in ("label", "api_key_env"):
+            values = [getattr(key, attribute) for key in self.keys]
+            for value in values:
+                if values.count(value) > 1:
+                    self._reject("keys", "made of keys with different names and variables", value=value)
+        for key in self.keys:
+            if key.strict:
+                self._reject("keys", "without strict, which is a setting of the target", value="strict")
 
     def _check_api_key(self) -> None:
         for name in ("api_key_env", "api_key_file"):
@@ -285,9 +415,15 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         """True if it may spend no more than a budget."""
         return any(usd is not None for usd in (self.budget_usd, self.tenant_budget_usd, self.task_budget_usd))
 
+    @property
+    def protocol(self) -> Literal["openai", "anthropic"]:
+        """The protocol of its API."""
+        return "anthropic" if self.resolved_provider == "anthropic" else "openai"
+
     def upstream(
         self,
         fallbacks: Sequence[Fallback] = (),
+        key_limits: Mapping[str, ProviderKeyLimits] | None = None,
         *,
         spend_log: SpendLog | None = None,
         on_event: Callable[[Event], object] | None = None,
@@ -296,6 +432,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
 
         Args:
             fallbacks: of its calls.
+            key_limits: of the keys that the gateway holds, by API key.
             spend_log: where it keeps what its calls cost; open.
             on_event: called with its events.
         """
@@ -317,6 +454,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             fallback=fallbacks,
             spend_log=spend_log,
             on_event=on_event,
+            key_limits=key_limits,
         )
 
 
@@ -406,6 +544,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
 
     Attributes:
         targets: its providers.
+        models: aliases of models, and pools of several deployments.
         listen: ``"HOST:PORT"``, an IPv6 host in brackets; port 0 takes a free one.
         token_env: environment variable with the token that all callers present, in ``x-forebay-token``.
         token_file: file with that token; one of the two, or `keys`, is needed to listen on anything but loopback.
@@ -441,6 +580,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     """
 
     targets: tuple[TargetSettings, ...]
+    models: tuple[ModelSettings, ...] = ()
     listen: str = "127.0.0.1:8787"
     token_env: str | None = None
     token_file: str | None = None
@@ -471,6 +611,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         self._check_targets()
         self._check_observation()
         self._check_fallbacks()
+        self._check_models()
         address = parse_address(self.listen)
         if address is None:
             self._reject("listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
@@ -536,6 +677,24 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
                     self._reject(setting, f"an existing target: {', '.join(edges)}", value=name)
                 if target.name in _reachable(edges, name):
                     self._reject(setting, "a target that does not lead back to this one", value=name)
+
+    def _check_models(self) -> None:
+        protocols = {target.name: target.protocol for target in self.targets}
+        for alias in self.models:
+            setting, used = f"models.{alias.name}", set()
+            places = [deployment.target for deployment in alias.deployments]
+            for target in places:
+                if target is not None and target not in protocols:
+                    name = f"{setting}.{'pool' if alias.pool else 'target'}"
+                    self._reject(name, f"an existing target: {', '.join(protocols)}", value=target)
+                used.add(protocols.get(target or ""))
+            if len(used) > 1:
+                expected = "made of targets with one protocol: a request for OpenAI's is not understood by Anthropic's"
+                self._reject(f"{setting}.pool", expected, value=", ".join(f"{target}" for target in places))
+        names = [alias.name for alias in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                self._reject("models", "aliases of different names", value=name)
 
     def _check_token(self, address: Address) -> None:
         for name in ("token_env", "token_file"):

@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
+from forebay._validate import reject
 from forebay.events import Event
 from forebay.gateway.error_responses import ApiProtocol
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.provider_key import ProviderKey
+from forebay.gateway.secret import read_provider_key
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.spend_log import SpendLog
 from forebay.upstream import Fallback
+from forebay.upstream.providers import profile_for
 
 _MAX_CACHED_PATH: Final = 100  # characters of a path whose check is remembered; callers choose them
 _RESOURCE: Final = re.compile(r"/v1/([^/]+)")
@@ -34,9 +37,9 @@ class Target:
     Args:
         settings: of the target.
         fallbacks: of its upstream.
+        keys: that the gateway holds for it.
         spend_log: of the gateway, open; None for none.
         on_event: called with the events of its upstream.
-        api_key: that the gateway holds, or None.
 
     Attributes:
         settings: of the target.
@@ -44,26 +47,31 @@ class Target:
         upstream: paces its calls.
         base_url: without a slash at its end.
         protocol: of its API.
-        key: the API key that the gateway holds; None if callers send their own.
+        keys: that the gateway holds for it; none if calls are sent with those of their callers.
     """
 
     def __init__(
         self,
         settings: TargetSettings,
         fallbacks: Sequence[Fallback] = (),
+        keys: Sequence[ProviderKey] = (),
         *,
-        api_key: str | None = None,
         spend_log: SpendLog | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self.settings = settings
         self.name = settings.name
-        self.upstream = settings.upstream(fallbacks, spend_log=spend_log, on_event=on_event)
-        self.protocol: ApiProtocol = "anthropic" if settings.resolved_provider == "anthropic" else "openai"
+        limits = {key.key: each.limits() for key, each in zip(keys, settings.keys, strict=False)}
+        self.upstream = settings.upstream(fallbacks, limits, spend_log=spend_log, on_event=on_event)
+        self.protocol: ApiProtocol = settings.protocol
         self.base_url = settings.url.rstrip("/")
-        core = self.upstream.core
-        self.key = None if api_key is None else ProviderKey(api_key, core.profile)
-        self._accept_own_key()
+        self.keys = tuple(keys)
+        self._accept_own_keys()
+
+    @property
+    def sdk_url(self) -> str:
+        """The base URL as an SDK takes it."""
+        return self.base_url if self.protocol == "anthropic" else f"{self.base_url}/v1"
 
     def adopt(self, old: Target) -> None:
         """Take over the state of the target that this one replaces. See `UpstreamCore.adopt`."""
@@ -73,12 +81,12 @@ class Target:
             old.settings.share_keys,
         )
         self.upstream.core.adopt(old.upstream.core, accounts=same_accounts)
-        self._accept_own_key()
+        self._accept_own_keys()
 
-    def _accept_own_key(self) -> None:
-        """Let calls with the key that is held be sent with the key of a fallback: they are no stranger's."""
-        if self.key is not None:
-            self.upstream.core.accepted_keys.record(self.key.key, accepted=True)
+    def _accept_own_keys(self) -> None:
+        """Let calls with a key that is held be sent with the key of a fallback: they are no stranger's."""
+        for key in self.keys:
+            self.upstream.core.accepted_keys.record(key.key, accepted=True)
 
 
 def make_targets(
@@ -98,34 +106,54 @@ def make_targets(
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
-        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
-        InvalidSetting: a fallback leads to a target of another protocol.
+        InvalidProviderKey: an API key of a target is missing, or a header cannot carry it.
+        InvalidSetting: a fallback leads to a target of another protocol, or two keys of a target are the same.
     """
     by_name = {target.name: target for target in settings.targets}
     made: dict[str, Target] = {}
 
     def make(name: str) -> Target:
         if name not in made:
-            fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
-            key = by_name[name].api_key(environment)
-            made[name] = Target(by_name[name], fallbacks, api_key=key, spend_log=spend_log, on_event=on_event)
+            fallbacks = [made for fallback in by_name[name].fallback for made in make_fallbacks(fallback)]
+            keys = _read_keys(by_name[name], environment)
+            made[name] = Target(by_name[name], fallbacks, keys, spend_log=spend_log, on_event=on_event)
         return made[name]
 
-    def make_fallback(settings: FallbackSettings) -> Fallback:
+    def make_fallbacks(settings: FallbackSettings) -> list[Fallback]:
         if settings.target is None:
             assert settings.model is not None  # noqa: S101 - FallbackSettings checks it
-            return Fallback(settings.model, load_threshold=settings.load_threshold, models=settings.models)
+            return [Fallback(settings.model, load_threshold=settings.load_threshold, models=settings.models)]
         target = make(settings.target)
-        return Fallback(
-            target.upstream,
-            load_threshold=settings.load_threshold,
-            models=settings.models,
-            model=settings.model,
-            base_url=target.base_url if target.protocol == "anthropic" else f"{target.base_url}/v1",
-            api_key=settings.api_key(environment) or (None if target.key is None else target.key.key),
-        )
+        own = settings.api_key(environment)
+        keys = [own] if own is not None or not target.keys else [key.key for key in target.keys]
+        return [
+            Fallback(
+                target.upstream,
+                load_threshold=settings.load_threshold,
+                models=settings.models,
+                model=settings.model,
+                base_url=target.sdk_url,
+                api_key=key,
+            )
+            for key in keys
+        ]
 
     return [make(target.name) for target in settings.targets]
+
+
+def _read_keys(settings: TargetSettings, environment: Mapping[str, str]) -> list[ProviderKey]:
+    """Return the keys that the gateway holds for a target."""
+    profile = profile_for(settings.resolved_provider)
+    if (only := settings.api_key(environment)) is not None:
+        return [ProviderKey(only, profile)]
+    keys: list[ProviderKey] = []
+    for each in settings.keys:
+        secret = read_provider_key(settings.name, each.api_key_env, None, environment)
+        if same := next((key.label for key in keys if key.key == secret), None):
+            expected = f"a key of its own: {each.label!r} has the same one as {same!r}, so that their limits are one"
+            reject(f"targets.{settings.name}", "keys", each.label, expected)
+        keys.append(ProviderKey(secret, profile, label=each.label, weight=each.weight))
+    return keys
 
 
 class Destination(NamedTuple):
@@ -134,11 +162,13 @@ class Destination(NamedTuple):
     Attributes:
         target: the provider.
         path: below its base URL, with the query.
+        by_name: the path of the request names the target.
         key: the issued key of the caller, or None.
     """
 
     target: Target
     path: str
+    by_name: bool = False
     key: IssuedKey | None = None
 
     @property
@@ -189,7 +219,7 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
     first, _, rest = path[1:].partition("/")
     for target in targets:
         if first == target.name and rest:
-            return Destination(target, "/" + rest)
+            return Destination(target, "/" + rest, by_name=True)
     if first != "v1" or not rest:
         return None
     protocols = [detect_protocol(path, headers)]

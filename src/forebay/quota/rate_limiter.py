@@ -203,6 +203,17 @@ class RateLimiter:
                 headroom.append(QuotaHeadroom(spare, unit, level, capacity))
         return sorted(headroom)
 
+    def calls_left(self, now: float, charge: Charge) -> float:
+        """Return how many calls of this charge fit into what is left of the quotas now; infinity without any."""
+        self._advance(now)
+        least = math.inf
+        for unit, bucket, observed in self._buckets():
+            amount = getattr(charge, unit)
+            if amount > 0 and (observed is None or observed.holds(now, amount)):
+                bucket.refill(now)
+                least = min(least, (bucket.level - bucket.margin) / amount)
+        return max(0.0, least)
+
     def reserve(self, now: float, charge: Charge, *, trial: bool = False) -> QuotaReservation:
         """Take what a call needs as it is sent; into debt if the caller did not ask `wait`.
 

@@ -136,6 +136,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         task_id: the task that the call belongs to, or None.
         api_key: the API key that the account belongs to; None to read it from the request.
         weight: the share of turns that the task's supervisor, or the gateway, gives the tenant.
+        key_is_held: the API key of the request is that of the operator, who lets the caller use it.
         budgets: of the caller, from which its calls spend besides those of the upstream.
         metered: the caller has rates or budgets of its own, so that its calls must be readable.
     """
@@ -146,6 +147,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     task_id: str | None = None
     api_key: str | None = None
     weight: float = 1.0
+    key_is_held: bool = False
     budgets: tuple[CallBudget, ...] = ()
     metered: bool = False
 
@@ -308,6 +310,18 @@ class Queued(NamedTuple):
 
     seconds: float
     limited_by: str
+
+
+class Prospect(NamedTuple):
+    """The outlook of a call at an account.
+
+    Attributes:
+        seconds: until it would be sent; infinity if it would be rejected.
+        calls: that the account could send within the next minute as it is now, by its free slots and its quotas.
+    """
+
+    seconds: float
+    calls: float
 
 
 class Rejected(NamedTuple):

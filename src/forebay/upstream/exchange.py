@@ -35,7 +35,8 @@ from forebay.upstream.sdk_exceptions import ErrorAnswer
 
 REDIRECTS: Final = 300
 ERRORS: Final = 400
-_KEY_REFUSED: Final = (401, 403)
+_UNAUTHORIZED: Final = 401
+_KEY_REFUSED: Final = (_UNAUTHORIZED, 403)
 _UNREAD: Final = (Endpoint.OTHER, Endpoint.SPEECH)  # their answers pass as they arrive
 
 
@@ -94,7 +95,8 @@ class Exchange:
         self.parsed = parsed = profile.read_request(method, path, headers, body)
         model = parsed.model or ""
         credential = profile.read_credential(parsed, headers)
-        self._credential = None if caller is None else credential  # None: it is ours, as the key of a fallback is
+        # None: it is ours, as the key of a fallback is.
+        self._credential = None if caller is None or caller.key_is_held else credential
         self.api_key = credential if caller is None or caller.api_key is None else caller.api_key
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
@@ -129,6 +131,14 @@ class Exchange:
         """See `CallRoute`. What it has answered to a wrong request (400) says nothing about the key."""
         if self._credential is not None and (tried or self._status in _KEY_REFUSED):
             self.core.accepted_keys.record(self._credential, accepted=tried)
+
+    def key_refused(self) -> bool:
+        """See `CallRoute`."""
+        return self._status in _KEY_REFUSED
+
+    def held_key_invalid(self) -> bool:
+        """See `CallRoute`."""
+        return self._credential is None and self._status == _UNAUTHORIZED
 
     def throttled_error(self) -> Overloaded | None:
         """Return the provider's latest answer as an error if it throttled the call, else None."""

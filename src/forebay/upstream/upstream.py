@@ -26,6 +26,7 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
+from forebay.upstream.provider_key_limits import ProviderKeyLimits
 from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.shared.open_store import open_ledger_store
 from forebay.upstream.shared.store import LedgerStore
@@ -84,6 +85,8 @@ class Upstream:
             these events too.
         shared: the store that makes quotas, `max_concurrent` and budgets one for all processes that name it, such as
             ``"sqlite:///account.db"``; None: they hold for this process alone. What is learned is each process's own.
+        key_limits: limits of particular API keys, by key, and the name that stands for each; other keys have `quotas`
+            and `max_concurrent`.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -121,6 +124,7 @@ class Upstream:
         spend_log: SpendLog | str | None = None,
         on_event: Callable[[Event], object] | None = None,
         shared: str | LedgerStore | None = None,
+        key_limits: Mapping[str, ProviderKeyLimits] | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -142,6 +146,7 @@ class Upstream:
             weights=weights,
             unmetered=unmetered,
             unpriced=unpriced,
+            key_limits=key_limits,
         )
         link = None if shared is None else LedgerLink(open_ledger_store(owner, shared), name)
         self.name = name

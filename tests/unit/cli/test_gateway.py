@@ -18,8 +18,11 @@ from forebay import gateway
 from forebay.cli.app import app
 from forebay.gateway import (
     ContextSettings,
+    DeploymentSettings,
     FallbackSettings,
     GatewaySettings,
+    KeySettings,
+    ModelSettings,
     QuotaSettings,
     TargetSettings,
     TenantSettings,
@@ -220,6 +223,70 @@ def test_check_says_where_keys_are_and_shows_none(tmp_path: Path, monkeypatch: p
     assert f"callers need no token, or a key of {keys}\n" in summary
 
 
+def test_check_prints_aliases_pools_and_keys(
+    served: list[GatewaySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY_A", "sk-secret")
+    monkeypatch.delenv("KEY_B", raising=False)
+    file = tmp_path / "forebay.toml"
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        keys = [{ api_key_env = "KEY_A", name = "paid", rpm = 300, max_concurrent = 8 },
+                { api_key_env = "KEY_B", weight = 2 }]
+        [targets.other]
+        url = "https://h.example"
+        [models]
+        fast = "gpt-4o-mini"
+        [models."llama-*"]
+        target = "other"
+        [models.smart]
+        pool = [{ target = "openai", model = "gpt-4o" }, { target = "other", weight = 3 }]
+    """)
+    done = run("--config", str(file), "--check")
+    assert (done.exit_code, done.stderr, served) == (0, "", [])
+    assert done.stdout.splitlines()[3:] == [
+        "openai: https://api.openai.com; rules of openai; calls are sent with the API keys of the gateway",
+        "    key paid in $KEY_A: 300 requests per minute, 8 calls in flight",
+        "    key KEY_B in $KEY_B, which is not set: weight 2",
+        "other: https://h.example; rules of openai-compatible; accounts of its own for each API key",
+        "    all limits are learned from headers and 429s",
+        "model fast: gpt-4o-mini at the target of the call's path",
+        "models llama-*: the same name at other",
+        "model smart: shared by 2 deployments",
+        "    gpt-4o at openai by 2 keys",
+        "    the same name at other, weight 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[models.fast]\ntarget = 'b'", "models.fast.target is 'b'; it must be an existing target: openai, anthropic"),
+        ("[models]\nfast = 'fast'", "models.fast.model is 'fast'; it must be another name than the alias"),
+        ("[models]\nfast = 3", "models.fast is 3; it must be a table"),
+        (
+            "[models.fast]\npool = [{target = 'openai'}, {target = 'anthropic'}]",
+            "it must be made of targets with one protocol",
+        ),
+        ("[models.fast]\npool = [{target = 'openai'}, {target = 'openai', model = 'fast'}]", "different deployments"),
+        ("[models.fast]\nmodel = 'x'\npool = [{target = 'openai'}]", "left out if there is a target or a model"),
+        ("[models.fast]\npool = [{target = 'openai', weight = 0}]", "it must be a positive number of shares"),
+        ("[models.fast]\ntargt = 'openai'", "models.fast.targt is not a setting; did you mean target?"),
+        ("[[targets.openai.keys]]\nname = 'a'", "needs api_key_env"),
+        ("[targets.openai]\nkeys = [{api_key_env = 'A'}, {api_key_env = 'A'}]", "different names and variables"),
+        ("[targets.openai]\napi_key_env = 'B'\nkeys = [{api_key_env = 'A'}]", "or all of them here"),
+        ("[targets.openai]\nkeys = [{api_key_env = 'A', tpm = 5, strict = true}]", "a setting of the target"),
+    ],
+)
+def test_a_mistake_in_aliases_pools_and_keys_is_reported(text: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(text)
+    done = run("--config", str(file), *OPENAI, "--target", "anthropic=https://api.anthropic.com", "--check")
+    assert done.exit_code == 2
+    assert problem in done.stderr
+
+
 def test_check_fails_if_there_is_a_mistake() -> None:
     assert run("--check").exit_code == 2
 
@@ -263,10 +330,13 @@ def rows(heading: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("heading", "kind", "excluded"),
     [
-        ("**`[gateway]`**", GatewaySettings, {"targets", "context", "tenants"}),
+        ("**`[gateway]`**", GatewaySettings, {"targets", "context", "tenants", "models"}),
         ("**`[gateway.context]`**", ContextSettings, set()),
         ("**`[tenants.NAME]`**", TenantSettings, {"name"}),
-        ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback"}),
+        ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback", "keys"}),
+        ("**`[[targets.NAME.keys]]`**", KeySettings, {"strict"}),
+        ("**`[models.NAME]`**, whose", ModelSettings, {"name"}),
+        ("**`[[models.NAME.pool]]`**", DeploymentSettings, set()),
         ("**`[targets.NAME.models.PATTERN]`**", QuotaSettings, set()),
         ("**`[targets.NAME.prices.PATTERN]`**", Price, set()),
         ("**`[[targets.NAME.fallback]]`**", FallbackSettings, set()),

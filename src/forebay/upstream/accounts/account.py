@@ -34,6 +34,7 @@ from forebay.upstream.call_request import (
     CallRecord,
     CallRequest,
     Permit,
+    Prospect,
     Queued,
     Rejected,
     SpendReservation,
@@ -56,6 +57,7 @@ _WAITS_FOR_ITSELF: Final = (
     "it waits for a slot that its own caller holds, and all others are held by such callers: a guarded function, or a"
     " block with a permit, must make no calls through the same upstream (guard the function, or bind its client)"
 )
+_CALLS_OF_A_SLOT: Final = 60  # in a minute: not by measured latency, or what was fast once would get all calls
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -642,6 +644,13 @@ class Account:
         """Return the seconds until this call would be sent, in its turn: calls that it goes before do not count."""
         return self.expected_wait(now, request, ahead=self.queue.ahead_of(request))
 
+    def wait_left(self, now: float, call: QueuedCall) -> float:
+        """Return the seconds until a queued call is sent, by its place; infinity while nothing is sent."""
+        if self._provider_unavailable(now, call.request) is not None:
+            return math.inf
+        ahead, guess = self.queue.position(call), self.durations.typical_or_guess
+        return self.expected_wait(now, call.request, ahead=ahead, guess=guess)[0]
+
     def expected_wait(
         self, now: float, request: CallRequest, *, ahead: int | None = None, others: int = 0, guess: float = 0.0
     ) -> tuple[float, str]:
@@ -686,6 +695,18 @@ class Account:
             return max(1.0, rejection.load)
         seconds, limited_by = self._expected_wait_of(now, request)
         return math.inf if seconds > self._acceptable_wait(now, request, limited_by) else seconds / self._max_wait
+
+    def prospect_for(self, now: float, request: CallRequest) -> Prospect:
+        """Return how soon this call would be sent here, and how many more like it could be, to choose an account."""
+        if self._rejection(now, request) is not None:
+            return Prospect(math.inf, 0.0)
+        typical = self.durations.typical_or_guess
+        ahead = self.queue.ahead_of(request)
+        seconds, limited_by = self.expected_wait(now, request, ahead=ahead, guess=typical)
+        if seconds > self._acceptable_wait(now, request, limited_by):
+            seconds = math.inf
+        free = max(0, self._slots(now) - self.in_flight - self.queue.length)
+        return Prospect(seconds, min(free * _CALLS_OF_A_SLOT, self.quotas.calls_left(now, request.charge)))
 
     def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
         """Return the seconds that a call may be expected to wait: longer for a quota, whose wait is known well."""

@@ -8,7 +8,7 @@ import gc
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeVar
+from typing import Final, TypeVar, overload
 
 from forebay import clock, context
 from forebay.errors import Overloaded
@@ -25,12 +25,22 @@ from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
-from forebay.upstream.call_request import UNMETERED, Admitted, CallOutcome, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import (
+    UNMETERED,
+    Admitted,
+    CallOutcome,
+    CallRequest,
+    Permit,
+    Prospect,
+    Rejected,
+)
 from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.link import LedgerLink
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 
+_FIRST_LOOK: Final = 0.5  # seconds until a call that may leave the queue asks for the first time; then twice as long
+_LAST_LOOK: Final = 16.0  # seconds between two such questions at most
 _GAIN: Final = 0.05  # weight of the newest call in the typical one
 _START_SHARE: Final = 0.25  # of a typical call: the expected wait up to which another run may start
 
@@ -122,13 +132,27 @@ class SharedAccount:
 
     # --- permits ---
 
-    async def acquire(self, request: CallRequest, *, sole_account: bool = True) -> Permit:
+    @overload
+    async def acquire(self, request: CallRequest, *, sole_account: bool = True, leave: None = None) -> Permit: ...
+
+    @overload
+    async def acquire(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None
+    ) -> Permit | None: ...
+
+    async def acquire(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None = None
+    ) -> Permit | None:
         """Wait for a permit on the running event loop, at most until the call's deadline.
 
         Args:
             request: of the call.
             sole_account: no other account can serve the call, so the call, and its rejection, are reported to the run
                 that makes it.
+            leave: asked now and then, with the seconds that are left to wait, whether the call leaves the queue.
+
+        Returns:
+            The permit; None if the call has left the queue.
 
         Raises:
             Overloaded: the call is rejected; ``retry_after`` is the time until a retry may succeed.
@@ -138,7 +162,12 @@ class SharedAccount:
             return acquired
         call, waiter = acquired
         try:
-            decision = await waiter.wait()
+            pause = None if leave is None else _FIRST_LOOK
+            while (decision := await waiter.wait(pause)) is None:
+                assert leave is not None and pause is not None  # noqa: S101, PT018 - else it waits for the decision
+                if leave(self._wait_left(call)) and self._leave(call, waiter):
+                    return None
+                pause = min(_LAST_LOOK, 2.0 * pause)
         except GeneratorExit:  # the coroutine is collected, while any lock may be held, or it is closed
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
                 _thread.start_new_thread(self._abandon, (call,))
@@ -148,14 +177,29 @@ class SharedAccount:
             raise
         return self._permit_of(call, decision, sole_account=sole_account)
 
-    def acquire_blocking(self, request: CallRequest, *, sole_account: bool = True) -> Permit:
+    @overload
+    def acquire_blocking(self, request: CallRequest, *, sole_account: bool = True, leave: None = None) -> Permit: ...
+
+    @overload
+    def acquire_blocking(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None
+    ) -> Permit | None: ...
+
+    def acquire_blocking(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None = None
+    ) -> Permit | None:
         """Wait for a permit in a plain thread. See `acquire`."""
         acquired = self._try_acquire(request, ThreadWaiter, sole_account=sole_account)
         if isinstance(acquired, Permit):
             return acquired
         call, waiter = acquired
         try:
-            decision = waiter.wait()
+            pause = None if leave is None else _FIRST_LOOK
+            while (decision := waiter.wait(pause)) is None:
+                assert leave is not None and pause is not None  # noqa: S101, PT018 - else it waits for the decision
+                if leave(self._wait_left(call)) and self._leave(call, waiter):
+                    return None
+                pause = min(_LAST_LOOK, 2.0 * pause)
         except BaseException:  # a KeyboardInterrupt, for example
             self._abandon(call)
             raise
@@ -213,6 +257,20 @@ class SharedAccount:
         if sole_account and not unmetered and (run := context.call_observer()) is not None:
             run.record_rejection(self, error)
         return error
+
+    def _wait_left(self, call: QueuedCall) -> float:
+        """Return the seconds that a queued call is expected to wait from now on."""
+        with self._lock:
+            return self.account.wait_left(clock.now(), call)
+
+    def _leave(self, call: QueuedCall, waiter: Waiter) -> bool:
+        """Take a call out of the queue; return False if there is a decision about it by now."""
+        with self._lock:
+            if waiter.decision is not None:
+                return False
+            self.account.withdraw(clock.now(), call)
+        self._look()
+        return True
 
     def _abandon(self, call: QueuedCall) -> None:
         """Take a call whose caller has gone out of the queue, and release the permit that it may have got."""
@@ -380,6 +438,15 @@ class SharedAccount:
         """
         with self._lock:
             return self.account.load_for(clock.now(), self._typical if request is None else request)
+
+    def prospect_for(self, request: CallRequest | None = None) -> Prospect:
+        """Return how soon a call would be sent here, and how many more like it could be. See `Account`.
+
+        Args:
+            request: of the call; None for a typical one.
+        """
+        with self._lock:
+            return self.account.prospect_for(clock.now(), self._typical if request is None else request)
 
     def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
         """See `forebay.interfaces.LoadSource`."""
