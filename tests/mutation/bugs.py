@@ -256,6 +256,10 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
+from forebay.upstream.shared import quota_shares
+from forebay.upstream.shared.lease import LedgerLease
+from forebay.upstream.shared.ledger import AccountLedger
+from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -1312,6 +1316,27 @@ def a_throttled_call_goes_to_a_busier_account() -> None:
 
 def a_forked_child_inherits_the_calls_of_its_parent() -> None:
     always(SharedAccount, SharedAccount.reset_after_fork, returns=None)
+
+
+# --- accounts that processes share ---
+
+
+def a_process_uses_what_it_held_after_its_lease() -> None:
+    always(LedgerLease, LedgerLease.is_leased, returns=True)
+
+
+def a_request_that_is_repeated_counts_twice() -> None:
+    def exchange(self: AccountLedger, now: float, request: ExchangeRequest) -> ExchangeReply:
+        if (known := self.state.members.get(request.member)) is not None:
+            known.reply = None
+        return original(self, now, request)
+
+    original = AccountLedger.exchange
+    replace(AccountLedger, AccountLedger.exchange, exchange)
+
+
+def what_members_hold_of_a_quota_refills_meanwhile() -> None:
+    quota_shares._bound = lambda *_: None
 
 
 # --- refusals: hints, weighed against what was accepted ---

@@ -98,6 +98,7 @@ from tests.acceptance import (
 )
 from tests.contract import (
     test_langgraph_store,
+    test_ledger_store,
     test_limit,
     test_saga_log,
     test_state,
@@ -183,6 +184,7 @@ from tests.unit.upstream.accounts.refusals import (
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
+from tests.unit.upstream.shared import test_lease, test_ledger
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -1634,6 +1636,11 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_that_was_given_up_is_sent_again: test_ec2.test_a_call_that_was_given_up_is_not_sent_again,
     bugs.one_reading_after_an_outage_decides: test_autoscaler.test_the_first_reading_after_an_outage_removes_nothing,
     bugs.a_call_of_a_leader_outlasts_its_lease: test_leader.test_a_call_that_is_under_way_ends_with_the_lease,
+    bugs.a_process_uses_what_it_held_after_its_lease: test_lease.test_nothing_of_a_lease_is_used_when_it_has_ended,
+    bugs.a_request_that_is_repeated_counts_twice: (
+        test_ledger_store.test_a_request_that_is_repeated_is_counted_once_and_gets_the_same_reply
+    ),
+    bugs.what_members_hold_of_a_quota_refills_meanwhile: test_ledger.test_what_is_held_does_not_refill_meanwhile,
     bugs.an_autoscaler_that_only_publishes_scales: test_autoscale.test_it_scales_or_only_publishes_and_says_how_it_is,
     bugs.an_autoscaler_that_does_not_lead_publishes_old_readings: (
         test_autoscale_metrics.test_readings_are_those_of_the_one_that_leads

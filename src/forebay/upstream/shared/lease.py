@@ -142,7 +142,7 @@ class LedgerLease(ABC):
         """Return the request to send: one that was not answered as it is, or a new one. It takes the lock."""
         with self.lock:
             if self._pending is None:
-                if self.is_busy(now):
+                if self.is_busy(now) or self._busy_at == -math.inf:
                     self._busy_at = now
                 leaving = self._closing or now - self._busy_at >= self._patience
                 self._sequence = self.link.next_sequence()

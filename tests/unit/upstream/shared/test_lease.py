@@ -1,0 +1,127 @@
+"""The lease of a process: how long it uses what it holds, and what it reports."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.lease import LedgerLease
+from forebay.upstream.shared.ledger import AccountLedger
+from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms, QuotaTerms
+
+TERMS = LedgerTerms(quotas=(QuotaTerms("requests", 600.0, 60.0),), max_concurrent=8)
+START = 1_767_225_600.0
+
+
+class FakeLink:
+    """A link whose exchanges the test makes itself."""
+
+    member = "a"
+    where = "the store"
+    exchange_time = 0.01
+
+    def __init__(self) -> None:
+        self.next_sequence = itertools.count(1).__next__
+        self.failed_at = math.inf
+
+    def is_failing(self) -> bool:
+        return self.failed_at < math.inf
+
+    def failing_since(self) -> float:
+        return self.failed_at
+
+    def describe_failure(self) -> str:
+        return "it is away"
+
+    def schedule(self, lease: LedgerLease) -> None:
+        pass
+
+
+@pytest.fixture
+def link() -> FakeLink:
+    return FakeLink()
+
+
+def exchange(lease: AccountLease, ledger: AccountLedger | None, now: float) -> AccountLedger:
+    """Make one exchange with a ledger, which is opened if there is none."""
+    request = lease.prepare(now)
+    ledger = ledger or AccountLedger.open(START + now, request)
+    lease.apply(now, request, ledger.exchange(START + now, request))
+    return ledger
+
+
+def grant(lease: AccountLease, held: float, now: float) -> ExchangeRequest:
+    """Make an exchange whose reply grants an amount of the quota."""
+    request = lease.prepare(now)
+    ledger = AccountLedger.open(START + now, request)
+    reply = ledger.exchange(START + now, request)
+    (quota,) = reply.quotas
+    values = {name: getattr(reply, name) for name in ExchangeReply.__struct_fields__}
+    granted = type(quota)(held=held, level=quota.level)
+    lease.apply(now, request, ExchangeReply(**{**values, "quotas": (granted,)}))
+    return request
+
+
+def test_nothing_of_a_lease_is_used_when_it_has_ended(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    grant(lease, 10.0, now=0.0)
+    (bucket,) = lease.buckets
+    assert bucket.usable(LEASE - 1.0) == 10.0
+    assert bucket.usable(LEASE) == 0.0
+    assert lease.slots(LEASE) == 0
+
+
+def test_a_lease_counts_from_when_its_request_was_sent(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    request = lease.prepare(0.0)
+    assert lease.prepare(4.0) is request  # it is repeated as it is
+    ledger = AccountLedger.open(START, request)
+    lease.apply(4.5, request, ledger.exchange(START + 4.5, request))
+    assert lease.is_leased(4.6)
+    assert not lease.is_leased(LEASE)
+
+
+def test_what_a_request_returns_is_not_used_any_more(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    grant(lease, 10.0, now=0.0)
+    (bucket,) = lease.buckets
+    lease.prepare(2.0)  # nobody has called for two seconds: all is returned
+    assert bucket.usable(2.0) == 0.0
+
+
+def test_what_is_used_while_a_request_is_under_way_is_reported_with_the_next_one(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    grant(lease, 10.0, now=0.0)
+    (bucket,) = lease.buckets
+    bucket.reserve(0.1, 4.0)
+    request = lease.prepare(0.1)
+    bucket.end(0.2, 0.0, 3.0)  # a call has used more than it had reserved
+    ledger = AccountLedger.open(START, request)
+    lease.apply(0.3, request, ledger.exchange(START, request))
+    assert request.quotas[0].used == 4.0
+    assert lease.prepare(0.4).quotas[0].used == 3.0
+
+
+def test_a_process_that_was_paused_has_no_share_of_its_own(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    grant(lease, 10.0, now=0.0)
+    link.failed_at = LEASE + 10.0  # its first attempt after the pause fails
+    assert lease.slots(LEASE + 11.0) == 0
+    assert lease.buckets[0].usable(LEASE + 20.0) == 0.0
+
+
+def test_a_process_keeps_its_fair_share_while_the_store_is_away(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    ledger = exchange(lease, None, 0.0)
+    other = FakeLink()
+    other.member = "b"
+    exchange(AccountLease(other, "l", TERMS), ledger, 0.1)
+    exchange(lease, ledger, 0.2)
+    link.failed_at = 1.0
+    assert lease.slots(LEASE + 1.0) == 4
+    (bucket,) = lease.buckets
+    assert bucket.usable(LEASE + 1.0) == 0.0  # it begins with nothing
+    assert bucket.usable(LEASE + 3.0) == pytest.approx(2 * 10.0 / 2)
