@@ -299,7 +299,7 @@ class UpstreamBudgets:
         *place: str,
         on_alert: Callable[[float, float], None] | None = None,
     ) -> LeasedBudget:
-        key = ledger_key(place[0], self._name, *place[1:])
+        key = ledger_key(place[0], self._name, *filter(None, place[1:]))
         kept = _KEEP_TASK if place[0] == "task_budget" else None
         lease = link.lease(key, lambda: LeasedBudget(link, key, name, budget, forget_after=kept, on_alert=on_alert))
         assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
