@@ -15,6 +15,8 @@ from forebay.simulation.loop.virtual_loop import virtual_loop
 from forebay.upstream.shared.memory_store import MemoryLedgerStore
 from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest
 
+pytestmark = pytest.mark.slow
+
 AMOUNT, PERIOD = 600, 60.0
 LIMIT = 20
 
