@@ -72,6 +72,7 @@ lock: install ## pin requirements/*.in again: ARGS=--upgrade for the newest vers
 	$(RUN) $(LOCK) requirements/mutation.in --output-file requirements/mutation.txt --constraint requirements/dev.txt $(ARGS)
 	$(RUN) $(LOCK) requirements/dbos.in --output-file requirements/dbos.txt $(ARGS)
 	$(RUN) $(LOCK) --python-version 3.12 requirements/shared.in --output-file requirements/shared.txt $(ARGS)
+	$(RUN) $(LOCK) requirements/litellm.in --output-file requirements/litellm.txt $(ARGS)
 
 clean: ## drop caches and what was built; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="run less of it, where a benchmark takes minutes")
     parser.add_argument("--only", metavar="NAME", help="measure one entry, where a benchmark compares several")
+    parser.add_argument("--sides", metavar="NAME,NAME", help="what to compare, where a benchmark has sides to choose")
     arguments = parser.parse_args()
     if arguments.name is None:
         for name in names:
@@ -29,7 +30,7 @@ def main() -> None:
             print(f"{name:10} {summary}")
         return
     run = importlib.import_module(f"bench.{arguments.name}").run
-    options = {name: value for name in ("quick", "only") if (value := getattr(arguments, name))}
+    options = {name: value for name in ("quick", "only", "sides") if (value := getattr(arguments, name))}
     for name in options.keys() - inspect.signature(run).parameters.keys():
         parser.error(f"{arguments.name} has no --{name}")
     results = run(**options)

@@ -1,7 +1,12 @@
-"""Latency that the gateway adds to a call, compared with proxies that only forward, each in its own process.
+"""Latency that the gateway adds to a call, compared with proxies beside it, each in its own process.
+
+``--sides relay,uvicorn,forebay,litellm`` chooses them: *relay* and *uvicorn* only forward (aiohttp on both sides, and
+uvicorn over aiohttp's client), *litellm* is its proxy, for which `bench.proxies.litellm_proxy` says what to install.
 
 Milliseconds that each adds to the direct call, at the median and at the 99th percentile: two callers in a closed loop,
-interleaved rounds, medians over the rounds. Requests per second of 32 callers. Memory per open stream, of a thousand.
+interleaved rounds, medians over the rounds. Calls per second of 32 callers, and microseconds of processor for each,
+which depend less on what else the machine does: medians, and of ratios of processor time the least of each side. Memory
+per open stream of the gateway.
 """
 
 from __future__ import annotations
@@ -20,27 +25,51 @@ import uvloop
 from bench.proxies.load import closed_loop, open_streams
 
 ROUNDS = 15
+QUICK_ROUNDS = 3
 CALLS = 600
 CALLERS = 2
 CROWD = 32
+CROWD_ROUNDS = 5
 STREAMS = 1000
-OURS = "gateway"
+OURS = "forebay"
+BASELINE = "relay"
+SIDES = {
+    "relay": ("bench.baselines.bare_proxy", "aiohttp"),
+    "uvicorn": ("bench.baselines.bare_proxy", "uvicorn"),
+    "forebay": ("bench.proxies.forebay_gateway",),
+    "litellm": ("bench.proxies.litellm_proxy",),
+}
+DEFAULT_SIDES = "relay,uvicorn,forebay"
 
 
 @contextlib.contextmanager
 def started(*command: str) -> Iterator[tuple[int, int]]:
-    """Start a Python module that prints its port; yield its process id and the port, and stop it at the end."""
+    """Start a Python module that prints its port; yield its process id and the port, and stop it at the end.
+
+    A module that starts another process prints the id of that too.
+    """
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE)  # noqa: S603
     try:
         assert process.stdout is not None
-        yield process.pid, int(process.stdout.readline())
+        printed = process.stdout.readline().split()
+        if not printed:
+            sys.exit(f"{command[0]} did not start")  # it has said why
+        yield int(printed[1]) if len(printed) > 1 else process.pid, int(printed[0])
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(5)
+            process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process until now; 0 where the system does not say (it is not Linux)."""
+    threads = Path(f"/proc/{pid}/task")
+    if not threads.exists():
+        return 0.0
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads.iterdir()) / 1e9
 
 
 def resident_kb(pid: int) -> float:
@@ -54,36 +83,65 @@ def percentile_ms(seconds: list[float], share: float) -> float:
     return 1000 * sorted(seconds)[min(len(seconds) - 1, int(share * len(seconds)))]
 
 
-def run() -> dict[str, float]:
-    """Return the latencies, rates and memory."""
+def run(*, sides: str = DEFAULT_SIDES, quick: bool = False) -> dict[str, float]:
+    """Return the latencies, rates, processor times and memory."""
+    names = list(dict.fromkeys(sides.split(",")))
+    if unknown := [name for name in names if name not in SIDES]:
+        sys.exit(f"there is no side {unknown[0]!r}: choose among {','.join(SIDES)}")
     with contextlib.ExitStack() as stack:
-        _, provider = stack.enter_context(started("bench.proxies.provider"))
+        provider_pid, provider = stack.enter_context(started("bench.proxies.provider"))
         url = f"http://127.0.0.1:{provider}"
-        pid, ours = stack.enter_context(started("bench.proxies.forebay_gateway", url))
-        _, aiohttp = stack.enter_context(started("bench.baselines.bare_proxy", "aiohttp", url))
-        _, uvicorn = stack.enter_context(started("bench.baselines.bare_proxy", "uvicorn", url))
-        ports = {"direct": provider, "aiohttp": aiohttp, "uvicorn": uvicorn, OURS: ours}
-        results: dict[str, float] = {}
-        latencies: dict[str, list[list[float]]] = {name: [] for name in ports}
-        for number in range(ROUNDS + 1):
-            for name, port in ports.items():
-                calls, _ = uvloop.run(closed_loop(port, callers=CALLERS, calls=CALLS))
-                if number:  # the first round warms up
-                    latencies[name].append(calls)
-        for name, share in (("p50", 0.5), ("p99", 0.99)):
-            direct = [percentile_ms(calls, share) for calls in latencies["direct"]]
-            results[f"direct_{name}_ms"] = statistics.median(direct)
-            for proxy in ("aiohttp", "uvicorn", OURS):
-                rounds = zip(latencies[proxy], direct, strict=True)
-                added = (percentile_ms(calls, share) - bare for calls, bare in rounds)
-                results[f"{proxy}_adds_{name}_ms"] = statistics.median(added)
+        running = {"direct": (provider_pid, provider)}
+        for name in names:
+            running[name] = stack.enter_context(started(*SIDES[name], url))
+        results = added_latencies(
+            {name: port for name, (_, port) in running.items()}, QUICK_ROUNDS if quick else ROUNDS
+        )
+        results |= rates(running, QUICK_ROUNDS if quick else CROWD_ROUNDS)
+        if OURS in running:
+            results["kb_per_open_stream"] = uvloop.run(kb_per_stream(*running[OURS]))
+    return results
+
+
+def added_latencies(ports: dict[str, int], rounds: int) -> dict[str, float]:
+    """Return the latency of a direct call, and what each proxy adds to it."""
+    latencies: dict[str, list[list[float]]] = {name: [] for name in ports}
+    for number in range(rounds + 1):
         for name, port in ports.items():
-            rates = []
-            for _ in range(5):
-                calls, seconds = uvloop.run(closed_loop(port, callers=CROWD, calls=CROWD * 60))
-                rates.append(len(calls) / seconds)
-            results[f"{name}_per_second"] = statistics.median(rates)
-        results["kb_per_open_stream"] = uvloop.run(kb_per_stream(pid, ours))
+            calls, _ = uvloop.run(closed_loop(port, callers=CALLERS, calls=CALLS))
+            if number:  # the first round warms up
+                latencies[name].append(calls)
+    results: dict[str, float] = {}
+    for percentile, share in (("p50", 0.5), ("p99", 0.99)):
+        direct = [percentile_ms(calls, share) for calls in latencies["direct"]]
+        results[f"direct_{percentile}_ms"] = statistics.median(direct)
+        for name in ports.keys() - {"direct"}:
+            pairs = zip(latencies[name], direct, strict=True)
+            added = (percentile_ms(calls, share) - bare for calls, bare in pairs)
+            results[f"{name}_adds_{percentile}_ms"] = statistics.median(added)
+    return results
+
+
+def rates(running: dict[str, tuple[int, int]], rounds: int) -> dict[str, float]:
+    """Return calls per second and microseconds of processor for each; and our rates over those of the bare relay."""
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    processor: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, (pid, port) in running.items():
+            before = cpu_seconds(pid)
+            calls, took = uvloop.run(closed_loop(port, callers=CROWD, calls=CROWD * 60))
+            seconds[name].append(took / len(calls))
+            processor[name].append((cpu_seconds(pid) - before) / len(calls))
+    results: dict[str, float] = {}
+    for name in running:
+        results[f"{name}_per_second"] = 1 / statistics.median(seconds[name])
+        results[f"{name}_processor_us"] = 1e6 * statistics.median(processor[name])
+    for name in running.keys() - {"direct", BASELINE}:
+        if BASELINE in running:
+            pairs = list(zip(seconds[BASELINE], seconds[name], strict=True))
+            results[f"{name}_over_{BASELINE}"] = statistics.median(bare / ours for bare, ours in pairs)
+            least = min(processor[name])
+            results[f"{name}_over_{BASELINE}_processor"] = min(processor[BASELINE]) / least if least else 0.0
     return results
 
 

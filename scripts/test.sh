@@ -18,6 +18,9 @@ for minor in 3.11 3.13; do
     esac
 done
 
+# Tests of litellm start it in an environment of its own; without that they are skipped, and say so.
+[ $# -gt 0 ] || scripts/bootstrap.sh .venv-litellm '' requirements/litellm.txt || echo 'NOT TESTED: litellm'
+
 # What depends on the version of Python is asyncio, sqlite3, the libraries and the language, and the quick tests of
 # everything meet these. The others take the same Forebay through more random runs, more stores and servers, and earlier
 # SDKs: they run on one Python only.

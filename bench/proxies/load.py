@@ -8,6 +8,8 @@ import re
 import time
 from typing import cast
 
+KEY = "sk-0123456789abcdef0123456789abcdef"
+"""The API key of the callers; litellm accepts no weaker one."""
 _QUESTION = "Which rivers flow into the Black Sea? " * 20
 _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 
@@ -18,7 +20,7 @@ def request(*, stream: bool = False) -> bytes:
     body = json.dumps({**payload, "stream": stream}, separators=(",", ":")).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
-        "content-type: application/json\r\nuser-agent: AsyncOpenAI/Python 3.57.0\r\nauthorization: Bearer sk-1\r\n"
+        f"content-type: application/json\r\nuser-agent: AsyncOpenAI/Python 3.57.0\r\nauthorization: Bearer {KEY}\r\n"
         "x-stainless-lang: python\r\nx-stainless-package-version: 3.57.0\r\nx-stainless-os: Linux\r\n"
         "x-stainless-arch: x64\r\nx-stainless-runtime: CPython\r\nx-stainless-runtime-version: 3.13.5\r\n"
         "x-stainless-async: async:asyncio\r\nx-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\n"

@@ -1,6 +1,7 @@
 """Forebay: backpressure for fleets of AI agents."""
 
 from forebay.adapters import as_handler
+from forebay.call_usage import CallUsage
 from forebay.carried_context import carry
 from forebay.context import progress
 from forebay.errors import (
@@ -25,13 +26,14 @@ from forebay.supervisor import (
     progress_bar,
 )
 from forebay.task import Deadline, Estimate, Priority, Resume, Task, TaskResult, TaskStatus, Verdict
-from forebay.upstream import Fallback, Upstream
+from forebay.upstream import Fallback, ProviderKeyLimits, Upstream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackpressureSupervisor",
     "Budget",
+    "CallUsage",
     "Deadline",
     "DrainReport",
     "Estimate",
@@ -42,6 +44,7 @@ __all__ = [
     "Overloaded",
     "Price",
     "Priority",
+    "ProviderKeyLimits",
     "Quota",
     "Reading",
     "Resume",

@@ -82,6 +82,11 @@ def draw_function(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
     return draw
 
 
+def secret_bytes(size: int) -> bytes:
+    """Return random bytes that nobody can guess, from the operating system, also in virtual time."""
+    return os.urandom(size)
+
+
 class _IdGenerator:
     """Process-unique identifiers: a random prefix and a counter, at a tenth of the cost of a uuid4."""
 

@@ -11,6 +11,7 @@ import msgspec
 from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
+    from forebay.call_usage import CallUsage
     from forebay.errors import Overloaded
     from forebay.interfaces import LoadSource
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 # The context of all tasks whose submitters have no variables: one object less for each task that waits. Nothing runs in
 # it, only in copies of it.
 NO_VARIABLES: Final = Context()
+
+
+class EventReceiver(Protocol):
+    """A supervisor, as a receiver of the events of upstreams."""
+
+    def receive(self, event: Any) -> None:
+        """Deliver an `Event` to the sinks and subscriptions. Callable from any thread; it calls no user code."""
 
 
 class CallObserver(Protocol):
@@ -35,11 +43,24 @@ class CallObserver(Protocol):
     def record_rejection(self, by: object, error: Overloaded) -> None:
         """Note that `by` rejected a call for good: if the run fails after that, it ends as Overloaded."""
 
-    def record_spend(self, usd: float) -> None:
-        """Note that a call was charged `usd` dollars by an upstream with budgets. Callable from any thread."""
+    @property
+    def event_receiver(self) -> EventReceiver:
+        """The receiver of the events of the upstreams that it calls: its supervisor."""
 
     def record_upstream_fault(self) -> None:
         """Note a failure of the upstream: if the run fails after that, it does not count against its worker."""
+
+
+class UsageObserver(Protocol):
+    """A running task that adds up what its calls use."""
+
+    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:
+        """Add `usage` to that of the task. Callable from any thread.
+
+        Args:
+            usage: of a call that has ended; or a correction, or the note that a call begins.
+            usd: dollars that an upstream with budgets has charged for the call; None if it has none.
+        """
 
 
 class RunningTask(Protocol):
@@ -118,6 +139,11 @@ class DetachedTask:
     def report(self, value: Any) -> None:
         """See `RunningTask`: nobody listens any more."""
 
+    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:
+        """See `UsageObserver`. The calls of a compensation are those of the run that waits for it."""
+        if hasattr(self.awaited_by, "record_usage"):
+            cast("UsageObserver", self.awaited_by).record_usage(usage, usd=usd)
+
 
 # Calls made inside a saga that has begun are of this priority at least.
 _least_priority: ContextVar[Priority] = ContextVar("forebay_least_priority", default=Priority.LOW)
@@ -144,6 +170,12 @@ def call_observer() -> CallObserver | None:
     if running is None or not hasattr(running, "record_call"):
         return None
     return cast("CallObserver", running)
+
+
+def usage_observer() -> UsageObserver | None:
+    """Return the running task if it adds up what its calls use, otherwise None."""
+    running = _current.get()
+    return cast("UsageObserver", running) if hasattr(running, "record_usage") else None
 
 
 def progress(value: Any) -> None:

@@ -357,6 +357,12 @@ class InvalidSagaLogUrl(ForebayError, ValueError):
     why: str
 
 
+class InvalidSpendLogUrl(ForebayError, ValueError):
+    """The spend log {url!r} cannot be opened: {why}. Known forms: {forms}."""
+
+    why: str
+
+
 class StoreUnavailable(ForebayError):
     """The store at {where} cannot be used: {why}. {advice}"""
 

@@ -211,6 +211,35 @@ class Scaled(Event, frozen=True, kw_only=True):
     limited_by: str | None = None
 
 
+class BudgetAlert(Event, frozen=True, kw_only=True):
+    """A share of a budget is spent: that of its `alert`, or all of it. It comes once for each share and period.
+
+    A budget counts as spent, too, once a call for a tenth of it or less was rejected because of what is spent.
+
+    Attributes:
+        upstream: names the upstream.
+        budget: the budget, as the upstream's setting is named: ``"budget"``, ``"tenant_budget"``, ``"task_budget"``.
+        tenant: whose budget it is; None unless each tenant has one.
+        task: the id of the task whose budget it is; None unless each task has one.
+        share: that is spent; 1.0: all.
+        usd: dollars of the budget.
+        spent: dollars spent in this period.
+        per: ``"hour"``, ``"day"`` or ``"month"``; None for a budget that never renews.
+        period: when the period began, in epoch seconds; 0.0 if the budget never renews.
+    """
+
+    kind = "budget_alert"
+    upstream: str
+    budget: str
+    tenant: str | None
+    task: str | None
+    share: float
+    usd: float
+    spent: float
+    per: str | None
+    period: float
+
+
 class WorkerUnregistered(Event, frozen=True, kw_only=True):
     """A worker was unregistered; `cut` of its runs had not ended in time, and were stopped."""
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from forebay._json import JsonStruct
+from forebay.call_usage import CallUsage
 from forebay.task import DEFAULT_TENANT, Priority, Task
 
 
@@ -276,6 +277,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
         failures: attempts that ended with an error, of those in `attempts`. The others have lost their process.
         total_delay: seconds of all its delays so far.
         last_error: what the last of those attempts ended with; None if there is none.
+        usage: of the calls of those attempts; None if they made none.
         tenant: whose it is. The tenants of one task type and priority take turns.
         not_before: epoch seconds before which it is not to run, or None. `TaskStore.put` reads it, and nothing later.
     """
@@ -292,6 +294,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     failures: int = 0
     total_delay: float = 0.0
     last_error: str | None = None
+    usage: CallUsage | None = None
     tenant: str = DEFAULT_TENANT
     not_before: float | None = None
 
@@ -302,7 +305,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         record: the task, with the attempts that had been made when it was leased. For the attempts that fail under the
             lease, the holder goes on with a lease of the same fence whose record counts them in `attempts`, `failures`,
-            `total_delay` and `last_error`. What the store writes of these four is what that record says.
+            `total_delay`, `last_error` and `usage`. What the store writes of these five is what that record says.
         fence: the id of this lease, compared for equality: the store rejects a holder whose lease went to another.
         until: epoch seconds at which it expires unless it is renewed.
     """
@@ -323,6 +326,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         duration_ms: milliseconds of the last attempt.
         attempts: starts of the handler.
         finished_at: epoch seconds.
+        usage: of the calls that the task made; None if it made none, or an earlier version stored it.
     """
 
     status: str
@@ -332,6 +336,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     finished_at: float = 0.0
+    usage: CallUsage | None = None
 
 
 class DeadRecord(msgspec.Struct, frozen=True, kw_only=True):

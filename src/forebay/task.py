@@ -13,6 +13,7 @@ from forebay import clock
 from forebay._json import JsonStruct, plain_field, plain_value
 from forebay._renamed import renamed
 from forebay._validate import is_positive, is_whole
+from forebay.call_usage import NO_USAGE, CallUsage
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 from forebay.retry import Retry
 
@@ -377,6 +378,8 @@ class TaskResult(JsonStruct, Generic[ResultT_co], frozen=True, kw_only=True):
         error: if it did not succeed, what happened, as ``"ValueError: ..."``; or why its value cannot be stored.
         duration_ms: milliseconds that the last attempt ran.
         attempts: starts of the handler.
+        usage: calls, tokens and dollars of what its handler called through upstreams, in all attempts; zeros if it
+            called none. The calls of nested tasks are in the results of those, so that each call is in one result.
         cause: the handler's exception, where the task ran in this process, unless the ticket was looked up after the
             end; ResultUnavailable if it succeeded and its value is not available, in which case `result` is None.
     """
@@ -392,6 +395,7 @@ class TaskResult(JsonStruct, Generic[ResultT_co], frozen=True, kw_only=True):
     error: str | None = None
     duration_ms: float = 0.0
     attempts: int = 0
+    usage: CallUsage = NO_USAGE
     cause: BaseException | None = None
 
     @property
@@ -418,6 +422,7 @@ class TaskResult(JsonStruct, Generic[ResultT_co], frozen=True, kw_only=True):
             "error": self.error,
             "duration_ms": self.duration_ms,
             "attempts": self.attempts,
+            "usage": self.usage,
         }
         plain = {name: plain_field(value) for name, value in fields.items()}
         return plain | plain_value("result", self.result) if values else plain

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import pytest
-from aiohttp import web
-from tests.support.gateway_harness import GatewayHarness, ScriptedProvider
+from tests.support.gateway_harness import GatewayHarness, gateway_harness
 from tests.support.task_stores import STORES, StoreBackend
 
 
 @pytest.fixture
 async def harness() -> AsyncIterator[GatewayHarness]:
-    provider = ScriptedProvider()
-    server = web.Server(provider.handle, handler_cancellation=True, auto_decompress=False, access_log=None)
-    listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-    port = listening.sockets[0].getsockname()[1]
-    async with aiohttp.ClientSession() as session:
-        yield GatewayHarness(provider, f"http://127.0.0.1:{port}", session)
-    listening.close()
-    server.pre_shutdown()
-    await server.shutdown(0.1)
+    async with gateway_harness() as started:
+        yield started
 
 
 @pytest.fixture(params=STORES, ids=str)

@@ -129,7 +129,8 @@ async def test_a_call_that_cannot_be_counted_is_told_why_and_which_setting_allow
         assert answer[0] == status
         assert answer[2]["error"]["type"] == "invalid_request_error"
         assert says in answer[2]["error"]["message"]
-        assert "unmetered='allow'" in answer[2]["error"]["message"]
+        setting = "unmetered='allow'" if status == 415 else "unpriced='warn'"
+        assert setting in answer[2]["error"]["message"]
         assert answer[1]["x-should-retry"] == "false"
         assert not harness.provider.requests
         statistics = gateway.forwarder.targets[0].upstream.statistics()

@@ -302,7 +302,7 @@ def check_budgets(upstream: Upstream, script: Script) -> None:
     most = max((call.tokens for calls in (script.calls, *script.tasks) for call in calls), default=0)
     in_flight = sum(shared.account.peak_in_flight for shared in upstream.core.accounts)
     for budget in upstream.core.budgets.all_budgets():
-        bound = budget._tracker.budget.usd + in_flight * (MAX_OVERSPEND - 1) * most * PRICE / 1e6
+        bound = budget.usd + in_flight * (MAX_OVERSPEND - 1) * most * PRICE / 1e6
         assert budget.spent() <= bound
 
 

@@ -26,6 +26,8 @@ from tests.support.gateway_harness import (
     streaming,
     until,
 )  # fmt: skip
+from tests.support.metric_samples import total
+from yarl import URL
 
 from forebay import clock
 from forebay.gateway import (
@@ -53,6 +55,17 @@ async def test_a_response_passes_and_is_not_to_be_retried(harness: GatewayHarnes
         assert request.headers["x-custom"] == "ü"
         assert request.headers["host"] == harness.url.removeprefix("http://")
         assert leftovers(gateway) == NOTHING_LEFT
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("query", ["?beta=true", "?name=%C3%BC&other=a+b", ""], ids=["plain", "escaped", "none"])
+async def test_a_query_arrives_as_it_was_sent(harness: GatewayHarness, method: str, query: str) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        url = URL(harness.at(gateway, "/v1/chat/completions" + query), encoded=True)
+        async with harness.session.request(method, url, json=CHAT_REQUEST) as response:
+            assert response.status == 200
+        (request,) = harness.provider.requests
+        assert request.raw_path == "/v1/chat/completions" + query
 
 
 async def test_a_provider_is_reached_through_the_http_proxy_of_the_environment(harness: GatewayHarness) -> None:
@@ -95,10 +108,9 @@ async def test_a_compressed_response_stays_compressed_and_is_metered(harness: Ga
     async with Gateway(harness.settings()) as gateway:
         async with harness.session.post(harness.at(gateway), json=CHAT_REQUEST, auto_decompress=False) as response:
             assert await response.read() == packed
-        async with harness.session.get(harness.at(gateway, "/metrics")) as response:
-            received = await response.text()
-    assert 'forebay_tokens_total{direction="input",model="gpt-4o",target="openai"} 30.0' in received
-    assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in received
+        labels = {"target": "openai", "model": "gpt-4o"}
+        assert total(gateway, "forebay_tokens_total", direction="input", **labels) == 30
+        assert total(gateway, "forebay_tokens_total", direction="output", **labels) == 20
 
 
 async def test_a_compressed_stream_stays_compressed_and_is_metered(harness: GatewayHarness) -> None:
@@ -111,16 +123,15 @@ async def test_a_compressed_stream_stays_compressed_and_is_metered(harness: Gate
             harness.at(gateway), **asking, headers={"accept-encoding": "gzip"}, auto_decompress=False
         ) as response:
             assert await response.read() == packed
-        async with harness.session.get(harness.at(gateway, "/metrics")) as response:
-            received = await response.text()
-    assert 'forebay_tokens_total{direction="input",model="gpt-4o",target="openai"} 30.0' in received
-    assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in received
-    assert [line for line in received.splitlines() if 'outcome="failed"' in line and not line.endswith(" 0.0")] == []
+        labels = {"target": "openai", "model": "gpt-4o"}
+        assert total(gateway, "forebay_tokens_total", direction="input", **labels) == 30
+        assert total(gateway, "forebay_tokens_total", direction="output", **labels) == 20
+        assert total(gateway, "forebay_attempts_total", outcome="failed") == 0
 
 
 async def test_pages_of_the_gateway_are_found_with_a_query(harness: GatewayHarness) -> None:
     async with Gateway(harness.settings()) as gateway:
-        for path in ("/metrics?name[]=forebay_tokens_total", "/metrics?", "/healthz?verbose"):
+        for path in ("/metrics?name[]=forebay_tokens_total", "/metrics?", "/healthz?verbose", "/readyz?verbose"):
             async with harness.session.get(harness.at(gateway, path)) as response:
                 assert response.status == 200
     assert harness.provider.requests == []
@@ -137,8 +148,8 @@ async def test_the_metrics_have_attempts_and_quotas(harness: GatewayHarness) -> 
         async with harness.session.get(harness.at(gateway, "/metrics")) as response:
             lines = [line for line in (await response.text()).splitlines() if not line.startswith("#")]
     received = {line.partition("{")[0]: line for line in lines if 'quota="requests per minute"' in line}
-    assert float(received["forebay_quota_remaining"].split()[-1]) == pytest.approx(40, abs=1)
-    assert float(received["forebay_quota_amount"].split()[-1]) == 100.0
+    assert float(received["forebay_quota_remaining_requests"].split()[-1]) == pytest.approx(40, abs=1)
+    assert float(received["forebay_quota_limit_requests"].split()[-1]) == 100.0
     attempts = [line for line in lines if line.startswith("forebay_attempts_total") and 'outcome="succeeded"' in line]
     assert [line.split()[-1] for line in attempts] == ["1.0"]
 
@@ -156,8 +167,7 @@ async def test_the_metrics_of_many_keys_are_bounded_and_its_counters_never_go_ba
             if number % 100 == 50:
                 lines = metric_lines(gateway)
                 sizes.append(sum("account=" in line for line in lines))
-                (attempts,) = [line for line in lines if line.startswith("forebay_attempts_total")]
-                assert attempts == f'forebay_attempts_total{{outcome="succeeded",target="openai"}} {number + 1}.0'
+                assert total(gateway, "forebay_attempts_total", outcome="succeeded") == number + 1
         assert len(set(sizes)) == 1
         assert sum(line.startswith("forebay_calls_in_flight{") for line in lines) == 3
 
@@ -255,8 +265,9 @@ async def test_beyond_loopback_a_token_is_needed(harness: GatewayHarness, monkey
         status, _, _ = await harness.post(gateway, headers={"x-forebay-token": token})
         assert status == 200
         assert token not in repr(harness.provider.requests[0].headers)
-        async with harness.session.get(harness.at(gateway, "/healthz")) as response:
-            assert await response.json() == {"status": "ok"}
+        for path, expected in (("/healthz", {"status": "ok"}), ("/readyz", {"status": "ready", "problems": []})):
+            async with harness.session.get(harness.at(gateway, path)) as response:
+                assert await response.json() == expected
 
 
 async def test_only_a_trusted_caller_may_name_its_tenant(harness: GatewayHarness) -> None:
@@ -630,9 +641,11 @@ async def test_draining_finishes_calls_in_progress_and_rejects_new_ones(harness:
     await until(lambda: leftovers(gateway)[:2] == (1, 1))
     end = asyncio.create_task(gateway.__aexit__(None, None, None))
     await until(lambda: gateway.forwarder.draining)
-    async with harness.session.get(harness.at(gateway, "/healthz")) as response:
-        assert (response.status, await response.json()) == (503, {"status": "draining"})
+    async with harness.session.get(harness.at(gateway, "/readyz")) as response:
+        assert (response.status, await response.json()) == (503, {"status": "unready", "problems": ["draining"]})
         assert response.headers["connection"] == "close"
+    async with harness.session.get(harness.at(gateway, "/healthz")) as response:
+        assert (response.status, await response.json()) == (200, {"status": "draining"})
     status, headers, body = await harness.post(gateway, "/v1/messages")
     assert (status, body["type"]) == (503, "error")
     assert headers["connection"] == "close"

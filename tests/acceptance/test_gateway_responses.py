@@ -6,7 +6,6 @@ import asyncio
 import errno
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +32,7 @@ from tests.support.gateway_harness import (
     until,
     writing_raw,
 )
+from tests.support.metric_samples import total
 
 from forebay.gateway.server import Gateway
 
@@ -65,17 +65,11 @@ WAYS: dict[str, tuple[str, list[bytes]]] = {
 
 def counted(gateway: Gateway) -> dict[str, float]:
     """Return the output tokens and the failed attempts, of all accounts."""
-    text = gateway.forwarder.metrics.render().decode()
     return {
-        name: sum(float(number) for number in re.findall(rf"^{pattern} ([0-9.]+)$", text, re.MULTILINE))
-        for name, pattern in (
-            ("tokens", r'forebay_tokens_total\{direction="output".*'),
-            ("failed", r'forebay_attempts_total\{.*outcome="failed".*'),
-            ("499", r'forebay_gateway_requests_total\{status="499".*'),
-            ("500", r'forebay_gateway_requests_total\{status="500".*'),
-            ("502", r'forebay_gateway_requests_total\{status="502".*'),
-            ("files", r'forebay_gateway_rejections_total\{limited_by="files".*'),
-        )
+        "tokens": total(gateway, "forebay_tokens_total", direction="output"),
+        "failed": total(gateway, "forebay_attempts_total", outcome="failed"),
+        **{status: total(gateway, "forebay_gateway_requests_total", status=status) for status in ("499", "500", "502")},
+        "files": total(gateway, "forebay_gateway_rejections_total", limited_by="files"),
     }
 
 

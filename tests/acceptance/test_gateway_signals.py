@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -43,14 +44,17 @@ async def start(harness: GatewayHarness, tmp_path: Path) -> AsyncIterator[Start]
     """Return a function that starts a gateway in front of the harness's provider."""
     started: list[asyncio.subprocess.Process] = []
 
-    async def start(drain_timeout: float = 60.0, port: int = 0) -> GatewayProcess:
+    async def start(
+        drain_timeout: float = 60.0, port: int = 0, config: str | None = None, *, has_config: bool = True
+    ) -> GatewayProcess:
         file = tmp_path / "forebay.toml"
-        file.write_text(f"[gateway]\ndrain_timeout = {drain_timeout}\n")
+        file.write_text(f"[gateway]\ndrain_timeout = {drain_timeout}\n" if config is None else config)
         process = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", f'ulimit -S -n {FILES} && exec "$@"', "sh"),
-            *(sys.executable, "-m", "forebay.cli", "gateway", "--config", str(file), "--max-concurrent", "2"),
+            *(sys.executable, "-m", "forebay.cli", "gateway", *(("--config", str(file)) if has_config else ())),
+            *(("--max-concurrent", "2") if config is None else ()),
             *("--target", f"openai={harness.url}", "--target", f"anthropic={harness.url}"),
-            *("--listen", f"127.0.0.1:{port}"),
+            *(() if "listen" in (config or "") else ("--listen", f"127.0.0.1:{port}")),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
@@ -69,9 +73,9 @@ async def start(harness: GatewayHarness, tmp_path: Path) -> AsyncIterator[Start]
 
 async def wait_until_draining(harness: GatewayHarness, running: GatewayProcess) -> None:
     while True:
-        async with harness.session.get(f"{running.url}/healthz") as response:
+        async with harness.session.get(f"{running.url}/readyz") as response:
             if response.status == 503:
-                assert await response.json() == {"status": "draining"}
+                assert await response.json() == {"status": "unready", "problems": ["draining"]}
                 return
 
 
@@ -90,9 +94,14 @@ async def wait_until_queued(harness: GatewayHarness, running: GatewayProcess) ->
             return
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "has_config"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGHUP, False)]
+)
 async def test_a_signal_drains_calls_in_flight_and_in_the_queue(
-    harness: GatewayHarness, start: Start, number: int
+    harness: GatewayHarness,
+    start: Start,
+    number: int,
+    has_config: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     gate = asyncio.Event()
 
@@ -108,7 +117,7 @@ async def test_a_signal_drains_calls_in_flight_and_in_the_queue(
         return response
 
     harness.provider.behaviour = gated
-    running = await start()
+    running = await start(has_config=has_config)
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(read(harness, running, **STREAM))
         await until(lambda: len(harness.provider.requests) == 1)
@@ -183,3 +192,121 @@ async def test_the_limit_of_open_files_is_raised(harness: GatewayHarness, start:
     assert (await read(harness, running))[0] == 200
     running.process.terminate()
     assert await running.ended() == 0
+
+
+async def test_the_access_log_is_on_the_standard_output_by_default(harness: GatewayHarness, start: Start) -> None:
+    running = await start()
+    assert (await read(harness, running))[0] == 200
+    assert " 200 answered POST /v1/chat/completions tenant=default " in await line_of(running.process.stdout, "20")
+    running.process.terminate()
+    assert await running.ended() == 0
+
+
+# --- SIGHUP, with a file ---
+
+
+async def line_of(stream: asyncio.StreamReader | None, start: str) -> str:
+    """Return the next line that starts so."""
+    assert stream is not None
+    while not (line := (await stream.readline()).decode()).startswith(start):
+        assert line, f"no line starts with {start!r}"
+    return line.rstrip()
+
+
+async def hang_up(running: GatewayProcess, file: Path) -> None:
+    """Send a SIGHUP, and wait until the file is reloaded."""
+    running.process.send_signal(signal.SIGHUP)
+    assert await line_of(running.process.stdout, "reloaded") == f"reloaded {file}"
+
+
+async def test_a_hang_up_reloads_the_file_and_what_was_spent_stays_spent(
+    harness: GatewayHarness, start: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "forebay.toml"
+    price = "[targets.openai.prices.'*']\ninput = 1.0\noutput = 10.0\n"
+    text = "[gateway]\naccess_log = 'off'\n[targets.openai]\nbudget_usd = {usd}\n" + price
+    running = await start(config=text.format(usd=5))
+    assert (await read(harness, running))[0] == 200
+    await hang_up(running, file)
+    assert await spent(harness, running) == pytest.approx(0.00023)
+    file.write_text(text.format(usd=0.0002))
+    await hang_up(running, file)
+    status, received = await read(harness, running)
+    assert (status, b"it has 0.0002 USD a day" in received) == (402, True)
+    running.process.terminate()
+    assert await running.ended() == 0
+
+
+async def spent(harness: GatewayHarness, running: GatewayProcess) -> float:
+    async with harness.session.get(f"{running.url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    name = 'forebay_budget_spent_usd{target="openai"}'
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+async def test_a_file_with_a_mistake_is_not_reloaded(harness: GatewayHarness, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    running = await start(config="[targets.openai]\nrpm = 1\n")
+    assert (await read(harness, running))[0] == 200
+    for text, problem in (
+        ("[targets.openai]\nrpm = 'many'\n", "targets.openai.rpm is a string; it must be a whole number"),
+        ("[targets.openai\n", "Expected"),
+        ("[targets.openai]\nrpm = '${MISSING}'\n", "needs the environment variable MISSING, which is not set"),
+    ):
+        file.write_text(text)
+        running.process.send_signal(signal.SIGHUP)
+        line = await line_of(running.process.stderr, "nothing is reloaded")
+        assert line.startswith("nothing is reloaded, and the old settings stay: ")
+        assert str(file) in line
+        assert problem in line
+    status, _ = await read(harness, running, json=CHAT_REQUEST, headers={"x-stainless-read-timeout": "3"})
+    assert status == 429  # by the old rate
+    running.process.terminate()
+    assert await running.ended() == 0
+
+
+async def test_a_new_address_is_said_to_need_a_restart(harness: GatewayHarness, start: Start, tmp_path: Path) -> None:
+    running = await start(config="[gateway]\nlisten = '127.0.0.1:0'\n")
+    (tmp_path / "forebay.toml").write_text("[gateway]\nlisten = '127.0.0.1:1'\n")
+    await hang_up(running, tmp_path / "forebay.toml")
+    line = await line_of(running.process.stderr, "reloaded")
+    assert line == "reloaded, but it listens on 127.0.0.1:0 until it is started again, not on 127.0.0.1:1"
+    assert (await read(harness, running))[0] == 200
+    running.process.terminate()
+    assert await running.ended() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+async def test_a_closed_terminal_stops_a_gateway_with_a_file_too(harness: GatewayHarness, tmp_path: Path) -> None:
+    import pty  # noqa: PLC0415 - not on Windows
+    import termios  # noqa: PLC0415
+
+    file = tmp_path / "forebay.toml"
+    file.write_text("")
+    ours, theirs = pty.openpty()
+
+    def take_terminal() -> None:
+        import fcntl  # noqa: PLC0415
+
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "forebay.cli", "gateway", "--config", str(file), "--listen", "127.0.0.1:0"),
+        *("--target", f"openai={harness.url}"),
+        stdin=theirs,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    try:
+        running = GatewayProcess(process, (await line_of(process.stdout, "listening on")).split()[2])
+        await hang_up(running, file)  # a signal alone reloads
+        assert (await read(harness, running))[0] == 200
+        os.close(ours)  # the terminal is closed
+        assert await running.ended() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

@@ -20,6 +20,7 @@ from tests.support.task_plane import Agent, flood, now, run_ready, virtual
 from forebay import (
     BackpressureSupervisor,
     Budget,
+    CallUsage,
     Deadline,
     Priority,
     Quota,
@@ -174,6 +175,7 @@ async def test_a_ticket_through_its_life() -> None:
             "error": None,
             "duration_ms": pytest.approx(2000.0),
             "attempts": 1,
+            "usage": CallUsage().as_dict(),
         }
         assert "result" not in ticket.as_dict(values=False)["result"]
 

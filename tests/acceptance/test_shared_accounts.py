@@ -23,7 +23,6 @@ from forebay.upstream.shared.messages import LEASE
         ("sqlite:///account.db?bound=5", "bound is an option of an overflow"),
         ("sqlite:///account.db?speed=5", "no option 'speed'"),
         ("memory://", "no other process can see what is in memory"),
-        ("redis://host/0", "cannot be shared over Redis yet"),
         ("sqs://queue", "no account is kept in sqs"),
     ],
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx2
 import pytest
 from tests.support.task_plane import approximately, now, virtual
-from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Reply, Script, left
+from tests.unit.upstream.httpx_binding.wire import CHAT, NOTHING, REQUEST, URL, Reply, Script, left
 
 from forebay import Overloaded, clock
 from forebay.errors import InvalidAmount, InvalidQuota, InvalidSetting, NotGuardable
@@ -81,6 +82,51 @@ async def test_a_call_without_a_price_is_rejected_under_a_budget() -> None:
     assert (it.value.limited_by or "").endswith(":unpriced")
     assert not script.requests
     assert upstream.statistics().unpriced == 1
+
+
+@virtual
+@pytest.mark.parametrize("settings", [{"unpriced": "warn"}, {"unmetered": "allow"}], ids=str)
+async def test_a_call_without_a_price_never_passes_a_spent_budget(settings: Any) -> None:
+    prices = {"known": Price(input=0, output=10_000)}
+    upstream = Upstream("key", provider="openai", budget=Budget(usd=0.2), prices=prices, **settings)
+    client = Script(httpx2).client(upstream)
+    await client.post(URL, json={**REQUEST, "model": "custom-model"})
+    async with upstream.call("known", output_tokens=20) as call:
+        call.settle(input_tokens=0, output_tokens=20)
+    with pytest.raises(Overloaded, match="would be overspent") as it:
+        await client.post(URL, json={**REQUEST, "model": "custom-model"})
+    assert (it.value.limited_by or "").endswith(":budget")
+
+
+def test_what_happens_to_calls_without_a_price_is_warn_or_refuse() -> None:
+    with pytest.raises(InvalidSetting, match="unpriced='allow'; it must be 'warn', 'refuse', or None"):
+        Upstream("key", unpriced="allow")  # type: ignore[arg-type]
+
+
+@virtual
+async def test_what_cannot_be_read_may_pass_where_a_missing_price_is_refused() -> None:
+    upstream = Upstream("key", provider="openai", budget=Budget(usd=1), unmetered="allow", unpriced="refuse")
+    client = Script(httpx2).client(upstream)
+    await client.post(URL, content=b"packed", headers={"content-encoding": "gzip", "content-type": "application/json"})
+    with pytest.raises(Overloaded, match=r"no price is known .*\(unpriced='warn' lets such calls pass"):
+        await client.post(URL, json={**REQUEST, "model": "custom-model"})
+    assert upstream.statistics().unpriced == 2
+
+
+@virtual
+async def test_a_call_that_uses_something_without_a_price_is_counted_and_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    usage = {"prompt_tokens": 30, "completion_tokens": 20, "prompt_tokens_details": {"audio_tokens": 5}}
+    reply = Reply(body=[json.dumps({**CHAT, "usage": usage}).encode()])
+    upstream = Upstream("key", provider="openai", budget=Budget(usd=1), prices={"*": Price(input=1, output=1)})
+    client = Script(httpx2, reply).client(upstream)
+    for _ in range(2):
+        await client.post(URL, json=REQUEST)
+    statistics = upstream.statistics()
+    assert (statistics.unpriced, statistics.used.unpriced) == (2, 2)
+    (record,) = caplog.records
+    assert "no price is known for some of what calls of model 'gpt-4o' use" in record.message
 
 
 @virtual

@@ -10,13 +10,21 @@ import pytest
 from tests.support.task_plane import virtual
 from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, USAGE, Reply, Script
 
-from forebay import BackpressureSupervisor, Overloaded, Quota, Retry, Task, Upstream
+from forebay import BackpressureSupervisor, Overloaded, Price, Quota, Retry, Task, Upstream
 from forebay.upstream.upstream_statistics import AccountStatistics
 
 
 def only_account(upstream: Upstream) -> AccountStatistics:
     (account,) = upstream.statistics().accounts
     return account
+
+
+def only_key(upstream: Upstream) -> str:
+    """Return the API key of the calls that have one, as it is shown."""
+    (key,) = {
+        name.split(":")[2] for account in upstream.statistics().accounts if (name := account.name).count(":") == 3
+    }
+    return key
 
 
 async def ask(client: Any) -> Any:
@@ -92,3 +100,54 @@ async def test_configured_and_learned_quotas_show_what_remains() -> None:
     assert configured.remaining == pytest.approx(1000 - USAGE["prompt_tokens"], abs=1)
     assert (learned.name, learned.amount, learned.learned) == ("requests per minute", 100, True)
     assert learned.remaining == pytest.approx(80, abs=1)
+
+
+@virtual
+async def test_usage_is_added_up_by_tenant_model_and_key() -> None:
+    upstream = Upstream("llm", provider="openai", prices={"gpt-4o": Price(input=10_000, output=0)})
+    client = Script(httpx2).client(upstream)
+
+    async def handler(task: Task) -> None:
+        headers = {"authorization": f"Bearer {task.payload['key']}"}
+        await client.post(URL, json={**REQUEST, "model": task.payload["model"]}, headers=headers)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("agent", handler=handler, task_types=["ask"])
+        for tenant, model, key in (
+            ("acme", "gpt-4o", "sk"),
+            ("acme", "gpt-4o", "sk"),
+            ("bmo", "x", "sk"),
+            ("bmo", "x", ""),
+        ):
+            await supervisor.run(Task("ask", {"key": key, "model": model}, tenant=tenant))
+    statistics = upstream.statistics()
+    key = only_key(upstream)
+    assert [(row.tenant, row.model, row.key, row.usage.calls) for row in statistics.usage] == [
+        ("acme", "gpt-4o", key, 2),
+        ("bmo", "x", "", 1),
+        ("bmo", "x", key, 1),
+    ]
+    assert statistics.usage[0].usage.usd == pytest.approx(2 * 0.3)
+    assert statistics.used.unpriced == 2
+    assert statistics.as_dict()["usage"][0]["usage"]["input_tokens"] == 60
+
+
+@virtual
+async def test_calls_that_a_provider_refuses_have_no_usage() -> None:
+    upstream = Upstream("llm", provider="openai", retry=Retry(max_attempts=1))
+    client = Script(httpx2, Reply.error(404), Reply.error(400), Reply.error(500)).client(upstream)
+    for _ in range(3):
+        await ask(client)
+    assert upstream.statistics().usage == ()
+
+
+@virtual
+async def test_a_call_that_its_caller_leaves_counts_as_unreported() -> None:
+    upstream = Upstream("llm", provider="openai", prices={"gpt-4o": Price(input=0, output=10_000)})
+    client = Script(httpx2, Reply(pause=60.0)).client(upstream)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5.0):
+            await ask(client)
+    used = upstream.statistics().used
+    assert (used.calls, used.unreported, used.output_tokens) == (1, 1, 100)
+    assert used.usd == pytest.approx(1.0)

@@ -121,3 +121,31 @@ def test_a_supervisor_that_has_not_started_has_counted_nothing() -> None:
     supervisor = BackpressureSupervisor()
     supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
     assert ends(counters(supervisor)) == (0, 0, 0, 0, 0, 0)
+
+
+@virtual
+async def test_the_tasks_of_each_type_are_counted() -> None:
+    async def handler(task: Task) -> None:
+        await asyncio.sleep(1.0)
+        if task.task_type == "fail":
+            raise ValueError
+
+    async with BackpressureSupervisor(max_queue_size=1, backpressure_threshold=1.0) as supervisor:
+        supervisor.register_worker("both", handler=handler, task_types=["work", "fail"])
+        supervisor.register_worker("idle", handler=handler, task_types=["idle"])
+        tickets = [supervisor.submit_nowait(Task(kind)) for kind in ("work", "fail", "work", "work")]
+        waiting = {each.task_type: each.waiting for each in supervisor.statistics().task_types}
+        for ticket in tickets:
+            if ticket:
+                await ticket
+        statistics = supervisor.statistics()
+    work, fail, idle = (
+        next(each for each in statistics.task_types if each.task_type == kind) for kind in ("work", "fail", "idle")
+    )
+    rejected = sum(not ticket for ticket in tickets)
+    assert (waiting["idle"], sum(waiting.values())) == (0, statistics.admitted - 1)
+    assert (work.submitted, work.admitted, work.rejected) == (3, 3 - work.rejected, work.rejected)
+    assert (work.started, work.succeeded) == (work.admitted, work.admitted)
+    assert (fail.submitted, fail.failed) == (1, fail.admitted)
+    assert work.rejected + fail.rejected == rejected == statistics.rejected
+    assert idle.submitted == 0

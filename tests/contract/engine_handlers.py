@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forebay import Overloaded, Task, context, progress
+from forebay import Overloaded, Price, Task, Upstream, context, progress
 from forebay.adapters import Handler
 
 note: contextvars.ContextVar[str] = contextvars.ContextVar("note", default="blank")
+upstream = Upstream("llm", prices={"m": Price(input=0, output=10_000)})
 
 
 class NotAnException(BaseException):
@@ -119,6 +120,18 @@ def _context() -> dict[str, Any]:
     }
 
 
+def _call(output_tokens: int) -> None:
+    """Call a model that costs a cent a token, in a thread as a coroutine must not wait."""
+
+    def call() -> None:
+        with upstream.call("m") as made:
+            made.settle(input_tokens=5, output_tokens=output_tokens)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(call,))
+    thread.start()
+    thread.join()
+
+
 def _fork() -> Any:
     return "in the fork" if os.fork() == 0 else os.wait()[1]
 
@@ -130,6 +143,7 @@ IMMEDIATE: dict[str, Callable[..., Any]] = {
     "progress of": progress,
     "set note": _set_note,
     "context": _context,
+    "call": _call,
     "object": object,
     "where": os.getpid,
     "exit": os._exit,

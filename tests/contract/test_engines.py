@@ -17,6 +17,7 @@ from tests.contract.conftest import ISOLATES, KILLS, SHARES, STOPS, EngineCase
 
 from forebay import (
     BackpressureSupervisor,
+    CallUsage,
     Deadline,
     Overloaded,
     Priority,
@@ -138,6 +139,15 @@ def is_there(pid: int) -> bool:
 async def test_a_value_is_returned(supervisor: BackpressureSupervisor) -> None:
     for value in (None, 7, "ü", b"\xff", [1, (2.5,)], {"a": {"b": [True]}}):
         assert await supervisor.run(work("echo", value)) == value
+
+
+@pytest.mark.blocks  # a coroutine that waits for a thread
+@pytest.mark.usefixtures("worker")
+async def test_what_the_calls_of_a_handler_use_is_in_the_result(supervisor: BackpressureSupervisor) -> None:
+    first, second, third = [await ended(supervisor, *payload) for payload in (("call", 7), ("echo", 1), ("call", 30))]
+    assert (first.usage.calls, first.usage.input_tokens, first.usage.output_tokens) == (1, 5, 7)
+    assert second.usage == CallUsage()
+    assert third.usage.usd == pytest.approx(0.3)
 
 
 @pytest.mark.usefixtures("worker")

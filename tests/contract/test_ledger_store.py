@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.support.redis_servers import redis_cluster, redis_server, shared
 
+from forebay.storage import parse_url
 from forebay.upstream.shared.memory_store import MemoryLedgerStore
 from forebay.upstream.shared.messages import (
     BudgetRequest,
@@ -18,6 +23,7 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
+from forebay.upstream.shared.redis_store import RedisLedgerStore
 from forebay.upstream.shared.sqlite_store import SqliteLedgerStore
 from forebay.upstream.shared.store import LedgerStore
 
@@ -34,7 +40,23 @@ def open_sqlite(directory: Path) -> Callable[[], LedgerStore]:
     return lambda: SqliteLedgerStore(directory / "account.db")
 
 
-STORES = {"memory": open_memory, "sqlite": open_sqlite}
+def open_redis(start: Callable[[], AbstractContextManager[Any]]) -> Callable[[Path], Callable[[], LedgerStore]]:
+    def open_at(directory: Path) -> Callable[[], LedgerStore]:
+        del directory
+        url = parse_url(f"{shared(start).url}?name=ledgers-{next(NAMES)}").redis
+        assert url is not None
+        return lambda: RedisLedgerStore(url)
+
+    return open_at
+
+
+STORES = {
+    "memory": open_memory,
+    "sqlite": open_sqlite,
+    "redis": open_redis(redis_server),
+    "cluster": open_redis(redis_cluster),
+}
+NAMES = itertools.count()
 
 
 @pytest.fixture(params=STORES)

@@ -15,6 +15,7 @@ from tests.support.killed_calls import lost_calls
 from tests.support.leases import after_failure
 from tests.support.task_stores import DURABLE, FAST, HISTORY, ORDER, SHARED, StoreBackend
 
+from forebay.call_usage import CallUsage
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore, WakeResult
 from forebay.task import Priority
@@ -462,13 +463,13 @@ async def test_a_released_record_has_the_failures_that_its_lease_counts(
 ) -> None:
     await put_all(store, [record("a"), record("b")])
     first, second = await take()
-    failed = after_failure(after_failure(first, wait=2.0), wait=0.5, error="late")
+    failed = after_failure(after_failure(first, wait=2.0), wait=0.5, error="late", usage=USED)
     for lease in (first, first, first, second):
         await store.begin_attempt(lease)
     await store.release([failed, second])
     again, other = await take()
     assert again.record == msgspec.structs.replace(
-        first.record, attempts=2, failures=2, total_delay=2.5, last_error="late"
+        first.record, attempts=2, failures=2, total_delay=2.5, last_error="late", usage=USED
     )
     assert other.record == second.record
 
@@ -480,10 +481,12 @@ async def test_failures_that_are_recorded_under_a_lease_are_no_lost_leases(
     (lease,) = await take(until=100.0)
     for _ in range(2):
         await store.begin_attempt(lease)
-    failed = after_failure(lease, wait=2.0, error="late")
+    failed = after_failure(lease, wait=2.0, error="late", usage=USED)
     assert await store.record_failures(failed)
     found = await store.find("a")
-    expected = msgspec.structs.replace(lease.record, attempts=2, failures=1, total_delay=2.0, last_error="late")
+    expected = msgspec.structs.replace(
+        lease.record, attempts=2, failures=1, total_delay=2.0, last_error="late", usage=USED
+    )
     assert found == (RecordState.LEASED, backend.as_found(expected), None)
     assert await store.begin_attempt(failed)
     assert list(await renew(store, [failed], until=200.0)) == []
@@ -634,14 +637,14 @@ async def test_a_delayed_record_is_leased_once_it_is_due(store: TaskStore, recor
     await store.put(record("a"))
     (lease,) = await take()
     await store.begin_attempt(lease)
-    assert await store.delay(after_failure(lease, wait=4.0, error="ValueError: no"), due=10.0)
+    assert await store.delay(after_failure(lease, wait=4.0, error="ValueError: no", usage=USED), due=10.0)
     assert await state(store, "a") is RecordState.DELAYED
     assert await store.wake(now=9.9) == WakeResult(woken=0, delayed=1, next_due=10.0)
     assert await take() == []
     assert await store.wake(now=10.0) == WakeResult(woken=1, delayed=0, next_due=None)
     (again,) = await take()
     assert again.record == msgspec.structs.replace(
-        lease.record, attempts=1, failures=1, total_delay=4.0, last_error="ValueError: no"
+        lease.record, attempts=1, failures=1, total_delay=4.0, last_error="ValueError: no", usage=USED
     )
 
 
@@ -883,7 +886,7 @@ async def test_a_requeued_dead_letter_has_no_failures(store: TaskStore, record: 
     await store.put(fresh)
     (lease,) = await take()
     await store.begin_attempt(lease)
-    await store.delay(after_failure(lease), due=10.0)
+    await store.delay(after_failure(lease, usage=USED), due=10.0)
     await store.wake(now=10.0)
     (lease,) = await take()
     await store.mark_dead(lease, UNREADABLE)
@@ -892,7 +895,7 @@ async def test_a_requeued_dead_letter_has_no_failures(store: TaskStore, record: 
 
 
 async def test_a_record_is_put_with_its_failures(store: TaskStore, backend: StoreBackend, record: MakeRecord) -> None:
-    failed = msgspec.structs.replace(record("a"), attempts=3, failures=2, total_delay=1.5, last_error="no")
+    failed = msgspec.structs.replace(record("a"), attempts=3, failures=2, total_delay=1.5, last_error="no", usage=USED)
     await store.put(failed)
     assert await store.find("a") == (RecordState.WAITING, backend.as_found(failed), None)
 
@@ -1032,6 +1035,7 @@ async def test_thousands_of_records_expire_and_are_pruned_like_a_few(
 
 # --- dead records ----------------------------------------------------------------------------------------------------
 
+USED = CallUsage(calls=3, input_tokens=700, usd=0.25, unfinished=1)
 UNREADABLE = Completion(status="failed", error="it cannot be read", finished_at=60.0)
 
 

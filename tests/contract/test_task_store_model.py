@@ -62,7 +62,11 @@ class ModelRecord:
     def read_failures(self, lease: Lease) -> None:
         known = lease.record
         self.record = msgspec.structs.replace(
-            self.record, failures=known.failures, total_delay=known.total_delay, last_error=known.last_error
+            self.record,
+            failures=known.failures,
+            total_delay=known.total_delay,
+            last_error=known.last_error,
+            usage=known.usage,
         )
 
 
@@ -424,7 +428,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
             assert outcome is PutResult.STORED
             stored.state, stored.status = RecordState.PARKED, None
             stored.record = msgspec.structs.replace(
-                stored.record, attempts=0, failures=0, total_delay=0.0, last_error=None
+                stored.record, attempts=0, failures=0, total_delay=0.0, last_error=None, usage=None
             )
             self.model.settle(stored.record.thread_id)
 

@@ -37,7 +37,7 @@ INTERNAL = {
     "forebay.adapters.langgraph": {"handler"},
     "forebay.breaker": {"UPSTREAM_RULES", "WORKER_RULES"},
     "forebay.events": {"EventBus"},
-    "forebay.quota": {"check_dollars"},
+    "forebay.quota": {"check_dollars", "check_quotas"},
 }
 DIRECTIVE = re.compile(r"^::: ([\w.]+)\n(?: +options:\n +members: (\[[\w, ]*\]|false)$)?", re.MULTILINE)
 

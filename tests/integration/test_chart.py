@@ -234,8 +234,9 @@ def test_every_container_has_resources_and_probes(rendered: dict[str, list[Manif
             liveness, startup = container["livenessProbe"], container["startupProbe"]
             assert startup["failureThreshold"] * startup["periodSeconds"] >= 60
             assert liveness["failureThreshold"] * liveness["periodSeconds"] >= 60
-            if container["name"] == "gateway":  # its /healthz is 503 while it drains
-                assert "httpGet" not in liveness
+            if container["name"] == "gateway":  # /readyz is 503 while it drains, which is no reason to kill it
+                assert liveness["httpGet"]["path"] == "/healthz"
+                assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
 
 
 def test_no_container_is_root_or_writes_outside_its_volumes(rendered: dict[str, list[Manifest]]) -> None:

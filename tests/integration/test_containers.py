@@ -335,7 +335,11 @@ def test_the_gateway_of_the_chart_is_probed_by_its_address_and_stops_in_order(tm
     try:
         until_healthy(process, port)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10.0)
-        for path, status in (("/healthz", 200), ("/metrics", 401)):  # as the kubelet asks: without the token
+        for path, status in (
+            ("/healthz", 200),
+            ("/readyz", 200),
+            ("/metrics", 401),
+        ):  # as the kubelet asks: without the token
             connection.request("GET", path, headers={"Host": f"10.1.2.3:{port}", "User-Agent": "kube-probe/1.37"})
             response = connection.getresponse()
             response.read()

@@ -20,14 +20,17 @@ import pytest
 import _forebay_pytest as plugin
 from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, events, supervisor, testing, upstream
 from forebay.breaker import BreakerRules
+from forebay.cli.autoscale_metrics import render_metrics
 from forebay.engine import ProcessEngine
+from forebay.gateway.metric_definitions import METRICS
 from forebay.quota import RateLimiter
 from forebay.retry import Retry
-from forebay.scale import Autoscaler
+from forebay.scale import Autoscaler, AutoscalerStatistics
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+GATEWAY = DOCS / "gateway.md"
 PACKAGE = ROOT / "src" / "forebay"
 SUBMITTING = DOCS / "guide" / "submitting.md"
 PRIORITIES = DOCS / "guide" / "priorities.md"
@@ -192,6 +195,24 @@ def test_the_settings_are_those_of_an_upstream() -> None:
 
 def test_the_settings_are_those_of_an_autoscaler() -> None:
     check_settings(rows(SETTINGS, "## Autoscaler"), defaults(Autoscaler.__init__))
+
+
+def test_the_metrics_of_the_gateway_are_those_of_its_page() -> None:
+    table = [(*names(row[0]), row[1], tuple(names(row[2])), row[3]) for row in rows(GATEWAY, "## Metrics")]
+    assert table == [(metric.name, metric.kind, metric.labels, metric.unit) for metric in METRICS]
+
+
+def test_each_metric_that_a_page_names_exists() -> None:
+    suffixes = ("", "_bucket", "_sum", "_count")
+    known = {metric.name + suffix for metric in METRICS for suffix in suffixes}
+    known |= set(re.findall(r"^# TYPE (\w+)", render_metrics("workers", AutoscalerStatistics()), re.MULTILINE))
+    known |= {name.removesuffix("_total") for name in known}
+    for page in PAGES:
+        if page.parent.name != "adr":
+            found = set(
+                re.findall(r"\b(?:forebay|gen_ai)_\w+(?:_total|_seconds|_ratio|_usd|_bucket)\b", page.read_text())
+            )
+            assert found <= known, page
 
 
 def test_the_settings_are_those_of_overload() -> None:

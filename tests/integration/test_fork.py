@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from forebay.spend_log import SpendQuery, read_spend
+
 pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system has no fork")
 
 PREAMBLE = """
@@ -190,3 +192,45 @@ def test_a_store_of_the_parent_refuses_a_child_with_words(tmp_path: Path) -> Non
     """,
         tmp_path / "tasks.db",
     )
+
+
+def test_what_parent_and_child_spend_is_each_once_in_the_spend_log(tmp_path: Path) -> None:
+    run(
+        """
+    from forebay.spend_log import SpendLog, SpendQuery, read_spend
+    spend_log = SpendLog("sqlite:///" + sys.argv[1])
+    llm = Upstream("llm", budget=Budget(usd=10), prices={"m": Price(input=1e6, output=0)}, spend_log=spend_log)
+
+    def call(usd):
+        with llm.call("m", input_tokens=usd):
+            pass
+
+    def check():
+        call(2)
+        assert llm.statistics().spent_usd == 3.0
+        assert spend_log.flush()
+
+    call(1)
+    with spend_log._file_lock:  # its thread may hold it at that moment
+        in_child(check)
+    call(4)
+    spend_log.close()
+    (group,) = read_spend(spend_log.path, SpendQuery(by=()))
+    assert (group.amounts.calls, group.amounts.usd) == (3, 7.0), group
+    assert llm.statistics().spent_usd == 5.0, "each process has its own budget"
+    """,
+        tmp_path / "spend.db",
+    )
+
+
+def test_a_program_that_ends_writes_its_spend(tmp_path: Path) -> None:
+    run(
+        """
+    llm = Upstream("llm", prices={"m": Price(input=1e6, output=0)}, spend_log="sqlite:///" + sys.argv[1])
+    with llm.call("m", input_tokens=1):
+        pass
+    """,
+        tmp_path / "spend.db",
+    )
+    (group,) = read_spend(tmp_path / "spend.db", SpendQuery(by=()))
+    assert group.amounts.usd == 1.0

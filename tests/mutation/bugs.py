@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import itertools
 import math
 import signal
 import weakref
@@ -28,7 +29,7 @@ from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay._threads import DaemonThreadExecutor
 from forebay.adapters import blocking_client, chat, detect, factory, local_model
-from forebay.adapters.agent_thread import AgentThread
+from forebay.adapters.agent_thread import AgentThread, Stoppable
 from forebay.adapters.gguf_server import Address, GgufServer
 from forebay.adapters.handler import Handler
 from forebay.adapters.langgraph import ShardedSaver, ShardedStore, large_value, thread_checkpoints
@@ -49,16 +50,26 @@ from forebay.admission import (
     feasibility,
 )
 from forebay.breaker import Breaker, BreakerRules, FaultWindow, MinimumSampleTrigger
+from forebay.call_usage import NO_USAGE
 from forebay.cli import autoscale_metrics
 from forebay.cli import gateway as gateway_command
 from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import GatewaySettings, forwarded_call
+from forebay.gateway import GatewaySettings, connection_pool, forwarded_call, provider_key, rewritten_request
+from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
-from forebay.gateway.connection_pool import ConnectionPool, PooledConnection, PooledRequest
+from forebay.gateway.bounded_label import BoundedLabel
+from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerPermit
+from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.forwarded_call import ForwardedCall
+from forebay.gateway.issued_keys import IssuedKey
+from forebay.gateway.key_file import KeySnapshot
+from forebay.gateway.key_registry import KeyRegistry
+from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
@@ -115,6 +126,8 @@ from forebay.scale import (
 )
 from forebay.scale.ec2_client import AwsClient
 from forebay.scale.ec2_reports import InstanceReports
+from forebay.spend_log import SpendLog
+from forebay.spend_log.unwritten_spend import UnwrittenSpend
 from forebay.state.guarded_shard import GuardedShard
 from forebay.state.memory import MemoryShard
 from forebay.state.moving import Move
@@ -187,7 +200,7 @@ from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.spilled_counts import SpilledCounts
 from forebay.supervisor.start_gate import OtherWorkers, StartGate
 from forebay.supervisor.tenants import Tenants
-from forebay.supervisor.ticket import Ticket, found_ticket
+from forebay.supervisor.ticket import Ticket, TicketRun, found_ticket
 from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.tree import supervision, worker_life
 from forebay.supervisor.tree.restart_intensity import RestartIntensity
@@ -219,15 +232,29 @@ from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
+from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
+from forebay.upstream.fallbacks.load_balancer import LoadBalancer, Peer
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.httpx_binding import httpx_transport
 from forebay.upstream.metered_stream import MeteredStream
-from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
+from forebay.upstream.providers import (
+    ProviderProfile,
+    Usage,
+    UsageMeter,
+    credentials,
+    endpoints,
+    http_headers,
+    metering,
+    rate_limit_headers,
+    request,
+    rewrite,
+)
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.shared import quota_shares
 from forebay.upstream.shared.lease import LedgerLease
@@ -894,6 +921,29 @@ def an_end_that_the_overflow_did_not_take_is_forgotten() -> None:
 # --- spend and quotas ---
 
 
+def the_usage_of_an_attempt_that_failed_is_lost() -> None:
+    original = Ticket.start
+
+    def start(self: Ticket, run: TicketRun) -> None:
+        original(self, run)
+        self.usage = NO_USAGE
+
+    replace(Ticket, original, start)
+
+
+def a_call_without_a_price_passes_a_spent_budget() -> None:
+    original = BudgetTracker.can_afford
+
+    def can_afford(self: BudgetTracker, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
+        return usd == 0.0 or original(self, now, usd, priority)
+
+    replace(BudgetTracker, original, can_afford)
+
+
+def a_call_under_way_when_its_task_ends_is_not_mentioned() -> None:
+    always(UsageRecorder, UsageRecorder.begin, returns=None)
+
+
 def what_others_have_reserved_is_spent_again() -> None:
     original = BudgetTracker.can_afford
 
@@ -907,10 +957,10 @@ def what_others_have_reserved_is_spent_again() -> None:
 def a_call_that_failed_midway_costs_nothing() -> None:
     original = Account.settle
 
-    def settle(self: Account, now: float, permit: Permit, outcome: CallOutcome) -> None:
+    def settle(self: Account, now: float, permit: Permit, outcome: CallOutcome) -> float:
         if outcome.kind is Outcome.FAULT and outcome.usd is None:
             outcome = msgspec.structs.replace(outcome, usd=0.0)
-        original(self, now, permit, outcome)
+        return original(self, now, permit, outcome)
 
     replace(Account, original, settle)
 
@@ -936,6 +986,18 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
         return usd <= self.budget.usd - self.spent(now)
 
     replace(BudgetTracker, BudgetTracker.can_afford_unreserved, can_afford_unreserved)
+
+
+def a_restart_refills_a_budget() -> None:
+    always(SharedBudget, SharedBudget.restore, returns=None)
+
+
+def a_restart_alerts_again() -> None:
+    always(SpendLog, SpendLog.alerted, returns=0.0)
+
+
+def spend_that_could_not_be_written_is_lost() -> None:
+    always(UnwrittenSpend, UnwrittenSpend.return_batch, returns=None)
 
 
 def a_tenant_that_has_spent_is_forgotten() -> None:
@@ -1543,8 +1605,50 @@ def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
 
 
+def a_revoked_key_is_valid_until_a_restart() -> None:
+    always(KeyRegistry, KeyRegistry._read_if_changed, returns=None)
+
+
+def a_changed_key_has_its_budget_again() -> None:
+    original = KeyRegistry._replace
+
+    def _replace(self: KeyRegistry, snapshot: KeySnapshot) -> None:
+        self._limits.clear()
+        original(self, snapshot)
+
+    replace(KeyRegistry, original, _replace)
+
+
+def a_key_for_some_models_is_for_all() -> None:
+    always(IssuedKey, IssuedKey.allows_model, returns=True)
+
+
+def credentials_of_a_caller_go_with_the_held_key() -> None:
+    def replace_credentials(self: ProviderKey, raw_headers: RawHeaders, path: str) -> RawHeaders:
+        name, value = self.header(path)
+        kept = [pair for pair in raw_headers if pair[0].decode().lower() != name]
+        return (*kept, (name.encode(), value.encode()))
+
+    replace(ProviderKey, ProviderKey.replace_credentials, replace_credentials)
+
+
 def callers_of_different_keys_share_connections() -> None:
-    always(PooledRequest, PooledRequest.credentials, returns=())
+    def hash_credentials(headers: object) -> int:
+        return 0
+
+    connection_pool.hash_credentials.__code__ = hash_credentials.__code__
+
+
+def a_call_that_has_ended_is_aborted() -> None:
+    def abort(self: AbortableBlock) -> None:
+        assert self._task is not None
+        self._task.cancel()
+
+    replace(AbortableBlock, AbortableBlock.abort, abort)
+
+
+def a_retry_after_that_litellm_has_renamed_is_not_read() -> None:
+    vars(rate_limit_headers)["RETRY_AFTER_HEADERS"] = http_headers.RETRY_AFTER_HEADERS[:2]
 
 
 def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
@@ -1599,6 +1703,14 @@ def a_process_without_files_blames_its_provider() -> None:
         return False
 
     forwarded_call._is_out_of_files.__code__ = _is_out_of_files.__code__
+
+
+def a_models_name_beyond_the_bound_has_series_of_its_own() -> None:
+    always(BoundedLabel, BoundedLabel.has_room, returns=True)
+
+
+def tokens_of_a_stored_response_are_counted_at_each_fetch() -> None:
+    always(ForwardedCall, ForwardedCall._was_counted, returns=False)
 
 
 def the_last_callers_are_reset() -> None:
@@ -3288,14 +3400,18 @@ def a_thread_that_an_agent_has_left_behind_goes_on() -> None:
 
 
 def one_of_the_calls_of_an_agent_is_stopped() -> None:
-    original = AgentThread._stop
+    numbers = itertools.count()
 
-    def stop(self: AgentThread) -> None:
-        for each in tuple(self._stoppable)[1:]:
-            self._stoppable.discard(each)
-        original(self)
+    @contextlib.contextmanager
+    def stopping(self: AgentThread, stoppable: Stoppable) -> Iterator[None]:
+        if next(numbers):  # the first alone is cancelled, whenever the stop comes
+            yield
+            return
+        with original(self, stoppable):
+            yield
 
-    replace(AgentThread, original, stop)
+    original = AgentThread.stopping
+    replace(AgentThread, original, stopping)
 
 
 def the_stream_of_a_stopped_agent_stays_open() -> None:
@@ -3514,7 +3630,7 @@ def learned_costs_differ_by_the_noise_of_runs() -> None:
 
 
 def what_a_call_is_charged_reaches_no_run() -> None:
-    always(Run, Run.record_spend, returns=None)
+    always(Run, Run.record_usage, returns=None)
 
 
 def a_cheap_worker_without_calls_to_spare_keeps_the_queue() -> None:
@@ -3839,6 +3955,23 @@ def an_autoscaler_that_does_not_lead_publishes_old_readings() -> None:
     autoscale_metrics._lines = _lines
 
 
+def a_query_is_in_the_access_log() -> None:
+    def keep_path(self: CallRecord, method: str, path: str, headers: Mapping[str, str]) -> None:
+        original(self, method, path, headers)
+        self.path = path
+
+    original = CallRecord.__init__
+    replace(CallRecord, original, keep_path)
+
+
+def a_reload_refills_a_budget() -> None:
+    always(UpstreamCore, UpstreamCore.adopt, returns=None)
+
+
+def what_a_call_holds_is_kept_if_another_limit_rejects_it() -> None:
+    always(CallerPermit, CallerPermit.release, returns=None)
+
+
 def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     def load(*arguments: Any, **settings: Any) -> GatewaySettings:
         settings["gateway"] = settings["gateway"] | {"drain_timeout": None}
@@ -3849,6 +3982,36 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     names = vars(gateway_command)
     original = names["load_gateway_settings"]
     names["load_gateway_settings"] = load
+
+
+# --- aliases and pools ---
+
+
+def an_alias_is_sent_as_it_was_named() -> None:
+    def with_model(body: bytes, _: str) -> bytes:
+        return body
+
+    names = vars(rewritten_request)
+    assert names["with_model"] is rewrite.with_model
+    names["with_model"] = with_model
+
+
+def the_account_of_a_caller_is_sent_with_the_key_of_the_gateway() -> None:
+    def without_account(raw_headers: RawHeaders) -> RawHeaders:
+        return raw_headers
+
+    provider_key.without_account.__code__ = without_account.__code__
+
+
+def a_full_account_gets_the_next_call_while_another_is_free() -> None:
+    def choose(self: LoadBalancer[Any], _: float, __: Callable[[], float]) -> Peer[Any] | None:
+        return self._open[0] if self._open else None
+
+    replace(LoadBalancer, LoadBalancer.choose, choose)
+
+
+def a_key_that_is_refused_ends_the_call() -> None:
+    always(FallbackChain, FallbackChain.judge, returns=None)
 
 
 # --- progress ---

@@ -32,6 +32,13 @@ from tests.acceptance import (
     test_gateway_attacks,
     test_gateway_connections,
     test_gateway_end,
+    test_gateway_key_limits,
+    test_gateway_keys,
+    test_gateway_metrics,
+    test_gateway_models,
+    test_gateway_operation,
+    test_gateway_provider_keys,
+    test_gateway_reload,
     test_gateway_responses,
     test_handler_context,
     test_held_tasks,
@@ -39,6 +46,7 @@ from tests.acceptance import (
     test_json,
     test_leases,
     test_lifecycle,
+    test_load_balancing,
     test_lost_file,
     test_many_supervisors,
     test_nested,
@@ -66,6 +74,7 @@ from tests.acceptance import (
     test_shared_overflow,
     test_silent_store,
     test_slot,
+    test_spend_log,
     test_start_deadlines,
     test_start_gate,
     test_state_faults,
@@ -76,10 +85,12 @@ from tests.acceptance import (
     test_stored_tickets,
     test_submitting,
     test_supervision,
+    test_task_usage,
     test_tenants,
     test_tenants_in_the_overflow,
     test_threads,
     test_upstream,
+    test_upstream_bad_input,
     test_upstream_retries,
     test_worker_changes,
     test_worker_counters,
@@ -122,6 +133,7 @@ from tests.unit.breaker import test_breaker
 from tests.unit.cli import test_autoscale, test_autoscale_metrics
 from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
+from tests.unit.gateway import test_abortable_block, test_caller_limits
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
@@ -137,6 +149,7 @@ from tests.unit.scale import (
     test_ratio,
     test_worker_target,
 )
+from tests.unit.spend_log import test_write_behind
 from tests.unit.state import test_guarded_shard, test_moving, test_near_cache, test_time_limits
 from tests.unit.storage import test_operation_queue, test_redis_clock, test_redis_master, test_sqlite_writer, test_url
 from tests.unit.supervisor import (
@@ -170,7 +183,7 @@ from tests.unit.upstream.accounts.refusals import (
 )
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
-from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering
+from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
 from tests.unit.upstream.shared import test_lease, test_ledger
 
 ROOT = Path(__file__).parents[2]
@@ -394,6 +407,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_stored_text.test_an_error_of_any_text_is_stored_and_its_task_not_run_again
     ),
     bugs.an_orderly_stop_counts_as_a_crash: test_drain.test_orderly_stops_are_no_crashes,
+    bugs.the_usage_of_an_attempt_that_failed_is_lost: test_task_usage.test_the_usage_of_attempts_that_failed_counts,
+    bugs.a_call_without_a_price_passes_a_spent_budget: (
+        test_upstream_bad_input.test_a_call_without_a_price_never_passes_a_spent_budget
+    ),
+    bugs.a_call_under_way_when_its_task_ends_is_not_mentioned: (
+        test_task_usage.test_a_call_that_is_under_way_when_its_task_times_out_is_unfinished
+    ),
     bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_dollars_are_not_available_to_others,
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
     bugs.dollars_that_another_account_has_taken_are_reserved: (
@@ -401,6 +421,11 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_free_call_is_told_to_come_back_for_a_budget_that_never_refills: (
         test_start_gate.test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills
+    ),
+    bugs.a_restart_refills_a_budget: test_spend_log.test_a_restart_does_not_refill_a_budget,
+    bugs.a_restart_alerts_again: test_spend_log.test_a_restart_does_not_alert_again,
+    bugs.spend_that_could_not_be_written_is_lost: (
+        test_write_behind.test_a_file_that_cannot_be_written_costs_nothing_and_is_written_later
     ),
     bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
     bugs.debts_of_a_given_quota_are_forgiven: (
@@ -618,7 +643,19 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_call_that_is_not_retried_is_tried: test_upstream_retries.test_a_call_that_is_not_retried_is_no_trial_call,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
+    bugs.a_revoked_key_is_valid_until_a_restart: (
+        test_gateway_keys.test_calls_in_progress_of_a_revoked_key_end_as_they_are
+    ),
+    bugs.a_changed_key_has_its_budget_again: test_gateway_key_limits.test_a_raised_budget_keeps_what_was_spent,
+    bugs.a_key_for_some_models_is_for_all: test_gateway_keys.test_a_key_for_some_models_is_for_no_others,
+    bugs.credentials_of_a_caller_go_with_the_held_key: (
+        test_gateway_provider_keys.test_a_call_is_sent_with_the_held_key_where_its_provider_reads_it
+    ),
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
+    bugs.a_call_that_has_ended_is_aborted: test_abortable_block.test_an_abort_after_its_end_cancels_nothing,
+    bugs.a_retry_after_that_litellm_has_renamed_is_not_read: (
+        test_rate_limit_headers.test_retry_after_is_read_and_an_invalid_one_is_none
+    ),
     bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
         test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
     ),
@@ -638,6 +675,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_is_bound_to_fail_again_is_sent_again: test_gateway_attacks.test_an_invalid_response_is_a_502,
     bugs.a_process_without_files_blames_its_provider: (
         test_gateway_responses.test_a_process_without_files_is_no_fault_of_the_provider
+    ),
+    bugs.a_models_name_beyond_the_bound_has_series_of_its_own: (
+        test_gateway_metrics.test_models_beyond_the_bound_count_together
+    ),
+    bugs.tokens_of_a_stored_response_are_counted_at_each_fetch: (
+        test_gateway_metrics.test_a_stored_response_that_is_fetched_counts_no_tokens_again
     ),
     bugs.the_last_callers_are_reset: (test_gateway_end.test_a_caller_that_is_about_to_send_its_first_request_is_told),
     bugs.sinks_are_called_in_the_middle_of_the_supervisors_work: (
@@ -763,6 +806,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_dropped_answer_goes_on_at_its_provider: (
         test_dropped_streams.test_a_stream_that_is_dropped_unread_is_closed_before_its_permit_is_released
+    ),
+    bugs.an_alias_is_sent_as_it_was_named: (test_gateway_models.test_an_alias_is_sent_as_the_model_that_it_stands_for),
+    bugs.the_account_of_a_caller_is_sent_with_the_key_of_the_gateway: (
+        test_gateway_models.test_the_keys_of_a_target_share_its_calls_and_no_caller_s_key_is_sent
+    ),
+    bugs.a_full_account_gets_the_next_call_while_another_is_free: (
+        test_load_balancing.test_a_full_account_gets_no_call_while_another_has_room
+    ),
+    bugs.a_key_that_is_refused_ends_the_call: (
+        test_gateway_models.test_a_key_that_the_provider_refuses_fails_no_call_and_is_soon_left_alone
     ),
     bugs.any_caller_may_use_the_key_of_a_fallback: (
         test_gateway_attacks.test_callers_whose_key_was_not_tried_get_no_key_of_a_fallback
@@ -1591,6 +1644,11 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_autoscaler_that_only_publishes_scales: test_autoscale.test_it_scales_or_only_publishes_and_says_how_it_is,
     bugs.an_autoscaler_that_does_not_lead_publishes_old_readings: (
         test_autoscale_metrics.test_readings_are_those_of_the_one_that_leads
+    ),
+    bugs.a_query_is_in_the_access_log: test_gateway_operation.test_no_query_is_logged,
+    bugs.a_reload_refills_a_budget: test_gateway_reload.test_a_reload_refills_no_budget,
+    bugs.what_a_call_holds_is_kept_if_another_limit_rejects_it: (
+        test_caller_limits.test_what_was_taken_of_one_caller_is_returned_if_another_rejects_the_call
     ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -117,6 +117,20 @@ class GatewayHarness:
         async with self.session.post(self.at(gateway, path), **how) as response:
             raw = await response.read()
             return response.status, response.headers, json.loads(raw) if raw[:1] == b"{" else raw
+
+
+@contextlib.asynccontextmanager
+async def gateway_harness() -> AsyncIterator[GatewayHarness]:
+    """Serve a scripted provider, and yield its harness."""
+    provider = ScriptedProvider()
+    server = web.Server(provider.handle, handler_cancellation=True, auto_decompress=False, access_log=None)
+    listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    async with aiohttp.ClientSession() as session:
+        yield GatewayHarness(provider, f"http://127.0.0.1:{port}", session)
+    listening.close()
+    server.pre_shutdown()
+    await server.shutdown(0.1)
 
 
 def leftovers(gateway: Gateway) -> tuple[int, int, int]:

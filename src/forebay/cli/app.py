@@ -9,8 +9,10 @@ import typer
 
 from forebay.cli.autoscale import autoscale
 from forebay.cli.gateway import gateway
+from forebay.cli.keys import keys
 from forebay.cli.overflow import overflow
 from forebay.cli.saga import saga
+from forebay.cli.spend_command import spend
 from forebay.cli.worker import worker
 
 app = typer.Typer(
@@ -40,5 +42,7 @@ def _forebay(
 app.command()(gateway)
 app.command()(worker)
 app.command()(autoscale)
+app.command()(spend)
+app.add_typer(keys, name="keys")
 app.add_typer(overflow, name="overflow")
 app.add_typer(saga, name="saga")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -9,7 +10,8 @@ from typing import Any, Final
 
 from forebay.cli.settings_reader import SettingsReader, SettingsSource
 from forebay.cli.toml_document import InvalidConfiguration, read_document
-from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway import GatewaySettings, ModelSettings, TargetSettings, TenantSettings
+from forebay.gateway.settings import STDERR, STDOUT
 
 LIMIT_OPTIONS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
     {
@@ -23,16 +25,18 @@ LIMIT_OPTIONS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
 )
 """The limits that options set, for all targets or for one, with the type of their values."""
 
-_TABLES: Final = ("gateway", "targets")
+_TABLES: Final = ("gateway", "targets", "models", "tenants")
+_PATHS: Final = ("token_file", "access_log_to")
 
 
-def load_gateway_settings(
+def load_gateway_settings(  # noqa: PLR0913 - what a configuration is made of
     file: Path | None,
     *,
     targets: Sequence[str] = (),
     limits: Mapping[str, Sequence[str]] | None = None,
     share_keys: bool | None = None,
     gateway: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> GatewaySettings:
     """Return the settings of a gateway from a file and from options; an option overrides the file.
 
@@ -42,12 +46,13 @@ def load_gateway_settings(
         limits: by the names in `LIMIT_OPTIONS`: ``NUMBER`` for all targets, ``NAME=NUMBER`` for one.
         share_keys: of all targets; None to leave it as it is.
         gateway: fields of `GatewaySettings`; None for an option that was not given.
+        environment: variables to which the file may refer as ``${NAME}``.
 
     Raises:
         InvalidConfiguration: with every mistake that was found, each with its file and line, or its option.
     """
-    source = SettingsSource(None if file is None else read_document(file), "forebay gateway")
-    _resolve_token_file(source, file)
+    source = SettingsSource(None if file is None else read_document(file), "forebay gateway", environment)
+    _resolve_paths(source, file)
     for name, url in _parse_targets(targets):
         source.override(("targets", name, "url"), url, "--target")
     names = source.values.get("targets", {})
@@ -67,23 +72,39 @@ def _read(source: SettingsSource) -> GatewaySettings:
     reader = SettingsReader(source)
     reader.known_keys((), source.values, _TABLES)
     targets = reader.read_named(TargetSettings, ("targets",), source.values.get("targets", {}))
+    tenants = reader.read_named(TenantSettings, ("tenants",), source.values.get("tenants", {}))
     if not targets and not reader.problems:
         reader.add_problem(
             ("targets",), "there is no target: give --target NAME=URL, or a table [targets.NAME] with its url"
         )
+    models = reader.read_named(ModelSettings, ("models",), _tables_of_models(source.values.get("models", {})))
     table, build = source.values.get("gateway", {}), not reader.problems
-    settings = reader.read_struct(GatewaySettings, ("gateway",), table, build=build, targets=targets)
+    settings = reader.read_struct(
+        GatewaySettings, ("gateway",), table, build=build, targets=targets, models=models, tenants=tenants
+    )
     reader.raise_problems()
     assert settings is not None  # noqa: S101 - else a problem was raised
     return settings
 
 
-def _resolve_token_file(source: SettingsSource, file: Path | None) -> None:
-    """Make the path of a token file, if it stands in a configuration file, relative to that file."""
-    table = source.values.get("gateway")
-    path = table.get("token_file") if isinstance(table, dict) else None
-    if file is not None and isinstance(table, dict) and isinstance(path, str) and path:
-        table["token_file"] = str(file.parent / path)
+def _tables_of_models(models: Any) -> Any:
+    """Return the table of models with a table for each that is written as a name: ``fast = "gpt-4o-mini"``."""
+    if not isinstance(models, dict):
+        return models
+    return {alias: {"model": value} if isinstance(value, str) else value for alias, value in models.items()}
+
+
+def _resolve_paths(source: SettingsSource, file: Path | None) -> None:
+    """Make the paths of files, if they stand in a configuration file, relative to that file."""
+    if file is None:
+        return
+    targets = source.values.get("targets")
+    tables = [(source.values.get("gateway"), key) for key in _PATHS]
+    tables += [(target, "api_key_file") for target in (targets.values() if isinstance(targets, dict) else ())]
+    for table, key in tables:
+        path = table.get(key) if isinstance(table, dict) else None
+        if isinstance(table, dict) and isinstance(path, str) and path not in ("", STDOUT, STDERR):
+            table[key] = str(file.parent / path)
 
 
 def _option(field: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
+from forebay.cli.environment_values import EnvironmentValues
 from forebay.cli.toml_document import InvalidConfiguration, KeyPath, TomlDocument, dotted_key
 from forebay.errors import ForebayError, InvalidPrice, InvalidSetting
 
@@ -42,14 +43,33 @@ class SettingsSource:
     Args:
         document: the file, or None.
         name: the location of a setting that was not given, without a file.
+        environment: variables to which the strings of the file may refer, see `EnvironmentValues`; None: they are taken
+            as they are.
+
+    Attributes:
+        values: of all settings.
+        from_environment: the settings with values of the environment.
+
+    Raises:
+        InvalidConfiguration: the file refers to a variable that is not set.
     """
 
-    def __init__(self, document: TomlDocument | None, name: str) -> None:
+    def __init__(self, document: TomlDocument | None, name: str, environment: Mapping[str, str] | None = None) -> None:
+        self.from_environment = EnvironmentValues({} if environment is None else environment)
         self.values: dict[str, Any] = {} if document is None else copy.deepcopy(dict(document.values))
+        if environment is not None:
+            self.values = self.from_environment.replace(self.values)
         self._default = SourceLocation(0, name if document is None else document.name)
         self._locations: dict[KeyPath, SourceLocation] = {}
         if document is not None:
             self._locations = {keys: SourceLocation(line, document.name) for keys, line in document.lines.items()}
+        self._raise_bad_references()
+
+    def _raise_bad_references(self) -> None:
+        bad = self.from_environment.problems
+        found = sorted((self.location(each.keys), f"{dotted_key(each.keys)} {each.problem}") for each in bad)
+        if found:
+            raise InvalidConfiguration(problems="\n".join(f"{location}: {problem}" for location, problem in found))
 
     def override(self, keys: tuple[str, ...], value: Any, option: str) -> None:
         """Set a value by an option, over that of the file.
@@ -67,6 +87,7 @@ class SettingsSource:
                 problems = f"{self.location(keys[:depth])}: {_not_a_table(keys[:depth], table)}"
                 raise InvalidConfiguration(problems=problems)
         table[keys[-1]] = value
+        self.from_environment.variables.pop(keys, None)
         self._locations[keys] = SourceLocation(0, option)
 
     def location(self, keys: KeyPath) -> SourceLocation:
@@ -158,9 +179,10 @@ class SettingsReader:
         if typing.get_origin(kind) is tuple and _is_struct(arguments[0]):
             return self._structs(arguments[0], keys, value)
         try:
-            return msgspec.convert(value, kind, strict=True)
+            # What comes from the environment is text, also where a number is needed.
+            return msgspec.convert(value, kind, strict=not self._source.from_environment.of(keys))
         except msgspec.ValidationError:
-            found = f"{value!r}"[:_MAX_SHOWN] if _is_choice(kind) and isinstance(value, str) else _describe_value(value)
+            found = self._shown(keys, value) if _is_choice(kind) else self._described(keys, value)
             self.add_problem(keys, f"{dotted_key(keys)} is {found}; it must be {_describe_type(kind)}")
             return None
 
@@ -191,9 +213,19 @@ class SettingsReader:
         else:
             self.add_problem(keys, f"{error}")
             return
-        value = facts["value"]
-        shown = f"{value!r}"[:_MAX_SHOWN] if isinstance(value, str) else _describe_value(value)
-        self.add_problem(keys, f"{dotted_key(keys)} is {shown}; it must be {facts['expected']}")
+        self.add_problem(
+            keys, f"{dotted_key(keys)} is {self._shown(keys, facts['value'])}; it must be {facts['expected']}"
+        )
+
+    def _shown(self, keys: KeyPath, value: Any) -> str:
+        """Return a value as a message may show it, also if it is a string, but nothing of the environment."""
+        if isinstance(value, str) and not self._source.from_environment.of(keys):
+            return f"{value!r}"[:_MAX_SHOWN]
+        return self._described(keys, value)
+
+    def _described(self, keys: KeyPath, value: Any) -> str:
+        names = self._source.from_environment.of(keys)
+        return f"the value of {', '.join(f'${name}' for name in names)}" if names else _describe_value(value)
 
 
 def _is_struct(kind: Any) -> bool:

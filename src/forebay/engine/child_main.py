@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from forebay import context
@@ -29,6 +29,7 @@ from forebay._hooks import await_hook, call_hook, call_plain_hook, is_awaitable
 from forebay.adapters import Handler
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_object
+from forebay.call_usage import NO_USAGE, CallUsage
 from forebay.carried_context import restore_context
 from forebay.engine import messages
 from forebay.engine.process_tree import descendants, kill_all
@@ -69,6 +70,13 @@ class ChildTaskContext:
     submission: float
     report: Callable[[Any], None]
     tenant_weight: float = 1.0  # the upstreams of this process have no other run at a time
+    usage: CallUsage = NO_USAGE
+    adding: threading.Lock = field(default_factory=threading.Lock)
+
+    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:  # noqa: ARG002 - the sum is sent
+        """See `UsageObserver`: it is sent to the supervisor when the run ends."""
+        with self.adding:
+            self.usage += usage
 
 
 class ChildRuntime:
@@ -235,7 +243,7 @@ class ChildRuntime:
                 failure = messages.RemoteFailure(messages.NOT_TRANSFERABLE, why, "")
             except BaseException as error:  # noqa: BLE001 - a value of the user's, which may do anything
                 failure = failure_of(error)
-        self._send(messages.RunFinished(run.number, encoded, failure))
+        self._send(messages.RunFinished(run.number, encoded, failure, task_context.usage or None))
 
     def _run(self, own: contextvars.Context, task: Task) -> tuple[Any, BaseException | None]:
         if not self._handler.blocking:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from forebay._threads import DaemonThreadExecutor
+from forebay.call_usage import CallUsage
 from forebay.engine import messages
 from forebay.engine.orphan_reaper import orphan_reaper
 from forebay.engine.process_tree import MARK, descendants, kill_all, kill_marked
@@ -77,6 +78,7 @@ class _RunEnd(NamedTuple):
 
     value: Any
     failure: messages.RemoteFailure | None
+    usage: CallUsage | None
 
     def unwrap(self, task_id: str) -> Any:
         """Return the value, or raise the exception."""
@@ -142,13 +144,23 @@ class ChildProcess(asyncio.Protocol):
 
     # --- a run ---
 
-    async def run(self, request: messages.RunTask, *, task_id: str, report: Callable[[Any], None], grace: float) -> Any:
+    async def run(
+        self,
+        request: messages.RunTask,
+        *,
+        task_id: str,
+        report: Callable[[Any], None],
+        record_usage: Callable[[CallUsage], None],
+        grace: float,
+    ) -> Any:
         """Run a task in the process, and wait until the handler has really ended.
 
         Args:
             request: the task; its number is set here.
             task_id: of the task, for messages.
             report: called with each value that the handler passes to ``progress``.
+            record_usage: called with what the handler's calls have used, if it made any. Of a process that ends before
+                its handler does, nothing is known.
             grace: seconds that a cancelled handler has to stop; then the process is killed.
 
         Raises:
@@ -175,6 +187,8 @@ class ChildProcess(asyncio.Protocol):
             if cancelled:
                 raise asyncio.CancelledError
             raise self._died_error(task_id)
+        if end.usage is not None:
+            record_usage(end.usage)
         return end.unwrap(task_id)
 
     def _died_error(self, task_id: str) -> WorkerDied:
@@ -322,7 +336,7 @@ class ChildProcess(asyncio.Protocol):
                 self._report(decode_result(message.value))
         else:
             value = None if message.value is None else decode_result(message.value)
-            self._ended.set_result(_RunEnd(value, message.failure))
+            self._ended.set_result(_RunEnd(value, message.failure, message.usage))
 
 
 def _signal_name(number: int) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
+from forebay.call_usage import CallUsage
 from forebay.errors import ForebayError, NotSerializable, PayloadTooLarge
 
-VERSION = 2
+VERSION = 3
 NOT_TRANSFERABLE = "forebay:not-transferable"  # the `type` of a failure: the result; no exception has such a name
 
 _LENGTH = struct.Struct(">I")
@@ -110,6 +111,7 @@ class RunFinished(_Message, frozen=True, array_like=True, tag="ended"):
     number: int
     value: bytes | None
     failure: RemoteFailure | None
+    usage: CallUsage | None = None  # of the calls that the handler has made there; None for none
 
 
 def why_not_transferable(error: NotSerializable | PayloadTooLarge) -> str:

@@ -179,8 +179,15 @@ class _ProcessPool:
         request = self._run_request(task, running)
         child = await self._acquire()
         try:
-            report = _ignore_progress if running is None else running.report
-            return await child.run(request, task_id=task.task_id, report=report, grace=self._engine.grace)
+            report = _ignore if running is None else running.report
+            observer = context.usage_observer()
+            return await child.run(
+                request,
+                task_id=task.task_id,
+                report=report,
+                record_usage=_ignore if observer is None else observer.record_usage,
+                grace=self._engine.grace,
+            )
         finally:
             self._release(child)
             if not child.usable and not self._idle and not self._starting and self._has_room():
@@ -346,5 +353,5 @@ class _ProcessPool:
             raise ProcessNotStarted(worker=worker, why="there are no processes in virtual time", advice=advice)
 
 
-def _ignore_progress(_: Any) -> None:
-    """Drop a progress value, because no task listens."""
+def _ignore(_: Any) -> None:
+    """Drop a progress value, or a usage, because no task runs here."""

@@ -5,8 +5,18 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from forebay.gateway.secret import InvalidSecret, MissingFallbackKey
-from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.secret import InvalidProviderKey, InvalidSecret, MissingFallbackKey
+from forebay.gateway.settings import (
+    ContextSettings,
+    DeploymentSettings,
+    FallbackSettings,
+    GatewaySettings,
+    KeySettings,
+    ModelSettings,
+    QuotaSettings,
+    TargetSettings,
+    TenantSettings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,32 +31,49 @@ def missing_libraries() -> list[str]:
     return [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
 
 
-def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lambda _: None) -> int:
+def serve(
+    settings: GatewaySettings,
+    *,
+    ready: Callable[[Gateway], object] = lambda _: None,
+    reload: Callable[[], GatewaySettings] | None = None,
+    reloaded: Callable[[], object] = lambda: None,
+) -> int:
     """Serve until SIGTERM or SIGINT, then drain; return the exit status.
 
     Args:
         settings: of the gateway.
         ready: called once it listens.
+        reload: returns the settings to go on with after a SIGHUP; it may raise a `ForebayError`, and then nothing
+            changes. It is called in a thread. None: a SIGHUP stops the gateway, unless it is ignored.
+        reloaded: called once the gateway serves by these settings.
 
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
+        StoreUnavailable: the file of issued keys is missing, or cannot be read.
         CannotListen: the address is in use, or not one of this machine.
+        StoreUnavailable: the spend log cannot be opened.
     """
     from forebay.gateway.server import run_forever  # noqa: PLC0415 - aiohttp and prometheus_client are extras
 
-    return run_forever(settings, ready)
+    return run_forever(settings, ready, reload, reloaded)
 
 
 __all__ = [
     "ContextSettings",
+    "DeploymentSettings",
     "FallbackSettings",
     "GatewaySettings",
+    "InvalidProviderKey",
     "InvalidSecret",
+    "KeySettings",
     "MissingFallbackKey",
+    "ModelSettings",
     "QuotaSettings",
     "TargetSettings",
+    "TenantSettings",
     "missing_libraries",
     "serve",
 ]

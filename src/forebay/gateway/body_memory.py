@@ -35,6 +35,11 @@ class BodyMemory:
         self._max_held_bytes = max_held_bytes
         self.held_bytes = 0
 
+    def change(self, max_body_bytes: int, max_held_bytes: int) -> None:
+        """Set other bounds; what is held beyond them is released as it is."""
+        self._max_body_bytes = max_body_bytes
+        self._max_held_bytes = max_held_bytes
+
     def check(self, size: int, *, more: int) -> None:
         """Check that a body of `size` bytes may be held, `more` of which are not held yet.
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from forebay.errors import ForebayError
+from forebay.gateway.issued_keys import PRIORITIES, IssuedKey
 from forebay.gateway.settings import Trust
 from forebay.task import DEFAULT_TENANT, Priority
 from forebay.upstream.call_request import Caller
 from forebay.upstream.providers import find_other_credential
 
 TOKEN_HEADER: Final = "x-forebay-token"  # noqa: S105 - its name
-_PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
 
 
@@ -74,27 +74,57 @@ class CallerReader:
         return Caller(
             priority=_priority(headers.get("x-forebay-priority")),
             deadline=_deadline(headers.get("x-forebay-deadline")) + offset,
-            tenant=self._tenant(headers),
+            tenant=self._tenant(headers) or DEFAULT_TENANT,
             task_id=_name("x-forebay-task", headers.get("x-forebay-task")),
             api_key=key,
         )
 
+    def read_with_key(
+        self, headers: Mapping[str, str], key: IssuedKey, *, offset: float, shared_account: bool
+    ) -> Caller:
+        """Return the caller of a request that was made with an issued key: the key says whom its headers may name.
+
+        Priorities beyond the best one of the key count as that. Tasks are those of this key alone.
+
+        Args:
+            headers: see `read`.
+            key: of the caller.
+            offset: see `read`.
+            shared_account: see `read`.
+
+        Raises:
+            InvalidHeader: a header is invalid.
+        """
+        asked, task = headers.get("x-forebay-priority"), _name("x-forebay-task", headers.get("x-forebay-task"))
+        return Caller(
+            priority=key.default_priority if asked is None else max(_priority(asked), key.best_priority),
+            deadline=_deadline(headers.get("x-forebay-deadline")) + offset,
+            tenant=(key.sets_tenant and self._tenant(headers)) or key.tenant_name,
+            task_id=None if task is None else f"{key.name}:{task}",
+            api_key="" if shared_account else None,
+        )
+
+    def names_priority(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a trusted header says the priority of a call."""
+        return "x-forebay-priority" in headers and self._trusts(headers)
+
     def _trusts(self, headers: Mapping[str, str]) -> bool:
         return self._trust == "anyone" or (self._trust == "token" and self._has_token(headers))
 
-    def _tenant(self, headers: Mapping[str, str]) -> str:
+    def _tenant(self, headers: Mapping[str, str]) -> str | None:
+        """Return the tenant that the headers name, or None."""
         for header in ("x-forebay-tenant", *self._tenant_headers):
             if header in headers:
-                return _name(header, headers[header]) or DEFAULT_TENANT
-        return DEFAULT_TENANT
+                return _name(header, headers[header])
+        return None
 
 
 def _priority(text: str | None) -> Priority:
     if text is None:
         return Priority.NORMAL
-    priority = _PRIORITIES.get(text.lower())
+    priority = PRIORITIES.get(text.lower())
     if priority is None:
-        raise InvalidHeader(header="x-forebay-priority", expected=", ".join(_PRIORITIES))
+        raise InvalidHeader(header="x-forebay-priority", expected=", ".join(PRIORITIES))
     return priority
 
 

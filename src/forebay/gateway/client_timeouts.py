@@ -68,6 +68,10 @@ class ClientTimeoutReader:
         self._default = default
         self._clients: OrderedDict[Hashable, _Waits] = OrderedDict()
 
+    def change(self, default: float) -> None:
+        """Set another default; what was learned stays."""
+        self._default = default
+
     def read(self, now: float, headers: Mapping[str, str]) -> ClientTimeouts:
         """Return the timeouts of the caller with these headers (by lower-case name)."""
         announced = _from_headers(headers)

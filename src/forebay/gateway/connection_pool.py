@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import select
 from asyncio import BaseTransport
+from collections.abc import Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -44,12 +45,17 @@ class PooledRequest(aiohttp.ClientRequest):
     def connection_key(self) -> ConnectionKey:
         """The key of its connections."""
         key = super().connection_key
-        return key._replace(proxy_headers_hash=hash((key.proxy_headers_hash, self.credentials())))
+        return key_for_credentials(key, hash_credentials(self.headers))
 
-    def credentials(self) -> tuple[str | None, ...]:
-        """Return all that tells for whom the provider answers."""
-        headers = self.headers
-        return tuple([headers.get(name) for name in _CREDENTIALS])
+
+def hash_credentials(headers: Mapping[str, str]) -> int:
+    """Return a hash of all that tells for whom the provider answers. `headers`: by lower-case name."""
+    return hash(tuple([headers.get(name) for name in _CREDENTIALS]))
+
+
+def key_for_credentials(key: ConnectionKey, credentials: int) -> ConnectionKey:
+    """Return the key of connections that are shared by calls with the same credentials."""
+    return key._replace(proxy_headers_hash=hash((key.proxy_headers_hash, credentials)))
 
 
 class PooledConnection(ResponseHandler):
@@ -67,12 +73,14 @@ class PooledConnection(ResponseHandler):
         super().__init__(pool._loop)  # noqa: SLF001 - aiohttp has no other way to a connector's loop
         self._pool = pool
         self._heads = HeadSplitter()
+        self._poll: select.poll | None = None  # of its socket; made once, for each call asks it
         self.idle_key: ConnectionKey | None = None
         self.idle_since = 0.0
 
     def connection_made(self, transport: BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         self._pool.record_opened()
+        self._poll = _poll_for(transport)
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -142,7 +150,7 @@ class PooledConnection(ResponseHandler):
             return True
         if self.should_close or self._pool.may_be_closing(self.idle_key, self.idle_time):
             return False
-        return not _has_unread_bytes(self.transport)
+        return self._poll is None or not self._poll.poll(0)  # bytes that the event loop has not read yet, or the end
 
 
 class ConnectionPool(aiohttp.TCPConnector):
@@ -160,6 +168,10 @@ class ConnectionPool(aiohttp.TCPConnector):
         self._open = 0
         self._distrusted: dict[tuple[str, int | None], float] = {}  # until when, by address: as few as targets
         self._idle_times: dict[tuple[str, int | None], tuple[float, float]] = {}  # the shortest, and until when
+
+    def change(self, max_connections: int) -> None:
+        """Set another bound for the next connections."""
+        self._max_connections = max_connections
 
     def record_opened(self) -> None:
         """Count a connection that was opened."""
@@ -227,11 +239,11 @@ class ConnectionPool(aiohttp.TCPConnector):
             protocol.rest(key)
 
 
-def _has_unread_bytes(transport: BaseTransport) -> bool:
-    """Return whether something has arrived that the event loop has not read yet, the end of the connection included."""
+def _poll_for(transport: BaseTransport) -> select.poll | None:
+    """Return what tells whether a connection has something to read, its end included; None where that is not known."""
     socket = transport.get_extra_info("socket")
     if socket is None or not hasattr(select, "poll"):
-        return False
+        return None
     poll = select.poll()
     poll.register(socket.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+    return poll

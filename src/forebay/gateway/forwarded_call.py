@@ -6,8 +6,9 @@ import asyncio
 import errno
 import functools
 import re
-from collections.abc import Container
-from typing import Final, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
 
 import aiohttp
 import msgspec
@@ -16,22 +17,27 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from multidict import CIMultiDict
 from yarl import URL
 
+from forebay import clock
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
+from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller_limits import CallerHold, CallerLimits
+from forebay.gateway.connection_pool import hash_credentials
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
-from forebay.gateway.http_client import HttpClient
-from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of
+from forebay.gateway.issued_keys import IssuedKey
+from forebay.gateway.metrics import GatewayMetrics, Operation
+from forebay.gateway.provider_key import ProviderKey
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.exchange import REDIRECTS, Exchange
+from forebay.upstream.exchange import ERRORS, REDIRECTS, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
-from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream
+from forebay.upstream.providers import Endpoint, Headers, Usage, is_event_stream, normalize_credential
 from forebay.upstream.providers.content_encoding import decompress_end
-
-RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
 _CONNECT_TIMEOUT: Final = 10.0  # seconds
@@ -40,6 +46,10 @@ _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that 
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
 _NEVER: Final = re.compile(r"q=0(\.0*)?")  # the weight of an encoding that is not accepted
+_MAX_CACHED_NAMES: Final = 1000
+_MAX_CACHED_LENGTH: Final = 64  # characters of a name
+_CONTROLS: Final = bytes({*range(9), *range(10, 32), 127})  # the tab is none
+_SPACES: Final = bytes.maketrans(_CONTROLS, b" " * len(_CONTROLS))  # for controls, with which it could not be sent
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 # Headers that hold for one connection only. Source: RFC 9110, 7.6.1.
@@ -81,7 +91,7 @@ class StreamingResponse:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        response: ProviderResponse,
         headers: CIMultiDict[str],
         reader: MeteredStream,
         first_bytes: bytes = b"",
@@ -138,6 +148,10 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
         body: its bytes.
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
+        held_keys: the keys of the gateway, by target and key: it may be sent with one of them.
+        on_stored: called with the id of a response that is stored, the target's name, and the key of the gateway with
+            which it was made, if that has one; None if nobody needs to know.
+        key: the issued key of the caller, or None.
     """
 
     method: str
@@ -146,6 +160,9 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     caller: Caller
     read_timeout: float
+    held_keys: Mapping[tuple[str, str], ProviderKey] = MappingProxyType({})
+    on_stored: Callable[[str, str, ProviderKey | None], None] | None = None
+    key: IssuedKey | None = None
 
 
 class ForwardedCall(Exchange):
@@ -158,10 +175,19 @@ class ForwardedCall(Exchange):
         request: as it was received.
         client: sends it.
         held: the memory that its response takes until it is passed on.
-        metrics: count its tokens.
+        metrics: of the gateway.
+        record: of the request.
+        limits: of its callers. A call that falls back holds none of its own.
+
+    Attributes:
+        record: of the request, whichever account serves it.
+        hold: what it holds of the limits of its callers; closed by whoever passes its answer on.
     """
 
-    __slots__ = ("_body", "_client", "_headers", "_held", "_metrics", "_request", "_timeout", "_url")
+    __slots__ = (
+        *("_client", "_error_type", "_held", "_held_key", "_metrics", "_operation", "_outgoing", "_request"),
+        *("_rerouted", "_url", "hold", "record"),
+    )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
@@ -173,6 +199,8 @@ class ForwardedCall(Exchange):
         client: HttpClient,
         held: BodyReservation,
         metrics: GatewayMetrics,
+        record: CallRecord,
+        limits: Sequence[CallerLimits] = (),
     ) -> None:
         super().__init__(
             core,
@@ -187,12 +215,29 @@ class ForwardedCall(Exchange):
         self._client = client
         self._held = held
         self._metrics = metrics
-        self._body = request.body if self.changed_body is None else self.changed_body
-        self._headers = _request_headers(request, metered=self.changed_body is not None)
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
+        self._held_key: ProviderKey | None = None
+        if request.held_keys:
+            self._held_key = request.held_keys.get((core.name, normalize_credential(self.api_key)))
+        self.record = record
+        self._operation = Operation(core.name, core.profile.provider, self.parsed.endpoint, self.call_request.model)
+        self._error_type = ""
+        self._rerouted = False
+        self.hold = CallerHold(limits, self.call_request, lambda: record.used)
+        changed = self.changed_body
+        self._outgoing = OutgoingRequest(
+            method=request.method,
+            url=self._url,
+            headers=_request_headers(request, metered=changed is not None),
+            body=request.body if changed is None else changed,
+            credentials=hash_credentials(request.headers),
+            limits=_time_limits(request.read_timeout),
+        )
 
     def reroute(self, route: FallbackRoute) -> ForwardedCall | None:
-        """See `CallRoute`."""
+        """See `CallRoute`. A call with an issued key goes only where the key may go."""
+        key = self._request.key
+        if key is not None and not (key.allows_target(route.core.name) and key.allows_model(route.model)):
+            return None
         rerouted = self.rerouted_request(route)
         if rerouted is None:
             return None
@@ -205,11 +250,25 @@ class ForwardedCall(Exchange):
             raw_headers=(*kept, *added),
             headers=rerouted.headers(request.headers),
             body=rerouted.body,
-            caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
+            caller=msgspec.structs.replace(
+                request.caller,
+                deadline=self.call_request.deadline,
+                api_key=None,
+                key_is_held=request.caller.key_is_held or route.api_key is not None,
+            ),
         )
-        return ForwardedCall(
-            route.core, url, rerouted.path, moved, client=self._client, held=self._held, metrics=self._metrics
+        call = ForwardedCall(
+            route.core,
+            url,
+            rerouted.path,
+            moved,
+            client=self._client,
+            held=self._held,
+            metrics=self._metrics,
+            record=self.record,
         )
+        call._rerouted = True
+        return call
 
     @property
     def wire_protocol(self) -> StreamProtocol:
@@ -226,28 +285,49 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
+        self.record.begin_attempt(self.core.name, self.call_request.model, self.account.name)
+        if permit.request.retries:
+            self._metrics.count_retry(self._operation)
+        self._error_type = ""
         try:
             result = await self._attempt(permit)
-        except BaseException:
-            self._metrics.count_attempt(self.core.name, Outcome.IGNORED)
+        except BaseException as error:
+            self._error_type = type(error).__name__
+            self._record_end(permit, CallOutcome(kind=Outcome.IGNORED))
             raise
-        if not result.streaming:  # else it is counted at the end of the stream
-            self._metrics.count_attempt(self.core.name, result.outcome.kind)
+        finally:
+            self.record.end_attempt()
+        if result.streaming:
+            self._metrics.admit(self._operation, self.record)
+        else:  # what streams is recorded at its end
+            self._record_end(permit, result.outcome)
+        if self._rerouted and result.outcome.kind is Outcome.SUCCESS:
+            self._metrics.count_fallback(self.record.asked_target, self.core.name)
         return result
 
+    def _record_end(self, permit: Permit, outcome: CallOutcome) -> None:
+        seconds = clock.now() - permit.granted_at
+        self._metrics.record_attempt(self._operation, outcome, seconds, error_type=self._error_type)
+
     def _settle_stream(self, permit: Permit, meter: StreamMeter | None, end: StreamEnd) -> None:
-        self._metrics.count_attempt(self.core.name, end.kind)
+        self.record.first_output_at = end.output_at
+        if end.kind is not Outcome.SUCCESS:
+            self._error_type = "abandoned" if end.kind is Outcome.IGNORED else "incomplete"
+        self._record_end(permit, CallOutcome(kind=end.kind))
+        first_chunk, first_token = (
+            None if at is None else at - permit.granted_at for at in (end.first_chunk_at, end.output_at)
+        )
+        self._metrics.record_stream(self._operation, first_chunk, first_token)
         super()._settle_stream(permit, meter, end)
 
     async def _attempt(self, permit: Permit) -> AttemptResult:
-        response: aiohttp.ClientResponse | None = None
+        response: ProviderResponse | None = None
         connection: ResponseHandler | None = None
         try:
-            response = await self._client.send(
-                self._request.method, self._url, self._headers, self._body, self._timeout
-            )
-            connection = response.connection.protocol if response.connection is not None else None
+            response = await self._client.send(self._outgoing)
+            connection = connection_of(response)
             headers = Headers.from_wire(response.raw_headers)
+            self.record.note_answer(headers)
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 return self._stream(permit, response, headers, returned)
@@ -267,23 +347,26 @@ class ForwardedCall(Exchange):
         else:
             response.close()
         result = self.judge_answer(permit, response.status, headers, content)
-        result.value = GatewayResponse(response.status, tuple(returned.items()), body)
+        if response.status >= ERRORS:
+            self._error_type = str(response.status)
+        answer = GatewayResponse(response.status, tuple(returned), body)
+        result.value = answer if self._held_key is None else self._held_key.passed_on(answer, self.core.name)
         return result
 
     def _stream(
         self,
         permit: Permit,
-        response: aiohttp.ClientResponse,
+        response: ProviderResponse,
         headers: Headers,
-        returned: CIMultiDict[str],
+        returned: list[tuple[str, str]],
         first_bytes: bytes = b"",
     ) -> AttemptResult:
         result = self.stream_result()
         reader = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
-        result.value = StreamingResponse(response, returned, reader, first_bytes)
+        result.value = StreamingResponse(response, CIMultiDict(returned), reader, first_bytes)
         return result
 
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
+    async def _read(self, response: ProviderResponse) -> tuple[bytes, bool]:
         """Return the body as it was sent, as far as it may be held, and whether that is all of it."""
         held = self._held
         held.release()  # of an attempt before
@@ -303,6 +386,7 @@ class ForwardedCall(Exchange):
 
     def _failed(self, permit: Permit, error: Exception, connection: ResponseHandler | None) -> AttemptResult:
         """Return the result of an attempt whose connection failed, before the response or within it."""
+        self._error_type = type(error).__name__
         if _is_out_of_files(error):
             return self.connection_failed(permit, OutOfFiles(str(error)), local=True)
         sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
@@ -322,25 +406,78 @@ class ForwardedCall(Exchange):
         answer: ReadAnswer | None = None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
-        """See `Exchange.call_outcome`; the tokens count in the metrics."""
+        """See `Exchange.call_outcome`; the metrics record the tokens, and the record the usage."""
+        if answer is not None and answer.response_id is not None and self._request.on_stored is not None:
+            self._request.on_stored(answer.response_id, self.core.name, self._held_key)
+        if kind is Outcome.SUCCESS:  # before its tokens are recorded
+            self._metrics.admit(self._operation, self.record)
         if usage is not None:
-            self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
+            if not self._was_counted():
+                self._metrics.record_tokens(self._operation, usage)
+            self.record.add_usage(usage, None if self.parsed.free else self.list_cost(usage, answer))
         return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
 
+    def _was_counted(self) -> bool:
+        """Return whether the answer was metered when it was generated: this call fetches it."""
+        return self.parsed.free and self.core.background.get(self.parsed.response_id) is None
 
-def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[str]:
+
+@functools.lru_cache(maxsize=64)
+def _time_limits(read_timeout: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=read_timeout)
+
+
+def _request_headers(request: IncomingRequest, *, metered: bool) -> RawHeaders:
     """Return the headers that the provider gets.
 
     Args:
         request: as it was received.
         metered: whether the response must be read, so that it may not be compressed.
     """
-    headers = _end_to_end(request.raw_headers, _NOT_SENT)
-    for name in [name for name in headers if name.startswith("x-forebay-")]:
-        headers.popall(name, None)
+    raw = request.raw_headers
+    dropped = _hop_by_hop_names(request.headers.get("connection"), raw)
+    sent = [(name, value.translate(_SPACES)) for name, value in raw if _sent(name) not in dropped]
     gzip = not metered and _accepts_gzip(request.headers.get("accept-encoding", ""))
-    headers.add("accept-encoding", "gzip" if gzip else "identity")  # encodings that can be metered
-    return headers
+    sent.append((b"accept-encoding", b"gzip" if gzip else b"identity"))  # encodings that can be metered
+    return tuple(sent)
+
+
+class _PassedNames(dict[bytes, str]):
+    """A cache of names of headers that are passed on, by name on the wire; of others the name is empty.
+
+    Args:
+        dropped: names of headers that are not passed on, in lower case.
+        beginnings: of other such names.
+        lower: returns names in lower case, not as they were received.
+    """
+
+    def __init__(self, dropped: frozenset[str], *beginnings: str, lower: bool) -> None:
+        super().__init__()
+        self._dropped = dropped
+        self._beginnings = beginnings
+        self._lower = lower
+
+    def __missing__(self, name: bytes) -> str:
+        text = name.decode("latin-1")
+        lower = text.lower()
+        dropped = lower in self._dropped or lower.startswith(self._beginnings)
+        passed = "" if dropped else lower if self._lower else text
+        if len(self) < _MAX_CACHED_NAMES and len(name) <= _MAX_CACHED_LENGTH:
+            self[name] = passed
+        return passed
+
+
+_sent: Final = _PassedNames(_NOT_SENT, "x-forebay-", lower=True).__getitem__
+_returned: Final = _PassedNames(_NOT_RETURNED, lower=False).__getitem__
+_DROPPED: Final = frozenset({""})
+
+
+def _hop_by_hop_names(connection: str | None, raw_headers: RawHeaders) -> frozenset[str]:
+    """Return the names that are not sent on: the empty one, and those that the Connection headers list."""
+    if connection is None or connection == "keep-alive":
+        return _DROPPED
+    listed = b",".join([value for name, value in raw_headers if name.lower() == b"connection"]).decode("latin-1")
+    return _DROPPED.union(name.strip().lower() for name in listed.split(","))
 
 
 def _accepts_gzip(accept_encoding: str) -> bool:
@@ -352,7 +489,7 @@ def _accepts_gzip(accept_encoding: str) -> bool:
     return False
 
 
-def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
+def _response_headers(response: ProviderResponse) -> list[tuple[str, str]]:
     """Return the headers that the caller gets. They tell its SDK not to retry: retries happen here.
 
     Raises:
@@ -360,24 +497,18 @@ def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
     """
     if response.status == _SWITCHING_PROTOCOLS:
         raise UnexpectedUpgrade("the provider switched to another protocol, unasked")
-    headers = _end_to_end(response.raw_headers, _NOT_RETURNED)
-    headers.add("x-should-retry", "false")
-    return headers
-
-
-def _end_to_end(raw_headers: RawHeaders, dropped: Container[str]) -> CIMultiDict[str]:
-    """Return headers without those in `dropped`, and those that a Connection header names: they are hop-by-hop too."""
-    headers: CIMultiDict[str] = CIMultiDict()
-    connection = []
-    for name, value in raw_headers:
-        lower = name.decode("latin-1").lower()
-        if lower == "connection":
-            connection.append(value)
-        if lower not in dropped:
-            headers.add(lower, printable(value.decode("utf-8", "surrogateescape")))
-    for named in b",".join(connection).decode("latin-1").split(",") if connection else ():
-        headers.popall(named.strip(), None)
-    return headers
+    raw = response.raw_headers
+    listed = None
+    headers = []
+    for name, value in raw:
+        returned = _returned(name)
+        if returned:
+            headers.append((returned, printable(value.decode("utf-8", "surrogateescape"))))
+        elif name.lower() == b"connection":
+            listed = value.decode("latin-1").lower()
+    headers.append(("x-should-retry", "false"))
+    hop_by_hop = _hop_by_hop_names(listed, raw)
+    return headers if hop_by_hop is _DROPPED else [pair for pair in headers if pair[0].lower() not in hop_by_hop]
 
 
 async def _decompress(headers: Headers, body: bytes) -> bytes:

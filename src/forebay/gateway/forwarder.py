@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
@@ -15,10 +14,16 @@ from multidict import CIMultiDict
 
 from forebay import clock
 from forebay.errors import Overloaded
-from forebay.events import log
+from forebay.events import BudgetAlert, Event, log
+from forebay.gateway.abortable_block import AbortableBlock
+from forebay.gateway.access_log import AccessLog, make_entry
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
+from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
+from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
+from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, WrongProtocol
+from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -39,12 +44,21 @@ from forebay.gateway.forwarded_call import (
     StreamingResponse,
 )
 from forebay.gateway.http_client import HttpClient
+from forebay.gateway.issued_keys import IssuedKey, contains_key, hide_keys
+from forebay.gateway.key_permission import find_forbidden, headers_with_key
+from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
 from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.model_list import is_model_list, model_in_path, model_response, with_aliases
+from forebay.gateway.provider_key import ProviderKey, without_headers
 from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, without_compression
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
-from forebay.upstream.providers import Endpoint, Headers
+from forebay.gateway.tenants import Tenants, with_limits
+from forebay.spend_log import SpendLog
+from forebay.upstream.call_flow import CallRunner
+from forebay.upstream.providers import Endpoint, Headers, ProviderRequest
 from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _JSON_ENDPOINTS: Final = frozenset(
@@ -66,7 +80,7 @@ _FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may ha
 _FILES_LOG_INTERVAL: Final = 10.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
 _CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
-_BUG, _BAD_GATEWAY, _UNAVAILABLE = 500, 502, 503
+_ERRORS, _BUG, _BAD_GATEWAY, _UNAVAILABLE = 400, 500, 502, 503
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -89,46 +103,134 @@ class Forwarder:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         session: sends the calls.
+        spend_log: keeps what calls cost; open. None for none.
+        token: of the gateway, that callers present; None if they need none.
+        access_log: gets a line for each request; None for no log.
+        keys: that the gateway has issued; None if it issues none.
 
     Attributes:
         targets: the providers.
         metrics: of the gateway.
         body_memory: the memory that request bodies take.
         response_memory: the memory that responses take.
+        keys: that the gateway has issued; None if it issues none.
         draining: new calls are rejected.
 
     Raises:
-        InvalidSecret: the token is missing, or not fit to be one.
         MissingFallbackKey: the API key of a fallback is missing.
+        InvalidProviderKey: the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
-    def __init__(
-        self, settings: GatewaySettings, environment: Mapping[str, str], *, session: aiohttp.ClientSession
+    def __init__(  # noqa: PLR0913 - what a gateway gives it
+        self,
+        settings: GatewaySettings,
+        environment: Mapping[str, str],
+        *,
+        session: aiohttp.ClientSession,
+        token: str | None = None,
+        spend_log: SpendLog | None = None,
+        access_log: AccessLog | None = None,
+        keys: KeyRegistry | None = None,
     ) -> None:
         self._settings = settings
-        self.targets = make_targets(settings, environment)
-        self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
+        self._environment = environment
+        self._session = session
+        self._access_log = access_log
+        self._tenants = Tenants(settings.tenants)
+        self._spend_log = spend_log
+        self.targets = self._make_targets(settings)
+        self._removed: dict[str, Target] = {}  # what they have spent counts if they come back
+        self._held_keys = _held_keys(self.targets)
+        self._models = ModelDirectory(settings.models, self.targets)
+        self.metrics = GatewayMetrics(self.targets, settings)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
-        self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
-        self._callers = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._client = self._make_client(self.targets)
+        self._callers = _make_callers(settings, token)
         self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
-        self._validator = RequestValidator(
-            max_header_bytes=settings.max_header_bytes,
-            local_only=settings.address.loopback and not settings.has_token,
-        )
+        self._validator = _make_validator(settings)
+        self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
+        self.keys = keys
+        self._warn_of_unknown_targets()
         self.draining = False
+        self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._abortable: set[asyncio.Timeout] = set()
+        self._abortable: set[AbortableBlock] = set()
         self._aborted = False
         self._files_logged_at = -math.inf
+
+    def _on_event(self, event: Event) -> None:
+        """Count the alerts of budgets; the upstream logs them."""
+        if isinstance(event, BudgetAlert):
+            self.metrics.count_budget_alert(event)
+
+    def _make_client(self, targets: Sequence[Target]) -> HttpClient:
+        return HttpClient(self._session, [target.base_url for target in targets], self._environment)
+
+    def _make_targets(self, settings: GatewaySettings) -> list[Target]:
+        return make_targets(settings, self._environment, spend_log=self._spend_log, on_event=self._on_event)
+
+    def reload(
+        self,
+        settings: GatewaySettings,
+        *,
+        token: str | None,
+        access_log: AccessLog | None,
+        keys: KeyRegistry | None = None,
+    ) -> None:
+        """Serve by other settings from now on; calls in progress end by the old ones. All or nothing.
+
+        Targets of the same name keep what they have spent and, at the same address, the accounts whose limits are the
+        same.
+
+        Args:
+            settings: of the gateway, with the address on which it listens.
+            token: of the gateway; None if callers need none.
+            access_log: gets a line for each request; None for no log.
+            keys: that the gateway has issued; None if it issues none.
+
+        Raises:
+            MissingFallbackKey, InvalidProviderKey, InvalidSetting: as when it is made; nothing has changed then.
+        """
+        targets = self._make_targets(settings)
+        client, callers = self._make_client(targets), _make_callers(settings, token)
+        # From here on nothing can fail.
+        known = self._removed | {target.name: target for target in self.targets}
+        for target in targets:
+            if (old := known.pop(target.name, None)) is not None:
+                target.adopt(old)
+        self._removed = known
+        self.targets[:] = targets  # the metrics have the list
+        self._held_keys = _held_keys(targets)
+        self._models = ModelDirectory(settings.models, targets)
+        self.metrics.show_accounts(settings.max_metrics_accounts)
+        self.body_memory.change(settings.max_body_bytes, settings.max_held_bytes)
+        self.response_memory.change(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
+        self._client, self._callers, self._validator = client, callers, _make_validator(settings)
+        self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
+        self._client_timeouts.change(settings.client_timeout)
+        self._tenants.change(settings.tenants)
+        self._settings, self._access_log, self.keys = settings, access_log, keys
+        self._warn_of_unknown_targets()
+
+    def _warn_of_unknown_targets(self) -> None:
+        if self.keys is not None:
+            self.keys.set_targets([target.name for target in self.targets])
 
     def drain(self) -> None:
         """Reject new calls from now on."""
         self.draining = True
+
+    def add_readiness_check(self, check: Callable[[], str | None]) -> None:
+        """Add a check to those of ``/readyz``: it returns why no call can be taken now, without secrets, or None."""
+        self._readiness_checks.append(check)
+
+    def readiness_problems(self) -> list[str]:
+        """Return why no call can be taken now; empty if calls can be."""
+        return [problem for check in self._readiness_checks if (problem := check())]
 
     async def wait_idle(self) -> None:
         """Wait until no call is in progress."""
@@ -139,54 +241,76 @@ class Forwarder:
         if self._abortable:
             log.warning("aborting %d calls that are still in progress", len(self._abortable))
         self._aborted = True
-        for timeout in self._abortable:
-            if not timeout.expired():  # else it was aborted before, and has not noticed yet
-                timeout.reschedule(0.0)
+        for block in self._abortable:
+            block.abort()
 
-    @contextlib.asynccontextmanager
-    async def _abortable_block(self) -> AsyncIterator[None]:
-        """Run a block that raises TimeoutError when `abort` is called."""
-        async with asyncio.timeout(0.0 if self._aborted else None) as timeout:
-            self._abortable.add(timeout)
-            try:
-                yield
-            finally:
-                self._abortable.discard(timeout)
+    def _abortable_block(self) -> AbortableBlock:
+        """Return a block that raises TimeoutError when `abort` is called."""
+        return AbortableBlock(self._abortable, aborted=self._aborted)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return the response to one request."""
         headers = Headers.from_wire(request.raw_headers)
+        record = CallRecord(request.method, hide_keys(request.raw_path), headers)
         try:
             self._validate(request, headers)
             if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
-            destination = self._find_destination(request.raw_path, headers)
+            key = self._authenticate(request.raw_path, headers, record)
+            destination = self._find_destination(request.raw_path, headers, key)
+            if (own := self._alias_response(request.method, destination)) is not None:
+                return self._close_if_needed(request, own)
         except EarlyResponse as early:
-            return self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
-        started = clock.now()
+            response: web.StreamResponse = self._early_response(request, early, record)
+            self._log(record, response.status)
+            return response
         status = _CLIENT_CLOSED
         self._in_progress += 1
         self._idle.clear()
         try:
             with BodyReservation(self.body_memory) as body, BodyReservation(self.response_memory) as held:
-                response, status = await self._forward(request, headers, destination, body, held)
+                response, status = await self._forward(request, headers, destination, body, held, record)
         except EarlyResponse as early:
-            response = self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
+            response = self._early_response(request, early, record)
             status = response.status
         except _CutOff as cut:
             status = cut.status
             raise
         except (asyncio.CancelledError, ConnectionError):  # the caller has gone
+            record.result = "caller_left"
             raise
         except BaseException:
             status = _BUG
+            record.result = "bug"
             raise
         finally:
-            self.metrics.count_response(destination.target.name, status, clock.now() - started)
+            self._log(record, status)
+            self.metrics.record_call(destination.target.name, record, status)
             self._in_progress -= 1
             if not self._in_progress:
                 self._idle.set()
         return response
+
+    def _log(self, record: CallRecord, status: int) -> None:
+        """Write the line of a request that has ended."""
+        record.end_waiting()
+        if self._access_log is not None:
+            self._access_log.add(make_entry(record, status, wall=clock.wall_time()))
+
+    def _early_response(self, request: web.BaseRequest, early: EarlyResponse, record: CallRecord) -> web.Response:
+        record.end_waiting()
+        response = _to_aiohttp(early.response, close=early.close)
+        self._add_headers(response.headers, record, detect_protocol(request.raw_path, {}))
+        return self._close_if_needed(request, response)
+
+    def _add_headers(self, headers: CIMultiDict[str], record: CallRecord, protocol: ApiProtocol) -> None:
+        """Add to the headers of an answer what is known of its call. A request id of the provider stays."""
+        if not self._settings.response_headers:
+            return
+        for name, value in record.headers():
+            headers[name] = value
+        for name, value in record.request_ids(protocol):
+            headers.setdefault(name, value)
 
     def _close_if_needed(self, request: web.BaseRequest, response: web.Response) -> web.Response:
         """Close the connection after this response while draining, or if the body of the request was not read."""
@@ -208,128 +332,321 @@ class Forwarder:
         """
         if path == "/healthz":
             body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
-            return web.Response(status=503 if self.draining else 200, body=body, content_type=JSON)
+            return web.Response(body=body, content_type=JSON)
+        if path == "/readyz":
+            problems = self.readiness_problems()
+            body = msgspec.json.encode({"status": "unready" if problems else "ready", "problems": problems})
+            return web.Response(status=503 if problems else 200, body=body, content_type=JSON)
+        if path == "/metrics":
+            self._check_operator(path, headers)
+            page, content_type = self.metrics.render_for(headers.get("accept", ""))
+            return web.Response(body=page, headers={"content-type": content_type})
+        return None
+
+    def _check_token(self, path: str, headers: Headers) -> None:
+        """Check that a caller presents the gateway's token, if one is needed.
+
+        Raises:
+            EarlyResponse: it does not.
+        """
         if not self._callers.is_authorized(headers):
             message = f"this gateway needs its token in the header {TOKEN_HEADER}"
             raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
-        if path == "/metrics":
-            return web.Response(body=self.metrics.render(), headers={"content-type": "text/plain; version=0.0.4"})
+
+    def _check_operator(self, path: str, headers: Headers) -> None:
+        """Check that a caller may see what all callers do: with the token, or without one on this machine.
+
+        Raises:
+            EarlyResponse: it may not.
+        """
+        self._check_token(path, headers)
+        if self._settings.has_token or not self._settings.needs_key:
+            return
+        if not self._settings.address.loopback:
+            message = f"{path} tells about all callers, so it needs the gateway's token, which is not configured"
+            raise EarlyResponse(error_response("openai", 403, "forebay_token", message))
+        if (error := self._own_pages_validator.find_error("GET", headers, ())) is not None:
+            raise EarlyResponse(error_response("openai", error.status, error.code, error.message))
+
+    def _authenticate(self, path: str, headers: Headers, record: CallRecord) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none. The record gets its name.
+
+        Raises:
+            EarlyResponse: it has none that is valid, or not the token that it needs instead.
+        """
+        if self.keys is None:
+            self._check_token(path, headers)
+            return None
+        try:
+            key = self._find_key(self.keys, path, headers)
+        except KeyRefusal as refusal:
+            record.key_name = refusal.key_name
+            response = error_response(detect_protocol(path, headers), 401, "invalid_api_key", f"{refusal}")
+            raise EarlyResponse(response) from None
+        record.key_name = "" if key is None else key.name
+        return key
+
+    def _find_key(self, keys: KeyRegistry, path: str, headers: Headers) -> IssuedKey | None:
+        """Return the issued key of a caller; None if it needs none, and has none.
+
+        Raises:
+            KeyRefusal: it has none that is valid.
+            EarlyResponse: it has not the token that it needs instead.
+        """
+        if contains_key(path):  # it is in the logs of whatever is on the way by now
+            raise KeyRefusal("an API key of this gateway is in the URL: send it in a header, and let it be replaced")
+        presented = set(headers_with_key(headers).values())
+        if len(presented) > 1:
+            raise KeyRefusal("two different API keys of this gateway were sent: send one")
+        if presented:
+            return keys.find(presented.pop())
+        if self._settings.require_key:
+            message = "this gateway needs one of its API keys, as Authorization: Bearer, or in the header x-api-key"
+            raise KeyRefusal(message)
+        self._check_token(path, headers)
         return None
 
-    def _find_destination(self, path: str, headers: Headers) -> Destination:
+    def _find_destination(self, path: str, headers: Headers, key: IssuedKey | None) -> Destination:
         """Return the destination of a call.
 
         Raises:
-            EarlyResponse: the gateway is draining, or no target has this path.
+            EarlyResponse: the gateway is draining, no target has this path, or the key is not for the one that has.
         """
         protocol = detect_protocol(path, headers)
         if self.draining:
             raise _draining_response(protocol)
-        destination = find_destination(self.targets, path, headers)
+        allowed = [each for each in self.targets if key is None or key.allows_target(each.name)]
+        destination = find_destination(allowed, path, headers)
+        if destination is not None:
+            return destination._replace(key=key)
+        if len(allowed) < len(self.targets):
+            destination = find_destination(self.targets, path, headers)
+        if destination is not None:
+            message = f"this API key is not for the target {destination.target.name!r}"
+            raise EarlyResponse(error_response(protocol, 403, "forebay_target", message))
         if destination is None:
             names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
-            paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /metrics"
+            paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /readyz, /metrics"
             shown = path.partition("?")[0][:_MAX_PATH_SHOWN]  # a query may contain an API key
             message = f"the path {shown!r} leads nowhere; the paths of this gateway are {paths}"
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
-    async def _forward(
+    def _alias_response(self, method: str, destination: Destination) -> web.Response | None:
+        """Return the description of an alias (``/v1/models/NAME``); None for any other request."""
+        aliases = self._aliases_for(destination.key)
+        if destination.by_name or not aliases or (name := model_in_path(method, destination.path)) not in aliases:
+            return None
+        return _to_aiohttp(model_response(name, aliases[name] or destination.target.protocol))
+
+    async def _forward(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         body: BodyReservation,
         held: BodyReservation,
+        record: CallRecord,
     ) -> tuple[web.StreamResponse, int]:
         """Return the response, which has been written, and the status that it counts as."""
+        call: ForwardedCall | None = None
         try:
-            async with self._abortable_block():
-                call = await self._read_call(request, headers, destination, body, held)
-                started = clock.now()
-                try:
-                    answer = await self._call(call, destination.target)
-                except asyncio.CancelledError:
-                    if not self.draining:
-                        now = clock.now()
-                        self._client_timeouts.record_hang_up(now, headers, now - started)
-                    raise
+            try:
+                with self._abortable_block():
+                    call, runner = await self._read_call(request, headers, destination, body, held, record)
+                    answer = await self._wait_for_answer(call, runner, headers, destination.target)
+            except TimeoutError:
+                record.result = "shut_down"
+                raise _draining_response(destination.target.protocol) from None
+            return await self._pass_answer(request, answer, call, destination, held)
+        finally:
+            if call is not None:
+                call.hold.close()
+
+    async def _wait_for_answer(
+        self, call: ForwardedCall, runner: CallRunner, headers: Headers, target: Target
+    ) -> GatewayResponse | StreamingResponse:
+        """Return the provider's response, and learn how long the caller waits for it."""
+        started = clock.now()
+        try:
+            answer = await self._call(call, runner, target)
+        except asyncio.CancelledError:
+            if not self.draining:
                 now = clock.now()
-                self._client_timeouts.record_answer(now, headers, now - started)
-        except TimeoutError:
-            raise _draining_response(destination.target.protocol) from None
+                self._client_timeouts.record_hang_up(now, headers, now - started)
+            raise
+        now = clock.now()
+        self._client_timeouts.record_answer(now, headers, now - started)
+        return answer
+
+    async def _pass_answer(
+        self,
+        request: web.BaseRequest,
+        answer: GatewayResponse | StreamingResponse,
+        call: ForwardedCall,
+        destination: Destination,
+        held: BodyReservation,
+    ) -> tuple[web.StreamResponse, int]:
+        """Pass the answer of a provider on; return the response and the status that it counts as."""
+        call.record.end_waiting()
+        protocol: ApiProtocol = "anthropic" if call.wire_protocol == "anthropic" else "openai"
         if isinstance(answer, StreamingResponse):
+            self._add_headers(answer.headers, call.record, protocol)
             return await self._stream(request, answer, call, held)
+        if self._lists_aliases(request.method, destination):
+            answer = with_aliases(answer, self._aliases_for(destination.key), destination.target.protocol)
         response = self._close_if_needed(request, _to_aiohttp(answer))
+        self._add_headers(response.headers, call.record, protocol)
+        call.record.result = "answered" if response.status < _ERRORS else "provider_error"
         await response.prepare(request)
         await response.write_eof()  # until its caller has taken it, it is held
         return response, response.status
 
-    async def _call(self, call: ForwardedCall, target: Target) -> GatewayResponse | StreamingResponse:
+    def _aliases_for(self, key: IssuedKey | None) -> dict[str, ApiProtocol | None]:
+        """Return the aliases that a caller may use, with their protocols."""
+        aliases = self._models.aliases
+        return aliases if key is None else {name: aliases[name] for name in aliases if key.allows_model(name)}
+
+    def _lists_aliases(self, method: str, destination: Destination) -> bool:
+        """Return whether a request asks for the list of models to which the aliases are added."""
+        return not destination.by_name and bool(self._models.aliases) and is_model_list(method, destination.path)
+
+    async def _call(
+        self, call: ForwardedCall, runner: CallRunner, target: Target
+    ) -> GatewayResponse | StreamingResponse:
         """Return the provider's response.
 
         Raises:
             EarlyResponse: the upstream rejected the call, or its last attempt failed.
         """
         try:
-            answer: GatewayResponse | StreamingResponse = await target.upstream.runner.run(call, ForwardedCall.attempt)
+            await call.hold.acquire()
+            answer: GatewayResponse | StreamingResponse = await runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
+            call.record.reject(error.limited_by or "")
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
         except OutOfFiles:
+            call.record.reject("host:files")
             raise self._out_of_files(target) from None
         except TRANSPORT_ERRORS as error:
+            call.record.result = "unreachable"
             message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
+        finally:
+            call.record.end_waiting()
         return answer
 
-    async def _read_call(
+    async def _read_call(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
         headers: Headers,
         destination: Destination,
         reservation: BodyReservation,
         held: BodyReservation,
-    ) -> ForwardedCall:
-        """Read a request, and return the call to make.
+        record: CallRecord,
+    ) -> tuple[ForwardedCall, CallRunner]:
+        """Read a request, and return the call to make, and what runs it.
 
         Raises:
             EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
         """
-        target = destination.target
+        target, key = destination.target, destination.key
+        raw_headers, sent = _without_issued_key(request.raw_headers, headers, key)
         try:
             offset = clock.now() - clock.wall_time()
-            caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
-            if caller.api_key is None:
-                check_one_credential(headers, destination.path, target.upstream.core.profile.provider)
+            shared = target.settings.share_keys and not target.keys
+            if key is None:
+                caller = self._callers.read(headers, offset=offset, shared_account=shared)
+            else:
+                caller = self._callers.read_with_key(headers, key, offset=offset, shared_account=shared)
+            named = key is not None or self._callers.names_priority(headers)
+            caller = self._tenants.caller(caller, names_priority=named)
+            if caller.api_key is None and not target.keys:
+                check_one_credential(sent, destination.path, target.upstream.core.profile.provider)
         except InvalidHeader as error:
             response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
             raise EarlyResponse(response, close=True) from None
         try:
             body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
+            record.reject("host:bodies")
             raise self._body_memory_full(target) from None
+        limits = self._limits_of(key, caller.tenant)
+        caller = with_limits(caller, limits)
         now = clock.now()
         timeouts = self._client_timeouts.read(now, headers)
         incoming = IncomingRequest(
             method=request.method,
-            raw_headers=request.raw_headers,
-            headers=headers,
+            raw_headers=raw_headers,
+            headers=sent,
             body=body,
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
+            key=key,
+            held_keys=self._held_keys,
         )
+        if self._lists_aliases(request.method, destination):
+            incoming = without_compression(incoming)  # it is read
+        chosen = self._choose_deployment(incoming, destination)
+        called, runner = None, target.upstream.runner
+        if chosen is not None:
+            called, runner = chosen.called if chosen.called != chosen.model else None, chosen.runner
+            incoming, destination = self._rewrite(incoming, destination, chosen)
         call = ForwardedCall(
-            target.upstream.core,
+            destination.target.upstream.core,
             destination.url,
             destination.path,
             incoming,
             client=self._client,
             held=held,
             metrics=self.metrics,
+            record=record,
+            limits=limits,
         )
+        record.begin(caller, destination.target.name, call.call_request.model, call.account.name)
         _check_call(call, body, target.protocol)
-        return call
+        if key is not None and (forbidden := find_forbidden(key, _as_called(call.parsed, called), body)):
+            raise EarlyResponse(error_response(target.protocol, 403, "model_not_found", forbidden))
+        return call, runner
+
+    def _choose_deployment(self, incoming: IncomingRequest, destination: Destination) -> ChosenDeployment | None:
+        """Return the deployment that serves a request; None if it goes as it is to the target of its path.
+
+        Raises:
+            EarlyResponse: the model speaks another protocol, or is at a target that the caller's key is not for.
+        """
+        protocol, key = destination.target.protocol, incoming.key
+        try:
+            chosen = self._models.find(destination, incoming.body)
+        except WrongProtocol as error:
+            raise EarlyResponse(error_response(protocol, 400, "forebay_model", str(error))) from None
+        if chosen is not None and key is not None:
+            for name in sorted(chosen.targets):
+                if not key.allows_target(name):
+                    message = f"this API key is not for the target {name!r}, which serves this model"
+                    raise EarlyResponse(error_response(protocol, 403, "forebay_target", message))
+        return chosen
+
+    def _rewrite(
+        self, incoming: IncomingRequest, destination: Destination, chosen: ChosenDeployment
+    ) -> tuple[IncomingRequest, Destination]:
+        """Return a request as a deployment takes it, and where it goes.
+
+        Raises:
+            EarlyResponse: the model's name cannot be replaced, or two keys are given.
+        """
+        incoming = msgspec.structs.replace(incoming, on_stored=self._models.record_stored)
+        try:
+            return rewrite_request(incoming, destination, chosen)
+        except (InvalidHeader, NotRewritable) as error:
+            code = "forebay_bad_header" if isinstance(error, InvalidHeader) else "forebay_model"
+            raise EarlyResponse(error_response(destination.target.protocol, 400, code, str(error))) from None
+
+    def _limits_of(self, key: IssuedKey | None, tenant: str) -> list[CallerLimits]:
+        """Return the limits of the callers of a call, which it takes in this order: of its key, and of its tenant."""
+        of_key = None if key is None or self.keys is None else self.keys.limits_of(key)
+        return [each for each in (of_key, self._tenants.limits_of(tenant)) if each is not None]
 
     async def _stream(
         self, request: web.BaseRequest, streaming: StreamingResponse, call: ForwardedCall, held: BodyReservation
@@ -348,13 +665,15 @@ class Forwarder:
                 response.content_length = streaming.length
             status = response.status
             try:
-                async with self._abortable_block():
+                with self._abortable_block():
                     await response.prepare(request)
                     problem = await _copy(streaming, held, response)
+                call.record.result = "broke_off" if problem else "answered"
                 if problem:
                     status = _BAD_GATEWAY
             except TimeoutError:
                 problem, status = "this gateway was shut down", _UNAVAILABLE
+                call.record.result = "shut_down"
             if not problem:
                 upstream.release()
             elif streaming.at_event_boundary and not (self._aborted and request.protocol.writing_paused):
@@ -389,6 +708,22 @@ class Forwarder:
         message = f"with this call the bodies of all calls would exceed {limit:,} bytes together (max_held_bytes)"
         seconds = _BODY_RETRY_AFTER * (0.5 + clock.draw())
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
+
+
+def _held_keys(targets: Sequence[Target]) -> dict[tuple[str, str], ProviderKey]:
+    """Return the keys that the gateway holds, by target and key."""
+    return {(target.name, key.key): key for target in targets for key in target.keys}
+
+
+def _make_callers(settings: GatewaySettings, token: str | None) -> CallerReader:
+    return CallerReader(settings.trust, token, settings.context.tenant_headers)
+
+
+def _make_validator(settings: GatewaySettings) -> RequestValidator:
+    return RequestValidator(
+        max_header_bytes=settings.max_header_bytes,
+        local_only=settings.address.loopback and not (settings.has_token or settings.needs_key),
+    )
 
 
 async def _copy(streaming: StreamingResponse, held: BodyReservation, response: web.StreamResponse) -> str:
@@ -428,6 +763,19 @@ async def _pass_on(chunk: bytes, streaming: StreamingResponse, response: web.Str
 def _broke_off(streaming: StreamingResponse, error: Exception) -> str:
     streaming.reader.fail(error)
     return f"the provider broke off: {_describe(error)}"
+
+
+def _without_issued_key(raw_headers: RawHeaders, headers: Headers, key: IssuedKey | None) -> tuple[RawHeaders, Headers]:
+    """Return the headers of a request without the issued key of its caller, which ends here."""
+    if key is None:
+        return raw_headers, headers
+    raw_headers = without_headers(raw_headers, [name.encode() for name in headers_with_key(headers)])
+    return raw_headers, Headers.from_wire(raw_headers)
+
+
+def _as_called(parsed: ProviderRequest, called: str | None) -> ProviderRequest:
+    """Return what is read of a request, with the alias that its caller used, which its key permits or not."""
+    return parsed if called is None else msgspec.structs.replace(parsed, model=called)
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
 import aiohttp
+import msgspec
+from aiohttp.client_proto import ResponseHandler
 from multidict import CIMultiDict
 from yarl import URL
 
+from forebay.gateway.direct_request import ConnectionRequest, DirectResponse, RawHeaders, send_post
 from forebay.gateway.http_proxy import http_proxy_for
 
 _HEADERS_NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
+_LONG_BODY: Final = (
+    1 << 20
+)  # bytes, beyond which a body is written piece by piece while its provider may answer already
+_MAX_CONNECTION_REQUESTS: Final = 1000  # providers and credentials that are remembered
+
+ProviderResponse: TypeAlias = aiohttp.ClientResponse | DirectResponse
+"""A provider's response, once its head has arrived. Both have what a gateway reads."""
+
+
+class OutgoingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as a provider gets it.
+
+    Attributes:
+        method: such as ``"POST"``.
+        url: of the provider, with path and query.
+        headers: as they are sent, without ``Host`` and ``Content-Length``.
+        body: its bytes.
+        credentials: a hash of its credentials, for calls with the same ones share connections.
+        limits: of which ``sock_connect`` and ``sock_read`` count.
+    """
+
+    method: str
+    url: URL
+    headers: RawHeaders
+    body: bytes
+    credentials: int
+    limits: aiohttp.ClientTimeout
 
 
 class HttpClient:
@@ -30,14 +61,15 @@ class HttpClient:
         self, session: aiohttp.ClientSession, providers: Iterable[str], environment: Mapping[str, str]
     ) -> None:
         self._session = session
+        assert session.connector is not None  # noqa: S101 - it is open
+        self._connector = session.connector
+        self._connection_requests: dict[tuple[str, str, int], ConnectionRequest] = {}
         proxies = {url: http_proxy_for(url, environment) for url in providers}
         self._proxies = {
             URL(url, encoded=True).origin(): URL(proxy) for url, proxy in proxies.items() if proxy is not None
         }
 
-    async def send(
-        self, method: str, url: URL, headers: CIMultiDict[str], body: bytes, limits: aiohttp.ClientTimeout
-    ) -> aiohttp.ClientResponse:
+    async def send(self, request: OutgoingRequest) -> ProviderResponse:
         """Send a request with exactly these headers, and return the response once its head has arrived.
 
         Redirects are not followed: the API key in the headers is for this address only.
@@ -46,13 +78,44 @@ class HttpClient:
             aiohttp.ClientError, OSError, asyncio.TimeoutError: the provider could not be reached, or did not answer
                 within the time limits.
         """
+        proxy = self._proxies.get(request.url.origin()) if self._proxies else None
+        if request.method == "POST" and proxy is None and len(request.body) <= _LONG_BODY:
+            return await send_post(
+                self._connection_request(request),
+                path=request.url.raw_path_qs.encode("utf-8", "surrogateescape"),  # as it was received
+                head=b"".join([b"%b: %b\r\n" % header for header in request.headers]),
+                body=request.body,
+                connector=self._connector,
+                limits=request.limits,
+            )
+        headers = CIMultiDict(
+            [(name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in request.headers]
+        )
         return await self._session.request(
-            method,
-            url,
+            request.method,
+            request.url,
             headers=headers,
-            data=body or None,
+            data=io.BytesIO(request.body) if len(request.body) > _LONG_BODY else request.body or None,
             allow_redirects=False,
             skip_auto_headers=_HEADERS_NOT_ADDED,
-            timeout=limits,
-            proxy=self._proxies.get(url.origin()) if self._proxies else None,
+            timeout=request.limits,
+            proxy=proxy,
         )
+
+    def _connection_request(self, request: OutgoingRequest) -> ConnectionRequest:
+        """Return what names the connections of a request, from a cache: it is the same from call to call."""
+        key = (request.url.scheme, request.url.raw_authority, request.credentials)
+        found = self._connection_requests.get(key)
+        if found is None:
+            if len(self._connection_requests) >= _MAX_CONNECTION_REQUESTS:
+                self._connection_requests.clear()
+            found = ConnectionRequest(request.url.origin(), request.credentials, self._session)
+            self._connection_requests[key] = found
+        return found
+
+
+def connection_of(response: ProviderResponse) -> ResponseHandler | None:
+    """Return the connection that a response arrives on; None if it has arrived, and left that."""
+    if isinstance(response, DirectResponse):
+        return response.protocol
+    return response.connection.protocol if response.connection is not None else None

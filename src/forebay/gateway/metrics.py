@@ -2,146 +2,184 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import choose_encoder
 
+from forebay import __version__
+from forebay.events import BudgetAlert
+from forebay.gateway import metric_definitions as definitions
+from forebay.gateway.account_collector import AccountCollector
+from forebay.gateway.bounded_label import BoundedLabel
+from forebay.gateway.call_record import CallRecord
+from forebay.gateway.metric_definitions import MetricDefinition
+from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Target
+from forebay.gateway.usage_collector import UsageCollector
 from forebay.interfaces import Outcome
-from forebay.upstream.providers import Usage
-from forebay.upstream.upstream_statistics import AccountStatistics
+from forebay.upstream.call_request import CallOutcome
+from forebay.upstream.providers import Endpoint, Usage
 
-_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OUTCOMES: Final = {
     Outcome.SUCCESS: "succeeded",
     Outcome.OVERLOAD: "throttled",
     Outcome.FAULT: "failed",
     Outcome.IGNORED: "ignored",
 }
-_MAX_MODELS: Final = 200  # label values; later models count as "other", since callers choose the names
+_OPERATIONS: Final = {  # OpenTelemetry's values of gen_ai.operation.name; other endpoints have names of ours
+    Endpoint.CHAT: "chat",
+    Endpoint.MESSAGES: "chat",
+    Endpoint.RESPONSES: "chat",
+    Endpoint.COMPLETIONS: "text_completion",
+}
+_PROVIDERS: Final = {"azure": "azure.ai.openai"}  # its values of gen_ai.provider.name, where ours is another
+_COUNTED: Final = (
+    *(definitions.REQUESTS, definitions.REQUEST_DURATION, definitions.WAIT, definitions.REJECTIONS),
+    *(definitions.FALLBACKS, definitions.ATTEMPTS, definitions.RETRIES, definitions.TIME_TO_FIRST_TOKEN),
+    *(definitions.OPERATION_DURATION, definitions.TIME_TO_FIRST_CHUNK, definitions.TOKEN_USAGE),
+    definitions.BUDGET_ALERTS,
+)
+
+
+class Operation(NamedTuple):
+    """The provider's side of a call: what attempts at it have in common.
+
+    Attributes:
+        target: that they are sent to.
+        provider: whose API it is.
+        endpoint: of the API.
+        model: that they ask for.
+    """
+
+    target: str
+    provider: str
+    endpoint: Endpoint
+    model: str
 
 
 class GatewayMetrics:
-    """The counters of one gateway, and gauges that are read from its upstreams at each scrape.
+    """The counters and histograms of one gateway, and gauges that are read from its upstreams at each scrape.
 
     Args:
         targets: of the gateway.
-        max_accounts: accounts of a target that have gauges of their own: the busiest ones.
+        settings: how many values its labels have at most.
     """
 
-    def __init__(self, targets: Sequence[Target], *, max_accounts: int) -> None:
+    def __init__(self, targets: Sequence[Target], settings: GatewaySettings) -> None:
         self._registry = CollectorRegistry()
-        self._models: set[str] = set()
-        self._counters: dict[tuple[object, ...], Counter] = {}
-        self._tokens = Counter(
-            "forebay_tokens", "LLM tokens used.", ["target", "model", "direction"], registry=self._registry
-        )
-        self._responses = Counter(
-            "forebay_gateway_requests", "Responses given, by status.", ["target", "status"], registry=self._registry
-        )
-        self._rejections = Counter(
-            "forebay_gateway_rejections",
-            "Calls rejected, by the limit that rejected them.",
-            ["target", "limited_by"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "forebay_gateway_seconds",
-            "Seconds from a request to the end of its response, waiting included.",
-            ["target"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._attempts = Counter(
-            "forebay_attempts", "Attempts of calls, by outcome.", ["target", "outcome"], registry=self._registry
-        )
-        self._registry.register(_AccountCollector(targets, max_accounts))
+        self._models = BoundedLabel(settings.max_metrics_models)
+        self._metrics = {definition.name: _new_metric(definition, self._registry) for definition in _COUNTED}
+        self._children: dict[tuple[str, ...], Any] = {}
+        build = Gauge(definitions.BUILD.name, definitions.BUILD.text, definitions.BUILD.labels, registry=self._registry)
+        build.labels(__version__).set(1)
+        tenants, keys = BoundedLabel(settings.max_metrics_tenants), BoundedLabel(settings.max_metrics_keys)
+        self._registry.register(UsageCollector(targets, models=self._models, tenants=tenants, keys=keys))
+        self._accounts = AccountCollector(targets, settings.max_metrics_accounts)
+        self._registry.register(self._accounts)
 
-    def count_tokens(self, target: str, model: str, usage: Usage) -> None:
-        """Count the tokens of a call."""
-        if model not in self._models:
-            model = model if len(self._models) < _MAX_MODELS else "other"
-            self._models.add(model)
-        self._counter(self._tokens, target, model, "input").inc(usage.input_tokens)
-        self._counter(self._tokens, target, model, "output").inc(usage.output_tokens)
+    def show_accounts(self, most: int) -> None:
+        """Give so many accounts of a target gauges of their own from now on: the busiest ones."""
+        self._accounts.max_accounts = most
 
-    def count_attempt(self, target: str, outcome: Outcome) -> None:
-        """Count an attempt of a call that has ended."""
-        self._counter(self._attempts, target, _OUTCOMES[outcome]).inc()
+    # --- calls ---
 
-    def count_response(self, target: str, status: int, seconds: float) -> None:
-        """Count a response that has ended, `seconds` after its request."""
-        self._counter(self._responses, target, str(status)).inc()
-        self._seconds.labels(target).observe(seconds)
+    def record_call(self, target: str, record: CallRecord, status: int) -> None:
+        """Record a request for a target whose response has ended, with the status that it counts as."""
+        model, shown = self._models.label(record.asked_model), str(status)
+        self._child(definitions.REQUESTS, target, shown).inc()
+        self._child(definitions.REQUEST_DURATION, target, model, shown).observe(record.duration)
+        if record.asked_target:  # else it has not asked for a permit
+            self._child(definitions.WAIT, target, model, shown).observe(record.waited)
 
     def count_rejection(self, target: str, limited_by: str) -> None:
         """Count a call that was rejected here, by the limit that rejected it."""
-        self._counter(self._rejections, target, limited_by).inc()
+        self._child(definitions.REJECTIONS, target, limited_by).inc()
+
+    def count_fallback(self, target: str, fallback_target: str) -> None:
+        """Count a call for `target` that another account has served."""
+        self._child(definitions.FALLBACKS, target, fallback_target).inc()
+
+    # --- attempts ---
+
+    def admit(self, operation: Operation, record: CallRecord) -> None:
+        """Give the models of a call that a provider has served series of their own, within bounds."""
+        self._models.admit(record.asked_model)
+        self._models.admit(operation.model)
+
+    def count_retry(self, operation: Operation) -> None:
+        """Count an attempt that is a retry."""
+        self._child(definitions.RETRIES, operation.target, self._models.label(operation.model)).inc()
+
+    def record_attempt(self, operation: Operation, outcome: CallOutcome, seconds: float, *, error_type: str) -> None:
+        """Record an attempt that has ended.
+
+        Args:
+            operation: what was sent.
+            outcome: how it ended.
+            seconds: since it was sent.
+            error_type: the status or the kind of an error; empty for a success.
+        """
+        throttled = outcome.refused_by_limit or outcome.spend_cap
+        counted = "throttled" if throttled else _OUTCOMES[outcome.kind]
+        self._child(definitions.ATTEMPTS, operation.target, self._models.label(operation.model), counted).inc()
+        self._child(definitions.OPERATION_DURATION, *self._provider_labels(operation), error_type).observe(seconds)
+
+    def record_stream(self, operation: Operation, first_chunk: float | None, first_token: float | None) -> None:
+        """Record when a streaming answer began, in seconds since the call was sent; None for what never came."""
+        if first_chunk is not None:
+            self._child(definitions.TIME_TO_FIRST_CHUNK, *self._provider_labels(operation)).observe(first_chunk)
+        if first_token is not None:
+            model = self._models.label(operation.model)
+            self._child(definitions.TIME_TO_FIRST_TOKEN, operation.target, model).observe(first_token)
+
+    # --- usage ---
+
+    def record_tokens(self, operation: Operation, usage: Usage) -> None:
+        """Record the tokens of a call. The upstream adds them up; see `UsageCollector`."""
+        provider_labels = self._provider_labels(operation)
+        self._child(definitions.TOKEN_USAGE, *provider_labels, "input").observe(usage.input_tokens)
+        self._child(definitions.TOKEN_USAGE, *provider_labels, "output").observe(usage.output_tokens)
+
+    # --- the page ---
+
+    def count_budget_alert(self, alert: BudgetAlert) -> None:
+        """Count an alert: a share of a budget is spent."""
+        self._child(definitions.BUDGET_ALERTS, alert.upstream, alert.budget, f"{alert.share:g}").inc()
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def _counter(self, parent: Counter, *labels: str) -> Counter:
-        """Return the counter with these labels, from a cache: prometheus_client looks it up more slowly."""
-        key = (parent, *labels)
-        found = self._counters.get(key)
+    def render_for(self, accept: str) -> tuple[bytes, str]:
+        """Return all metrics, and their content type: Prometheus's text format, or OpenMetrics where it is accepted.
+
+        Args:
+            accept: the Accept header of the request.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def _provider_labels(self, operation: Operation) -> tuple[str, ...]:
+        endpoint, provider = operation.endpoint, operation.provider
+        return (
+            operation.target,
+            _OPERATIONS.get(endpoint) or endpoint.value,
+            _PROVIDERS.get(provider, provider),
+            self._models.label(operation.model),
+        )
+
+    def _child(self, definition: MetricDefinition, *labels: str) -> Any:
+        """Return the counter or histogram with these labels, from a cache: prometheus_client is slower at that."""
+        key = (definition.name, *labels)
+        found = self._children.get(key)
         if found is None:
-            found = self._counters[key] = parent.labels(*labels)
+            found = self._children[key] = self._metrics[definition.name].labels(*labels)
         return found
 
 
-class _AccountCollector(Collector):
-    """A collector that reads the accounts of all targets at each scrape.
-
-    Accounts come and go with the callers' API keys and models, so they have gauges only, and not all of them: what is
-    counted is counted by target.
-
-    Args:
-        targets: of the gateway.
-        max_accounts: accounts of a target that have gauges of their own.
-    """
-
-    def __init__(self, targets: Sequence[Target], max_accounts: int) -> None:
-        self._targets = targets
-        self._max_accounts = max_accounts
-
-    def collect(self) -> Iterable[Metric]:
-        """See `Collector`."""
-        labels = ["target", "account"]
-        gauges = {
-            "in_flight": GaugeMetricFamily("forebay_calls_in_flight", "Calls in flight.", labels=labels),
-            "limit": GaugeMetricFamily("forebay_calls_limit", "Calls that may be in flight.", labels=labels),
-            "queued": GaugeMetricFamily("forebay_calls_queued", "Calls in the queue.", labels=labels),
-            "load": GaugeMetricFamily(
-                "forebay_account_load", "Expected wait of the next call over the longest allowed.", labels=labels
-            ),
-        }
-        breakers = GaugeMetricFamily("forebay_breaker_open", "1 while a circuit breaker is not closed.", labels=labels)
-        spent = GaugeMetricFamily("forebay_spent_usd", "US dollars spent in this period.", labels=["target"])
-        accounts = GaugeMetricFamily("forebay_accounts", "Accounts in memory, by API key and model.", labels=["target"])
-        remaining = GaugeMetricFamily("forebay_quota_remaining", "What remains of a quota.", labels=[*labels, "quota"])
-        amount = GaugeMetricFamily("forebay_quota_amount", "The amount of a quota.", labels=[*labels, "quota"])
-        for target in self._targets:
-            statistics = target.upstream.statistics()
-            if statistics.spent_usd is not None:
-                spent.add_metric([target.name], statistics.spent_usd)
-            accounts.add_metric([target.name], len(statistics.accounts))
-            for account in heapq.nlargest(self._max_accounts, statistics.accounts, key=_activity):
-                values = [target.name, account.name]
-                for name, gauge in gauges.items():
-                    gauge.add_metric(values, getattr(account, name))
-                breakers.add_metric(values, account.breaker != "closed")
-                for quota in account.quotas:
-                    remaining.add_metric([*values, quota.name], quota.remaining)
-                    amount.add_metric([*values, quota.name], quota.amount)
-        return [*gauges.values(), breakers, spent, accounts, remaining, amount]
-
-
-def _activity(account: AccountStatistics) -> tuple[int, bool, float, int]:
-    """Return the order in which accounts matter to whoever watches: calls now, an open breaker, load, calls so far."""
-    return account.in_flight + account.queued, account.breaker != "closed", account.load, account.sent
+def _new_metric(definition: MetricDefinition, registry: CollectorRegistry) -> Counter | Histogram:
+    if definition.kind == "counter":
+        return Counter(definition.name, definition.text, definition.labels, registry=registry)
+    return Histogram(definition.name, definition.text, definition.labels, buckets=definition.buckets, registry=registry)

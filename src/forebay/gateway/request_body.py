@@ -23,6 +23,10 @@ async def read_body(
     """
     try:
         reservation.expect(request.content_length or 0)
+        content = request.content
+        if content.is_eof() and content.exception() is None:
+            reservation.grow(content.total_bytes)
+            return content.read_nowait()  # all of it came with the head
         async with asyncio.timeout(settings.body_timeout):
             return await _read(request, reservation)
     except BodyTooLarge:  # the rest of a chunked body is not read
@@ -41,9 +45,6 @@ async def _read(request: web.BaseRequest, reservation: BodyReservation) -> bytes
     wants_continue = "expect" in request.headers and request.version >= HttpVersion11 and not content.is_eof()
     if wants_continue and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    if content.is_eof() and content.exception() is None:
-        reservation.grow(content.total_bytes)
-        return content.read_nowait()  # all of it came with the head
     pieces: list[bytes] = []
     async for piece in content.iter_any():
         reservation.grow(len(piece))

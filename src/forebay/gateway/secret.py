@@ -9,6 +9,7 @@ from typing import Final
 
 from forebay.errors import ForebayError
 
+_KEY: Final = re.compile(r"[!-~]{1,4096}")
 _TOKEN: Final = re.compile(r"[!-~]{16,4096}")  # a header carries it unchanged; a shorter one could be guessed
 
 
@@ -22,19 +23,19 @@ class MissingFallbackKey(ForebayError, LookupError):
     variable: str
 
 
+class InvalidProviderKey(ForebayError, ValueError):
+    """The API key of target {target!r} cannot be read from {where}: {problem}."""
+
+
 def read_token(variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
     """Return the token in an environment variable or, if that is None, in a file; surrounding spaces are ignored.
 
     Raises:
         InvalidSecret: it is missing, or not fit to be a token.
     """
-    if variable is not None:
-        where, text = f"the environment variable {variable}", environment.get(variable, "")
-    else:
-        where, text = f"the file {file}", _read_file(str(file))
-    token = text.strip()
-    if not token:
-        raise InvalidSecret(where=where, problem="it is empty or not set")
+    where, token, problem = _read(variable, file, environment)
+    if problem:
+        raise InvalidSecret(where=where, problem=problem)
     if not _TOKEN.fullmatch(token):
         raise InvalidSecret(where=where, problem="it must be 16 to 4,096 printable characters without spaces")
     return token
@@ -52,9 +53,35 @@ def read_api_key(variable: str, environment: Mapping[str, str]) -> str:
     return key
 
 
-def _read_file(file: str) -> str:
+def read_provider_key(target: str, variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
+    """Return the API key of a target, in an environment variable or, if that is None, in a file.
+
+    Raises:
+        InvalidProviderKey: it is missing, or a header cannot carry it.
+    """
+    where, key, problem = _read(variable, file, environment)
+    if not problem and not _KEY.fullmatch(key):
+        problem = "it must be the key alone: printable characters of ASCII without spaces"
+    if problem:
+        raise InvalidProviderKey(target=target, where=where, problem=problem)
+    return key
+
+
+def _read(variable: str | None, file: str | None, environment: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return where a secret is, the secret without surrounding spaces, and why it cannot be read, or nothing."""
+    if variable is not None:
+        where, text, problem = f"the environment variable {variable}", environment.get(variable, ""), ""
+    else:
+        where, (text, problem) = f"the file {file}", _read_file(str(file))
+    secret = text.strip()
+    return where, secret, problem or ("" if secret else "it is empty or not set")
+
+
+def _read_file(file: str) -> tuple[str, str]:
+    """Return the text of a file, and why it cannot be read, or nothing."""
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InvalidSecret(where=f"the file {file}", problem=f"{problem}") from None
+        return Path(file).read_text(encoding="utf-8"), ""
+    except OSError as error:
+        return "", f"{error.strerror}"
+    except ValueError:
+        return "", "it is not UTF-8 text"

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Literal, Self, cast
 
 import aiohttp
 import msgspec
@@ -22,11 +22,18 @@ from forebay import clock
 from forebay._text import format_duration
 from forebay.errors import ForebayError
 from forebay.events import log
+from forebay.gateway.access_log import AccessLog
+from forebay.gateway.call_record import REQUEST_ID
 from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
+from forebay.gateway.direct_request import RESPONSE_BOUNDS
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.file_limit import fit_connections
 from forebay.gateway.forwarder import Forwarder
+from forebay.gateway.key_file import parse_keys_url
+from forebay.gateway.key_registry import KeyRegistry
 from forebay.gateway.settings import GatewaySettings
+from forebay.quota import Prices
+from forebay.spend_log import SpendLog
 
 _TOO_MANY_CONNECTIONS: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -43,8 +50,6 @@ _INVALID: Final[dict[type[BaseException], str]] = {
     BadHttpMethod: "this is not HTTP/1.1: the method is invalid",
 }
 _MAX_FIELDS: Final = 200  # header fields of a request
-_MAX_RESPONSE_FIELD: Final = 128 << 10  # bytes of a header field of a provider's response
-_MAX_RESPONSE_FIELDS: Final = 1000
 _REJECTED_SHARE: Final = 8  # connections for each one beyond the limit whose request is read
 _LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
 _LEAST_CONNECTIONS: Final = 5_000  # a default that is lowered to fewer is worth a warning
@@ -52,6 +57,13 @@ _FIRST_PROBE: Final = 0.05  # seconds until a caller who has closed its sending 
 _PROBE: Final = 1.0  # seconds between the probes after that
 _LAST_REQUEST_GRACE: Final = 0.5  # seconds for requests that are on their way when the gateway stops
 _ACCEPTING: Final = 3  # turns in which asyncio's event loop makes a transport for a connection that it has accepted
+# Settings that a reload does not change, besides `listen`.
+_UNTIL_RESTART: Final = (
+    "spend_log",
+    "max_metrics_models",
+    "max_metrics_tenants",
+    "max_metrics_keys",
+)
 _ABORT_GRACE: Final = 1.0  # seconds for error responses to reach the callers of aborted calls
 
 
@@ -109,6 +121,7 @@ class _Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type] # aiohttp's way to have none
         )
         self._max_header_bytes = settings.max_header_bytes
+        self._response_headers = settings.response_headers
         self._send_timeout = settings.send_timeout
         self._head_bytes = 0  # of a head that is not complete yet
         self._last_body: aiohttp.StreamReader | None = None  # of the request that came last
@@ -261,6 +274,8 @@ class _Connection(web.RequestHandler):
         else:
             error = error_response("openai", status, "forebay_bad_request", _describe_invalid(exc))
         response = web.Response(status=error.status, headers=dict(error.headers), body=error.body)
+        if self._response_headers:
+            response.headers[REQUEST_ID] = clock.new_id()
         response.force_close()
         return response
 
@@ -288,6 +303,10 @@ class _Server(web.Server):
         self._settings = settings
         self._rejected: set[_TooManyConnections] = set()
         self._answered: asyncio.Event | None = None  # once no new connections are accepted
+
+    def change(self, settings: GatewaySettings) -> None:
+        """Bound connections that are made from now on by other settings."""
+        self._settings = settings
 
     def __call__(self) -> Any:
         if len(self.connections) >= self._settings.max_connections:
@@ -340,8 +359,12 @@ class Gateway:
     Raises:
         InvalidSecret: on entering; the token is missing, or not fit to be one.
         MissingFallbackKey: on entering; the API key of a fallback is missing.
+        InvalidProviderKey: on entering; the API key of a target is missing, or a header cannot carry it.
         InvalidSetting: on entering; a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
+        StoreUnavailable: on entering; the file of issued keys is missing, or cannot be read.
         CannotListen: on entering; the address is in use, or not one of this machine.
+        StoreUnavailable: on entering; the spend log cannot be opened.
+        CannotWriteLog: on entering; the access log cannot be opened.
     """
 
     def __init__(
@@ -356,6 +379,10 @@ class Gateway:
         self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
+        self._spend_log: SpendLog | None = None
+        self._keys: KeyRegistry | None = None
+        self._key_watch: asyncio.Task[None] | None = None
+        self._access_log: AccessLog | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -363,25 +390,115 @@ class Gateway:
             request_class=PooledRequest,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            max_line_size=_MAX_RESPONSE_FIELD,
-            max_field_size=_MAX_RESPONSE_FIELD,
-            max_headers=_MAX_RESPONSE_FIELDS,
+            **RESPONSE_BOUNDS,  # type: ignore[arg-type] # aiohttp's other parameters are of other types
         )
         address = self.settings.address
         try:
-            self.forwarder = Forwarder(self.settings, self._environment, session=self._session)
-            self._web = _Server(self.forwarder, self.settings)
+            await self._open_spend_log()
             loop = asyncio.get_running_loop()
+            token = await loop.run_in_executor(None, self.settings.token, self._environment)
+            self._access_log = await loop.run_in_executor(None, _open_access_log, self.settings)
+            keys = await self._open_keys(self.settings)
+            self.forwarder = Forwarder(
+                self.settings,
+                self._environment,
+                session=self._session,
+                token=token,
+                spend_log=self._spend_log,
+                access_log=self._access_log,
+                keys=keys,
+            )
+            self._web = _Server(self.forwarder, self.settings)
+            await self._watch_keys(keys)
             self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
+            await self._watch_keys(None)
             await self._session.close()
-            if isinstance(error, OSError):
+            await self._close_spend_log()
+            if self._access_log is not None:
+                await self._access_log.close()
+            if isinstance(error, OSError) and not isinstance(error, ForebayError):
                 raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
         return self
 
+    async def _open_keys(self, settings: GatewaySettings) -> KeyRegistry | None:
+        """Return the keys of the file that settings name: those that it has, if it is the same file.
+
+        Raises:
+            StoreUnavailable: the file is missing, or cannot be read.
+        """
+        if settings.keys is None:
+            return None
+        path = parse_keys_url(settings.keys)
+        if self._keys is not None and self._keys.path == path:
+            return self._keys
+        keys = KeyRegistry(path)
+        await asyncio.get_running_loop().run_in_executor(None, keys.load)
+        return keys
+
+    async def _watch_keys(self, keys: KeyRegistry | None) -> None:
+        """Follow the changes of the file of these keys, and no longer those of the file before."""
+        if keys is self._keys:
+            return
+        before, watch = self._keys, self._key_watch
+        self._keys = keys
+        self._key_watch = None if keys is None else asyncio.get_running_loop().create_task(keys.watch())
+        if before is not None and watch is not None:
+            watch.cancel()
+            await asyncio.wait([watch])
+            await before.refresh()  # which notes the last use of keys
+
     def _new_pool(self) -> aiohttp.BaseConnector:
         return ConnectionPool(self.settings.max_connections)
+
+    async def reload(self, settings: GatewaySettings) -> list[str]:
+        """Serve by other settings from now on; calls in progress end by the old ones. All or nothing.
+
+        Secrets are read again, and the file of the access log is opened again.
+
+        Args:
+            settings: of the gateway.
+
+        Returns:
+            What is not as `settings` say, because it needs a restart.
+
+        Raises:
+            InvalidSecret, MissingFallbackKey, InvalidProviderKey, InvalidSetting: as on entering; nothing has changed.
+            StoreUnavailable, CannotWriteLog: the same.
+        """
+        old, kept = self.settings, []
+        if settings.listen != old.listen:
+            kept.append(f"it listens on {old.listen} until it is started again, not on {settings.listen}")
+            settings = msgspec.structs.replace(settings, listen=old.listen)  # checks that a token fits the address
+        for name in _UNTIL_RESTART:
+            if getattr(settings, name) != getattr(old, name):
+                kept.append(f"{name} stays {getattr(old, name)!r} until it is started again")
+                settings = msgspec.structs.replace(settings, **{name: getattr(old, name)})
+        log_settings = (settings.access_log, settings.access_log_to)
+        loop = asyncio.get_running_loop()
+        token = await loop.run_in_executor(None, settings.token, self._environment)
+        old_log = log_ = self._access_log
+        if log_settings != (old.access_log, old.access_log_to):
+            log_ = await loop.run_in_executor(None, _open_access_log, settings)
+        try:
+            keys = await self._open_keys(settings)
+            self.forwarder.reload(settings, token=token, access_log=log_, keys=keys)
+        except BaseException:
+            if log_ is not None and log_ is not old_log:
+                await log_.close()
+            raise
+        self._web.change(settings)
+        if self._session is not None and isinstance(self._session.connector, ConnectionPool):
+            self._session.connector.change(settings.max_connections)
+        self.settings, self._access_log = settings, log_
+        await self._watch_keys(keys)
+        if old_log is not None:
+            if old_log is log_:
+                old_log.reopen()
+            else:
+                await old_log.close()
+        return kept
 
     @property
     def port(self) -> int:
@@ -408,7 +525,22 @@ class Gateway:
             await self._stop_listening()
             await self._web.answer_last_requests()
             await self._web.end()
+            await self._watch_keys(None)
             await self._session.close()
+            await self._close_spend_log()
+            if self._access_log is not None:
+                await self._access_log.close()
+
+    async def _open_spend_log(self) -> None:
+        if (url := self.settings.spend_log_url) is not None:
+            spend_log = SpendLog(url)
+            await asyncio.get_running_loop().run_in_executor(None, spend_log.open)
+            self._spend_log = spend_log
+
+    async def _close_spend_log(self) -> None:
+        """Write what calls have cost, and close the file."""
+        if self._spend_log is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._spend_log.close)
 
     async def _stop_listening(self) -> None:
         """Stop listening, and take over what has connected by then: the system would reset it."""
@@ -441,6 +573,13 @@ class Gateway:
         self.forwarder.abort()
 
 
+def _open_access_log(settings: GatewaySettings) -> AccessLog | None:
+    """Return the access log; None if there is to be none."""
+    if settings.access_log in (None, "off"):
+        return None
+    return AccessLog("json" if settings.access_log == "json" else "text", settings.access_log_to)
+
+
 def _accept_all(listening: socket.socket) -> Iterator[socket.socket]:
     """Yield the connections that have been made and not accepted."""
     listening.setblocking(False)
@@ -463,39 +602,120 @@ def _reason(error: OSError) -> str:
     return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
-def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:
+def run_forever(
+    settings: GatewaySettings,
+    ready: Callable[[Gateway], object],
+    reload: Callable[[], GatewaySettings] | None,
+    reloaded: Callable[[], object],
+) -> int:
     """See `forebay.gateway.serve`."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    fitting = fit_connections(settings.max_connections, least=_LEAST_CONNECTIONS)
-    settings = msgspec.structs.replace(settings, max_connections=fitting)
+    Prices().has_price("openai", "gpt-4o")  # loads the list now: it takes a third of a second
     with asyncio.Runner(loop_factory=_new_loop) as runner:
-        runner.run(_run(settings, ready))
+        runner.run(_Program(settings, reload, reloaded).run(ready))
     return 0
 
 
-async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> None:
-    stop = asyncio.Event()
+def _fitted(settings: GatewaySettings) -> GatewaySettings:
+    """Return settings as a program of its own can serve by them."""
+    fitting = fit_connections(settings.max_connections, least=_LEAST_CONNECTIONS)
+    return msgspec.structs.replace(settings, max_connections=fitting, access_log=settings.access_log or "text")
 
-    def on_signal() -> None:
-        if stop.is_set():
-            gateway.abort()  # the second signal
-        stop.set()
 
-    async with Gateway(settings) as gateway:
+def effect_of_hang_up(*, reloads: bool, ignored: bool, terminal_closed: bool) -> Literal["reload", "stop", "none"]:
+    """Return what a SIGHUP does.
+
+    Args:
+        reloads: the settings can be read again.
+        ignored: the signal was ignored when the program started, as nohup has it.
+        terminal_closed: the program's terminal was closed, which sends the signal too.
+    """
+    if reloads and not terminal_closed:
+        return "reload"
+    return "none" if ignored else "stop"
+
+
+class _Program:
+    """The program ``forebay gateway``: a gateway that runs until a signal stops it.
+
+    Args:
+        settings: of the gateway.
+        reload: returns its settings, read again; None if they cannot be.
+        reloaded: called once the gateway serves by them.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        reload: Callable[[], GatewaySettings] | None,
+        reloaded: Callable[[], object],
+    ) -> None:
+        self._gateway = Gateway(_fitted(settings))
+        self._reload = reload
+        self._reloaded = reloaded
+        self._stop = asyncio.Event()
+        self._reload_asked = asyncio.Event()
+
+    async def run(self, ready: Callable[[Gateway], object]) -> None:
+        """Serve until a signal; `ready` is called once it listens."""
+        async with self._gateway as gateway:
+            self._handle_signals()
+            ready(gateway)
+            reload = self._reload
+            reloading = None if reload is None else asyncio.create_task(self._reload_when_asked(reload))
+            await self._stop.wait()
+            if reloading is not None:
+                reloading.cancel()
+            timeout = format_duration(gateway.settings.drain_timeout)
+            log.info("draining: calls in progress have %s to end", timeout)
+
+    def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in _stop_signals():
-            loop.add_signal_handler(number, on_signal)
-        ready(gateway)
-        await stop.wait()
-        log.info("draining: calls in progress have %s to end", format_duration(settings.drain_timeout))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        if not hasattr(signal, "SIGHUP"):
+            return
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+        if not ignored or self._reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up, _has_terminal(), ignored)
+
+    def _end(self) -> None:
+        if self._stop.is_set():
+            self._gateway.abort()  # the second signal
+        self._stop.set()
+
+    def _hang_up(self, had_terminal: bool, ignored: bool) -> None:  # noqa: FBT001 - of a signal handler
+        closed = had_terminal and not _has_terminal()
+        effect = effect_of_hang_up(reloads=self._reload is not None, ignored=ignored, terminal_closed=closed)
+        if effect == "reload":
+            self._reload_asked.set()
+        elif effect == "stop":
+            self._end()
+
+    async def _reload_when_asked(self, reload: Callable[[], GatewaySettings]) -> None:
+        while True:
+            await self._reload_asked.wait()
+            self._reload_asked.clear()
+            try:
+                settings = await asyncio.get_running_loop().run_in_executor(None, reload)
+                kept = await self._gateway.reload(_fitted(settings))
+            except ForebayError as error:
+                log.error("nothing is reloaded, and the old settings stay: %s", error)
+            except Exception:  # noqa: BLE001 - the gateway serves on, and the next reload may work
+                log.exception("nothing is reloaded, by a bug of the gateway")
+            else:
+                for each in kept:
+                    log.warning("reloaded, but %s", each)
+                self._reloaded()
 
 
-def _stop_signals() -> list[signal.Signals]:
-    """Return the signals that stop the gateway. A closed terminal (SIGHUP) does, unless nohup has it ignored."""
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return numbers
+def _has_terminal() -> bool:
+    """Return whether the process has a terminal that can send it a hang-up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
+from forebay._validate import reject
+from forebay.events import Event
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.issued_keys import IssuedKey
+from forebay.gateway.provider_key import ProviderKey
+from forebay.gateway.secret import read_provider_key
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
+from forebay.spend_log import SpendLog
 from forebay.upstream import Fallback
+from forebay.upstream.providers import profile_for
 
+_MAX_CACHED_PATH: Final = 100  # characters of a path whose check is remembered; callers choose them
 _RESOURCE: Final = re.compile(r"/v1/([^/]+)")
 _ANTHROPIC_RESOURCES: Final = frozenset({"messages", "complete"})
 _SHARED_RESOURCES: Final = frozenset({"models", "files"})  # of both protocols; all others are OpenAI's
@@ -28,6 +37,9 @@ class Target:
     Args:
         settings: of the target.
         fallbacks: of its upstream.
+        keys: that the gateway holds for it.
+        spend_log: of the gateway, open; None for none.
+        on_event: called with the events of its upstream.
 
     Attributes:
         settings: of the target.
@@ -35,47 +47,113 @@ class Target:
         upstream: paces its calls.
         base_url: without a slash at its end.
         protocol: of its API.
+        keys: that the gateway holds for it; none if calls are sent with those of their callers.
     """
 
-    def __init__(self, settings: TargetSettings, fallbacks: Sequence[Fallback] = ()) -> None:
+    def __init__(
+        self,
+        settings: TargetSettings,
+        fallbacks: Sequence[Fallback] = (),
+        keys: Sequence[ProviderKey] = (),
+        *,
+        spend_log: SpendLog | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
         self.settings = settings
         self.name = settings.name
-        self.upstream = settings.upstream(fallbacks)
-        self.protocol: ApiProtocol = "anthropic" if settings.resolved_provider == "anthropic" else "openai"
+        limits = {key.key: each.limits() for key, each in zip(keys, settings.keys, strict=False)}
+        self.upstream = settings.upstream(fallbacks, limits, spend_log=spend_log, on_event=on_event)
+        self.protocol: ApiProtocol = settings.protocol
         self.base_url = settings.url.rstrip("/")
+        self.keys = tuple(keys)
+        self._accept_own_keys()
+
+    @property
+    def sdk_url(self) -> str:
+        """The base URL as an SDK takes it."""
+        return self.base_url if self.protocol == "anthropic" else f"{self.base_url}/v1"
+
+    def adopt(self, old: Target) -> None:
+        """Take over the state of the target that this one replaces. See `UpstreamCore.adopt`."""
+        same_accounts = (self.base_url, self.settings.resolved_provider, self.settings.share_keys) == (
+            old.base_url,
+            old.settings.resolved_provider,
+            old.settings.share_keys,
+        )
+        self.upstream.core.adopt(old.upstream.core, accounts=same_accounts)
+        self._accept_own_keys()
+
+    def _accept_own_keys(self) -> None:
+        """Let calls with a key that is held be sent with the key of a fallback: they are no stranger's."""
+        for key in self.keys:
+            self.upstream.core.accepted_keys.record(key.key, accepted=True)
 
 
-def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
+def make_targets(
+    settings: GatewaySettings,
+    environment: Mapping[str, str],
+    *,
+    spend_log: SpendLog | None = None,
+    on_event: Callable[[Event], object] | None = None,
+) -> list[Target]:
     """Return the targets of a gateway, in the order of its settings.
+
+    Args:
+        settings: of the gateway.
+        environment: variables with the API keys of fallbacks.
+        spend_log: of the gateway, open; None for none.
+        on_event: called with the events of their upstreams.
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
-        InvalidSetting: a fallback leads to a target of another protocol.
+        InvalidProviderKey: an API key of a target is missing, or a header cannot carry it.
+        InvalidSetting: a fallback leads to a target of another protocol, or two keys of a target are the same.
     """
     by_name = {target.name: target for target in settings.targets}
     made: dict[str, Target] = {}
 
     def make(name: str) -> Target:
         if name not in made:
-            fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
-            made[name] = Target(by_name[name], fallbacks)
+            fallbacks = [made for fallback in by_name[name].fallback for made in make_fallbacks(fallback)]
+            keys = _read_keys(by_name[name], environment)
+            made[name] = Target(by_name[name], fallbacks, keys, spend_log=spend_log, on_event=on_event)
         return made[name]
 
-    def make_fallback(settings: FallbackSettings) -> Fallback:
+    def make_fallbacks(settings: FallbackSettings) -> list[Fallback]:
         if settings.target is None:
             assert settings.model is not None  # noqa: S101 - FallbackSettings checks it
-            return Fallback(settings.model, load_threshold=settings.load_threshold, models=settings.models)
+            return [Fallback(settings.model, load_threshold=settings.load_threshold, models=settings.models)]
         target = make(settings.target)
-        return Fallback(
-            target.upstream,
-            load_threshold=settings.load_threshold,
-            models=settings.models,
-            model=settings.model,
-            base_url=target.base_url if target.protocol == "anthropic" else f"{target.base_url}/v1",
-            api_key=settings.api_key(environment),
-        )
+        own = settings.api_key(environment)
+        keys = [own] if own is not None or not target.keys else [key.key for key in target.keys]
+        return [
+            Fallback(
+                target.upstream,
+                load_threshold=settings.load_threshold,
+                models=settings.models,
+                model=settings.model,
+                base_url=target.sdk_url,
+                api_key=key,
+            )
+            for key in keys
+        ]
 
     return [make(target.name) for target in settings.targets]
+
+
+def _read_keys(settings: TargetSettings, environment: Mapping[str, str]) -> list[ProviderKey]:
+    """Return the keys that the gateway holds for a target."""
+    profile = profile_for(settings.resolved_provider)
+    if (only := settings.api_key(environment)) is not None:
+        return [ProviderKey(only, profile)]
+    keys: list[ProviderKey] = []
+    for each in settings.keys:
+        secret = read_provider_key(settings.name, each.api_key_env, None, environment)
+        if same := next((key.label for key in keys if key.key == secret), None):
+            expected = f"a key of its own: {each.label!r} has the same one as {same!r}, so that their limits are one"
+            reject(f"targets.{settings.name}", "keys", each.label, expected)
+        keys.append(ProviderKey(secret, profile, label=each.label, weight=each.weight))
+    return keys
 
 
 class Destination(NamedTuple):
@@ -84,10 +162,14 @@ class Destination(NamedTuple):
     Attributes:
         target: the provider.
         path: below its base URL, with the query.
+        by_name: the path of the request names the target.
+        key: the issued key of the caller, or None.
     """
 
     target: Target
     path: str
+    by_name: bool = False
+    key: IssuedKey | None = None
 
     @property
     def url(self) -> str:
@@ -137,7 +219,7 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
     first, _, rest = path[1:].partition("/")
     for target in targets:
         if first == target.name and rest:
-            return Destination(target, "/" + rest)
+            return Destination(target, "/" + rest, by_name=True)
     if first != "v1" or not rest:
         return None
     protocols = [detect_protocol(path, headers)]
@@ -149,6 +231,15 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
 
 def _is_unambiguous(path: str) -> bool:
     """Return whether every server reads the path alike, so that it stays below the target's URL and is metered."""
+    return _is_unambiguous_cached(path) if len(path) <= _MAX_CACHED_PATH else _check_unambiguous(path)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_unambiguous_cached(path: str) -> bool:
+    return _check_unambiguous(path)
+
+
+def _check_unambiguous(path: str) -> bool:
     if not path.startswith("/") or "\\" in path or _NEEDLESSLY_ESCAPED.search(path) or _BADLY_ESCAPED.search(path):
         return False
     try:

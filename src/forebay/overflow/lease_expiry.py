@@ -22,4 +22,5 @@ def completion_after_expiry(record: TaskRecord, *, now: float, max_attempts: int
         error=f"LeaseLost: it was started {lost} times and each time its process went silent",
         attempts=record.attempts,
         finished_at=now,
+        usage=record.usage,
     )

@@ -395,7 +395,9 @@ class MemoryTaskStore:
         if self._full:
             return PutResult.FULL
         self._sizes[RecordState.DEAD] -= 1
-        entry.record = msgspec.structs.replace(entry.record, attempts=0, failures=0, total_delay=0.0, last_error=None)
+        entry.record = msgspec.structs.replace(
+            entry.record, attempts=0, failures=0, total_delay=0.0, last_error=None, usage=None
+        )
         entry.completion = None
         if entry.record.key is not None:
             self._keys[entry.record.key] = task_id
@@ -575,7 +577,11 @@ def _with_failures(entry: _Entry, lease: Lease) -> TaskRecord:
     """Return the record of an entry with the failures of the lease on it."""
     known = lease.record
     return msgspec.structs.replace(
-        entry.record, failures=known.failures, total_delay=known.total_delay, last_error=known.last_error
+        entry.record,
+        failures=known.failures,
+        total_delay=known.total_delay,
+        last_error=known.last_error,
+        usage=known.usage,
     )
 
 

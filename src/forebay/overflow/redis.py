@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from forebay._text import is_unicode
+from forebay.call_usage import CallUsage
 from forebay.clock import is_virtual, new_id
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import (
@@ -73,6 +74,7 @@ _HIDDEN = 30.0  # seconds
 _encode = msgspec.json.Encoder().encode
 _encode_completion = msgspec.msgpack.Encoder().encode
 _decode_completion = msgspec.msgpack.Decoder(Completion).decode
+_decode_usage = msgspec.json.Decoder(CallUsage).decode
 
 
 class _Stored(msgspec.Struct, array_like=True, frozen=True):
@@ -91,6 +93,8 @@ class _Stored(msgspec.Struct, array_like=True, frozen=True):
     total_delay: str
     last_error: str | bool
     not_before: str | bool
+    origin: Any = None  # for the script alone
+    usage: str | bool = False  # a record that an earlier version stored has none
 
 
 _decode_stored = msgspec.json.Decoder(_Stored).decode
@@ -715,9 +719,10 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _failures(record: TaskRecord) -> tuple[int, str, str | bool]:
-    """Return the failures of a record, its total delay and its last error, as the script takes them."""
-    return record.failures, repr(record.total_delay), _or_false(record.last_error)
+def _failures(record: TaskRecord) -> tuple[int, str, str | bool, str | bool]:
+    """Return the failures of a record, its total delay, its last error and its usage, as the script takes them."""
+    usage = record.usage is not None and _encode(record.usage).decode()
+    return record.failures, repr(record.total_delay), _or_false(record.last_error), usage
 
 
 def _or_false(value: str | None) -> str | bool:
@@ -762,6 +767,7 @@ def _record(stored: _Stored, envelope: bytes) -> TaskRecord:
         failures=stored.failures,
         total_delay=float(stored.total_delay),
         last_error=_or_none(stored.last_error),
+        usage=_decode_usage(stored.usage) if isinstance(stored.usage, str) else None,
         tenant=tenant,
         not_before=float(stored.not_before) if isinstance(stored.not_before, str) else None,
     )

@@ -10,7 +10,7 @@
 -- A record has a number, its sequence, in 15 digits, which sort. `tasks` holds it as an array in JSON:
 
 local ID, QUEUE, RANK, ENQUEUED, KEY, THREAD, STATE, FENCE = 1, 2, 3, 4, 5, 6, 7, 8
-local ATTEMPTS, FAILURES, TOTAL_DELAY, LAST_ERROR, NOT_BEFORE, ORIGIN = 9, 10, 11, 12, 13, 14
+local ATTEMPTS, FAILURES, TOTAL_DELAY, LAST_ERROR, NOT_BEFORE, ORIGIN, USAGE = 9, 10, 11, 12, 13, 14, 15
 -- QUEUE is "type|priority|tenant|", and sorts with RANK (the deadline and the time of submission, in 32 digits) and the
 -- sequence the members of `waiting`. FENCE is the lease, or the one that ended it. ORIGIN is the group that put it.
 
@@ -280,7 +280,7 @@ end
 
 function writes.put(op, envelope)
   local _, id, queue, rank, enqueued, key, thread, fence, until_, attempts, failures, total_delay, error = unpack(op)
-  local not_before, due, hidden_until = op[14], op[15], op[16]
+  local usage, not_before, due, hidden_until = op[14], op[15], op[16], op[17]
   local seq, record = find_record(id)
   local makes_way = false
   if record then
@@ -309,7 +309,7 @@ function writes.put(op, envelope)
   seq = string.format('%015d', next_sequence)
   next_sequence = next_sequence + 1
   record = { id, queue, rank, enqueued, key, thread, 'parked', false, attempts, failures, total_delay, error, false, false }
-  record[NOT_BEFORE], record[ORIGIN] = not_before, group.id
+  record[NOT_BEFORE], record[ORIGIN], record[USAGE] = not_before, group.id, usage
   known[id], loaded[seq], changed[seq] = seq, record, true
   call('HSET', ids, id, seq)
   call('HSET', envelopes, seq, envelope)
@@ -348,7 +348,7 @@ end
 -- Put a record in place of one that is leased; the fence of that is behind what `put` takes.
 function writes.replace(op, envelope)
   local seq, record = find_record(op[2])
-  if not is_held(record, op[17]) then
+  if not is_held(record, op[18]) then
     return false
   end
   if not next_sequence then
@@ -522,6 +522,8 @@ end
 -- Give a record the failures that an operation has from its index `first` on.
 local function set_failures(record, op, first)
   record[FAILURES], record[TOTAL_DELAY], record[LAST_ERROR] = op[first], op[first + 1], op[first + 2]
+  record[ORIGIN] = record[ORIGIN] or false -- of a record that an earlier version stored: arrays have no holes
+  record[USAGE] = op[first + 3]
 end
 
 function writes.release(op)
@@ -546,7 +548,7 @@ function writes.record_failures(op)
 end
 
 function writes.delay(op)
-  local fence, is_repeated = op[3], op[8]
+  local fence, is_repeated = op[3], op[9]
   local seq, record = find_record(op[2])
   if not is_held(record, fence) then
     return is_repeated and record and record[STATE] == 'delayed' and record[FENCE] == fence
@@ -639,6 +641,8 @@ function writes.requeue(op)
     call('HSET', keys, record[KEY], record[ID])
   end
   record[ATTEMPTS], record[FAILURES], record[TOTAL_DELAY], record[LAST_ERROR] = 0, 0, '0', false
+  record[ORIGIN] = record[ORIGIN] or false
+  record[USAGE] = false
   if record[THREAD] then
     count(thread_changes, record[THREAD], 1)
   end

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from forebay._text import is_unicode
+from forebay.call_usage import CallUsage
 from forebay.clock import new_id, wall_time
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import (
@@ -43,9 +44,9 @@ _MIN_RETENTION = 600.0  # seconds for which results are kept though the disk is 
 
 _ROW = (
     "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id,"
-    " failures, total_delay, last_error, not_before, tenant"
+    " failures, total_delay, last_error, usage, not_before, tenant"
 )
-_COLUMNS = 14  # of _ROW
+_COLUMNS = 15  # of _ROW
 
 # Not INSERT OR IGNORE: that would also apply to the statements of the triggers.
 _PUT = BatchStatement(
@@ -53,7 +54,7 @@ _PUT = BatchStatement(
     INSERT INTO task ({_ROW}, state, fence, until)
     SELECT * FROM (VALUES {{rows}}) AS given WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
     """,
-    17,
+    18,
 )
 _STATE_SCHEDULED, _STATE_PARKED, _STATE_WAITING, _STATE_LEASED = -3, -1, 0, 1
 _STATE = "SELECT state FROM task WHERE task_id = ?"
@@ -104,10 +105,10 @@ _RENEW = BatchStatement(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
 _RELEASE = BatchStatement(
     f"""
     UPDATE task SET state = 0, fence = NULL, until = NULL, attempts = column3, failures = column4,
-        total_delay = column5, last_error = column6
+        total_delay = column5, last_error = column6, usage = column7
     {_BY_HOLDER}
     """,
-    6,
+    7,
 )
 # A row that is not leased has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
@@ -118,7 +119,7 @@ _FINISH = BatchStatement(
     """,
     5,
 )
-_FAILURES = "failures = ?, total_delay = ?, last_error = ?"
+_FAILURES = "failures = ?, total_delay = ?, last_error = ?, usage = ?"
 _RECORD_FAILURES = f"UPDATE task SET {_FAILURES} WHERE task_id = ? AND fence = ? AND state = 1"
 _DELAY = f"""
 UPDATE task SET state = -2, fence = NULL, until = ?, {_FAILURES} WHERE task_id = ? AND fence = ? AND state = 1
@@ -167,7 +168,7 @@ SELECT 1 FROM task AS dead JOIN task AS other ON other.key = dead.key AND other.
 """
 _REQUEUE = """
 UPDATE task SET state = iif(thread_id IS NULL, 0, -1), attempts = 0, finished_at = NULL, completion = NULL,
-    failures = 0, total_delay = 0, last_error = NULL
+    failures = 0, total_delay = 0, last_error = NULL, usage = NULL
 WHERE task_id = ? AND state = 3 RETURNING thread_id
 """
 _DELETE_DEAD = "DELETE FROM task WHERE task_id = ? AND state = 3"
@@ -193,6 +194,7 @@ _Changes: TypeAlias = tuple[bool, _Ended]
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_completion = msgspec.msgpack.Decoder(Completion).decode
+_decode_usage = msgspec.msgpack.Decoder(CallUsage).decode
 
 
 class SqliteTaskStore:
@@ -472,6 +474,7 @@ def _row(record: TaskRecord, fence: str | None, until: float, now: float) -> tup
         record.failures,
         record.total_delay,
         record.last_error,
+        None if record.usage is None else _encode(record.usage),
         not_before,
         record.tenant,
         state,
@@ -570,8 +573,10 @@ def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
         _settle(connection, lease.record.thread_id)
 
 
-def _failures(lease: Lease) -> tuple[int, float, str | None]:
-    return lease.record.failures, lease.record.total_delay, lease.record.last_error
+def _failures(lease: Lease) -> tuple[int, float, str | None, bytes | None]:
+    record = lease.record
+    usage = None if record.usage is None else _encode(record.usage)
+    return record.failures, record.total_delay, record.last_error, usage
 
 
 def _record_failures(lease: Lease, connection: sqlite3.Connection) -> bool:
@@ -720,7 +725,7 @@ def _conversations(connection: sqlite3.Connection) -> Mapping[str, int]:
 
 def _record(row: Sequence[Any]) -> TaskRecord:
     task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id, *further = row[:_COLUMNS]
-    failures, total_delay, last_error, not_before, tenant = further
+    failures, total_delay, last_error, usage, not_before, tenant = further
     return TaskRecord(
         task_id=task_id,
         task_type=task_type,
@@ -734,6 +739,7 @@ def _record(row: Sequence[Any]) -> TaskRecord:
         failures=failures,
         total_delay=total_delay,
         last_error=last_error,
+        usage=None if usage is None else _decode_usage(usage),
         tenant=tenant,
         not_before=not_before,
     )

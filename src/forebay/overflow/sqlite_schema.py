@@ -174,7 +174,17 @@ _BOUND = (
     "INSERT INTO bound VALUES (0, 0)",
 )
 
+_USAGE = ("ALTER TABLE task ADD COLUMN usage BLOB",)  # of the calls of attempts that failed, in MessagePack
+
 SCHEMA = Schema(
     application_id=0x464F5242,  # "FORB"
-    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS, _RETRIES, _TENANTS, _SCHEDULED, _BOUND),
+    migrations=(
+        (_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS),
+        _CONVERSATIONS,
+        _RETRIES,
+        _TENANTS,
+        _SCHEDULED,
+        _BOUND,
+        _USAGE,
+    ),
 )

@@ -775,7 +775,7 @@ class SqsTaskStore:
             raise self._not_back()
         if record.key is not None and await self._index.find_key(record.key) is not None:
             return PutResult.DUPLICATE
-        fresh = replace(record, attempts=0, failures=0, total_delay=0.0, last_error=None)
+        fresh = replace(record, attempts=0, failures=0, total_delay=0.0, last_error=None, usage=None)
         (failure,) = await self._queues.send([self._encode(fresh)])
         if failure is not None:
             raise failure

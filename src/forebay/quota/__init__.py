@@ -2,7 +2,7 @@
 
 from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import BilledUsage, Price, Prices
-from forebay.quota.quota import Quota, RateScope
+from forebay.quota.quota import Quota, RateScope, check_quotas
 from forebay.quota.rate_limiter import HeldCharge, QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "RateLimiter",
     "RateScope",
     "check_dollars",
+    "check_quotas",
 ]

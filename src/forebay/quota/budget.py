@@ -15,6 +15,7 @@ from forebay.task import Priority
 _HOUR: Final = 3600.0
 _DAY: Final = 86400.0
 _MAX_DOLLARS: Final = 1e12  # an int of any size passes for a number, and cannot be added to a float
+_SMALL_CALLS: Final = 10  # of which the budget has room for so many: if one is rejected, the budget counts as spent
 _PERIODS: Final = ("hour", "day", "month", None)
 
 
@@ -27,6 +28,8 @@ class Budget:
         usd: how much may be spent in each period.
         per: ``"hour"``, ``"day"`` or ``"month"`` of the calendar in UTC; None for a budget that never renews.
         reserved_share: the share kept for HIGH and CRITICAL, from 0 up to but not including 1.
+        alert: the share, above 0 and below 1, from which an event says how much is spent, once in a period; None for no
+            such event. That the budget is spent is an event in any case. See `forebay.events.BudgetAlert`.
 
     Raises:
         InvalidBudget: an amount that is not positive, a share out of range, or an unknown period.
@@ -35,6 +38,7 @@ class Budget:
     usd: float
     per: Literal["hour", "day", "month"] | None = None
     reserved_share: float = 0.0
+    alert: float | None = None
 
     def __post_init__(self) -> None:
         if not is_positive(self.usd):
@@ -43,6 +47,8 @@ class Budget:
             self._reject("per", "'hour', 'day', 'month', or None for a budget that never renews")
         if not is_number(self.reserved_share) or not 0 <= self.reserved_share < 1:
             self._reject("reserved_share", "a share from 0 up to but not including 1, such as 0.1")
+        if self.alert is not None and not (is_number(self.alert) and 0 < self.alert < 1):
+            self._reject("alert", "a share above 0 and below 1, such as 0.8, or None for no alert")
 
     def _reject(self, name: str, expected: str) -> None:
         raise InvalidBudget(name=name, value=getattr(self, name), expected=expected)
@@ -51,11 +57,12 @@ class Budget:
 class _BudgetPeriod:
     """The dollars spent and reserved in one period."""
 
-    __slots__ = ("merged_into", "open", "reserved", "spent", "start")
+    __slots__ = ("alerted", "merged_into", "open", "reserved", "spent", "start")
 
     def __init__(self, start: float) -> None:
         self.start = start
         self.spent = 0.0
+        self.alerted = 0.0  # the highest share that an alert was taken for
         self.reserved = 0.0
         self.open = 0  # reservations
         self.merged_into: _BudgetPeriod | None = None  # the period that took it over when the clock went back
@@ -90,6 +97,12 @@ class BudgetTracker:
         self.budget = budget
         self._period = _BudgetPeriod(-math.inf)
         self._previous: _BudgetPeriod | None = None
+
+    def change(self, now: float, budget: Budget) -> None:
+        """Set another amount or period. What was spent in the present period counts in the one that is present then."""
+        period = self._present(now)
+        self.budget = budget
+        period.start = period_start(budget.per, now)
 
     def can_afford(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
         """Return whether `usd` may be reserved. Reserved dollars count as spent; once all is spent nothing may be."""
@@ -155,6 +168,50 @@ class BudgetTracker:
         """
         self._close(now, reservation)
 
+    def restore(self, at: float, usd: float, *, alerted: float = 0.0) -> None:
+        """Add dollars that were spent before this tracker was made, in the period of `at`.
+
+        Args:
+            at: epoch seconds within the period that they were spent in.
+            usd: the dollars.
+            alerted: the highest share that an alert was given for in that period.
+
+        Raises:
+            InvalidAmount: not a number of dollars of at least 0.
+        """
+        period = self._present(at)
+        period.spent += check_dollars(usd)
+        period.alerted = max(period.alerted, alerted)
+
+    def take_alert(self, now: float, *, rejected: float | None = None) -> float | None:
+        """Return the share that an alert is due for, and note that it is given; None if none is due.
+
+        An alert is due once a period for `Budget.alert`, and for 1.0 once the budget is spent: what is spent reaches
+        it, or a call for a tenth of it or less is rejected though no other call holds dollars. If both are due at a
+        time, only that for 1.0 is given.
+
+        Args:
+            now: the time.
+            rejected: dollars of a call that was rejected now; None if none was.
+        """
+        period, total = self._present(now), self.budget.usd
+        least = total * (1 - 1e-12)  # sums of dollars have rounding errors
+        short = rejected is not None and period.spent + rejected > total >= rejected * _SMALL_CALLS
+        if period.spent >= least or short:
+            due = 1.0
+        elif self.budget.alert is not None and period.spent >= self.budget.alert * least:
+            due = self.budget.alert
+        else:
+            return None
+        if due <= period.alerted:
+            return None
+        period.alerted = due
+        return due
+
+    def period(self, now: float) -> float:
+        """Return when the present period began, in epoch seconds; 0.0 if the budget never renews."""
+        return self._present(now).start
+
     def drop_reservations(self) -> None:
         """Return all dollars that are reserved. None of the open reservations may be settled after that."""
         for period in (self._period, self._previous):
@@ -194,7 +251,7 @@ class BudgetTracker:
 
     def _present(self, now: float) -> _BudgetPeriod:
         """Return the present period, and begin it if it is new."""
-        start = _period_start(self.budget.per, now)
+        start = period_start(self.budget.per, now)
         period = self._period
         if start == period.start:
             return period
@@ -211,6 +268,7 @@ class BudgetTracker:
         period.spent += later.spent
         period.reserved += later.reserved
         period.open += later.open
+        period.alerted = max(period.alerted, later.alerted)
         later.merged_into = period
         self._period, self._previous = period, None
 
@@ -222,8 +280,13 @@ def _current(period: _BudgetPeriod) -> _BudgetPeriod:
     return period
 
 
-def _period_start(per: str | None, now: float) -> float:
-    """Return when the period of `now` began, in epoch seconds."""
+def period_start(per: str | None, now: float) -> float:
+    """Return when the period of `now` began, in epoch seconds.
+
+    Args:
+        per: ``"hour"``, ``"day"``, ``"month"``, or None for the one that never ends, which began at 0.0.
+        now: epoch seconds.
+    """
     if per is None:
         return 0.0
     if per == "month":
@@ -236,7 +299,7 @@ def _period_start(per: str | None, now: float) -> float:
 def _period_end(per: str, start: float) -> float:
     """Return when the period that began at `start` ends, in epoch seconds."""
     if per == "month":
-        return _period_start(per, start + 32 * _DAY)
+        return period_start(per, start + 32 * _DAY)
     return start + (_HOUR if per == "hour" else _DAY)
 
 

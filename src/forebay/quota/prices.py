@@ -82,7 +82,9 @@ class BilledUsage(msgspec.Struct, frozen=True, kw_only=True):
         web_searches: searches by the provider's web search tool.
         file_searches: searches by the provider's file search tool.
         characters: of text that was sent to be spoken.
-        tier: the service tier or speed: ``"priority"``, ``"fast"``, ``"flex"``...; empty for the usual one.
+        reasoning_tokens: those of the output that were hidden reasoning. They cost as much as the others.
+        tier: the service tier or speed: ``"priority"``, ``"fast"``, ``"flex"``, or ``"batch"`` for a call that was in a
+            batch; empty for the usual one.
         factor: by which the tokens are dearer than usual, for the place where they are computed.
     """
 
@@ -98,6 +100,7 @@ class BilledUsage(msgspec.Struct, frozen=True, kw_only=True):
     web_searches: int = 0
     file_searches: int = 0
     characters: int = 0
+    reasoning_tokens: int = 0
     tier: str = ""
     factor: float = 1.0
 
@@ -229,7 +232,7 @@ class _ListedModel:
     def _context(self, tier: str) -> tuple[dict[str, str], float]:
         """Return the context by which the list finds the prices of a tier, or the factor for one that it lacks."""
         for when in () if tier in _USUAL_TIERS else self._variants:
-            if list(when.values()) == [tier] and "processing" not in when:
+            if list(when.values()) == [tier]:  # a service tier, a speed, or the processing in a batch
                 return when, 1.0
         return {}, _TIER_FACTORS.get(tier, 1.0)
 

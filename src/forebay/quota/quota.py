@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from forebay._validate import is_whole
+from forebay._validate import is_whole, reject
 from forebay.errors import InvalidQuota
 
 Period = Literal["second", "minute", "hour", "day"]
@@ -93,6 +93,20 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self) -> float:
         """The length of its period in seconds."""
         return PERIODS[self.per]
+
+
+def check_quotas(owner: str, name: str, quotas: object) -> None:
+    """Check that `quotas` are `Quota` objects.
+
+    Raises:
+        InvalidSetting: one is not.
+    """
+    expected = "a list of Quota, such as [Quota(requests=500, per='minute')]"
+    if not isinstance(quotas, Iterable):
+        reject(owner, name, quotas, expected)
+    for quota in quotas:
+        if not isinstance(quota, Quota):
+            reject(owner, name, quota, expected)
 
 
 def unit_of(counted: str) -> str:

@@ -203,6 +203,17 @@ class RateLimiter:
                 headroom.append(QuotaHeadroom(spare, unit, level, capacity))
         return sorted(headroom)
 
+    def calls_left(self, now: float, charge: Charge) -> float:
+        """Return how many calls of this charge fit into what is left of the quotas now; infinity without any."""
+        self._advance(now)
+        least = math.inf
+        for unit, bucket, observed in self._buckets():
+            amount = getattr(charge, unit)
+            if amount > 0 and (observed is None or observed.holds(now, amount)):
+                bucket.refill(now)
+                least = min(least, (bucket.level - bucket.margin) / amount)
+        return max(0.0, least)
+
     def reserve(self, now: float, charge: Charge, *, trial: bool = False) -> QuotaReservation:
         """Take what a call needs as it is sent; into debt if the caller did not ask `wait`.
 
@@ -489,6 +500,26 @@ class RateLimiter:
 def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
     """Return full levels of quotas, to be kept by somebody who outlives the `RateLimiter`."""
     return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf, strict=quota.strict) for quota in quotas)
+
+
+def resize_buckets(
+    now: float, before: Sequence[Quota], buckets: Sequence[Bucket], quotas: Sequence[Quota]
+) -> tuple[Bucket, ...]:
+    """Return the levels of changed quotas: what is missing of a quota of the same unit and period stays missing.
+
+    Args:
+        now: the time.
+        before: the quotas until now.
+        buckets: their levels.
+        quotas: from now on.
+    """
+    old = {(quota.counted, quota.per): bucket for quota, bucket in zip(before, buckets, strict=True)}
+    resized = new_buckets(quotas)
+    for quota, bucket in zip(quotas, resized, strict=True):
+        if (earlier := old.get((quota.counted, quota.per))) is not None:
+            earlier.refill(now)
+            bucket.take(now, max(0.0, earlier.capacity - earlier.level))
+    return resized
 
 
 def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> bool:

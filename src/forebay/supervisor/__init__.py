@@ -15,7 +15,7 @@ from forebay.supervisor.portal import Portal, PortalEvents, PortalSlot, PortalTi
 from forebay.supervisor.progress_bar import ProgressBar, progress_bar
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetter, DeadLetters
-from forebay.supervisor.statistics import Statistics, WorkerStatistics
+from forebay.supervisor.statistics import Statistics, TaskTypeStatistics, WorkerStatistics
 from forebay.supervisor.supervisor import BackpressureSupervisor
 from forebay.supervisor.tenants import Tenant
 from forebay.supervisor.ticket import Ticket
@@ -36,6 +36,7 @@ __all__ = [
     "ProgressBar",
     "Slot",
     "Statistics",
+    "TaskTypeStatistics",
     "Tenant",
     "Ticket",
     "TreeNode",

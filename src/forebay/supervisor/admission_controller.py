@@ -518,6 +518,7 @@ class AdmissionController:
         if ticket.in_line:
             ticket.stand_in_line(waits=False)
         self.submitted += 1
+        self._registry.types.of(pool.task_type).submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
@@ -719,6 +720,7 @@ class AdmissionController:
         ticket.reject(refusal, None if retry_after == math.inf else retry_after)
         self._registry.forget_key(ticket)
         self.rejected += 1
+        self._registry.types.of(pool.task_type).rejected += 1
         if refusal.limited_by in (None, pool.resource, store_load.RESOURCE):
             pool.count_refused(ticket.task.priority)
         self._submitted(ticket)
@@ -737,6 +739,7 @@ class AdmissionController:
     def _submitted(self, ticket: Ticket) -> None:
         """Count and report a verdict."""
         self.submitted += 1
+        self._registry.types.of(ticket.task.task_type).submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)
             self._bus.limit_backlog()  # a caller that goes on when it is rejected may never give the loop a turn
@@ -867,6 +870,7 @@ class AdmissionController:
 
     def _count_spilled(self, ticket: Ticket) -> None:
         self.spilled += 1
+        self._registry.types.of(ticket.task.task_type).spilled += 1
         self._submitted(ticket)
         self._interrupt_conversation(ticket)
 

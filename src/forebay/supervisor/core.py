@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, Final, TypeVar
 
-from forebay.events import EventBus
+from forebay.clock import running_loop
+from forebay.events import Event, EventBus
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.failure_log import FailureLog
 from forebay.supervisor.pools import Pools
@@ -64,6 +66,16 @@ class Core:
         self._background_tasks: set[asyncio.Future[Any]] = set()
         self.background_listeners: list[Callable[[], None]] = []
         self.closed = False
+
+    def receive(self, event: Event) -> None:
+        """Deliver an event of an upstream to the sinks and subscriptions. Callable from any thread."""
+        if self.closed or not self.bus.active:
+            return
+        if running_loop() is self.loop:
+            self.bus.emit(event)
+        else:
+            with suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                self.loop.call_soon_threadsafe(self.bus.emit, event)
 
     def run_in_background(self, work: Awaitable[Any], *, if_cancelled: Callable[[], None] | None = None) -> None:
         """Await `work`, and log it if it fails.

@@ -567,6 +567,7 @@ class Dispatcher:
         if worker.sources:  # now, or the next task would be started as if this one made no calls
             run.expect_calls(worker.sources)
         self.started += 1
+        self._registry.types.of(ticket.task.task_type).started += 1
         if self._bus.active or ticket.listeners is not None:
             started = TaskStarted(at=now, task_id=ticket.task_id, worker_id=worker.name, attempt=ticket.attempts)
             self._registry.emit(ticket, started)

@@ -17,6 +17,7 @@ import msgspec
 from forebay import clock, context
 from forebay._hooks import call_plain_hook, is_async
 from forebay._validate import check_whole, is_positive, reject
+from forebay.call_usage import NO_USAGE
 from forebay.context import RunningTask
 from forebay.errors import ForebayError, InvalidTask, QuorumNotReached, WrongLoop
 from forebay.retry import Retry
@@ -623,7 +624,16 @@ def _can_be_hedged(task: Task) -> bool:
 
 
 def _result_of(branch: _Branch) -> TaskResult | None:
-    """Return the result of a branch: of the attempt that succeeded, else of the first; None while one goes on."""
+    """Return the result of a branch, with the usage of both its attempts; None while one goes on."""
+    result = _result_of_attempts(branch)
+    if result is None or len(branch.tickets) == 1:
+        return result
+    used = (ticket.usage if ticket.result is None else ticket.result.usage for ticket in branch.tickets)
+    return msgspec.structs.replace(result, usage=sum(used, NO_USAGE))
+
+
+def _result_of_attempts(branch: _Branch) -> TaskResult | None:
+    """Return the result of the attempt that succeeded, else of the first; None while one goes on."""
     first = branch.tickets[0]
     for ticket in branch.tickets:
         if ticket.result is not None and ticket.result.success:

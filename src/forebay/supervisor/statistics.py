@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from forebay._json import JsonStruct
+from forebay.call_usage import NO_USAGE, CallUsage
 from forebay.interfaces import WorkerState
+from forebay.supervisor.type_counts import TaskTypeCounts
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
@@ -58,6 +62,33 @@ class WorkerStatistics(JsonStruct, frozen=True, kw_only=True):
     costs: Mapping[str, float] = {}
 
 
+class TaskTypeStatistics(JsonStruct, frozen=True, kw_only=True):
+    """The tasks of one type, since the start of the supervisor.
+
+    Attributes:
+        task_type: the type; ``"other"`` stands for those that are not counted apart, beyond a thousand.
+        submitted, admitted, spilled, rejected: verdicts.
+        started: starts of handlers.
+        succeeded, failed, timed_out, cancelled, expired: how many tasks ended in each way.
+        waiting: tasks in its queue now, as in `Statistics`.
+        usage: of the calls of those that have ended.
+    """
+
+    task_type: str
+    submitted: int = 0
+    admitted: int = 0
+    spilled: int = 0
+    rejected: int = 0
+    started: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    waiting: int = 0
+    usage: CallUsage = NO_USAGE
+
+
 class Statistics(JsonStruct, frozen=True, kw_only=True):
     """A snapshot of a supervisor.
 
@@ -83,6 +114,7 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
         utilization: slots taken over slots.
         workers: each worker that is registered now; one that is being unregistered is `leaving`.
         paused: the task types that are paused.
+        task_types: each task type that has a worker, or had tasks.
     """
 
     submitted: int = 0
@@ -110,6 +142,7 @@ class Statistics(JsonStruct, frozen=True, kw_only=True):
     utilization: float = 0.0
     workers: tuple[WorkerStatistics, ...] = ()
     paused: tuple[str, ...] = ()
+    task_types: tuple[TaskTypeStatistics, ...] = ()
 
 
 def snapshot(
@@ -143,8 +176,20 @@ def snapshot(
         load=highest.load,
         paused=tuple(pool.task_type for pool in dispatcher.core.pools.by_type.values() if pool.paused),
         limited_by=dispatcher.load.limiting_resource(highest.resource) if highest.load else None,
+        task_types=_task_type_statistics(dispatcher),
         **worker_statistics(workers, dispatcher.loop.time()),
     )
+
+
+def _task_type_statistics(dispatcher: Dispatcher) -> tuple[TaskTypeStatistics, ...]:
+    counted, pools = dispatcher.core.registry.types.by_type, dispatcher.core.pools.by_type
+    found = []
+    for task_type in sorted({*counted, *pools}):
+        counts = msgspec.structs.asdict(counted.get(task_type) or TaskTypeCounts())
+        admitted = counts["submitted"] - counts["spilled"] - counts["rejected"]
+        waiting = pools[task_type].waiting if task_type in pools else 0
+        found.append(TaskTypeStatistics(task_type=task_type, admitted=admitted, waiting=waiting, **counts))
+    return tuple(found)
 
 
 def worker_statistics(workers: Mapping[str, WorkerAgent], now: float) -> dict[str, Any]:

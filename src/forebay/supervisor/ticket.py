@@ -12,6 +12,7 @@ import msgspec
 from forebay import clock, context
 from forebay._json import plain_field, plain_value
 from forebay._renamed import renamed
+from forebay.call_usage import NO_USAGE, CallUsage
 from forebay.context import RunningTask
 from forebay.errors import (
     ForebayError,
@@ -154,6 +155,7 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
     depth: int = 0  # runs that led to it, whether or not they have ended
     order_time: float | None = None  # epoch seconds; its place in the task store, if not the time of its submission
     attempts: int = 0
+    usage: CallUsage = NO_USAGE  # of the calls of all attempts so far
     cancel_reason: str | None = None  # why it was cancelled while the store had not answered
     pending_store_calls: int = 0  # calls of the store that decide what becomes of the task
     listeners: EventBus | None = None  # None if nobody listens to its events
@@ -479,6 +481,10 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         self.queue_entry = None
         self.attempts += 1
 
+    def add_usage(self, usage: CallUsage) -> None:
+        """Add the usage of a call that its handler has made."""
+        self.usage += usage
+
     def take_back_attempt(self) -> None:
         """Stop counting an attempt that another process makes instead."""
         self.attempts -= 1
@@ -562,6 +568,9 @@ class Ticket(msgspec.Struct, Generic[ResultT_co], eq=False, weakref=True):  # a 
         """Take over a stored task, with the attempts that were made so far."""
         self.hold_lease(lease)
         self.attempts = lease.record.attempts
+        used = lease.record.usage  # by attempts elsewhere, too; or less than is known here by now
+        if used is not None and (not self.usage or used.calls > self.usage.calls):
+            self.usage = used
 
     def read_attempts(self, attempts: int) -> None:
         """Set the number of its attempts to what the store says: other processes made them."""
@@ -726,5 +735,6 @@ def unsuccessful_result(  # noqa: PLR0913 - the fields of a result
         error=error,
         duration_ms=duration_ms,
         attempts=ticket.attempts,
+        usage=ticket.usage,
         cause=cause,
     )

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 from forebay.events import Event, EventBus, TaskFinished
 from forebay.supervisor.payload_size import SCALARS, estimated_bytes
+from forebay.supervisor.type_counts import TypeCounts
 from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class TicketRegistry:
         listeners: called whenever a task has ended, or a worker can take tasks again.
         succeeded: how many tasks have succeeded.
         ends: how many tasks have ended in each other status.
+        types: the counts of each task type.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, bus: EventBus, *, keep: int, keep_bytes: int) -> None:
@@ -46,6 +48,7 @@ class TicketRegistry:
         self.listeners: list[Callable[[], None]] = []
         self.succeeded = 0
         self.ends = dict.fromkeys(TaskStatus, 0)
+        self.types = TypeCounts()
 
     def add(self, ticket: Ticket) -> None:
         """Add a ticket that has not ended."""
@@ -101,12 +104,15 @@ class TicketRegistry:
 
     def settle(self, ticket: Ticket, result: TaskResult) -> None:
         """Resolve a ticket, and keep it for a while among those that ended."""
+        task, ended, kept = ticket.task, self.ended, ticket
+        counts = self.types.of(task.task_type)
         if result.status is _SUCCEEDED:
             self.succeeded += 1
+            counts.count_success(result.usage)
         else:
             self.ends[result.status] += 1
+            counts.count_other_end(result.status, result.usage)
             self.forget_key(ticket)
-        task, ended, kept = ticket.task, self.ended, ticket
         task_id = task.task_id
         self.live.pop(task_id, None)
         if result.cause is not None:

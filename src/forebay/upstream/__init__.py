@@ -35,6 +35,7 @@ Where step 4 gives up, or step 9 rejects the retry, the next account of the ``Fa
 
 from forebay.upstream.fallbacks.fallback import Fallback
 from forebay.upstream.http_call import HttpRequest, HttpResponse
+from forebay.upstream.provider_key_limits import ProviderKeyLimits
 from forebay.upstream.upstream import Upstream
 
-__all__ = ["Fallback", "HttpRequest", "HttpResponse", "Upstream"]
+__all__ = ["Fallback", "HttpRequest", "HttpResponse", "ProviderKeyLimits", "Upstream"]

@@ -37,17 +37,20 @@ _POLL: Final = 0.5  # seconds, on average, between two requests of a throttled c
 
 
 class Acquire(msgspec.Struct, frozen=True):
-    """Wait for a permit. The reply is the `Permit`; a rejection is thrown in as `Overloaded`.
+    """Wait for a permit. The reply is the `Permit`, or None; a rejection is thrown in as `Overloaded`.
 
     Attributes:
         account: gives the permit.
         request: the needs of the call.
         sole_account: no other account can serve the call.
+        leave: asked now and then, with the seconds that are left to wait; if it returns True the call leaves the queue,
+            and the reply is None. None: it waits for its permit.
     """
 
     account: SharedAccount
     request: CallRequest
     sole_account: bool
+    leave: Callable[[float], bool] | None = None
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -119,7 +122,9 @@ class CallRunner:
                     if isinstance(step, Send):
                         reply = await send(step.route, step.permit)
                     elif isinstance(step, Acquire):
-                        reply = await step.account.acquire(step.request, sole_account=step.sole_account)
+                        reply = await step.account.acquire(
+                            step.request, sole_account=step.sole_account, leave=step.leave
+                        )
                     elif isinstance(step, Release):
                         step.account.settle(step.permit, step.outcome)
                     else:
@@ -149,7 +154,9 @@ class CallRunner:
                     if isinstance(step, Send):
                         reply = send(step.route, step.permit)
                     elif isinstance(step, Acquire):
-                        reply = step.account.acquire_blocking(step.request, sole_account=step.sole_account)
+                        reply = step.account.acquire_blocking(
+                            step.request, sole_account=step.sole_account, leave=step.leave
+                        )
                     elif isinstance(step, Release):
                         step.account.settle(step.permit, step.outcome)
                     else:
@@ -184,42 +191,53 @@ def call_flow(own: CallRoute, resolver: FallbackResolver, *, retried: bool = Tru
     """
     chain = make_chain(own, resolver) if resolver.has_fallbacks else None
     if chain is None:
-        return _attempts(own, None, retried=retried)
+        return _sole_attempts(own, retried=retried)
     return _chain_attempts(chain, retried=retried)
 
 
 def _chain_attempts(chain: FallbackChain[Any], *, retried: bool) -> Flow:
     """Yield the steps of a call at one account after another, and return the result for its caller."""
     while (route := chain.next()) is not None:
+        if (pause := chain.pause(route)) > 0.0:
+            yield Sleep(pause)
         try:
             result = yield from _attempts(route, chain, retried=retried)
         except Overloaded as error:
             chain.record_rejection(route, error)
         else:
-            if chain.record_result(route, result):
+            if result is not None and chain.record_result(route, result):
                 return result
     return chain.conclude()
 
 
-def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bool) -> Flow:
-    """Yield the steps of a call at one account, and return the result of the last attempt.
+def _sole_attempts(route: CallRoute, *, retried: bool) -> Flow:
+    """Yield the steps of a call that one account alone can serve, and return the result for its caller."""
+    result = yield from _attempts(route, None, retried=retried)
+    assert result is not None  # noqa: S101 - it cannot go elsewhere
+    return result
+
+
+def _attempts(
+    route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bool
+) -> Generator[Step, Any, AttemptResult | None]:
+    """Yield the steps of a call at one account, and return the result of the last attempt; None if it left the queue.
 
     Every permit is released, except that of an answer that is still streaming: its reader releases it.
     """
     account, request, retries = route.account, route.call_request, route.account.retries
     request.retried = retried
-    permit: Permit | None = yield Acquire(account, request, chain is None)
-    if retried:  # not if it was rejected: who calls again and again while nothing is sent must earn no retries
+    permit: Permit | None = yield _acquire(route, chain)
+    if retried and permit is not None:  # who calls again and again while nothing is sent must earn no retries
         retries.record_first_attempt()
     retrying: _Retrying | None = None
-    while True:
-        assert permit is not None  # noqa: S101 - the loop ends without one
+    while permit is not None:
         try:
             result: AttemptResult = yield Send(route, permit)
         except BaseException:
             if not permit.closed:
                 yield Release(account, permit, _CANCELLED)
             raise
+        _judge(chain, route, result)
         if retried and (result.streaming or result.outcome.kind is Outcome.SUCCESS):
             throttled_at, failed_at = (None, None) if retrying is None else retrying.withdrawn
             retries.record_accepted(permit.granted_at, throttled_at=throttled_at, failed_at=failed_at)
@@ -233,6 +251,19 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
         if result.can_fall_back and chain is None:  # otherwise the chain reports it
             _report_throttled(route)
         return result
+    return None
+
+
+def _acquire(route: CallRoute, chain: FallbackChain[Any] | None) -> Acquire:
+    """Return the step that asks for the first permit at an account."""
+    leave = None if chain is None else chain.leaves_queue(route)
+    return Acquire(route.account, route.call_request, chain is None, leave)
+
+
+def _judge(chain: FallbackChain[Any] | None, route: CallRoute, result: AttemptResult) -> None:
+    """Correct a result where several accounts share the call. See `FallbackChain.judge`."""
+    if chain is not None:
+        chain.judge(route, result)
 
 
 def _report_throttled(route: CallRoute) -> None:
@@ -276,6 +307,11 @@ class _Retrying:
             self._state, result, now=failed_at, deadline=request.deadline, believed=believed
         )
         if delay is None:
+            yield Release(account, permit, result.outcome)
+            return None
+        if self._chain is not None and self._chain.leaves_failed(self._route, delay):
+            if not throttled:
+                self._retries.refund_fault(failed_at)
             yield Release(account, permit, result.outcome)
             return None
         account.keep_place(request, failed_at + delay)  # before the release, which may send another call

@@ -9,7 +9,7 @@ from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.quota import BilledUsage
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
-from forebay.upstream.call_request import TOKENS_PER_SECOND, CallOutcome, CallPrice, Permit
+from forebay.upstream.call_request import TOKENS_PER_SECOND, Caller, CallOutcome, CallPrice, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.metered_stream import StreamEnd
 from forebay.upstream.providers import (
@@ -38,23 +38,34 @@ class CallMeter:
         account: that it uses.
         parsed: the request.
         body: of the request, as its caller sent it.
+        caller: a caller in another process, who may have rates and budgets of its own; or None.
 
     Attributes:
         charge: requests and tokens that it is expected to use.
         price: dollars that it is expected to cost at most, or why it cannot be metered.
     """
 
-    __slots__ = ("_core", "_parsed", "_sent_tokens", "charge", "price")
+    __slots__ = ("_budgeted", "_core", "_metered", "_parsed", "_priced", "_sent_tokens", "charge", "price")
 
-    def __init__(self, core: UpstreamCore, account: SharedAccount, parsed: ProviderRequest, body: bytes) -> None:
+    def __init__(
+        self,
+        core: UpstreamCore,
+        account: SharedAccount,
+        parsed: ProviderRequest,
+        body: bytes,
+        caller: Caller | None = None,
+    ) -> None:
         self._core = core
         self._parsed = parsed
+        self._metered = core.is_metered or (caller is not None and caller.metered)
+        self._budgeted = core.budgets.has_budgets or (caller is not None and bool(caller.budgets))
+        self._priced = self._budgeted or core.budgets.counts_dollars
         estimates = account.token_estimates
         self.charge = core.profile.estimate_charge(
             parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
         self._sent_tokens = self.charge.input_tokens
-        self.price = self._price(body, estimates) if core.is_metered else CallPrice()
+        self.price = self._price(body, estimates) if self._metered or self._priced else CallPrice()
         if not parsed.free and core.settings.has_strict_quota(parsed.model or ""):
             self._reserve_most(estimates)
 
@@ -82,12 +93,14 @@ class CallMeter:
         core, parsed = self._core, self._parsed
         model = parsed.model or ""
         unreadable = find_unreadable(parsed, body)
-        if unreadable and (price := core.unreadable_call(unreadable)) is not None:
+        if unreadable and self._metered and (price := core.unreadable_call(unreadable)) is not None:
             return price
-        if parsed.free or not core.budgets.has_budgets:
+        if parsed.free or not self._priced:
             return CallPrice()
-        if unpriced := unreadable or find_unpriced(parsed):
-            return core.unpriced_call(unpriced, model)
+        if unreadable:  # and such calls pass
+            return core.unpriced_call(unreadable, model, allow=True)
+        if unpriced := find_unpriced(parsed):
+            return core.unpriced_call(unpriced, model, allow=not self._budgeted)
         usage = core.profile.estimate_usage(
             parsed,
             largest_output=estimates.largest_output(clock.now()),
@@ -101,6 +114,7 @@ class CallMeter:
             usage,
             alternatives=parsed.alternatives,
             per_second=BilledUsage(output_tokens=tokens, tier=parsed.tier) if parsed.generates_tokens else None,
+            budgeted=self._budgeted,
         )
         return price._replace(bounded=not parsed.generates_tokens or parsed.max_output_tokens is not None)
 
@@ -122,7 +136,7 @@ class CallMeter:
         parsed = self._parsed
         if parsed.background or not parsed.generates_tokens or not end.readable or isinstance(meter, BodyMeter):
             return None
-        if meter.complete and self._core.is_metered:
+        if meter.complete and self._metered:
             return None
         if end.ended and meter.complete:
             return usage
@@ -166,37 +180,42 @@ class CallMeter:
             used=self._core.profile.final_charge(self.charge, usage, arrived=arrived),
             usd=self._cost(usage, answer),
             latency=latency,
+            input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
             estimated_input_tokens=self._parsed.input_tokens if reported else None,
             rate_limit_headers=rate_limit_headers,
+            usage=usage,
+            reported=not usage.estimated,
         )
 
     def _cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
         """Return the dollars of a usage; None for as many as were reserved."""
-        core, parsed = self._core, self._parsed
-        if not core.budgets.has_budgets:
-            return 0.0
-        usd = core.cost(
+        usd = self.list_cost(usage, answer)
+        if usd is None and self.price.usd:
+            self._core.count_unpriced(self._parsed.model or "")
+        if usd is not None and answer is not None and not answer.whole:
+            return max(usd, self.price.usd)
+        return usd
+
+    def list_cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
+        """Return the dollars of a usage by the prices of its model; None if these are not known."""
+        parsed = self._parsed
+        return self._core.cost(
             parsed.model or "",
             usage.billed(tier=parsed.tier, web_searches=parsed.searches),
             answered_by=(answer.model if answer is not None else None) or "",
             alternatives=parsed.alternatives,
         )
-        if usd is None and self.price.usd:
-            core.count_unpriced()
-        if usd is not None and answer is not None and not answer.whole:
-            return max(usd, self.price.usd)
-        return usd
 
     def _remember(self, permit: Permit, response_id: str, usage: Usage | None) -> None:
         """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""
         core, parsed = self._core, self._parsed
-        if parsed.endpoint is not Endpoint.RESPONSES or not permit.spend:
+        if parsed.endpoint is not Endpoint.RESPONSES:
             return
         if usage is not None and not usage.estimated:
             core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
         elif parsed.background:
-            core.background.add(response_id, BackgroundResponse(parsed.model or "", parsed.tier, permit.spend))
+            core.background.add(response_id, BackgroundResponse(parsed.model or "", parsed.tier, permit))
 
     def _correct_background(self, response_id: str, usage: Usage, *, answered_by: str) -> None:
         """Replace the dollars counted for a response in the background by those of its usage."""
@@ -205,6 +224,9 @@ class CallMeter:
             return
         usd = self._core.cost(response.model, usage.billed(tier=response.tier), answered_by=answered_by)
         if usd is not None:
-            for counted in response.spend:
+            if response.permit.record is not None:
+                response.permit.record.revise(usd, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+            for counted in response.permit.spend:
                 counted.revise(usd)
+        self._core.recorder.correct(response.permit, usage, usd)
         self._core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)

@@ -8,11 +8,13 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
-from forebay.context import CallObserver
+from forebay.call_usage import CallUsage
+from forebay.context import UsageObserver
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
-from forebay.quota import QuotaReservation, RateScope
+from forebay.quota import BilledUsage, QuotaReservation, RateScope
 from forebay.task import DEFAULT_TENANT, Priority
+from forebay.upstream.usage_table import UsageLabels
 
 _REPEATED: Final = 2  # retries from which on a refusal may be due to what the call asks for
 UNREADABLE: Final = "unreadable"
@@ -78,7 +80,8 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         asked_at: when it first asked for a permit; set by the account.
         holder: a permit of the account that its caller holds while it waits for this call, or None; set by the account.
         weight: the share of turns of its tenant, unless the account's weights name it.
-        payer: the run that makes it, which is told what it was charged; or None.
+        payer: the task that makes it, which is told what it has used and was charged; or None.
+        budgets: of its caller, from which it spends besides those of the upstream.
     """
 
     charge: Charge = Charge()
@@ -100,7 +103,8 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     unmetered: Unmetered | None = None
     holder: Permit | None = None
     weight: float = 1.0
-    payer: CallObserver | None = None
+    payer: UsageObserver | None = None
+    budgets: tuple[CallBudget, ...] = ()
 
     @property
     def goes_first(self) -> bool:
@@ -131,7 +135,10 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         tenant: who pays for the call.
         task_id: the task that the call belongs to, or None.
         api_key: the API key that the account belongs to; None to read it from the request.
-        weight: the share of turns that the task's supervisor gives the tenant.
+        weight: the share of turns that the task's supervisor, or the gateway, gives the tenant.
+        key_is_held: the API key of the request is that of the operator, who lets the caller use it.
+        budgets: of the caller, from which its calls spend besides those of the upstream.
+        metered: the caller has rates or budgets of its own, so that its calls must be readable.
     """
 
     priority: Priority = Priority.NORMAL
@@ -140,6 +147,9 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     task_id: str | None = None
     api_key: str | None = None
     weight: float = 1.0
+    key_is_held: bool = False
+    budgets: tuple[CallBudget, ...] = ()
+    metered: bool = False
 
 
 class SpendReservation(Protocol):
@@ -150,6 +160,16 @@ class SpendReservation(Protocol):
 
     def revise(self, usd: float) -> None:
         """Correct the cost, after `settle`, by usage that became known later."""
+
+
+class CallRecord(Protocol):
+    """The record of one call in a spend log. It is settled at most once: a call that costs nothing may not be."""
+
+    def settle(self, usd: float, *, input_tokens: int, output_tokens: int) -> None:
+        """Record the call, with its cost."""
+
+    def revise(self, usd: float, *, input_tokens: int, output_tokens: int) -> None:
+        """Correct what was recorded, by usage that became known later."""
 
 
 class CallBudget(Protocol):
@@ -167,6 +187,13 @@ class CallBudget(Protocol):
         """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
 
 
+class CountedUsage(NamedTuple):
+    """The usage of a call as it was recorded, and the labels by which it was."""
+
+    labels: UsageLabels
+    usage: CallUsage
+
+
 class Permit(msgspec.Struct, eq=False):
     """The right to send one call: a slot, quotas and dollars are held for it. It is closed exactly once.
 
@@ -180,6 +207,8 @@ class Permit(msgspec.Struct, eq=False):
         account: the account that granted it.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
+        record: of the call, in the spend log; None without one.
+        counted: the usage that was recorded for the call, once it has ended and if it has any.
     """
 
     request: CallRequest
@@ -191,6 +220,8 @@ class Permit(msgspec.Struct, eq=False):
     account: object = None
     accepted: bool = False
     closed: bool = False
+    record: CallRecord | None = None
+    counted: CountedUsage | None = None
 
 
 class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,9 +240,12 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
         latency: seconds that it took; None if that says nothing about the upstream.
+        input_tokens: that it sent, cached ones included; None if they are not known.
         output_tokens: of a success, if known.
         estimated_input_tokens: the estimate made before it was sent; None if it cannot be compared with `used`.
         final: it is not retried. Only final attempts count for the breaker.
+        usage: all that it used, where that is known.
+        reported: the provider reported that usage; else it is an estimate.
     """
 
     kind: Outcome
@@ -226,9 +260,12 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     rate_limit_headers: tuple[RateLimitHeaders, ...] = ()
     usd: float | None = None
     latency: float | None = None
+    input_tokens: int | None = None
     output_tokens: int = 0
     estimated_input_tokens: int | None = None
     final: bool = True
+    usage: BilledUsage | None = None
+    reported: bool = False
 
     @property
     def refused_by_limit(self) -> bool:
@@ -273,6 +310,18 @@ class Queued(NamedTuple):
 
     seconds: float
     limited_by: str
+
+
+class Prospect(NamedTuple):
+    """The outlook of a call at an account.
+
+    Attributes:
+        seconds: until it would be sent; infinity if it would be rejected.
+        calls: that the account could send within the next minute as it is now, by its free slots and its quotas.
+    """
+
+    seconds: float
+    calls: float
 
 
 class Rejected(NamedTuple):

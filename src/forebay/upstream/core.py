@@ -18,10 +18,12 @@ from forebay.task import DEFAULT_TENANT, Deadline, Priority
 from forebay.upstream.accepted_keys import AcceptedKeys
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
 from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
+from forebay.upstream.upstream_events import UpstreamEvents
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 _WARNED = 1_000  # unpriced models that are warned about: the callers of a gateway can name any model
@@ -37,10 +39,12 @@ class UpstreamCore:
         budgets: dollars that its calls may spend.
         prices: of its models.
         retry: of its calls.
+        events: delivers its events; None: to supervisors only.
         link: to the ledgers of its accounts, which processes share; None: they are this process's.
 
     Attributes:
         profile: how the provider's API works.
+        recorder: attributes the usage of calls; its table has that of all calls.
         accounts: the accounts, by API key and model group.
         accepted_keys: the API keys of a gateway's callers that may use the key of a fallback.
         background: stored responses whose usage comes later; the oldest stay paid as they were reserved.
@@ -58,6 +62,7 @@ class UpstreamCore:
         budgets: UpstreamBudgets,
         prices: Prices,
         retry: Retry,
+        events: UpstreamEvents | None = None,
         link: LedgerLink | None = None,
     ) -> None:
         self.name = name
@@ -65,12 +70,14 @@ class UpstreamCore:
         self.profile = profile_for(provider)
         self.settings = settings
         self.budgets = budgets
+        self.events = events or UpstreamEvents(name)
         self.prices = prices
         self.retry = retry
+        self.recorder = UsageRecorder(provider, prices)
         self.link = link
         if link is not None:  # what it holds is free for others as soon as nobody uses the upstream any more
             weakref.finalize(self, link.begin_close).atexit = False
-        self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw, link=link)
+        self.accounts = AccountRegistry(settings, budgets, retry, recorder=self.recorder, draw=clock.draw, link=link)
         self.accepted_keys = AcceptedKeys()
         self.background: StoredResponses[BackgroundResponse] = StoredResponses()
         self.stored_tokens: StoredResponses[int] = StoredResponses()
@@ -89,10 +96,33 @@ class UpstreamCore:
         """
         self._lock = threading.Lock()
         self.budgets.reset_after_fork()
+        self.events.reset_after_fork()
+        self.recorder.table.reset_after_fork()
         self.accounts.reset_after_fork()
         self.accepted_keys.reset_after_fork()
         self.background = StoredResponses()  # the parent gets their usage
         self.stored_tokens.reset_after_fork()
+
+    def adopt(self, old: UpstreamCore, *, accounts: bool) -> None:
+        """Take over the state of an upstream that this one replaces, which has made its last call.
+
+        What was spent stays spent, by the amounts and periods of this one's budgets. Calls in progress end as they are.
+
+        Args:
+            old: the upstream.
+            accounts: its accounts too, if their limits are the same: it has the same provider and address.
+        """
+        had_budget = old.budgets.upstream_budget is not None
+        keeps = accounts and had_budget == (self.budgets.upstream_budget is not None)  # accounts have a reference to it
+        old.budgets.change_to(self.budgets)
+        self.budgets = self.accounts.budgets = old.budgets
+        self.background, self.stored_tokens = old.background, old.stored_tokens
+        self.unpriced_calls = old.unpriced_calls
+        self.recorder.table = old.recorder.table
+        if accounts:
+            self.accepted_keys = old.accepted_keys
+        if keeps:
+            self.accounts.adopt(old.accounts)
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
@@ -131,8 +161,9 @@ class UpstreamCore:
             weight=running.tenant_weight if running is not None and own else 1.0,
         )
         request = self.request_for(caller, model, charge, free=free, price=price)
-        if self.budgets.has_budgets:
-            request.payer = context.call_observer()
+        request.payer = context.usage_observer()
+        if self.budgets.has_budgets and (run := context.call_observer()) is not None:
+            self.events.add_receiver(run.event_receiver)
         return request
 
     def request_for(
@@ -158,12 +189,13 @@ class UpstreamCore:
             task_id=caller.task_id,
             model=model,
             free=free,
+            budgets=caller.budgets,
         )
 
     def cost(
         self, model: str, usage: BilledUsage, *, answered_by: str = "", alternatives: Sequence[str] = ()
     ) -> float | None:
-        """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
+        """Return the dollars that a call costs: None if no price is known for some of it.
 
         Args:
             model: the model of the call.
@@ -171,8 +203,6 @@ class UpstreamCore:
             answered_by: the model that has answered, by the answer; if it is dearer, that counts.
             alternatives: models that may have answered; if the answer tells none with a price, the dearest counts.
         """
-        if not self.budgets.has_budgets:
-            return 0.0
         usd = self.prices.cost(self.provider, model, usage)
         if usd is None or answered_by == model:
             return usd
@@ -181,7 +211,7 @@ class UpstreamCore:
             answered = max((self.prices.cost(self.provider, name, usage) or 0.0 for name in alternatives), default=0.0)
         return max(usd, answered)
 
-    def price(
+    def price(  # noqa: PLR0913 - the facts about a call
         self,
         model: str,
         usage: BilledUsage,
@@ -189,6 +219,7 @@ class UpstreamCore:
         alternatives: Sequence[str] = (),
         per_second: BilledUsage | None = None,
         by_hand: bool = False,
+        budgeted: bool = False,
     ) -> CallPrice:
         """Return the price of a call before it is sent.
 
@@ -198,8 +229,9 @@ class UpstreamCore:
             alternatives: models that may answer instead; the dearest counts.
             per_second: the output that can be made in one second, if it generates tokens.
             by_hand: its block may report its dollars, so that it passes without a price.
+            budgeted: its caller has a budget.
         """
-        if not self.budgets.has_budgets:
+        if not (self.budgets.counts_dollars or budgeted):
             return CallPrice()
         dearest = rate = at_once = 0.0
         for name in (model, *alternatives):
@@ -207,7 +239,8 @@ class UpstreamCore:
             if usd is None:
                 named = f"no price is known for model {name!r}: give the upstream prices=, or its target prices"
                 reason = named if name else "it names no model, so that no price is known"
-                return self.unpriced_call(reason, name, allow=by_hand)
+                allow = by_hand or not (self.budgets.has_budgets or budgeted)
+                return self.unpriced_call(reason, name, allow=allow)
             dearest = max(dearest, usd)
             if per_second is None:
                 at_once = max(at_once, usd)
@@ -217,26 +250,32 @@ class UpstreamCore:
                 at_once = max(at_once, usd - made * usage.output_tokens / per_second.output_tokens)
         return CallPrice(dearest, rate, at_once)
 
-    def count_unpriced(self) -> None:
-        """Count a call that had a price, and has used something that has none."""
-        with self._lock:
-            self.unpriced_calls += 1
+    def count_unpriced(self, model: str) -> None:
+        """Count and log a call of a model with a price that has used something that has none."""
+        reason = f"no price is known for some of what calls of model {model!r} use"
+        if self._is_first_unpriced(reason):
+            log.warning("calls of %r count in its budget as they were reserved, because %s", self, reason)
 
     def unpriced_call(self, reason: str, model: str, *, allow: bool = False) -> CallPrice:
         """Return the price of a call whose price is not known: it is rejected, or counts as free and is logged."""
-        with self._lock:
-            self.unpriced_calls += 1
-            new = (model or reason) not in self._unpriced and len(self._unpriced) < _WARNED
-            if new:
-                self._unpriced.add(model or reason)
-        if self.settings.unmetered == "reject" and not allow:
-            advice = "(unmetered='allow' lets such calls pass, and counts them as free)"
+        first = self._is_first_unpriced(model or reason)
+        if self.settings.refuses_unpriced and not allow:
+            advice = "(unpriced='warn' lets such calls pass, counts them as free, and logs the first)"
             return CallPrice(
                 unmetered=Unmetered(f"it cannot be counted in a budget, because {reason} {advice}", UNPRICED)
             )
-        if new:
-            log.warning("calls of %r cannot be counted in its budget, because %s", self, reason)
+        if first:
+            log.warning("calls of %r count as free, because %s", self, reason)
         return CallPrice()
+
+    def _is_first_unpriced(self, what: str) -> bool:
+        """Count a call without a price, and return whether it is the first of its model or reason."""
+        with self._lock:
+            self.unpriced_calls += 1
+            first = what not in self._unpriced and len(self._unpriced) < _WARNED
+            if first:
+                self._unpriced.add(what)
+        return first
 
     def unreadable_call(self, reason: str) -> CallPrice | None:
         """Return the price of a call that cannot be read: it is rejected, or None if such calls pass."""

@@ -34,8 +34,9 @@ from forebay.upstream.providers.classify import NO_RESPONSE
 from forebay.upstream.sdk_exceptions import ErrorAnswer
 
 REDIRECTS: Final = 300
-_ERRORS: Final = 400
-_KEY_REFUSED: Final = (401, 403)
+ERRORS: Final = 400
+_UNAUTHORIZED: Final = 401
+_KEY_REFUSED: Final = (_UNAUTHORIZED, 403)
 _UNREAD: Final = (Endpoint.OTHER, Endpoint.SPEECH)  # their answers pass as they arrive
 
 
@@ -94,12 +95,13 @@ class Exchange:
         self.parsed = parsed = profile.read_request(method, path, headers, body)
         model = parsed.model or ""
         credential = profile.read_credential(parsed, headers)
-        self._credential = None if caller is None else credential  # None: it is ours, as the key of a fallback is
+        # None: it is ours, as the key of a fallback is.
+        self._credential = None if caller is None or caller.key_is_held else credential
         self.api_key = credential if caller is None or caller.api_key is None else caller.api_key
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
             core.warn_unmetered()
-        self._meter = meter = CallMeter(core, self.account, parsed, body)
+        self._meter = meter = CallMeter(core, self.account, parsed, body, caller)
         if caller is None:
             self.call_request = core.request(model, meter.charge, free=parsed.free, price=meter.price)
         else:
@@ -129,6 +131,14 @@ class Exchange:
         """See `CallRoute`. What it has answered to a wrong request (400) says nothing about the key."""
         if self._credential is not None and (tried or self._status in _KEY_REFUSED):
             self.core.accepted_keys.record(self._credential, accepted=tried)
+
+    def key_refused(self) -> bool:
+        """See `CallRoute`."""
+        return self._status in _KEY_REFUSED
+
+    def held_key_invalid(self) -> bool:
+        """See `CallRoute`."""
+        return self._credential is None and self._status == _UNAUTHORIZED
 
     def throttled_error(self) -> Overloaded | None:
         """Return the provider's latest answer as an error if it throttled the call, else None."""
@@ -202,7 +212,7 @@ class Exchange:
         """
         self.error_kind = ErrorKind.SUCCESS
         self._status = status
-        if status >= _ERRORS:
+        if status >= ERRORS:
             self.error_kind = classify(status, headers, body)
             answer = ErrorAnswer(status, headers, body)
             result = judge_error_answer(
@@ -242,6 +252,10 @@ class Exchange:
         result = judge_failure(self.account, permit, error) if failed else judge_unsent(error, local=local)
         result.retryable = result.retryable and self._original_body is not None
         return result
+
+    def list_cost(self, usage: Usage, answer: ReadAnswer | None = None) -> float | None:
+        """Return the dollars of a usage by the prices of its model, see `CallMeter.list_cost`."""
+        return self._meter.list_cost(usage, answer)
 
     def call_outcome(
         self,

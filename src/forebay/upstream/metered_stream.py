@@ -24,6 +24,7 @@ class StreamEnd(NamedTuple):
         readable: the meter could read all of it.
         output_at: the time when its answer began, after any reasoning; None if it did not.
         silent: seconds of the silences after that: a model may think between two pieces of its answer, too.
+        first_chunk_at: the time when its first bytes arrived; None if none did.
     """
 
     kind: Outcome
@@ -31,6 +32,7 @@ class StreamEnd(NamedTuple):
     readable: bool
     output_at: float | None
     silent: float = 0.0
+    first_chunk_at: float | None = None
 
 
 class MeteredStream:
@@ -50,7 +52,7 @@ class MeteredStream:
     """
 
     __slots__ = (
-        "_decompressor", "_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_pieces",
+        "_decompressor", "_detects_truncation", "_first_chunk_at", "_judge", "_lock", "_meter", "_output_at", "_pieces",
         "_run", "_settle", "_silent", "_usage_filter", "_waited", "_waits_since", "decoded", "settled",
     )  # fmt: skip
 
@@ -72,6 +74,7 @@ class MeteredStream:
         self.decoded = self._usage_filter is not None and self._decompressor.compressed
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
+        self._first_chunk_at: float | None = None
         self._output_at: float | None = None
         self._waits_since: float | None = None  # since when the reader waits for bytes
         self._waited = 0.0  # seconds that it has waited since the latest piece of the answer
@@ -83,6 +86,8 @@ class MeteredStream:
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes, and return what may be passed on now."""
         meter, usage_filter = self._meter, self._usage_filter
+        if self._first_chunk_at is None and chunk:
+            self._first_chunk_at = clock.now()
         if meter is None and usage_filter is None:
             return chunk
         self._end_wait()
@@ -162,5 +167,5 @@ class MeteredStream:
         self._end_wait()
         if self._output_at is not None:
             self._add_silence()
-        self._settle(StreamEnd(kind, ended, self._readable, self._output_at, self._silent))
+        self._settle(StreamEnd(kind, ended, self._readable, self._output_at, self._silent, self._first_chunk_at))
         self._run = None

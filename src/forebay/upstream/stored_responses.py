@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from forebay.upstream.call_request import SpendReservation
+from forebay.upstream.call_request import Permit
 
 ValueT = TypeVar("ValueT")
 
@@ -20,12 +19,12 @@ class BackgroundResponse(NamedTuple):
     Attributes:
         model: that it was requested from.
         tier: that it was requested with.
-        spend: the dollars that were counted for it, of each budget.
+        permit: of the call that made it, with the dollars that were counted for it.
     """
 
     model: str
     tier: str
-    spend: Sequence[SpendReservation]
+    permit: Permit
 
 
 class StoredResponses(Generic[ValueT]):

@@ -8,10 +8,12 @@ from typing import Literal, ParamSpec, TypeVar
 from forebay._renamed import renamed_arguments
 from forebay._validate import check_instance, check_name, check_tokens, reject
 from forebay.breaker import BreakerRules
+from forebay.events import Event
 from forebay.interfaces import Charge, Reading
 from forebay.limit import Limit
 from forebay.quota import BilledUsage, Budget, Price, Prices, Quota
 from forebay.retry import Retry
+from forebay.spend_log import SpendLog
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call import UpstreamCall
@@ -24,9 +26,11 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
+from forebay.upstream.provider_key_limits import ProviderKeyLimits
 from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.shared.open_store import open_ledger_store
 from forebay.upstream.shared.store import LedgerStore
+from forebay.upstream.upstream_events import UpstreamEvents
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
 from forebay.upstream.weak_lru import WeakLRU
@@ -69,17 +73,30 @@ class Upstream:
         weights: tenants' shares of turns. A tenant that is not named has the weight that the supervisor of the calling
             task gives it (``tenants=``), or 1.0.
         prices: by model, of those that the price list lacks or has wrong.
-        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
-            their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read:
+            ``"reject"``, or ``"allow"``, and they count as one request that is free.
+        unpriced: what happens to calls whose price a budget does not know: ``"refuse"``, or ``"warn"``: they count
+            as free, and are logged once for each model or reason. While the budget is spent, no
+            call passes, whatever its price. None: ``"refuse"``, unless `unmetered` is ``"allow"``.
+        spend_log: the file that keeps what calls have cost, such as ``"sqlite:///spend.db"``: budgets go on after a
+            restart with what is spent. Several upstreams may share a `SpendLog`. None: a restart begins at zero.
+        on_event: called with each `Event` of the upstream, such as a `BudgetAlert`, in a turn of its own of the event
+            loop or in a thread: a plain function that does not block. Supervisors whose tasks call the upstream have
+            these events too.
         shared: the store that makes quotas, `max_concurrent` and budgets one for all processes that name it, such as
             ``"sqlite:///account.db"``; None: they hold for this process alone. What is learned is each process's own.
+        key_limits: limits of particular API keys, by key, and the name that stands for each; other keys have `quotas`
+            and `max_concurrent`.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
         runner: runs its calls, for those who extend Forebay.
+        spend_log: its open spend log, or None.
 
     Raises:
         InvalidSetting: a setting is invalid.
+        InvalidSpendLogUrl: `spend_log` is neither a `SpendLog` nor its URL.
+        StoreUnavailable: the spend log cannot be opened; the message says why and what to do.
     """
 
     @renamed_arguments(longest_wait="max_wait", start_wait="max_start_wait")
@@ -103,7 +120,11 @@ class Upstream:
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
         unmetered: Literal["reject", "allow"] = "reject",
+        unpriced: Literal["warn", "refuse"] | None = None,
+        spend_log: SpendLog | str | None = None,
+        on_event: Callable[[Event], object] | None = None,
         shared: str | LedgerStore | None = None,
+        key_limits: Mapping[str, ProviderKeyLimits] | None = None,
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -124,17 +145,26 @@ class Upstream:
             max_start_wait=max_start_wait,
             weights=weights,
             unmetered=unmetered,
+            unpriced=unpriced,
+            key_limits=key_limits,
         )
         link = None if shared is None else LedgerLink(open_ledger_store(owner, shared), name)
         self.name = name
         self.provider = provider
+        if on_event is not None and not callable(on_event):
+            reject(owner, "on_event", on_event, "a plain function that takes an event, or None")
+        events = UpstreamEvents(name, on_event)
+        self.spend_log = _open_spend_log(spend_log)
         self.core = UpstreamCore(
             name,
             provider,
             settings=settings,
-            budgets=UpstreamBudgets(name, budget, tenant_budget, task_budget, link=link),
+            budgets=UpstreamBudgets(
+                name, budget, tenant_budget, task_budget, spend_log=self.spend_log, on_alert=events.emit, link=link
+            ),
             prices=Prices(prices),
             retry=retry or Retry(),
+            events=events,
             link=link,
         )
         self.fallbacks = check_fallbacks(self.core, fallback)
@@ -278,3 +308,17 @@ class Upstream:
     def statistics(self) -> UpstreamStatistics:
         """Return a snapshot of the statistics."""
         return snapshot(self.core)
+
+
+def _open_spend_log(spend_log: SpendLog | str | None) -> SpendLog | None:
+    """Return an open spend log.
+
+    Raises:
+        InvalidSpendLogUrl: it is neither a spend log nor the URL of one.
+        StoreUnavailable: it cannot be opened.
+    """
+    if spend_log is None:
+        return None
+    opened = spend_log if isinstance(spend_log, SpendLog) else SpendLog(spend_log)
+    opened.open()
+    return opened

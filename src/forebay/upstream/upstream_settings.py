@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from forebay._validate import check_instance, check_not_negative, check_positive, check_whole, is_positive, reject
 from forebay.breaker import UPSTREAM_RULES, BreakerRules
 from forebay.limit import AdaptiveLimit, FixedLimit, Limit
-from forebay.quota import Quota
+from forebay.quota import Quota, check_quotas
+from forebay.upstream.provider_key_limits import ProviderKeyLimits, check_key_limits
+from forebay.upstream.providers.credentials import digest_credential
 
-_QUOTAS: Final = "a list of Quota, such as [Quota(requests=500, per='minute')]"
 _MODELS: Final = "quotas by pattern of model, such as {'gpt-4o*': [Quota(requests=500, per='minute')]}"
 _LIMIT: Final = "a limit, such as VegasLimit(), or a callable that makes one for each account, such as VegasLimit"
 
+_SHOWN: Final = 8  # hex digits that stand for an API key wherever it is shown
 _DATE: Final = re.compile(r"(?<=.)[-@:](?:\d{4}-?\d{2}-?\d{2}|latest)$")
 
 
@@ -39,10 +41,12 @@ class UpstreamSettings:
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
         unmetered: str = "reject",
+        unpriced: str | None = None,
+        key_limits: Mapping[str, ProviderKeyLimits] | None = None,
     ) -> None:
         owner = f"Upstream {name!r}"
         _check_models(owner, models or {})
-        _check_quotas(owner, "quotas", quotas)
+        check_quotas(owner, "quotas", quotas)
         check_whole(owner, "max_concurrent", max_concurrent, none="to find it out")
         _check_limit(owner, limit, max_concurrent=max_concurrent, models=models)
         check_instance(owner, "breaker", breaker, BreakerRules, example="BreakerRules(reset_timeout=30)", optional=True)
@@ -53,19 +57,28 @@ class UpstreamSettings:
         _check_weights(owner, weights or {})
         if unmetered not in ("reject", "allow"):
             reject(owner, "unmetered", unmetered, "'reject' or 'allow'")
+        if unpriced not in ("warn", "refuse", None):
+            reject(owner, "unpriced", unpriced, "'warn', 'refuse', or None to refuse them unless unmetered is 'allow'")
         self.unmetered = unmetered
+        self.refuses_unpriced = unmetered == "reject" if unpriced is None else unpriced == "refuse"
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
-        self.has_quotas = bool(self.quotas) or any(self.models.values())
-        self._has_strict = any(quota.strict for group in (self.quotas, *self.models.values()) for quota in group)
+        self._keys = {
+            digest_credential(key): limits for key, limits in check_key_limits(owner, key_limits or {}).items()
+        }
+        of_keys = [tuple(limits.quotas) for limits in self._keys.values() if limits.quotas]
+        groups = (self.quotas, *self.models.values(), *of_keys)
+        self.has_quotas = any(groups)
+        self._has_strict = any(quota.strict for group in groups for quota in group)
         self.max_concurrent = max_concurrent
         self.breaker = breaker or UPSTREAM_RULES
         self.max_wait = max_wait
         self.max_start_wait = max_start_wait
         self.weights = dict(weights or {})
         self._limit = limit
-        given = bool(self.quotas) or max_concurrent is not None or isinstance(limit, Limit)
+        given = bool(self.quotas) or bool(of_keys) or max_concurrent is not None or isinstance(limit, Limit)
+        given = given or any(limits.max_concurrent is not None for limits in self._keys.values())
         self._one_group = given and not self.models
 
     def model_group(self, model: str) -> str:
@@ -79,23 +92,50 @@ class UpstreamSettings:
         matching = [pattern for pattern in self.models if fnmatchcase(model, pattern)]
         return max(matching, key=len) if matching else _DATE.sub("", model)
 
+    def is_like(self, other: UpstreamSettings) -> bool:
+        """Return whether accounts have the same limits by other settings, apart from their quotas."""
+        ours, theirs = (
+            (each.max_concurrent, each.breaker, each.max_wait, each.max_start_wait, each.weights, each._limit)  # noqa: SLF001
+            for each in (self, other)
+        )
+        return ours == theirs
+
     def has_strict_quota(self, model: str) -> bool:
         """Return whether a quota of `model` is strict, so that its calls reserve the most that they may use."""
         if not self._has_strict:
             return False
-        return any(quota.strict for quota in self.models.get(self.model_group(model), self.quotas))
+        group = self.model_group(model)
+        return any(quota.strict for mark in ("", *self._keys) for quota in self.quotas_of(mark, group))
+
+    def quotas_of(self, mark: str, group: str) -> Sequence[Quota]:
+        """Return the quotas of an account, by the digest of its API key and its model group."""
+        limits = self._keys.get(mark)
+        own = self.quotas if limits is None or limits.quotas is None else tuple(limits.quotas)
+        return self.models.get(group, own)
+
+    def limits_of_key(self, mark: str) -> ProviderKeyLimits | None:
+        """Return the limits of an API key, by its digest; None if it has those of all."""
+        return self._keys.get(mark)
+
+    def label_of(self, mark: str) -> str:
+        """Return what stands for an API key wherever it is shown: its name, or some digits of its digest."""
+        limits = self._keys.get(mark)
+        return mark[:_SHOWN] if limits is None else limits.name
 
     @property
     def single_limit(self) -> Limit | None:
         """The limit that was given as an object, which only one account can have; None if there is none."""
         return self._limit if isinstance(self._limit, Limit) else None
 
-    def new_limit(self) -> Limit:
-        """Return the limit of another account.
+    def new_limit(self, mark: str = "") -> Limit:
+        """Return the limit of another account; `mark`: digest of its API key.
 
         Raises:
             InvalidSetting: `limit` was given as a callable, and does not return a limit.
         """
+        limits = self._keys.get(mark)
+        if limits is not None and limits.max_concurrent is not None:
+            return FixedLimit(limits.max_concurrent)
         if self._limit is None:
             return AdaptiveLimit() if self.max_concurrent is None else FixedLimit(self.max_concurrent)
         limit: Any = self._limit if isinstance(self._limit, Limit) else self._limit()
@@ -104,19 +144,11 @@ class UpstreamSettings:
         return limit
 
 
-def _check_quotas(owner: str, name: str, quotas: Any) -> None:
-    if not isinstance(quotas, Iterable):
-        reject(owner, name, quotas, _QUOTAS)
-    for quota in quotas:
-        if not isinstance(quota, Quota):
-            reject(owner, name, quota, _QUOTAS)
-
-
 def _check_models(owner: str, models: Any) -> None:
     if not isinstance(models, Mapping):
         reject(owner, "models", models, _MODELS)
     for pattern, quotas in models.items():
-        _check_quotas(owner, f"models[{pattern!r}]", quotas)
+        check_quotas(owner, f"models[{pattern!r}]", quotas)
 
 
 def _check_limit(owner: str, limit: Any, *, max_concurrent: int | None, models: Any) -> None:

@@ -6,9 +6,11 @@ import msgspec
 
 from forebay import clock
 from forebay._json import JsonStruct
+from forebay.call_usage import CallUsage
 from forebay.quota import QuotaLevel
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.core import UpstreamCore
+from forebay.upstream.usage_table import UsageRow
 
 
 class AccountStatistics(JsonStruct, frozen=True, kw_only=True):
@@ -65,14 +67,20 @@ class UpstreamStatistics(JsonStruct, frozen=True, kw_only=True):
     Attributes:
         name: the upstream's.
         spent_usd: dollars spent in this period of its budget; None without a budget.
-        unpriced: calls whose price was not known, which were rejected or counted as free; 0 without a budget.
+        unpriced: calls whose price was not known, which were rejected or counted as free; 0 with neither a budget
+            nor a spend log.
         accounts: each of its accounts.
+        used: of all calls that have ended: tokens, dollars by the price list, with or without a budget.
+        usage: the same by tenant, model and API key, those that have cost most first. Each row stays, so they sum up to
+            `used`; once there are 2,000, calls of others are added up as ``"other"``.
     """
 
     name: str
     spent_usd: float | None
     unpriced: int
     accounts: tuple[AccountStatistics, ...]
+    used: CallUsage
+    usage: tuple[UsageRow, ...]
 
 
 def snapshot(core: UpstreamCore) -> UpstreamStatistics:
@@ -84,6 +92,8 @@ def snapshot(core: UpstreamCore) -> UpstreamStatistics:
         spent_usd=None if budget is None else budget.spent(),
         unpriced=core.unpriced_calls,
         accounts=tuple(_account_statistics(account, now) for account in core.accounts),
+        used=core.recorder.table.total,
+        usage=tuple(core.recorder.table.rows()),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.contract.sdks.conftest import ProviderControl
 from tests.contract.sdks.sdk_harness import MESSAGES, Sdk, SdkHarness, ThroughGateway
+from tests.support.metric_samples import total
 
 from forebay.quota import Price
 
@@ -76,10 +77,9 @@ def test_the_metered_usage_is_that_of_the_response(harness: SdkHarness, provider
     assert path.is_idle()
     assert path.upstream.statistics().spent_usd == sum(used)
     if isinstance(path, ThroughGateway):
-        metrics = path.gateway.forwarder.metrics.render().decode()
+        labels = {"model": harness.sdk.model, "target": harness.sdk.name}
         for direction, tokens in zip(("input", "output"), used, strict=True):
-            labels = f'direction="{direction}",model="{harness.sdk.model}",target="{harness.sdk.name}"'
-            assert f"forebay_tokens_total{{{labels}}} {tokens:.1f}" in metrics
+            assert total(path.gateway, "forebay_tokens_total", direction=direction, **labels) == tokens
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["asked", "not-asked"])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.support.metric_conventions import problems
 
 from forebay.cli.autoscale_metrics import render_metrics
 from forebay.scale import AutoscalerStatistics
@@ -39,14 +40,19 @@ def test_prometheus_reads_what_it_has_read_and_decided() -> None:
         ("forebay_wanted_replicas", none): 9.0,
         ("forebay_ready_replicas", none): 3.0,
         ("forebay_slots_asked", none): 12.5,
-        ("forebay_slots_load", none): math.inf,
+        ("forebay_slots_load_ratio", none): math.inf,
         ("forebay_replicas_limited", frozenset({("limited_by", 'upstream:"x"')})): 1.0,
-        ("forebay_scaled_total", frozenset({("direction", "up")})): 4.0,
-        ("forebay_scaled_total", frozenset({("direction", "down")})): 2.0,
+        ("forebay_scalings_total", frozenset({("direction", "up")})): 4.0,
+        ("forebay_scalings_total", frozenset({("direction", "down")})): 2.0,
         ("forebay_scaling_failures_total", none): 1.0,
         ("forebay_replica_seconds_total", none): 1e9 + 0.5,
         ("forebay_unbought_replica_seconds_total", none): 60.0,
     }
+
+
+def test_the_names_follow_the_conventions_of_prometheus() -> None:
+    page = render_metrics(TARGET, AutoscalerStatistics(limited_by="host"))
+    assert problems(page) == []
 
 
 def test_nothing_is_limited_by_nothing() -> None:

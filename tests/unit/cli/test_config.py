@@ -87,6 +87,8 @@ def test_the_path_of_a_token_file_is_relative_to_the_file_that_names_it(tmp_path
     assert load_gateway_settings(file, gateway={"token_file": "other"}).token_file == "other"
     file.write_text(f'gateway.token_file = "/run/token"\ntargets.openai.url = "{URL}"\n')
     assert load_gateway_settings(file).token_file == "/run/token"
+    file.write_text(f'targets.openai = {{ url = "{URL}", api_key_file = "key" }}\n')
+    assert load_gateway_settings(file).targets[0].api_key_file == str(tmp_path / "key")
 
 
 # --- mistakes in a file ---

@@ -16,11 +16,28 @@ from typer.testing import CliRunner, Result
 
 from forebay import gateway
 from forebay.cli.app import app
-from forebay.gateway import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway import (
+    ContextSettings,
+    DeploymentSettings,
+    FallbackSettings,
+    GatewaySettings,
+    KeySettings,
+    ModelSettings,
+    QuotaSettings,
+    TargetSettings,
+    TenantSettings,
+)
 from forebay.quota import Price
 
 OPENAI = ("--target", "openai=https://api.openai.com")
 PAGE = Path(__file__).parents[3] / "docs" / "gateway.md"
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory in which the commands keep what survives them."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state" / "forebay"
 
 
 def run(*arguments: str) -> Result:
@@ -32,7 +49,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
     """Return the settings with which gateways were started."""
     settings: list[GatewaySettings] = []
 
-    def serve(started: GatewaySettings, *, ready: Callable[[Any], object]) -> int:
+    def serve(started: GatewaySettings, *, ready: Callable[[Any], object], **_: object) -> int:
         settings.append(started)
         ready(SimpleNamespace(port=4242))
         return 7
@@ -42,7 +59,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
     return settings
 
 
-def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySettings], tmp_path: Path) -> None:
+def test_it_serves_with_the_settings_of_options_and_file(
+    served: list[GatewaySettings], tmp_path: Path, state: Path
+) -> None:
     file = tmp_path / "forebay.toml"
     file.write_text("[targets.anthropic]\nurl = 'https://api.anthropic.com'\nrpm = 5\n")
     done = run(
@@ -51,7 +70,10 @@ def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySet
         *("--rpm", "500", "--rpm", "anthropic=6", "--input-tpm", "1", "--output-tpm", "2", "--tpm", "3"),
         *("--max-concurrent", "4", "--budget-usd", "25", "--drain-timeout", "90"),
     )
-    assert (done.exit_code, done.output) == (7, "listening on http://0.0.0.0:4242\n")
+    kept = state / "gateway-0.db"
+    assert (done.exit_code, done.output.splitlines()) == (
+        7, ["listening on http://0.0.0.0:4242", f"what calls cost is kept in {kept}"]
+    )  # fmt: skip
     limits: dict[str, Any] = {
         "input_tpm": 1,
         "output_tpm": 2,
@@ -65,6 +87,7 @@ def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySet
             listen="0.0.0.0:0",
             token_env="MINE",
             drain_timeout=90.0,
+            spend_log=f"sqlite:///{kept}",
             targets=(
                 TargetSettings(name="anthropic", url="https://api.anthropic.com", rpm=6, **limits),
                 TargetSettings(name="openai", url="https://api.openai.com", rpm=500, **limits),
@@ -92,7 +115,7 @@ def test_an_option_overrides_how_long_the_file_lets_calls_drain(served: list[Gat
 
 
 def test_check_prints_the_configuration_and_starts_nothing(
-    served: list[GatewaySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: list[GatewaySettings], tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MINE", raising=False)
     file = tmp_path / "forebay.toml"
@@ -108,6 +131,8 @@ def test_check_prints_the_configuration_and_starts_nothing(
     assert done.stdout.splitlines() == [
         "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
         "may set priority, deadline, tenant and task: anyone",
+        f"what calls cost is kept in {state / 'gateway-8787.db'}",
+        "access log: text to stdout",
         "openai: https://api.openai.com; rules of openai; accounts of its own for each API key",
         "    1,000 USD per day",
         "    200,000 input tokens per minute of gpt*",
@@ -126,6 +151,140 @@ def test_check_prints_the_configuration_and_starts_nothing(
     summary = run("--config", str(file), "--check", "--target", "mine=http://h.example").stdout
     assert "fall back to mine, with the API key in $MINE, which is not set\n" in summary
     assert "callers need no token\n" in run(*OPENAI, "--check").stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--budget-usd", "5", "--spend-log", "none"), "kept in memory: a restart refills the budgets\n"),
+        (("--spend-log", "sqlite:////var/lib/spend.db"), "kept in /var/lib/spend.db\n"),
+        (("--budget-usd", "5", "--spend-log", "sqlite:////var/lib/spend.db"), "kept in /var/lib/spend.db\n"),
+    ],
+)
+def test_where_spend_is_kept_may_be_chosen(given: tuple[str, ...], says: str) -> None:
+    done = run(*OPENAI, *given, "--check")
+    assert f"what calls cost is {says}" in done.stdout
+
+
+def test_without_a_budget_no_file_is_made(served: list[GatewaySettings], state: Path) -> None:
+    assert "kept" not in run(*OPENAI).output
+    assert served[0].spend_log is None
+    assert not state.exists()
+
+
+def test_the_directory_of_the_default_file_is_made_and_of_no_other(
+    served: list[GatewaySettings], state: Path, tmp_path: Path
+) -> None:
+    assert run(*OPENAI, "--budget-usd", "5", "--spend-log", f"sqlite:///{tmp_path}/other/spend.db").exit_code == 7
+    assert not (tmp_path / "other").exists()
+    assert run(*OPENAI, "--budget-usd", "5").exit_code == 7
+    assert state.is_dir()
+    assert len(served) == 2
+
+
+@pytest.mark.usefixtures("served")
+def test_a_directory_that_cannot_be_made_is_an_error_with_advice(state: Path) -> None:
+    state.parent.write_text("a file is in its place")
+    done = run(*OPENAI, "--budget-usd", "5")
+    assert done.exit_code == 1
+    assert "its directory cannot be made" in done.stderr
+    assert "give --spend-log none to keep no spend" in done.stderr
+
+
+def test_an_invalid_spend_log_is_reported(served: list[GatewaySettings]) -> None:
+    done = run(*OPENAI, "--spend-log", "redis://host")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("--spend-log: gateway.spend_log is 'redis://host'; it must be a file, such as")
+    assert served == []
+
+
+@pytest.mark.usefixtures("served")
+def test_check_says_where_keys_are_and_shows_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELD", "sk-held")
+    file = tmp_path / "forebay.toml"
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        api_key_env = "HELD"
+        [targets.anthropic]
+        url = "https://api.anthropic.com"
+        api_key_file = "anthropic.key"
+    """)
+    keys = tmp_path / "keys.db"
+    done = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert f"callers need a key of {keys}, which does not exist\n" in done.stdout
+    assert "calls are sent with the API key in $HELD\n" in done.stdout
+    assert f"calls are sent with the API key in {tmp_path / 'anthropic.key'}, which does not exist\n" in done.stdout
+    assert "sk-held" not in done.stdout
+    keys.touch()
+    file.write_text("gateway.require_key = false\ntargets.openai.url = 'https://api.openai.com'")
+    summary = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}").stdout
+    assert f"callers need no token, or a key of {keys}\n" in summary
+
+
+def test_check_prints_aliases_pools_and_keys(
+    served: list[GatewaySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY_A", "sk-secret")
+    monkeypatch.delenv("KEY_B", raising=False)
+    file = tmp_path / "forebay.toml"
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        keys = [{ api_key_env = "KEY_A", name = "paid", rpm = 300, max_concurrent = 8 },
+                { api_key_env = "KEY_B", weight = 2 }]
+        [targets.other]
+        url = "https://h.example"
+        [models]
+        fast = "gpt-4o-mini"
+        [models."llama-*"]
+        target = "other"
+        [models.smart]
+        pool = [{ target = "openai", model = "gpt-4o" }, { target = "other", weight = 3 }]
+    """)
+    done = run("--config", str(file), "--check")
+    assert (done.exit_code, done.stderr, served) == (0, "", [])
+    assert done.stdout.splitlines()[3:] == [
+        "openai: https://api.openai.com; rules of openai; calls are sent with the API keys of the gateway",
+        "    key paid in $KEY_A: 300 requests per minute, 8 calls in flight",
+        "    key KEY_B in $KEY_B, which is not set: weight 2",
+        "other: https://h.example; rules of openai-compatible; accounts of its own for each API key",
+        "    all limits are learned from headers and 429s",
+        "model fast: gpt-4o-mini at the target of the call's path",
+        "models llama-*: the same name at other",
+        "model smart: shared by 2 deployments",
+        "    gpt-4o at openai by 2 keys",
+        "    the same name at other, weight 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[models.fast]\ntarget = 'b'", "models.fast.target is 'b'; it must be an existing target: openai, anthropic"),
+        ("[models]\nfast = 'fast'", "models.fast.model is 'fast'; it must be another name than the alias"),
+        ("[models]\nfast = 3", "models.fast is 3; it must be a table"),
+        (
+            "[models.fast]\npool = [{target = 'openai'}, {target = 'anthropic'}]",
+            "it must be made of targets with one protocol",
+        ),
+        ("[models.fast]\npool = [{target = 'openai'}, {target = 'openai', model = 'fast'}]", "different deployments"),
+        ("[models.fast]\nmodel = 'x'\npool = [{target = 'openai'}]", "left out if there is a target or a model"),
+        ("[models.fast]\npool = [{target = 'openai', weight = 0}]", "it must be a positive number of shares"),
+        ("[models.fast]\ntargt = 'openai'", "models.fast.targt is not a setting; did you mean target?"),
+        ("[[targets.openai.keys]]\nname = 'a'", "needs api_key_env"),
+        ("[targets.openai]\nkeys = [{api_key_env = 'A'}, {api_key_env = 'A'}]", "different names and variables"),
+        ("[targets.openai]\napi_key_env = 'B'\nkeys = [{api_key_env = 'A'}]", "or all of them here"),
+        ("[targets.openai]\nkeys = [{api_key_env = 'A', tpm = 5, strict = true}]", "a setting of the target"),
+    ],
+)
+def test_a_mistake_in_aliases_pools_and_keys_is_reported(text: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(text)
+    done = run("--config", str(file), *OPENAI, "--target", "anthropic=https://api.anthropic.com", "--check")
+    assert done.exit_code == 2
+    assert problem in done.stderr
 
 
 def test_check_fails_if_there_is_a_mistake() -> None:
@@ -171,9 +330,13 @@ def rows(heading: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("heading", "kind", "excluded"),
     [
-        ("**`[gateway]`**", GatewaySettings, {"targets", "context"}),
+        ("**`[gateway]`**", GatewaySettings, {"targets", "context", "tenants", "models"}),
         ("**`[gateway.context]`**", ContextSettings, set()),
-        ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback"}),
+        ("**`[tenants.NAME]`**", TenantSettings, {"name"}),
+        ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback", "keys"}),
+        ("**`[[targets.NAME.keys]]`**", KeySettings, {"strict"}),
+        ("**`[models.NAME]`**, whose", ModelSettings, {"name"}),
+        ("**`[[models.NAME.pool]]`**", DeploymentSettings, set()),
         ("**`[targets.NAME.models.PATTERN]`**", QuotaSettings, set()),
         ("**`[targets.NAME.prices.PATTERN]`**", Price, set()),
         ("**`[[targets.NAME.fallback]]`**", FallbackSettings, set()),

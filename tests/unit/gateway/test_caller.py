@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from forebay import Priority
 from forebay.gateway.caller import CallerReader, InvalidHeader, check_one_credential
+from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.settings import Trust
 from forebay.upstream.call_request import Caller
 
@@ -93,3 +95,19 @@ def test_a_key_in_the_query_beside_one_in_a_header_is_rejected(query: str) -> No
             check_one_credential({"authorization": "Bearer sk-1"}, "/v1/x" + query, provider)
         check_one_credential({}, "/v1/x" + query, provider)
     check_one_credential({"authorization": "Bearer sk-1"}, "/v1/x" + query, "openai")
+
+
+def test_an_issued_key_says_whom_the_headers_may_name() -> None:
+    def read_with(headers: dict[str, str], **fields: Any) -> Caller:
+        callers = CallerReader("nobody", None, ("X-User-Id",))
+        key = IssuedKey(name="writer", **fields)
+        return callers.read_with_key(headers, key, offset=-900.0, shared_account=False)
+
+    assert read_with(HEADERS) == Caller(tenant="writer", deadline=100.5, task_id="writer:run-7")
+    assert read_with({}, tenant="acme", priority="low") == Caller(tenant="acme", priority=Priority.LOW)
+    assert read_with(HEADERS, max_priority="critical").priority is Priority.HIGH
+    assert read_with(HEADERS, sets_tenant=True).tenant == "acme"
+    assert read_with({"x-user-id": "u"}, sets_tenant=True).tenant == "u"
+    assert read_with({"x-user-id": ""}, sets_tenant=True).tenant == "writer"
+    with pytest.raises(InvalidHeader):
+        read_with({"x-forebay-priority": "urgent"})

@@ -136,9 +136,8 @@ def test_the_error_event_of_responses_is_one_of_their_events() -> None:
 def test_a_mistake_of_a_caller_is_never_called_an_error_of_the_server() -> None:
     for status in (400, 403, 405, 415, 417, 431):
         assert json.loads(error_response("openai", status, "c", "m").body)["error"]["type"] == "invalid_request_error"
-        assert (
-            json.loads(error_response("anthropic", status, "c", "m").body)["error"]["type"] == "invalid_request_error"
-        )
+        kind = json.loads(error_response("anthropic", status, "c", "m").body)["error"]["type"]
+        assert kind == ("permission_error" if status == 403 else "invalid_request_error")
 
 
 @PROTOCOLS

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import signal
-from typing import Any
 
 import pytest
 
@@ -81,16 +79,3 @@ def test_the_default_fits_in_20000_files_without_a_warning(
     Limits(monkeypatch, 20_000, 20_000)
     assert fit_connections(DEFAULT, least=server._LEAST_CONNECTIONS) == 9450
     assert [record.levelno for record in caplog.records] == [logging.INFO]
-
-
-@pytest.mark.parametrize(("ignored", "stops"), [(False, True), (True, False)])
-def test_a_closed_terminal_stops_the_gateway_unless_nohup_has_it_ignored(
-    monkeypatch: pytest.MonkeyPatch,
-    ignored: bool,  # noqa: FBT001 - a parameter of the test
-    stops: bool,  # noqa: FBT001
-) -> None:
-    def getsignal(_: int) -> Any:
-        return signal.SIG_IGN if ignored else signal.SIG_DFL
-
-    monkeypatch.setattr(signal, "getsignal", getsignal)
-    assert (signal.SIGHUP in server._stop_signals()) is stops

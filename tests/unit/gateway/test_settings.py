@@ -13,9 +13,11 @@ from forebay.gateway import (
     ContextSettings,
     FallbackSettings,
     GatewaySettings,
+    InvalidProviderKey,
     InvalidSecret,
     QuotaSettings,
     TargetSettings,
+    TenantSettings,
 )
 from forebay.gateway.targets import make_targets
 from forebay.quota import Price, Quota
@@ -135,6 +137,7 @@ def test_a_target_without_limits_is_learned() -> None:
         ({"max_wait": None}, "max_wait"),
         ({"max_attempts": 0}, "max_attempts"),
         ({"weights": {"acme": 0}}, "weights.acme"),
+        ({"unpriced": "allow"}, "unpriced"),
     ],
 )
 def test_an_invalid_target_setting_is_named(wrong: dict[str, Any], name: str) -> None:
@@ -348,3 +351,95 @@ def test_a_missing_token_is_reported_with_its_variable_or_file(tmp_path: Path) -
     (tmp_path / "binary").write_bytes(b"\xff" * 40)
     with pytest.raises(InvalidSecret, match="not UTF-8"):
         gateway(token_file=str(tmp_path / "binary")).token({})
+
+
+# --- keys ---
+
+
+def test_a_target_has_one_key_from_one_place() -> None:
+    assert target(api_key_env="KEY").holds_key
+    assert not target().holds_key
+    with pytest.raises(InvalidSetting, match="left out if api_key_env is given"):
+        target(api_key_env="KEY", api_key_file="key")
+    with pytest.raises(InvalidSetting, match="not the key itself"):
+        target(api_key_env="")
+
+
+@pytest.mark.parametrize(
+    ("variable", "problem"),
+    [
+        ("", "it is empty or not set"),
+        ("two words", "the key alone"),
+        ("sk-ü", "the key alone"),
+        ("a\nb", "the key alone"),
+    ],
+)
+def test_a_provider_key_that_cannot_be_sent_is_named_and_not_shown(variable: str, problem: str) -> None:
+    with pytest.raises(InvalidProviderKey, match=problem) as caught:
+        target(api_key_env="KEY").api_key({"KEY": variable})
+    assert "target 'openai'" in str(caught.value)
+    assert not variable or variable not in str(caught.value)
+    assert target(api_key_env="KEY").api_key({"KEY": " sk-1\n"}) == "sk-1"
+
+
+def test_with_issued_keys_it_may_listen_on_any_address() -> None:
+    assert gateway(keys="sqlite:///keys.db", listen="0.0.0.0:8787").needs_key
+    with pytest.raises(InvalidSetting, match="a loopback address"):
+        gateway(keys="sqlite:///keys.db", require_key=False, listen="0.0.0.0:8787")
+    assert not gateway(keys="sqlite:///keys.db", require_key=False, listen="0.0.0.0:8787", token_env="TOKEN").needs_key
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"keys": "keys.db"}, "it does not begin with the name of a store"),
+        ({"keys": "redis://:hidden@host/0"}, "kept in a SQLite file"),
+        ({"keys": 7}, "it is a int"),
+        ({"require_key": False}, "false only beside keys"),
+        ({"require_key": "no", "keys": "sqlite:///keys.db"}, "true or false"),
+    ],
+)
+def test_a_mistake_in_the_settings_of_keys_is_named(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InvalidSetting, match=expected) as caught:
+        gateway(**settings)
+    assert "hidden" not in str(caught.value)
+
+
+# --- tenants ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "x" * 257}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"name": "ü"}, "name"),  # a header would not have it so
+        ({"rpm": 0}, "rpm"),
+        ({"tpm": True}, "tpm"),
+        ({"max_concurrent": 1.5}, "max_concurrent"),
+        ({"budget_usd": 0}, "budget_usd"),
+        ({"max_wait": -1}, "max_wait"),
+        ({"weight": 0}, "weight"),
+        ({"priority": "urgent"}, "priority"),
+        ({"max_priority": None}, "max_priority"),
+    ],
+)
+def test_a_wrong_setting_of_a_tenant_is_rejected(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidSetting, match=f"^TenantSettings was given {named}="):
+        TenantSettings(**{"name": "acme", **wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tenants": (TenantSettings(name="a"), TenantSettings(name="a"))},
+        {"response_headers": 1},
+        {"access_log": "xml"},
+        {"access_log_to": ""},
+        {"access_log_to": "a\0b"},
+    ],
+)
+def test_a_wrong_setting_of_what_is_shown_is_rejected(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting, match=next(iter(wrong))):
+        GatewaySettings(targets=(TargetSettings(name="openai", url="https://h.example"),), **wrong)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from forebay.gateway import TargetSettings
+from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.targets import Target, detect_protocol, find_destination
+from forebay.upstream.providers import profile_for
 
 TARGETS = [
     Target(TargetSettings(name="openai", url="https://api.openai.test/")),
@@ -91,3 +93,14 @@ def test_the_protocol_is_detected_by_path_and_headers() -> None:
     assert detect_protocol("/v1/messages", {}) == "anthropic"
     assert detect_protocol("/v1/models", {"anthropic-version": "2023-06-01"}) == "anthropic"
     assert detect_protocol("/v1/responses", {}) == "openai"
+
+
+def test_calls_with_a_held_key_may_use_the_key_of_a_fallback_also_after_a_reload() -> None:
+    settings = TargetSettings(name="openai", url="https://api.openai.com", api_key_env="HELD")
+    old = Target(settings)
+    profile = profile_for("openai")
+    assert "sk-1" in Target(settings, keys=[ProviderKey("sk-1", profile)]).upstream.core.accepted_keys
+    new = Target(settings, keys=[ProviderKey("sk-2", profile)])
+    new.adopt(old)
+    assert "Bearer sk-2" in new.upstream.core.accepted_keys
+    assert "sk-1" not in new.upstream.core.accepted_keys

@@ -169,3 +169,64 @@ def test_a_reservation_from_before_the_clock_went_back_is_settled_in_the_earlier
     assert tracker.remaining(NOON) == 6.0
     tracker.settle(NOON, held, 2.0)
     assert tracker.remaining(NOON) == 8.0
+
+
+# --- alerts, and what was spent before ---
+
+
+def test_an_alert_is_due_once_for_each_share_and_period() -> None:
+    tracker = BudgetTracker(Budget(usd=10, per="day", alert=0.8))
+    spend(tracker, 7.9)
+    assert tracker.take_alert(NOON) is None
+    spend(tracker, 0.1)
+    assert [tracker.take_alert(NOON) for _ in range(2)] == [0.8, None]
+    spend(tracker, 5.0)
+    assert [tracker.take_alert(NOON) for _ in range(2)] == [1.0, None]
+    assert tracker.take_alert(NOON + DAY) is None
+    spend(tracker, 9.0, NOON + DAY)
+    assert [tracker.take_alert(NOON + DAY) for _ in range(2)] == [0.8, None]
+
+
+def test_a_call_that_passes_both_shares_gives_one_alert() -> None:
+    tracker = BudgetTracker(Budget(usd=10, alert=0.8))
+    spend(tracker, 12.0)
+    assert [tracker.take_alert(NOON) for _ in range(2)] == [1.0, None]
+
+
+def test_a_budget_counts_as_spent_once_small_calls_are_rejected() -> None:
+    tracker = new_tracker(10.0)
+    spend(tracker, 9.5)
+    assert tracker.take_alert(NOON) is None
+    assert tracker.take_alert(NOON, rejected=0.4) is None, "rejected for what others hold: they return it"
+    assert tracker.take_alert(NOON, rejected=6.0) is None, "it is large: others fit"
+    assert tracker.take_alert(NOON, rejected=0.6) == 1.0
+
+
+def test_reserved_dollars_alert_nobody() -> None:
+    tracker = BudgetTracker(Budget(usd=10, alert=0.5))
+    tracker.reserve(NOON, 10.0)
+    assert tracker.take_alert(NOON, rejected=1.0) is None
+
+
+def test_what_was_spent_before_counts_in_its_period_alone() -> None:
+    tracker = new_tracker(10.0)
+    tracker.restore(NOON, 8.0)
+    assert not tracker.can_afford(NOON, 3.0)
+    assert tracker.remaining(NOON) == 2.0
+    assert tracker.can_afford(NOON + DAY, 10.0)
+
+
+def test_an_alert_that_was_given_before_is_not_due_again() -> None:
+    tracker = BudgetTracker(Budget(usd=10, per="day", alert=0.8))
+    tracker.restore(NOON, 9.0, alerted=0.8)
+    assert tracker.take_alert(NOON) is None
+    spend(tracker, 1.0)
+    assert tracker.take_alert(NOON) == 1.0
+    tracker.restore(NOON + DAY, 9.0)
+    assert tracker.take_alert(NOON + DAY) == 0.8
+
+
+@pytest.mark.parametrize("alert", [0, 1, 1.5, -0.1, math.nan, "0.8", True])
+def test_an_invalid_alert_says_what_to_do(alert: Any) -> None:
+    with pytest.raises(InvalidBudget, match=r"a share above 0 and below 1, such as 0\.8"):
+        Budget(usd=1, alert=alert)

@@ -54,7 +54,7 @@ def test_a_compressed_stream_is_metered_and_passes_as_it_came(pack: Any) -> None
     recorder, packed = Recorder("gzip"), pack(streams.CHAT_WITH_USAGE)
     assert recorder.pass_all(packed) == packed
     assert recorder.end.kind is Outcome.SUCCESS
-    assert recorder.usage == Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12)
+    assert recorder.usage == Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12, reasoning_tokens=3)
 
 
 @pytest.mark.parametrize("encoding", ["", "gzip"])

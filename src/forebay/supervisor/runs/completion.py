@@ -321,6 +321,7 @@ class RunCompletion:
             result=value,
             duration_ms=1000 * seconds,
             attempts=ticket.attempts,
+            usage=ticket.usage,
         )
         if ticket.stored:
             self._dispatcher.finish(ticket, result)

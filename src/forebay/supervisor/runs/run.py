@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
@@ -16,11 +17,13 @@ import msgspec
 
 from forebay import clock
 from forebay._hooks import await_hook, call_hook, is_awaitable, is_interrupt
+from forebay.context import EventReceiver
 from forebay.errors import Overloaded, fresh_copy
 from forebay.events import TaskProgress
 from forebay.task import Deadline, Priority, Task, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.call_usage import CallUsage
     from forebay.interfaces import LoadSource
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.timers import Timer
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 Ts = TypeVarTuple("Ts")
+
+_adding = threading.Lock()  # of any run: held for a microsecond
 
 
 class StopIterationCarrier(BaseException):
@@ -179,12 +184,17 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         self.rejections = {other: rejection for other, rejection in self.rejections.items() if other is not by}
         return None
 
-    def record_spend(self, usd: float) -> None:
-        """Record that a call was charged `usd` dollars. Callable from any thread."""
-        self._in_loop(self._add_spend, usd)  # two threads that add at the same time would lose one
+    def record_usage(self, usage: CallUsage, *, usd: float | None = None) -> None:
+        """Add the usage of a call to that of the task; `usd` is what it was charged. Callable from any thread."""
+        with _adding:  # and at once: a handler that has made calls in threads may end before the loop has a turn
+            self.ticket.add_usage(usage)  # of all attempts: a call that was cut off may end while the next one runs
+            if usd is not None:
+                self.usd = (self.usd or 0.0) + usd
 
-    def _add_spend(self, usd: float) -> None:
-        self.usd = (self.usd or 0.0) + usd
+    @property
+    def event_receiver(self) -> EventReceiver:
+        """The supervisor, as a receiver of the events of upstreams."""
+        return self.dispatcher.core
 
     def record_upstream_fault(self) -> None:
         """Record that a call failed because of its upstream."""

@@ -10,6 +10,7 @@ import msgspec
 from forebay import clock
 from forebay._hooks import raise_again_if_interrupt
 from forebay._text import error_text
+from forebay.call_usage import NO_USAGE
 from forebay.errors import NotSerializable, PayloadTooLarge, ResultUnavailable
 from forebay.events import log
 from forebay.interfaces import Codec, Completion, TaskRecord, TypeMismatch
@@ -37,6 +38,7 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         failures=0 if retries is None else retries.state.failed,
         total_delay=0.0 if retries is None else retries.state.total_delay,
         last_error=None if retries is None or retries.result is None else retries.result.error,
+        usage=ticket.usage or None,
         tenant=task.tenant,
         not_before=task.not_before,
     )
@@ -76,6 +78,7 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
         duration_ms=result.duration_ms,
         attempts=result.attempts,
         finished_at=clock.wall_time(),
+        usage=result.usage or None,
     )
 
 
@@ -112,6 +115,7 @@ def result_of_record(record: TaskRecord, stored: Completion, codecs: TaskCodecs)
         error=error,
         duration_ms=stored.duration_ms,
         attempts=stored.attempts,
+        usage=stored.usage or NO_USAGE,
         cause=cause,
     )
 

@@ -354,6 +354,7 @@ class StoredTasks:
             failures=lease.record.failures + 1,
             total_delay=lease.record.total_delay + seconds,
             last_error=error,
+            usage=ticket.usage or None,
         )
         lease = msgspec.structs.replace(lease, record=record)
         ticket.hold_lease(lease)

@@ -31,8 +31,10 @@ from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
     CallOutcome,
+    CallRecord,
     CallRequest,
     Permit,
+    Prospect,
     Queued,
     Rejected,
     SpendReservation,
@@ -55,6 +57,7 @@ _WAITS_FOR_ITSELF: Final = (
     "it waits for a slot that its own caller holds, and all others are held by such callers: a guarded function, or a"
     " block with a permit, must make no calls through the same upstream (guard the function, or bind its client)"
 )
+_CALLS_OF_A_SLOT: Final = 60  # in a minute: not by measured latency, or what was fast once would get all calls
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -90,6 +93,8 @@ class Account:
         money_wait: returns the seconds that a call has to wait for its money, which processes share; None: its money
             is this process's, and can be reserved at once.
         draw: returns random numbers from [0, 1).
+        record: returns the record of a call in the spend log, or None for one that is not recorded; None: there is no
+            log.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of an account
@@ -107,6 +112,7 @@ class Account:
         lease: AccountLease | None = None,
         money_wait: Callable[[CallRequest], float] | None = None,
         draw: Callable[[], float],
+        record: Callable[[CallRequest], CallRecord | None] | None = None,
     ) -> None:
         self.name = name
         self._has_key = has_key
@@ -125,6 +131,7 @@ class Account:
         self.places = KeptPlaces()
         self.open_answers = OpenAnswers(patience=_UNREAD_SHARE * max_wait)
         self._budgets = budgets
+        self._record = record
         self._upstream_budget = upstream_budget
         self._max_wait = max_wait
         self._lease = lease
@@ -291,6 +298,7 @@ class Account:
         grant = self.limit.grant(now, self.in_flight)
         self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
+        permit.record = None if self._record is None else self._record(request)
         self._unconfirmed.append(permit)
         self._suspension.record_sent(permit)
         return permit
@@ -493,8 +501,11 @@ class Account:
             unconfirmed.popleft()
         return None
 
-    def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> None:
+    def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> float:
         """Close a permit: return its slot, and the reserved amounts that were not used.
+
+        Returns:
+            The dollars that the call was charged, or would have been by a budget.
 
         Raises:
             AssertionError: it is closed already: a bug of the caller.
@@ -537,13 +548,14 @@ class Account:
             failed = kind in (Outcome.FAULT, Outcome.OVERLOAD)  # a refusal for another cause is not counted either
             self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
-        _settle_dollars(permit, usd, kind)
+        _settle_dollars(permit, usd, outcome)
         self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
         if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
+        return usd
 
     def _unreported_cost(self, now: float, permit: Permit, kind: Outcome) -> float:
         """Return the dollars to count for a call that was sent, and whose usage never arrived.
@@ -632,6 +644,13 @@ class Account:
         """Return the seconds until this call would be sent, in its turn: calls that it goes before do not count."""
         return self.expected_wait(now, request, ahead=self.queue.ahead_of(request))
 
+    def wait_left(self, now: float, call: QueuedCall) -> float:
+        """Return the seconds until a queued call is sent, by its place; infinity while nothing is sent."""
+        if self._provider_unavailable(now, call.request) is not None:
+            return math.inf
+        ahead, guess = self.queue.position(call), self.durations.typical_or_guess
+        return self.expected_wait(now, call.request, ahead=ahead, guess=guess)[0]
+
     def expected_wait(
         self, now: float, request: CallRequest, *, ahead: int | None = None, others: int = 0, guess: float = 0.0
     ) -> tuple[float, str]:
@@ -677,6 +696,18 @@ class Account:
         seconds, limited_by = self._expected_wait_of(now, request)
         return math.inf if seconds > self._acceptable_wait(now, request, limited_by) else seconds / self._max_wait
 
+    def prospect_for(self, now: float, request: CallRequest) -> Prospect:
+        """Return how soon this call would be sent here, and how many more like it could be, to choose an account."""
+        if self._rejection(now, request) is not None:
+            return Prospect(math.inf, 0.0)
+        typical = self.durations.typical_or_guess
+        ahead = self.queue.ahead_of(request)
+        seconds, limited_by = self.expected_wait(now, request, ahead=ahead, guess=typical)
+        if seconds > self._acceptable_wait(now, request, limited_by):
+            seconds = math.inf
+        free = max(0, self._slots(now) - self.in_flight - self.queue.length)
+        return Prospect(seconds, min(free * _CALLS_OF_A_SLOT, self.quotas.calls_left(now, request.charge)))
+
     def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
         """Return the seconds that a call may be expected to wait: longer for a quota, whose wait is known well."""
         return self.durations.acceptable_wait(since, request, certain=limited_by not in _UNCERTAIN)
@@ -717,10 +748,13 @@ def _earliest(*times: float | None) -> float | None:
     return min((time for time in times if time is not None), default=None)
 
 
-def _settle_dollars(permit: Permit, usd: float, kind: Outcome) -> None:
-    """Replace the dollars that are held for a call by those that it has cost, and tell the run that made it."""
+def _settle_dollars(permit: Permit, usd: float, outcome: CallOutcome) -> None:
+    """Replace the dollars that are held for a call by those that it has cost, and record it in the spend log."""
     for dollars in permit.spend:
         dollars.settle(usd)
-    payer = permit.request.payer
-    if permit.spend and payer is not None and (usd or kind is Outcome.SUCCESS):  # a refused call tells nothing
-        payer.record_spend(usd)
+    if not usd and outcome.kind is not Outcome.SUCCESS:
+        return  # a refused call tells nothing
+    if permit.record is not None:  # after its budgets: an alert that is written after what caused it may come twice
+        used = permit.request.charge if outcome.used is None else outcome.used
+        sent = used.input_tokens if outcome.input_tokens is None else outcome.input_tokens
+        permit.record.settle(usd, input_tokens=sent, output_tokens=outcome.output_tokens or used.output_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -13,14 +12,15 @@ from forebay.breaker import Breaker
 from forebay.events import log
 from forebay.quota import Quota, RateLimiter
 from forebay.quota.bucket import Bucket
-from forebay.quota.rate_limiter import new_buckets
+from forebay.quota.rate_limiter import new_buckets, resize_buckets
 from forebay.retry import Retry
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.guarded_limit import guarded_limit
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
-from forebay.upstream.providers.credentials import normalize_credential
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
+from forebay.upstream.providers.credentials import digest_credential
 from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.shared.messages import LedgerTerms, QuotaTerms, ledger_key
@@ -29,7 +29,6 @@ from forebay.upstream.weak_lru import WeakLRU
 
 _CACHED: Final = 1_000  # accounts that nobody holds; those that a new one could replace go first
 _MAX_LEVELS: Final = 131_072  # accounts whose given quotas are not full: none of them is forgotten
-_SHOWN: Final = 8  # hex digits that stand for an API key wherever it is shown
 _KNOWN: Final = 1_000  # pairs of model and API key whose account is remembered
 
 
@@ -56,22 +55,25 @@ class AccountRegistry:
         settings: of the upstream.
         budgets: that its calls spend from.
         retry: of its calls.
+        recorder: is told what its calls have used.
         draw: returns random numbers from [0, 1).
         link: to the ledgers of the accounts, for all processes that share them; None: they are this process's.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what accounts are made of
         self,
         settings: UpstreamSettings,
         budgets: UpstreamBudgets,
         retry: Retry,
         *,
+        recorder: UsageRecorder,
         draw: Callable[[], float],
         link: LedgerLink | None = None,
     ) -> None:
         self.settings = settings
         self.budgets = budgets
         self._retry = retry
+        self._recorder = recorder
         self._draw = draw
         self._link = link
         self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(
@@ -97,6 +99,41 @@ class AccountRegistry:
         """
         place = self._known.get((model, key)) or self._place(model, key)
         return self._accounts.get(place, self._open)
+
+    def adopt(self, old: AccountRegistry) -> None:
+        """Take over the accounts of a registry that this one replaces, if their limits are the same.
+
+        Other accounts start empty, but what was used of a given quota stays used. Calls in progress end as they are.
+        """
+        now = clock.now()
+        self._suspended_until.update(old._suspended_until)
+        for place, levels in old._levels.items():
+            before, quotas = old._quotas(place), self._quotas(place)
+            if self._is_group(place[1]) and quotas and levels is not _SHARED:
+                if tuple(before) != tuple(quotas):
+                    levels = _QuotaLevels(resize_buckets(now, before, levels.buckets, quotas))  # noqa: PLW2901
+                self._levels.get(place, lambda _, kept=levels: kept)  # type: ignore[misc]
+        for place, account in old._accounts.items():
+            if self._has_limits_of(old, place):
+                self._accounts.get(place, lambda _, kept=account: kept)  # type: ignore[misc]
+                account.move(functools.partial(self._suspend_key, place[0]), self._retry)
+        self._shared.update(
+            (group, each) for group, each in old._shared.items() if self._has_limits_of(old, ("others", group))
+        )
+
+    def _is_group(self, group: str) -> bool:
+        """Return whether there are accounts of that model group."""
+        return group in self.settings.models or self.settings.model_group(group) == group
+
+    def _has_limits_of(self, old: AccountRegistry, place: tuple[str, str]) -> bool:
+        """Return whether an account has the same limits here as in another registry."""
+        mark, group = place
+        return (
+            self._is_group(group)
+            and tuple(old._quotas(place)) == tuple(self._quotas(place))
+            and old.settings.limits_of_key(mark) == self.settings.limits_of_key(mark)
+            and old.settings.is_like(self.settings)
+        )
 
     def accounts_of(self, model: str) -> Sequence[SharedAccount]:
         """Return the open accounts of `model`, or of all models if it is empty; if there are none, an unopened one."""
@@ -136,9 +173,7 @@ class AccountRegistry:
             account.suspend_alone(seconds)
 
     def _place(self, model: str, key: str) -> tuple[str, str]:
-        normal = normalize_credential(key)
-        mark = hashlib.sha256(normal.encode()).hexdigest() if normal else ""  # all of it: short ones can be made equal
-        place = (mark, self.settings.model_group(model))
+        place = (digest_credential(key), self.settings.model_group(model))
         if len(self._known) >= _KNOWN:
             self._known = {}
         self._known[model, key] = place
@@ -146,7 +181,7 @@ class AccountRegistry:
 
     def _open(self, place: tuple[str, str]) -> SharedAccount:
         lease = self._lease(place)
-        levels = self._levels.get(place, self._new_levels) if self._quotas(place[1]) and lease is None else None
+        levels = self._levels.get(place, self._new_levels) if self._quotas(place) and lease is None else None
         if levels is _SHARED:
             return self._shared_account(place[1])
         account = self._make(place, levels, lease)
@@ -169,20 +204,22 @@ class AccountRegistry:
             self._shared[group] = self._make(("others", group))
         return self._shared[group]
 
-    def _quotas(self, group: str) -> Sequence[Quota]:
-        return self.settings.models.get(group, self.settings.quotas)
+    def _quotas(self, place: tuple[str, str]) -> Sequence[Quota]:
+        return self.settings.quotas_of(*place)
 
     def _lease(self, place: tuple[str, str]) -> AccountLease | None:
         """Return the lease on the ledger of an account; None if processes do not share it, or it has no limits."""
         link, settings = self._link, self.settings
+        of_key = settings.limits_of_key(place[0])
+        own = None if of_key is None else of_key.max_concurrent
         terms = LedgerTerms(
             quotas=tuple(
                 sorted(
-                    (QuotaTerms(quota.counted, quota.amount, quota.seconds) for quota in self._quotas(place[1])),
+                    (QuotaTerms(quota.counted, quota.amount, quota.seconds) for quota in self._quotas(place)),
                     key=lambda quota: (quota.unit, quota.seconds, quota.amount),
                 )
             ),
-            max_concurrent=settings.max_concurrent,
+            max_concurrent=settings.max_concurrent if own is None else own,
         )
         if link is None or terms == LedgerTerms():
             return None
@@ -192,7 +229,7 @@ class AccountRegistry:
         return lease
 
     def _new_levels(self, place: tuple[str, str]) -> _QuotaLevels:
-        return _QuotaLevels(new_buckets(self._quotas(place[1])))
+        return _QuotaLevels(new_buckets(self._quotas(place)))
 
     def _is_expendable(self, place: tuple[str, str], levels: _QuotaLevels) -> bool:
         """Return whether levels may be forgotten: they are full, and no account uses them."""
@@ -204,15 +241,16 @@ class AccountRegistry:
     ) -> SharedAccount:
         mark, group = place
         settings = self.settings
-        quotas = self._quotas(group)
+        recorder = self.budgets.recorder(settings.label_of(mark))
+        quotas = self._quotas(place)
         buckets = None if levels is None else levels.buckets
         if lease is not None:
             buckets = [lease.bucket(quota.counted, quota.amount, quota.seconds) for quota in quotas]
 
         def open_account() -> Account:
             return Account(
-                ":".join(part for part in (f"upstream:{settings.name}", mark[:_SHOWN], group) if part),
-                limit=guarded_limit(settings.new_limit()),
+                ":".join(part for part in (f"upstream:{settings.name}", settings.label_of(mark), group) if part),
+                limit=guarded_limit(settings.new_limit(mark)),
                 quotas=RateLimiter(quotas, buckets=buckets),
                 breaker=Breaker(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,
@@ -223,12 +261,15 @@ class AccountRegistry:
                 lease=lease,
                 money_wait=None if self._link is None else self.budgets.lease_wait,
                 draw=self._draw,
+                record=None if recorder is None else recorder.begin,
             )
 
         return SharedAccount(
             open_account,
             upstream=settings.name,
             retries=AccountRetries(self._retry, draw=self._draw),
+            recorder=self._recorder,
+            key=settings.label_of(mark),
             suspend_key=functools.partial(self._suspend_key, mark),
             max_start_wait=settings.max_start_wait,
             lease=lease,

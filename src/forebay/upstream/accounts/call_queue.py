@@ -110,6 +110,10 @@ class CallQueue(PriorityQueue[QueuedCall]):
         better = sum(self.lengths[: request.priority])
         return better + bisect_right(self._ranks[request.priority], self._order.expected_rank(request))
 
+    def position(self, call: QueuedCall) -> int:
+        """Return how many calls would be served before this one, which is in the queue."""
+        return sum(self.lengths[: call.priority]) + bisect_left(self._ranks[call.priority], call.rank)
+
     def withdraw(self, call: QueuedCall) -> None:
         """Remove a call that leaves before its turn. Nothing happens if it is not in the queue any more."""
         if call.entry is None:

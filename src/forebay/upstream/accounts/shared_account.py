@@ -8,12 +8,13 @@ import gc
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeVar
+from typing import Final, TypeVar, overload
 
 from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import QuotaLevel
+from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
@@ -22,13 +23,24 @@ from forebay.upstream.accounts.nested_calls import find_holder
 from forebay.upstream.accounts.open_answers import OpenAnswer
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
-from forebay.upstream.call_request import UNMETERED, Admitted, CallOutcome, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import (
+    UNMETERED,
+    Admitted,
+    CallOutcome,
+    CallRequest,
+    Permit,
+    Prospect,
+    Rejected,
+)
 from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.link import LedgerLink
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 
+_FIRST_LOOK: Final = 0.5  # seconds until a call that may leave the queue asks for the first time; then twice as long
+_LAST_LOOK: Final = 16.0  # seconds between two such questions at most
 _GAIN: Final = 0.05  # weight of the newest call in the typical one
 _START_SHARE: Final = 0.25  # of a typical call: the expected wait up to which another run may start
 
@@ -44,6 +56,8 @@ class SharedAccount:
             accepted a call sent after some time.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
             typical call.
+        recorder: is told what its calls have used; None: nobody is.
+        key: its API key, as it is shown.
         lease: on the account's ledger; None: this process does not share its quotas and slots.
         link: to the ledgers of its upstream; None: this process shares none.
 
@@ -60,6 +74,8 @@ class SharedAccount:
         retries: AccountRetries,
         suspend_key: Callable[[float, float, SharedAccount], None],
         max_start_wait: float | None,
+        recorder: UsageRecorder | None = None,
+        key: str = "",
         lease: AccountLease | None = None,
         link: LedgerLink | None = None,
     ) -> None:
@@ -67,6 +83,8 @@ class SharedAccount:
         self.name = self.account.name
         self._open_account = open_account
         self.retries = retries
+        self._recorder = recorder
+        self._key = key
         self._suspend_key = suspend_key
         self.token_estimates = TokenEstimates()
         self.served_by_fallback = 0
@@ -107,15 +125,34 @@ class SharedAccount:
         self._critical.clear()
         self._on_relief.clear()
 
+    def move(self, suspend_key: Callable[[float, float, SharedAccount], None], retry: Retry) -> None:
+        """Belong to another registry from now on. See `__init__` and `AccountRetries`."""
+        self._suspend_key = suspend_key
+        self.retries.retry = retry
+
     # --- permits ---
 
-    async def acquire(self, request: CallRequest, *, sole_account: bool = True) -> Permit:
+    @overload
+    async def acquire(self, request: CallRequest, *, sole_account: bool = True, leave: None = None) -> Permit: ...
+
+    @overload
+    async def acquire(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None
+    ) -> Permit | None: ...
+
+    async def acquire(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None = None
+    ) -> Permit | None:
         """Wait for a permit on the running event loop, at most until the call's deadline.
 
         Args:
             request: of the call.
             sole_account: no other account can serve the call, so the call, and its rejection, are reported to the run
                 that makes it.
+            leave: asked now and then, with the seconds that are left to wait, whether the call leaves the queue.
+
+        Returns:
+            The permit; None if the call has left the queue.
 
         Raises:
             Overloaded: the call is rejected; ``retry_after`` is the time until a retry may succeed.
@@ -125,7 +162,12 @@ class SharedAccount:
             return acquired
         call, waiter = acquired
         try:
-            decision = await waiter.wait()
+            pause = None if leave is None else _FIRST_LOOK
+            while (decision := await waiter.wait(pause)) is None:
+                assert leave is not None and pause is not None  # noqa: S101, PT018 - else it waits for the decision
+                if leave(self._wait_left(call)) and self._leave(call, waiter):
+                    return None
+                pause = min(_LAST_LOOK, 2.0 * pause)
         except GeneratorExit:  # the coroutine is collected, while any lock may be held, or it is closed
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
                 _thread.start_new_thread(self._abandon, (call,))
@@ -135,14 +177,29 @@ class SharedAccount:
             raise
         return self._permit_of(call, decision, sole_account=sole_account)
 
-    def acquire_blocking(self, request: CallRequest, *, sole_account: bool = True) -> Permit:
+    @overload
+    def acquire_blocking(self, request: CallRequest, *, sole_account: bool = True, leave: None = None) -> Permit: ...
+
+    @overload
+    def acquire_blocking(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None
+    ) -> Permit | None: ...
+
+    def acquire_blocking(
+        self, request: CallRequest, *, sole_account: bool = True, leave: Callable[[float], bool] | None = None
+    ) -> Permit | None:
         """Wait for a permit in a plain thread. See `acquire`."""
         acquired = self._try_acquire(request, ThreadWaiter, sole_account=sole_account)
         if isinstance(acquired, Permit):
             return acquired
         call, waiter = acquired
         try:
-            decision = waiter.wait()
+            pause = None if leave is None else _FIRST_LOOK
+            while (decision := waiter.wait(pause)) is None:
+                assert leave is not None and pause is not None  # noqa: S101, PT018 - else it waits for the decision
+                if leave(self._wait_left(call)) and self._leave(call, waiter):
+                    return None
+                pause = min(_LAST_LOOK, 2.0 * pause)
         except BaseException:  # a KeyboardInterrupt, for example
             self._abandon(call)
             raise
@@ -163,6 +220,7 @@ class SharedAccount:
             if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
+                self._record_begin(decision.permit)
                 self._update_lease(now)
                 return decision.permit
             if isinstance(decision, Rejected):
@@ -178,7 +236,12 @@ class SharedAccount:
             raise self._overloaded(decision, sole_account=sole_account)
         with self._lock:
             self.account.take_grant(call)
+        self._record_begin(decision.permit)
         return decision.permit
+
+    def _record_begin(self, permit: Permit) -> None:
+        if self._recorder is not None:
+            self._recorder.begin(permit)
 
     def _overloaded(self, rejected: Rejected, *, sole_account: bool) -> Overloaded:
         """Count a rejection, and return it as an error."""
@@ -194,6 +257,20 @@ class SharedAccount:
         if sole_account and not unmetered and (run := context.call_observer()) is not None:
             run.record_rejection(self, error)
         return error
+
+    def _wait_left(self, call: QueuedCall) -> float:
+        """Return the seconds that a queued call is expected to wait from now on."""
+        with self._lock:
+            return self.account.wait_left(clock.now(), call)
+
+    def _leave(self, call: QueuedCall, waiter: Waiter) -> bool:
+        """Take a call out of the queue; return False if there is a decision about it by now."""
+        with self._lock:
+            if waiter.decision is not None:
+                return False
+            self.account.withdraw(clock.now(), call)
+        self._look()
+        return True
 
     def _abandon(self, call: QueuedCall) -> None:
         """Take a call whose caller has gone out of the queue, and release the permit that it may have got."""
@@ -249,10 +326,12 @@ class SharedAccount:
             if permit.account is not self.account:
                 permit.closed = True
                 return
-            self.account.settle(now, permit, outcome)
+            usd = self.account.settle(now, permit, outcome)
             if outcome.estimated_input_tokens is not None and outcome.used is not None:
                 self.token_estimates.observe(now, outcome.estimated_input_tokens, outcome.used)
             relieved = self._serve_queue(now)
+        if self._recorder is not None:
+            self._recorder.end(permit, outcome, usd, key=self._key)
         for callback in relieved:
             callback()
 
@@ -359,6 +438,15 @@ class SharedAccount:
         """
         with self._lock:
             return self.account.load_for(clock.now(), self._typical if request is None else request)
+
+    def prospect_for(self, request: CallRequest | None = None) -> Prospect:
+        """Return how soon a call would be sent here, and how many more like it could be. See `Account`.
+
+        Args:
+            request: of the call; None for a typical one.
+        """
+        with self._lock:
+            return self.account.prospect_for(clock.now(), self._typical if request is None else request)
 
     def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
         """See `forebay.interfaces.LoadSource`."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeAlias
 
 from forebay import clock
-from forebay.events import log
+from forebay.events import BudgetAlert, log
 from forebay.quota import Budget, BudgetReservation, BudgetTracker
+from forebay.quota.budget import period_start
+from forebay.spend_log import SpendLog
+from forebay.spend_log.spend_record import AlertPlace, GivenAlert
 from forebay.task import Priority
 from forebay.upstream.accounts.budget_rejection import budget_rejection
-from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
+from forebay.upstream.accounts.spend_recorder import SpendRecorder
+from forebay.upstream.call_request import CallBudget, CallRequest, Rejected, SpendReservation
 from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.shared.messages import ledger_key
@@ -23,14 +28,32 @@ _MAX_TASKS: Final = 131_072  # budgets of tasks; that of the task whose last cal
 
 
 class SharedBudget:
-    """A budget that the calls of several accounts spend from. Safe to use from any thread."""
+    """A budget that the calls of several accounts spend from. Safe to use from any thread.
 
-    __slots__ = ("__weakref__", "_lock", "_tracker", "name")
+    Args:
+        name: in messages.
+        budget: the amount and its period.
+        on_alert: called once an alert is due, with the share of it and the dollars spent. It may not block, or use the
+            budget.
+    """
 
-    def __init__(self, name: str, budget: Budget) -> None:
+    __slots__ = ("__weakref__", "_lock", "_on_alert", "_tracker", "name")
+
+    def __init__(self, name: str, budget: Budget, *, on_alert: Callable[[float, float], None] | None = None) -> None:
         self.name = name
         self._tracker = BudgetTracker(budget)
+        self._on_alert = on_alert
         self._lock = threading.Lock()
+
+    @property
+    def usd(self) -> float:
+        """The dollars that may be spent in each period."""
+        return self._tracker.budget.usd
+
+    def restore(self, at: float, usd: float, *, alerted: float) -> None:
+        """Begin with what was spent before. See `BudgetTracker.restore`."""
+        with self._lock:
+            self._tracker.restore(at, usd, alerted=alerted)
 
     def can_afford(self, usd: float, priority: Priority) -> bool:
         """Return whether `usd` dollars may be reserved; False, even for 0, once the budget is spent."""
@@ -45,6 +68,7 @@ class SharedBudget:
             used = budget.usd - self._tracker.remaining(now)
             resets_in = self._tracker.resets_in(now)
             affordable_later = self._tracker.can_afford_unreserved(now, usd, priority)
+        self._alert_if_due(rejected=usd)
         return budget_rejection(
             self.name,
             budget,
@@ -65,11 +89,31 @@ class SharedBudget:
         """Replace a reservation by the dollars that its call has cost."""
         with self._lock:
             self._tracker.settle(clock.wall_time(), reservation, usd)
+        self._alert_if_due()
 
     def revise(self, reservation: BudgetReservation, usd: float) -> None:
         """Correct the cost of a call that was settled before its usage was known."""
         with self._lock:
             self._tracker.revise(clock.wall_time(), reservation, usd)
+        self._alert_if_due()
+
+    def _alert_if_due(self, *, rejected: float | None = None) -> None:
+        now = clock.wall_time()
+        with self._lock:
+            share = self._tracker.take_alert(now, rejected=rejected)
+            spent = 0.0 if share is None else self._tracker.spent(now)
+        if share is not None and self._on_alert is not None:
+            self._on_alert(share, spent)
+
+    @property
+    def budget(self) -> Budget:
+        """The amount and its period."""
+        return self._tracker.budget
+
+    def change(self, budget: Budget) -> None:
+        """Set another amount or period. What was spent and is reserved stays so."""
+        with self._lock:
+            self._tracker.change(clock.wall_time(), budget)
 
     def spent(self) -> float:
         """Return the dollars spent in this period."""
@@ -127,23 +171,27 @@ class UpstreamBudgets:
         budget: of all calls.
         tenant: of each tenant.
         task: of each task.
+        spend_log: what was spent before, and where spend is recorded; open. None: nothing is kept.
+        on_alert: called with each alert. It may not block, or use a budget.
         link: to the ledgers of the budgets, for all processes that share them; None: they are this process's.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - three budgets, and what they share
         self,
         name: str,
         budget: Budget | None,
         tenant: Budget | None,
         task: Budget | None,
         *,
+        spend_log: SpendLog | None = None,
+        on_alert: Callable[[BudgetAlert], None] | None = None,
         link: LedgerLink | None = None,
     ) -> None:
         self._name = name
+        self._spend_log = spend_log
+        self._on_alert = on_alert
         self._link = link
-        self.upstream_budget = None
-        if budget is not None:
-            self.upstream_budget = self._open(f"the budget of {name}", budget, "budget")
+        self.upstream_budget = self._new_budget(f"the budget of {name}", budget, "budget") if budget else None
         self.has_budgets = any(budget is not None for budget in (budget, tenant, task))
         self._tenant = tenant
         self._task = task
@@ -153,27 +201,48 @@ class UpstreamBudgets:
         )
         self._tasks: WeakLRU[str, UpstreamBudget] = WeakLRU(_MAX_TASKS)
 
-    def _open(self, name: str, budget: Budget, *key: str) -> UpstreamBudget:
-        """Return a budget: of this process, or leased from its ledger."""
-        link = self._link
-        if link is None:
-            return SharedBudget(name, budget)
-        kept = _KEEP_TASK if key[0] == "task" else None
-        ledger = ledger_key(key[0], self._name, *key[1:])
-        lease = link.lease(ledger, lambda: LeasedBudget(link, ledger, name, budget, forget_after=kept))
-        assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
-        return lease
+    @property
+    def counts_dollars(self) -> bool:
+        """True if it matters what calls cost."""
+        return self.has_budgets or self._spend_log is not None
 
-    def for_request(self, request: CallRequest) -> Sequence[UpstreamBudget]:
-        """Return the budgets that a call spends from."""
-        if not self.has_budgets or request.free:
+    def recorder(self, key: str) -> SpendRecorder | None:
+        """Return the recorder of an account; None if nothing is recorded.
+
+        Args:
+            key: the digest of its API key, as it is shown.
+        """
+        if self._spend_log is None:
+            return None
+        return SpendRecorder(self._spend_log, self._name, key, by_task=self._task is not None)
+
+    def for_request(self, request: CallRequest) -> Sequence[CallBudget]:
+        """Return the budgets that a call spends from, those of its caller included."""
+        if request.free:
             return ()
-        budgets = [] if self.upstream_budget is None else [self.upstream_budget]
+        if not self.has_budgets:
+            return request.budgets
+        budgets: list[CallBudget] = list(request.budgets)
+        if self.upstream_budget is not None:
+            budgets.append(self.upstream_budget)
         if self._tenant is not None:
             budgets.append(self._tenants.get(request.tenant, self._new_tenant_budget))
         if self._task is not None and request.task_id is not None:
             budgets.append(self._tasks.get(request.task_id, self._new_task_budget))
         return budgets
+
+    def change_to(self, other: UpstreamBudgets) -> None:
+        """Take the amounts and periods of other budgets. What was spent and is reserved stays so."""
+        if self.upstream_budget is None or other.upstream_budget is None:
+            self.upstream_budget = other.upstream_budget
+        else:
+            self.upstream_budget.change(other.upstream_budget.budget)
+        self._tenant, self._task, self.has_budgets = other._tenant, other._task, other.has_budgets
+        tenants = [*self._tenants.values(), *([] if self._further_tenants is None else [self._further_tenants])]
+        for budgets, amount in ((tenants, self._tenant), (self._tasks.values(), self._task)):
+            if amount is not None:
+                for budget in budgets:
+                    budget.change(amount)
 
     def lease_wait(self, request: CallRequest) -> float:
         """Return the seconds until the money of a call is expected to be leased; 0 if it is. It is asked for then."""
@@ -196,11 +265,65 @@ class UpstreamBudgets:
 
     def _new_tenant_budget(self, tenant: str) -> UpstreamBudget:
         assert self._tenant is not None  # noqa: S101 - tenants have budgets
-        return self._open(f"the budget of tenant {tenant!r}", self._tenant, "tenant", tenant)
+        return self._new_budget(f"the budget of tenant {tenant!r}", self._tenant, "tenant_budget", tenant)
 
     def _new_task_budget(self, task_id: str) -> UpstreamBudget:
         assert self._task is not None  # noqa: S101 - tasks have budgets
-        return self._open(f"the budget of task {task_id!r}", self._task, "task", task_id)
+        return self._new_budget(f"the budget of task {task_id!r}", self._task, "task_budget", task_id)
+
+    def _new_budget(self, name: str, budget: Budget, setting: str, subject: str = "") -> UpstreamBudget:
+        """Return a budget that begins with what the spend log has of it, or one that is leased from its ledger.
+
+        Args:
+            name: in messages.
+            budget: the amount and its period.
+            setting: of the upstream, which it is by.
+            subject: the tenant or the task; empty for the budget of all calls.
+        """
+        place = AlertPlace(self._name, setting, subject)
+        on_alert = functools.partial(self._alert, name, budget, place)
+        if self._link is not None:
+            return self._lease(self._link, name, budget, setting, subject, on_alert=on_alert)
+        made = SharedBudget(name, budget, on_alert=on_alert)
+        if self._spend_log is not None:
+            now = clock.wall_time()
+            spent = self._spend_log.spent(place, budget.per, now)
+            made.restore(now, spent, alerted=self._spend_log.alerted(place, period_start(budget.per, now)))
+        return made
+
+    def _lease(
+        self,
+        link: LedgerLink,
+        name: str,
+        budget: Budget,
+        *place: str,
+        on_alert: Callable[[float, float], None] | None = None,
+    ) -> LeasedBudget:
+        key = ledger_key(place[0], self._name, *filter(None, place[1:]))
+        kept = _KEEP_TASK if place[0] == "task_budget" else None
+        lease = link.lease(key, lambda: LeasedBudget(link, key, name, budget, forget_after=kept, on_alert=on_alert))
+        assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
+        return lease
+
+    def _alert(self, name: str, budget: Budget, place: AlertPlace, share: float, spent: float) -> None:
+        period = period_start(budget.per, clock.wall_time())
+        if self._spend_log is not None:
+            self._spend_log.record_alert(place, GivenAlert(period, share))
+        log.warning("%s: %s", name, _alert_text(budget, share, spent))
+        if self._on_alert is not None:
+            alert = BudgetAlert(
+                at=clock.now(),
+                upstream=place.upstream,
+                budget=place.budget,
+                tenant=place.subject if place.budget == "tenant_budget" else None,
+                task=place.subject if place.budget == "task_budget" else None,
+                share=share,
+                usd=budget.usd,
+                spent=spent,
+                per=budget.per,
+                period=period,
+            )
+            self._on_alert(alert)
 
     def _budget_of_further_tenants(self, tenant: str) -> UpstreamBudget:
         """Return the budget that a tenant beyond the bound of the table shares with others. Called under its lock."""
@@ -211,5 +334,22 @@ class UpstreamBudgets:
                 "more than %d tenants have spent: others share one budget until its period is over", _MAX_TENANTS
             )
             name = f"the budget that all tenants beyond {_MAX_TENANTS:,} share"
-            self._further_tenants = self._open(name, self._tenant, "tenants")
+            link = self._link
+            self._further_tenants = (
+                SharedBudget(name, self._tenant)
+                if link is None
+                else self._lease(link, name, self._tenant, "further_tenants")
+            )
         return self._further_tenants
+
+
+def _period_text(budget: Budget) -> str:
+    return "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
+
+
+def _alert_text(budget: Budget, share: float, spent: float) -> str:
+    whole = f"{budget.usd:,.12g} USD {_period_text(budget)}"
+    if share < 1.0:
+        return f"{share:.0%} of {whole} is spent: {spent:,.4g} USD"
+    until = "" if budget.per is None else f" until the next {budget.per}"
+    return f"{spent:,.4g} of {whole} are spent; calls are rejected{until}"

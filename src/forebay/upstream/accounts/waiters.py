@@ -52,14 +52,20 @@ class AsyncWaiter:
         """See `Waiter`. A closed loop does not wake its tasks, even those that were granted a permit."""
         return self._loop.is_closed()
 
-    async def wait(self) -> Admitted | Rejected:
-        """Wait, and return the decision."""
+    async def wait(self, seconds: float | None = None) -> Admitted | Rejected | None:
+        """Wait, and return the decision; None if there is none within `seconds`, after which it may wait again."""
+        end = None if seconds is None else self._loop.call_later(seconds, self._wake)
+        over = True
         try:
             await self._future
+            over = self.decision is not None
         finally:
-            if self._timer is not None:
+            if end is not None:
+                end.cancel()
+            if over and self._timer is not None:
                 self._timer.cancel()
-        assert self.decision is not None  # noqa: S101 - nothing else wakes it
+        if not over:
+            self._future = self._loop.create_future()
         return self.decision
 
     def resolve(self, decision: Admitted | Rejected) -> bool:
@@ -111,15 +117,18 @@ class ThreadWaiter:
 
     gone = False  # its thread waits until it is answered
 
-    def wait(self) -> Admitted | Rejected:
-        """Wait, and return the decision."""
+    def wait(self, seconds: float | None = None) -> Admitted | Rejected | None:
+        """Wait, and return the decision; None if there is none within `seconds`, after which it may wait again."""
+        end = math.inf if seconds is None else clock.now() + seconds
         while self.decision is None:
-            when = self._when
-            self._woken.wait(None if when is None else max(0.0, when - clock.now()))
+            when = min(end, math.inf if self._when is None else self._when)
+            self._woken.wait(None if when == math.inf else max(0.0, when - clock.now()))
             self._woken.clear()
             if self.decision is None and self._when is not None and clock.now() >= self._when:
                 self._when = None
                 self._look()
+            elif self.decision is None and clock.now() >= end:
+                return None
         return self.decision
 
     def resolve(self, decision: Admitted | Rejected) -> bool:

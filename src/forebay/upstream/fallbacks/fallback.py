@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn, Protocol
 from urllib.parse import urlsplit
 
 from forebay._renamed import renamed_arguments
-from forebay._validate import reject
+from forebay._validate import is_positive, reject
 from forebay.upstream.core import UpstreamCore
 
 _WILDCARD: Final = re.compile(r"[*?\[]")
@@ -45,6 +45,9 @@ class Fallback:
     Attributes:
         to: a model of the same upstream, under the same API key; or another upstream of the same protocol, with its own
             limits, money and retries.
+        weight: calls are shared with `to` from the first on, and not only those that their own account cannot serve:
+            each goes to the account that would send it soonest, and of several with room to each in proportion to its
+            room and weight. The call's own account has the weight 1. None for a fallback that waits its turn.
         load_threshold: the load from which calls go there without being rejected first: the expected wait of the call
             over the longest allowed, above 0 and at most 1. 1.0 waits for a rejection.
         models: pattern of the models whose calls may fall back.
@@ -58,6 +61,7 @@ class Fallback:
 
     to: str | FallbackTarget
     _: KW_ONLY
+    weight: float | None = None
     load_threshold: float = 1.0
     models: str = "*"
     model: str | None = None
@@ -68,6 +72,7 @@ class Fallback:
         threshold = self.load_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
             _reject("load_threshold", threshold, "a load above 0, up to 1")
+        self._check_weight()
         for name in ("to", "models", "model", "api_key"):
             value = getattr(self, name)
             if value == "" or (name != "to" and value is not None and not isinstance(value, str)):
@@ -80,6 +85,14 @@ class Fallback:
                     _reject(name, "***", "left out if `to` is a model: the call goes to the same upstream and key")
         if self.base_url is not None and (problem := _url_problem(self.base_url)):
             _reject("base_url", "***", f"the http:// or https:// address of an API: {problem}")
+
+    def _check_weight(self) -> None:
+        if self.weight is None:
+            return
+        if not is_positive(self.weight):
+            _reject("weight", self.weight, "a positive number, or left out for a fallback that waits its turn")
+        if self.load_threshold != 1.0:
+            _reject("load_threshold", self.load_threshold, "left out if weight is given: calls go there at any load")
 
     def applies_to(self, model: str) -> bool:
         """Return whether calls of `model` may fall back here."""

@@ -29,6 +29,7 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         base_url: address of the API there; None for the address of the call.
         api_key: key to send there; None for the call's own upstream, or if there is no key.
         reachable: a request can be sent there: the address or the key is known.
+        weight: the account's share of calls; None if it serves only those that others do not.
     """
 
     upstream: FallbackTarget
@@ -39,6 +40,7 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     base_url: str | None
     api_key: str | None
     reachable: bool
+    weight: float | None
 
     def __repr__(self) -> str:
         return f"FallbackRoute({self.upstream.name!r}, {self.model!r})"
@@ -69,15 +71,19 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return self.core.accounts.account(self.model, key)
 
 
-def _find_routes(upstream: FallbackTarget, model: str) -> tuple[FallbackRoute, ...]:
+def _find_routes(upstream: FallbackTarget, peers: Sequence[Fallback], model: str) -> tuple[FallbackRoute, ...]:
     """Return the routes by which a call of `model` can fall back, in order.
 
     The fallbacks of each upstream are followed once, so there are no loops. Two routes may lead to the same account,
     which only the API key of a call shows.
     """
-    found: list[FallbackRoute] = []
+    found = [_route(peer, upstream, model, None) for peer in peers]
     followed = {upstream.core}
     queue: deque[tuple[FallbackTarget, str, FallbackRoute | None]] = deque([(upstream, model, None)])
+    for route in found:
+        if route.core not in followed:
+            followed.add(route.core)
+            queue.append((route.upstream, route.model, route))
     while queue:
         here, name, before = queue.popleft()
         for fallback in here.fallbacks:
@@ -93,7 +99,11 @@ def _find_routes(upstream: FallbackTarget, model: str) -> tuple[FallbackRoute, .
 
 def _route(fallback: Fallback, here: FallbackTarget, model: str, before: FallbackRoute | None) -> FallbackRoute:
     """Return the route of one fallback of `here` for calls of `model`, which got there by the route `before`."""
-    threshold = fallback.load_threshold if before is None else max(before.load_threshold, fallback.load_threshold)
+    shares = before is None or before.weight is not None  # calls come here at any load
+    threshold = fallback.load_threshold
+    if before is not None and not shares:
+        threshold = max(before.load_threshold, threshold)
+    weight = fallback.weight if shares else None
     reachable = fallback.is_reachable and (before is None or before.reachable)
     base_url = None if before is None else before.base_url
     if isinstance(fallback.to, str):
@@ -106,6 +116,7 @@ def _route(fallback: Fallback, here: FallbackTarget, model: str, before: Fallbac
             base_url=base_url,
             api_key=None if before is None else before.api_key,
             reachable=reachable,
+            weight=weight,
         )
     return FallbackRoute(
         upstream=fallback.to,
@@ -116,6 +127,7 @@ def _route(fallback: Fallback, here: FallbackTarget, model: str, before: Fallbac
         base_url=fallback.base_url or base_url,
         api_key=fallback.api_key,
         reachable=reachable,
+        weight=weight,
     )
 
 
@@ -124,14 +136,28 @@ class FallbackResolver:
 
     Args:
         upstream: the upstream whose fallbacks are followed.
+        peers: share the calls that come here, before any of its own fallbacks; each has a weight.
+        own_weight: share of calls of the upstream's own account.
+        drawn: the upstream was chosen among its peers already, for calls like the next one.
 
     Attributes:
-        has_fallbacks: the upstream has fallbacks.
+        has_fallbacks: there are other accounts that can serve a call.
+        own_weight: as given.
+        drawn: as given.
     """
 
-    def __init__(self, upstream: FallbackTarget) -> None:
-        self.has_fallbacks = bool(upstream.fallbacks)
-        self._routes = functools.lru_cache(_CACHED)(functools.partial(_find_routes, upstream))
+    def __init__(
+        self,
+        upstream: FallbackTarget,
+        peers: Sequence[Fallback] = (),
+        *,
+        own_weight: float = 1.0,
+        drawn: bool = False,
+    ) -> None:
+        self.has_fallbacks = bool(upstream.fallbacks) or bool(peers)
+        self.own_weight = own_weight
+        self.drawn = drawn
+        self._routes = functools.lru_cache(_CACHED)(functools.partial(_find_routes, upstream, tuple(peers)))
         self._any_of: WeakLRU[tuple[SharedAccount, ...], AnyOf] = WeakLRU(_CACHED)
 
     def routes(self, model: str) -> tuple[FallbackRoute, ...]:

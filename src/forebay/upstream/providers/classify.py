@@ -21,7 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from forebay.interfaces import Outcome
-from forebay.upstream.providers.http_headers import RATE_LIMIT_MARK, normalize_headers
+from forebay.upstream.providers.http_headers import RATE_LIMIT_MARK, RETRY_AFTER_HEADERS, normalize_headers
 
 _MAX_BODY: Final = 65_536  # bytes; a longer error body is not decoded
 _MAX_TEXT: Final = 4096  # characters of a message that are searched
@@ -320,7 +320,7 @@ def classify_stream_error(error: Any) -> ErrorKind:
 def _names_a_quota(headers: Mapping[str, str]) -> bool:
     """Return whether the headers of a 429 say when to come back, or show a rate limit with nothing left."""
     found = normalize_headers(headers)
-    if "retry-after" in found or "retry-after-ms" in found:
+    if not found.keys().isdisjoint(RETRY_AFTER_HEADERS):
         return True
     return any(
         RATE_LIMIT_MARK in name and "remaining" in name and value in ("0", "0.0") for name, value in found.items()

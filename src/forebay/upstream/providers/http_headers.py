@@ -14,12 +14,14 @@ _MAX_CACHED_LENGTH: Final = 64  # characters of a name
 SIGNATURE_HEADERS: Final = frozenset(
     {"x-amz-content-sha256", "x-amz-date", "signature", "signature-input", "content-digest", "digest", "content-md5"}
 )
+RETRY_AFTER_HEADERS: Final = ("retry-after-ms", "retry-after", "llm_provider-retry-after")
+"""The headers that say when to come back, the first that is there counts. litellm's proxy renames its provider's."""
 RELEVANT: Final = SIGNATURE_HEADERS | {
     *("authorization", "x-api-key", "api-key", "x-goog-api-key", "ocp-apim-subscription-key"),
     *("content-type", "content-encoding", "upgrade", "sec-websocket-key"),
     *("x-http-method-override", "x-http-method", "x-method-override"),
     *("user-agent", "x-stainless-lang"),
-    *("retry-after", "retry-after-ms", "x-should-retry", "date"),
+    *(*RETRY_AFTER_HEADERS, "x-should-retry", "date"),
 }
 """The headers that an upstream reads, apart from rate limits, whose names all contain `RATE_LIMIT_MARK`."""
 RATE_LIMIT_MARK: Final = "ratelimit"

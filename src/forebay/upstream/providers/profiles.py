@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -13,7 +14,7 @@ from forebay.errors import InvalidSetting
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage
 from forebay.upstream.providers.credentials import read_credential
-from forebay.upstream.providers.endpoints import Billing, Endpoint
+from forebay.upstream.providers.endpoints import Billing, Endpoint, find_rule
 from forebay.upstream.providers.include_usage import with_include_usage
 from forebay.upstream.providers.metering import expected_searches, find_unseen_input
 from forebay.upstream.providers.request import ProviderRequest, read_request
@@ -81,6 +82,19 @@ class ProviderProfile:
         """
         openai = self.provider == "anthropic" and request.endpoint in _OPENAI_ENDPOINTS
         return read_credential(headers, provider="" if openai else self.provider)
+
+    def auth_header(self, path: str, key: str) -> tuple[str, str]:
+        """Return the name and the value of the header in which the provider takes an API key.
+
+        Args:
+            path: of the request; Anthropic reads another header for OpenAI's chat completions.
+            key: without ``Bearer``.
+        """
+        if self.provider == "azure":
+            return "api-key", key
+        if self.provider == "anthropic" and not _is_openai_endpoint(path):
+            return "x-api-key", key
+        return "authorization", f"Bearer {key}"
 
     def estimate_charge(
         self, request: ProviderRequest, *, output_tokens: int | None = None, input_ratio: float = 1.0
@@ -237,6 +251,11 @@ _PROFILES: Final = {
         ProviderProfile(provider="generic", protocol=None),
     )
 }
+
+
+@lru_cache(maxsize=256)  # calls go to a few paths
+def _is_openai_endpoint(path: str) -> bool:
+    return find_rule(path.partition("?")[0]).endpoint in _OPENAI_ENDPOINTS
 
 
 def profile_for(provider: str) -> ProviderProfile:

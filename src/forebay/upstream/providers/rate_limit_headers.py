@@ -25,7 +25,7 @@ from typing import Final
 from forebay.interfaces import RateLimitHeaders
 from forebay.quota import RateScope
 from forebay.quota.quota import PERIODS
-from forebay.upstream.providers.http_headers import normalize_headers
+from forebay.upstream.providers.http_headers import RETRY_AFTER_HEADERS, normalize_headers
 
 _DAY: Final = 86_400.0
 _MAX_RESET: Final = 32 * _DAY  # seconds; a reset more than a month away is ignored
@@ -182,23 +182,23 @@ def _provider_time(headers: Mapping[str, str], wall: float) -> float:
 def read_retry_after(headers: Mapping[str, str], body: bytes = b"", *, wall: float) -> float | None:
     """Return the seconds that the provider asks to wait, up to 32 days; None if it does not ask, or makes no sense.
 
-    Read are ``retry-after-ms``, else ``retry-after`` (seconds, with decimals, or an HTTP date), else the message of an
-    error ("Please try again in 6s"), the only place where some hosts say it. A longer time is cut to 32 days: such a
-    value is a mistake, but does say *not soon*.
+    Read are ``retry-after-ms``, else ``retry-after`` (seconds, with decimals, or an HTTP date), else what litellm's
+    proxy makes of that, ``llm_provider-retry-after``, else the message of an error ("Please try again in 6s"), the only
+    place where some hosts say it. A longer time is cut to 32 days: such a value is a mistake, but does say *not soon*.
 
     Sources: RFC 9110, 10.2.3; the retry code of OpenAI's and Anthropic's SDKs for ``retry-after-ms``; Azure's errors.
     """
     values = normalize_headers(headers)
-    for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+    for name in RETRY_AFTER_HEADERS:
         text = values.get(name, "")
         if not text or len(text) > _MAX_VALUE:
             continue
         match = _NUMBER.fullmatch(text)
         if match is not None:
-            seconds = float(match[1]) / scale
+            seconds = float(match[1]) / (1000.0 if name == "retry-after-ms" else 1.0)
             if seconds >= 0:
                 return min(seconds, _MAX_RESET)
-        elif name == "retry-after":
+        elif name != "retry-after-ms":
             at = _http_date(text)
             if at is not None:
                 return min(max(0.0, at - _provider_time(values, wall)), _MAX_RESET)

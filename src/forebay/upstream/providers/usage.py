@@ -89,11 +89,13 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
             details = {"cached_tokens": value.get("prompt_cache_hit_tokens")}
         cached = min(read_token_count(details.get("cached_tokens")), input_tokens)
         written = min(read_token_count(details.get("cache_write_tokens")), input_tokens - cached)
-        kept |= _read_media(details, "input", input_tokens)
-    output_tokens = max(output_tokens, read_token_count(value.get("total_tokens")) - input_tokens)
+        kept |= _read_parts(details, "input", input_tokens)
+    hidden = max(0, read_token_count(value.get("total_tokens")) - input_tokens - output_tokens)
+    output_tokens += hidden
+    kept["reasoning_tokens"] = max(hidden, kept.get("reasoning_tokens", 0))
     outputs = value.get("completion_tokens_details", value.get("output_tokens_details"))
     if isinstance(outputs, dict):
-        kept |= _read_media(outputs, "output", output_tokens)
+        kept |= _read_parts(outputs, "output", output_tokens)
     kept |= {
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
@@ -103,11 +105,21 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
     return _with_extras(Usage(**kept), value)
 
 
-def _read_media(details: dict[str, Any], direction: str, tokens: int) -> dict[str, int]:
-    """Return the tokens of sound and of images in OpenAI's details, which are parts of all `tokens`."""
+def _read_parts(details: dict[str, Any], direction: str, tokens: int) -> dict[str, int]:
+    """Return the tokens of sound, of images and of reasoning in OpenAI's details, which are parts of all `tokens`."""
     audio = min(read_token_count(details.get("audio_tokens")), tokens)
     image = min(read_token_count(details.get("image_tokens")), tokens - audio)
-    return {f"{direction}_audio_tokens": audio, f"{direction}_image_tokens": image} if audio or image else {}
+    parts = {f"{direction}_audio_tokens": audio, f"{direction}_image_tokens": image} if audio or image else {}
+    if reasoning := min(read_token_count(details.get("reasoning_tokens")), tokens):
+        parts["reasoning_tokens"] = reasoning
+    return parts
+
+
+def _read_tier(value: dict[str, Any]) -> str | None:
+    """Return the tier in Anthropic's usage by which calls have other prices; its priority tier is paid in advance."""
+    if value.get("service_tier") == "batch":
+        return "batch"
+    return "fast" if value.get("speed") == "fast" else None
 
 
 def _with_extras(usage: Usage, value: dict[str, Any]) -> Usage:
@@ -119,8 +131,8 @@ def _with_extras(usage: Usage, value: dict[str, Any]) -> Usage:
     tools = value.get("server_tool_use")
     if isinstance(tools, dict) and (searches := read_token_count(tools.get("web_search_requests"))):
         extras["web_searches"] = min(_MAX_SEARCHES, searches)
-    if value.get("speed") == "fast":
-        extras["tier"] = "fast"
+    if (tier := _read_tier(value)) is not None:
+        extras["tier"] = tier
     if value.get("inference_geo") == "us":
         extras["factor"] = US_FACTOR
     iterations = value.get("iterations")

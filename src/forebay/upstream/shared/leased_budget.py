@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from forebay import clock
@@ -45,13 +46,24 @@ class LeasedBudget(LedgerLease):
         name: of the budget, in rejections.
         budget: the amount and its period.
         forget_after: see `BudgetTerms`.
+        on_alert: called once an alert is due, with the share of the budget and the dollars that all processes have
+            spent; in each process. It may not block, or use the budget.
     """
 
-    def __init__(
-        self, link: ExchangeLink, key: str, name: str, budget: Budget, *, forget_after: float | None = None
+    def __init__(  # noqa: PLR0913 - which ledger, and which budget
+        self,
+        link: ExchangeLink,
+        key: str,
+        name: str,
+        budget: Budget,
+        *,
+        forget_after: float | None = None,
+        on_alert: Callable[[float, float], None] | None = None,
     ) -> None:
         self.name = name
         self.budget = budget
+        self._forget_after = forget_after
+        self._on_alert = on_alert
         self._terms = BudgetTerms(budget.usd, budget.per, budget.reserved_share, forget_after)
         super().__init__(link, key, LedgerTerms(budget=self._terms), patience=_PATIENCE)
         self.lock = threading.RLock()
@@ -76,11 +88,24 @@ class LeasedBudget(LedgerLease):
         self._recall = False  # others wait for what is idle here
         self._retry_at = -math.inf
         self._reply: BudgetReply | None = None
+        self._alerted = 0.0  # the highest share of this period that an alert was given for
         self._reserved_then = 0.0  # here, when that reply was asked for
         self._away_left: float | None = None  # dollars of its own share while the store is away
         self._paced = 0.0  # dollars reserved since the pace was measured
         self._pace = 0.0  # dollars reserved in a second
         self._measured_at = self._used_at = -math.inf
+
+    @property
+    def usd(self) -> float:
+        """The dollars that may be spent in each period."""
+        return self.budget.usd
+
+    def change(self, budget: Budget) -> None:
+        """Set another amount or period: it holds once no other process has the old ones. What was spent stays so."""
+        with self.lock:
+            self.budget = budget
+            self._terms = BudgetTerms(budget.usd, budget.per, budget.reserved_share, self._forget_after)
+            self.terms = LedgerTerms(budget=self._terms)
 
     # --- calls ---
 
@@ -260,7 +285,7 @@ class LeasedBudget(LedgerLease):
     def _begin_period(self, start: float) -> None:
         """Forget what belongs to a period that is over, if another one has begun."""
         if self._period < 0.0 or start > self._period:
-            self._spent = self._reported = self._kept = 0.0
+            self._spent = self._reported = self._kept = self._alerted = 0.0
             self._open, self._reserved = 0, 0.0
         self._period = start
 
@@ -335,6 +360,17 @@ class LeasedBudget(LedgerLease):
         self._low_mark = _LOW * (self._held - self._spent - self._reserved)
         self._recall = budget.recall
         self._retry_at = -math.inf if reply.retry_in is None else now + reply.retry_in
+        self._alert_if_due(budget.spent)
+
+    def _alert_if_due(self, spent: float) -> None:
+        """Give an alert if a share of the budget is spent, once a period for `Budget.alert` and once for all of it."""
+        least = self.budget.usd * (1.0 - _EPSILON)
+        due = 1.0 if spent >= least else self.budget.alert or math.inf
+        if due <= self._alerted or spent < due * least:
+            return
+        self._alerted = due
+        if self._on_alert is not None:
+            self._on_alert(due, spent)
 
     def keep_unreported(self) -> None:
         """See `LedgerLease`."""

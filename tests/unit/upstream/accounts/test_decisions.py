@@ -11,7 +11,7 @@ from forebay import Overloaded, clock
 from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import FixedLimit, VegasLimit
-from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
+from forebay.quota import Budget, BudgetReservation, BudgetTracker, Prices, Quota, RateLimiter
 from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.accounts import account as account_module
@@ -21,6 +21,7 @@ from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -617,7 +618,8 @@ def test_a_probe_counts_by_its_first_attempt() -> None:
 
 def make_registry(**settings: Any) -> AccountRegistry:
     budgets = UpstreamBudgets("llm", None, None, None)
-    return AccountRegistry(UpstreamSettings("llm", **settings), budgets, Retry(), draw=lambda: 0.0)
+    recorder = UsageRecorder("llm", Prices())
+    return AccountRegistry(UpstreamSettings("llm", **settings), budgets, Retry(), recorder=recorder, draw=lambda: 0.0)
 
 
 def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:

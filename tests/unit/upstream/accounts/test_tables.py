@@ -10,7 +10,7 @@ import pytest
 
 from forebay import clock
 from forebay.interfaces import Charge, Outcome
-from forebay.quota import Budget, Quota
+from forebay.quota import Budget, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.testing import virtual
@@ -18,6 +18,7 @@ from forebay.upstream.accounts import account_registry, spend
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import CallOutcome, CallRequest, Rejected
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -115,7 +116,10 @@ def test_of_tasks_the_one_whose_last_call_is_longest_ago_is_forgotten() -> None:
 
 def registry_of(*quotas: Quota) -> AccountRegistry:
     settings = UpstreamSettings("llm", models={"spent": quotas}, quotas=quotas)
-    return AccountRegistry(settings, UpstreamBudgets("llm", None, None, None), Retry(), draw=lambda: 0.0)
+    recorder = UsageRecorder("llm", Prices())
+    return AccountRegistry(
+        settings, UpstreamBudgets("llm", None, None, None), Retry(), recorder=recorder, draw=lambda: 0.0
+    )
 
 
 def use(account: SharedAccount) -> None:

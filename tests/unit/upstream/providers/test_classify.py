@@ -127,6 +127,7 @@ def test_a_response_is_classified(status: int, body: Any, kind: ErrorKind) -> No
     [
         {"Retry-After": "3"},
         {"retry-after-ms": "200"},
+        {"llm_provider-retry-after": "3"},
         {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1s"},
         {"anthropic-ratelimit-input-tokens-remaining": "0"},
     ],

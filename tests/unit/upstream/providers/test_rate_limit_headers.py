@@ -153,6 +153,8 @@ def test_a_point_in_time_is_read_by_the_clock_of_the_provider() -> None:
         ({"retry-after": "Wed, 01 Apr 2026 11:00:00 GMT"}, 0.0),
         ({"retry-after": "1", "retry-after-ms": "250"}, 0.25),
         ({"retry-after": "3", "retry-after-ms": "soon"}, 3.0),
+        ({"llm_provider-retry-after": "7"}, 7.0),
+        ({"llm_provider-retry-after": "7", "retry-after": "3"}, 3.0),
         ({"retry-after": "5, 5"}, 5.0),
         ({"retry-after": "-5"}, None),
         ({"retry-after": "9" * 40}, 32 * DAY),

@@ -33,7 +33,7 @@ def reading(meter: UsageMeter) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("stream", "usage"),
     [
-        ("chat with usage", Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12)),
+        ("chat with usage", Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12, reasoning_tokens=3)),
         ("chat", Usage(input_tokens=INPUT, output_tokens=2, estimated=True)),
         ("chat tools", Usage(input_tokens=INPUT, output_tokens=4, estimated=True)),
         ("vllm", Usage(input_tokens=8, output_tokens=3)),
@@ -101,7 +101,7 @@ def test_a_long_piece_counts_as_several_tokens() -> None:
 
 def test_a_last_event_without_its_empty_line_counts() -> None:
     assert metered(streams.CHAT_WITH_USAGE.removesuffix(b"data: [DONE]\n\n").rstrip()).usage == Usage(
-        input_tokens=19, output_tokens=10, cached_input_tokens=12
+        input_tokens=19, output_tokens=10, cached_input_tokens=12, reasoning_tokens=3
     )
 
 
@@ -160,7 +160,10 @@ def test_noise_between_events_changes_nothing(noise: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "usage"),
     [
-        ({"usage": streams.CHAT_USAGE}, Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12)),
+        (
+            {"usage": streams.CHAT_USAGE},
+            Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12, reasoning_tokens=3),
+        ),
         ({"usage": streams.RESPONSES_USAGE}, Usage(input_tokens=37, output_tokens=11, cached_input_tokens=5)),
         (
             {"usage": streams.MESSAGE_USAGE},
@@ -233,7 +236,7 @@ def test_after_an_event_that_was_too_long_the_next_is_read() -> None:
         meter.feed(b"x" * 65_536)
     meter.feed(b"\n\n" + streams.CHAT_WITH_USAGE)
     meter.end()
-    assert meter.usage == Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12)
+    assert meter.usage == Usage(input_tokens=19, output_tokens=10, cached_input_tokens=12, reasoning_tokens=3)
 
 
 @given(
