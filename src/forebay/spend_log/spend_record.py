@@ -20,7 +20,8 @@ class SpendLabels(NamedTuple):
         upstream: names the upstream.
         tenant: that the call was for.
         model: that it was made to.
-        key: the digest of its API key, as in the name of its account; empty without one.
+        key: the name of the issued key that it was made with; else its API key, as in the name of its account, which is
+            a digest or a name; empty without one.
     """
 
     hour: int
