@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.gateway_harness import CHAT_REQUEST, GatewayHarness
 from tests.support.issued_keys import IssuedKeys, in_thread
 from typer.testing import CliRunner
 
 from forebay.cli.app import app
+from forebay.gateway import TenantSettings
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
 from forebay.spend_log import SpendQuery, read_spend
@@ -86,3 +88,74 @@ async def test_a_call_is_attributed_to_the_name_of_its_key_everywhere(
     assert {row["key"]: row["usd"] for row in json.loads(shown.output)["rows"]} == {
         "writer": pytest.approx(COST), digest: pytest.approx(COST)
     }  # fmt: skip
+
+
+# --- a restart ---
+
+
+async def test_a_restart_does_not_refill_the_budget_of_a_key(
+    harness: GatewayHarness, keys: IssuedKeys, opened: Open
+) -> None:
+    text, other = await keys.create("writer", budget_usd=5 * COST), await keys.create("reader", budget_usd=COST)
+    async with opened(keys=keys.url) as gateway:
+        assert await spend(harness, gateway, 3, by(text)) == [200] * 3  # at both targets
+    async with opened(keys=keys.url) as gateway:
+        assert await spend(harness, gateway, 3, by(text)) == [200, 200, 402]
+        assert await spend(harness, gateway, 2, by(other)) == [200, 402]
+
+
+async def test_a_restart_does_not_refill_the_budget_of_a_tenant(harness: GatewayHarness, opened: Open) -> None:
+    tenants = (TenantSettings(name="acme", budget_usd=5 * COST), TenantSettings(name="*", budget_usd=2 * COST))
+    acme, other = {"x-forebay-tenant": "acme"}, {"x-forebay-tenant": "umbrella"}
+    async with opened(tenants=tenants) as gateway:
+        assert await spend(harness, gateway, 3, acme) + await spend(harness, gateway, 1, other) == [200] * 4
+    async with opened(tenants=tenants) as gateway:
+        assert await spend(harness, gateway, 3, acme) == [200, 200, 402]
+        assert await spend(harness, gateway, 2, other) == [200, 402]
+
+
+async def test_a_key_that_is_rotated_keeps_its_spend_over_a_restart(
+    harness: GatewayHarness, keys: IssuedKeys, opened: Open
+) -> None:
+    text = await keys.create("writer", budget_usd=3 * COST)
+    async with opened(keys=keys.url) as gateway:
+        await spend(harness, gateway, 1, by(text))
+        text = await keys.rotate("writer", grace=0.0)
+        assert gateway.forwarder.keys is not None
+        await gateway.forwarder.keys.refresh()
+        await spend(harness, gateway, 1, by(text))
+    async with opened(keys=keys.url) as gateway:
+        assert await spend(harness, gateway, 2, by(text)) == [200, 402]
+
+
+async def test_a_key_of_another_file_with_the_same_name_goes_on_with_its_spend(
+    harness: GatewayHarness, keys: IssuedKeys, opened: Open, tmp_path: Path
+) -> None:
+    again = IssuedKeys(tmp_path / "again.db")
+    first = await keys.create("writer", budget_usd=2 * COST)
+    second = await again.create("writer", budget_usd=2 * COST)
+    async with opened(keys=keys.url) as gateway:
+        await spend(harness, gateway, 1, by(first))
+        await gateway.reload(msgspec.structs.replace(gateway.settings, keys=again.url))
+        assert await spend(harness, gateway, 2, by(second)) == [200, 402]
+
+
+async def test_a_budget_that_a_key_gets_later_begins_with_what_it_has_spent(
+    harness: GatewayHarness, keys: IssuedKeys, opened: Open
+) -> None:
+    text = await keys.create("writer")
+    async with opened(keys=keys.url) as gateway:
+        await spend(harness, gateway, 2, by(text))
+        await keys.update("writer", budget_usd=3 * COST)
+        assert gateway.forwarder.keys is not None
+        await gateway.forwarder.keys.refresh()
+        assert await spend(harness, gateway, 2, by(text)) == [200, 402]
+
+
+async def test_without_a_spend_log_the_budget_of_a_key_begins_again(
+    harness: GatewayHarness, keys: IssuedKeys, opened: Open
+) -> None:
+    text = await keys.create("writer", budget_usd=COST)
+    for _ in range(2):
+        async with opened(keeps=False, keys=keys.url) as gateway:
+            assert await spend(harness, gateway, 2, by(text)) == [200, 402]
