@@ -275,6 +275,9 @@ def _fields(given: Mapping[str, Any], expires: str | None, now: float) -> dict[s
     for name, value in given.items():
         if value is not None:
             fields[name] = value.value if isinstance(value, StrEnum) else tuple(value) if name[-1] == "s" else value
+    for name in ("models", "targets"):
+        if any("," in each for each in fields.get(name, ())):
+            fail(f"--{name[:-1]}: give one at a time, and the option several times, instead of commas", USAGE_ERROR)
     if expires is not None:
         fields["expires_at"] = _time(expires, now)
     return fields
@@ -312,8 +315,10 @@ def _print_secret(stored: StoredKey, text: str, *, as_json: bool, what: str) -> 
     typer.echo(text)  # alone on stdout, so that a shell can take it
     typer.echo(f"{what} key {stored.key.name}: keep it now, it is not shown again", err=True)
     for secret in stored.secrets[:-1]:
-        if secret.valid_until is not None:
+        if secret.valid_until is not None and secret.valid_until > now:
             typer.echo(f"the one before ({secret.hint}...) is valid until {date(secret.valid_until)}", err=True)
+        elif secret.valid_until is not None:
+            typer.echo(f"the one before ({secret.hint}...) is not valid any more", err=True)
 
 
 def _as_dict(stored: StoredKey, now: float) -> dict[str, Any]:

@@ -116,7 +116,10 @@ def _path(file: str | None) -> Path:
     except (InvalidSpendLogUrl, InvalidSetting) as error:
         fail(str(error), status=USAGE_ERROR)
     if not found:
-        fail(f"there is no spend log in {directory}: name the file that `forebay gateway --check` prints")
+        fail(
+            f"there is no spend log in {directory}: name its file. `forebay gateway --check` prints where a gateway "
+            "keeps one; without budgets and keys it needs --spend-log"
+        )
     if len(found) > 1:
         fail(f"there are several spend logs, name one: {', '.join(map(str, found))}")
     return found[0]

@@ -163,8 +163,8 @@ def _check_ours(connection: sqlite3.Connection, path: Path, schema: Schema) -> i
         return int(version)
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if application_id or version or tables:
-        why = "it is a database of another program"
-        raise StoreUnavailable(where=str(path), why=why, advice="Name another file; Forebay creates it.")
+        why = "it is a database of another program, or of another kind of Forebay's"
+        raise StoreUnavailable(where=str(path), why=why, advice="Name another file.")
     return 0
 
 

@@ -118,6 +118,12 @@ def test_a_rotation_prints_another_key_and_says_how_long_the_one_before_is_valid
     assert keys("show", "writer").stdout.count("not any more") == 2
 
 
+def test_a_rotation_without_grace_says_that_the_key_before_is_not_valid(keys: Command) -> None:
+    first = keys("create", "writer").stdout.strip()
+    rotated = keys("rotate", "writer", "--grace", "0s")
+    assert f"the one before ({first[:7]}...) is not valid any more" in rotated.stderr
+
+
 def test_a_revoked_key_is_listed_only_if_all_are(keys: Command) -> None:
     keys("create", "writer")
     assert "is revoked" in keys("revoke", "writer").stdout
@@ -138,6 +144,7 @@ def test_a_revoked_key_is_listed_only_if_all_are(keys: Command) -> None:
         (("create", "writer"), 1, "There is a key 'writer'"),
         (("update", "writer"), 2, "say what to change"),
         (("update", "writer", "--rpm", "1", "--clear", "rpm"), 2, "give --rpm or --clear rpm, not both"),
+        (("create", "other", "--model", "gpt-4o,o3"), 2, "--model: give one at a time, and the option several times"),
         (("rotate", "writer", "--grace", "soon"), 2, "'soon' is not a time"),
         (("rotate", "reader"), 1, "There is no key 'reader'"),
         (("show", "reader"), 1, "There is no key 'reader'"),

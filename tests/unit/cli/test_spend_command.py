@@ -112,7 +112,7 @@ def test_the_file_of_the_only_gateway_need_not_be_named(tmp_path: Path) -> None:
     state = tmp_path / "state" / "forebay"
     done = run()
     assert done.exit_code == 1
-    assert f"there is no spend log in {state}: name the file that `forebay gateway --check` prints" in done.stderr
+    assert f"there is no spend log in {state}: name its file. `forebay gateway --check` prints" in done.stderr
     state.mkdir(parents=True)
     write(state / "gateway-8787.db")
     assert "gpt-4o" in run().stdout
