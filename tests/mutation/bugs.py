@@ -62,7 +62,7 @@ from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
-from forebay.gateway.caller_limits import CallerPermit
+from forebay.gateway.caller_limits import CallerLimits, CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.forwarded_call import ForwardedCall
@@ -82,6 +82,7 @@ from forebay.overflow.redis import RedisTaskStore
 from forebay.overflow.sqs import SqsTaskStore
 from forebay.quota import (
     BilledUsage,
+    Budget,
     BudgetReservation,
     BudgetTracker,
     Price,
@@ -990,6 +991,13 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
 
 def a_restart_refills_a_budget() -> None:
     always(SharedBudget, SharedBudget.restore, returns=None)
+
+
+def a_restart_refills_the_budget_of_a_key() -> None:
+    def _new_budget(self: CallerLimits, budget: Budget) -> SharedBudget:
+        return SharedBudget(f"the budget of {self.title}", budget)
+
+    replace(CallerLimits, CallerLimits._new_budget, _new_budget)
 
 
 def a_restart_alerts_again() -> None:

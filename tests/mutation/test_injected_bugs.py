@@ -30,6 +30,7 @@ from tests.acceptance import (
     test_events,
     test_fan_out,
     test_gateway_attacks,
+    test_gateway_caller_spend,
     test_gateway_connections,
     test_gateway_end,
     test_gateway_key_limits,
@@ -423,6 +424,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_start_gate.test_runs_whose_calls_are_free_do_not_wait_for_a_budget_that_never_refills
     ),
     bugs.a_restart_refills_a_budget: test_spend_log.test_a_restart_does_not_refill_a_budget,
+    bugs.a_restart_refills_the_budget_of_a_key: (
+        test_gateway_caller_spend.test_a_restart_does_not_refill_the_budget_of_a_key
+    ),
     bugs.a_restart_alerts_again: test_spend_log.test_a_restart_does_not_alert_again,
     bugs.spend_that_could_not_be_written_is_lost: (
         test_write_behind.test_a_file_that_cannot_be_written_costs_nothing_and_is_written_later

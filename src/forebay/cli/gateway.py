@@ -226,7 +226,7 @@ def _spend_log_summary(settings: GatewaySettings) -> list[str]:
     """Return where spend is kept; nothing if there is none to keep."""
     if settings.spend_log_url is not None:
         return [f"what calls cost is kept in {parse_spend_log(settings.spend_log_url).path}"]
-    if any(target.has_budgets for target in settings.targets):
+    if settings.has_budgets:
         return ["what calls cost is kept in memory: a restart refills the budgets"]
     return []
 

@@ -102,6 +102,7 @@ class CallerReader:
             tenant=(key.sets_tenant and self._tenant(headers)) or key.tenant_name,
             task_id=None if task is None else f"{key.name}:{task}",
             api_key="" if shared_account else None,
+            key_name=key.name,
         )
 
     def names_priority(self, headers: Mapping[str, str]) -> bool:

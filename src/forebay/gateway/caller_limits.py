@@ -8,10 +8,11 @@ of its own budgets are, since it knows the price of a call.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, TypeAlias
 
 from forebay import clock
 from forebay.breaker import Breaker, BreakerRules
@@ -21,6 +22,8 @@ from forebay.limit import Grant, Limit
 from forebay.quota import Budget, Quota, RateLimiter
 from forebay.quota.rate_limiter import new_buckets, resize_buckets
 from forebay.retry import Retry
+from forebay.spend_log import SpendLog
+from forebay.spend_log.spend_record import ALL_UPSTREAMS, AlertPlace
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
@@ -31,6 +34,22 @@ from forebay.upstream.call_request import CallBudget, CallOutcome, CallRequest, 
 _NO_LIMIT: Final = 1_000_000  # calls in progress: more than a gateway has connections
 _NEVER_OPENS: Final = BreakerRules(triggers=())
 _UNSENT: Final = CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0)
+
+SpentBefore: TypeAlias = Callable[[str | None, float], float]
+"""Returns the dollars that a caller has spent in the period of an epoch time; the period is as `Budget.per` has it."""
+
+
+def spent_before(spend_log: SpendLog | None, budget: str, subject: str) -> SpentBefore | None:
+    """Return what tells what a caller has spent before, over all targets; None without a spend log.
+
+    Args:
+        spend_log: of the gateway; None for none.
+        budget: ``"key_budget"`` or ``"tenant_budget"``.
+        subject: the name of the key, or the tenant.
+    """
+    if spend_log is None:
+        return None
+    return functools.partial(spend_log.spent, AlertPlace(ALL_UPSTREAMS, budget, subject))
 
 
 class CallerSlots(Limit):
@@ -61,6 +80,7 @@ class CallerLimits:
         max_concurrent: calls in progress at a time, those that wait for a target's account included; None for any.
         budget: dollars that its calls may spend; None for any.
         max_wait: seconds that a call may be expected to wait for a rate or a slot.
+        spent: tells what its calls have spent before, with which its budget begins; None for nothing.
 
     Attributes:
         budget: of its calls, for `Caller.budgets`; None if there is none.
@@ -75,6 +95,7 @@ class CallerLimits:
         max_concurrent: int | None = None,
         budget: Budget | None = None,
         max_wait: float = 600.0,
+        spent: SpentBefore | None = None,
     ) -> None:
         self.name = name
         self.title = title
@@ -82,6 +103,7 @@ class CallerLimits:
         self._slots = CallerSlots(max_concurrent)
         self._limits_slots = max_concurrent is not None
         self._max_wait = max_wait
+        self._spent = spent
         self._buckets = new_buckets(self._quotas)
         self._account = self._open()
         self.budget = None if budget is None else self._new_budget(budget)
@@ -176,7 +198,11 @@ class CallerLimits:
             )
 
     def _new_budget(self, budget: Budget) -> SharedBudget:
-        return SharedBudget(f"the budget of {self.title}", budget)
+        made = SharedBudget(f"the budget of {self.title}", budget)
+        if self._spent is not None:
+            now = clock.wall_time()
+            made.restore(now, self._spent(budget.per, now), alerted=0.0)
+        return made
 
     def _open(self) -> SharedAccount:
         quotas, buckets, max_wait = self._quotas, self._buckets, self._max_wait

@@ -12,9 +12,10 @@ from typing import Final
 from forebay import clock
 from forebay.errors import StoreUnavailable
 from forebay.events import log
-from forebay.gateway.caller_limits import CallerLimits
+from forebay.gateway.caller_limits import CallerLimits, spent_before
 from forebay.gateway.issued_keys import IssuedKey, key_digest
 from forebay.gateway.key_file import KeySnapshot, read_snapshot, write_last_used
+from forebay.spend_log import SpendLog
 
 _POLL_INTERVAL: Final = 1.0  # seconds between two looks at the file: a change is in force within two
 _BUSY_TIMEOUT: Final = 0.5  # seconds that a look waits for a command that changes the file
@@ -49,13 +50,15 @@ class KeyRegistry:
 
     Args:
         path: the file.
+        spend_log: with what it has of their present period the budgets of keys begin; open. None: with nothing.
 
     Attributes:
         path: the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spend_log: SpendLog | None = None) -> None:
         self.path = path
+        self._spend_log = spend_log
         self._targets: frozenset[str] | None = None
         self._warned: set[tuple[str, str]] = set()  # keys and targets
         self._files = (os.fspath(path), f"{path}-wal")
@@ -131,6 +134,7 @@ class KeyRegistry:
                 quotas=key.quotas(),
                 max_concurrent=key.max_concurrent,
                 budget=key.budget(),
+                spent=spent_before(self._spend_log, "key_budget", key.name),
             )
         return found
 

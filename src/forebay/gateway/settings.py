@@ -568,7 +568,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         max_metrics_accounts: accounts of each target with gauges of their own in ``/metrics``, the busiest ones.
         max_metrics_models: models with a label of their own in ``/metrics``; those served later count as ``other``.
         max_metrics_tenants: the same of tenants; 0 for none.
-        max_metrics_keys: the same of API keys, of which eight digits of the digest are shown.
+        max_metrics_keys: the same of API keys: issued ones by their names, of others eight digits of the digest.
         spend_log: the file that keeps what calls cost, ``sqlite:////absolute.db``; ``"none"`` for none. None: none,
             but the command ``forebay gateway`` has one of its own where a target has a budget.
         workers: processes that serve it, on one address. With several, `shared` makes their limits one.
@@ -722,6 +722,12 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         if self.context.trust == "token":
             expected = "'anyone' or 'nobody' without a token; or give token_env or token_file"
             self._reject("context.trust", expected, value=self.context.trust)
+
+    @property
+    def has_budgets(self) -> bool:
+        """True if a target or a tenant has a budget, or an issued key may have one: those change while it runs."""
+        limited = any(target.has_budgets for target in self.targets)
+        return limited or self.keys is not None or any(tenant.budget_usd is not None for tenant in self.tenants)
 
     @property
     def spend_log_url(self) -> str | None:

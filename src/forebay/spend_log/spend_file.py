@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -12,7 +12,7 @@ from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
 from forebay.quota.budget import period_start
 from forebay.spend_log.spend_record import AlertPlace, GivenAlert
-from forebay.spend_log.spent_totals import SpentTotals
+from forebay.spend_log.spent_totals import SpentTotals, places_of
 from forebay.spend_log.unwritten_spend import SpendBatch
 from forebay.storage import Fsync, Schema
 from forebay.storage.file_watch import FileWatch
@@ -82,8 +82,8 @@ INSERT INTO alert (upstream, budget, subject, period, share) VALUES (?, ?, ?, ?,
 ON CONFLICT DO UPDATE SET period = excluded.period, share = excluded.share
     WHERE (excluded.period, excluded.share) > (period, share)
 """
-_OF_MONTH: Final = "SELECT hour, upstream, tenant, sum(usd) FROM spend WHERE hour >= ? GROUP BY hour, upstream, tenant"
-_EARLIER: Final = "SELECT upstream, tenant, sum(usd) FROM spend WHERE hour < ? GROUP BY upstream, tenant"
+_OF_MONTH: Final = "SELECT hour, upstream, tenant, key, sum(usd) FROM spend WHERE hour >= ? GROUP BY 1, 2, 3, 4"
+_EARLIER: Final = "SELECT upstream, tenant, key, sum(usd) FROM spend WHERE hour < ? GROUP BY 1, 2, 3"
 _TASKS: Final = "SELECT hour, upstream, task_id, usd FROM task ORDER BY hour DESC LIMIT ?"
 _ALERTS: Final = "SELECT upstream, budget, subject, period, share FROM alert"
 _BY_DAY: Final = (
@@ -223,22 +223,17 @@ def _begin(connection: sqlite3.Connection, begin: str, give_up: float) -> None:
 def _load(connection: sqlite3.Connection, now: float) -> tuple[SpentTotals, dict[AlertPlace, GivenAlert]]:
     totals = SpentTotals()
     month = int(period_start("month", now))
-    for upstream, tenant, usd in connection.execute(_EARLIER, (month,)):
-        for key in _keys(upstream, tenant):
-            totals.add_earlier(key, usd)
-    for hour, upstream, tenant, usd in connection.execute(_OF_MONTH, (month,)):
-        for key in _keys(upstream, tenant):
-            totals.add(key, hour, usd)
+    for *labels, usd in connection.execute(_EARLIER, (month,)):
+        for place in places_of(*labels):
+            totals.add_earlier(place, usd)
+    for hour, *labels, usd in connection.execute(_OF_MONTH, (month,)):
+        for place in places_of(*labels):
+            totals.add(place, hour, usd)
     tasks = connection.execute(_TASKS, (_MAX_TASKS,)).fetchall()
     for hour, upstream, task_id, usd in reversed(tasks):
         totals.add((upstream, "task_budget", task_id), hour, usd)
     rows = connection.execute(_ALERTS)
     return totals, {AlertPlace(*names): GivenAlert(period, share) for *names, period, share in rows}
-
-
-def _keys(upstream: str, tenant: str) -> Iterator[tuple[str, str, str]]:
-    yield upstream, "budget", ""
-    yield upstream, "tenant_budget", tenant
 
 
 def _text(text: str) -> str:

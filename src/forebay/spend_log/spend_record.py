@@ -10,6 +10,8 @@ import msgspec
 HOUR: Final = 3600  # seconds
 OTHER: Final = "(other)"
 """The model, key or tenant of what is beyond the number that is told apart."""
+ALL_UPSTREAMS: Final = ""
+"""The upstream of a budget that holds over all upstreams of a file."""
 
 
 class SpendLabels(NamedTuple):
@@ -20,7 +22,8 @@ class SpendLabels(NamedTuple):
         upstream: names the upstream.
         tenant: that the call was for.
         model: that it was made to.
-        key: the digest of its API key, as in the name of its account; empty without one.
+        key: the name of the issued key that it was made with; else its API key, as in the name of its account, which is
+            a digest or a name; empty without one.
     """
 
     hour: int
@@ -62,12 +65,12 @@ class TaskHour(NamedTuple):
 
 
 class AlertPlace(NamedTuple):
-    """The budget that an alert is about.
+    """The budget that an alert, or what is spent, is about.
 
     Attributes:
-        upstream: names the upstream.
-        budget: ``"budget"``, ``"tenant_budget"`` or ``"task_budget"``.
-        subject: the tenant or the task; empty for the budget of all calls.
+        upstream: names the upstream; `ALL_UPSTREAMS` for the budget of a tenant or of an issued key over all of them.
+        budget: ``"budget"``, ``"tenant_budget"``, ``"task_budget"`` or ``"key_budget"``.
+        subject: the tenant, the task or the name of the key; empty for the budget of all calls.
     """
 
     upstream: str

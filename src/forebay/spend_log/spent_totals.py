@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final, TypeAlias
 
 from forebay.quota.budget import period_start
+from forebay.spend_log.spend_record import ALL_UPSTREAMS
 
-_MAX_SUBJECTS: Final = 262_144  # tenants and tasks; the oldest are forgotten first
+_MAX_SUBJECTS: Final = 262_144  # tenants and tasks, and as many keys; the oldest are forgotten first
 
 SpentKey: TypeAlias = tuple[str, str, str]
-"""The upstream, the budget (as in `AlertPlace`) and the subject: a tenant, a task, or nothing."""
+"""The upstream, the budget (as in `AlertPlace`) and the subject: a tenant, a task, a key, or nothing."""
 
 
 class _Spent:
@@ -58,10 +60,11 @@ class SpentTotals:
     def __init__(self) -> None:
         self._spent: dict[SpentKey, _Spent] = {}  # of tenants and tasks
         self._of_upstreams: dict[SpentKey, _Spent] = {}  # of which there are few
+        self._of_keys: dict[SpentKey, _Spent] = {}  # apart, so that many tenants make no key forgotten
 
     def add(self, key: SpentKey, hour: int, usd: float) -> None:
         """Add dollars that were spent in the hour that began at `hour`."""
-        table = self._spent if key[2] else self._of_upstreams
+        table = self._table_of(key)
         spent = table.get(key)
         if spent is None:
             if len(table) >= _MAX_SUBJECTS:
@@ -75,13 +78,27 @@ class SpentTotals:
 
     def spent(self, key: SpentKey, per: str | None, now: float) -> float:
         """Return the dollars spent in the present period, as `Budget.per` names it."""
-        spent = (self._spent if key[2] else self._of_upstreams).get(key)
+        spent = self._table_of(key).get(key)
         if spent is None:
             return 0.0
         if per is None:
             return max(0.0, spent.ever)
         index = _INDEX[per]
         return max(0.0, spent.usd[index]) if spent.periods[index] == period_start(per, now) else 0.0
+
+    def _table_of(self, key: SpentKey) -> dict[SpentKey, _Spent]:
+        if not key[2]:
+            return self._of_upstreams
+        return self._of_keys if key[1] == "key_budget" else self._spent
+
+
+def places_of(upstream: str, tenant: str, key: str) -> Iterator[SpentKey]:
+    """Yield the budgets that spend with these labels counts in, apart from that of a task."""
+    yield upstream, "budget", ""
+    yield upstream, "tenant_budget", tenant
+    yield ALL_UPSTREAMS, "tenant_budget", tenant
+    if key:
+        yield ALL_UPSTREAMS, "key_budget", key
 
 
 @lru_cache(maxsize=16)

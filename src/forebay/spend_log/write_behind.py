@@ -17,7 +17,7 @@ from forebay.errors import ForebayError, InvalidOverflowUrl, InvalidSpendLogUrl,
 from forebay.events import log
 from forebay.spend_log.spend_file import SpendFile
 from forebay.spend_log.spend_record import AlertPlace, GivenAlert, SpendAmounts, SpendLabels
-from forebay.spend_log.spent_totals import SpentTotals
+from forebay.spend_log.spent_totals import SpentTotals, places_of
 from forebay.spend_log.unwritten_spend import UnwrittenSpend
 from forebay.storage import Fsync, parse_url
 from forebay.storage.shown_url import shown_url
@@ -160,8 +160,8 @@ class SpendLog:
         upstream, hour, usd = labels.upstream, labels.hour, amounts.usd
         with self._lock:
             self._unwritten.add(labels, amounts, task_id)
-            self._totals.add((upstream, "budget", ""), hour, usd)
-            self._totals.add((upstream, "tenant_budget", labels.tenant), hour, usd)
+            for place in places_of(upstream, labels.tenant, labels.key):
+                self._totals.add(place, hour, usd)
             if task_id is not None:
                 self._totals.add((upstream, "task_budget", task_id), hour, usd)
             self._schedule()

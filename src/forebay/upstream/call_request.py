@@ -82,6 +82,8 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         weight: the share of turns of its tenant, unless the account's weights name it.
         payer: the task that makes it, which is told what it has used and was charged; or None.
         budgets: of its caller, from which it spends besides those of the upstream.
+        key_name: the name of the issued key with which its caller made it, by which it is attributed; empty for the
+            API key of its account.
     """
 
     charge: Charge = Charge()
@@ -105,6 +107,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     weight: float = 1.0
     payer: UsageObserver | None = None
     budgets: tuple[CallBudget, ...] = ()
+    key_name: str = ""
 
     @property
     def goes_first(self) -> bool:
@@ -139,6 +142,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         key_is_held: the API key of the request is that of the operator, who lets the caller use it.
         budgets: of the caller, from which its calls spend besides those of the upstream.
         metered: the caller has rates or budgets of its own, so that its calls must be readable.
+        key_name: the name of the key that a gateway has issued to the caller; empty if there is none.
     """
 
     priority: Priority = Priority.NORMAL
@@ -150,6 +154,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key_is_held: bool = False
     budgets: tuple[CallBudget, ...] = ()
     metered: bool = False
+    key_name: str = ""
 
 
 class SpendReservation(Protocol):

@@ -197,6 +197,7 @@ class UpstreamCore:
             model=model,
             free=free,
             budgets=caller.budgets,
+            key_name=caller.key_name,
         )
 
     def cost(

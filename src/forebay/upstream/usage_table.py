@@ -22,7 +22,8 @@ class UsageLabels(NamedTuple):
     Attributes:
         tenant: that the calls were made for.
         model: that they asked for; empty where they named none.
-        key: their API key, as eight digits of its hash; empty without one.
+        key: the name of the key that a gateway has issued for them; else their API key, as eight digits of its hash, or
+            the name that the upstream has for it; empty without one.
     """
 
     tenant: str
@@ -36,7 +37,8 @@ class UsageRow(JsonStruct, frozen=True, kw_only=True):
     Attributes:
         tenant: that the calls were made for.
         model: that they asked for; empty where they named none, as guarded functions.
-        key: their API key, as eight digits of its hash; empty without one.
+        key: the name of the key that a gateway has issued for them; else their API key, as eight digits of its hash, or
+            the name that the upstream has for it; empty without one.
         usage: of these calls.
     """
 

@@ -172,6 +172,21 @@ def test_without_a_budget_no_file_is_made(served: list[GatewaySettings], state: 
     assert not state.exists()
 
 
+@pytest.mark.parametrize("of", ["keys", "tenant"])
+def test_spend_is_kept_by_default_if_only_keys_or_tenants_have_budgets(
+    served: list[GatewaySettings], tmp_path: Path, state: Path, of: str
+) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(
+        "[tenants.acme]\nbudget_usd = 5\n" if of == "tenant" else f"[gateway]\nkeys = 'sqlite:///{tmp_path}/keys.db'\n"
+    )
+    kept = state / "gateway-8787.db"
+    assert f"what calls cost is kept in {kept}\n" in run(*OPENAI, "--config", str(file)).stdout
+    assert served[0].spend_log == f"sqlite:///{kept}"
+    said = run(*OPENAI, "--config", str(file), "--check", "--spend-log", "none").stdout
+    assert "what calls cost is kept in memory: a restart refills the budgets\n" in said
+
+
 def test_the_directory_of_the_default_file_is_made_and_of_no_other(
     served: list[GatewaySettings], state: Path, tmp_path: Path
 ) -> None:

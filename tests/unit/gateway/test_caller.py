@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 from forebay import Priority
@@ -103,8 +104,11 @@ def test_an_issued_key_says_whom_the_headers_may_name() -> None:
         key = IssuedKey(name="writer", **fields)
         return callers.read_with_key(headers, key, offset=-900.0, shared_account=False)
 
-    assert read_with(HEADERS) == Caller(tenant="writer", deadline=100.5, task_id="writer:run-7")
-    assert read_with({}, tenant="acme", priority="low") == Caller(tenant="acme", priority=Priority.LOW)
+    own = Caller(tenant="writer", key_name="writer")
+    assert read_with(HEADERS) == msgspec.structs.replace(own, deadline=100.5, task_id="writer:run-7")
+    assert read_with({}, tenant="acme", priority="low") == msgspec.structs.replace(
+        own, tenant="acme", priority=Priority.LOW
+    )
     assert read_with(HEADERS, max_priority="critical").priority is Priority.HIGH
     assert read_with(HEADERS, sets_tenant=True).tenant == "acme"
     assert read_with({"x-user-id": "u"}, sets_tenant=True).tenant == "u"

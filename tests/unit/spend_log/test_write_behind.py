@@ -16,7 +16,7 @@ from forebay.errors import InvalidSpendLogUrl, StoreUnavailable
 from forebay.simulation import simulate
 from forebay.spend_log import SpendAmounts, SpendLabels, SpendLog, SpendQuery, read_spend
 from forebay.spend_log.spend_file import SpendFile
-from forebay.spend_log.spend_record import HOUR, AlertPlace, GivenAlert
+from forebay.spend_log.spend_record import ALL_UPSTREAMS, HOUR, AlertPlace, GivenAlert
 from forebay.storage import Fsync
 
 NOON = int(dt.datetime(2026, 11, 24, 12, tzinfo=dt.UTC).timestamp())
@@ -105,6 +105,25 @@ def test_what_is_spent_is_by_period(open_log: Callable[[], SpendLog]) -> None:
         assert each.spent(ACME, "day", now) == 12.0
         assert each.spent(BUDGET, "day", now + DAY) == 0.0
         assert each.spent(BUDGET, "month", now + 10 * DAY) == 0.0
+
+
+def test_the_spend_of_a_key_and_of_a_tenant_is_that_at_all_upstreams(open_log: Callable[[], SpendLog]) -> None:
+    spend_log = open_log()
+    for upstream, key, hour, usd in (
+        ("openai", "writer", NOON, 1.0),
+        ("anthropic", "writer", NOON - 2 * DAY, 2.0),
+        ("openai", "writer", NOON - 40 * DAY, 4.0),
+        ("openai", "reader", NOON, 8.0),
+        ("openai", "", NOON, 16.0),
+    ):
+        spend_log.record(SpendLabels(hour, upstream, "acme", "gpt-4o", key), SpendAmounts(1, 100, 20, usd))
+    spend_log.flush()
+    for each in (spend_log, open_log()):
+        for place, expected in (
+            (AlertPlace(ALL_UPSTREAMS, "key_budget", "writer"), {"day": 1.0, "month": 3.0, None: 7.0}),
+            (AlertPlace(ALL_UPSTREAMS, "tenant_budget", "acme"), {"day": 25.0, "month": 27.0, None: 31.0}),
+        ):
+            assert {per: each.spent(place, per, NOON + 60.0) for per in ("day", "month", None)} == expected
 
 
 def test_an_earlier_month_does_not_count_in_the_present_one(open_log: Callable[[], SpendLog]) -> None:

@@ -210,7 +210,7 @@ class UpstreamBudgets:
         """Return the recorder of an account; None if nothing is recorded.
 
         Args:
-            key: the digest of its API key, as it is shown.
+            key: its API key, as it is shown.
         """
         if self._spend_log is None:
             return None

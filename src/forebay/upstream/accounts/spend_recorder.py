@@ -45,7 +45,7 @@ class SpendRecorder:
     Args:
         spend_log: where they are recorded.
         upstream: the name of the account's upstream.
-        key: the digest of its API key, as it is shown.
+        key: its API key, as it is shown, for calls without an issued key.
         by_task: tasks have budgets, so that spend is recorded by task, too.
     """
 
@@ -59,7 +59,8 @@ class SpendRecorder:
         """Return the record of a call that gets its permit now; None if it is free of charge, such as a GET."""
         if request.free:
             return None
+        key = request.key_name or self._key
         labels = SpendLabels(
-            hour_of(clock.wall_time()), self._upstream, request.tenant, request.model[:_MAX_MODEL], self._key
+            hour_of(clock.wall_time()), self._upstream, request.tenant, request.model[:_MAX_MODEL], key
         )
         return RecordedCall(self._log, labels, request.task_id if self._by_task else None)

@@ -37,12 +37,12 @@ class UsageRecorder:
             permit: of the call.
             outcome: how it ended.
             usd: dollars that were counted in its budgets, or would have been.
-            key: the API key of its account, as it is shown.
+            key: the API key of its account, as it is shown, for calls without an issued key.
         """
         request = permit.request
         usage = None if request.free else self._usage(permit, outcome, usd)
         if usage is not None:
-            labels = UsageLabels(request.tenant, request.model, key)
+            labels = UsageLabels(request.tenant, request.model, request.key_name or key)
             permit.counted = CountedUsage(labels, usage)
             self.table.add(labels, usage)
         if request.payer is not None:

@@ -45,6 +45,15 @@ def test_a_call_is_recorded_in_the_hour_of_its_permit(spend_log: SpendLog, monke
     }
 
 
+def test_a_call_is_recorded_by_the_name_of_its_issued_key(spend_log: SpendLog) -> None:
+    recorder = SpendRecorder(spend_log, "openai", "ab12cd34", by_task=False)
+    for key_name in ("writer", ""):
+        call = recorder.begin(CallRequest(key_name=key_name))
+        assert call is not None
+        call.settle(1.0, input_tokens=0, output_tokens=0)
+    assert sorted(rows(spend_log, "key")) == [("ab12cd34",), ("writer",)]
+
+
 def test_a_call_whose_cost_is_known_only_later_is_one_call(spend_log: SpendLog) -> None:
     call = SpendRecorder(spend_log, "openai", "", by_task=False).begin(CallRequest(model="gpt-5"))
     assert call is not None
