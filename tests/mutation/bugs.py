@@ -62,6 +62,7 @@ from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller import CallerReader
 from forebay.gateway.caller_limits import CallerLimits, CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.direct_request import RawHeaders
@@ -236,7 +237,7 @@ from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutV
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
-from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import Caller, CallOutcome, CallPrice, CallRequest, Permit, Rejected
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
@@ -998,6 +999,15 @@ def a_restart_refills_the_budget_of_a_key() -> None:
         return SharedBudget(f"the budget of {self.title}", budget)
 
     replace(CallerLimits, CallerLimits._new_budget, _new_budget)
+
+
+def calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider() -> None:
+    original = CallerReader.read_with_key
+
+    def read_with_key(self: CallerReader, *given: Any, **how: Any) -> Caller:
+        return msgspec.structs.replace(original(self, *given, **how), key_name="")
+
+    replace(CallerReader, original, read_with_key)
 
 
 def a_restart_alerts_again() -> None:

@@ -427,6 +427,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_restart_refills_the_budget_of_a_key: (
         test_gateway_caller_spend.test_a_restart_does_not_refill_the_budget_of_a_key
     ),
+    bugs.calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider: (
+        test_gateway_caller_spend.test_a_call_is_attributed_to_the_name_of_its_key_everywhere
+    ),
     bugs.a_restart_alerts_again: test_spend_log.test_a_restart_does_not_alert_again,
     bugs.spend_that_could_not_be_written_is_lost: (
         test_write_behind.test_a_file_that_cannot_be_written_costs_nothing_and_is_written_later
