@@ -255,10 +255,14 @@ end
 local function begin_period(state, budget, now)
   local start = period_start(budget.per, now)
   if start > state.period then
+    state.previous_period, state.previous_spent = state.period, spent_by_all(state)
     state.recovered, state.reported = 0, 0
     for _, member in pairs(state.members) do
       member.usd, member.usd_reserved, member.usd_short = 0, 0, 0
     end
+  elseif start < state.period then
+    if start == state.previous_period then state.recovered = state.recovered + state.previous_spent end
+    state.previous_period, state.previous_spent = -1, 0
   end
   state.period = start
 end
@@ -329,6 +333,7 @@ local function open_ledger(now, request)
   return {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
     levels = levels, members = {}, ended = {}, recovers_until = 0, period = -1, recovered = 0, reported = 0,
+    previous_period = -1, previous_spent = 0,
   }
 end
 
