@@ -10,13 +10,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from tests.support.gateway_harness import CHAT_REQUEST, GatewayHarness, until
+from tests.support.issued_keys import IssuedKeys
 
 from forebay.errors import StoreUnavailable
 from forebay.gateway import GatewaySettings
 from forebay.gateway.server import Gateway
+from forebay.gateway.settings import TenantSettings
 from forebay.quota import Price
 from forebay.spend_log import SpendQuery, read_spend
 
@@ -63,6 +66,29 @@ async def metric(harness: GatewayHarness, url: str, name: str) -> float:
     async with harness.session.get(f"{url}/metrics") as response:
         text = await response.text()
     return float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0])
+
+
+@pytest.mark.blocks  # the settings of two processes: each opens the file
+@pytest.mark.parametrize("holder", ["key", "tenant"])
+async def test_the_budgets_of_keys_and_tenants_go_on_in_the_next_gateway(
+    harness: GatewayHarness, tmp_path: Path, holder: str
+) -> None:
+    keys = IssuedKeys(tmp_path / "keys.db")
+    limit = {"budget_usd": 1.5 * COST, "budget_per": "total"} if holder == "key" else {"tenant": "acme"}
+    text = await keys.create("writer", **limit)
+    gateway = {"keys": keys.url, "spend_log": f"sqlite:///{tmp_path / 'spend.db'}"}
+    settings = harness.settings(gateway=gateway, api_key_env="HELD", prices=PRICES)
+    if holder == "tenant":
+        settings = msgspec.structs.replace(settings, tenants=(TenantSettings(name="acme", budget_usd=1.5 * COST),))
+    answers = []
+    for _ in range(2):
+        async with Gateway(settings, {"HELD": "sk-held-by-the-gateway"}) as opened:
+            url = f"http://127.0.0.1:{opened.port}/v1/chat/completions"
+            headers = {"authorization": f"Bearer {text}"}
+            async with harness.session.post(url, json=CHAT_REQUEST, headers=headers) as response:
+                answers.append((response.status, response.headers.get("x-forebay-limited-by")))
+    name = "key:writer" if holder == "key" else "tenant:acme"
+    assert answers == [(200, None), (402, f"{name}:budget")]
 
 
 @pytest.mark.blocks  # the settings of two processes: each opens the file

@@ -3972,6 +3972,10 @@ def what_a_call_holds_is_kept_if_another_limit_rejects_it() -> None:
     always(CallerPermit, CallerPermit.release, returns=None)
 
 
+def a_restart_refills_the_budget_of_a_caller() -> None:
+    always(SpendLog, SpendLog.spent_by_caller, returns=0.0)
+
+
 def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     def load(*arguments: Any, **settings: Any) -> GatewaySettings:
         settings["gateway"] = settings["gateway"] | {"drain_timeout": None}

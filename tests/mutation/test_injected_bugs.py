@@ -1650,6 +1650,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.what_a_call_holds_is_kept_if_another_limit_rejects_it: (
         test_caller_limits.test_what_was_taken_of_one_caller_is_returned_if_another_rejects_the_call
     ),
+    bugs.a_restart_refills_the_budget_of_a_caller: (
+        test_caller_limits.test_the_budget_of_the_next_process_begins_with_what_is_spent
+    ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
     ),

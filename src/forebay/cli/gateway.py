@@ -14,7 +14,7 @@ import typer
 from forebay import gateway as gateway_package
 from forebay.cli.config import load_gateway_settings
 from forebay.cli.extras import missing_extra_message
-from forebay.cli.state_directory import make_state_directory, with_default_spend_log
+from forebay.cli.state_directory import has_budgets, make_state_directory, with_default_spend_log
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, KeySettings, ModelSettings, TargetSettings, TenantSettings
@@ -202,7 +202,7 @@ def _spend_log_summary(settings: GatewaySettings) -> list[str]:
     """Return where spend is kept; nothing if there is none to keep."""
     if settings.spend_log_url is not None:
         return [f"what calls cost is kept in {parse_spend_log(settings.spend_log_url).path}"]
-    if any(target.has_budgets for target in settings.targets):
+    if has_budgets(settings):
         return ["what calls cost is kept in memory: a restart refills the budgets"]
     return []
 

@@ -42,10 +42,19 @@ def with_default_spend_log(settings: GatewaySettings, environment: Mapping[str, 
     Raises:
         InvalidSetting: there is no directory for it.
     """
-    if settings.spend_log is not None or not any(target.has_budgets for target in settings.targets):
+    if settings.spend_log is not None or not has_budgets(settings):
         return settings
     path = state_directory(environment) / f"{_PREFIX}{settings.address.port}{_SUFFIX}"
     return msgspec.structs.replace(settings, spend_log=f"sqlite:///{quote(str(path))}")
+
+
+def has_budgets(settings: GatewaySettings) -> bool:
+    """Return whether a gateway has a budget, or may have: those of issued keys are in their file, which changes."""
+    return (
+        settings.keys is not None
+        or any(target.has_budgets for target in settings.targets)
+        or any(tenant.has_budgets for tenant in settings.tenants)
+    )
 
 
 def default_spend_logs(environment: Mapping[str, str]) -> Sequence[Path]:

@@ -8,6 +8,7 @@ of its own budgets are, since it knows the price of a call.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -21,6 +22,7 @@ from forebay.limit import Grant, Limit
 from forebay.quota import Budget, Quota, RateLimiter
 from forebay.quota.rate_limiter import new_buckets, resize_buckets
 from forebay.retry import Retry
+from forebay.spend_log import SpendLog
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
@@ -61,6 +63,8 @@ class CallerLimits:
         max_concurrent: calls in progress at a time, those that wait for a target's account included; None for any.
         budget: dollars that its calls may spend; None for any.
         max_wait: seconds that a call may be expected to wait for a rate or a slot.
+        spend_log: keeps what is spent of the budget, by `name`, and has what was spent before; open. None: nothing is
+            kept.
 
     Attributes:
         budget: of its calls, for `Caller.budgets`; None if there is none.
@@ -75,9 +79,11 @@ class CallerLimits:
         max_concurrent: int | None = None,
         budget: Budget | None = None,
         max_wait: float = 600.0,
+        spend_log: SpendLog | None = None,
     ) -> None:
         self.name = name
         self.title = title
+        self._spend_log = spend_log
         self._quotas = tuple(quotas)
         self._slots = CallerSlots(max_concurrent)
         self._limits_slots = max_concurrent is not None
@@ -85,6 +91,7 @@ class CallerLimits:
         self._buckets = new_buckets(self._quotas)
         self._account = self._open()
         self.budget = None if budget is None else self._new_budget(budget)
+        self._budget_before: SharedBudget | None = None  # that was taken away, and may come back
 
     def change(
         self,
@@ -104,12 +111,15 @@ class CallerLimits:
             self._buckets = resize_buckets(clock.now(), self._quotas, self._buckets, quotas)
             self._quotas, self._max_wait = tuple(quotas), max_wait
             self._account = self._open()
+        before = self.budget or self._budget_before
+        self.budget, self._budget_before = None, before
         if budget is None:
-            self.budget = None
-        elif self.budget is None:
-            self.budget = self._new_budget(budget)
+            return
+        if before is None:
+            before = self._new_budget(budget)
         else:
-            self.budget.change(budget)
+            before.change(budget)
+        self.budget = before
 
     @property
     def budgets(self) -> tuple[CallBudget, ...]:
@@ -130,7 +140,8 @@ class CallerLimits:
         """Return whether nothing is used, so that new limits in its place would be the same."""
         account = self._account.account
         idle = not (account.in_flight or account.queue)
-        return idle and account.quotas.is_full(clock.now()) and (self.budget is None or self.budget.is_fresh())
+        budget = self.budget or self._budget_before
+        return idle and account.quotas.is_full(clock.now()) and (budget is None or budget.is_fresh())
 
     async def acquire(self, request: CallRequest) -> CallerPermit:
         """Wait for what a call needs of the rates and slots, at most until its deadline.
@@ -176,7 +187,14 @@ class CallerLimits:
             )
 
     def _new_budget(self, budget: Budget) -> SharedBudget:
-        return SharedBudget(f"the budget of {self.title}", budget)
+        title, spend_log = f"the budget of {self.title}", self._spend_log
+        if spend_log is None:
+            return SharedBudget(title, budget)
+        kind, _, name = self.name.partition(":")
+        made = SharedBudget(title, budget, on_spent=functools.partial(spend_log.record_caller, kind, name))
+        now = clock.wall_time()
+        made.restore(now, spend_log.spent_by_caller(kind, name, budget.per, now), alerted=0.0)
+        return made
 
     def _open(self) -> SharedAccount:
         quotas, buckets, max_wait = self._quotas, self._buckets, self._max_wait

@@ -137,7 +137,7 @@ class Forwarder:
         self._environment = environment
         self._session = session
         self._access_log = access_log
-        self._tenants = Tenants(settings.tenants)
+        self._tenants = Tenants(settings.tenants, spend_log=spend_log)
         self._spend_log = spend_log
         self.targets = self._make_targets(settings)
         self._removed: dict[str, Target] = {}  # what they have spent counts if they come back

@@ -15,6 +15,7 @@ from forebay.events import log
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.issued_keys import IssuedKey, key_digest
 from forebay.gateway.key_file import KeySnapshot, read_snapshot, write_last_used
+from forebay.spend_log import SpendLog
 
 _POLL_INTERVAL: Final = 1.0  # seconds between two looks at the file: a change is in force within two
 _BUSY_TIMEOUT: Final = 0.5  # seconds that a look waits for a command that changes the file
@@ -49,13 +50,15 @@ class KeyRegistry:
 
     Args:
         path: the file.
+        spend_log: keeps what is spent of their budgets; open. None for none.
 
     Attributes:
         path: the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, spend_log: SpendLog | None = None) -> None:
         self.path = path
+        self._spend_log = spend_log
         self._targets: frozenset[str] | None = None
         self._warned: set[tuple[str, str]] = set()  # keys and targets
         self._files = (os.fspath(path), f"{path}-wal")
@@ -125,12 +128,14 @@ class KeyRegistry:
         """Return the limits of a key, which all its calls share."""
         found = self._limits.get(key.name)
         if found is None:
+            key = self._snapshot.keys.get(key.name, key)  # it may have changed while the body of the call arrived
             found = self._limits[key.name] = CallerLimits(
                 f"key:{key.name}",
                 f"key {key.name!r}",
                 quotas=key.quotas(),
                 max_concurrent=key.max_concurrent,
                 budget=key.budget(),
+                spend_log=self._spend_log,
             )
         return found
 

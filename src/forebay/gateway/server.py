@@ -433,7 +433,7 @@ class Gateway:
         path = parse_keys_url(settings.keys)
         if self._keys is not None and self._keys.path == path:
             return self._keys
-        keys = KeyRegistry(path)
+        keys = KeyRegistry(path, spend_log=self._spend_log)
         await asyncio.get_running_loop().run_in_executor(None, keys.load)
         return keys
 

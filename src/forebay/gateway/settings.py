@@ -538,6 +538,11 @@ class TenantSettings(_Settings, frozen=True, kw_only=True):
         """Return its budget; None if it has none."""
         return _budget(self.budget_usd, "day")
 
+    @property
+    def has_budgets(self) -> bool:
+        """True if it may spend no more than a budget."""
+        return self.budget_usd is not None
+
 
 class GatewaySettings(_Settings, frozen=True, kw_only=True):
     """One gateway.

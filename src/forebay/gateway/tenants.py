@@ -10,6 +10,7 @@ import msgspec
 from forebay.events import log
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.settings import OTHER_TENANTS, TenantSettings
+from forebay.spend_log import SpendLog
 from forebay.task import Priority
 from forebay.upstream.call_request import Caller
 from forebay.upstream.weak_lru import WeakLRU
@@ -25,9 +26,11 @@ class Tenants:
 
     Args:
         settings: of tenants.
+        spend_log: keeps what is spent of their budgets; open. None for none.
     """
 
-    def __init__(self, settings: Sequence[TenantSettings]) -> None:
+    def __init__(self, settings: Sequence[TenantSettings], *, spend_log: SpendLog | None = None) -> None:
+        self._spend_log = spend_log
         self._settings: Mapping[str, TenantSettings] = {}
         self._named: dict[str, CallerLimits] = {}
         self._others: WeakLRU[str, CallerLimits] = WeakLRU(
@@ -75,7 +78,7 @@ class Tenants:
         return msgspec.structs.replace(caller, priority=max(asked, best), weight=settings.weight)
 
     def _new_limits(self, tenant: str) -> CallerLimits:
-        limits = CallerLimits(f"tenant:{tenant}", f"tenant {tenant!r}")
+        limits = CallerLimits(f"tenant:{tenant}", f"tenant {tenant!r}", spend_log=self._spend_log)
         _apply(self._settings.get(tenant) or self._settings.get(OTHER_TENANTS), limits)
         return limits
 

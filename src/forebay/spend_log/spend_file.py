@@ -65,6 +65,17 @@ _SCHEMA: Final = Schema(
             ) WITHOUT ROWID
             """,
         ),
+        (
+            """
+            CREATE TABLE caller (
+                kind TEXT NOT NULL,
+                name TEXT NOT NULL,
+                hour INTEGER NOT NULL,
+                usd  REAL NOT NULL,
+                PRIMARY KEY (kind, name, hour)
+            ) WITHOUT ROWID
+            """,
+        ),
     ),
 )
 
@@ -82,9 +93,13 @@ INSERT INTO alert (upstream, budget, subject, period, share) VALUES (?, ?, ?, ?,
 ON CONFLICT DO UPDATE SET period = excluded.period, share = excluded.share
     WHERE (excluded.period, excluded.share) > (period, share)
 """
+_ADD_CALLER: Final = """
+INSERT INTO caller (hour, kind, name, usd) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET usd = usd + excluded.usd
+"""
 _OF_MONTH: Final = "SELECT hour, upstream, tenant, sum(usd) FROM spend WHERE hour >= ? GROUP BY hour, upstream, tenant"
 _EARLIER: Final = "SELECT upstream, tenant, sum(usd) FROM spend WHERE hour < ? GROUP BY upstream, tenant"
 _TASKS: Final = "SELECT hour, upstream, task_id, usd FROM task ORDER BY hour DESC LIMIT ?"
+_CALLERS: Final = "SELECT kind, name, hour, usd FROM caller ORDER BY hour"
 _ALERTS: Final = "SELECT upstream, budget, subject, period, share FROM alert"
 _BY_DAY: Final = (
     """
@@ -96,6 +111,12 @@ _BY_DAY: Final = (
         output_tokens = output_tokens + excluded.output_tokens, usd = usd + excluded.usd
     """,
     "DELETE FROM spend WHERE hour < :old AND hour % 86400 != 0",
+    """
+    INSERT INTO caller (kind, name, hour, usd)
+    SELECT kind, name, 0, sum(usd) FROM caller WHERE hour > 0 AND hour < :old GROUP BY kind, name
+    ON CONFLICT DO UPDATE SET usd = usd + excluded.usd
+    """,
+    "DELETE FROM caller WHERE hour > 0 AND hour < :old",
 )
 _FORGET: Final = (
     "DELETE FROM task WHERE hour < :task",
@@ -143,6 +164,8 @@ class SpendFile:
             )
             tasks = batch.tasks.items()
             connection.executemany(_ADD_TASK, [(hour, *map(_text, names), usd) for (hour, *names), usd in tasks])
+            callers = batch.callers.items()
+            connection.executemany(_ADD_CALLER, [(hour, *map(_text, names), usd) for (hour, *names), usd in callers])
             connection.executemany(_ADD_ALERT, [(*map(_text, place), *given) for place, given in batch.alerts.items()])
 
         self._transact("BEGIN IMMEDIATE", add)
@@ -232,6 +255,8 @@ def _load(connection: sqlite3.Connection, now: float) -> tuple[SpentTotals, dict
     tasks = connection.execute(_TASKS, (_MAX_TASKS,)).fetchall()
     for hour, upstream, task_id, usd in reversed(tasks):
         totals.add((upstream, "task_budget", task_id), hour, usd)
+    for kind, name, hour, usd in connection.execute(_CALLERS):
+        totals.add(("", kind, name), hour, usd)
     rows = connection.execute(_ALERTS)
     return totals, {AlertPlace(*names): GivenAlert(period, share) for *names, period, share in rows}
 

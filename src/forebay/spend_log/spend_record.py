@@ -75,6 +75,20 @@ class AlertPlace(NamedTuple):
     subject: str
 
 
+class CallerHour(NamedTuple):
+    """The labels by which the spend of callers with a budget over several upstreams is added up.
+
+    Attributes:
+        hour: when the hour of the call began, in epoch seconds; 0 for what is long past.
+        kind: of the caller, such as ``"key"`` or ``"tenant"``.
+        name: of the caller.
+    """
+
+    hour: int
+    kind: str
+    name: str
+
+
 class GivenAlert(NamedTuple):
     """The highest share of a budget that an alert was given for, and the period that it was in, in epoch seconds."""
 

@@ -10,7 +10,10 @@ from forebay.quota.budget import period_start
 _MAX_SUBJECTS: Final = 262_144  # tenants and tasks; the oldest are forgotten first
 
 SpentKey: TypeAlias = tuple[str, str, str]
-"""The upstream, the budget (as in `AlertPlace`) and the subject: a tenant, a task, or nothing."""
+"""The upstream, the budget (as in `AlertPlace`) and the subject: a tenant, a task, or nothing.
+
+Of a caller with a budget over several upstreams: nothing, the kind of the caller, and its name.
+"""
 
 
 class _Spent:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from forebay.spend_log.spend_record import HOUR, OTHER, AlertPlace, GivenAlert, SpendAmounts, SpendLabels, TaskHour
+from forebay.spend_log.spend_record import (
+    HOUR,
+    OTHER,
+    AlertPlace,
+    CallerHour,
+    GivenAlert,
+    SpendAmounts,
+    SpendLabels,
+    TaskHour,
+)
 
 _MAX_TOLD_APART: Final = 10_000  # labels an hour; of further ones model and key are "(other)"
 _MAX_TENANTS: Final = 100_000  # labels an hour, those included; of further ones the tenant is "(other)" too
 _MAX_ROWS: Final = 200_000  # that wait while the file cannot be written; further ones are by hour and upstream only
 _MAX_TASKS: Final = 131_072  # as many as have budgets in memory; the oldest are forgotten first
+_MAX_CALLERS: Final = 131_072  # likewise
 _MAX_ALERTS: Final = 131_072
 
 
@@ -20,6 +30,7 @@ class SpendBatch(NamedTuple):
     rows: Mapping[SpendLabels, SpendAmounts]
     tasks: Mapping[TaskHour, float]
     alerts: Mapping[AlertPlace, GivenAlert]
+    callers: Mapping[CallerHour, float]
 
 
 class UnwrittenSpend:
@@ -33,11 +44,12 @@ class UnwrittenSpend:
         self._rows: dict[SpendLabels, SpendAmounts] = {}
         self._tasks: dict[TaskHour, float] = {}
         self._alerts: dict[AlertPlace, GivenAlert] = {}
+        self._callers: dict[CallerHour, float] = {}
         self._told_apart: set[SpendLabels] = set()  # labels of this hour and the last that were written, or will be
         self._hour = 0  # the latest
 
     def __bool__(self) -> bool:
-        return bool(self._rows or self._tasks or self._alerts)
+        return bool(self._rows or self._tasks or self._alerts or self._callers)
 
     def add(self, labels: SpendLabels, amounts: SpendAmounts, task_id: str | None = None) -> None:
         """Add what a call has cost, or, with negative amounts, what it has cost less than was counted.
@@ -62,10 +74,16 @@ class UnwrittenSpend:
         if len(self._alerts) < _MAX_ALERTS or place in self._alerts:
             self._alerts[place] = given
 
+    def add_caller(self, caller: CallerHour, usd: float) -> None:
+        """Add dollars that were spent from the budget that a caller has over several upstreams."""
+        if caller not in self._callers and len(self._callers) >= _MAX_CALLERS:
+            del self._callers[next(iter(self._callers))]
+        self._callers[caller] = self._callers.get(caller, 0.0) + usd
+
     def take(self) -> SpendBatch:
         """Return all of it, and begin again."""
-        batch = SpendBatch(self._rows, self._tasks, self._alerts)
-        self._rows, self._tasks, self._alerts = {}, {}, {}
+        batch = SpendBatch(self._rows, self._tasks, self._alerts, self._callers)
+        self._rows, self._tasks, self._alerts, self._callers = {}, {}, {}, {}
         return batch
 
     def return_batch(self, batch: SpendBatch) -> None:
@@ -76,6 +94,8 @@ class UnwrittenSpend:
             self._add_task(task, usd)
         for place, given in batch.alerts.items():
             self._alerts.setdefault(place, given)
+        for caller, usd in batch.callers.items():
+            self.add_caller(caller, usd)
 
     def _add_task(self, task: TaskHour, usd: float) -> None:
         if task not in self._tasks and len(self._tasks) >= _MAX_TASKS:

@@ -16,7 +16,7 @@ from forebay._threads import DaemonThreadExecutor
 from forebay.errors import ForebayError, InvalidOverflowUrl, InvalidSpendLogUrl, StoreUnavailable
 from forebay.events import log
 from forebay.spend_log.spend_file import SpendFile
-from forebay.spend_log.spend_record import AlertPlace, GivenAlert, SpendAmounts, SpendLabels
+from forebay.spend_log.spend_record import AlertPlace, CallerHour, GivenAlert, SpendAmounts, SpendLabels, hour_of
 from forebay.spend_log.spent_totals import SpentTotals
 from forebay.spend_log.unwritten_spend import UnwrittenSpend
 from forebay.storage import Fsync, parse_url
@@ -165,6 +165,26 @@ class SpendLog:
             if task_id is not None:
                 self._totals.add((upstream, "task_budget", task_id), hour, usd)
             self._schedule()
+
+    def record_caller(self, kind: str, name: str, at: float, usd: float) -> None:
+        """Record what a call has cost a caller that has a budget over several upstreams. It does not block.
+
+        Args:
+            kind: of the caller, such as ``"key"``.
+            name: of the caller.
+            at: epoch seconds at which the call got its permit.
+            usd: dollars; below 0 if the call has cost less than was recorded.
+        """
+        hour = hour_of(at)
+        with self._lock:
+            self._unwritten.add_caller(CallerHour(hour, kind, name), usd)
+            self._totals.add(("", kind, name), hour, usd)
+            self._schedule()
+
+    def spent_by_caller(self, kind: str, name: str, per: str | None, now: float) -> float:
+        """Return the dollars that a caller has spent over several upstreams in its present period; see `spent`."""
+        with self._lock:
+            return self._totals.spent(("", kind, name), per, now)
 
     def record_alert(self, place: AlertPlace, given: GivenAlert) -> None:
         """Record that an alert was given, so that it is not given again after a restart. It does not block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from tests.support.task_plane import virtual
@@ -11,6 +12,7 @@ from forebay import Budget, Quota, clock
 from forebay.errors import Overloaded
 from forebay.gateway.caller_limits import CallerHold, CallerLimits
 from forebay.interfaces import Charge
+from forebay.spend_log import SpendLog
 from forebay.task import Priority
 from forebay.upstream.call_request import CallRequest, Unmetered
 
@@ -181,3 +183,41 @@ async def test_a_lower_number_of_calls_holds_once_those_in_progress_have_ended()
         began = clock.now()
         later = [group.create_task(call(limits, 1.0)) for _ in range(2)]
     assert sorted(round(task.result() - began, 1) for task in later) == [0.5, 1.5]
+
+
+@virtual
+async def test_a_budget_that_is_taken_away_and_comes_back_has_spent_what_it_had() -> None:
+    limits = acme(budget=Budget(usd=1.0, per="day"))
+    assert limits.budget is not None
+    held = limits.budget.try_reserve(0.5, Priority.NORMAL)
+    limits.change()
+    assert not limits.budgets
+    assert held is not None
+    held.settle(0.9)  # meanwhile
+    assert not limits.is_fresh()
+    limits.change()
+    limits.change(budget=Budget(usd=1.0, per="day"))
+    assert limits.budget is not None
+    assert limits.budget.spent() == pytest.approx(0.9)
+
+
+def test_the_budget_of_the_next_process_begins_with_what_is_spent(tmp_path: Path) -> None:
+    expected = {"hour": 0.9, "day": 0.9, "month": 0.9, None: 0.9}
+    for process in range(2):
+        spend_log = SpendLog(f"sqlite:///{tmp_path / 'spend.db'}")
+        spend_log.open()
+        key = CallerLimits("key:a:b", "key 'a:b'", budget=Budget(usd=1.0, per="month"), spend_log=spend_log)
+        other = CallerLimits("tenant:a:b", "tenant 'a:b'", budget=Budget(usd=1.0), spend_log=spend_log)
+        assert key.budget is not None
+        assert other.budget is not None
+        assert other.budget.spent() == 0.0
+        if not process:
+            held = key.budget.try_reserve(0.5, Priority.NORMAL)
+            assert held is not None
+            held.settle(0.7)
+            held.revise(0.9)
+        assert key.budget.spent() == pytest.approx(0.9)
+        now = clock.wall_time()
+        found = {per: spend_log.spent_by_caller("key", "a:b", per, now) for per in expected}
+        assert found == pytest.approx(expected)
+        spend_log.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forebay.spend_log import OTHER, SpendAmounts, SpendLabels, unwritten_spend
-from forebay.spend_log.spend_record import HOUR, AlertPlace, GivenAlert, TaskHour
+from forebay.spend_log.spend_record import HOUR, AlertPlace, CallerHour, GivenAlert, TaskHour
 from forebay.spend_log.unwritten_spend import UnwrittenSpend
 
 
@@ -37,11 +37,14 @@ def test_a_batch_that_could_not_be_written_is_added_to_what_came_meanwhile() -> 
     unwritten = UnwrittenSpend()
     unwritten.add(labels(), call(), task_id="t")
     unwritten.add_alert(AlertPlace("openai", "budget", ""), GivenAlert(0.0, 0.8))
+    unwritten.add_caller(CallerHour(0, "key", "writer"), 1.0)
     batch = unwritten.take()
+    unwritten.add_caller(CallerHour(0, "key", "writer"), 2.0)
     unwritten.add(labels(), call(2.0), task_id="t")
     unwritten.add_alert(AlertPlace("openai", "budget", ""), GivenAlert(0.0, 1.0))
     unwritten.return_batch(batch)
-    rows, tasks, alerts = unwritten.take()
+    rows, tasks, alerts, callers = unwritten.take()
+    assert callers == {CallerHour(0, "key", "writer"): 3.0}
     assert rows == {labels(): SpendAmounts(2, 20, 10, 3.0)}
     assert tasks == {TaskHour(0, "openai", "t"): 3.0}
     assert alerts == {AlertPlace("openai", "budget", ""): GivenAlert(0.0, 1.0)}, "the later one"

@@ -248,6 +248,23 @@ def test_spend_that_is_long_past_is_added_up_by_day(path: Path, open_log: Callab
     assert [(group.values, group.amounts.calls) for group in groups] == [((midnight,), 24), ((NOON,), 1)]
 
 
+def test_what_a_caller_has_spent_is_never_forgotten_in_all(path: Path, open_log: Callable[[], SpendLog]) -> None:
+    spend_log = open_log()
+    for days in (100, 90, 70, 0):
+        spend_log.record_caller("key", "writer", NOON - days * DAY, 1.0)
+    spend_log.record_caller("key", "writer", NOON, -0.5)
+    spend_log.close()
+    file = SpendFile(path, Fsync.NO)
+    for _ in range(2):
+        file.tidy(NOON)
+        totals, _ = file.load(NOON)
+        assert totals.spent(("", "key", "writer"), None, NOON) == 3.5
+        assert totals.spent(("", "key", "writer"), "month", NOON) == 0.5
+    rows = file.select("SELECT hour, usd FROM caller ORDER BY hour", ())
+    file.close()
+    assert rows == [(0, 3.0), (NOON, 0.5)]
+
+
 @pytest.mark.blocks  # a virtual loop runs what blocks inline
 def test_in_virtual_time_it_is_written_without_threads(open_log: Callable[[], SpendLog], path: Path) -> None:
     spend_log = open_log()

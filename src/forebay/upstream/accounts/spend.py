@@ -35,14 +35,24 @@ class SharedBudget:
         budget: the amount and its period.
         on_alert: called once an alert is due, with the share of it and the dollars spent. It may not block, or use the
             budget.
+        on_spent: called with the dollars that each call has cost, when it is settled, and with the difference when its
+            cost is revised; first the epoch second of its reservation. The same holds for it.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_on_alert", "_tracker", "name")
+    __slots__ = ("__weakref__", "_lock", "_on_alert", "_on_spent", "_tracker", "name")
 
-    def __init__(self, name: str, budget: Budget, *, on_alert: Callable[[float, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        budget: Budget,
+        *,
+        on_alert: Callable[[float, float], None] | None = None,
+        on_spent: Callable[[float, float], None] | None = None,
+    ) -> None:
         self.name = name
         self._tracker = BudgetTracker(budget)
         self._on_alert = on_alert
+        self._on_spent = on_spent
         self._lock = threading.Lock()
 
     @property
@@ -81,9 +91,10 @@ class SharedBudget:
 
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
         """Reserve `usd` dollars, or return None if they may not be: check and take are one step, under one lock."""
+        now = clock.wall_time()
         with self._lock:
-            reservation = self._tracker.try_reserve(clock.wall_time(), usd, priority)
-        return None if reservation is None else _HeldDollars(self, reservation)
+            reservation = self._tracker.try_reserve(now, usd, priority)
+        return None if reservation is None else _HeldDollars(self, reservation, now)
 
     def settle(self, reservation: BudgetReservation, usd: float) -> None:
         """Replace a reservation by the dollars that its call has cost."""
@@ -96,6 +107,11 @@ class SharedBudget:
         with self._lock:
             self._tracker.revise(clock.wall_time(), reservation, usd)
         self._alert_if_due()
+
+    def record_spent(self, reserved_at: float, usd: float) -> None:
+        """Report dollars that a call has cost, or the difference if its cost was revised."""
+        if usd and self._on_spent is not None:
+            self._on_spent(reserved_at, usd)
 
     def _alert_if_due(self, *, rejected: float | None = None) -> None:
         now = clock.wall_time()
@@ -144,17 +160,21 @@ class SharedBudget:
 class _HeldDollars:
     """The dollars of a shared budget that are held for one call. It keeps the budget alive. See `SpendReservation`."""
 
-    __slots__ = ("_budget", "_reservation")
+    __slots__ = ("_at", "_budget", "_reservation")
 
-    def __init__(self, budget: SharedBudget, reservation: BudgetReservation) -> None:
+    def __init__(self, budget: SharedBudget, reservation: BudgetReservation, at: float) -> None:
         self._budget = budget
         self._reservation = reservation
+        self._at = at
 
     def settle(self, usd: float) -> None:
         self._budget.settle(self._reservation, usd)
+        self._budget.record_spent(self._at, usd)
 
     def revise(self, usd: float) -> None:
+        before = self._reservation.cost
         self._budget.revise(self._reservation, usd)
+        self._budget.record_spent(self._at, usd - before)
 
 
 UpstreamBudget: TypeAlias = SharedBudget | LeasedBudget
