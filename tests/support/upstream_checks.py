@@ -8,7 +8,7 @@ from tests.support.supervisor_checks import fail_if_any
 
 from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
-from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.spend import UpstreamBudget
 
 _ROUNDING = 1e-9  # dollars
 
@@ -50,7 +50,7 @@ def _held(shared: SharedAccount) -> Iterator[str]:
         yield f"{shared.name} expects {account.expected_calls} calls"
 
 
-def _reserved(budget: SharedBudget) -> Iterator[str]:
+def _reserved(budget: UpstreamBudget) -> Iterator[str]:
     count, usd = budget.reserved()
     if count or abs(usd) > _ROUNDING:
         yield f"{count} calls hold ${usd:.6g} of {budget.name}"

@@ -160,9 +160,6 @@ class CallBudget(Protocol):
     def can_afford(self, usd: float, priority: Priority) -> bool:
         """Return whether `usd` dollars may be reserved."""
 
-    def wait(self, usd: float, priority: Priority) -> float:
-        """Return the seconds until `usd` dollars can be reserved, if they can be afforded: 0 unless they are leased."""
-
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
         """Reserve `usd` dollars, or return None if they may not be: check and take are one step."""
 

@@ -87,7 +87,8 @@ class Account:
         weights: tenants' shares of turns; for a tenant that is not named, the weight of its call counts.
         has_key: its calls have an API key, which may be invented.
         lease: on the account's ledger, which counts its quotas and slots for all processes; None: they are this one's.
-        is_shared: processes share its budgets, so that a call may have to wait for money.
+        money_wait: returns the seconds that a call has to wait for its money, which processes share; None: its money
+            is this process's, and can be reserved at once.
         draw: returns random numbers from [0, 1).
     """
 
@@ -104,7 +105,7 @@ class Account:
         weights: Mapping[str, float] | None = None,
         has_key: bool = False,
         lease: AccountLease | None = None,
-        is_shared: bool = False,
+        money_wait: Callable[[CallRequest], float] | None = None,
         draw: Callable[[], float],
     ) -> None:
         self.name = name
@@ -127,7 +128,7 @@ class Account:
         self._upstream_budget = upstream_budget
         self._max_wait = max_wait
         self._lease = lease
-        self._is_shared = is_shared
+        self._money_wait = money_wait
         self._draw = draw
         self._retry_after = RetryAfterSchedule()
         self._suspension = SpendSuspension()
@@ -154,7 +155,7 @@ class Account:
             and self._refusals.wait(now) <= 0.0
             and self._quota_wait(now, request) <= 0.0
         )
-        if at_once and self._is_shared:
+        if at_once and self._money_wait is not None:
             at_once = self._money_wait(request) <= 0.0
         rejection = self._rejection(now, request, fits=at_once)
         if rejection is not None:
@@ -162,7 +163,7 @@ class Account:
         if at_once:
             return self._too_late(now, request) or self._admit(now, request)
         seconds, limited_by = self._expected_wait_of(now, request)
-        if self._is_shared and (money := self._money_wait(request)) > seconds:
+        if self._money_wait is not None and (money := self._money_wait(request)) > seconds:
             seconds, limited_by = money, SHARED_ACCOUNT
         if self._is_queue_full(request):
             reason = f"{_QUEUE_BOUND} calls wait already"
@@ -192,10 +193,6 @@ class Account:
         """Return the seconds that a call has to wait for its quotas."""
         held, trial = self._held_from(now, request), self._may_try(request)
         return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
-
-    def _money_wait(self, request: CallRequest) -> float:
-        """Return the seconds that a call has to wait for its money: only what processes share is leased first."""
-        return max((budget.wait(request.usd, request.priority) for budget in self._budgets(request)), default=0.0)
 
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now because calls were refused."""
@@ -347,7 +344,7 @@ class Account:
                     look, place = now + min(seconds, bypass), self.places.next_end()
                     return _earliest(look, self.queue.next_deadline(), confirmed_at, place)
                 continue
-            if pause <= 0.0 and self._is_shared:
+            if pause <= 0.0 and self._money_wait is not None:
                 pause = self._money_wait(call.request)
             if pause > 0.0:
                 return _earliest(now + pause, self.queue.next_deadline(), confirmed_at)
@@ -402,7 +399,7 @@ class Account:
         """Return the first queued call that has not been tried yet and need not wait for a quota, or None."""
         fresh = (call for call in self.queue.in_order() if not call.request.retries)
         found = next((call for call in fresh if self._quota_wait(now, call.request) <= 0.0), None)
-        if found is not None and self._is_shared and self._money_wait(found.request) > 0.0:
+        if found is not None and self._money_wait is not None and self._money_wait(found.request) > 0.0:
             return None
         return found
 
@@ -420,7 +417,7 @@ class Account:
         held = partial(self._held_from, now)
         seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots, held=held)
         if call is not None and not seconds:
-            if self._is_shared and (money := self._money_wait(call.request)) > 0.0:
+            if self._money_wait is not None and (money := self._money_wait(call.request)) > 0.0:
                 return money
             self._send(now, call)
         return seconds

@@ -221,7 +221,7 @@ class AccountRegistry:
                 weights=settings.weights,
                 has_key=bool(mark),
                 lease=lease,
-                is_shared=self._link is not None,
+                money_wait=None if self._link is None else self.budgets.lease_wait,
                 draw=self._draw,
             )
 

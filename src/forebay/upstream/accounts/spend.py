@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 from forebay import clock
@@ -54,10 +54,6 @@ class SharedBudget:
             affordable_later=affordable_later,
             draw=clock.draw() if affordable_later else 0.0,
         )
-
-    def wait(self, usd: float, priority: Priority) -> float:  # noqa: ARG002 - of a budget that processes share
-        """Return 0: what can be afforded can be reserved at once."""
-        return 0.0
 
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
         """Reserve `usd` dollars, or return None if they may not be: check and take are one step, under one lock."""
@@ -178,6 +174,13 @@ class UpstreamBudgets:
         if self._task is not None and request.task_id is not None:
             budgets.append(self._tasks.get(request.task_id, self._new_task_budget))
         return budgets
+
+    def lease_wait(self, request: CallRequest) -> float:
+        """Return the seconds until the money of a call is expected to be leased; 0 if it is. It is asked for then."""
+        return max((budget.wait(request.usd, request.priority) for budget in self._leased(request)), default=0.0)
+
+    def _leased(self, request: CallRequest) -> Iterator[LeasedBudget]:
+        return (budget for budget in self.for_request(request) if isinstance(budget, LeasedBudget))
 
     def reset_after_fork(self) -> None:
         """See `ForkAware`."""

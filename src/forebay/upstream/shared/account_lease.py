@@ -24,6 +24,7 @@ from forebay.upstream.shared.messages import (
 
 _LOOK_AHEAD: Final = 64  # waiting calls whose needs are added up
 _PATIENCE: Final = 600.0  # seconds without a call after which the process leaves the ledger
+_PATIENT: Final = 4.0  # times that of a process which has none
 _SLOT_POLL: Final = (0.005, 0.05)  # seconds between two requests for a slot, at least and at most ...
 _SLOT_POLL_SHARE: Final = 0.02  # ... and of the time for which a call holds one
 _IDLE_SLOTS: Final = 0.05  # seconds after which free slots are returned
@@ -75,8 +76,7 @@ class AccountLease(LedgerLease):
         self._slots = SlotReply(allowed=0)
         self._allowed = 0  # calls in flight
         self._counted = 0  # slots that this process holds, as the ledger has it
-        self._asked_for: QueuedCall | None = None  # the first waiting call, when it was last asked for
-        self._retry_at = math.inf  # when to ask for it again
+        self._retry_at = math.inf  # when to ask again for what was not granted
 
     def bind(self, demand: CallDemand, lock: threading.RLock, look: Callable[[], None]) -> None:
         """Use the calls of an account, its lock, and what serves its queue."""
@@ -140,14 +140,14 @@ class AccountLease(LedgerLease):
         waiting: list[QueuedCall] = []
         if demand is not None and not leaving and demand.queue.length and not demand.is_paused(now):
             waiting = list(islice(demand.queue.in_order(), _LOOK_AHEAD))
-        self._asked_for = waiting[0] if waiting else None
         charges = [call.request.charge for call in waiting]
         slots = None
         if self.limit is not None:
             in_use = 0 if demand is None else demand.in_flight
             calls = demand.queue.length if demand is not None and waiting else 0
-            slots = SlotRequest(in_use=in_use, wanted=in_use + min(calls, self.limit))
-            self._allowed = min(self._allowed, slots.wanted)
+            wanted = in_use + min(calls, self.limit)
+            self._allowed = min(self._allowed, wanted)
+            slots = SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)
         return self.new_request(
             leaving=leaving,
             priority=int(waiting[0].priority) if waiting else 0,
@@ -167,7 +167,7 @@ class AccountLease(LedgerLease):
         if reply.slots is not None and request.slots is not None:
             self._slots = reply.slots
             self._allowed = reply.slots.allowed
-            self._counted = max(request.slots.in_use, self._allowed)
+            self._counted = max(request.slots.held, self._allowed)
             if reply.retry_in is None and reply.slots.allowed < request.slots.wanted:
                 retry_in = self._slot_poll()
         self._retry_at = now + retry_in
@@ -181,6 +181,8 @@ class AccountLease(LedgerLease):
     def _slot_poll(self) -> float:
         """Return the seconds after which to ask for a slot again."""
         least, most = _SLOT_POLL
+        if self._allowed:
+            least *= _PATIENT
         held = 0.0 if self._demand is None else self._demand.durations.held
         return min(most, max(least, _SLOT_POLL_SHARE * held))
 
@@ -194,8 +196,10 @@ class AccountLease(LedgerLease):
                 self.ask_at(now)
             return
         head = demand.queue.head() if demand.queue.length else None
-        if head is not None:
-            self.ask_at(now if head[2] is not self._asked_for else self._retry_at)
+        if head is not None and not demand.is_paused(now):
+            charge: Charge = head[2].request.charge
+            if self._is_short_for(now, demand, charge):
+                self.ask_at(self._retry_at if self._has_asked_for(charge) else now)
         if any(bucket.is_low(now) for bucket in self.buckets):
             self.ask_at(now)
         if self.limit is not None:
@@ -203,6 +207,20 @@ class AccountLease(LedgerLease):
                 self.ask_at(now)
             elif demand.in_flight < self._allowed:
                 self.ask_at(now + _IDLE_SLOTS)
+
+    def _is_short_for(self, now: float, demand: CallDemand, charge: Charge) -> bool:
+        """Return whether a call waits for the ledger."""
+        if demand.in_flight >= self.slots(now):
+            return True
+        quotas = zip(self.terms.quotas, self.buckets, strict=True)
+        return any(bucket.time_until(now, getattr(charge, quota.unit)) > 0.0 for quota, bucket in quotas)
+
+    def _has_asked_for(self, charge: Charge) -> bool:
+        """Return whether the ledger was asked for such a call, and has not granted it yet."""
+        if self._retry_at == math.inf:
+            return False
+        quotas = zip(self.terms.quotas, self.buckets, strict=True)
+        return all(getattr(charge, quota.unit) <= bucket.asked for quota, bucket in quotas)
 
     def wake(self) -> None:
         """See `LedgerLease`."""

@@ -52,7 +52,7 @@ def report_spend(state: LedgerState, member: MemberState, asked: BudgetRequest) 
     held = max(0.0, member.usd - asked.spent)
     member.usd_reserved = asked.reserved
     # Calls in flight cost their money, whatever the lease was.
-    member.usd = max(asked.reserved, min(held, max(asked.wanted, asked.needed)))
+    member.usd = max(asked.reserved, asked.kept(held))
 
 
 def grant_money(state: LedgerState, name: str, budget: BudgetTerms, asked: BudgetRequest) -> None:

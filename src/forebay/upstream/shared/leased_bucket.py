@@ -26,6 +26,9 @@ class LeasedBucket(Bucket):
     Args:
         terms: of the quota.
         lease: on the ledger that has the quota.
+
+    Attributes:
+        asked: what the first waiting call needed when it was last asked for.
     """
 
     __slots__ = (
@@ -45,6 +48,7 @@ class LeasedBucket(Bucket):
         "_taken",
         "_taken_at",
         "_used",
+        "asked",
     )
 
     def __init__(self, terms: QuotaTerms, lease: LedgerLease) -> None:
@@ -56,6 +60,7 @@ class LeasedBucket(Bucket):
     def reset_lease(self) -> None:
         """Forget what is held: this process is a new member."""
         self.held = 0.0
+        self.asked = 0.0
         self._granted = 0.0  # held by this process, as the ledger has it
         self._used = 0.0  # of that; not reported yet
         self._reported = 0.0  # by the request that is under way
@@ -185,7 +190,7 @@ class LeasedBucket(Bucket):
             leaving: everything is returned.
         """
         self._measure(now)
-        first = min(first, self.amount)
+        self.asked = first = min(first, self.amount)
         chunk = min(_CHUNK * self.amount, max(self._pace * _CHUNK_TIME, waiting))
         if leaving or (not waiting and now - self._taken_at >= _IDLE):
             chunk = 0.0
@@ -193,8 +198,10 @@ class LeasedBucket(Bucket):
         needed = self.held + first if first and not leaving else 0.0
         wanted = self.held + target
         self._reported = self._used
-        self._returning = max(0.0, self._granted - self._used - max(needed, wanted))
-        return QuotaRequest(used=self._used, needed=needed, wanted=wanted)
+        request = QuotaRequest(used=self._used, reserved=self.held, needed=needed, wanted=wanted)
+        balance = max(0.0, self._granted - self._used)
+        self._returning = balance - request.kept(balance)
+        return request
 
     def receive(self, now: float, reply: QuotaReply | None, competing: int) -> None:
         """Take over what was granted; None: nothing, since this process has left."""

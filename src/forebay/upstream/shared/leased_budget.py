@@ -234,14 +234,15 @@ class LeasedBudget(LedgerLease):
 
     def _reserved_by_all(self, now: float) -> float:
         """Return the dollars that calls in flight may cost, of all processes, by the latest reply."""
-        if self._reply is None or now >= self._period_until:
+        if self._reply is None or now >= self._period_until or not self.is_leased(now):
             return self._reserved
         return max(0.0, self._reply.reserved - self._reserved_then) + self._reserved
 
     def _taken(self, now: float) -> float:
         """Return the dollars that are spent or reserved by all processes, by the latest reply."""
-        known = 0.0 if self._reply is None or now >= self._period_until else self._reply.spent + self._spent
-        return known + self._reserved_by_all(now)
+        if self._reply is None or now >= self._period_until or not self.is_leased(now):
+            return self._reserved  # the next reply tells
+        return self._reply.spent + self._spent + self._reserved_by_all(now)
 
     def _own_share(self, now: float, priority: Priority) -> float:
         """Return the dollars that are left of this process's share while the store is away."""
@@ -276,22 +277,21 @@ class LeasedBudget(LedgerLease):
         needed, wanted, important = self._demand(now)
         if leaving:
             spent, reserved, needed, wanted, important = spent + reserved, 0.0, 0.0, 0.0, False
+        request = BudgetRequest(
+            period=self._period,
+            spent=spent,
+            reserved=reserved,
+            needed=needed,
+            important=important,
+            wanted=wanted,
+            known_spent=0.0 if self._reply is None else self._reply.spent,
+        )
+        balance = max(0.0, self._held - spent)
         self._reported = spent
         self._reserved_then = reserved
-        self._returning = max(0.0, self._held - spent - max(needed, wanted))
+        self._returning = balance - max(min(reserved, balance), request.kept(balance))
         self._kept = max(0.0, self._kept - self._returning)
-        return self.new_request(
-            leaving=leaving,
-            budget=BudgetRequest(
-                period=self._period,
-                spent=spent,
-                reserved=reserved,
-                needed=needed,
-                important=important,
-                wanted=wanted,
-                known_spent=0.0 if self._reply is None else self._reply.spent,
-            ),
-        )
+        return self.new_request(leaving=leaving, budget=request)
 
     def _demand(self, now: float) -> tuple[float, float, bool]:
         """Return the dollars to hold at least and at most, and whether a HIGH or CRITICAL call waits for them."""
@@ -319,10 +319,11 @@ class LeasedBudget(LedgerLease):
         expected = self._held - self._reported - self._returning
         self._reported = self._returning = 0.0
         self._away_left = None
-        budget = self._reply = reply.budget
+        budget = reply.budget
         if budget is None:  # it has left
             self._held = self._kept = 0.0
             return
+        self._reply = budget
         if budget.period != self._period:
             self._begin_period(budget.period)
             expected = 0.0

@@ -32,6 +32,7 @@ from forebay.upstream.shared.quota_shares import (
 from forebay.upstream.shared.slot_shares import grant_slots
 
 _MAX_RETRY: Final = 0.25  # seconds: what others return may come before the refill
+_RECOVERY: Final = 2.0  # seconds in which members come back after their store was away: longer than between attempts
 _KEEP_ENDED: Final = 3600.0  # seconds for which it is known that a member has ended
 _MAX_ENDED: Final = 128  # of them
 
@@ -121,14 +122,17 @@ class AccountLedger:
         refill_quotas(state, elapsed)
         if state.terms.budget is not None:
             begin_period(state, state.terms.budget, now)
-        for name in sorted(name for name, member in state.members.items() if member.until < state.time):
-            self._end(name)
+        before = len(state.members)
+        for name in [name for name, member in state.members.items() if member.until < state.time]:
+            self._end(name, slots=-(-(state.terms.max_concurrent or 0) // before))
+        if before and not state.members:
+            state.recovers_until = state.time + _RECOVERY
 
-    def _end(self, name: str) -> None:
-        """End a member: its slots and its money are free."""
+    def _end(self, name: str, *, slots: int = 0) -> None:
+        """End a member: its slots and its money are free, unless it may be using its fair share."""
         state = self.state
         member = state.members.pop(name)
-        state.ended[name] = EndedMember(member.sequence, state.time, member.held)
+        state.ended[name] = EndedMember(member.sequence, state.time, member.held, slots)
         for other in [other for other, ended in state.ended.items() if ended.at < state.time - _KEEP_ENDED]:
             del state.ended[other]
         while len(state.ended) > _MAX_ENDED:

@@ -69,11 +69,13 @@ class EndedMember(msgspec.Struct):
         sequence: of its latest request.
         at: when it ended.
         lost: of each quota: what it held, which counts as used.
+        slots: its fair share, which it uses if it is alive and the store was away; 0 if it has left.
     """
 
     sequence: int
     at: float
     lost: list[float]
+    slots: int = 0
 
 
 class LedgerState(msgspec.Struct):
@@ -87,6 +89,8 @@ class LedgerState(msgspec.Struct):
         levels: of each quota: what nobody holds.
         members: by id.
         ended: members that have ended lately, by id.
+        recovers_until: all members' leases had ended together, so the store was away: until then members that have not
+            come back are taken to use their fair share of the slots.
         period: when the period of its budget began, in epoch seconds.
         recovered: dollars that were spent in this period by what members of an earlier epoch knew.
         reported: dollars that members have spent in this period besides.
@@ -99,6 +103,7 @@ class LedgerState(msgspec.Struct):
     levels: list[float] = []
     members: dict[str, MemberState] = {}
     ended: dict[str, EndedMember] = {}
+    recovers_until: float = 0.0
     period: float = -1.0
     recovered: float = 0.0
     reported: float = 0.0
@@ -107,6 +112,10 @@ class LedgerState(msgspec.Struct):
     def spent(self) -> float:
         """Dollars spent in this period."""
         return self.recovered + self.reported
+
+    def slots_of_the_absent(self) -> int:
+        """Return the slots that members may use that have not come back since the store was away."""
+        return sum(ended.slots for ended in self.ended.values()) if self.time < self.recovers_until else 0
 
     def others(self, member: str) -> list[MemberState]:
         """Return all members but one."""

@@ -20,6 +20,7 @@ from forebay.upstream.shared.store import LedgerStore
 _BATCH: Final = 100  # exchanges that are made together
 _GAIN: Final = 0.1  # weight of the newest exchange in the mean of their times
 _FIRST_TIME: Final = 0.01  # seconds that an exchange is taken to last before the first
+_REPORT_AFTER: Final = 1.0  # seconds of failures after which one is logged
 _RETRY: Final = (0.05, 1.0)  # seconds until a failed exchange is repeated: at first, and at most
 
 Batch = Sequence[tuple[LedgerLease, ExchangeRequest]]
@@ -62,6 +63,7 @@ class LedgerLink:
         self._retry_at = -math.inf
         self._retry_delay = _RETRY[0]
         self._error: BaseException | None = None
+        self._is_reported = False
         self._closing = False
 
     def reset_after_fork(self) -> None:
@@ -127,8 +129,9 @@ class LedgerLink:
     def deliver(self, started: float, batch: Batch, replies: Sequence[ExchangeReply]) -> None:
         """Use the replies to a batch that was sent at `started`."""
         now = clock.now()
-        if self._error is not None:
+        if self._is_reported:
             log.warning("the store of %r at %s is back, after %.1f s", self._name, self.where, now - self._failed_at)
+            self._is_reported = False
         self._error, self._failed_at, self._retry_at, self._retry_delay = None, math.inf, -math.inf, _RETRY[0]
         self.exchange_time += _GAIN * (now - started - self.exchange_time)
         for (lease, request), reply in zip(batch, replies, strict=True):
@@ -141,6 +144,8 @@ class LedgerLink:
         now = clock.now()
         if self._error is None:
             self._failed_at = now
+        if now - self._failed_at >= _REPORT_AFTER and not self._is_reported:
+            self._is_reported = True
             log.warning(
                 "the store of %r fails: %s. Processes that have used it keep their fair share of the account meanwhile",
                 self._name,

@@ -7,6 +7,11 @@ import msgspec
 from forebay._text import format_duration
 
 
+def _kept(held: float, reserved: float, needed: float, wanted: float) -> float:
+    """Return the part of `held` that is kept: members that each hold a part of what all need would wait for good."""
+    return min(held, reserved if needed > held else max(reserved, needed, wanted))
+
+
 def ledger_key(kind: str, *parts: str) -> str:
     """Return the key of a ledger: another one for each kind and each list of parts."""
     return msgspec.json.encode([kind, *parts]).decode()
@@ -77,13 +82,20 @@ class QuotaRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         used: by its calls since its last exchange that was answered; below 0 if they returned more than they took.
-        needed: to hold after the exchange, so that the first of its waiting calls can go; 0 if none waits for it.
-        wanted: to hold after the exchange, at least `needed`; what it holds above that is returned.
+        reserved: for its calls in flight, of a strict quota.
+        needed: to hold after the exchange, `reserved` included, so that the first of its waiting calls can go; 0 if
+            none waits for it. If it does not hold that much, it returns what is not reserved, and gets all or nothing.
+        wanted: to hold after the exchange, at least `reserved` and `needed`; what it holds above that is returned.
     """
 
     used: float = 0.0
+    reserved: float = 0.0
     needed: float = 0.0
     wanted: float = 0.0
+
+    def kept(self, held: float) -> float:
+        """Return the part of `held` that the member keeps, before anything is granted."""
+        return _kept(held, self.reserved, self.needed, self.wanted)
 
 
 class SlotRequest(msgspec.Struct, frozen=True):
@@ -91,10 +103,12 @@ class SlotRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         in_use: its calls in flight.
+        held: the calls that it may have in flight until the reply comes: those that it has, or was allowed.
         wanted: its calls in flight and those that wait for a slot.
     """
 
     in_use: int = 0
+    held: int = 0
     wanted: int = 0
 
 
@@ -106,7 +120,8 @@ class BudgetRequest(msgspec.Struct, frozen=True):
         spent: by its calls since its last exchange that was answered.
         reserved: for its calls in flight.
         needed: to hold after the exchange, `reserved` included, so that the first of its waiting calls can go; 0 if
-            none waits for money.
+            none waits for money. If it does not hold that much, it returns what is not reserved, and gets all or
+            nothing.
         important: that call may spend the reserved share.
         wanted: to hold after the exchange, at least `reserved` and `needed`; what it holds above that is returned.
         known_spent: by all members, as the ledger told it last.
@@ -119,6 +134,10 @@ class BudgetRequest(msgspec.Struct, frozen=True):
     important: bool = False
     wanted: float = 0.0
     known_spent: float = 0.0
+
+    def kept(self, held: float) -> float:
+        """Return the part of `held` that the member keeps, before anything is granted."""
+        return _kept(held, self.reserved, self.needed, self.wanted)
 
 
 class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):

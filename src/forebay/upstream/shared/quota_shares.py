@@ -35,9 +35,8 @@ def report_quotas(state: LedgerState, member: MemberState, asked: tuple[QuotaReq
         if held < 0.0:  # a debt: calls have used more than they reserved
             state.levels[number] += held
             held = 0.0
-        returned = max(0.0, held - max(quota.wanted, quota.needed))
-        member.held[number] = held - returned
-        state.levels[number] += returned
+        member.held[number] = quota.kept(held)
+        state.levels[number] += held - member.held[number]
         _bound(state, number)
 
 

@@ -1,7 +1,8 @@
 """The slots of a ledger: how many calls each member may have in flight. Pure.
 
 A member holds as many slots as it has calls in flight, and those that it was allowed for calls that wait. While others
-wait, each may have its fair share of the limit; what it has beyond that it gives back as its calls end.
+wait, each may have its fair share of the limit; what it has beyond that it gives back as its calls end. It may use what
+it was allowed until a reply tells it less, so that counts as held until its next request says that it has less.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ def grant_slots(state: LedgerState, name: str, asked: SlotRequest, *, may_grow: 
     limit, member = state.terms.max_concurrent, state.members[name]
     assert limit is not None  # noqa: S101 - the ledger counts slots
     wanted = max(asked.in_use, asked.wanted) if may_grow else asked.in_use
-    member.slots = min(member.slots, max(asked.in_use, wanted))
+    member.slots = max(asked.in_use, asked.held)
     member.slots_wanted = wanted
-    held_by_others = sum(other.slots for other in state.others(name))
+    held_by_others = sum(other.slots for other in state.others(name)) + state.slots_of_the_absent()
     demand = {other: each.slot_demand(state.time) for other, each in state.members.items()}
     allowed = max(0, min(_share(state, name, limit, demand), wanted, limit - held_by_others))
     if allowed > member.slots:
         member.served_at = state.time
-    member.slots = max(asked.in_use, allowed)
+    member.slots = max(member.slots, allowed)
     wanting = sum(1 for each in demand.values() if each > 0)
     return SlotReply(allowed=allowed, give_back=wanting > limit, free=max(0, limit - held_by_others - member.slots))
 

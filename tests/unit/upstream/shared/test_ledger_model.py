@@ -1,15 +1,19 @@
-"""Random exchanges, deaths, repeats and pauses of members with one ledger: nothing is created, and nothing is lost."""
+"""Random exchanges of members with one ledger, over a network that loses and repeats, with members that pause.
+
+What the members use in all is compared with what the limits allow: nothing is created, and nothing is lost.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+import pytest
 
+from forebay.clock import new_random
 from forebay.upstream.shared.ledger import AccountLedger, decode_ledger, encode_ledger
+from forebay.upstream.shared.ledger_state import LedgerState
 from forebay.upstream.shared.messages import (
     LEASE,
     BudgetRequest,
@@ -22,232 +26,303 @@ from forebay.upstream.shared.messages import (
     SlotRequest,
 )
 
+BUDGET, LIMIT = 100.0, 5
 TERMS = LedgerTerms(
     quotas=(QuotaTerms("requests", 100.0, 60.0), QuotaTerms("tokens", 10_000.0, 60.0)),
-    max_concurrent=5,
-    budget=BudgetTerms(100.0, reserved_share=0.1),
+    max_concurrent=LIMIT,
+    budget=BudgetTerms(BUDGET, reserved_share=0.1),
 )
-MEMBERS = ("a", "b", "c")
+NAMES = ("a", "b", "c")
 
 
+class Start(NamedTuple):
+    """Calls that start, if what is held is enough for them."""
+
+    requests: int
+    tokens: float
+    calls: int
+    usd: float
+
+
+class Wishes(NamedTuple):
+    """The demand of a member."""
+
+    needed: tuple[float, float]
+    extra: float
+    calls: int
+    usd: float
+    important: bool
+    leaving: bool
+
+
+FATES = (*["answered"] * 4, "the request is lost", "the reply is lost", "it is decided twice")
+WAITS = (0.01, 0.01, 0.1, 0.1, 0.5, 0.5, 2.0, 2.0, LEASE + 1.0, 70.0)
+
+
+@dataclass
 class Member:
-    """A member that uses what it holds, and no more; only its calls in flight may end after its lease."""
+    """A member that uses what it holds within its lease, and no more. Its calls may end later."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.sequence = 0
-        self.epoch = ""
-        self.lease_until = -math.inf
-        self.held = [0.0, 0.0]
-        self.used = [0.0, 0.0]
-        self.allowed = 0
-        self.in_flight = 0
-        self.usd_held = 0.0
-        self.usd_spent = 0.0
-        self.usd_reserved = 0.0
-        self.period = -1.0
-        self.pending: ExchangeRequest | None = None  # its reply was lost
+    name: str
+    sequence: int = 0
+    epoch: str = ""
+    until: float = -math.inf  # when its lease ends, by its own clock
+    held: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    used: list[float] = field(default_factory=lambda: [0.0, 0.0])  # and not reported
+    returning: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    allowed: int = 0
+    in_flight: int = 0
+    usd: float = 0.0
+    usd_spent: float = 0.0  # and not reported
+    usd_reserved: float = 0.0
+    usd_returning: float = 0.0
+    period: float = -1.0
+    is_late: bool = False  # its lease has ended, and it has noticed
+    request: ExchangeRequest | None = None  # that was not answered
+    sent_at: float = 0.0
+    reply: ExchangeReply | None = None  # that is on its way
 
 
-class LedgerMachine(RuleBasedStateMachine):
-    """Members that behave, on a network that does not."""
+class World:
+    """Members, their ledger, and the network between them."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = 1_000_000.0
+        self.now = 1000.0  # of the members' clocks
+        self.offset = 1_700_000_000.0  # of the store's clock
         self.ledger: AccountLedger | None = None
-        self.members = {name: Member(name) for name in MEMBERS}
-        self.spent = 0.0  # dollars, whether they were reported or not
+        self.opened_at = 0.0
+        self.members = {name: Member(name) for name in NAMES}
         self.used = [0.0, 0.0]
-        self.started = self.now
+        self.spent = 0.0
+        self.reserved_late = 0.0  # dollars of calls that were in flight when a lease ended
+        self.had_late_calls = False
 
-    def run(self, request: ExchangeRequest) -> ExchangeReply:
-        if self.ledger is None:
-            self.ledger = AccountLedger.open(self.now, request)
-        reply = self.ledger.exchange(self.now, request)
-        self.ledger = decode_ledger(encode_ledger(self.ledger))
-        return reply
+    # --- time ---
 
-    @rule(seconds=st.sampled_from([0.0, 0.01, 0.5, 2.0, LEASE + 1.0, 70.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-
-    @rule(seconds=st.floats(0.1, 100.0))
-    def the_clock_goes_back(self, seconds: float) -> None:
-        """Set it back: it is the store's, so leases of members end later by it, and they hold on to nothing more."""
         for member in self.members.values():
-            member.lease_until -= seconds
-        self.now -= seconds
-        self.started -= seconds
+            if self.now >= member.until and not member.is_late:
+                member.is_late = True
+                self.reserved_late += member.usd_reserved
+                self.had_late_calls |= member.in_flight > 0
 
-    @rule(
-        name=st.sampled_from(MEMBERS),
-        requests=st.integers(0, 3),
-        tokens=st.floats(0.0, 400.0),
-        starts=st.integers(0, 2),
-        usd=st.floats(0.0, 2.0),
-    )
-    def use(self, name: str, requests: int, tokens: float, starts: int, usd: float) -> None:
-        """Use some of what is held, within the lease. A request that is on its way returns what it does not want."""
+    def set_the_stores_clock_back(self, seconds: float) -> None:
+        self.offset -= seconds
+
+    # --- calls ---
+
+    def start_calls(self, name: str, start: Start) -> None:
+        """Use what is held, but no more."""
         member = self.members[name]
-        if self.now >= member.lease_until or member.pending is not None:
+        if member.is_late:
             return
-        for number, wanted in enumerate((float(requests), tokens)):
-            amount = min(wanted, member.held[number] - member.used[number])
+        for number, wanted in enumerate((float(start.requests), start.tokens)):
+            amount = min(wanted, member.held[number] - member.used[number] - member.returning[number])
             if amount > 0.0:
                 member.used[number] += amount
                 self.used[number] += amount
-        member.in_flight += max(0, min(starts, member.allowed - member.in_flight))
-        idle = member.usd_held - member.usd_spent - member.usd_reserved
-        member.usd_reserved += max(0.0, min(usd, idle))
+        member.in_flight += max(0, min(start.calls, member.allowed - member.in_flight))
+        idle = member.usd - member.usd_spent - member.usd_reserved - member.usd_returning
+        member.usd_reserved += max(0.0, min(start.usd, idle))
 
-    @rule(
-        name=st.sampled_from(MEMBERS), count=st.integers(1, 3), share=st.floats(0.0, 1.0), refund=st.floats(0.0, 50.0)
-    )
-    def end_calls(self, name: str, count: int, share: float, refund: float) -> None:
-        """End calls, also after the lease: they cost a share of what was reserved for them."""
+    def end_calls(self, name: str, calls: int, share: float, tokens: float) -> None:
+        """End calls, also after the lease. They cost a share of what was reserved, and return some tokens."""
         member = self.members[name]
-        member.in_flight = max(0, member.in_flight - count)
+        member.in_flight = max(0, member.in_flight - calls)
         cost = share * member.usd_reserved
         member.usd_reserved = 0.0
         member.usd_spent += cost
         self.spent += cost
-        refund = min(refund, self.used[1])
-        member.used[1] -= refund
-        self.used[1] -= refund
+        returned = min(tokens, max(0.0, member.used[1]))
+        member.used[1] -= returned
+        self.used[1] -= returned
 
-    @rule(
-        name=st.sampled_from(MEMBERS),
-        needed=st.tuples(st.floats(0.0, 5.0), st.floats(0.0, 3_000.0)),
-        extra=st.floats(0.0, 10.0),
-        slots=st.integers(0, 6),
-        usd=st.floats(0.0, 50.0),
-        important=st.booleans(),
-        lost=st.sampled_from(["no", "no", "request", "reply"]),
-        leaving=st.sampled_from([False, False, False, True]),
-    )
-    def exchange(self, name: str, lost: str, **wishes: Any) -> None:
+    # --- exchanges ---
+
+    def exchange(self, *, name: str, wishes: Wishes, meanwhile: Start, later: Start, fate: str) -> None:
+        """Make an exchange, and start calls while it is under way."""
+        if self.members[name].request is None:
+            self.send(name, wishes)
+        self.start_calls(name, meanwhile)
+        if fate == "the request is lost":
+            return
+        self.decide(name)
+        self.start_calls(name, later)
+        if fate == "it is decided twice":
+            self.decide(name)
+        if fate != "the reply is lost":
+            self.receive(name)
+
+    def send(self, name: str, wishes: Wishes) -> None:
         member = self.members[name]
-        request = member.pending or self.new_request(member, **wishes)
-        member.pending = request
-        if lost == "request":
+        if member.request is not None:
             return
-        reply = self.run(request)
-        again = self.run(request)
-        assert again.quotas == reply.quotas or request.leaving
-        if lost == "reply":
-            return
-        self.apply(member, request, reply)
-
-    def new_request(
-        self,
-        member: Member,
-        *,
-        needed: tuple[float, float],
-        extra: float,
-        slots: int,
-        usd: float,
-        important: bool,
-        leaving: bool,
-    ) -> ExchangeRequest:
+        leaving = wishes.leaving and not member.in_flight and not member.usd_reserved
+        needed = (0.0, 0.0) if leaving else wishes.needed
+        wanted_usd = 0.0 if leaving else member.usd_reserved + wishes.usd
+        extra = 0.0 if leaving else wishes.extra
+        calls = 0 if leaving else wishes.calls
+        quotas = tuple(
+            QuotaRequest(used=used, needed=need, wanted=need + extra)
+            for used, need in zip(member.used, needed, strict=True)
+        )
+        held = [max(0.0, held - used) for held, used in zip(member.held, member.used, strict=True)]
+        member.returning = [amount - quota.kept(amount) for amount, quota in zip(held, quotas, strict=True)]
+        budget = BudgetRequest(
+            period=member.period,
+            spent=member.usd_spent,
+            reserved=member.usd_reserved,
+            needed=wanted_usd,
+            important=wishes.important,
+            wanted=wanted_usd + extra,
+        )
+        usd = max(0.0, member.usd - member.usd_spent)
+        member.usd_returning = usd - max(min(usd, member.usd_reserved), budget.kept(usd))
+        member.allowed = min(member.allowed, member.in_flight + calls)
         member.sequence += 1
-        leaving = leaving and not member.in_flight and not member.usd_reserved
-        wanted = 0.0 if leaving else member.usd_reserved + usd
-        return ExchangeRequest(
+        member.sent_at = self.now
+        member.request = ExchangeRequest(
             ledger="l",
-            member=member.name,
+            member=name,
             sequence=member.sequence,
             epoch=member.epoch,
             terms=TERMS,
-            quotas=tuple(
-                QuotaRequest(used, 0.0 if leaving else need, 0.0 if leaving else need + extra)
-                for used, need in zip(member.used, needed, strict=True)
+            quotas=quotas,
+            slots=SlotRequest(
+                member.in_flight,
+                max(member.in_flight, 0 if member.is_late else member.allowed),
+                member.in_flight + calls,
             ),
-            slots=SlotRequest(member.in_flight, member.in_flight + slots),
-            budget=BudgetRequest(
-                period=member.period,
-                spent=member.usd_spent,
-                reserved=member.usd_reserved,
-                needed=wanted,
-                important=important,
-                wanted=wanted + extra,
-            ),
+            budget=budget,
             leaving=leaving,
         )
 
-    def apply(self, member: Member, request: ExchangeRequest, reply: ExchangeReply) -> None:
-        member.pending = None
-        member.epoch = reply.epoch
-        assert request.slots is not None
+    def decide(self, name: str) -> None:
+        """Let the request reach the ledger, for the first time or again."""
+        member = self.members[name]
+        if member.request is None:
+            return
+        now = self.offset + self.now
+        if self.ledger is None:
+            self.ledger = AccountLedger.open(now, member.request)
+            self.opened_at = self.now
+        member.reply = self.ledger.exchange(now, member.request)
+        self.ledger = decode_ledger(encode_ledger(self.ledger))
+
+    def receive(self, name: str) -> None:
+        member = self.members[name]
+        request, reply = member.request, member.reply
+        if request is None or reply is None:
+            return
         assert request.budget is not None
+        member.request = member.reply = None
+        member.epoch = reply.epoch
         for number, quota in enumerate(request.quotas):
             member.used[number] -= quota.used
             member.held[number] = reply.quotas[number].held if reply.quotas else 0.0
+        member.returning, member.usd_returning = [0.0, 0.0], 0.0
         member.usd_spent -= request.budget.spent
-        member.allowed = reply.slots.allowed if reply.slots else 0
-        member.usd_held = reply.budget.held if reply.budget else 0.0
-        member.period = reply.budget.period if reply.budget else -1.0
-        state = self.state
-        assert state is not None
-        # The lease counts from when the request was sent; here it may have been decided long before its reply came.
-        known = state.members.get(member.name)
-        member.lease_until = -math.inf if known is None else self.now + (known.until - state.time)
+        member.allowed = 0 if reply.slots is None else reply.slots.allowed
+        member.usd = 0.0 if reply.budget is None else reply.budget.held
+        member.period = -1.0 if reply.budget is None else reply.budget.period
+        member.until = -math.inf if request.leaving else member.sent_at + LEASE
+        member.is_late = self.now >= member.until
+        if member.is_late:
+            self.reserved_late += member.usd_reserved
+            self.had_late_calls |= member.in_flight > 0
+
+    # --- what holds ---
 
     @property
-    def state(self) -> Any:
+    def state(self) -> LedgerState | None:
         return None if self.ledger is None else self.ledger.state
 
-    @invariant()
     def the_money_is_conserved(self) -> None:
         if self.state is None:
             return
-        unreported = sum(member.usd_spent for member in self.members.values())
-        counted_unheard = sum(
-            member.pending.budget.spent
-            for member in self.members.values()
-            if member.pending is not None and member.pending.budget is not None and self.was_decided(member)
-        )
-        assert self.state.spent + unreported - counted_unheard == self.approximately(self.spent)
+        unreported = 0.0
+        for member in self.members.values():
+            unreported += member.usd_spent
+            if member.request is not None and self.was_decided(member):
+                assert member.request.budget is not None
+                unreported -= member.request.budget.spent
+        assert math.isclose(self.state.spent + unreported, self.spent, abs_tol=1e-6)
 
     def was_decided(self, member: Member) -> bool:
-        assert member.pending is not None
+        assert self.state is not None
         known = self.state.members.get(member.name) or self.state.ended.get(member.name)
-        return known is not None and known.sequence >= member.pending.sequence
+        return known is not None and known.sequence >= member.sequence
 
-    @staticmethod
-    def approximately(value: float) -> Any:
-        class Close(float):
-            def __eq__(self, other: object) -> bool:
-                return isinstance(other, float) and math.isclose(self, other, rel_tol=1e-9, abs_tol=1e-6)
+    def no_more_money_is_spent_or_in_use_than_there_is(self) -> None:
+        """But what calls cost that were in flight when a lease ended: their money was free again."""
+        reserved = sum(member.usd_reserved for member in self.members.values())
+        assert self.spent + reserved <= BUDGET + self.reserved_late + 1e-6
 
-            __hash__ = float.__hash__
-
-        return Close(value)
-
-    @invariant()
-    def no_more_money_is_held_than_is_left(self) -> None:
-        if self.state is None:
-            return
-        late = sum(member.usd_reserved for member in self.members.values() if self.now >= member.lease_until)
-        held = sum(member.usd for member in self.state.members.values())
-        spent_late = max(0.0, self.state.spent - 100.0)
-        assert self.state.spent + held <= 100.0 + late + spent_late + held * (spent_late > 0.0) + 1e-6
-
-    @invariant()
-    def a_level_and_what_is_held_of_it_are_one_amount_at_most(self) -> None:
+    def no_more_is_used_of_a_quota_than_it_grants(self) -> None:
         if self.state is None:
             return
         for number, quota in enumerate(TERMS.quotas):
-            held = sum(member.held[number] for member in self.state.members.values())
-            assert self.state.levels[number] + held <= quota.amount * (1 + 1e-9)
+            granted = quota.amount + (self.now - self.opened_at) * quota.amount / quota.seconds
+            assert self.used[number] <= granted * (1.0 + 1e-9)
 
-    @invariant()
-    def slots_that_live_members_hold_are_within_the_limit(self) -> None:
-        alive = [member for member in self.members.values() if self.now < member.lease_until]
-        zombies = sum(member.in_flight for member in self.members.values() if self.now >= member.lease_until)
-        if zombies == 0:
-            assert sum(member.in_flight for member in alive) <= 5 or self.state is None
+    def what_is_left_and_what_is_held_are_one_amount_at_most(self) -> None:
+        if self.state is not None:
+            for number, quota in enumerate(TERMS.quotas):
+                held = sum(member.held[number] for member in self.state.members.values())
+                assert self.state.levels[number] + held <= quota.amount * (1.0 + 1e-9)
+
+    def no_more_calls_are_in_flight_than_the_limit(self) -> None:
+        """But those that were in flight when a lease ended."""
+        in_flight = sum(member.in_flight for member in self.members.values())
+        assert in_flight <= LIMIT or self.had_late_calls
+        members = self.members.values()
+        counted = sum(member.slots for member in self.state.members.values()) if self.state is not None else 0
+        allowed = max(counted, sum(max(member.in_flight, member.allowed) for member in members))
+        if allowed <= LIMIT and not any(member.request or (member.is_late and member.in_flight) for member in members):
+            self.had_late_calls = False
+
+    def check(self) -> None:
+        self.the_money_is_conserved()
+        self.no_more_money_is_spent_or_in_use_than_there_is()
+        self.no_more_is_used_of_a_quota_than_it_grants()
+        self.what_is_left_and_what_is_held_are_one_amount_at_most()
+        self.no_more_calls_are_in_flight_than_the_limit()
 
 
-TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def run(seed: int, steps: int) -> None:
+    """Do random steps, and check after each of them what holds."""
+    random = new_random(seed)
+    world = World()
+
+    def start() -> Start:
+        return Start(random.randrange(6), random.uniform(0.0, 3_000.0), random.randrange(6), random.uniform(0.0, 8.0))
+
+    def wishes() -> Wishes:
+        needed = (random.uniform(0.0, 40.0), random.uniform(0.0, 6_000.0)) if random.random() < 0.7 else (0.0, 0.0)
+        usd = random.choice([0.0, 0.5, 5.0, 60.0])
+        return Wishes(
+            needed, random.uniform(0.0, 50.0), random.randrange(6), usd, random.random() < 0.3, random.random() < 0.05
+        )
+
+    for _ in range(steps):
+        name = random.choice(NAMES)
+        match random.randrange(10):
+            case 0 | 1:
+                world.wait(random.choice(WAITS))
+            case 2:
+                world.start_calls(name, start())
+            case 3 | 4:
+                world.end_calls(
+                    name, random.randrange(1, 4), random.choice([0.0, 0.02, 1.0]), random.uniform(0.0, 300.0)
+                )
+            case 5 if random.random() < 0.1:
+                world.set_the_stores_clock_back(random.uniform(0.1, 100.0))
+            case _:
+                world.exchange(name=name, wishes=wishes(), meanwhile=start(), later=start(), fate=random.choice(FATES))
+        world.check()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_exchanges_create_nothing_and_lose_nothing(seed: int) -> None:
+    run(seed, 300)
