@@ -99,6 +99,7 @@ steps = st.lists(
             "priority": st.integers(0, 3),
             "amounts": st.lists(eighths, min_size=10, max_size=10),
             "in_use": st.integers(0, 6),
+            "kept_slots": st.integers(0, 2),
             "more_slots": st.integers(0, 6),
             "period": st.sampled_from(["own", "own", "unknown", "earlier"]),
             "important": st.booleans(),
@@ -137,7 +138,7 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
     quotas = []
     for _ in terms.quotas:
         used, needed, extra = next(amounts) / 64, next(amounts) / 4, next(amounts)
-        quotas.append(QuotaRequest(used=used, needed=needed, wanted=needed + extra))
+        quotas.append(QuotaRequest(used=used, reserved=needed / 2, needed=needed, wanted=needed + extra))
     epoch = step["epoch"] if reply is None or step["epoch"] != "own" else reply.epoch
     known = None if reply is None else reply.budget
     period = -1.0 if known is None or step["period"] == "unknown" else known.period
@@ -154,7 +155,11 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         quotas=tuple(quotas),
         slots=None
         if terms.max_concurrent is None
-        else SlotRequest(in_use=step["in_use"], wanted=step["in_use"] + step["more_slots"]),
+        else SlotRequest(
+            in_use=step["in_use"],
+            held=step["in_use"] + step["kept_slots"],
+            wanted=step["in_use"] + step["more_slots"],
+        ),
         budget=None
         if terms.budget is None
         else BudgetRequest(

@@ -5,7 +5,7 @@
 -- Sums are over sorted names, so that rounding does not depend on the order of a table.
 
 local LEASE, LAPSE = 5.0, 1.5
-local MAX_RETRY, KEEP_ENDED, MAX_ENDED = 0.25, 3600.0, 128
+local MAX_RETRY, RECOVERY, KEEP_ENDED, MAX_ENDED = 0.25, 2.0, 3600.0, 128
 local CHUNK, QUICK_CHUNK, EPSILON, LEAST_WAIT = 0.02, 0.02, 1e-9, 0.002
 local MONEY_CHUNK, SHARE_OF_FREE, MONEY_EPSILON, MONEY_RETRY = 0.01, 0.25, 1e-12, 0.05
 local HOUR, DAY = 3600, 86400
@@ -82,10 +82,10 @@ local function others_before(state, names, name)
   return before
 end
 
-local function end_member(state, name)
+local function end_member(state, name, slots)
   local member = state.members[name]
   state.members[name] = nil
-  state.ended[name] = {sequence = member.sequence, at = state.time, lost = member.held}
+  state.ended[name] = {sequence = member.sequence, at = state.time, lost = member.held, slots = slots}
   local count = 0
   for other, ended in pairs(state.ended) do
     if ended.at < state.time - KEEP_ENDED then state.ended[other] = nil else count = count + 1 end
@@ -98,6 +98,11 @@ local function end_member(state, name)
     end
     state.ended[oldest], count = nil, count - 1
   end
+end
+
+local function kept(asked, held)
+  local reserved = asked.reserved
+  return min(held, asked.needed > held and reserved or max(reserved, asked.needed, asked.wanted))
 end
 
 -- quotas: see quota_shares.py
@@ -126,9 +131,8 @@ local function report_quotas(state, names, member, asked)
       state.levels[number] = state.levels[number] + held
       held = 0
     end
-    local returned = max(0, held - max(quota.wanted, quota.needed))
-    member.held[number] = held - returned
-    state.levels[number] = state.levels[number] + returned
+    member.held[number] = kept(quota, held)
+    state.levels[number] = state.levels[number] + held - member.held[number]
     bound_quota(state, names, number)
   end
 end
@@ -222,7 +226,7 @@ end
 local function grant_slots(state, names, name, asked, may_grow)
   local limit, member = state.terms.max_concurrent, state.members[name]
   local wanted = may_grow and max(asked.in_use, asked.wanted) or asked.in_use
-  member.slots = min(member.slots, max(asked.in_use, wanted))
+  member.slots = max(asked.in_use, asked.held)
   member.slots_wanted = wanted
   local held_by_others, demand, wanting = 0, {}, 0
   for _, other in ipairs(names) do
@@ -231,10 +235,13 @@ local function grant_slots(state, names, name, asked, may_grow)
     demand[other] = wishes(state, each) and max(each.slots, each.slots_wanted) or each.slots
     if demand[other] > 0 then wanting = wanting + 1 end
   end
+  if state.time < state.recovers_until then
+    for _, ended in pairs(state.ended) do held_by_others = held_by_others + ended.slots end
+  end
   local share = fair_share(state, names, name, limit, demand, wanting)
   local allowed = max(0, min(share, wanted, limit - held_by_others))
   if allowed > member.slots then member.served_at = state.time end
-  member.slots = max(asked.in_use, allowed)
+  member.slots = max(member.slots, allowed)
   local free = max(0, limit - held_by_others - member.slots)
   return {allowed = allowed, give_back = wanting > limit, free = free}
 end
@@ -269,7 +276,7 @@ local function report_spend(state, member, asked)
   state.reported = state.reported + asked.spent
   local held = max(0, member.usd - asked.spent)
   member.usd_reserved = asked.reserved
-  member.usd = max(asked.reserved, min(held, max(asked.wanted, asked.needed)))
+  member.usd = max(asked.reserved, kept(asked, held))
 end
 
 local function grant_money(state, names, name, budget, asked)
@@ -321,7 +328,7 @@ local function open_ledger(now, request)
   end
   return {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
-    levels = levels, members = {}, ended = {}, period = -1, recovered = 0, reported = 0,
+    levels = levels, members = {}, ended = {}, recovers_until = 0, period = -1, recovered = 0, reported = 0,
   }
 end
 
@@ -343,9 +350,12 @@ local function advance(state, now)
   state.clock, state.time = now, state.time + elapsed
   refill_quotas(state, elapsed)
   if state.terms.budget then begin_period(state, state.terms.budget, now) end
-  for _, name in ipairs(sorted_names(state.members)) do
-    if state.members[name].until_ < state.time then end_member(state, name) end
+  local names, left = sorted_names(state.members), 0
+  local slots = #names > 0 and math.ceil((state.terms.max_concurrent or 0) / #names)
+  for _, name in ipairs(names) do
+    if state.members[name].until_ < state.time then end_member(state, name, slots) else left = left + 1 end
   end
+  if #names > 0 and left == 0 then state.recovers_until = state.time + RECOVERY end
 end
 
 local function replace_terms(state, now, terms)
@@ -467,6 +477,6 @@ if counts then
 end
 local reply = cmsgpack.pack(decide(state, request, member))
 member.reply = reply
-if request.leaving then end_member(state, request.member) end
+if request.leaving then end_member(state, request.member, 0) end
 save(state)
 return reply
