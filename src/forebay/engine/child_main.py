@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forebay import context
+from forebay._fork import mark_child
 from forebay._hooks import await_hook, call_hook, call_plain_hook, is_awaitable
 from forebay.adapters import Handler
 from forebay.adapters.handler_spec import HandlerSpec
@@ -42,6 +43,7 @@ _MAX_LOAD_BYTES = 1 << 30  # of the first message, whose content the supervisor 
 
 def main(fd: int) -> None:
     """Serve the supervisor at the other end of the socket `fd`."""
+    mark_child()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # what is buffered when the process is killed is lost

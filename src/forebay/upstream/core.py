@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Sequence
 
 from forebay import clock, context
-from forebay._fork import reset_in_child
+from forebay._fork import is_child, reset_in_child
 from forebay.events import log
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
@@ -77,6 +78,7 @@ class UpstreamCore:
         self.is_metered = budgets.has_budgets or settings.has_quotas
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
+        self._has_own_limits = link is None and (self.is_metered or settings.max_concurrent is not None)
         self._lock = threading.Lock()
         reset_in_child(self)
 
@@ -137,6 +139,8 @@ class UpstreamCore:
         self, caller: Caller, model: str, charge: Charge, *, free: bool = False, price: CallPrice | None = None
     ) -> CallRequest:
         """Return the request of a call that is made for a caller."""
+        if self._has_own_limits and is_child():
+            self._warn_own_limits()
         if price is None:
             usage = BilledUsage(input_tokens=charge.input_tokens, output_tokens=charge.output_tokens)
             price = CallPrice() if free else self.price(model, usage)
@@ -246,6 +250,18 @@ class UpstreamCore:
         """Return the price of a call that may make any amount of output, and has a strict quota: it is rejected."""
         reason = f"it cannot be counted in a strict quota, because {reason}: {advice}"
         return CallPrice(unmetered=Unmetered(reason, UNBOUNDED))
+
+    def _warn_own_limits(self) -> None:
+        """Log, once, that the limits are those of this process, which is one of several."""
+        with self._lock:
+            warned, self._has_own_limits = not self._has_own_limits, False
+        if not warned:
+            log.warning(
+                "the limits of %r hold for process %d alone, and each other process has as much again: give it"
+                ' shared="sqlite:///account.db" in all of them to make the limits one',
+                self,
+                os.getpid(),
+            )
 
     def warn_unmetered(self) -> None:
         """Log, once, that calls over a WebSocket are neither paced nor counted."""

@@ -146,7 +146,7 @@ class AccountLease(LedgerLease):
             in_use = 0 if demand is None else demand.in_flight
             calls = demand.queue.length if demand is not None and waiting else 0
             wanted = in_use + min(calls, self.limit)
-            self._allowed = min(self._allowed, wanted)
+            self._allowed = min(self._allowed, wanted) if self.is_leased(now) else 0
             slots = SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)
         return self.new_request(
             leaving=leaving,

@@ -44,8 +44,8 @@ class ExchangeLink(Protocol):
     def is_failing(self) -> bool:
         """Return whether the latest exchange has failed."""
 
-    def failed_for(self, now: float) -> float:
-        """Return the seconds for which exchanges have failed; 0 if the latest one has not."""
+    def failing_since(self) -> float:
+        """Return when the first of the latest exchanges failed; infinity if the latest one has not."""
 
     def describe_failure(self) -> str:
         """Return why the store cannot be used."""
@@ -102,8 +102,11 @@ class LedgerLease(ABC):
         return now < self.until
 
     def is_away(self, now: float) -> bool:
-        """Return whether the lease has ended because the store is away: then this process has its fair share."""
-        return now >= self.until and self.members > 0 and self.link.is_failing()
+        """Return whether the lease has ended because the store is away: then this process has its fair share.
+
+        It has none if it was paused: then others have got what it held.
+        """
+        return now >= self.until and self.members > 0 and self.link.failing_since() < self.until
 
     @property
     def is_asking(self) -> bool:
@@ -118,7 +121,7 @@ class LedgerLease(ABC):
                 f" here, {self.conflict} there. Give all the same; the new ones hold once no process has the old ones"
             )
             return Rejected(reason, SHARED_ACCOUNT, 1.0, LEASE)
-        failed = self.link.failed_for(now)
+        failed = now - self.link.failing_since()
         if failed < LEASE or self.is_leased(now) or self.is_away(now):
             return None
         reason = (

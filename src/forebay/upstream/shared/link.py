@@ -103,9 +103,9 @@ class LedgerLink:
         """See `ExchangeLink`."""
         return self._error is not None
 
-    def failed_for(self, now: float) -> float:
+    def failing_since(self) -> float:
         """See `ExchangeLink`."""
-        return 0.0 if self._error is None else max(0.0, now - self._failed_at)
+        return self._failed_at
 
     def describe_failure(self) -> str:
         """See `ExchangeLink`."""

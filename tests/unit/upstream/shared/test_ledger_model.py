@@ -55,7 +55,7 @@ class Wishes(NamedTuple):
     leaving: bool
 
 
-FATES = (*["answered"] * 4, "the request is lost", "the reply is lost", "it is decided twice")
+OUTCOMES = (*["answered"] * 4, "the request is lost", "the reply is lost", "it is decided twice")
 WAITS = (0.01, 0.01, 0.1, 0.1, 0.5, 0.5, 2.0, 2.0, LEASE + 1.0, 70.0)
 
 
@@ -140,18 +140,18 @@ class World:
 
     # --- exchanges ---
 
-    def exchange(self, *, name: str, wishes: Wishes, meanwhile: Start, later: Start, fate: str) -> None:
+    def exchange(self, *, name: str, wishes: Wishes, meanwhile: Start, later: Start, outcome: str) -> None:
         """Make an exchange, and start calls while it is under way."""
         if self.members[name].request is None:
             self.send(name, wishes)
         self.start_calls(name, meanwhile)
-        if fate == "the request is lost":
+        if outcome == "the request is lost":
             return
         self.decide(name)
         self.start_calls(name, later)
-        if fate == "it is decided twice":
+        if outcome == "it is decided twice":
             self.decide(name)
-        if fate != "the reply is lost":
+        if outcome != "the reply is lost":
             self.receive(name)
 
     def send(self, name: str, wishes: Wishes) -> None:
@@ -319,7 +319,8 @@ def run(seed: int, steps: int) -> None:
             case 5 if random.random() < 0.1:
                 world.set_the_stores_clock_back(random.uniform(0.1, 100.0))
             case _:
-                world.exchange(name=name, wishes=wishes(), meanwhile=start(), later=start(), fate=random.choice(FATES))
+                outcome = random.choice(OUTCOMES)
+                world.exchange(name=name, wishes=wishes(), meanwhile=start(), later=start(), outcome=outcome)
         world.check()
 
 

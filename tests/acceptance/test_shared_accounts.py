@@ -1,0 +1,116 @@
+"""Accounts that several upstreams share through a store, as users see them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.support.task_plane import virtual
+from tests.support.upstream_checks import check_upstream
+
+from forebay import Budget, Overloaded, Price, Quota, Upstream
+from forebay.errors import InvalidSetting
+from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.messages import LEASE
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("account.db", "does not begin with the name of a store"),
+        ("sqlite:///", "it names no file"),
+        ("sqlite:///account.db?bound=5", "bound is an option of an overflow"),
+        ("sqlite:///account.db?speed=5", "no option 'speed'"),
+        ("memory://", "no other process can see what is in memory"),
+        ("redis://host/0", "cannot be shared over Redis yet"),
+        ("sqs://queue", "no account is kept in sqs"),
+    ],
+)
+def test_a_url_that_names_no_store_for_accounts_is_rejected_with_advice(url: str, why: str) -> None:
+    with pytest.raises(InvalidSetting, match=why):
+        Upstream("key", shared=url)
+
+
+def test_something_that_is_neither_a_url_nor_a_store_is_rejected() -> None:
+    with pytest.raises(InvalidSetting, match="shared"):
+        Upstream("key", shared=7)  # type: ignore[arg-type]
+
+
+@virtual
+async def test_upstreams_on_one_store_share_their_slots() -> None:
+    store = MemoryLedgerStore()
+    upstreams = [Upstream("key", max_concurrent=3, shared=store) for _ in range(3)]
+    in_flight = peak = 0
+
+    async def call(upstream: Upstream) -> None:
+        nonlocal in_flight, peak
+        async with upstream.call():
+            in_flight += 1
+            peak = max(peak, in_flight)
+            await asyncio.sleep(1.0)
+            in_flight -= 1
+
+    await asyncio.gather(*(call(upstream) for upstream in upstreams for _ in range(10)))
+    assert peak == 3
+    for upstream in upstreams:
+        check_upstream(upstream)
+
+
+@virtual
+async def test_upstreams_of_different_names_do_not_share() -> None:
+    store = MemoryLedgerStore()
+    quotas = [Quota(requests=1, per="day")]
+    for name in ("one", "other"):
+        async with Upstream(name, quotas=quotas, shared=store).call():
+            pass
+
+
+@virtual
+async def test_settings_that_differ_are_rejected_with_both_until_no_process_has_the_old_ones() -> None:
+    store = MemoryLedgerStore()
+    old = Upstream("key", max_concurrent=3, shared=store)
+    new = Upstream("key", max_concurrent=5, shared=store)
+    async with old.call():
+        pass
+    with pytest.raises(Overloaded, match=r"max_concurrent=5 here, max_concurrent=3 there"):
+        async with new.call():
+            pass
+    assert old.core.link is not None
+    old.core.link.begin_close()  # its process ends
+    await asyncio.sleep(2 * LEASE)
+    async with new.call():
+        pass
+
+
+@virtual
+async def test_what_one_process_has_spent_another_does_not_spend_again() -> None:
+    store = MemoryLedgerStore()
+    prices = {"m": Price(input=0, output=1_000)}
+    one, other = (Upstream("key", budget=Budget(usd=1.0), prices=prices, shared=store) for _ in range(2))
+    async with one.call("m", output_tokens=900) as call:
+        call.settle(input_tokens=0, output_tokens=900)
+    await asyncio.sleep(1.0)
+    with pytest.raises(Overloaded, match="would be overspent"):
+        async with other.call("m", output_tokens=200):
+            pass
+    assert other.statistics().spent_usd == pytest.approx(0.9)
+
+
+@pytest.mark.blocks
+async def test_what_was_spent_survives_all_processes(tmp_path: Path) -> None:
+    prices = {"m": Price(input=0, output=1_000)}
+
+    def open_upstream() -> Upstream:
+        return Upstream("key", budget=Budget(usd=1.0), prices=prices, shared=f"sqlite:///{tmp_path}/account.db")
+
+    first = open_upstream()
+    async with first.call("m", output_tokens=900) as call:
+        call.settle(input_tokens=0, output_tokens=900)
+    assert first.core.link is not None
+    loop = first.core.link.begin_close()
+    assert loop is not None
+    loop.join()  # type: ignore[attr-defined]
+    with pytest.raises(Overloaded, match="would be overspent"):
+        async with open_upstream().call("m", output_tokens=200):
+            pass

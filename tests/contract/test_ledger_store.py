@@ -1,0 +1,147 @@
+"""The promises of a store of ledgers, on each kind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.messages import (
+    BudgetRequest,
+    BudgetTerms,
+    ExchangeRequest,
+    LedgerTerms,
+    QuotaRequest,
+    QuotaTerms,
+    SlotRequest,
+)
+from forebay.upstream.shared.sqlite_store import SqliteLedgerStore
+from forebay.upstream.shared.store import LedgerStore
+
+TERMS = LedgerTerms(quotas=(QuotaTerms("requests", 60.0, 3600.0),), max_concurrent=4, budget=BudgetTerms(10.0))
+
+
+def open_memory(directory: Path) -> Callable[[], LedgerStore]:
+    del directory
+    store = MemoryLedgerStore()
+    return lambda: store
+
+
+def open_sqlite(directory: Path) -> Callable[[], LedgerStore]:
+    return lambda: SqliteLedgerStore(directory / "account.db")
+
+
+STORES = {"memory": open_memory, "sqlite": open_sqlite}
+
+
+@pytest.fixture(params=STORES)
+def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], LedgerStore]]:
+    """Return a function that opens the same store once more, as another process does."""
+    opened: list[LedgerStore] = []
+    make = STORES[request.param](tmp_path)
+
+    def connect() -> LedgerStore:
+        opened.append(make())
+        return opened[-1]
+
+    yield connect
+    for store in opened:
+        store.close()
+
+
+def ask(  # noqa: PLR0913 - the parts of a request
+    member: str,
+    sequence: int = 1,
+    *,
+    ledger: str = "one",
+    used: float = 0.0,
+    needed: float = 0.0,
+    calls: int = 0,
+    spent: float = 0.0,
+    terms: LedgerTerms = TERMS,
+) -> ExchangeRequest:
+    return ExchangeRequest(
+        ledger=ledger,
+        member=member,
+        sequence=sequence,
+        terms=terms,
+        quotas=(QuotaRequest(used=used, needed=needed, wanted=needed),),
+        slots=SlotRequest(wanted=calls),
+        budget=BudgetRequest(period=0.0, spent=spent),
+    )
+
+
+def test_what_one_process_holds_another_does_not_get(connect: Callable[[], LedgerStore]) -> None:
+    (mine,) = connect().exchange([ask("a", needed=50.0)])
+    (other,) = connect().exchange([ask("b", needed=20.0)])
+    assert mine.quotas[0].held == 50.0
+    assert other.quotas[0].held == 0.0
+    assert other.quotas[0].wait > 0.0
+    assert other.members == 2
+
+
+def test_slots_are_shared(connect: Callable[[], LedgerStore]) -> None:
+    (mine,) = connect().exchange([ask("a", calls=3)])
+    (other,) = connect().exchange([ask("b", calls=3)])
+    assert mine.slots is not None
+    assert other.slots is not None
+    assert (mine.slots.allowed, other.slots.allowed) == (3, 1)
+
+
+def test_a_request_that_is_repeated_is_counted_once_and_gets_the_same_reply(
+    connect: Callable[[], LedgerStore],
+) -> None:
+    store = connect()
+    request = ask("a", used=-0.0, needed=5.0, spent=2.0)
+    first = store.exchange([request])
+    assert connect().exchange([request]) == first
+    (later,) = store.exchange([ask("b")])
+    assert later.budget is not None
+    assert later.budget.spent == 2.0
+
+
+def test_the_exchanges_of_a_batch_are_answered_in_their_order(connect: Callable[[], LedgerStore]) -> None:
+    replies = connect().exchange([ask("a", ledger="one", needed=7.0), ask("a", ledger="two", needed=9.0)])
+    assert [reply.quotas[0].held for reply in replies] == [7.0, 9.0]
+
+
+def test_settings_that_differ_are_a_conflict_until_no_live_member_has_the_old_ones(
+    connect: Callable[[], LedgerStore],
+) -> None:
+    store = connect()
+    store.exchange([ask("a")])
+    other = LedgerTerms(quotas=(QuotaTerms("requests", 30.0, 3600.0),), max_concurrent=4, budget=BudgetTerms(10.0))
+    (reply,) = store.exchange([ask("b", terms=other)])
+    assert reply.conflict == TERMS
+    store.exchange([ExchangeRequest(ledger="one", member="a", sequence=2, terms=TERMS, leaving=True)])
+    (reply,) = store.exchange([ask("b", 2, terms=other)])
+    assert reply.conflict is None
+
+
+def test_it_is_used_again_after_it_was_closed(connect: Callable[[], LedgerStore]) -> None:
+    store = connect()
+    store.exchange([ask("a", spent=1.5)])
+    store.close()
+    (reply,) = store.exchange([ask("b")])
+    assert reply.budget is not None
+    assert reply.budget.spent == 1.5
+
+
+def test_exchanges_from_several_threads_are_each_one_step(connect: Callable[[], LedgerStore]) -> None:
+    stores = [connect() for _ in range(4)]
+
+    def spend(store: LedgerStore, member: str) -> None:
+        for sequence in range(1, 26):
+            store.exchange([ask(member, sequence, spent=0.01)])
+
+    threads = [threading.Thread(target=spend, args=(store, str(number))) for number, store in enumerate(stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (reply,) = stores[0].exchange([ask("last")])
+    assert reply.budget is not None
+    assert reply.budget.spent == pytest.approx(1.0)
