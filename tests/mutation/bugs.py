@@ -229,6 +229,9 @@ from forebay.upstream.httpx_binding import httpx_transport
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints, metering, request
 from forebay.upstream.providers.content_encoding import _Inflater
+from forebay.upstream.shared import ledger, limit_learning
+from forebay.upstream.shared.ledger_state import LedgerState
+from forebay.upstream.shared.messages import LimitRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -3824,6 +3827,16 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     names = vars(gateway_command)
     original = names["load_gateway_settings"]
     names["load_gateway_settings"] = load
+
+
+# --- shared accounts ---
+
+
+def a_cut_counts_for_each_process_that_makes_one() -> None:
+    def report(state: LedgerState, asked: LimitRequest) -> None:
+        limit_learning.report_limit(state, msgspec.structs.replace(asked, epoch=state.limit_epoch))
+
+    vars(ledger)["report_limit"] = report
 
 
 # --- progress ---

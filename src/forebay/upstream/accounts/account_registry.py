@@ -173,7 +173,7 @@ class AccountRegistry:
         return self.settings.models.get(group, self.settings.quotas)
 
     def _lease(self, place: tuple[str, str]) -> AccountLease | None:
-        """Return the lease on the ledger of an account; None if processes do not share it, or it has no limits."""
+        """Return the lease on the ledger of an account; None if processes do not share it."""
         link, settings = self._link, self.settings
         terms = LedgerTerms(
             quotas=tuple(
@@ -183,8 +183,9 @@ class AccountRegistry:
                 )
             ),
             max_concurrent=settings.max_concurrent,
+            limit=settings.limit_kind if settings.max_concurrent is None else None,
         )
-        if link is None or terms == LedgerTerms():
+        if link is None:
             return None
         key = ledger_key("account", settings.name, *place)
         lease = link.lease(key, lambda: AccountLease(link, key, terms))
@@ -210,9 +211,10 @@ class AccountRegistry:
             buckets = [lease.bucket(quota.counted, quota.amount, quota.seconds) for quota in quotas]
 
         def open_account() -> Account:
+            limit = guarded_limit(settings.new_limit())
             return Account(
                 ":".join(part for part in (f"upstream:{settings.name}", mark[:_SHOWN], group) if part),
-                limit=guarded_limit(settings.new_limit()),
+                limit=limit if lease is None else lease.bind_limit(limit),
                 quotas=RateLimiter(quotas, buckets=buckets),
                 breaker=Breaker(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,
