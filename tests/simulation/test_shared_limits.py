@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
+from bench.calls.scenarios import SCENARIOS
+from bench.calls.upstream_run import UpstreamRun
 from tests.simulation.test_shared_accounts import FaultyStore
 
 from forebay import Overloaded, Upstream, clock
@@ -13,6 +16,17 @@ from forebay.limit import AimdLimit
 from forebay.simulation import simulate
 from forebay.upstream.call_request import CallOutcome, CallRequest
 from forebay.upstream.shared.memory_store import MemoryLedgerStore
+
+
+@pytest.mark.slow
+def test_four_processes_get_the_goodput_of_one_and_equal_shares() -> None:
+    found = replace(SCENARIOS["steady"], minutes=4.0)
+    one = UpstreamRun(found.config, found.callers("upstream"), seed=5).run()
+    four = UpstreamRun(found.config, found.callers("upstream"), seed=5, processes=4, shared=MemoryLedgerStore())
+    record = four.run()
+    assert record.work(60, 240) >= 0.95 * one.work(60, 240)
+    assert record.share_refused(60, 240) <= 0.06
+    assert four.fairness() >= 0.95
 
 
 class Fleet:
