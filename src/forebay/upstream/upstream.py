@@ -71,8 +71,9 @@ class Upstream:
         prices: by model, of those that the price list lacks or has wrong.
         unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
             their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
-        shared: the store that makes quotas, `max_concurrent` and budgets one for all processes that name it, such as
-            ``"sqlite:///account.db"``; None: they hold for this process alone. What is learned is each process's own.
+        shared: the store that makes quotas, the limit of calls in flight and budgets one for all processes that name
+            it, such as ``"sqlite:///account.db"``; None: they hold for this process alone. Learned rates, the breaker
+            and pauses after a 429 are each process's own.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
