@@ -258,10 +258,11 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import quota_shares
+from forebay.upstream.shared import ledger, limit_learning, quota_shares
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest
+from forebay.upstream.shared.ledger_state import LedgerState
+from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LimitRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -4030,6 +4031,16 @@ def a_full_account_gets_the_next_call_while_another_is_free() -> None:
 
 def a_key_that_is_refused_ends_the_call() -> None:
     always(FallbackChain, FallbackChain.judge, returns=None)
+
+
+# --- shared accounts ---
+
+
+def a_cut_counts_for_each_process_that_makes_one() -> None:
+    def report(state: LedgerState, asked: LimitRequest) -> None:
+        limit_learning.report_limit(state, msgspec.structs.replace(asked, epoch=state.limit_epoch))
+
+    vars(ledger)["report_limit"] = report
 
 
 # --- progress ---
