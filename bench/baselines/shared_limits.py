@@ -13,7 +13,15 @@ from collections.abc import Awaitable, Callable
 import redis.asyncio
 from hardcap.config import BudgetPolicy, RateLimit, Tenant, TenantBudget
 from hardcap.ledger import BudgetLedger
-from token_throttle import PerModelConfig, Quota, RateLimiter, RedisBackendBuilder, SqliteBackendBuilder, UsageQuotas
+from token_throttle import (
+    BackendLockContentionError,
+    PerModelConfig,
+    Quota,
+    RateLimiter,
+    RedisBackendBuilder,
+    SqliteBackendBuilder,
+    UsageQuotas,
+)
 
 from bench.accounts.paced_process import count_calls
 
@@ -31,8 +39,13 @@ def token_throttle(url: str) -> Callable[[], Awaitable[object]]:
     limiter = RateLimiter(PerModelConfig(quotas=quotas), backend=backend)
 
     async def call() -> None:
-        async with limiter.reserve({"requests": 1}, model="m") as handle:
-            handle.set_actual_usage({"requests": 1})
+        while True:
+            try:
+                async with limiter.reserve({"requests": 1}, model="m") as handle:
+                    handle.set_actual_usage({"requests": 1})
+            except BackendLockContentionError:  # its lock was not free in time: other processes have it
+                continue
+            return
 
     return call
 

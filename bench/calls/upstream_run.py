@@ -23,6 +23,7 @@ from forebay.upstream.failed_attempts import judge_error_answer
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 from forebay.upstream.providers import Headers, classify, read_rate_limits
 from forebay.upstream.sdk_exceptions import ErrorAnswer
+from forebay.upstream.shared.store import LedgerStore
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
@@ -62,10 +63,12 @@ class UpstreamRun:
         callers: the callers; each hangs up after its timeout.
         seed: of all random numbers.
         with_deadlines: whether the upstream knows the callers' timeouts.
-        processes: upstreams that know nothing of each other and share the key; the callers use them in turn.
+        processes: upstreams that share the key, and know nothing of each other without `shared`; the callers use them
+            in turn.
+        shared: the store of the account of all of them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run differs in
         self,
         config: ProviderConfig,
         callers: Callers,
@@ -73,12 +76,13 @@ class UpstreamRun:
         seed: int = 0,
         with_deadlines: bool = True,
         processes: int = 1,
+        shared: LedgerStore | None = None,
     ) -> None:
         self.config, self.callers, self.seed = config, callers, seed
         self.record = RunRecord()
         self.served = [0] * processes  # calls answered in time, by process
         self._with_deadlines = with_deadlines
-        self.upstreams = [Upstream("key", provider="openai") for _ in range(processes)]
+        self.upstreams = [Upstream("key", provider="openai", shared=shared) for _ in range(processes)]
         self.accounts = [upstream.core.accounts.account(MODEL) for upstream in self.upstreams]
         self.account = self.accounts[0]
         self.provider: SimulatedProvider

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Sequence
 from typing import Protocol
 from weakref import WeakSet
 
@@ -15,9 +17,30 @@ class ForkAware(Protocol):
         """Make new locks, and forget the calls of the parent. It runs in the child, where no other thread does."""
 
 
+class HoldsFile(Protocol):
+    """An object with an open SQLite file, which must not be open while its process forks.
+
+    SQLite keeps the locks of a file by process. A child that inherits an open one takes itself to hold them: it writes
+    to a log that its parent removes when that ends, or finds a lock taken by a thread that it does not have.
+    """
+
+    def close_before_fork(self) -> bool:
+        """Close the file, keep other threads from opening it until `go_on_after_fork`, and return whether it is closed.
+
+        It may block, for seconds.
+        """
+
+    def go_on_after_fork(self) -> None:
+        """Let the file be opened again. It runs in the parent, if the file was closed; a child resets its locks."""
+
+
 _objects: WeakSet[ForkAware] = WeakSet()
 reset_in_child = _objects.add
 """Let an object be reset in each child that is forked from this process."""
+
+_files: WeakSet[HoldsFile] = WeakSet()
+close_at_fork = _files.add
+"""Let an object close its file whenever this process forks. Its child is to reset its locks: see `reset_in_child`."""
 
 
 class _Process:
@@ -39,8 +62,28 @@ def is_child() -> bool:
 
 def _reset() -> None:
     mark_child()
+    _Forking.lock, _Forking.closed = threading.Lock(), ()
     for each in list(_objects):
         each.reset_after_fork()
 
 
-os.register_at_fork(after_in_child=_reset)
+class _Forking:
+    """A fork that is under way: one at a time."""
+
+    lock = threading.Lock()
+    closed: Sequence[HoldsFile] = ()
+
+
+def _close_files() -> None:
+    _Forking.lock.acquire()
+    _Forking.closed = [each for each in list(_files) if each.close_before_fork()]
+
+
+def _go_on() -> None:
+    closed, _Forking.closed = _Forking.closed, ()
+    for each in closed:
+        each.go_on_after_fork()
+    _Forking.lock.release()
+
+
+os.register_at_fork(before=_close_files, after_in_parent=_go_on, after_in_child=_reset)

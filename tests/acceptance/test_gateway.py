@@ -38,7 +38,8 @@ from forebay.gateway import (
     QuotaSettings,
     TargetSettings,
 )
-from forebay.gateway.server import CannotListen, Gateway
+from forebay.gateway.server import Gateway
+from forebay.gateway.worker_processes import CannotListen
 from forebay.quota import Price
 
 # --- forwarding ---

@@ -15,7 +15,7 @@ from tests.support.issued_keys import IssuedKeys, in_thread
 from typer.testing import CliRunner
 
 from forebay.cli.app import app
-from forebay.gateway import TenantSettings
+from forebay.gateway import FallbackSettings, GatewaySettings, TargetSettings, TenantSettings
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
 from forebay.spend_log import SpendQuery, read_spend
@@ -88,6 +88,24 @@ async def test_a_call_is_attributed_to_the_name_of_its_key_everywhere(
     assert {row["key"]: row["usd"] for row in json.loads(shown.output)["rows"]} == {
         "writer": pytest.approx(COST), digest: pytest.approx(COST)
     }  # fmt: skip
+
+
+async def test_a_call_that_a_fallback_serves_is_attributed_to_its_key_and_spends_its_budget_over_a_restart(
+    harness: GatewayHarness, keys: IssuedKeys, path: Path
+) -> None:
+    text, held = await keys.create("writer", budget_usd=3 * COST), {"HELD": "sk-held"}
+    elsewhere = FallbackSettings(target="second", model="llama")
+    common: dict[str, Any] = {"url": harness.url, "api_key_env": "HELD", "prices": PRICES}
+    first = TargetSettings(name="first", rpm=1, fallback=(elsewhere,), **common)
+    targets = (first, TargetSettings(name="second", **common))
+    settings = GatewaySettings(targets=targets, listen="127.0.0.1:0", keys=keys.url, spend_log=f"sqlite:///{path}")
+    headers = {**by(text), "x-stainless-read-timeout": "2"}
+    async with Gateway(settings, held) as gateway:
+        assert [(await harness.post(gateway, **CALL, headers=headers))[0] for _ in range(2)] == [200, 200]
+    groups = await in_thread(read_spend, path, SpendQuery(by=("upstream", "model", "key")))
+    assert sorted(group.values for group in groups) == [("first", "gpt-4o", "writer"), ("second", "llama", "writer")]
+    async with Gateway(settings, held) as gateway:
+        assert [(await harness.post(gateway, **CALL, headers=headers))[0] for _ in range(2)] == [200, 402]
 
 
 # --- a restart ---

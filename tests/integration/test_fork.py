@@ -211,13 +211,92 @@ def test_what_parent_and_child_spend_is_each_once_in_the_spend_log(tmp_path: Pat
         assert spend_log.flush()
 
     call(1)
-    with spend_log._file_lock:  # its thread may hold it at that moment
-        in_child(check)
+    in_child(check)
     call(4)
     spend_log.close()
     (group,) = read_spend(spend_log.path, SpendQuery(by=()))
     assert (group.amounts.calls, group.amounts.usd) == (3, 7.0), group
     assert llm.statistics().spent_usd == 5.0, "each process has its own budget"
+    """,
+        tmp_path / "spend.db",
+    )
+
+
+def test_a_child_that_outlives_its_parent_keeps_what_it_spends(tmp_path: Path) -> None:
+    run(
+        """
+    os.chdir(sys.argv[1])
+    from forebay.spend_log import SpendQuery, read_spend
+    from pathlib import Path
+
+    def call(llm):
+        with llm.call("m", input_tokens=1):
+            pass
+        llm.spend_log.flush()
+
+    def upstream():
+        prices, files = {"m": Price(input=1e6, output=0)}, ("sqlite:///spend.db", "sqlite:///account.db")
+        return Upstream("llm", budget=Budget(usd=10), prices=prices, spend_log=files[0], shared=files[1])
+
+    parent_ends, child = os.pipe()
+    parent = os.fork()
+    if parent == 0:  # a program that makes its upstream, calls, and becomes a daemon
+        os.close(parent_ends)
+        llm = upstream()
+        call(llm)
+        ended, end = os.pipe()
+        if os.fork():
+            os.close(ended)
+            sys.exit()  # in order: SQLite removes its log with the last process that is known to have the file open
+        os.close(end)
+        os.read(ended, 1)
+        for _ in range(5):
+            call(llm)
+        llm.spend_log.close()
+        sys.exit()
+    os.close(child)
+    os.waitpid(parent, 0)
+    os.read(parent_ends, 1)  # the daemon has ended
+    (group,) = read_spend(Path("spend.db"), SpendQuery(by=()))
+    assert (group.amounts.calls, group.amounts.usd) == (6, 6.0), group
+    llm = upstream()
+    call(llm)
+    assert llm.statistics().spent_usd >= 6.0, llm.statistics()
+    """,
+        tmp_path,
+    )
+
+
+def test_a_child_that_is_forked_while_a_thread_writes_can_write_too(tmp_path: Path) -> None:
+    run(
+        """
+    import sqlite3
+    from forebay.spend_log import SpendAmounts, SpendLabels, SpendLog
+    from forebay.spend_log.spend_file import SpendFile
+    spend_log = SpendLog("sqlite:///" + sys.argv[1])
+    spend_log.open()
+    write, writing, forked = SpendFile.write, threading.Event(), threading.Event()
+    os.register_at_fork(after_in_parent=forked.set)
+
+    def write_long(file, batch):
+        file._connection.execute("BEGIN IMMEDIATE")
+        writing.set()
+        forked.wait(1)  # a fork that waits for the write comes after that
+        file._connection.execute("ROLLBACK")
+        write(file, batch)
+
+    def record():
+        spend_log.record(SpendLabels(3600, "openai", "acme", "m", ""), SpendAmounts(1, 1, 1, 1.0))
+
+    def check():
+        SpendFile.write = write
+        record()
+        assert spend_log.flush()
+
+    SpendFile.write = write_long
+    record()
+    assert writing.wait(60)
+    in_child(check)
     """,
         tmp_path / "spend.db",
     )

@@ -35,6 +35,7 @@ from forebay.upstream.shared.messages import (
     ExchangeReply,
     ExchangeRequest,
     LedgerTerms,
+    LimitRequest,
     QuotaRequest,
     QuotaTerms,
     SlotRequest,
@@ -76,6 +77,7 @@ terms = st.builds(
     LedgerTerms,
     quotas=st.sampled_from([(), QUOTAS[:1], QUOTAS]),
     max_concurrent=st.sampled_from([None, 1, 2, 5]),
+    limit=st.sampled_from([None, "AdaptiveLimit"]),
     budget=st.one_of(
         st.none(),
         st.builds(
@@ -103,6 +105,10 @@ steps = st.lists(
             "more_slots": st.integers(0, 6),
             "period": st.sampled_from(["own", "own", "unknown", "earlier"]),
             "important": st.booleans(),
+            "limit_epoch": st.sampled_from(["own", "own", "own", -1, 2]),
+            "cut": st.one_of(st.none(), st.none(), eighths),
+            "raised": eighths,
+            "silence": st.sampled_from([0.0, 0.0, 0.0, 1.5]),
             "leaving": st.sampled_from([False] * 7 + [True]),
         }
     ),
@@ -154,7 +160,7 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         priority=step["priority"],
         quotas=tuple(quotas),
         slots=None
-        if terms.max_concurrent is None
+        if terms.max_concurrent is None and terms.limit is None
         else SlotRequest(
             in_use=step["in_use"],
             held=step["in_use"] + step["kept_slots"],
@@ -172,6 +178,20 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
             known_spent=0.0 if known is None else known.spent,
         ),
         leaving=step["leaving"],
+        limit=None if terms.limit is None else limit_request_of(step, reply),
+    )
+
+
+def limit_request_of(step: dict[str, Any], reply: ExchangeReply | None) -> LimitRequest:
+    known = None if reply is None else reply.limit
+    epoch = step["limit_epoch"]
+    return LimitRequest(
+        epoch=epoch if epoch != "own" else -1 if known is None else known.epoch,
+        level=4.0 + step["raised"],
+        most=64.0,
+        cut=step["cut"],
+        raised=step["raised"],
+        silence=step["silence"],
     )
 
 

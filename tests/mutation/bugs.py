@@ -62,6 +62,7 @@ from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
+from forebay.gateway.caller import CallerReader
 from forebay.gateway.caller_limits import CallerLimits, CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.direct_request import RawHeaders
@@ -236,7 +237,7 @@ from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutV
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_meter import CallMeter
-from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import Caller, CallOutcome, CallPrice, CallRequest, Permit, Rejected
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
@@ -257,10 +258,11 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import quota_shares
+from forebay.upstream.shared import ledger, limit_learning, quota_shares
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest
+from forebay.upstream.shared.ledger_state import LedgerState
+from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LimitRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -998,6 +1000,15 @@ def a_restart_refills_the_budget_of_a_key() -> None:
         return SharedBudget(f"the budget of {self.title}", budget)
 
     replace(CallerLimits, CallerLimits._new_budget, _new_budget)
+
+
+def calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider() -> None:
+    original = CallerReader.read_with_key
+
+    def read_with_key(self: CallerReader, *given: Any, **how: Any) -> Caller:
+        return msgspec.structs.replace(original(self, *given, **how), key_name="")
+
+    replace(CallerReader, original, read_with_key)
 
 
 def a_restart_alerts_again() -> None:
@@ -4020,6 +4031,16 @@ def a_full_account_gets_the_next_call_while_another_is_free() -> None:
 
 def a_key_that_is_refused_ends_the_call() -> None:
     always(FallbackChain, FallbackChain.judge, returns=None)
+
+
+# --- shared accounts ---
+
+
+def a_cut_counts_for_each_process_that_makes_one() -> None:
+    def report(state: LedgerState, asked: LimitRequest) -> None:
+        limit_learning.report_limit(state, msgspec.structs.replace(asked, epoch=state.limit_epoch))
+
+    vars(ledger)["report_limit"] = report
 
 
 # --- progress ---

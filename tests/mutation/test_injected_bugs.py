@@ -185,7 +185,7 @@ from tests.unit.upstream.accounts.refusals import (
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
-from tests.unit.upstream.shared import test_lease, test_ledger
+from tests.unit.upstream.shared import test_lease, test_ledger, test_limit_learning
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -426,6 +426,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_restart_refills_a_budget: test_spend_log.test_a_restart_does_not_refill_a_budget,
     bugs.a_restart_refills_the_budget_of_a_key: (
         test_gateway_caller_spend.test_a_restart_does_not_refill_the_budget_of_a_key
+    ),
+    bugs.calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider: (
+        test_gateway_caller_spend.test_a_call_is_attributed_to_the_name_of_its_key_everywhere
     ),
     bugs.a_restart_alerts_again: test_spend_log.test_a_restart_does_not_alert_again,
     bugs.spend_that_could_not_be_written_is_lost: (
@@ -1656,6 +1659,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
+    ),
+    # --- shared accounts ---
+    bugs.a_cut_counts_for_each_process_that_makes_one: (
+        test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
     ),
     # --- progress ---
     bugs.progress_wakes_the_loop_though_nobody_listens: (

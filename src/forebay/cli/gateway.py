@@ -14,7 +14,7 @@ import typer
 from forebay import gateway as gateway_package
 from forebay.cli.config import load_gateway_settings
 from forebay.cli.extras import missing_extra_message
-from forebay.cli.state_directory import make_state_directory, with_default_spend_log
+from forebay.cli.state_directory import default_shared, make_state_directory, with_default_spend_log
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, KeySettings, ModelSettings, TargetSettings, TenantSettings
@@ -23,6 +23,7 @@ from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.settings import OTHER_TENANTS
 from forebay.gateway.targets import make_targets
 from forebay.spend_log import parse_spend_log
+from forebay.storage.shown_url import shown_url
 
 _EACH: Final = "for all targets, or NAME=NUMBER for one; repeatable."
 _USAGE_ERROR: Final = 2  # exit status, as typer's
@@ -63,6 +64,17 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
             metavar="URL",
             help="File that keeps what calls cost, sqlite:////absolute.db, or none; default with a budget: one in"
             " $XDG_STATE_HOME/forebay.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes that serve, on one address; default 1.")
+    ] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Store that makes limits one for all processes that name it, sqlite:////absolute.db or redis://...;"
+            " default with several workers: a file of this gateway.",
         ),
     ] = None,
     keys: Annotated[
@@ -109,6 +121,8 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
             "keys": keys,
             "drain_timeout": drain_timeout,
             "spend_log": spend_log,
+            "workers": workers,
+            "shared": shared,
             "access_log": access_log,
             "access_log_to": access_log_to,
         },
@@ -156,20 +170,29 @@ def _serve(settings: GatewaySettings, config: Path | None, load: Callable[[], Ga
         return 1
     try:
         make_state_directory(settings, os.environ)
-        return gateway_package.serve(
-            settings,
-            ready=lambda running: _print_address(settings, running.port),
-            reload=None if config is None else load,
-            reloaded=lambda: typer.echo(f"reloaded {config}"),
-        )
+        with default_shared(settings, os.environ) as shared:
+            settings = msgspec.structs.replace(settings, shared=shared)
+            return gateway_package.serve(
+                settings,
+                ready=lambda running: _print_address(settings, running.port),
+                reload=None if config is None else lambda: _with_shared(load(), shared),
+                reloaded=lambda: typer.echo(f"reloaded {config}"),
+            )
     except ForebayError as error:
         typer.echo(f"forebay: {error}", err=True)
         return 1
 
 
+def _with_shared(settings: GatewaySettings, shared: str | None) -> GatewaySettings:
+    """Return settings with the store of this gateway, if they name none."""
+    return msgspec.structs.replace(settings, shared=settings.shared or shared)
+
+
 def _print_address(settings: GatewaySettings, port: int) -> None:
     host = settings.listen.rpartition(":")[0]
-    typer.echo("\n".join([f"listening on http://{host}:{port}", *_spend_log_summary(settings)]))  # click flushes
+    typer.echo(
+        "\n".join([f"listening on http://{host}:{port}", *_spend_log_summary(settings), *_workers_summary(settings)])
+    )  # click flushes
 
 
 def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> list[str]:
@@ -191,6 +214,7 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         f"listening on {settings.listen}; callers need {callers}",
         f"may set priority, deadline, tenant and task: {settings.trust}",
         *_spend_log_summary(settings),
+        *_workers_summary(settings),
         f"access log: {'off' if log_format == 'off' else f'{log_format} to {settings.access_log_to}'}",
         *(_tenant_summary(tenant) for tenant in settings.tenants),
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
@@ -205,6 +229,14 @@ def _spend_log_summary(settings: GatewaySettings) -> list[str]:
     if settings.has_budgets:
         return ["what calls cost is kept in memory: a restart refills the budgets"]
     return []
+
+
+def _workers_summary(settings: GatewaySettings) -> list[str]:
+    """Return how many processes serve, and what they share."""
+    workers = [f"{settings.workers} worker processes"] if settings.workers > 1 else []
+    if settings.shared is not None:
+        workers.append(f"limits are shared through {shown_url(settings.shared)}")
+    return workers
 
 
 def _alias_summary(alias: ModelSettings, settings: GatewaySettings) -> list[str]:

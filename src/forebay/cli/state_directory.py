@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from urllib.parse import quote
 
 import msgspec
@@ -48,6 +51,32 @@ def with_default_spend_log(settings: GatewaySettings, environment: Mapping[str, 
     return msgspec.structs.replace(settings, spend_log=f"sqlite:///{quote(str(path))}")
 
 
+@contextmanager
+def default_shared(settings: GatewaySettings, environment: Mapping[str, str]) -> Iterator[str | None]:
+    """Yield the URL of the store of a gateway's limits: one of its own, if it has several workers and names none.
+
+    With a budget it is a file that survives, by the port; else one in a private directory that is removed.
+
+    Raises:
+        InvalidSetting, StoreUnavailable: there is no directory for it.
+    """
+    if settings.shared is not None or settings.workers == 1:
+        yield settings.shared
+        return
+    if any(target.has_budgets for target in settings.targets) and settings.address.port:
+        directory = state_directory(environment).absolute()
+        _make_directory(directory, "Name another file by --shared sqlite:////absolute.db.")
+        yield f"sqlite:///{quote(str(directory / f'account-{settings.address.port}.db'))}"
+        return
+    runtime = environment.get("XDG_RUNTIME_DIR", "")
+    base = runtime if os.path.isabs(runtime) and Path(runtime).is_dir() else None  # noqa: PTH117 - as above
+    made = mkdtemp(prefix="forebay-gateway-", dir=base)  # not a TemporaryDirectory: a worker that ends would remove it
+    try:
+        yield f"sqlite:///{quote(made)}/account.db?fsync=no"
+    finally:
+        rmtree(made, ignore_errors=True)
+
+
 def default_spend_logs(environment: Mapping[str, str]) -> Sequence[Path]:
     """Return the spend logs of gateways in the state directory.
 
@@ -68,9 +97,13 @@ def make_state_directory(settings: GatewaySettings, environment: Mapping[str, st
     directory = parse_spend_log(settings.spend_log_url).path.parent
     if directory != state_directory(environment).absolute():
         return
+    advice = "Name another file by --spend-log sqlite:////absolute.db, or give --spend-log none to keep no spend."
+    _make_directory(directory, advice)
+
+
+def _make_directory(directory: Path, advice: str) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         why = f"its directory cannot be made: {error.strerror}"
-        advice = "Name another file by --spend-log sqlite:////absolute.db, or give --spend-log none to keep no spend."
         raise StoreUnavailable(where=str(directory), why=why, advice=advice) from None

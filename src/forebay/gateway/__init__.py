@@ -21,7 +21,7 @@ from forebay.gateway.settings import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forebay.gateway.server import Gateway
+    from forebay.gateway.worker_processes import Listening
 
 _LIBRARIES: Final = ("aiohttp", "prometheus_client")
 
@@ -34,7 +34,7 @@ def missing_libraries() -> list[str]:
 def serve(
     settings: GatewaySettings,
     *,
-    ready: Callable[[Gateway], object] = lambda _: None,
+    ready: Callable[[Listening], object] = lambda _: None,
     reload: Callable[[], GatewaySettings] | None = None,
     reloaded: Callable[[], object] = lambda: None,
 ) -> int:
@@ -42,7 +42,7 @@ def serve(
 
     Args:
         settings: of the gateway.
-        ready: called once it listens.
+        ready: called with what has its port once it listens; with several workers, once all do.
         reload: returns the settings to go on with after a SIGHUP; it may raise a `ForebayError`, and then nothing
             changes. It is called in a thread. None: a SIGHUP stops the gateway, unless it is ignored.
         reloaded: called once the gateway serves by these settings.
@@ -54,6 +54,7 @@ def serve(
         InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
         StoreUnavailable: the file of issued keys is missing, or cannot be read.
         CannotListen: the address is in use, or not one of this machine.
+        WorkersNotSupported: there are to be several workers, and this system cannot fork.
         StoreUnavailable: the spend log cannot be opened.
     """
     from forebay.gateway.server import run_forever  # noqa: PLC0415 - aiohttp and prometheus_client are extras

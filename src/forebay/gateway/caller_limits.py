@@ -107,6 +107,7 @@ class CallerLimits:
         self._buckets = new_buckets(self._quotas)
         self._account = self._open()
         self.budget = None if budget is None else self._new_budget(budget)
+        self._budget_before: SharedBudget | None = None  # that was taken away, and may come back
 
     def change(
         self,
@@ -126,12 +127,15 @@ class CallerLimits:
             self._buckets = resize_buckets(clock.now(), self._quotas, self._buckets, quotas)
             self._quotas, self._max_wait = tuple(quotas), max_wait
             self._account = self._open()
+        before = self.budget or self._budget_before
+        self.budget, self._budget_before = None, before
         if budget is None:
-            self.budget = None
-        elif self.budget is None:
-            self.budget = self._new_budget(budget)
+            return
+        if before is None:
+            before = self._new_budget(budget)
         else:
-            self.budget.change(budget)
+            before.change(budget)
+        self.budget = before
 
     @property
     def budgets(self) -> tuple[CallBudget, ...]:
@@ -152,7 +156,8 @@ class CallerLimits:
         """Return whether nothing is used, so that new limits in its place would be the same."""
         account = self._account.account
         idle = not (account.in_flight or account.queue)
-        return idle and account.quotas.is_full(clock.now()) and (self.budget is None or self.budget.is_fresh())
+        budget = self.budget or self._budget_before
+        return idle and account.quotas.is_full(clock.now()) and (budget is None or budget.is_fresh())
 
     async def acquire(self, request: CallRequest) -> CallerPermit:
         """Wait for what a call needs of the rates and slots, at most until its deadline.

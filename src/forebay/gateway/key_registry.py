@@ -128,6 +128,7 @@ class KeyRegistry:
         """Return the limits of a key, which all its calls share."""
         found = self._limits.get(key.name)
         if found is None:
+            key = self._snapshot.keys.get(key.name, key)  # it may have changed while the body of the call arrived
             found = self._limits[key.name] = CallerLimits(
                 f"key:{key.name}",
                 f"key {key.name!r}",

@@ -32,6 +32,7 @@ from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.key_registry import KeyRegistry
 from forebay.gateway.settings import GatewaySettings
+from forebay.gateway.worker_processes import CannotListen, Listening, WorkerProcesses
 from forebay.quota import Prices
 from forebay.spend_log import SpendLog
 
@@ -59,6 +60,8 @@ _LAST_REQUEST_GRACE: Final = 0.5  # seconds for requests that are on their way w
 _ACCEPTING: Final = 3  # turns in which asyncio's event loop makes a transport for a connection that it has accepted
 # Settings that a reload does not change, besides `listen`.
 _UNTIL_RESTART: Final = (
+    "shared",
+    "workers",
     "spend_log",
     "max_metrics_models",
     "max_metrics_tenants",
@@ -355,6 +358,7 @@ class Gateway:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         connector: makes the aiohttp connector to its providers; None for a `ConnectionPool`, over TCP.
+        listening: a socket that listens already, instead of the address of the settings; it is closed with the gateway.
 
     Raises:
         InvalidSecret: on entering; the token is missing, or not fit to be one.
@@ -373,9 +377,11 @@ class Gateway:
         environment: Mapping[str, str] = os.environ,
         *,
         connector: Callable[[], aiohttp.BaseConnector] | None = None,
+        listening: socket.socket | None = None,
     ) -> None:
         self.settings = settings
         self._environment = environment
+        self._listening = listening
         self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
@@ -410,7 +416,10 @@ class Gateway:
             )
             self._web = _Server(self.forwarder, self.settings)
             await self._watch_keys(keys)
-            self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
+            if self._listening is not None:
+                self._server = await loop.create_server(self._web, sock=self._listening)
+            else:
+                self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
             await self._watch_keys(None)
             await self._session.close()
@@ -592,10 +601,6 @@ def _accept_all(listening: socket.socket) -> Iterator[socket.socket]:
         yield connection
 
 
-class CannotListen(ForebayError, OSError):
-    """The gateway cannot listen on {listen}: {problem}. Give another address, or stop the program that uses it."""
-
-
 def _reason(error: OSError) -> str:
     """Return the system's message; asyncio's own repeats the address."""
     number = error.errno or 0  # negative if a name was not found
@@ -604,16 +609,40 @@ def _reason(error: OSError) -> str:
 
 def run_forever(
     settings: GatewaySettings,
-    ready: Callable[[Gateway], object],
+    ready: Callable[[Listening], object],
     reload: Callable[[], GatewaySettings] | None,
     reloaded: Callable[[], object],
 ) -> int:
     """See `forebay.gateway.serve`."""
+    if settings.workers > 1:
+        return _run_workers(settings, ready, reload, reloaded)
+    return _run(_Program(settings, reload, reloaded), ready)
+
+
+def _run(program: _Program, ready: Callable[[Listening], object]) -> int:
+    """Run a gateway in this process."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
     Prices().has_price("openai", "gpt-4o")  # loads the list now: it takes a third of a second
     with asyncio.Runner(loop_factory=_new_loop) as runner:
-        runner.run(_Program(settings, reload, reloaded).run(ready))
+        runner.run(program.run(ready))
     return 0
+
+
+def _run_workers(
+    settings: GatewaySettings,
+    ready: Callable[[Listening], object],
+    reload: Callable[[], GatewaySettings] | None,
+    reloaded: Callable[[], object],
+) -> int:
+    """Run a gateway in several processes, whose parent is this one."""
+
+    def serve(listening: socket.socket, number: int, lifeline: int, accepts: Callable[[], object]) -> int:
+        told = reloaded if number == 0 else lambda: None
+        program = _Program(settings, reload, told, listening=listening, lifeline=lifeline)
+        return _run(program, lambda _: accepts())
+
+    workers = WorkerProcesses(settings.address, settings.workers, serve, ready, reloads=reload is not None)
+    return workers.run()
 
 
 def _fitted(settings: GatewaySettings) -> GatewaySettings:
@@ -642,6 +671,8 @@ class _Program:
         settings: of the gateway.
         reload: returns its settings, read again; None if they cannot be.
         reloaded: called once the gateway serves by them.
+        listening: see `Gateway`.
+        lifeline: a file descriptor whose end stops the gateway; None for none.
     """
 
     def __init__(
@@ -649,14 +680,18 @@ class _Program:
         settings: GatewaySettings,
         reload: Callable[[], GatewaySettings] | None,
         reloaded: Callable[[], object],
+        *,
+        listening: socket.socket | None = None,
+        lifeline: int | None = None,
     ) -> None:
-        self._gateway = Gateway(_fitted(settings))
+        self._gateway = Gateway(_fitted(settings), listening=listening)
+        self._lifeline = lifeline
         self._reload = reload
         self._reloaded = reloaded
         self._stop = asyncio.Event()
         self._reload_asked = asyncio.Event()
 
-    async def run(self, ready: Callable[[Gateway], object]) -> None:
+    async def run(self, ready: Callable[[Listening], object]) -> None:
         """Serve until a signal; `ready` is called once it listens."""
         async with self._gateway as gateway:
             self._handle_signals()
@@ -671,6 +706,8 @@ class _Program:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
+        if self._lifeline is not None:
+            loop.add_reader(self._lifeline, self._lose_parent)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         if not hasattr(signal, "SIGHUP"):
@@ -682,6 +719,11 @@ class _Program:
     def _end(self) -> None:
         if self._stop.is_set():
             self._gateway.abort()  # the second signal
+        self._stop.set()
+
+    def _lose_parent(self) -> None:
+        """Stop: the parent has gone."""
+        asyncio.get_running_loop().remove_reader(cast("int", self._lifeline))
         self._stop.set()
 
     def _hang_up(self, had_terminal: bool, ignored: bool) -> None:  # noqa: FBT001 - of a signal handler

@@ -427,6 +427,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         *,
         spend_log: SpendLog | None = None,
         on_event: Callable[[Event], object] | None = None,
+        shared: str | None = None,
     ) -> Upstream:
         """Return a new upstream with these settings.
 
@@ -435,6 +436,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             key_limits: of the keys that the gateway holds, by API key.
             spend_log: where it keeps what its calls cost; open.
             on_event: called with its events.
+            shared: see `Upstream`.
         """
         return Upstream(
             self.name,
@@ -455,6 +457,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             spend_log=spend_log,
             on_event=on_event,
             key_limits=key_limits,
+            shared=shared,
         )
 
 
@@ -568,6 +571,9 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         max_metrics_keys: the same of API keys: issued ones by their names, of others eight digits of the digest.
         spend_log: the file that keeps what calls cost, ``sqlite:////absolute.db``; ``"none"`` for none. None: none,
             but the command ``forebay gateway`` has one of its own where a target has a budget.
+        workers: processes that serve it, on one address. With several, `shared` makes their limits one.
+        shared: the store that makes the limits of targets one for all processes that name it, see `Upstream`; None:
+            they hold for each process, but the command ``forebay gateway`` has a file of its own for several workers.
         tenants: limits of tenants over all targets.
         response_headers: whether answers have a request id, and say how long the call was held, its attempts, its
             account, its cost.
@@ -602,6 +608,8 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     max_metrics_tenants: int = 100
     max_metrics_keys: int = 100
     spend_log: str | None = None
+    workers: int = 1
+    shared: str | None = None
     tenants: tuple[TenantSettings, ...] = ()
     response_headers: bool = True
     access_log: AccessLogKind | None = None
@@ -616,7 +624,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         if address is None:
             self._reject("listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
         self._check_whole("max_body_bytes", "max_held_bytes", "max_held_response_bytes")
-        self._check_whole("max_header_bytes", "max_connections", "max_metrics_accounts")
+        self._check_whole("max_header_bytes", "max_connections", "max_metrics_accounts", "workers")
         for name in ("max_metrics_models", "max_metrics_tenants", "max_metrics_keys"):
             if getattr(self, name) != 0 or isinstance(getattr(self, name), bool | float):
                 self._check_whole(name)

@@ -40,6 +40,7 @@ class Target:
         keys: that the gateway holds for it.
         spend_log: of the gateway, open; None for none.
         on_event: called with the events of its upstream.
+        shared: the store of its limits, see `Upstream`.
 
     Attributes:
         settings: of the target.
@@ -50,7 +51,7 @@ class Target:
         keys: that the gateway holds for it; none if calls are sent with those of their callers.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a gateway gives all of its targets
         self,
         settings: TargetSettings,
         fallbacks: Sequence[Fallback] = (),
@@ -58,11 +59,12 @@ class Target:
         *,
         spend_log: SpendLog | None = None,
         on_event: Callable[[Event], object] | None = None,
+        shared: str | None = None,
     ) -> None:
         self.settings = settings
         self.name = settings.name
         limits = {key.key: each.limits() for key, each in zip(keys, settings.keys, strict=False)}
-        self.upstream = settings.upstream(fallbacks, limits, spend_log=spend_log, on_event=on_event)
+        self.upstream = settings.upstream(fallbacks, limits, spend_log=spend_log, on_event=on_event, shared=shared)
         self.protocol: ApiProtocol = settings.protocol
         self.base_url = settings.url.rstrip("/")
         self.keys = tuple(keys)
@@ -116,7 +118,9 @@ def make_targets(
         if name not in made:
             fallbacks = [made for fallback in by_name[name].fallback for made in make_fallbacks(fallback)]
             keys = _read_keys(by_name[name], environment)
-            made[name] = Target(by_name[name], fallbacks, keys, spend_log=spend_log, on_event=on_event)
+            made[name] = Target(
+                by_name[name], fallbacks, keys, spend_log=spend_log, on_event=on_event, shared=settings.shared
+            )
         return made[name]
 
     def make_fallbacks(settings: FallbackSettings) -> list[Fallback]:

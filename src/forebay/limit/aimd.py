@@ -95,3 +95,9 @@ class AimdLimit(Limit):
             self._epoch += 1
         elif outcome is Outcome.SUCCESS and grant.at_limit:
             self._set_level(self._level + (self._growth if self._epoch else 1.0))
+
+    def adopt(self, now: float, level: float, *, cut: bool) -> None:  # noqa: ARG002 - the interface's
+        """Take over the limit that several processes have learned. A cut begins an epoch, as one of its own does."""
+        if int(level) < int(self._level) or (cut and not self._epoch):
+            self._epoch += 1
+        self._set_level(level)

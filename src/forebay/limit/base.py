@@ -89,6 +89,26 @@ class Limit(ABC):
         Called at most once for a grant, before `observe`. The default does nothing.
         """
 
+    # --- for a limit that several processes learn together, see docs/guide/shared-accounts.md ---
+
+    def learned_level(self, now: float) -> float:  # noqa: ARG002 - a subclass may need it
+        """Return the limit that was learned, before rounding, at least 1. It does not count that calls pause."""
+        return self._level
+
+    def highest_level(self) -> float:
+        """Return the most calls that may ever be in flight."""
+        return self._max_level
+
+    def adopt(self, now: float, level: float, *, cut: bool) -> None:  # noqa: ARG002 - a subclass may need it
+        """Take over the limit that several processes have learned. A limit that overrides `limit` overrides this too.
+
+        Args:
+            now: the time.
+            level: the limit, before rounding.
+            cut: it has been cut before, by whatever process, so it is more than a first guess.
+        """
+        self._set_level(level)
+
     def _set_level(self, level: float) -> None:
         """Set the limit, kept between 1 and `max_limit`. Fractions add up; `limit` rounds down."""
         self._level = max(1.0, min(self._max_level, level))

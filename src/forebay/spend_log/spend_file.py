@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
 from forebay.quota.budget import period_start
-from forebay.spend_log.spend_record import AlertPlace, GivenAlert
+from forebay.spend_log.spend_record import AlertPlace, GivenAlert, hour_of
 from forebay.spend_log.spent_totals import SpentTotals, places_of
 from forebay.spend_log.unwritten_spend import SpendBatch
 from forebay.storage import Fsync, Schema
@@ -226,12 +226,13 @@ def _load(connection: sqlite3.Connection, now: float) -> tuple[SpentTotals, dict
     for *labels, usd in connection.execute(_EARLIER, (month,)):
         for place in places_of(*labels):
             totals.add_earlier(place, usd)
+    present = hour_of(now)  # of later hours the clock was wrong: what was spent then is spent now, as budgets have it
     for hour, *labels, usd in connection.execute(_OF_MONTH, (month,)):
         for place in places_of(*labels):
-            totals.add(place, hour, usd)
+            totals.add(place, min(hour, present), usd)
     tasks = connection.execute(_TASKS, (_MAX_TASKS,)).fetchall()
     for hour, upstream, task_id, usd in reversed(tasks):
-        totals.add((upstream, "task_budget", task_id), hour, usd)
+        totals.add((upstream, "task_budget", task_id), min(hour, present), usd)
     rows = connection.execute(_ALERTS)
     return totals, {AlertPlace(*names): GivenAlert(period, share) for *names, period, share in rows}
 

@@ -7,7 +7,8 @@ from typing import Final, NamedTuple
 
 from forebay.spend_log.spend_record import HOUR, OTHER, AlertPlace, GivenAlert, SpendAmounts, SpendLabels, TaskHour
 
-_MAX_TOLD_APART: Final = 10_000  # labels an hour; of further ones model and key are "(other)"
+_MAX_TOLD_APART: Final = 10_000  # labels an hour; of further ones the model is "(other)"
+_MAX_KEYS: Final = 20_000  # labels an hour, those included; of further ones the key, by which it has a budget, is too
 _MAX_TENANTS: Final = 100_000  # labels an hour, those included; of further ones the tenant is "(other)" too
 _MAX_ROWS: Final = 200_000  # that wait while the file cannot be written; further ones are by hour and upstream only
 _MAX_TASKS: Final = 131_072  # as many as have budgets in memory; the oldest are forgotten first
@@ -91,11 +92,11 @@ class UnwrittenSpend:
         if labels in known:
             return labels
         if len(self._rows) < _MAX_ROWS:
-            if len(known) < _MAX_TOLD_APART:
-                known.add(labels)
-                return labels
-            labels = labels._replace(model=OTHER, key=OTHER)
-            if labels in known or len(known) < _MAX_TENANTS:
-                known.add(labels)
-                return labels
+            without_model = labels._replace(model=OTHER)
+            without_key = without_model._replace(key=OTHER)
+            bounds = ((labels, _MAX_TOLD_APART), (without_model, _MAX_KEYS), (without_key, _MAX_TENANTS))
+            for shorter, most in bounds:
+                if shorter in known or len(known) < most:
+                    known.add(shorter)
+                    return shorter
         return labels._replace(tenant=OTHER, model=OTHER, key=OTHER)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import sqlite3
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 from forebay import clock
-from forebay._fork import reset_in_child
+from forebay._fork import close_at_fork, reset_in_child
 from forebay._threads import DaemonThreadExecutor
 from forebay.errors import ForebayError, InvalidOverflowUrl, InvalidSpendLogUrl, StoreUnavailable
 from forebay.events import log
@@ -28,6 +30,7 @@ _MAX_RETRY: Final = 30.0  # seconds
 _TIDY_INTERVAL: Final = 86_400.0  # seconds
 _FORMS: Final = "sqlite:///spend.db, sqlite:////absolute/spend.db (?fsync=yes, checkpoint or no)"
 _BUDGETS: Final = ("budget", "tenant_budget", "task_budget")
+_FORK_PATIENCE: Final = 10.0  # seconds that a fork waits for a write to end: longer than one takes
 
 _inherited: list[SpendFile] = []  # of the parent of a forked process, which may not even close them
 
@@ -93,6 +96,7 @@ class SpendLog:
         self._opened = False
         self._closed = False
         reset_in_child(self)
+        close_at_fork(self)
 
     def __repr__(self) -> str:
         return f"SpendLog({str(self.path)!r})"
@@ -197,9 +201,21 @@ class SpendLog:
         self._executor = DaemonThreadExecutor("forebay-spend-log", max_threads=1)
         self._unwritten = UnwrittenSpend()
         self._scheduled, self._scheduled_in = False, None
-        if self._file is not None:
+        if self._file is not None:  # a write did not end in time
             _inherited.append(self._file)
             self._file = None
+
+    def close_before_fork(self) -> bool:
+        """See `HoldsFile`."""
+        if not self._file_lock.acquire(timeout=_FORK_PATIENCE):
+            return False
+        with suppress(sqlite3.Error):
+            self._close_file()
+        return True
+
+    def go_on_after_fork(self) -> None:
+        """See `HoldsFile`."""
+        self._file_lock.release()
 
     # --- writing ---
 

@@ -112,17 +112,24 @@ class UpstreamCore:
             old: the upstream.
             accounts: its accounts too, if their limits are the same: it has the same provider and address.
         """
+        if self.link is not None:  # the ledger knows what was spent, and this one is a new member of it
+            self._adopt_answers(old, accounts=accounts)
+            return
         had_budget = old.budgets.upstream_budget is not None
         keeps = accounts and had_budget == (self.budgets.upstream_budget is not None)  # accounts have a reference to it
         old.budgets.change_to(self.budgets)
         self.budgets = self.accounts.budgets = old.budgets
+        self._adopt_answers(old, accounts=accounts)
+        if keeps:
+            self.accounts.adopt(old.accounts)
+
+    def _adopt_answers(self, old: UpstreamCore, *, accounts: bool) -> None:
+        """Take over what answers have told."""
         self.background, self.stored_tokens = old.background, old.stored_tokens
         self.unpriced_calls = old.unpriced_calls
         self.recorder.table = old.recorder.table
         if accounts:
             self.accepted_keys = old.accepted_keys
-        if keeps:
-            self.accounts.adopt(old.accounts)
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"

@@ -127,6 +127,14 @@ class UpstreamSettings:
         """The limit that was given as an object, which only one account can have; None if there is none."""
         return self._limit if isinstance(self._limit, Limit) else None
 
+    @property
+    def limit_kind(self) -> str:
+        """Names the kind of limit of an account, for messages."""
+        if self._limit is None:
+            return "AdaptiveLimit" if self.max_concurrent is None else "FixedLimit"
+        kind = type(self._limit) if isinstance(self._limit, Limit) else self._limit
+        return getattr(kind, "__qualname__", None) or type(kind).__qualname__
+
     def new_limit(self, mark: str = "") -> Limit:
         """Return the limit of another account; `mark`: digest of its API key.
 

@@ -181,3 +181,19 @@ async def test_a_lower_number_of_calls_holds_once_those_in_progress_have_ended()
         began = clock.now()
         later = [group.create_task(call(limits, 1.0)) for _ in range(2)]
     assert sorted(round(task.result() - began, 1) for task in later) == [0.5, 1.5]
+
+
+@virtual
+async def test_a_budget_that_is_taken_away_and_comes_back_has_spent_what_it_had() -> None:
+    limits = acme(budget=Budget(usd=1.0, per="day"))
+    assert limits.budget is not None
+    held = limits.budget.try_reserve(0.5, Priority.NORMAL)
+    limits.change()
+    assert not limits.budgets
+    assert held is not None
+    held.settle(0.9)  # meanwhile
+    assert not limits.is_fresh()
+    limits.change()
+    limits.change(budget=Budget(usd=1.0, per="day"))
+    assert limits.budget is not None
+    assert limits.budget.spent() == pytest.approx(0.9)

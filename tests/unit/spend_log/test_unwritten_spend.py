@@ -47,7 +47,7 @@ def test_a_batch_that_could_not_be_written_is_added_to_what_came_meanwhile() -> 
     assert alerts == {AlertPlace("openai", "budget", ""): GivenAlert(0.0, 1.0)}, "the later one"
 
 
-def test_beyond_the_bound_models_and_keys_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_the_bound_models_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unwritten_spend, "_MAX_TOLD_APART", 2)
     unwritten = UnwrittenSpend()
     for model in ("a", "b", "c", "d", "a"):
@@ -60,8 +60,23 @@ def test_beyond_the_bound_models_and_keys_are_not_told_apart(monkeypatch: pytest
     assert [row.model for row in unwritten.take().rows] == ["e"]
 
 
+def test_many_models_do_not_make_the_key_unknown_by_which_they_have_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unwritten_spend, "_MAX_TOLD_APART", 2)
+    monkeypatch.setattr(unwritten_spend, "_MAX_KEYS", 4)
+    unwritten = UnwrittenSpend()
+    for number in range(6):
+        unwritten.add(labels(model=f"m{number}", key="writer"), call())
+    for number in range(3):
+        unwritten.add(labels(key=f"k{number}"), call())
+    rows = unwritten.take().rows
+    assert [(row.model, row.key) for row in rows] == [
+        ("m0", "writer"), ("m1", "writer"), (OTHER, "writer"), (OTHER, "k0"), (OTHER, OTHER)
+    ]  # fmt: skip
+
+
 def test_beyond_the_bound_tenants_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unwritten_spend, "_MAX_TOLD_APART", 1)
+    monkeypatch.setattr(unwritten_spend, "_MAX_KEYS", 2)
     monkeypatch.setattr(unwritten_spend, "_MAX_TENANTS", 3)
     unwritten = UnwrittenSpend()
     for number in range(6):

@@ -133,6 +133,19 @@ def test_an_earlier_month_does_not_count_in_the_present_one(open_log: Callable[[
     assert spend_log.spent(BUDGET, None, NOON) == 5.0
 
 
+def test_a_clock_that_was_ahead_does_not_refill_a_budget(open_log: Callable[[], SpendLog]) -> None:
+    before = open_log()
+    spend(before, 9.0)
+    spend(before, 0.5, hour=NOON + DAY, task="job")  # by a clock that was a day ahead
+    spend(before, 0.25, hour=NOON + 40 * DAY)
+    before.close()
+    after = open_log()
+    spent = [after.spent(BUDGET, per, NOON + 60.0) for per in ("hour", "day", "month", None)]
+    assert spent == [9.75] * 4
+    assert after.spent(ACME, "day", NOON + 60.0) == 9.75
+    assert after.spent(AlertPlace("openai", "task_budget", "job"), "day", NOON + 60.0) == 0.5
+
+
 def test_the_spend_of_tasks_is_kept(open_log: Callable[[], SpendLog]) -> None:
     spend_log = open_log()
     spend(spend_log, 0.2, task="run-1")

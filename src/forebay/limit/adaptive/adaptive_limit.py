@@ -163,6 +163,22 @@ class AdaptiveLimit(Limit):
         expected_among = level if probing or self._falling else math.inf
         if int(self._level) > 1 and not detector.is_overload(expected_among=expected_among):
             return  # a stray refusal: only its call is retried
+        self._fall(now, level)
+
+    def adopt(self, now: float, level: float, *, cut: bool) -> None:
+        """Take over the limit that several processes have learned. A lower one is as if a call was refused here."""
+        level = max(1.0, min(self._max_level, level))
+        if int(level) < int(self._level):
+            self._fall(now, int(level) + 1)
+        elif cut:
+            self._history.assume(level)
+            if int(level) > int(self._level):
+                self._probe.begin()  # another process makes one
+        self._level = level
+
+    def _fall(self, now: float, level: int) -> None:
+        """Lower the limit: `level` calls in flight are too many."""
+        history, probe, detector = self._history, self._probe, self._detector
         lowered = level - 1.0
         if probe.active:
             if self._late or (level <= history.ceiling + 1 and detector.background < _OFTEN):

@@ -208,10 +208,11 @@ class AccountRegistry:
         return self.settings.quotas_of(*place)
 
     def _lease(self, place: tuple[str, str]) -> AccountLease | None:
-        """Return the lease on the ledger of an account; None if processes do not share it, or it has no limits."""
+        """Return the lease on the ledger of an account; None if processes do not share it."""
         link, settings = self._link, self.settings
         of_key = settings.limits_of_key(place[0])
         own = None if of_key is None else of_key.max_concurrent
+        most = settings.max_concurrent if own is None else own
         terms = LedgerTerms(
             quotas=tuple(
                 sorted(
@@ -219,9 +220,10 @@ class AccountRegistry:
                     key=lambda quota: (quota.unit, quota.seconds, quota.amount),
                 )
             ),
-            max_concurrent=settings.max_concurrent if own is None else own,
+            max_concurrent=most,
+            limit=settings.limit_kind if most is None else None,
         )
-        if link is None or terms == LedgerTerms():
+        if link is None:
             return None
         key = ledger_key("account", settings.name, *place)
         lease = link.lease(key, lambda: AccountLease(link, key, terms))
@@ -248,9 +250,10 @@ class AccountRegistry:
             buckets = [lease.bucket(quota.counted, quota.amount, quota.seconds) for quota in quotas]
 
         def open_account() -> Account:
+            limit = guarded_limit(settings.new_limit(mark))
             return Account(
                 ":".join(part for part in (f"upstream:{settings.name}", settings.label_of(mark), group) if part),
-                limit=guarded_limit(settings.new_limit(mark)),
+                limit=limit if lease is None else lease.bind_limit(limit),
                 quotas=RateLimiter(quotas, buckets=buckets),
                 breaker=Breaker(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,

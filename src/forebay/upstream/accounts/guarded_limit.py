@@ -52,6 +52,22 @@ class GuardedLimit(Limit):
         """Pass on that the provider accepted a call."""
         call_hook(self._name, self._guarded.accepted, now, grant)
 
+    def learned_level(self, now: float) -> float:
+        """Return the limit that was learned or, if that fails or is not a number, the last limit."""
+        if type(self._guarded).limit is not Limit.limit and type(self._guarded).learned_level is Limit.learned_level:
+            return float(self.limit(now) or max(1, self._last))  # its own way to answer: `Limit`'s may know nothing
+        level = call_hook(self._name, self._guarded.learned_level, now)
+        return max(1.0, level) if is_number(level) and level < float("inf") else float(max(1, self._last))
+
+    def highest_level(self) -> float:
+        """Return the most calls that may ever be in flight."""
+        level = call_hook(self._name, self._guarded.highest_level)
+        return level if is_number(level) and level >= 1.0 else self._max_level
+
+    def adopt(self, now: float, level: float, *, cut: bool) -> None:
+        """Pass on the limit that several processes have learned."""
+        call_hook(self._name, partial(self._guarded.adopt, now, level, cut=cut))
+
 
 def guarded_limit(limit: Limit) -> Limit:
     """Return `limit`, guarded unless it is one of this package."""

@@ -1,4 +1,4 @@
-"""The lease of this process on the ledger of one account: its quotas and its slots."""
+"""The lease of this process on the ledger of one account: its quotas, its slots, and the limit of these."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from itertools import islice
 from typing import Final, Protocol
 
 from forebay.interfaces import Charge
+from forebay.limit import Limit
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.shared.lease import ExchangeLink, LedgerLease
 from forebay.upstream.shared.leased_bucket import LeasedBucket
+from forebay.upstream.shared.leased_limit import LeasedLimit
 from forebay.upstream.shared.messages import (
     ExchangeReply,
     ExchangeRequest,
@@ -27,6 +29,7 @@ _PATIENCE: Final = 600.0  # seconds without a call after which the process leave
 _PATIENT: Final = 4.0  # times that of a process which has none
 _SLOT_POLL: Final = (0.005, 0.05)  # seconds between two requests for a slot, at least and at most ...
 _SLOT_POLL_SHARE: Final = 0.02  # ... and of the time for which a call holds one
+_RAISED: Final = 0.05  # seconds after which others are told that the limit has risen
 _IDLE_SLOTS: Final = 0.05  # seconds after which free slots are returned
 
 
@@ -65,6 +68,7 @@ class AccountLease(LedgerLease):
         self.buckets: tuple[LeasedBucket, ...] = ()
         self._demand: CallDemand | None = None
         self._look: Callable[[], None] = _do_nothing
+        self._learned: LeasedLimit | None = None
         super().__init__(link, key, terms, patience=_PATIENCE)
         self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
@@ -74,6 +78,7 @@ class AccountLease(LedgerLease):
         for bucket in self.buckets:
             bucket.reset_lease()
         self._slots = SlotReply(allowed=0)
+        self._others = 0  # calls that other processes may have in flight
         self._allowed = 0  # calls in flight
         self._counted = 0  # slots that this process holds, as the ledger has it
         self._retry_at = math.inf  # when to ask again for what was not granted
@@ -81,6 +86,13 @@ class AccountLease(LedgerLease):
     def bind(self, demand: CallDemand, lock: threading.RLock, look: Callable[[], None]) -> None:
         """Use the calls of an account, its lock, and what serves its queue."""
         self._demand, self.lock, self._look = demand, lock, look
+
+    def bind_limit(self, limit: Limit) -> Limit:
+        """Return the limit of an account, learned together with other processes if the terms say so."""
+        if self.terms.limit is None:
+            return limit
+        self._learned = LeasedLimit(limit, self._in_flight_elsewhere)
+        return self._learned
 
     def bucket(self, unit: str, amount: float, seconds: float) -> LeasedBucket:
         """Return the bucket of a quota of the terms."""
@@ -93,25 +105,29 @@ class AccountLease(LedgerLease):
     # --- slots ---
 
     @property
-    def limit(self) -> int | None:
-        """The calls that all processes may have in flight; None if the ledger does not bound them."""
-        return self.terms.max_concurrent
+    def is_bounded(self) -> bool:
+        """True if the ledger bounds the calls in flight."""
+        return self.terms.max_concurrent is not None or self.terms.limit is not None
+
+    def _limit(self, now: float) -> int:
+        """Return the calls that all processes may have in flight, where the ledger bounds them."""
+        return self._learned.limit(now) if self._learned is not None else self.terms.max_concurrent or 0
 
     def slots(self, now: float) -> float:
         """Return how many calls may be in flight in this process now."""
-        if self.limit is None:
+        if not self.is_bounded:
             return math.inf
         if self.is_leased(now):
             return self._allowed
-        return self._fair_slots() if self.is_away(now) else 0
+        return self._fair_slots(now) if self.is_away(now) else 0
 
     def likely_slots(self, now: float) -> float:
         """Return how many calls this process can expect to have in flight, if it asks for them; at least one."""
-        if self.limit is None:
+        if not self.is_bounded:
             return math.inf
         if self.is_leased(now):
             return max(1, self._allowed + self._slots.free)
-        return max(1, self._fair_slots()) if self.is_away(now) else self.limit
+        return max(1, self._fair_slots(now) if self.is_away(now) else self._limit(now))
 
     def slot_wait(self, now: float, in_flight: int) -> float:
         """Return the seconds until a slot is here, if the ledger has one: 0, or those of an exchange."""
@@ -122,10 +138,16 @@ class AccountLease(LedgerLease):
         if self._slots.give_back and self._demand is not None:
             self._allowed = min(self._allowed, self._demand.in_flight)
 
-    def _fair_slots(self) -> int:
+    def _fair_slots(self, now: float) -> int:
         """Return the share of this process while the store is away."""
-        assert self.limit is not None  # noqa: S101 - the ledger counts slots
-        return self.limit // self.members + (self.rank < self.limit % self.members)
+        limit = self._limit(now)
+        return limit // self.members + (self.rank < limit % self.members)
+
+    def _in_flight_elsewhere(self, now: float, in_flight: int) -> int:
+        """Return the calls in flight of other processes; while the store is away each is taken to have as many."""
+        if self.is_leased(now):
+            return self._others
+        return (self.members - 1) * in_flight if self.is_away(now) else 0
 
     # --- exchanges ---
 
@@ -141,13 +163,16 @@ class AccountLease(LedgerLease):
         if demand is not None and not leaving and demand.queue.length and not demand.is_paused(now):
             waiting = list(islice(demand.queue.in_order(), _LOOK_AHEAD))
         charges = [call.request.charge for call in waiting]
-        slots = None
-        if self.limit is not None:
+        slots = limit = None
+        if self.is_bounded:
             in_use = 0 if demand is None else demand.in_flight
             calls = demand.queue.length if demand is not None and waiting else 0
-            wanted = in_use + min(calls, self.limit)
+            wanted = in_use + min(calls, max(1, self._limit(now)))
             self._allowed = min(self._allowed, wanted) if self.is_leased(now) else 0
             slots = SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)
+        if self._learned is not None:
+            lapsed = -math.inf < self.until < now
+            limit = self._learned.report(now, members=max(1, self.members) if lapsed else 1)
         return self.new_request(
             leaving=leaving,
             priority=int(waiting[0].priority) if waiting else 0,
@@ -156,6 +181,7 @@ class AccountLease(LedgerLease):
                 for quota, bucket in zip(self.terms.quotas, self.buckets, strict=True)
             ),
             slots=slots,
+            limit=limit,
         )
 
     def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
@@ -170,6 +196,10 @@ class AccountLease(LedgerLease):
             self._counted = max(request.slots.held, self._allowed)
             if reply.retry_in is None and reply.slots.allowed < request.slots.wanted:
                 retry_in = self._slot_poll()
+        if self._learned is not None and request.limit is not None and reply.limit is not None:
+            self._learned.receive(now, request.limit, reply.limit)
+            self._others = reply.limit.others
+            retry_in = max(retry_in, reply.limit.silence)
         self._retry_at = now + retry_in
 
     def keep_unreported(self) -> None:
@@ -202,11 +232,24 @@ class AccountLease(LedgerLease):
                 self.ask_at(self._retry_at if self._has_asked_for(charge) else now)
         if any(bucket.is_low(now) for bucket in self.buckets):
             self.ask_at(now)
-        if self.limit is not None:
-            if max(demand.in_flight, self._allowed) < self._counted:  # others wait for what was given back
-                self.ask_at(now)
-            elif demand.in_flight < self._allowed:
-                self.ask_at(now + _IDLE_SLOTS)
+        if self._learned is not None:
+            self._tell_what_was_learned(now, self._learned)
+        if self.is_bounded:
+            self._return_slots(now, demand)
+
+    def _tell_what_was_learned(self, now: float, limit: LeasedLimit) -> None:
+        """Tell the ledger at once that the limit was cut, and soon that it has risen."""
+        if limit.is_cut(now):
+            self.ask_at(now)
+        elif limit.is_raised():
+            self.ask_at(now + _RAISED)
+
+    def _return_slots(self, now: float, demand: CallDemand) -> None:
+        """Return the slots that are not used."""
+        if max(demand.in_flight, self._allowed) < self._counted:  # others wait for what was given back
+            self.ask_at(now)
+        elif demand.in_flight < self._allowed:
+            self.ask_at(now + _IDLE_SLOTS)
 
     def _is_short_for(self, now: float, demand: CallDemand, charge: Charge) -> bool:
         """Return whether a call waits for the ledger."""

@@ -21,13 +21,18 @@ _RETRY: Final = 0.05  # seconds after which money may have come back that others
 def begin_period(state: LedgerState, budget: BudgetTerms, now: float) -> None:
     """Begin the period of `now`, in epoch seconds, if it is another one.
 
-    If the clock goes back to an earlier period, what was spent goes with it.
+    If the clock goes back to an earlier period, what was spent goes with it, to what was spent there before.
     """
     start = period_start(budget.per, now)
     if start > state.period:
+        state.previous_period, state.previous_spent = state.period, state.spent
         state.recovered = state.reported = 0.0
         for member in state.members.values():
             member.usd = member.usd_reserved = member.usd_short = 0.0
+    elif start < state.period:
+        if start == state.previous_period:
+            state.recovered += state.previous_spent
+        state.previous_period, state.previous_spent = -1.0, 0.0
     state.period = start
 
 

@@ -15,6 +15,7 @@ from forebay.upstream.shared.messages import (
     ExchangeReply,
     ExchangeRequest,
     LedgerTerms,
+    LimitRequest,
     QuotaRequest,
     SlotRequest,
 )
@@ -150,7 +151,7 @@ class LedgerLease(ABC):
                 self._pending = self.make_request(now, leaving=leaving)
             return self._pending
 
-    def new_request(
+    def new_request(  # noqa: PLR0913 - the parts of a request
         self,
         *,
         leaving: bool,
@@ -158,6 +159,7 @@ class LedgerLease(ABC):
         quotas: tuple[QuotaRequest, ...] = (),
         slots: SlotRequest | None = None,
         budget: BudgetRequest | None = None,
+        limit: LimitRequest | None = None,
     ) -> ExchangeRequest:
         """Return the next request."""
         return ExchangeRequest(
@@ -172,6 +174,7 @@ class LedgerLease(ABC):
             slots=slots,
             budget=budget,
             leaving=leaving,
+            limit=limit,
         )
 
     def apply(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:

@@ -20,7 +20,8 @@ from forebay.upstream.shared.budget_shares import (
     restore_spend,
 )
 from forebay.upstream.shared.ledger_state import EndedMember, LedgerState, MemberState
-from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms
+from forebay.upstream.shared.limit_learning import begin_limit, limit_reply, report_limit
+from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest
 from forebay.upstream.shared.periods import period_end
 from forebay.upstream.shared.quota_shares import (
     grant_quotas,
@@ -64,7 +65,9 @@ class AccountLedger:
         lost = bool(request.epoch)
         levels = [0.0 if lost else quota.amount for quota in request.terms.quotas]
         epoch = f"{request.member}:{request.sequence}"
-        return cls(LedgerState(epoch=epoch, terms=request.terms, clock=now, levels=levels))
+        state = LedgerState(epoch=epoch, terms=request.terms, clock=now, levels=levels)
+        begin_limit(state, request.limit)
+        return cls(state)
 
     def exchange(self, now: float, request: ExchangeRequest) -> ExchangeReply:
         """Count what a member has used, decide what it gets, and return the reply.
@@ -81,7 +84,7 @@ class AccountLedger:
         if request.terms != state.terms:
             if state.others(name):
                 return ExchangeReply(epoch=state.epoch, members=len(state.members), rank=0, conflict=state.terms)
-            self._replace_terms(now, request.terms)
+            self._replace_terms(now, request)
         forgotten = request.answered > self._latest_sequence(name)
         member, counts = self._join(request)
         member.sequence, member.seen, member.until = request.sequence, state.time, state.time + LEASE
@@ -91,6 +94,8 @@ class AccountLedger:
                 if forgotten:
                     restore_spend(state, request.budget)
                 report_spend(state, member, request.budget)
+            if request.limit is not None and request.epoch == state.epoch:
+                report_limit(state, request.limit)
         reply = self._decide(request, member)
         member.reply = reply
         if request.leaving:
@@ -124,7 +129,7 @@ class AccountLedger:
             begin_period(state, state.terms.budget, now)
         before = len(state.members)
         for name in [name for name, member in state.members.items() if member.until < state.time]:
-            self._end(name, slots=-(-(state.terms.max_concurrent or 0) // before))
+            self._end(name, slots=-(-(state.slot_limit() or 0) // before))
         if before and not state.members:
             state.recovers_until = state.time + _RECOVERY
 
@@ -172,9 +177,11 @@ class AccountLedger:
         if request.budget is not None:
             recover_spend(state, request.budget)
 
-    def _replace_terms(self, now: float, terms: LedgerTerms) -> None:
-        """Take over the settings of the only member. A quota keeps its level."""
-        state = self.state
+    def _replace_terms(self, now: float, request: ExchangeRequest) -> None:
+        """Take over the settings of the only member. A quota keeps its level, and so does a limit of the same kind."""
+        state, terms = self.state, request.terms
+        if terms.limit != state.terms.limit:
+            begin_limit(state, request.limit)
         levels = {
             (quota.unit, quota.seconds): level for quota, level in zip(state.terms.quotas, state.levels, strict=True)
         }
@@ -199,7 +206,7 @@ class AccountLedger:
         waits = grant_quotas(state, name, request.quotas)
         retries = [max(waits)] if any(wait > 0.0 for wait in waits) else []
         slots = None
-        if request.slots is not None and state.terms.max_concurrent is not None:
+        if request.slots is not None and state.slot_limit() is not None:
             slots = grant_slots(state, name, request.slots, may_grow=not retries)
         budget = None
         if request.budget is not None and state.terms.budget is not None:
@@ -217,6 +224,7 @@ class AccountLedger:
             quotas=quota_replies(state, member, waits),
             slots=slots,
             budget=budget,
+            limit=None if state.terms.limit is None else limit_reply(state, name),
         )
 
 

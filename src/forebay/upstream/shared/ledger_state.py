@@ -94,6 +94,11 @@ class LedgerState(msgspec.Struct):
         period: when the period of its budget began, in epoch seconds.
         recovered: dollars that were spent in this period by what members of an earlier epoch knew.
         reported: dollars that members have spent in this period besides.
+        previous_period: when the period before began: the clock may go back to it.
+        previous_spent: dollars that were spent in that one.
+        limit: that the members have learned.
+        limit_epoch: how often it was cut.
+        silent_until: until then no call is sent, because a lone one was refused.
     """
 
     epoch: str
@@ -107,11 +112,22 @@ class LedgerState(msgspec.Struct):
     period: float = -1.0
     recovered: float = 0.0
     reported: float = 0.0
+    previous_period: float = -1.0
+    previous_spent: float = 0.0
+    limit: float = 1.0
+    limit_epoch: int = 0
+    silent_until: float = 0.0
 
     @property
     def spent(self) -> float:
         """Dollars spent in this period."""
         return self.recovered + self.reported
+
+    def slot_limit(self) -> int | None:
+        """Return how many calls may be in flight in all; None if the ledger does not bound them."""
+        if self.terms.limit is None:
+            return self.terms.max_concurrent
+        return 0 if self.time < self.silent_until else int(self.limit)
 
     def slots_of_the_absent(self) -> int:
         """Return the slots that members may use that have not come back since the store was away."""

@@ -62,11 +62,13 @@ class LedgerTerms(msgspec.Struct, frozen=True):
         quotas: of the account, in an order that all processes agree on.
         max_concurrent: calls in flight at most; None: not bounded by the ledger.
         budget: None: it counts no money.
+        limit: names the kind of limit that its members learn together; None: they learn none.
     """
 
     quotas: tuple[QuotaTerms, ...] = ()
     max_concurrent: int | None = None
     budget: BudgetTerms | None = None
+    limit: str | None = None
 
     def __str__(self) -> str:
         parts = [str(quota) for quota in self.quotas]
@@ -74,6 +76,8 @@ class LedgerTerms(msgspec.Struct, frozen=True):
             parts.append(f"max_concurrent={self.max_concurrent}")
         if self.budget is not None:
             parts.append(str(self.budget))
+        if self.limit is not None:
+            parts.append(f"limit={self.limit}")
         return ", ".join(parts) or "no limits"
 
 
@@ -110,6 +114,26 @@ class SlotRequest(msgspec.Struct, frozen=True):
     in_use: int = 0
     held: int = 0
     wanted: int = 0
+
+
+class LimitRequest(msgspec.Struct, frozen=True):
+    """The part of a limit that a member has learned since its last exchange that was answered.
+
+    Attributes:
+        epoch: of the limit, as the ledger told it last; -1 if it has not.
+        level: the limit of the member.
+        most: that the limit may ever be.
+        cut: the limit to which it has cut it; None if it has not.
+        raised: by how much it has raised it, after the cut if there is one.
+        silence: seconds for which it asks all members to send no call, because a lone one was refused; 0 for none.
+    """
+
+    epoch: int = -1
+    level: float = 1.0
+    most: float = 1e9
+    cut: float | None = None
+    raised: float = 0.0
+    silence: float = 0.0
 
 
 class BudgetRequest(msgspec.Struct, frozen=True):
@@ -156,6 +180,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
         slots: None if the terms bound none.
         budget: None if the terms have none.
         leaving: the member ends: it returns all that it holds.
+        limit: None if the terms have none.
     """
 
     ledger: str
@@ -169,6 +194,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     slots: SlotRequest | None = None
     budget: BudgetRequest | None = None
     leaving: bool = False
+    limit: LimitRequest | None = None
 
 
 class QuotaReply(msgspec.Struct, frozen=True):
@@ -197,6 +223,22 @@ class SlotReply(msgspec.Struct, frozen=True):
     allowed: int
     give_back: bool = False
     free: int = 0
+
+
+class LimitReply(msgspec.Struct, frozen=True):
+    """The limit that all members have learned.
+
+    Attributes:
+        epoch: how often it was cut.
+        level: calls in flight at most, in all processes, before it is rounded down.
+        silence: seconds for which no call is sent.
+        others: calls that other members may have in flight.
+    """
+
+    epoch: int
+    level: float
+    silence: float = 0.0
+    others: int = 0
 
 
 class BudgetReply(msgspec.Struct, frozen=True):
@@ -232,6 +274,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
         quotas: one for each of the terms.
         slots: None if the terms bound none.
         budget: None if the terms have none.
+        limit: None if the terms have none.
     """
 
     epoch: str
@@ -243,6 +286,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
     quotas: tuple[QuotaReply, ...] = ()
     slots: SlotReply | None = None
     budget: BudgetReply | None = None
+    limit: LimitReply | None = None
 
 
 LEASE = 5.0

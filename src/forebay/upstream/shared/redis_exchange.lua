@@ -182,6 +182,11 @@ end
 
 -- slots: see slot_shares.py
 
+local function slot_limit(state)
+  if not state.terms.limit then return state.terms.max_concurrent end
+  return state.time < state.silent_until and 0 or floor(state.limit)
+end
+
 local function fair_shares(limit, demands)
   local shares, open, left = {}, {}, limit
   for number, demand in ipairs(demands) do
@@ -224,7 +229,7 @@ local function fair_share(state, names, name, limit, demand, wanting)
 end
 
 local function grant_slots(state, names, name, asked, may_grow)
-  local limit, member = state.terms.max_concurrent, state.members[name]
+  local limit, member = slot_limit(state), state.members[name]
   local wanted = may_grow and max(asked.in_use, asked.wanted) or asked.in_use
   member.slots = max(asked.in_use, asked.held)
   member.slots_wanted = wanted
@@ -246,6 +251,32 @@ local function grant_slots(state, names, name, asked, may_grow)
   return {allowed = allowed, give_back = wanting > limit, free = free}
 end
 
+-- the limit: see limit_learning.py
+
+local function begin_limit(state, asked)
+  state.limit, state.limit_epoch, state.silent_until = asked and max(1, asked.level) or 1, 0, 0
+end
+
+local function report_limit(state, asked)
+  if asked.epoch == state.limit_epoch then
+    if asked.cut then
+      state.limit, state.limit_epoch = min(state.limit, asked.cut), state.limit_epoch + 1
+    end
+    state.limit = state.limit + asked.raised
+  end
+  state.limit = max(1, min(state.limit, asked.most))
+  if asked.silence > 0 then state.silent_until = max(state.silent_until, state.time + asked.silence) end
+end
+
+local function limit_reply(state, names, name)
+  local others = 0
+  for _, other in ipairs(names) do
+    if other ~= name then others = others + state.members[other].slots end
+  end
+  local silence = max(0, state.silent_until - state.time)
+  return {epoch = state.limit_epoch, level = state.limit, silence = silence, others = others}
+end
+
 -- money: see budget_shares.py
 
 local function spent_by_all(state)
@@ -255,10 +286,14 @@ end
 local function begin_period(state, budget, now)
   local start = period_start(budget.per, now)
   if start > state.period then
+    state.previous_period, state.previous_spent = state.period, spent_by_all(state)
     state.recovered, state.reported = 0, 0
     for _, member in pairs(state.members) do
       member.usd, member.usd_reserved, member.usd_short = 0, 0, 0
     end
+  elseif start < state.period then
+    if start == state.previous_period then state.recovered = state.recovered + state.previous_spent end
+    state.previous_period, state.previous_spent = -1, 0
   end
   state.period = start
 end
@@ -326,10 +361,13 @@ local function open_ledger(now, request)
   for number, quota in ipairs(request.terms.quotas) do
     levels[number] = request.epoch == '' and quota.amount or 0
   end
-  return {
+  local state = {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
     levels = levels, members = {}, ended = {}, recovers_until = 0, period = -1, recovered = 0, reported = 0,
+    previous_period = -1, previous_spent = 0,
   }
+  begin_limit(state, request.limit)
+  return state
 end
 
 local function expires_at(state)
@@ -351,15 +389,16 @@ local function advance(state, now)
   refill_quotas(state, elapsed)
   if state.terms.budget then begin_period(state, state.terms.budget, now) end
   local names, left = sorted_names(state.members), 0
-  local slots = #names > 0 and math.ceil((state.terms.max_concurrent or 0) / #names)
   for _, name in ipairs(names) do
+    local slots = math.ceil((slot_limit(state) or 0) / #names)
     if state.members[name].until_ < state.time then end_member(state, name, slots) else left = left + 1 end
   end
   if #names > 0 and left == 0 then state.recovers_until = state.time + RECOVERY end
 end
 
-local function replace_terms(state, now, terms)
-  local levels = {}
+local function replace_terms(state, now, request)
+  local terms, levels = request.terms, {}
+  if terms.limit ~= state.terms.limit then begin_limit(state, request.limit) end
   for number, quota in ipairs(state.terms.quotas) do
     levels[quota.unit .. '/' .. quota.seconds] = state.levels[number]
   end
@@ -412,7 +451,7 @@ local function decide(state, request, member)
     if wait > 0 then retry = max(retry or 0, wait) end
   end
   local slots, budget
-  if request.slots and state.terms.max_concurrent then
+  if request.slots and slot_limit(state) then
     slots = grant_slots(state, names, name, request.slots, not retry)
   end
   if request.budget and state.terms.budget then
@@ -433,6 +472,7 @@ local function decide(state, request, member)
   return {
     epoch = state.epoch, members = #names, rank = rank, competing = competing,
     retry_in = retry and min(MAX_RETRY, retry), quotas = quotas, slots = slots, budget = budget,
+    limit = state.terms.limit and limit_reply(state, names, name),
   }
 end
 
@@ -461,7 +501,7 @@ if not equal(request.terms, state.terms) then
       return cmsgpack.pack({epoch = state.epoch, members = members, rank = 0, conflict = state.terms})
     end
   end
-  replace_terms(state, now, request.terms)
+  replace_terms(state, now, request)
   known = nil
 end
 local heard = known or state.ended[request.member]
@@ -474,6 +514,7 @@ if counts then
     if forgotten then restore_spend(state, request.budget) end
     report_spend(state, member, request.budget)
   end
+  if request.limit and request.epoch == state.epoch then report_limit(state, request.limit) end
 end
 local reply = cmsgpack.pack(decide(state, request, member))
 member.reply = reply

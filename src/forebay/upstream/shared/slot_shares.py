@@ -20,7 +20,7 @@ def grant_slots(state: LedgerState, name: str, asked: SlotRequest, *, may_grow: 
         asked: its calls.
         may_grow: its calls could be sent with a slot: they do not wait for a quota.
     """
-    limit, member = state.terms.max_concurrent, state.members[name]
+    limit, member = state.slot_limit(), state.members[name]
     assert limit is not None  # noqa: S101 - the ledger counts slots
     wanted = max(asked.in_use, asked.wanted) if may_grow else asked.in_use
     member.slots = max(asked.in_use, asked.held)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from forebay import clock
+from forebay._fork import close_at_fork
 from forebay.errors import StoreUnavailable
 from forebay.storage import Fsync, Schema
 from forebay.storage.file_watch import FileWatch
@@ -20,6 +21,7 @@ from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest
 _BUSY_TIMEOUT: Final = 2.0  # seconds to wait while another process is writing: well below a lease
 _FORGET_EVERY: Final = 600.0  # seconds
 _FORGET_AT_ONCE: Final = 1_000  # ledgers
+_FORK_PATIENCE: Final = 5.0  # seconds that a fork waits for an exchange to end: longer than one takes
 
 _SCHEMA: Final = Schema(
     application_id=0x46424143,  # "FBAC"
@@ -68,6 +70,7 @@ class SqliteLedgerStore:
         self._file: _OpenFile | None = None
         self._forget_at = 0.0
         self._lock = threading.Lock()
+        close_at_fork(self)
 
     def exchange(self, requests: Sequence[ExchangeRequest]) -> Sequence[ExchangeReply]:
         """See `LedgerStore`. All exchanges are one transaction."""
@@ -132,9 +135,20 @@ class SqliteLedgerStore:
     def reset_after_fork(self) -> None:
         """See `LedgerStore`."""
         self._lock = threading.Lock()
-        if self._file is not None:
+        if self._file is not None:  # an exchange did not end in time
             _inherited.append(self._file)
             self._file = None
+
+    def close_before_fork(self) -> bool:
+        """See `HoldsFile`."""
+        if not self._lock.acquire(timeout=_FORK_PATIENCE):
+            return False
+        self._close()
+        return True
+
+    def go_on_after_fork(self) -> None:
+        """See `HoldsFile`."""
+        self._lock.release()
 
 
 def _exchange(connection: sqlite3.Connection, now: float, request: ExchangeRequest) -> ExchangeReply:

@@ -12,8 +12,9 @@ from forebay import Upstream
 from forebay.interfaces import Outcome
 from forebay.limit import FixedLimit, Grant, Limit
 from forebay.upstream.accounts.guarded_limit import GuardedLimit, guarded_limit
+from forebay.upstream.shared.memory_store import MemoryLedgerStore
 
-METHODS = ["observe", "limit", "reopens_at", "grant", "accepted"]
+METHODS = ["observe", "limit", "reopens_at", "grant", "accepted", "learned_level", "highest_level", "adopt"]
 
 
 class OwnLimit(Limit):
@@ -42,9 +43,11 @@ def failing(method: str, error: BaseException) -> OwnLimit:
 
 @pytest.mark.parametrize("error", [ValueError(), SystemExit(1), GeneratorExit(), RecursionError()], ids=repr)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("is_shared", [False, True])
 @virtual
-async def test_a_limit_that_raises_costs_no_permit(method: str, error: BaseException) -> None:
-    upstream = Upstream("api", limit=failing(method, error))
+async def test_a_limit_that_raises_costs_no_permit(method: str, error: BaseException, *, is_shared: bool) -> None:
+    store = MemoryLedgerStore() if is_shared else None
+    upstream = Upstream("api", limit=failing(method, error), shared=store)
     for _ in range(3):
         async with upstream.call():
             pass

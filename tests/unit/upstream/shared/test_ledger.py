@@ -260,6 +260,17 @@ def test_a_new_period_begins_with_nothing_spent() -> None:
     assert budget_of(ledger.ask("a", budget=dollars(spent=5.0))).spent == 0.0  # it was spent in the hour before
 
 
+def test_a_clock_that_was_ahead_does_not_refill_a_budget() -> None:
+    ledger = budgets(per="hour")
+    ledger.ask("a", budget=dollars(60.0))
+    ledger.ask("a", budget=dollars(spent=60.0))
+    ledger.now += 3600.0
+    ledger.ask("a", budget=BudgetRequest(period=START + 3600.0, spent=1.0))
+    ledger.now -= 3600.0
+    reply = budget_of(ledger.ask("b", budget=BudgetRequest()))
+    assert (reply.spent, reply.period) == (61.0, START)
+
+
 def test_spend_that_its_store_has_lost_is_what_the_members_knew() -> None:
     ledger = budgets(per="day")
     ledger.ask("new", budget=dollars(spent=1.0))

@@ -1,0 +1,143 @@
+"""`forebay gateway --workers 2`: real processes on one address, with limits that are one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.redis_servers import runs, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")]
+PATIENCE = 60.0  # seconds on a slow machine
+ANSWER = json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
+
+
+class Provider(BaseHTTPRequestHandler):
+    """A provider that answers each call at once."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(ANSWER)))
+        self.end_headers()
+        self.wfile.write(ANSWER)
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture
+def provider() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Provider)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class RunningGateway:
+    """A gateway with two workers.
+
+    Attributes:
+        process: the parent.
+        url: of its target.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self.said = process.stdout.readline()
+        port = re.search(r":(\d+)$", self.said.strip())
+        self.url = f"http://127.0.0.1:{port[1]}/openai/v1/chat/completions" if port else ""
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the workers."""
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def call(self) -> int:
+        """Make a call, on a connection of its own; return the status of its answer."""
+        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
+        headers = {"content-type": "application/json", "authorization": "Bearer key"}
+        request = urllib.request.Request(self.url, body, headers)  # noqa: S310 - http
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
+                status: int = answer.status
+                return status
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+
+@contextmanager
+def gateway(provider: str, directory: Path, *options: str) -> Iterator[RunningGateway]:
+    command = [sys.executable, "-m", "forebay.cli", "gateway", "--target", f"openai={provider}"]
+    environment = {**os.environ, "XDG_STATE_HOME": str(directory), "XDG_RUNTIME_DIR": str(directory)}
+    arguments = [*command, "--listen", "127.0.0.1:0", "--workers", "2", "--access-log", "off", *options]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield RunningGateway(process)
+        finally:
+            process.kill()
+
+
+def test_a_worker_that_is_killed_is_replaced_and_calls_are_served_meanwhile(provider: str, tmp_path: Path) -> None:
+    with gateway(provider, tmp_path) as running:
+        killed, other = running.workers()
+        os.kill(killed, signal.SIGKILL)
+        assert [running.call() for _ in range(10)] == [200] * 10
+        until(lambda: len(set(running.workers()) - {killed, other}) == 1, "another worker", within=PATIENCE)
+        assert other in running.workers()
+
+
+def test_sigterm_ends_all_workers_and_removes_what_they_shared(provider: str, tmp_path: Path) -> None:
+    with gateway(provider, tmp_path) as running:
+        assert running.call() == 200
+        workers = running.workers()
+        assert list(tmp_path.glob("forebay-gateway-*"))
+        running.process.terminate()
+        assert running.process.wait(PATIENCE) == 0
+        assert not any(runs(pid) for pid in workers)
+        assert not list(tmp_path.glob("forebay-gateway-*"))
+
+
+def test_workers_end_with_their_parent(provider: str, tmp_path: Path) -> None:
+    with gateway(provider, tmp_path) as running:
+        workers = running.workers()
+        running.process.kill()
+        until(lambda: not any(runs(pid) for pid in workers), "the workers end", within=PATIENCE)
+
+
+def test_workers_share_one_budget(provider: str, tmp_path: Path) -> None:
+    """Each call costs a dollar: the budget of eight pays eight, whichever worker serves them."""
+    file = tmp_path / "forebay.toml"
+    file.write_text(
+        f"[targets.openai]\nurl = '{provider}'\nmax_wait = 1\nbudget_usd = 8\nshare_keys = true\n"
+        "[targets.openai.prices.m]\ninput = 0\noutput = 1000000\n"
+    )
+    command = ["--config", str(file), "--shared", f"sqlite:///{tmp_path}/account.db", "--spend-log", "none"]
+    with gateway(provider, tmp_path, *command) as running:
+        served = [running.call() for _ in range(20)].count(200)
+    assert served == 8
+
+
+def test_a_gateway_whose_workers_cannot_start_says_why_once_and_fails(provider: str, tmp_path: Path) -> None:
+    with gateway(provider, tmp_path, "--keys", f"sqlite:///{tmp_path}/missing.db") as running:
+        assert running.said == ""
+        assert running.process.wait(PATIENCE) == 1
