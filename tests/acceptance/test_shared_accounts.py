@@ -11,6 +11,7 @@ from tests.support.upstream_checks import check_upstream
 
 from forebay import Budget, Overloaded, Price, Quota, Upstream
 from forebay.errors import InvalidSetting
+from forebay.events import BudgetAlert, Event
 from forebay.upstream.shared.memory_store import MemoryLedgerStore
 from forebay.upstream.shared.messages import LEASE
 
@@ -94,6 +95,29 @@ async def test_what_one_process_has_spent_another_does_not_spend_again() -> None
         async with other.call("m", output_tokens=200):
             pass
     assert other.statistics().spent_usd == pytest.approx(0.9)
+
+
+@virtual
+async def test_a_shared_budget_is_spent_once_a_small_call_is_rejected() -> None:
+    events: list[Event] = []
+    upstream = Upstream(
+        "key",
+        budget=Budget(usd=10.0, alert=0.5),
+        prices={"m": Price(input=0, output=1_000)},
+        shared=MemoryLedgerStore(),
+        on_event=events.append,
+    )
+    async with upstream.call("m", output_tokens=9_900) as call:
+        call.settle(input_tokens=0, output_tokens=9_900)
+    for _ in range(2):
+        await asyncio.sleep(1.0)
+        with pytest.raises(Overloaded, match="would be overspent"):
+            async with upstream.call("m", output_tokens=300):
+                pass
+    await asyncio.sleep(1.0)
+    alerts = [event for event in events if isinstance(event, BudgetAlert)]
+    assert [alert.share for alert in alerts] == [0.5, 1.0]
+    assert [alert.spent for alert in alerts] == pytest.approx([9.9, 9.9])
 
 
 @pytest.mark.blocks

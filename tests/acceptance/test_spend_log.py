@@ -21,6 +21,7 @@ from forebay.errors import InvalidSetting, InvalidSpendLogUrl
 from forebay.events import BudgetAlert, Event
 from forebay.simulation import simulate
 from forebay.spend_log import SpendLog, SpendQuery, read_spend
+from forebay.upstream.shared.memory_store import MemoryLedgerStore
 
 PRICES = {"gpt-4o": Price(input=2.5, output=10.0)}  # dollars per million tokens
 OPENAI = "https://provider.test/v1"
@@ -190,6 +191,19 @@ def test_a_restart_does_not_alert_again(restarts: Restarts, caplog: pytest.LogCa
         "the budget of openai: 10% of 0.035 USD a month is spent: 0.0035 USD",
         "the budget of openai: 0.0105 of 0.0105 USD a month are spent; calls are rejected until the next month",
     ]
+
+
+def test_the_alert_of_a_shared_budget_is_not_given_again(restarts: Restarts, caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryLedgerStore()
+
+    def spend_until(usd: float) -> None:
+        upstream = restarts.start(budget=Budget(usd=10 * COST, per="month", alert=0.1), shared=store)
+        call(upstream)
+        wait_for(lambda: "10% of" in caplog.text and (upstream.statistics().spent_usd or 0.0) > usd)
+
+    spend_until(0.5 * COST)
+    spend_until(1.5 * COST)  # by the ledger, which has told what the process before has spent
+    assert caplog.text.count("10% of 0.035 USD a month is spent") == 1
 
 
 def test_what_processes_have_spent_together_alerts_at_the_next_start(restarts: Restarts) -> None:

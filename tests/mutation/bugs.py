@@ -258,8 +258,9 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import ledger, limit_learning, quota_shares
+from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares
 from forebay.upstream.shared.lease import LedgerLease
+from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.ledger import AccountLedger
 from forebay.upstream.shared.ledger_state import LedgerState
 from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LimitRequest
@@ -1013,6 +1014,14 @@ def calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider() -> None:
 
 def a_restart_alerts_again() -> None:
     always(SpendLog, SpendLog.alerted, returns=0.0)
+
+
+def a_clock_that_was_ahead_refills_a_shared_budget() -> None:
+    swap(budget_shares.begin_period, ast.Eq, ast.NotEq)
+
+
+def a_small_call_that_is_rejected_does_not_alert() -> None:
+    skip(LeasedBudget.rejection, LeasedBudget._alert_if_due)
 
 
 def spend_that_could_not_be_written_is_lost() -> None:

@@ -72,6 +72,7 @@ from tests.acceptance import (
     test_saga_slots,
     test_saga_writes,
     test_sagas,
+    test_shared_accounts,
     test_shared_overflow,
     test_silent_store,
     test_slot,
@@ -431,6 +432,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_gateway_caller_spend.test_a_call_is_attributed_to_the_name_of_its_key_everywhere
     ),
     bugs.a_restart_alerts_again: test_spend_log.test_a_restart_does_not_alert_again,
+    bugs.a_clock_that_was_ahead_refills_a_shared_budget: (
+        test_ledger.test_a_clock_that_was_ahead_does_not_refill_a_budget
+    ),
+    bugs.a_small_call_that_is_rejected_does_not_alert: (
+        test_shared_accounts.test_a_shared_budget_is_spent_once_a_small_call_is_rejected
+    ),
     bugs.spend_that_could_not_be_written_is_lost: (
         test_write_behind.test_a_file_that_cannot_be_written_costs_nothing_and_is_written_later
     ),

@@ -15,8 +15,10 @@ from forebay.task import Priority
 _HOUR: Final = 3600.0
 _DAY: Final = 86400.0
 _MAX_DOLLARS: Final = 1e12  # an int of any size passes for a number, and cannot be added to a float
-_SMALL_CALLS: Final = 10  # of which the budget has room for so many: if one is rejected, the budget counts as spent
 _PERIODS: Final = ("hour", "day", "month", None)
+
+SMALL_CALLS: Final = 10
+"""Calls of which a budget has room for so many are small: if one is rejected, the budget counts as spent."""
 
 
 @renamed_arguments(reserve="reserved_share")
@@ -196,7 +198,7 @@ class BudgetTracker:
         """
         period, total = self._present(now), self.budget.usd
         least = total * (1 - 1e-12)  # sums of dollars have rounding errors
-        short = rejected is not None and period.spent + rejected > total >= rejected * _SMALL_CALLS
+        short = rejected is not None and period.spent + rejected > total >= rejected * SMALL_CALLS
         if period.spent >= least or short:
             due = 1.0
         elif self.budget.alert is not None and period.spent >= self.budget.alert * least:

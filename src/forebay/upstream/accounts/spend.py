@@ -308,6 +308,8 @@ class UpstreamBudgets:
     def _alert(self, name: str, budget: Budget, place: AlertPlace, share: float, spent: float) -> None:
         period = period_start(budget.per, clock.wall_time())
         if self._spend_log is not None:
+            if self._link is not None and self._spend_log.alerted(place, period) >= share:
+                return  # by this process before its restart; the ledger of the budget does not tell
             self._spend_log.record_alert(place, GivenAlert(period, share))
         log.warning("%s: %s", name, _alert_text(budget, share, spent))
         if self._on_alert is not None:

@@ -9,7 +9,7 @@ from typing import Final
 
 from forebay import clock
 from forebay.quota import Budget
-from forebay.quota.budget import check_dollars
+from forebay.quota.budget import SMALL_CALLS, check_dollars
 from forebay.task import Priority
 from forebay.upstream.accounts.budget_rejection import budget_rejection
 from forebay.upstream.call_request import Rejected, SpendReservation
@@ -192,6 +192,8 @@ class LeasedBudget(LedgerLease):
             used = self.budget.usd - max(0.0, self._own_share(now, priority)) if away else self._taken(now)
             spent = used if away else used - self._reserved_by_all(now)
             resets_in = self._resets_in(now)
+            if not away:
+                self._alert_if_due(spent, rejected=usd)
         name = f"{self.name}, of which this process has its share alone while the store is away," if away else self.name
         left = self._total(priority) - spent
         affordable_later = left > 0.0 and usd <= left and not away
@@ -362,11 +364,15 @@ class LeasedBudget(LedgerLease):
         self._retry_at = -math.inf if reply.retry_in is None else now + reply.retry_in
         self._alert_if_due(budget.spent)
 
-    def _alert_if_due(self, spent: float) -> None:
-        """Give an alert if a share of the budget is spent, once a period for `Budget.alert` and once for all of it."""
-        least = self.budget.usd * (1.0 - _EPSILON)
-        due = 1.0 if spent >= least else self.budget.alert or math.inf
-        if due <= self._alerted or spent < due * least:
+    def _alert_if_due(self, spent: float, *, rejected: float = 0.0) -> None:
+        """Give an alert if a share of the budget is spent, once a period for `Budget.alert` and once for all of it.
+
+        As in `BudgetTracker.take_alert`, it counts as spent if a small call of `rejected` dollars is rejected for that.
+        """
+        total, least = self.budget.usd, self.budget.usd * (1.0 - _EPSILON)
+        is_spent = spent >= least or spent + rejected > total >= rejected * SMALL_CALLS
+        due = 1.0 if is_spent else self.budget.alert or math.inf
+        if due <= self._alerted or not (is_spent or spent >= due * least):
             return
         self._alerted = due
         if self._on_alert is not None:
