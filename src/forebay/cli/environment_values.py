@@ -15,6 +15,8 @@ from forebay.cli.toml_document import KeyPath
 _REFERENCE: Final = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<inner>[^}]*)(?P<end>\}?))")
 _INNER: Final = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
 
+_NAMES_VARIABLE: Final = "_env"  # the end of the names of settings that name a variable
+
 
 class BadReference(NamedTuple):
     """A reference to a variable that cannot be replaced.
@@ -72,6 +74,10 @@ class EnvironmentValues:
         yield text[end:]
 
     def _value(self, reference: re.Match[str], keys: KeyPath) -> str:
+        if keys and f"{keys[-1]}".endswith(_NAMES_VARIABLE):  # whose value would be shown where its name is
+            problem = "takes the name of an environment variable, not its value: write the name alone, without ${}"
+            self.problems.append(BadReference(keys, problem))
+            return ""
         inner = _INNER.fullmatch(reference["inner"])
         if inner is None or not reference["end"] or "${" in (inner["default"] or ""):
             problem = "has a '${' that begins neither ${NAME} nor ${NAME:-default}; write $$ for a dollar sign"

@@ -212,7 +212,7 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
     log_format = settings.access_log or "text"
     return [
         f"listening on {settings.listen}; callers need {callers}",
-        f"may set priority, deadline, tenant and task: {settings.trust}",
+        f"may set priority, deadline, tenant and task: {_trusted(settings)}",
         *_spend_log_summary(settings),
         *_workers_summary(settings),
         f"access log: {'off' if log_format == 'off' else f'{log_format} to {settings.access_log_to}'}",
@@ -220,6 +220,13 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
         *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
         *(line for alias in settings.models for line in _alias_summary(alias, settings)),
     ]
+
+
+def _trusted(settings: GatewaySettings) -> str:
+    """Return who may set the context of a call; for callers with an issued key, the key says it."""
+    if settings.keys is None:
+        return settings.trust
+    return "as each key says" if settings.require_key else f"as each key says; without one {settings.trust}"
 
 
 def _spend_log_summary(settings: GatewaySettings) -> list[str]:

@@ -285,17 +285,19 @@ def _fields(given: Mapping[str, Any], expires: str | None, now: float) -> dict[s
 
 def _time(text: str, now: float) -> float:
     """Return the epoch seconds of a date, or of the end of a time from now; if it is neither, print so and exit."""
-    seconds = _seconds(text)
-    if seconds is not None:
-        return now + seconds
+    at = now + seconds if (seconds := _seconds(text)) is not None else _moment(text)
+    if at <= now:
+        fail(f"--expires: {one_line(text, 40)} has passed: to refuse a key at once, revoke or disable it", USAGE_ERROR)
+    return at
+
+
+def _moment(text: str) -> float:
+    """Return the epoch seconds of a date; if it is none, print so and exit."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         fail(f"--expires: {one_line(text, 40)!r} is neither a date, such as 2027-01-31, nor {_FORMS}", USAGE_ERROR)
-    at = (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
-    if at <= now:
-        fail(f"--expires: {one_line(text, 40)} has passed: to refuse a key at once, revoke or disable it", USAGE_ERROR)
-    return at
+    return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _seconds(text: str) -> float | None:

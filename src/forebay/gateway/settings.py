@@ -34,6 +34,7 @@ _PASSWORD: Final = re.compile(r"://[^/?#]*@")
 _NO_SPEND_LOG: Final = "none"
 _TENANT: Final = re.compile(r"[ -~]{1,256}")  # others do not arrive in a header as they are written here
 _TENANT_NAMES: Final = "1 to 256 printable characters of ASCII, as a header has them"
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEY_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _WILDCARD: Final = re.compile(r"[*?\[]")
 _MAX_NAME: Final = 256  # characters of a model's name
@@ -71,6 +72,13 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if not is_positive(value) and not (optional and value is None):
                 self._reject(name, f"a positive number of {unit}")
+
+    def _check_variable(self, name: str) -> None:
+        """Check the name of an environment variable, if there is one. It is shown, so it must not be a key itself."""
+        value = getattr(self, name)
+        if value is not None and not _VARIABLE.fullmatch(value):
+            expected = "the name of an environment variable (letters, digits and _), not the key itself"
+            self._reject(name, expected, value="***")
 
 
 class QuotaSettings(_Settings, frozen=True, kw_only=True):
@@ -140,6 +148,7 @@ class FallbackSettings(_Settings, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 self._reject(name, "a name")
+        self._check_variable("api_key_env")
         if self.target is None and self.model is None:
             self._reject("model", "given if there is no target: a fallback needs another model or another target")
         if self.target is None and self.api_key_env is not None:
@@ -180,6 +189,7 @@ class KeySettings(QuotaSettings, frozen=True, kw_only=True):
         super().__post_init__()
         if not isinstance(self.api_key_env, str) or not self.api_key_env:
             self._reject("api_key_env", "the name of an environment variable")
+        self._check_variable("api_key_env")
         if self.name is not None and (not isinstance(self.name, str) or not _KEY_NAME.fullmatch(self.name)):
             self._reject("name", "1 to 64 letters, digits, dots, hyphens and underscores")
         self._check_whole("max_concurrent", optional=True)
@@ -377,6 +387,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 self._reject(name, "the name of an environment variable or a file, not the key itself")
+        self._check_variable("api_key_env")
         if self.api_key_env is not None and self.api_key_file is not None:
             self._reject("api_key_file", "left out if api_key_env is given: there is one key")
 
@@ -709,6 +720,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 self._reject(name, "the name of an environment variable or a file")
+        self._check_variable("token_env")
         if self.token_env is not None and self.token_file is not None:
             self._reject("token_file", "left out if token_env is given: there is one token")
         if self.has_token:

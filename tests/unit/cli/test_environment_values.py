@@ -142,3 +142,18 @@ def test_an_option_replaces_a_value_of_the_environment(tmp_path: Path) -> None:
     assert load_gateway_settings(file, environment=environment).listen == "127.0.0.1:1"
     given = load_gateway_settings(file, environment=environment, gateway={"listen": "127.0.0.1:2"})
     assert given.listen == "127.0.0.1:2"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["[gateway]", 'token_env = "${KEY}"', "[targets.openai]", 'url = "https://h.example"'],
+        ["[targets.openai]", 'url = "https://h.example"', 'api_key_env = "${KEY}"'],
+        ["[targets.openai]", 'url = "https://h.example"', 'keys = [{ api_key_env = "${KEY}" }]'],
+    ],
+)
+def test_the_value_of_a_variable_is_not_taken_for_the_name_of_one(tmp_path: Path, lines: list[str]) -> None:
+    (problem,) = problems("\n".join(lines), tmp_path, KEY=SECRET)
+    says = "_env takes the name of an environment variable, not its value: write the name alone, without ${}"
+    assert problem.endswith(says)
+    assert SECRET not in problem

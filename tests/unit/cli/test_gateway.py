@@ -139,6 +139,8 @@ def test_check_prints_the_configuration_and_starts_nothing(
         "mine: http://h.example; rules of openai-compatible; accounts of its own for each API key",
         "    all limits are learned from headers and 429s",
     ]
+    keys = f"sqlite:///{tmp_path / 'keys.db'}"
+    assert "deadline, tenant and task: as each key says\n" in run(*OPENAI, "--check", "--keys", keys).stdout
     token = tmp_path / "token"
     assert f"the token in {token}, which does not exist\n" in run(*OPENAI, "--check", "--token-file", str(token)).stdout
     token.touch()

@@ -140,6 +140,7 @@ def test_a_revoked_key_is_listed_only_if_all_are(keys: Command) -> None:
         (("create", "other", "--budget-per", "day"), 2, "--budget-per is the period of --budget-usd"),
         (("create", "other", "--expires", "soon"), 2, "'soon' is neither a date, such as 2027-01-31, nor a number"),
         (("create", "other", "--expires", "2001-01-31"), 2, "2001-01-31 has passed"),
+        (("create", "other", "--expires", "0d"), 2, "0d has passed"),
         (("create", "other", "--priority", "high", "--max-priority", "low"), 2, "at least as good as its priority"),
         (("create", "writer"), 1, "There is a key 'writer'"),
         (("update", "writer"), 2, "say what to change"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from forebay.gateway import (
     TargetSettings,
     TenantSettings,
 )
+from forebay.gateway.settings import KeySettings
 from forebay.gateway.targets import make_targets
 from forebay.quota import Price, Quota
 
@@ -443,3 +445,18 @@ def test_a_wrong_setting_of_a_tenant_is_rejected(wrong: dict[str, Any], named: s
 def test_a_wrong_setting_of_what_is_shown_is_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting, match=next(iter(wrong))):
         GatewaySettings(targets=(TargetSettings(name="openai", url="https://h.example"),), **wrong)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda key: target(api_key_env=key),
+        lambda key: KeySettings(api_key_env=key),
+        lambda key: FallbackSettings(target="backup", api_key_env=key),
+        lambda key: gateway(token_env=key),
+    ],
+)
+def test_a_key_in_the_place_of_a_variable_is_refused_and_not_shown(settings: Callable[[str], object]) -> None:
+    with pytest.raises(InvalidSetting, match="not the key itself") as rejected:
+        settings("sk-proj-hunter2")
+    assert "hunter2" not in str(rejected.value)
