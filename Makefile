@@ -9,7 +9,7 @@ export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # otherwise every process that pytest starts compiles every library again
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-quick local mutation sim kills check format bench docs lock clean
+.PHONY: help install packages demo test test-quick local mutation sim kills faults check format bench docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ sim: install ## run thousands of random surges and storms with faults, one for e
 
 kills: install packages ## kill a process that drives a saga at each moment: every saga on every log
 	@FOREBAY_ALL_KILLS=1 $(RUN) pytest --quiet --numprocesses $(JOBS) --dist worksteal tests/integration/test_saga_killed.py $(ARGS)
+
+faults: install packages ## four processes on one account, while one is killed, one paused, and the store away
+	@FOREBAY_FAULTS=1 $(RUN) pytest --quiet tests/integration/test_shared_account_faults.py $(ARGS)
 
 check: install ## check lint, format, types, and the layers of imports
 	$(RUN) ruff check .

@@ -506,7 +506,7 @@ CHUNKS = CHUNKED + b"\r\n\r\n8\r\n" + JSON_BODY + b"\r\n"
 async def test_an_invalid_response_is_a_502(harness: GatewayHarness, path: str, response: bytes) -> None:
     harness.provider.behaviour = writing_raw(response)
     broke_off = response in (b"", OK)
-    async with Gateway(harness.settings(max_attempts=1 if broke_off else 6)) as gateway:
+    async with Gateway(harness.settings(max_attempts=1 if broke_off else 3)) as gateway:
         status, headers, body = await harness.post(gateway, path)
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
         assert headers["x-should-retry"] == "false"

@@ -55,6 +55,7 @@ async def start(harness: GatewayHarness, tmp_path: Path) -> AsyncIterator[Start]
             *(("--max-concurrent", "2") if config is None else ()),
             *("--target", f"openai={harness.url}", "--target", f"anthropic={harness.url}"),
             *(() if "listen" in (config or "") else ("--listen", f"127.0.0.1:{port}")),
+            env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

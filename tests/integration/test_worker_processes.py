@@ -308,11 +308,12 @@ async def test_a_process_is_not_silent_because_this_one_has_stood_still() -> Non
     await target.close()
 
 
-async def test_one_that_waits_to_be_replaced_holds_back_no_others() -> None:
+async def test_one_that_waits_to_be_replaced_holds_back_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "draw", lambda: 1.0)  # the longest delay
     target = double(REPORTING)
     await target.scale(2)
     await until_ready(target, 2)
-    target._failures = 20  # the next one that dies young is replaced in half a minute or more
+    target._failures = 20  # the next one that dies young is replaced in a minute
     os.kill(target.pids[0], signal.SIGKILL)
     await until(lambda: target._restart is not None)
     await target.scale(2)

@@ -1062,9 +1062,9 @@ def a_strict_quota_reserves_what_is_expected() -> None:
 def a_used_quota_is_forgotten_with_its_account() -> None:
     original = AccountRegistry._make
 
-    def _make(self: AccountRegistry, place: tuple[str, str], levels: object = None) -> Any:
+    def _make(self: AccountRegistry, place: tuple[str, str], levels: object = None, lease: Any = None) -> Any:
         del levels
-        return original(self, place)
+        return original(self, place, None, lease)
 
     replace(AccountRegistry, original, _make)
 
