@@ -66,6 +66,7 @@ class _PluginAuth(httpx2.Auth):
             if plugin.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(plugin.pid, signal.SIGKILL)
+                await plugin.wait()  # soon; the event loop may be closed after that
         if plugin.returncode:
             raise ValueError(f"the plugin {self._exec.command} has ended with {plugin.returncode}: run it by hand")
         try:
