@@ -65,7 +65,7 @@ NO_USAGE: Final = CallUsage()
 """The usage of no calls."""
 
 CALL_BEGINS: Final = CallUsage(unfinished=1)
-"""What is added when a call begins; `CALL_ENDS` takes it back."""
+"""The change when a call begins; `CALL_ENDS` takes it back."""
 
 CALL_ENDS: Final = CallUsage(unfinished=-1)
-"""What is added when a call ends, besides its usage."""
+"""The change when a call ends, besides its usage."""

@@ -31,7 +31,7 @@ CallResult: TypeAlias = Literal[
     "shut_down",
     "bug",
 ]
-"""How a request ended.
+"""The end of a request.
 
 ``answered``: by its provider, below 400; ``provider_error``: by its provider, with an error; ``rejected``: by a limit;
 ``invalid``: by a check of the gateway; ``unreachable``: its provider gave no answer; ``broke_off``: its answer was cut
