@@ -40,12 +40,13 @@ def state_directory(environment: Mapping[str, str]) -> Path:
 def with_default_spend_log(settings: GatewaySettings, environment: Mapping[str, str]) -> GatewaySettings:
     """Return the settings of a gateway with a spend log of its own, if it has a budget or issues keys, and names none.
 
-    Each port has its own file, so that two gateways of one machine do not count each other's calls.
+    Each port has its own file, so that two gateways of one machine do not count each other's calls. So one on any free
+    port (0) has none: the next one on such a port would not be the same gateway.
 
     Raises:
         InvalidSetting: there is no directory for it.
     """
-    if settings.spend_log is not None or not settings.has_budgets:
+    if settings.spend_log is not None or not settings.has_budgets or not settings.address.port:
         return settings
     path = state_directory(environment) / f"{_PREFIX}{settings.address.port}{_SUFFIX}"
     return msgspec.structs.replace(settings, spend_log=f"sqlite:///{quote(str(path))}")

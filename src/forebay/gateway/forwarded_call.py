@@ -411,11 +411,12 @@ class ForwardedCall(Exchange):
             self._request.on_stored(answer.response_id, self.core.name, self._held_key)
         if kind is Outcome.SUCCESS:  # before its tokens are recorded
             self._metrics.admit(self._operation, self.record)
+        if usage is not None and not self._was_counted():
+            self._metrics.record_tokens(self._operation, usage)
+        outcome = super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
         if usage is not None:
-            if not self._was_counted():
-                self._metrics.record_tokens(self._operation, usage)
-            self.record.add_usage(usage, None if self.parsed.free else self.list_cost(usage, answer))
-        return super().call_outcome(permit, kind, usage, answer, rate_limit_headers)
+            self.record.add_usage(usage, outcome.usd)
+        return outcome
 
     def _was_counted(self) -> bool:
         """Return whether the answer was metered when it was generated: this call fetches it."""

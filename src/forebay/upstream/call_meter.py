@@ -190,22 +190,18 @@ class CallMeter:
 
     def _cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
         """Return the dollars of a usage; None for as many as were reserved."""
-        usd = self.list_cost(usage, answer)
-        if usd is None and self.price.usd:
-            self._core.count_unpriced(self._parsed.model or "")
-        if usd is not None and answer is not None and not answer.whole:
-            return max(usd, self.price.usd)
-        return usd
-
-    def list_cost(self, usage: Usage, answer: ReadAnswer | None) -> float | None:
-        """Return the dollars of a usage by the prices of its model; None if these are not known."""
-        parsed = self._parsed
-        return self._core.cost(
+        core, parsed = self._core, self._parsed
+        usd = core.cost(
             parsed.model or "",
             usage.billed(tier=parsed.tier, web_searches=parsed.searches),
             answered_by=(answer.model if answer is not None else None) or "",
             alternatives=parsed.alternatives,
         )
+        if usd is None and self.price.usd:
+            core.count_unpriced(parsed.model or "")
+        if usd is not None and answer is not None and not answer.whole:
+            return max(usd, self.price.usd)
+        return usd
 
     def _remember(self, permit: Permit, response_id: str, usage: Usage | None) -> None:
         """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""

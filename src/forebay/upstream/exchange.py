@@ -253,10 +253,6 @@ class Exchange:
         result.retryable = result.retryable and self._original_body is not None
         return result
 
-    def list_cost(self, usage: Usage, answer: ReadAnswer | None = None) -> float | None:
-        """Return the dollars of a usage by the prices of its model, see `CallMeter.list_cost`."""
-        return self._meter.list_cost(usage, answer)
-
     def call_outcome(
         self,
         permit: Permit,

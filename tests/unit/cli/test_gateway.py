@@ -66,11 +66,11 @@ def test_it_serves_with_the_settings_of_options_and_file(
     file.write_text("[targets.anthropic]\nurl = 'https://api.anthropic.com'\nrpm = 5\n")
     done = run(
         *OPENAI,
-        *("--config", str(file), "--listen", "0.0.0.0:0", "--token-env", "MINE", "--share-keys"),
+        *("--config", str(file), "--listen", "0.0.0.0:8788", "--token-env", "MINE", "--share-keys"),
         *("--rpm", "500", "--rpm", "anthropic=6", "--input-tpm", "1", "--output-tpm", "2", "--tpm", "3"),
         *("--max-concurrent", "4", "--budget-usd", "25", "--drain-timeout", "90"),
     )
-    kept = state / "gateway-0.db"
+    kept = state / "gateway-8788.db"
     assert (done.exit_code, done.output.splitlines()) == (
         7, ["listening on http://0.0.0.0:4242", f"what calls cost is kept in {kept}"]
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_it_serves_with_the_settings_of_options_and_file(
     }
     assert served == [
         GatewaySettings(
-            listen="0.0.0.0:0",
+            listen="0.0.0.0:8788",
             token_env="MINE",
             drain_timeout=90.0,
             spend_log=f"sqlite:///{kept}",
@@ -166,6 +166,13 @@ def test_check_prints_the_configuration_and_starts_nothing(
 def test_where_spend_is_kept_may_be_chosen(given: tuple[str, ...], says: str) -> None:
     done = run(*OPENAI, *given, "--check")
     assert f"what calls cost is {says}" in done.stdout
+
+
+def test_gateways_on_any_free_port_do_not_count_each_others_calls(served: list[GatewaySettings], state: Path) -> None:
+    done = run(*OPENAI, "--budget-usd", "5", "--listen", "127.0.0.1:0")
+    assert "what calls cost is kept in memory: a restart refills the budgets\n" in done.output
+    assert served[0].spend_log is None
+    assert not state.exists()
 
 
 def test_without_a_budget_no_file_is_made(served: list[GatewaySettings], state: Path) -> None:
