@@ -488,7 +488,6 @@ class Forwarder:
         held: BodyReservation,
     ) -> tuple[web.StreamResponse, int]:
         """Pass the answer of a provider on; return the response and the status that it counts as."""
-        call.record.end_waiting()
         protocol: ApiProtocol = "anthropic" if call.wire_protocol == "anthropic" else "openai"
         if isinstance(answer, StreamingResponse):
             self._add_headers(answer.headers, call.record, protocol)

@@ -1,4 +1,4 @@
-"""The rejection of a call for which a budget has no dollars."""
+"""A budget in words, and the rejection of a call for which it has no dollars."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from forebay.quota import Budget
 from forebay.upstream.call_request import Rejected
 
 _RETURNED_AFTER: Final = 4.0  # seconds, on average, after which reserved dollars may have been returned
+
+
+def describe_amount(budget: Budget) -> str:
+    """Return the amount and the period of a budget in words."""
+    period = "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
+    return f"{budget.usd:,.12g} USD {period}"
 
 
 def budget_rejection(  # noqa: PLR0913 - the facts about a budget
@@ -28,12 +34,11 @@ def budget_rejection(  # noqa: PLR0913 - the facts about a budget
     retry_after = None if usd > budget.usd else resets_in
     if affordable_later:  # calls under way hold the most that they may cost, and return what they do not
         retry_after = min(_RETURNED_AFTER * (0.5 + draw), math.inf if retry_after is None else retry_after)
-    period = "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
     reserved = budget.usd * budget.reserved_share
     kept = f", {reserved:,.3g} of it for HIGH and CRITICAL alone" if reserved else ""
     advice = ": ask for less, or raise that budget" if retry_after is None else ""
     reason = (
-        f"{name} would be overspent: it has {budget.usd:,.12g} USD {period}{kept}, of which {used:,.3g} are"
+        f"{name} would be overspent: it has {describe_amount(budget)}{kept}, of which {used:,.3g} are"
         f" spent or reserved, and this may cost {usd:,.3g}{advice}"
     )
     return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after)

@@ -14,7 +14,7 @@ from forebay.quota.budget import period_start
 from forebay.spend_log import SpendLog
 from forebay.spend_log.spend_record import AlertPlace, GivenAlert
 from forebay.task import Priority
-from forebay.upstream.accounts.budget_rejection import budget_rejection
+from forebay.upstream.accounts.budget_rejection import budget_rejection, describe_amount
 from forebay.upstream.accounts.spend_recorder import SpendRecorder
 from forebay.upstream.call_request import CallBudget, CallRequest, Rejected, SpendReservation
 from forebay.upstream.shared.leased_budget import LeasedBudget
@@ -345,12 +345,8 @@ class UpstreamBudgets:
         return self._further_tenants
 
 
-def _period_text(budget: Budget) -> str:
-    return "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
-
-
 def _alert_text(budget: Budget, share: float, spent: float) -> str:
-    whole = f"{budget.usd:,.12g} USD {_period_text(budget)}"
+    whole = describe_amount(budget)
     if share < 1.0:
         return f"{share:.0%} of {whole} is spent: {spent:,.4g} USD"
     until = "" if budget.per is None else f" until the next {budget.per}"
