@@ -29,7 +29,7 @@ from forebay.upstream.shared.messages import LEASE
 ROOT: Final = Path(__file__).parents[2]
 CALLERS: Final = 8
 AMOUNT, RATE = QUOTA.amount, QUOTA.amount / QUOTA.seconds
-RETRY: Final = 1.0  # seconds between two attempts to reach a store that is away, at most
+OVERSHOOT: Final = 0.001  # at most, as a share of what was granted
 PATIENCE: Final = 60.0  # seconds for anything on a slow machine
 
 
@@ -37,7 +37,6 @@ class SqliteAccount:
     """A shared account in a SQLite file, which another process locks for a while."""
 
     is_kept = True  # what was granted, once the store is back
-    overshoot = 0.001  # at most, as a share of what was granted
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "account.db"
@@ -57,13 +56,7 @@ class SqliteAccount:
 
 
 class RedisAccount:
-    """A shared account on a Redis server, which is killed and started again, with its data or without it.
-
-    Processes come back one after the other, within `RETRY`. The first ones are granted what the ledger has refilled
-    meanwhile, of which the others have used their fair share and not reported it yet: so much is a debt for a moment.
-    """
-
-    overshoot = 0.001 + RETRY * RATE / AMOUNT
+    """A shared account on a Redis server, which is killed and started again, with its data or without it."""
 
     def __init__(self, *, is_kept: bool) -> None:
         self.is_kept = is_kept
@@ -211,7 +204,7 @@ def test_four_processes_share_an_account_whatever_happens_to_one_of_them_or_to_t
         fleet.wait_for_use(0.98, 0.0 if account.is_kept else back)
         fleet.end()
 
-        assert fleet.overshoot() <= account.overshoot
+        assert fleet.overshoot() <= OVERSHOOT
         bills = sum(fleet.bill(model) for model in fleet.models[1:])
         spent = asyncio.run(spent_by_ledger(account.url, lambda spent: spent // 1_000 * 1_000 == bills))
         of_killed = round(spent % 1_000, 2)

@@ -262,7 +262,7 @@ from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.ledger_state import LedgerState
+from forebay.upstream.shared.ledger_state import LedgerState, MemberState
 from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LimitRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -4050,6 +4050,25 @@ def a_cut_counts_for_each_process_that_makes_one() -> None:
         limit_learning.report_limit(state, msgspec.structs.replace(asked, epoch=state.limit_epoch))
 
     vars(ledger)["report_limit"] = report
+
+
+def the_first_that_reaches_its_store_again_gets_what_others_have_used() -> None:
+    vars(quota_shares)["quota_of_the_absent"] = lambda *_: 0.0
+
+
+def a_member_is_back_when_it_repeats_what_was_not_answered() -> None:
+    original = AccountLedger._join
+
+    def _join(self: AccountLedger, request: ExchangeRequest) -> tuple[MemberState, bool]:
+        member, counts = original(self, request)
+        member.absence = None
+        return member, counts
+
+    replace(AccountLedger, original, _join)
+
+
+def a_store_that_comes_back_empty_expects_nobody() -> None:
+    vars(ledger)["expect_unnamed"] = lambda *_: None
 
 
 # --- progress ---

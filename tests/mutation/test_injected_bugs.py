@@ -1671,6 +1671,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
     ),
+    bugs.the_first_that_reaches_its_store_again_gets_what_others_have_used: (
+        test_ledger.test_the_first_to_come_back_is_not_granted_what_others_may_have_used_of_their_share
+    ),
+    bugs.a_member_is_back_when_it_repeats_what_was_not_answered: (
+        test_ledger.test_a_member_that_comes_back_is_expected_until_it_has_repeated_what_was_not_answered
+    ),
+    bugs.a_store_that_comes_back_empty_expects_nobody: (
+        test_ledger.test_a_store_that_comes_back_empty_expects_the_members_that_the_first_one_knew
+    ),
     # --- progress ---
     bugs.progress_wakes_the_loop_though_nobody_listens: (
         test_threads.test_progress_that_nobody_listens_to_does_not_wake_the_loop

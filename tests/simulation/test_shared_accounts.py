@@ -50,7 +50,8 @@ class FaultyStore:
 class Fleet:
     """Processes that call one account as often as they may, and what they have sent."""
 
-    def __init__(self, processes: int, *, losses: float = 0.0) -> None:
+    def __init__(self, processes: int, *, losses: float = 0.0, call_time: float = 0.5) -> None:
+        self.call_time = call_time
         self.store = MemoryLedgerStore()
         self.ways = [FaultyStore(self.store, losses=losses) for _ in range(processes)]
         self.upstreams = [
@@ -72,7 +73,7 @@ class Fleet:
                     self.in_flight += 1
                     self.peak = max(self.peak, self.in_flight)
                     try:
-                        await asyncio.sleep(0.5)
+                        await asyncio.sleep(self.call_time)
                     finally:
                         self.in_flight -= 1
             except Overloaded as error:
@@ -86,9 +87,18 @@ class Fleet:
         for task in self.tasks[process]:
             task.cancel()
 
+    def set_away(self, *, is_away: bool) -> None:
+        """Let the store go away for all processes, or come back."""
+        for way in self.ways:
+            way.is_away = is_away
+
     @property
     def times(self) -> list[float]:
         return sorted(time for times in self.sent for time in times)
+
+    def overshoot_since_the_start(self) -> float:
+        """Return by what share more was sent until any moment than the quota had granted by then, at most."""
+        return max(number / (AMOUNT + AMOUNT * time / PERIOD) - 1.0 for number, time in enumerate(self.times, 1))
 
 
 def overshoot(times: Sequence[float]) -> float:
@@ -145,11 +155,9 @@ def test_while_the_store_is_away_processes_keep_their_fair_shares_and_pass_no_li
         for process in range(4):
             fleet.start(process, 20)
         await asyncio.sleep(100.0)
-        for way in fleet.ways:
-            way.is_away = True
+        fleet.set_away(is_away=True)
         await asyncio.sleep(100.0)
-        for way in fleet.ways:
-            way.is_away = False
+        fleet.set_away(is_away=False)
         await asyncio.sleep(100.0)
         return fleet
 
@@ -158,6 +166,28 @@ def test_while_the_store_is_away_processes_keep_their_fair_shares_and_pass_no_li
     assert fleet.peak <= LIMIT
     assert use(fleet.times, 110.0, 195.0) >= 0.9
     assert use(fleet.times, 205.0, 295.0) >= 0.98
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seconds", [LEASE - 0.4, LEASE + 3.0, 2 * LEASE])
+def test_the_first_process_that_reaches_its_store_again_gets_nothing_that_others_have_used(
+    seconds: float, seed: int
+) -> None:
+    async def main() -> Fleet:
+        fleet = Fleet(4, call_time=0.02)
+        for process in range(4):
+            fleet.start(process, 8)
+        await asyncio.sleep(100.0)
+        fleet.set_away(is_away=True)
+        await asyncio.sleep(seconds)
+        fleet.set_away(is_away=False)
+        await asyncio.sleep(30.0)
+        return fleet
+
+    fleet = simulate(main, seed=seed)
+    assert fleet.overshoot_since_the_start() <= 0.001
+    assert fleet.peak <= LIMIT
+    assert use(fleet.times, 100.0 + seconds + 5.0, 130.0 + seconds) >= 0.98
 
 
 def test_a_process_that_starts_while_the_store_is_away_has_no_share() -> None:
@@ -186,6 +216,7 @@ def test_a_store_that_comes_back_empty_grants_nothing_twice() -> None:
 
     fleet = simulate(main, seed=5)
     assert overshoot(fleet.times) <= 0.001
+    assert fleet.peak <= LIMIT
     assert use(fleet.times, 105.0, 195.0) >= 0.98
 
 
@@ -209,23 +240,24 @@ class Spenders:
 
     def __init__(self, processes: int, *, losses: float) -> None:
         self.store = MemoryLedgerStore()
+        self.ways = [FaultyStore(self.store, losses=losses) for _ in range(processes)]
         self.upstreams = [
             Upstream(
                 "openai",
                 budget=Budget(usd=10.0, per="day"),
                 prices={"m": Price(input=0, output=1000)},
-                shared=FaultyStore(self.store, losses=losses),
+                shared=way,
             )
-            for _ in range(processes)
+            for way in self.ways
         ]
         self.spent = 0.0
         self.rejected = 0
 
-    async def call(self, process: int) -> None:
+    async def call(self, process: int, seconds: float = 0.3) -> None:
         while True:
             try:
                 async with self.upstreams[process].call("m", output_tokens=40) as call:
-                    await asyncio.sleep(0.3)
+                    await asyncio.sleep(seconds)
                     call.settle(input_tokens=0, output_tokens=25)
                     self.spent += 0.025
             except Overloaded:
@@ -254,3 +286,33 @@ def test_processes_spend_one_budget_to_the_last_call_that_it_can_pay(losses: flo
     assert {round(upstream.statistics().spent_usd or 0.0, 6) for upstream in spenders.upstreams} == {
         round(spenders.spent, 6)
     }
+
+
+@pytest.mark.parametrize("keeps_ledgers", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_process_that_reaches_its_store_again_gets_no_money_that_others_have_spent(
+    seed: int, *, keeps_ledgers: bool
+) -> None:
+    async def main() -> Spenders:
+        spenders = Spenders(4, losses=0.0)
+        tasks = [asyncio.create_task(spenders.call(process)) for process in range(1, 4)]
+        async with spenders.upstreams[0].call("m", output_tokens=0) as call:
+            await asyncio.sleep(2.0)
+            call.settle(input_tokens=0, output_tokens=0)
+        for way in spenders.ways:
+            way.is_away = True
+        tasks += [asyncio.create_task(spenders.call(process)) for process in range(1, 4) for _ in range(10)]
+        await asyncio.sleep(LEASE + 8.0)
+        if not keeps_ledgers:
+            spenders.store.ledgers.clear()
+        for way in spenders.ways:
+            way.is_away = False
+        tasks += [asyncio.create_task(spenders.call(0, 0.01)) for _ in range(20)]
+        await asyncio.sleep(60.0)
+        for task in tasks:
+            task.cancel()
+        return spenders
+
+    spenders = simulate(main, seed=seed)
+    assert spenders.rejected > 0
+    assert 10.0 - 0.04 <= round(spenders.spent, 6) <= 10.0

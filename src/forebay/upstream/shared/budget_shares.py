@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from forebay.upstream.shared.absent_members import absent_members
 from forebay.upstream.shared.ledger_state import LedgerState, MemberState
 from forebay.upstream.shared.messages import BudgetReply, BudgetRequest, BudgetTerms
 from forebay.upstream.shared.periods import period_end, period_start
@@ -29,6 +30,8 @@ def begin_period(state: LedgerState, budget: BudgetTerms, now: float) -> None:
         state.recovered = state.reported = 0.0
         for member in state.members.values():
             member.usd = member.usd_reserved = member.usd_short = 0.0
+        for ended in state.ended.values():
+            ended.usd = ended.share * budget.usd
     elif start < state.period:
         if start == state.previous_period:
             state.recovered += state.previous_spent
@@ -64,6 +67,7 @@ def grant_money(state: LedgerState, name: str, budget: BudgetTerms, asked: Budge
     """Grant a member what it needs, or nothing; then more, up to a chunk that others can do without."""
     member = state.members[name]
     free = budget.usd - state.spent - sum(other.usd for other in state.members.values())
+    free -= sum(ended.usd for ended in absent_members(state))
     free_to_all = free - budget.reserved_share * budget.usd
     current = asked.period >= state.period or asked.period < 0.0
     needed, wanted = (asked.needed, asked.wanted) if current else (0.0, 0.0)

@@ -11,6 +11,7 @@ from forebay._text import format_duration
 from forebay.upstream.call_request import Rejected
 from forebay.upstream.shared.messages import (
     LEASE,
+    LEASE_MARGIN,
     BudgetRequest,
     ExchangeReply,
     ExchangeRequest,
@@ -23,7 +24,6 @@ from forebay.upstream.shared.messages import (
 SHARED_ACCOUNT: Final = "shared account"
 """The part of an account that a call waits for while its process asks the ledger, or cannot ask it."""
 
-_MARGIN: Final = 0.25  # seconds before its end in which a lease is not used: from a decision until its call is sent
 _HEARTBEAT: Final = 0.5  # seconds between exchanges of a process that has calls, or holds something
 _SLOW_HEARTBEAT: Final = 1.5  # ... of one that has none
 _CONFLICT_RETRY: Final = 1.0  # seconds
@@ -168,6 +168,7 @@ class LedgerLease(ABC):
             sequence=self._sequence,
             answered=self._answered,
             epoch=self._epoch,
+            members=self.members,
             terms=self.terms,
             priority=priority,
             quotas=quotas,
@@ -191,7 +192,7 @@ class LedgerLease(ABC):
                 return
             self._epoch, self._answered = reply.epoch, request.sequence
             self.members, self.rank = (0, 0) if request.leaving else (reply.members, reply.rank)
-            self.until = -math.inf if request.leaving else self._sent_at + LEASE - _MARGIN
+            self.until = -math.inf if request.leaving else self._sent_at + LEASE - LEASE_MARGIN
             self.due = now + (_HEARTBEAT if self.is_busy(now) else _SLOW_HEARTBEAT)
             self.receive(now, request, reply)
             if request.leaving:

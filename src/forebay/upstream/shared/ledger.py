@@ -10,6 +10,12 @@ from typing import Final
 
 import msgspec
 
+from forebay.upstream.shared.absent_members import (
+    absent_member,
+    expect_unnamed,
+    notice_absence,
+    take_unnamed,
+)
 from forebay.upstream.shared.budget_shares import (
     begin_period,
     budget_reply,
@@ -33,7 +39,6 @@ from forebay.upstream.shared.quota_shares import (
 from forebay.upstream.shared.slot_shares import grant_slots
 
 _MAX_RETRY: Final = 0.25  # seconds: what others return may come before the refill
-_RECOVERY: Final = 2.0  # seconds in which members come back after their store was away: longer than between attempts
 _KEEP_ENDED: Final = 3600.0  # seconds for which it is known that a member has ended
 _MAX_ENDED: Final = 128  # of them
 
@@ -67,6 +72,9 @@ class AccountLedger:
         epoch = f"{request.member}:{request.sequence}"
         state = LedgerState(epoch=epoch, terms=request.terms, clock=now, levels=levels)
         begin_limit(state, request.limit)
+        if request.terms.budget is not None:
+            begin_period(state, request.terms.budget, now)
+        expect_unnamed(state, request)
         return cls(state)
 
     def exchange(self, now: float, request: ExchangeRequest) -> ExchangeReply:
@@ -99,7 +107,7 @@ class AccountLedger:
         reply = self._decide(request, member)
         member.reply = reply
         if request.leaving:
-            self._end(name)
+            self._end(name, EndedMember(member.sequence, state.time, member.held))
         return reply
 
     def expires_at(self) -> float | None:
@@ -127,17 +135,15 @@ class AccountLedger:
         refill_quotas(state, elapsed)
         if state.terms.budget is not None:
             begin_period(state, state.terms.budget, now)
-        before = len(state.members)
+        notice_absence(state, elapsed)
         for name in [name for name, member in state.members.items() if member.until < state.time]:
-            self._end(name, slots=-(-(state.slot_limit() or 0) // before))
-        if before and not state.members:
-            state.recovers_until = state.time + _RECOVERY
+            self._end(name, absent_member(state, state.members[name]))
 
-    def _end(self, name: str, *, slots: int = 0) -> None:
+    def _end(self, name: str, ended_member: EndedMember) -> None:
         """End a member: its slots and its money are free, unless it may be using its fair share."""
         state = self.state
-        member = state.members.pop(name)
-        state.ended[name] = EndedMember(member.sequence, state.time, member.held, slots)
+        del state.members[name]
+        state.ended[name] = ended_member
         for other in [other for other, ended in state.ended.items() if ended.at < state.time - _KEEP_ENDED]:
             del state.ended[other]
         while len(state.ended) > _MAX_ENDED:
@@ -153,6 +159,7 @@ class AccountLedger:
         """Return the member that asks, and whether what it reports counts: it does not if it was counted before."""
         state = self.state
         if (member := state.members.get(request.member)) is not None:
+            member.absence = None
             return member, True
         quotas = len(state.terms.quotas)
         ended = state.ended.pop(request.member, None)
@@ -164,15 +171,18 @@ class AccountLedger:
             held=[0.0] * quotas,
             short=[0.0] * quotas,
             lost=list(lost),
+            absence=ended,
         )
         state.members[request.member] = member
+        state.members = dict(sorted(state.members.items()))  # sums do not depend on who came first
         if request.epoch and request.epoch != state.epoch:
-            self._recover(request)
+            self._recover(member, request)
         return member, ended is None or request.sequence > ended.sequence
 
-    def _recover(self, request: ExchangeRequest) -> None:
+    def _recover(self, member: MemberState, request: ExchangeRequest) -> None:
         """Take over what a member of an earlier epoch knows: the store has lost it."""
         state = self.state
+        member.absence = take_unnamed(state)
         state.levels = [min(0.0, level) for level in state.levels]
         if request.budget is not None:
             recover_spend(state, request.budget)

@@ -30,6 +30,8 @@ class MemberState(msgspec.Struct):
         usd_reserved: the part of them that calls in flight may cost.
         usd_short: dollars that it needs and does not hold; 0 if it waits for none.
         reply: the reply to its latest request.
+        absence: how it was when its lease ended, until it has reported what it used after that: what it sends first is
+            the request that was not answered.
     """
 
     sequence: int
@@ -48,6 +50,7 @@ class MemberState(msgspec.Struct):
     usd_reserved: float = 0.0
     usd_short: float = 0.0
     reply: ExchangeReply | None = None
+    absence: EndedMember | None = None
 
     def wishes(self, time: float) -> bool:
         """Return whether its wishes count: it has asked lately."""
@@ -69,13 +72,19 @@ class EndedMember(msgspec.Struct):
         sequence: of its latest request.
         at: when it ended.
         lost: of each quota: what it held, which counts as used.
-        slots: its fair share, which it uses if it is alive and the store was away; 0 if it has left.
+        until: when its lease ended.
+        share: its fair share of all, which it uses if it is alive and the store was away; 0 if it has left.
+        slots: that share of the slots.
+        usd: dollars that it may have spent in this period, if so, and has not reported.
     """
 
     sequence: int
     at: float
     lost: list[float]
+    until: float = 0.0
+    share: float = 0.0
     slots: int = 0
+    usd: float = 0.0
 
 
 class LedgerState(msgspec.Struct):
@@ -89,8 +98,8 @@ class LedgerState(msgspec.Struct):
         levels: of each quota: what nobody holds.
         members: by id.
         ended: members that have ended lately, by id.
-        recovers_until: all members' leases had ended together, so the store was away: until then members that have not
-            come back are taken to use their fair share of the slots.
+        away_until: when the store was back, after nobody had asked for so long that it was away.
+        recovers_until: until then members whose leases have ended since `away_until` are taken to be alive.
         period: when the period of its budget began, in epoch seconds.
         recovered: dollars that were spent in this period by what members of an earlier epoch knew.
         reported: dollars that members have spent in this period besides.
@@ -108,6 +117,7 @@ class LedgerState(msgspec.Struct):
     levels: list[float] = []
     members: dict[str, MemberState] = {}
     ended: dict[str, EndedMember] = {}
+    away_until: float = 0.0
     recovers_until: float = 0.0
     period: float = -1.0
     recovered: float = 0.0
@@ -128,10 +138,6 @@ class LedgerState(msgspec.Struct):
         if self.terms.limit is None:
             return self.terms.max_concurrent
         return 0 if self.time < self.silent_until else int(self.limit)
-
-    def slots_of_the_absent(self) -> int:
-        """Return the slots that members may use that have not come back since the store was away."""
-        return sum(ended.slots for ended in self.ended.values()) if self.time < self.recovers_until else 0
 
     def others(self, member: str) -> list[MemberState]:
         """Return all members but one."""

@@ -174,6 +174,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
             because its reply was lost, has the same one and the same contents.
         answered: the sequence number of the member's latest request that was answered; 0 before the first.
         epoch: the ledger's, as its last reply told it; empty before the first.
+        members: how many there are, as that reply told it; 0 before the first.
         terms: the settings of this process.
         priority: of the first waiting call; the lowest number is served first.
         quotas: one for each of the terms, in their order.
@@ -188,6 +189,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int
     answered: int = 0
     epoch: str = ""
+    members: int = 0
     terms: LedgerTerms
     priority: int = 0
     quotas: tuple[QuotaRequest, ...] = ()
@@ -291,3 +293,6 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
 
 LEASE = 5.0
 """Seconds for which a member may use what it holds, from the moment at which it sent the request."""
+
+LEASE_MARGIN = 0.25
+"""Seconds before its end in which a lease is not used: from a decision until its call is sent."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from forebay.upstream.shared.absent_members import quota_of_the_absent
 from forebay.upstream.shared.ledger_state import LedgerState, MemberState
 from forebay.upstream.shared.messages import QuotaReply, QuotaRequest
 
@@ -83,12 +84,17 @@ def _bound(state: LedgerState, number: int) -> None:
     state.levels[number] = min(state.levels[number], state.terms.quotas[number].amount - held)
 
 
+def _level(state: LedgerState, number: int) -> float:
+    """Return what can be granted of a quota."""
+    return state.levels[number] - quota_of_the_absent(state, number)
+
+
 def _wait(state: LedgerState, number: int, member: MemberState, before: list[MemberState]) -> float:
     """Return the seconds until a member can get its need, if those before it get theirs first; 0 for now."""
     quota = state.terms.quotas[number]
     if member.short[number] <= 0.0:
         return 0.0
-    missing = member.short[number] + sum(other.short[number] for other in before) - state.levels[number]
+    missing = member.short[number] + sum(other.short[number] for other in before) - _level(state, number)
     if missing <= _EPSILON * quota.amount:
         return 0.0
     return max(_LEAST_WAIT, missing * quota.seconds / quota.amount)
@@ -97,7 +103,7 @@ def _wait(state: LedgerState, number: int, member: MemberState, before: list[Mem
 def _chunk(state: LedgerState, number: int, name: str, before: list[MemberState], wanted: float) -> float:
     """Return what a member gets beyond its need: what nobody else waits for, or a moment's refill."""
     quota, member = state.terms.quotas[number], state.members[name]
-    level = state.levels[number]
+    level = _level(state, number)
     waiting = sum(other.short[number] for other in state.others(name) if other.wishes(state.time))
     ahead = sum(other.short[number] for other in before)
     available = max(level - waiting, min(level - ahead, _QUICK_CHUNK * quota.amount / quota.seconds))

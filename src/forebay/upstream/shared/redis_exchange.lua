@@ -4,8 +4,9 @@
 -- ARGV[1] is the request, a MessagePack map like `ExchangeRequest`. The answer is a map like `ExchangeReply`.
 -- Sums are over sorted names, so that rounding does not depend on the order of a table.
 
-local LEASE, LAPSE = 5.0, 1.5
-local MAX_RETRY, RECOVERY, KEEP_ENDED, MAX_ENDED = 0.25, 2.0, 3600.0, 128
+local LEASE, LEASE_MARGIN, LAPSE = 5.0, 0.25, 1.5
+local MAX_RETRY, KEEP_ENDED, MAX_ENDED = 0.25, 3600.0, 128
+local SILENCE, RECOVERY, UNNAMED = 2.5, 2.0, '?'
 local CHUNK, QUICK_CHUNK, EPSILON, LEAST_WAIT = 0.02, 0.02, 1e-9, 0.002
 local MONEY_CHUNK, SHARE_OF_FREE, MONEY_EPSILON, MONEY_RETRY = 0.01, 0.25, 1e-12, 0.05
 local HOUR, DAY = 3600, 86400
@@ -82,10 +83,9 @@ local function others_before(state, names, name)
   return before
 end
 
-local function end_member(state, name, slots)
-  local member = state.members[name]
+local function end_member(state, name, ended_member)
   state.members[name] = nil
-  state.ended[name] = {sequence = member.sequence, at = state.time, lost = member.held, slots = slots}
+  state.ended[name] = ended_member
   local count = 0
   for other, ended in pairs(state.ended) do
     if ended.at < state.time - KEEP_ENDED then state.ended[other] = nil else count = count + 1 end
@@ -105,7 +105,91 @@ local function kept(asked, held)
   return min(held, asked.needed > held and reserved or max(reserved, asked.needed, asked.wanted))
 end
 
+local function slot_limit(state)
+  if not state.terms.limit then return state.terms.max_concurrent end
+  return state.time < state.silent_until and 0 or floor(state.limit)
+end
+
+-- members that are absent: see absent_members.py
+
+local function expect(state)
+  state.away_until, state.recovers_until = state.time, state.time + RECOVERY
+end
+
+local function fair_slots(state, members)
+  return math.ceil((slot_limit(state) or 0) / members)
+end
+
+local function unreported_usd(state, member, reply)
+  local budget, known = state.terms.budget, reply.budget
+  if not budget or not known then return 0 end
+  local left = budget.usd
+  if known.period == state.period then left = max(0, budget.usd - known.spent - known.reserved) end
+  return member.usd_reserved + max(member.usd - member.usd_reserved, left / reply.members)
+end
+
+local function usd_left(state, request, share)
+  if not state.terms.budget or not request.budget then return 0 end
+  local spent = request.budget.period == state.period and request.budget.known_spent or 0
+  return share * max(0, state.terms.budget.usd - spent)
+end
+
+local function expect_unnamed(state, request)
+  if request.members == 0 then return end
+  local share = 1 / request.members
+  for number = 0, request.members - 1 do
+    state.ended[UNNAMED .. string.format('%06d', number)] = {
+      sequence = 0, at = state.time, lost = {}, until_ = state.time, share = share,
+      slots = fair_slots(state, request.members), usd = usd_left(state, request, share),
+    }
+  end
+  expect(state)
+end
+
+local function take_unnamed(state)
+  for _, name in ipairs(sorted_names(state.ended)) do
+    if name:sub(1, 1) == UNNAMED then
+      local ended = state.ended[name]
+      state.ended[name] = nil
+      return ended
+    end
+  end
+end
+
+local function absent_member(state, name)
+  local member = state.members[name]
+  local reply = cmsgpack.unpack(member.reply)
+  return {
+    sequence = member.sequence, at = state.time, lost = member.held, until_ = member.until_, share = 1 / reply.members,
+    slots = fair_slots(state, reply.members), usd = unreported_usd(state, member, reply),
+  }
+end
+
+local function absent_members(state)
+  local absent = {}
+  if state.time >= state.recovers_until then return absent end
+  local function add(ended)
+    if ended and ended.share > 0 and ended.at >= state.away_until then absent[#absent + 1] = ended end
+  end
+  for _, name in ipairs(sorted_names(state.ended)) do add(state.ended[name]) end
+  for _, name in ipairs(sorted_names(state.members)) do add(state.members[name].absence) end
+  return absent
+end
+
+local function quota_of_the_absent(state, number)
+  local quota, used = state.terms.quotas[number], 0
+  for _, ended in ipairs(absent_members(state)) do
+    local seconds = state.time - ended.until_ + LEASE_MARGIN
+    used = used + min(1, seconds / quota.seconds) * ended.share * quota.amount
+  end
+  return used
+end
+
 -- quotas: see quota_shares.py
+
+local function free_level(state, number)
+  return state.levels[number] - quota_of_the_absent(state, number)
+end
 
 local function bound_quota(state, names, number)
   local held = 0
@@ -142,13 +226,13 @@ local function quota_wait(state, number, member, before)
   if member.short[number] <= 0 then return 0 end
   local ahead = 0
   for _, other in ipairs(before) do ahead = ahead + other.short[number] end
-  local missing = member.short[number] + ahead - state.levels[number]
+  local missing = member.short[number] + ahead - free_level(state, number)
   if missing <= EPSILON * quota.amount then return 0 end
   return max(LEAST_WAIT, missing * quota.seconds / quota.amount)
 end
 
 local function quota_chunk(state, names, number, name, before, wanted)
-  local quota, level, waiting, ahead = state.terms.quotas[number], state.levels[number], 0, 0
+  local quota, level, waiting, ahead = state.terms.quotas[number], free_level(state, number), 0, 0
   for _, other in ipairs(names) do
     local each = state.members[other]
     if other ~= name and wishes(state, each) then waiting = waiting + each.short[number] end
@@ -181,11 +265,6 @@ local function grant_quotas(state, names, name, asked)
 end
 
 -- slots: see slot_shares.py
-
-local function slot_limit(state)
-  if not state.terms.limit then return state.terms.max_concurrent end
-  return state.time < state.silent_until and 0 or floor(state.limit)
-end
 
 local function fair_shares(limit, demands)
   local shares, open, left = {}, {}, limit
@@ -240,8 +319,8 @@ local function grant_slots(state, names, name, asked, may_grow)
     demand[other] = wishes(state, each) and max(each.slots, each.slots_wanted) or each.slots
     if demand[other] > 0 then wanting = wanting + 1 end
   end
-  if state.time < state.recovers_until then
-    for _, ended in pairs(state.ended) do held_by_others = held_by_others + ended.slots end
+  for _, ended in ipairs(absent_members(state)) do
+    if ended ~= member.absence then held_by_others = held_by_others + ended.slots end
   end
   local share = fair_share(state, names, name, limit, demand, wanting)
   local allowed = max(0, min(share, wanted, limit - held_by_others))
@@ -291,6 +370,7 @@ local function begin_period(state, budget, now)
     for _, member in pairs(state.members) do
       member.usd, member.usd_reserved, member.usd_short = 0, 0, 0
     end
+    for _, ended in pairs(state.ended) do ended.usd = ended.share * budget.usd end
   elseif start < state.period then
     if start == state.previous_period then state.recovered = state.recovered + state.previous_spent end
     state.previous_period, state.previous_spent = -1, 0
@@ -317,7 +397,9 @@ end
 local function grant_money(state, names, name, budget, asked)
   local member, held = state.members[name], 0
   for _, other in ipairs(names) do held = held + state.members[other].usd end
-  local free = budget.usd - spent_by_all(state) - held
+  local absent = 0
+  for _, ended in ipairs(absent_members(state)) do absent = absent + ended.usd end
+  local free = budget.usd - spent_by_all(state) - held - absent
   local free_to_all = free - budget.reserved_share * budget.usd
   local needed, wanted = 0, 0
   if asked.period >= state.period or asked.period < 0 then needed, wanted = asked.needed, asked.wanted end
@@ -363,10 +445,12 @@ local function open_ledger(now, request)
   end
   local state = {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
-    levels = levels, members = {}, ended = {}, recovers_until = 0, period = -1, recovered = 0, reported = 0,
+    levels = levels, members = {}, ended = {}, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0,
     previous_period = -1, previous_spent = 0,
   }
   begin_limit(state, request.limit)
+  if request.terms.budget then begin_period(state, request.terms.budget, now) end
+  expect_unnamed(state, request)
   return state
 end
 
@@ -388,12 +472,10 @@ local function advance(state, now)
   state.clock, state.time = now, state.time + elapsed
   refill_quotas(state, elapsed)
   if state.terms.budget then begin_period(state, state.terms.budget, now) end
-  local names, left = sorted_names(state.members), 0
-  for _, name in ipairs(names) do
-    local slots = math.ceil((slot_limit(state) or 0) / #names)
-    if state.members[name].until_ < state.time then end_member(state, name, slots) else left = left + 1 end
+  if elapsed > SILENCE and next(state.members) then expect(state) end
+  for _, name in ipairs(sorted_names(state.members)) do
+    if state.members[name].until_ < state.time then end_member(state, name, absent_member(state, name)) end
   end
-  if #names > 0 and left == 0 then state.recovers_until = state.time + RECOVERY end
 end
 
 local function replace_terms(state, now, request)
@@ -412,13 +494,16 @@ end
 
 local function join(state, request)
   local member = state.members[request.member]
-  if member then return member, true end
+  if member then
+    member.absence = nil
+    return member, true
+  end
   local ended, count = state.ended[request.member], #state.terms.quotas
   state.ended[request.member] = nil
   member = {
     sequence = request.sequence, until_ = state.time, seen = state.time, held = {}, short = {}, lost = {},
     waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
-    usd = 0, usd_reserved = 0, usd_short = 0,
+    usd = 0, usd_reserved = 0, usd_short = 0, absence = ended,
   }
   for number = 1, count do
     member.held[number], member.short[number] = 0, 0
@@ -426,6 +511,7 @@ local function join(state, request)
   end
   state.members[request.member] = member
   if request.epoch ~= '' and request.epoch ~= state.epoch then
+    member.absence = take_unnamed(state)
     for number, level in ipairs(state.levels) do state.levels[number] = min(0, level) end
     local budget = request.budget
     if budget and budget.period == state.period then state.recovered = max(state.recovered, budget.known_spent) end
@@ -518,6 +604,9 @@ if counts then
 end
 local reply = cmsgpack.pack(decide(state, request, member))
 member.reply = reply
-if request.leaving then end_member(state, request.member, 0) end
+if request.leaving then
+  local left = {sequence = member.sequence, at = state.time, lost = member.held, until_ = 0, share = 0, slots = 0, usd = 0}
+  end_member(state, request.member, left)
+end
 save(state)
 return reply

@@ -7,6 +7,7 @@ it was allowed until a reply tells it less, so that counts as held until its nex
 
 from __future__ import annotations
 
+from forebay.upstream.shared.absent_members import absent_members
 from forebay.upstream.shared.ledger_state import LedgerState
 from forebay.upstream.shared.messages import SlotReply, SlotRequest
 
@@ -25,7 +26,8 @@ def grant_slots(state: LedgerState, name: str, asked: SlotRequest, *, may_grow: 
     wanted = max(asked.in_use, asked.wanted) if may_grow else asked.in_use
     member.slots = max(asked.in_use, asked.held)
     member.slots_wanted = wanted
-    held_by_others = sum(other.slots for other in state.others(name)) + state.slots_of_the_absent()
+    held_by_others = sum(other.slots for other in state.others(name))
+    held_by_others += sum(ended.slots for ended in absent_members(state) if ended is not member.absence)
     demand = {other: each.slot_demand(state.time) for other, each in state.members.items()}
     allowed = max(0, min(_share(state, name, limit, demand), wanted, limit - held_by_others))
     if allowed > member.slots:

@@ -35,6 +35,7 @@ class Harness:
         self.ledger: AccountLedger | None = None
         self.sequence = 0
         self.epoch = ""
+        self.members = 0
 
     def ask(
         self,
@@ -51,6 +52,7 @@ class Harness:
             member=member,
             sequence=self.sequence,
             epoch=self.epoch,
+            members=self.members,
             terms=self.terms,
             priority=priority,
             quotas=() if quota is None else (quota,),
@@ -68,6 +70,13 @@ def quotas(amount: float = 60.0) -> Harness:
 
 def need(needed: float, *, used: float = 0.0) -> QuotaRequest:
     return QuotaRequest(used=used, needed=needed, wanted=needed)
+
+
+def let_leases_end(ledger: Harness, *, but: str) -> None:
+    """Let the leases of all members end but that of one with a budget, which goes on asking."""
+    for _ in range(int(LEASE) + 1):
+        ledger.now += 1.0
+        ledger.ask(but, budget=dollars())
 
 
 def slots_of(reply: ExchangeReply) -> SlotReply:
@@ -201,6 +210,102 @@ def test_after_all_leases_have_ended_those_who_have_not_come_back_keep_their_sha
     assert slots_of(ledger.ask("a", slots=SlotRequest(in_use=2, held=2, wanted=4))).allowed == 4
 
 
+# --- members that are absent, since their store was away ---
+
+AWAY = LEASE + 3.0  # so that each has used 3.25 seconds of its share: a lease is not used to its very end
+
+
+def used_up(members: str) -> Harness:
+    """Return a ledger of which nothing is left, and that each of its members has asked lately."""
+    ledger = quotas()
+    for name in members:
+        ledger.ask(name, quota=need(0.0))
+    ledger.ask(members[0], quota=need(60.0))
+    ledger.ask(members[0], quota=QuotaRequest(used=60.0))
+    for name in members:
+        ledger.ask(name, quota=need(0.0))
+    return ledger
+
+
+def test_the_first_to_come_back_is_not_granted_what_others_may_have_used_of_their_share() -> None:
+    ledger = used_up("abc")
+    ledger.now += AWAY
+    ledger.ask("a", quota=need(0.0))
+    free = AWAY - 2 * 3.25 / 3
+    assert ledger.ask("a", quota=need(free)).quotas[0].held == pytest.approx(free)
+    assert ledger.ask("a", quota=need(1.0, used=free)).retry_in is not None
+
+
+def test_a_member_that_comes_back_is_expected_until_it_has_repeated_what_was_not_answered() -> None:
+    ledger = used_up("ab")
+    ledger.now += AWAY
+    ledger.ask("a", quota=need(0.0))
+    ledger.ask("b", quota=need(0.0))  # as it was before: it does not say what it used since
+    assert ledger.ask("a", quota=need(AWAY - 3.25 / 2 + 0.1)).quotas[0].held == 0.0
+    ledger.ask("b", quota=need(0.0))
+    assert ledger.ask("a", quota=need(AWAY)).quotas[0].held == AWAY
+
+
+def test_members_that_do_not_come_back_are_expected_for_a_moment_only() -> None:
+    ledger = used_up("ab")
+    ledger.now += AWAY
+    ledger.ask("a", quota=need(0.0))
+    ledger.now += 1.5
+    assert ledger.ask("a", quota=need(AWAY)).quotas[0].held == 0.0
+    ledger.now += 0.6
+    assert ledger.ask("a", quota=need(AWAY)).quotas[0].held == AWAY
+
+
+def test_members_that_ended_while_others_went_on_are_not_expected_after_their_store_was_away() -> None:
+    ledger = Harness(LedgerTerms(max_concurrent=4))
+    for name in "ab":
+        ledger.ask(name, slots=SlotRequest(wanted=4))
+    for _ in range(6):
+        ledger.now += 1.0
+        ledger.ask("b", slots=SlotRequest(wanted=4))
+    ledger.now += AWAY
+    assert slots_of(ledger.ask("b", slots=SlotRequest(wanted=4))).allowed == 4
+
+
+def test_a_member_whose_lease_lasts_is_not_granted_the_slots_of_one_whose_lease_ended_meanwhile() -> None:
+    ledger = Harness(LedgerTerms(max_concurrent=4))
+    for name in "abab":
+        ledger.ask(name, slots=SlotRequest(in_use=2, held=2, wanted=4))
+        ledger.now += 0.4
+    ledger.now += LEASE - 0.6  # the lease of a has ended, and that of b has not
+    assert slots_of(ledger.ask("b", slots=SlotRequest(in_use=2, held=2, wanted=4))).allowed == 2
+
+
+def test_the_first_to_come_back_is_not_granted_what_others_may_have_spent_of_their_share() -> None:
+    ledger = budgets(per="day")
+    ledger.ask("a", budget=dollars(10.0))
+    ledger.ask("b", budget=dollars(10.0))
+    ledger.ask("a", budget=dollars(10.0, spent=10.0))  # 90 are left, of which each may spend a half
+    ledger.ask("b", budget=dollars(10.0))
+    ledger.now += AWAY
+    assert budget_of(ledger.ask("a", budget=dollars(45.1))).held == 0.0
+    assert budget_of(ledger.ask("a", budget=dollars(45.0))).held == 45.0
+    ledger.ask("b", budget=dollars())
+    ledger.ask("b", budget=dollars(spent=45.0))
+    assert budget_of(ledger.ask("a", budget=dollars(spent=45.0))).spent == 100.0
+
+
+def test_a_store_that_comes_back_empty_expects_the_members_that_the_first_one_knew() -> None:
+    ledger = Harness(
+        LedgerTerms(quotas=(QuotaTerms("requests", 60.0, 60.0),), max_concurrent=4, budget=BudgetTerms(100.0, "day"))
+    )
+    ledger.epoch, ledger.members = "another", 2
+    known = BudgetRequest(period=START, known_spent=40.0, needed=31.0, wanted=31.0)
+    reply = ledger.ask("a", quota=need(0.0), slots=SlotRequest(wanted=4), budget=known)
+    assert slots_of(reply).allowed == 2
+    assert budget_of(reply).held == 0.0
+    ledger.ask("b", quota=need(0.0), slots=SlotRequest(), budget=known)
+    ledger.ask("b", quota=need(0.0), slots=SlotRequest(), budget=dollars())
+    reply = ledger.ask("a", quota=need(0.0), slots=SlotRequest(in_use=2, held=2, wanted=4), budget=dollars(60.0))
+    assert slots_of(reply).allowed == 4
+    assert budget_of(reply).held == 60.0
+
+
 # --- money ---
 
 
@@ -221,7 +326,7 @@ def test_what_a_dead_member_held_is_free_and_what_it_has_spent_stays_spent() -> 
     ledger.ask("a", budget=dollars(60.0))
     ledger.ask("a", budget=dollars(50.0, spent=10.0))
     assert budget_of(ledger.ask("b", budget=dollars(60.0))).held == 0.0
-    ledger.now += LEASE + 1.0
+    let_leases_end(ledger, but="b")
     reply = budget_of(ledger.ask("b", budget=dollars(90.0)))
     assert (reply.held, reply.spent) == (90.0, 10.0)
 
@@ -229,7 +334,7 @@ def test_what_a_dead_member_held_is_free_and_what_it_has_spent_stays_spent() -> 
 def test_what_was_spent_after_a_lease_is_counted_all_the_same() -> None:
     ledger = budgets(per="day")
     ledger.ask("a", budget=dollars(60.0))
-    ledger.now += LEASE + 1.0
+    let_leases_end(ledger, but="b")
     ledger.ask("b", budget=dollars(90.0))
     ledger.ask("a", budget=dollars(spent=60.0))
     reply = budget_of(ledger.ask("b", budget=dollars(spent=90.0)))
