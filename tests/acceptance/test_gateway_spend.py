@@ -76,6 +76,21 @@ async def test_the_next_gateway_goes_on_with_what_is_spent(harness: GatewayHarne
     assert 8 <= len(harness.provider.bodies) <= 10
 
 
+@pytest.mark.blocks
+async def test_a_gateway_on_a_new_shared_store_goes_on_with_what_is_spent(
+    harness: GatewayHarness, tmp_path: Path
+) -> None:
+    for store in ("first", "second"):
+        gateway_settings = {"spend_log": f"sqlite:///{tmp_path}/spend.db", "shared": f"sqlite:///{tmp_path}/{store}.db"}
+        settings = harness.settings(gateway=gateway_settings, budget_usd=10 * COST, prices=PRICES)
+        async with Gateway(settings) as gateway:
+            for _ in range(6):
+                await harness.post(gateway)
+            url = f"http://127.0.0.1:{gateway.port}"
+            assert await metric(harness, url, SPENT) == pytest.approx(len(harness.provider.bodies) * COST)
+    assert 8 <= len(harness.provider.bodies) <= 10
+
+
 async def test_an_alert_is_logged_and_counted(
     harness: GatewayHarness, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

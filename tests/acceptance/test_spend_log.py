@@ -206,6 +206,33 @@ def test_the_alert_of_a_shared_budget_is_not_given_again(restarts: Restarts, cap
     assert caplog.text.count("10% of 0.035 USD a month is spent") == 1
 
 
+def test_a_new_store_of_a_shared_account_begins_with_what_the_log_has(restarts: Restarts) -> None:
+    call(restarts.start(), "acme")
+    upstream = restarts.start(
+        budget=Budget(usd=3.5 * COST, per="month"),
+        tenant_budget=Budget(usd=2.5 * COST),
+        shared=MemoryLedgerStore(),
+    )
+    call(upstream, "acme")
+    assert rejects(upstream, "acme"), "the budget of the tenant"
+    call(upstream, "zeta")
+    assert upstream.statistics().spent_usd == pytest.approx(3 * COST)
+    assert rejects(upstream, "zeta"), "the budget of all calls"
+
+
+def test_a_store_that_has_a_budget_goes_on_with_what_it_has(restarts: Restarts) -> None:
+    store = MemoryLedgerStore()
+    for _ in range(2):
+        upstream = restarts.start(budget=Budget(usd=2.5 * COST, per="month"), shared=store)
+        call(upstream)
+        assert upstream.core.link is not None
+        loop = upstream.core.link.begin_close()
+        assert loop is not None
+        loop.join()  # type: ignore[attr-defined]
+    (ledger,) = [ledger for ledger in store.ledgers.values() if ledger.state.terms.budget]
+    assert ledger.state.spent == pytest.approx(2 * COST)
+
+
 def test_what_processes_have_spent_together_alerts_at_the_next_start(restarts: Restarts) -> None:
     call(restarts.start())
     call(restarts.start())

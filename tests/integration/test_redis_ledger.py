@@ -40,6 +40,7 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
+from forebay.upstream.shared.periods import period_start
 from forebay.upstream.shared.redis_store import RedisLedgerStore
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -99,7 +100,7 @@ steps = st.lists(
             "epoch": st.sampled_from(["own", "own", "own", "another", ""]),
             "other_terms": st.sampled_from([False] * 9 + [True]),
             "priority": st.integers(0, 3),
-            "amounts": st.lists(eighths, min_size=10, max_size=10),
+            "amounts": st.lists(eighths, min_size=11, max_size=11),
             "in_use": st.integers(0, 6),
             "kept_slots": st.integers(0, 2),
             "more_slots": st.integers(0, 6),
@@ -177,6 +178,8 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
             important=step["important"],
             wanted=reserved + more + extra,
             known_spent=0.0 if known is None else known.spent,
+            logged_period=period_start(terms.budget.per, START) if known is None else -1.0,
+            logged_spent=next(amounts) / 64,
         ),
         leaving=step["leaving"],
         limit=None if terms.limit is None else limit_request_of(step, reply),

@@ -231,7 +231,7 @@ from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
-from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.spend import LoggedBudget, SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
@@ -4050,6 +4050,10 @@ def a_cut_counts_for_each_process_that_makes_one() -> None:
         limit_learning.report_limit(state, msgspec.structs.replace(asked, epoch=state.limit_epoch))
 
     vars(ledger)["report_limit"] = report
+
+
+def a_new_store_of_a_shared_account_refills_a_budget() -> None:
+    always(LoggedBudget, LoggedBudget.spent, returns=0.0)
 
 
 def the_first_that_reaches_its_store_again_gets_what_others_have_used() -> None:

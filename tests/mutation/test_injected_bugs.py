@@ -1671,6 +1671,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
     ),
+    bugs.a_new_store_of_a_shared_account_refills_a_budget: (
+        test_spend_log.test_a_new_store_of_a_shared_account_begins_with_what_the_log_has
+    ),
     bugs.the_first_that_reaches_its_store_again_gets_what_others_have_used: (
         test_ledger.test_the_first_to_come_back_is_not_granted_what_others_may_have_used_of_their_share
     ),

@@ -157,6 +157,23 @@ class _HeldDollars:
         self._budget.revise(self._reservation, usd)
 
 
+class LoggedBudget:
+    """The part of a spend log that is about one budget. See `BudgetHistory`.
+
+    Args:
+        spend_log: that is open.
+        place: of the budget.
+    """
+
+    def __init__(self, spend_log: SpendLog, place: AlertPlace) -> None:
+        self._log = spend_log
+        self._place = place
+
+    def spent(self, per: str | None, now: float) -> float:
+        """See `BudgetHistory`."""
+        return self._log.spent(self._place, per, now)
+
+
 UpstreamBudget: TypeAlias = SharedBudget | LeasedBudget
 
 
@@ -283,7 +300,8 @@ class UpstreamBudgets:
         place = AlertPlace(self._name, setting, subject)
         on_alert = functools.partial(self._alert, name, budget, place)
         if self._link is not None:
-            return self._lease(self._link, name, budget, setting, subject, on_alert=on_alert)
+            history = None if self._spend_log is None else LoggedBudget(self._spend_log, place)
+            return self._lease(self._link, name, budget, setting, subject, history=history, on_alert=on_alert)
         made = SharedBudget(name, budget, on_alert=on_alert)
         if self._spend_log is not None:
             now = clock.wall_time()
@@ -297,11 +315,15 @@ class UpstreamBudgets:
         name: str,
         budget: Budget,
         *place: str,
+        history: LoggedBudget | None = None,
         on_alert: Callable[[float, float], None] | None = None,
     ) -> LeasedBudget:
         key = ledger_key(place[0], self._name, *filter(None, place[1:]))
         kept = _KEEP_TASK if place[0] == "task_budget" else None
-        lease = link.lease(key, lambda: LeasedBudget(link, key, name, budget, forget_after=kept, on_alert=on_alert))
+        lease = link.lease(
+            key,
+            lambda: LeasedBudget(link, key, name, budget, forget_after=kept, history=history, on_alert=on_alert),
+        )
         assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
         return lease
 

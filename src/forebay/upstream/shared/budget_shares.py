@@ -39,6 +39,12 @@ def begin_period(state: LedgerState, budget: BudgetTerms, now: float) -> None:
     state.period = start
 
 
+def begin_with_log(state: LedgerState, asked: BudgetRequest) -> None:
+    """Begin a new ledger with what the spend log of its first member has."""
+    if asked.logged_period == state.period:
+        state.recovered = asked.logged_spent
+
+
 def recover_spend(state: LedgerState, asked: BudgetRequest) -> None:
     """Count what a member of an earlier epoch knows to have been spent: the store has lost it."""
     if asked.period == state.period:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
+
+import msgspec
 
 from forebay import clock
 from forebay.quota import Budget
@@ -34,6 +36,13 @@ _EPSILON: Final = 1e-12  # relative
 _REPORT: Final = 0.1  # seconds until what was spent is reported, at most
 
 
+class BudgetHistory(Protocol):
+    """The part of a spend log that is about one budget."""
+
+    def spent(self, per: str | None, now: float) -> float:
+        """Return the dollars that were spent in the period of `now`, in epoch seconds."""
+
+
 class LeasedBudget(LedgerLease):
     """The lease of this process on a budget, which the calls of several accounts spend from. See `SharedBudget`.
 
@@ -46,6 +55,7 @@ class LeasedBudget(LedgerLease):
         name: of the budget, in rejections.
         budget: the amount and its period.
         forget_after: see `BudgetTerms`.
+        history: with which the ledger begins if it is new; None: with nothing spent.
         on_alert: called once an alert is due, with the share of the budget and the dollars that all processes have
             spent; in each process. It may not block, or use the budget.
     """
@@ -58,11 +68,13 @@ class LeasedBudget(LedgerLease):
         budget: Budget,
         *,
         forget_after: float | None = None,
+        history: BudgetHistory | None = None,
         on_alert: Callable[[float, float], None] | None = None,
     ) -> None:
         self.name = name
         self.budget = budget
         self._forget_after = forget_after
+        self._history = history
         self._on_alert = on_alert
         self._terms = BudgetTerms(budget.usd, budget.per, budget.reserved_share, forget_after)
         super().__init__(link, key, LedgerTerms(budget=self._terms), patience=_PATIENCE)
@@ -313,6 +325,8 @@ class LeasedBudget(LedgerLease):
             wanted=wanted,
             known_spent=0.0 if self._reply is None else self._reply.spent,
         )
+        if self._history is not None and self._period < 0.0:
+            request = _with_history(request, self._history, self.budget.per)
         balance = max(0.0, self._held - spent)
         self._reported = spent
         self._reserved_then = reserved
@@ -400,6 +414,12 @@ class LeasedBudget(LedgerLease):
 
     def wake(self) -> None:
         """See `LedgerLease`. Those who wait have told its link."""
+
+
+def _with_history(request: BudgetRequest, history: BudgetHistory, per: str | None) -> BudgetRequest:
+    """Return a request with what the spend log has of the present period."""
+    now = clock.wall_time()
+    return msgspec.structs.replace(request, logged_period=period_start(per, now), logged_spent=history.spent(per, now))
 
 
 class LeasedDollars:

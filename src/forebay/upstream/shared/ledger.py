@@ -18,6 +18,7 @@ from forebay.upstream.shared.absent_members import (
 )
 from forebay.upstream.shared.budget_shares import (
     begin_period,
+    begin_with_log,
     budget_reply,
     grant_money,
     money_retry,
@@ -65,7 +66,8 @@ class AccountLedger:
     def open(cls, now: float, request: ExchangeRequest) -> AccountLedger:
         """Return a new ledger, for the first request that comes.
 
-        Its quotas are full; if the member has known the ledger before, its store has lost it, and they are empty.
+        Its quotas are full; if the member has known the ledger before, its store has lost it, and they are empty. Its
+        budget begins with what the member's spend log has.
         """
         lost = bool(request.epoch)
         levels = [0.0 if lost else quota.amount for quota in request.terms.quotas]
@@ -74,6 +76,8 @@ class AccountLedger:
         begin_limit(state, request.limit)
         if request.terms.budget is not None:
             begin_period(state, request.terms.budget, now)
+            if request.budget is not None:
+                begin_with_log(state, request.budget)
         expect_unnamed(state, request)
         return cls(state)
 

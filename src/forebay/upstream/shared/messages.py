@@ -149,6 +149,9 @@ class BudgetRequest(msgspec.Struct, frozen=True):
         important: that call may spend the reserved share.
         wanted: to hold after the exchange, at least `reserved` and `needed`; what it holds above that is returned.
         known_spent: by all members, as the ledger told it last.
+        logged_period: the start of the present period by the clock of the member, if the ledger has not told it yet and
+            the member has a spend log; else -1.
+        logged_spent: in that period, by the spend log: a ledger that is new begins with it.
     """
 
     period: float = -1.0
@@ -158,6 +161,8 @@ class BudgetRequest(msgspec.Struct, frozen=True):
     important: bool = False
     wanted: float = 0.0
     known_spent: float = 0.0
+    logged_period: float = -1.0
+    logged_spent: float = 0.0
 
     def kept(self, held: float) -> float:
         """Return the part of `held` that the member keeps, before anything is granted."""

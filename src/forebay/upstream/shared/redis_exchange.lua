@@ -449,7 +449,12 @@ local function open_ledger(now, request)
     previous_period = -1, previous_spent = 0,
   }
   begin_limit(state, request.limit)
-  if request.terms.budget then begin_period(state, request.terms.budget, now) end
+  if request.terms.budget then
+    begin_period(state, request.terms.budget, now)
+    if request.budget and request.budget.logged_period == state.period then
+      state.recovered = request.budget.logged_spent
+    end
+  end
   expect_unnamed(state, request)
   return state
 end
