@@ -41,7 +41,9 @@ from forebay.upstream.call_request import (
     scale_charge,
 )
 from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.call_stoppage import CallStoppage
 from forebay.upstream.shared.lease import SHARED_ACCOUNT
+from forebay.upstream.shared.leased_breaker import LeasedBreaker
 
 _LOST_LOOK: Final = 1.0  # seconds until permits are looked for that nobody can take, while calls wait
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
@@ -141,6 +143,7 @@ class Account:
         self._suspension = SpendSuspension()
         self._refusals = RefusalControl()
         self._outage = OutageDetector(limit, max_wait)
+        self.stoppages: Mapping[str, CallStoppage] = {"breaker": breaker} if isinstance(breaker, LeasedBreaker) else {}
         self._untaken: dict[QueuedCall, Permit] = {}  # granted to callers in the queue that have not woken yet
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 

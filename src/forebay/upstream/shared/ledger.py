@@ -31,6 +31,7 @@ from forebay.upstream.shared.quota_shares import (
     return_quotas,
 )
 from forebay.upstream.shared.slot_shares import grant_slots
+from forebay.upstream.shared.stoppages import report_stoppages, stoppage_replies
 
 _MAX_RETRY: Final = 0.25  # seconds: what others return may come before the refill
 _RECOVERY: Final = 2.0  # seconds in which members come back after their store was away: longer than between attempts
@@ -96,6 +97,8 @@ class AccountLedger:
                 report_spend(state, member, request.budget)
             if request.limit is not None and request.epoch == state.epoch:
                 report_limit(state, request.limit)
+            if request.stoppages is not None:
+                report_stoppages(state, name, request.stoppages)
         reply = self._decide(request, member)
         member.reply = reply
         if request.leaving:
@@ -225,6 +228,7 @@ class AccountLedger:
             slots=slots,
             budget=budget,
             limit=None if state.terms.limit is None else limit_reply(state, name),
+            stoppages=None if request.stoppages is None else stoppage_replies(state, name, request.stoppages),
         )
 
 
