@@ -32,6 +32,7 @@ class LeasedBreaker(Breaker):
         self._elsewhere_until = -math.inf  # ... which count until then
         self._told_calls = self._told_faults = 0  # of the window: reported to the others, or told by them
         super().__init__(rules, draw=draw)
+        self.changes = 0
 
     # --- see CallStoppage ---
 

@@ -332,12 +332,12 @@ end
 
 local function report_stoppages(state, name, asked)
   for kind, request in pairs(asked) do
-    local stoppage, epoch = stoppage_of(state, kind), request.epoch or -1
+    local stoppage, epoch = stoppage_of(state, kind), max(0, request.epoch or -1)
     local member = stoppage_member(state, stoppage, name)
     if epoch > stoppage.epoch or (epoch == stoppage.epoch and request.changed) then
       stoppage.epoch, member.accepted = epoch + (request.changed and 1 or 0), request.changed or false
       replace_stoppage(state, stoppage, request)
-    elseif epoch == stoppage.epoch then
+    elseif request.epoch == stoppage.epoch then
       count_calls(state, stoppage, member, request)
     end
   end

@@ -19,8 +19,9 @@ def report_stoppages(state: LedgerState, name: str, asked: Mapping[str, Stoppage
     for kind, request in asked.items():
         stoppage = state.stoppages.setdefault(kind, StoppageState())
         member = _member(state, stoppage, name)
-        if request.epoch > stoppage.epoch or (request.epoch == stoppage.epoch and request.changed):
-            stoppage.epoch = request.epoch + request.changed  # of a later one than this if the store has lost it
+        epoch = max(0, request.epoch)  # nobody knows of any yet, or this member does not
+        if epoch > stoppage.epoch or (epoch == stoppage.epoch and request.changed):
+            stoppage.epoch = epoch + request.changed  # of a later one than this if the store has lost it
             member.accepted = request.changed
             _replace(state.time, stoppage, request)
         elif request.epoch == stoppage.epoch:
