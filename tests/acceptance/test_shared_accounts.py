@@ -10,6 +10,7 @@ from tests.support.task_plane import virtual
 from tests.support.upstream_checks import check_upstream
 
 from forebay import Budget, Overloaded, Price, Quota, Upstream
+from forebay.breaker import BreakerRules, FaultWindow, consecutive_faults
 from forebay.errors import InvalidSetting
 from forebay.events import BudgetAlert, Event
 from forebay.upstream.shared.memory_store import MemoryLedgerStore
@@ -73,7 +74,7 @@ async def test_settings_that_differ_are_rejected_with_both_until_no_process_has_
     new = Upstream("key", max_concurrent=5, shared=store)
     async with old.call():
         pass
-    with pytest.raises(Overloaded, match=r"max_concurrent=5 here, max_concurrent=3 there"):
+    with pytest.raises(Overloaded, match=r"max_concurrent=5, .* here, max_concurrent=3, .* there"):
         async with new.call():
             pass
     assert old.core.link is not None
@@ -81,6 +82,56 @@ async def test_settings_that_differ_are_rejected_with_both_until_no_process_has_
     await asyncio.sleep(2 * LEASE)
     async with new.call():
         pass
+
+
+@virtual
+async def test_rules_of_breakers_that_differ_are_rejected_with_both() -> None:
+    store = MemoryLedgerStore()
+    async with Upstream("key", breaker=BreakerRules(reset_timeout=30.0), shared=store).call():
+        with pytest.raises(
+            Overloaded, match=r"BreakerRules\(probes=2\) here, .*BreakerRules\(reset_timeout=30.0\) there"
+        ):
+            async with Upstream("key", breaker=BreakerRules(probes=2), shared=store).call():
+                pass
+
+
+class NeverTrigger:
+    """A trigger of a user's own, which has no `repr`."""
+
+    seconds = calls = 0
+
+    def should_open(self, window: FaultWindow) -> bool:
+        del window
+        return False
+
+
+@virtual
+async def test_triggers_of_a_users_own_are_the_same_if_their_classes_are() -> None:
+    store = MemoryLedgerStore()
+    for _ in range(2):
+        upstream = Upstream("key", breaker=BreakerRules(triggers=(NeverTrigger(),)), shared=store)
+        async with upstream.call():
+            pass
+
+
+@virtual
+async def test_a_breaker_that_one_process_opens_shows_in_all() -> None:
+    store = MemoryLedgerStore()
+    rules = BreakerRules(triggers=(consecutive_faults(2),), reset_timeout=30.0)
+    one, other = (Upstream("key", breaker=rules, shared=store) for _ in range(2))
+    for upstream in (one, other):
+        with pytest.raises(ConnectionError):
+            async with upstream.call():
+                raise ConnectionError
+    await asyncio.sleep(1.0)
+    for upstream in (one, other):
+        with pytest.raises(Overloaded, match="its breaker is open") as caught:
+            async with upstream.call():
+                pass
+        assert caught.value.limited_by == "upstream:key:breaker"
+        assert 10.0 < (caught.value.retry_after or 0.0) <= 30.0
+        (account,) = upstream.statistics().accounts
+        assert (account.breaker, account.load) == ("open", 1.0)
 
 
 @virtual

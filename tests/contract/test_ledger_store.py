@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from forebay.upstream.shared.messages import (
 )
 from forebay.upstream.shared.redis_store import RedisLedgerStore
 from forebay.upstream.shared.sqlite_store import SqliteLedgerStore
+from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
 from forebay.upstream.shared.store import LedgerStore
 
 TERMS = LedgerTerms(quotas=(QuotaTerms("requests", 60.0, 3600.0),), max_concurrent=4, budget=BudgetTerms(10.0))
@@ -167,3 +169,36 @@ def test_exchanges_from_several_threads_are_each_one_step(connect: Callable[[], 
     (reply,) = stores[0].exchange([ask("last")])
     assert reply.budget is not None
     assert reply.budget.spent == pytest.approx(1.0)
+
+
+def ask_about(member: str, sequence: int, stoppage: StoppageRequest) -> ExchangeRequest:
+    terms = LedgerTerms(max_concurrent=4, breaker="BreakerRules()")
+    return ExchangeRequest(
+        ledger="stopped", member=member, sequence=sequence, terms=terms, stoppages={"breaker": stoppage}
+    )
+
+
+def stoppage_of(store: LedgerStore, request: ExchangeRequest) -> StoppageReply:
+    (reply,) = store.exchange([request])
+    assert reply.stoppages is not None
+    return reply.stoppages["breaker"]
+
+
+def test_calls_that_one_process_stops_are_stopped_for_all_and_one_of_them_probes(
+    connect: Callable[[], LedgerStore],
+) -> None:
+    mine, other = connect(), connect()
+    stoppage_of(other, ask_about("b", 1, StoppageRequest()))
+    stoppage_of(mine, ask_about("a", 1, StoppageRequest(changed=True, openings=1, seconds=60.0)))
+    told = stoppage_of(other, ask_about("b", 2, StoppageRequest(epoch=0, wanted=1)))
+    assert told.openings == 1
+    assert 0.0 < told.seconds <= 60.0
+    assert told.probes == 0
+    stoppage_of(mine, ask_about("a", 2, StoppageRequest(epoch=1, changed=True, openings=2)))
+    assert stoppage_of(other, ask_about("b", 3, StoppageRequest(epoch=2, wanted=1))).probes == 1
+    assert stoppage_of(mine, ask_about("a", 3, StoppageRequest(epoch=2, wanted=1))).probes == 0
+
+
+def test_a_stoppage_without_an_end_has_none(connect: Callable[[], LedgerStore]) -> None:
+    stoppage_of(connect(), ask_about("a", 1, StoppageRequest(changed=True, openings=1, seconds=math.inf)))
+    assert stoppage_of(connect(), ask_about("b", 1, StoppageRequest())).seconds == math.inf

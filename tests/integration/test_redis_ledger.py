@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any, Final
@@ -42,6 +43,7 @@ from forebay.upstream.shared.messages import (
 )
 from forebay.upstream.shared.periods import period_start
 from forebay.upstream.shared.redis_store import RedisLedgerStore
+from forebay.upstream.shared.stoppage_messages import StoppageRequest
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -79,6 +81,7 @@ terms = st.builds(
     quotas=st.sampled_from([(), QUOTAS[:1], QUOTAS]),
     max_concurrent=st.sampled_from([None, 1, 2, 5]),
     limit=st.sampled_from([None, "AdaptiveLimit"]),
+    breaker=st.sampled_from([None, "BreakerRules()"]),
     budget=st.one_of(
         st.none(),
         st.builds(
@@ -89,6 +92,23 @@ terms = st.builds(
             forget_after=st.sampled_from([None, 600.0]),
         ),
     ),
+)
+stoppages = st.fixed_dictionaries(
+    {
+        "epoch": st.sampled_from(["own", "own", "own", -1, 3]),
+        "changed": st.sampled_from([False, False, True]),
+        "openings": st.integers(0, 2),
+        "seconds": st.sampled_from([0.0, 0.125, 1.0, 8.0, math.inf]),
+        "passed": st.integers(0, 1),
+        "passes": st.sampled_from([0, 0, 1, 2]),
+        "calls": st.integers(1, 3),
+        "faults": st.integers(0, 1),
+        "probes": st.integers(0, 1),
+        "wanted": st.integers(0, 3),
+        "most_probes": st.integers(1, 3),
+        "successes": st.integers(1, 2),
+        "details": st.sampled_from([(), (1.0, -0.125)]),
+    }
 )
 steps = st.lists(
     st.fixed_dictionaries(
@@ -110,6 +130,7 @@ steps = st.lists(
             "cut": st.one_of(st.none(), st.none(), eighths),
             "raised": eighths,
             "silence": st.sampled_from([0.0, 0.0, 0.0, 1.5]),
+            "stoppages": st.dictionaries(st.sampled_from(["breaker", "pause"]), stoppages),
             "leaving": st.sampled_from([False] * 7 + [True]),
         }
     ),
@@ -183,6 +204,7 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         ),
         leaving=step["leaving"],
         limit=None if terms.limit is None else limit_request_of(step, reply),
+        stoppages={kind: stoppage_request_of(each, kind, reply) for kind, each in step["stoppages"].items()} or None,
     )
 
 
@@ -197,6 +219,14 @@ def limit_request_of(step: dict[str, Any], reply: ExchangeReply | None) -> Limit
         raised=step["raised"],
         silence=step["silence"],
     )
+
+
+def stoppage_request_of(step: dict[str, Any], kind: str, reply: ExchangeReply | None) -> StoppageRequest:
+    known = None if reply is None or reply.stoppages is None else reply.stoppages.get(kind)
+    epoch = step["epoch"]
+    if epoch == "own":
+        epoch = -1 if known is None else known.epoch
+    return StoppageRequest(**{**step, "epoch": epoch})
 
 
 def spend_a_dollar(store: RedisLedgerStore, sequence: int, reply: ExchangeReply | None) -> ExchangeReply:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from forebay._hooks import call_hook
@@ -68,12 +68,31 @@ class BreakerRules:
         check_whole(owner, "successes", self.successes)
         check_positive(owner, "probe_timeout", self.probe_timeout, unit="seconds")
 
+    @property
+    def summary(self) -> str:
+        """The settings that differ from the default, for messages. A trigger without a ``repr`` goes by its class."""
+        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = [
+            f"{name}={_show_triggers(value) if name == 'triggers' else repr(value)}"
+            for name, value in shown.items()
+            if value != getattr(UPSTREAM_RULES, name)
+        ]
+        return f"BreakerRules({', '.join(given)})"
+
     def open_duration(self, opening: int, *, draw: float) -> float:
         """Return for how many seconds the `opening`-th opening in a row lasts (1 is the first); `draw` is in [0, 1)."""
         if self.reset_timeout is None:
             return math.inf
         longest = min(self.max_reset_timeout, self.reset_timeout * 2.0 ** min(opening - 1, 64))
         return longest * (0.5 + 0.5 * draw)
+
+
+def _show_triggers(triggers: tuple[Trigger, ...]) -> str:
+    shown = [
+        type(trigger).__qualname__ if type(trigger).__repr__ is object.__repr__ else repr(trigger)
+        for trigger in triggers
+    ]
+    return f"({', '.join(shown)}{',' * (len(shown) == 1)})"
 
 
 UPSTREAM_RULES = BreakerRules()
@@ -144,11 +163,41 @@ class Breaker:
                 window.calls += 1
             elif outcome is _FAULT and epoch:  # epoch 0 is a rejected call: it counts for nothing
                 window.add_fault(now)
-                for trigger in self._rules.triggers:  # a user's own may raise, and what ended has ended all the same
-                    if call_hook("a trigger of a circuit breaker", trigger.should_open, window):
-                        return self._open(now)
+                if self._is_triggered():
+                    return self._open(now)
             return None
         return self._record_late_or_probe(now, outcome, epoch)
+
+    def add_evidence(self, now: float, calls: int, faults: int) -> BreakerState | None:
+        """Count calls of others to the same dependency, up to now; do nothing unless it is closed.
+
+        Their order is not known, so the faults are taken to be spread evenly among them.
+
+        Args:
+            now: the time.
+            calls: how many there were.
+            faults: how many of them failed.
+
+        Returns:
+            OPEN if that opens it, else None.
+        """
+        if not self._closed_epoch or not calls:
+            return None
+        successes = calls - faults
+        for number in range(faults):
+            self._window.add_successes(now, (number + 1) * successes // faults - number * successes // faults)
+            self._window.add_fault(now)
+            if self._is_triggered():
+                return self._open(now)
+        if not faults:
+            self._window.add_successes(now, successes)
+        return None
+
+    def _is_triggered(self) -> bool:
+        window = self._window  # a user's own trigger may raise, and what ended has ended all the same
+        return any(
+            call_hook("a trigger of a circuit breaker", trigger.should_open, window) for trigger in self._rules.triggers
+        )
 
     def trip(self, now: float) -> BreakerState | None:
         """Open it for a reason of the caller's; do nothing while it is open.
@@ -173,7 +222,7 @@ class Breaker:
         if self._closed_epoch:
             return True
         self._advance(now)
-        return self._state is BreakerState.HALF_OPEN and self._out < self._rules.probes
+        return self._state is BreakerState.HALF_OPEN and self._may_probe(now)
 
     def state(self, now: float) -> BreakerState:
         """Return the state at `now`; a breaker whose reset timeout has passed is HALF_OPEN."""
@@ -193,12 +242,17 @@ class Breaker:
 
     def _allow_probe(self, now: float) -> int:
         self._advance(now)
-        if self._state is not BreakerState.HALF_OPEN or self._out >= self._rules.probes:
+        if self._state is not BreakerState.HALF_OPEN or not self._may_probe(now):
             return 0
         if self._out == 0:
             self._answer_by = now + self._rules.probe_timeout
         self._out += 1
         return self._epoch
+
+    def _may_probe(self, now: float) -> bool:
+        """Return whether another probe may be sent while it is half-open."""
+        del now
+        return self._out < self._rules.probes
 
     def _record_late_or_probe(self, now: float, outcome: Outcome, epoch: int) -> BreakerState | None:
         before = self._state

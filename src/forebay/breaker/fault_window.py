@@ -46,6 +46,12 @@ class FaultWindow(msgspec.Struct, gc=False, eq=False, kw_only=True):  # it holds
             self.begin_bucket(now)
         self.calls += 1
 
+    def add_successes(self, now: float, calls: int) -> None:
+        """Count calls that succeeded until `now`."""
+        if now >= self.bucket_ends:
+            self.begin_bucket(now)
+        self.calls += calls
+
     def add_fault(self, now: float) -> None:
         """Count a call that failed at `now`."""
         if now >= self.bucket_ends:

@@ -142,6 +142,46 @@ def test_an_outage_opens_it_within_twenty_calls(per_second: float) -> None:
     assert calls <= 6020
 
 
+def test_calls_of_others_count() -> None:
+    breaker = make(BreakerRules(triggers=(MinimumSampleTrigger(),)))
+    call(breaker, 0.0, FAULT)
+    assert breaker.add_evidence(1.0, 3, 3) is None
+    assert call(breaker, 2.0, FAULT) is OPEN
+
+
+def test_faults_of_others_open_it() -> None:
+    assert make().add_evidence(1.0, 5, 5) is OPEN
+
+
+def test_faults_of_others_are_spread_among_their_calls() -> None:
+    breaker = make()
+    assert breaker.add_evidence(1.0, 16, 8) is None
+    assert breaker.add_evidence(1.0, 9, 8) is OPEN
+
+
+def test_successes_of_others_end_a_row_of_faults() -> None:
+    breaker = make()
+    for _ in range(4):
+        call(breaker, 0.0, FAULT)
+    breaker.add_evidence(1.0, 100, 0)
+    assert call(breaker, 2.0, FAULT) is None
+
+
+def test_calls_of_others_do_not_count_while_it_is_open() -> None:
+    breaker = opened()
+    assert breaker.add_evidence(1.0, 9, 9) is None
+    assert seconds_left(breaker, 1.0) == pytest.approx(9.0)
+
+
+def test_a_summary_names_what_differs_from_the_default() -> None:
+    assert UPSTREAM_RULES.summary == "BreakerRules()"
+    assert BreakerRules(probes=3, reset_timeout=None).summary == "BreakerRules(reset_timeout=None, probes=3)"
+    assert (
+        BreakerRules(triggers=(consecutive_faults(5),)).summary
+        == "BreakerRules(triggers=(FaultCountTrigger(faults=5, calls=5, seconds=0),))"
+    )
+
+
 def test_one_percent_of_faults_on_a_busy_upstream_does_not_open_it() -> None:
     draws = clock.new_random(1)
     breaker = make(UPSTREAM_RULES)

@@ -41,7 +41,11 @@ from forebay.upstream.call_request import (
     scale_charge,
 )
 from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.call_stoppage import CallStoppage
 from forebay.upstream.shared.lease import SHARED_ACCOUNT
+from forebay.upstream.shared.leased_breaker import LeasedBreaker
+from forebay.upstream.shared.leased_pause import LeasedPause
+from forebay.upstream.shared.leased_suspension import LeasedSuspension
 
 _LOST_LOOK: Final = 1.0  # seconds until permits are looked for that nobody can take, while calls wait
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
@@ -140,9 +144,17 @@ class Account:
         self._retry_after = RetryAfterSchedule()
         self._suspension = SpendSuspension()
         self._refusals = RefusalControl()
+        self.stoppages: Mapping[str, CallStoppage] = {} if lease is None else self._share_stoppages()
         self._outage = OutageDetector(limit, max_wait)
         self._untaken: dict[QueuedCall, Permit] = {}  # granted to callers in the queue that have not woken yet
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
+
+    def _share_stoppages(self) -> Mapping[str, CallStoppage]:
+        """Use stoppages of calls that processes share, and return them."""
+        suspension, pause = LeasedSuspension(), LeasedPause()
+        self._suspension, self._refusals = suspension, RefusalControl(pause)
+        shared: dict[str, CallStoppage] = {"pause": pause, "suspension": suspension}
+        return {**shared, "breaker": self.breaker} if isinstance(self.breaker, LeasedBreaker) else shared
 
     # --- a call arrives ---
 

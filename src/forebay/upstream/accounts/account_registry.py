@@ -22,6 +22,7 @@ from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.providers.credentials import digest_credential
 from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.leased_breaker import LeasedBreaker
 from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.shared.messages import LedgerTerms, QuotaTerms, ledger_key
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -222,6 +223,7 @@ class AccountRegistry:
             ),
             max_concurrent=most,
             limit=settings.limit_kind if most is None else None,
+            breaker=settings.breaker.summary,
         )
         if link is None:
             return None
@@ -255,7 +257,7 @@ class AccountRegistry:
                 ":".join(part for part in (f"upstream:{settings.name}", settings.label_of(mark), group) if part),
                 limit=limit if lease is None else lease.bind_limit(limit),
                 quotas=RateLimiter(quotas, buckets=buckets),
-                breaker=Breaker(settings.breaker, draw=self._draw),
+                breaker=(Breaker if lease is None else LeasedBreaker)(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,
                 upstream_budget=self.budgets.upstream_budget,
                 max_wait=settings.max_wait,

@@ -14,7 +14,7 @@ _WINDOW: Final = 300.0  # ... which are this many seconds, up to twice
 _MAX_GAP: Final = 60.0  # seconds that such a time counts at most
 _FIRST: Final = 2.0  # seconds of a suspension that is in doubt, at least ...
 _SHARE: Final = 0.25  # ... and share of the time since the first refusal
-_LONGEST_PROBE: Final = 60.0  # seconds without an answer to a probe, after which another one is sent
+LONGEST_PROBE: Final = 60.0  # seconds without an answer to a probe, after which another one is sent
 
 
 class Suspended(NamedTuple):
@@ -114,7 +114,7 @@ class SpendSuspension:
         until = self._until_same if same else self._until
         if now < until:
             return until - now
-        if self._probe is None or now - self._probe.granted_at > _LONGEST_PROBE:
+        if self._probe is None or now - self._probe.granted_at > LONGEST_PROBE:
             return None
         return probe_duration
 

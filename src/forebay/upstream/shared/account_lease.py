@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Final, Protocol
 
@@ -12,9 +12,11 @@ from forebay.interfaces import Charge
 from forebay.limit import Limit
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.shared.call_stoppage import CallStoppage
 from forebay.upstream.shared.lease import ExchangeLink, LedgerLease
 from forebay.upstream.shared.leased_bucket import LeasedBucket
 from forebay.upstream.shared.leased_limit import LeasedLimit
+from forebay.upstream.shared.leased_stoppages import LeasedStoppages
 from forebay.upstream.shared.messages import (
     ExchangeReply,
     ExchangeRequest,
@@ -40,11 +42,13 @@ class CallDemand(Protocol):
         in_flight: calls under way.
         queue: the calls that wait.
         durations: how long calls take.
+        stoppages: of its calls, which are shared, by kind.
     """
 
     in_flight: int
     queue: CallQueue
     durations: CallDurations
+    stoppages: Mapping[str, CallStoppage]
 
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now, whatever the ledger grants."""
@@ -69,6 +73,7 @@ class AccountLease(LedgerLease):
         self._demand: CallDemand | None = None
         self._look: Callable[[], None] = _do_nothing
         self._learned: LeasedLimit | None = None
+        self._stoppages = LeasedStoppages({})
         super().__init__(link, key, terms, patience=_PATIENCE)
         self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
@@ -86,6 +91,7 @@ class AccountLease(LedgerLease):
     def bind(self, demand: CallDemand, lock: threading.RLock, look: Callable[[], None]) -> None:
         """Use the calls of an account, its lock, and what serves its queue."""
         self._demand, self.lock, self._look = demand, lock, look
+        self._stoppages = LeasedStoppages(demand.stoppages)
 
     def bind_limit(self, limit: Limit) -> Limit:
         """Return the limit of an account, learned together with other processes if the terms say so."""
@@ -118,6 +124,8 @@ class AccountLease(LedgerLease):
         if not self.is_bounded:
             return math.inf
         if self.is_leased(now):
+            if self._demand is not None and self._stoppages.needs_probe(now):
+                return min(self._allowed, self._demand.in_flight)
             return self._allowed
         return self._fair_slots(now) if self.is_away(now) else 0
 
@@ -154,7 +162,9 @@ class AccountLease(LedgerLease):
     def is_busy(self, now: float) -> bool:
         """See `LedgerLease`."""
         calls = self._demand is not None and (self._demand.in_flight or self._demand.queue.length)
-        return bool(calls) or not all(bucket.is_full(now) for bucket in self.buckets)
+        return (
+            bool(calls) or self._stoppages.is_stopping(now) or not all(bucket.is_full(now) for bucket in self.buckets)
+        )
 
     def make_request(self, now: float, *, leaving: bool) -> ExchangeRequest:
         """See `LedgerLease`."""
@@ -182,6 +192,7 @@ class AccountLease(LedgerLease):
             ),
             slots=slots,
             limit=limit,
+            stoppages=self._stoppages.report(now, 0 if demand is None or not waiting else demand.queue.length),
         )
 
     def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
@@ -200,6 +211,8 @@ class AccountLease(LedgerLease):
             self._learned.receive(now, request.limit, reply.limit)
             self._others = reply.limit.others
             retry_in = max(retry_in, reply.limit.silence)
+        if request.stoppages is not None and reply.stoppages is not None:
+            self._stoppages.receive(now, self.until, request.stoppages, reply.stoppages)
         self._retry_at = now + retry_in
 
     def keep_unreported(self) -> None:
@@ -207,6 +220,7 @@ class AccountLease(LedgerLease):
         for bucket in self.buckets:
             bucket.keep_unreported()
         self._allowed = 0
+        self._stoppages.keep_unreported()
 
     def _slot_poll(self) -> float:
         """Return the seconds after which to ask for a slot again."""
@@ -234,6 +248,7 @@ class AccountLease(LedgerLease):
             self.ask_at(now)
         if self._learned is not None:
             self._tell_what_was_learned(now, self._learned)
+        self.ask_at(self._stoppages.ask_at(now, waiting=head is not None))
         if self.is_bounded:
             self._return_slots(now, demand)
 

@@ -20,6 +20,7 @@ from forebay.upstream.shared.messages import (
     QuotaRequest,
     SlotRequest,
 )
+from forebay.upstream.shared.stoppage_messages import StoppageRequest
 
 SHARED_ACCOUNT: Final = "shared account"
 """The part of an account that a call waits for while its process asks the ledger, or cannot ask it."""
@@ -160,6 +161,7 @@ class LedgerLease(ABC):
         slots: SlotRequest | None = None,
         budget: BudgetRequest | None = None,
         limit: LimitRequest | None = None,
+        stoppages: dict[str, StoppageRequest] | None = None,
     ) -> ExchangeRequest:
         """Return the next request."""
         return ExchangeRequest(
@@ -176,6 +178,7 @@ class LedgerLease(ABC):
             budget=budget,
             leaving=leaving,
             limit=limit,
+            stoppages=stoppages,
         )
 
     def apply(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:

@@ -38,6 +38,7 @@ from forebay.upstream.shared.quota_shares import (
     return_quotas,
 )
 from forebay.upstream.shared.slot_shares import grant_slots
+from forebay.upstream.shared.stoppages import report_stoppages, stoppage_replies
 
 _MAX_RETRY: Final = 0.25  # seconds: what others return may come before the refill
 _KEEP_ENDED: Final = 3600.0  # seconds for which it is known that a member has ended
@@ -108,6 +109,8 @@ class AccountLedger:
                 report_spend(state, member, request.budget)
             if request.limit is not None and request.epoch == state.epoch:
                 report_limit(state, request.limit)
+            if request.stoppages is not None:
+                report_stoppages(state, name, request.stoppages)
         reply = self._decide(request, member)
         member.reply = reply
         if request.leaving:
@@ -239,6 +242,7 @@ class AccountLedger:
             slots=slots,
             budget=budget,
             limit=None if state.terms.limit is None else limit_reply(state, name),
+            stoppages=None if request.stoppages is None else stoppage_replies(state, name, request.stoppages),
         )
 
 

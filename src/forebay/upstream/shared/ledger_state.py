@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, SlotRequest
+from forebay.upstream.shared.stoppage_state import StoppageState
 
 LAPSE = 1.5
 """Seconds after which the wishes of a member that has not asked again count no more; what it holds does."""
@@ -108,6 +109,7 @@ class LedgerState(msgspec.Struct):
         limit: that the members have learned.
         limit_epoch: how often it was cut.
         silent_until: until then no call is sent, because a lone one was refused.
+        stoppages: of its calls, by kind.
     """
 
     epoch: str
@@ -127,6 +129,7 @@ class LedgerState(msgspec.Struct):
     limit: float = 1.0
     limit_epoch: int = 0
     silent_until: float = 0.0
+    stoppages: dict[str, StoppageState] = {}
 
     @property
     def spent(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from forebay._text import format_duration
+from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
 
 
 def _kept(held: float, reserved: float, needed: float, wanted: float) -> float:
@@ -63,12 +64,14 @@ class LedgerTerms(msgspec.Struct, frozen=True):
         max_concurrent: calls in flight at most; None: not bounded by the ledger.
         budget: None: it counts no money.
         limit: names the kind of limit that its members learn together; None: they learn none.
+        breaker: names the rules of the breaker that its members share; None: they share none.
     """
 
     quotas: tuple[QuotaTerms, ...] = ()
     max_concurrent: int | None = None
     budget: BudgetTerms | None = None
     limit: str | None = None
+    breaker: str | None = None
 
     def __str__(self) -> str:
         parts = [str(quota) for quota in self.quotas]
@@ -78,6 +81,8 @@ class LedgerTerms(msgspec.Struct, frozen=True):
             parts.append(str(self.budget))
         if self.limit is not None:
             parts.append(f"limit={self.limit}")
+        if self.breaker is not None:
+            parts.append(f"breaker={self.breaker}")
         return ", ".join(parts) or "no limits"
 
 
@@ -187,6 +192,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
         budget: None if the terms have none.
         leaving: the member ends: it returns all that it holds.
         limit: None if the terms have none.
+        stoppages: by kind; None if it shares none.
     """
 
     ledger: str
@@ -202,6 +208,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     budget: BudgetRequest | None = None
     leaving: bool = False
     limit: LimitRequest | None = None
+    stoppages: dict[str, StoppageRequest] | None = None
 
 
 class QuotaReply(msgspec.Struct, frozen=True):
@@ -282,6 +289,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
         slots: None if the terms bound none.
         budget: None if the terms have none.
         limit: None if the terms have none.
+        stoppages: by kind, those of the request; None if it had none.
     """
 
     epoch: str
@@ -294,6 +302,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
     slots: SlotReply | None = None
     budget: BudgetReply | None = None
     limit: LimitReply | None = None
+    stoppages: dict[str, StoppageReply] | None = None
 
 
 LEASE = 5.0

@@ -356,6 +356,101 @@ local function limit_reply(state, names, name)
   return {epoch = state.limit_epoch, level = state.limit, silence = silence, others = others}
 end
 
+-- stoppages of calls: see stoppages.py
+
+local function stoppage_of(state, kind)
+  state.stoppages = state.stoppages or {}
+  local stoppage = state.stoppages[kind]
+  if not stoppage then
+    stoppage = {
+      epoch = 0, openings = 0, until_ = 0, passed = 0, calls = 0, faults = 0, details = {}, told_at = 0, members = {},
+    }
+    state.stoppages[kind] = stoppage
+  end
+  return stoppage
+end
+
+local function stoppage_member(state, stoppage, name)
+  for other in pairs(stoppage.members) do
+    if not state.members[other] then stoppage.members[other] = nil end
+  end
+  local member = stoppage.members[name]
+  if not member then
+    member = {probes = 0, calls = stoppage.calls, faults = stoppage.faults, accepted = false}
+    stoppage.members[name] = member
+  end
+  return member
+end
+
+local function forget_calls(stoppage)
+  stoppage.calls, stoppage.faults = 0, 0
+  for _, member in pairs(stoppage.members) do member.calls, member.faults = 0, 0 end
+end
+
+local function replace_stoppage(state, stoppage, asked)
+  stoppage.openings, stoppage.passed = asked.openings or 0, asked.passed or 0
+  stoppage.until_ = state.time + (asked.seconds or 0)
+  stoppage.details, stoppage.told_at = asked.details or {}, state.time
+  forget_calls(stoppage)
+end
+
+local function count_calls(state, stoppage, member, asked)
+  local passes = asked.passes or 0
+  if stoppage.openings == 0 then
+    local calls, faults = asked.calls or 0, asked.faults or 0
+    stoppage.calls, stoppage.faults = stoppage.calls + calls, stoppage.faults + faults
+    member.calls, member.faults = member.calls + calls, member.faults + faults
+  elseif passes > 0 then
+    stoppage.until_, stoppage.passed = min(stoppage.until_, state.time), stoppage.passed + passes
+    if stoppage.passed >= (asked.successes or 1) then
+      stoppage.epoch, stoppage.openings, stoppage.passed = stoppage.epoch + 1, 0, 0
+      forget_calls(stoppage)
+    end
+  end
+end
+
+local function report_stoppages(state, name, asked)
+  for kind, request in pairs(asked) do
+    local stoppage, epoch = stoppage_of(state, kind), max(0, request.epoch or -1)
+    local member = stoppage_member(state, stoppage, name)
+    if epoch > stoppage.epoch or (epoch == stoppage.epoch and request.changed) then
+      stoppage.epoch, member.accepted = epoch + (request.changed and 1 or 0), request.changed or false
+      replace_stoppage(state, stoppage, request)
+    elseif request.epoch == stoppage.epoch then
+      count_calls(state, stoppage, member, request)
+    end
+  end
+end
+
+local function stoppage_reply(state, kind, name, asked)
+  local stoppage = stoppage_of(state, kind)
+  local member, elsewhere, probes = stoppage_member(state, stoppage, name), 0, asked.probes or 0
+  for other, each in pairs(stoppage.members) do
+    if other ~= name then elsewhere = elsewhere + each.probes end
+  end
+  member.probes = probes
+  if stoppage.openings > 0 and state.time >= stoppage.until_ then
+    member.probes = max(probes, min(asked.wanted or 0, (asked.most_probes or 1) - elsewhere))
+  end
+  local calls, faults, accepted = stoppage.calls - member.calls, stoppage.faults - member.faults, member.accepted
+  member.calls, member.faults, member.accepted = stoppage.calls, stoppage.faults, false
+  return {
+    epoch = stoppage.epoch, accepted = accepted, openings = stoppage.openings,
+    seconds = stoppage.openings > 0 and max(0, stoppage.until_ - state.time) or 0, passed = stoppage.passed,
+    probes = member.probes, elsewhere = elsewhere, calls = calls, faults = faults, details = stoppage.details,
+    age = state.time - stoppage.told_at,
+  }
+end
+
+local function stoppage_replies(state, name, asked)
+  local replies
+  for kind, request in pairs(asked) do
+    replies = replies or {}
+    replies[kind] = stoppage_reply(state, kind, name, request)
+  end
+  return replies
+end
+
 -- money: see budget_shares.py
 
 local function spent_by_all(state)
@@ -564,6 +659,7 @@ local function decide(state, request, member)
     epoch = state.epoch, members = #names, rank = rank, competing = competing,
     retry_in = retry and min(MAX_RETRY, retry), quotas = quotas, slots = slots, budget = budget,
     limit = state.terms.limit and limit_reply(state, names, name),
+    stoppages = request.stoppages and stoppage_replies(state, name, request.stoppages),
   }
 end
 
@@ -606,6 +702,7 @@ if counts then
     report_spend(state, member, request.budget)
   end
   if request.limit and request.epoch == state.epoch then report_limit(state, request.limit) end
+  if request.stoppages then report_stoppages(state, request.member, request.stoppages) end
 end
 local reply = cmsgpack.pack(decide(state, request, member))
 member.reply = reply

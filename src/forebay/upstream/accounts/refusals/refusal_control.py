@@ -22,14 +22,17 @@ _GAP: Final = 3.0  # calls at the learned rate that the first silence leaves out
 class RefusalControl:
     """The refusals of one account. Pure: the caller passes the time.
 
+    Args:
+        pause: the pause after refusals; None for one of this process.
+
     Attributes:
         rate: at which calls are sent, once one is learned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pause: RefusalPause | None = None) -> None:
         self.rate = LearnedRate()
         self._cause = RefusalCause()
-        self._pause = RefusalPause()
+        self._pause = RefusalPause() if pause is None else pause
         self._trial = RefusalTrial()
         self._limits = 0  # trials one after the other that found a limit
         self._untried = 0  # rows of refusals since the latest trial
@@ -48,7 +51,8 @@ class RefusalControl:
         """Return the seconds until a call may be sent; 0 for now."""
         if now < self._now:  # the clock went back: no pause must become longer
             self.rate, self._cause = LearnedRate(), RefusalCause()
-            self._pause, self._trial = RefusalPause(), RefusalTrial()
+            self._pause.reset()
+            self._trial = RefusalTrial()
             self._cap_until = -math.inf
         self._now = now
         pause = self._pause.wait(now)

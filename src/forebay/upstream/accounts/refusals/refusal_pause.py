@@ -13,7 +13,7 @@ _ROW: Final = (
     8  # calls refused one after the other, sent after the first refusal, that begin a pause whatever their cause
 )
 _ROUNDS: Final = 3  # refused one after the other, after which a silence as long as the latest block needed is tried
-_TRIAL: Final = 1.0  # seconds after which a trial call that was not refused counts as accepted
+TRIAL_TIME: Final = 1.0  # seconds after which a trial call that was not refused counts as accepted
 _MAX_TRUSTED: Final = 60.0  # seconds of a Retry-After that are believed; after these, trial calls go
 _MAX_UNCHECKED: Final = 30.0  # seconds of the first Retry-After that others have to expect to wait
 _EARLY: Final = 0.9  # of a Retry-After: a trial call accepted before that proves it too long
@@ -66,6 +66,10 @@ class RefusalPause:
     )
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
         self._needed = 0.0  # seconds of the silence that ended the latest block, if only a long one did
         self._trusted: bool | None = None  # the latest Retry-After that could be checked was right
         self._end()
@@ -111,7 +115,7 @@ class RefusalPause:
         """Return the seconds until a call may be sent; 0 for now."""
         if not self._silence:
             return 0.0
-        return max(0.0, self._silent_until - now, self._trial_at + _TRIAL - now)
+        return max(0.0, self._silent_until - now, self._trial_at + TRIAL_TIME - now)
 
     def expected_wait(self, now: float) -> float:
         """Return the seconds that a call has to expect to wait: for a Retry-After, unless one was wrong."""

@@ -1,0 +1,117 @@
+"""A circuit breaker that several processes share: the ledger of their account has its state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from forebay.breaker import Breaker, BreakerRules, BreakerState
+from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
+
+
+class LeasedBreaker(Breaker):
+    """The circuit breaker of an account in one of the processes that share it. It is a `CallStoppage`.
+
+    It counts the calls of all processes and decides as a `Breaker` does. What it decides holds for all, and what
+    another process has decided first holds for this one.
+
+    Args:
+        rules: see `Breaker`; the same in all processes.
+        draw: see `Breaker`.
+
+    Attributes:
+        changes: see `CallStoppage`.
+        passes: see `CallStoppage`.
+    """
+
+    __slots__ = ("_elsewhere", "_elsewhere_until", "_told_calls", "_told_faults", "changes", "passes")
+
+    def __init__(self, rules: BreakerRules, *, draw: Callable[[], float]) -> None:
+        self.changes = self.passes = 0
+        self._elsewhere = 0  # probes of other processes ...
+        self._elsewhere_until = -math.inf  # ... which count until then
+        self._told_calls = self._told_faults = 0  # of the window: reported to the others, or told by them
+        super().__init__(rules, draw=draw)
+        self.changes = 0
+
+    # --- see CallStoppage ---
+
+    def is_stopping(self, now: float) -> bool:
+        """See `CallStoppage`."""
+        return not self._closed_epoch and self.state(now) is not BreakerState.CLOSED
+
+    def is_probing(self, now: float) -> bool:
+        """See `CallStoppage`."""
+        return not self._closed_epoch and self.state(now) is BreakerState.HALF_OPEN
+
+    def probes(self, now: float) -> int:
+        """See `CallStoppage`."""
+        return self._out if self.is_probing(now) else 0
+
+    def has_faults_to_tell(self) -> bool:
+        """See `CallStoppage`."""
+        return self._closed_epoch != 0 and self._window.faults > self._told_faults
+
+    def describe(self, now: float) -> StoppageRequest:
+        """See `CallStoppage`."""
+        calls = faults = 0
+        is_open = self.state(now) is BreakerState.OPEN
+        if self._closed_epoch:
+            calls, faults = self._window.calls - self._told_calls, self._window.faults - self._told_faults
+            self._told_calls, self._told_faults = self._window.calls, self._window.faults
+        return StoppageRequest(
+            openings=self._openings,
+            seconds=self._until - now if is_open else 0.0,
+            passed=self._passed,
+            calls=calls,
+            faults=faults,
+            probes=self.probes(now),
+            most_probes=self._rules.probes,
+            successes=self._rules.successes,
+        )
+
+    def adopt(self, now: float, reply: StoppageReply) -> None:
+        """See `CallStoppage`. Calls in flight do not count: they were sent before."""
+        if not reply.openings:
+            self._close()
+            return
+        self._enter(BreakerState.OPEN)
+        self._overdue_epoch = 0
+        self._openings = reply.openings
+        self._until = now + reply.seconds
+        self._passed = reply.passed
+
+    def refresh(self, now: float, reply: StoppageReply, *, passes: int) -> None:
+        """See `CallStoppage`."""
+        if self._closed_epoch:
+            return
+        self._passed = reply.passed + passes
+        if self._state is BreakerState.OPEN:  # a late probe of another process may have ended it
+            self._until = min(self._until, now + reply.seconds)
+
+    def note_elsewhere(self, now: float, until: float, reply: StoppageReply) -> None:
+        """See `CallStoppage`."""
+        self._elsewhere, self._elsewhere_until = reply.elsewhere, until
+        before = self._window.calls, self._window.faults
+        if self._closed_epoch and self.add_evidence(now, reply.calls, reply.faults) is None:
+            self._told_calls += self._window.calls - before[0]
+            self._told_faults += self._window.faults - before[1]
+
+    # --- see Breaker ---
+
+    def _may_probe(self, now: float) -> bool:
+        elsewhere = self._elsewhere if now < self._elsewhere_until else 0
+        return self._out + elsewhere < self._rules.probes
+
+    def _record_probe_success(self, now: float) -> None:
+        self.passes += 1
+        super()._record_probe_success(now)
+
+    def _open(self, now: float) -> BreakerState:
+        self.changes += 1
+        return super()._open(now)
+
+    def _close(self) -> None:
+        self.changes += 1
+        self._told_calls = self._told_faults = 0
+        super()._close()
