@@ -594,6 +594,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_that_is_rejected_earns_retries: (
         test_call_flow.test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does
     ),
+    bugs.a_retry_for_which_no_time_is_left_hides_the_answer_of_the_provider: (
+        test_call_flow.test_a_retry_whose_deadline_passes_in_the_queue_ends_the_flow_with_the_last_result
+    ),
     bugs.a_learned_rate_that_falls_is_never_checked: (
         test_learned_rate.test_a_rate_that_falls_though_it_has_not_risen_is_checked_by_far_faster_calls
     ),
