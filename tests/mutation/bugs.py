@@ -4016,6 +4016,10 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     names["load_gateway_settings"] = load
 
 
+def a_check_looks_for_no_secrets() -> None:
+    vars(gateway_command)["find_start_problems"] = lambda *_: []
+
+
 # --- aliases and pools ---
 
 

@@ -1670,6 +1670,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
     ),
+    bugs.a_check_looks_for_no_secrets: test_gateway_command.test_check_names_every_variable_that_is_missing,
     # --- shared accounts ---
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
