@@ -65,6 +65,7 @@ from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import CallerReader
 from forebay.gateway.caller_limits import CallerLimits, CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
+from forebay.gateway.deployments import DeploymentPool
 from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.issued_keys import IssuedKey
@@ -4021,6 +4022,10 @@ def a_check_looks_for_no_secrets() -> None:
 
 
 # --- aliases and pools ---
+
+
+def a_pool_serves_a_key_by_targets_that_it_is_not_for() -> None:
+    replace(DeploymentPool, DeploymentPool.allowed_to, lambda self, _: self)
 
 
 def an_alias_is_sent_as_it_was_named() -> None:
