@@ -41,6 +41,7 @@ from forebay.gateway import (
 from forebay.gateway.server import Gateway
 from forebay.gateway.worker_processes import CannotListen
 from forebay.quota import Price
+from forebay.upstream.accounts.account_retries import AccountRetries
 
 # --- forwarding ---
 
@@ -231,6 +232,36 @@ async def test_calls_are_served_by_the_priority_in_their_headers(
             *(None, "critical", "high", "normal", "low")
         ]
         assert leftovers(gateway) == NOTHING_LEFT
+
+
+async def test_a_call_that_runs_out_of_time_between_its_attempts_gets_the_last_answer(
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.provider.behaviour = responding(500, b'{"error": {"message": "it broke"}}')
+    later = 0.0
+    monkeypatch.setattr(clock, "now", lambda: clock.monotonic() + later)
+
+    def wait_beyond_the_deadline(*_: Any, **__: Any) -> float:
+        nonlocal later
+        later = 60.0
+        return 0.0
+
+    monkeypatch.setattr(AccountRetries, "next_delay", wait_beyond_the_deadline)
+    async with Gateway(harness.settings()) as gateway:
+        status, headers, body = await harness.post(gateway, headers={"x-forebay-deadline": str(clock.wall_time() + 30)})
+        assert (status, body) == (500, {"error": {"message": "it broke"}})
+        assert headers["x-forebay-retries"] == "out-of-time"
+        assert headers["x-forebay-attempts"] == "1"
+        assert "x-forebay-limited-by" not in headers
+        assert leftovers(gateway) == NOTHING_LEFT
+
+
+async def test_an_answer_after_which_attempts_are_used_up_is_not_marked(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = responding(400)
+    async with Gateway(harness.settings()) as gateway:
+        status, headers, _ = await harness.post(gateway)
+        assert status == 400
+        assert "x-forebay-retries" not in headers
 
 
 async def test_a_call_after_its_deadline_is_rejected_without_cost(harness: GatewayHarness) -> None:

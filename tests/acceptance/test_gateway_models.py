@@ -387,3 +387,76 @@ async def test_an_issued_key_is_for_the_alias_by_its_name_and_for_the_targets_th
     assert listed["data"] == []
     assert harness.provider.bodies == [{**FAST, "model": "gpt-4o"}]
     assert not any("fb-" in str(request.headers) for request in harness.provider.requests)
+
+
+POOLED = ModelSettings(name="fast", pool=tuple(DeploymentSettings(target=name) for name in "abc"))
+
+
+async def with_key(harness: GatewayHarness, gateway: Gateway, key: str, path: str = "/v1/chat/completions") -> int:
+    """Return the status of a call of the pool with an issued key."""
+    return (await harness.post(gateway, path, json=FAST, headers={"authorization": f"Bearer {key}"}))[0]
+
+
+@pytest.mark.parametrize("allowed", [("b",), ("a", "c"), ("c", "b")])
+async def test_an_issued_key_is_served_by_the_members_of_a_pool_that_it_may_use(
+    harness: GatewayHarness, tmp_path: Path, allowed: tuple[str, ...]
+) -> None:
+    keys = IssuedKeys(tmp_path / "keys.db")
+    limited, free = await keys.create("limited", targets=allowed), await keys.create("free")
+    made = msgspec.structs.replace(settings(harness, POOLED, a={}, b={}, c={}), keys=keys.url)
+    async with Gateway(made) as gateway:
+        statuses = {await with_key(harness, gateway, limited) for _ in range(40)}
+        used = set(targets_used(harness))
+        statuses |= {await with_key(harness, gateway, free) for _ in range(40)}
+        assert leftovers(gateway) == NOTHING_LEFT
+    assert statuses == {200}
+    assert used == set(allowed)
+    assert set(targets_used(harness)) == {"a", "b", "c"}
+
+
+async def test_a_call_with_an_issued_key_fails_over_only_within_its_targets(
+    harness: GatewayHarness, tmp_path: Path
+) -> None:
+    keys = IssuedKeys(tmp_path / "keys.db")
+    key = await keys.create("limited", targets=("a", "b"))
+    harness.provider.behaviour = lambda request: (
+        harness.provider.reply(request) if "at-c" in request.raw_path else responding(403)(request)
+    )
+    made = msgspec.structs.replace(settings(harness, POOLED, a={}, b={}, c={}), keys=keys.url)
+    async with Gateway(made) as gateway:
+        assert await with_key(harness, gateway, key) == 403
+    assert set(targets_used(harness)) == {"a", "b"}
+
+
+async def test_an_issued_key_for_no_member_of_a_pool_is_refused_and_does_not_see_its_alias(
+    harness: GatewayHarness, tmp_path: Path
+) -> None:
+    keys = IssuedKeys(tmp_path / "keys.db")
+    elsewhere, one = await keys.create("elsewhere", targets=("d",)), await keys.create("one", targets=("b",))
+    made = msgspec.structs.replace(settings(harness, POOLED, a={}, b={}, c={}, d={}), keys=keys.url)
+    async with Gateway(made) as gateway:
+        headers = {"authorization": f"Bearer {elsewhere}"}
+        status, _, answer = await harness.post(gateway, json=FAST, headers=headers)
+        assert (status, answer["error"]["code"]) == (403, "forebay_target")
+        assert "not for the targets 'a', 'b', 'c'" in answer["error"]["message"]
+        assert await with_key(harness, gateway, elsewhere, "/b/v1/chat/completions") == 403
+        assert harness.provider.requests == []
+        harness.provider.behaviour = listing()
+        seen = []
+        for key in (elsewhere, one):
+            url = harness.at(gateway, "/v1/models")
+            async with harness.session.get(url, headers={"authorization": f"Bearer {key}"}) as response:
+                seen.append([model["id"] for model in (await response.json())["data"]])
+    assert seen == [[], ["fast"]]
+
+
+async def test_a_pool_of_which_a_key_may_use_one_target_is_not_sent_the_caller_s_own_key(
+    harness: GatewayHarness, tmp_path: Path
+) -> None:
+    keys = IssuedKeys(tmp_path / "keys.db")
+    key = await keys.create("limited", targets=("b",))
+    made = msgspec.structs.replace(settings(harness, POOLED, a={}, b={}, c={}), keys=keys.url)
+    async with Gateway(made) as gateway:
+        headers = {"x-forebay-token": key, "authorization": "Bearer own"}
+        assert (await harness.post(gateway, json=FAST, headers=headers))[0] == 200
+    assert keys_used(harness) == {"": 1}

@@ -65,6 +65,7 @@ from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import CallerReader
 from forebay.gateway.caller_limits import CallerLimits, CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
+from forebay.gateway.deployments import DeploymentPool
 from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.forwarded_call import ForwardedCall
 from forebay.gateway.issued_keys import IssuedKey
@@ -1535,6 +1536,10 @@ def a_call_that_is_refused_again_and_again_waits_at_the_head_of_the_queue() -> N
             request.retries = retries
 
     replace(call_flow._Retrying, original, _waits_for_quota)
+
+
+def a_retry_for_which_no_time_is_left_hides_the_answer_of_the_provider() -> None:
+    vars(call_flow)["_is_out_of_time"] = lambda *_: False
 
 
 # --- which calls a provider had in flight ---
@@ -4012,7 +4017,15 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
     names["load_gateway_settings"] = load
 
 
+def a_check_looks_for_no_secrets() -> None:
+    vars(gateway_command)["find_start_problems"] = lambda *_: []
+
+
 # --- aliases and pools ---
+
+
+def a_pool_serves_a_key_by_targets_that_it_is_not_for() -> None:
+    replace(DeploymentPool, DeploymentPool.allowed_to, lambda self, _: self)
 
 
 def an_alias_is_sent_as_it_was_named() -> None:

@@ -594,6 +594,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_that_is_rejected_earns_retries: (
         test_call_flow.test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does
     ),
+    bugs.a_retry_for_which_no_time_is_left_hides_the_answer_of_the_provider: (
+        test_call_flow.test_a_retry_whose_deadline_passes_in_the_queue_ends_the_flow_with_the_last_result
+    ),
     bugs.a_learned_rate_that_falls_is_never_checked: (
         test_learned_rate.test_a_rate_that_falls_though_it_has_not_risen_is_checked_by_far_faster_calls
     ),
@@ -1667,6 +1670,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
     ),
+    bugs.a_pool_serves_a_key_by_targets_that_it_is_not_for: (
+        test_gateway_models.test_an_issued_key_for_no_member_of_a_pool_is_refused_and_does_not_see_its_alias
+    ),
+    bugs.a_check_looks_for_no_secrets: test_gateway_command.test_check_names_every_variable_that_is_missing,
     # --- shared accounts ---
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other

@@ -14,6 +14,7 @@ import typer
 from forebay import gateway as gateway_package
 from forebay.cli.config import load_gateway_settings
 from forebay.cli.extras import missing_extra_message
+from forebay.cli.start_problems import find_start_problems
 from forebay.cli.state_directory import default_shared, make_state_directory, with_default_spend_log
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
@@ -95,7 +96,10 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
         Path | None, typer.Option(metavar="FILE", help="Configuration, such as forebay.toml; options override it.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Print the resulting configuration, or its problems, and exit.")
+        bool,
+        typer.Option(
+            "--check", help="Print the resulting configuration, or its problems, and exit: 0 if it can start."
+        ),
     ] = False,
 ) -> None:
     """Run the HTTP gateway: clients send their LLM calls through it by changing only their base URL.
@@ -136,7 +140,9 @@ def gateway(  # noqa: PLR0913 - one option for each common setting
         raise typer.Exit(_USAGE_ERROR) from None
     if check:
         typer.echo("\n".join(_summary(settings, proxies)))
-        return
+        for problem in (problems := find_start_problems(settings, os.environ)):
+            typer.echo(f"forebay: {problem}", err=True)
+        raise typer.Exit(1 if problems else 0)
     raise typer.Exit(_serve(settings, config, load))
 
 

@@ -12,6 +12,7 @@ from forebay.gateway.error_responses import ApiProtocol
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage
 from forebay.upstream.call_request import Caller
+from forebay.upstream.exchange import OUT_OF_TIME
 
 REQUEST_ID: Final = "x-request-id"
 ANTHROPIC_REQUEST_ID: Final = "request-id"
@@ -67,12 +68,13 @@ class CallRecord:
         usd: dollars that its known usage costs; None if no price is known for it.
         limited_by: what rejected it; empty if nothing did.
         result: how it ended.
+        out_of_time: its latest attempt failed, and no time was left for another one.
     """
 
     __slots__ = (
         "_arrived_at", "_waits_since", "account", "asked_model", "asked_target", "attempts", "first_output_at",
-        "key_name", "limited_by", "method", "model", "path", "provider_request_id", "request_id", "result", "target",
-        "tenant", "usage", "usd", "waited",
+        "key_name", "limited_by", "method", "model", "out_of_time", "path", "provider_request_id", "request_id",
+        "result", "target", "tenant", "usage", "usd", "waited",
     )  # fmt: skip
 
     def __init__(self, method: str, path: str, headers: Mapping[str, str]) -> None:
@@ -90,6 +92,7 @@ class CallRecord:
         self.usd: float | None = None
         self.limited_by = ""
         self.result: CallResult = "invalid"
+        self.out_of_time = False
         self._arrived_at = clock.now()
         self._waits_since: float | None = None
 
@@ -126,6 +129,7 @@ class CallRecord:
         """Note that an attempt is sent there."""
         self._end_wait()
         self.attempts += 1
+        self.out_of_time = False
         self.target, self.model, self.account = target, model, account
 
     def note_answer(self, headers: Mapping[str, str]) -> None:
@@ -172,6 +176,8 @@ class CallRecord:
             headers.append(("x-forebay-target", self.target))
         if self.model != self.asked_model:
             headers.append(("x-forebay-model", _header(self.model)))
+        if self.out_of_time:
+            headers.append(OUT_OF_TIME)
         if self.usd is not None:
             headers.append(("x-forebay-cost-usd", format_usd(self.usd)))
         return headers

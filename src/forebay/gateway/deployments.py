@@ -14,6 +14,7 @@ import msgspec
 from forebay import clock
 from forebay.errors import ForebayError
 from forebay.gateway.error_responses import ApiProtocol
+from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.settings import ModelSettings
 from forebay.gateway.targets import Destination, Target
@@ -25,6 +26,7 @@ from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.stored_responses import StoredResponses
 
 _CACHED: Final = 1_000  # names of models whose deployments are kept
+_CACHED_PARTS: Final = 100  # combinations of targets to which keys are limited
 _DEPLOYMENT: Final = re.compile(r"/deployments/([^/?#]+)/", re.IGNORECASE)  # Azure names the model in the path
 _RESPONSE: Final = re.compile(r"/responses/([^/]+)")
 _SPECIAL: Final = re.compile(r"([*?\[])")
@@ -138,7 +140,6 @@ class ChosenDeployment(NamedTuple):
         model: the model's name there.
         runner: runs the call, at other deployments too.
         takes_own_key: the call is sent with the API key of its caller.
-        targets: names of the targets of all deployments that may serve it.
     """
 
     deployment: Deployment
@@ -146,7 +147,6 @@ class ChosenDeployment(NamedTuple):
     model: str | None
     runner: CallRunner
     takes_own_key: bool
-    targets: frozenset[str]
 
 
 class DeploymentPool:
@@ -154,14 +154,39 @@ class DeploymentPool:
 
     Args:
         deployments: at least one.
+        takes_own_key: calls may be sent with the API keys of their callers.
+
+    Attributes:
+        deployments: as given.
+        targets: the names of their targets.
     """
 
-    def __init__(self, deployments: Sequence[Deployment]) -> None:
+    def __init__(self, deployments: Sequence[Deployment], *, takes_own_key: bool = True) -> None:
         self.deployments = tuple(deployments)
-        self._targets = frozenset(deployment.target.name for deployment in self.deployments)
-        one_target = len(self._targets) == 1
-        self._takes_own_key = one_target and self.deployments[0].key is None  # which is for one provider only
+        self.targets = frozenset(deployment.target.name for deployment in self.deployments)
+        one_target = len(self.targets) == 1
+        own = one_target and self.deployments[0].key is None  # which is for one provider only
+        self._takes_own_key = takes_own_key and own
         self._choices = functools.lru_cache(_CACHED)(self._choices_for)
+        self._parts = functools.lru_cache(_CACHED_PARTS)(self._part_of)
+
+    def allowed_to(self, key: IssuedKey | None) -> DeploymentPool:
+        """Return the deployments that an issued key may use, as a pool: those of its targets, by the same weights.
+
+        Raises:
+            TargetNotAllowed: it may use none.
+        """
+        if key is None:
+            return self
+        allowed = frozenset(name for name in self.targets if key.allows_target(name))
+        if not allowed:
+            names = ", ".join(map(repr, sorted(self.targets)))
+            raise TargetNotAllowed(targets=f"the target {names}" if len(self.targets) == 1 else f"the targets {names}")
+        return self if allowed == self.targets else self._parts(allowed)
+
+    def _part_of(self, targets: frozenset[str]) -> DeploymentPool:
+        deployments = [each for each in self.deployments if each.target.name in targets]
+        return DeploymentPool(deployments, takes_own_key=self._takes_own_key)
 
     @property
     def protocol(self) -> ApiProtocol:
@@ -200,7 +225,7 @@ class DeploymentPool:
             )
             resolver = FallbackResolver(own.target.upstream, peers, own_weight=own.weight, drawn=True)
             runner = CallRunner(own.target.upstream.core, resolver)
-            choices.append(ChosenDeployment(own, model, named, runner, self._takes_own_key, self._targets))
+            choices.append(ChosenDeployment(own, model, named, runner, self._takes_own_key))
         return tuple(choices)
 
 
@@ -213,6 +238,10 @@ def _order(choice: ChosenDeployment) -> tuple[float, float]:
 
 class WrongProtocol(ForebayError, ValueError):
     """The model {model!r} is served by an API of the protocol {protocol!r}: call it by a path and an SDK of that."""
+
+
+class TargetNotAllowed(ForebayError, ValueError):
+    """This API key is not for {targets}, which is where this model is served: ask who runs this gateway."""
 
 
 class ModelDirectory:
@@ -254,6 +283,11 @@ class ModelDirectory:
                 )
         self._patterns.sort(key=lambda alias: len(alias.name), reverse=True)
 
+    def serves(self, alias: str, key: IssuedKey) -> bool:
+        """Return whether an alias, which is no pattern, has a deployment at a target that an issued key may use."""
+        pool = self._pools.get((alias, ""))
+        return pool is None or any(map(key.allows_target, pool.targets))
+
     def find_alias(self, model: str | None) -> ModelSettings | None:
         """Return the alias that a name stands for: the longest pattern that matches counts; None if it is none."""
         if model is None:
@@ -269,12 +303,15 @@ class ModelDirectory:
     def find(self, destination: Destination, body: bytes) -> ChosenDeployment | None:
         """Return the deployment that a request goes to; None if it goes as it is to the target of its path.
 
+        With an issued key it goes to one of those at targets that the key may use.
+
         Args:
             destination: by the path of the request. Below the name of a target, models have that target's names.
             body: of the request.
 
         Raises:
             WrongProtocol: the model is called by the protocol of another API.
+            TargetNotAllowed: the issued key of the caller may use none of the targets that serve the model.
         """
         target = destination.target
         aliased = not destination.by_name and bool(self._exact or self._patterns)
@@ -285,13 +322,13 @@ class ModelDirectory:
         place = self.responses.get(request.response_id)
         fetched = request.model is None and not destination.by_name
         if fetched and place is not None and place.key:  # a caller's own key is for the target of its path only
-            return self._by_target[place.target].choose(request, place)
+            return self._by_target[place.target].allowed_to(destination.key).choose(request, place)
         if alias is None and not target.keys:
             return None
         pool = self._pool(alias, target)
         if pool.protocol != target.protocol:
             raise WrongProtocol(model=request.model, protocol=pool.protocol)
-        return pool.choose(request, place)
+        return pool.allowed_to(destination.key).choose(request, place)
 
     def _pool(self, alias: ModelSettings | None, target: Target) -> DeploymentPool:
         if alias is None:

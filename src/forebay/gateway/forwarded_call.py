@@ -270,6 +270,10 @@ class ForwardedCall(Exchange):
         call._rerouted = True
         return call
 
+    def mark_out_of_time(self, result: AttemptResult) -> None:  # noqa: ARG002 - see CallRoute
+        """See `CallRoute`. The record adds the header."""
+        self.record.out_of_time = True
+
     @property
     def wire_protocol(self) -> StreamProtocol:
         """The protocol of its events."""

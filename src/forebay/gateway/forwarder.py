@@ -22,7 +22,7 @@ from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
-from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, WrongProtocol
+from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, TargetNotAllowed, WrongProtocol
 from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import (
     JSON,
@@ -504,7 +504,9 @@ class Forwarder:
     def _aliases_for(self, key: IssuedKey | None) -> dict[str, ApiProtocol | None]:
         """Return the aliases that a caller may use, with their protocols."""
         aliases = self._models.aliases
-        return aliases if key is None else {name: aliases[name] for name in aliases if key.allows_model(name)}
+        if key is None:
+            return aliases
+        return {name: aliases[name] for name in aliases if key.allows_model(name) and self._models.serves(name, key)}
 
     def _lists_aliases(self, method: str, destination: Destination) -> bool:
         """Return whether a request asks for the list of models to which the aliases are added."""
@@ -613,19 +615,15 @@ class Forwarder:
         """Return the deployment that serves a request; None if it goes as it is to the target of its path.
 
         Raises:
-            EarlyResponse: the model speaks another protocol, or is at a target that the caller's key is not for.
+            EarlyResponse: the model speaks another protocol, or is only at targets that the caller's key is not for.
         """
-        protocol, key = destination.target.protocol, incoming.key
+        protocol = destination.target.protocol
         try:
-            chosen = self._models.find(destination, incoming.body)
+            return self._models.find(destination, incoming.body)
         except WrongProtocol as error:
             raise EarlyResponse(error_response(protocol, 400, "forebay_model", str(error))) from None
-        if chosen is not None and key is not None:
-            for name in sorted(chosen.targets):
-                if not key.allows_target(name):
-                    message = f"this API key is not for the target {name!r}, which serves this model"
-                    raise EarlyResponse(error_response(protocol, 403, "forebay_target", message))
-        return chosen
+        except TargetNotAllowed as error:
+            raise EarlyResponse(error_response(protocol, 403, "forebay_target", str(error))) from None
 
     def _rewrite(
         self, incoming: IncomingRequest, destination: Destination, chosen: ChosenDeployment

@@ -71,10 +71,12 @@ def _read(variable: str | None, file: str | None, environment: Mapping[str, str]
     """Return where a secret is, the secret without surrounding spaces, and why it cannot be read, or nothing."""
     if variable is not None:
         where, text, problem = f"the environment variable {variable}", environment.get(variable, ""), ""
+        empty = "it is empty or not set; set it where the gateway is started"
     else:
         where, (text, problem) = f"the file {file}", _read_file(str(file))
+        empty = "it is empty; write the secret into it, and nothing else"
     secret = text.strip()
-    return where, secret, problem or ("" if secret else "it is empty or not set")
+    return where, secret, problem or ("" if secret else empty)
 
 
 def _read_file(file: str) -> tuple[str, str]:

@@ -23,15 +23,17 @@ class RetryState:
         failed: attempts that were used up.
         throttled: attempts that the provider throttled.
         total_delay: seconds of all delays so far.
+        out_of_time: it gave up because no time was left for another attempt.
     """
 
-    __slots__ = ("_retry", "failed", "throttled", "total_delay")
+    __slots__ = ("_retry", "failed", "out_of_time", "throttled", "total_delay")
 
     def __init__(self, retry: Retry, *, failed: int = 0, total_delay: float = 0.0) -> None:
         self._retry = retry
         self.failed = failed
         self.throttled = 0
         self.total_delay = total_delay
+        self.out_of_time = False
 
     def follow(self, retry: Retry) -> None:
         """Go on under another policy: another worker ran the task."""
@@ -67,13 +69,16 @@ class RetryState:
         delay = self._retry.delay(number, draw=draw, retry_after=retry_after, time_left=left)
         if delay is not None and not believed:
             delay = self._retry.delay(number, draw=draw, time_left=left)
-        if delay is not None:
+        if delay is None:
+            self.out_of_time = True
+        else:
             self.total_delay += delay
         return delay
 
     def add_delay(self, seconds: float, *, time_left: float = math.inf) -> bool:
         """Return whether the call may wait `seconds` longer for its retry; if so, count them."""
         if seconds >= min(time_left, self._retry.max_total_delay - self.total_delay):
+            self.out_of_time = True
             return False
         self.total_delay += seconds
         return True

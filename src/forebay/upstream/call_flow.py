@@ -243,7 +243,7 @@ def _attempts(
             retries.record_accepted(permit.granted_at, throttled_at=throttled_at, failed_at=failed_at)
         if retried and result.retryable:
             retrying = retrying or _Retrying(route, chain)
-            permit = yield from retrying.next_permit(permit, result)
+            permit = yield from retrying.next_permit_in_time(permit, result)
             if permit is not None:
                 continue
         elif not result.streaming:
@@ -289,6 +289,25 @@ class _Retrying:
         self._acquire = Acquire(route.account, route.call_request, chain is None)
         self._state = RetryState(self._retries.retry)
         self.withdrawn: tuple[float | None, float | None] = (None, None)
+
+    def next_permit_in_time(self, permit: Permit, result: AttemptResult) -> _Backoff:
+        """Return the permit of the next attempt; None to give up. See `next_permit`.
+
+        A result after which no time was left for another attempt is marked. It is more use to the caller than the
+        rejection of a retry for that reason, which says that nothing was started.
+
+        Raises:
+            Overloaded: the account rejects the retry for another reason.
+        """
+        try:
+            retry = yield from self.next_permit(permit, result)
+        except Overloaded as error:
+            if not _is_out_of_time(error, self._route.call_request):
+                raise
+            retry, self._state.out_of_time = None, True
+        if retry is None and self._state.out_of_time:
+            self._route.mark_out_of_time(result)
+        return retry
 
     def next_permit(self, permit: Permit, result: AttemptResult) -> _Backoff:
         """Release the permit of an attempt, wait, and return the permit of the next attempt; None to give up.
@@ -373,6 +392,11 @@ class _Retrying:
         if permission is RetryPermission.FROM_BUDGET:
             self.withdrawn = (now, None)
         return permit
+
+
+def _is_out_of_time(error: Overloaded, request: CallRequest) -> bool:
+    """Return whether a call was rejected because its deadline has passed, or because it would not be answered by it."""
+    return (error.limited_by or "").endswith(":deadline") or request.deadline <= clock.now()
 
 
 def _unwrap_result(result: AttemptResult) -> Any:

@@ -281,7 +281,8 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
 class AttemptResult(msgspec.Struct, kw_only=True, eq=False):
     """The result of one attempt, whose permit is still open.
 
-    The caller gets the result of the last attempt, or ``Overloaded`` if the account rejects a retry.
+    The caller gets the result of the last attempt, or ``Overloaded`` if the account rejects a retry for another reason
+    than that the call's deadline is too near.
 
     Attributes:
         outcome: how it ended, for the account.

@@ -35,6 +35,8 @@ from forebay.upstream.sdk_exceptions import ErrorAnswer
 
 REDIRECTS: Final = 300
 ERRORS: Final = 400
+OUT_OF_TIME: Final = ("x-forebay-retries", "out-of-time")
+"""The header of a provider's answer after which no time was left for another attempt."""
 _UNAUTHORIZED: Final = 401
 _KEY_REFUSED: Final = (_UNAUTHORIZED, 403)
 _UNREAD: Final = (Endpoint.OTHER, Endpoint.SPEECH)  # their answers pass as they arrive
@@ -145,6 +147,9 @@ class Exchange:
         if not self.error_kind.rule.throttled:
             return None
         return Overloaded(self.describe_failure(), limited_by=self.account.name, retry_after=self._retry_after)
+
+    def mark_out_of_time(self, result: AttemptResult) -> None:
+        """See `CallRoute`. A subclass that makes answers marks them."""
 
     def describe_failure(self) -> str:
         """Return a description of the latest attempt's failure, for a person."""

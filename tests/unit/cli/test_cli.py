@@ -6,6 +6,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import pytest
+
 
 def run(*arguments: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run ``forebay ARGUMENTS`` in another process, as if some libraries were not installed."""
@@ -19,8 +21,9 @@ def test_it_prints_its_version() -> None:
     assert run("--version").stdout == f"forebay {version('forebay')}\n"
 
 
-def test_it_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "forebay.cli", "--version"]
+@pytest.mark.parametrize("module", ["forebay", "forebay.cli"])
+def test_it_runs_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
     assert version("forebay") in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -127,7 +127,7 @@ def test_check_prints_the_configuration_and_starts_nothing(
         input_tpm = 200_000
     """)
     done = run("--config", str(file), "--check", "--target", "mine=http://h.example", "--token-env", "MINE")
-    assert (done.exit_code, done.stderr, served) == (0, "", [])
+    assert (done.exit_code, served) == (1, [])
     assert done.stdout.splitlines() == [
         "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
         "may set priority, deadline, tenant and task: anyone",
@@ -236,7 +236,7 @@ def test_check_says_where_keys_are_and_shows_none(tmp_path: Path, monkeypatch: p
     """)
     keys = tmp_path / "keys.db"
     done = run("--config", str(file), "--check", "--keys", f"sqlite:///{keys}")
-    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.exit_code == 1
     assert f"callers need a key of {keys}, which does not exist\n" in done.stdout
     assert "calls are sent with the API key in $HELD\n" in done.stdout
     assert f"calls are sent with the API key in {tmp_path / 'anthropic.key'}, which does not exist\n" in done.stdout
@@ -268,7 +268,7 @@ def test_check_prints_aliases_pools_and_keys(
         pool = [{ target = "openai", model = "gpt-4o" }, { target = "other", weight = 3 }]
     """)
     done = run("--config", str(file), "--check")
-    assert (done.exit_code, done.stderr, served) == (0, "", [])
+    assert (done.exit_code, served) == (1, [])
     assert done.stdout.splitlines()[3:] == [
         "openai: https://api.openai.com; rules of openai; calls are sent with the API keys of the gateway",
         "    key paid in $KEY_A: 300 requests per minute, 8 calls in flight",
@@ -309,6 +309,84 @@ def test_a_mistake_in_aliases_pools_and_keys_is_reported(text: str, problem: str
     done = run("--config", str(file), *OPENAI, "--target", "anthropic=https://api.anthropic.com", "--check")
     assert done.exit_code == 2
     assert problem in done.stderr
+
+
+HOLDING = """
+    [gateway]
+    token_env = "CALLERS"
+    [targets.openai]
+    url = "https://api.openai.com"
+    api_key_env = "HELD"
+    fallback = [{ target = "mine", api_key_env = "OTHER" }]
+    [targets.mine]
+    url = "https://h.example"
+    keys = [{ api_key_env = "KEY_A" }, { api_key_env = "KEY_B" }]
+"""
+VARIABLES = ("CALLERS", "HELD", "OTHER", "KEY_A", "KEY_B")
+
+
+@pytest.mark.parametrize("missing", VARIABLES)
+@pytest.mark.parametrize("value", [None, " "], ids=["unset", "empty"])
+def test_check_fails_if_a_variable_that_is_needed_is_missing(
+    missing: str, value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(HOLDING)
+    for name in VARIABLES:
+        monkeypatch.setenv(name, f"a-secret-of-{name.lower()}")
+    assert run("--config", str(file), "--check").exit_code == 0
+    if value is None:
+        monkeypatch.delenv(missing)
+    else:
+        monkeypatch.setenv(missing, value)
+    done = run("--config", str(file), "--check")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(rf"forebay: .* (the|set the) environment variable {missing}[,:] ", line)
+    assert "set it where" in line or "set the environment" in line
+
+
+def test_check_names_every_variable_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(HOLDING)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    done = run("--config", str(file), "--check")
+    assert done.exit_code == 1
+    assert [next(name for name in VARIABLES if name in line) for line in done.stderr.splitlines()] == list(VARIABLES)
+
+
+def test_check_fails_if_two_keys_of_a_target_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(HOLDING)
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "the-same-for-each-of-them")
+    done = run("--config", str(file), "--check")
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "'KEY_B' has the same one as 'KEY_A'" in done.stderr
+    assert "the-same" not in done.output
+
+
+def test_check_fails_if_the_file_of_keys_is_missing_or_none(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.db"
+    done = run(*OPENAI, "--check", "--keys", f"sqlite:///{keys}")
+    assert done.exit_code == 1
+    assert f"{keys}" in done.stderr
+    assert "forebay keys create" in done.stderr
+    keys.write_text("name,key")
+    assert run(*OPENAI, "--check", "--keys", f"sqlite:///{keys}").exit_code == 1
+
+
+@pytest.mark.usefixtures("served")
+def test_check_fails_for_a_reference_to_a_variable_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLM_URL", raising=False)
+    file = tmp_path / "forebay.toml"
+    file.write_text("targets.openai.url = '${LLM_URL}'")
+    done = run("--config", str(file), "--check")
+    assert done.exit_code == 2
+    assert "needs the environment variable LLM_URL, which is not set; set it" in done.stderr
 
 
 def test_check_fails_if_there_is_a_mistake() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from forebay import Overloaded, Upstream
+from forebay import Overloaded, Upstream, clock
 from forebay.interfaces import Outcome
 from forebay.retry import Retry
 from forebay.upstream.call_flow import Acquire, Flow, Release, Send, Sleep, Step, call_flow
@@ -143,6 +143,29 @@ def test_a_rejected_retry_ends_the_flow_with_the_rejection() -> None:
     assert isinstance(step, Acquire)
     with pytest.raises(Overloaded, match="full"):
         flow.flow.throw(Overloaded("full"))
+
+
+@pytest.mark.parametrize("result", [FAULT, THROTTLED])
+def test_a_retry_for_which_no_time_is_left_ends_the_flow_with_the_last_result(result: AttemptResult) -> None:
+    flow = FlowHarness()
+    flow.start()
+    flow.send(result)
+    step = flow.flow.send(None)
+    assert isinstance(step, Acquire)
+    assert flow.throw(Overloaded("late", limited_by="upstream:llm:deadline", retry_after=1.0)) == "end"
+    assert flow.result is result
+    assert flow.in_flight == 0
+
+
+def test_a_retry_whose_deadline_passes_in_the_queue_ends_the_flow_with_the_last_result() -> None:
+    flow = FlowHarness(deadline=clock.now() + 1000.0)
+    flow.start()
+    flow.send(FAULT)
+    step = flow.flow.send(None)
+    assert isinstance(step, Acquire)
+    step.request.deadline = clock.now()
+    assert flow.throw(Overloaded("late", limited_by="upstream:llm:queue", retry_after=1.0)) == "end"
+    assert flow.result is FAULT
 
 
 def test_a_call_that_is_rejected_earns_no_retries_and_one_that_is_sent_does() -> None:

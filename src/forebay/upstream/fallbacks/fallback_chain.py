@@ -45,6 +45,9 @@ class CallRoute(Protocol):
     def describe_failure(self) -> str:
         """Return a description of the latest attempt's failure, for a person."""
 
+    def mark_out_of_time(self, result: AttemptResult) -> None:
+        """Mark the answer in a result as one after which no time was left for another attempt."""
+
     def may_use_key(self, route: FallbackRoute) -> bool:
         """Return whether the call may be sent with the key of `route`, if that has one: the caller is no stranger."""
 
@@ -104,6 +107,9 @@ class PlainRoute:
     def describe_failure(self) -> str:
         """See `CallRoute`."""
         return f"{self.core.name}: the call failed there"
+
+    def mark_out_of_time(self, result: AttemptResult) -> None:
+        """See `CallRoute`. The provider's answer is not seen here."""
 
     def may_use_key(self, route: FallbackRoute) -> bool:  # noqa: ARG002 - see CallRoute
         """See `CallRoute`. The call is made in this process."""

@@ -13,7 +13,7 @@ from forebay.interfaces import Outcome
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.exchange import Exchange
+from forebay.upstream.exchange import OUT_OF_TIME, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.httpx_binding.sdk_errors import SdkErrors, find_sdk_errors
 from forebay.upstream.providers import Headers
@@ -133,6 +133,12 @@ class BoundExchange(Exchange):
             mark_judged(response.extensions)
         result.value = response
         return result
+
+    def mark_out_of_time(self, result: AttemptResult) -> None:
+        """See `CallRoute`."""
+        if result.value is not None:
+            name, value = OUT_OF_TIME
+            result.value.headers[name] = value
 
     @property
     def read_error(self) -> type[Exception]:

@@ -94,6 +94,22 @@ def test_in_a_plain_thread_a_response_passes_unchanged_too(http: ModuleType) -> 
 
 @LIBRARIES
 @virtual
+async def test_the_last_answer_is_marked_if_no_time_is_left_for_a_retry(http: ModuleType) -> None:
+    replies = Reply.error(500, "first"), Reply.error(500, "last", retry_after="120")  # longer than max_total_delay
+    response = await ask(Script(http, *replies).client(upstream()))
+    assert (response.status_code, response.json()["error"]["message"]) == (500, "last")
+    assert response.headers["x-forebay-retries"] == "out-of-time"
+
+
+@LIBRARIES
+@virtual
+async def test_the_last_answer_is_not_marked_if_the_attempts_are_used_up(http: ModuleType) -> None:
+    client = Script(http, Reply.error(500)).client(upstream(retry=Retry(max_attempts=2)))
+    assert "x-forebay-retries" not in (await ask(client)).headers
+
+
+@LIBRARIES
+@virtual
 async def test_a_stream_asks_for_usage_and_hides_it_from_a_caller_who_did_not(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=1e5)})
     script = Script(http, Reply.stream(*STREAM))
