@@ -134,9 +134,9 @@ async def gateway_harness() -> AsyncIterator[GatewayHarness]:
 
 
 def leftovers(gateway: Gateway) -> tuple[int, int, int]:
-    """Return the calls in flight, the queued ones, and the reserved tokens; all must be 0 in the end."""
+    """Return the calls in flight, the queued ones, and those that hold quotas; all must be 0 in the end."""
     accounts = [account.account for target in gateway.forwarder.targets for account in target.upstream.core.accounts]
-    reserved = sum(sum(account.quotas._under_way.values()) for account in accounts)
+    reserved = sum(len(account.quotas._open) for account in accounts)
     return sum(account.in_flight for account in accounts), sum(len(account.queue) for account in accounts), reserved
 
 

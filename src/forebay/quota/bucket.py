@@ -113,8 +113,9 @@ class Bucket:
         """
         if amount > self.amount:
             return math.inf
-        seconds = self.time_until(now, min(amount + self.margin + held, self.capacity)) if amount else 0.0
-        return seconds if not ahead else max(seconds, self.time_until(now, ahead + amount + self.margin))
+        kept = self.margin if self.margin_share else 0.0  # the property costs as much as the rest, and few have one
+        seconds = self.time_until(now, min(amount + kept + held, self.capacity)) if amount else 0.0
+        return seconds if not ahead else max(seconds, self.time_until(now, ahead + amount + kept))
 
     def time_until(self, now: float, amount: float) -> float:
         """Return the seconds until `amount` has become available, even if that is more than the bucket holds."""

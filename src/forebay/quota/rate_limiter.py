@@ -39,6 +39,9 @@ class QuotaDelay(NamedTuple):
     limited_by: str | None
 
 
+_NO_DELAY: Final = QuotaDelay(0.0, None)  # of most calls: to make one costs as much as to find out that none is needed
+
+
 class QuotaLevel(msgspec.Struct, frozen=True):
     """The level of one quota, for display.
 
@@ -129,7 +132,8 @@ class RateLimiter:
         self._observed: dict[str, ObservedLimit] = {}  # by unit
         self._open: dict[int, QuotaReservation] = {}  # by number, in the order in which they were sent
         self._next_number = itertools.count().__next__
-        self._under_way = dict.fromkeys((*UNITS, *(given.unit for given in self._given)), 0)  # the open reservations
+        # What the open reservations hold, of the units that a quota counts: each call adds to all, and takes it back.
+        self._under_way = dict.fromkeys((given.unit for given in self._given), 0)
         self._quiet_until = -math.inf
         self._now = -math.inf
 
@@ -161,7 +165,8 @@ class RateLimiter:
             held: has to be left for calls that come back.
             trial: it may go as a trial call, which a learned quota does not allow, once one is due.
         """
-        self._advance(now)
+        if now != self._now:
+            self._advance(now)
         longest: float = 0.0
         limited_by: str | None = None
         for unit, name, bucket in self._given:
@@ -179,7 +184,7 @@ class RateLimiter:
                 seconds = min(seconds, observed.trial_wait(now, amount))
             if seconds > longest:
                 longest, limited_by = seconds, _name(unit, bucket.period)
-        return QuotaDelay(longest, limited_by)
+        return _NO_DELAY if limited_by is None else QuotaDelay(longest, limited_by)
 
     def headroom(self, now: float, charge: Charge) -> list[QuotaHeadroom]:
         """Return what others may take now without delaying a waiting call of this charge, the scarcest quota first.
@@ -219,14 +224,15 @@ class RateLimiter:
 
         `trial`: it is a trial call if a learned quota does not allow it and a trial is due.
         """
-        self._advance(now)
+        if now != self._now:
+            self._advance(now)
         charge = _without_negatives(charge)
         for unit, _, bucket in self._given:
             bucket.reserve(now, getattr(charge, unit))
         under_way = self._under_way
         for unit in under_way:
             under_way[unit] += getattr(charge, unit)
-        snapshots = {}
+        snapshots: dict[str, QuotaSnapshot] = {}
         trial_of: tuple[str, ...] = ()
         for unit, observed in self._observed.items():
             amount = getattr(charge, unit)
@@ -258,19 +264,18 @@ class RateLimiter:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self._close(now, reservation)
-        used = _without_negatives(used)
-        if not answered:
-            self._end_unanswered_trial(now, reservation)
-        elif failed:
-            self._end_trial(now, reservation)
-        else:
-            self._record_accepted(now, reservation)
+        charge = reservation.charge
+        if used is not charge:  # it has no negative numbers
+            used = _without_negatives(used)
+        if self._observed:
+            self._end_doubt(now, reservation, failed=failed, answered=answered)
         for unit, _, bucket in self._given:
-            reserved = getattr(reservation.charge, unit)
-            most = max(bucket.amount, _MANY_TIMES * reserved, _MOST_TOKENS)
-            bucket.end(now, reserved, min(getattr(used, unit), most))
+            reserved, counted = getattr(charge, unit), getattr(used, unit)
+            if counted > reserved:
+                counted = min(counted, max(bucket.amount, _MANY_TIMES * reserved, _MOST_TOKENS))
+            bucket.end(now, reserved, counted)
         for unit, observed in self._observed.items():
-            reserved, counted = getattr(reservation.charge, unit), getattr(used, unit)
+            reserved, counted = getattr(charge, unit), getattr(used, unit)
             if failed and answered and unit == "requests":
                 counted = 0
             snapshot = reservation.snapshots.get(unit)
@@ -407,10 +412,20 @@ class RateLimiter:
     def _close(self, now: float, reservation: QuotaReservation) -> None:
         if self._open.pop(reservation.number, None) is not reservation:
             raise ReservationClosed
-        self._advance(now)
+        if now != self._now:
+            self._advance(now)
         under_way = self._under_way
         for unit in under_way:
             under_way[unit] -= getattr(reservation.charge, unit)
+
+    def _end_doubt(self, now: float, reservation: QuotaReservation, *, failed: bool, answered: bool) -> None:
+        """Note for learned quotas how a call has ended."""
+        if not answered:
+            self._end_unanswered_trial(now, reservation)
+        elif failed:
+            self._end_trial(now, reservation)
+        else:
+            self._record_accepted(now, reservation)
 
     def _record_accepted(self, now: float, reservation: QuotaReservation) -> None:
         """Note for the doubts of quotas that a call was accepted."""
@@ -441,15 +456,20 @@ class RateLimiter:
         if limit is None or header.remaining is None:
             return None
         period = next((bucket.period for bucket in given if bucket.amount == limit), _MINUTE)
-        observed = self._observed[unit] = ObservedLimit(
-            limit, period, now, min(header.remaining, limit), exact=unit == "requests"
-        )
+        observed = ObservedLimit(limit, period, now, min(header.remaining, limit), exact=unit == "requests")
+        self._observe(unit, observed)
         reservation.snapshots[unit] = observed.snapshot(0.0)
         for other in self._open.values():  # `remaining` does not count calls sent later yet, nor output under way
             if other.number > reservation.number or unit == "output_tokens":
                 observed.bucket.take(now, getattr(other.charge, unit))
                 other.snapshots[unit] = observed.snapshot(self._under_way[unit])
         return observed
+
+    def _observe(self, unit: str, observed: ObservedLimit) -> None:
+        """Count a unit by a limit from now on."""
+        self._observed[unit] = observed
+        if unit not in self._under_way:
+            self._under_way[unit] = sum(getattr(each.charge, unit) for each in self._open.values())
 
     def _quiet_seconds(self) -> float:
         """Return the seconds for which the headers of successes need not be parsed."""
@@ -551,7 +571,7 @@ def _held(bucket: Bucket, now: float, unit: str, held: Sequence[HeldCharge]) -> 
 
 def _without_negatives(charge: Charge) -> Charge:
     """Return a charge without negative numbers, which would refill a quota: usage comes from the wire."""
-    if min(charge.requests, charge.input_tokens, charge.output_tokens, charge.tokens) >= 0:
+    if charge.requests >= 0 and charge.input_tokens >= 0 and charge.output_tokens >= 0 and charge.tokens >= 0:
         return charge  # of the most that it may use, no more than is expected counts if it is negative
     return Charge(**{name: max(0, getattr(charge, name)) for name in Charge.__struct_fields__})
 

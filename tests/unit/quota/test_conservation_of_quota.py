@@ -170,7 +170,8 @@ class LyingHeadersMachine(RuleBasedStateMachine):
         assert self.limiter.wait(self.now, Charge()).seconds == seconds, "asking changes nothing"
         for level in self.limiter.levels(self.now):
             assert -level.amount <= level.remaining <= level.amount
-        assert sum(held.charge.input_tokens for held in self.held) == self.limiter._under_way["input_tokens"]
+        for unit, under_way in self.limiter._under_way.items():
+            assert under_way == sum(getattr(held.charge, unit) for held in self.held), unit
 
 
 class BudgetTrackerMachine(RuleBasedStateMachine):

@@ -65,6 +65,11 @@ _CALLS_OF_A_SLOT: Final = 60  # in a minute: not by measured latency, or what wa
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
+_SUCCESS = Outcome.SUCCESS  # a global costs half of an enum's attribute, and each call that ends asks several times
+_OVERLOAD = Outcome.OVERLOAD
+_FAULT = Outcome.FAULT
+
+
 class CallCounts(msgspec.Struct):
     """Counts of an account's attempts since it was opened, by how they ended. See `AccountStatistics`."""
 
@@ -167,7 +172,8 @@ class Account:
         if self._untaken:
             self._release_lost(now)
         request.asked_at = min(request.asked_at, now)
-        self.places.drop(request)  # it is back
+        if self.places:
+            self.places.drop(request)  # it is back
         at_once = (
             not self.queue.length
             and self._has_slot(now)
@@ -180,7 +186,8 @@ class Account:
         if rejection is not None:
             return rejection
         if at_once:
-            return self._too_late(now, request) or self._admit(now, request)
+            late = None if request.deadline == math.inf else self._too_late(now, request)
+            return late or self._admit(now, request)
         seconds, limited_by = self._expected_wait_of(now, request)
         if self._money_wait is not None and (money := self._money_wait(request)) > seconds:
             seconds, limited_by = money, SHARED_ACCOUNT
@@ -201,7 +208,7 @@ class Account:
         taken = self._take(now, request)
         if isinstance(taken, Rejected):
             return taken
-        self.order.record_served(self.order.rank(request))
+        self.order.serve(request)
         return Admitted(taken)
 
     def _held_from(self, now: float, request: CallRequest) -> Sequence[HeldCharge]:
@@ -210,8 +217,9 @@ class Account:
 
     def _quota_wait(self, now: float, request: CallRequest) -> float:
         """Return the seconds that a call has to wait for its quotas."""
-        held, trial = self._held_from(now, request), self._may_try(request)
-        return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
+        if self.places:
+            return self.quotas.wait(now, request.charge, held=self.places.held_from(now, request)).seconds
+        return self.quotas.wait(now, request.charge, trial=request.retried).seconds
 
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now because calls were refused."""
@@ -261,23 +269,27 @@ class Account:
         if self._lease is not None and (unusable := self._lease.unusable(now)) is not None:
             return unusable
         free, failed = (False, False) if request is None else (request.free, request.failed)
-        probe = max(_PROBE_DURATION, self.durations.typical)
-        if not free and (left := self._suspension.time_left(now, request, probe_duration=probe)) is not None:
+        suspended = not free and self._suspension.is_suspended
+        if suspended and (left := self._suspension.time_left(now, request, probe_duration=self._probe())) is not None:
             reason = "its provider says that the account's money is spent"
             return Rejected(reason, "budget", 1.0, left)
         if not self.breaker.ready(now) or (failed and self.breaker.state(now) is not BreakerState.CLOSED):
+            probe = self._probe()
             retry_after = self.breaker.retry_after(now, probe_duration=probe)
             return Rejected("its breaker is open", "breaker", 1.0, probe if retry_after == 0.0 else retry_after)
-        if (seconds := self._outage.duration(now, paused=self._refusals.paused(now))) is not None:
+        throttled = self._outage.is_throttled
+        if throttled and (seconds := self._outage.duration(now, paused=self._refusals.paused(now))) is not None:
             reason = f"its provider has throttled every call for {format_duration(seconds)}"
             pause = self._refusals.wait(now)
             return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw(), pause=pause))
         return None
 
+    def _probe(self) -> float:
+        """Return the seconds that a probe is expected to take."""
+        return max(_PROBE_DURATION, self.durations.typical)
+
     def _too_late(self, now: float, request: CallRequest) -> Rejected | None:
-        """Return a rejection if a call about to be sent is not expected to end in time."""
-        if request.deadline == math.inf:
-            return None
+        """Return a rejection if a call about to be sent, which has a deadline, is not expected to end in time."""
         if not self.durations.is_too_late(now, request, contested=self.queue.length > 0):
             return None
         retry_after = self._schedule_retry(now, request, self._expected_wait_of(now, request)[0])
@@ -310,9 +322,11 @@ class Account:
         grant = self.limit.grant(now, self.in_flight)
         self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
-        permit.record = None if self._record is None else self._record(request)
+        if self._record is not None:
+            permit.record = self._record(request)
         self._unconfirmed.append(permit)
-        self._suspension.record_sent(permit)
+        if self._suspension.is_suspended:
+            self._suspension.record_sent(permit)
         return permit
 
     def _reserve_dollars(self, request: CallRequest) -> Sequence[SpendReservation] | Rejected:
@@ -443,7 +457,8 @@ class Account:
         return seconds
 
     def _send(self, now: float, call: QueuedCall) -> None:
-        if (rejection := self._too_late(now, call.request)) is not None:
+        rejection = None if call.request.deadline == math.inf else self._too_late(now, call.request)
+        if rejection is not None:
             self._resolve(call, rejection)
             return
         taken = self._take(now, call.request)
@@ -526,20 +541,15 @@ class Account:
         permit.closed = True
         request, kind, counts, slowdown = permit.request, outcome.kind, self.counts, None
         cause = kind  # for the limit
-        if kind is Outcome.SUCCESS and outcome.latency is not None:
-            slowdown = self.observe_latency(now, permit, outcome.output_tokens, outcome.latency)
-        if kind is Outcome.SUCCESS:
+        if kind is _SUCCESS:
+            if outcome.latency is not None:
+                slowdown = self.observe_latency(now, permit, outcome.output_tokens, outcome.latency)
             counts.succeeded += 1
             self._outage.record_accepted()
             self._accept(now, permit)
             self.timeouts.record_success(now - permit.granted_at)
-        elif kind is Outcome.OVERLOAD or outcome.refused_by_limit:
-            counts.throttled += 1
-            self.timeouts.record_answer()
-            self._outage.record_throttled(now)
-            cause = self._blame(now, permit, outcome)
-        elif kind is Outcome.FAULT:
-            counts.failed += 1
+        else:
+            cause = self._record_failure(now, permit, outcome)
         counts.throttled += outcome.spend_cap
         self.in_flight -= 1
         if self._lease is not None:
@@ -557,10 +567,11 @@ class Account:
             used = request.charge if outcome.used is None else outcome.used
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
-            failed = kind in (Outcome.FAULT, Outcome.OVERLOAD)  # a refusal for another cause is not counted either
+            failed = kind is _FAULT or kind is _OVERLOAD  # a refusal for another cause is not counted either
             self.quotas.settle(now, permit.reservation, used, failed=failed, answered=outcome.answered)
         usd = self._unreported_cost(now, permit, kind) if outcome.usd is None else outcome.usd
-        _settle_dollars(permit, usd, outcome)
+        if permit.spend or permit.record is not None:
+            _settle_dollars(permit, usd, outcome)
         self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
@@ -568,6 +579,16 @@ class Account:
         if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
         return usd
+
+    def _record_failure(self, now: float, permit: Permit, outcome: CallOutcome) -> Outcome:
+        """Count an attempt that has not succeeded, and return its outcome for the limit."""
+        if outcome.kind is _OVERLOAD or outcome.refused_by_limit:
+            self.counts.throttled += 1
+            self.timeouts.record_answer()
+            self._outage.record_throttled(now)
+            return self._blame(now, permit, outcome)
+        self.counts.failed += outcome.kind is _FAULT
+        return outcome.kind
 
     def _unreported_cost(self, now: float, permit: Permit, kind: Outcome) -> float:
         """Return the dollars to count for a call that was sent, and whose usage never arrived.

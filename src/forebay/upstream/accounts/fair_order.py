@@ -48,6 +48,16 @@ class FairOrder:
                 self._set_tag(request.task_id, tag)
         return (tag, request.deadline)
 
+    def serve(self, request: CallRequest) -> None:
+        """Take the tag of a call that is sent as it arrives, because nobody waits: `rank`, and then `record_served`."""
+        if request.task_id is not None or request.goes_first:
+            self.record_served(self.rank(request))
+            return
+        # A run of its own, whose tag is the highest of its tenant, and with that the highest that was served.
+        self._virtual = self._latest[request.tenant] = self._next(request)
+        if len(self._latest) > _REMEMBERED:
+            self._forget_idle()
+
     def expected_rank(self, request: CallRequest) -> tuple[float, float]:
         """Return the rank that a call would get now. It takes no tag."""
         if request.goes_first:
@@ -95,7 +105,11 @@ class FairOrder:
         """Note that a call of that rank was sent."""
         self._virtual = max(self._virtual, rank[0])
         if len(self._latest) > _REMEMBERED:
-            self._latest = {tenant: last for tenant, last in self._latest.items() if last > self._virtual}
+            self._forget_idle()
+
+    def _forget_idle(self) -> None:
+        """Forget the tenants whose next call begins at the tag being served anyway."""
+        self._latest = {tenant: last for tenant, last in self._latest.items() if last > self._virtual}
 
     def _next(self, request: CallRequest) -> float:
         return max(self._virtual, self._latest.get(request.tenant, 0.0)) + self._step(request)

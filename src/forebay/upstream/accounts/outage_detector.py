@@ -38,6 +38,11 @@ class OutageDetector:
         """Note that a call was accepted: its answer has begun."""
         self._since = math.inf
 
+    @property
+    def is_throttled(self) -> bool:
+        """True if the latest call that was throttled or accepted was throttled."""
+        return self._since < math.inf
+
     def duration(self, now: float, *, paused: bool = False) -> float | None:
         """Return the seconds that an outage has lasted; None if that is short, or the next trial call is due.
 

@@ -103,14 +103,12 @@ class SharedAccount:
         if self._lease is not None:
             self._lease.bind(self.account, self._lock, self._look)
 
-    def _update_lease(self, now: float) -> None:
+    def _update_lease(self, link: LedgerLink, now: float) -> None:
         """Ask the ledger for what is needed, and look again when it answers. The lock is held."""
-        if self._link is None:
-            return
         if self._lease is not None:
             self._lease.update(now)
         if self.account.queue.length:
-            self._link.add_waiter(self._look)
+            link.add_waiter(self._look)
 
     def reset_after_fork(self) -> None:
         """See `ForkAware`. The calls, and the runs that wait for its relief, are the parent's.
@@ -221,14 +219,16 @@ class SharedAccount:
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
                 self._record_begin(decision.permit)
-                self._update_lease(now)
+                if self._link is not None:
+                    self._update_lease(self._link, now)
                 return decision.permit
             if isinstance(decision, Rejected):
                 raise self._overloaded(decision, sole_account=sole_account)
             waiter = make_waiter(self._look)
             call = self.account.queue.enqueue(now, request, waiter)
             self.account.serve_queue(now)
-            self._update_lease(now)
+            if self._link is not None:
+                self._update_lease(self._link, now)
         return call, waiter
 
     def _permit_of(self, call: QueuedCall, decision: Admitted | Rejected, *, sole_account: bool) -> Permit:
@@ -295,8 +295,10 @@ class SharedAccount:
 
     def _serve_queue(self, now: float) -> Iterable[Callable[[], None]]:
         """Answer queued calls; return the callbacks of the holders whose runs may start now, to be called unlocked."""
-        self.account.serve_queue(now)
-        self._update_lease(now)
+        if self.account.queue.length:
+            self.account.serve_queue(now)
+        if self._link is not None:
+            self._update_lease(self._link, now)
         if not self._held_back:
             return ()
         if self._may_start(now, Priority.NORMAL):
@@ -530,6 +532,8 @@ class SharedAccount:
         usd = self._typical.usd
         self._typical.usd = usd + _GAIN * (request.usd - usd) if usd else request.usd
         old, new = self._typical.charge, request.charge
+        if new == old:
+            return  # as of guarded functions, which use no tokens
         self._typical.charge = Charge(
             requests=1,
             input_tokens=_mean(old.input_tokens, new.input_tokens),

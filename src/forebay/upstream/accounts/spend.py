@@ -263,6 +263,8 @@ class UpstreamBudgets:
 
     def lease_wait(self, request: CallRequest) -> float:
         """Return the seconds until the money of a call is expected to be leased; 0 if it is. It is asked for then."""
+        if not (self.has_budgets or request.budgets):
+            return 0.0
         return max((budget.wait(request.usd, request.priority) for budget in self._leased(request)), default=0.0)
 
     def _leased(self, request: CallRequest) -> Iterator[LeasedBudget]:

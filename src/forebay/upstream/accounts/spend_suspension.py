@@ -65,6 +65,11 @@ class SpendSuspension:
         self._window_start = -math.inf
         self._slow_refusals = False  # so slow that a call without an answer is not yet an accepted one
 
+    @property
+    def is_suspended(self) -> bool:
+        """True from a refusal for money until a probe is accepted."""
+        return self._until is not None
+
     def confirm(self, now: float, permit: Permit, seconds: float, *, certain: bool) -> Suspended | None:
         """Return for how long no call is to be sent if a refusal means that the money of the key is spent, else None.
 

@@ -66,6 +66,7 @@ class AccountLease(LedgerLease):
 
     Attributes:
         buckets: the quotas, in the order of the terms.
+        is_bounded: the ledger bounds the calls in flight.
     """
 
     def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
@@ -74,6 +75,7 @@ class AccountLease(LedgerLease):
         self._look: Callable[[], None] = _do_nothing
         self._learned: LeasedLimit | None = None
         self._stoppages = LeasedStoppages({})
+        self.is_bounded = terms.max_concurrent is not None or terms.limit is not None
         super().__init__(link, key, terms, patience=_PATIENCE)
         self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
@@ -110,11 +112,6 @@ class AccountLease(LedgerLease):
 
     # --- slots ---
 
-    @property
-    def is_bounded(self) -> bool:
-        """True if the ledger bounds the calls in flight."""
-        return self.terms.max_concurrent is not None or self.terms.limit is not None
-
     def _limit(self, now: float) -> int:
         """Return the calls that all processes may have in flight, where the ledger bounds them."""
         return self._learned.limit(now) if self._learned is not None else self.terms.max_concurrent or 0
@@ -123,7 +120,7 @@ class AccountLease(LedgerLease):
         """Return how many calls may be in flight in this process now."""
         if not self.is_bounded:
             return math.inf
-        if self.is_leased(now):
+        if now < self.until:  # `is_leased` inlined: each call asks
             if self._demand is not None and self._stoppages.needs_probe(now):
                 return min(self._allowed, self._demand.in_flight)
             return self._allowed
@@ -231,10 +228,10 @@ class AccountLease(LedgerLease):
         return min(most, max(least, _SLOT_POLL_SHARE * held))
 
     def update(self, now: float) -> None:
-        """See `LedgerLease`."""
+        """See `LedgerLease`. Each call asks twice, and most find that nothing is needed."""
         demand = self._demand
-        if demand is None or self._pending is not None or self.link.is_failing():
-            return  # the reply, or the next attempt, brings what is needed
+        if self._pending is not None or self.due <= now or demand is None or self.link.is_failing():
+            return  # the exchange that is under way, or due, or the next attempt at it, brings what is needed
         if not self.is_leased(now):
             if demand.queue.length or self.is_busy(now):
                 self.ask_at(now)
@@ -244,13 +241,14 @@ class AccountLease(LedgerLease):
             charge: Charge = head[2].request.charge
             if self._is_short_for(now, demand, charge):
                 self.ask_at(self._retry_at if self._has_asked_for(charge) else now)
-        if any(bucket.is_low(now) for bucket in self.buckets):
-            self.ask_at(now)
-        if self._learned is not None:
+        for bucket in self.buckets:
+            if bucket.is_low(now):
+                self.ask_at(now)
+        if self._learned is not None and self._learned.has_news(now):
             self._tell_what_was_learned(now, self._learned)
         self.ask_at(self._stoppages.ask_at(now, waiting=head is not None))
         if self.is_bounded:
-            self._return_slots(now, demand)
+            self._return_slots(now, demand.in_flight)
 
     def _tell_what_was_learned(self, now: float, limit: LeasedLimit) -> None:
         """Tell the ledger at once that the limit was cut, and soon that it has risen."""
@@ -259,11 +257,11 @@ class AccountLease(LedgerLease):
         elif limit.is_raised():
             self.ask_at(now + _RAISED)
 
-    def _return_slots(self, now: float, demand: CallDemand) -> None:
+    def _return_slots(self, now: float, in_flight: int) -> None:
         """Return the slots that are not used."""
-        if max(demand.in_flight, self._allowed) < self._counted:  # others wait for what was given back
+        if in_flight < self._counted and self._allowed < self._counted:  # others wait for what was given back
             self.ask_at(now)
-        elif demand.in_flight < self._allowed:
+        elif in_flight < self._allowed:
             self.ask_at(now + _IDLE_SLOTS)
 
     def _is_short_for(self, now: float, demand: CallDemand, charge: Charge) -> bool:

@@ -72,6 +72,7 @@ class LedgerLease(ABC):
 
     Attributes:
         due: when the next exchange is to be made.
+        until: when the lease ends. See `is_leased`.
         members: live processes, by the latest reply; 0 if this is none of them.
         rank: how many of them come before this one.
     """
@@ -88,7 +89,7 @@ class LedgerLease(ABC):
     def reset(self) -> None:
         """Forget the exchanges, and what is held: this process is a new member."""
         self.due = math.inf
-        self.until = -math.inf  # when the lease ends
+        self.until = -math.inf
         self.members = self.rank = 0
         self.conflict: LedgerTerms | None = None
         self._sequence = self._answered = 0
@@ -123,8 +124,10 @@ class LedgerLease(ABC):
                 f" here, {self.conflict} there. Give all the same; the new ones hold once no process has the old ones"
             )
             return Rejected(reason, SHARED_ACCOUNT, 1.0, LEASE)
+        if self.is_leased(now):
+            return None
         failed = now - self.link.failing_since()
-        if failed < LEASE or self.is_leased(now) or self.is_away(now):
+        if failed < LEASE or self.is_away(now):
             return None
         reason = (
             f"the store of the shared account has failed for {format_duration(failed)}, and this process has no share"

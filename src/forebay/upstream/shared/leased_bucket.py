@@ -80,7 +80,7 @@ class LeasedBucket(Bucket):
 
     def usable(self, now: float) -> float:
         """Return what calls may take now; below 0 is a debt."""
-        if self._lease.is_leased(now):
+        if now < self._lease.until:  # `is_leased` inlined: a hot path
             return self._granted - self._used - self._returning - self.held
         if (away := self._own_share(now)) is not None:
             away.refill(now)
@@ -155,14 +155,14 @@ class LeasedBucket(Bucket):
 
     def _use(self, now: float, amount: float) -> None:
         """Count `amount` as used; below 0 it is returned."""
-        if not self._lease.is_leased(now) and (away := self._own_share(now)) is not None:
-            self._away_used += amount
-            if amount >= 0.0:
-                away.take(now, amount)
-            else:
-                away.refund(now, -amount)
-        else:
+        if now < self._lease.until or (away := self._own_share(now)) is None:  # `is_leased` inlined: a hot path
             self._used += amount
+            return
+        self._away_used += amount
+        if amount >= 0.0:
+            away.take(now, amount)
+        else:
+            away.refund(now, -amount)
 
     def _own_share(self, now: float) -> Bucket | None:
         """Return the share of this process while the store is away; None if it is not, or this process has none."""

@@ -39,13 +39,15 @@ class LeasedLimit(Limit):
         """Pass a finished call on."""
         before = self._limit.learned_level(now)
         self._limit.observe(now, grant, outcome, slowdown=slowdown)
-        self._note(before, self._limit.learned_level(now))
+        if (after := self._limit.learned_level(now)) != before:
+            self._note(before, after)
 
     def accepted(self, now: float, grant: Grant) -> None:
         """Pass on that the provider accepted a call."""
         before = self._limit.learned_level(now)
         self._limit.accepted(now, grant)
-        self._note(before, self._limit.learned_level(now))
+        if (after := self._limit.learned_level(now)) != before:
+            self._note(before, after)
 
     def _note(self, before: float, after: float) -> None:
         if after < before - _EPSILON:
@@ -68,6 +70,10 @@ class LeasedLimit(Limit):
         return self._limit.reopens_at(now)
 
     # --- exchanges ---
+
+    def has_news(self, now: float) -> bool:
+        """Return whether there may be something to tell the ledger before the next request is due anyway."""
+        return self._cut is not None or self._raised >= 1.0 or self._limit.reopens_at(now) is not None
 
     def is_cut(self, now: float) -> bool:
         """Return whether it was cut, or a silence has begun, since the latest request."""

@@ -154,7 +154,8 @@ def account_of(slots: int, rules: list[Rule], usd: float = math.inf) -> BypassCo
     quotas = RateLimiter(Quota(**{rule.unit: rule.amount}, per="minute", strict=False) for rule in given)
     for rule in rules:
         if rule.window_end is not None:  # as if learned from headers
-            observed = quotas._observed[rule.unit] = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)
+            observed = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)
+            quotas._observe(rule.unit, observed)
             observed.doubt = QuotaDoubt(1e12, rule.amount, 1.0)  # no trials: they exceed the quota
             observed.bucket.window_end, observed.bucket.window_delay = rule.window_end, 0.0
     return BypassCountingAccount(

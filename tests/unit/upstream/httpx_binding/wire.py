@@ -155,7 +155,7 @@ def left(upstream: Upstream) -> dict[str, float]:
     return {
         "in_flight": sum(account.in_flight for account in accounts),
         "waiting": sum(len(account.queue) for account in accounts),
-        "reserved": sum(sum(account.quotas._under_way.values()) for account in accounts),
+        "reserved": sum(len(account.quotas._open) for account in accounts),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
-from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
+from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RIGHT_AFTER, RefusalTrial, TrialVerdict
 
 _PENALTY_COST: Final = 30.0  # times as long as a penalty, for which the calls in flight stay below what caused it ...
@@ -55,6 +55,8 @@ class RefusalControl:
             self._trial = RefusalTrial()
             self._cap_until = -math.inf
         self._now = now
+        if self.rate.rate == math.inf and not self._pause.silent:  # as of most accounts at most times
+            return 0.0
         pause = self._pause.wait(now)
         return pause if self._trial.wants_call(now) else max(pause, self.rate.wait(now))
 
@@ -84,9 +86,11 @@ class RefusalControl:
 
     def record_sent(self, now: float) -> None:
         """Note that a call is sent."""
-        self._pause.record_sent(now)
+        if silent := self._pause.silent:
+            self._pause.record_sent(now)
+            silent = self._pause.silent
         self._trial.record_sent(now)
-        self.rate.record_sent(now, blocked=self._pause.silent)
+        self.rate.record_sent(now, blocked=silent)
 
     def record_unsent(self, granted_at: float) -> None:
         """Note that a call that was recorded as sent at `granted_at` was not."""
@@ -95,14 +99,18 @@ class RefusalControl:
     def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
         """Note that a call was accepted that was sent when `in_flight` calls were in flight, itself included."""
         self._cause.record_accepted(now, sent_at, in_flight, paused=self._pause.silent)
+        if not self._pause.blocked and sent_at >= self._trial.over_at:
+            return  # as of most calls: it ends no block, and is part of no trial
         if self._trial.record_accepted(sent_at) is TrialVerdict.CHANCE:
             self._record_chance()
         elif self._trial.is_open(now):
             self._pause.record_mixed(sent_at)
             return
-        block = self._pause.record_accepted(sent_at)
-        if block is None:
-            return
+        if (block := self._pause.record_accepted(sent_at)) is not None:
+            self._learn_from(now, block)
+
+    def _learn_from(self, now: float, block: Block) -> None:
+        """Learn from a row of refusals that is over whether a rate is the cause, and which."""
         lasted = block.ended - block.began
         if block.paused:
             self._cause.leave_out(lasted)

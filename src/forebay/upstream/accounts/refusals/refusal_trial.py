@@ -27,13 +27,17 @@ class RefusalTrial:
 
     After a refusal a rate lets through only what it gains from then on, and so does a full provider: its throughput.
     If more calls are accepted than that, the refusal had another cause: a server of many, chance, or what it asked for.
+
+    Attributes:
+        over_at: when the latest trial is over. It says nothing about calls that are sent later.
     """
 
-    __slots__ = ("_accepted", "_rate", "_refused", "_sent", "_since", "_times", "_until")
+    __slots__ = ("_accepted", "_rate", "_refused", "_sent", "_since", "_times", "_until", "over_at")
 
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=_MAX_CALLS)  # when the latest calls were sent
         self._since = self._until = -math.inf  # when the refused call was sent, and the latest accepted one after it
+        self.over_at = -math.inf
         self._rate = 0.0
         self._sent = self._accepted = self._refused = 0
 
@@ -47,6 +51,7 @@ class RefusalTrial:
         """
         if not self.is_open(now):
             self._since = self._until = sent_at
+            self.over_at = sent_at + _OVER
             self._rate = rate
             self._sent = sum(at > sent_at for at in self._times)
             self._accepted = self._refused = 0
@@ -57,7 +62,7 @@ class RefusalTrial:
 
     def is_open(self, now: float) -> bool:
         """Return whether a trial is under way."""
-        return now < self._since + _OVER
+        return now < self.over_at
 
     def wants_call(self, now: float) -> bool:
         """Return whether a call is to be sent now for the trial."""
@@ -91,5 +96,5 @@ class RefusalTrial:
         return max(1, math.ceil(_MARGIN * self._rate * (now - self._since)))
 
     def _end(self, verdict: TrialVerdict) -> TrialVerdict:
-        self._since = -math.inf
+        self._since = self.over_at = -math.inf
         return verdict
