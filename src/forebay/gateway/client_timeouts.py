@@ -50,6 +50,27 @@ class ClientTimeouts(NamedTuple):
     read_timeout: float
 
 
+class AnnouncedTimeouts(NamedTuple):
+    """The timeouts that the headers of a request announce.
+
+    Attributes:
+        by_header: seconds without a byte, by a header of their own; None if there is none.
+        shortest: the seconds that the caller waits, by its headers and its user agent; None if they do not say.
+        kind: tells one kind of client from another, see `client_kind`.
+    """
+
+    by_header: float | None
+    shortest: float | None
+    kind: Hashable
+
+    @classmethod
+    def read(cls, headers: Mapping[str, str]) -> AnnouncedTimeouts:
+        """Return what headers (by lower-case name) announce."""
+        by_header = _from_headers(headers)
+        known = [each for each in (by_header, _from_user_agent(headers.get("user-agent", ""))) if each is not None]
+        return cls(by_header, min(known, default=None), client_kind(headers))
+
+
 class ClientTimeoutReader:
     """A reader of callers' timeouts that learns from callers who hang up while they wait.
 
@@ -74,13 +95,16 @@ class ClientTimeoutReader:
 
     def read(self, now: float, headers: Mapping[str, str]) -> ClientTimeouts:
         """Return the timeouts of the caller with these headers (by lower-case name)."""
-        announced = _from_headers(headers)
-        read_timeout = _DEFAULT_READ_TIMEOUT if announced is None else announced + _GRACE
-        known = [each for each in (announced, _from_user_agent(headers.get("user-agent", ""))) if each is not None]
-        seconds = min(known, default=self._default)
-        waits = self._clients.get(client_kind(headers)) if self._clients else None
+        return self.timeouts(now, AnnouncedTimeouts.read(headers))
+
+    def timeouts(self, now: float, announced: AnnouncedTimeouts) -> ClientTimeouts:
+        """Return the timeouts of a caller whose headers announce these."""
+        by_header = announced.by_header
+        read_timeout = _DEFAULT_READ_TIMEOUT if by_header is None else by_header + _GRACE
+        seconds = self._default if announced.shortest is None else announced.shortest
+        waits = self._clients.get(announced.kind) if self._clients else None
         if waits is not None:
-            seconds = waits.limit(now, seconds, announced=announced is not None)
+            seconds = waits.limit(now, seconds, announced=by_header is not None)
         return ClientTimeouts(seconds - min(_MARGIN, _MAX_MARGIN_SHARE * seconds), read_timeout)
 
     def record_hang_up(self, now: float, headers: Mapping[str, str], waited: float) -> None:

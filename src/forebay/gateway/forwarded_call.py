@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -21,13 +20,13 @@ from forebay import clock
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller_limits import CallerHold, CallerLimits
-from forebay.gateway.connection_pool import hash_credentials
-from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
 from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.metrics import GatewayMetrics, Operation
+from forebay.gateway.passed_headers import DROPPED, HOP_BY_HOP, PassedNames, hop_by_hop_names
 from forebay.gateway.provider_key import ProviderKey
+from forebay.gateway.request_headers import RequestHeaders
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
@@ -45,22 +44,9 @@ _MAX_ERROR: Final = 1 << 20  # bytes of an error that are kept
 _MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that are read
 _DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
-_NEVER: Final = re.compile(r"q=0(\.0*)?")  # the weight of an encoding that is not accepted
-_MAX_CACHED_NAMES: Final = 1000
-_MAX_CACHED_LENGTH: Final = 64  # characters of a name
-_CONTROLS: Final = bytes({*range(9), *range(10, 32), 127})  # the tab is none
-_SPACES: Final = bytes.maketrans(_CONTROLS, b" " * len(_CONTROLS))  # for controls, with which it could not be sent
 _OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
-# Headers that hold for one connection only. Source: RFC 9110, 7.6.1.
-_HOP_BY_HOP: Final = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
-        *("te", "trailer", "trailers", "transfer-encoding", "upgrade"),
-    }
-)
-_NOT_SENT: Final = _HOP_BY_HOP | {"host", "content-length", "expect", "accept-encoding"}
-_NOT_RETURNED: Final = _HOP_BY_HOP | {"content-length", "x-should-retry"}
+_NOT_RETURNED: Final = HOP_BY_HOP | {"content-length", "x-should-retry"}
 
 
 class StreamingResponse:
@@ -143,8 +129,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         method: such as ``"POST"``.
-        raw_headers: as they were received.
-        headers: the same, by lower-case name.
+        headers: of the request.
         body: its bytes.
         caller: whose request it is.
         read_timeout: seconds without a byte from the provider.
@@ -155,8 +140,7 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     method: str
-    raw_headers: RawHeaders
-    headers: Headers
+    headers: RequestHeaders
     body: bytes
     caller: Caller
     read_timeout: float
@@ -206,7 +190,7 @@ class ForwardedCall(Exchange):
             core,
             method=request.method,
             path=path,
-            headers=request.headers,
+            headers=request.headers.by_name,
             body=request.body,
             caller=request.caller,
         )
@@ -227,9 +211,9 @@ class ForwardedCall(Exchange):
         self._outgoing = OutgoingRequest(
             method=request.method,
             url=self._url,
-            headers=_request_headers(request, metered=changed is not None),
+            headers=request.headers.sent(metered=changed is not None),
             body=request.body if changed is None else changed,
-            credentials=hash_credentials(request.headers),
+            credentials=request.headers.credentials,
             limits=_time_limits(request.read_timeout),
         )
 
@@ -243,12 +227,11 @@ class ForwardedCall(Exchange):
             return None
         request = self._request
         url = self._url_of(rerouted)
-        kept = [pair for pair in request.raw_headers if rerouted.keeps(pair[0].decode("latin-1").lower())]
+        kept = [pair for pair in request.headers.raw if rerouted.keeps(pair[0].decode("latin-1").lower())]
         added = [(name.encode(), value.encode()) for name, value in rerouted.added_headers.items()]
         moved = msgspec.structs.replace(
             request,
-            raw_headers=(*kept, *added),
-            headers=rerouted.headers(request.headers),
+            headers=RequestHeaders((*kept, *added)),
             body=rerouted.body,
             caller=msgspec.structs.replace(
                 request.caller,
@@ -432,66 +415,7 @@ def _time_limits(read_timeout: float) -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=read_timeout)
 
 
-def _request_headers(request: IncomingRequest, *, metered: bool) -> RawHeaders:
-    """Return the headers that the provider gets.
-
-    Args:
-        request: as it was received.
-        metered: whether the response must be read, so that it may not be compressed.
-    """
-    raw = request.raw_headers
-    dropped = _hop_by_hop_names(request.headers.get("connection"), raw)
-    sent = [(name, value.translate(_SPACES)) for name, value in raw if _sent(name) not in dropped]
-    gzip = not metered and _accepts_gzip(request.headers.get("accept-encoding", ""))
-    sent.append((b"accept-encoding", b"gzip" if gzip else b"identity"))  # encodings that can be metered
-    return tuple(sent)
-
-
-class _PassedNames(dict[bytes, str]):
-    """A cache of names of headers that are passed on, by name on the wire; of others the name is empty.
-
-    Args:
-        dropped: names of headers that are not passed on, in lower case.
-        beginnings: of other such names.
-        lower: returns names in lower case, not as they were received.
-    """
-
-    def __init__(self, dropped: frozenset[str], *beginnings: str, lower: bool) -> None:
-        super().__init__()
-        self._dropped = dropped
-        self._beginnings = beginnings
-        self._lower = lower
-
-    def __missing__(self, name: bytes) -> str:
-        text = name.decode("latin-1")
-        lower = text.lower()
-        dropped = lower in self._dropped or lower.startswith(self._beginnings)
-        passed = "" if dropped else lower if self._lower else text
-        if len(self) < _MAX_CACHED_NAMES and len(name) <= _MAX_CACHED_LENGTH:
-            self[name] = passed
-        return passed
-
-
-_sent: Final = _PassedNames(_NOT_SENT, "x-forebay-", lower=True).__getitem__
-_returned: Final = _PassedNames(_NOT_RETURNED, lower=False).__getitem__
-_DROPPED: Final = frozenset({""})
-
-
-def _hop_by_hop_names(connection: str | None, raw_headers: RawHeaders) -> frozenset[str]:
-    """Return the names that are not sent on: the empty one, and those that the Connection headers list."""
-    if connection is None or connection == "keep-alive":
-        return _DROPPED
-    listed = b",".join([value for name, value in raw_headers if name.lower() == b"connection"]).decode("latin-1")
-    return _DROPPED.union(name.strip().lower() for name in listed.split(","))
-
-
-def _accepts_gzip(accept_encoding: str) -> bool:
-    """Return whether a caller accepts gzip. See RFC 9110, 12.5.3."""
-    for part in accept_encoding.lower().split(","):
-        name, _, weight = part.partition(";")
-        if name.strip() == "gzip":
-            return _NEVER.fullmatch(weight.strip()) is None
-    return False
+_returned: Final = PassedNames(_NOT_RETURNED, lower=False).__getitem__
 
 
 def _response_headers(response: ProviderResponse) -> list[tuple[str, str]]:
@@ -512,8 +436,8 @@ def _response_headers(response: ProviderResponse) -> list[tuple[str, str]]:
         elif name.lower() == b"connection":
             listed = value.decode("latin-1").lower()
     headers.append(("x-should-retry", "false"))
-    hop_by_hop = _hop_by_hop_names(listed, raw)
-    return headers if hop_by_hop is _DROPPED else [pair for pair in headers if pair[0].lower() not in hop_by_hop]
+    hop_by_hop = hop_by_hop_names(listed, raw)
+    return headers if hop_by_hop is DROPPED else [pair for pair in headers if pair[0].lower() not in hop_by_hop]
 
 
 async def _decompress(headers: Headers, body: bytes) -> bytes:

@@ -23,7 +23,6 @@ from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, ch
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, TargetNotAllowed, WrongProtocol
-from forebay.gateway.direct_request import RawHeaders
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -51,6 +50,8 @@ from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.model_list import is_model_list, model_in_path, model_response, with_aliases
 from forebay.gateway.provider_key import ProviderKey, without_headers
 from forebay.gateway.request_body import read_body
+from forebay.gateway.request_head import RequestHead, RequestHeads
+from forebay.gateway.request_headers import RequestHeaders
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, without_compression
 from forebay.gateway.settings import GatewaySettings
@@ -58,6 +59,7 @@ from forebay.gateway.targets import Destination, Target, detect_protocol, find_d
 from forebay.gateway.tenants import Tenants, with_limits
 from forebay.spend_log import SpendLog
 from forebay.upstream.call_flow import CallRunner
+from forebay.upstream.call_request import Caller
 from forebay.upstream.providers import Endpoint, Headers, ProviderRequest
 from forebay.upstream.providers.json_text import replace_lone_surrogates
 
@@ -151,6 +153,7 @@ class Forwarder:
         self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
         self._validator = _make_validator(settings)
         self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
+        self._heads = RequestHeads()
         self.keys = keys
         self._warn_of_unknown_targets()
         self.draining = False
@@ -211,6 +214,7 @@ class Forwarder:
         self.response_memory.change(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
         self._client, self._callers, self._validator = client, callers, _make_validator(settings)
         self._own_pages_validator = RequestValidator(max_header_bytes=settings.max_header_bytes, local_only=True)
+        self._heads = RequestHeads()  # what was found out about the others depends on the old settings
         self._client_timeouts.change(settings.client_timeout)
         self._tenants.change(settings.tenants)
         self._settings, self._access_log, self.keys = settings, access_log, keys
@@ -250,26 +254,25 @@ class Forwarder:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return the response to one request."""
-        headers = Headers.from_wire(request.raw_headers)
-        record = CallRecord(request.method, hide_keys(request.raw_path), headers)
-        try:
-            self._validate(request, headers)
-            if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
-                return self._close_if_needed(request, own)
-            key = self._authenticate(request.raw_path, headers, record)
-            destination = self._find_destination(request.raw_path, headers, key)
-            if (own := self._alias_response(request.method, destination)) is not None:
-                return self._close_if_needed(request, own)
-        except EarlyResponse as early:
-            response: web.StreamResponse = self._early_response(request, early, record)
-            self._log(record, response.status)
-            return response
+        head = self._heads.read(request.method, request.raw_path, request.raw_headers)
+        record = CallRecord(request.method, hide_keys(request.raw_path), head.headers.by_name)
+        destination = head.destination
+        if destination is None or self.draining:
+            try:
+                found = self._admit(request, head, record)
+            except EarlyResponse as early:
+                response: web.StreamResponse = self._early_response(request, early, record)
+                self._log(record, response.status)
+                return response
+            if isinstance(found, web.Response):
+                return self._close_if_needed(request, found)
+            destination = found
         status = _CLIENT_CLOSED
         self._in_progress += 1
         self._idle.clear()
         try:
             with BodyReservation(self.body_memory) as body, BodyReservation(self.response_memory) as held:
-                response, status = await self._forward(request, headers, destination, body, held, record)
+                response, status = await self._forward(request, head, destination, body, held, record)
         except EarlyResponse as early:
             response = self._early_response(request, early, record)
             status = response.status
@@ -290,6 +293,24 @@ class Forwarder:
             if not self._in_progress:
                 self._idle.set()
         return response
+
+    def _admit(self, request: web.BaseRequest, head: RequestHead, record: CallRecord) -> Destination | web.Response:
+        """Return where a request goes, or the response of one of the gateway's own pages.
+
+        Raises:
+            EarlyResponse: its head is invalid, or its caller is not authorized, or it leads nowhere.
+        """
+        headers = head.headers.by_name
+        self._validate(request, headers)
+        if (own := self._own_response(head.path.partition("?")[0], headers)) is not None:
+            return own
+        key = self._authenticate(head.path, headers, record)
+        destination = self._find_destination(head.path, headers, key)
+        if (own := self._alias_response(head.method, destination)) is not None:
+            return own
+        if self.keys is None:  # a key may be revoked or changed at any time
+            head.destination = destination
+        return destination
 
     def _log(self, record: CallRecord, status: int) -> None:
         """Write the line of a request that has ended."""
@@ -442,7 +463,7 @@ class Forwarder:
     async def _forward(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
-        headers: Headers,
+        head: RequestHead,
         destination: Destination,
         body: BodyReservation,
         held: BodyReservation,
@@ -453,8 +474,8 @@ class Forwarder:
         try:
             try:
                 with self._abortable_block():
-                    call, runner = await self._read_call(request, headers, destination, body, held, record)
-                    answer = await self._wait_for_answer(call, runner, headers, destination.target)
+                    call, runner = await self._read_call(request, head, destination, body, held, record)
+                    answer = await self._wait_for_answer(call, runner, head.headers.by_name, destination.target)
             except TimeoutError:
                 record.result = "shut_down"
                 raise _draining_response(destination.target.protocol) from None
@@ -541,7 +562,7 @@ class Forwarder:
     async def _read_call(  # noqa: PLR0913, PLR0917 - the parts of a request
         self,
         request: web.BaseRequest,
-        headers: Headers,
+        head: RequestHead,
         destination: Destination,
         reservation: BodyReservation,
         held: BodyReservation,
@@ -553,21 +574,8 @@ class Forwarder:
             EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
         """
         target, key = destination.target, destination.key
-        raw_headers, sent = _without_issued_key(request.raw_headers, headers, key)
-        try:
-            offset = clock.now() - clock.wall_time()
-            shared = target.settings.share_keys and not target.keys
-            if key is None:
-                caller = self._callers.read(headers, offset=offset, shared_account=shared)
-            else:
-                caller = self._callers.read_with_key(headers, key, offset=offset, shared_account=shared)
-            named = key is not None or self._callers.names_priority(headers)
-            caller = self._tenants.caller(caller, names_priority=named)
-            if caller.api_key is None and not target.keys:
-                check_one_credential(sent, destination.path, target.upstream.core.profile.provider)
-        except InvalidHeader as error:
-            response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
-            raise EarlyResponse(response, close=True) from None
+        headers = _without_issued_key(head.headers, key)
+        caller = head.caller or self._read_caller(head, headers, destination)
         try:
             body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
@@ -576,11 +584,10 @@ class Forwarder:
         limits = self._limits_of(key, caller.tenant)
         caller = with_limits(caller, limits)
         now = clock.now()
-        timeouts = self._client_timeouts.read(now, headers)
+        timeouts = self._client_timeouts.timeouts(now, head.timeouts)
         incoming = IncomingRequest(
             method=request.method,
-            raw_headers=raw_headers,
-            headers=sent,
+            headers=headers,
             body=body,
             caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
@@ -610,6 +617,31 @@ class Forwarder:
         if key is not None and (forbidden := find_forbidden(key, _as_called(call.parsed, called), body)):
             raise EarlyResponse(error_response(target.protocol, 403, "model_not_found", forbidden))
         return call, runner
+
+    def _read_caller(self, head: RequestHead, headers: RequestHeaders, destination: Destination) -> Caller:
+        """Return the caller of a request; `headers`: without an issued key.
+
+        Raises:
+            EarlyResponse: a header is invalid.
+        """
+        target, key, by_name = destination.target, destination.key, head.headers.by_name
+        try:
+            offset = clock.now() - clock.wall_time()
+            shared = target.settings.share_keys and not target.keys
+            if key is None:
+                caller = self._callers.read(by_name, offset=offset, shared_account=shared)
+            else:
+                caller = self._callers.read_with_key(by_name, key, offset=offset, shared_account=shared)
+            named = key is not None or self._callers.names_priority(by_name)
+            caller = self._tenants.caller(caller, names_priority=named)
+            if caller.api_key is None and not target.keys:
+                check_one_credential(headers.by_name, destination.path, target.upstream.core.profile.provider)
+        except InvalidHeader as error:
+            response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
+            raise EarlyResponse(response, close=True) from None
+        if key is None and caller.deadline == math.inf:  # a deadline by the wall clock is another one each time
+            head.caller = caller
+        return caller
 
     def _choose_deployment(self, incoming: IncomingRequest, destination: Destination) -> ChosenDeployment | None:
         """Return the deployment that serves a request; None if it goes as it is to the target of its path.
@@ -762,12 +794,12 @@ def _broke_off(streaming: StreamingResponse, error: Exception) -> str:
     return f"the provider broke off: {_describe(error)}"
 
 
-def _without_issued_key(raw_headers: RawHeaders, headers: Headers, key: IssuedKey | None) -> tuple[RawHeaders, Headers]:
+def _without_issued_key(headers: RequestHeaders, key: IssuedKey | None) -> RequestHeaders:
     """Return the headers of a request without the issued key of its caller, which ends here."""
     if key is None:
-        return raw_headers, headers
-    raw_headers = without_headers(raw_headers, [name.encode() for name in headers_with_key(headers)])
-    return raw_headers, Headers.from_wire(raw_headers)
+        return headers
+    names = [name.encode() for name in headers_with_key(headers.by_name)]
+    return RequestHeaders(without_headers(headers.raw, names))
 
 
 def _as_called(parsed: ProviderRequest, called: str | None) -> ProviderRequest:

@@ -12,8 +12,9 @@ from aiohttp.client_proto import ResponseHandler
 from multidict import CIMultiDict
 from yarl import URL
 
-from forebay.gateway.direct_request import ConnectionRequest, DirectResponse, RawHeaders, send_post
+from forebay.gateway.direct_request import ConnectionRequest, DirectResponse, send_post
 from forebay.gateway.http_proxy import http_proxy_for
+from forebay.gateway.request_headers import SentHeaders
 
 _HEADERS_NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
 _LONG_BODY: Final = (
@@ -31,7 +32,7 @@ class OutgoingRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         method: such as ``"POST"``.
         url: of the provider, with path and query.
-        headers: as they are sent, without ``Host`` and ``Content-Length``.
+        headers: as they are sent.
         body: its bytes.
         credentials: a hash of its credentials, for calls with the same ones share connections.
         limits: of which ``sock_connect`` and ``sock_read`` count.
@@ -39,7 +40,7 @@ class OutgoingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     method: str
     url: URL
-    headers: RawHeaders
+    headers: SentHeaders
     body: bytes
     credentials: int
     limits: aiohttp.ClientTimeout
@@ -83,13 +84,16 @@ class HttpClient:
             return await send_post(
                 self._connection_request(request),
                 path=request.url.raw_path_qs.encode("utf-8", "surrogateescape"),  # as it was received
-                head=b"".join([b"%b: %b\r\n" % header for header in request.headers]),
+                head=request.headers.wire,
                 body=request.body,
                 connector=self._connector,
                 limits=request.limits,
             )
         headers = CIMultiDict(
-            [(name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in request.headers]
+            [
+                (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+                for name, value in request.headers.pairs
+            ]
         )
         return await self._session.request(
             request.method,

@@ -9,8 +9,9 @@ from forebay.gateway.caller import check_one_credential
 from forebay.gateway.deployments import ChosenDeployment
 from forebay.gateway.forwarded_call import IncomingRequest
 from forebay.gateway.provider_key import ProviderKey, without_account, without_query_keys
+from forebay.gateway.request_headers import RequestHeaders
 from forebay.gateway.targets import Destination
-from forebay.upstream.providers import Headers, path_with_model, with_model
+from forebay.upstream.providers import path_with_model, with_model
 
 
 class NotRewritable(ForebayError, ValueError):
@@ -19,9 +20,8 @@ class NotRewritable(ForebayError, ValueError):
 
 def without_compression(request: IncomingRequest) -> IncomingRequest:
     """Return a request whose response is not compressed."""
-    raw = tuple(pair for pair in request.raw_headers if pair[0].lower() != b"accept-encoding")
-    headers = Headers({name: value for name, value in request.headers.items() if name != "accept-encoding"})
-    return msgspec.structs.replace(request, raw_headers=raw, headers=headers)
+    raw = tuple(pair for pair in request.headers.raw if pair[0].lower() != b"accept-encoding")
+    return msgspec.structs.replace(request, headers=RequestHeaders(raw))
 
 
 def rewrite_request(
@@ -49,7 +49,7 @@ def rewrite_request(
     if chosen.takes_own_key:
         api_key = "" if target.settings.share_keys else None
         if api_key is None:
-            check_one_credential(request.headers, path, target.upstream.core.profile.provider)
+            check_one_credential(request.headers.by_name, path, target.upstream.core.profile.provider)
         request = msgspec.structs.replace(request, caller=msgspec.structs.replace(request.caller, api_key=api_key))
     else:
         path = without_query_keys(path)
@@ -59,10 +59,10 @@ def rewrite_request(
 
 def _with_held_key(request: IncomingRequest, key: ProviderKey | None, path: str) -> IncomingRequest:
     """Return a request with a key of the gateway, or with none, instead of what its caller sent."""
-    raw = without_account(request.raw_headers) if key is None else key.replace_credentials(request.raw_headers, path)
+    received = request.headers.raw
+    raw = without_account(received) if key is None else key.replace_credentials(received, path)
     return msgspec.structs.replace(
         request,
-        raw_headers=raw,
-        headers=Headers.from_wire(raw),
+        headers=RequestHeaders(raw),
         caller=msgspec.structs.replace(request.caller, api_key=None, key_is_held=True),
     )
