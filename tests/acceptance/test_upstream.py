@@ -8,11 +8,11 @@ import threading
 from typing import Any
 
 import pytest
-from tests.support.task_plane import approximately, now, run_ready, virtual
+from tests.support.task_plane import now, run_ready, virtual
 
-from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task
+from forebay import BackpressureSupervisor, Overloaded, Priority, Task
 from forebay.breaker import BreakerRules
-from forebay.errors import CallMisused, InvalidSetting
+from forebay.errors import InvalidSetting
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.upstream import Upstream
@@ -59,79 +59,6 @@ class CallRecorder:
 # --- slots ---
 
 
-@virtual
-async def test_no_more_calls_are_in_flight_than_max_concurrent() -> None:
-    recorder = CallRecorder(Upstream("tool", max_concurrent=3))
-    began = now()
-    ends = await recorder.together(*[{}] * 9)
-    assert recorder.peak == 3
-    assert max(ends) - began == approximately(3.0)
-    assert left(recorder.upstream) == (0, 0)
-
-
-@virtual
-async def test_calls_are_served_by_priority_then_in_the_order_of_arrival() -> None:
-    recorder = CallRecorder(Upstream("tool", max_concurrent=1))
-    priorities = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
-    await recorder.together(*[{"priority": priority} for priority in priorities])
-    assert recorder.admitted == [0, 4, 3, 2, 1]
-
-
-@virtual
-async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() -> None:
-    upstream = Upstream("tool", max_concurrent=1, max_wait=3.5)
-    recorder = CallRecorder(upstream)
-    await recorder.call()  # the account learns that a call takes a second
-    calls = [asyncio.create_task(recorder.call()) for _ in range(4)]
-    await run_ready()
-    with pytest.raises(Overloaded) as rejection:
-        await recorder.call()
-    assert rejection.value.limited_by == "upstream:tool:concurrency"
-    assert rejection.value.retry_after is not None
-    await asyncio.gather(*calls)
-
-
-@virtual
-async def test_a_call_whose_deadline_comes_before_its_turn_is_rejected_at_once() -> None:
-    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
-    await recorder.call()
-    first = asyncio.create_task(recorder.call())
-    await run_ready()
-    began = now()
-    with pytest.raises(Overloaded, match="deadline"):
-        await recorder.call(deadline=Deadline.within(5.0))
-    assert now() == approximately(began)
-    await first
-
-
-@virtual
-async def test_a_call_whose_deadline_passes_while_it_waits_is_rejected_then() -> None:
-    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
-    first = asyncio.create_task(recorder.call())
-    await run_ready()
-    began = now()
-    with pytest.raises(Overloaded, match="deadline passed"):
-        await recorder.call(deadline=Deadline.within(5.0))
-    assert now() - began == approximately(5.0)
-    await first
-    assert left(recorder.upstream) == (0, 0)
-
-
-@virtual
-async def test_a_call_cancelled_at_any_step_leaves_nothing_behind() -> None:
-    for moment in range(12):
-        upstream = Upstream("tool", max_concurrent=1)
-        recorder = CallRecorder(upstream, seconds=0.0)
-        holder = asyncio.create_task(recorder.call())
-        waiting = asyncio.create_task(recorder.call())
-        after = asyncio.create_task(recorder.call())
-        await run_ready(moment)
-        waiting.cancel()
-        await asyncio.gather(holder, after)
-        await asyncio.wait([waiting])
-        assert left(upstream) == (0, 0)
-
-
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_call_granted_to_a_task_of_a_closed_loop_comes_back(*, kept: bool) -> None:
     upstream = Upstream("tool", max_concurrent=1, max_wait=5.0)
@@ -167,51 +94,6 @@ async def test_a_coroutine_that_is_closed_while_it_waits_for_a_call_leaves_nothi
         async with upstream.call():
             assert left(upstream) == (1, 0)
         assert left(upstream) == (0, 0)
-
-
-# --- quotas ---
-
-
-@virtual
-async def test_calls_are_paced_by_a_configured_quota() -> None:
-    recorder = CallRecorder(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
-    began = now()
-    ends = await recorder.together(*[{}] * 30)
-    assert sum(end - began < 0.05 for end in ends) == 10  # a whole bucket is admitted at once
-    assert max(ends) - began == pytest.approx(2.0, abs=0.05)
-
-
-@virtual
-async def test_a_call_larger_than_its_bucket_is_rejected_without_a_retry_after() -> None:
-    upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
-    with pytest.raises(Overloaded, match="larger") as rejection:
-        async with upstream.call(input_tokens=900, output_tokens=200):
-            pass
-    assert rejection.value.retry_after is None
-    assert left(upstream) == (0, 0)
-
-
-@virtual
-async def test_reserved_tokens_that_were_not_used_come_back() -> None:
-    upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
-    began = now()
-    for _ in range(5):
-        async with upstream.call(input_tokens=100, output_tokens=800) as call:
-            call.settle(input_tokens=100, output_tokens=50)
-    assert now() - began < 40.0  # 750 used; the last needs 900 free
-
-
-@virtual
-async def test_each_group_of_models_has_an_account_of_its_own() -> None:
-    upstream = Upstream("llm", models={"gpt-*": [Quota(requests=1, per="minute")]})
-    began = now()
-    async with upstream.call("gpt-4o"), upstream.call("other"), upstream.call("another"):
-        pass
-    assert now() == approximately(began)
-    async with upstream.call("gpt-4o-mini"):
-        assert now() - began == pytest.approx(60.0, abs=0.1)
-    names = {account.name for account in upstream.statistics().accounts}
-    assert names == {"upstream:llm:gpt-*", "upstream:llm:other", "upstream:llm:another"}
 
 
 # --- faults ---
@@ -407,19 +289,6 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
 
 
 @virtual
-async def test_a_spent_budget_rejects_calls_until_it_renews() -> None:
-    upstream = Upstream("llm", budget=Budget(usd=1.0, per="day"))
-    for _ in range(4):
-        async with upstream.call("gpt") as call:
-            call.settle(input_tokens=10, output_tokens=10, usd=0.25)
-    assert upstream.statistics().spent_usd == pytest.approx(1.0)
-    with pytest.raises(Overloaded, match="budget") as rejection:
-        async with upstream.call("gpt"):
-            pass
-    assert rejection.value.retry_after is not None
-
-
-@virtual
 async def test_a_rejection_for_a_budget_says_its_state_and_the_cost_of_the_call() -> None:
     budget = Budget(usd=1.0, per="day", reserved_share=0.1)
     upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
@@ -580,13 +449,3 @@ def test_max_start_wait_may_be_0() -> None:
 def test_an_upstream_needs_a_name() -> None:
     with pytest.raises(InvalidSetting):
         Upstream("")
-
-
-@virtual
-async def test_a_call_is_entered_once() -> None:
-    call = Upstream("tool").call()
-    async with call:
-        pass
-    with pytest.raises(CallMisused):
-        async with call:
-            pass

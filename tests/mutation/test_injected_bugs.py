@@ -99,6 +99,7 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import (
+    test_account,
     test_langgraph_store,
     test_ledger_store,
     test_limit,
@@ -203,13 +204,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_nested.test_parents_and_children_that_share_one_slot_all_finish
     ),
     bugs.an_account_sends_one_call_more_than_its_limit: (
-        test_upstream.test_no_more_calls_are_in_flight_than_max_concurrent
+        test_account.test_no_more_calls_are_in_flight_than_max_concurrent
     ),
     bugs.an_attempt_that_is_cancelled_keeps_its_permit: (
         test_call_conservation.test_after_random_calls_and_cancellations_nothing_is_held
     ),
     bugs.a_permit_granted_to_a_caller_who_has_gone_is_kept: (
-        test_upstream.test_a_call_cancelled_at_any_step_leaves_nothing_behind
+        test_account.test_a_call_cancelled_at_any_step_leaves_nothing_behind
     ),
     bugs.a_permit_granted_in_a_loop_that_has_closed_is_kept: (
         test_decisions.test_a_permit_that_its_caller_can_never_take_goes_to_the_next
