@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from tests.support.task_plane import now, run_ready, virtual
 
-from forebay import BackpressureSupervisor, Overloaded, Priority, Task
-from forebay.breaker import BreakerRules
+from forebay import Overloaded, Priority
 from forebay.errors import InvalidSetting
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
@@ -99,73 +98,6 @@ async def test_a_coroutine_that_is_closed_while_it_waits_for_a_call_leaves_nothi
 # --- faults ---
 
 
-@virtual
-async def test_an_open_breaker_rejects_queued_calls_at_once_too() -> None:
-    upstream = Upstream("tool", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0))
-
-    async def fails() -> None:
-        async with upstream.call():
-            await asyncio.sleep(1.0)
-            raise ConnectionError
-
-    results = await asyncio.gather(*(fails() for _ in range(9)), return_exceptions=True)
-    kinds = [type(result) for result in results]
-    assert kinds == [ConnectionError] * 5 + [Overloaded] * 4
-    assert isinstance(results[-1], Overloaded)
-    assert results[-1].limited_by == "upstream:tool:breaker"
-    assert results[-1].retry_after is not None
-    assert upstream.statistics().accounts[0].breaker == "open"
-    assert left(upstream) == (0, 0)
-
-
-async def call_ignored(upstream: Upstream) -> None:
-    async with upstream.call() as call:
-        call.ignored()
-        raise ValueError("ours")
-
-
-@virtual
-async def test_ignored_failures_do_not_open_the_breaker() -> None:
-    upstream = Upstream("tool")
-    for _ in range(20):
-        with pytest.raises(ValueError, match="ours"):
-            await call_ignored(upstream)
-    assert upstream.statistics().accounts[0].breaker == "closed"
-
-
-@virtual
-async def test_a_guarded_function_is_retried_with_backoff() -> None:
-    search = Upstream("search", retry=Retry(max_attempts=4, base_delay=1.0))
-    tries: list[float] = []
-
-    @search.guard
-    async def look_up(what: str) -> str:
-        tries.append(now())
-        if len(tries) < 3:
-            raise ConnectionError
-        return what
-
-    assert await look_up("rivers") == "rivers"
-    assert len(tries) == 3
-    assert left(search) == (0, 0)
-
-
-@virtual
-async def test_a_guarded_function_that_keeps_failing_raises_its_own_exception() -> None:
-    search = Upstream("search", retry=Retry(max_attempts=3, base_delay=0.1))
-    tries = 0
-
-    @search.guard
-    async def look_up() -> None:
-        nonlocal tries
-        tries += 1
-        raise ConnectionError("gone")
-
-    with pytest.raises(ConnectionError, match="gone"):
-        await look_up()
-    assert tries == 3
-
-
 class SdkError(Exception):
     """An exception with an answer, as SDKs raise it."""
 
@@ -173,25 +105,6 @@ class SdkError(Exception):
         super().__init__("no")
         self.status_code = status
         self.headers = headers
-
-
-@virtual
-async def test_a_guarded_function_reports_throttling_by_its_exception() -> None:
-    search = Upstream("search", retry=Retry(max_attempts=1))
-    tries: list[float] = []
-
-    @search.guard
-    async def look_up() -> str:
-        tries.append(now())
-        if len(tries) <= 3:
-            raise RuntimeError("the tool failed") from SdkError(429, **{"retry-after": "1"})
-        return "found"
-
-    assert await look_up() == "found"  # throttled attempts use up none
-    account = search.statistics().accounts[0]
-    assert (account.throttled, account.failed, account.breaker) == (3, 0, "closed")
-    assert tries[1] - tries[0] >= 1.0
-    assert left(search) == (0, 0)
 
 
 @virtual
@@ -323,46 +236,6 @@ async def test_a_call_that_no_budget_will_ever_afford_has_no_retry_after() -> No
 
 
 @virtual
-async def test_calls_have_the_priority_of_their_task() -> None:
-    upstream = Upstream("llm", max_concurrent=1)
-    admitted: list[str] = []
-
-    async def agent(task: Task) -> None:
-        async with upstream.call():
-            admitted.append(task.payload)
-            await asyncio.sleep(1.0)
-
-    async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=9)
-        await asyncio.gather(
-            supervisor.run(Task("work", "first")),
-            supervisor.run(Task("work", "low", priority=Priority.LOW)),
-            supervisor.run(Task("work", "high", priority=Priority.HIGH)),
-        )
-    assert admitted == ["first", "high", "low"]
-
-
-@virtual
-async def test_calls_of_an_earlier_run_go_before_those_of_later_runs() -> None:
-    upstream = Upstream("llm", max_concurrent=1, max_start_wait=1e9)
-    ended: list[int] = []
-
-    async def agent(task: Task) -> None:
-        for _ in range(4):
-            async with upstream.call():
-                await asyncio.sleep(1.0)
-        ended.append(task.payload)
-
-    async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=4)
-        began = now()
-        tickets = [supervisor.submit_nowait(Task("work", number)) for number in range(4)]
-        times = [(await ticket, now() - began)[1] for ticket in tickets]
-    assert ended == [0, 1, 2, 3]
-    assert times[0] < 8.0  # 13 if all took turns
-
-
-@virtual
 async def test_no_run_starts_while_its_first_call_would_wait_too_long() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
     recorder = CallRecorder(upstream)
@@ -376,28 +249,6 @@ async def test_no_run_starts_while_its_first_call_would_wait_too_long() -> None:
     await run_ready(3)
     assert [priority for priority in Priority if shared_account(upstream).may_start(priority)] == list(Priority)
     await asyncio.wait(calls)
-
-
-@virtual
-async def test_a_full_account_rejects_new_tasks() -> None:
-    upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], max_wait=60.0)
-
-    async def agent(_: Task) -> None:
-        async with upstream.call():
-            await asyncio.sleep(0.1)
-
-    async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=20)
-        await supervisor.run(Task("work"))
-        tickets = [supervisor.submit_nowait(Task("work")) for _ in range(40)]
-        rejected = [ticket for ticket in tickets if not ticket]
-        assert rejected
-        assert {ticket.limited_by for ticket in rejected} == {"upstream:llm"}
-        assert supervisor.system_load() >= 0.8
-        assert "upstream:llm" in {reading.resource for reading in supervisor.readings()}
-        for ticket in tickets:
-            if ticket:
-                assert (await ticket).success
 
 
 # --- bad input ---

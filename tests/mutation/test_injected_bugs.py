@@ -91,7 +91,6 @@ from tests.acceptance import (
     test_tenants,
     test_tenants_in_the_overflow,
     test_threads,
-    test_upstream,
     test_upstream_bad_input,
     test_upstream_retries,
     test_worker_changes,
@@ -100,6 +99,7 @@ from tests.acceptance import (
 )
 from tests.contract import (
     test_account,
+    test_account_calls,
     test_langgraph_store,
     test_ledger_store,
     test_limit,
@@ -515,7 +515,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
     bugs.a_timeout_of_the_caller_is_a_fault: (test_blame.test_hasty_callers_do_not_shut_the_account_for_the_others),
     bugs.an_exception_never_carries_an_answer: (
-        test_upstream.test_a_guarded_function_reports_throttling_by_its_exception
+        test_account_calls.test_a_guarded_function_reports_throttling_by_its_exception
     ),
     bugs.a_wrong_request_that_is_to_be_retried_uses_no_attempt: (
         test_calls.test_a_provider_that_asks_for_retries_of_a_wrong_request_gets_no_more_than_max_attempts
