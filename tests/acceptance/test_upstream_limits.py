@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from tests.support.task_plane import virtual
 from forebay import Quota, Upstream
 from forebay.errors import InvalidSetting
 from forebay.interfaces import Outcome
-from forebay.limit import AimdLimit, FixedLimit, GradientLimit, Grant, Limit, VegasLimit
+from forebay.limit import Grant, Limit, VegasLimit
 
 
 class RecordingLimit(Limit):
@@ -36,31 +35,6 @@ async def peak_of(upstream: Upstream, calls: int, model: str = "") -> int:
 
     await asyncio.gather(*(call() for _ in range(calls)))
     return upstream.core.accounts.account(model).account.peak_in_flight
-
-
-@virtual
-async def test_a_limit_of_the_users_own_bounds_calls_and_observes_each() -> None:
-    limit = RecordingLimit()
-    assert await peak_of(Upstream("tool", limit=limit), 10) == 3
-    assert limit.outcomes == [Outcome.SUCCESS] * 10
-
-
-@pytest.mark.parametrize(
-    "limit",
-    [
-        FixedLimit(10),
-        AimdLimit(initial_limit=10),
-        GradientLimit(initial_limit=10),
-        VegasLimit(initial_limit=10),
-        AimdLimit,
-        GradientLimit,
-        VegasLimit,
-        lambda: FixedLimit(10),
-    ],
-)
-@virtual
-async def test_each_limit_can_be_given_as_an_object_or_as_a_callable(limit: Limit | Callable[[], Limit]) -> None:
-    assert 1 <= await peak_of(Upstream("tool", limit=limit), 30) <= 30
 
 
 @virtual

@@ -91,15 +91,6 @@ class Calls:
 
 
 @virtual
-async def test_a_throttled_attempt_uses_no_quota() -> None:
-    upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="day")])
-    calls = Calls(upstream, congested, congested, congested)
-    await calls.call()
-    (level,) = account(upstream).quotas.levels(now())
-    assert level.remaining == pytest.approx(1000 - 20, abs=1.0)
-
-
-@virtual
 async def test_the_retry_after_of_one_call_blocks_all_but_a_few_trial_calls() -> None:
     upstream = Upstream("llm")
     ends = now() + 20.0

@@ -1,18 +1,25 @@
 """The implementations of each interface.
 
-A new one is added to ALL_STORES or ENGINES, and is tested for every promise.
+A new one is added to ALL_STORES, BACKENDS (of accounts) or ENGINES, and is tested for every promise.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
+from tests.support.account_backends import (
+    BACKENDS,
+    PAIRED_BACKENDS,
+    AccountBackend,
+    AccountProcesses,
+    OpenAccounts,
+)
 from tests.support.task_stores import ALL_STORES, PROMPT, SLOW_STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, WorkerAgent
@@ -156,3 +163,34 @@ ENGINES = [
 def engine_case(request: pytest.FixtureRequest) -> EngineCase:
     chosen: EngineCase = request.param
     return chosen
+
+
+# --- accounts --------------------------------------------------------------------------------------------------------
+
+
+def _processes(backends: Sequence[AccountBackend], count: int) -> list[Any]:
+    """Return parameters: that many processes that have an account open on each backend."""
+    return [
+        pytest.param(
+            (backend, count),
+            id=str(backend) if count == 1 else f"{count} on {backend}",
+            marks=pytest.mark.blocks if backend.blocks else (),
+        )
+        for backend in backends
+    ]
+
+
+@pytest.fixture(params=_processes(BACKENDS, 1))
+def accounts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenAccounts]:
+    """Return what opens upstreams whose account is on one backend."""
+    backend, _ = request.param
+    with backend.accounts(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(params=_processes(BACKENDS, 1) + _processes(PAIRED_BACKENDS, 2))
+def processes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AccountProcesses]:
+    """Return what opens an account on one backend, in one process or in two."""
+    backend, count = request.param
+    with backend.accounts(tmp_path) as opened:
+        yield AccountProcesses(opened, count)

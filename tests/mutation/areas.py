@@ -40,7 +40,9 @@ AREAS: Final = {
             "upstream/accounts/fair_order.py",
             "upstream/accounts/bypass.py",
         ),
-        tests=("unit/upstream", "acceptance/test_upstream.py", "acceptance/test_outage.py"),
+        tests=(
+            *("unit/upstream", "contract/test_account.py", "acceptance/test_upstream.py", "acceptance/test_outage.py"),
+        ),
         baseline=82,
     ),
     "call-flow": Area(

@@ -91,7 +91,6 @@ from tests.acceptance import (
     test_tenants,
     test_tenants_in_the_overflow,
     test_threads,
-    test_upstream,
     test_upstream_bad_input,
     test_upstream_retries,
     test_worker_changes,
@@ -99,6 +98,8 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import (
+    test_account,
+    test_account_calls,
     test_langgraph_store,
     test_ledger_store,
     test_limit,
@@ -203,13 +204,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_nested.test_parents_and_children_that_share_one_slot_all_finish
     ),
     bugs.an_account_sends_one_call_more_than_its_limit: (
-        test_upstream.test_no_more_calls_are_in_flight_than_max_concurrent
+        test_account.test_no_more_calls_are_in_flight_than_max_concurrent
     ),
     bugs.an_attempt_that_is_cancelled_keeps_its_permit: (
         test_call_conservation.test_after_random_calls_and_cancellations_nothing_is_held
     ),
     bugs.a_permit_granted_to_a_caller_who_has_gone_is_kept: (
-        test_upstream.test_a_call_cancelled_at_any_step_leaves_nothing_behind
+        test_account.test_a_call_cancelled_at_any_step_leaves_nothing_behind
     ),
     bugs.a_permit_granted_in_a_loop_that_has_closed_is_kept: (
         test_decisions.test_a_permit_that_its_caller_can_never_take_goes_to_the_next
@@ -514,7 +515,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
     bugs.a_timeout_of_the_caller_is_a_fault: (test_blame.test_hasty_callers_do_not_shut_the_account_for_the_others),
     bugs.an_exception_never_carries_an_answer: (
-        test_upstream.test_a_guarded_function_reports_throttling_by_its_exception
+        test_account_calls.test_a_guarded_function_reports_throttling_by_its_exception
     ),
     bugs.a_wrong_request_that_is_to_be_retried_uses_no_attempt: (
         test_calls.test_a_provider_that_asks_for_retries_of_a_wrong_request_gets_no_more_than_max_attempts
