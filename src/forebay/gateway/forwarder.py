@@ -56,6 +56,7 @@ from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, wi
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.gateway.tenants import Tenants, with_limits
+from forebay.gateway.worker_group import WorkerGroup
 from forebay.spend_log import SpendLog
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.providers import Endpoint, Headers, ProviderRequest
@@ -71,6 +72,7 @@ _JSON_ENDPOINTS: Final = frozenset(
         Endpoint.COUNT_TOKENS,
     }
 )
+_OWN_PAGES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 _MAX_SHOWN: Final = 300  # characters of an error in a message
 _MAX_PATH_SHOWN: Final = 200
 _MAX_HELD_RESPONSE: Final = 16 << 20  # bytes; a longer response is passed on as it arrives
@@ -115,6 +117,7 @@ class Forwarder:
         response_memory: the memory that responses take.
         keys: that the gateway has issued; None if it issues none.
         draining: new calls are rejected.
+        workers: the other workers of the gateway; None if it has one process.
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
@@ -154,6 +157,7 @@ class Forwarder:
         self.keys = keys
         self._warn_of_unknown_targets()
         self.draining = False
+        self.workers: WorkerGroup | None = None
         self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0
         self._idle = asyncio.Event()
@@ -254,8 +258,8 @@ class Forwarder:
         record = CallRecord(request.method, hide_keys(request.raw_path), headers)
         try:
             self._validate(request, headers)
-            if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
-                return self._close_if_needed(request, own)
+            if (path := request.raw_path.partition("?")[0]) in _OWN_PAGES:
+                return self._close_if_needed(request, await self._own_response(path, headers))
             key = self._authenticate(request.raw_path, headers, record)
             destination = self._find_destination(request.raw_path, headers, key)
             if (own := self._alias_response(request.method, destination)) is not None:
@@ -324,8 +328,8 @@ class Forwarder:
             protocol = detect_protocol(request.raw_path, headers)
             raise EarlyResponse(error_response(protocol, error.status, error.code, error.message), close=True)
 
-    def _own_response(self, path: str, headers: Headers) -> web.Response | None:
-        """Return the response of the gateway's own pages, or None for a call.
+    async def _own_response(self, path: str, headers: Headers) -> web.Response:
+        """Return the response of one of the gateway's own pages.
 
         Raises:
             EarlyResponse: the caller is not authorized.
@@ -334,14 +338,22 @@ class Forwarder:
             body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
             return web.Response(body=body, content_type=JSON)
         if path == "/readyz":
-            problems = self.readiness_problems()
-            body = msgspec.json.encode({"status": "unready" if problems else "ready", "problems": problems})
-            return web.Response(status=503 if problems else 200, body=body, content_type=JSON)
-        if path == "/metrics":
-            self._check_operator(path, headers)
-            page, content_type = self.metrics.render_for(headers.get("accept", ""))
-            return web.Response(body=page, headers={"content-type": content_type})
-        return None
+            return await self._readiness_response()
+        self._check_operator(path, headers)
+        snapshot = None if self.workers is None else await self.workers.metrics()
+        page, content_type = self.metrics.render_for(headers.get("accept", ""), snapshot)
+        return web.Response(body=page, headers={"content-type": content_type})
+
+    async def _readiness_response(self) -> web.Response:
+        """Return the response of ``/readyz``."""
+        if self.workers is None:
+            problems: Sequence[str] = self.readiness_problems()
+            workers = {}
+        else:
+            problems, ready, count = await self.workers.readiness()
+            workers = {"workers": {"ready": ready, "count": count}}
+        body = msgspec.json.encode({"status": "unready" if problems else "ready", "problems": problems, **workers})
+        return web.Response(status=503 if problems else 200, body=body, content_type=JSON)
 
     def _check_token(self, path: str, headers: Headers) -> None:
         """Check that a caller presents the gateway's token, if one is needed.
