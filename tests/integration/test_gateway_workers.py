@@ -84,6 +84,12 @@ class RunningGateway:
             error.close()
             return error.code
 
+    def counted(self, name: str) -> float:
+        """Return the sum of the samples of this name, as any worker shows it, on a connection of its own."""
+        with urllib.request.urlopen(f"{self.url.partition('/openai/')[0]}/metrics", timeout=PATIENCE) as page:  # noqa: S310
+            lines = page.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}[ {{]", line))
+
 
 @contextmanager
 def gateway(provider: str, directory: Path, *options: str) -> Iterator[RunningGateway]:
@@ -106,6 +112,22 @@ def test_a_worker_that_is_killed_is_replaced_and_calls_are_served_meanwhile(prov
         assert other in running.workers()
 
 
+def test_whichever_worker_is_scraped_it_shows_the_calls_of_all_and_a_killed_one_takes_none_back(
+    provider: str, tmp_path: Path
+) -> None:
+    name = "forebay_gateway_requests_total"
+    with gateway(provider, tmp_path) as running:
+        assert [running.call() for _ in range(12)] == [200] * 12
+        assert {running.counted(name) for _ in range(8)} == {12.0}
+        killed, _ = running.workers()
+        os.kill(killed, signal.SIGKILL)
+        assert running.counted(name) == 12.0
+        until(lambda: running.counted("forebay_gateway_worker_restarts_total") == 1.0, "a new one", within=PATIENCE)
+        assert {running.counted(name) for _ in range(8)} == {12.0}
+        assert [running.call() for _ in range(6)] == [200] * 6
+        assert {running.counted(name) for _ in range(8)} == {18.0}
+
+
 def test_sigterm_ends_all_workers_and_removes_what_they_shared(provider: str, tmp_path: Path) -> None:
     with gateway(provider, tmp_path) as running:
         assert running.call() == 200
@@ -122,6 +144,7 @@ def test_workers_end_with_their_parent(provider: str, tmp_path: Path) -> None:
         workers = running.workers()
         running.process.kill()
         until(lambda: not any(runs(pid) for pid in workers), "the workers end", within=PATIENCE)
+        assert not list(tmp_path.glob("forebay-gateway-workers-*"))
 
 
 def test_workers_share_one_budget(provider: str, tmp_path: Path) -> None:

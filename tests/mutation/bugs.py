@@ -75,6 +75,7 @@ from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.request_head import RequestHead, RequestHeads
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
+from forebay.gateway.worker_group import Readiness, WorkerGroup
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
@@ -4009,6 +4010,18 @@ def a_query_is_in_the_access_log() -> None:
 
 def a_reload_refills_a_budget() -> None:
     always(UpstreamCore, UpstreamCore.adopt, returns=None)
+
+
+def a_worker_forgets_what_the_one_before_it_has_counted() -> None:
+    always(WorkerGroup, WorkerGroup._read_counted, returns=None)
+
+
+def a_worker_that_drains_answers_for_the_whole_gateway() -> None:
+    async def readiness(group: WorkerGroup) -> Readiness:
+        problems = list(group._problems())
+        return Readiness(problems, int(not problems), 1 + len(group._channel.others))
+
+    replace(WorkerGroup, WorkerGroup.readiness, readiness)
 
 
 def what_a_call_holds_is_kept_if_another_limit_rejects_it() -> None:

@@ -41,6 +41,7 @@ from tests.acceptance import (
     test_gateway_provider_keys,
     test_gateway_reload,
     test_gateway_responses,
+    test_gateway_worker_metrics,
     test_handler_context,
     test_held_tasks,
     test_hooks,
@@ -1668,6 +1669,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_query_is_in_the_access_log: test_gateway_operation.test_no_query_is_logged,
     bugs.a_reload_refills_a_budget: test_gateway_reload.test_a_reload_refills_no_budget,
+    bugs.a_worker_forgets_what_the_one_before_it_has_counted: (
+        test_gateway_worker_metrics.test_counters_stay_while_a_worker_is_dead_and_go_on_when_it_is_replaced
+    ),
+    bugs.a_worker_that_drains_answers_for_the_whole_gateway: (
+        test_gateway_worker_metrics.test_a_gateway_is_ready_if_any_worker_takes_calls
+    ),
     bugs.what_a_call_holds_is_kept_if_another_limit_rejects_it: (
         test_caller_limits.test_what_was_taken_of_one_caller_is_returned_if_another_rejects_the_call
     ),

@@ -57,6 +57,7 @@ from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, wi
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.gateway.tenants import Tenants, with_limits
+from forebay.gateway.worker_group import WorkerGroup
 from forebay.spend_log import SpendLog
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import Caller
@@ -73,6 +74,7 @@ _JSON_ENDPOINTS: Final = frozenset(
         Endpoint.COUNT_TOKENS,
     }
 )
+_OWN_PAGES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 _MAX_SHOWN: Final = 300  # characters of an error in a message
 _MAX_PATH_SHOWN: Final = 200
 _MAX_HELD_RESPONSE: Final = 16 << 20  # bytes; a longer response is passed on as it arrives
@@ -117,6 +119,7 @@ class Forwarder:
         response_memory: the memory that responses take.
         keys: that the gateway has issued; None if it issues none.
         draining: new calls are rejected.
+        workers: the other workers of the gateway; None if it has one process.
 
     Raises:
         MissingFallbackKey: the API key of a fallback is missing.
@@ -157,6 +160,7 @@ class Forwarder:
         self.keys = keys
         self._warn_of_unknown_targets()
         self.draining = False
+        self.workers: WorkerGroup | None = None
         self._readiness_checks: list[Callable[[], str | None]] = [lambda: "draining" if self.draining else None]
         self._in_progress = 0
         self._idle = asyncio.Event()
@@ -259,7 +263,7 @@ class Forwarder:
         destination = head.destination
         if destination is None or self.draining:
             try:
-                found = self._admit(request, head, record)
+                found = await self._admit(request, head, record)
             except EarlyResponse as early:
                 response: web.StreamResponse = self._early_response(request, early, record)
                 self._log(record, response.status)
@@ -294,7 +298,9 @@ class Forwarder:
                 self._idle.set()
         return response
 
-    def _admit(self, request: web.BaseRequest, head: RequestHead, record: CallRecord) -> Destination | web.Response:
+    async def _admit(
+        self, request: web.BaseRequest, head: RequestHead, record: CallRecord
+    ) -> Destination | web.Response:
         """Return where a request goes, or the response of one of the gateway's own pages.
 
         Raises:
@@ -302,8 +308,8 @@ class Forwarder:
         """
         headers = head.headers.by_name
         self._validate(request, headers)
-        if (own := self._own_response(head.path.partition("?")[0], headers)) is not None:
-            return own
+        if (path := head.path.partition("?")[0]) in _OWN_PAGES:
+            return await self._own_response(path, headers)
         key = self._authenticate(head.path, headers, record)
         destination = self._find_destination(head.path, headers, key)
         if (own := self._alias_response(head.method, destination)) is not None:
@@ -345,8 +351,8 @@ class Forwarder:
             protocol = detect_protocol(request.raw_path, headers)
             raise EarlyResponse(error_response(protocol, error.status, error.code, error.message), close=True)
 
-    def _own_response(self, path: str, headers: Headers) -> web.Response | None:
-        """Return the response of the gateway's own pages, or None for a call.
+    async def _own_response(self, path: str, headers: Headers) -> web.Response:
+        """Return the response of one of the gateway's own pages.
 
         Raises:
             EarlyResponse: the caller is not authorized.
@@ -355,14 +361,22 @@ class Forwarder:
             body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
             return web.Response(body=body, content_type=JSON)
         if path == "/readyz":
-            problems = self.readiness_problems()
-            body = msgspec.json.encode({"status": "unready" if problems else "ready", "problems": problems})
-            return web.Response(status=503 if problems else 200, body=body, content_type=JSON)
-        if path == "/metrics":
-            self._check_operator(path, headers)
-            page, content_type = self.metrics.render_for(headers.get("accept", ""))
-            return web.Response(body=page, headers={"content-type": content_type})
-        return None
+            return await self._readiness_response()
+        self._check_operator(path, headers)
+        snapshot = None if self.workers is None else await self.workers.metrics()
+        page, content_type = self.metrics.render_for(headers.get("accept", ""), snapshot)
+        return web.Response(body=page, headers={"content-type": content_type})
+
+    async def _readiness_response(self) -> web.Response:
+        """Return the response of ``/readyz``."""
+        if self.workers is None:
+            problems: Sequence[str] = self.readiness_problems()
+            workers = {}
+        else:
+            problems, ready, count = await self.workers.readiness()
+            workers = {"workers": {"ready": ready, "count": count}}
+        body = msgspec.json.encode({"status": "unready" if problems else "ready", "problems": problems, **workers})
+        return web.Response(status=503 if problems else 200, body=body, content_type=JSON)
 
     def _check_token(self, path: str, headers: Headers) -> None:
         """Check that a caller presents the gateway's token, if one is needed.

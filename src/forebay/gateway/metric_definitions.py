@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final, Literal, NamedTuple
 
 Kind = Literal["counter", "gauge", "histogram"]
+Across = Literal["sum", "highest", "lowest", "worst state"]
 
 DURATION_BUCKETS: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
@@ -30,6 +31,7 @@ class MetricDefinition(NamedTuple):
         unit: of its values, in the plural; empty if it has none.
         text: what it counts or measures, as its HELP.
         buckets: upper bounds of a histogram, in its unit.
+        across: how the values of a gateway's workers make one: where all know the same, the latest that any knows.
     """
 
     name: str
@@ -38,6 +40,7 @@ class MetricDefinition(NamedTuple):
     unit: str
     text: str
     buckets: tuple[float, ...] = ()
+    across: Across = "sum"
 
 
 REQUESTS: Final = MetricDefinition(
@@ -140,10 +143,17 @@ TOKEN_USAGE: Final = MetricDefinition(
 _ACCOUNT: Final = ("target", "account")
 _QUOTA: Final = (*_ACCOUNT, "quota", "source")
 IN_FLIGHT: Final = MetricDefinition("forebay_calls_in_flight", "gauge", _ACCOUNT, "calls", "Calls in flight.")
-LIMIT: Final = MetricDefinition("forebay_calls_limit", "gauge", _ACCOUNT, "calls", "Calls that may be in flight.")
+LIMIT: Final = MetricDefinition(
+    "forebay_calls_limit", "gauge", _ACCOUNT, "calls", "Calls that may be in flight.", across="highest"
+)
 QUEUED: Final = MetricDefinition("forebay_calls_queued", "gauge", _ACCOUNT, "calls", "Calls in the queue.")
 LOAD: Final = MetricDefinition(
-    "forebay_account_load_ratio", "gauge", _ACCOUNT, "ratio", "Expected wait of the next call over the longest allowed."
+    "forebay_account_load_ratio",
+    "gauge",
+    _ACCOUNT,
+    "ratio",
+    "Expected wait of the next call over the longest allowed.",
+    across="highest",
 )
 BREAKER: Final = MetricDefinition(
     "forebay_breaker_state",
@@ -151,36 +161,84 @@ BREAKER: Final = MetricDefinition(
     (*_ACCOUNT, "state"),
     "",
     "1 for the state of a breaker, 0 for the others.",
+    across="worst state",
 )
 QUOTA_REQUESTS_REMAINING: Final = MetricDefinition(
-    "forebay_quota_remaining_requests", "gauge", _QUOTA, "requests", "Requests that remain of a quota."
+    "forebay_quota_remaining_requests",
+    "gauge",
+    _QUOTA,
+    "requests",
+    "Requests that remain of a quota.",
+    across="lowest",
 )
 QUOTA_REQUESTS_LIMIT: Final = MetricDefinition(
-    "forebay_quota_limit_requests", "gauge", _QUOTA, "requests", "Requests that a quota grants."
+    "forebay_quota_limit_requests",
+    "gauge",
+    _QUOTA,
+    "requests",
+    "Requests that a quota grants.",
+    across="highest",
 )
 QUOTA_TOKENS_REMAINING: Final = MetricDefinition(
-    "forebay_quota_remaining_tokens", "gauge", _QUOTA, "tokens", "Tokens that remain of a quota."
+    "forebay_quota_remaining_tokens",
+    "gauge",
+    _QUOTA,
+    "tokens",
+    "Tokens that remain of a quota.",
+    across="lowest",
 )
 QUOTA_TOKENS_LIMIT: Final = MetricDefinition(
-    "forebay_quota_limit_tokens", "gauge", _QUOTA, "tokens", "Tokens that a quota grants."
+    "forebay_quota_limit_tokens",
+    "gauge",
+    _QUOTA,
+    "tokens",
+    "Tokens that a quota grants.",
+    across="highest",
 )
 ACCOUNTS: Final = MetricDefinition("forebay_accounts", "gauge", ("target",), "accounts", "Accounts in memory.")
 UNPRICED: Final = MetricDefinition(
     "forebay_unpriced_calls_total", "counter", ("target",), "calls", "Calls under a budget whose price was not known."
 )
 BUDGET_LIMIT: Final = MetricDefinition(
-    "forebay_budget_limit_usd", "gauge", ("target",), "US dollars", "Budget of a target for each period."
+    "forebay_budget_limit_usd",
+    "gauge",
+    ("target",),
+    "US dollars",
+    "Budget of a target for each period.",
+    across="highest",
 )
 BUDGET_SPENT: Final = MetricDefinition(
-    "forebay_budget_spent_usd", "gauge", ("target",), "US dollars", "Dollars of the budget spent in this period."
+    "forebay_budget_spent_usd",
+    "gauge",
+    ("target",),
+    "US dollars",
+    "Dollars of the budget spent in this period.",
+    across="highest",
 )
 BUDGET_RESERVED: Final = MetricDefinition(
     "forebay_budget_reserved_usd", "gauge", ("target",), "US dollars", "Dollars of the budget held for calls under way."
 )
 BUDGET_USED: Final = MetricDefinition(
-    "forebay_budget_used_ratio", "gauge", ("target",), "ratio", "Share of the budget spent in this period."
+    "forebay_budget_used_ratio",
+    "gauge",
+    ("target",),
+    "ratio",
+    "Share of the budget spent in this period.",
+    across="highest",
 )
-BUILD: Final = MetricDefinition("forebay_build_info", "gauge", ("version",), "", "1, with the version of Forebay.")
+WORKERS: Final = MetricDefinition(
+    "forebay_gateway_workers",
+    "gauge",
+    ("state",),
+    "workers",
+    "Worker processes, by whether they answered when their metrics were collected.",
+)
+WORKER_RESTARTS: Final = MetricDefinition(
+    "forebay_gateway_worker_restarts_total", "counter", (), "restarts", "Workers that died and were started again."
+)
+BUILD: Final = MetricDefinition(
+    "forebay_build_info", "gauge", ("version",), "", "1, with the version of Forebay.", across="highest"
+)
 
 METRICS: Final = (
     *(REQUESTS, REQUEST_DURATION, WAIT, REJECTIONS, FALLBACKS, ATTEMPTS, RETRIES, TIME_TO_FIRST_TOKEN, TOKENS, SPEND),
@@ -188,6 +246,7 @@ METRICS: Final = (
     *(OPERATION_DURATION, TIME_TO_FIRST_CHUNK, TOKEN_USAGE),
     *(IN_FLIGHT, LIMIT, QUEUED, LOAD, BREAKER),
     *(QUOTA_REQUESTS_REMAINING, QUOTA_REQUESTS_LIMIT, QUOTA_TOKENS_REMAINING, QUOTA_TOKENS_LIMIT),
-    *(ACCOUNTS, UNPRICED, BUDGET_LIMIT, BUDGET_SPENT, BUDGET_RESERVED, BUDGET_USED, BUILD),
+    *(ACCOUNTS, UNPRICED, BUDGET_LIMIT, BUDGET_SPENT, BUDGET_RESERVED, BUDGET_USED),
+    *(WORKERS, WORKER_RESTARTS, BUILD),
 )
 """All of them, in the order of the page."""

@@ -15,6 +15,7 @@ from forebay.gateway.account_collector import AccountCollector
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.metric_definitions import MetricDefinition
+from forebay.gateway.metric_snapshot import MetricSnapshot, SnapshotCollector, take_snapshot
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Target
 from forebay.gateway.usage_collector import UsageCollector
@@ -74,6 +75,12 @@ class GatewayMetrics:
         self._children: dict[tuple[str, ...], Any] = {}
         build = Gauge(definitions.BUILD.name, definitions.BUILD.text, definitions.BUILD.labels, registry=self._registry)
         build.labels(__version__).set(1)
+        workers = Gauge(
+            definitions.WORKERS.name, definitions.WORKERS.text, definitions.WORKERS.labels, registry=self._registry
+        )
+        workers.labels("answered").set(1)  # this one
+        workers.labels("silent").set(0)
+        Counter(definitions.WORKER_RESTARTS.name, definitions.WORKER_RESTARTS.text, registry=self._registry)
         tenants, keys = BoundedLabel(settings.max_metrics_tenants), BoundedLabel(settings.max_metrics_keys)
         self._registry.register(UsageCollector(targets, models=self._models, tenants=tenants, keys=keys))
         self._accounts = AccountCollector(targets, settings.max_metrics_accounts)
@@ -152,14 +159,23 @@ class GatewayMetrics:
         """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def render_for(self, accept: str) -> tuple[bytes, str]:
+    def render_for(self, accept: str, snapshot: MetricSnapshot | None = None) -> tuple[bytes, str]:
         """Return all metrics, and their content type: Prometheus's text format, or OpenMetrics where it is accepted.
 
         Args:
             accept: the Accept header of the request.
+            snapshot: other metrics than those of this process: those of all workers; None for its own.
         """
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        if snapshot is None:
+            return encode(self._registry), content_type
+        registry = CollectorRegistry()
+        registry.register(SnapshotCollector(snapshot))
+        return encode(registry), content_type
+
+    def snapshot(self) -> MetricSnapshot:
+        """Return all metrics of this process as plain data."""
+        return take_snapshot(self._registry)
 
     def _provider_labels(self, operation: Operation) -> tuple[str, ...]:
         endpoint, provider = operation.endpoint, operation.provider

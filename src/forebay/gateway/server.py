@@ -9,8 +9,10 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from shutil import rmtree
 from types import TracebackType
 from typing import Any, Final, Literal, Self, cast
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -32,6 +34,8 @@ from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.key_registry import KeyRegistry
 from forebay.gateway.settings import GatewaySettings
+from forebay.gateway.worker_channel import WorkerChannel, make_worker_directory, remove_if_last
+from forebay.gateway.worker_group import WorkerGroup
 from forebay.gateway.worker_processes import CannotListen, Listening, WorkerProcesses
 from forebay.quota import Prices
 from forebay.spend_log import SpendLog
@@ -359,6 +363,7 @@ class Gateway:
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         connector: makes the aiohttp connector to its providers; None for a `ConnectionPool`, over TCP.
         listening: a socket that listens already, instead of the address of the settings; it is closed with the gateway.
+        channel: to the other workers of the gateway, not open; None if it has one process.
 
     Raises:
         InvalidSecret: on entering; the token is missing, or not fit to be one.
@@ -378,10 +383,12 @@ class Gateway:
         *,
         connector: Callable[[], aiohttp.BaseConnector] | None = None,
         listening: socket.socket | None = None,
+        channel: WorkerChannel | None = None,
     ) -> None:
         self.settings = settings
         self._environment = environment
         self._listening = listening
+        self._channel = channel
         self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
@@ -389,6 +396,7 @@ class Gateway:
         self._keys: KeyRegistry | None = None
         self._key_watch: asyncio.Task[None] | None = None
         self._access_log: AccessLog | None = None
+        self._workers: WorkerGroup | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -416,11 +424,13 @@ class Gateway:
             )
             self._web = _Server(self.forwarder, self.settings)
             await self._watch_keys(keys)
+            await self._join_workers()
             if self._listening is not None:
                 self._server = await loop.create_server(self._web, sock=self._listening)
             else:
                 self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
+            await self._leave_workers()
             await self._watch_keys(None)
             await self._session.close()
             await self._close_spend_log()
@@ -430,6 +440,20 @@ class Gateway:
                 raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
         return self
+
+    async def _join_workers(self) -> None:
+        """Let the other workers of the gateway know what this one counts, and the other way round."""
+        if self._channel is not None:
+            forwarder = self.forwarder
+            self._workers = WorkerGroup(
+                self._channel, snapshot=forwarder.metrics.snapshot, problems=forwarder.readiness_problems
+            )
+            await self._workers.open({})
+            forwarder.workers = self._workers
+
+    async def _leave_workers(self) -> None:
+        if self._workers is not None:
+            await self._workers.close()
 
     async def _open_keys(self, settings: GatewaySettings) -> KeyRegistry | None:
         """Return the keys of the file that settings name: those that it has, if it is the same file.
@@ -534,6 +558,7 @@ class Gateway:
             await self._stop_listening()
             await self._web.answer_last_requests()
             await self._web.end()
+            await self._leave_workers()
             await self._watch_keys(None)
             await self._session.close()
             await self._close_spend_log()
@@ -635,14 +660,24 @@ def _run_workers(
     reloaded: Callable[[], object],
 ) -> int:
     """Run a gateway in several processes, whose parent is this one."""
+    directory = make_worker_directory()
+    shared = settings.shared or f"sqlite:///{quote(str(directory))}/account.db?fsync=no"
+    settings = msgspec.structs.replace(settings, shared=shared)
 
     def serve(listening: socket.socket, number: int, lifeline: int, accepts: Callable[[], object]) -> int:
         told = reloaded if number == 0 else lambda: None
-        program = _Program(settings, reload, told, listening=listening, lifeline=lifeline)
-        return _run(program, lambda _: accepts())
+        channel = WorkerChannel(directory, number, settings.workers)
+        program = _Program(settings, reload, told, listening=listening, lifeline=lifeline, channel=channel)
+        status = _run(program, lambda _: accepts())
+        if program.is_orphan:
+            remove_if_last(directory)
+        return status
 
-    workers = WorkerProcesses(settings.address, settings.workers, serve, ready, reloads=reload is not None)
-    return workers.run()
+    try:
+        workers = WorkerProcesses(settings.address, settings.workers, serve, ready, reloads=reload is not None)
+        return workers.run()
+    finally:
+        rmtree(directory, ignore_errors=True)
 
 
 def _fitted(settings: GatewaySettings) -> GatewaySettings:
@@ -673,9 +708,13 @@ class _Program:
         reloaded: called once the gateway serves by them.
         listening: see `Gateway`.
         lifeline: a file descriptor whose end stops the gateway; None for none.
+        channel: see `Gateway`.
+
+    Attributes:
+        is_orphan: the parent process has gone.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a gateway, its reloads, and its place among workers
         self,
         settings: GatewaySettings,
         reload: Callable[[], GatewaySettings] | None,
@@ -683,8 +722,10 @@ class _Program:
         *,
         listening: socket.socket | None = None,
         lifeline: int | None = None,
+        channel: WorkerChannel | None = None,
     ) -> None:
-        self._gateway = Gateway(_fitted(settings), listening=listening)
+        self._gateway = Gateway(_fitted(settings), listening=listening, channel=channel)
+        self.is_orphan = False
         self._lifeline = lifeline
         self._reload = reload
         self._reloaded = reloaded
@@ -724,6 +765,7 @@ class _Program:
     def _lose_parent(self) -> None:
         """Stop: the parent has gone."""
         asyncio.get_running_loop().remove_reader(cast("int", self._lifeline))
+        self.is_orphan = True
         self._stop.set()
 
     def _hang_up(self, had_terminal: bool, ignored: bool) -> None:  # noqa: FBT001 - of a signal handler

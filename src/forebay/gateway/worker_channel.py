@@ -1,0 +1,157 @@
+"""Messages between the processes of one gateway, over Unix sockets in a private directory of its parent process.
+
+A message is a kind, which is a line, and a body. The receiver reads to the end, answers, and closes. Only this user can
+open the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from shutil import rmtree
+from typing import Final, TypeAlias
+
+from forebay.events import log
+
+MessageHandler: TypeAlias = Callable[[bytes], Awaitable[bytes]]
+"""Returns the answer to the body of a message."""
+
+_MAX_KIND: Final = 64  # bytes
+_CHUNK: Final = 1 << 16  # bytes
+_BACKLOG: Final = 128
+
+
+def make_worker_directory() -> Path:
+    """Make the private directory of a gateway's processes, and return it."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    base = runtime if os.path.isabs(runtime) and Path(runtime).is_dir() else None  # noqa: PTH117 - a relative one is ignored
+    return Path(tempfile.mkdtemp(prefix="forebay-gateway-workers-", dir=base))
+
+
+def remove_if_last(directory: Path) -> None:
+    """Remove the private directory of a gateway's processes if no worker has a socket there any more."""
+    if not any(directory.glob("*.sock")):
+        rmtree(directory, ignore_errors=True)
+
+
+class WorkerChannel:
+    """The socket of one worker, on which it answers messages, and the way to those of the others.
+
+    Args:
+        directory: of the gateway's processes.
+        number: of this worker, from 0.
+        count: of all workers.
+
+    Attributes:
+        directory: of the gateway's processes.
+        number: of this worker.
+        others: the numbers of the other workers.
+    """
+
+    def __init__(self, directory: Path, number: int, count: int) -> None:
+        self.directory = directory
+        self.number = number
+        self.others = [other for other in range(count) if other != number]
+        self._server: asyncio.Server | None = None
+        self._handlers: Mapping[str, MessageHandler] = {}
+
+    async def open(self, handlers: Mapping[str, MessageHandler]) -> None:
+        """Answer messages from now on, each kind by its handler."""
+        self._handlers = handlers
+        path = socket_path(self.directory, self.number)
+        listening = await asyncio.get_running_loop().run_in_executor(None, _listen, path)
+        self._server = await asyncio.start_unix_server(self._serve, sock=listening)
+
+    async def close(self) -> None:
+        """Answer no more messages."""
+        if self._server is not None:
+            path = socket_path(self.directory, self.number)
+            await asyncio.get_running_loop().run_in_executor(None, functools.partial(path.unlink, missing_ok=True))
+            self._server.close()
+            self._server = None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            kind, _, body = (await reader.read(-1)).partition(b"\n")
+            handler = self._handlers.get(kind.decode(errors="replace")[:_MAX_KIND])
+            if handler is not None:
+                writer.write(await handler(body))
+                await writer.drain()
+        except OSError:
+            pass  # it has gone
+        except Exception:  # noqa: BLE001 - the others do without its answer
+            log.exception("a message between the workers of this gateway failed, by a bug of the gateway")
+        finally:
+            writer.close()
+
+    async def ask_others(self, kind: str, body: bytes = b"", *, within: float) -> dict[int, bytes | None]:
+        """Return the answers of the other workers, by number; None of one that does not answer in time.
+
+        Args:
+            kind: of the message.
+            body: of the message.
+            within: seconds, for all of them.
+        """
+        answers = await asyncio.gather(*(self._ask(other, kind, body, within) for other in self.others))
+        return dict(zip(self.others, answers, strict=True))
+
+    async def _ask(self, other: int, kind: str, body: bytes, within: float) -> bytes | None:
+        try:
+            async with asyncio.timeout(within):
+                reader, writer = await asyncio.open_unix_connection(socket_path(self.directory, other))
+                try:
+                    writer.write(kind.encode() + b"\n" + body)
+                    writer.write_eof()
+                    return await reader.read(-1) or None
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError):
+            return None
+
+
+def socket_path(directory: Path, number: int) -> Path:
+    """Return the path of a worker's socket."""
+    return directory / f"{number}.sock"
+
+
+def _listen(path: Path) -> socket.socket:
+    """Return a socket that listens at a path, in the place of one that nobody has any more."""
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        listening.bind(os.fspath(path))
+        listening.listen(_BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    listening.setblocking(False)
+    return listening
+
+
+def ask_worker(directory: Path, number: int, kind: str, body: bytes = b"", *, within: float) -> bytes | None:
+    """Return the answer of a worker to a message; None if it does not answer. It blocks.
+
+    Args:
+        directory: of the gateway's processes.
+        number: of the worker.
+        kind: of the message.
+        body: of the message.
+        within: seconds, for each step.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(within)
+        try:
+            connection.connect(os.fspath(socket_path(directory, number)))
+            connection.sendall(kind.encode() + b"\n" + body)
+            connection.shutdown(socket.SHUT_WR)
+            parts = []
+            while part := connection.recv(_CHUNK):
+                parts.append(part)
+        except OSError:
+            return None
+    return b"".join(parts) or None
