@@ -403,7 +403,8 @@ class SharedAccount:
         with self._lock:
             self.account.suspend(now, seconds, since=since)
             self.account.reject_queued(now)
-            self._update_lease(now)
+            if self._link is not None:
+                self._update_lease(self._link, now)
 
     def is_expendable(self) -> bool:
         """Return whether a new account could replace it. See `Account.is_expendable`."""
