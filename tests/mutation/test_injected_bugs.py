@@ -1671,6 +1671,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
     ),
+    bugs.each_process_gives_the_alert_of_a_shared_budget: (
+        test_shared_accounts.test_an_alert_is_given_by_one_of_the_processes_that_share_a_budget
+    ),
     bugs.a_new_store_of_a_shared_account_refills_a_budget: (
         test_spend_log.test_a_new_store_of_a_shared_account_begins_with_what_the_log_has
     ),

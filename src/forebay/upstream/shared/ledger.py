@@ -178,7 +178,6 @@ class AccountLedger:
             absence=ended,
         )
         state.members[request.member] = member
-        state.members = dict(sorted(state.members.items()))  # sums do not depend on who came first
         if request.epoch and request.epoch != state.epoch:
             self._recover(member, request)
         return member, ended is None or request.sequence > ended.sequence
@@ -225,7 +224,7 @@ class AccountLedger:
         budget = None
         if request.budget is not None and state.terms.budget is not None:
             grant_money(state, name, state.terms.budget, request.budget)
-            budget = budget_reply(state, name, state.terms.budget)
+            budget = budget_reply(state, name, state.terms.budget, request.budget)
             if (retry := money_retry(member)) is not None:
                 retries.append(retry)
         member.is_waiting = bool(retries)

@@ -103,6 +103,7 @@ class LedgerState(msgspec.Struct):
         period: when the period of its budget began, in epoch seconds.
         recovered: dollars that were spent in this period by what members of an earlier epoch knew.
         reported: dollars that members have spent in this period besides.
+        alerted: the highest share of the budget for which a member was told to give an alert in this period.
         previous_period: when the period before began: the clock may go back to it.
         previous_spent: dollars that were spent in that one.
         limit: that the members have learned.
@@ -122,6 +123,7 @@ class LedgerState(msgspec.Struct):
     period: float = -1.0
     recovered: float = 0.0
     reported: float = 0.0
+    alerted: float = 0.0
     previous_period: float = -1.0
     previous_spent: float = 0.0
     limit: float = 1.0

@@ -366,7 +366,7 @@ local function begin_period(state, budget, now)
   local start = period_start(budget.per, now)
   if start > state.period then
     state.previous_period, state.previous_spent = state.period, spent_by_all(state)
-    state.recovered, state.reported = 0, 0
+    state.recovered, state.reported, state.alerted = 0, 0, 0
     for _, member in pairs(state.members) do
       member.usd, member.usd_reserved, member.usd_short = 0, 0, 0
     end
@@ -423,7 +423,22 @@ local function grant_money(state, names, name, budget, asked)
   member.usd = member.usd + max(0, min(wanted - member.usd, chunk - beyond_need))
 end
 
-local function budget_reply(state, names, name, budget)
+local function take_alert(state, budget, asked)
+  if asked.period == state.period or asked.logged_period == state.period then
+    state.alerted = max(state.alerted, asked.alerted)
+  end
+  local spent, least, due = spent_by_all(state), budget.usd * (1 - MONEY_EPSILON), 0
+  if spent >= least or (asked.exhausted and asked.period == state.period) then
+    due = 1
+  elseif spent >= asked.alert * least then
+    due = asked.alert
+  end
+  if due <= state.alerted then return 0 end
+  state.alerted = due
+  return due
+end
+
+local function budget_reply(state, names, name, budget, asked)
   local ends, reserved, recall = period_end(budget.per, state.period), 0, false
   for _, other in ipairs(names) do
     local each = state.members[other]
@@ -432,7 +447,8 @@ local function budget_reply(state, names, name, budget)
   end
   return {
     period = state.period, ends_in = ends and ends - state.clock, held = state.members[name].usd,
-    spent = spent_by_all(state), reserved = reserved, recall = recall,
+    spent = spent_by_all(state), reserved = reserved, recall = recall, alert = take_alert(state, budget, asked),
+    alerted = state.alerted,
   }
 end
 
@@ -445,7 +461,7 @@ local function open_ledger(now, request)
   end
   local state = {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
-    levels = levels, members = {}, ended = {}, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0,
+    levels = levels, members = {}, ended = {}, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0, alerted = 0,
     previous_period = -1, previous_spent = 0,
   }
   begin_limit(state, request.limit)
@@ -547,7 +563,7 @@ local function decide(state, request, member)
   end
   if request.budget and state.terms.budget then
     grant_money(state, names, name, state.terms.budget, request.budget)
-    budget = budget_reply(state, names, name, state.terms.budget)
+    budget = budget_reply(state, names, name, state.terms.budget, request.budget)
     if member.usd_short > 0 then retry = max(retry or 0, MONEY_RETRY) end
   end
   member.is_waiting = retry ~= nil
