@@ -4071,6 +4071,10 @@ def a_new_store_of_a_shared_account_refills_a_budget() -> None:
     always(LoggedBudget, LoggedBudget.spent, returns=0.0)
 
 
+def a_ledger_of_a_newer_version_is_overwritten() -> None:
+    vars(ledger)["LAYOUT"] = 1_000
+
+
 def the_first_that_reaches_its_store_again_gets_what_others_have_used() -> None:
     vars(quota_shares)["quota_of_the_absent"] = lambda *_: 0.0
 

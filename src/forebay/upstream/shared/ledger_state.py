@@ -6,6 +6,12 @@ import msgspec
 
 from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, SlotRequest
 
+LAYOUT = 2
+"""The number of the fields below: raised with each of them. `redis_exchange.lua` has the same number and fields.
+
+Every field that layout 1 did not have has a default, with which a ledger that was written before goes on.
+"""
+
 LAPSE = 1.5
 """Seconds after which the wishes of a member that has not asked again count no more; what it holds does."""
 
@@ -109,6 +115,7 @@ class LedgerState(msgspec.Struct):
         limit: that the members have learned.
         limit_epoch: how often it was cut.
         silent_until: until then no call is sent, because a lone one was refused.
+        layout: of the version that wrote it. The first one wrote none.
     """
 
     epoch: str
@@ -129,6 +136,7 @@ class LedgerState(msgspec.Struct):
     limit: float = 1.0
     limit_epoch: int = 0
     silent_until: float = 0.0
+    layout: int = 1
 
     @property
     def spent(self) -> float:

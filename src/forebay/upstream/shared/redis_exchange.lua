@@ -4,6 +4,7 @@
 -- ARGV[1] is the request, a MessagePack map like `ExchangeRequest`. The answer is a map like `ExchangeReply`.
 -- Sums are over sorted names, so that rounding does not depend on the order of a table.
 
+local LAYOUT = 2 -- see ledger_state.py
 local LEASE, LEASE_MARGIN, LAPSE = 5.0, 0.25, 1.5
 local MAX_RETRY, KEEP_ENDED, MAX_ENDED = 0.25, 3600.0, 128
 local SILENCE, RECOVERY, UNNAMED = 2.5, 2.0, '?'
@@ -454,16 +455,46 @@ end
 
 -- the ledger: see ledger.py
 
+local NEW_LEDGER = {
+  time = 0, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0, alerted = 0,
+  previous_period = -1, previous_spent = 0, limit = 1, limit_epoch = 0, silent_until = 0,
+}
+local NEW_MEMBER = {
+  waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
+  usd = 0, usd_reserved = 0, usd_short = 0,
+}
+local NEW_ENDED = {until_ = 0, share = 0, slots = 0, usd = 0}
+
+local function fill(map, defaults)
+  for key, value in pairs(defaults) do
+    if map[key] == nil then map[key] = value end
+  end
+end
+
+local function load_ledger(packed)
+  local is_packed, state = pcall(cmsgpack.unpack, packed)
+  if not is_packed or type(state) ~= 'table' or not state.terms then return nil, cmsgpack.pack({layout = 0}) end
+  local layout = state.layout or 1
+  if layout > LAYOUT then return nil, cmsgpack.pack({layout = layout}) end
+  if layout < LAYOUT then
+    fill(state, NEW_LEDGER)
+    for _, member in pairs(state.members) do fill(member, NEW_MEMBER) end
+    for _, ended in pairs(state.ended) do fill(ended, NEW_ENDED) end
+    state.layout = LAYOUT
+  end
+  return state
+end
+
 local function open_ledger(now, request)
   local levels = {}
   for number, quota in ipairs(request.terms.quotas) do
     levels[number] = request.epoch == '' and quota.amount or 0
   end
   local state = {
-    epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
-    levels = levels, members = {}, ended = {}, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0, alerted = 0,
-    previous_period = -1, previous_spent = 0,
+    epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now,
+    levels = levels, members = {}, ended = {}, layout = LAYOUT,
   }
+  fill(state, NEW_LEDGER)
   begin_limit(state, request.limit)
   if request.terms.budget then
     begin_period(state, request.terms.budget, now)
@@ -523,9 +554,9 @@ local function join(state, request)
   state.ended[request.member] = nil
   member = {
     sequence = request.sequence, until_ = state.time, seen = state.time, held = {}, short = {}, lost = {},
-    waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
-    usd = 0, usd_reserved = 0, usd_short = 0, absence = ended,
+    absence = ended,
   }
+  fill(member, NEW_MEMBER)
   for number = 1, count do
     member.held[number], member.short[number] = 0, 0
     member.lost[number] = ended and #ended.lost == count and ended.lost[number] or 0
@@ -593,7 +624,13 @@ local function save(state)
 end
 
 local request, now, packed = cmsgpack.unpack(ARGV[1]), read_clock(), redis.call('GET', KEYS[1])
-local state = packed and cmsgpack.unpack(packed) or open_ledger(now, request)
+local state, unreadable
+if packed then
+  state, unreadable = load_ledger(packed)
+  if unreadable then return unreadable end
+else
+  state = open_ledger(now, request)
+end
 advance(state, now)
 local known = state.members[request.member]
 if known and known.reply and request.sequence <= known.sequence then
@@ -626,7 +663,8 @@ end
 local reply = cmsgpack.pack(decide(state, request, member))
 member.reply = reply
 if request.leaving then
-  local left = {sequence = member.sequence, at = state.time, lost = member.held, until_ = 0, share = 0, slots = 0, usd = 0}
+  local left = {sequence = member.sequence, at = state.time, lost = member.held}
+  fill(left, NEW_ENDED)
   end_member(state, request.member, left)
 end
 save(state)
