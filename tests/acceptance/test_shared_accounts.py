@@ -171,6 +171,35 @@ async def test_a_shared_budget_is_spent_once_a_small_call_is_rejected() -> None:
     assert [alert.spent for alert in alerts] == pytest.approx([9.9, 9.9])
 
 
+@virtual
+async def test_an_alert_is_given_by_one_of_the_processes_that_share_a_budget() -> None:
+    events: list[Event] = []
+    store = MemoryLedgerStore()
+    upstreams = [
+        Upstream(
+            "key",
+            budget=Budget(usd=10.0, alert=0.5),
+            prices={"m": Price(input=0, output=1_000)},
+            shared=store,
+            on_event=events.append,
+        )
+        for _ in range(3)
+    ]
+    for _ in range(4):
+        for upstream in upstreams:
+            async with upstream.call("m", output_tokens=820) as call:
+                call.settle(input_tokens=0, output_tokens=820)
+            await asyncio.sleep(1.0)
+    for upstream in upstreams:
+        with pytest.raises(Overloaded, match="would be overspent"):
+            async with upstream.call("m", output_tokens=300):
+                pass
+    await asyncio.sleep(1.0)
+    alerts = [event for event in events if isinstance(event, BudgetAlert)]
+    assert [alert.share for alert in alerts] == [0.5, 1.0]
+    assert [alert.spent for alert in alerts] == pytest.approx([5.74, 9.84])
+
+
 @pytest.mark.blocks
 async def test_what_was_spent_survives_all_processes(tmp_path: Path) -> None:
     prices = {"m": Price(input=0, output=1_000)}

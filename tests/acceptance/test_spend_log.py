@@ -193,16 +193,20 @@ def test_a_restart_does_not_alert_again(restarts: Restarts, caplog: pytest.LogCa
     ]
 
 
-def test_the_alert_of_a_shared_budget_is_not_given_again(restarts: Restarts, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("keeps_ledgers", [True, False])
+def test_the_alert_of_a_shared_budget_is_not_given_again(
+    restarts: Restarts, caplog: pytest.LogCaptureFixture, *, keeps_ledgers: bool
+) -> None:
     store = MemoryLedgerStore()
 
     def spend_until(usd: float) -> None:
-        upstream = restarts.start(budget=Budget(usd=10 * COST, per="month", alert=0.1), shared=store)
+        shared = store if keeps_ledgers else MemoryLedgerStore()
+        upstream = restarts.start(budget=Budget(usd=10 * COST, per="month", alert=0.1), shared=shared)
         call(upstream)
         wait_for(lambda: "10% of" in caplog.text and (upstream.statistics().spent_usd or 0.0) > usd)
 
     spend_until(0.5 * COST)
-    spend_until(1.5 * COST)  # by the ledger, which has told what the process before has spent
+    spend_until(1.5 * COST)
     assert caplog.text.count("10% of 0.035 USD a month is spent") == 1
 
 

@@ -266,7 +266,13 @@ from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.ledger import AccountLedger
 from forebay.upstream.shared.ledger_state import LedgerState, MemberState
-from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LimitRequest
+from forebay.upstream.shared.messages import (
+    BudgetRequest,
+    BudgetTerms,
+    ExchangeReply,
+    ExchangeRequest,
+    LimitRequest,
+)
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -1024,7 +1030,7 @@ def a_clock_that_was_ahead_refills_a_shared_budget() -> None:
 
 
 def a_small_call_that_is_rejected_does_not_alert() -> None:
-    skip(LeasedBudget.rejection, LeasedBudget._alert_if_due)
+    skip(LeasedBudget.rejection, LeasedBudget._report_rejection)
 
 
 def spend_that_could_not_be_written_is_lost() -> None:
@@ -4088,8 +4094,21 @@ def a_cut_counts_for_each_process_that_makes_one() -> None:
     vars(ledger)["report_limit"] = report
 
 
+def each_process_gives_the_alert_of_a_shared_budget() -> None:
+    original = budget_shares.take_alert
+
+    def take_alert(state: LedgerState, budget: BudgetTerms, asked: BudgetRequest) -> float:
+        return original(msgspec.structs.replace(state), budget, asked)
+
+    vars(budget_shares)["take_alert"] = take_alert
+
+
 def a_new_store_of_a_shared_account_refills_a_budget() -> None:
     always(LoggedBudget, LoggedBudget.spent, returns=0.0)
+
+
+def a_ledger_of_a_newer_version_is_overwritten() -> None:
+    vars(ledger)["LAYOUT"] = 1_000
 
 
 def the_first_that_reaches_its_store_again_gets_what_others_have_used() -> None:

@@ -188,7 +188,7 @@ from tests.unit.upstream.accounts.refusals import (
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
-from tests.unit.upstream.shared import test_lease, test_ledger, test_limit_learning
+from tests.unit.upstream.shared import test_lease, test_ledger, test_ledger_layout, test_limit_learning
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -1689,8 +1689,14 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
     ),
+    bugs.each_process_gives_the_alert_of_a_shared_budget: (
+        test_shared_accounts.test_an_alert_is_given_by_one_of_the_processes_that_share_a_budget
+    ),
     bugs.a_new_store_of_a_shared_account_refills_a_budget: (
         test_spend_log.test_a_new_store_of_a_shared_account_begins_with_what_the_log_has
+    ),
+    bugs.a_ledger_of_a_newer_version_is_overwritten: (
+        test_ledger_layout.test_a_ledger_of_a_newer_version_is_left_as_it_is_and_the_error_says_what_to_do
     ),
     bugs.the_first_that_reaches_its_store_again_gets_what_others_have_used: (
         test_ledger.test_the_first_to_come_back_is_not_granted_what_others_may_have_used_of_their_share

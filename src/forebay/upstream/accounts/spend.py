@@ -173,6 +173,10 @@ class LoggedBudget:
         """See `BudgetHistory`."""
         return self._log.spent(self._place, per, now)
 
+    def alerted(self, period: float) -> float:
+        """See `BudgetHistory`."""
+        return self._log.alerted(self._place, period)
+
 
 UpstreamBudget: TypeAlias = SharedBudget | LeasedBudget
 
@@ -332,8 +336,6 @@ class UpstreamBudgets:
     def _alert(self, name: str, budget: Budget, place: AlertPlace, share: float, spent: float) -> None:
         period = period_start(budget.per, clock.wall_time())
         if self._spend_log is not None:
-            if self._link is not None and self._spend_log.alerted(place, period) >= share:
-                return  # by this process before its restart; the ledger of the budget does not tell
             self._spend_log.record_alert(place, GivenAlert(period, share))
         log.warning("%s: %s", name, _alert_text(budget, share, spent))
         if self._on_alert is not None:

@@ -64,7 +64,7 @@ def absent_members(state: LedgerState) -> list[EndedMember]:
     """Return the members that may be alive, and have not reported what they have used since the store was away."""
     if state.time >= state.recovers_until:
         return []
-    absences = [ended for _, ended in sorted(state.ended.items())]
+    absences = list(state.ended.values())
     absences += [member.absence for member in state.members.values() if member.absence is not None]
     return [ended for ended in absences if ended.share > 0.0 and ended.at >= state.away_until]
 

@@ -27,7 +27,7 @@ def begin_period(state: LedgerState, budget: BudgetTerms, now: float) -> None:
     start = period_start(budget.per, now)
     if start > state.period:
         state.previous_period, state.previous_spent = state.period, state.spent
-        state.recovered = state.reported = 0.0
+        state.recovered = state.reported = state.alerted = 0.0
         for member in state.members.values():
             member.usd = member.usd_reserved = member.usd_short = 0.0
         for ended in state.ended.values():
@@ -92,7 +92,25 @@ def grant_money(state: LedgerState, name: str, budget: BudgetTerms, asked: Budge
     member.usd += max(0.0, min(wanted - member.usd, chunk - (member.usd - max(member.usd_reserved, needed))))
 
 
-def budget_reply(state: LedgerState, name: str, budget: BudgetTerms) -> BudgetReply:
+def take_alert(state: LedgerState, budget: BudgetTerms, asked: BudgetRequest) -> float:
+    """Return the share of the budget for which a member is to give an alert, which no other gives then; 0 for none.
+
+    One is due once a period for the share that the member asks for, and once for all of it; of both, only the latter.
+    """
+    if state.period in (asked.period, asked.logged_period):
+        state.alerted = max(state.alerted, asked.alerted)
+    least, due = budget.usd * (1.0 - _EPSILON), 0.0
+    if state.spent >= least or (asked.exhausted and asked.period == state.period):
+        due = 1.0
+    elif state.spent >= asked.alert * least:
+        due = asked.alert
+    if due <= state.alerted:
+        return 0.0
+    state.alerted = due
+    return due
+
+
+def budget_reply(state: LedgerState, name: str, budget: BudgetTerms, asked: BudgetRequest) -> BudgetReply:
     """Return the state of the budget for a member."""
     end = period_end(budget.per, state.period)
     return BudgetReply(
@@ -102,6 +120,8 @@ def budget_reply(state: LedgerState, name: str, budget: BudgetTerms) -> BudgetRe
         spent=state.spent,
         reserved=sum(member.usd_reserved for member in state.members.values()),
         recall=any(other.usd_short > 0.0 and other.wishes(state.time) for other in state.others(name)),
+        alert=take_alert(state, budget, asked),
+        alerted=state.alerted,
     )
 
 

@@ -42,6 +42,9 @@ class BudgetHistory(Protocol):
     def spent(self, per: str | None, now: float) -> float:
         """Return the dollars that were spent in the period of `now`, in epoch seconds."""
 
+    def alerted(self, period: float) -> float:
+        """Return the highest share for which an alert was given in a period, by its start; 0 for none."""
+
 
 class LeasedBudget(LedgerLease):
     """The lease of this process on a budget, which the calls of several accounts spend from. See `SharedBudget`.
@@ -56,8 +59,8 @@ class LeasedBudget(LedgerLease):
         budget: the amount and its period.
         forget_after: see `BudgetTerms`.
         history: with which the ledger begins if it is new; None: with nothing spent.
-        on_alert: called once an alert is due, with the share of the budget and the dollars that all processes have
-            spent; in each process. It may not block, or use the budget.
+        on_alert: called once an alert is due that this process is to give for all, with the share of the budget and the
+            dollars that all processes have spent. It may not block, or use the budget.
     """
 
     def __init__(  # noqa: PLR0913 - which ledger, and which budget
@@ -100,7 +103,8 @@ class LeasedBudget(LedgerLease):
         self._recall = False  # others wait for what is idle here
         self._retry_at = -math.inf
         self._reply: BudgetReply | None = None
-        self._alerted = 0.0  # the highest share of this period that an alert was given for
+        self._alerted = 0.0  # the highest share of this period that any process has given an alert for
+        self._is_exhausted = False  # a small call was rejected, which the ledger is to know
         self._reserved_then = 0.0  # here, when that reply was asked for
         self._away_left: float | None = None  # dollars of its own share while the store is away
         self._paced = 0.0  # dollars reserved since the pace was measured
@@ -205,7 +209,7 @@ class LeasedBudget(LedgerLease):
             spent = used if away else used - self._reserved_by_all(now)
             resets_in = self._resets_in(now)
             if not away:
-                self._alert_if_due(spent, rejected=usd)
+                self._report_rejection(now, spent, usd)
         name = f"{self.name}, of which this process has its share alone while the store is away," if away else self.name
         left = self._total(priority) - spent
         affordable_later = left > 0.0 and usd <= left and not away
@@ -307,7 +311,7 @@ class LeasedBudget(LedgerLease):
 
     def is_busy(self, now: float) -> bool:  # noqa: ARG002 - see `LedgerLease`
         """See `LedgerLease`."""
-        return bool(self._open or self._spent or self._held or self._is_asked)
+        return bool(self._open or self._spent or self._held or self._is_asked or self._is_exhausted)
 
     def make_request(self, now: float, *, leaving: bool) -> ExchangeRequest:
         """See `LedgerLease`. Calls that are in flight when the process ends cost what was reserved for them."""
@@ -324,8 +328,11 @@ class LeasedBudget(LedgerLease):
             important=important,
             wanted=wanted,
             known_spent=0.0 if self._reply is None else self._reply.spent,
+            alert=self.budget.alert or 0.0,
+            alerted=self._alerted,
+            exhausted=self._is_exhausted,
         )
-        if self._history is not None and self._period < 0.0:
+        if self._history is not None and self._period < 0.0:  # the ledger has not told it yet
             request = _with_history(request, self._history, self.budget.per)
         balance = max(0.0, self._held - spent)
         self._reported = spent
@@ -376,21 +383,20 @@ class LeasedBudget(LedgerLease):
         self._low_mark = _LOW * (self._held - self._spent - self._reserved)
         self._recall = budget.recall
         self._retry_at = -math.inf if reply.retry_in is None else now + reply.retry_in
-        self._alert_if_due(budget.spent)
+        self._alerted = budget.alerted
+        if request.budget is not None and request.budget.exhausted:
+            self._is_exhausted = False
+        if budget.alert > 0.0 and self._on_alert is not None:
+            self._on_alert(budget.alert, budget.spent)
 
-    def _alert_if_due(self, spent: float, *, rejected: float = 0.0) -> None:
-        """Give an alert if a share of the budget is spent, once a period for `Budget.alert` and once for all of it.
+    def _report_rejection(self, now: float, spent: float, usd: float) -> None:
+        """Tell the ledger that a call was rejected, if it is one after which the budget counts as spent.
 
-        As in `BudgetTracker.take_alert`, it counts as spent if a small call of `rejected` dollars is rejected for that.
+        See `BudgetTracker.take_alert`. The process that the ledger tells then gives the alert.
         """
-        total, least = self.budget.usd, self.budget.usd * (1.0 - _EPSILON)
-        is_spent = spent >= least or spent + rejected > total >= rejected * SMALL_CALLS
-        due = 1.0 if is_spent else self.budget.alert or math.inf
-        if due <= self._alerted or not (is_spent or spent >= due * least):
-            return
-        self._alerted = due
-        if self._on_alert is not None:
-            self._on_alert(due, spent)
+        if self._alerted < 1.0 and spent + usd > self.budget.usd >= usd * SMALL_CALLS:
+            self._is_exhausted = True
+            self.update(now)
 
     def keep_unreported(self) -> None:
         """See `LedgerLease`."""
@@ -409,6 +415,8 @@ class LeasedBudget(LedgerLease):
             self.ask_at(max(now, self._retry_at))
         if idle < self._low_mark or (self._recall and idle > 0.0):
             self.ask_at(now)
+        if self._is_exhausted:
+            self.ask_at(now)
         if self._spent:
             self.ask_at(now + _REPORT)
 
@@ -419,7 +427,10 @@ class LeasedBudget(LedgerLease):
 def _with_history(request: BudgetRequest, history: BudgetHistory, per: str | None) -> BudgetRequest:
     """Return a request with what the spend log has of the present period."""
     now = clock.wall_time()
-    return msgspec.structs.replace(request, logged_period=period_start(per, now), logged_spent=history.spent(per, now))
+    period = period_start(per, now)
+    return msgspec.structs.replace(
+        request, logged_period=period, logged_spent=history.spent(per, now), alerted=history.alerted(period)
+    )
 
 
 class LeasedDollars:

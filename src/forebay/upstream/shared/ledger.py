@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from forebay.errors import StoreUnavailable
 from forebay.upstream.shared.absent_members import (
     absent_member,
     expect_unnamed,
@@ -26,7 +27,7 @@ from forebay.upstream.shared.budget_shares import (
     report_spend,
     restore_spend,
 )
-from forebay.upstream.shared.ledger_state import EndedMember, LedgerState, MemberState
+from forebay.upstream.shared.ledger_state import LAYOUT, EndedMember, LedgerState, MemberState
 from forebay.upstream.shared.limit_learning import begin_limit, limit_reply, report_limit
 from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest
 from forebay.upstream.shared.periods import period_end
@@ -73,7 +74,7 @@ class AccountLedger:
         lost = bool(request.epoch)
         levels = [0.0 if lost else quota.amount for quota in request.terms.quotas]
         epoch = f"{request.member}:{request.sequence}"
-        state = LedgerState(epoch=epoch, terms=request.terms, clock=now, levels=levels)
+        state = LedgerState(epoch=epoch, terms=request.terms, clock=now, levels=levels, layout=LAYOUT)
         begin_limit(state, request.limit)
         if request.terms.budget is not None:
             begin_period(state, request.terms.budget, now)
@@ -181,7 +182,6 @@ class AccountLedger:
             absence=ended,
         )
         state.members[request.member] = member
-        state.members = dict(sorted(state.members.items()))  # sums do not depend on who came first
         if request.epoch and request.epoch != state.epoch:
             self._recover(member, request)
         return member, ended is None or request.sequence > ended.sequence
@@ -228,7 +228,7 @@ class AccountLedger:
         budget = None
         if request.budget is not None and state.terms.budget is not None:
             grant_money(state, name, state.terms.budget, request.budget)
-            budget = budget_reply(state, name, state.terms.budget)
+            budget = budget_reply(state, name, state.terms.budget, request.budget)
             if (retry := money_retry(member)) is not None:
                 retries.append(retry)
         member.is_waiting = bool(retries)
@@ -246,11 +246,51 @@ class AccountLedger:
         )
 
 
+class _Layout(msgspec.Struct):
+    """The part of a ledger that every version can read."""
+
+    layout: int = 1
+
+
+class UnreadableLedger(Exception):
+    """A ledger that this version cannot go on with.
+
+    Args:
+        layout: that it has; None if it is no ledger.
+    """
+
+    def __init__(self, layout: int | None) -> None:
+        super().__init__(layout)
+        self.layout = layout
+
+    def unavailable(self, where: str) -> StoreUnavailable:
+        """Return the error of the store that has it."""
+        if self.layout is None:
+            why = "it has something else in the place of a ledger, or one that is damaged"
+            advice = "Choose another ?name= or another file: budgets begin with the spend log there, or at zero."
+        else:
+            why = f"a newer Forebay wrote one of its ledgers (layout {self.layout}; this version knows {LAYOUT})"
+            advice = "Update this process as well; or give it another ?name= or another file, with limits of its own."
+        return StoreUnavailable(where=where, why=why, advice=advice)
+
+
 def encode_ledger(ledger: AccountLedger) -> bytes:
     """Return a ledger as bytes, for a store."""
     return msgspec.msgpack.encode(ledger.state)
 
 
 def decode_ledger(data: bytes) -> AccountLedger:
-    """Return the ledger that a store has kept."""
-    return AccountLedger(msgspec.msgpack.decode(data, type=LedgerState))
+    """Return the ledger that a store has kept. One that an earlier version wrote goes on as one of this version.
+
+    Raises:
+        UnreadableLedger: a later version wrote it, or no version did.
+    """
+    try:
+        layout = msgspec.msgpack.decode(data, type=_Layout).layout
+        if layout > LAYOUT:
+            raise UnreadableLedger(layout)
+        state = msgspec.msgpack.decode(data, type=LedgerState)
+    except msgspec.DecodeError as error:
+        raise UnreadableLedger(None) from error
+    state.layout = LAYOUT
+    return AccountLedger(state)

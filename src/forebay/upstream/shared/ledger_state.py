@@ -7,6 +7,12 @@ import msgspec
 from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, SlotRequest
 from forebay.upstream.shared.stoppage_state import StoppageState
 
+LAYOUT = 2
+"""The number of the fields below: raised with each of them. `redis_exchange.lua` has the same number and fields.
+
+Every field that layout 1 did not have has a default, with which a ledger that was written before goes on.
+"""
+
 LAPSE = 1.5
 """Seconds after which the wishes of a member that has not asked again count no more; what it holds does."""
 
@@ -104,12 +110,14 @@ class LedgerState(msgspec.Struct):
         period: when the period of its budget began, in epoch seconds.
         recovered: dollars that were spent in this period by what members of an earlier epoch knew.
         reported: dollars that members have spent in this period besides.
+        alerted: the highest share of the budget for which a member was told to give an alert in this period.
         previous_period: when the period before began: the clock may go back to it.
         previous_spent: dollars that were spent in that one.
         limit: that the members have learned.
         limit_epoch: how often it was cut.
         silent_until: until then no call is sent, because a lone one was refused.
         stoppages: of its calls, by kind.
+        layout: of the version that wrote it. The first one wrote none.
     """
 
     epoch: str
@@ -124,12 +132,14 @@ class LedgerState(msgspec.Struct):
     period: float = -1.0
     recovered: float = 0.0
     reported: float = 0.0
+    alerted: float = 0.0
     previous_period: float = -1.0
     previous_spent: float = 0.0
     limit: float = 1.0
     limit_epoch: int = 0
     silent_until: float = 0.0
     stoppages: dict[str, StoppageState] = {}
+    layout: int = 1
 
     @property
     def spent(self) -> float:

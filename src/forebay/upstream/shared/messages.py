@@ -157,6 +157,9 @@ class BudgetRequest(msgspec.Struct, frozen=True):
         logged_period: the start of the present period by the clock of the member, if the ledger has not told it yet and
             the member has a spend log; else -1.
         logged_spent: in that period, by the spend log: a ledger that is new begins with it.
+        alert: the share of the budget from which the member wants an alert; 0 for none but that all is spent.
+        alerted: the highest share for which an alert was given in that period, as the member knows; 0 for none.
+        exhausted: a small call was rejected, since what is left is less than it needs: all counts as spent.
     """
 
     period: float = -1.0
@@ -168,6 +171,9 @@ class BudgetRequest(msgspec.Struct, frozen=True):
     known_spent: float = 0.0
     logged_period: float = -1.0
     logged_spent: float = 0.0
+    alert: float = 0.0
+    alerted: float = 0.0
+    exhausted: bool = False
 
     def kept(self, held: float) -> float:
         """Return the part of `held` that the member keeps, before anything is granted."""
@@ -265,6 +271,8 @@ class BudgetReply(msgspec.Struct, frozen=True):
         spent: by all members, in this period.
         reserved: for calls in flight of all members.
         recall: another member waits for money: what is not reserved is to be returned at once.
+        alert: the share for which this member is to give an alert; 0 for none.
+        alerted: the highest share for which one was given in this period, by any member; 0 for none.
     """
 
     period: float
@@ -273,6 +281,8 @@ class BudgetReply(msgspec.Struct, frozen=True):
     reserved: float
     ends_in: float | None = None
     recall: bool = False
+    alert: float = 0.0
+    alerted: float = 0.0
 
 
 class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):

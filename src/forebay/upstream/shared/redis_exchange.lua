@@ -4,6 +4,7 @@
 -- ARGV[1] is the request, a MessagePack map like `ExchangeRequest`. The answer is a map like `ExchangeReply`.
 -- Sums are over sorted names, so that rounding does not depend on the order of a table.
 
+local LAYOUT = 2 -- see ledger_state.py
 local LEASE, LEASE_MARGIN, LAPSE = 5.0, 0.25, 1.5
 local MAX_RETRY, KEEP_ENDED, MAX_ENDED = 0.25, 3600.0, 128
 local SILENCE, RECOVERY, UNNAMED = 2.5, 2.0, '?'
@@ -461,7 +462,7 @@ local function begin_period(state, budget, now)
   local start = period_start(budget.per, now)
   if start > state.period then
     state.previous_period, state.previous_spent = state.period, spent_by_all(state)
-    state.recovered, state.reported = 0, 0
+    state.recovered, state.reported, state.alerted = 0, 0, 0
     for _, member in pairs(state.members) do
       member.usd, member.usd_reserved, member.usd_short = 0, 0, 0
     end
@@ -518,7 +519,22 @@ local function grant_money(state, names, name, budget, asked)
   member.usd = member.usd + max(0, min(wanted - member.usd, chunk - beyond_need))
 end
 
-local function budget_reply(state, names, name, budget)
+local function take_alert(state, budget, asked)
+  if asked.period == state.period or asked.logged_period == state.period then
+    state.alerted = max(state.alerted, asked.alerted)
+  end
+  local spent, least, due = spent_by_all(state), budget.usd * (1 - MONEY_EPSILON), 0
+  if spent >= least or (asked.exhausted and asked.period == state.period) then
+    due = 1
+  elseif spent >= asked.alert * least then
+    due = asked.alert
+  end
+  if due <= state.alerted then return 0 end
+  state.alerted = due
+  return due
+end
+
+local function budget_reply(state, names, name, budget, asked)
   local ends, reserved, recall = period_end(budget.per, state.period), 0, false
   for _, other in ipairs(names) do
     local each = state.members[other]
@@ -527,11 +543,42 @@ local function budget_reply(state, names, name, budget)
   end
   return {
     period = state.period, ends_in = ends and ends - state.clock, held = state.members[name].usd,
-    spent = spent_by_all(state), reserved = reserved, recall = recall,
+    spent = spent_by_all(state), reserved = reserved, recall = recall, alert = take_alert(state, budget, asked),
+    alerted = state.alerted,
   }
 end
 
 -- the ledger: see ledger.py
+
+local NEW_LEDGER = {
+  time = 0, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0, alerted = 0,
+  previous_period = -1, previous_spent = 0, limit = 1, limit_epoch = 0, silent_until = 0,
+}
+local NEW_MEMBER = {
+  waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
+  usd = 0, usd_reserved = 0, usd_short = 0,
+}
+local NEW_ENDED = {until_ = 0, share = 0, slots = 0, usd = 0}
+
+local function fill(map, defaults)
+  for key, value in pairs(defaults) do
+    if map[key] == nil then map[key] = value end
+  end
+end
+
+local function load_ledger(packed)
+  local is_packed, state = pcall(cmsgpack.unpack, packed)
+  if not is_packed or type(state) ~= 'table' or not state.terms then return nil, cmsgpack.pack({layout = 0}) end
+  local layout = state.layout or 1
+  if layout > LAYOUT then return nil, cmsgpack.pack({layout = layout}) end
+  if layout < LAYOUT then
+    fill(state, NEW_LEDGER)
+    for _, member in pairs(state.members) do fill(member, NEW_MEMBER) end
+    for _, ended in pairs(state.ended) do fill(ended, NEW_ENDED) end
+    state.layout = LAYOUT
+  end
+  return state
+end
 
 local function open_ledger(now, request)
   local levels = {}
@@ -539,10 +586,10 @@ local function open_ledger(now, request)
     levels[number] = request.epoch == '' and quota.amount or 0
   end
   local state = {
-    epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
-    levels = levels, members = {}, ended = {}, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0,
-    previous_period = -1, previous_spent = 0,
+    epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now,
+    levels = levels, members = {}, ended = {}, layout = LAYOUT,
   }
+  fill(state, NEW_LEDGER)
   begin_limit(state, request.limit)
   if request.terms.budget then
     begin_period(state, request.terms.budget, now)
@@ -602,9 +649,9 @@ local function join(state, request)
   state.ended[request.member] = nil
   member = {
     sequence = request.sequence, until_ = state.time, seen = state.time, held = {}, short = {}, lost = {},
-    waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
-    usd = 0, usd_reserved = 0, usd_short = 0, absence = ended,
+    absence = ended,
   }
+  fill(member, NEW_MEMBER)
   for number = 1, count do
     member.held[number], member.short[number] = 0, 0
     member.lost[number] = ended and #ended.lost == count and ended.lost[number] or 0
@@ -642,7 +689,7 @@ local function decide(state, request, member)
   end
   if request.budget and state.terms.budget then
     grant_money(state, names, name, state.terms.budget, request.budget)
-    budget = budget_reply(state, names, name, state.terms.budget)
+    budget = budget_reply(state, names, name, state.terms.budget, request.budget)
     if member.usd_short > 0 then retry = max(retry or 0, MONEY_RETRY) end
   end
   member.is_waiting = retry ~= nil
@@ -673,7 +720,13 @@ local function save(state)
 end
 
 local request, now, packed = cmsgpack.unpack(ARGV[1]), read_clock(), redis.call('GET', KEYS[1])
-local state = packed and cmsgpack.unpack(packed) or open_ledger(now, request)
+local state, unreadable
+if packed then
+  state, unreadable = load_ledger(packed)
+  if unreadable then return unreadable end
+else
+  state = open_ledger(now, request)
+end
 advance(state, now)
 local known = state.members[request.member]
 if known and known.reply and request.sequence <= known.sequence then
@@ -707,7 +760,8 @@ end
 local reply = cmsgpack.pack(decide(state, request, member))
 member.reply = reply
 if request.leaving then
-  local left = {sequence = member.sequence, at = state.time, lost = member.held, until_ = 0, share = 0, slots = 0, usd = 0}
+  local left = {sequence = member.sequence, at = state.time, lost = member.held}
+  fill(left, NEW_ENDED)
   end_member(state, request.member, left)
 end
 save(state)

@@ -12,10 +12,10 @@ from typing import Final
 
 import msgspec
 
-from forebay.errors import StoreUnavailable
 from forebay.storage.redis_durability import wait_command, write_shortage
 from forebay.storage.redis_master import RedisMaster
 from forebay.storage.redis_url import RedisUrl
+from forebay.upstream.shared.ledger import UnreadableLedger
 from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest
 
 _SCRIPT: Final = files(__package__).joinpath("redis_exchange.lua").read_text()
@@ -62,9 +62,9 @@ class RedisLedgerStore:
         try:
             return [_decode(answer) for answer in answers]
         except msgspec.DecodeError as error:
-            why = "it has a ledger that another version of Forebay wrote"
-            advice = "Choose another ?name= in the URL until all processes have the same version."
-            raise StoreUnavailable(where=self.where, why=why, advice=advice) from error
+            layouts = [msgspec.msgpack.decode(answer).get("layout") for answer in answers]
+            newest = max((layout for layout in layouts if layout), default=None)
+            raise UnreadableLedger(newest).unavailable(self.where) from error
 
     def close(self) -> None:
         """See `LedgerStore`."""

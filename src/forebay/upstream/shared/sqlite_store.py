@@ -15,7 +15,7 @@ from forebay.errors import StoreUnavailable
 from forebay.storage import Fsync, Schema
 from forebay.storage.file_watch import FileWatch
 from forebay.storage.sqlite_file import diagnose, is_busy, open_file
-from forebay.upstream.shared.ledger import AccountLedger, decode_ledger, encode_ledger
+from forebay.upstream.shared.ledger import AccountLedger, UnreadableLedger, decode_ledger, encode_ledger
 from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest
 
 _BUSY_TIMEOUT: Final = 2.0  # seconds to wait while another process is writing: well below a lease
@@ -84,6 +84,8 @@ class SqliteLedgerStore:
                 if not (isinstance(error, sqlite3.OperationalError) and is_busy(error)):
                     self._close()
                 raise diagnose(error, self._path) from error
+            except UnreadableLedger as error:
+                raise error.unavailable(self.where) from error
             except StoreUnavailable:
                 self._close()
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from typing import Any
 
 import pytest
 
@@ -314,10 +315,16 @@ def budgets(usd: float = 100.0, *, per: str | None = None, reserved_share: float
 
 
 def dollars(
-    needed: float = 0.0, *, spent: float = 0.0, reserved: float = 0.0, important: bool = False
+    needed: float = 0.0, *, spent: float = 0.0, reserved: float = 0.0, important: bool = False, **alerts: Any
 ) -> BudgetRequest:
     return BudgetRequest(
-        period=START, spent=spent, reserved=reserved, needed=needed, wanted=max(needed, reserved), important=important
+        period=START,
+        spent=spent,
+        reserved=reserved,
+        needed=needed,
+        wanted=max(needed, reserved),
+        important=important,
+        **alerts,
     )
 
 
@@ -363,6 +370,31 @@ def test_a_new_period_begins_with_nothing_spent() -> None:
     reply = budget_of(ledger.ask("b", budget=BudgetRequest()))
     assert (reply.spent, reply.period) == (0.0, START + 3600.0)
     assert budget_of(ledger.ask("a", budget=dollars(spent=5.0))).spent == 0.0  # it was spent in the hour before
+
+
+def test_the_member_whose_exchange_passes_the_share_gives_the_alert_and_no_other() -> None:
+    ledger = budgets(per="day")
+    for name in "ab":
+        ledger.ask(name, budget=dollars(25.0, alert=0.5))
+    assert budget_of(ledger.ask("a", budget=dollars(spent=25.0, alert=0.5))).alert == 0.0
+    assert budget_of(ledger.ask("b", budget=dollars(spent=25.0, alert=0.5))).alert == 0.5
+    reply = budget_of(ledger.ask("a", budget=dollars(alert=0.5)))
+    assert (reply.alert, reply.alerted) == (0.0, 0.5)
+    assert budget_of(ledger.ask("b", budget=dollars(exhausted=True))).alert == 1.0
+    assert budget_of(ledger.ask("a", budget=dollars(exhausted=True))).alert == 0.0
+    ledger.now += 86_400.0
+    assert budget_of(ledger.ask("a", budget=BudgetRequest(alert=0.5))).alerted == 0.0
+
+
+def test_an_alert_that_a_member_knows_of_is_not_given_again_by_a_ledger_that_is_new() -> None:
+    ledger = budgets(per="day")
+    log = BudgetRequest(logged_period=START, logged_spent=60.0, alert=0.5, alerted=0.5)
+    reply = budget_of(ledger.ask("a", budget=log))
+    assert (reply.spent, reply.alert) == (60.0, 0.0)
+    lost = budgets(per="day")
+    lost.epoch = "another"
+    known = BudgetRequest(period=START, known_spent=60.0, alert=0.5, alerted=0.5)
+    assert budget_of(lost.ask("a", budget=known)).alert == 0.0
 
 
 def test_a_clock_that_was_ahead_does_not_refill_a_budget() -> None:
