@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from forebay.upstream.accounts.refusals.refusal_pause import TRIAL_TIME, RefusalPause
+from forebay.upstream.accounts.refusals.refusal_pause import TRIAL_TIME, Block, RefusalPause
 from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
 
 _UNCHECKED: Final = -1.0  # stands for a Retry-After that nobody could check yet
@@ -118,8 +118,13 @@ class LeasedPause(RefusalPause):
 
     def record_mixed(self, sent_at: float) -> None:
         """See `RefusalPause`."""
-        self._accepted += sent_at >= self._blocked_since
+        self._accepted += 1
         super().record_mixed(sent_at)
+
+    def record_accepted(self, sent_at: float) -> Block | None:
+        """See `RefusalPause`."""
+        self._accepted += 1
+        return super().record_accepted(sent_at)
 
     def _begin_silence(self, now: float, first: float) -> None:
         self.changes += 1
