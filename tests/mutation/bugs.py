@@ -261,9 +261,10 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares
+from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares, redis_store, stoppages
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
+from forebay.upstream.shared.leased_stoppages import LeasedStoppages
 from forebay.upstream.shared.ledger import AccountLedger
 from forebay.upstream.shared.ledger_state import LedgerState, MemberState
 from forebay.upstream.shared.messages import (
@@ -273,6 +274,7 @@ from forebay.upstream.shared.messages import (
     ExchangeRequest,
     LimitRequest,
 )
+from forebay.upstream.shared.stoppage_messages import StoppageRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -4128,6 +4130,29 @@ def a_member_is_back_when_it_repeats_what_was_not_answered() -> None:
 
 def a_store_that_comes_back_empty_expects_nobody() -> None:
     vars(ledger)["expect_unnamed"] = lambda *_: None
+
+
+def what_was_sent_before_a_breaker_closed_counts_after_it() -> None:
+    def report(state: LedgerState, name: str, asked: Mapping[str, StoppageRequest]) -> None:
+        current = {kind: each.epoch for kind, each in state.stoppages.items()}
+        told = {
+            kind: msgspec.structs.replace(each, epoch=current.get(kind, each.epoch)) for kind, each in asked.items()
+        }
+        stoppages.report_stoppages(state, name, told)
+
+    vars(ledger)["report_stoppages"] = report
+
+
+def the_probe_of_a_process_that_has_died_is_lost() -> None:
+    vars(ledger)["end_probes"] = lambda *_: None
+
+
+def each_process_probes_for_itself() -> None:
+    always(LeasedStoppages, LeasedStoppages.needs_probe, returns=False)
+
+
+def each_process_probes_for_itself_on_redis() -> None:
+    edit_redis_script("(asked.most_probes or 1) - elsewhere", "(asked.most_probes or 1)", of=redis_store)
 
 
 # --- progress ---

@@ -188,7 +188,14 @@ from tests.unit.upstream.accounts.refusals import (
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
-from tests.unit.upstream.shared import test_lease, test_ledger, test_ledger_layout, test_limit_learning
+from tests.unit.upstream.shared import (
+    test_lease,
+    test_leased_stoppages,
+    test_ledger,
+    test_ledger_layout,
+    test_limit_learning,
+    test_stoppages,
+)
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -1706,6 +1713,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_store_that_comes_back_empty_expects_nobody: (
         test_ledger.test_a_store_that_comes_back_empty_expects_the_members_that_the_first_one_knew
+    ),
+    bugs.what_was_sent_before_a_breaker_closed_counts_after_it: (
+        test_stoppages.test_faults_of_an_earlier_epoch_do_not_count
+    ),
+    bugs.the_probe_of_a_process_that_has_died_is_lost: (
+        test_stoppages.test_the_probe_of_a_member_that_has_died_comes_back_with_its_lease
+    ),
+    bugs.each_process_probes_for_itself: (
+        test_leased_stoppages.test_a_call_needs_a_probe_of_the_ledger_while_it_is_half_open
+    ),
+    bugs.each_process_probes_for_itself_on_redis: (
+        test_ledger_store.test_calls_that_one_process_stops_are_stopped_for_all_and_one_of_them_probes
     ),
     # --- progress ---
     bugs.progress_wakes_the_loop_though_nobody_listens: (

@@ -208,7 +208,7 @@ class AccountLease(LedgerLease):
             self._learned.receive(now, request.limit, reply.limit)
             self._others = reply.limit.others
             retry_in = max(retry_in, reply.limit.silence)
-        if request.stoppages is not None and reply.stoppages is not None:
+        if request.stoppages is not None and reply.stoppages is not None:  # else there is nothing new
             self._stoppages.receive(now, self.until, request.stoppages, reply.stoppages)
         self._retry_at = now + retry_in
 

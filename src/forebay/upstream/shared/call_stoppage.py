@@ -32,6 +32,9 @@ class CallStoppage(Protocol):
     def has_faults_to_tell(self) -> bool:
         """Return whether calls have failed, and that was not described yet."""
 
+    def is_quiet(self, now: float) -> bool:
+        """Return whether calls are let through, and no calls are to be described yet."""
+
     def describe(self, now: float) -> StoppageRequest:
         """Return its state, without the parts that depend on what was reported before, and the calls it has counted."""
 

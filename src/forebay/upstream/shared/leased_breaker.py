@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
+
+_SUCCESSES: Final = 0.25  # seconds after which successes are reported, with the next exchange
 
 
 class LeasedBreaker(Breaker):
@@ -24,13 +27,14 @@ class LeasedBreaker(Breaker):
         passes: see `CallStoppage`.
     """
 
-    __slots__ = ("_elsewhere", "_elsewhere_until", "_told_calls", "_told_faults", "changes", "passes")
+    __slots__ = ("_elsewhere", "_elsewhere_until", "_told_at", "_told_calls", "_told_faults", "changes", "passes")
 
     def __init__(self, rules: BreakerRules, *, draw: Callable[[], float]) -> None:
         self.changes = self.passes = 0
         self._elsewhere = 0  # probes of other processes ...
         self._elsewhere_until = -math.inf  # ... which count until then
         self._told_calls = self._told_faults = 0  # of the window: reported to the others, or told by them
+        self._told_at = -math.inf
         super().__init__(rules, draw=draw)
         self.changes = 0
 
@@ -52,9 +56,16 @@ class LeasedBreaker(Breaker):
         """See `CallStoppage`."""
         return self._closed_epoch != 0 and self._window.faults > self._told_faults
 
+    def is_quiet(self, now: float) -> bool:
+        """See `CallStoppage`. Successes are not worth telling at each exchange."""
+        if not self._closed_epoch or self._window.faults > self._told_faults:
+            return False
+        return self._window.calls == self._told_calls or now < self._told_at + _SUCCESSES
+
     def describe(self, now: float) -> StoppageRequest:
         """See `CallStoppage`."""
         calls = faults = 0
+        self._told_at = now
         is_open = self.state(now) is BreakerState.OPEN
         if self._closed_epoch:
             calls, faults = self._window.calls - self._told_calls, self._window.faults - self._told_faults

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from forebay.upstream.accounts.refusals.refusal_pause import TRIAL_TIME, RefusalPause
+from forebay.upstream.accounts.refusals.refusal_pause import TRIAL_TIME, Block, RefusalPause
 from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
 
 _UNCHECKED: Final = -1.0  # stands for a Retry-After that nobody could check yet
@@ -27,7 +27,7 @@ class LeasedPause(RefusalPause):
     def __init__(self) -> None:
         self.changes = self.passes = 0
         self._is_own_trial = False
-        self._refused = self._accepted = 0  # since that was described last
+        self._refused = self._accepted = 0  # calls since that was described last, from the first refused one on
         self._silence = 0.0
         super().__init__()
 
@@ -40,15 +40,20 @@ class LeasedPause(RefusalPause):
 
     def is_probing(self, now: float) -> bool:
         """See `CallStoppage`."""
-        return self.silent and self.wait(now) <= 0.0
+        return self._silence > 0.0 and self.wait(now) <= 0.0
 
     def probes(self, now: float) -> int:
         """See `CallStoppage`."""
-        return int(self.silent and self._is_own_trial and now < self._trial_at + TRIAL_TIME)
+        return int(self._silence > 0.0 and self._is_own_trial and now < self._trial_at + TRIAL_TIME)
 
     def has_faults_to_tell(self) -> bool:
         """See `CallStoppage`."""
-        return self._refused > 0 and not self.silent
+        return self._refused > 0 and not self._silence
+
+    def is_quiet(self, now: float) -> bool:
+        """See `CallStoppage`."""
+        del now
+        return not (self._silence or self._refused)
 
     def describe(self, now: float) -> StoppageRequest:
         """See `CallStoppage`."""
@@ -118,8 +123,13 @@ class LeasedPause(RefusalPause):
 
     def record_mixed(self, sent_at: float) -> None:
         """See `RefusalPause`."""
-        self._accepted += sent_at >= self._blocked_since
+        self._accepted += self._refused > 0
         super().record_mixed(sent_at)
+
+    def record_accepted(self, sent_at: float) -> Block | None:
+        """See `RefusalPause`."""
+        self._accepted += self._refused > 0
+        return super().record_accepted(sent_at)
 
     def _begin_silence(self, now: float, first: float) -> None:
         self.changes += 1

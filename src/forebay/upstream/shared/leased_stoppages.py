@@ -32,7 +32,10 @@ class LeasedStoppages:
 
     def needs_probe(self, now: float) -> bool:
         """Return whether a call that is sent now would be a probe, and the ledger has not allowed this process one."""
-        return any(leased.needs_probe(now) for leased in self._each)
+        for leased in self._each:  # noqa: SIM110 - asked for each call, and half as fast with `any`
+            if leased.stoppage.is_probing(now) and leased.needs_probe(now):
+                return True
+        return False
 
     def ask_at(self, now: float, *, waiting: bool) -> float:
         """Return when an exchange is needed; infinity if none is. `waiting`: calls wait."""
@@ -47,7 +50,7 @@ class LeasedStoppages:
     ) -> None:
         """Take over what the others have found out, and what this process may do until `until`."""
         for kind, leased in self._leased.items():
-            if kind in requests and kind in replies:
+            if kind in requests and kind in replies:  # else there is nothing new
                 leased.receive(now, until, requests[kind], replies[kind])
 
     def keep_unreported(self) -> None:
@@ -62,12 +65,13 @@ class _LeasedStoppage:
     def __init__(self, stoppage: CallStoppage) -> None:
         self.stoppage = stoppage
         self._epoch = -1
+        self._quiet = StoppageRequest()  # with nothing to report
         self._allowed = 0  # probes in flight
         self._told_changes, self._told_passes = stoppage.changes, stoppage.passes
         self._request: StoppageRequest | None = None  # the latest
 
     def needs_probe(self, now: float) -> bool:
-        return self.stoppage.is_probing(now) and self.stoppage.probes(now) >= self._allowed
+        return self.stoppage.probes(now) >= self._allowed
 
     def ask_at(self, now: float, *, waiting: bool) -> float:
         stoppage = self.stoppage
@@ -81,6 +85,10 @@ class _LeasedStoppage:
 
     def report(self, now: float, waiting: int) -> StoppageRequest:
         stoppage = self.stoppage
+        told = (self._told_changes, self._told_passes)
+        if stoppage.is_quiet(now) and told == (stoppage.changes, stoppage.passes):
+            self._request, self._allowed = self._quiet, 0
+            return self._quiet
         described = stoppage.describe(now)
         wanted = described.probes + (waiting if stoppage.is_probing(now) else 0)
         self._allowed = min(self._allowed, wanted)
@@ -102,6 +110,8 @@ class _LeasedStoppage:
             self._told_changes, self._told_passes = stoppage.changes, stoppage.passes
         elif stoppage.changes == self._told_changes:
             stoppage.refresh(now, reply, passes=stoppage.passes - self._told_passes)
+        if reply.epoch != self._epoch:
+            self._quiet = StoppageRequest(epoch=reply.epoch)
         self._epoch, self._allowed = reply.epoch, reply.probes
         stoppage.note_elsewhere(now, until, reply)
 

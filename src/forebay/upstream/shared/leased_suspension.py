@@ -46,6 +46,11 @@ class LeasedSuspension(SpendSuspension):
         """See `CallStoppage`."""
         return False
 
+    def is_quiet(self, now: float) -> bool:
+        """See `CallStoppage`."""
+        del now
+        return self._until is None
+
     def describe(self, now: float) -> StoppageRequest:
         """See `CallStoppage`."""
         if self._until is None:

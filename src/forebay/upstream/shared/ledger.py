@@ -39,7 +39,7 @@ from forebay.upstream.shared.quota_shares import (
     return_quotas,
 )
 from forebay.upstream.shared.slot_shares import grant_slots
-from forebay.upstream.shared.stoppages import report_stoppages, stoppage_replies
+from forebay.upstream.shared.stoppages import end_probes, report_stoppages, stoppage_replies
 
 _MAX_RETRY: Final = 0.25  # seconds: what others return may come before the refill
 _KEEP_ENDED: Final = 3600.0  # seconds for which it is known that a member has ended
@@ -151,6 +151,7 @@ class AccountLedger:
         """End a member: its slots and its money are free, unless it may be using its fair share."""
         state = self.state
         del state.members[name]
+        end_probes(state, name)
         state.ended[name] = ended_member
         for other in [other for other, ended in state.ended.items() if ended.at < state.time - _KEEP_ENDED]:
             del state.ended[other]
@@ -206,6 +207,8 @@ class AccountLedger:
             min(levels.get((quota.unit, quota.seconds), quota.amount), quota.amount) for quota in terms.quotas
         ]
         state.terms = terms
+        for name in list(state.members):
+            end_probes(state, name)
         state.members.clear()
         if terms.budget is not None:
             begin_period(state, terms.budget, now)

@@ -299,7 +299,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
         slots: None if the terms bound none.
         budget: None if the terms have none.
         limit: None if the terms have none.
-        stoppages: by kind, those of the request; None if it had none.
+        stoppages: by kind, those of the request of which the member does not know everything; None if there are none.
     """
 
     epoch: str

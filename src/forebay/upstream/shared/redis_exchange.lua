@@ -84,8 +84,13 @@ local function others_before(state, names, name)
   return before
 end
 
+local function end_probes(state, name)  -- see stoppages.py
+  for _, stoppage in pairs(state.stoppages or {}) do stoppage.members[name] = nil end
+end
+
 local function end_member(state, name, ended_member)
   state.members[name] = nil
+  end_probes(state, name)
   state.ended[name] = ended_member
   local count = 0
   for other, ended in pairs(state.ended) do
@@ -371,10 +376,7 @@ local function stoppage_of(state, kind)
   return stoppage
 end
 
-local function stoppage_member(state, stoppage, name)
-  for other in pairs(stoppage.members) do
-    if not state.members[other] then stoppage.members[other] = nil end
-  end
+local function stoppage_member(stoppage, name)
   local member = stoppage.members[name]
   if not member then
     member = {probes = 0, calls = stoppage.calls, faults = stoppage.faults, accepted = false}
@@ -413,22 +415,19 @@ end
 local function report_stoppages(state, name, asked)
   for kind, request in pairs(asked) do
     local stoppage, epoch = stoppage_of(state, kind), max(0, request.epoch or -1)
-    local member = stoppage_member(state, stoppage, name)
+    local member = stoppage_member(stoppage, name)
     if epoch > stoppage.epoch or (epoch == stoppage.epoch and request.changed) then
       stoppage.epoch, member.accepted = epoch + (request.changed and 1 or 0), request.changed or false
       replace_stoppage(state, stoppage, request)
-    elseif request.epoch == stoppage.epoch then
+    elseif request.epoch == stoppage.epoch and (request.calls or request.passes) then
       count_calls(state, stoppage, member, request)
     end
   end
 end
 
-local function stoppage_reply(state, kind, name, asked)
-  local stoppage = stoppage_of(state, kind)
-  local member, elsewhere, probes = stoppage_member(state, stoppage, name), 0, asked.probes or 0
-  for other, each in pairs(stoppage.members) do
-    if other ~= name then elsewhere = elsewhere + each.probes end
-  end
+local function stoppage_reply(state, stoppage, member, asked)
+  local elsewhere, probes = -member.probes, asked.probes or 0
+  for _, each in pairs(stoppage.members) do elsewhere = elsewhere + each.probes end
   member.probes = probes
   if stoppage.openings > 0 and state.time >= stoppage.until_ then
     member.probes = max(probes, min(asked.wanted or 0, (asked.most_probes or 1) - elsewhere))
@@ -446,8 +445,13 @@ end
 local function stoppage_replies(state, name, asked)
   local replies
   for kind, request in pairs(asked) do
-    replies = replies or {}
-    replies[kind] = stoppage_reply(state, kind, name, request)
+    local stoppage = stoppage_of(state, kind)
+    local member = stoppage_member(stoppage, name)
+    local quiet = request.epoch == stoppage.epoch and stoppage.openings == 0 and not member.accepted
+    if not quiet or member.probes > 0 or member.calls ~= stoppage.calls then
+      replies = replies or {}
+      replies[kind] = stoppage_reply(state, stoppage, member, request)
+    end
   end
   return replies
 end
@@ -635,6 +639,7 @@ local function replace_terms(state, now, request)
   for number, quota in ipairs(terms.quotas) do
     state.levels[number] = min(levels[quota.unit .. '/' .. quota.seconds] or quota.amount, quota.amount)
   end
+  for name in pairs(state.members) do end_probes(state, name) end
   state.terms, state.members = terms, {}
   if terms.budget then begin_period(state, terms.budget, now) end
 end

@@ -40,7 +40,7 @@ class StoppageRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 class StoppageReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One stoppage after an exchange.
+    """One stoppage after an exchange, if there is anything new.
 
     Attributes:
         epoch: how often calls were stopped, or let through again.

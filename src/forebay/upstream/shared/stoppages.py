@@ -18,27 +18,41 @@ def report_stoppages(state: LedgerState, name: str, asked: Mapping[str, Stoppage
     """Take over what a member has found out since its last exchange."""
     for kind, request in asked.items():
         stoppage = state.stoppages.setdefault(kind, StoppageState())
-        member = _member(state, stoppage, name)
+        member = _member(stoppage, name)
         epoch = max(0, request.epoch)  # nobody knows of any yet, or this member does not
         if epoch > stoppage.epoch or (epoch == stoppage.epoch and request.changed):
             stoppage.epoch = epoch + request.changed  # of a later one than this if the store has lost it
             member.accepted = request.changed
             _replace(state.time, stoppage, request)
-        elif request.epoch == stoppage.epoch:
+        elif request.epoch == stoppage.epoch and (request.calls or request.passes):
             _count(state.time, stoppage, member, request)
 
 
 def stoppage_replies(
     state: LedgerState, name: str, asked: Mapping[str, StoppageRequest]
 ) -> dict[str, StoppageReply] | None:
-    """Allow a member the probes that it wants and nobody else has, and return the state of each stoppage for it."""
-    return {kind: _reply(state, kind, name, request) for kind, request in asked.items()} or None
+    """Allow a member the probes that it wants and nobody else has, and return the state of each stoppage for it.
+
+    Those are left out of which it knows everything, while calls are let through.
+    """
+    replies = {}
+    for kind, request in asked.items():
+        stoppage = state.stoppages.setdefault(kind, StoppageState())
+        member = _member(stoppage, name)
+        quiet = request.epoch == stoppage.epoch and not (stoppage.openings or member.accepted or member.probes)
+        if not quiet or member.calls != stoppage.calls:
+            replies[kind] = _reply(state.time, stoppage, member, request)
+    return replies or None
 
 
-def _member(state: LedgerState, stoppage: StoppageState, name: str) -> StoppageMember:
+def end_probes(state: LedgerState, name: str) -> None:
+    """Take the probes of a member back: it has ended."""
+    for stoppage in state.stoppages.values():
+        stoppage.members.pop(name, None)
+
+
+def _member(stoppage: StoppageState, name: str) -> StoppageMember:
     """Return the part of a member; what was before it came does not count for it."""
-    for gone in [other for other in stoppage.members if other not in state.members]:
-        del stoppage.members[gone]
     if name not in stoppage.members:
         stoppage.members[name] = StoppageMember(calls=stoppage.calls, faults=stoppage.faults)
     return stoppage.members[name]
@@ -76,12 +90,10 @@ def _count(time: float, stoppage: StoppageState, member: StoppageMember, asked: 
             _forget_calls(stoppage)
 
 
-def _reply(state: LedgerState, kind: str, name: str, asked: StoppageRequest) -> StoppageReply:
-    stoppage = state.stoppages.setdefault(kind, StoppageState())
-    member = _member(state, stoppage, name)
+def _reply(time: float, stoppage: StoppageState, member: StoppageMember, asked: StoppageRequest) -> StoppageReply:
     elsewhere = sum(other.probes for other in stoppage.members.values()) - member.probes
     member.probes = asked.probes
-    if stoppage.openings and state.time >= stoppage.until:
+    if stoppage.openings and time >= stoppage.until:
         member.probes = max(asked.probes, min(asked.wanted, asked.most_probes - elsewhere))
     calls, faults, accepted = stoppage.calls - member.calls, stoppage.faults - member.faults, member.accepted
     member.calls, member.faults, member.accepted = stoppage.calls, stoppage.faults, False
@@ -89,12 +101,12 @@ def _reply(state: LedgerState, kind: str, name: str, asked: StoppageRequest) -> 
         epoch=stoppage.epoch,
         accepted=accepted,
         openings=stoppage.openings,
-        seconds=max(0.0, stoppage.until - state.time) if stoppage.openings else 0.0,
+        seconds=max(0.0, stoppage.until - time) if stoppage.openings else 0.0,
         passed=stoppage.passed,
         probes=member.probes,
         elsewhere=elsewhere,
         calls=calls,
         faults=faults,
         details=stoppage.details,
-        age=state.time - stoppage.told_at,
+        age=time - stoppage.told_at,
     )

@@ -26,7 +26,7 @@ class Members:
         self._sequence = itertools.count(1)
 
     def exchange(self, name: str, *, leaving: bool = False, **report: object) -> StoppageReply:
-        """Return what the ledger answers to what a member reports."""
+        """Return what the ledger answers to what a member reports; what it knows, if there is nothing new."""
         known = self.replies.get(name)
         about = {"epoch": -1 if known is None else known.epoch, "successes": 2, **report}
         request = ExchangeRequest(
@@ -41,6 +41,8 @@ class Members:
         reply = self.send(request)
         if reply.stoppages is not None:
             self.replies[name] = reply.stoppages[KIND]
+        elif known is not None:
+            self.replies[name] = StoppageReply(epoch=known.epoch)
         self.requests[name] = request
         return self.replies[name]
 
