@@ -74,8 +74,10 @@ class GatewayMetrics:
         self._children: dict[tuple[str, ...], Any] = {}
         build = Gauge(definitions.BUILD.name, definitions.BUILD.text, definitions.BUILD.labels, registry=self._registry)
         build.labels(__version__).set(1)
-        tenants, keys = BoundedLabel(settings.max_metrics_tenants), BoundedLabel(settings.max_metrics_keys)
-        self._registry.register(UsageCollector(targets, models=self._models, tenants=tenants, keys=keys))
+        tenants = BoundedLabel(settings.max_metrics_tenants)
+        keys, api_keys = BoundedLabel(settings.max_metrics_keys), BoundedLabel(settings.max_metrics_keys)
+        usage = UsageCollector(targets, models=self._models, tenants=tenants, keys=keys, api_keys=api_keys)
+        self._registry.register(usage)
         self._accounts = AccountCollector(targets, settings.max_metrics_accounts)
         self._registry.register(self._accounts)
 
