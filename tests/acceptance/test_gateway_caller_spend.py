@@ -15,7 +15,7 @@ from tests.support.issued_keys import IssuedKeys, in_thread
 from typer.testing import CliRunner
 
 from forebay.cli.app import app
-from forebay.gateway import FallbackSettings, GatewaySettings, TargetSettings, TenantSettings
+from forebay.gateway import FallbackSettings, GatewaySettings, KeySettings, TargetSettings, TenantSettings
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
 from forebay.spend_log import SpendQuery, read_spend
@@ -71,23 +71,46 @@ async def test_a_call_is_attributed_to_the_name_of_its_key_everywhere(
         own = {"authorization": "Bearer sk-of-its-caller"}
         assert await spend(harness, gateway, 1, by(text)) + await spend(harness, gateway, 1, own) == [200, 200]
         statistics = gateway.forwarder.targets[0].upstream.statistics()
-        digest = next(row.key for row in statistics.usage if row.key != "writer")
+        digest = next(row.api_key for row in statistics.usage if not row.key)
         assert re.fullmatch("[0-9a-f]{8}", digest)
         page = gateway.forwarder.metrics.render().decode()
-    assert [(row.tenant, row.key, row.usage.calls) for row in statistics.usage] == [
-        ("acme", "writer", 1), ("default", digest, 1)
+    assert [(row.tenant, row.key, row.api_key, row.usage.calls) for row in statistics.usage] == [
+        ("acme", "writer", "", 1), ("default", "", digest, 1)
     ]  # fmt: skip
-    assert re.findall(r'forebay_spend_usd_total{key="(\w*)"', page) == ["writer", digest]
-    assert set(re.findall(r'forebay_tokens_total{.*key="(\w*)"', page)) == {"writer", digest}
+    labels = r'{api_key="(\w*)",.*\bkey="(\w*)"'
+    assert re.findall(f"forebay_spend_usd_total{labels}", page) == [("", "writer"), (digest, "")]
+    assert set(re.findall(f"forebay_tokens_total{labels}", page)) == {("", "writer"), (digest, "")}
     entries = [json.loads(line) for line in (await in_thread(log.read_text)).splitlines()]
     assert [entry["key"] for entry in entries] == ["writer", None]
     assert digest in entries[1]["account"]
-    groups = await in_thread(read_spend, path, SpendQuery(by=("tenant", "key")))
-    assert sorted(group.values for group in groups) == [("acme", "writer"), ("default", digest)]
-    shown = await in_thread(lambda: CliRunner().invoke(app, ["spend", str(path), "--by", "key", "--json"]))
-    assert {row["key"]: row["usd"] for row in json.loads(shown.output)["rows"]} == {
-        "writer": pytest.approx(COST), digest: pytest.approx(COST)
+    groups = await in_thread(read_spend, path, SpendQuery(by=("tenant", "key", "api_key")))
+    assert sorted(group.values for group in groups) == [("acme", "writer", ""), ("default", "", digest)]
+    shown = await in_thread(lambda: CliRunner().invoke(app, ["spend", str(path), "--by", "key,api_key", "--json"]))
+    assert {(row["key"], row["api_key"]): row["usd"] for row in json.loads(shown.output)["rows"]} == {
+        ("writer", ""): pytest.approx(COST), ("", digest): pytest.approx(COST)
     }  # fmt: skip
+
+
+async def test_an_issued_key_and_a_key_of_the_provider_of_one_name_are_told_apart(
+    harness: GatewayHarness, keys: IssuedKeys, path: Path
+) -> None:
+    text = await keys.create("shared-name", budget_usd=1.5 * COST)
+    held = KeySettings(api_key_env="HELD", name="shared-name")
+    target = TargetSettings(name="openai", url=harness.url, keys=(held,), prices=PRICES)
+    settings = GatewaySettings(
+        targets=(target,), listen="127.0.0.1:0", keys=keys.url, require_key=False, spend_log=f"sqlite:///{path}"
+    )
+    async with Gateway(settings, {"HELD": "sk-held"}) as gateway:
+        assert [(await harness.post(gateway, **CALL))[0] for _ in range(3)] == [200, 200, 200]
+        (row,) = gateway.forwarder.targets[0].upstream.statistics().usage
+        assert (row.key, row.api_key, row.usage.calls) == ("", "shared-name", 3)
+    async with Gateway(settings, {"HELD": "sk-held"}) as gateway:  # the budget of the key is its own
+        assert (await harness.post(gateway, **CALL, headers=by(text)))[0] == 200
+    groups = await in_thread(read_spend, path, SpendQuery(by=("key", "api_key")))
+    assert {group.values: group.amounts.calls for group in groups} == {
+        ("", "shared-name"): 3,
+        ("shared-name", "shared-name"): 1,
+    }
 
 
 async def test_a_call_that_a_fallback_serves_is_attributed_to_its_key_and_spends_its_budget_over_a_restart(

@@ -298,7 +298,7 @@ async def test_the_spend_of_tenants_and_keys_adds_up_to_that_of_the_budget(harne
             assert (await harness.post(gateway, headers=headers))[0] == 200
         assert total(gateway, "forebay_spend_usd_total", tenant="acme") == 40
         assert sorted(s.value for s in samples(gateway, "forebay_spend_usd_total")) == [20, 20, 20]
-        assert len({sample.labels["key"] for sample in samples(gateway, "forebay_spend_usd_total")}) == 2
+        assert len({sample.labels["api_key"] for sample in samples(gateway, "forebay_spend_usd_total")}) == 2
         assert total(gateway, "forebay_budget_spent_usd", target="openai") == 60
         assert total(gateway, "forebay_budget_limit_usd", target="openai") == 100
         assert total(gateway, "forebay_budget_used_ratio", target="openai") == pytest.approx(0.6)
@@ -315,7 +315,7 @@ async def test_no_key_is_on_the_page(harness: GatewayHarness) -> None:
     async with Gateway(harness.settings()) as gateway:
         await harness.post(gateway, headers={"authorization": "Bearer sk-very-secret"})
         (account,) = {sample.labels["account"] for sample in samples(gateway, "forebay_calls_limit")}
-        (key,) = {sample.labels["key"] for sample in samples(gateway, "forebay_tokens_total")}
+        (key,) = {sample.labels["api_key"] for sample in samples(gateway, "forebay_tokens_total")}
         assert account == f"upstream:openai:{key}:gpt-4o"
         assert b"secret" not in gateway.forwarder.metrics.render()
 
@@ -335,7 +335,7 @@ async def test_models_beyond_the_bound_count_together(harness: GatewayHarness) -
         assert total(gateway, "forebay_attempts_total", model=OTHER) == 3
 
 
-@pytest.mark.parametrize("label", ["tenant", "key"])
+@pytest.mark.parametrize("label", ["tenant", "api_key"])
 async def test_tenants_and_keys_beyond_their_bound_count_together(harness: GatewayHarness, label: str) -> None:
     bounds = {"max_metrics_tenants": 2, "max_metrics_keys": 2}
     async with Gateway(harness.settings(gateway=bounds)) as gateway:

@@ -20,7 +20,10 @@ from forebay import BackpressureSupervisor, Budget, Overloaded, Price, Task, Ups
 from forebay.errors import InvalidSetting, InvalidSpendLogUrl
 from forebay.events import BudgetAlert, Event
 from forebay.simulation import simulate
-from forebay.spend_log import SpendLog, SpendQuery, read_spend
+from forebay.spend_log import SpendAmounts, SpendLabels, SpendLog, SpendQuery, read_spend, spend_file
+from forebay.spend_log.spend_record import ALL_UPSTREAMS, AlertPlace
+from forebay.storage import Fsync, Schema
+from forebay.storage.sqlite_file import open_file
 from forebay.upstream.shared.memory_store import MemoryLedgerStore
 
 PRICES = {"gpt-4o": Price(input=2.5, output=10.0)}  # dollars per million tokens
@@ -345,6 +348,25 @@ async def test_a_correction_of_a_response_in_the_background_is_in_the_log(tmp_pa
 
 
 @pytest.mark.blocks
+def test_a_file_that_has_no_column_for_api_keys_gets_one_and_keeps_its_spend(tmp_path: Path) -> None:
+    path = tmp_path / "spend.db"
+    old = Schema(spend_file._SCHEMA.application_id, spend_file._SCHEMA.migrations[:1])
+    connection = open_file(path, old, Fsync.YES, 5.0)
+    connection.execute("INSERT INTO spend VALUES (3600, 'openai', 'acme', 'gpt-4o', 'writer', 2, 30, 20, 0.5)")
+    connection.close()
+    spend_log = SpendLog(f"sqlite:///{path}")
+    spend_log.open()
+    spend_log.record(SpendLabels(3600, "openai", "acme", "gpt-4o", "writer", "paid"), SpendAmounts(1, 3, 2, 0.25))
+    assert spend_log.spent(AlertPlace(ALL_UPSTREAMS, "key_budget", "writer"), None, 7200.0) == 0.75
+    spend_log.close()
+    groups = read_spend(path, SpendQuery(by=("key", "api_key")))
+    assert [(group.values, group.amounts.usd) for group in groups] == [
+        (("writer", ""), 0.5),
+        (("writer", "paid"), 0.25),
+    ]
+
+
+@pytest.mark.blocks
 @virtual
 async def test_cached_tokens_count_as_sent_and_the_key_is_told_by_its_digest(tmp_path: Path) -> None:
     spend_log = SpendLog(f"sqlite:///{tmp_path / 'spend.db'}")
@@ -355,7 +377,7 @@ async def test_cached_tokens_count_as_sent_and_the_key_is_told_by_its_digest(tmp
     asked = {"model": "gpt-4o", "messages": []}
     await script.client(upstream).post(OPENAI + "/chat/completions", json=asked, headers=headers)
     spend_log.close()
-    (group,) = read_spend(spend_log.path, SpendQuery(by=("key",)))
+    (group,) = read_spend(spend_log.path, SpendQuery(by=("api_key",)))
     assert (group.amounts.input_tokens, group.amounts.output_tokens) == (100, 5)
     (account,) = upstream.statistics().accounts
     assert group.values[0]

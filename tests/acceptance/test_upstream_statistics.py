@@ -111,7 +111,7 @@ async def test_usage_is_added_up_by_tenant_model_and_key() -> None:
             await supervisor.run(Task("ask", {"key": key, "model": model}, tenant=tenant))
     statistics = upstream.statistics()
     key = only_key(upstream)
-    assert [(row.tenant, row.model, row.key, row.usage.calls) for row in statistics.usage] == [
+    assert [(row.tenant, row.model, row.api_key, row.usage.calls) for row in statistics.usage] == [
         ("acme", "gpt-4o", key, 2),
         ("bmo", "x", "", 1),
         ("bmo", "x", key, 1),

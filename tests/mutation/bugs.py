@@ -235,6 +235,7 @@ from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import LoggedBudget, SharedBudget
+from forebay.upstream.accounts.spend_recorder import RecordedCall, SpendRecorder
 from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
@@ -4050,6 +4051,16 @@ def a_gateway_drains_for_as_long_as_its_file_says() -> None:
 
 def a_check_looks_for_no_secrets() -> None:
     vars(gateway_command)["find_start_problems"] = lambda *_: []
+
+
+def an_issued_key_pays_for_the_api_key_of_its_name() -> None:
+    original = SpendRecorder.begin
+
+    def begin(self: SpendRecorder, request: CallRequest) -> RecordedCall | None:
+        request.key_name = request.key_name or self._api_key
+        return original(self, request)
+
+    replace(SpendRecorder, original, begin)
 
 
 # --- aliases and pools ---

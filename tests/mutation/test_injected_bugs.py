@@ -1691,6 +1691,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_pool_serves_a_key_by_targets_that_it_is_not_for: (
         test_gateway_models.test_an_issued_key_for_no_member_of_a_pool_is_refused_and_does_not_see_its_alias
     ),
+    bugs.an_issued_key_pays_for_the_api_key_of_its_name: (
+        test_gateway_caller_spend.test_an_issued_key_and_a_key_of_the_provider_of_one_name_are_told_apart
+    ),
     bugs.a_check_looks_for_no_secrets: test_gateway_command.test_check_names_every_variable_that_is_missing,
     # --- shared accounts ---
     bugs.a_cut_counts_for_each_process_that_makes_one: (

@@ -97,14 +97,14 @@ TIME_TO_FIRST_TOKEN: Final = MetricDefinition(
 TOKENS: Final = MetricDefinition(
     "forebay_tokens_total",
     "counter",
-    ("target", "model", "tenant", "key", "direction", "kind"),
+    ("target", "model", "tenant", "key", "api_key", "direction", "kind"),
     "tokens",
     "LLM tokens used.",
 )
 SPEND: Final = MetricDefinition(
     "forebay_spend_usd_total",
     "counter",
-    ("target", "model", "tenant", "key"),
+    ("target", "model", "tenant", "key", "api_key"),
     "US dollars",
     "US dollars that calls have cost, by the price list.",
 )

@@ -81,8 +81,10 @@ class GatewayMetrics:
         workers.labels("answered").set(1)  # this one
         workers.labels("silent").set(0)
         Counter(definitions.WORKER_RESTARTS.name, definitions.WORKER_RESTARTS.text, registry=self._registry)
-        tenants, keys = BoundedLabel(settings.max_metrics_tenants), BoundedLabel(settings.max_metrics_keys)
-        self._registry.register(UsageCollector(targets, models=self._models, tenants=tenants, keys=keys))
+        tenants = BoundedLabel(settings.max_metrics_tenants)
+        keys, api_keys = BoundedLabel(settings.max_metrics_keys), BoundedLabel(settings.max_metrics_keys)
+        usage = UsageCollector(targets, models=self._models, tenants=tenants, keys=keys, api_keys=api_keys)
+        self._registry.register(usage)
         self._accounts = AccountCollector(targets, settings.max_metrics_accounts)
         self._registry.register(self._accounts)
 

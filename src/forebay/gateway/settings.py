@@ -579,7 +579,7 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         max_metrics_accounts: accounts of each target with gauges of their own in ``/metrics``, the busiest ones.
         max_metrics_models: models with a label of their own in ``/metrics``; those served later count as ``other``.
         max_metrics_tenants: the same of tenants; 0 for none.
-        max_metrics_keys: the same of API keys: issued ones by their names, of others eight digits of the digest.
+        max_metrics_keys: the same of issued keys, and of API keys.
         spend_log: the file that keeps what calls cost, ``sqlite:////absolute.db``; ``"none"`` for none. None: none,
             but the command ``forebay gateway`` has one of its own where a target has a budget.
         workers: processes that serve it, on one address. With several, `shared` makes their limits one.

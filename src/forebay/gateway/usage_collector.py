@@ -21,7 +21,7 @@ _COLLECTED: Final = (definitions.SPEND, definitions.TOKENS)
 
 
 class UsageCollector(Collector):
-    """A collector that reads what calls have used, by tenant, model and API key, at each scrape.
+    """A collector that reads what calls have used, by tenant, model and keys, at each scrape.
 
     The labels of a row stay as they were when it was first seen, and no value ever goes back: a correction that lowers
     one, of a response made in the background, waits until as much has been added. Else it would look like a restart.
@@ -30,17 +30,25 @@ class UsageCollector(Collector):
         targets: of the gateway.
         models: the label of models.
         tenants: the label of tenants.
-        keys: the label of API keys.
+        keys: the label of issued keys.
+        api_keys: the label of API keys.
     """
 
     def __init__(
-        self, targets: Sequence[Target], *, models: BoundedLabel, tenants: BoundedLabel, keys: BoundedLabel
+        self,
+        targets: Sequence[Target],
+        *,
+        models: BoundedLabel,
+        tenants: BoundedLabel,
+        keys: BoundedLabel,
+        api_keys: BoundedLabel,
     ) -> None:
         self._targets = targets
         self._models = models
         self._tenants = tenants
         self._keys = keys
-        self._labels: dict[tuple[str, str, str, str], _Labels] = {}  # of rows that were seen
+        self._api_keys = api_keys
+        self._labels: dict[_Labels, _Labels] = {}  # of rows that were seen
         self._highest: dict[tuple[str, _Labels], float] = {}  # values that were shown, by metric and labels
 
     def collect(self) -> Iterable[Metric]:
@@ -63,12 +71,13 @@ class UsageCollector(Collector):
         return sums
 
     def _labels_of(self, target: str, row: UsageRow) -> _Labels:
-        """Return target, model, tenant and key of a row, as they were when it was first seen."""
-        seen = target, row.model, row.tenant, row.key
+        """Return target, model, tenant, key and API key of a row, as they were when it was first seen."""
+        seen = target, row.model, row.tenant, row.key, row.api_key
         labels = self._labels.get(seen)
         if labels is None:
             shown = []
-            for label, value in ((self._models, row.model), (self._tenants, row.tenant), (self._keys, row.key)):
+            bounded = (self._models, self._tenants, self._keys, self._api_keys)
+            for label, value in zip(bounded, seen[1:], strict=True):
                 label.admit(value)
                 shown.append(label.label(value))
             labels = self._labels[seen] = (target, *shown)

@@ -65,12 +65,35 @@ _SCHEMA: Final = Schema(
             ) WITHOUT ROWID
             """,
         ),
+        (  # `key` was also the API key where no key was issued: which of them a row had is not known
+            """
+            CREATE TABLE spend_by_keys (
+                hour          INTEGER NOT NULL,
+                upstream      TEXT NOT NULL,
+                tenant        TEXT NOT NULL,
+                model         TEXT NOT NULL,
+                key           TEXT NOT NULL,
+                api_key       TEXT NOT NULL,
+                calls         INTEGER NOT NULL,
+                input_tokens  INTEGER NOT NULL,
+                output_tokens INTEGER NOT NULL,
+                usd           REAL NOT NULL,
+                PRIMARY KEY (hour, upstream, tenant, model, key, api_key)
+            ) WITHOUT ROWID
+            """,
+            """
+            INSERT INTO spend_by_keys
+            SELECT hour, upstream, tenant, model, key, '', calls, input_tokens, output_tokens, usd FROM spend
+            """,
+            "DROP TABLE spend",
+            "ALTER TABLE spend_by_keys RENAME TO spend",
+        ),
     ),
 )
 
 _ADD: Final = """
-INSERT INTO spend (hour, upstream, tenant, model, key, calls, input_tokens, output_tokens, usd)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO spend (hour, upstream, tenant, model, key, api_key, calls, input_tokens, output_tokens, usd)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET calls = calls + excluded.calls, input_tokens = input_tokens + excluded.input_tokens,
     output_tokens = output_tokens + excluded.output_tokens, usd = usd + excluded.usd
 """
@@ -88,10 +111,10 @@ _TASKS: Final = "SELECT hour, upstream, task_id, usd FROM task ORDER BY hour DES
 _ALERTS: Final = "SELECT upstream, budget, subject, period, share FROM alert"
 _BY_DAY: Final = (
     """
-    INSERT INTO spend (hour, upstream, tenant, model, key, calls, input_tokens, output_tokens, usd)
-    SELECT hour - hour % 86400, upstream, tenant, model, key, sum(calls), sum(input_tokens), sum(output_tokens),
-        sum(usd)
-    FROM spend WHERE hour < :old AND hour % 86400 != 0 GROUP BY 1, 2, 3, 4, 5
+    INSERT INTO spend (hour, upstream, tenant, model, key, api_key, calls, input_tokens, output_tokens, usd)
+    SELECT hour - hour % 86400, upstream, tenant, model, key, api_key, sum(calls), sum(input_tokens),
+        sum(output_tokens), sum(usd)
+    FROM spend WHERE hour < :old AND hour % 86400 != 0 GROUP BY 1, 2, 3, 4, 5, 6
     ON CONFLICT DO UPDATE SET calls = calls + excluded.calls, input_tokens = input_tokens + excluded.input_tokens,
         output_tokens = output_tokens + excluded.output_tokens, usd = usd + excluded.usd
     """,

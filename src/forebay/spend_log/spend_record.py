@@ -22,15 +22,17 @@ class SpendLabels(NamedTuple):
         upstream: names the upstream.
         tenant: that the call was for.
         model: that it was made to.
-        key: the name of the issued key that it was made with; else its API key, as in the name of its account, which is
-            a digest or a name; empty without one.
+        key: the name of the key that a gateway has issued, with which it was made; empty without one.
+        api_key: the provider's API key that it was sent with, as in the name of its account, which is a digest or a
+            name; empty without one.
     """
 
     hour: int
     upstream: str
     tenant: str
     model: str
-    key: str
+    key: str = ""
+    api_key: str = ""
 
 
 class SpendAmounts(msgspec.Struct):

@@ -16,6 +16,7 @@ _SQL: Final[Mapping[str, str]] = MappingProxyType(
         "tenant": "tenant",
         "model": "model",
         "key": "key",
+        "api_key": "api_key",
         "hour": "hour",
         "day": "hour - hour % 86400",
     }

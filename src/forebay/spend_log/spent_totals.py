@@ -93,7 +93,7 @@ class SpentTotals:
 
 
 def places_of(upstream: str, tenant: str, key: str) -> Iterator[SpentKey]:
-    """Yield the budgets that spend with these labels counts in, apart from that of a task."""
+    """Yield the budgets that spend with these labels counts in, apart from that of a task; `key`: an issued one."""
     yield upstream, "budget", ""
     yield upstream, "tenant_budget", tenant
     yield ALL_UPSTREAMS, "tenant_budget", tenant

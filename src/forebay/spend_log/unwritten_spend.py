@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from forebay.spend_log.spend_record import HOUR, OTHER, AlertPlace, GivenAlert, SpendAmounts, SpendLabels, TaskHour
 
-_MAX_TOLD_APART: Final = 10_000  # labels an hour; of further ones the model is "(other)"
+_MAX_TOLD_APART: Final = 10_000  # labels an hour; of further ones model and API key are "(other)"
 _MAX_KEYS: Final = 20_000  # labels an hour, those included; of further ones the key, by which it has a budget, is too
 _MAX_TENANTS: Final = 100_000  # labels an hour, those included; of further ones the tenant is "(other)" too
 _MAX_ROWS: Final = 200_000  # that wait while the file cannot be written; further ones are by hour and upstream only
@@ -92,11 +92,11 @@ class UnwrittenSpend:
         if labels in known:
             return labels
         if len(self._rows) < _MAX_ROWS:
-            without_model = labels._replace(model=OTHER)
+            without_model = labels._replace(model=OTHER, api_key=OTHER)
             without_key = without_model._replace(key=OTHER)
             bounds = ((labels, _MAX_TOLD_APART), (without_model, _MAX_KEYS), (without_key, _MAX_TENANTS))
             for shorter, most in bounds:
                 if shorter in known or len(known) < most:
                     known.add(shorter)
                     return shorter
-        return labels._replace(tenant=OTHER, model=OTHER, key=OTHER)
+        return labels._replace(tenant=OTHER, model=OTHER, key=OTHER, api_key=OTHER)

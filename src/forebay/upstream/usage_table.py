@@ -1,4 +1,4 @@
-"""UsageTable: what the calls of an upstream have used, added up by tenant, model and API key."""
+"""UsageTable: what the calls of an upstream have used, added up by tenant, model and keys."""
 
 from __future__ import annotations
 
@@ -22,29 +22,33 @@ class UsageLabels(NamedTuple):
     Attributes:
         tenant: that the calls were made for.
         model: that they asked for; empty where they named none.
-        key: the name of the key that a gateway has issued for them; else their API key, as eight digits of its hash, or
-            the name that the upstream has for it; empty without one.
+        key: the name of the key that a gateway has issued, with which they were made; empty without one.
+        api_key: the provider's API key that they were sent with, as eight digits of its hash, or the name that the
+            upstream has for it; empty without one.
     """
 
     tenant: str
     model: str
-    key: str
+    key: str = ""
+    api_key: str = ""
 
 
 class UsageRow(JsonStruct, frozen=True, kw_only=True):
-    """The usage of the calls of one tenant, model and API key; ``"other"`` stands for what found no place in the table.
+    """The usage of the calls of one tenant, model and pair of keys; ``"other"`` stands for what found no place.
 
     Attributes:
         tenant: that the calls were made for.
         model: that they asked for; empty where they named none, as guarded functions.
-        key: the name of the key that a gateway has issued for them; else their API key, as eight digits of its hash, or
-            the name that the upstream has for it; empty without one.
+        key: the name of the key that a gateway has issued, with which they were made; empty without one.
+        api_key: the provider's API key that they were sent with, as eight digits of its hash, or the name that the
+            upstream has for it; empty without one.
         usage: of these calls.
     """
 
     tenant: str
     model: str
     key: str
+    api_key: str
     usage: CallUsage
 
 
@@ -74,9 +78,9 @@ class UsageTable:
         with self._lock:
             rows = self._rows
             if labels not in rows and len(rows) >= self._max_rows:
-                rows, labels = self._by_model, UsageLabels(OTHER, labels.model, OTHER)
+                rows, labels = self._by_model, UsageLabels(OTHER, labels.model, OTHER, OTHER)
                 if labels not in rows and len(rows) >= _MAX_MODELS:
-                    labels = UsageLabels(OTHER, OTHER, OTHER)
+                    labels = UsageLabels(OTHER, OTHER, OTHER, OTHER)
             rows[labels] = rows.get(labels, NO_USAGE) + usage
             self._total += usage
 
@@ -90,4 +94,4 @@ class UsageTable:
         with self._lock:
             found = [*self._rows.items(), *self._by_model.items()]
         found.sort(key=lambda row: (-row[1].usd, -row[1].output_tokens, row[0]))
-        return [UsageRow(tenant=tenant, model=model, key=key, usage=usage) for (tenant, model, key), usage in found]
+        return [UsageRow(**labels._asdict(), usage=usage) for labels, usage in found]

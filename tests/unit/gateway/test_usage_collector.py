@@ -19,13 +19,13 @@ class Counters:
 
     def __init__(self, max_values: int = 10) -> None:
         target = Target(TargetSettings(name="openai", url="http://127.0.0.1"))
-        labels = {name: BoundedLabel(max_values) for name in ("models", "tenants", "keys")}
+        labels = {name: BoundedLabel(max_values) for name in ("models", "tenants", "keys", "api_keys")}
         self._table = target.upstream.core.recorder.table
         self._collector = UsageCollector([target], **labels)
 
     def use(self, *, tenant: str = "acme", **usage: float) -> None:
         """Add the usage of a call, or a correction."""
-        self._table.add(UsageLabels(tenant, "gpt-4o", "12345678"), CallUsage(**usage))  # type: ignore[arg-type]
+        self._table.add(UsageLabels(tenant, "gpt-4o", "writer", "12345678"), CallUsage(**usage))  # type: ignore[arg-type]
 
     def read(self, name: str, label: str) -> dict[str, float]:
         """Return the values of a metric by one of its labels."""

@@ -333,7 +333,7 @@ class SharedAccount:
                 self.token_estimates.observe(now, outcome.estimated_input_tokens, outcome.used)
             relieved = self._serve_queue(now)
         if self._recorder is not None:
-            self._recorder.end(permit, outcome, usd, key=self._key)
+            self._recorder.end(permit, outcome, usd, api_key=self._key)
         for callback in relieved:
             callback()
 

@@ -45,22 +45,20 @@ class SpendRecorder:
     Args:
         spend_log: where they are recorded.
         upstream: the name of the account's upstream.
-        key: its API key, as it is shown, for calls without an issued key.
+        api_key: its API key, as it is shown.
         by_task: tasks have budgets, so that spend is recorded by task, too.
     """
 
-    def __init__(self, spend_log: SpendLog, upstream: str, key: str, *, by_task: bool) -> None:
+    def __init__(self, spend_log: SpendLog, upstream: str, api_key: str, *, by_task: bool) -> None:
         self._log = spend_log
         self._upstream = upstream
-        self._key = key
+        self._api_key = api_key
         self._by_task = by_task
 
     def begin(self, request: CallRequest) -> RecordedCall | None:
         """Return the record of a call that gets its permit now; None if it is free of charge, such as a GET."""
         if request.free:
             return None
-        key = request.key_name or self._key
-        labels = SpendLabels(
-            hour_of(clock.wall_time()), self._upstream, request.tenant, request.model[:_MAX_MODEL], key
-        )
+        model, hour = request.model[:_MAX_MODEL], hour_of(clock.wall_time())
+        labels = SpendLabels(hour, self._upstream, request.tenant, model, request.key_name, self._api_key)
         return RecordedCall(self._log, labels, request.task_id if self._by_task else None)

@@ -10,7 +10,7 @@ from forebay.upstream.usage_table import UsageLabels, UsageTable
 
 
 class UsageRecorder:
-    """The one place where the usage of calls is attributed: to the task that makes them, and to tenant, model and key.
+    """The one place where the usage of calls is attributed: to the task that makes them, and to tenant, model and keys.
 
     Args:
         provider: of the upstream.
@@ -30,19 +30,19 @@ class UsageRecorder:
         if (payer := permit.request.payer) is not None:
             payer.record_usage(CALL_BEGINS)
 
-    def end(self, permit: Permit, outcome: CallOutcome, usd: float, *, key: str) -> None:
+    def end(self, permit: Permit, outcome: CallOutcome, usd: float, *, api_key: str) -> None:
         """Record the usage of a call that has ended.
 
         Args:
             permit: of the call.
             outcome: how it ended.
             usd: dollars that were counted in its budgets, or would have been.
-            key: the API key of its account, as it is shown, for calls without an issued key.
+            api_key: the API key of its account, as it is shown.
         """
         request = permit.request
         usage = None if request.free else self._usage(permit, outcome, usd)
         if usage is not None:
-            labels = UsageLabels(request.tenant, request.model, request.key_name or key)
+            labels = UsageLabels(request.tenant, request.model, request.key_name, api_key)
             permit.counted = CountedUsage(labels, usage)
             self.table.add(labels, usage)
         if request.payer is not None:

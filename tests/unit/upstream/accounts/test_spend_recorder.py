@@ -40,18 +40,18 @@ def test_a_call_is_recorded_in_the_hour_of_its_permit(spend_log: SpendLog, monke
     call.settle(2.0, input_tokens=100, output_tokens=50)
     call.revise(0.5, input_tokens=90, output_tokens=10)
     call.revise(0.75, input_tokens=90, output_tokens=20)
-    assert rows(spend_log, "hour", "tenant", "model", "key") == {
+    assert rows(spend_log, "hour", "tenant", "model", "api_key") == {
         (NINE, "acme", "gpt-4o", "ab12cd34"): (1, 90, 20, 0.75)
     }
 
 
-def test_a_call_is_recorded_by_the_name_of_its_issued_key(spend_log: SpendLog) -> None:
+def test_a_call_is_recorded_by_the_name_of_its_issued_key_and_by_its_api_key(spend_log: SpendLog) -> None:
     recorder = SpendRecorder(spend_log, "openai", "ab12cd34", by_task=False)
     for key_name in ("writer", ""):
         call = recorder.begin(CallRequest(key_name=key_name))
         assert call is not None
         call.settle(1.0, input_tokens=0, output_tokens=0)
-    assert sorted(rows(spend_log, "key")) == [("ab12cd34",), ("writer",)]
+    assert sorted(rows(spend_log, "key", "api_key")) == [("", "ab12cd34"), ("writer", "ab12cd34")]
 
 
 def test_a_call_whose_cost_is_known_only_later_is_one_call(spend_log: SpendLog) -> None:
