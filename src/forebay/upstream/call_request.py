@@ -305,7 +305,7 @@ class AttemptResult(msgspec.Struct, kw_only=True, eq=False):
     can_fall_back: bool = False
 
 
-class Admitted(NamedTuple):
+class Admitted(msgspec.Struct, frozen=True):
     """The call may be sent now."""
 
     permit: Permit

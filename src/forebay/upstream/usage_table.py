@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from forebay._json import JsonStruct
 from forebay.call_usage import NO_USAGE, CallUsage
@@ -16,7 +18,7 @@ _MAX_ROWS: Final = 2_000  # a snapshot of them takes four milliseconds
 _MAX_MODELS: Final = 200  # rows beyond those that keep the model: callers of a gateway choose the names
 
 
-class UsageLabels(NamedTuple):
+class UsageLabels(msgspec.Struct, frozen=True, order=True):
     """The labels by which the usage of calls is added up.
 
     Attributes:
@@ -67,7 +69,6 @@ class UsageTable:
         self._lock = threading.Lock()
         self._rows: dict[UsageLabels, CallUsage] = {}
         self._by_model: dict[UsageLabels, CallUsage] = {}  # of labels beyond the bound
-        self._total = NO_USAGE
 
     def reset_after_fork(self) -> None:
         """See `ForkAware`. What the parent's calls have used, they have used before the child was."""
@@ -81,13 +82,14 @@ class UsageTable:
                 rows, labels = self._by_model, UsageLabels(OTHER, labels.model, OTHER, OTHER)
                 if labels not in rows and len(rows) >= _MAX_MODELS:
                     labels = UsageLabels(OTHER, OTHER, OTHER, OTHER)
-            rows[labels] = rows.get(labels, NO_USAGE) + usage
-            self._total += usage
+            before = rows.get(labels)
+            rows[labels] = usage if before is None else before + usage
 
     @property
     def total(self) -> CallUsage:
-        """The usage of all calls."""
-        return self._total
+        """The usage of all calls. The rows are added up when it is asked for, not at each call."""
+        with self._lock:
+            return sum((*self._rows.values(), *self._by_model.values()), NO_USAGE)
 
     def rows(self) -> Sequence[UsageRow]:
         """Return the rows, those that have cost most first."""

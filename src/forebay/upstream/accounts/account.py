@@ -172,7 +172,7 @@ class Account:
         if self._untaken:
             self._release_lost(now)
         request.asked_at = min(request.asked_at, now)
-        if self.places:
+        if self.places.kept:
             self.places.drop(request)  # it is back
         at_once = (
             not self.queue.length
@@ -213,11 +213,11 @@ class Account:
 
     def _held_from(self, now: float, request: CallRequest) -> Sequence[HeldCharge]:
         """Return what a call has to leave for those that come back to be retried."""
-        return self.places.held_from(now, request) if self.places else ()
+        return self.places.held_from(now, request) if self.places.kept else ()
 
     def _quota_wait(self, now: float, request: CallRequest) -> float:
         """Return the seconds that a call has to wait for its quotas."""
-        if self.places:
+        if self.places.kept:
             return self.quotas.wait(now, request.charge, held=self.places.held_from(now, request)).seconds
         return self.quotas.wait(now, request.charge, trial=request.retried).seconds
 
@@ -227,7 +227,7 @@ class Account:
 
     def _may_try(self, request: CallRequest) -> bool:
         """Return whether a call may be a trial call of a quota: it can be retried, and takes no place that is kept."""
-        return request.retried and not self.places
+        return request.retried and not self.places.kept
 
     def _is_queue_full(self, request: CallRequest) -> bool:
         """Return whether too many calls wait for this one to join; twice as many may, if most do not go before it."""

@@ -530,9 +530,8 @@ class SharedAccount:
 
     def _learn_typical(self, request: CallRequest) -> None:
         """Update the needs of a typical call, which are moving means."""
-        usd = self._typical.usd
+        usd, old, new = self._typical.usd, self._typical.charge, request.charge
         self._typical.usd = usd + _GAIN * (request.usd - usd) if usd else request.usd
-        old, new = self._typical.charge, request.charge
         if new == old:
             return  # as of guarded functions, which use no tokens
         self._typical.charge = Charge(

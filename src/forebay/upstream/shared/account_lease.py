@@ -230,39 +230,40 @@ class AccountLease(LedgerLease):
     def update(self, now: float) -> None:
         """See `LedgerLease`. Each call asks twice, and most find that nothing is needed."""
         demand = self._demand
-        if self._pending is not None or self.due <= now or demand is None or self.link.is_failing():
-            return  # the exchange that is under way, or due, or the next attempt at it, brings what is needed
-        if not self.is_leased(now):
-            if demand.queue.length or self.is_busy(now):
-                self.ask_at(now)
-            return
-        head = demand.queue.head() if demand.queue.length else None
-        if head is not None and not demand.is_paused(now):
-            charge: Charge = head[2].request.charge
-            if self._is_short_for(now, demand, charge):
-                self.ask_at(self._retry_at if self._has_asked_for(charge) else now)
+        if self._pending is not None or self.due <= now or demand is None:
+            return  # the exchange that is under way, or due, brings what is needed
+        when = self._next_exchange(now, demand)
+        if when < self.due and not self.link.is_failing():  # the next attempt does, if it is failing
+            self.ask_at(when)
+
+    def _next_exchange(self, now: float, demand: CallDemand) -> float:
+        """Return when the next exchange is needed, for calls and for what is to be told; infinity for never."""
+        if now >= self.until:
+            return now if demand.queue.length or self.is_busy(now) else math.inf
         for bucket in self.buckets:
             if bucket.is_low(now):
-                self.ask_at(now)
+                return now
+        when = self._next_for_calls(now, demand) if demand.queue.length else math.inf
         if self._learned is not None and self._learned.has_news(now):
-            self._tell_what_was_learned(now, self._learned)
-        self.ask_at(self._stoppages.ask_at(now, waiting=head is not None))
-        if self.is_bounded:
-            self._return_slots(now, demand.in_flight)
+            if self._learned.is_cut(now):
+                return now
+            when = min(when, now + _RAISED)
+        when = min(when, self._stoppages.ask_at(now, waiting=demand.queue.length > 0))
+        if self.is_bounded and demand.in_flight < self._counted:  # `_allowed` is never more than that
+            if self._allowed < self._counted:  # others wait for what was given back
+                return now
+            when = min(when, now + _IDLE_SLOTS)
+        return when
 
-    def _tell_what_was_learned(self, now: float, limit: LeasedLimit) -> None:
-        """Tell the ledger at once that the limit was cut, and soon that it has risen."""
-        if limit.is_cut(now):
-            self.ask_at(now)
-        elif limit.is_raised():
-            self.ask_at(now + _RAISED)
-
-    def _return_slots(self, now: float, in_flight: int) -> None:
-        """Return the slots that are not used."""
-        if in_flight < self._counted and self._allowed < self._counted:  # others wait for what was given back
-            self.ask_at(now)
-        elif in_flight < self._allowed:
-            self.ask_at(now + _IDLE_SLOTS)
+    def _next_for_calls(self, now: float, demand: CallDemand) -> float:
+        """Return when to ask for what the first waiting call needs; infinity if it waits for something else."""
+        head = demand.queue.head()
+        if head is None or demand.is_paused(now):
+            return math.inf
+        charge: Charge = head[2].request.charge
+        if not self._is_short_for(now, demand, charge):
+            return math.inf
+        return self._retry_at if self._has_asked_for(charge) else now
 
     def _is_short_for(self, now: float, demand: CallDemand, charge: Charge) -> bool:
         """Return whether a call waits for the ledger."""

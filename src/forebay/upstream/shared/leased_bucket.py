@@ -225,6 +225,8 @@ class LeasedBucket(Bucket):
 
     def is_low(self, now: float) -> bool:
         """Return whether the chunk runs out soon, or there is a debt to report."""
+        if now < self._lease.until:  # as `usable`, without the cost of a call
+            return self._granted - self._used - self._returning - self.held < self._low_mark
         return self.usable(now) < self._low_mark
 
     def _measure(self, now: float) -> None:

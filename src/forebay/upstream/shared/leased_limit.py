@@ -57,9 +57,10 @@ class LeasedLimit(Limit):
 
     def grant(self, now: float, in_flight: int) -> Grant:
         """Return the grant of a slot that is taken now, with the calls of all processes in flight."""
-        # What others were allowed may be out of date; the ledger allows no more than the limit in all.
-        at_most = max(in_flight, self._limit.limit(now))
-        return self._limit.grant(now, min(at_most, in_flight + self._others(now, in_flight)))
+        if others := self._others(now, in_flight):
+            # What they were allowed may be out of date; the ledger allows no more than the limit in all.
+            in_flight = min(max(in_flight, self._limit.limit(now)), in_flight + others)
+        return self._limit.grant(now, in_flight)
 
     def limit(self, now: float) -> int:
         """Return how many calls may be in flight in all processes now."""
@@ -72,16 +73,14 @@ class LeasedLimit(Limit):
     # --- exchanges ---
 
     def has_news(self, now: float) -> bool:
-        """Return whether there may be something to tell the ledger before the next request is due anyway."""
-        return self._cut is not None or self._raised >= 1.0 or self._limit.reopens_at(now) is not None
+        """Return whether the ledger is to be told at once that it was cut, or soon that it has risen."""
+        if self._cut is not None or self._raised >= 1.0:
+            return True
+        return self._limit.reopens_at(now) is not None and self.is_cut(now)
 
     def is_cut(self, now: float) -> bool:
         """Return whether it was cut, or a silence has begun, since the latest request."""
         return self._cut is not None or self._silence(now) > 0.0
-
-    def is_raised(self) -> bool:
-        """Return whether it was raised by a call or more since the latest request."""
-        return self._raised >= 1.0
 
     def report(self, now: float, *, members: int = 1) -> LimitRequest:
         """Return what to tell the ledger.

@@ -87,7 +87,8 @@ class RefusalCause:
         """
         if not paused:
             self._move_window(now)
-        self._count_early(now)
+        if self._early:
+            self._count_early(now)
         if in_flight > self._peak or self._open:
             if now < sent_at + _KNOWN_AFTER:
                 self._early.append((sent_at, in_flight))

@@ -82,6 +82,8 @@ class RefusalControl:
         """Return how many calls may be in flight: `limit`, fewer after a penalty, or as many as before in a trial."""
         if now < self._cap_until:
             return min(limit, int(self._cap))
+        if now >= self._trial.over_at:
+            return limit
         return max(limit, self._blocked_in_flight) if self._trial.wants_call(now) and not self._more else limit
 
     def record_sent(self, now: float) -> None:
