@@ -84,8 +84,9 @@ class BodyReservation:
 
     def release(self) -> None:
         """Release what is counted so far."""
-        self._memory.release(self._size)
-        self._size = 0
+        if self._size:
+            self._memory.release(self._size)
+            self._size = 0
 
     def expect(self, size: int) -> None:
         """Check that an announced body of `size` bytes may come. It is not counted yet.

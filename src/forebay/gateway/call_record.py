@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias
@@ -19,6 +20,7 @@ ANTHROPIC_REQUEST_ID: Final = "request-id"
 _VALID_ID: Final = re.compile(r"[!-~]{1,128}")
 _QUERY: Final = re.compile(r"\?|%3[Ff]")  # an escaped one too: what follows may be a key
 _MAX_PATH: Final = 200  # characters
+_MAX_KNOWN_PATH: Final = 100  # characters of one that is remembered: callers choose them
 _MAX_NAME: Final = 200  # characters of a name in a header
 
 CallResult: TypeAlias = Literal[
@@ -72,17 +74,18 @@ class CallRecord:
     """
 
     __slots__ = (
-        "_arrived_at", "_waits_since", "account", "asked_model", "asked_target", "attempts", "first_output_at",
-        "key_name", "limited_by", "method", "model", "out_of_time", "path", "provider_request_id", "request_id",
+        "_arrived_at", "_ended_at", "_waits_since", "account", "asked_model", "asked_target", "attempts",
+        "first_output_at", "key_name", "limited_by", "method", "model", "out_of_time", "path", "provider_request_id",
+        "request_id",
         "result", "target", "tenant", "usage", "usd", "waited",
     )  # fmt: skip
 
     def __init__(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-        given = headers.get(REQUEST_ID, "")
-        self.request_id = given if _VALID_ID.fullmatch(given) else clock.new_id()
+        given = headers.get(REQUEST_ID)
+        self.request_id = given if given is not None and _VALID_ID.fullmatch(given) else clock.new_id()
         self.provider_request_id = ""
         self.method = method
-        self.path = _QUERY.split(path, maxsplit=1)[0][:_MAX_PATH] if path.startswith("/") else ""  # a URL may hold more
+        self.path = _known_path(path) if len(path) <= _MAX_KNOWN_PATH else _shown_path(path)
         self.tenant = self.key_name = ""
         self.asked_target = self.asked_model = self.target = self.model = self.account = ""
         self.attempts = 0
@@ -94,12 +97,14 @@ class CallRecord:
         self.result: CallResult = "invalid"
         self.out_of_time = False
         self._arrived_at = clock.now()
+        self._ended_at: float | None = None
         self._waits_since: float | None = None
 
     @property
     def duration(self) -> float:
-        """The seconds since the request arrived."""
-        return clock.now() - self._arrived_at
+        """The seconds from the arrival of the request to its end, or until now."""
+        ended_at = self._ended_at
+        return (clock.now() if ended_at is None else ended_at) - self._arrived_at
 
     @property
     def first_output(self) -> float | None:
@@ -144,6 +149,11 @@ class CallRecord:
         """Note that a limit has rejected it."""
         self.limited_by = limited_by
         self.result = "rejected"
+
+    def end(self) -> None:
+        """Note that the request has ended."""
+        self._ended_at = clock.now()
+        self._end_wait()
 
     def end_waiting(self) -> None:
         """Note that the call does not wait any more: its answer begins, or it was rejected."""
@@ -193,6 +203,15 @@ class CallRecord:
             self._waits_since = None
 
 
+def _shown_path(path: str) -> str:
+    """Return a path as it is logged, without what may be a key."""
+    return _QUERY.split(path, maxsplit=1)[0][:_MAX_PATH] if path.startswith("/") else ""  # a URL may hold more
+
+
+_known_path: Final = functools.lru_cache(256)(_shown_path)  # calls go to a few paths
+
+
+@functools.lru_cache(maxsize=1024)  # calls have a few accounts and models
 def _header(name: str) -> str:
     """Return a name as the value of a header: the model is its caller's to choose."""
     return header_value(name[:_MAX_NAME])

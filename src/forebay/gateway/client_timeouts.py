@@ -93,6 +93,11 @@ class ClientTimeoutReader:
         """Set another default; what was learned stays."""
         self._default = default
 
+    @property
+    def knows_hang_ups(self) -> bool:
+        """True if a caller has hung up, so that answers count too."""
+        return bool(self._clients)
+
     def read(self, now: float, headers: Mapping[str, str]) -> ClientTimeouts:
         """Return the timeouts of the caller with these headers (by lower-case name)."""
         return self.timeouts(now, AnnouncedTimeouts.read(headers))

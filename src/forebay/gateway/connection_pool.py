@@ -74,6 +74,7 @@ class PooledConnection(ResponseHandler):
         self._pool = pool
         self._heads = HeadSplitter()
         self._poll: select.poll | None = None  # of its socket; made once, for each call asks it
+        self._silent_until = math.inf  # loop time at which the read timeout is over; infinity while none runs
         self.idle_key: ConnectionKey | None = None
         self.idle_since = 0.0
 
@@ -89,6 +90,7 @@ class PooledConnection(ResponseHandler):
         if self.transport is not None:  # else it was closed on this side
             self._record_closed_idle()
         super().connection_lost(exc)
+        self._cancel_timer()
 
     def rest(self, key: ConnectionKey) -> None:
         """Begin to be idle, after a call."""
@@ -100,9 +102,51 @@ class PooledConnection(ResponseHandler):
         """The seconds since its last call ended."""
         return clock.now() - self.idle_since
 
-    def has_rested(self) -> bool:
+    def has_rested(self, now: float) -> bool:
         """Return whether the last call ended long enough ago."""
-        return self.idle_time >= _REST
+        return now - self.idle_since >= _REST
+
+    # A call restarts its read timeout whenever bytes pass. Another timer each time took 3 % of a call's processor time,
+    # so one goes on running: when it fires too early, it is set again for the rest.
+
+    def _reschedule_timeout(self) -> None:
+        """See `ResponseHandler`."""
+        timeout = self._read_timeout
+        if not timeout:
+            self._drop_timeout()
+            return
+        self._silent_until = until = self._loop.time() + timeout
+        timer = self._read_timeout_handle
+        if timer is None or timer.when() > until:
+            self._set_timer(until)
+
+    def _drop_timeout(self) -> None:
+        """See `ResponseHandler`."""
+        self._silent_until = math.inf
+        if self.transport is None:
+            self._cancel_timer()
+
+    def _set_timer(self, at: float) -> None:
+        self._cancel_timer()
+        self._read_timeout_handle = self._loop.call_at(at, self._on_read_timeout)
+
+    def _cancel_timer(self) -> None:
+        if self._read_timeout_handle is not None:
+            self._read_timeout_handle.cancel()
+            self._read_timeout_handle = None
+
+    def _on_read_timeout(self) -> None:
+        """See `ResponseHandler`."""
+        self._read_timeout_handle = None
+        if self._silent_until <= self._loop.time():
+            super()._on_read_timeout()
+        elif self._silent_until < math.inf:
+            self._set_timer(self._silent_until)
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - as in aiohttp
+        """See `ResponseHandler`, which is asked to after each read of a body, though nothing was paused."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
 
     def _record_closed_idle(self) -> None:
         if self.idle_key is not None:
@@ -144,11 +188,12 @@ class PooledConnection(ResponseHandler):
 
     def is_connected(self) -> bool:
         """Return whether it is open and, while it is idle, fit for another call."""
-        if not super().is_connected() or self.transport is None:
+        transport, key = self.transport, self.idle_key
+        if transport is None or transport.is_closing():
             return False
-        if self.idle_key is None:
+        if key is None:
             return True
-        if self.should_close or self._pool.may_be_closing(self.idle_key, self.idle_time):
+        if self.should_close or (self._pool.knows_idle_times and self._pool.may_be_closing(key, self.idle_time)):
             return False
         return self._poll is None or not self._poll.poll(0)  # bytes that the event loop has not read yet, or the end
 
@@ -197,10 +242,13 @@ class ConnectionPool(aiohttp.TCPConnector):
         if idle_time <= self._closes_after(key, now):
             self._idle_times[key.host, key.port] = (idle_time, now + _MEMORY)
 
+    @property
+    def knows_idle_times(self) -> bool:
+        """True if a provider has closed a connection that was idle."""
+        return bool(self._idle_times)
+
     def may_be_closing(self, key: ConnectionKey, idle_time: float) -> bool:
         """Return whether a connection that has been idle for so many seconds may be closed before a call arrives."""
-        if not self._idle_times:
-            return False
         return idle_time > max(_ALWAYS_SAFE, _SAFE_SHARE * self._closes_after(key, clock.now()))
 
     def _closes_after(self, key: ConnectionKey, now: float) -> float:
@@ -214,13 +262,14 @@ class ConnectionPool(aiohttp.TCPConnector):
     async def _get(self, key: ConnectionKey, traces: list[Any]) -> Any:
         """Return an idle connection that has rested, or None for a new one."""
         idle: Any = self._conns.get(key)
-        if idle and not self._is_distrusted(key) and idle[0][0].has_rested():  # the first is the oldest
+        if idle and not self._is_distrusted(key) and idle[0][0].has_rested(clock.now()):  # the first is the oldest
             lent = await super()._get(key, traces)
             if lent is not None:
                 return lent
-        for _ in range(1 + self._open - self._max_connections):  # what is closed counts as open for a moment
-            if self._conns:
-                self._close_idle()
+        if self._open >= self._max_connections:
+            for _ in range(1 + self._open - self._max_connections):  # what is closed counts as open for a moment
+                if self._conns:
+                    self._close_idle()
         return None
 
     def _close_idle(self) -> None:

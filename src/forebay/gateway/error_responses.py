@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Set as AbstractSet
 from typing import Final, Literal
 
 import msgspec
@@ -58,11 +59,13 @@ class GatewayResponse(msgspec.Struct, frozen=True):
         status: the HTTP status.
         headers: by name, as they are sent, without content-length.
         body: its bytes.
+        names: those of the headers in lower case, and maybe of others that came with them; None to find them out.
     """
 
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
+    names: AbstractSet[str] | None = None
 
 
 class EarlyResponse(Exception):

@@ -14,14 +14,13 @@ import msgspec
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from multidict import CIMultiDict
-from yarl import URL
 
 from forebay import clock
 from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller_limits import CallerHold, CallerLimits
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
-from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of
+from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of, parse_address
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.metrics import GatewayMetrics, Operation
 from forebay.gateway.passed_headers import DROPPED, HOP_BY_HOP, PassedNames, hop_by_hop_names
@@ -170,7 +169,7 @@ class ForwardedCall(Exchange):
 
     __slots__ = (
         *("_client", "_error_type", "_held", "_held_key", "_metrics", "_operation", "_outgoing", "_request"),
-        *("_rerouted", "_url", "hold", "record"),
+        *("_address", "_rerouted", "hold", "record"),
     )
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
@@ -195,7 +194,7 @@ class ForwardedCall(Exchange):
             caller=request.caller,
         )
         self._request = request
-        self._url = URL(url, encoded=True)
+        self._address = parse_address(url)
         self._client = client
         self._held = held
         self._metrics = metrics
@@ -210,7 +209,7 @@ class ForwardedCall(Exchange):
         changed = self.changed_body
         self._outgoing = OutgoingRequest(
             method=request.method,
-            url=self._url,
+            address=self._address,
             headers=request.headers.sent(metered=changed is not None),
             body=request.body if changed is None else changed,
             credentials=request.headers.credentials,
@@ -267,8 +266,9 @@ class ForwardedCall(Exchange):
     def _url_of(self, rerouted: ReroutedRequest) -> str:
         if rerouted.origin is not None:
             return rerouted.origin + rerouted.path
-        prefix = self._url.raw_path_qs.removesuffix(self._path)
-        return f"{self._url.origin()}{prefix}{rerouted.path}"
+        url = self._address.url
+        prefix = url.raw_path_qs.removesuffix(self._path)
+        return f"{url.origin()}{prefix}{rerouted.path}"
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
@@ -315,7 +315,7 @@ class ForwardedCall(Exchange):
             connection = connection_of(response)
             headers = Headers.from_wire(response.raw_headers)
             self.record.note_answer(headers)
-            returned = _response_headers(response)
+            returned = _response_headers(response, headers)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 return self._stream(permit, response, headers, returned)
             body, whole = await self._read(response)
@@ -336,7 +336,7 @@ class ForwardedCall(Exchange):
         result = self.judge_answer(permit, response.status, headers, content)
         if response.status >= ERRORS:
             self._error_type = str(response.status)
-        answer = GatewayResponse(response.status, tuple(returned), body)
+        answer = GatewayResponse(response.status, tuple(returned), body, headers.keys())
         result.value = answer if self._held_key is None else self._held_key.passed_on(answer, self.core.name)
         return result
 
@@ -360,6 +360,10 @@ class ForwardedCall(Exchange):
         body = bytearray()  # a list of pieces could take many times its bytes
         is_error = response.status >= REDIRECTS
         try:
+            content = response.content
+            if content.is_eof() and content.exception() is None and content.total_bytes <= _MAX_ERROR:
+                held.grow(content.total_bytes)
+                return content.read_nowait(), True  # all of it came with its head
             if not is_error:
                 held.expect(response.content_length or 0)
             async for piece in response.content.iter_any():
@@ -418,8 +422,12 @@ def _time_limits(read_timeout: float) -> aiohttp.ClientTimeout:
 _returned: Final = PassedNames(_NOT_RETURNED, lower=False).__getitem__
 
 
-def _response_headers(response: ProviderResponse) -> list[tuple[str, str]]:
+def _response_headers(response: ProviderResponse, by_name: Headers) -> list[tuple[str, str]]:
     """Return the headers that the caller gets. They tell its SDK not to retry: retries happen here.
+
+    Args:
+        response: of the provider.
+        by_name: its headers by lower-case name.
 
     Raises:
         UnexpectedUpgrade: the provider switched to another protocol.
@@ -427,17 +435,17 @@ def _response_headers(response: ProviderResponse) -> list[tuple[str, str]]:
     if response.status == _SWITCHING_PROTOCOLS:
         raise UnexpectedUpgrade("the provider switched to another protocol, unasked")
     raw = response.raw_headers
-    listed = None
-    headers = []
-    for name, value in raw:
-        returned = _returned(name)
-        if returned:
-            headers.append((returned, printable(value.decode("utf-8", "surrogateescape"))))
-        elif name.lower() == b"connection":
-            listed = value.decode("latin-1").lower()
+    headers = [(_returned(name), value.decode("utf-8", "surrogateescape")) for name, value in raw]
+    if not "".join([value for _, value in headers]).isprintable():  # at least one of them is not
+        headers = [(name, printable(value)) for name, value in headers]
+    connection = by_name.get("connection")
+    hop_by_hop = hop_by_hop_names(None if connection is None else connection.lower(), raw)
+    if hop_by_hop is DROPPED:
+        headers = [pair for pair in headers if pair[0]]
+    else:
+        headers = [pair for pair in headers if pair[0].lower() not in hop_by_hop]
     headers.append(("x-should-retry", "false"))
-    hop_by_hop = hop_by_hop_names(listed, raw)
-    return headers if hop_by_hop is DROPPED else [pair for pair in headers if pair[0].lower() not in hop_by_hop]
+    return headers
 
 
 async def _decompress(headers: Headers, body: bytes) -> bytes:

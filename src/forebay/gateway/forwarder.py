@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 import aiohttp
@@ -55,6 +57,7 @@ from forebay.gateway.request_headers import RequestHeaders
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, without_compression
 from forebay.gateway.settings import GatewaySettings
+from forebay.gateway.single_write_response import SingleWriteResponse, fits_single_write
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.gateway.tenants import Tenants, with_limits
 from forebay.gateway.worker_group import WorkerGroup
@@ -320,9 +323,9 @@ class Forwarder:
 
     def _log(self, record: CallRecord, status: int) -> None:
         """Write the line of a request that has ended."""
-        record.end_waiting()
+        record.end()
         if self._access_log is not None:
-            self._access_log.add(make_entry(record, status, wall=clock.wall_time()))
+            self._access_log.add(functools.partial(make_entry, record, status, wall=clock.wall_time()))
 
     def _early_response(self, request: web.BaseRequest, early: EarlyResponse, record: CallRecord) -> web.Response:
         record.end_waiting()
@@ -339,11 +342,26 @@ class Forwarder:
         for name, value in record.request_ids(protocol):
             headers.setdefault(name, value)
 
+    def _with_own_headers(
+        self, headers: Sequence[tuple[str, str]], names: AbstractSet[str], record: CallRecord, protocol: ApiProtocol
+    ) -> Sequence[tuple[str, str]]:
+        """Return the headers of an answer with what `_add_headers` adds to them; `names`: theirs, in lower case."""
+        if not self._settings.response_headers:
+            return headers
+        own, ids = record.headers(), record.request_ids(protocol)
+        if not names.isdisjoint([name for name, _ in own]):
+            replaced = {name for name, _ in own}
+            headers = [pair for pair in headers if pair[0].lower() not in replaced]
+        return [*headers, *own, *[pair for pair in ids if pair[0] not in names]]
+
     def _close_if_needed(self, request: web.BaseRequest, response: web.Response) -> web.Response:
         """Close the connection after this response while draining, or if the body of the request was not read."""
-        if self.draining or not request.content.is_eof():
+        if self._must_close(request):
             response.force_close()
         return response
+
+    def _must_close(self, request: web.BaseRequest) -> bool:
+        return self.draining or not request.content.is_eof()
 
     def _validate(self, request: web.BaseRequest, headers: Headers) -> None:
         error = self._validator.find_error(request.method, headers, request.raw_headers)
@@ -510,8 +528,9 @@ class Forwarder:
                 now = clock.now()
                 self._client_timeouts.record_hang_up(now, headers, now - started)
             raise
-        now = clock.now()
-        self._client_timeouts.record_answer(now, headers, now - started)
+        if self._client_timeouts.knows_hang_ups:
+            now = clock.now()
+            self._client_timeouts.record_answer(now, headers, now - started)
         return answer
 
     async def _pass_answer(
@@ -529,11 +548,19 @@ class Forwarder:
             return await self._stream(request, answer, call, held)
         if self._lists_aliases(request.method, destination):
             answer = with_aliases(answer, self._aliases_for(destination.key), destination.target.protocol)
+        call.record.result = "answered" if answer.status < _ERRORS else "provider_error"
+        if fits_single_write(request, answer.status, answer.body):
+            names = answer.names or {name.lower() for name, _ in answer.headers}
+            headers = self._with_own_headers(answer.headers, names, call.record, protocol)
+            single = SingleWriteResponse(answer.status, headers, names, answer.body)
+            if self._must_close(request):
+                single.force_close()
+            await single.send(request)  # until its caller has taken it, it is held
+            return single, answer.status
         response = self._close_if_needed(request, _to_aiohttp(answer))
         self._add_headers(response.headers, call.record, protocol)
-        call.record.result = "answered" if response.status < _ERRORS else "provider_error"
         await response.prepare(request)
-        await response.write_eof()  # until its caller has taken it, it is held
+        await response.write_eof()  # the same
         return response, response.status
 
     def _aliases_for(self, key: IssuedKey | None) -> dict[str, ApiProtocol | None]:
@@ -603,7 +630,7 @@ class Forwarder:
             method=request.method,
             headers=headers,
             body=body,
-            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
+            caller=caller,
             read_timeout=timeouts.read_timeout,
             key=key,
             held_keys=self._held_keys,
@@ -626,6 +653,7 @@ class Forwarder:
             record=record,
             limits=limits,
         )
+        call.call_request.deadline = min(caller.deadline, now + timeouts.max_wait)
         record.begin(caller, destination.target.name, call.call_request.model, call.account.name)
         _check_call(call, body, target.protocol)
         if key is not None and (forbidden := find_forbidden(key, _as_called(call.parsed, called), body)):

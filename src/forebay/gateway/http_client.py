@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterable, Mapping
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import aiohttp
 import msgspec
@@ -20,10 +21,39 @@ _HEADERS_NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Enc
 _LONG_BODY: Final = (
     1 << 20
 )  # bytes, beyond which a body is written piece by piece while its provider may answer already
+_MAX_KNOWN_URL: Final = 200  # characters of one that is remembered: callers choose them
 _MAX_CONNECTION_REQUESTS: Final = 1000  # providers and credentials that are remembered
 
 ProviderResponse: TypeAlias = aiohttp.ClientResponse | DirectResponse
 """A provider's response, once its head has arrived. Both have what a gateway reads."""
+
+
+class Address(NamedTuple):
+    """The address of a request.
+
+    Attributes:
+        url: with path and query.
+        origin: of the URL.
+        path: of the URL, with the query, as it is sent.
+    """
+
+    url: URL
+    origin: str
+    path: bytes
+
+
+def parse_address(url: str) -> Address:
+    """Return the address that a URL names; that of a short one is remembered, for calls go to a few."""
+    return _known_address(url) if len(url) <= _MAX_KNOWN_URL else _parse_address(url)
+
+
+def _parse_address(url: str) -> Address:
+    parsed = URL(url, encoded=True)
+    path = parsed.raw_path_qs.encode("utf-8", "surrogateescape")  # as it was received
+    return Address(parsed, f"{parsed.scheme}://{parsed.raw_authority}", path)
+
+
+_known_address: Final = functools.lru_cache(256)(_parse_address)
 
 
 class OutgoingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +61,7 @@ class OutgoingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         method: such as ``"POST"``.
-        url: of the provider, with path and query.
+        address: of the provider.
         headers: as they are sent.
         body: its bytes.
         credentials: a hash of its credentials, for calls with the same ones share connections.
@@ -39,7 +69,7 @@ class OutgoingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     method: str
-    url: URL
+    address: Address
     headers: SentHeaders
     body: bytes
     credentials: int
@@ -64,7 +94,7 @@ class HttpClient:
         self._session = session
         assert session.connector is not None  # noqa: S101 - it is open
         self._connector = session.connector
-        self._connection_requests: dict[tuple[str, str, int], ConnectionRequest] = {}
+        self._connection_requests: dict[tuple[str, int], ConnectionRequest] = {}
         proxies = {url: http_proxy_for(url, environment) for url in providers}
         self._proxies = {
             URL(url, encoded=True).origin(): URL(proxy) for url, proxy in proxies.items() if proxy is not None
@@ -79,11 +109,11 @@ class HttpClient:
             aiohttp.ClientError, OSError, asyncio.TimeoutError: the provider could not be reached, or did not answer
                 within the time limits.
         """
-        proxy = self._proxies.get(request.url.origin()) if self._proxies else None
+        proxy = self._proxies.get(request.address.url.origin()) if self._proxies else None
         if request.method == "POST" and proxy is None and len(request.body) <= _LONG_BODY:
             return await send_post(
                 self._connection_request(request),
-                path=request.url.raw_path_qs.encode("utf-8", "surrogateescape"),  # as it was received
+                path=request.address.path,
                 head=request.headers.wire,
                 body=request.body,
                 connector=self._connector,
@@ -97,7 +127,7 @@ class HttpClient:
         )
         return await self._session.request(
             request.method,
-            request.url,
+            request.address.url,
             headers=headers,
             data=io.BytesIO(request.body) if len(request.body) > _LONG_BODY else request.body or None,
             allow_redirects=False,
@@ -108,12 +138,12 @@ class HttpClient:
 
     def _connection_request(self, request: OutgoingRequest) -> ConnectionRequest:
         """Return what names the connections of a request, from a cache: it is the same from call to call."""
-        key = (request.url.scheme, request.url.raw_authority, request.credentials)
+        key = (request.address.origin, request.credentials)
         found = self._connection_requests.get(key)
         if found is None:
             if len(self._connection_requests) >= _MAX_CONNECTION_REQUESTS:
                 self._connection_requests.clear()
-            found = ConnectionRequest(request.url.origin(), request.credentials, self._session)
+            found = ConnectionRequest(request.address.url.origin(), request.credentials, self._session)
             self._connection_requests[key] = found
         return found
 

@@ -205,8 +205,9 @@ class _Connection(web.RequestHandler):
 
     def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - as in aiohttp
         """Read on after a body has left its buffer, unless too much is pipelined."""
-        super().resume_reading(resume_parser)
-        self.limit_read_ahead()
+        if self._reading_paused or self._buffer_paused:  # aiohttp asks after each read of a body
+            super().resume_reading(resume_parser)
+            self.limit_read_ahead()
 
     def limit_read_ahead(self) -> None:
         """Pause reading while more than a head is pipelined: such requests are in no queue, and in no body memory.
@@ -214,6 +215,8 @@ class _Connection(web.RequestHandler):
         While reading is paused, a caller's hang-up goes unnoticed. Closing the connection instead would fail the next
         call of callers that send it, with a long body, just as a response ends.
         """
+        if not self._messages and not self._head_bytes and not self._reading_paused:
+            return  # as nearly always
         if self._wire.is_closing():
             return
         pipelined = self._head_bytes + sum(body.total_bytes for _, body in self._messages)

@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import math
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -30,6 +31,9 @@ _MEDIA: Final = {  # units of `BilledUsage` that are priced only where the list 
     "output_audio_tokens": "output_audio_mtok",
     "characters": "input_mchars",
 }
+
+
+_media_of: Final = attrgetter(*_MEDIA)
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +156,7 @@ class Prices:
         Your own prices are for text, without a tier. Searches, and the tiers that are dearer, cost the highest that a
         provider charges for them. Images in the input count as text.
         """
-        own = next((price for pattern, price in self._own.items() if fnmatch.fnmatchcase(model, pattern)), None)
+        own = self._own_price(model) if self._own else None
         if own is None:
             listed = self._find(provider, model)
             return None if listed is None else listed.cost(usage)
@@ -160,6 +164,9 @@ class Prices:
             return None
         searches = usage.web_searches * _WEB_SEARCH + usage.file_searches * _FILE_SEARCH
         return own.cost(usage) * _TIER_FACTORS.get(usage.tier, 1.0) * usage.factor + searches
+
+    def _own_price(self, model: str) -> Price | None:
+        return next((price for pattern, price in self._own.items() if fnmatch.fnmatchcase(model, pattern)), None)
 
     def has_price(self, provider: str, model: str) -> bool:
         """Return whether a price is known for the model's text."""
@@ -211,7 +218,7 @@ class _ListedModel:
 
     def cost(self, usage: BilledUsage) -> float | None:
         """Return the US dollars of a call; None if some of its units has no price."""
-        if any(getattr(usage, unit) and listed not in self._units for unit, listed in _MEDIA.items()):
+        if any(_media_of(usage)) and not self._prices_media(usage):
             return None
         if "input_mtok" not in self._units and not usage.characters:
             return None  # it is priced by the hour, for example
@@ -228,6 +235,9 @@ class _ListedModel:
         if usage.web_searches or usage.file_searches:
             usd += self._searches(usage)
         return usd
+
+    def _prices_media(self, usage: BilledUsage) -> bool:
+        return all(listed in self._units for unit, listed in _MEDIA.items() if getattr(usage, unit))
 
     def _context(self, tier: str) -> tuple[dict[str, str], float]:
         """Return the context by which the list finds the prices of a tier, or the factor for one that it lacks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -68,13 +69,13 @@ async def test_a_pipe_that_nobody_reads_holds_up_nobody(
     log = AccessLog("json", path)
     with caplog.at_level(logging.WARNING, "forebay"):
         for number in range(access_log._MAX_HELD + 500):
-            log.add(msgspec.structs.replace(ENTRY, request_id=f"{number}"))
+            log.add(functools.partial(msgspec.structs.replace, ENTRY, request_id=f"{number}"))
     assert log.dropped == 500
     assert "were not written: they come faster than they can be written" in caplog.text
     lines = await read_lines(reader, access_log._MAX_HELD)
     assert [json.loads(line)["request_id"] for line in lines] == [f"{n}" for n in range(access_log._MAX_HELD)]
     await until(lambda: log._writing is None)
-    log.add(ENTRY)
+    log.add(lambda: ENTRY)
     assert len(await read_lines(reader, 1)) == 1
     await log.close()
 
@@ -83,7 +84,7 @@ async def test_closing_does_not_wait_for_a_pipe_that_nobody_reads(pipe: tuple[st
     path, reader = pipe
     log = AccessLog("text", path)
     for _ in range(access_log._MAX_HELD):  # more than a pipe holds
-        log.add(ENTRY)
+        log.add(lambda: ENTRY)
     await log.close(seconds=0.05)
     assert log.dropped == access_log._MAX_HELD
     await read_lines(reader, access_log._MAX_HELD)  # so that its thread ends
@@ -94,7 +95,7 @@ async def test_what_cannot_be_written_is_counted(pipe: tuple[str, int], caplog: 
     log = AccessLog("text", path)
     os.close(log._file)
     log._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # so that writing fails
-    log.add(ENTRY)
+    log.add(lambda: ENTRY)
     await until(lambda: log.dropped == 1)
     assert "1 lines of the access log" in caplog.text
     await log.close()
@@ -107,7 +108,7 @@ async def test_a_file_that_cannot_be_opened_again_is_kept(tmp_path: Path, caplog
     moved = tmp_path / "moved"
     directory.rename(moved)
     log.reopen()
-    log.add(ENTRY)
+    log.add(lambda: ENTRY)
     await log.close()
     assert "It goes on in the old file" in caplog.text
     assert (moved / "log").read_bytes() == format_text(ENTRY)

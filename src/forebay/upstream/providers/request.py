@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -168,7 +169,9 @@ _BOUNDS: Final = {  # one that the endpoint does not know bounds nothing
     Endpoint.RESPONSES: ("max_output_tokens",),
     Endpoint.MESSAGES: ("max_tokens",),
 }
-_FIRST_INPUT: Final = _RequestBody.__struct_fields__.index("messages")
+# By C, where a loop over the fields takes longer than it takes to decode a short body.
+_input_of: Final = attrgetter(*_RequestBody.__struct_fields__[_RequestBody.__struct_fields__.index("messages") :])
+_apart_of: Final = attrgetter(*_BILLED_APART)
 _decoder: Final = msgspec.json.Decoder(_RequestBody)
 
 
@@ -227,7 +230,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
             billing=billing,
             billing_reason=reason,
         )
-    content: tuple[msgspec.Raw, ...] = tuple(filter(None, msgspec.structs.astuple(read)[_FIRST_INPUT:]))
+    content: tuple[msgspec.Raw, ...] = tuple(filter(None, _input_of(read)))
     alternatives = () if read.models is None else _names(read.models)
     choices = 1
     if read.n is not None or read.best_of is not None:
@@ -237,6 +240,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     # The deployment in Azure's path is what answers, whatever the body says.
     options, model = read.stream_options, line.model or _name(read.model) or next(iter(alternatives), None)
     previous = read.previous_response_id
+    traits = _traits_of(model, alternatives)
     return ProviderRequest(
         endpoint=endpoint,
         model=model,
@@ -246,7 +250,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
             bytes_per_token=bytes_per_token,
             image_tokens=_MINI_IMAGE if model is not None and "gpt-4o-mini" in model else image_tokens,
         ),
-        max_output_tokens=_largest_bound(getattr(read, name) for name in _BOUNDS.get(endpoint, ())),
+        max_output_tokens=_output_bound(read, endpoint),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
@@ -257,15 +261,12 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         tier="fast" if read.speed == "fast" else read.service_tier if read.service_tier in _DEARER else "",
         background=read.background is not None and _is_true(read.background),
         characters=_spoken(read.input) if endpoint is Endpoint.SPEECH else 0,
-        searches=int(
-            read.web_search_options not in _ABSENT
-            or any(_SEARCH_MODEL.search(name) for name in (model or "", *alternatives))
-        ),
+        searches=int(traits.searches or read.web_search_options not in _ABSENT),
         asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
         previous_response_id=previous if isinstance(previous, str) else None,
         conversation=read.conversation is not None,
         alternatives=alternatives,
-        billed_apart=_billed_apart(read, endpoint, (model or "", *alternatives)),
+        billed_apart=traits.billed_apart or _billed_apart(read, endpoint),
         regional=read.inference_geo == "us",
         content=content,
         tools=read.tools,
@@ -380,15 +381,40 @@ def _name(model: object) -> str | None:
     return model[:_MAX_MODEL] if isinstance(model, str) and model else None
 
 
-def _billed_apart(body: _RequestBody, endpoint: Endpoint, models: Iterable[str]) -> str:
+class _ModelTraits(NamedTuple):
+    """The parts of a model's name that change what its calls cost.
+
+    Attributes:
+        searches: each call of it searches the web.
+        billed_apart: see `ProviderRequest`.
+    """
+
+    searches: bool
+    billed_apart: str
+
+
+@lru_cache(maxsize=1024)  # calls name a few models
+def _model_traits(model: str) -> _ModelTraits:
+    apart = "plugins" if _ONLINE in model else "preset" if _PRESET in model else ""
+    return _ModelTraits(_SEARCH_MODEL.search(model) is not None, apart)
+
+
+def _traits_of(model: str | None, alternatives: Iterable[str]) -> _ModelTraits:
+    """Return the traits of a call that its model, or another one, may answer."""
+    own = _model_traits(model or "")
+    if not alternatives:
+        return own
+    searches, apart = zip(own, *map(_model_traits, alternatives), strict=True)
+    return _ModelTraits(any(searches), next((name for name in ("plugins", "preset") if name in apart), ""))
+
+
+def _billed_apart(body: _RequestBody, endpoint: Endpoint) -> str:
     """Return a field whose cost no usage tells; empty if there is none."""
-    if any(_ONLINE in model for model in models):
-        return "plugins"
-    if any(_PRESET in model for model in models):
-        return "preset"
     if endpoint is Endpoint.RESPONSES and bytes(body.prompt).startswith(b"{"):
         return "prompt"
-    return next((name for name in _BILLED_APART if getattr(body, name)), "")
+    if not any(_apart_of(body)):
+        return ""
+    return next(name for name in _BILLED_APART if getattr(body, name))
 
 
 def _names(models: object) -> tuple[str, ...]:
@@ -409,9 +435,14 @@ def _count_prompts(prompt: bytes) -> int:
     return max(1, sum(bytes(part)[:1] in _PROMPT_BEGINS for part in parts))
 
 
-def _largest_bound(values: Iterable[object]) -> int | None:
-    """Return the largest of several bounds: servers do not agree on which of them counts, and to some 0 means none."""
-    return max((bound for value in values if (bound := _bound(value))), default=None)
+def _output_bound(body: _RequestBody, endpoint: Endpoint) -> int | None:
+    """Return the largest bound of its output: servers do not agree on which one counts, and to some 0 means none."""
+    largest: int | None = None
+    for name in _BOUNDS.get(endpoint, ()):
+        bound = _bound(getattr(body, name))
+        if bound and (largest is None or bound > largest):
+            largest = bound
+    return largest
 
 
 def _count(value: object) -> int:

@@ -10,6 +10,9 @@ from forebay.quota import BilledUsage
 
 _MAX_TOKENS: Final = 10**8  # of one call: ten times the largest context window of any model
 _MAX_SEARCHES: Final = 10_000  # of one call
+_EXTRAS: Final = frozenset(
+    {"cache_creation", "server_tool_use", "service_tier", "speed", "inference_geo", "iterations"}
+)  # read by `_with_extras`
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
 US_FACTOR: Final = 1.1
@@ -32,16 +35,20 @@ class Usage(BilledUsage, frozen=True, kw_only=True):
             tier: what the request asked for; counts if the answer does not report it.
             web_searches: those that every such call makes, and that no answer reports.
         """
+        if (not tier or self.tier) and web_searches <= self.web_searches:
+            return self
         return msgspec.structs.replace(self, tier=self.tier or tier, web_searches=max(web_searches, self.web_searches))
 
 
 def _is_impossible(value: object) -> bool:
     """Return whether the value is a number that cannot count the tokens of a call."""
-    return isinstance(value, _NUMBER) and not 0 <= value <= _MAX_TOKENS
+    return value is not None and isinstance(value, _NUMBER) and not 0 <= value <= _MAX_TOKENS
 
 
 def read_token_count(value: object) -> int:
     """Return a number of tokens from JSON; 0 if it is not one."""
+    if value is None:
+        return 0
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, _NUMBER)):
         return 0
     return int(value) if 0 <= value <= _MAX_TOKENS else 0
@@ -67,7 +74,7 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
     prompt = value.get("prompt_tokens", value.get("input_tokens"))
     if not isinstance(prompt, _NUMBER) and not isinstance(output, _NUMBER):
         return None
-    if any(map(_is_impossible, (prompt, output, cache_read, cache_write))):
+    if _is_impossible(prompt) or _is_impossible(output) or _is_impossible(cache_read) or _is_impossible(cache_write):
         return None  # one wrong report must not spend a month's budget: the reserved amount counts
     output_tokens = read_token_count(output)
     if known is not None:
@@ -85,11 +92,12 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
     else:
         input_tokens = read_token_count(prompt)
         details = value.get("prompt_tokens_details", value.get("input_tokens_details"))
-        if not isinstance(details, dict):
-            details = {"cached_tokens": value.get("prompt_cache_hit_tokens")}
-        cached = min(read_token_count(details.get("cached_tokens")), input_tokens)
-        written = min(read_token_count(details.get("cache_write_tokens")), input_tokens - cached)
-        kept |= _read_parts(details, "input", input_tokens)
+        if isinstance(details, dict):
+            cached = min(read_token_count(details.get("cached_tokens")), input_tokens)
+            written = min(read_token_count(details.get("cache_write_tokens")), input_tokens - cached)
+            kept |= _read_parts(details, "input", input_tokens)
+        else:
+            cached, written = min(read_token_count(value.get("prompt_cache_hit_tokens")), input_tokens), 0
     hidden = max(0, read_token_count(value.get("total_tokens")) - input_tokens - output_tokens)
     output_tokens += hidden
     kept["reasoning_tokens"] = max(hidden, kept.get("reasoning_tokens", 0))
@@ -124,6 +132,8 @@ def _read_tier(value: dict[str, Any]) -> str | None:
 
 def _with_extras(usage: Usage, value: dict[str, Any]) -> Usage:
     """Return a usage with the rest of what Anthropic reports in the same object."""
+    if _EXTRAS.isdisjoint(value):
+        return usage
     extras: dict[str, Any] = {}
     creation = value.get("cache_creation")
     if isinstance(creation, dict) and (long := read_token_count(creation.get("ephemeral_1h_input_tokens"))):
