@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from forebay.interfaces import Outcome
 from forebay.limit import AimdLimit, FixedLimit, GradientLimit, Grant, Limit, VegasLimit
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
-from forebay.upstream import HttpRequest, HttpResponse
+from forebay.upstream import Fallback, HttpRequest, HttpResponse
 from forebay.upstream.provider_key_limits import ProviderKeyLimits
 
 EXCHANGES = 0.25  # seconds of virtual time that a few exchanges with a store may take
@@ -342,6 +343,21 @@ async def test_each_api_key_has_its_quotas(processes: AccountProcesses) -> None:
             except Overloaded:
                 pass
     assert served == {"one": 2, "other": 2, "paid": 4}
+
+
+# --- several accounts ---
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_concurrent": 5}, {"quotas": [Quota(requests=1_000, per="minute")]}])
+@virtual
+async def test_idle_accounts_share_calls_by_their_weights(accounts: OpenAccounts, settings: dict[str, Any]) -> None:
+    other = accounts.open("b", **settings)
+    upstream = accounts.open("a", fallback=Fallback(other, weight=3.0), **settings)
+    served: Counter[str] = Counter()
+    for _ in range(400):
+        async with upstream.call("m") as call:
+            served[call.upstream.name] += 1
+    assert served["b"] == pytest.approx(300, abs=40)
 
 
 # --- with a supervisor ---

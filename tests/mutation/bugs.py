@@ -258,7 +258,8 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares
+from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares, redis_store
+from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.ledger import AccountLedger
@@ -4050,6 +4051,14 @@ def a_cut_counts_for_each_process_that_makes_one() -> None:
         limit_learning.report_limit(state, msgspec.structs.replace(asked, epoch=state.limit_epoch))
 
     vars(ledger)["report_limit"] = report
+
+
+def each_process_on_redis_has_all_slots() -> None:
+    edit_redis_script("min(share, wanted, limit - held_by_others)", "min(wanted, limit)", of=redis_store)
+
+
+def the_account_that_had_the_last_call_gets_the_next_one_too() -> None:
+    always(AccountLease, AccountLease.exchange_wait, returns=-1.0)
 
 
 # --- progress ---

@@ -705,7 +705,9 @@ class Account:
         seconds, limited_by = self.expected_wait(now, request, ahead=ahead, guess=typical)
         if seconds > self._acceptable_wait(now, request, limited_by):
             seconds = math.inf
-        free = max(0, self._slots(now) - self.in_flight - self.queue.length)
+        if self._lease is not None and seconds <= self._lease.exchange_wait():
+            seconds = 0.0  # nothing is missing: else the account that had the last call would have the next one too
+        free = max(0, self._likely_slots(now) - self.in_flight - self.queue.length)
         return Prospect(seconds, min(free * _CALLS_OF_A_SLOT, self.quotas.calls_left(now, request.charge)))
 
     def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
