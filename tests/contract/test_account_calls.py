@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -31,9 +32,9 @@ QUICKLY = Retry(base_delay=0.01)
 ANSWER = HttpResponse(200, {"Content-Type": "application/json"}, json.dumps(CHAT).encode())
 
 
-def request() -> HttpRequest:
+def request(**fields: Any) -> HttpRequest:
     headers = {"Authorization": "Bearer sk", "Content-Type": "application/json"}
-    return HttpRequest("POST", URL, headers, json.dumps(REQUEST).encode())
+    return HttpRequest("POST", URL, headers, json.dumps({**REQUEST, **fields}).encode())
 
 
 async def post(client: Any, *, key: str = "sk", **fields: Any) -> Any:
@@ -200,6 +201,38 @@ async def test_a_throttled_attempt_uses_no_quota(accounts: OpenAccounts) -> None
     await asyncio.sleep(2 * HEARTBEAT)
     (level,) = upstream.statistics().accounts[0].quotas
     assert level.remaining == pytest.approx(1_000 - USAGE["total_tokens"], abs=1.0)
+    CallDriver(upstream).check()
+
+
+@virtual
+async def test_requests_that_are_refused_for_what_they_ask_delay_no_others(accounts: OpenAccounts) -> None:
+    upstream = accounts.open(provider="openai", quotas=[Quota(requests=60, per="minute")])
+    seconds: list[float] = []
+
+    async def provider(request: HttpRequest) -> HttpResponse:
+        await asyncio.sleep(0.5)
+        is_large = json.loads(request.body)["max_tokens"] > 1_000
+        return HttpResponse(429, {"retry-after": "1"}, b"extra usage is required") if is_large else ANSWER
+
+    async def ask_for_too_much() -> None:
+        while now() < 90.0:
+            with contextlib.suppress(Overloaded, TimeoutError):
+                async with asyncio.timeout(120.0):
+                    await upstream.send(request(max_tokens=65_536), provider)
+            await asyncio.sleep(1.0)
+
+    async def ask() -> None:
+        began = now()
+        assert await upstream.send(request(), provider) is ANSWER
+        seconds.append(now() - began)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(ask_for_too_much())
+        while now() < 100.0:
+            group.create_task(ask())
+            await asyncio.sleep(2.0)
+    assert max(seconds) <= 5.0
     CallDriver(upstream).check()
 
 

@@ -440,6 +440,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_account_that_had_the_last_call_gets_the_next_one_too: (
         test_account_calls.test_idle_accounts_share_calls_by_their_weights
     ),
+    bugs.a_quota_that_must_be_leased_first_counts_as_used_up: (
+        test_account_calls.test_requests_that_are_refused_for_what_they_ask_delay_no_others
+    ),
     bugs.a_small_call_that_is_rejected_does_not_alert: (
         test_shared_accounts.test_a_shared_budget_is_spent_once_a_small_call_is_rejected
     ),

@@ -201,6 +201,11 @@ class Account:
         held, trial = self._held_from(now, request), self._may_try(request)
         return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
 
+    def _lacks_quota(self, now: float, request: CallRequest) -> bool:
+        """Return whether a quota has too little left for a call: not only the part of it that is leased."""
+        exchange = 0.0 if self._lease is None else self._lease.exchange_wait()
+        return self.quotas.wait(now, request.charge).seconds > exchange
+
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now because calls were refused."""
         return self._refusals.wait(now) > 0.0
@@ -586,7 +591,7 @@ class Account:
             named=outcome.rate_limited,
             retry_after=outcome.retry_after,
             repeated=permit.request.is_suspect,
-            quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
+            quota_explains=outcome.rate_limited and self._lacks_quota(now, permit.request),
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
 
