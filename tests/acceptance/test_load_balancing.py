@@ -41,12 +41,6 @@ async def shares(upstream: Upstream, calls: int) -> Counter[str]:
 
 
 @virtual
-async def test_idle_accounts_share_calls_by_their_weights() -> None:
-    found = await shares(pair(weight=3.0), 1000)
-    assert found["b"] == pytest.approx(750, abs=60)
-
-
-@virtual
 async def test_a_full_account_gets_no_call_while_another_has_room() -> None:
     upstream = pair(first={"max_concurrent": 1}, second={"max_concurrent": 3})
     names = await asyncio.gather(*(served_by(upstream, seconds=5.0) for _ in range(4)))

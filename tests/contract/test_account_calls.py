@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ from forebay.interfaces import Outcome
 from forebay.limit import AimdLimit, FixedLimit, GradientLimit, Grant, Limit, VegasLimit
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
-from forebay.upstream import HttpRequest, HttpResponse
+from forebay.upstream import Fallback, HttpRequest, HttpResponse
 from forebay.upstream.provider_key_limits import ProviderKeyLimits
 
 EXCHANGES = 0.25  # seconds of virtual time that a few exchanges with a store may take
@@ -30,9 +32,9 @@ QUICKLY = Retry(base_delay=0.01)
 ANSWER = HttpResponse(200, {"Content-Type": "application/json"}, json.dumps(CHAT).encode())
 
 
-def request() -> HttpRequest:
+def request(**fields: Any) -> HttpRequest:
     headers = {"Authorization": "Bearer sk", "Content-Type": "application/json"}
-    return HttpRequest("POST", URL, headers, json.dumps(REQUEST).encode())
+    return HttpRequest("POST", URL, headers, json.dumps({**REQUEST, **fields}).encode())
 
 
 async def post(client: Any, *, key: str = "sk", **fields: Any) -> Any:
@@ -203,6 +205,38 @@ async def test_a_throttled_attempt_uses_no_quota(accounts: OpenAccounts) -> None
 
 
 @virtual
+async def test_requests_that_are_refused_for_what_they_ask_delay_no_others(accounts: OpenAccounts) -> None:
+    upstream = accounts.open(provider="openai", quotas=[Quota(requests=60, per="minute")])
+    seconds: list[float] = []
+
+    async def provider(request: HttpRequest) -> HttpResponse:
+        await asyncio.sleep(0.5)
+        is_large = json.loads(request.body)["max_tokens"] > 1_000
+        return HttpResponse(429, {"retry-after": "1"}, b"extra usage is required") if is_large else ANSWER
+
+    async def ask_for_too_much() -> None:
+        while now() < 90.0:
+            with contextlib.suppress(Overloaded, TimeoutError):
+                async with asyncio.timeout(120.0):
+                    await upstream.send(request(max_tokens=65_536), provider)
+            await asyncio.sleep(1.0)
+
+    async def ask() -> None:
+        began = now()
+        assert await upstream.send(request(), provider) is ANSWER
+        seconds.append(now() - began)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(ask_for_too_much())
+        while now() < 100.0:
+            group.create_task(ask())
+            await asyncio.sleep(2.0)
+    assert max(seconds) <= 5.0
+    CallDriver(upstream).check()
+
+
+@virtual
 async def test_an_open_breaker_rejects_queued_calls_at_once_and_closes_again(accounts: OpenAccounts) -> None:
     upstream = accounts.open(max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0))
 
@@ -342,6 +376,21 @@ async def test_each_api_key_has_its_quotas(processes: AccountProcesses) -> None:
             except Overloaded:
                 pass
     assert served == {"one": 2, "other": 2, "paid": 4}
+
+
+# --- several accounts ---
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_concurrent": 5}, {"quotas": [Quota(requests=1_000, per="minute")]}])
+@virtual
+async def test_idle_accounts_share_calls_by_their_weights(accounts: OpenAccounts, settings: dict[str, Any]) -> None:
+    other = accounts.open("b", **settings)
+    upstream = accounts.open("a", fallback=Fallback(other, weight=3.0), **settings)
+    served: Counter[str] = Counter()
+    for _ in range(400):
+        async with upstream.call("m") as call:
+            served[call.upstream.name] += 1
+    assert served["b"] == pytest.approx(300, abs=40)
 
 
 # --- with a supervisor ---

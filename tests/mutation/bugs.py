@@ -263,6 +263,7 @@ from forebay.upstream.providers import (
 )
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares, redis_store, stoppages
+from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.leased_stoppages import LeasedStoppages
@@ -4164,6 +4165,18 @@ def each_process_probes_for_itself() -> None:
 
 def each_process_probes_for_itself_on_redis() -> None:
     edit_redis_script("(asked.most_probes or 1) - elsewhere", "(asked.most_probes or 1)", of=redis_store)
+
+
+def each_process_on_redis_has_all_slots() -> None:
+    edit_redis_script("min(share, wanted, limit - held_by_others)", "min(wanted, limit)", of=redis_store)
+
+
+def the_account_that_had_the_last_call_gets_the_next_one_too() -> None:
+    always(AccountLease, AccountLease.exchange_wait, returns=-1.0)
+
+
+def a_quota_that_must_be_leased_first_counts_as_used_up() -> None:
+    always(AccountLease, AccountLease.exchange_wait, returns=0.0)
 
 
 # --- progress ---

@@ -444,6 +444,13 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_clock_that_was_ahead_refills_a_shared_budget: (
         test_ledger.test_a_clock_that_was_ahead_does_not_refill_a_budget
     ),
+    bugs.each_process_on_redis_has_all_slots: test_account.test_no_more_calls_are_in_flight_than_max_concurrent,
+    bugs.the_account_that_had_the_last_call_gets_the_next_one_too: (
+        test_account_calls.test_idle_accounts_share_calls_by_their_weights
+    ),
+    bugs.a_quota_that_must_be_leased_first_counts_as_used_up: (
+        test_account_calls.test_requests_that_are_refused_for_what_they_ask_delay_no_others
+    ),
     bugs.a_small_call_that_is_rejected_does_not_alert: (
         test_shared_accounts.test_a_shared_budget_is_spent_once_a_small_call_is_rejected
     ),

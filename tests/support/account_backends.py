@@ -21,22 +21,24 @@ from forebay.upstream.shared.memory_store import MemoryLedgerStore
 from forebay.upstream.shared.redis_store import RedisLedgerStore
 from forebay.upstream.shared.store import LedgerStore
 
-_SCRIPT: Final = redis_store._SCRIPT.replace("redis.call('TIME')", "{ARGV[2], 0}")
-_SHA: Final = hashlib.sha1(_SCRIPT.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
+_TIME: Final = "redis.call('TIME')"
 
 
 class _VirtualTimeMaster:
     """A connection to a Redis master whose script takes the time from its caller, and not from the server's clock."""
 
     def __init__(self, url: RedisUrl) -> None:
-        assert _SCRIPT != redis_store._SCRIPT
-        self._master = RedisMaster(url, url.name, prepare=[("SCRIPT", "LOAD", _SCRIPT)])
+        script = redis_store._SCRIPT
+        assert script.count(_TIME) == 1
+        script = script.replace(_TIME, "{ARGV[2], 0}")
+        self._sha = hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
+        self._master = RedisMaster(url, url.name, prepare=[("SCRIPT", "LOAD", script)])
         self.close = self._master.close
 
     def call(self, *commands: Sequence[Any]) -> list[Any]:
         now = repr(clock.wall_time())
         return self._master.call(
-            *(("EVALSHA", _SHA, *each[2:], now) if each[0] == "EVALSHA" else each for each in commands)
+            *(("EVALSHA", self._sha, *each[2:], now) if each[0] == "EVALSHA" else each for each in commands)
         )
 
 

@@ -215,8 +215,7 @@ class RateLimiter:
         for unit, bucket, observed in self._buckets():
             amount = getattr(charge, unit)
             if amount > 0 and (observed is None or observed.holds(now, amount)):
-                bucket.refill(now)
-                least = min(least, (bucket.level - bucket.margin) / amount)
+                least = min(least, (bucket.remaining(now) - bucket.margin) / amount)
         return max(0.0, least)
 
     def reserve(self, now: float, charge: Charge, *, trial: bool = False) -> QuotaReservation:

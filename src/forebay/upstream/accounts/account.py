@@ -221,6 +221,11 @@ class Account:
             return self.quotas.wait(now, request.charge, held=self.places.held_from(now, request)).seconds
         return self.quotas.wait(now, request.charge, trial=request.retried).seconds
 
+    def _lacks_quota(self, now: float, request: CallRequest) -> bool:
+        """Return whether a quota has too little left for a call: not only the part of it that is leased."""
+        exchange = 0.0 if self._lease is None else self._lease.exchange_wait()
+        return self.quotas.wait(now, request.charge).seconds > exchange
+
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now because calls were refused."""
         return self._refusals.wait(now) > 0.0
@@ -619,7 +624,7 @@ class Account:
             named=outcome.rate_limited,
             retry_after=outcome.retry_after,
             repeated=permit.request.is_suspect,
-            quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
+            quota_explains=outcome.rate_limited and self._lacks_quota(now, permit.request),
         )
         return Outcome.IGNORED if rate else Outcome.OVERLOAD
 
@@ -738,7 +743,9 @@ class Account:
         seconds, limited_by = self.expected_wait(now, request, ahead=ahead, guess=typical)
         if seconds > self._acceptable_wait(now, request, limited_by):
             seconds = math.inf
-        free = max(0, self._slots(now) - self.in_flight - self.queue.length)
+        if self._lease is not None and seconds <= self._lease.exchange_wait():
+            seconds = 0.0  # nothing is missing: else the account that had the last call would have the next one too
+        free = max(0, self._likely_slots(now) - self.in_flight - self.queue.length)
         return Prospect(seconds, min(free * _CALLS_OF_A_SLOT, self.quotas.calls_left(now, request.charge)))
 
     def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:

@@ -14,7 +14,7 @@ from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.shared.call_stoppage import CallStoppage
 from forebay.upstream.shared.lease import ExchangeLink, LedgerLease
-from forebay.upstream.shared.leased_bucket import LeasedBucket
+from forebay.upstream.shared.leased_bucket import LEAST_LOOK, LeasedBucket
 from forebay.upstream.shared.leased_limit import LeasedLimit
 from forebay.upstream.shared.leased_stoppages import LeasedStoppages
 from forebay.upstream.shared.messages import (
@@ -137,6 +137,10 @@ class AccountLease(LedgerLease):
     def slot_wait(self, now: float, in_flight: int) -> float:
         """Return the seconds until a slot is here, if the ledger has one: 0, or those of an exchange."""
         return 0.0 if in_flight < self.slots(now) else self.link.exchange_time
+
+    def exchange_wait(self) -> float:
+        """Return the seconds until something is here that the ledger has."""
+        return max(LEAST_LOOK, self.link.exchange_time)
 
     def record_end(self) -> None:
         """Note that a call has ended. Its slot is not used again if others wait for it and take turns."""

@@ -14,7 +14,9 @@ _CHUNK_TIME: Final = 0.25  # seconds that a chunk lasts, at the present pace
 _LOW: Final = 0.5  # of the chunk, below which another one is asked for
 _IDLE: Final = 1.0  # seconds without use after which the chunk is returned
 _MEMORY: Final = 1.0  # seconds over which the use is measured
-_LEAST_LOOK: Final = 0.005  # seconds
+
+LEAST_LOOK: Final = 0.005
+"""Seconds that a call waits at least for what the ledger has."""
 
 
 class LeasedBucket(Bucket):
@@ -104,7 +106,7 @@ class LeasedBucket(Bucket):
             return 0.0
         if (away := self._own_share(now)) is not None:
             return away.time_until(now, min(amount, away.capacity))
-        exchange = max(_LEAST_LOOK, self._lease.link.exchange_time)
+        exchange = max(LEAST_LOOK, self._lease.link.exchange_time)
         short = missing - max(0.0, self._estimated_level(now))
         refill = short * self._competing / self.rate if short > 0.0 else 0.0
         return max(exchange, refill, self._known_at + self._known_wait - now)
