@@ -16,6 +16,7 @@ from forebay.quota.quota import PERIODS
 from forebay.quota.quota_doubt import QuotaDoubt
 
 _TOLERANCE: Final = 0.02  # of a period: error of a reset through rounding and the network
+_CLOCK_ERROR: Final = 0.1  # of a period, by which a reset may be longer: a busy server's Date is seconds old
 _MARGIN: Final = 0.01  # of a bucket that is never taken: estimates err, calls overtake. It costs no throughput
 _MAX_DEBT_SHARE: Final = 1.0  # of the limit: headers correct the rest, and one of them may be wrong
 _ROUNDING: Final = 1.0  # units: headers leave out the fraction of a bucket
@@ -403,7 +404,7 @@ class ObservedLimit:
     def _is_plausible(self, now: float, sent: float, remaining: float, reset: float) -> bool:
         """Return whether a reset fits the period; two in a row that fit another period make that the period."""
         bucket = self.bucket
-        fits = reset <= bucket.period * (1 + _TOLERANCE) + 1
+        fits = reset <= bucket.period * (1 + _CLOCK_ERROR) + 1
         present = bucket.period if fits else 0.0
         other = _only_period(bucket.amount, bucket.amount - remaining, reset, now - sent, present)
         if other is None and not fits:

@@ -96,4 +96,4 @@ class UsageTable:
         with self._lock:
             found = [*self._rows.items(), *self._by_model.items()]
         found.sort(key=lambda row: (-row[1].usd, -row[1].output_tokens, row[0]))
-        return [UsageRow(**labels._asdict(), usage=usage) for labels, usage in found]
+        return [UsageRow(**msgspec.structs.asdict(labels), usage=usage) for labels, usage in found]
