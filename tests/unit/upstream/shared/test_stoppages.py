@@ -71,7 +71,7 @@ def test_calls_of_others_are_told_once() -> None:
     assert (own_left_out.calls, own_left_out.faults) == (1, 1)
 
 
-def test_a_member_is_not_told_of_calls_before_it_came() -> None:
+def test_calls_before_a_member_came_do_not_count_for_it() -> None:
     members = Members()
     members.exchange("a")
     members.exchange("a", calls=5, faults=5)
