@@ -161,6 +161,11 @@ class Prices:
         searches = usage.web_searches * _WEB_SEARCH + usage.file_searches * _FILE_SEARCH
         return own.cost(usage) * _TIER_FACTORS.get(usage.tier, 1.0) * usage.factor + searches
 
+    @property
+    def cover_all_models(self) -> bool:
+        """True if your own prices are for every model, so that the list is never asked."""
+        return "*" in self._own
+
     def has_price(self, provider: str, model: str) -> bool:
         """Return whether a price is known for the model's text."""
         return self.usd(provider, model, 0, 0) is not None
@@ -181,6 +186,21 @@ def _price_list() -> Any | None:
     except ImportError:
         return None
     return genai_prices
+
+
+_loaded = False
+
+
+def is_price_list_loaded() -> bool:
+    """Return whether `load_price_list` has loaded the price list, or has found that it is not installed."""
+    return _loaded
+
+
+def load_price_list() -> None:
+    """Load the price list, if it is installed: it takes a third of a second, and blocks meanwhile."""
+    global _loaded  # noqa: PLW0603 - as a module is loaded once
+    Prices().has_price("openai", "gpt-4o")  # its first answer takes as long again as its import
+    _loaded = True
 
 
 class _ListedModel:
