@@ -139,7 +139,8 @@ async def test_a_guarded_function_is_rejected_under_a_budget() -> None:
 def test_only_a_bounded_number_of_models_without_a_price_is_remembered(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key", budget=Budget(usd=1))
     for number in range(1_500):
-        upstream.call(f"invented-{number}")
+        with upstream.call(f"invented-{number}"):
+            pass
     assert sum(record.name == "forebay" for record in caplog.records) == 1_000  # asyncio may report other tests' tasks
     assert upstream.statistics().unpriced == 1_500
 

@@ -4054,6 +4054,15 @@ def a_check_looks_for_no_secrets() -> None:
     vars(gateway_command)["find_start_problems"] = lambda *_: []
 
 
+def a_gateway_that_has_failed_once_to_follow_its_keys_does_not_try_again() -> None:
+    async def watch(self: KeyRegistry) -> None:
+        while True:
+            await asyncio.sleep(0.0)
+            await self.refresh()
+
+    replace(KeyRegistry, KeyRegistry.watch, watch)
+
+
 def an_issued_key_pays_for_the_api_key_of_its_name() -> None:
     original = SpendRecorder.begin
 

@@ -137,7 +137,7 @@ from tests.unit.breaker import test_breaker
 from tests.unit.cli import test_autoscale, test_autoscale_metrics
 from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
-from tests.unit.gateway import test_abortable_block, test_caller_limits, test_request_head
+from tests.unit.gateway import test_abortable_block, test_caller_limits, test_key_registry, test_request_head
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
@@ -1697,6 +1697,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_pool_serves_a_key_by_targets_that_it_is_not_for: (
         test_gateway_models.test_an_issued_key_for_no_member_of_a_pool_is_refused_and_does_not_see_its_alias
+    ),
+    bugs.a_gateway_that_has_failed_once_to_follow_its_keys_does_not_try_again: (
+        test_key_registry.test_a_bug_in_following_the_file_is_logged_once_and_ends_nothing
     ),
     bugs.an_issued_key_pays_for_the_api_key_of_its_name: (
         test_gateway_caller_spend.test_an_issued_key_and_a_key_of_the_provider_of_one_name_are_told_apart

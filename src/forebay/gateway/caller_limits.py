@@ -60,11 +60,11 @@ class CallerSlots(Limit):
     """
 
     def __init__(self, n: int | None) -> None:
-        super().__init__(initial_limit=n or _NO_LIMIT, max_limit=_NO_LIMIT)
+        super().__init__(initial_limit=min(n or _NO_LIMIT, _NO_LIMIT), max_limit=_NO_LIMIT)
 
     def change(self, n: int | None) -> None:
         """Set the number; calls in progress beyond it end as they are."""
-        self._set_level(float(n or _NO_LIMIT))
+        self._set_level(float(min(n or _NO_LIMIT, _NO_LIMIT)))
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
         """See `Limit`."""

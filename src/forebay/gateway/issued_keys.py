@@ -97,7 +97,7 @@ def _base62(number: int, length: int) -> str:
     return "".join(reversed(digits))
 
 
-class IssuedKey(msgspec.Struct, frozen=True, kw_only=True):
+class IssuedKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A key that a gateway has issued, and what its callers may do.
 
     Attributes:

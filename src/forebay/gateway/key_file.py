@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 import msgspec
 
+from forebay._validate import is_number
 from forebay.errors import ForebayError, InvalidOverflowUrl, StoreUnavailable
 from forebay.gateway.issued_keys import IssuedKey, KeyExists, KeyRevoked, KeySecret, UnknownKey, key_digest, key_hint
 from forebay.storage import parse_url
@@ -294,8 +295,8 @@ def _diagnosed(path: Path) -> Iterator[None]:
     except (msgspec.MsgspecError, ValueError) as error:
         if isinstance(error, ForebayError):
             raise
-        advice = "Restore it from a copy."
-        raise StoreUnavailable(where=str(path), why="a key in it cannot be read", advice=advice) from error
+        why = str(error) if isinstance(error, _UnreadableKey) else "a key in it cannot be read"
+        raise StoreUnavailable(where=str(path), why=why, advice="Restore it from a copy.") from error
 
 
 @contextlib.contextmanager
@@ -311,12 +312,33 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[sqlite3
 
 
 def _find(connection: sqlite3.Connection, name: str) -> IssuedKey | None:
-    row = connection.execute("SELECT data FROM key WHERE name = ?", (name,)).fetchone()
-    return None if row is None else _decoder.decode(row[0])
+    row = connection.execute("SELECT name, data FROM key WHERE name = ?", (name,)).fetchone()
+    return None if row is None else _decode(*row)
 
 
 def _all_keys(connection: sqlite3.Connection) -> list[IssuedKey]:
-    return [_decoder.decode(data) for (data,) in connection.execute("SELECT data FROM key ORDER BY name").fetchall()]
+    return [_decode(*row) for row in connection.execute("SELECT name, data FROM key ORDER BY name").fetchall()]
+
+
+class _UnreadableKey(ValueError):
+    """A key, or one of its secrets, that somebody has edited by hand, or that is damaged."""
+
+
+def _decode(name: object, data: object) -> IssuedKey:
+    """Return a key from its row: its name stands there twice.
+
+    Raises:
+        _UnreadableKey: it cannot be read.
+    """
+    if not isinstance(data, bytes | str):
+        raise _UnreadableKey(f"the data of the key {name!r} in it has the type {type(data).__name__}, and is no JSON")
+    try:
+        key = _decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise _UnreadableKey(f"the key {name!r} in it cannot be read ({error})") from None
+    if key.name != name:
+        raise _UnreadableKey(f"the key {name!r} in it has another name in its data: {key.name!r}")
+    return key
 
 
 def _write(connection: sqlite3.Connection, key: IssuedKey) -> None:
@@ -336,4 +358,7 @@ def _stored(connection: sqlite3.Connection, key: IssuedKey) -> StoredKey:
 
 def _secret(row: tuple[Any, ...]) -> KeySecret:
     name, digest, hint, created_at, valid_until = row
+    times = (created_at,) if valid_until is None else (created_at, valid_until)
+    if not isinstance(digest, bytes) or not all(is_number(time) for time in times):
+        raise _UnreadableKey(f"a secret of the key {name!r} in it has a hash or a time of the wrong type")
     return KeySecret(key=name, digest=digest, hint=hint, created_at=created_at, valid_until=valid_until)

@@ -84,10 +84,21 @@ class KeyRegistry:
         self._replace(snapshot)
 
     async def watch(self) -> None:
-        """Read the file again whenever it has changed, and note the last use of keys in it, until cancelled."""
+        """Read the file again whenever it has changed, and note the last use of keys in it, until cancelled.
+
+        Whatever fails, it goes on: otherwise keys that are revoked later would stay valid.
+        """
+        failed = False
         while True:
             await asyncio.sleep(_POLL_INTERVAL)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:  # noqa: BLE001 - logged with its traceback
+                if not failed:
+                    log.exception("the keys in %s cannot be followed, by a bug; the gateway goes on trying", self.path)
+                failed = True
+            else:
+                failed = False
 
     async def refresh(self) -> None:
         """Read the file again if it has changed, and note the last use of keys in it."""

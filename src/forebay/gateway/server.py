@@ -37,7 +37,7 @@ from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.worker_channel import WorkerChannel, make_worker_directory, remove_if_last
 from forebay.gateway.worker_group import WorkerGroup
 from forebay.gateway.worker_processes import CannotListen, Listening, WorkerProcesses
-from forebay.quota import Prices
+from forebay.quota.prices import load_price_list
 from forebay.spend_log import SpendLog
 
 _TOO_MANY_CONNECTIONS: Final = (
@@ -650,7 +650,7 @@ def run_forever(
 def _run(program: _Program, ready: Callable[[Listening], object]) -> int:
     """Run a gateway in this process."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    Prices().has_price("openai", "gpt-4o")  # loads the list now: it takes a third of a second
+    load_price_list()
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(program.run(ready))
     return 0

@@ -168,6 +168,11 @@ class Prices:
     def _own_price(self, model: str) -> Price | None:
         return next((price for pattern, price in self._own.items() if fnmatch.fnmatchcase(model, pattern)), None)
 
+    @property
+    def cover_all_models(self) -> bool:
+        """True if your own prices are for every model, so that the list is never asked."""
+        return "*" in self._own
+
     def has_price(self, provider: str, model: str) -> bool:
         """Return whether a price is known for the model's text."""
         return self.usd(provider, model, 0, 0) is not None
@@ -188,6 +193,21 @@ def _price_list() -> Any | None:
     except ImportError:
         return None
     return genai_prices
+
+
+_loaded = False
+
+
+def is_price_list_loaded() -> bool:
+    """Return whether `load_price_list` has loaded the price list, or has found that it is not installed."""
+    return _loaded
+
+
+def load_price_list() -> None:
+    """Load the price list, if it is installed: it takes a third of a second, and blocks meanwhile."""
+    global _loaded  # noqa: PLW0603 - as a module is loaded once
+    Prices().has_price("openai", "gpt-4o")  # its first answer takes as long again as its import
+    _loaded = True
 
 
 class _ListedModel:

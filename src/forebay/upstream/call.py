@@ -52,8 +52,8 @@ class UpstreamCall:
         self.upstream = upstream
         self.model = model
         self._runner = runner
-        account = upstream.core.accounts.account(model)
-        self._route = PlainRoute(upstream, account, request_at(upstream.core, model), request_at)
+        self._request_at = request_at
+        self._account = upstream.core.accounts.account(model)
         self._permit: Permit | None = None
         self._entered = False
         self._used: Charge | None = None
@@ -62,12 +62,13 @@ class UpstreamCall:
 
     async def __aenter__(self) -> Self:
         self._enter_once()
-        await self._runner.run(self._route, self._permitted, retried=False)
+        await self._runner.load_prices()
+        await self._runner.run(self._route(), self._permitted, retried=False)
         return self
 
     def __enter__(self) -> Self:
         self._enter_once()
-        self._runner.run_blocking(self._route, self._permitted_blocking, retried=False)
+        self._runner.run_blocking(self._route(), self._permitted_blocking, retried=False)
         return self
 
     async def __aexit__(
@@ -94,7 +95,7 @@ class UpstreamCall:
         """
         sent, received = check_tokens("settle", input_tokens, output_tokens)
         usage = BilledUsage(input_tokens=sent, output_tokens=received)
-        cost = self._route.core.cost(self.model, usage) if usd is None else check_dollars(usd)
+        cost = self.upstream.core.cost(self.model, usage) if usd is None else check_dollars(usd)
         self._used = Charge(input_tokens=sent, output_tokens=received, tokens=sent + received)
         self._usd = cost
 
@@ -111,13 +112,17 @@ class UpstreamCall:
             raise CallMisused
         self._entered = True  # at once: a second caller may try while the first waits
 
+    def _route(self) -> PlainRoute:
+        request = self._request_at(self.upstream.core, self.model)
+        return PlainRoute(self.upstream, self._account, request, self._request_at)
+
     async def _permitted(self, route: PlainRoute, permit: Permit) -> AttemptResult:
         return self._permitted_blocking(route, permit)
 
     def _permitted_blocking(self, route: PlainRoute, permit: Permit) -> AttemptResult:
         """Keep a permit for the block, which releases it."""
         self.upstream, self.model = route.upstream, route.call_request.model
-        self._route, self._permit = route, permit
+        self._account, self._permit = route.account, permit
         begin_hold(permit)
         return AttemptResult(outcome=_PERMITTED, streaming=True)
 
@@ -125,7 +130,7 @@ class UpstreamCall:
         permit = self._permit
         assert permit is not None  # noqa: S101 - entered
         end_hold(permit)
-        account = self._route.account
+        account = self._account
         if self._kind is None and isinstance(cause, Exception):
             outcome = judge_exception(account, permit, cause).outcome
         else:

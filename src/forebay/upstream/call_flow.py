@@ -22,12 +22,14 @@ import msgspec
 from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.interfaces import Outcome
+from forebay.quota.prices import is_price_list_loaded
 from forebay.retry import RetryPermission, RetryState
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.fallbacks.fallback_chain import CallRoute, FallbackChain, make_chain
 from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
+from forebay.upstream.price_loading import load_prices
 
 RouteT = TypeVar("RouteT", bound=CallRoute)
 
@@ -97,6 +99,11 @@ class CallRunner:
     def __init__(self, core: UpstreamCore, resolver: FallbackResolver) -> None:
         self.core = core
         self.resolver = resolver
+
+    async def load_prices(self) -> None:
+        """Wait until the price list is loaded, if calls may need it; to call before a route is made."""
+        if not is_price_list_loaded():
+            await load_prices(self.core, may_fall_back=self.resolver.has_fallbacks)
 
     async def run(
         self, route: RouteT, send: Callable[[RouteT, Permit], Awaitable[AttemptResult]], *, retried: bool = True

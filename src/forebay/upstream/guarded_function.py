@@ -80,6 +80,8 @@ class _Guard:
                 finally:
                     end_hold(permit)
 
+            if self._passes_upstream:  # it may name a model there
+                await self._runner.load_prices()
             return await self._runner.run(self._route(), send)
 
         return guarded

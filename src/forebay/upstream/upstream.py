@@ -280,6 +280,7 @@ class Upstream:
             except Exception as error:  # noqa: BLE001 - raised by the flow if it is the last attempt
                 return call.failed(permit, error)
 
+        await self.runner.load_prices()
         response: HttpResponse = await self.runner.run(HttpCall(self.core, request), attempt)
         return response
 

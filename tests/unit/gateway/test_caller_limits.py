@@ -51,6 +51,17 @@ async def test_no_more_calls_than_max_concurrent_are_in_progress() -> None:
 
 
 @virtual
+async def test_any_number_of_calls_may_be_in_progress() -> None:
+    limits = acme(max_concurrent=10**30)
+    sent = await asyncio.gather(*(call(limits) for _ in range(20)))
+    assert len(set(sent)) == 1
+    limits.change(quotas=[], max_concurrent=10**24, budget=None)
+    limits.change(quotas=[], max_concurrent=1, budget=None)
+    sent = sorted(await asyncio.gather(*(call(limits) for _ in range(2))))
+    assert sent[1] - sent[0] == pytest.approx(1.0, abs=0.01)
+
+
+@virtual
 async def test_a_call_that_would_wait_longer_than_its_caller_is_rejected_with_a_retry_after() -> None:
     limits = acme(quotas=[Quota(requests=1, per="minute")])
     await call(limits)

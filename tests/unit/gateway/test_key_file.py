@@ -156,13 +156,31 @@ def test_a_locked_file_is_told(path: Path) -> None:
     assert read_snapshot(path, timeout=0.05) is not None
 
 
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        ('UPDATE key SET data = \'{"name":"writer","rpm":"5"}\'', "key 'writer' .* `int | null`, got `str`"),
+        ('UPDATE key SET data = \'{"name":"writer","rmp":5}\'', "key 'writer' .* unknown field `rmp`"),
+        ('UPDATE key SET data = \'{"name":"writer","priority":"urgent"}\'', "key 'writer' .* must be critical"),
+        ('UPDATE key SET data = \'{"name":"boss"}\'', "key 'writer' in it has another name in its data: 'boss'"),
+        ("UPDATE key SET data = 5", "data of the key 'writer' in it has the type int"),
+        ("UPDATE secret SET valid_until = 'tomorrow'", "secret of the key 'writer'"),
+        ("UPDATE secret SET created_at = x'00'", "secret of the key 'writer'"),
+        ("UPDATE secret SET digest = 'abc'", "secret of the key 'writer'"),
+    ],
+)
 @pytest.mark.usefixtures("text")
-def test_a_record_that_cannot_be_read_is_told(path: Path) -> None:
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute('UPDATE key SET data = \'{"name": "writer", "rpm": "many"}\'')
+def test_a_key_that_was_edited_to_what_cannot_be_is_told_by_its_name(path: Path, edit: str, why: str) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(edit)
+    connection.commit()
     connection.close()
-    with pytest.raises(StoreUnavailable, match="a key in it cannot be read"):
-        read_snapshot(path, timeout=0.1)
+    with pytest.raises(StoreUnavailable, match=why):
+        read_snapshot(path, timeout=1.0)
+    with KeyFile(path) as file, pytest.raises(StoreUnavailable, match=why):
+        file.get("writer")
+    with KeyFile(path) as file, pytest.raises(StoreUnavailable, match=why):
+        file.list()
 
 
 def test_a_url_names_a_sqlite_file(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ class AsyncTransport:
         return response
 
     async def _handle(self, request: Any) -> Any:
+        await self.binding.runner.load_prices()
         exchange = BoundExchange(self.binding, request)
         exchange.check_sdk_retry()
         try:
