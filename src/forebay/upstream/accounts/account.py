@@ -205,9 +205,8 @@ class Account:
 
     def _quota_wait(self, now: float, request: CallRequest) -> float:
         """Return the seconds that a call has to wait for its quotas."""
-        if self.places.kept:
-            return self.quotas.wait(now, request.charge, held=self.places.held_from(now, request)).seconds
-        return self.quotas.wait(now, request.charge, trial=request.retried).seconds
+        held, trial = self._held_from(now, request), self._may_try(request)
+        return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
 
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now because calls were refused."""

@@ -295,8 +295,10 @@ class SharedAccount:
         """Answer queued calls; return the callbacks of the holders whose runs may start now, to be called unlocked."""
         if self.account.queue.length:
             self.account.serve_queue(now)
-        if self._link is not None:
+        if self._link is not None and self.account.queue.length:
             self._update_lease(self._link, now)
+        elif self._lease is not None:
+            self._lease.update(now)
         if not self._held_back:
             return ()
         if self._may_start(now, Priority.NORMAL):
