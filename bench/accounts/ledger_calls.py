@@ -1,6 +1,10 @@
 """Admissions of Forebay on a shared account: one by one through the store, or from what this process leases.
 
 As a program, it takes `round_trip`, `leased` or `calls`, the URL of the store, and the seconds.
+
+Calls end as they are admitted, and each is settled: `leased` measures a decision and its settlement, for a request that
+is made once, and `calls` also what makes the request and holds the permit. The processor's time includes that of the
+thread which exchanges with the store. The loop that counts takes about 0.2 microseconds.
 """
 
 from __future__ import annotations

@@ -275,6 +275,7 @@ from forebay.upstream.shared.messages import (
     ExchangeReply,
     ExchangeRequest,
     LimitRequest,
+    SlotRequest,
 )
 from forebay.upstream.shared.stoppage_messages import StoppageRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -1363,7 +1364,30 @@ def a_forked_child_inherits_the_calls_of_its_parent() -> None:
 
 
 def a_process_uses_what_it_held_after_its_lease() -> None:
-    always(LedgerLease, LedgerLease.is_leased, returns=True)
+    def apply(self: LedgerLease, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
+        original(self, now, request, reply)
+        self.until = math.inf
+
+    original = LedgerLease.apply
+    replace(LedgerLease, LedgerLease.apply, apply)
+
+
+def a_slot_is_returned_between_two_short_calls() -> None:
+    def slot_request(self: AccountLease, now: float, waiting: int) -> SlotRequest | None:
+        self._peak = 0
+        return original(self, now, waiting)
+
+    original = AccountLease._slot_request
+    replace(AccountLease, AccountLease._slot_request, slot_request)
+
+
+def calls_under_way_hold_nothing_of_a_limit_that_is_seen_later() -> None:
+    def observe(self: RateLimiter, unit: str, observed: ObservedLimit) -> None:
+        self._under_way[unit] = 0
+        original(self, unit, observed)
+
+    original = RateLimiter._observe
+    replace(RateLimiter, RateLimiter._observe, observe)
 
 
 def a_request_that_is_repeated_counts_twice() -> None:

@@ -1673,6 +1673,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.one_reading_after_an_outage_decides: test_autoscaler.test_the_first_reading_after_an_outage_removes_nothing,
     bugs.a_call_of_a_leader_outlasts_its_lease: test_leader.test_a_call_that_is_under_way_ends_with_the_lease,
     bugs.a_process_uses_what_it_held_after_its_lease: test_lease.test_nothing_of_a_lease_is_used_when_it_has_ended,
+    bugs.a_slot_is_returned_between_two_short_calls: test_lease.test_a_slot_is_not_returned_between_two_short_calls,
+    bugs.calls_under_way_hold_nothing_of_a_limit_that_is_seen_later: (
+        test_rate_limiter.test_the_calls_under_way_when_a_limit_is_first_seen_may_return_what_they_hold_of_it
+    ),
     bugs.a_request_that_is_repeated_counts_twice: (
         test_ledger_store.test_a_request_that_is_repeated_is_counted_once_and_gets_the_same_reply
     ),

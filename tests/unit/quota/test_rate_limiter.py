@@ -35,6 +35,20 @@ def test_a_whole_amount_can_go_at_once_and_then_as_it_refills() -> None:
     assert limiter.wait(0.25, ONE).seconds == pytest.approx(0.75)
 
 
+def test_the_calls_under_way_when_a_limit_is_first_seen_may_return_what_they_hold_of_it() -> None:
+    limiter = RateLimiter()
+    under_way = [limiter.reserve(0.0, tokens(100)) for _ in range(2)]
+    first = limiter.reserve(0.0, tokens(10))
+    shown = RateLimitHeaders(unit="input_tokens", limit=1_000, remaining=790, reset=60.0)
+    limiter.update_from_headers(0.0, [shown], first)
+    (before,) = limiter.headroom(0.0, tokens(900))
+    for reservation in under_way:
+        limiter.settle(0.0, reservation, tokens(100))
+    (after,) = limiter.headroom(0.0, tokens(900))
+    # 110 tokens are missing. If 210 come back, the call may go at once, and if 10 come back, only after a refill.
+    assert (before.spare, after.spare) == (-120.0, -10.0)
+
+
 def test_a_call_that_waits_as_long_as_it_was_told_passes() -> None:
     limiter, now = RateLimiter([Quota(requests=7, per="minute"), Quota(input_tokens=1013, per="minute")]), 0.1
     for _ in range(500):

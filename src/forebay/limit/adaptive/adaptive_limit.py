@@ -27,6 +27,9 @@ _DELAY_DECAY: Final = 0.95  # of the longest time that a refusal took, at each f
 _PROMPT: Final = 1.0  # seconds in which a refusal comes, as a rule
 
 
+_LOWERED = ExperimentStage.LOWERED  # a global costs half of an enum's attribute, and each call asks
+
+
 class AdaptiveLimitState(Enum):
     """The phase of an adaptive limit."""
 
@@ -112,7 +115,8 @@ class AdaptiveLimit(Limit):
         """Return the grant of a slot that is taken now; `in_flight` includes it."""
         self._in_flight = in_flight
         grant = Grant(now, in_flight, self._epoch, in_flight >= _NEARLY_FULL * int(self._level) - 1)
-        self._experiment.start(grant)
+        if self._experiment.stage is _LOWERED:
+            self._experiment.start(grant)
         if grant.at_limit:
             self._full_since = min(self._full_since, now)
         return grant
@@ -141,7 +145,7 @@ class AdaptiveLimit(Limit):
                 self._confirm(now, grant)
             self._unknown = self._unknown + 1 if slowdown is None else 0
         current = succeeded and grant.epoch == self._epoch
-        proven = self._history.is_proven(self._level)
+        proven = slowdown is not None and self._history.is_proven(self._level)
         result = self._experiment.observe(
             now, grant, self._level, self._in_flight + 1, slowdown if current else None, proven=proven
         )

@@ -76,7 +76,8 @@ class RefusalDetector:
         if served >= self._peak or grant.granted_at - self._peak_sent > _PEAK_LASTS:
             self._peak, self._peak_sent = served, grant.granted_at
         self.background -= _BACKGROUND_WEIGHT * self.background
-        self._weigh_answers()
+        if self.background > _MIN_BACKGROUND or self._weighed_background != _MIN_BACKGROUND:
+            self._weigh_answers()
         if current:
             self._evidence += self._acceptance_weight
             if self._evidence <= 0.0:

@@ -217,9 +217,8 @@ class Account:
 
     def _quota_wait(self, now: float, request: CallRequest) -> float:
         """Return the seconds that a call has to wait for its quotas."""
-        if self.places.kept:
-            return self.quotas.wait(now, request.charge, held=self.places.held_from(now, request)).seconds
-        return self.quotas.wait(now, request.charge, trial=request.retried).seconds
+        held, trial = self._held_from(now, request), self._may_try(request)
+        return self.quotas.wait(now, request.charge, held=held, trial=trial).seconds
 
     def _lacks_quota(self, now: float, request: CallRequest) -> bool:
         """Return whether a quota has too little left for a call: not only the part of it that is leased."""
@@ -316,9 +315,12 @@ class Account:
 
     def _take(self, now: float, request: CallRequest) -> Permit | Rejected:
         """Take dollars, a slot and quotas for a call; a rejection if another account took the dollars meanwhile."""
-        spend = self._reserve_dollars(request)
-        if isinstance(spend, Rejected):
-            return spend
+        spend: Sequence[SpendReservation] = ()
+        if budgets := self._budgets(request):
+            reserved = _reserve_dollars(budgets, request)
+            if isinstance(reserved, Rejected):
+                return reserved
+            spend = reserved
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
@@ -333,21 +335,6 @@ class Account:
         if self._suspension.is_suspended:
             self._suspension.record_sent(permit)
         return permit
-
-    def _reserve_dollars(self, request: CallRequest) -> Sequence[SpendReservation] | Rejected:
-        """Reserve the dollars of a call from all its budgets, or from none.
-
-        Budgets are shared with other accounts, which have locks of their own: only `try_reserve` can tell.
-        """
-        reserved: list[SpendReservation] = []
-        for budget in self._budgets(request):
-            reservation = budget.try_reserve(request.usd, request.priority)
-            if reservation is None:
-                for other in reserved:
-                    other.settle(0.0)
-                return budget.rejection(request.usd, request.priority)
-            reserved.append(reservation)
-        return reserved
 
     # --- the queue moves ---
 
@@ -786,6 +773,22 @@ class Account:
 
 def _earliest(*times: float | None) -> float | None:
     return min((time for time in times if time is not None), default=None)
+
+
+def _reserve_dollars(budgets: Sequence[CallBudget], request: CallRequest) -> Sequence[SpendReservation] | Rejected:
+    """Reserve the dollars of a call from all its budgets, or from none.
+
+    Budgets are shared with other accounts, which have locks of their own: only `try_reserve` can tell.
+    """
+    reserved: list[SpendReservation] = []
+    for budget in budgets:
+        reservation = budget.try_reserve(request.usd, request.priority)
+        if reservation is None:
+            for other in reserved:
+                other.settle(0.0)
+            return budget.rejection(request.usd, request.priority)
+        reserved.append(reservation)
+    return reserved
 
 
 def _settle_dollars(permit: Permit, usd: float, outcome: CallOutcome) -> None:

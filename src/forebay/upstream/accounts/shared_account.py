@@ -218,9 +218,10 @@ class SharedAccount:
             if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
             if isinstance(decision, Admitted):
-                self._record_begin(decision.permit)
-                if self._link is not None:
-                    self._update_lease(self._link, now)
+                if self._recorder is not None:
+                    self._recorder.begin(decision.permit)
+                if self._lease is not None:  # nobody waits who is to look again when the ledger answers
+                    self._lease.update(now)
                 return decision.permit
             if isinstance(decision, Rejected):
                 raise self._overloaded(decision, sole_account=sole_account)
@@ -236,12 +237,9 @@ class SharedAccount:
             raise self._overloaded(decision, sole_account=sole_account)
         with self._lock:
             self.account.take_grant(call)
-        self._record_begin(decision.permit)
-        return decision.permit
-
-    def _record_begin(self, permit: Permit) -> None:
         if self._recorder is not None:
-            self._recorder.begin(permit)
+            self._recorder.begin(decision.permit)
+        return decision.permit
 
     def _overloaded(self, rejected: Rejected, *, sole_account: bool) -> Overloaded:
         """Count a rejection, and return it as an error."""
@@ -297,8 +295,10 @@ class SharedAccount:
         """Answer queued calls; return the callbacks of the holders whose runs may start now, to be called unlocked."""
         if self.account.queue.length:
             self.account.serve_queue(now)
-        if self._link is not None:
+        if self._link is not None and self.account.queue.length:
             self._update_lease(self._link, now)
+        elif self._lease is not None:
+            self._lease.update(now)
         if not self._held_back:
             return ()
         if self._may_start(now, Priority.NORMAL):

@@ -87,6 +87,7 @@ class AccountLease(LedgerLease):
         self._slots = SlotReply(allowed=0)
         self._others = 0  # calls that other processes may have in flight
         self._allowed = 0  # calls in flight
+        self._peak = 0  # calls in flight at most, since the latest request
         self._counted = 0  # slots that this process holds, as the ledger has it
         self._retry_at = math.inf  # when to ask again for what was not granted
 
@@ -174,13 +175,8 @@ class AccountLease(LedgerLease):
         if demand is not None and not leaving and demand.queue.length and not demand.is_paused(now):
             waiting = list(islice(demand.queue.in_order(), _LOOK_AHEAD))
         charges = [call.request.charge for call in waiting]
-        slots = limit = None
-        if self.is_bounded:
-            in_use = 0 if demand is None else demand.in_flight
-            calls = demand.queue.length if demand is not None and waiting else 0
-            wanted = in_use + min(calls, max(1, self._limit(now)))
-            self._allowed = min(self._allowed, wanted) if self.is_leased(now) else 0
-            slots = SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)
+        limit = None
+        slots = self._slot_request(now, demand.queue.length if demand is not None and waiting else 0)
         if self._learned is not None:
             lapsed = -math.inf < self.until < now
             limit = self._learned.report(now, members=max(1, self.members) if lapsed else 1)
@@ -195,6 +191,24 @@ class AccountLease(LedgerLease):
             limit=limit,
             stoppages=self._stoppages.report(now, 0 if demand is None or not waiting else demand.queue.length),
         )
+
+    def _slot_request(self, now: float, waiting: int) -> SlotRequest | None:
+        """Return what to report of the slots, and to ask for, for `waiting` calls; None if the ledger bounds none.
+
+        A slot that was in use since the request before is kept, though it may be free now: between two short calls it
+        is, and would have to be asked for again. Not if others take turns for it.
+        """
+        if not self.is_bounded:
+            return None
+        in_use = 0 if self._demand is None else self._demand.in_flight
+        wanted = in_use + min(waiting, max(1, self._limit(now)))
+        if not self.is_leased(now):
+            self._allowed = 0
+        elif not self._slots.give_back:
+            wanted = max(wanted, min(self._peak, self._allowed))
+        self._peak = in_use
+        self._allowed = min(self._allowed, wanted)
+        return SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)
 
     def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
         """See `LedgerLease`."""
@@ -234,7 +248,10 @@ class AccountLease(LedgerLease):
     def update(self, now: float) -> None:
         """See `LedgerLease`. Each call asks twice, and most find that nothing is needed."""
         demand = self._demand
-        if self._pending is not None or self.due <= now or demand is None:
+        if demand is None:
+            return
+        self._peak = max(self._peak, demand.in_flight)
+        if self._pending is not None or self.due <= now:
             return  # the exchange that is under way, or due, brings what is needed
         when = self._next_exchange(now, demand)
         if when < self.due and not self.link.is_failing():  # the next attempt does, if it is failing

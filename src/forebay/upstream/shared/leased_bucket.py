@@ -89,6 +89,13 @@ class LeasedBucket(Bucket):
             return away.level
         return 0.0
 
+    def wait(self, now: float, amount: float, ahead: float = 0.0, held: float = 0.0) -> float:
+        """Return the seconds until `amount` can be taken here. See `Bucket`."""
+        usable = self._granted - self._used - self._returning - self.held
+        if now < self._lease.until and amount + ahead + held <= usable and amount <= self.amount:
+            return 0.0  # as `Bucket` finds for most calls in several steps
+        return super().wait(now, amount, ahead, held)
+
     def refill(self, now: float) -> None:
         """Set the level to what calls may take now."""
         self.level = self.usable(now)
@@ -127,11 +134,11 @@ class LeasedBucket(Bucket):
 
     def reserve(self, now: float, amount: float) -> None:
         """Take `amount` for a call that is sent. It ends by `end`, once."""
-        if not self.strict:
-            self.take(now, amount)
-            return
         self._taken += amount
         self._taken_at = now
+        if not self.strict:
+            self._use(now, amount)
+            return
         self.held += amount
         if not self._lease.is_leased(now) and (away := self._own_share(now)) is not None:
             away.take(now, amount)

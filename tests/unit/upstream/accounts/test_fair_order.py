@@ -41,6 +41,31 @@ def test_within_a_run_the_earlier_deadline_goes_first() -> None:
     )
 
 
+CALLS = st.builds(
+    CallRequest,
+    tenant=st.sampled_from("ab"),
+    task_id=st.sampled_from([None, "x", "y"]),
+    retries=st.sampled_from([0, 0, 1]),
+    weight=st.sampled_from([0.5, 2.0]),
+)
+
+
+@given(st.lists(st.tuples(CALLS, st.booleans())))
+def test_a_call_that_is_sent_as_it_arrives_takes_the_turn_of_one_that_is_queued_and_served(
+    calls: list[tuple[CallRequest, bool]],
+) -> None:
+    at_once, queued = FairOrder(), FairOrder()
+    for call, waits in calls:
+        if waits:  # and is not served yet
+            assert at_once.rank(call) == queued.rank(call)
+        else:
+            at_once.serve(call)
+            queued.record_served(queued.rank(call))
+    for tenant in "ab":
+        call = CallRequest(tenant=tenant)
+        assert at_once.expected_rank(call) == queued.expected_rank(call)
+
+
 def test_a_tenant_with_many_runs_does_not_delay_one_with_few() -> None:
     order = FairOrder()
     many = [order.rank(CallRequest(task_id=f"many-{n}", tenant="many")) for n in range(100)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from forebay.upstream.call_request import CallRequest
 from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.ledger import AccountLedger
@@ -63,6 +65,41 @@ def grant(lease: AccountLease, held: float, now: float) -> ExchangeRequest:
     granted = type(quota)(held=held, level=quota.level)
     lease.apply(now, request, ExchangeReply(**{**values, "quotas": (granted,)}))
     return request
+
+
+def use_slots(lease: AccountLease, ledger: AccountLedger, now: float, calls: int) -> SimpleNamespace:
+    """Let calls wait for slots, get them by an exchange, and be in flight; return the demand of their account."""
+    queue = SimpleNamespace(length=calls, in_order=lambda: [WAITING] * calls, head=lambda: (0, 0, WAITING))
+    demand = SimpleNamespace(in_flight=0, queue=queue, is_paused=lambda _: False)
+    lease.bind(demand, lease.lock, lambda: None)  # type: ignore[arg-type]
+    exchange(lease, ledger, now)
+    queue.length, demand.in_flight = 0, calls
+    lease.update(now)
+    return demand
+
+
+WAITING = SimpleNamespace(request=CallRequest(), priority=CallRequest().priority)
+
+
+def test_a_slot_is_not_returned_between_two_short_calls(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    ledger = exchange(lease, None, now=0.0)
+    demand = use_slots(lease, ledger, 0.1, calls=3)
+    demand.in_flight = 0  # for a moment, in which the next exchange is made
+    exchange(lease, ledger, now=0.2)
+    assert lease.slots(0.2) == 3
+
+
+def test_a_slot_that_no_call_has_used_since_the_request_before_is_returned(link: FakeLink) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    ledger = exchange(lease, None, now=0.0)
+    demand = use_slots(lease, ledger, 0.1, calls=3)
+    demand.in_flight = 1
+    lease.update(0.15)
+    exchange(lease, ledger, now=0.2)
+    assert lease.due < 0.3  # soon, and not at the next heartbeat
+    exchange(lease, ledger, now=lease.due)
+    assert lease.slots(0.3) == 1
 
 
 def test_nothing_of_a_lease_is_used_when_it_has_ended(link: FakeLink) -> None:
