@@ -32,18 +32,22 @@ class RequestHead:
         path: as given.
         headers: of the request.
         timeouts: that they announce.
+        valid: it was checked, and is for none of the gateway's own pages; set by the forwarder.
+        headers_without_key: its headers without an issued key, once they were needed; set by the forwarder.
         destination: where it goes, if that depends on the settings of the gateway alone, as they are now; set by the
             forwarder, which has checked the head then. None: that is not known yet, or depends on more.
         caller: whose it is, if that depends on the head and the settings alone; set by the forwarder.
     """
 
-    __slots__ = ("caller", "destination", "headers", "method", "path", "timeouts")
+    __slots__ = ("caller", "destination", "headers", "headers_without_key", "method", "path", "timeouts", "valid")
 
     def __init__(self, method: str, path: str, raw_headers: RawHeaders) -> None:
         self.method = method
         self.path = path
         self.headers = RequestHeaders(raw_headers)
         self.timeouts = AnnouncedTimeouts.read(self.headers.by_name)
+        self.valid = False
+        self.headers_without_key: RequestHeaders | None = None
         self.destination: Destination | None = None
         self.caller: Caller | None = None
 
@@ -72,10 +76,9 @@ class RequestHeads:
         head = self._heads.get(key)
         if head is not None:
             return head
-        head = RequestHead(method, path, raw_headers)
-        if len(path) + sum([len(name) + len(value) for name, value in kept]) <= _MAX_LENGTH:
-            head = RequestHead(method, path, kept)
-            if len(self._heads) >= _MAX_HEADS:
-                self._heads.clear()
-            self._heads[key] = head
+        if len(path) + sum([len(name) + len(value) for name, value in kept]) > _MAX_LENGTH:
+            return RequestHead(method, path, raw_headers)
+        if len(self._heads) >= _MAX_HEADS:
+            self._heads.clear()
+        head = self._heads[key] = RequestHead(method, path, kept)
         return head
