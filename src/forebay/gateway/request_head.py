@@ -6,6 +6,7 @@ leads and write the head that its provider gets took a quarter of the gateway's 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Final
 
 from forebay.gateway.client_timeouts import AnnouncedTimeouts
@@ -53,12 +54,12 @@ class RequestHead:
 
 
 class RequestHeads:
-    """The heads that were read lately, for one gateway and its settings."""
+    """The heads that were read lately, for one gateway and its settings. The one that came first is dropped first."""
 
     __slots__ = ("_heads",)
 
     def __init__(self) -> None:
-        self._heads: dict[tuple[str, str, RawHeaders], RequestHead] = {}
+        self._heads: OrderedDict[tuple[str, str, RawHeaders], RequestHead] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._heads)
@@ -79,6 +80,6 @@ class RequestHeads:
         if len(path) + sum([len(name) + len(value) for name, value in kept]) > _MAX_LENGTH:
             return RequestHead(method, path, raw_headers)
         if len(self._heads) >= _MAX_HEADS:
-            self._heads.clear()
+            self._heads.popitem(last=False)  # one at a time: to free all at once would hold up the calls under way
         head = self._heads[key] = RequestHead(method, path, kept)
         return head
