@@ -1717,6 +1717,16 @@ def heads_that_differ_in_their_headers_are_taken_for_the_same() -> None:
     replace(RequestHeads, original, read)
 
 
+def bytes_of_a_provider_do_not_begin_its_read_timeout_again() -> None:
+    original = PooledConnection._reschedule_timeout
+
+    def _reschedule_timeout(self: PooledConnection) -> None:
+        if self._read_timeout_handle is None:
+            original(self)
+
+    replace(PooledConnection, original, _reschedule_timeout)
+
+
 def a_call_that_has_ended_is_aborted() -> None:
     def abort(self: AbortableBlock) -> None:
         assert self._task is not None

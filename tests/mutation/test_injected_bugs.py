@@ -137,7 +137,13 @@ from tests.unit.breaker import test_breaker
 from tests.unit.cli import test_autoscale, test_autoscale_metrics
 from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
-from tests.unit.gateway import test_abortable_block, test_caller_limits, test_key_registry, test_request_head
+from tests.unit.gateway import (
+    test_abortable_block,
+    test_caller_limits,
+    test_key_registry,
+    test_read_timeout,
+    test_request_head,
+)
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
@@ -687,6 +693,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
     bugs.heads_that_differ_in_their_headers_are_taken_for_the_same: (
         test_request_head.test_heads_with_different_keys_are_different
+    ),
+    bugs.bytes_of_a_provider_do_not_begin_its_read_timeout_again: (
+        test_read_timeout.test_bytes_begin_the_timeout_again
     ),
     bugs.a_call_that_has_ended_is_aborted: test_abortable_block.test_an_abort_after_its_end_cancels_nothing,
     bugs.a_retry_after_that_litellm_has_renamed_is_not_read: (

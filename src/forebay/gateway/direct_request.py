@@ -87,7 +87,8 @@ class DirectResponse:
 
     def release(self) -> None:
         """Return the connection to the pool, if the body has arrived; else close it."""
-        self._connection.release()
+        if self._connection.protocol is not None:  # else it was returned when the body had arrived
+            self._connection.release()
 
     def close(self) -> None:
         """Close the connection, unless it has been returned."""

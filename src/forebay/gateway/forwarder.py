@@ -310,9 +310,11 @@ class Forwarder:
             EarlyResponse: its head is invalid, or its caller is not authorized, or it leads nowhere.
         """
         headers = head.headers.by_name
-        self._validate(request, headers)
-        if (path := head.path.partition("?")[0]) in _OWN_PAGES:
-            return await self._own_response(path, headers)
+        if not head.valid:
+            self._validate(request, headers)
+            if (path := head.path.partition("?")[0]) in _OWN_PAGES:
+                return await self._own_response(path, headers)
+            head.valid = True
         key = self._authenticate(head.path, headers, record)
         destination = self._find_destination(head.path, headers, key)
         if (own := self._alias_response(head.method, destination)) is not None:
@@ -615,7 +617,7 @@ class Forwarder:
             EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
         """
         target, key = destination.target, destination.key
-        headers = _without_issued_key(head.headers, key)
+        headers = _without_issued_key(head, key)
         caller = head.caller or self._read_caller(head, headers, destination)
         try:
             body = await read_body(request, reservation, self._settings, target.protocol)
@@ -836,12 +838,14 @@ def _broke_off(streaming: StreamingResponse, error: Exception) -> str:
     return f"the provider broke off: {_describe(error)}"
 
 
-def _without_issued_key(headers: RequestHeaders, key: IssuedKey | None) -> RequestHeaders:
+def _without_issued_key(head: RequestHead, key: IssuedKey | None) -> RequestHeaders:
     """Return the headers of a request without the issued key of its caller, which ends here."""
     if key is None:
-        return headers
-    names = [name.encode() for name in headers_with_key(headers.by_name)]
-    return RequestHeaders(without_headers(headers.raw, names))
+        return head.headers
+    if head.headers_without_key is None:
+        names = [name.encode() for name in headers_with_key(head.headers.by_name)]
+        head.headers_without_key = RequestHeaders(without_headers(head.headers.raw, names))
+    return head.headers_without_key
 
 
 def _as_called(parsed: ProviderRequest, called: str | None) -> ProviderRequest:

@@ -73,6 +73,11 @@ class GatewayMetrics:
         self._models = BoundedLabel(settings.max_metrics_models)
         self._metrics = {definition.name: _new_metric(definition, self._registry) for definition in _COUNTED}
         self._children: dict[tuple[str, ...], Any] = {}
+        # What each call records, by one key, since to find its series one by one took longer than to count. As bounded
+        # as the series.
+        self._of_calls: dict[tuple[str, str, int], tuple[Any, Any, Any]] = {}
+        self._of_attempts: dict[tuple[str, str, Endpoint, str, str, str], tuple[Any, Any]] = {}
+        self._of_tokens: dict[tuple[str, str, Endpoint, str], tuple[Any, Any]] = {}
         build = Gauge(definitions.BUILD.name, definitions.BUILD.text, definitions.BUILD.labels, registry=self._registry)
         build.labels(__version__).set(1)
         workers = Gauge(
@@ -96,11 +101,20 @@ class GatewayMetrics:
 
     def record_call(self, target: str, record: CallRecord, status: int) -> None:
         """Record a request for a target whose response has ended, with the status that it counts as."""
-        model, shown = self._models.label(record.asked_model), str(status)
-        self._child(definitions.REQUESTS, target, shown).inc()
-        self._child(definitions.REQUEST_DURATION, target, model, shown).observe(record.duration)
-        if record.asked_target:  # else it has not asked for a permit
-            self._child(definitions.WAIT, target, model, shown).observe(record.waited)
+        model = self._models.label(record.asked_model)
+        has_waited = bool(record.asked_target)  # else it has not asked for a permit
+        found = self._of_calls.get((target, model, status))
+        if found is None or (has_waited and found[2] is None):
+            labels = (target, model, str(status))
+            waits = self._child(definitions.WAIT, *labels) if has_waited else None
+            requests = self._child(definitions.REQUESTS, target, str(status))
+            found = (requests, self._child(definitions.REQUEST_DURATION, *labels), waits)
+            self._of_calls[target, model, status] = found
+        requests, durations, waits = found
+        requests.inc()
+        durations.observe(record.duration)
+        if has_waited:
+            waits.observe(record.waited)
 
     def count_rejection(self, target: str, limited_by: str) -> None:
         """Count a call that was rejected here, by the limit that rejected it."""
@@ -132,8 +146,15 @@ class GatewayMetrics:
         """
         throttled = outcome.refused_by_limit or outcome.spend_cap
         counted = "throttled" if throttled else _OUTCOMES[outcome.kind]
-        self._child(definitions.ATTEMPTS, operation.target, self._models.label(operation.model), counted).inc()
-        self._child(definitions.OPERATION_DURATION, *self._provider_labels(operation), error_type).observe(seconds)
+        target, provider, endpoint, model = operation
+        key = (target, provider, endpoint, self._models.label(model), counted, error_type)
+        found = self._of_attempts.get(key)
+        if found is None:
+            attempts = self._child(definitions.ATTEMPTS, target, key[3], counted)
+            durations = self._child(definitions.OPERATION_DURATION, *self._provider_labels(operation), error_type)
+            found = self._of_attempts[key] = (attempts, durations)
+        found[0].inc()
+        found[1].observe(seconds)
 
     def record_stream(self, operation: Operation, first_chunk: float | None, first_token: float | None) -> None:
         """Record when a streaming answer began, in seconds since the call was sent; None for what never came."""
@@ -147,9 +168,16 @@ class GatewayMetrics:
 
     def record_tokens(self, operation: Operation, usage: Usage) -> None:
         """Record the tokens of a call. The upstream adds them up; see `UsageCollector`."""
-        provider_labels = self._provider_labels(operation)
-        self._child(definitions.TOKEN_USAGE, *provider_labels, "input").observe(usage.input_tokens)
-        self._child(definitions.TOKEN_USAGE, *provider_labels, "output").observe(usage.output_tokens)
+        target, provider, endpoint, model = operation
+        key = (target, provider, endpoint, self._models.label(model))
+        found = self._of_tokens.get(key)
+        if found is None:
+            labels = self._provider_labels(operation)
+            kinds = ("input", "output")
+            sent, received = [self._child(definitions.TOKEN_USAGE, *labels, kind) for kind in kinds]
+            found = self._of_tokens[key] = (sent, received)
+        found[0].observe(usage.input_tokens)
+        found[1].observe(usage.output_tokens)
 
     # --- the page ---
 

@@ -6,6 +6,7 @@ leads and write the head that its provider gets took a quarter of the gateway's 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Final
 
 from forebay.gateway.client_timeouts import AnnouncedTimeouts
@@ -32,29 +33,33 @@ class RequestHead:
         path: as given.
         headers: of the request.
         timeouts: that they announce.
+        valid: it was checked, and is for none of the gateway's own pages; set by the forwarder.
+        headers_without_key: its headers without an issued key, once they were needed; set by the forwarder.
         destination: where it goes, if that depends on the settings of the gateway alone, as they are now; set by the
             forwarder, which has checked the head then. None: that is not known yet, or depends on more.
         caller: whose it is, if that depends on the head and the settings alone; set by the forwarder.
     """
 
-    __slots__ = ("caller", "destination", "headers", "method", "path", "timeouts")
+    __slots__ = ("caller", "destination", "headers", "headers_without_key", "method", "path", "timeouts", "valid")
 
     def __init__(self, method: str, path: str, raw_headers: RawHeaders) -> None:
         self.method = method
         self.path = path
         self.headers = RequestHeaders(raw_headers)
         self.timeouts = AnnouncedTimeouts.read(self.headers.by_name)
+        self.valid = False
+        self.headers_without_key: RequestHeaders | None = None
         self.destination: Destination | None = None
         self.caller: Caller | None = None
 
 
 class RequestHeads:
-    """The heads that were read lately, for one gateway and its settings."""
+    """The heads that were read lately, for one gateway and its settings. The one that came first is dropped first."""
 
     __slots__ = ("_heads",)
 
     def __init__(self) -> None:
-        self._heads: dict[tuple[str, str, RawHeaders], RequestHead] = {}
+        self._heads: OrderedDict[tuple[str, str, RawHeaders], RequestHead] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._heads)
@@ -72,10 +77,9 @@ class RequestHeads:
         head = self._heads.get(key)
         if head is not None:
             return head
-        head = RequestHead(method, path, raw_headers)
-        if len(path) + sum([len(name) + len(value) for name, value in kept]) <= _MAX_LENGTH:
-            head = RequestHead(method, path, kept)
-            if len(self._heads) >= _MAX_HEADS:
-                self._heads.clear()
-            self._heads[key] = head
+        if len(path) + sum([len(name) + len(value) for name, value in kept]) > _MAX_LENGTH:
+            return RequestHead(method, path, raw_headers)
+        if len(self._heads) >= _MAX_HEADS:
+            self._heads.popitem(last=False)  # one at a time: to free all at once would hold up the calls under way
+        head = self._heads[key] = RequestHead(method, path, kept)
         return head

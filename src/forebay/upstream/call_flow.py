@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -198,7 +198,7 @@ def call_flow(own: CallRoute, resolver: FallbackResolver, *, retried: bool = Tru
     """
     chain = make_chain(own, resolver) if resolver.has_fallbacks else None
     if chain is None:
-        return _sole_attempts(own, retried=retried)
+        return cast("Flow", _attempts(own, None, retried=retried))  # it cannot leave the queue, so there is a result
     return _chain_attempts(chain, retried=retried)
 
 
@@ -215,13 +215,6 @@ def _chain_attempts(chain: FallbackChain[Any], *, retried: bool) -> Flow:
             if result is not None and chain.record_result(route, result):
                 return result
     return chain.conclude()
-
-
-def _sole_attempts(route: CallRoute, *, retried: bool) -> Flow:
-    """Yield the steps of a call that one account alone can serve, and return the result for its caller."""
-    result = yield from _attempts(route, None, retried=retried)
-    assert result is not None  # noqa: S101 - it cannot go elsewhere
-    return result
 
 
 def _attempts(
