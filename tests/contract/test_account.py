@@ -235,6 +235,21 @@ async def test_a_call_that_would_wait_too_long_for_a_quota_is_rejected_until_its
 
 
 @virtual
+async def test_a_call_that_no_quota_will_let_through_in_time_is_rejected_at_once(processes: AccountProcesses) -> None:
+    upstreams = processes.open(quotas=[Quota(requests=3, per="day")])
+    first, last = CallDriver(upstreams[0], seconds=0.0), CallDriver(upstreams[-1], seconds=0.0)
+    await asyncio.gather(*(first.start() for _ in range(3)))
+    began = now()
+    for how in ({}, {"deadline": Deadline.within(30.0)}):
+        error = await rejection_of(last, **how)
+        assert error.limited_by == "upstream:llm:requests per day"
+        assert error.retry_after is not None
+        assert error.retry_after > 3_600.0
+    assert now() - began <= EXCHANGES
+    last.check()
+
+
+@virtual
 async def test_a_call_larger_than_its_quota_is_rejected_without_a_retry_after(accounts: OpenAccounts) -> None:
     calls = CallDriver(accounts.open(quotas=[Quota(tokens=1_000, per="minute")]))
     error = await rejection_of(calls, input_tokens=900, output_tokens=200)

@@ -387,6 +387,24 @@ class Account:
             self._release_lost(now)
         while (overdue := self.queue.pop_overdue(now)) is not None:
             self._resolve(overdue, self._overdue(now, overdue))
+        if self._lease is not None:
+            self._reject_futile(now)
+
+    def _reject_futile(self, now: float) -> None:
+        """Reject the first calls if their quota keeps them until they are overdue: other processes have used it.
+
+        That was not known when they joined the queue. The ledger has told by now.
+        """
+        while (entry := self.queue.head() if self.queue.length else None) is not None:
+            call: QueuedCall = entry[2]
+            by = min(call.request.deadline, call.enqueued_at + _LONGEST_WAIT * self._max_wait)
+            seconds = self._quota_wait(now, call.request)
+            if now + seconds <= by or seconds == math.inf:
+                return
+            seconds, limited_by = self._expected_wait_of(now, call.request)
+            reason = f"it would wait about {format_duration(seconds)} for {limited_by}, which other processes have used"
+            retry_after = self._schedule_retry(now, call.request, seconds)
+            self._resolve(call, Rejected(reason, limited_by, seconds / self._max_wait, retry_after))
 
     def _deadlocked(self) -> QueuedCall | None:
         """Return a nested call if callers that wait for nested calls of their own hold all slots, else None."""
