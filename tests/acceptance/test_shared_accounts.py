@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import pytest
 from tests.support.task_plane import virtual
@@ -118,22 +117,3 @@ async def test_a_shared_budget_is_spent_once_a_small_call_is_rejected() -> None:
     alerts = [event for event in events if isinstance(event, BudgetAlert)]
     assert [alert.share for alert in alerts] == [0.5, 1.0]
     assert [alert.spent for alert in alerts] == pytest.approx([9.9, 9.9])
-
-
-@pytest.mark.blocks
-async def test_what_was_spent_survives_all_processes(tmp_path: Path) -> None:
-    prices = {"m": Price(input=0, output=1_000)}
-
-    def open_upstream() -> Upstream:
-        return Upstream("key", budget=Budget(usd=1.0), prices=prices, shared=f"sqlite:///{tmp_path}/account.db")
-
-    first = open_upstream()
-    async with first.call("m", output_tokens=900) as call:
-        call.settle(input_tokens=0, output_tokens=900)
-    assert first.core.link is not None
-    loop = first.core.link.begin_close()
-    assert loop is not None
-    loop.join()  # type: ignore[attr-defined]
-    with pytest.raises(Overloaded, match="would be overspent"):
-        async with open_upstream().call("m", output_tokens=200):
-            pass

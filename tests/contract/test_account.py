@@ -235,17 +235,17 @@ async def test_a_call_that_would_wait_too_long_for_a_quota_is_rejected_until_its
 
 
 @virtual
-async def test_a_call_that_no_quota_will_let_through_in_time_is_rejected_at_once(processes: AccountProcesses) -> None:
+async def test_a_call_that_no_quota_will_let_through_in_time_is_rejected_soon(processes: AccountProcesses) -> None:
     upstreams = processes.open(quotas=[Quota(requests=3, per="day")])
     first, last = CallDriver(upstreams[0], seconds=0.0), CallDriver(upstreams[-1], seconds=0.0)
     await asyncio.gather(*(first.start() for _ in range(3)))
     began = now()
-    for how in ({}, {"deadline": Deadline.within(30.0)}):
-        error = await rejection_of(last, **how)
+    for seconds in (1e6, 30.0):
+        error = await rejection_of(last, deadline=Deadline.within(seconds))
         assert error.limited_by == "upstream:llm:requests per day"
         assert error.retry_after is not None
         assert error.retry_after > 3_600.0
-    assert now() - began <= EXCHANGES
+    assert now() - began <= 5.0
     last.check()
 
 
@@ -314,7 +314,7 @@ async def test_models_have_the_quotas_of_their_pattern(processes: AccountProcess
     began = now()
     for model in ("gpt-4o", "gpt-4o-mini", "other", "another"):
         await calls.call(model=model)
-    assert now() - began < 2 * HEARTBEAT
+    assert now() - began < EXCHANGES
     await calls.call(model="gpt-4")
     assert now() - began == pytest.approx(30.0, abs=EXCHANGES)
     names = {account.name for upstream in calls.upstreams for account in upstream.statistics().accounts}
