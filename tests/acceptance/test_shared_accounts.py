@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 from tests.support.task_plane import virtual
-from tests.support.upstream_checks import check_upstream
 
 from forebay import Budget, Overloaded, Price, Quota, Upstream
 from forebay.errors import InvalidSetting
@@ -37,26 +36,6 @@ def test_something_that_is_neither_a_url_nor_a_store_is_rejected() -> None:
 
 
 @virtual
-async def test_upstreams_on_one_store_share_their_slots() -> None:
-    store = MemoryLedgerStore()
-    upstreams = [Upstream("key", max_concurrent=3, shared=store) for _ in range(3)]
-    in_flight = peak = 0
-
-    async def call(upstream: Upstream) -> None:
-        nonlocal in_flight, peak
-        async with upstream.call():
-            in_flight += 1
-            peak = max(peak, in_flight)
-            await asyncio.sleep(1.0)
-            in_flight -= 1
-
-    await asyncio.gather(*(call(upstream) for upstream in upstreams for _ in range(10)))
-    assert peak == 3
-    for upstream in upstreams:
-        check_upstream(upstream)
-
-
-@virtual
 async def test_upstreams_of_different_names_do_not_share() -> None:
     store = MemoryLedgerStore()
     quotas = [Quota(requests=1, per="day")]
@@ -80,20 +59,6 @@ async def test_settings_that_differ_are_rejected_with_both_until_no_process_has_
     await asyncio.sleep(2 * LEASE)
     async with new.call():
         pass
-
-
-@virtual
-async def test_what_one_process_has_spent_another_does_not_spend_again() -> None:
-    store = MemoryLedgerStore()
-    prices = {"m": Price(input=0, output=1_000)}
-    one, other = (Upstream("key", budget=Budget(usd=1.0), prices=prices, shared=store) for _ in range(2))
-    async with one.call("m", output_tokens=900) as call:
-        call.settle(input_tokens=0, output_tokens=900)
-    await asyncio.sleep(1.0)
-    with pytest.raises(Overloaded, match="would be overspent"):
-        async with other.call("m", output_tokens=200):
-            pass
-    assert other.statistics().spent_usd == pytest.approx(0.9)
 
 
 @virtual

@@ -9,9 +9,9 @@ import pytest
 from tests.support.call_driver import CallDriver
 from tests.support.task_plane import run_ready, virtual
 
-from forebay import Overloaded, Priority
+from forebay import Priority
 from forebay.errors import InvalidSetting
-from forebay.quota import Budget, Price, Quota
+from forebay.quota import Quota
 from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
 
@@ -67,37 +67,6 @@ async def test_a_permit_taken_by_hand_reports_throttling_by_the_exception_that_l
 
 
 # --- budgets ---
-
-
-@virtual
-async def test_a_rejection_for_a_budget_says_its_state_and_the_cost_of_the_call() -> None:
-    budget = Budget(usd=1.0, per="day", reserved_share=0.1)
-    upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
-    async with upstream.call("gpt", input_tokens=800_000):
-        pass
-    with pytest.raises(Overloaded) as rejection:
-        await upstream.call("gpt", input_tokens=200_000).__aenter__()
-    assert rejection.value.reason == (
-        "llm: the budget of llm would be overspent: it has 1 USD a day, 0.1 of it for HIGH and CRITICAL alone, of which"
-        " 0.8 are spent or reserved, and this may cost 0.2"
-    )
-    assert rejection.value.retry_after is not None
-
-
-@virtual
-async def test_a_call_that_no_budget_will_ever_afford_has_no_retry_after() -> None:
-    prices = {"gpt": Price(input=1.0, output=1.0)}
-    for upstream, tokens in (
-        (Upstream("llm", budget=Budget(usd=1.0, per="hour"), prices=prices), 2_000_000),
-        (Upstream("llm", budget=Budget(usd=1.0), prices=prices), 600_000),
-    ):
-        async with upstream.call("gpt", input_tokens=500_000):
-            pass
-        with pytest.raises(
-            Overloaded, match=r": ask for less, or raise that budget\. Nothing was started"
-        ) as rejection:
-            await upstream.call("gpt", input_tokens=tokens).__aenter__()
-        assert rejection.value.retry_after is None
 
 
 # --- with a supervisor ---
