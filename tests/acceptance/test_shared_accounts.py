@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import pytest
 from tests.support.task_plane import virtual
-from tests.support.upstream_checks import check_upstream
 
 from forebay import Budget, Overloaded, Price, Quota, Upstream
 from forebay.breaker import BreakerRules, FaultWindow, consecutive_faults
@@ -36,26 +34,6 @@ def test_a_url_that_names_no_store_for_accounts_is_rejected_with_advice(url: str
 def test_something_that_is_neither_a_url_nor_a_store_is_rejected() -> None:
     with pytest.raises(InvalidSetting, match="shared"):
         Upstream("key", shared=7)  # type: ignore[arg-type]
-
-
-@virtual
-async def test_upstreams_on_one_store_share_their_slots() -> None:
-    store = MemoryLedgerStore()
-    upstreams = [Upstream("key", max_concurrent=3, shared=store) for _ in range(3)]
-    in_flight = peak = 0
-
-    async def call(upstream: Upstream) -> None:
-        nonlocal in_flight, peak
-        async with upstream.call():
-            in_flight += 1
-            peak = max(peak, in_flight)
-            await asyncio.sleep(1.0)
-            in_flight -= 1
-
-    await asyncio.gather(*(call(upstream) for upstream in upstreams for _ in range(10)))
-    assert peak == 3
-    for upstream in upstreams:
-        check_upstream(upstream)
 
 
 @virtual
@@ -135,20 +113,6 @@ async def test_a_breaker_that_one_process_opens_shows_in_all() -> None:
 
 
 @virtual
-async def test_what_one_process_has_spent_another_does_not_spend_again() -> None:
-    store = MemoryLedgerStore()
-    prices = {"m": Price(input=0, output=1_000)}
-    one, other = (Upstream("key", budget=Budget(usd=1.0), prices=prices, shared=store) for _ in range(2))
-    async with one.call("m", output_tokens=900) as call:
-        call.settle(input_tokens=0, output_tokens=900)
-    await asyncio.sleep(1.0)
-    with pytest.raises(Overloaded, match="would be overspent"):
-        async with other.call("m", output_tokens=200):
-            pass
-    assert other.statistics().spent_usd == pytest.approx(0.9)
-
-
-@virtual
 async def test_a_shared_budget_is_spent_once_a_small_call_is_rejected() -> None:
     events: list[Event] = []
     upstream = Upstream(
@@ -198,22 +162,3 @@ async def test_an_alert_is_given_by_one_of_the_processes_that_share_a_budget() -
     alerts = [event for event in events if isinstance(event, BudgetAlert)]
     assert [alert.share for alert in alerts] == [0.5, 1.0]
     assert [alert.spent for alert in alerts] == pytest.approx([5.74, 9.84])
-
-
-@pytest.mark.blocks
-async def test_what_was_spent_survives_all_processes(tmp_path: Path) -> None:
-    prices = {"m": Price(input=0, output=1_000)}
-
-    def open_upstream() -> Upstream:
-        return Upstream("key", budget=Budget(usd=1.0), prices=prices, shared=f"sqlite:///{tmp_path}/account.db")
-
-    first = open_upstream()
-    async with first.call("m", output_tokens=900) as call:
-        call.settle(input_tokens=0, output_tokens=900)
-    assert first.core.link is not None
-    loop = first.core.link.begin_close()
-    assert loop is not None
-    loop.join()  # type: ignore[attr-defined]
-    with pytest.raises(Overloaded, match="would be overspent"):
-        async with open_upstream().call("m", output_tokens=200):
-            pass

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import threading
 from typing import Any
 
 import pytest
-from tests.support.task_plane import now, run_ready, virtual
+from tests.support.call_driver import CallDriver
+from tests.support.task_plane import run_ready, virtual
 
-from forebay import Overloaded, Priority
+from forebay import Priority
 from forebay.errors import InvalidSetting
-from forebay.quota import Budget, Price, Quota
-from forebay.retry import Retry
+from forebay.quota import Quota
 from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
 
@@ -25,74 +23,6 @@ def shared_account(upstream: Upstream) -> SharedAccount:
 def left(upstream: Upstream) -> tuple[int, int]:
     """Return the number of calls in flight and in the queue."""
     return shared_account(upstream).account.in_flight, len(shared_account(upstream).account.queue)
-
-
-class CallRecorder:
-    """Makes calls of one upstream.
-
-    Attributes:
-        admitted: names of the calls, in the order in which they were admitted.
-        peak: most calls in flight at once.
-    """
-
-    def __init__(self, upstream: Upstream, *, seconds: float = 1.0) -> None:
-        self.upstream = upstream
-        self.seconds = seconds
-        self.admitted: list[Any] = []
-        self.peak = 0
-
-    async def call(self, name: Any = None, **how: Any) -> float:
-        """Make a call; return when it ended, in loop time."""
-        async with self.upstream.call(**how):
-            self.admitted.append(name)
-            self.peak = max(self.peak, left(self.upstream)[0])
-            await asyncio.sleep(self.seconds)
-        return now()
-
-    async def together(self, *hows: dict[str, Any]) -> list[float]:
-        async with asyncio.TaskGroup() as group:
-            made = [group.create_task(self.call(number, **how)) for number, how in enumerate(hows)]
-        return [task.result() for task in made]
-
-
-# --- slots ---
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_call_granted_to_a_task_of_a_closed_loop_comes_back(*, kept: bool) -> None:
-    upstream = Upstream("tool", max_concurrent=1, max_wait=5.0)
-    holder = upstream.call()
-    holder.__enter__()
-    loop = asyncio.new_event_loop()
-    tasks = [loop.create_task(CallRecorder(upstream).call())]
-    loop.run_until_complete(run_ready(5))
-    assert left(upstream) == (1, 1)
-    holder.__exit__(None, None, None)
-    assert left(upstream) == (1, 0)
-    loop.close()
-    if not kept:
-        tasks.clear()
-        gc.collect()
-    with upstream.call():
-        assert left(upstream) == (1, 0)
-    assert left(upstream) == (0, 0)
-
-
-async def test_a_coroutine_that_is_closed_while_it_waits_for_a_call_leaves_nothing_behind() -> None:
-    for granted in (True, False):
-        upstream = Upstream("tool", max_concurrent=1, max_wait=5.0)
-        holder = upstream.call()
-        await holder.__aenter__()
-        waiting = CallRecorder(upstream).call()
-        waiting.send(None)
-        if granted:
-            await holder.__aexit__(None, None, None)
-        waiting.close()
-        if not granted:
-            await holder.__aexit__(None, None, None)
-        async with upstream.call():
-            assert left(upstream) == (1, 0)
-        assert left(upstream) == (0, 0)
 
 
 # --- faults ---
@@ -136,100 +66,7 @@ async def test_a_permit_taken_by_hand_reports_throttling_by_the_exception_that_l
     assert (account.throttled, account.failed, account.breaker) == (20, 0, "closed")
 
 
-def test_a_plain_function_is_guarded_in_plain_threads() -> None:
-    search = Upstream("search", max_concurrent=2, retry=Retry(max_attempts=3, base_delay=0.001))
-    at_once, peak, failures = 0, 0, {3: 2, 7: 1}
-    lock = threading.Lock()
-    meet = threading.Barrier(2)
-
-    @search.guard
-    def look_up(number: int) -> int:
-        nonlocal at_once, peak
-        with lock:
-            at_once += 1
-            peak = max(peak, at_once)
-            fails = failures.get(number, 0) > 0
-            if fails:
-                failures[number] -= 1
-        if number in (0, 1):
-            meet.wait(10.0)
-        with lock:
-            at_once -= 1
-        if fails:
-            raise ConnectionError
-        return number
-
-    results: list[int] = []
-    threads = [threading.Thread(target=lambda n=n: results.append(look_up(n))) for n in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30.0)
-    assert sorted(results) == list(range(10))
-    assert peak == 2
-    assert left(search) == (0, 0)
-
-
-def test_several_loops_and_threads_share_one_upstream() -> None:
-    upstream = Upstream("tool", max_concurrent=3)
-    peak: list[int] = []
-
-    async def calls() -> None:
-        async def one() -> None:
-            async with upstream.call():
-                peak.append(left(upstream)[0])
-                await asyncio.sleep(0)
-
-        await asyncio.gather(*(one() for _ in range(200)))
-
-    def blocking_calls() -> None:
-        for _ in range(200):
-            with upstream.call():
-                peak.append(left(upstream)[0])
-
-    threads = [threading.Thread(target=lambda: asyncio.run(calls())) for _ in range(3)]
-    threads += [threading.Thread(target=blocking_calls) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60.0)
-    assert len(peak) == 1000
-    assert max(peak) <= 3
-    assert left(upstream) == (0, 0)
-
-
 # --- budgets ---
-
-
-@virtual
-async def test_a_rejection_for_a_budget_says_its_state_and_the_cost_of_the_call() -> None:
-    budget = Budget(usd=1.0, per="day", reserved_share=0.1)
-    upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
-    async with upstream.call("gpt", input_tokens=800_000):
-        pass
-    with pytest.raises(Overloaded) as rejection:
-        await upstream.call("gpt", input_tokens=200_000).__aenter__()
-    assert rejection.value.reason == (
-        "llm: the budget of llm would be overspent: it has 1 USD a day, 0.1 of it for HIGH and CRITICAL alone, of which"
-        " 0.8 are spent or reserved, and this may cost 0.2"
-    )
-    assert rejection.value.retry_after is not None
-
-
-@virtual
-async def test_a_call_that_no_budget_will_ever_afford_has_no_retry_after() -> None:
-    prices = {"gpt": Price(input=1.0, output=1.0)}
-    for upstream, tokens in (
-        (Upstream("llm", budget=Budget(usd=1.0, per="hour"), prices=prices), 2_000_000),
-        (Upstream("llm", budget=Budget(usd=1.0), prices=prices), 600_000),
-    ):
-        async with upstream.call("gpt", input_tokens=500_000):
-            pass
-        with pytest.raises(
-            Overloaded, match=r": ask for less, or raise that budget\. Nothing was started"
-        ) as rejection:
-            await upstream.call("gpt", input_tokens=tokens).__aenter__()
-        assert rejection.value.retry_after is None
 
 
 # --- with a supervisor ---
@@ -238,7 +75,7 @@ async def test_a_call_that_no_budget_will_ever_afford_has_no_retry_after() -> No
 @virtual
 async def test_no_run_starts_while_its_first_call_would_wait_too_long() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
-    recorder = CallRecorder(upstream)
+    recorder = CallDriver(upstream)
     await recorder.call()
     calls = [asyncio.create_task(recorder.call(priority=Priority.LOW)) for _ in range(50)]
     await run_ready(3)

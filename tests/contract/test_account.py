@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tests.support.account_backends import AccountProcesses, OpenAccounts
@@ -17,6 +17,7 @@ from tests.support.task_plane import now, run_ready, virtual
 
 from forebay import Deadline, Overloaded, Priority, Upstream
 from forebay.errors import CallMisused
+from forebay.events import BudgetAlert, Event
 from forebay.quota import Budget, Price, Quota
 
 EXCHANGES = 0.25  # seconds of virtual time that a few exchanges with a store may take
@@ -235,6 +236,21 @@ async def test_a_call_that_would_wait_too_long_for_a_quota_is_rejected_until_its
 
 
 @virtual
+async def test_a_call_that_no_quota_will_let_through_in_time_is_rejected_soon(processes: AccountProcesses) -> None:
+    upstreams = processes.open(quotas=[Quota(requests=3, per="day")])
+    first, last = CallDriver(upstreams[0], seconds=0.0), CallDriver(upstreams[-1], seconds=0.0)
+    await asyncio.gather(*(first.start() for _ in range(3)))
+    began = now()
+    for seconds in (1e6, 30.0):
+        error = await rejection_of(last, deadline=Deadline.within(seconds))
+        assert error.limited_by == "upstream:llm:requests per day"
+        assert error.retry_after is not None
+        assert error.retry_after > 3_600.0
+    assert now() - began <= 5.0
+    last.check()
+
+
+@virtual
 async def test_a_call_larger_than_its_quota_is_rejected_without_a_retry_after(accounts: OpenAccounts) -> None:
     calls = CallDriver(accounts.open(quotas=[Quota(tokens=1_000, per="minute")]))
     error = await rejection_of(calls, input_tokens=900, output_tokens=200)
@@ -299,7 +315,7 @@ async def test_models_have_the_quotas_of_their_pattern(processes: AccountProcess
     began = now()
     for model in ("gpt-4o", "gpt-4o-mini", "other", "another"):
         await calls.call(model=model)
-    assert now() - began < 2 * HEARTBEAT
+    assert now() - began < EXCHANGES
     await calls.call(model="gpt-4")
     assert now() - began == pytest.approx(30.0, abs=EXCHANGES)
     names = {account.name for upstream in calls.upstreams for account in upstream.statistics().accounts}
@@ -407,4 +423,104 @@ async def test_a_spent_budget_rejects_calls_until_it_renews(processes: AccountPr
     assert error.retry_after is not None
     await asyncio.sleep(error.retry_after)
     await calls.call(model="m", output_tokens=1_000)
+    calls.check()
+
+
+@virtual
+async def test_a_rejection_for_a_budget_says_its_state_and_the_cost_of_the_call(accounts: OpenAccounts) -> None:
+    budget = Budget(usd=1.0, per="day", reserved_share=0.1)
+    calls = CallDriver(accounts.open(budget=budget, prices=PRICES), seconds=0.0)
+    await calls.call(model="m", output_tokens=800)
+    await asyncio.sleep(HEARTBEAT)
+    error = await rejection_of(calls, model="m", output_tokens=200)
+    assert error.reason == (
+        "llm: the budget of llm would be overspent: it has 1 USD a day, 0.1 of it for HIGH and CRITICAL alone, of which"
+        " 0.8 are spent or reserved, and this may cost 0.2"
+    )
+    assert error.retry_after is not None
+    await calls.call(model="m", output_tokens=200, priority=Priority.HIGH)
+    calls.check()
+
+
+@pytest.mark.parametrize(("per", "tokens"), [("hour", 2_000), (None, 600)])
+@virtual
+async def test_a_call_that_no_budget_will_ever_afford_has_no_retry_after(
+    processes: AccountProcesses, per: Literal["hour"] | None, tokens: int
+) -> None:
+    calls = CallDriver(*processes.open(budget=Budget(usd=1.0, per=per), prices=PRICES), seconds=0.0)
+    await calls.call(model="m", output_tokens=500)
+    await asyncio.sleep(HEARTBEAT)
+    error = await rejection_of(calls, model="m", output_tokens=tokens)
+    assert ": ask for less, or raise that budget. Nothing was started" in str(error)
+    assert error.retry_after is None
+    calls.check()
+
+
+@virtual
+async def test_each_tenant_has_its_budget(processes: AccountProcesses) -> None:
+    calls = CallDriver(*processes.open(tenant_budget=Budget(usd=1.0), prices=PRICES), seconds=0.0)
+    for _ in range(2):
+        for tenant in ("acme", "other"):
+            await calls.call(tenant, model="m", output_tokens=400, tenant=tenant)
+            await asyncio.sleep(HEARTBEAT)
+    for tenant in ("acme", "other"):
+        error = await rejection_of(calls, model="m", output_tokens=400, tenant=tenant)
+        assert str(error.limited_by).endswith("budget")
+        await calls.call(model="m", output_tokens=200, tenant=tenant)
+    calls.check()
+
+
+@virtual
+async def test_each_process_is_told_once_that_a_share_of_the_budget_is_spent(processes: AccountProcesses) -> None:
+    events: list[Event] = []
+    upstreams = processes.open(budget=Budget(usd=1.0, alert=0.5), prices=PRICES, on_event=events.append)
+    calls = CallDriver(*upstreams, seconds=0.0)
+    for _ in range(10):
+        await calls.call(model="m", output_tokens=100)
+        await asyncio.sleep(HEARTBEAT)
+    alerts = [event.share for event in events if isinstance(event, BudgetAlert)]
+    assert sorted(alerts) == [0.5] * processes.count + [1.0] * processes.count
+
+
+# --- what it says about itself ---
+
+
+@virtual
+async def test_statistics_tell_what_is_under_way_what_waits_and_what_is_left(accounts: OpenAccounts) -> None:
+    quota = Quota(output_tokens=1_000, per="day")
+    upstream = accounts.open(max_concurrent=2, quotas=[quota], budget=Budget(usd=10), prices=PRICES)
+    calls = CallDriver(upstream, seconds=5.0)
+    holders = [await calls.hold(model="m", output_tokens=100, used=50) for _ in range(2)]
+    waiting = calls.start(model="m", output_tokens=100, used=50)
+    await asyncio.sleep(EXCHANGES)
+    (account,) = upstream.statistics().accounts
+    assert (account.in_flight, account.queued, account.limit, account.sent) == (2, 1, 2, 2)
+    (level,) = account.quotas
+    assert (level.name, level.amount, level.learned) == ("output tokens per day", 1_000, False)
+    assert level.remaining == pytest.approx(800, abs=1.0)
+    await asyncio.gather(*holders, waiting)
+    await asyncio.sleep(2 * HEARTBEAT)
+    statistics = upstream.statistics()
+    (account,) = statistics.accounts
+    assert (account.in_flight, account.queued, account.succeeded, account.output_tokens) == (0, 0, 3, 150)
+    assert account.quotas[0].remaining == pytest.approx(850, abs=1.0)
+    assert statistics.spent_usd == pytest.approx(0.15)
+    assert statistics.used.usd == pytest.approx(0.15)
+
+
+@virtual
+async def test_the_load_is_the_expected_wait_over_the_longest_allowed(accounts: OpenAccounts) -> None:
+    upstream = accounts.open(quotas=[Quota(requests=10, per="second")], max_wait=10.0)
+    calls = CallDriver(upstream, seconds=0.0)
+    assert [reading.load for reading in upstream.readings()] == []
+    await calls.call()
+    (reading,) = upstream.readings()
+    assert reading.resource == "upstream:llm"
+    assert reading.load == pytest.approx(0.0, abs=0.01)
+    waiting = [calls.start() for _ in range(60)]
+    await asyncio.sleep(EXCHANGES)
+    (reading,) = upstream.readings()
+    assert reading.load == pytest.approx(0.5, abs=0.05)
+    for task in waiting:
+        await cancel(task)
     calls.check()

@@ -4218,6 +4218,10 @@ def the_account_that_had_the_last_call_gets_the_next_one_too() -> None:
     always(AccountLease, AccountLease.exchange_wait, returns=-1.0)
 
 
+def a_call_waits_for_a_quota_that_other_processes_have_used() -> None:
+    always(Account, Account._reject_futile, returns=None)
+
+
 def a_quota_that_must_be_leased_first_counts_as_used_up() -> None:
     always(AccountLease, AccountLease.exchange_wait, returns=0.0)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 from tests.support.redis_servers import redis_cluster, redis_server, shared
 
 from forebay import Upstream, clock
@@ -65,14 +66,22 @@ class OpenAccounts:
         self.upstreams.append(Upstream(name, shared=self._store(), **settings))
         return self.upstreams[-1]
 
+    def needs_sharing(self) -> str:
+        """Skip the test if an account is that of one process alone; return the URL of its store, or ""."""
+        store = self._store()
+        if store is None:
+            pytest.skip("the account is that of one process")
+        return store if isinstance(store, str) else ""
+
     def close(self) -> None:
-        """Leave all ledgers, and disconnect."""
+        """Leave all ledgers, and disconnect, as at the end of the processes."""
         links = [link for upstream in self.upstreams if (link := upstream.core.link) is not None]
         for loop in [link.begin_close() for link in links]:
             if isinstance(loop, ExchangeThread):
                 loop.join()
         for link in links:
             link.store.close()
+        self.upstreams.clear()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected 
 _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttled counts as accepted
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
+_RETURN_TIME: Final = 3.0  # seconds in which other processes return what they have leased and do not use
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
@@ -400,6 +401,27 @@ class Account:
             self._release_lost(now)
         while (overdue := self.queue.pop_overdue(now)) is not None:
             self._resolve(overdue, self._overdue(now, overdue))
+        if self._lease is not None:
+            self._reject_futile(now)
+
+    def _reject_futile(self, now: float) -> None:
+        """Reject the first calls if their quota keeps them until they are overdue: other processes have used it.
+
+        That was not known when they joined the queue. The ledger has told by now, and others have had the time to
+        return what they do not use.
+        """
+        while (entry := self.queue.head() if self.queue.length else None) is not None:
+            call: QueuedCall = entry[2]
+            if now - call.enqueued_at < _RETURN_TIME:
+                return
+            by = min(call.request.deadline, call.enqueued_at + _LONGEST_WAIT * self._max_wait)
+            seconds = self._quota_wait(now, call.request)
+            if now + seconds <= by or seconds == math.inf:
+                return
+            seconds, limited_by = self._expected_wait_of(now, call.request)
+            reason = f"it would wait about {format_duration(seconds)} for {limited_by}, which other processes have used"
+            retry_after = self._schedule_retry(now, call.request, seconds)
+            self._resolve(call, Rejected(reason, limited_by, seconds / self._max_wait, retry_after))
 
     def _deadlocked(self) -> QueuedCall | None:
         """Return a nested call if callers that wait for nested calls of their own hold all slots, else None."""

@@ -36,6 +36,7 @@ class LeasedBucket(Bucket):
     __slots__ = (
         "_away",
         "_away_used",
+        "_call",
         "_competing",
         "_granted",
         "_known_at",
@@ -68,6 +69,7 @@ class LeasedBucket(Bucket):
         self._reported = 0.0  # by the request that is under way
         self._returning = 0.0  # by that request
         self._low_mark = 0.0  # what is usable when another chunk is asked for
+        self._call = 0.0  # what the latest call took
         self._taken = 0.0  # since the pace was measured
         self._taken_at = self._measured_at = -math.inf
         self._pace = 0.0  # used in a second
@@ -134,6 +136,7 @@ class LeasedBucket(Bucket):
 
     def reserve(self, now: float, amount: float) -> None:
         """Take `amount` for a call that is sent. It ends by `end`, once."""
+        self._call = amount
         self._taken += amount
         self._taken_at = now
         if not self.strict:
@@ -201,8 +204,8 @@ class LeasedBucket(Bucket):
         self._measure(now)
         self.asked = first = min(first, self.amount)
         chunk = min(_CHUNK * self.amount, max(self._pace * _CHUNK_TIME, waiting))
-        if leaving or (not waiting and now - self._taken_at >= _IDLE):
-            chunk = 0.0
+        if leaving or chunk < self._call or (not waiting and now - self._taken_at >= _IDLE):
+            chunk = 0.0  # less than a call needs would be missing elsewhere, and of no use here
         target = 0.0 if leaving else max(first, chunk)
         needed = self.held + first if first and not leaving else 0.0
         wanted = self.held + target
