@@ -40,6 +40,7 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
+from forebay.upstream.shared.observed_messages import ObservedRemaining, ObservedRequest
 from forebay.upstream.shared.redis_store import RedisLedgerStore
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -110,6 +111,23 @@ steps = st.lists(
             "raised": eighths,
             "silence": st.sampled_from([0.0, 0.0, 0.0, 1.5]),
             "leaving": st.sampled_from([False] * 7 + [True]),
+            "observed": st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "unit": st.sampled_from(["requests", "input_tokens"]),
+                        "amount": st.sampled_from([32.0, 64.0]),
+                        "seconds": st.sampled_from([1.0, 64.0]),
+                        "ends_in": st.sampled_from([None, None, 0.5, 32.0]),
+                        "epoch": st.sampled_from(["own", "own", "own", -1, 2]),
+                        "is_changed": st.sampled_from([False, False, False, True]),
+                        "seen": st.one_of(st.none(), st.tuples(eighths, eighths, eighths, st.booleans())),
+                        "doubt": st.sampled_from([None, None, None, 0.0, 600.0]),
+                        "amounts": st.lists(eighths, min_size=4, max_size=4),
+                    }
+                ),
+                max_size=2,
+                unique_by=lambda observed: observed["unit"],
+            ),
         }
     ),
     max_size=40,
@@ -145,6 +163,12 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
     for _ in terms.quotas:
         used, needed, extra = next(amounts) / 64, next(amounts) / 4, next(amounts)
         quotas.append(QuotaRequest(used=used, reserved=needed / 2, needed=needed, wanted=needed + extra))
+    observed = [observed_request_of(each, reply) for each in step["observed"]]
+    for each in step["observed"]:
+        used, reserved, more, extra = (amount / 64 for amount in each["amounts"])
+        quotas.append(
+            QuotaRequest(used=used, reserved=reserved, needed=reserved + more, wanted=reserved + more + extra)
+        )
     epoch = step["epoch"] if reply is None or step["epoch"] != "own" else reply.epoch
     known = None if reply is None else reply.budget
     period = -1.0 if known is None or step["period"] == "unknown" else known.period
@@ -179,6 +203,23 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         ),
         leaving=step["leaving"],
         limit=None if terms.limit is None else limit_request_of(step, reply),
+        observed=tuple(observed),
+    )
+
+
+def observed_request_of(drawn: dict[str, Any], reply: ExchangeReply | None) -> ObservedRequest:
+    told = [] if reply is None else [each for each in reply.observed if each.unit == drawn["unit"]]
+    epoch, seen = drawn["epoch"], drawn["seen"]
+    return ObservedRequest(
+        unit=drawn["unit"],
+        amount=drawn["amount"],
+        seconds=drawn["seconds"],
+        epoch=epoch if epoch != "own" else told[0].epoch if told else -1,
+        ends_in=drawn["ends_in"],
+        is_changed=drawn["is_changed"],
+        under_way=drawn["amounts"][1] / 64,
+        seen=None if seen is None else ObservedRemaining(*seen),
+        doubt=drawn["doubt"],
     )
 
 

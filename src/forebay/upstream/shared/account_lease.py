@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, Protocol
 
@@ -23,6 +23,7 @@ from forebay.upstream.shared.messages import (
     SlotReply,
     SlotRequest,
 )
+from forebay.upstream.shared.observed_lease import ObservedLease
 
 _LOOK_AHEAD: Final = 64  # waiting calls whose needs are added up
 _PATIENCE: Final = 600.0  # seconds without a call after which the process leaves the ledger
@@ -62,6 +63,7 @@ class AccountLease(LedgerLease):
 
     Attributes:
         buckets: the quotas, in the order of the terms.
+        observed: the shares in the limits that headers show.
     """
 
     def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
@@ -69,6 +71,7 @@ class AccountLease(LedgerLease):
         self._demand: CallDemand | None = None
         self._look: Callable[[], None] = _do_nothing
         self._learned: LeasedLimit | None = None
+        self.observed = ObservedLease(self)
         super().__init__(link, key, terms, patience=_PATIENCE)
         self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
@@ -77,6 +80,7 @@ class AccountLease(LedgerLease):
         super().reset()
         for bucket in self.buckets:
             bucket.reset_lease()
+        self.observed.reset()
         self._slots = SlotReply(allowed=0)
         self._others = 0  # calls that other processes may have in flight
         self._allowed = 0  # calls in flight
@@ -154,7 +158,7 @@ class AccountLease(LedgerLease):
     def is_busy(self, now: float) -> bool:
         """See `LedgerLease`."""
         calls = self._demand is not None and (self._demand.in_flight or self._demand.queue.length)
-        return bool(calls) or not all(bucket.is_full(now) for bucket in self.buckets)
+        return bool(calls) or not all(bucket.is_full(now) for bucket in self.buckets) or not self.observed.is_full(now)
 
     def make_request(self, now: float, *, leaving: bool) -> ExchangeRequest:
         """See `LedgerLease`."""
@@ -173,20 +177,24 @@ class AccountLease(LedgerLease):
         if self._learned is not None:
             lapsed = -math.inf < self.until < now
             limit = self._learned.report(now, members=max(1, self.members) if lapsed else 1)
+        observed_quotas, observed = self.observed.report(now, charges, leaving=leaving)
         return self.new_request(
             leaving=leaving,
             priority=int(waiting[0].priority) if waiting else 0,
             quotas=tuple(
                 _report(now, quota.unit, bucket, charges, leaving=leaving)
                 for quota, bucket in zip(self.terms.quotas, self.buckets, strict=True)
-            ),
+            )
+            + observed_quotas,
             slots=slots,
             limit=limit,
+            observed=observed,
         )
 
     def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
         """See `LedgerLease`."""
-        quotas = reply.quotas or (None,) * len(self.buckets)
+        quotas = reply.quotas[: len(self.buckets)] or (None,) * len(self.buckets)
+        self.observed.receive(now, request, reply)
         for bucket, quota in zip(self.buckets, quotas, strict=True):
             bucket.receive(now, quota, reply.competing)
         retry_in = math.inf if reply.retry_in is None else reply.retry_in
@@ -206,6 +214,7 @@ class AccountLease(LedgerLease):
         """See `LedgerLease`."""
         for bucket in self.buckets:
             bucket.keep_unreported()
+        self.observed.keep_unreported()
         self._allowed = 0
 
     def _slot_poll(self) -> float:
@@ -229,8 +238,8 @@ class AccountLease(LedgerLease):
         if head is not None and not demand.is_paused(now):
             charge: Charge = head[2].request.charge
             if self._is_short_for(now, demand, charge):
-                self.ask_at(self._retry_at if self._has_asked_for(charge) else now)
-        if any(bucket.is_low(now) for bucket in self.buckets):
+                self.ask_at(self._retry_at if self._has_asked_for(now, charge) else now)
+        if self.observed.has_news(now) or any(bucket.is_low(now) for _, bucket in self._all_buckets(now)):
             self.ask_at(now)
         if self._learned is not None:
             self._tell_what_was_learned(now, self._learned)
@@ -255,15 +264,19 @@ class AccountLease(LedgerLease):
         """Return whether a call waits for the ledger."""
         if demand.in_flight >= self.slots(now):
             return True
-        quotas = zip(self.terms.quotas, self.buckets, strict=True)
-        return any(bucket.time_until(now, getattr(charge, quota.unit)) > 0.0 for quota, bucket in quotas)
+        return any(bucket.time_until(now, getattr(charge, unit)) > 0.0 for unit, bucket in self._all_buckets(now))
 
-    def _has_asked_for(self, charge: Charge) -> bool:
+    def _all_buckets(self, now: float) -> Iterator[tuple[str, LeasedBucket]]:
+        """Yield the unit and the bucket of each quota that calls wait for."""
+        for quota, bucket in zip(self.terms.quotas, self.buckets, strict=True):
+            yield quota.unit, bucket
+        yield from self.observed.buckets(now)
+
+    def _has_asked_for(self, now: float, charge: Charge) -> bool:
         """Return whether the ledger was asked for such a call, and has not granted it yet."""
         if self._retry_at == math.inf:
             return False
-        quotas = zip(self.terms.quotas, self.buckets, strict=True)
-        return all(getattr(charge, quota.unit) <= bucket.asked for quota, bucket in quotas)
+        return all(getattr(charge, unit) <= bucket.asked for unit, bucket in self._all_buckets(now))
 
     def wake(self) -> None:
         """See `LedgerLease`."""

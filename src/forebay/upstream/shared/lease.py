@@ -19,6 +19,7 @@ from forebay.upstream.shared.messages import (
     QuotaRequest,
     SlotRequest,
 )
+from forebay.upstream.shared.observed_messages import ObservedRequest
 
 SHARED_ACCOUNT: Final = "shared account"
 """The part of an account that a call waits for while its process asks the ledger, or cannot ask it."""
@@ -160,6 +161,7 @@ class LedgerLease(ABC):
         slots: SlotRequest | None = None,
         budget: BudgetRequest | None = None,
         limit: LimitRequest | None = None,
+        observed: tuple[ObservedRequest, ...] = (),
     ) -> ExchangeRequest:
         """Return the next request."""
         return ExchangeRequest(
@@ -175,6 +177,7 @@ class LedgerLease(ABC):
             budget=budget,
             leaving=leaving,
             limit=limit,
+            observed=observed,
         )
 
     def apply(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:

@@ -22,6 +22,12 @@ from forebay.upstream.shared.budget_shares import (
 from forebay.upstream.shared.ledger_state import EndedMember, LedgerState, MemberState
 from forebay.upstream.shared.limit_learning import begin_limit, limit_reply, report_limit
 from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest
+from forebay.upstream.shared.observed_learning import (
+    correct_observed,
+    observed_replies,
+    quota_requests,
+    report_observed,
+)
 from forebay.upstream.shared.periods import period_end
 from forebay.upstream.shared.quota_shares import (
     grant_quotas,
@@ -89,7 +95,9 @@ class AccountLedger:
         member, counts = self._join(request)
         member.sequence, member.seen, member.until = request.sequence, state.time, state.time + LEASE
         if counts:
-            report_quotas(state, member, request.quotas)
+            report_observed(state, member, request)
+            report_quotas(state, member, quota_requests(state, request))
+            correct_observed(state, member, request)
             if request.budget is not None:
                 if forgotten:
                     restore_spend(state, request.budget)
@@ -109,7 +117,7 @@ class AccountLedger:
         """
         state = self.state
         kept = LEASE + _KEEP_ENDED
-        for quota, level in zip(state.terms.quotas, state.levels, strict=True):
+        for quota, level in zip(state.quotas, state.levels, strict=True):
             kept = max(kept, _KEEP_ENDED + (quota.amount - level) * quota.seconds / quota.amount)
         if (budget := state.terms.budget) is not None:
             end = period_end(budget.per, state.period)
@@ -154,7 +162,7 @@ class AccountLedger:
         state = self.state
         if (member := state.members.get(request.member)) is not None:
             return member, True
-        quotas = len(state.terms.quotas)
+        quotas = len(state.quotas)
         ended = state.ended.pop(request.member, None)
         lost = ended.lost if ended is not None and len(ended.lost) == quotas else [0.0] * quotas
         member = MemberState(
@@ -164,6 +172,7 @@ class AccountLedger:
             held=[0.0] * quotas,
             short=[0.0] * quotas,
             lost=list(lost),
+            under_way=[0.0] * len(state.observed),
         )
         state.members[request.member] = member
         if request.epoch and request.epoch != state.epoch:
@@ -183,11 +192,12 @@ class AccountLedger:
         if terms.limit != state.terms.limit:
             begin_limit(state, request.limit)
         levels = {
-            (quota.unit, quota.seconds): level for quota, level in zip(state.terms.quotas, state.levels, strict=True)
+            (quota.unit, quota.seconds): level for quota, level in zip(state.terms.quotas, state.levels, strict=False)
         }
+        observed = state.levels[len(state.terms.quotas) :]
         state.levels = [
             min(levels.get((quota.unit, quota.seconds), quota.amount), quota.amount) for quota in terms.quotas
-        ]
+        ] + observed
         state.terms = terms
         state.members.clear()
         if terms.budget is not None:
@@ -203,7 +213,7 @@ class AccountLedger:
         if not member.is_waiting:
             member.waiting_since = state.time
         member.priority = request.priority
-        waits = grant_quotas(state, name, request.quotas)
+        waits = grant_quotas(state, name, quota_requests(state, request))
         retries = [max(waits)] if any(wait > 0.0 for wait in waits) else []
         slots = None
         if request.slots is not None and state.slot_limit() is not None:
@@ -225,6 +235,7 @@ class AccountLedger:
             slots=slots,
             budget=budget,
             limit=None if state.terms.limit is None else limit_reply(state, name),
+            observed=observed_replies(state),
         )
 
 

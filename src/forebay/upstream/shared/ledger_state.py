@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, SlotRequest
+from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, QuotaTerms, SlotRequest
+from forebay.upstream.shared.observed_quota import ObservedQuota
 
 LAPSE = 1.5
 """Seconds after which the wishes of a member that has not asked again count no more; what it holds does."""
@@ -30,6 +31,7 @@ class MemberState(msgspec.Struct):
         usd_reserved: the part of them that calls in flight may cost.
         usd_short: dollars that it needs and does not hold; 0 if it waits for none.
         reply: the reply to its latest request.
+        under_way: of each observed quota: what its calls in flight have reserved.
     """
 
     sequence: int
@@ -48,6 +50,7 @@ class MemberState(msgspec.Struct):
     usd_reserved: float = 0.0
     usd_short: float = 0.0
     reply: ExchangeReply | None = None
+    under_way: list[float] = []
 
     def wishes(self, time: float) -> bool:
         """Return whether its wishes count: it has asked lately."""
@@ -86,7 +89,7 @@ class LedgerState(msgspec.Struct):
         terms: its settings.
         clock: the latest reading of the store's clock, in epoch seconds.
         time: its own clock: it goes on from where it was if the store's goes back.
-        levels: of each quota: what nobody holds.
+        levels: of each quota, the given ones first: what nobody holds.
         members: by id.
         ended: members that have ended lately, by id.
         recovers_until: all members' leases had ended together, so the store was away: until then members that have not
@@ -99,6 +102,7 @@ class LedgerState(msgspec.Struct):
         limit: that the members have learned.
         limit_epoch: how often it was cut.
         silent_until: until then no call is sent, because a lone one was refused.
+        observed: the limits that its members have observed.
     """
 
     epoch: str
@@ -117,6 +121,12 @@ class LedgerState(msgspec.Struct):
     limit: float = 1.0
     limit_epoch: int = 0
     silent_until: float = 0.0
+    observed: list[ObservedQuota] = []
+
+    @property
+    def quotas(self) -> list[QuotaTerms | ObservedQuota]:
+        """All quotas: those of the terms, and then the observed ones."""
+        return [*self.terms.quotas, *self.observed]
 
     @property
     def spent(self) -> float:

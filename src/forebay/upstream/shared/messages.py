@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from forebay._text import format_duration
+from forebay.upstream.shared.observed_messages import ObservedReply, ObservedRequest
 
 
 def _kept(held: float, reserved: float, needed: float, wanted: float) -> float:
@@ -176,11 +177,12 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
         epoch: the ledger's, as its last reply told it; empty before the first.
         terms: the settings of this process.
         priority: of the first waiting call; the lowest number is served first.
-        quotas: one for each of the terms, in their order.
+        quotas: one for each of the terms, in their order, and then one for each of `observed`.
         slots: None if the terms bound none.
         budget: None if the terms have none.
         leaving: the member ends: it returns all that it holds.
         limit: None if the terms have none.
+        observed: the limits that the member has observed, or was told.
     """
 
     ledger: str
@@ -195,6 +197,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     budget: BudgetRequest | None = None
     leaving: bool = False
     limit: LimitRequest | None = None
+    observed: tuple[ObservedRequest, ...] = ()
 
 
 class QuotaReply(msgspec.Struct, frozen=True):
@@ -271,10 +274,11 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
         competing: how many wait for more than they were granted, this one included if it does.
         retry_in: seconds after which to ask again for what was not granted; None if all that was needed was granted.
         conflict: the terms of the live members, if they differ from those of the request; nothing was done then.
-        quotas: one for each of the terms.
+        quotas: one for each of the terms, and then one for each of `observed`.
         slots: None if the terms bound none.
         budget: None if the terms have none.
         limit: None if the terms have none.
+        observed: the limits that all members have observed.
     """
 
     epoch: str
@@ -287,6 +291,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
     slots: SlotReply | None = None
     budget: BudgetReply | None = None
     limit: LimitReply | None = None
+    observed: tuple[ObservedReply, ...] = ()
 
 
 LEASE = 5.0

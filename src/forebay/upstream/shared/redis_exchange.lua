@@ -7,6 +7,7 @@
 local LEASE, LAPSE = 5.0, 1.5
 local MAX_RETRY, RECOVERY, KEEP_ENDED, MAX_ENDED = 0.25, 2.0, 3600.0, 128
 local CHUNK, QUICK_CHUNK, EPSILON, LEAST_WAIT = 0.02, 0.02, 1e-9, 0.002
+local MARGIN, WINDOW_DELAY, ROUNDING, MAX_UNITS = 0.01, 0.2, 1.0, 8
 local MONEY_CHUNK, SHARE_OF_FREE, MONEY_EPSILON, MONEY_RETRY = 0.01, 0.25, 1e-12, 0.05
 local HOUR, DAY = 3600, 86400
 local floor, max, min = math.floor, math.max, math.min
@@ -105,18 +106,58 @@ local function kept(asked, held)
   return min(held, asked.needed > held and reserved or max(reserved, asked.needed, asked.wanted))
 end
 
+-- observed quotas: see observed_quota.py
+
+local function quota_of(state, number)
+  local given = #state.terms.quotas
+  if number <= given then return state.terms.quotas[number], false end
+  return state.observed[number - given], true
+end
+
+local function held_of(state, names, number)
+  local held = 0
+  for _, name in ipairs(names) do held = held + state.members[name].held[number] end
+  return held
+end
+
+local function refilled(quota, level, held, time, elapsed)
+  if not quota.window_end then return level + elapsed * quota.amount / quota.seconds end
+  if time < quota.window_end then return level end
+  local windows = floor((time - quota.window_end) / quota.seconds) + 1
+  quota.window_end = quota.window_end + quota.seconds * windows
+  return quota.amount - held
+end
+
+local function margin_of(state, names, number, needed)
+  local quota, is_observed = quota_of(state, number)
+  if not is_observed or quota.window_end then return 0 end
+  return max(0, min(MARGIN * quota.amount, quota.amount - held_of(state, names, number) - needed))
+end
+
+local function observed_wait(quota, missing, time)
+  if not quota.window_end then return max(0, missing * quota.seconds / quota.amount) end
+  if missing <= 0 then return max(0, quota.window_end - quota.seconds + WINDOW_DELAY - time) end
+  return quota.window_end + WINDOW_DELAY - time + quota.seconds * (math.ceil(missing / quota.amount) - 1)
+end
+
 -- quotas: see quota_shares.py
 
 local function bound_quota(state, names, number)
-  local held = 0
-  for _, name in ipairs(names) do held = held + state.members[name].held[number] end
-  state.levels[number] = min(state.levels[number], state.terms.quotas[number].amount - held)
+  local quota, is_observed = quota_of(state, number)
+  state.levels[number] = min(state.levels[number], quota.amount - held_of(state, names, number))
+  if is_observed then state.levels[number] = max(state.levels[number], -quota.amount) end
 end
 
 local function refill_quotas(state, elapsed)
   local names = sorted_names(state.members)
-  for number, quota in ipairs(state.terms.quotas) do
-    state.levels[number] = state.levels[number] + elapsed * quota.amount / quota.seconds
+  for number in ipairs(state.levels) do
+    local quota, is_observed = quota_of(state, number)
+    if is_observed then
+      local held = held_of(state, names, number)
+      state.levels[number] = refilled(quota, state.levels[number], held, state.time, elapsed)
+    else
+      state.levels[number] = state.levels[number] + elapsed * quota.amount / quota.seconds
+    end
     bound_quota(state, names, number)
   end
 end
@@ -137,18 +178,25 @@ local function report_quotas(state, names, member, asked)
   end
 end
 
-local function quota_wait(state, number, member, before)
-  local quota = state.terms.quotas[number]
+local function quota_wait(state, names, number, member, before)
+  local quota, is_observed = quota_of(state, number)
   if member.short[number] <= 0 then return 0 end
   local ahead = 0
   for _, other in ipairs(before) do ahead = ahead + other.short[number] end
-  local missing = member.short[number] + ahead - state.levels[number]
+  local needed = member.short[number] + ahead
+  local missing = needed + margin_of(state, names, number, needed) - state.levels[number]
+  if is_observed then
+    local wait = observed_wait(quota, missing > EPSILON * quota.amount and missing or 0, state.time)
+    return wait > 0 and max(LEAST_WAIT, wait) or 0
+  end
   if missing <= EPSILON * quota.amount then return 0 end
   return max(LEAST_WAIT, missing * quota.seconds / quota.amount)
 end
 
 local function quota_chunk(state, names, number, name, before, wanted)
-  local quota, level, waiting, ahead = state.terms.quotas[number], state.levels[number], 0, 0
+  local quota, is_observed = quota_of(state, number)
+  if is_observed and observed_wait(quota, 0, state.time) > 0 then return 0 end
+  local level, waiting, ahead = state.levels[number] - margin_of(state, names, number, 0), 0, 0
   for _, other in ipairs(names) do
     local each = state.members[other]
     if other ~= name and wishes(state, each) then waiting = waiting + each.short[number] end
@@ -164,7 +212,7 @@ local function grant_quotas(state, names, name, asked)
     member.short[number] = max(0, quota.needed - member.held[number])
   end
   for number in ipairs(asked) do
-    waits[number] = quota_wait(state, number, member, before)
+    waits[number] = quota_wait(state, names, number, member, before)
     waiting = waiting or waits[number] > 0
   end
   if waiting then return waits end
@@ -178,6 +226,110 @@ local function grant_quotas(state, names, name, asked)
     state.levels[number] = state.levels[number] - chunk
   end
   return waits
+end
+
+-- the limits that headers show: see observed_learning.py
+
+local function number_of(state, unit)
+  for number, quota in ipairs(state.observed) do
+    if quota.unit == unit then return #state.terms.quotas + number end
+  end
+  return nil
+end
+
+local function begin_observed(state, names, asked)
+  if #state.observed >= MAX_UNITS then return nil end
+  state.observed[#state.observed + 1] = {
+    unit = asked.unit, amount = asked.amount, seconds = asked.seconds, epoch = 0,
+    window_end = asked.ends_in and state.time + asked.ends_in, counted = 0, doubted_until = 0,
+  }
+  local left = asked.seen and asked.seen.remaining - asked.under_way or 0
+  state.levels[#state.levels + 1] = max(-asked.amount, min(left, asked.amount))
+  for _, name in ipairs(names) do
+    local member = state.members[name]
+    member.under_way = member.under_way or {}
+    for _, amounts in ipairs({member.held, member.short, member.lost, member.under_way}) do
+      amounts[#amounts + 1] = 0
+    end
+  end
+  return #state.levels
+end
+
+local function change_observed(state, names, number, asked)
+  local quota = quota_of(state, number)
+  if asked.amount > quota.amount then
+    state.levels[number] = state.levels[number] + asked.amount - quota.amount
+  end
+  quota.amount, quota.seconds = asked.amount, asked.seconds
+  quota.window_end = asked.ends_in and state.time + asked.ends_in or nil
+  quota.epoch = quota.epoch + 1
+  bound_quota(state, names, number)
+end
+
+local function report_observed(state, names, member, request)
+  local given = #state.terms.quotas
+  for _, asked in ipairs(request.observed or {}) do
+    local number = number_of(state, asked.unit) or begin_observed(state, names, asked)
+    if number then
+      local quota = quota_of(state, number)
+      if request.epoch == state.epoch and asked.epoch == quota.epoch then
+        if asked.is_changed then change_observed(state, names, number, asked) end
+        if asked.doubt then quota.doubted_until = state.time + asked.doubt end
+      end
+      member.under_way[number - given] = asked.under_way
+    end
+  end
+end
+
+local function quota_requests(state, request)
+  local given, quotas, by_unit = #state.terms.quotas, {}, {}
+  for number = 1, given do quotas[number] = request.quotas[number] end
+  for number, asked in ipairs(request.observed or {}) do by_unit[asked.unit] = request.quotas[given + number] end
+  for number, quota in ipairs(state.observed) do
+    quotas[given + number] = by_unit[quota.unit] or {used = 0, reserved = 0, needed = 0, wanted = 0}
+  end
+  return quotas
+end
+
+local function correct_level(state, names, member, number, seen)
+  local quota, level = quota_of(state, number), state.levels[number]
+  local held, under_way, refill = held_of(state, names, number), 0, 0
+  for _, name in ipairs(names) do
+    under_way = under_way + state.members[name].under_way[number - #state.terms.quotas]
+  end
+  if not quota.window_end then refill = seen.age * quota.amount / quota.seconds + ROUNDING end
+  local most = seen.remaining + refill - (seen.throttled and held or member.held[number])
+  if level > most then
+    state.levels[number] = most
+  else
+    local used_since = max(0, quota.counted - seen.counted)
+    state.levels[number] = max(level, seen.remaining - held - under_way - used_since)
+  end
+  bound_quota(state, names, number)
+end
+
+local function correct_observed(state, names, member, request)
+  for index, asked in ipairs(request.observed or {}) do
+    local number = number_of(state, asked.unit)
+    if number then
+      local quota = quota_of(state, number)
+      quota.counted = quota.counted + max(0, request.quotas[#state.terms.quotas + index].used)
+      if asked.seen and asked.epoch == quota.epoch and request.epoch == state.epoch then
+        correct_level(state, names, member, number, asked.seen)
+      end
+    end
+  end
+end
+
+local function observed_replies(state)
+  local replies = {}
+  for number, quota in ipairs(state.observed) do
+    replies[number] = {
+      unit = quota.unit, amount = quota.amount, seconds = quota.seconds, epoch = quota.epoch, counted = quota.counted,
+      ends_in = quota.window_end and quota.window_end - state.time, doubt = max(0, quota.doubted_until - state.time),
+    }
+  end
+  return replies
 end
 
 -- slots: see slot_shares.py
@@ -364,7 +516,7 @@ local function open_ledger(now, request)
   local state = {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
     levels = levels, members = {}, ended = {}, recovers_until = 0, period = -1, recovered = 0, reported = 0,
-    previous_period = -1, previous_spent = 0,
+    previous_period = -1, previous_spent = 0, observed = {},
   }
   begin_limit(state, request.limit)
   return state
@@ -372,8 +524,9 @@ end
 
 local function expires_at(state)
   local kept, budget = LEASE + KEEP_ENDED, state.terms.budget
-  for number, quota in ipairs(state.terms.quotas) do
-    kept = max(kept, KEEP_ENDED + (quota.amount - state.levels[number]) * quota.seconds / quota.amount)
+  for number, level in ipairs(state.levels) do
+    local quota = quota_of(state, number)
+    kept = max(kept, KEEP_ENDED + (quota.amount - level) * quota.seconds / quota.amount)
   end
   if budget then
     local ends = period_end(budget.per, state.period)
@@ -402,10 +555,13 @@ local function replace_terms(state, now, request)
   for number, quota in ipairs(state.terms.quotas) do
     levels[quota.unit .. '/' .. quota.seconds] = state.levels[number]
   end
+  local observed = {}
+  for number = #state.terms.quotas + 1, #state.levels do observed[#observed + 1] = state.levels[number] end
   state.levels = {}
   for number, quota in ipairs(terms.quotas) do
     state.levels[number] = min(levels[quota.unit .. '/' .. quota.seconds] or quota.amount, quota.amount)
   end
+  for _, level in ipairs(observed) do state.levels[#state.levels + 1] = level end
   state.terms, state.members = terms, {}
   if terms.budget then begin_period(state, terms.budget, now) end
 end
@@ -413,13 +569,14 @@ end
 local function join(state, request)
   local member = state.members[request.member]
   if member then return member, true end
-  local ended, count = state.ended[request.member], #state.terms.quotas
+  local ended, count = state.ended[request.member], #state.levels
   state.ended[request.member] = nil
   member = {
     sequence = request.sequence, until_ = state.time, seen = state.time, held = {}, short = {}, lost = {},
     waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
-    usd = 0, usd_reserved = 0, usd_short = 0,
+    usd = 0, usd_reserved = 0, usd_short = 0, under_way = {},
   }
+  for number = 1, #state.observed do member.under_way[number] = 0 end
   for number = 1, count do
     member.held[number], member.short[number] = 0, 0
     member.lost[number] = ended and #ended.lost == count and ended.lost[number] or 0
@@ -446,7 +603,7 @@ local function decide(state, request, member)
   end
   if not member.is_waiting then member.waiting_since = state.time end
   member.priority = request.priority
-  local waits, retry = grant_quotas(state, names, name, request.quotas), nil
+  local waits, retry = grant_quotas(state, names, name, quota_requests(state, request)), nil
   for _, wait in ipairs(waits) do
     if wait > 0 then retry = max(retry or 0, wait) end
   end
@@ -472,7 +629,7 @@ local function decide(state, request, member)
   return {
     epoch = state.epoch, members = #names, rank = rank, competing = competing,
     retry_in = retry and min(MAX_RETRY, retry), quotas = quotas, slots = slots, budget = budget,
-    limit = state.terms.limit and limit_reply(state, names, name),
+    limit = state.terms.limit and limit_reply(state, names, name), observed = observed_replies(state),
   }
 end
 
@@ -487,6 +644,7 @@ end
 
 local request, now, packed = cmsgpack.unpack(ARGV[1]), read_clock(), redis.call('GET', KEYS[1])
 local state = packed and cmsgpack.unpack(packed) or open_ledger(now, request)
+state.observed = state.observed or {}
 advance(state, now)
 local known = state.members[request.member]
 if known and known.reply and request.sequence <= known.sequence then
@@ -509,7 +667,10 @@ local forgotten = request.answered > (heard and heard.sequence or 0)
 local member, counts = join(state, request)
 member.sequence, member.seen, member.until_ = request.sequence, state.time, state.time + LEASE
 if counts then
-  report_quotas(state, sorted_names(state.members), member, request.quotas)
+  local names = sorted_names(state.members)
+  report_observed(state, names, member, request)
+  report_quotas(state, names, member, quota_requests(state, request))
+  correct_observed(state, names, member, request)
   if request.budget then
     if forgotten then restore_spend(state, request.budget) end
     report_spend(state, member, request.budget)
