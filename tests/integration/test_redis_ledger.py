@@ -41,6 +41,7 @@ from forebay.upstream.shared.messages import (
     SlotRequest,
 )
 from forebay.upstream.shared.observed_messages import ObservedRemaining, ObservedRequest
+from forebay.upstream.shared.rate_messages import RateRequest, SharedRate, SharedRateCheck
 from forebay.upstream.shared.redis_store import RedisLedgerStore
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -50,6 +51,14 @@ CLOCK: Final = "local time = redis.call('TIME')\n  return tonumber(time[1]) + to
 START: Final = 1_751_327_990.0  # ten seconds before a month ends
 QUOTAS: Final = (QuotaTerms("requests", 64.0, 64.0), QuotaTerms("tokens", 8192.0, 64.0))
 PERIODS: Final = (None, "hour", "day", "month")
+
+LEARNED: Final = (
+    SharedRate(
+        rate=4.0, measured=True, held=4.0, learned=3.5, before_rise=0.25, falls=2, step=0.02, wait=10.0, limits=3
+    ),
+    SharedRate(rate=1.0, check=SharedRateCheck(1.0, 2.0, 0.5, 0.25), score=-1.5, is_disproved=True),
+    SharedRate(),
+)
 
 numbers = itertools.count()
 eighths = st.integers(0, 512).map(lambda eighth: eighth / 8)  # sums of these are exact: no order changes them
@@ -111,6 +120,18 @@ steps = st.lists(
             "raised": eighths,
             "silence": st.sampled_from([0.0, 0.0, 0.0, 1.5]),
             "leaving": st.sampled_from([False] * 7 + [True]),
+            "rate": st.one_of(
+                st.none(),
+                st.fixed_dictionaries(
+                    {
+                        "epoch": st.sampled_from(["own", "own", "own", -1, 2]),
+                        "counted": st.integers(-4, 64),
+                        "demand": st.sampled_from([0.0, 0.0, 0.5, 4.0, 32.0]),
+                        "learned": st.sampled_from([None, None, *LEARNED]),
+                        "trial": st.sampled_from([0.0, 0.0, 2.5]),
+                    }
+                ),
+            ),
             "observed": st.lists(
                 st.fixed_dictionaries(
                     {
@@ -204,7 +225,14 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         leaving=step["leaving"],
         limit=None if terms.limit is None else limit_request_of(step, reply),
         observed=tuple(observed),
+        rate=None if step["rate"] is None else rate_request_of(step["rate"], reply),
     )
+
+
+def rate_request_of(drawn: dict[str, Any], reply: ExchangeReply | None) -> RateRequest:
+    known = None if reply is None else reply.rate
+    epoch = drawn["epoch"] if drawn["epoch"] != "own" else -1 if known is None else known.epoch
+    return RateRequest(**{**drawn, "epoch": epoch})
 
 
 def observed_request_of(drawn: dict[str, Any], reply: ExchangeReply | None) -> ObservedRequest:

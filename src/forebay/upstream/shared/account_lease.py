@@ -12,6 +12,7 @@ from forebay.interfaces import Charge
 from forebay.limit import Limit
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.shared.lease import ExchangeLink, LedgerLease
 from forebay.upstream.shared.leased_bucket import LeasedBucket
 from forebay.upstream.shared.leased_limit import LeasedLimit
@@ -24,6 +25,7 @@ from forebay.upstream.shared.messages import (
     SlotRequest,
 )
 from forebay.upstream.shared.observed_lease import ObservedLease
+from forebay.upstream.shared.rate_lease import RateLease
 
 _LOOK_AHEAD: Final = 64  # waiting calls whose needs are added up
 _PATIENCE: Final = 600.0  # seconds without a call after which the process leaves the ledger
@@ -47,6 +49,10 @@ class CallDemand(Protocol):
     queue: CallQueue
     durations: CallDurations
 
+    @property
+    def refusals(self) -> RefusalControl:
+        """The calls that were refused."""
+
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now, whatever the ledger grants."""
 
@@ -64,6 +70,7 @@ class AccountLease(LedgerLease):
     Attributes:
         buckets: the quotas, in the order of the terms.
         observed: the shares in the limits that headers show.
+        rate: the share in the rate that is learned from refusals.
     """
 
     def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
@@ -72,6 +79,7 @@ class AccountLease(LedgerLease):
         self._look: Callable[[], None] = _do_nothing
         self._learned: LeasedLimit | None = None
         self.observed = ObservedLease(self)
+        self.rate = RateLease()
         super().__init__(link, key, terms, patience=_PATIENCE)
         self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
@@ -81,6 +89,7 @@ class AccountLease(LedgerLease):
         for bucket in self.buckets:
             bucket.reset_lease()
         self.observed.reset()
+        self.rate.reset()
         self._slots = SlotReply(allowed=0)
         self._others = 0  # calls that other processes may have in flight
         self._allowed = 0  # calls in flight
@@ -90,6 +99,7 @@ class AccountLease(LedgerLease):
     def bind(self, demand: CallDemand, lock: threading.RLock, look: Callable[[], None]) -> None:
         """Use the calls of an account, its lock, and what serves its queue."""
         self._demand, self.lock, self._look = demand, lock, look
+        self.rate.bind(demand.refusals)
 
     def bind_limit(self, limit: Limit) -> Limit:
         """Return the limit of an account, learned together with other processes if the terms say so."""
@@ -189,12 +199,14 @@ class AccountLease(LedgerLease):
             slots=slots,
             limit=limit,
             observed=observed,
+            rate=self.rate.report(now, 0 if demand is None else demand.queue.length),
         )
 
     def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
         """See `LedgerLease`."""
         quotas = reply.quotas[: len(self.buckets)] or (None,) * len(self.buckets)
         self.observed.receive(now, request, reply)
+        self.rate.receive(now, request, reply)
         for bucket, quota in zip(self.buckets, quotas, strict=True):
             bucket.receive(now, quota, reply.competing)
         retry_in = math.inf if reply.retry_in is None else reply.retry_in
@@ -228,6 +240,7 @@ class AccountLease(LedgerLease):
     def update(self, now: float) -> None:
         """See `LedgerLease`."""
         demand = self._demand
+        self.rate.set_share(leased=self.is_leased(now), members=self.members)
         if demand is None or self._pending is not None or self.link.is_failing():
             return  # the reply, or the next attempt, brings what is needed
         if not self.is_leased(now):
@@ -239,7 +252,8 @@ class AccountLease(LedgerLease):
             charge: Charge = head[2].request.charge
             if self._is_short_for(now, demand, charge):
                 self.ask_at(self._retry_at if self._has_asked_for(now, charge) else now)
-        if self.observed.has_news(now) or any(bucket.is_low(now) for _, bucket in self._all_buckets(now)):
+        has_news = self.observed.has_news(now) or self.rate.has_news(demand.queue.length)
+        if has_news or any(bucket.is_low(now) for _, bucket in self._all_buckets(now)):
             self.ask_at(now)
         if self._learned is not None:
             self._tell_what_was_learned(now, self._learned)

@@ -20,6 +20,7 @@ from forebay.upstream.shared.messages import (
     SlotRequest,
 )
 from forebay.upstream.shared.observed_messages import ObservedRequest
+from forebay.upstream.shared.rate_messages import RateRequest
 
 SHARED_ACCOUNT: Final = "shared account"
 """The part of an account that a call waits for while its process asks the ledger, or cannot ask it."""
@@ -162,6 +163,7 @@ class LedgerLease(ABC):
         budget: BudgetRequest | None = None,
         limit: LimitRequest | None = None,
         observed: tuple[ObservedRequest, ...] = (),
+        rate: RateRequest | None = None,
     ) -> ExchangeRequest:
         """Return the next request."""
         return ExchangeRequest(
@@ -178,6 +180,7 @@ class LedgerLease(ABC):
             leaving=leaving,
             limit=limit,
             observed=observed,
+            rate=rate,
         )
 
     def apply(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:

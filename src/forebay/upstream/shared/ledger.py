@@ -36,6 +36,7 @@ from forebay.upstream.shared.quota_shares import (
     report_quotas,
     return_quotas,
 )
+from forebay.upstream.shared.rate_shares import rate_reply, report_rate
 from forebay.upstream.shared.slot_shares import grant_slots
 
 _MAX_RETRY: Final = 0.25  # seconds: what others return may come before the refill
@@ -98,6 +99,8 @@ class AccountLedger:
             report_observed(state, member, request)
             report_quotas(state, member, quota_requests(state, request))
             correct_observed(state, member, request)
+            if request.rate is not None:
+                report_rate(state, member, request.rate, knows=request.epoch == state.epoch)
             if request.budget is not None:
                 if forgotten:
                     restore_spend(state, request.budget)
@@ -236,6 +239,7 @@ class AccountLedger:
             budget=budget,
             limit=None if state.terms.limit is None else limit_reply(state, name),
             observed=observed_replies(state),
+            rate=None if request.rate is None else rate_reply(state, name),
         )
 
 

@@ -6,6 +6,7 @@ import msgspec
 
 from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, QuotaTerms, SlotRequest
 from forebay.upstream.shared.observed_quota import ObservedQuota
+from forebay.upstream.shared.rate_messages import SharedRate
 
 LAPSE = 1.5
 """Seconds after which the wishes of a member that has not asked again count no more; what it holds does."""
@@ -32,6 +33,8 @@ class MemberState(msgspec.Struct):
         usd_short: dollars that it needs and does not hold; 0 if it waits for none.
         reply: the reply to its latest request.
         under_way: of each observed quota: what its calls in flight have reserved.
+        rate_demand: calls a second that it sends, or would send.
+        rate_trial_until: until then only it tries why calls are refused.
     """
 
     sequence: int
@@ -51,6 +54,8 @@ class MemberState(msgspec.Struct):
     usd_short: float = 0.0
     reply: ExchangeReply | None = None
     under_way: list[float] = []
+    rate_demand: float = 0.0
+    rate_trial_until: float = 0.0
 
     def wishes(self, time: float) -> bool:
         """Return whether its wishes count: it has asked lately."""
@@ -103,6 +108,10 @@ class LedgerState(msgspec.Struct):
         limit_epoch: how often it was cut.
         silent_until: until then no call is sent, because a lone one was refused.
         observed: the limits that its members have observed.
+        rate: that its members have learned from refusals; None if none is.
+        rate_epoch: how often a member has learned something of it.
+        rate_at: when that was.
+        rate_counted: calls of all members that were sent and not refused.
     """
 
     epoch: str
@@ -122,6 +131,10 @@ class LedgerState(msgspec.Struct):
     limit_epoch: int = 0
     silent_until: float = 0.0
     observed: list[ObservedQuota] = []
+    rate: SharedRate | None = None
+    rate_epoch: int = 0
+    rate_at: float = 0.0
+    rate_counted: int = 0
 
     @property
     def quotas(self) -> list[QuotaTerms | ObservedQuota]:

@@ -6,6 +6,7 @@ import msgspec
 
 from forebay._text import format_duration
 from forebay.upstream.shared.observed_messages import ObservedReply, ObservedRequest
+from forebay.upstream.shared.rate_messages import RateReply, RateRequest
 
 
 def _kept(held: float, reserved: float, needed: float, wanted: float) -> float:
@@ -183,6 +184,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
         leaving: the member ends: it returns all that it holds.
         limit: None if the terms have none.
         observed: the limits that the member has observed, or was told.
+        rate: None if the member learns no rate.
     """
 
     ledger: str
@@ -198,6 +200,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     leaving: bool = False
     limit: LimitRequest | None = None
     observed: tuple[ObservedRequest, ...] = ()
+    rate: RateRequest | None = None
 
 
 class QuotaReply(msgspec.Struct, frozen=True):
@@ -279,6 +282,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
         budget: None if the terms have none.
         limit: None if the terms have none.
         observed: the limits that all members have observed.
+        rate: None if the request has none.
     """
 
     epoch: str
@@ -292,6 +296,7 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
     budget: BudgetReply | None = None
     limit: LimitReply | None = None
     observed: tuple[ObservedReply, ...] = ()
+    rate: RateReply | None = None
 
 
 LEASE = 5.0

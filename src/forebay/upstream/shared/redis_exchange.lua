@@ -332,6 +332,75 @@ local function observed_replies(state)
   return replies
 end
 
+-- the learned rate: see rate_shares.py
+
+local function trial_elsewhere(state, name)
+  local ends = 0
+  for other, member in pairs(state.members) do
+    if other ~= name then ends = max(ends, member.rate_trial_until or 0) end
+  end
+  return max(0, ends - state.time)
+end
+
+local function report_rate(state, member, request)
+  local asked = request.rate
+  member.rate_demand = asked.demand
+  if asked.trial > 0 and trial_elsewhere(state, request.member) == 0 then
+    member.rate_trial_until = state.time + asked.trial
+  end
+  state.rate_counted = state.rate_counted + asked.counted
+  local epoch = request.epoch == state.epoch and asked.epoch or -1
+  if asked.learned and (epoch == state.rate_epoch or state.rate_epoch == 0) then
+    state.rate, state.rate_epoch, state.rate_at = asked.learned, state.rate_epoch + 1, state.time
+  end
+end
+
+local function fair_rates(total, names, demands)
+  local parts, left, open = {}, total, names
+  while #open > 0 do
+    local each, still = left / #open, {}
+    for _, name in ipairs(open) do
+      if demands[name] <= each then parts[name] = demands[name] else still[#still + 1] = name end
+    end
+    if #still == #open then
+      for _, name in ipairs(open) do parts[name] = each end
+      return parts
+    end
+    for _, name in ipairs(open) do
+      if parts[name] then left = left - parts[name] end
+    end
+    open = still
+  end
+  for _, name in ipairs(names) do parts[name] = parts[name] + left / #names end
+  return parts
+end
+
+local function rate_share(state, names, name)
+  local wanting, demands, wanted = {}, {}, 0
+  for _, other in ipairs(names) do
+    local member = state.members[other]
+    local demand = member.rate_demand or 0
+    if other == name then
+      wanting[#wanting + 1] = other
+    elseif demand > 0 and wishes(state, member) then
+      wanting[#wanting + 1], demands[other], wanted = other, demand, wanted + demand
+    end
+  end
+  local own = state.members[name].rate_demand or 0
+  local rate = state.rate and state.rate.rate or wanted + own
+  if rate <= 0 then return 1 end
+  demands[name] = own > 0 and own or rate
+  return min(1, fair_rates(rate, wanting, demands)[name] / rate)
+end
+
+local function rate_reply(state, names, name)
+  return {
+    epoch = state.rate_epoch, counted = state.rate_counted, share = rate_share(state, names, name),
+    learned = state.rate, age = state.rate_epoch > 0 and state.time - state.rate_at or 0,
+    trial = trial_elsewhere(state, name),
+  }
+end
+
 -- slots: see slot_shares.py
 
 local function slot_limit(state)
@@ -517,6 +586,7 @@ local function open_ledger(now, request)
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
     levels = levels, members = {}, ended = {}, recovers_until = 0, period = -1, recovered = 0, reported = 0,
     previous_period = -1, previous_spent = 0, observed = {},
+    rate_epoch = 0, rate_at = 0, rate_counted = 0,
   }
   begin_limit(state, request.limit)
   return state
@@ -574,7 +644,8 @@ local function join(state, request)
   member = {
     sequence = request.sequence, until_ = state.time, seen = state.time, held = {}, short = {}, lost = {},
     waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
-    usd = 0, usd_reserved = 0, usd_short = 0, under_way = {},
+    usd = 0, usd_reserved = 0, usd_short = 0, under_way = {}, rate_demand = 0,
+    rate_trial_until = 0,
   }
   for number = 1, #state.observed do member.under_way[number] = 0 end
   for number = 1, count do
@@ -630,6 +701,7 @@ local function decide(state, request, member)
     epoch = state.epoch, members = #names, rank = rank, competing = competing,
     retry_in = retry and min(MAX_RETRY, retry), quotas = quotas, slots = slots, budget = budget,
     limit = state.terms.limit and limit_reply(state, names, name), observed = observed_replies(state),
+    rate = request.rate and rate_reply(state, names, name),
   }
 end
 
@@ -644,7 +716,8 @@ end
 
 local request, now, packed = cmsgpack.unpack(ARGV[1]), read_clock(), redis.call('GET', KEYS[1])
 local state = packed and cmsgpack.unpack(packed) or open_ledger(now, request)
-state.observed = state.observed or {}
+state.observed, state.rate_epoch = state.observed or {}, state.rate_epoch or 0
+state.rate_at, state.rate_counted = state.rate_at or 0, state.rate_counted or 0
 advance(state, now)
 local known = state.members[request.member]
 if known and known.reply and request.sequence <= known.sequence then
@@ -671,6 +744,7 @@ if counts then
   report_observed(state, names, member, request)
   report_quotas(state, names, member, quota_requests(state, request))
   correct_observed(state, names, member, request)
+  if request.rate then report_rate(state, member, request) end
   if request.budget then
     if forgotten then restore_spend(state, request.budget) end
     report_spend(state, member, request.budget)
